@@ -1,0 +1,265 @@
+"""Dilated attention: one softmax over the union of every level's keys (arXiv 2307.02486, Eq. 3-15).
+
+The union is a multiset, and it may be divided in any way: by levels, by chunks of a long sequence, by ranks, by cache
+and new tokens. Each part is a branch, one plain attention call on strided views (`pattern.branches`), and branches merge
+by their log-sum-exp in fp32:
+
+    LSE = log sum_i exp(lse_i)        out = sum_i exp(lse_i - LSE) out_i
+
+B batch, N tokens of the shard, H heads, D head_dim, w segment length, r dilation rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .kernels import Kernel, select_kernel
+from .pattern import Branch, Padding, Pattern, Rows, Span, branches, span_positions, span_rows
+
+Plan = list[tuple[range, tuple[Branch, ...]]]  # neighbouring batch rows of equal length, and their branches
+
+
+@dataclass(frozen=True)
+class FarKeys:
+    """Keys and values from outside the shard: one level's rows at positions [start, stop) of one segment.
+
+    k, v: (batch, rows, heads, head_dim). Row j of head h is that head's j-th row in [start, stop); heads differ by at
+    most one in how many they have (`span_positions`), and rows beyond a head's own are never read. Where they come
+    from (a cache, another rank, a file) is the caller's business; gradients flow into k and v.
+    """
+
+    level: int
+    start: int
+    stop: int
+    k: Tensor
+    v: Tensor
+
+    @property
+    def span(self) -> Span:
+        return Span(self.level, self.start, self.stop)
+
+
+def far_keys(k: Tensor, v: Tensor, pattern: Pattern, span: Span, *, start: int = 0) -> FarKeys:
+    """Take the rows of `span` out of a shard's k and v (batch, tokens, heads, head_dim) that begins at `start`.
+
+    Differentiable. Raises ValueError where the shard does not have all of the span.
+    """
+    if not start <= span.start < span.stop <= start + k.shape[1]:
+        raise ValueError(f"the shard [{start}, {start + k.shape[1]}) does not hold [{span.start}, {span.stop})")
+    positions = span_positions(pattern, span, k.shape[2])
+    rows = max(len(p) for p in positions)
+    # a head with one row fewer repeats a token of the shard there, which nobody reads
+    index = torch.tensor([[p[j] - start if j < len(p) else 0 for p in positions] for j in range(rows)], dtype=torch.int64)
+    index, heads = index.reshape(rows, len(positions)).to(k.device), torch.arange(len(positions), device=k.device)
+    return FarKeys(*span, k[:, index, heads], v[:, index, heads])  # (B, rows, H, D)
+
+
+def dilated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    causal: bool = True,
+    start: int = 0,
+    far: Sequence[FarKeys] | None = None,
+    lengths: Sequence[int] | Tensor | None = None,
+    padding: Padding = "exact",
+    scale: float | None = None,
+    kernel: str | None = None,
+) -> Tensor:
+    """Dilated attention of a shard, exact in its output and in every gradient.
+
+    q, k, v: (batch, tokens, heads, head_dim), fp64, fp32, bf16 or fp16, on one device; returns the same shape. The
+    shard is the positions [start, start + tokens) of its sequence, any start, any length. A query that takes part in no
+    level gets zeros.
+
+    far: keys from outside the shard; causal ones lie before it.
+    lengths: true length of each row of a right-padded batch, 0 to tokens; each row comes out as it would alone, and
+        zeros beyond its length.
+    padding: "zero_key" adds torchscale's zero keys to ragged segments of a bidirectional call.
+    scale: of the scores, head_dim^-0.5 unless given.
+    kernel: forces one of `kernels.KERNELS`, as LONGNET_KERNEL does.
+
+    Raises ValueError for shapes, far keys, lengths or kernels that do not fit.
+    """
+    _check(q, k, v, start, padding)
+    far = tuple(far or ())
+    for keys in far:
+        _check_far(keys, q, pattern)
+    if padding == "zero_key" and (start or far):
+        raise ValueError('padding="zero_key" is defined for whole sequences: no start, no far keys')
+    batch, tokens, heads, head_dim = q.shape
+    rows = _runs_of_equal_length(lengths, batch, tokens)
+    if lengths is not None and any(keys.start >= start for keys in far):
+        raise ValueError("far keys after the shard cannot be combined with lengths")
+    spans = tuple(keys.span for keys in far)
+    plan = [
+        (run, branches(pattern, heads, start, length, causal, padding, spans)) for run, length in rows if length > 0
+    ]
+    scale = head_dim**-0.5 if scale is None else scale
+    chosen = select_kernel(q.device, q.dtype, head_dim, kernel)
+    full = all(length == tokens for _, length in rows)
+    return _DilatedAttention.apply(plan, full, scale, chosen, q, k, v, *(x for keys in far for x in (keys.k, keys.v)))
+
+
+class _DilatedAttention(torch.autograd.Function):
+    """All branches of a shard, merged. Saves only q, k, v, far keys, out and LSE."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, full: bool, scale: float, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *far: Tensor
+    ) -> Tensor:
+        q, k, v, *rest = (_unit_stride(x) for x in (q, k, v, *far))
+        dtype = _accumulator(q.dtype)
+        written = full and all(found and found[0].first for _, found in plan)  # no row needs a zero of ours
+        out = (torch.empty if written else torch.zeros)(q.shape, dtype=dtype, device=q.device)
+        lse = torch.full(q.shape[:3], float("-inf"), dtype=dtype, device=q.device)  # (B, N, H)
+        for branch, qs, ks in _calls(plan, kernel, (q, out, lse[..., None]), (k, v), rest):
+            (q_, out_, lse_), (k_, v_) = qs, ks
+            part, part_lse = kernel.forward(q_, k_, v_, branch.causal, scale)
+            _merge(out_, lse_, part, part_lse[..., None], branch)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, *rest)
+        ctx.plan, ctx.scale, ctx.kernel = plan, scale, kernel
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *far = ctx.saved_tensors
+        dout = _unit_stride(dout)
+        dtype = _accumulator(q.dtype)
+        grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v, *far)]
+        dq, dk, dv, *dfar = grads
+        tensors = (dout, q, out, lse[..., None], dq)
+        pairs = [x for i in range(0, len(far), 2) for x in (far[i], far[i + 1], dfar[i], dfar[i + 1])]
+        for branch, qs, ks in _calls(ctx.plan, ctx.kernel, tensors, (k, v, dk, dv), pairs):
+            (dout_, q_, out_, lse_, dq_), (k_, v_, dk_, dv_) = qs, ks
+            parts = ctx.kernel.backward(dout_, q_, k_, v_, out_, lse_[..., 0], branch.causal, ctx.scale)
+            for total, part in zip((dq_, dk_, dv_), parts, strict=True):
+                total.copy_(part) if branch.first else total.add_(part)
+        return (None, None, None, None, *(g.to(x.dtype) for g, x in zip(grads, (q, k, v, *far), strict=True)))
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, branch: Branch) -> None:
+    """Fold one branch into the running out (.., rows, D) and lse (.., rows, 1), both views, in place."""
+    if branch.zero_keys:  # n keys with score 0 and value 0: a branch with out 0 and lse log n, folded in first
+        with_zeros = torch.logaddexp(part_lse, torch.full_like(part_lse, log(branch.zero_keys)))
+        part, part_lse = part * (part_lse - with_zeros).exp(), with_zeros
+    if branch.first:
+        out.copy_(part)
+        lse.copy_(part_lse)
+        return
+    total = torch.logaddexp(lse, part_lse)
+    out.lerp_(part.to(out.dtype), (part_lse - total).exp_())
+    lse.copy_(total)
+
+
+def _calls(
+    plan: Plan, kernel: Kernel, query_like: Sequence[Tensor], key_like: Sequence[Tensor], far: Sequence[Tensor]
+) -> Iterator[tuple[Branch, list[Tensor], list[Tensor]]]:
+    """Every kernel call of a plan, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.
+
+    Far keys lie in `far` one after the other, as many tensors each as `key_like` has.
+    """
+    for run, found in plan:
+        queries = [x[run.start : run.stop] for x in query_like]
+        for branch in found:
+            sources = key_like
+            if branch.far is not None:
+                sources = far[branch.far * len(key_like) : (branch.far + 1) * len(key_like)]
+            views = [_view(x, branch.queries) for x in queries]
+            views += [_view(x[run.start : run.stop], branch.keys) for x in sources]
+            rows = max(branch.queries.rows, branch.keys.rows)
+            limit = kernel.max_batch(branch.queries.heads, rows, query_like[0].shape[-1])
+            for call in _batched(views, limit):
+                yield branch, call[: len(queries)], call[len(queries) :]
+
+
+def _view(x: Tensor, rows: Rows) -> Tensor:
+    """The rows as a zero-copy view (batch, segments, heads, rows, last dim) of x (batch, tokens, heads, last dim)."""
+    batch, token, head, last = x.stride()
+    size = (x.shape[0], rows.segments, rows.heads, rows.rows, x.shape[3])
+    stride = (batch, rows.segment_step * token, rows.head_step * head + rows.skew * token, rows.row_step * token, last)
+    return x.as_strided(size, stride, x.storage_offset() + rows.first_token * token + rows.first_head * head)
+
+
+def _batched(views: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Make (batch, segments, ..) views (batch * segments, ..), at most `limit` at a time.
+
+    Where batch and segments do not merge into one stride, the shorter of the two is walked.
+    """
+    batch, segments = views[0].shape[:2]
+    if batch == 1:
+        groups = [[x[0] for x in views]]
+    elif segments == 1:
+        groups = [[x[:, 0] for x in views]]
+    elif all(x.stride(0) == segments * x.stride(1) for x in views):
+        groups = [[x.flatten(0, 1) for x in views]]
+    else:
+        walked = 0 if batch <= segments else 1
+        groups = [list(step) for step in zip(*(x.unbind(walked) for x in views), strict=True)]
+    for group in groups:
+        if len(group[0]) <= limit:
+            yield group
+        else:
+            yield from (list(part) for part in zip(*(x.split(limit) for x in group), strict=True))
+
+
+def _runs_of_equal_length(lengths: Sequence[int] | Tensor | None, batch: int, tokens: int) -> list[tuple[range, int]]:
+    """Neighbouring batch rows of equal true length, which one set of calls can serve."""
+    if lengths is None:
+        return [(range(batch), tokens)]
+    found = lengths.tolist() if isinstance(lengths, Tensor) else [int(n) for n in lengths]
+    if len(found) != batch or not all(0 <= n <= tokens for n in found):
+        raise ValueError(f"lengths needs {batch} numbers from 0 to {tokens}, got {found}")
+    runs = []
+    for length, rows in groupby(range(batch), key=found.__getitem__):
+        members = list(rows)
+        runs.append((range(members[0], members[-1] + 1), length))
+    return runs
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """Kernels read the last dimension as contiguous without asking; a size of 1 may carry any stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, start: int, padding: str) -> None:
+    if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
+        raise ValueError(
+            "q, k and v need one shape (batch, tokens, heads, head_dim), got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v need one dtype and device, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if start < 0:
+        raise ValueError(f"start must be a position, got {start}")
+    if padding not in ("exact", "zero_key"):
+        raise ValueError(f'padding must be "exact" or "zero_key", got {padding!r}')
+
+
+def _check_far(keys: FarKeys, q: Tensor, pattern: Pattern) -> None:
+    if not 0 <= keys.level < len(pattern.levels):
+        raise ValueError(f"far keys name level {keys.level} of {len(pattern.levels)}")
+    rows = max(span_rows(pattern, keys.span, q.shape[2]), default=0)
+    for x in (keys.k, keys.v):
+        fits = x.dim() == 4 and (x.shape[0], *x.shape[2:]) == (q.shape[0], *q.shape[2:]) and x.shape[1] >= rows
+        if not fits or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"far keys [{keys.start}, {keys.stop}) of level {keys.level} need {(q.shape[0], rows, *q.shape[2:])} "
+                f"in {q.dtype} on {q.device}, got {tuple(x.shape)} in {x.dtype} on {x.device}"
+            )

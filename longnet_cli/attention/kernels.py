@@ -1,0 +1,278 @@
+"""One plain attention call, by whichever kernel the machine has: (q, k, v) -> (out, log-sum-exp), and its backward.
+
+Shapes: q, out (batch, heads, rows, head_dim); k, v (batch, heads, keys, head_dim); lse (batch, heads, rows), natural
+log, fp32 (fp64 for fp64 inputs). All are strided views whose last stride is 1. A causal call has rows == keys.
+
+Each backward takes the *merged* out and lse of all branches, which makes the sum of the branches' gradients exact:
+the probabilities are exp(score - lse) and the correction is rowsum(dout * out), whatever keys the softmax ran over.
+
+Kernels have traps of their own, guarded here: empty q or k kills the process on the CPU, a last stride other than 1
+gives garbage silently, a fully masked row has no defined lse (no branch has one), limits on batch and element counts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Kernel:
+    """What every kernel offers. `max_batch` bounds the first dimension of a call; the caller splits around it."""
+
+    name = ""
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why this kernel cannot serve such tensors, or None."""
+        raise NotImplementedError
+
+    def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
+        raise NotImplementedError
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class MathKernel(Kernel):
+    """Plain torch, anywhere, any dtype; computes in fp32 or wider. Also what the other kernels are probed against."""
+
+    name = "math"
+    _MAX_SCORES = 1 << 26
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        return None
+
+    def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
+        return max(1, self._MAX_SCORES // (heads * rows * rows))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        scores = self._scores(q, k, causal, scale)
+        lse = scores.logsumexp(-1)
+        return (scores - lse[..., None]).exp_() @ _wide(v), lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dout, out = _wide(dout), _wide(out)
+        p = (self._scores(q, k, causal, scale) - lse[..., None]).exp_()
+        dv = p.mT @ dout
+        ds = (dout @ _wide(v).mT).sub_((dout * out).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+        return ds @ _wide(k), ds.mT @ _wide(q), dv
+
+    def _scores(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+        scores = (_wide(q) @ _wide(k).mT).mul_(scale)
+        if causal:
+            n = scores.shape[-1]
+            scores.masked_fill_(torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1), float("-inf"))
+        return scores
+
+
+class CpuFlashKernel(Kernel):
+    """torch's own flash attention for CPUs. It accumulates gradients in the input dtype, so the backward runs in fp32."""
+
+    name = "cpu_flash"
+    _MAX_ELEMENTS = 1 << 23  # bounds the scratch of one call (32 MiB a tensor in fp32); larger ones are no faster
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device.type != "cpu":
+            return "it runs on a CPU"
+        if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            return f"it has no {dtype}"
+        return None
+
+    def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
+        return max(1, self._MAX_ELEMENTS // (heads * rows * head_dim))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, causal, scale=scale)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+        return op(*(_wide(x) for x in (dout, q, k, v, out)), lse, 0.0, causal, scale=scale)
+
+
+class _CudaKernel(Kernel):
+    _MAX_ELEMENTS = 1 << 31  # beyond it the backward addresses memory that is not there
+    _MAX_SEGMENTS = 65_535  # the batch is a grid dimension
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device.type != "cuda":
+            return "it runs on a CUDA device"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"it has no {dtype}"
+        if head_dim % 8 or head_dim > 256:
+            return f"it needs a head_dim that 8 divides, up to 256, not {head_dim}"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "it needs compute capability 8.0"
+        return None
+
+    def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
+        elements = heads * (-(-rows // 128) * 128) * max(head_dim, 32)
+        return max(1, min(self._MAX_SEGMENTS, (self._MAX_ELEMENTS - 1) // elements))
+
+
+class CudaFlashKernel(_CudaKernel):
+    """The FlashAttention-2 inside torch (aten). Positional arguments are stable since 2.6, names are not."""
+
+    name = "cuda_flash"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        rows, keys = q.shape[2], k.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, rows, heads, head_dim)
+        out, lse = torch.ops.aten._flash_attention_forward.default(
+            q, k, v, None, None, rows, keys, 0.0, causal, False, scale=scale
+        )[:2]
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, keys = q.shape[2], k.shape[2]
+        dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        no_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # read only with dropout
+        grads = torch.ops.aten._flash_attention_backward.default(
+            dout, q, k, v, out, lse.contiguous(), None, None, rows, keys, 0.0, causal, no_rng, no_rng[:0], scale=scale
+        )
+        dq, dk, dv = (x.transpose(1, 2) for x in grads)
+        return dq, dk, dv
+
+
+class FlashAttnKernel(_CudaKernel):
+    """The flash-attn package, version 2.6 or newer. Arguments go by name: their number changes between releases."""
+
+    name = "flash_attn"
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if not _flash_attn_functions():
+            return "the flash_attn package cannot be imported"
+        return super().refusal(device, dtype, head_dim)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        function, _ = _flash_attn_functions()
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        found = _call_by_name(function, q=q, k=k, v=v, softmax_scale=scale, causal=causal)
+        # since 2.7 four results, out first and lse second; in 2.6 eight, of which lse is the sixth
+        out, lse = found[0], found[1] if len(found) == 4 else found[5]
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _, function = _flash_attn_functions()
+        dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        lse = lse.contiguous()  # the kernel ignores its strides
+        _call_by_name(
+            function,
+            dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv,
+            softmax_scale=scale, causal=causal, deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+_FLASH_ATTN_DEFAULTS: dict[str, Any] = {
+    "dropout_p": 0.0,
+    "window_size": (-1, -1),
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+    "return_softmax": False,
+}
+
+
+@lru_cache(maxsize=1)
+def _flash_attn_functions() -> tuple[Any, ...]:
+    """(forward, backward) of the flash-attn package, or () where it is missing or its binary does not load."""
+    try:
+        from flash_attn import flash_attn_interface as package
+
+        return package._flash_attn_forward, package._flash_attn_backward
+    except (ImportError, OSError, AttributeError):
+        return ()
+
+
+def _call_by_name(function: Any, **arguments: Any) -> Any:
+    """Call with the named arguments, and our defaults for the others that have none of their own."""
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name not in arguments and parameter.default is inspect.Parameter.empty:
+            arguments[name] = _FLASH_ATTN_DEFAULTS[name]
+    return function(**arguments)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """fp32 at least; no copy where it is already."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+KERNELS: dict[str, Kernel] = {k.name: k for k in (FlashAttnKernel(), CudaFlashKernel(), CpuFlashKernel(), MathKernel())}
+
+
+def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None = None) -> Kernel:
+    """The kernel for such tensors: the one named by `name` or LONGNET_KERNEL, else the first that works.
+
+    Raises ValueError for a name that does not exist or cannot serve. A kernel that the machine should have but that
+    fails its probe is passed over with a warning.
+    """
+    name = name or os.environ.get("LONGNET_KERNEL") or None
+    return _select(device, dtype, head_dim, name)
+
+
+@lru_cache(maxsize=256)
+def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None) -> Kernel:
+    if name is not None:
+        if name not in KERNELS:
+            raise ValueError(f"unknown attention kernel {name!r}: choose from {', '.join(KERNELS)}")
+        refusal = KERNELS[name].refusal(device, dtype, head_dim) or _probe(name, device, dtype, head_dim)
+        if refusal:
+            raise ValueError(f"attention kernel {name!r} cannot run here: {refusal}")
+        return KERNELS[name]
+    for kernel in KERNELS.values():
+        if kernel.refusal(device, dtype, head_dim) is None:
+            failure = _probe(kernel.name, device, dtype, head_dim)
+            if failure is None:
+                return kernel
+            warnings.warn(f"attention kernel {kernel.name!r} is passed over: {failure}", stacklevel=2)
+    raise AssertionError("the math kernel serves everything")
+
+
+def _probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Run a tiny forward and backward on strided views against plain math; why it failed, or None."""
+    if name == "math":
+        return None
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 3e-2)
+    try:
+        with torch.no_grad():
+            # drawn from a generator of its own, so that probing never moves the caller's random state
+            draw = torch.Generator().manual_seed(0)
+            x = torch.randn(4, 2, 40, 2, head_dim, generator=draw, dtype=torch.float32).to(device, dtype)
+            q, k, v, dout = x[:, :, ::2].transpose(2, 3)  # (batch, heads, rows, head_dim), rows two tokens apart
+            scale = head_dim**-0.5
+            for causal in (False, True):
+                expected_out, lse = KERNELS["math"].forward(q, k, v, causal, scale)
+                expected = (expected_out, lse) + KERNELS["math"].backward(
+                    dout, q, k, v, expected_out, lse, causal, scale
+                )
+                out, found_lse = KERNELS[name].forward(q, k, v, causal, scale)
+                found = (out, found_lse) + KERNELS[name].backward(
+                    dout, q, k, v, expected_out.to(dtype), lse, causal, scale
+                )
+                for what, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+                    error = ((_wide(a) - b).norm() / b.norm()).item()
+                    if not error <= tolerance:
+                        return f"its {what} is off by {error:.1e} on {device} in {dtype}"
+    except (RuntimeError, TypeError, KeyError) as error:  # a missing symbol, a changed signature, no kernel image
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return None

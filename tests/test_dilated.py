@@ -1,0 +1,214 @@
+"""Fast = dense reference, outputs and gradients; a shard cut anywhere, given its far keys, = the whole.
+
+pytest tests/test_dilated.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from strategies import PAPER_64TH, Problem, problems
+from torch import Tensor
+
+from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention, far_keys
+from longnet_cli.attention.kernels import KERNELS
+from longnet_cli.attention.reference import dilated_attention_reference
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def run(function, inputs: list[Tensor], pattern: Pattern, **options) -> list[Tensor]:
+    """out, dq, dk, dv of sum(out * dout); inputs are q, k, v, dout."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
+    out = function(q, k, v, pattern, **options)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3], materialize_grads=True)]
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Relative in the norm of each tensor.
+
+    With one visible key dq and dk are exactly 0, the difference of two equal numbers: hence a floor of a tenth of the
+    largest tensor's norm, which larger problems never touch.
+    """
+    floor = max(x.double().norm().item() for x in expected) * 0.1
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        error = (a.double() - b.double()).norm().item() / max(b.double().norm().item(), floor, 1e-30)
+        assert error <= tolerance, f"{name} is off by {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@given(problem=problems())
+def test_equals_the_fp64_reference(problem: Problem, dtype: torch.dtype) -> None:
+    inputs = problem.tensors(4, dtype)
+    found = run(dilated_attention, inputs, problem.pattern, **problem.options)
+    wide = [x.double() for x in inputs]
+    expected = run(dilated_attention_reference, wide, problem.pattern, **problem.options)
+    assert_close(found, expected, TOLERANCE[dtype])
+
+
+@given(problem=problems())
+def test_the_math_kernel_is_as_exact(problem: Problem) -> None:
+    inputs = problem.tensors(4)
+    found = run(dilated_attention, inputs, problem.pattern, kernel="math", **problem.options)
+    assert_close(found, run(dilated_attention_reference, inputs, problem.pattern, **problem.options), 1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("head_offsets", ["modulo", "grouped"])
+def test_the_papers_pattern_over_many_segments(causal: bool, head_offsets: str) -> None:
+    pattern = Pattern(PAPER_64TH.segment_lengths, PAPER_64TH.dilation_rates, head_offsets)
+    problem = Problem(pattern, 1, 900, 12, 4, 77, causal, None, seed=1)
+    inputs = problem.tensors(4)
+    found = run(dilated_attention, inputs, pattern, **problem.options)
+    assert_close(found, run(dilated_attention_reference, inputs, pattern, **problem.options), 1e-12)
+
+
+@given(problem=problems())
+def test_zero_keys_equal_the_reference(problem: Problem) -> None:
+    inputs = problem.tensors(4)
+    options = {"causal": problem.causal, "lengths": problem.lengths, "padding": "zero_key"}
+    found = run(dilated_attention, inputs, problem.pattern, **options)
+    assert_close(found, run(dilated_attention_reference, inputs, problem.pattern, **options), 1e-12)
+
+
+@given(problem=problems(lengths=False), cuts=st.sets(st.integers(1, 199), max_size=4))
+def test_shards_with_their_far_keys_equal_the_whole(problem: Problem, cuts: set[int]) -> None:
+    """Also gradients: those of far keys flow back into the shard that they were taken from."""
+    inputs, pattern, start = problem.tensors(4), problem.pattern, problem.start
+    edges = [0, *sorted(c for c in cuts if c < problem.tokens), problem.tokens]
+    shards = [(start + a, start + b) for a, b in zip(edges, edges[1:], strict=False)]
+
+    def in_shards(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, causal: bool) -> Tensor:
+        parts = [tuple(x[:, a - start : b - start] for x in (q, k, v)) for a, b in shards]
+        outs = []
+        for (a, b), (q_, k_, v_) in zip(shards, parts, strict=True):
+            far: list[FarKeys] = []
+            for level, (w, _) in enumerate(pattern.levels):
+                for (c, d), (_, other_k, other_v) in zip(shards, parts, strict=True):
+                    # the other shard's share of our first and of our last segment
+                    for segment in {a // w, (b - 1) // w}:
+                        first, last = max(c, segment * w), min(d, (segment + 1) * w)
+                        if first < last and (last <= a or (first >= b and not causal)):
+                            far.append(far_keys(other_k, other_v, pattern, Span(level, first, last), start=c))
+            outs.append(dilated_attention(q_, k_, v_, pattern, causal=causal, start=a, far=far))
+        return torch.cat(outs, dim=1)
+
+    found = run(in_shards, inputs, pattern, causal=problem.causal)
+    whole = run(dilated_attention, inputs, pattern, causal=problem.causal, start=start)
+    assert_close(found, whole, 1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_token_reaches_what_the_pattern_says(causal: bool) -> None:
+    """Perturb each of 200 tokens: exactly the queries that share a level's rows with it change."""
+    pattern = Pattern((16, 60, 200), (1, 3, 5))
+    problem = Problem(pattern, 1, 200, 6, 4, 0, causal, None, seed=3)
+    q, k, v = problem.tensors(3)
+    out = dilated_attention(q, k, v, pattern, causal=causal)
+    positions = torch.arange(200)
+    for token in range(200):
+        k2, v2 = k.clone(), v.clone()
+        k2[:, token] += 1
+        v2[:, token] += 1
+        changed = (dilated_attention(q, k2, v2, pattern, causal=causal) != out).any(-1)[0]  # (tokens, heads)
+        expected = torch.zeros(200, 6, dtype=torch.bool)
+        for level, (w, r) in enumerate(pattern.levels):
+            for head, offset in enumerate(pattern.offsets(level, 6)):
+                rows = (positions // w == token // w) & (positions % w % r == offset)
+                if rows[token]:
+                    expected[:, head] |= rows & (positions >= token) if causal else rows
+        assert torch.equal(changed, expected), token
+
+
+def test_uncovered_queries_are_zero_and_pass_no_gradient() -> None:
+    pattern = Pattern((8,), (4,))
+    inputs = Problem(pattern, 1, 16, 2, 8, 0, True, None, seed=0).tensors(4)
+    out, dq, _, _ = run(dilated_attention, inputs, pattern)
+    outside = [p for p in range(16) if p % 4 != 0]
+    assert not out[0, outside, 0].any()
+    assert not dq[0, outside, 0].any()
+    assert out[0, ::4, 0].any()
+
+
+def test_strided_and_expanded_inputs() -> None:
+    """A fused projection hands over interleaved q, k, v; grouped-query heads are expanded; d of sum() has stride 0."""
+    pattern = Pattern((8, 32), (1, 4))
+    qkv = torch.randn(2, 40, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    q, k, v = qkv.unbind(2)
+    found = dilated_attention(q, k, v, pattern)
+    torch.testing.assert_close(found, dilated_attention_reference(q, k, v, pattern))
+    (grad,) = torch.autograd.grad(found.sum(), qkv)
+    (expected,) = torch.autograd.grad(dilated_attention_reference(q, k, v, pattern).sum(), qkv)
+    torch.testing.assert_close(grad, expected)
+    shared = torch.randn(2, 40, 1, 8, dtype=torch.float64).expand(2, 40, 4, 8)
+    torch.testing.assert_close(
+        dilated_attention(q, shared, shared, pattern), dilated_attention_reference(q, shared, shared, pattern)
+    )
+    last = torch.randn(2, 40, 8, 4, dtype=torch.float64).transpose(2, 3)  # the last stride is not 1
+    torch.testing.assert_close(
+        dilated_attention(last, k, v, pattern), dilated_attention_reference(last, k, v, pattern)
+    )
+
+
+def test_calls_are_split_around_kernel_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(Pattern((8, 32), (1, 4)), 3, 150, 4, 8, 5, False, None, seed=2)
+    inputs = problem.tensors(4)
+    whole = run(dilated_attention, inputs, problem.pattern, **problem.options)
+    monkeypatch.setattr(type(KERNELS["math"]), "max_batch", lambda *_: 2)
+    seen = []
+    forward = KERNELS["math"].forward
+    monkeypatch.setattr(KERNELS["math"], "forward", lambda q, *a: seen.append(len(q)) or forward(q, *a))
+    assert_close(run(dilated_attention, inputs, problem.pattern, kernel="math", **problem.options), whole, 1e-12)
+    assert max(seen) == 2
+
+
+@pytest.mark.parametrize("name", ["attention_causal", "attention_bidirectional", "attention_bidirectional_zero_key"])
+def test_golden(name: str) -> None:
+    """The official implementation's outputs, in the regimes where it is right."""
+    path = GOLDEN / f"{name}.safetensors"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    with safe_open(path, "pt") as file:
+        config = file.metadata()
+        q, k, v, out = (file.get_tensor(x) for x in ("q", "k", "v", "out"))
+    pattern = Pattern(
+        json.loads(config["segment_lengths"]), json.loads(config["dilation_rates"]), config["head_offsets"]
+    )
+    options = {
+        "causal": config["causal"] == "true",
+        "padding": "zero_key" if name.endswith("zero_key") else "exact",
+    }
+    for function in (dilated_attention, dilated_attention_reference):
+        assert (function(q, k, v, pattern, **options) - out).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(1, 9, 2, 4)}, "one shape"),
+        ({"v": torch.zeros(1, 8, 2, 4, dtype=torch.float64)}, "one dtype"),
+        ({"start": -1}, "start"),
+        ({"lengths": [9]}, "lengths"),
+        ({"lengths": [1, 2]}, "lengths"),
+        ({"padding": "zero"}, "padding"),
+        ({"padding": "zero_key", "start": 8}, "zero_key"),
+        ({"kernel": "fast"}, "unknown attention kernel 'fast'"),
+        ({"kernel": "cuda_flash"}, "cannot run here"),
+        ({"start": 4, "far": [FarKeys(0, 2, 6, *torch.zeros(2, 1, 4, 2, 4))]}, "overlap"),
+        ({"start": 4, "far": [FarKeys(0, 1, 4, *torch.zeros(2, 1, 2, 2, 4))]}, "need"),
+        ({"start": 9, "far": [FarKeys(0, 7, 9, *torch.zeros(2, 1, 2, 2, 4))]}, "leave their segment"),
+        ({"far": [FarKeys(0, 8, 9, *torch.zeros(2, 1, 2, 2, 4))]}, "after a causal shard"),
+        ({"far": [FarKeys(3, 8, 9, *torch.zeros(2, 1, 2, 2, 4))]}, "name level 3"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(change: dict, message: str) -> None:
+    call = {"q": torch.zeros(1, 8, 2, 4), "k": torch.zeros(1, 8, 2, 4), "v": torch.zeros(1, 8, 2, 4)} | change
+    with pytest.raises(ValueError, match=message):
+        dilated_attention(**call, pattern=Pattern((8,), (1,)))

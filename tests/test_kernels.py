@@ -1,0 +1,192 @@
+"""Kernels: each one that runs here equals plain math; selection, forcing and probing; flash-attn's real signatures.
+
+pytest tests/test_kernels.py       on a GPU: pytest -m gpu tests/test_kernels.py
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import Tensor
+
+from longnet_cli.attention import Pattern, dilated_attention, kernels
+from longnet_cli.attention.reference import dilated_attention_reference
+
+CPU, MATH = torch.device("cpu"), kernels.KERNELS["math"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_selection():
+    """Selections are remembered for the life of a process; not from one test to the next."""
+    caches = (kernels._select, kernels._flash_attn_functions)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def strided(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """(batch, heads, rows, head_dim) with rows three tokens apart in a (batch, tokens, heads, head_dim) tensor."""
+    batch, heads, rows, head_dim = shape
+    x = torch.randn(batch, rows * 3, heads, head_dim, generator=torch.Generator().manual_seed(seed))
+    return x.to(dtype)[:, ::3].transpose(1, 2)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_cpu_flash_on_strided_views_and_a_foreign_lse(dtype: torch.dtype, tolerance: float, causal: bool) -> None:
+    """The backward is given the merged out and lse of a larger union, in the layout in which we hold them."""
+    q, k, v, dout = (strided(2, 3, 70, 8, dtype=dtype, seed=s) for s in range(4))
+    out, lse = kernels.KERNELS["cpu_flash"].forward(q, k, v, causal, 0.3)
+    expected_out, expected_lse = MATH.forward(q, k, v, causal, 0.3)
+    assert (out - expected_out).norm() <= tolerance * expected_out.norm()
+    assert (lse - expected_lse).norm() <= tolerance * expected_lse.norm()
+    merged = (expected_out * 0.5).to(dtype)
+    merged_lse = (expected_lse + 0.7).transpose(1, 2).contiguous().transpose(1, 2)  # memory (batch, rows, heads)
+    arguments = (dout, q, k, v, merged, merged_lse, causal, 0.3)
+    found, expected = kernels.KERNELS["cpu_flash"].backward(*arguments), MATH.backward(*arguments)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+def test_the_cpu_gets_flash_and_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LONGNET_KERNEL", raising=False)
+    assert kernels.select_kernel(CPU, torch.float32, 64).name == "cpu_flash"
+    monkeypatch.setenv("LONGNET_KERNEL", "math")
+    assert kernels.select_kernel(CPU, torch.float32, 64).name == "math"
+    assert kernels.select_kernel(CPU, torch.float32, 64, "cpu_flash").name == "cpu_flash"
+    monkeypatch.setenv("LONGNET_KERNEL", "quick")
+    with pytest.raises(ValueError, match="choose from flash_attn, cuda_flash, cpu_flash, math"):
+        kernels.select_kernel(CPU, torch.float32, 64)
+
+
+def test_a_kernel_that_computes_wrongly_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LONGNET_KERNEL", raising=False)
+    flash = kernels.KERNELS["cpu_flash"]
+    backward = flash.backward
+    monkeypatch.setattr(flash, "backward", lambda *a: tuple(1.1 * x for x in backward(*a)))
+    with pytest.warns(UserWarning, match="'cpu_flash' is passed over: its dq is off"):
+        assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
+    with pytest.raises(ValueError, match="cannot run here: its dq is off"):
+        kernels.select_kernel(CPU, torch.float32, 16, "cpu_flash")
+
+
+def test_probing_leaves_the_random_state_alone() -> None:
+    state = torch.get_rng_state()
+    kernels.select_kernel(CPU, torch.float32, 24)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_cuda_limits() -> None:
+    cuda = kernels.KERNELS["cuda_flash"]
+    assert cuda.max_batch(12, 1, 64) <= 65_535
+    assert cuda.max_batch(12, 2048, 64) * 12 * 2048 * 64 < 2**31
+    assert cuda.max_batch(1, 1 << 30, 64) == 1
+
+
+def test_aten_cuda_signatures() -> None:
+    """No GPU here: at least the ops that the CUDA kernel calls take the arguments that it gives, by position."""
+    forward = torch.ops.aten._flash_attention_forward.default._schema
+    backward = torch.ops.aten._flash_attention_backward.default._schema
+    assert [a.name for a in forward.arguments[:10]] == [
+        "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask",
+    ]  # fmt: skip
+    assert [a.name for a in backward.arguments[:12]] == [
+        "grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p",
+        "is_causal",
+    ]  # fmt: skip
+    assert [str(a.type) for a in backward.arguments[12:14]] == ["Tensor", "Tensor"]
+    assert "scale" in {a.name for a in forward.arguments} & {a.name for a in backward.arguments}
+
+
+def flash_attn_like(version: str) -> types.ModuleType:
+    """flash_attn.flash_attn_interface with the package's signatures and layouts, computed by plain math."""
+    module = types.ModuleType("flash_attn.flash_attn_interface")
+
+    def compute(q, k, v, softmax_scale, causal):
+        out, lse = MATH.forward(*(x.transpose(1, 2) for x in (q, k, v)), causal, softmax_scale)
+        return out.transpose(1, 2), lse.contiguous()
+
+    def compute_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal):
+        assert softmax_lse.is_contiguous()
+        heads_first = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
+        for total, part in zip((dq, dk, dv), MATH.backward(*heads_first, softmax_lse, causal, softmax_scale), strict=True):
+            total.copy_(part.transpose(1, 2))
+
+    if version == "2.6":
+
+        def _flash_attn_forward(
+            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax
+        ):
+            assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
+            out, lse = compute(q, k, v, softmax_scale, causal)
+            return out, q, k, v, out, lse, None, None
+
+        def _flash_attn_backward(
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size, softcap,
+            alibi_slopes, deterministic, rng_state=None,
+        ):  # fmt: skip
+            assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
+            compute_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal)
+
+    else:
+
+        def _flash_attn_forward(
+            q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+            return_softmax,
+        ):  # fmt: skip
+            assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
+            return (*compute(q, k, v, softmax_scale, causal), None, None)
+
+        def _flash_attn_backward(
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+            window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+        ):  # fmt: skip
+            assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
+            compute_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal)
+
+    module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
+    return module
+
+
+@pytest.mark.parametrize("version", ["2.6", "2.8"])
+def test_flash_attn_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    package, interface = types.ModuleType("flash_attn"), flash_attn_like(version)
+    package.flash_attn_interface = interface
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    monkeypatch.setattr(kernels.FlashAttnKernel, "refusal", lambda *_: None)  # only the device is missing
+    q, k, v = (torch.randn(2, 50, 4, 8, requires_grad=True) for _ in range(3))
+    pattern = Pattern((8, 32), (1, 4))
+    out = dilated_attention(q, k, v, pattern, kernel="flash_attn")
+    expected = dilated_attention_reference(q, k, v, pattern)
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(
+        torch.autograd.grad(out.square().sum(), (q, k, v)),
+        torch.autograd.grad(expected.square().sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda_flash", "flash_attn", "math"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_on_a_gpu(name: str, causal: bool) -> None:
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    if kernels.KERNELS[name].refusal(device, dtype, 64):
+        pytest.skip(f"{name}: {kernels.KERNELS[name].refusal(device, dtype, 64)}")
+    pattern = Pattern((256, 512, 1024), (1, 2, 6))
+    q, k, v, dout = (torch.randn(2, 3000, 12, 64, device=device, dtype=dtype) for _ in range(4))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = dilated_attention(q, k, v, pattern, causal=causal, start=100, kernel=name)
+    found = [out, *torch.autograd.grad(out, (q, k, v), dout)]
+    wide = [x.detach().double().cpu().requires_grad_() for x in (q, k, v)]
+    expected_out = dilated_attention(*wide, pattern, causal=causal, start=100)
+    expected = [expected_out, *torch.autograd.grad(expected_out, wide, dout.double().cpu())]
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double().cpu() - b).norm() <= 1e-2 * b.norm()
