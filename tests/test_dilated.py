@@ -157,6 +157,18 @@ def test_strided_and_expanded_inputs() -> None:
     )
 
 
+@pytest.mark.parametrize("kernel", ["cpu_flash", "math"])
+def test_autocast_changes_no_number(kernel: str) -> None:
+    """Projections under autocast hand over bf16; the kernels' own arithmetic must not be cast again."""
+    problem = Problem(Pattern((8, 32), (1, 4)), 2, 50, 4, 8, 3, True, None, seed=4)
+    inputs = problem.tensors(4, torch.float32)
+    expected = run(dilated_attention, inputs, problem.pattern, kernel=kernel, **problem.options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(dilated_attention, inputs, problem.pattern, kernel=kernel, **problem.options)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_calls_are_split_around_kernel_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(Pattern((8, 32), (1, 4)), 3, 150, 4, 8, 5, False, None, seed=2)
     inputs = problem.tensors(4)

@@ -106,9 +106,11 @@ def dilated_attention(
         (run, branches(pattern, heads, start, length, causal, padding, spans)) for run, length in rows if length > 0
     ]
     scale = head_dim**-0.5 if scale is None else scale
-    chosen = select_kernel(q.device, q.dtype, head_dim, kernel)
     full = all(length == tokens for _, length in rows)
-    return _DilatedAttention.apply(plan, full, scale, chosen, q, k, v, *(x for keys in far for x in (keys.k, keys.v)))
+    with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
+        chosen = select_kernel(q.device, q.dtype, head_dim, kernel)
+        far_tensors = (x for keys in far for x in (keys.k, keys.v))
+        return _DilatedAttention.apply(plan, full, scale, chosen, q, k, v, *far_tensors)
 
 
 class _DilatedAttention(torch.autograd.Function):
@@ -144,7 +146,8 @@ class _DilatedAttention(torch.autograd.Function):
         pairs = [x for i in range(0, len(far), 2) for x in (far[i], far[i + 1], dfar[i], dfar[i + 1])]
         for branch, qs, ks in _calls(ctx.plan, ctx.kernel, tensors, (k, v, dk, dv), pairs):
             (dout_, q_, out_, lse_, dq_), (k_, v_, dk_, dv_) = qs, ks
-            parts = ctx.kernel.backward(dout_, q_, k_, v_, out_, lse_[..., 0], branch.causal, ctx.scale)
+            with torch.autocast(q.device.type, enabled=False):
+                parts = ctx.kernel.backward(dout_, q_, k_, v_, out_, lse_[..., 0], branch.causal, ctx.scale)
             for total, part in zip((dq_, dk_, dv_), parts, strict=True):
                 total.copy_(part) if branch.first else total.add_(part)
         return (None, None, None, None, *(g.to(x.dtype) for g, x in zip(grads, (q, k, v, *far), strict=True)))
