@@ -1,0 +1,54 @@
+# One virtual environment, .venv, made on first use and again when pyproject.toml changes.
+#
+#   make demo    see it work        make test    run the tests
+#   make check   what CI checks     make clean   remove everything that was made here
+
+PYTHON ?= python3
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint check wheel-check clean
+
+demo: .venv/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test wheel-check
+
+# The wheel, built from the sdist, in an environment that has nothing of this checkout: only the dependencies are lent
+# to it, by a path, because installing torch twice takes minutes.
+wheel-check: .venv/.installed-dev
+	rm -rf build/wheel dist
+	$(BIN)/python -m build --outdir dist . > /dev/null
+	$(BIN)/python -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(build/wheel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	cd / && "$(CURDIR)/build/wheel/bin/longnet" --version
+	cd / && "$(CURDIR)/build/wheel/bin/python" -c \
+	  'from longnet_cli.presets import find_model; path = find_model("longnet-tiny"); print(path); assert "build/wheel" in str(path)'
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("longnet needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml | .venv/bin/python
+	@echo "Installing longnet and its libraries, PyTorch among them, into .venv: some minutes the first time."
+	$(PIP) --editable .
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml | .venv/bin/python
+	@echo "Installing longnet, its libraries and the test tools into .venv: some minutes the first time."
+	$(PIP) --editable '.[dev]'
+	@touch .venv/.installed $@

@@ -1,0 +1,144 @@
+"""The command `longnet`: registers the subcommands and turns every way they can end into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from longnet_cli import __version__
+from longnet_cli.cli.bench import bench
+from longnet_cli.cli.encode import encode
+from longnet_cli.cli.score import score
+from longnet_cli.cli.tokenize import tokenize
+from longnet_cli.errors import LongNetError, MemoryLimitError
+
+EPILOG = (
+    "Results go to stdout, everything else to stderr. Sizes: 1e9, 1_000_000, 32k (32 000), 64Ki (65 536). "
+    "Exit codes: 0 ok, 1 failure, 2 usage or configuration, 3 bad data, 4 checkpoint, 5 does not fit in memory, "
+    "130 or 143 stopped, 141 closed pipe."
+)
+
+# One function a command, in the order of a first day's work. Their modules import torch only when they run.
+COMMANDS: tuple[Callable[..., None], ...] = (tokenize, score, encode, bench)
+
+app = typer.Typer(
+    name="longnet",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # `run` is the one place that shows errors
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EPILOG,
+)
+for command in COMMANDS:
+    app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"longnet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def longnet(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train, encode, score and benchmark LongNet (dilated attention) models on token streams of any length."""
+
+
+def main() -> NoReturn:
+    """The console script, and `python -m longnet_cli`."""
+    run(app)
+
+
+def run(app: typer.Typer) -> NoReturn:
+    """Run `app` on the command line and leave with its exit code.
+
+    A failure is one line `longnet: error: ...` on stderr. Only a bug is worth a traceback, and only when asked for
+    by LONGNET_TRACEBACK=1.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        _invoke(app)
+        code = 0
+    except BaseException as error:
+        code = _explain(error)
+    _drop_unwritable_output()
+    sys.exit(code)
+
+
+def _invoke(app: typer.Typer) -> None:
+    """Run the command and write out what it printed; raises SystemExit only for a failure that is already told."""
+    try:
+        typer.main.get_command(app).main(prog_name="longnet")
+    except SystemExit as stop:  # typer ends good runs this way too
+        if isinstance(stop.__context__, BrokenPipeError):
+            raise stop.__context__ from None  # typer makes it exit code 1, as if something had failed
+        if stop.code:
+            raise
+    # A full disk or a closed pipe often shows only here: at interpreter shutdown nobody could turn it into a line.
+    if sys.stdout and not sys.stdout.closed:
+        sys.stdout.flush()
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM unwinds the stack so `finally` blocks remove temporary files; a second one cannot cut that short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(128 + signum)
+
+
+def _explain(error: BaseException) -> int:
+    """Tell the user about `error` in one line, where that is due; returns the exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, BrokenPipeError):  # the reader, say `head`, has what it wants
+        return 141
+    if isinstance(error, LongNetError):
+        _say(str(error))
+        return error.exit_code
+    if os.environ.get("LONGNET_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    if _is_out_of_memory(error):
+        _say(": ".join(filter(None, ("out of memory", str(error)))))
+        return MemoryLimitError.exit_code
+    if isinstance(error, OSError) and error.strerror:
+        _say(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
+    else:
+        _say(f"{type(error).__name__}: {error} (run with LONGNET_TRACEBACK=1 for the traceback)")
+    return 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Torch is judged by name: if it is not loaded it raised nothing, and loading it takes a second."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _say(message: str) -> None:
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    try:
+        if sys.stderr:
+            print(f"longnet: error: {line}", file=sys.stderr)
+    except OSError:
+        pass  # stderr is gone too: the exit code still tells
+
+
+def _drop_unwritable_output() -> None:
+    """Python flushes stdout again at shutdown: a failure there prints "Exception ignored" and makes the code 120."""
+    try:
+        # not sys.stdout: typer may have wrapped that one
+        if sys.__stdout__ and not sys.__stdout__.closed:
+            sys.__stdout__.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

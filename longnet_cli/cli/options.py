@@ -1,0 +1,123 @@
+"""Types of options that several commands share, so that one word means one thing everywhere.
+
+A size is a number of tokens (or of anything else that is counted): `1e9`, `1_000_000`, `32k`, `1.5M`, `64Ki`. The
+letters k, M, G, T are powers of 1000; Ki, Mi, Gi, Ti are powers of 1024.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+import typer
+
+DEFAULT_MODEL = "longnet-tiny"
+
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+
+_SIZE = re.compile(r"(\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:e\+?(\d{1,2}))?(?:([kmgt])(i?))?", re.ASCII | re.IGNORECASE)
+_MAX_SIZE = 2**63 - 1  # what an int64 position can hold
+_SIZE_EXAMPLES = "write 1000000, 1_000_000, 1e6, 1M (10^6) or 64Ki (64 x 1024)"
+_SIZE_HELP = "32k is 32000, 32Ki is 32768."
+
+
+def parse_size(text: str | int) -> int:
+    """A whole number of at least 1 from `1e9`, `32k`, `64Ki`, ...; ValueError with an example for anything else.
+
+    An int passes through (checked), because typer hands an option's default to its parser.
+    """
+    written = str(text).strip()
+    match = _SIZE.fullmatch(written)
+    if not match:
+        raise ValueError(f"'{written}' is not a size: {_SIZE_EXAMPLES}")
+    number, exponent, letter, binary = match.groups()
+    power = " kmgt".index(letter.lower()) if letter else 0
+    size = Fraction(number.replace("_", "")) * 10 ** int(exponent or 0) * (1024 if binary else 1000) ** power
+    if size.denominator != 1:
+        raise ValueError(f"'{written}' is not a whole number")
+    if not 1 <= size <= _MAX_SIZE:
+        raise ValueError(f"'{written}' is out of range: a size is at least 1 and less than 2^63")
+    return int(size)
+
+
+def parse_sizes(text: str | Sequence[int]) -> list[int]:
+    """`8k,32k,1e6` -> [8000, 32000, 1000000], in the order written; ValueError as for `parse_size`."""
+    items: Sequence[str | int] = text.split(",") if isinstance(text, str) else text
+    return [parse_size(item) for item in items]
+
+
+def parse_device(text: str) -> str:
+    """`auto`, `cpu`, `cuda` or `cuda:1`; whether that GPU exists is only known once torch is loaded."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text, re.ASCII):
+        raise ValueError(f"'{text}' is not a device: write auto, cpu, cuda or cuda:1")
+    return text
+
+
+def _option_parser(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`parse` for typer, which would put "Value error, " before the message of a plain ValueError."""
+
+    def parse_option(value: Any) -> Any:
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return parse_option
+
+
+def size_option(*names: str, help: str, **settings: Any) -> Any:
+    """`seq: Annotated[int, size_option("--seq", help="Tokens.")] = 4096`, or `int | None` with default None."""
+    return typer.Option(
+        *names, parser=_option_parser(parse_size), metavar="SIZE", help=f"{help} {_SIZE_HELP}", **settings
+    )
+
+
+def sizes_option(*names: str, help: str, **settings: Any) -> Any:
+    """`seq: Annotated[Sequence[int], sizes_option("--seq", help="...")] = (8192, 32768)`.
+
+    Sequence, because typer reads `list[int]` as an option that is given once for each item.
+    """
+    return typer.Option(
+        *names, parser=_option_parser(parse_sizes), metavar="SIZE,...", help=f"{help} {_SIZE_HELP}", **settings
+    )
+
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUT",
+        help="Arrow, Parquet or UTF-8 text files, folders, globs, @list (inputs in a file, one a line), - for stdin.",
+        show_default=False,
+    ),
+]
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", "-m", metavar="NAME|DIR", help="A shipped model, or a folder (with a slash: ./my-run)."),
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json; by default the model's own."),
+]
+ColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--column",
+        metavar="NAME",
+        help="Column to read.",
+        show_default="input_ids, tokens, token_ids or ids, else text",
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device", parser=_option_parser(parse_device), metavar="auto|cpu|cuda[:i]", help="Where to compute."
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the matrix products.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+OutputOption = Annotated[
+    str | None, typer.Option("--output", "-o", metavar="PATH", help="File to write, or - for stdout.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr; errors are still shown.")]

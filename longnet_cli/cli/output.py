@@ -1,0 +1,170 @@
+"""Results on stdout: JSON, JSON lines, CSV and Markdown rows, each row out of our hands as soon as it is known.
+
+Machine formats keep full precision and never contain NaN or Infinity, which JSON does not have: those become null
+(an empty cell in CSV). Rich tables are not used: in a pipe they are cut at 80 columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+RowFormat = Literal["md", "json", "jsonl", "csv"]
+FORMATS: tuple[RowFormat, ...] = get_args(RowFormat)
+
+
+def emit_json(value: Any) -> None:
+    """Write one JSON document, indented, to stdout."""
+    _write(_json(value, indent=2) + "\n")
+
+
+def emit_jsonl(value: Any) -> None:
+    """Write one line of JSON to stdout."""
+    _write(_json(value) + "\n")
+
+
+class RowWriter:
+    """Writes rows to stdout as they come: `with RowWriter("jsonl", ["seq", "seconds"]) as out: out.write({...})`.
+
+    Every format has exactly `columns`, in that order; a key that a row lacks is null. A JSON list is closed also when
+    the block is left by an exception, so what was measured before Ctrl-C can be parsed. `human` gives Markdown cells
+    their units, for example `{"peak_rss_bytes": format_bytes}`.
+    """
+
+    def __init__(
+        self, format: RowFormat, columns: Sequence[str], human: Mapping[str, Callable[[Any], str]] | None = None
+    ) -> None:
+        self.format = format
+        self.columns = list(columns)
+        self.human = human or {}
+        self.widths: list[int] = []  # of the Markdown columns, set by the first row
+        self.num_rows = 0
+
+    def __enter__(self) -> RowWriter:
+        if self.format == "csv":
+            _write(_csv_line(self.columns))
+        return self
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        assert row.keys() <= set(self.columns), f"no such column: {sorted(row.keys() - set(self.columns))}"
+        values = [_finite(row.get(column)) for column in self.columns]
+        first = self.num_rows == 0
+        self.num_rows += 1
+        if self.format == "csv":
+            _write(_csv_line(values))
+        elif self.format == "md":
+            _write((self._markdown_head(values) if first else "") + self._markdown_line(values))
+        else:
+            line = _json(dict(zip(self.columns, values, strict=True)))
+            # the comma goes before the next row, so that a list may end at any time
+            _write(line + "\n" if self.format == "jsonl" else ("[\n  " if first else ",\n  ") + line)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.format == "json":
+            _write("\n]\n" if self.num_rows else "[]\n")
+        elif self.format == "md" and not self.num_rows:
+            _write(self._markdown_head([None] * len(self.columns)))
+
+    def _markdown_head(self, values: Sequence[Any]) -> str:
+        """The header, with columns as wide as the first row needs and some room; numbers stand to the right."""
+        cells = [self._cell(column, value) for column, value in zip(self.columns, values, strict=True)]
+        self.widths = [max(len(column), len(cell), 8) for column, cell in zip(self.columns, cells, strict=True)]
+        numeric = [isinstance(value, (int, float)) for value in values]
+        names = [
+            column.rjust(width) if right else column.ljust(width)
+            for column, width, right in zip(self.columns, self.widths, numeric, strict=True)
+        ]
+        rules = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(self.widths, numeric, strict=True)]
+        return _markdown_join(names) + _markdown_join(rules)
+
+    def _markdown_line(self, values: Sequence[Any]) -> str:
+        cells = []
+        for column, value, width in zip(self.columns, values, self.widths, strict=True):
+            cell = self._cell(column, value)
+            cells.append(cell.rjust(width) if isinstance(value, (int, float)) else cell.ljust(width))
+        return _markdown_join(cells)
+
+    def _cell(self, column: str, value: Any) -> str:
+        if value is None:
+            return ""
+        if column in self.human:
+            return self.human[column](value)
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        return " ".join(text.replace("|", "\\|").split())
+
+
+def format_count(count: float) -> str:
+    """1234567 -> `1.23M`; three significant digits, powers of 1000."""
+    return _scaled(count, 1000, ("", "k", "M", "G", "T", "P", "E"))
+
+
+def format_bytes(size: float) -> str:
+    """3221225472 -> `3.00 GiB`; powers of 1024."""
+    return _scaled(size, 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB", " EiB"))
+
+
+def format_duration(seconds: float) -> str:
+    """0.00123 -> `1.23 ms`, 75 -> `1m15s`, 3700 -> `1h01m`, 200000 -> `2d07h`."""
+    if seconds < 59.95:
+        for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+            if seconds * scale >= 0.9995:
+                return f"{_three_digits(seconds * scale)} {unit}"
+        return f"{seconds * 1e9:.0f} ns" if seconds > 0 else "0 s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours < 24 else f"{hours // 24}d{hours % 24:02}h"
+
+
+def _scaled(value: float, base: int, units: Sequence[str]) -> str:
+    power = 0
+    while abs(value) >= base * 0.9995 and power < len(units) - 1:
+        value /= base
+        power += 1
+    whole = power == 0 and value == int(value)
+    return (str(int(value)) if whole else _three_digits(value)) + units[power]
+
+
+def _three_digits(value: float) -> str:
+    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{digits}f}"
+
+
+def _write(text: str) -> None:
+    # looked up each time: a progress bar on the same terminal replaces sys.stdout while it is shown
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_finite(value), allow_nan=False, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with every float that JSON cannot write replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _csv_line(values: Sequence[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return line.getvalue()
+
+
+def _markdown_join(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |\n"

@@ -1,0 +1,59 @@
+"""Finds the model that `--model` names: one that is shipped, by its name, or a folder, by its path."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from longnet_cli.configuration import nearest
+from longnet_cli.errors import CheckpointError, ConfigError
+
+MODEL_FILES = ("config.json", "model.safetensors")
+
+
+def preset_dir() -> Path:
+    """The repository's `models/`: inside the package when that was installed from a wheel, beside it in a checkout."""
+    shipped = Path(__file__).parent / "models"
+    return shipped if shipped.is_dir() else Path(__file__).parents[1] / "models"
+
+
+def list_models() -> list[str]:
+    """Names of the shipped models with weights, sorted; recipes (`*.toml`) are not among them."""
+    return sorted(path.parent.name for path in preset_dir().glob("*/config.json"))
+
+
+def find_model(name_or_path: str) -> Path:
+    """The folder of a model. A name is looked up among the shipped models only, never in the current folder.
+
+    Raises ConfigError for a name that is not shipped, CheckpointError for a path that holds no complete model.
+    """
+    if not _is_path(name_or_path):
+        if name_or_path not in list_models():
+            raise ConfigError(_unknown(name_or_path))
+        return _complete(preset_dir() / name_or_path)
+    return _complete(Path(name_or_path))
+
+
+def _is_path(text: str) -> bool:
+    return "/" in text or os.sep in text or text.endswith(".toml")
+
+
+def _unknown(name: str) -> str:
+    shipped = list_models()
+    match = nearest(name, shipped)
+    hint = f": did you mean '{match}'?" if match else "."
+    if (preset_dir() / f"{name}.toml").is_file():
+        hint = ": it is shipped as a recipe, without weights; `longnet train` makes them."
+    return (
+        f"unknown model '{name}'{hint} Shipped models: {', '.join(shipped) or 'none'}; "
+        f"a path needs a slash, e.g. ./{name or 'my-run'}"
+    )
+
+
+def _complete(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; expected a model")
+    missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder}: not a complete model, {' and '.join(missing)} missing")
+    return folder

@@ -1,0 +1,61 @@
+"""What all tests share: the real command as a subprocess, hypothesis profiles, and no GPU test without a GPU."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
+
+# "default" repeats the same examples, so that CI says the same twice; HYPOTHESIS_PROFILE=thorough hunts for new ones.
+settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
+settings.register_profile("thorough", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+RunLongnet = Callable[..., subprocess.CompletedProcess]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def command_env() -> dict[str, str]:
+    """The environment of a command under test: imports this checkout, and sees nothing of the caller's terminal."""
+    hidden = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "LONGNET_TRACEBACK")
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    return env | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))}
+
+
+@pytest.fixture
+def run_longnet(tmp_path: Path, command_env: dict[str, str]) -> RunLongnet:
+    """`run_longnet("score", "-", input=...)` runs the real command in an empty folder; text=False for bytes."""
+
+    def run(
+        *args: str | Path,
+        input: str | bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        text: bool = True,
+        cwd: Path = tmp_path,
+        timeout: float = 120,
+    ) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "longnet_cli", *map(str, args)],
+            input=input if input is not None else ("" if text else b""),
+            capture_output=True,
+            text=text,
+            env=command_env | dict(env or {}),
+            cwd=cwd,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,246 @@
+"""Proves how `longnet` starts and ends: fast, with one line for every failure and the exit code that is documented.
+
+Failures are tried on an app of one command, in a real process, through the same `run` that the real one uses.
+"""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "numpy", "pyarrow", "tokenizers", "pydantic", "safetensors")
+
+SCRIPT = """
+import os, sys, time, typer
+from longnet_cli.cli.app import run
+from longnet_cli.errors import *
+
+app = typer.Typer()
+
+@app.command()
+def act() -> None:
+{body}
+
+@app.command()
+def other() -> None:
+    pass
+
+run(app)
+"""
+
+Script = Callable[[str], Path]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    """A program of one command `act`, with the given body."""
+
+    def write(body: str) -> Path:
+        path = tmp_path / "program.py"
+        path.write_text(SCRIPT.format(body="\n".join("    " + line for line in body.splitlines())))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def act(script: Script, command_env: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
+    def run(body: str, **env: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, script(body), "act"]
+        return subprocess.run(command, capture_output=True, text=True, env=command_env | env, check=False)
+
+    return run
+
+
+@pytest.fixture
+def shell(script: Script, command_env: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a bash line in which $ACT is the program."""
+
+    def run(body: str, line: str) -> subprocess.CompletedProcess:
+        env = command_env | {"ACT": f"{sys.executable} {script(body)} act"}
+        command = ["bash", "-o", "pipefail", "-c", line]
+        return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+
+    return run
+
+
+@pytest.fixture
+def stop(script: Script, command_env: dict[str, str], tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """Starts the program, sends a signal when it says it is ready, and returns its exit code and stderr."""
+
+    def run(body: str, signum: int) -> tuple[int, str]:
+        program = subprocess.Popen(
+            [sys.executable, script(body), "act"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=command_env,
+            # a test run in the background has SIGINT ignored, and Python keeps it so
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        assert program.stdout.readline() == "ready\n"
+        program.send_signal(signum)
+        _, stderr = program.communicate(timeout=30)
+        return program.returncode, stderr
+
+    return run
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_the_exit_codes(run_longnet, flag):
+    result = run_longnet(flag)
+    assert result.returncode == 0
+    assert "Usage: longnet" in result.stdout
+    assert "141" in result.stdout
+    assert result.stderr == ""
+
+
+def test_no_arguments_is_help(run_longnet):
+    result = run_longnet()
+    assert result.returncode == 2
+    assert "Usage: longnet" in result.stdout + result.stderr
+
+
+def test_version(run_longnet):
+    from longnet_cli import __version__
+
+    result = run_longnet("--version")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"longnet {__version__}\n", "")
+
+
+def test_help_imports_nothing_heavy_and_is_quick(run_longnet, command_env, tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr))\n"
+        "from longnet_cli.cli.app import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, probe, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, env=command_env, check=False)
+    assert (result.returncode, result.stderr) == (0, "[]\n")
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        run_longnet("--help")
+        return time.perf_counter() - began
+
+    # the best of several, because the machine does other things too; a quick machine stops at the first
+    assert any(seconds() < 0.3 for _ in range(10))
+
+
+def test_unknown_option_is_exit_2_with_a_suggestion(run_longnet):
+    result = run_longnet("--versoin")
+    assert result.returncode == 2
+    assert "--version" in result.stderr
+
+
+def test_unknown_command_is_exit_2_with_a_suggestion(script, command_env):
+    command = [sys.executable, script("pass"), "othr"]
+    result = subprocess.run(command, capture_output=True, text=True, env=command_env, check=False)
+    assert result.returncode == 2
+    assert "Did you mean 'other'" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("LongNetError", 1), ("ConfigError", 2), ("DataError", 3), ("CheckpointError", 4), ("MemoryLimitError", 5)],
+)
+def test_our_errors_are_one_line_and_their_exit_code(act, error, code):
+    result = act(f"raise {error}('row 7:\\n  bad [token] id')", LONGNET_TRACEBACK="1")
+    assert result.returncode == code
+    assert result.stderr == "longnet: error: row 7: bad [token] id\n"
+
+
+def test_a_bug_is_one_line_that_says_how_to_see_more(act):
+    result = act("{}['key']")
+    assert result.returncode == 1
+    assert result.stderr == "longnet: error: KeyError: 'key' (run with LONGNET_TRACEBACK=1 for the traceback)\n"
+    assert "Traceback" in act("{}['key']", LONGNET_TRACEBACK="1").stderr
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "raise MemoryError",
+        "class OutOfMemoryError(RuntimeError): pass\nraise OutOfMemoryError('CUDA out of memory')",
+        "import torch\ntorch.empty(1 << 60, dtype=torch.uint8)",
+    ],
+)
+def test_out_of_memory_is_exit_5(act, body):
+    result = act(body)
+    assert result.returncode == 5
+    assert result.stderr.startswith("longnet: error: out of memory")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_file_is_named(act):
+    result = act("open('/nowhere/to/be.found')")
+    assert result.returncode == 1
+    assert result.stderr == "longnet: error: No such file or directory: /nowhere/to/be.found\n"
+
+
+def test_exit_codes_of_typer_are_kept(act):
+    assert act("raise typer.Exit(3)").returncode == 3
+    assert act("raise typer.Abort").returncode == 1
+    assert act("pass").returncode == 0
+
+
+@pytest.mark.parametrize("flush", ["True", "False"])
+def test_closed_pipe_is_exit_141_and_silent(shell, flush):
+    result = shell(f"for row in range(100_000): print(row, flush={flush})", "$ACT | head -1")
+    assert (result.returncode, result.stdout, result.stderr) == (141, "0\n", "")
+
+
+def test_closed_pipe_that_shows_only_at_the_end(shell):
+    # the one row waits in Python's buffer until the reader has gone
+    result = shell("print('row'); time.sleep(0.3)", "$ACT | true")
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_closed_pipe_of_both_streams(shell):
+    body = "for row in range(100_000): print(row, flush=True); print('note', file=sys.stderr)"
+    assert shell(body, "$ACT 2>&1 | head -1").returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("body", ["print('row', flush=True)", "print('row')"])
+def test_full_disk_is_one_line_and_exit_1(shell, body):
+    result = shell(body, "$ACT > /dev/full")
+    assert (result.returncode, result.stderr) == (1, "longnet: error: No space left on device\n")
+
+
+def test_errors_never_land_in_the_results(shell):
+    result = shell("raise DataError('bad')", "$ACT 2>&-")
+    assert (result.returncode, result.stdout) == (3, "")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_clean_up_and_have_their_exit_code(stop, tmp_path, signum, code):
+    temporary = tmp_path / "shard.tmp"
+    body = f"""temporary = {str(temporary)!r}
+open(temporary, "w").close()
+try:
+    print("ready", flush=True)
+    time.sleep(30)
+finally:
+    os.remove(temporary)"""
+    assert stop(body, signum) == (code, "")
+    assert not temporary.exists()
+
+
+def test_a_second_sigterm_does_not_cut_the_clean_up_short(stop, tmp_path):
+    cleaned = tmp_path / "cleaned"
+    body = f"""try:
+    print("ready", flush=True)
+    time.sleep(30)
+finally:
+    os.kill(os.getpid(), 15)
+    open({str(cleaned)!r}, "w").close()"""
+    assert stop(body, signal.SIGTERM) == (143, "")
+    assert cleaned.exists()

@@ -1,0 +1,170 @@
+"""Proves that machine output parses in every format, also when the run is cut, and that people get readable units."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longnet_cli.cli.output import (
+    FORMATS,
+    RowWriter,
+    emit_json,
+    emit_jsonl,
+    format_bytes,
+    format_count,
+    format_duration,
+)
+
+COLUMNS = ["op", "seq", "seconds", "status"]
+ROWS = [
+    {"op": "attention", "seq": 8192, "seconds": 0.0123456789, "status": "ok"},
+    {"op": 'a,b|c\n"d"', "seq": 10**9, "seconds": float("nan"), "status": "oom"},
+    {"op": "model", "seq": 1},
+]
+INFINITE = [float("nan"), float("inf"), float("-inf")]
+
+
+def write_rows(format, rows, **settings):
+    with RowWriter(format, COLUMNS, **settings) as out:
+        for row in rows:
+            out.write(row)
+
+
+def parse(format, text):
+    """The rows of a machine format, with null for an empty cell of CSV."""
+    if format == "json":
+        return json.loads(text)
+    if format == "jsonl":
+        return [json.loads(line) for line in text.splitlines()]
+    return [{key: value or None for key, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
+
+
+@pytest.mark.parametrize("format", ["json", "jsonl", "csv"])
+def test_rows_read_back(capsys, format):
+    write_rows(format, ROWS)
+    rows = parse(format, capsys.readouterr().out)
+    assert [list(row) for row in rows] == [COLUMNS] * 3
+    assert [row["op"] for row in rows] == [row["op"] for row in ROWS]
+    assert float(rows[0]["seconds"]) == ROWS[0]["seconds"]
+    assert rows[1]["seconds"] is None
+    assert rows[2]["status"] is None
+
+
+@pytest.mark.parametrize("format", ["json", "jsonl", "csv"])
+def test_no_rows_are_an_empty_list(capsys, format):
+    write_rows(format, [])
+    assert parse(format, capsys.readouterr().out) == []
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_each_row_is_written_at_once(capsys, format):
+    with RowWriter(format, COLUMNS) as out:
+        for row in ROWS:
+            out.write(row)
+            assert str(row["seq"]) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cut", [KeyboardInterrupt, SystemExit, MemoryError])
+@pytest.mark.parametrize("format", ["json", "jsonl", "csv"])
+def test_rows_written_before_a_stop_can_be_parsed(capsys, format, cut):
+    def measurements():
+        yield ROWS[0]
+        raise cut
+
+    with pytest.raises(cut):
+        write_rows(format, measurements())
+    assert [row["op"] for row in parse(format, capsys.readouterr().out)] == ["attention"]
+
+
+def test_a_column_nobody_declared_is_a_bug():
+    with pytest.raises(AssertionError, match="no such column: \\['secnods'\\]"):
+        write_rows("csv", [{"secnods": 1.0}])
+
+
+def test_markdown_is_aligned_and_in_human_units(capsys):
+    write_rows("md", ROWS, human={"seq": format_count, "seconds": format_duration})
+    assert capsys.readouterr().out.splitlines() == [
+        "| op        |      seq |  seconds | status   |",
+        "| --------- | -------: | -------: | -------- |",
+        "| attention |    8.19k |  12.3 ms | ok       |",
+        '| a,b\\|c "d" |    1.00G |          | oom      |',
+        "| model     |        1 |          |          |",
+    ]
+
+
+def test_markdown_without_rows_is_a_header(capsys):
+    write_rows("md", [])
+    assert capsys.readouterr().out.splitlines()[0] == "| op       | seq      | seconds  | status   |"
+
+
+def test_a_wide_row_is_not_cut_in_a_pipe(command_env):
+    program = (
+        "from longnet_cli.cli.output import RowWriter\n"
+        "with RowWriter('md', ['path']) as out: out.write({'path': 'x' * 500})\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=command_env, check=True
+    )
+    assert "x" * 500 in result.stdout
+
+
+@pytest.mark.parametrize("value", INFINITE)
+def test_what_json_cannot_write_is_null_at_any_depth(capsys, value):
+    emit_jsonl({"ppl": value, "documents": [{"ppl": value}, (value, 1.5)]})
+    assert json.loads(capsys.readouterr().out) == {"ppl": None, "documents": [{"ppl": None}, [None, 1.5]]}
+
+
+def test_any_document_name_is_ascii_and_one_line(capsys):
+    name = "a\nb 文 \udcff"  # the last is a byte of a file name that is not UTF-8
+    emit_jsonl({"doc_id": name})
+    text = capsys.readouterr().out
+    assert text.isascii()
+    assert text.count("\n") == 1
+    assert json.loads(text)["doc_id"] == name
+
+
+def test_json_is_one_document(capsys):
+    emit_json({"total": {"nll_sum": 0.1}, "documents": []})
+    assert json.loads(capsys.readouterr().out) == {"total": {"nll_sum": 0.1}, "documents": []}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *[(0, "0"), (7, "7"), (0.5, "0.50"), (999, "999"), (1000, "1.00k"), (12_345, "12.3k"), (123_456, "123k")],
+        *[(999_999, "1.00M"), (1234567, "1.23M"), (10**9, "1.00G"), (-1500, "-1.50k")],
+    ],
+)
+def test_counts(value, text):
+    assert format_count(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (3 * 2**30, "3.00 GiB"), (1.5 * 2**40, "1.50 TiB")],
+)
+def test_bytes(value, text):
+    assert format_bytes(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *[(0, "0 s"), (3e-8, "30 ns"), (1.23e-6, "1.23 us"), (0.00123, "1.23 ms"), (0.5, "500 ms"), (12.34, "12.3 s")],
+        *[(59.94, "59.9 s"), (59.96, "1m00s"), (75, "1m15s"), (3599.6, "1h00m"), (3700, "1h01m"), (200_000, "2d07h")],
+    ],
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+@given(st.floats(min_value=1e-9, max_value=1e8))
+def test_durations_and_counts_stay_short(value):
+    assert len(format_duration(value)) <= 8
+    assert len(format_count(value)) <= 6
+    assert len(format_bytes(value)) <= 9

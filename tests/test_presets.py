@@ -1,0 +1,91 @@
+"""Proves that `--model` finds shipped models by name and folders by path, and says which of the two was wrong."""
+
+import pytest
+
+from longnet_cli import presets
+from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.presets import find_model, list_models, preset_dir
+
+
+def make_model(folder):
+    folder.mkdir(parents=True)
+    for name in presets.MODEL_FILES:
+        (folder / name).touch()
+    return folder
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A models/ folder with two models and a recipe."""
+    folder = tmp_path / "shipped"
+    make_model(folder / "longnet-tiny")
+    make_model(folder / "longnet-small")
+    (folder / "longnet-125m.toml").touch()
+    (folder / "README.md").touch()
+    monkeypatch.setattr(presets, "preset_dir", lambda: folder)
+    return folder
+
+
+def test_the_real_folder_is_beside_or_inside_the_package():
+    assert preset_dir().name == "models"
+
+
+def test_names_are_sorted_and_have_weights(shipped):
+    assert list_models() == ["longnet-small", "longnet-tiny"]
+
+
+def test_a_name_is_a_shipped_model(shipped):
+    assert find_model("longnet-tiny") == shipped / "longnet-tiny"
+
+
+def test_a_name_is_never_looked_up_in_the_current_folder(shipped, tmp_path, monkeypatch):
+    make_model(tmp_path / "work" / "mine")
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(ConfigError, match=r"a path needs a slash, e.g. ./mine"):
+        find_model("mine")
+    assert find_model("./mine").samefile(tmp_path / "work" / "mine")
+
+
+def test_a_misspelt_name_gets_the_nearest_and_the_list(shipped):
+    with pytest.raises(ConfigError) as caught:
+        find_model("longnet-tny")
+    assert str(caught.value) == (
+        "unknown model 'longnet-tny': did you mean 'longnet-tiny'? Shipped models: longnet-small, longnet-tiny; "
+        "a path needs a slash, e.g. ./longnet-tny"
+    )
+
+
+def test_a_recipe_has_no_weights(shipped):
+    with pytest.raises(ConfigError, match="'longnet-125m': it is shipped as a recipe, without weights"):
+        find_model("longnet-125m")
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_no_name_leads_out_of_the_folder(shipped, name):
+    make_model(shipped / "sub")  # so that something would be found one level up
+    with pytest.raises(ConfigError, match="unknown model"):
+        find_model(name)
+
+
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [
+        (None, "no such folder"),
+        ([], "config.json and model.safetensors missing"),
+        (["config.json"], "not a complete model, model.safetensors missing"),
+    ],
+)
+def test_an_incomplete_folder_names_what_is_missing(tmp_path, present, message):
+    folder = tmp_path / "run"
+    if present is not None:
+        folder.mkdir()
+        for name in present:
+            (folder / name).touch()
+    with pytest.raises(CheckpointError, match=message):
+        find_model(str(folder))
+
+
+def test_a_file_is_not_a_model(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="not a folder"):
+        find_model(f"{tmp_path}/model.safetensors")
