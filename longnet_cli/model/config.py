@@ -1,0 +1,90 @@
+"""What defines a LongNet: sizes, the attention pattern, positions and norms. This is `config.json` of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from longnet_cli.attention import Pattern
+from longnet_cli.configuration import validate
+
+# zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
+XPOS_MAX_SEGMENT = 65536
+
+
+class LongNetConfig(BaseModel):
+    """Immutable. `vocab_size=0` is a net without embedding, to be fed with vectors (GigaPath, LongViT).
+
+    Building it directly raises pydantic's ValidationError (a ValueError); `parse_config` raises ConfigError.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocab_size: int = Field(ge=0)
+    dim: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    ffn_dim: int = Field(gt=0)
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    head_offsets: Literal["modulo", "grouped"] = "modulo"
+    padding: Literal["exact", "zero_key"] = "exact"
+    causal: bool = True
+    position: Literal["xpos", "rope", "none"] = "xpos"
+    rope_theta: float = Field(default=10000.0, gt=1.0)
+    norm: Literal["subln", "pre"] = "subln"
+    final_norm: bool = True
+    tie_embeddings: bool = True
+    norm_eps: float = Field(default=1e-5, gt=0.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> LongNetConfig:
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}")
+        if self.position != "none" and self.head_dim % 2:
+            raise ValueError(f'position="{self.position}" needs an even head size, got {self.head_dim}')
+        if self.padding == "zero_key" and self.causal:
+            raise ValueError('padding="zero_key" is only for causal=false: a causal net never sees the zero keys')
+        _ = self.pattern  # raises ValueError for levels that no attention can have
+        if self.position == "xpos":
+            self._check_xpos()
+        return self
+
+    def _check_xpos(self) -> None:
+        """xPos decays with the distance to an earlier key and explodes with that to a later one."""
+        longest = max(self.segment_lengths)
+        if not self.causal:
+            raise ValueError('position="xpos" is only for causal=true; use position="rope"')
+        if longest > XPOS_MAX_SEGMENT:
+            raise ValueError(
+                f'position="xpos" overflows float32 in segments longer than {XPOS_MAX_SEGMENT}, got {longest}; '
+                'use position="rope"'
+            )
+        if odd := [w for w in self.segment_lengths if longest % w]:
+            raise ValueError(
+                f'position="xpos" needs segments that nest, and {odd[0]} does not divide {longest}; use position="rope"'
+            )
+
+    @property
+    def pattern(self) -> Pattern:
+        """The levels of every layer's attention."""
+        return Pattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def num_parameters(self) -> int:
+        """Trainable numbers of a net with this configuration, tied embeddings counted once."""
+        d, f = self.dim, self.ffn_dim
+        attention = 4 * (d * d + d) + (2 * d if self.norm == "subln" else 0)
+        ffn = d * f + f + f * d + d + (2 * f if self.norm == "subln" else 0)
+        embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        return embeddings + self.num_layers * (attention + ffn + 4 * d) + (2 * d if self.final_norm else 0)
+
+
+def parse_config(data: Mapping[str, Any], where: str) -> LongNetConfig:
+    """A configuration from parsed JSON or TOML; raises ConfigError of one line that begins with `where`."""
+    return validate(LongNetConfig, data, where)

@@ -1,0 +1,238 @@
+"""The net: MAGNETO blocks (arXiv 2210.06423) around dilated attention (arXiv 2307.02486). Knows one device, no rank.
+
+    x + out(LN(attention(LN x)))        x + fc2(LN(gelu(fc1(LN x))))        inner LNs only for norm="subln"
+
+A net that sees one shard of a sequence gets what lies outside it through `far`, a callable (see `FarProvider`), and
+its place through `start`. Chunks and ranks are built from these two, in `longnet_cli.runtime`.
+
+B batch, N tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from os import PathLike
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longnet_cli.attention import FarKeys, dilated_attention
+from longnet_cli.errors import ConfigError
+from longnet_cli.model.config import LongNetConfig
+from longnet_cli.model.positions import PositionTable, position_table, rotate
+
+# Called once a layer with (layer index, k, v): this shard's keys, rotated, and values, (B, N, H, D) both, in the
+# autograd graph. Returns the far keys that the shard attends to in that layer. It may keep k and v for later shards.
+FarProvider = Callable[[int, Tensor, Tensor], Sequence[FarKeys]]
+
+LOGITS_LIMIT = 1 << 26  # elements of logits that `nll` holds at one time: 256 MiB in float32
+IGNORED = -100  # a target without loss
+
+
+class Attention(nn.Module):
+    """Queries, keys and values, dilated attention over them, and the way out."""
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.pattern = config.pattern
+        # three matrices, not one: v as a view of a fused product would keep the unrotated q and k alive till backward
+        self.q, self.k, self.v = (nn.Linear(config.dim, config.dim) for _ in range(3))
+        self.inner_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
+        self.out = nn.Linear(config.dim, config.dim)
+
+    def init_weights(self, gain: float) -> None:
+        share = 1 / math.sqrt(2)
+        for linear, scale in ((self.q, share), (self.k, share), (self.v, share * gain), (self.out, gain)):
+            nn.init.xavier_uniform_(linear.weight, gain=scale)
+            nn.init.zeros_(linear.bias)
+
+    def project(self, x: Tensor, table: PositionTable | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed hidden (B, N, dim) -> rotated q and k, and v, each (B, N, H, D)."""
+        heads = (self.config.num_heads, self.config.head_dim)
+        q, k, v = (linear(x).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
+        return *rotate(q, k, table), v
+
+    def forward(
+        self,
+        x: Tensor,
+        table: PositionTable | None,
+        start: int,
+        lengths: Sequence[int] | Tensor | None,
+        far: Callable[[Tensor, Tensor], Sequence[FarKeys]] | None,
+    ) -> Tensor:
+        q, k, v = self.project(x, table)
+        mixed = dilated_attention(
+            q,
+            k,
+            v,
+            self.pattern,
+            causal=self.config.causal,
+            start=start,
+            far=far(k, v) if far else None,
+            lengths=lengths,
+            padding=self.config.padding,
+        )
+        return self.out(self.inner_norm(mixed.flatten(-2)))  # (B, N, H, D) -> (B, N, dim)
+
+
+class FeedForward(nn.Module):
+    """Two layers and an exact (erf) gelu."""
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.dim, config.ffn_dim)
+        self.inner_norm = nn.LayerNorm(config.ffn_dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
+        self.fc2 = nn.Linear(config.ffn_dim, config.dim)
+
+    def init_weights(self, gain: float) -> None:
+        for linear in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(linear.weight, gain=gain)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.inner_norm(F.gelu(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """One layer: hidden (B, N, dim) -> hidden (B, N, dim)."""
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.LayerNorm(config.dim, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        table: PositionTable | None,
+        start: int = 0,
+        lengths: Sequence[int] | Tensor | None = None,
+        far: Callable[[Tensor, Tensor], Sequence[FarKeys]] | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table, start, lengths, far)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class LongNet(nn.Module):
+    """A LongNet language model (causal) or encoder (bidirectional), initialised at random, float32.
+
+    `forward` is `embed`, then each of `layers` with one `positions` table, then `final_norm`; code that must go layer
+    by layer (a bidirectional net over more tokens than memory holds) calls these itself.
+    """
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim) if config.vocab_size else None
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
+        untied = config.vocab_size and not config.tie_embeddings
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if untied else None
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw all weights anew (MAGNETO section 2: gain sqrt(ln 2L) on v, out, fc1, fc2; q, k, v share 1/sqrt 2).
+
+        For a net built on the meta device: `net.to_empty(device=...)`, then this.
+        """
+        gain = math.sqrt(math.log(2 * self.config.num_layers)) if self.config.norm == "subln" else 1.0
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, Attention | FeedForward):
+                module.init_weights(gain)
+        for table in (self.embedding, self.output):
+            if table is not None:
+                nn.init.normal_(table.weight, std=self.config.dim**-0.5)
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        start: int = 0,
+        lengths: Sequence[int] | Tensor | None = None,
+        far: FarProvider | None = None,
+    ) -> Tensor:
+        """Token ids (B, N), or vectors (B, N, dim) in their place -> hidden (B, N, dim) after the final norm.
+
+        `start` is the position of the first token. `lengths` gives the true length of each right-padded row: true
+        positions come out as they would alone, padded ones hold no meaning. `far` makes this net one shard of a longer
+        sequence, see FarProvider. Raises ConfigError for tokens given to a net without embedding.
+        """
+        x = self.embed(tokens, embeddings)
+        table = self.positions(x, start)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, table, start, lengths, _of_layer(far, index) if far else None)
+        return self.final_norm(x)
+
+    def embed(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
+        """What the first layer gets, (B, N, dim), from exactly one of the two inputs of `forward`."""
+        if (tokens is None) == (embeddings is None):
+            raise ValueError("give either tokens or embeddings")
+        if embeddings is not None:
+            return embeddings
+        if self.embedding is None:
+            raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
+        return self.embedding(tokens)
+
+    def positions(self, x: Tensor, start: int) -> PositionTable | None:
+        """The table for hidden (B, N, dim) that begin at position `start`; one serves all layers."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        return position_table(self.config, start, x.shape[1], x.device, dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden (..., dim) -> logits (..., vocab_size) in the type of the matrix product."""
+        output = self.output or self.embedding
+        if output is None:
+            raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
+        return F.linear(hidden, output.weight)
+
+    def nll(self, hidden: Tensor, targets: Tensor, *, limit: int = LOGITS_LIMIT) -> Tensor:
+        """Negative log-likelihood in nats of `targets` (B, N), already shifted, given hidden (B, N, dim).
+
+        (B, N) float32, float64 for float64 hidden; 0 where a target is -100. At most `limit` elements of logits exist
+        at one time, also in the backward, which computes each chunk of them again.
+        """
+        rows, wanted = hidden.flatten(0, -2), targets.flatten()  # (B N, dim), (B N,)
+        size = max(1, limit // max(1, self.config.vocab_size))
+        if len(rows) <= size:
+            return self._nll(rows, wanted).view(targets.shape)
+        again = torch.is_grad_enabled()
+        chunks = [
+            checkpoint(self._nll, r, t, use_reentrant=False, preserve_rng_state=False) if again else self._nll(r, t)
+            for r, t in zip(rows.split(size), wanted.split(size), strict=True)
+        ]
+        return torch.cat(chunks).view(targets.shape)
+
+    def _nll(self, rows: Tensor, targets: Tensor) -> Tensor:
+        logits = self.logits(rows)
+        wide = logits if logits.dtype is torch.float64 else logits.float()
+        return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_dir: str | PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> LongNet:
+        """A saved model, from its directory or by the name of one that ships; see weights.load_pretrained."""
+        from longnet_cli.model.weights import load_pretrained
+
+        return load_pretrained(name_or_dir, device, dtype)
+
+    def save_pretrained(self, directory: str | PathLike[str], tokenizer_json: str | None = None) -> None:
+        """Write config.json, model.safetensors and tokenizer.json; see weights.save_pretrained."""
+        from longnet_cli.model.weights import save_pretrained
+
+        save_pretrained(self, directory, tokenizer_json)
+
+
+def _of_layer(far: FarProvider, index: int) -> Callable[[Tensor, Tensor], Sequence[FarKeys]]:
+    return lambda k, v: far(index, k, v)

@@ -1,0 +1,92 @@
+"""Rotary positions, plain (RoPE, arXiv 2104.09864) and with xPos decay (arXiv 2212.10554), for any token number.
+
+A pair of features (2j, 2j+1) is one complex number, as in torchscale (`rotate_every_two`); a position turns it by
+the phase pos * theta^(-2j/D), and xPos also scales it, q by zeta_j^(pos/512) and k by the inverse. Both are one
+complex product per tensor. Phases are float64 on int64 positions: a float32 phase is noise past 2^24 tokens, where
+float64 still resolves 1e-7 rad at 1e9.
+
+xPos counts from the middle of the widest segment that holds the token. Keys of a softmax share a segment and only
+differences of positions enter a score, so this changes nothing but the range of the exponents; up to one such
+segment it equals torchscale's table, which is centred in the whole sequence and ends in NaN past 72,000 tokens.
+
+N tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longnet_cli.errors import ConfigError
+from longnet_cli.model.config import LongNetConfig
+
+XPOS_SCALE_BASE = 512
+XPOS_GAMMA = 0.4
+XPOS_MAX_SEGMENT_FP16 = 8192  # float16 ends at e^11: zeta^(4096 / 512) is e^10
+
+BLOCK = 65536  # tokens whose float64 phases exist at one time
+
+
+class PositionTable(NamedTuple):
+    """Complex factors (tokens, 1, D/2) of queries and of keys; one and the same tensor for RoPE."""
+
+    q: Tensor
+    k: Tensor
+
+
+@torch.no_grad()
+def position_table(
+    config: LongNetConfig, start: int, tokens: int, device: torch.device | str, dtype: torch.dtype
+) -> PositionTable | None:
+    """The factors of positions [start, start + tokens); None for position="none".
+
+    `dtype` is that of the queries to be rotated: complex128 factors for float64, complex64 for all others. Raises
+    ConfigError for xPos in float16 over segments whose exponents that type does not hold.
+    """
+    if config.position == "none":
+        return None
+    xpos, longest = config.position == "xpos", max(config.segment_lengths)
+    if xpos and dtype is torch.float16 and longest > XPOS_MAX_SEGMENT_FP16:
+        raise ConfigError(
+            f'position="xpos" overflows float16 in segments longer than {XPOS_MAX_SEGMENT_FP16}, got {longest}; '
+            "use bfloat16 or float32"
+        )
+    half = config.head_dim // 2
+    kind = torch.complex128 if dtype is torch.float64 else torch.complex64
+    j = torch.arange(half, dtype=torch.float64, device=device)
+    frequencies = config.rope_theta ** (-j / half)  # (D/2,)
+    log_zeta = torch.log((2 * j + XPOS_GAMMA * config.head_dim) / ((1 + XPOS_GAMMA) * config.head_dim))
+    q = torch.empty(tokens, 1, half, dtype=kind, device=device)
+    k = torch.empty_like(q) if xpos else q
+    for first in range(0, tokens, BLOCK):
+        rows = slice(first, min(first + BLOCK, tokens))
+        position = torch.arange(start + rows.start, start + rows.stop, dtype=torch.int64, device=device)
+        if xpos:
+            position = position % longest - longest // 2
+        phase = (position.double()[:, None] * frequencies).remainder_(2 * math.pi)[:, None]  # (rows, 1, D/2)
+        if xpos:
+            exponent = (position.double() / XPOS_SCALE_BASE)[:, None, None] * log_zeta
+            q[rows] = torch.polar(exponent.exp(), phase)
+            k[rows] = torch.polar(exponent.neg_().exp_(), phase)
+        else:
+            q[rows] = torch.polar(torch.ones_like(phase), phase)
+    return PositionTable(q, k)
+
+
+def rotate(q: Tensor, k: Tensor, table: PositionTable | None) -> tuple[Tensor, Tensor]:
+    """Turn queries and keys (batch, tokens, H, D), strided views allowed, by their positions; types are kept.
+
+    The product is float32 (float64 for float64 inputs), also under autocast, and its backward saves only the table.
+    """
+    if table is None:
+        return q, k
+    return _turn(q, table.q), _turn(k, table.k)
+
+
+def _turn(x: Tensor, factors: Tensor) -> Tensor:
+    wide = x if x.dtype is torch.float64 else x.float()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (batch, tokens, H, D/2)
+    return torch.view_as_real(pairs * factors).flatten(-2).to(x.dtype)

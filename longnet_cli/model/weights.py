@@ -1,0 +1,198 @@
+"""Weights on disk: a model directory (config.json, model.safetensors, tokenizer.json) and torchscale's state dicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longnet_cli.errors import CheckpointError
+from longnet_cli.model.config import LongNetConfig, parse_config
+from longnet_cli.presets import find_model
+
+if TYPE_CHECKING:
+    from longnet_cli.model.longnet import LongNet
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+
+TORCHSCALE_LAYER = {
+    "self_attn_layer_norm": "attention_norm",
+    "self_attn.q_proj": "attention.q",
+    "self_attn.k_proj": "attention.k",
+    "self_attn.v_proj": "attention.v",
+    "self_attn.inner_attn_ln": "attention.inner_norm",
+    "self_attn.out_proj": "attention.out",
+    "final_layer_norm": "ffn_norm",
+    "ffn.fc1": "ffn.fc1",
+    "ffn.ffn_layernorm": "ffn.inner_norm",
+    "ffn.fc2": "ffn.fc2",
+}
+TORCHSCALE_TOP = {"embed_tokens": "embedding", "layer_norm": "final_norm", "output_projection": "output"}
+TORCHSCALE_PREFIX = re.compile(r"(model|decoder|encoder)\.")
+TORCHSCALE_IGNORED = re.compile(r"(.*\.)?(xpos\.scale|version)")  # buffers that the configuration determines
+
+
+def save_pretrained(
+    model: LongNet,
+    directory: str | PathLike[str],
+    tokenizer_json: str | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model directory; `tokenizer_json` is the text of a `tokenizers` file.
+
+    Every file is written under a temporary name, then renamed, config.json last: a directory that has one is
+    complete. `state_dict` replaces the model's own where that is sharded. Tied embeddings are one tensor. Raises
+    CheckpointError where the directory cannot be written.
+    """
+    folder = Path(directory)
+    state = model.state_dict() if state_dict is None else state_dict
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    names = [WEIGHTS, *([TOKENIZER] if tokenizer_json is not None else []), CONFIG]
+    partial = {name: folder / f".{name}.{os.getpid()}.tmp" for name in names}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial[WEIGHTS], metadata={"format": "pt"})
+        if tokenizer_json is not None:
+            partial[TOKENIZER].write_text(tokenizer_json, encoding="utf-8")
+        partial[CONFIG].write_text(json.dumps(model.config.model_dump(), indent=2) + "\n", encoding="utf-8")
+        for name in names:
+            _flush(partial[name])
+            os.replace(partial[name], folder / name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot write the model: {_one_line(error)}") from None
+    finally:
+        for path in partial.values():
+            with suppress(OSError):  # renamed by now, or never made
+                path.unlink()
+
+
+def load_config(directory: str | PathLike[str]) -> LongNetConfig:
+    """The configuration of a model directory. Raises CheckpointError (unreadable) or ConfigError (wrong)."""
+    path = Path(directory) / CONFIG
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: not a model directory, {CONFIG} is missing") from None
+    except (OSError, ValueError) as error:  # ValueError: not JSON, not UTF-8
+        raise CheckpointError(f"{path}: cannot be read: {_one_line(error)}") from None
+    return parse_config(data, str(path))
+
+
+def load_pretrained(
+    name_or_dir: str | PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> LongNet:
+    """A model from its directory, or by the name of one that ships, in eval mode; `dtype` None keeps the stored one.
+
+    A string without a slash is a name, never a folder; a `Path` is always a folder. Raises CheckpointError of one line
+    (a missing or damaged file, tensors missing, unexpected or of another shape), ConfigError for a wrong config.json
+    or an unknown name.
+    """
+    folder = _resolve(name_or_dir)
+    config = load_config(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: {WEIGHTS} is missing")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged or not a safetensors file: {_one_line(error)}") from None
+    tensors = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in tensors.items()}
+    return _build(config, tensors, str(path)).eval()
+
+
+def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> LongNet:
+    """A float32 LongNet with the weights of torchscale's LongNetDecoder or LongNetEncoder.
+
+    Keys may all have a `model.`, `decoder.` or `encoder.` prefix. The weights were trained with
+    head_offsets="grouped", an encoder's mostly with padding="zero_key": `config` has to say so. Raises CheckpointError
+    naming the first key that is missing, has no place here or another shape, or an output projection that is not the
+    embedding though `config.tie_embeddings` says so.
+    """
+    state = _without_prefix({k: t for k, t in state_dict.items() if not TORCHSCALE_IGNORED.fullmatch(k)})
+    places = {theirs: _from_torchscale_key(theirs) for theirs in state}
+    if unknown := [theirs for theirs, ours in places.items() if ours is None]:
+        raise CheckpointError(f"torchscale weights: {_names('unexpected', unknown)}")
+    tensors = {ours: state[theirs].detach().to(torch.float32) for theirs, ours in places.items() if ours is not None}
+    if config.tie_embeddings and config.vocab_size:
+        output = tensors.pop("output.weight", None)
+        embedding = tensors.get("embedding.weight")
+        if output is not None and embedding is not None and not torch.equal(output, embedding):
+            raise CheckpointError(
+                "torchscale weights: output_projection.weight is not embed_tokens.weight; set tie_embeddings=false"
+            )
+    # our own copy: training the net must not change the caller's dict
+    return _build(config, {name: tensor.clone() for name, tensor in tensors.items()}, "torchscale weights").eval()
+
+
+def _from_torchscale_key(key: str) -> str | None:
+    """Our name of one of torchscale's parameters (prefix removed), None where it has no place in this net."""
+    module, _, leaf = key.rpartition(".")
+    if leaf not in ("weight", "bias"):
+        return None
+    if module in TORCHSCALE_TOP:
+        return f"{TORCHSCALE_TOP[module]}.{leaf}"
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
+    if layer and layer[2] in TORCHSCALE_LAYER:
+        return f"layers.{layer[1]}.{TORCHSCALE_LAYER[layer[2]]}.{leaf}"
+    return None
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Strip prefixes that all keys share, as of a decoder inside a fairseq model (`model.decoder.`)."""
+    while state:
+        match = TORCHSCALE_PREFIX.match(next(iter(state)))
+        if not match or not all(key.startswith(match[0]) for key in state):
+            break
+        state = {key.removeprefix(match[0]): tensor for key, tensor in state.items()}
+    return state
+
+
+def _build(config: LongNetConfig, tensors: dict[str, Tensor], where: str) -> LongNet:
+    """A net that owns `tensors`, without ever drawing the random weights that they replace."""
+    from longnet_cli.model.longnet import LongNet
+
+    with torch.device("meta"):
+        model = LongNet(config)
+    expected = model.state_dict()
+    if missing := [name for name in expected if name not in tensors]:
+        raise CheckpointError(f"{where}: {_names('missing', missing)}")
+    if unexpected := [name for name in tensors if name not in expected]:
+        raise CheckpointError(f"{where}: {_names('unexpected', unexpected)}")
+    for name, tensor in tensors.items():
+        found, needed = tuple(tensor.shape), tuple(expected[name].shape)
+        if found != needed:
+            raise CheckpointError(f"{where}: {name} has shape {found}, its configuration needs {needed}")
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def _resolve(name_or_dir: str | PathLike[str]) -> Path:
+    """A `Path` is a directory; a string is what a person types, where a bare name is that of a shipped model."""
+    if not isinstance(name_or_dir, str):
+        return Path(name_or_dir)
+    return find_model(name_or_dir)
+
+
+def _names(what: str, names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{what} {'tensor' if len(names) == 1 else 'tensors'} {shown}"
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,108 @@
+"""Proves that a wrong configuration is refused in one line that says what to do, and a right one counts its weights."""
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from longnet_cli.attention import Pattern
+from longnet_cli.configuration import validate
+from longnet_cli.errors import ConfigError
+from longnet_cli.model.config import LongNetConfig, parse_config
+
+PAPER = {
+    "vocab_size": 100277,
+    "dim": 768,
+    "num_layers": 12,
+    "num_heads": 12,
+    "ffn_dim": 3072,
+    "segment_lengths": [2048, 4096, 8192, 16384, 32768],
+    "dilation_rates": [1, 2, 4, 6, 12],
+}
+
+
+def message(**changes: object) -> str:
+    """The refusal of the paper's configuration with some keys changed; None removes one."""
+    data = {key: value for key, value in (PAPER | changes).items() if value is not None}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(data, "config.json")
+    text = str(caught.value)
+    assert text.startswith("config.json: ")
+    assert "\n" not in text
+    return text
+
+
+def test_paper_configuration() -> None:
+    config = parse_config(PAPER, "config.json")
+    assert config.pattern == Pattern.paper()
+    assert config.head_dim == 64
+    # torchscale's base decoder body and its tied cl100k embedding (research/longnet.md 2)
+    assert config.num_parameters() == 85_148_160 + 100_277 * 768
+    assert parse_config(config.model_dump(mode="json"), "again") == config
+
+
+def test_unknown_key_names_the_nearest() -> None:
+    assert message(num_layer=12) == "config.json: unknown key 'num_layer': did you mean 'num_layers'?"
+    # the misspelt key is also a missing one, which is not worth a second complaint
+    assert message(num_layers=None, num_layer=12).count("num_layers") == 1
+    assert message(zebra=1) == "config.json: unknown key 'zebra'"
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"dim": None}, "missing key 'dim'"),
+        ({"dim": "big"}, "dim: "),
+        ({"dim": 770}, "dim 770 is not divisible by num_heads 12"),
+        ({"num_heads": 256}, "even head size, got 3"),
+        ({"num_layers": 0}, "num_layers: "),
+        ({"position": "alibi"}, "position: "),
+        ({"dilation_rates": [1, 2]}, "one entry a level"),
+        ({"segment_lengths": [], "dilation_rates": []}, "one entry a level"),
+        ({"segment_lengths": [0], "dilation_rates": [1]}, "at least 1"),
+        ({"padding": "zero_key"}, "causal=false"),
+        ({"causal": False}, 'use position="rope"'),
+        ({"segment_lengths": [2048, 131072], "dilation_rates": [1, 4]}, 'use position="rope"'),
+        ({"segment_lengths": [2048, 5792], "dilation_rates": [1, 2]}, 'use position="rope"'),
+    ],
+)
+def test_refusals(changes: dict, part: str) -> None:
+    assert part in message(**changes)
+
+
+def test_rope_takes_what_xpos_refuses() -> None:
+    gigapath = PAPER | {"segment_lengths": [1024, 5792, 2**20], "dilation_rates": [1, 2, 16], "causal": False}
+    assert parse_config(gigapath | {"position": "rope"}, "here").position == "rope"
+    assert parse_config(gigapath | {"position": "none", "padding": "zero_key"}, "here").padding == "zero_key"
+
+
+def test_immutable() -> None:
+    config = LongNetConfig(**PAPER)
+    with pytest.raises(ValueError, match="frozen"):
+        config.dim = 3
+
+
+class Optimizer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.98)
+
+
+class Recipe(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    optimizer: Optimizer | None = None
+    stages: list[Optimizer] = []
+
+
+def test_nested_models_have_dotted_names() -> None:
+    assert validate(Recipe, {"optimizer": {"lr": 1e-3}}, "r").optimizer == Optimizer(lr=1e-3)
+    for data, text in [
+        ({"optimizer": {"lr": 1, "beta": 2}}, "r: unknown key 'optimizer.beta': did you mean 'optimizer.betas'?"),
+        ({"stages": [{"lr": 1, "betaz": 2}]}, "r: unknown key 'stages.0.betaz': did you mean 'stages.0.betas'?"),
+        ({"optimiser": {}}, "r: unknown key 'optimiser': did you mean 'optimizer'?"),
+        ({"optimizer": {}}, "r: missing key 'optimizer.lr'"),
+        ({"optimizer": {"lr": "fast"}}, "r: optimizer.lr: "),
+        ([1], "r: expected keys and values, got [1]"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            validate(Recipe, data, "r")
+        assert str(caught.value).startswith(text)
+        assert "\n" not in str(caught.value)

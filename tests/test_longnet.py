@@ -1,0 +1,218 @@
+"""Proves that the net is torchscale's (goldens), never looks ahead, and gives one answer however its input is cut."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from longnet_cli.attention import FarKeys, Span, far_keys
+from longnet_cli.errors import ConfigError
+from longnet_cli.model import LongNet, LongNetConfig, from_torchscale
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+PATTERN = {"segment_lengths": (16, 48, 96), "dilation_rates": (1, 2, 5)}
+
+
+def small(**changes: object) -> LongNetConfig:
+    sizes = {"vocab_size": 37, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 64}
+    return LongNetConfig(**(sizes | PATTERN | changes))
+
+
+def build(dtype: torch.dtype = torch.float64, **changes: object) -> LongNet:
+    torch.manual_seed(0)
+    return LongNet(small(**changes)).to(dtype)
+
+
+def token_ids(batch: int, length: int) -> Tensor:
+    return torch.randint(37, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.mark.parametrize("name", ["decoder_subln_xpos", "encoder_subln_zero_key"])
+def test_golden(name: str) -> None:
+    path = GOLDEN / f"{name}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"the golden tensors are not beside this checkout: {path}")
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        theirs = json.loads(file.metadata()["config"])
+    config = LongNetConfig(
+        vocab_size=theirs.get("vocab_size", 0),
+        dim=theirs["dim"],
+        num_layers=theirs["layers"],
+        num_heads=theirs["heads"],
+        ffn_dim=theirs["ffn_dim"],
+        segment_lengths=theirs["segment_lengths"],
+        dilation_rates=theirs["dilation_rates"],
+        head_offsets=theirs["head_offsets"],
+        padding=theirs.get("padding", "exact"),
+        causal=theirs.get("causal", True),
+        position="xpos" if theirs["xpos"] else "none",
+        norm_eps=theirs["layernorm_eps"],
+    )
+    net = from_torchscale({key: tensor for key, tensor in tensors.items() if key.startswith("model.")}, config)
+    with torch.no_grad():
+        if name.startswith("decoder"):
+            ours, wanted = net.logits(net(tensors["tokens"])), tensors["logits"]
+        else:
+            ours, wanted = net(embeddings=tensors["embeddings"]), tensors["out"]
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["xpos", "rope", "none"])
+def test_never_looks_ahead(position: str) -> None:
+    net, tokens = build(position=position), token_ids(1, 110)
+    before = net(tokens)
+    for j in (0, 1, 15, 16, 50, 96, 109):
+        changed = tokens.clone()
+        changed[0, j] = (changed[0, j] + 1) % 37
+        after = net(changed)
+        assert torch.equal(after[:, :j], before[:, :j])
+        assert not torch.equal(after[:, j], before[:, j])
+
+
+@pytest.mark.parametrize("position", ["xpos", "rope"])
+@pytest.mark.parametrize("cut", [1, 40, 48, 99])
+def test_two_shards_are_one_sequence(position: str, cut: int) -> None:
+    """Hidden states and gradients of [0, N) and of [0, cut) then [cut, N) that gets far keys from the first."""
+    tokens, length = token_ids(2, 130), 130
+    whole = build(position=position)
+    whole(tokens).square().sum().backward()
+
+    net = build(position=position)
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(layer: int, k: Tensor, v: Tensor) -> list[FarKeys]:
+        kept[layer] = (k, v)
+        return []
+
+    def give(layer: int, k: Tensor, v: Tensor) -> list[FarKeys]:
+        assert k.shape == v.shape == (2, length - cut, 4, 8)
+        pattern = net.config.pattern
+        segments = [(level, cut // w * w) for level, w in enumerate(pattern.segment_lengths)]
+        return [far_keys(*kept[layer], pattern, Span(level, s, cut)) for level, s in segments if s < cut]
+
+    hidden = torch.cat([net(tokens[:, :cut], far=keep), net(tokens[:, cut:], start=cut, far=give)], 1)
+    torch.testing.assert_close(hidden, whole(tokens), rtol=0, atol=1e-12)
+    hidden.square().sum().backward()
+    for (name, ours), wanted in zip(net.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, wanted.grad, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_padded_row_is_what_it_would_be_alone(causal: bool) -> None:
+    net, tokens = build(causal=causal, position="rope"), token_ids(3, 70)
+    hidden = net(tokens, lengths=[70, 33, 1])
+    for row, length in enumerate((70, 33, 1)):
+        torch.testing.assert_close(hidden[row : row + 1, :length], net(tokens[row : row + 1, :length]))
+
+
+def test_rope_does_not_see_a_shift_by_whole_segments() -> None:
+    net, tokens = build(position="rope"), token_ids(1, 100)
+    shift = 96 * 5  # a multiple of every segment length
+    torch.testing.assert_close(net(tokens, start=shift), net(tokens), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("limit", [1, 37 * 10, 37 * 130])
+def test_chunked_nll_is_cross_entropy(tied: bool, limit: int) -> None:
+    net, tokens = build(tie_embeddings=tied), token_ids(2, 65)
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = -100
+    wanted = F.cross_entropy(net.logits(net(tokens)).flatten(0, 1), targets.flatten(), reduction="none").view(2, 65)
+    wanted.sum().backward()
+    gradients = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
+    nll = net.nll(net(tokens), targets, limit=limit)
+    torch.testing.assert_close(nll, wanted, rtol=0, atol=1e-12)
+    assert (nll[:, -1] == 0).all()
+    nll.sum().backward()
+    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-11)
+    with torch.no_grad():
+        assert torch.equal(net.nll(net(tokens), targets, limit=limit), nll)
+
+
+def test_only_one_chunk_of_logits_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, tokens = build(torch.float32), token_ids(1, 100)
+    sizes: list[int] = []
+    logits = LongNet.logits
+    monkeypatch.setattr(LongNet, "logits", lambda self, h: sizes.append(logits(self, h).numel()) or logits(self, h))
+    saved: list[int] = []
+    hidden = net(tokens)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        nll = net.nll(hidden, tokens, limit=37 * 16)
+    assert nll.dtype is torch.float32
+    assert max(sizes) == 37 * 16
+    assert len(sizes) == 7
+    assert 37 * 16 not in saved  # no logits wait for the backward
+    nll.sum().backward()
+    assert len(sizes) == 14
+
+
+@pytest.mark.parametrize("position", ["xpos", "rope"])
+def test_bfloat16_autocast_trains(position: str) -> None:
+    net, tokens = build(torch.float32, position=position), token_ids(1, 100)
+    exact = net.nll(net(tokens), tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        nll = net.nll(net(tokens), tokens)
+    assert nll.dtype is torch.float32
+    torch.testing.assert_close(nll, exact, rtol=0.05, atol=0.1)
+    nll.mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("norm", ["subln", "pre"])
+@pytest.mark.parametrize("final_norm", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_counts_its_parameters(norm: str, final_norm: bool, tied: bool) -> None:
+    config = small(norm=norm, final_norm=final_norm, tie_embeddings=tied)
+    assert sum(parameter.numel() for parameter in LongNet(config).parameters()) == config.num_parameters()
+
+
+def test_initial_weights() -> None:
+    """MAGNETO's gains: xavier_uniform has the variance gain^2 * 2 / (fan_in + fan_out)."""
+    net = LongNet(small(dim=256, num_layers=6, ffn_dim=1024, vocab_size=1000))
+    gain = torch.log(torch.tensor(12.0)).sqrt().item()
+    attention, ffn = net.layers[0].attention, net.layers[0].ffn
+    expected = [
+        (attention.q, 2**-0.5),
+        (attention.k, 2**-0.5),
+        (attention.v, gain * 2**-0.5),
+        (attention.out, gain),
+        (ffn.fc1, gain),
+        (ffn.fc2, gain),
+    ]
+    for linear, scale in expected:
+        std = scale * (2 / sum(linear.weight.shape)) ** 0.5
+        assert linear.weight.std().item() == pytest.approx(std, rel=0.02)
+        assert (linear.bias == 0).all()
+    assert net.embedding.weight.std().item() == pytest.approx(256**-0.5, rel=0.02)
+    assert LongNet(small(norm="pre")).layers[0].ffn.fc1.weight.std().item() == pytest.approx((2 / 96) ** 0.5, rel=0.1)
+
+
+def test_meta_device_then_weights() -> None:
+    with torch.device("meta"):
+        net = LongNet(small())
+    assert all(parameter.is_meta for parameter in net.parameters())
+    net.to_empty(device="cpu")
+    other = build(torch.float32)
+    for each in (net, other):
+        torch.manual_seed(1)
+        each.init_weights()
+    for ours, wanted in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, wanted)
+
+
+def test_a_net_without_embedding_says_so() -> None:
+    net = build(vocab_size=0, causal=False, position="none")
+    assert net(embeddings=torch.randn(1, 20, 32, dtype=torch.float64)).shape == (1, 20, 32)
+    with pytest.raises(ConfigError, match="no token embedding"):
+        net(token_ids(1, 4))
+    with pytest.raises(ConfigError, match="no vocabulary"):
+        net.logits(torch.randn(1, 4, 32, dtype=torch.float64))
+    with pytest.raises(ValueError, match="either tokens or embeddings"):
+        net()

@@ -1,0 +1,174 @@
+"""Proves that saved = loaded to the bit, that nothing half-written stays, and that a wrong file is told in one line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.model import LongNet, LongNetConfig, from_torchscale
+from longnet_cli.model.weights import TORCHSCALE_LAYER, TORCHSCALE_TOP, load_pretrained, save_pretrained
+
+
+def small(**changes: object) -> LongNetConfig:
+    sizes = {"vocab_size": 29, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24}
+    return LongNetConfig(**(sizes | {"segment_lengths": (8, 16), "dilation_rates": (1, 2)} | changes))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_is_loaded(tmp_path: Path, tied: bool) -> None:
+    net = LongNet(small(tie_embeddings=tied))
+    net.save_pretrained(tmp_path / "run", tokenizer_json='{"version": "1.0"}')
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert (tmp_path / "run" / "config.json").read_text().startswith('{\n  "vocab_size": 29,\n')
+    stored = load_file(tmp_path / "run" / "model.safetensors")
+    assert ("output.weight" in stored) is not tied
+    again = LongNet.from_pretrained(str(tmp_path / "run"))
+    assert again.config == net.config
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+    assert not again.training
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    assert next(load_pretrained(tmp_path / "run", dtype=torch.bfloat16).parameters()).dtype is torch.bfloat16
+
+
+def test_saving_replaces_and_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = LongNet(small()), LongNet(small())
+    first.save_pretrained(tmp_path)
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("longnet_cli.model.weights._flush", fails)
+    with pytest.raises(CheckpointError, match="No space left"):
+        second.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert torch.equal(load_pretrained(tmp_path).embedding.weight, first.embedding.weight)
+    assert len(list(tmp_path.iterdir())) == 2
+    save_pretrained(first, tmp_path, state_dict=second.state_dict())
+    assert torch.equal(load_pretrained(tmp_path).embedding.weight, second.embedding.weight)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        first.save_pretrained(tmp_path / "file" / "model")
+
+
+def damage(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return apply
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "part"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (lambda folder: (folder / "config.json").write_text('{"dim": '), "config.json: cannot be read"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json: cannot be read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"not tensors"), "damaged"),
+        (truncate, "damaged"),
+        (damage(lambda t: t.pop("layers.1.ffn.fc1.bias")), "missing tensor layers.1.ffn.fc1.bias"),
+        (damage(lambda t: [t.pop(k) for k in list(t) if "ffn" in k]), "and 13 more"),
+        (damage(lambda t: t.update(extra=torch.zeros(1))), "unexpected tensor extra"),
+        (damage(lambda t: t.update({"embedding.weight": torch.zeros(9, 16)})), "embedding.weight has shape (9, 16)"),
+    ],
+)
+def test_wrong_files_are_told_in_one_line(tmp_path: Path, spoil: Callable[[Path], None], part: str) -> None:
+    LongNet(small()).save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        load_pretrained(tmp_path)
+    text = str(caught.value)
+    assert part in text
+    assert str(tmp_path) in text
+    assert "\n" not in text
+
+
+def test_wrong_configuration_and_unknown_name(tmp_path: Path) -> None:
+    LongNet(small()).save_pretrained(tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    data["num_layer"] = data.pop("num_layers")
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match=r"config\.json: unknown key 'num_layer': did you mean 'num_layers'\?$"):
+        load_pretrained(tmp_path)
+    with pytest.raises(CheckpointError):
+        load_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="no-such-model"):
+        load_pretrained("no-such-model")
+
+
+def as_torchscale(net: LongNet, prefix: str = "") -> dict[str, Tensor]:
+    """The state dict that torchscale would hold for this net."""
+    layer = {ours: theirs for theirs, ours in TORCHSCALE_LAYER.items()}
+    top = {ours: theirs for theirs, ours in TORCHSCALE_TOP.items()}
+    found = {}
+    for name, tensor in net.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        if module.startswith("layers."):
+            _, number, inner = module.split(".", 2)
+            module = f"layers.{number}.{layer[inner]}"
+        else:
+            module = top[module]
+        found[f"{prefix}{module}.{leaf}"] = tensor
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "decoder.", "model.decoder."])
+@pytest.mark.parametrize("tied", [True, False])
+def test_torchscale_decoder(prefix: str, tied: bool) -> None:
+    net = LongNet(small(tie_embeddings=tied, head_offsets="grouped"))
+    state = as_torchscale(net, prefix)
+    if tied:
+        state[f"{prefix}output_projection.weight"] = net.embedding.weight.detach().clone()
+    state[f"{prefix}layers.0.self_attn.xpos.scale"] = torch.zeros(4)
+    state[f"{prefix}version"] = torch.tensor([3.0])
+    again = from_torchscale(state, net.config)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+    with torch.no_grad():
+        again.embedding.weight.zero_()
+    assert net.embedding.weight.abs().sum() > 0  # its own memory
+
+
+@pytest.mark.parametrize("final_norm", [True, False])
+@pytest.mark.parametrize("norm", ["subln", "pre"])
+def test_torchscale_encoder_without_embedding(final_norm: bool, norm: str) -> None:
+    net = LongNet(small(vocab_size=0, causal=False, position="none", final_norm=final_norm, norm=norm)).half()
+    again = from_torchscale(as_torchscale(net, "encoder."), net.config)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor.float())
+
+
+def test_torchscale_refusals() -> None:
+    net = LongNet(small())
+    state = as_torchscale(net)
+    for changes, part in [
+        ({"embed_positions.weight": torch.zeros(4, 16)}, "unexpected tensor embed_positions.weight"),
+        ({"layers.0.ffn.A.fc1.weight": torch.zeros(1)}, "unexpected tensor layers.0.ffn.A.fc1.weight"),
+        ({"layers.7.ffn.fc1.bias": torch.zeros(24)}, "unexpected tensor layers.7.ffn.fc1.bias"),
+        ({"layers.0.ffn.fc1.bias": torch.zeros(25)}, "has shape (25,)"),
+        ({"output_projection.weight": torch.zeros(29, 16)}, "tie_embeddings=false"),
+    ]:
+        with pytest.raises(CheckpointError) as caught:
+            from_torchscale(state | changes, net.config)
+        assert part in str(caught.value)
+    del state["layers.1.self_attn.q_proj.bias"]
+    with pytest.raises(CheckpointError, match=r"missing tensor layers\.1\.attention\.q\.bias"):
+        from_torchscale(state, net.config)
