@@ -1,0 +1,230 @@
+"""Text to token ids and back: one class around `tokenizers.Tokenizer`, for the built-in bytes and any tokenizer.json.
+
+A document is never anything but text: `<|endoftext|>` written inside one is encoded as its characters, so the byte
+count of a document's tokens is the byte count of its text, and no document can forge a boundary.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from longnet_cli.data.sinks import atomic_write
+from longnet_cli.errors import ConfigError
+
+END_OF_TEXT = "<|endoftext|>"
+EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")
+
+# One call of the library is slower than linear in its text (4 MB cost 8 times 1 MB), and keeps some 100 bytes a
+# token, so a text goes through it in pieces of PIECE characters, and pieces in groups of GROUP.
+PIECE = 1 << 16
+GROUP = 1 << 22
+LONGEST_PIECE = 1 << 20
+
+# Between a letter and one of these signs every byte-level pre-tokenizer starts a new word (GPT-2, cl100k, o200k,
+# Llama 3), so a text cut there gives the same tokens. Not before an apostrophe: o200k takes the 't of don't along.
+CUT_BEFORE = ' \t\n\r,.;:!?()[]{}<>="0123456789\u3001\u3002\uff0c'
+_CUT = re.compile(f"(?<=[^\\W\\d_])(?=[{re.escape(CUT_BEFORE)}])")
+
+
+def _byte_alphabet() -> list[str]:
+    """The 256 characters by which byte-level BPE writes the bytes 0..255: printable ones stand for themselves."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+class Tokenizer:
+    """Encodes and decodes; `vocab_size` is one more than the largest id. Make one with `load`, `bytes` or `train`."""
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        # A tokenizer.json may say "truncate to 512 tokens" or "pad": neither is true of a document.
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True
+        self._inner = inner
+        self._vocab: dict[str, int] = inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._vocab.values(), default=-1) + 1
+        self.eos_id: int | None = next((self._vocab[name] for name in EOS_NAMES if name in self._vocab), None)
+
+    @classmethod
+    def bytes(cls) -> "Tokenizer":
+        """The built-in tokenizer: the id of byte b is b (0..255), `<|endoftext|>` is 256."""
+        vocab = {character: byte for byte, character in enumerate(_byte_alphabet())}
+        inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.decoder = decoders.ByteLevel()
+        inner.add_special_tokens([END_OF_TEXT])
+        return cls(inner)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Tokenizer":
+        """Any tokenizer.json; ConfigError when it is missing or is not one."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise ConfigError(f"{path}: cannot read the tokenizer: {reason}") from error
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text))
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(f"{path}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
+
+    @classmethod
+    def load(cls, spec: str | Path) -> "Tokenizer":
+        """`bytes`, a tokenizer.json, or a folder that holds one; ConfigError otherwise."""
+        if str(spec) == "bytes":
+            return cls.bytes()
+        path = Path(spec)
+        return cls.from_file(path / "tokenizer.json" if path.is_dir() else path)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Byte-level BPE of at most `vocab_size` ids: `<|endoftext|>` is 0, then the 256 bytes, then the merges.
+
+        ConfigError when `vocab_size` has no room for the bytes. A small corpus may give fewer ids than asked for.
+        """
+        if vocab_size < 257:
+            raise ConfigError(f"a byte-level vocabulary needs 257 ids or more (256 bytes and {END_OF_TEXT})")
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        inner.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+        return cls(inner)
+
+    def encode(self, text: str) -> np.ndarray:
+        """(tokens,) int32, without any special token added. Time is linear in the text's length."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, over all cores."""
+        if self._is_bytes:
+            return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        for owners, pieces in self._groups(texts):
+            for owner, encoding in zip(
+                owners, self._inner.encode_batch_fast(pieces, add_special_tokens=False), strict=True
+            ):
+                parts[owner].append(np.array(encoding.ids, np.int32))
+        return [np.concatenate(part) if part else np.empty(0, np.int32) for part in parts]
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of (tokens,) ids, special tokens written out; a cut UTF-8 character becomes U+FFFD."""
+        return str(self._inner.decode(np.asarray(ids).tolist(), skip_special_tokens=False))
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray | None:
+        """(vocab_size,) int64: the UTF-8 bytes each id stands for, 0 for a special token; None if not byte-level."""
+        if (self._description.get("decoder") or {}).get("type") != "ByteLevel":
+            return None
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for token, token_id in self._vocab.items():
+            lengths[token_id] = len(token)  # in the byte alphabet a character is a byte
+        for added in self._description["added_tokens"]:  # these are written as text
+            lengths[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+        return lengths
+
+    def n_bytes(self, ids: np.ndarray) -> int | None:
+        """The UTF-8 bytes that (tokens,) ids stand for; None when the tokenizer is not byte-level or lacks an id."""
+        lengths = self.token_bytes
+        if lengths is None:
+            return None
+        total = 0
+        for start in range(0, len(ids), GROUP):  # blocks, as a lookup takes 8 bytes a token
+            block = ids[start : start + GROUP]
+            if block.max() >= self.vocab_size:
+                return None
+            total += int(lengths[block].sum())
+        return total
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of the tokenizer's JSON with sorted keys and no spaces: equal for equal tokenizers."""
+        canonical = json.dumps(self._description, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write a tokenizer.json, whole or not at all."""
+        with atomic_write(path) as file:
+            file.write(self.to_json().encode())
+
+    def to_json(self) -> str:
+        """The text of its tokenizer.json."""
+        return self._inner.to_str(pretty=True)
+
+    @cached_property
+    def _description(self) -> dict[str, Any]:
+        return dict(json.loads(self._inner.to_str()))
+
+    @cached_property
+    def _is_bytes(self) -> bool:
+        """Whether ids are the text's bytes, which needs no library (and a 1e9-byte document none of its memory)."""
+        model, pre = self._description["model"], self._description["pre_tokenizer"] or {}
+        return (
+            model["type"] == "BPE"
+            and not model["merges"]
+            and all(model["vocab"].get(character) == byte for byte, character in enumerate(_byte_alphabet()))
+            and self._description["normalizer"] is None
+            and pre.get("type") == "ByteLevel"
+            and not pre["add_prefix_space"]
+            and all(added["special"] for added in self._description["added_tokens"])
+        )
+
+    @cached_property
+    def _can_cut(self) -> bool:
+        """Whether this tokenizer really starts a new word at every cut, tried on one word for each sign."""
+        words = self._inner.pre_tokenizer
+        if words is None or self._description["normalizer"] is not None or self.token_bytes is None:
+            return False
+        if any(not added["special"] for added in self._description["added_tokens"]):
+            return False  # an added word may straddle a cut
+
+        def split(text: str) -> list[str]:
+            return [word for word, _ in words.pre_tokenize_str(text)]
+
+        return all(split(f"a{sign}b") == split("a") + split(f"{sign}b") for sign in CUT_BEFORE)
+
+    def _groups(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
+        """The texts' pieces in order, with the index of the text each belongs to, GROUP characters at a time."""
+        owners: list[int] = []
+        pieces: list[str] = []
+        size = 0
+        for owner, text in enumerate(texts):
+            for piece in _pieces(text) if self._can_cut else [text]:
+                owners.append(owner)
+                pieces.append(piece)
+                size += len(piece)
+                if size >= GROUP:
+                    yield owners, pieces
+                    owners, pieces, size = [], [], 0
+        if pieces:
+            yield owners, pieces
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a text where words start anyway, about every PIECE characters.
+
+    One unbroken run of letters longer than LONGEST_PIECE is cut regardless, lest it take quadratic time.
+    """
+    start = 0
+    while len(text) - start > PIECE:
+        limit = start + LONGEST_PIECE
+        match = _CUT.search(text, start + PIECE, limit)
+        end = match.start() if match else min(limit, len(text))
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]

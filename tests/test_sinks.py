@@ -1,0 +1,112 @@
+"""Proves that outputs appear whole or not at all, and that what is written is what the schema promises."""
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+import pytest
+
+from longnet_cli.data.sinks import ShardWriter, atomic_write, token_batch, token_schema
+from longnet_cli.errors import ConfigError
+
+SCHEMA = token_schema(vocab_size=257, eos_id=256, tokenizer_sha256="abc", total_tokens=5)
+BATCH = token_batch(SCHEMA, [("a", np.array([1, 2, 3])), ("b", np.array([], np.int32)), ("c", np.array([4, 256]))])
+
+
+def read(path: Path) -> pa.Table:
+    return pq.read_table(path) if path.suffix == ".parquet" else ipc.open_file(path).read_all()
+
+
+@pytest.mark.parametrize("name", ["x.arrow", "x.parquet", "new/folder/x.feather"])
+def test_batches_written_are_batches_read(tmp_path, name):
+    with ShardWriter(tmp_path / name, SCHEMA) as writer:
+        writer.write(BATCH)
+        writer.write(BATCH)
+    table = read(tmp_path / name)
+    assert table["input_ids"].to_pylist() == [[1, 2, 3], [], [4, 256]] * 2
+    assert table.schema.field("input_ids").type == pa.large_list(pa.uint16())
+    assert not table.schema.field("input_ids").nullable
+    assert table.schema.metadata[b"longnet.eos_id"] == b"256"
+    assert table.schema.metadata[b"longnet.total_tokens"] == b"5"
+
+
+def test_ids_are_uint16_only_where_the_vocabulary_fits():
+    for vocab_size, kind in ((65_536, pa.uint16()), (65_537, pa.int32())):
+        schema = token_schema(vocab_size=vocab_size, eos_id=None, tokenizer_sha256=None)
+        assert schema.field("input_ids").type.value_type == kind
+        assert set(schema.metadata) == {b"longnet.version", b"longnet.vocab_size"}
+
+
+@pytest.mark.parametrize("name", ["x.arrow", "x.parquet"])
+def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path, name):
+    (tmp_path / name).write_bytes(b"old")
+    with suppress(KeyboardInterrupt), ShardWriter(tmp_path / name, SCHEMA) as writer:
+        writer.write(BATCH)
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == [name]
+    assert (tmp_path / name).read_bytes() == b"old"
+
+
+def test_until_the_block_ends_nothing_has_the_final_name(tmp_path):
+    with atomic_write(tmp_path / "a.json") as file:
+        file.write(b"1")
+        assert not (tmp_path / "a.json").exists()
+    assert (tmp_path / "a.json").read_bytes() == b"1"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for path in (tmp_path / "link", Path("/dev/null")):
+        with atomic_write(path) as file:
+            file.write(b"1")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"1"
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_place_that_cannot_be_written_is_a_config_error(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "file" / "x.arrow"):
+        with pytest.raises(ConfigError, match="cannot write"), ShardWriter(path, SCHEMA):
+            pass
+
+
+STREAM = """
+import sys
+sys.path.append(sys.argv[2])
+from test_sinks import BATCH, SCHEMA, ShardWriter
+with ShardWriter("-", SCHEMA) as writer:
+    writer.write(BATCH)
+    if sys.argv[1] == "fail":
+        sys.exit(1)
+sys.stdout.flush()
+"""
+
+
+@pytest.mark.parametrize("outcome", ["succeed", "fail"])
+def test_only_a_whole_stream_on_stdout_has_an_end_marker(outcome):
+    here = str(Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", STREAM, outcome, here], capture_output=True)
+    assert done.returncode == (outcome == "fail"), done.stderr
+    assert done.stdout.endswith(b"\xff\xff\xff\xff\0\0\0\0") == (outcome == "succeed")
+    assert ipc.open_stream(done.stdout).read_all()["doc_id"].to_pylist() == ["a", "b", "c"]
+    assert done.stderr == b""
+
+
+def test_a_terminal_is_refused(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(ConfigError, match="terminal"), ShardWriter("-", SCHEMA):
+        pass

@@ -1,0 +1,408 @@
+"""Proves that the same documents give the same tokens from every format and way in, and that damage is never silent.
+
+Files are real files, and stdin is a real pipe into another process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+import pytest
+
+from longnet_cli.data import sources
+from longnet_cli.data.sources import Document, read_documents, read_texts
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.errors import ConfigError, DataError
+
+BYTES = Tokenizer.bytes()
+TEXTS = ["hello", "wörld, 漢字\n", "x" * 70]
+IDS = [list(text.encode()) for text in TEXTS]
+
+
+def write_file(path: Path, table: pa.Table, rows: int = 2, **options: Any) -> Path:
+    with ipc.new_file(path, table.schema, **options) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return path
+
+
+def write_stream(path: Path, table: pa.Table, rows: int = 2) -> Path:
+    with ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return path
+
+
+def write_parquet(path: Path, table: pa.Table) -> Path:
+    pq.write_table(table, path, row_group_size=2)
+    return path
+
+
+def token_table(kind: pa.DataType, name: str = "input_ids", **more: list) -> pa.Table:
+    return pa.table({name: pa.array(IDS, kind), **more})
+
+
+def tokens(documents: list[Document]) -> list[list[int]]:
+    return [document.tokens.tolist() for document in documents]
+
+
+def read(*inputs: Any, tokenizer: Tokenizer | None = BYTES, **options: Any) -> list[Document]:
+    return list(read_documents(inputs, tokenizer, **options))
+
+
+def pipe(data: bytes, code: str = "[d.tokens.tolist() for d in read_documents(['-'], Tokenizer.bytes())]") -> Any:
+    """What `code` gives in another process that gets `data` through a pipe, in small writes; or its error."""
+    script = (
+        "import json\nfrom longnet_cli.data.sources import *\nfrom longnet_cli.data.tokenizer import Tokenizer\n"
+        "from longnet_cli.errors import DataError\n"
+        f"try: print(json.dumps({code}))\nexcept DataError as error: print(json.dumps(str(error)))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    try:
+        for start in (0, 3, 9, 40):  # the first write is shorter than the magic
+            child.stdin.write(data[start : {0: 3, 3: 9, 9: 40, 40: None}[start]])
+    except BrokenPipeError:
+        pass
+    out, _ = child.communicate()
+    return json.loads(out)
+
+
+FORMATS: dict[str, Callable[[Path], Path]] = {
+    "file": lambda folder: write_file(folder / "x.arrow", token_table(pa.list_(pa.int32()))),
+    "file lz4": lambda folder: write_file(
+        folder / "x.arrow", token_table(pa.list_(pa.int32())), options=ipc.IpcWriteOptions(compression="lz4")
+    ),
+    "file named txt": lambda folder: write_file(folder / "x.txt", token_table(pa.large_list(pa.uint16()))),
+    "stream": lambda folder: write_stream(folder / "x.arrow", token_table(pa.large_list(pa.int64()))),
+    "stream uint8": lambda folder: write_stream(folder / "x.arrow", token_table(pa.list_(pa.uint8()), "tokens")),
+    "parquet list": lambda folder: write_parquet(folder / "x.parquet", token_table(pa.list_(pa.int32()))),
+    "parquet large_list": lambda folder: write_parquet(
+        folder / "x.parquet", token_table(pa.large_list(pa.uint32()), "token_ids")
+    ),
+    "text column": lambda folder: write_file(folder / "x.arrow", pa.table({"text": TEXTS, "other": [1, 2, 3]})),
+    "large text column": lambda folder: write_parquet(
+        folder / "x.parquet", pa.table({"text": pa.array(TEXTS, pa.large_string())})
+    ),
+    "flat column": lambda folder: write_file(
+        folder / "x.arrow", pa.table({"tokens": pa.array([i for ids in IDS for i in (256, *ids)], pa.int32())}), rows=7
+    ),
+    "flat parquet": lambda folder: write_parquet(
+        folder / "x.parquet", pa.table({"ids": pa.array([i for ids in IDS for i in (*ids, 256)], pa.uint16())})
+    ),
+    "split documents": lambda folder: write_file(
+        folder / "x.arrow",
+        pa.table(
+            {
+                "doc_id": ["a", "b", "b", "b", "c"],
+                "input_ids": pa.array([IDS[0], IDS[1][:3], [], IDS[1][3:], IDS[2]], pa.list_(pa.uint16())),
+            }
+        ),
+    ),
+    "split texts": lambda folder: write_stream(
+        folder / "x.arrow",
+        pa.table({"doc_id": [7, 8, 8, 9], "text": [TEXTS[0], TEXTS[1][:4], TEXTS[1][4:], TEXTS[2]]}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_documents(tmp_path, name):
+    documents = read(FORMATS[name](tmp_path), vocab_size=257)
+    assert tokens(documents) == IDS
+    assert {document.tokens.dtype for document in documents} <= {np.dtype(np.int32), np.dtype(np.int64)}
+    assert [document.n_bytes for document in documents] == [len(text.encode()) for text in TEXTS]
+    assert len({document.doc_id for document in documents}) == 3
+
+
+@pytest.mark.parametrize("name", ["file", "stream", "parquet list", "text column", "flat column", "split documents"])
+def test_stdin_gives_the_same_documents(tmp_path, name):
+    assert pipe(FORMATS[name](tmp_path).read_bytes()) == IDS
+
+
+def test_stdin_text_and_a_redirected_file(tmp_path):
+    assert pipe(TEXTS[1].encode(), "[t.text for t in read_texts(['-'])]") == [TEXTS[1]]
+    script = (
+        "from longnet_cli.data.sources import *\n"
+        "document, *_ = read_documents(['-'], None)\n"
+        "print(document.doc_id, document.tokens.tolist(), document.tokens.flags.owndata)"
+    )
+    with open(FORMATS["file"](tmp_path)) as file:
+        done = subprocess.run([sys.executable, "-c", script], stdin=file, capture_output=True, text=True, check=True)
+    assert done.stdout == f"stdin:0 {IDS[0]} False\n"
+
+
+def test_a_named_pipe_is_read_like_stdin(tmp_path):
+    data = FORMATS["stream"](tmp_path).read_bytes()
+    os.mkfifo(tmp_path / "fifo")
+    with subprocess.Popen([sys.executable, "-c", f"open({str(tmp_path / 'fifo')!r}, 'wb').write({data!r})"]):
+        assert tokens(read(tmp_path / "fifo")) == IDS
+
+
+def test_text_files_are_read_byte_for_byte(tmp_path):
+    for index, text in enumerate(TEXTS):
+        (tmp_path / f"{index}.txt").write_bytes(text.encode())
+    documents = read(tmp_path)
+    assert tokens(documents) == IDS
+    assert [document.doc_id for document in documents] == ["0.txt", "1.txt", "2.txt"]
+    (tmp_path / "crlf.txt").write_bytes("\ufeffa\r\nb".encode())
+    assert next(read_texts([tmp_path / "crlf.txt"])).text == "\ufeffa\r\nb"
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [write_file, write_stream])
+def test_token_columns_are_views_of_the_file_that_nobody_can_write(tmp_path, write):
+    path = write(tmp_path / "x.arrow", pa.table({"ids": [np.arange(1 << 20, dtype=np.int32)] * 4}), rows=1)
+    before = pa.total_allocated_bytes()
+    documents = read(path, tokenizer=None)
+    assert pa.total_allocated_bytes() - before < 1 << 16
+    assert not any(document.tokens.flags.writeable for document in documents)
+    assert documents[3].tokens[-1] == (1 << 20) - 1
+
+
+def test_a_large_copy_lives_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SPOOL_BYTES", 100)
+    monkeypatch.setattr(sources, "BLOCK", 7)
+    for name in ("file named txt", "split documents"):
+        documents = read(FORMATS[name](tmp_path))
+        assert tokens(documents) == IDS
+        assert isinstance(documents[2].tokens, np.memmap)
+        assert not documents[2].tokens.flags.writeable
+        (tmp_path / "x.arrow").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.large_list(pa.int32()), pa.list_(pa.int32(), 2)])
+def test_slices_of_columns_keep_to_their_rows(kind):
+    rows = [[1, 2], [3, 4], [5, 6], [7, 900]]
+    batch = pa.record_batch({"ids": pa.array(rows, kind)}).slice(1, 2)
+    table = sources._Table("x", "x", batch.schema, lambda columns: iter([batch]))
+    assert [parts[0].tolist() for _, _, parts in sources._list_rows(table, "ids", 100, None)] == rows[1:3]
+    with pytest.raises(DataError, match="row 1, offset 1: token id 6"):
+        list(sources._list_rows(table, "ids", 6, None))
+
+
+def test_blocks_do_not_show_in_a_flat_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK", 3)
+    documents = read(FORMATS["flat column"](tmp_path))
+    assert tokens(documents) == IDS
+    assert [document.where.split(", ")[1] for document in documents] == ["row 1", "row 7", "row 23"]
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def cuts(data: bytes) -> dict[str, bytes]:
+    return {"at a batch": data[:-8], "in the marker": data[:-4], "in a batch": data[:-30], "in the schema": data[:60]}
+
+
+@pytest.mark.parametrize("cut", ["at a batch", "in the marker", "in a batch", "in the schema"])
+def test_a_truncated_stream_is_an_error(tmp_path, cut):
+    path = write_stream(tmp_path / "x.arrow", token_table(pa.list_(pa.int32())))
+    data = cuts(path.read_bytes())[cut]
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"x\.arrow.*truncated"):
+        read(path)
+    assert "truncated" in pipe(data)
+
+
+def test_an_end_marker_of_the_old_format_is_an_end(tmp_path):
+    path = write_stream(tmp_path / "x.arrow", token_table(pa.list_(pa.int32())))
+    path.write_bytes(path.read_bytes()[:-8] + bytes(4))
+    assert tokens(read(path)) == IDS
+
+
+def test_a_batch_that_ends_in_zeros_is_no_marker(tmp_path):
+    path = write_stream(tmp_path / "x.arrow", pa.table({"ids": pa.array([[0] * 16], pa.list_(pa.int32()))}))
+    data = path.read_bytes()[:-8]
+    assert data.endswith(bytes(8))
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="truncated after 1 batches"):
+        read(path)
+
+
+def test_data_after_a_stream_is_an_error(tmp_path):
+    data = FORMATS["stream"](tmp_path).read_bytes()
+    (tmp_path / "two.arrow").write_bytes(data * 2)
+    with pytest.raises(DataError, match="more data follows"):
+        read(tmp_path / "two.arrow")
+    assert "more data follows" in pipe(data * 2)
+
+
+@pytest.mark.parametrize("name", ["file", "parquet list"])
+def test_truncated_files_are_errors(tmp_path, name):
+    path = FORMATS[name](tmp_path)
+    data = path.read_bytes()
+    for keep in (10, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:keep])
+        with pytest.raises(DataError, match=r"x\..*truncated"):
+            read(path)
+        if keep == len(data) - 1:
+            assert "truncated" in pipe(data[:keep])
+
+
+def test_list_offsets_outside_the_data_do_not_crash(tmp_path):
+    path = write_stream(tmp_path / "x.arrow", pa.table({"ids": pa.array([[1, 2], [3]], pa.list_(pa.int32()))}))
+    good, bad = (np.array([0, 2, end], np.int32).tobytes() for end in (3, 1_000_000))
+    assert path.read_bytes().count(good) == 1
+    path.write_bytes(path.read_bytes().replace(good, bad))
+    with pytest.raises(DataError, match="batch 0"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "place"),
+    [
+        (pa.array([[1], None], pa.list_(pa.int32())), "row 1"),
+        (pa.array([[1], [2, None]], pa.list_(pa.int32())), "row 1, offset 1"),
+        (pa.array([[1, 2], None], pa.list_(pa.int32(), 2)), "row 1"),
+        (pa.array([1, None]), "row 1"),
+        (pa.array([[1], [2, 300]], pa.list_(pa.int64())), "row 1, offset 1: token id 300 .* 257"),
+        (pa.array([[1], [], [2, -1]], pa.list_(pa.int16())), "row 2, offset 1: token id -1 is negative"),
+        (pa.array([1, 2, 257]), "row 2, offset 0: token id 257"),
+    ],
+)
+def test_nulls_and_ids_outside_the_vocabulary_are_named(tmp_path, column, place):
+    path = write_file(tmp_path / "x.arrow", pa.table({"ids": column}), rows=1)
+    with pytest.raises(DataError, match=rf"x\.arrow, {place}"):
+        read(path, vocab_size=257)
+
+
+def test_null_texts_and_doc_ids_are_named(tmp_path):
+    with pytest.raises(DataError, match="row 1: the value is null"):
+        read(write_file(tmp_path / "x.arrow", pa.table({"text": ["a", None]})))
+    with pytest.raises(DataError, match="doc_id, row 0: the value is null"):
+        read(write_file(tmp_path / "y.arrow", pa.table({"text": ["a", "b"], "doc_id": [None, "b"]})))
+
+
+def test_text_that_does_not_fit_the_model_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text("abcé")
+    with pytest.raises(DataError, match=r"offset 3: token id 195 does not fit a vocabulary of 128"):
+        read(tmp_path / "a.txt", vocab_size=128)
+
+
+@pytest.mark.parametrize(("data", "offset"), [(b"abc\xff", 3), (b"ab\0c", 2), (b"\xff\xfea\0", 3), (b"PK\3\4\0\0", 4)])
+def test_what_is_not_text_is_an_error_that_names_the_byte(tmp_path, data, offset):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(DataError, match=rf"a\.txt: neither Arrow, Parquet nor UTF-8 text.* offset {offset} ") as caught:
+        read(tmp_path / "a.txt")
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_read_is_an_error(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "folder").mkdir()
+    no_rows = write_file(tmp_path / "x.arrow", token_table(pa.list_(pa.int32())).slice(0, 0))
+    for item, problem in [
+        (tmp_path / "empty.txt", "empty"),
+        (tmp_path / "missing.txt", "no such file"),
+        (tmp_path / "*.csv", "no file matches"),
+        (tmp_path / "folder", "nothing readable"),
+        (f"@{tmp_path / 'missing.txt'}", "cannot read the list"),
+        (no_rows, "0 rows"),
+    ]:
+        with pytest.raises(DataError, match=problem):
+            read(item)
+    with pytest.raises(ConfigError):
+        read()
+    with pytest.raises(ConfigError, match="only once"):
+        read("-", "-")
+    assert "empty" in pipe(b"")
+
+
+# --- which column ----------------------------------------------------------------------------------------------------
+
+
+def test_the_column_can_be_chosen(tmp_path):
+    path = write_file(
+        tmp_path / "x.arrow", pa.table({"text": ["aa"], "body": ["bb"], "input_ids": [[1]], "mask": [[0]]})
+    )
+    assert tokens(read(path)) == [[1]]
+    assert tokens(read(path, column="body")) == [[98, 98]]
+    assert tokens(read(path, column="mask")) == [[0]]
+    assert [text.text for text in read_texts([path])] == ["aa"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "column"),
+    [
+        ({"body": ["a"], "n": [1]}, None),
+        ({"input_ids": [[1]], "tokens": [[1]]}, None),
+        ({"text": ["a"], "ids": [1]}, None),
+        ({"input_ids": [["a"]]}, None),
+        ({"text": ["a"]}, "nope"),
+        ({"text": ["a"], "x": [1.5]}, "x"),
+    ],
+)
+def test_an_unclear_column_is_an_error_that_lists_them(tmp_path, columns, column):
+    path = write_file(tmp_path / "x.arrow", pa.table(columns))
+    with pytest.raises(ConfigError, match=r"x\.arrow.*its columns are \w+: ") as caught:
+        read(path, column=column)
+    assert all(name in str(caught.value) for name in columns)
+
+
+def test_string_tokens_beside_input_ids_are_not_ids(tmp_path):
+    path = write_file(tmp_path / "x.arrow", pa.table({"tokens": [["a"]], "input_ids": [[1]]}))
+    assert tokens(read(path)) == [[1]]
+
+
+def test_text_and_streams_need_a_tokenizer(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    for path in (tmp_path / "a.txt", FORMATS["flat column"](tmp_path)):
+        with pytest.raises(ConfigError, match="give a tokenizer"):
+            read(path, tokenizer=None)
+    ids = read(FORMATS["file"](tmp_path), tokenizer=None)
+    assert (tokens(ids), ids[0].n_bytes) == (IDS, None)
+
+
+# --- which files -----------------------------------------------------------------------------------------------------
+
+
+def names(*inputs: Any) -> list[str]:
+    return [text.doc_id for text in read_texts(inputs)]
+
+
+def test_folders_are_read_in_natural_order_without_what_is_not_text(tmp_path):
+    for name in ("part-10.txt", "part-2.py", "sub/part-3.md", ".hidden/x.txt", "__pycache__/x.txt", ".env"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "__init__.py").touch()
+    assert names(tmp_path) == ["part-2.py", "part-10.txt", "sub/part-3.md"]
+
+
+def test_shards_in_a_folder_are_read_alone_and_in_their_order(tmp_path):
+    (tmp_path / "README.md").write_text("x")
+    for name in ("part-10.arrow", "part-2.arrow", "cache-1.arrow"):
+        write_stream(tmp_path / name, pa.table({"text": [name], "doc_id": [name]}))
+    assert names(tmp_path) == ["cache-1.arrow", "part-2.arrow", "part-10.arrow"]
+    state = {"_data_files": [{"filename": "part-10.arrow"}, {"filename": "part-2.arrow"}]}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert names(tmp_path) == ["part-10.arrow", "part-2.arrow"]
+    (tmp_path / "part-2.arrow").unlink()
+    with pytest.raises(DataError, match=r"part-2\.arrow: no such file"):
+        names(tmp_path)
+
+
+def test_a_dataset_of_splits_asks_for_one(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    with pytest.raises(ConfigError, match="train"):
+        names(tmp_path)
+
+
+def test_globs_and_lists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a1.txt", "a10.txt", "a2.txt", "b.txt", "[c].txt"):
+        Path(name).write_text("x")
+    assert names("a*.txt") == ["a1.txt", "a2.txt", "a10.txt"]
+    assert names("[c].txt") == ["[c].txt"]
+    Path("list.txt").write_text("# order matters\nb.txt\n\na1*.txt\n")
+    assert names("@list.txt") == ["b.txt", "a1.txt", "a10.txt"]
+    assert names("b.txt", tmp_path / "b.txt") == ["b.txt", str(tmp_path / "b.txt")]

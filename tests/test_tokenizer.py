@@ -1,0 +1,123 @@
+"""Proves that the tokenizer is lossless, counts bytes exactly, and that cutting long texts does not change tokens."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
+
+from longnet_cli.data import tokenizer as module
+from longnet_cli.data.tokenizer import END_OF_TEXT, Tokenizer
+from longnet_cli.errors import ConfigError
+
+CORPUS = [
+    "the cat sat on the mat, and the dog ate the hat.\n" * 20,
+    "def f(x):\n    return x + 1\n" * 20,
+    "naïve 漢字。",
+]
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return Tokenizer.train(CORPUS, 300)
+
+
+def test_byte_ids_are_the_bytes_themselves():
+    tokenizer = Tokenizer.bytes()
+    text = "aé漢\n\t🙂" + "".join(map(chr, range(1, 256)))
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert bytes(ids.tolist()) == text.encode()
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
+    assert tokenizer.token_bytes.tolist() == [1] * 256 + [0]
+    # The library, asked itself, agrees with the shortcut.
+    assert tokenizer._inner.encode(text, add_special_tokens=False).ids == ids.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=200))
+def test_encoding_round_trips_and_counts_bytes(trained, text):
+    for tokenizer in (Tokenizer.bytes(), trained):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.n_bytes(ids) == len(text.encode())
+
+
+def test_end_of_text_inside_a_document_is_text(trained):
+    for tokenizer in (Tokenizer.bytes(), trained):
+        ids = tokenizer.encode(f"a{END_OF_TEXT}b")
+        assert tokenizer.eos_id not in ids
+        assert tokenizer.n_bytes(ids) == 2 + len(END_OF_TEXT)
+        assert tokenizer.n_bytes(np.array([tokenizer.eos_id])) == 0
+
+
+def test_cutting_a_long_text_changes_no_token(trained, monkeypatch):
+    text = "".join(CORPUS) * 3 + "abc123def456" * 40 + "don't (stop) \n\n  now " * 10 + "漢字、仮名。" * 20
+    whole = trained._inner.encode(text, add_special_tokens=False).ids
+    monkeypatch.setattr(module, "PIECE", 7)
+    monkeypatch.setattr(module, "GROUP", 50)
+    assert len(list(module._pieces(text))) > 100
+    assert trained.encode(text).tolist() == whole
+    batch = trained.encode_batch([text, "", text])
+    assert [ids.tolist() for ids in batch] == [whole, [], whole]
+
+
+def test_a_tokenizer_whose_words_cross_the_cuts_is_not_cut(monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 4)
+    words = {"a": 0, "b": 1, " ": 2, "a b": 3, "▁": 4}
+    inner = tokenizers.Tokenizer(models.BPE(vocab={**words, "a ": 5}, merges=[("a", " "), ("a ", "b")]))
+    assert Tokenizer(inner).encode("bbbba b").tolist() == [1, 1, 1, 1, 3]
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert not Tokenizer(inner)._can_cut
+    assert Tokenizer(inner).token_bytes is None
+    assert Tokenizer(inner).n_bytes(np.array([0])) is None
+
+
+@pytest.mark.parametrize("text", ["the cat sat " * 100_000, "漢" * 3_000_000, "ACGT" * 700_000 + " end", "a1" * 99_999])
+def test_pieces_are_bounded_whatever_the_text(text):
+    # Encoding one piece takes more than linear time, so bounded pieces are what keeps a long text linear.
+    pieces = list(module._pieces(text))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= (module.LONGEST_PIECE if " " not in text[:9] and "1" not in text else 70_000)
+
+
+def test_saved_is_loaded(trained, tmp_path):
+    trained.save(tmp_path / "tokenizer.json")
+    for spec in (tmp_path, tmp_path / "tokenizer.json", str(tmp_path)):
+        loaded = Tokenizer.load(spec)
+        assert loaded.sha256 == trained.sha256
+        assert loaded.encode(CORPUS[0]).tolist() == trained.encode(CORPUS[0]).tolist()
+    assert Tokenizer.load("bytes").sha256 == Tokenizer.bytes().sha256 != trained.sha256
+
+
+def test_truncation_and_padding_in_the_file_are_ignored(trained, tmp_path):
+    description = json.loads(trained._inner.to_str())
+    description["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    assert len(Tokenizer.load(tmp_path).encode("the cat sat on the mat, and more")) > 4
+
+
+def test_training_keeps_every_byte_and_the_size_asked_for():
+    tokenizer = Tokenizer.train(CORPUS, 280)
+    assert tokenizer.vocab_size == 280
+    assert tokenizer.eos_id is not None
+    assert len(tokenizer.encode(CORPUS[0])) < len(CORPUS[0])
+    with pytest.raises(ConfigError, match="257"):
+        Tokenizer.train(CORPUS, 200)
+
+
+def test_an_id_outside_the_vocabulary_has_no_byte_count():
+    assert Tokenizer.bytes().n_bytes(np.array([97, 300])) is None
+    assert Tokenizer.bytes().n_bytes(np.array([], np.int32)) == 0
+
+
+@pytest.mark.parametrize("content", [None, b"not json", b'{"a": 1}', b"\xff\xfe"])
+def test_a_bad_tokenizer_file_is_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json") as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
