@@ -1,0 +1,1 @@
+"""Where and how a net runs: devices and precision."""

@@ -1,0 +1,143 @@
+"""The training loop: windows of tokens in, a model directory and metrics.jsonl out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longnet_cli.data.sinks import atomic_write
+from longnet_cli.data.sources import read_documents
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.windows import TokenWindows, pack
+from longnet_cli.errors import ConfigError, DataError, LongNetError
+from longnet_cli.model import LongNet
+from longnet_cli.runtime.device import precision
+
+from .metrics import Metrics, MetricsLog
+from .optimizer import build_optimizer, learning_rate
+from .recipe import Recipe
+
+OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did; `loss` is the last reported mean, nats a token."""
+
+    steps: int
+    tokens: int
+    loss: float
+    output: Path
+
+
+def train(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    initial: str | None = None,
+    on_step: OnStep | None = None,
+) -> TrainResult:
+    """Train a causal language model and leave it in the directory `output`, with metrics.jsonl and recipe.json.
+
+    The directory is written every `save_every` steps, at the end, and when the run is interrupted (KeyboardInterrupt
+    or SystemExit, which are raised again). `initial` names a model whose weights to start from. Prints nothing.
+
+    Raises ConfigError for a model or tokenizer that does not fit, DataError for too little data, LongNetError when the
+    loss is no longer finite (the last written weights stay).
+    """
+    device, output = torch.device(device), Path(output)
+    tokenizer = Tokenizer.load(recipe.data.tokenizer)
+    stream = _stream(recipe, tokenizer)
+    longest = max(stage.seq_len for stage in recipe.train.stages)
+    if len(stream) <= longest:
+        raise DataError(f"the data has {len(stream)} tokens, fewer than one window of {longest + 1} (seq_len + 1)")
+    torch.manual_seed(recipe.train.seed)
+    model = _model(recipe, initial).to(device).train()
+    optimizer = build_optimizer(model, recipe.optimizer)
+    output.mkdir(parents=True, exist_ok=True)
+    with atomic_write(output / "recipe.json") as file:
+        file.write((recipe.model_dump_json(indent=2) + "\n").encode())
+    log = MetricsLog(output / "metrics.jsonl")
+    step, loss = 0, math.nan
+    try:
+        for index, stage in enumerate(recipe.train.stages):
+            rows = max(1, recipe.train.batch_tokens // stage.seq_len)
+            windows = iter(TokenWindows(stream, _eos(tokenizer), stage.seq_len, rows, recipe.train.seed + index))
+            for _ in range(stage.steps):
+                lr = learning_rate(step, recipe.train.steps, recipe.optimizer.lr, recipe.schedule)
+                batch = torch.from_numpy(next(windows)[0]).to(device)
+                found = _step(model, optimizer, batch, lr, recipe)
+                if not all(map(math.isfinite, found)):
+                    raise LongNetError(
+                        f"the loss is not finite at step {step + 1} (loss {found[0]}, gradient norm {found[1]}): lower "
+                        f"optimizer.lr or lengthen schedule.warmup_steps; the last weights saved in {output} are kept"
+                    )
+                log.add(batch[:, 1:].numel(), *found)
+                step += 1
+                line = None
+                if step % recipe.train.log_every == 0 or step == recipe.train.steps:
+                    line = log.write(step, lr, stage.seq_len)
+                    loss = line.loss
+                if on_step:
+                    on_step(batch[:, 1:].numel(), line)
+                if step % recipe.train.save_every == 0:
+                    model.save_pretrained(output, tokenizer.to_json())
+    except (KeyboardInterrupt, SystemExit):
+        model.save_pretrained(output, tokenizer.to_json())
+        raise
+    model.save_pretrained(output, tokenizer.to_json())
+    return TrainResult(step, log.tokens, loss, output)
+
+
+def _step(
+    model: LongNet, optimizer: torch.optim.Optimizer, batch: Tensor, lr: float, recipe: Recipe
+) -> tuple[float, float]:
+    """One optimizer step on (rows, seq_len + 1) tokens; the mean loss in nats a token, and the gradient's norm."""
+    targets = batch[:, 1:].numel()
+    rows = max(1, recipe.train.micro_tokens // (batch.shape[1] - 1))
+    total = torch.zeros((), dtype=torch.float64, device=batch.device)
+    for part in batch.split(rows):
+        with precision(recipe.train.dtype, batch.device):
+            nll = model.nll(model(part[:, :-1]), part[:, 1:])
+        loss = nll.sum(dtype=torch.float64) / targets
+        loss.backward()
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total.item(), norm.item()
+
+
+def _stream(recipe: Recipe, tokenizer: Tokenizer) -> np.ndarray:
+    """All training documents as one packed stream of ids."""
+    documents = read_documents(
+        recipe.data.train, tokenizer, column=recipe.data.column, vocab_size=recipe.model.vocab_size
+    )
+    return pack([document.tokens for document in documents], _eos(tokenizer))
+
+
+def _eos(tokenizer: Tokenizer) -> int:
+    if tokenizer.eos_id is None:
+        raise ConfigError("the tokenizer has no end-of-text token, which training puts between documents")
+    return tokenizer.eos_id
+
+
+def _model(recipe: Recipe, initial: str | None) -> LongNet:
+    if not recipe.model.causal:
+        raise ConfigError("`longnet train` trains causal language models: set model.causal = true")
+    if initial is None:
+        return LongNet(recipe.model)
+    model = LongNet.from_pretrained(initial)
+    if model.config != recipe.model:
+        changed = [name for name in type(model.config).model_fields if getattr(model.config, name) != getattr(recipe.model, name)]
+        raise ConfigError(f"{initial} differs from the recipe in model.{', model.'.join(changed)}")
+    return model

@@ -1,0 +1,134 @@
+"""What defines a training run: one TOML file, checked as a whole. Precedence: default < file < `--set` and flags."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from longnet_cli.configuration import validate
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.errors import ConfigError
+from longnet_cli.model.config import LongNetConfig
+from longnet_cli.presets import preset_dir
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Section(BaseModel):
+    """A table of the recipe: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataRecipe(Section):
+    """Where tokens come from: `train` as on any command line; `tokenizer` is `bytes`, a file or a folder."""
+
+    train: list[str] = Field(min_length=1)
+    tokenizer: str = "bytes"
+    column: str | None = None
+
+
+class OptimizerRecipe(Section):
+    """AdamW; weights decay, biases and norms do not. Defaults from the paper's Table 3."""
+
+    lr: float = Field(6e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(2.0, gt=0)  # of the gradient's norm
+
+
+class ScheduleRecipe(Section):
+    """The learning rate rises linearly for `warmup_steps`, then falls to `final` times its peak at the last step."""
+
+    warmup_steps: int = Field(100, ge=0)
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    final: float = Field(0.1, ge=0, le=1)
+
+
+class Stage(Section):
+    """`steps` optimizer steps at one context length; a run may grow its context stage by stage."""
+
+    seq_len: int = Field(gt=0)
+    steps: int = Field(gt=0)
+
+
+class TrainRecipe(Section):
+    """An optimizer step sees `batch_tokens`, at most `micro_tokens` of them at a time (gradients accumulate)."""
+
+    stages: list[Stage] = Field(min_length=1)
+    batch_tokens: int = Field(16384, gt=0)
+    micro_tokens: int = Field(16384, gt=0)
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = Field(0, ge=0)
+    log_every: int = Field(10, gt=0)
+    save_every: int = Field(500, gt=0)  # steps between two writes of the model directory
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+class Recipe(Section):
+    """A whole training run."""
+
+    model: LongNetConfig
+    data: DataRecipe
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    train: TrainRecipe
+
+
+def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
+    """Read a recipe, apply `overrides` ({"optimizer.lr": 1e-3}) and check the whole.
+
+    `path` is a TOML file, the name of one that ships in models/, or None for overrides alone. A model without
+    `vocab_size` gets its tokenizer's. Raises ConfigError.
+    """
+    data, where = _read(path) if path else ({}, "options")
+    for key, value in overrides.items():
+        *parents, name = key.split(".")
+        table = data
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {key}: '{parent}' is a value, not a table")
+        table[name] = value
+    model, source = data.get("model"), data.get("data")
+    if isinstance(model, dict) and isinstance(source, dict) and "vocab_size" not in model:
+        data = data | {"model": model | {"vocab_size": Tokenizer.load(str(source.get("tokenizer", "bytes"))).vocab_size}}
+    return validate(Recipe, data, where)
+
+
+def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """`["optimizer.lr=1e-3", "data.tokenizer=bytes"]` -> values read as TOML, or as text where that fails."""
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {setting}: write key=value, for example --set optimizer.lr=1e-3")
+        try:
+            found[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key.strip()] = text.strip()
+    return found
+
+
+def _read(path: str) -> tuple[dict[str, Any], str]:
+    file = Path(path) if "/" in path or path.endswith(".toml") else preset_dir() / f"{path}.toml"
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8")), str(path)
+    except FileNotFoundError:
+        shipped = ", ".join(sorted(p.stem for p in preset_dir().glob("*.toml")))
+        raise ConfigError(f"no recipe {str(file)!r}. Shipped recipes: {shipped}; a path ends in .toml") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not TOML: {error}") from None

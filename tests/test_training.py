@@ -1,0 +1,199 @@
+"""Training learns, accumulates exactly, grows its context, and leaves a whole model directory however it ends.
+
+pytest tests/test_training.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from longnet_cli.errors import ConfigError, DataError, LongNetError
+from longnet_cli.model import LongNet
+from longnet_cli.training.loop import train
+from longnet_cli.training.optimizer import build_optimizer, learning_rate
+from longnet_cli.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
+
+MODEL = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 32, "segment_lengths": [16, 32], "dilation_rates": [1, 2]}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    return path
+
+
+def recipe(corpus: Path, **overrides: object) -> Recipe:
+    settings = {
+        "model": MODEL,
+        "data.train": [str(corpus)],
+        "optimizer.lr": 1e-2,
+        "schedule.warmup_steps": 2,
+        "train.stages": [{"seq_len": 32, "steps": 30}, {"seq_len": 64, "steps": 10}],
+        "train.batch_tokens": 256,
+    }
+    return load_recipe(None, json.loads(json.dumps(settings)) | overrides)
+
+
+def test_it_learns_and_leaves_a_model(corpus: Path, tmp_path: Path) -> None:
+    result = train(recipe(corpus), tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20, 30, 40]
+    assert [line["seq_len"] for line in lines] == [32, 32, 32, 64]
+    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"} <= lines[0].keys()
+    assert result.tokens == lines[-1]["tokens"] == 40 * 256
+    assert lines[0]["loss"] > lines[-1]["loss"] + 1
+    model = LongNet.from_pretrained(tmp_path / "out")
+    assert model.config.vocab_size == 257  # the byte tokenizer's
+    assert (tmp_path / "out/tokenizer.json").exists()
+    assert Recipe.model_validate_json((tmp_path / "out/recipe.json").read_text()) == recipe(corpus)
+
+
+def test_accumulation_changes_nothing(corpus: Path, tmp_path: Path) -> None:
+    once = train(recipe(corpus, **{"train.micro_tokens": 4096}), tmp_path / "once")
+    parts = train(recipe(corpus, **{"train.micro_tokens": 64}), tmp_path / "parts")
+    assert once.loss == pytest.approx(parts.loss, rel=1e-4)
+
+
+def test_the_same_seed_trains_the_same_weights(corpus: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train(recipe(corpus), tmp_path / name)
+    train(recipe(corpus, **{"train.seed": 1}), tmp_path / "c")
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_it_starts_from_given_weights(corpus: Path, tmp_path: Path) -> None:
+    first = train(recipe(corpus), tmp_path / "first")
+    again = train(recipe(corpus, **{"train.log_every": 1}), tmp_path / "again", initial=str(tmp_path / "first"))
+    lines = (tmp_path / "again/metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["loss"] < first.loss + 0.5
+    assert again.steps == 40
+    with pytest.raises(ConfigError, match=r"differs from the recipe in model\.ffn_dim"):
+        train(recipe(corpus, **{"model.ffn_dim": 64}), tmp_path / "other", initial=str(tmp_path / "first"))
+
+
+def test_learning_rate() -> None:
+    schedule = ScheduleRecipe(warmup_steps=10, decay="cosine", final=0.1)
+    rates = [learning_rate(step, 100, 2.0, schedule) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[9] == pytest.approx(2.0)
+    assert rates[-1] == pytest.approx(0.2)
+    linear = ScheduleRecipe(warmup_steps=0, decay="linear", final=0.0)
+    assert [learning_rate(step, 5, 1.0, linear) for step in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert learning_rate(50, 100, 1.0, ScheduleRecipe(decay="constant", warmup_steps=0)) == 1.0
+
+
+def test_only_matrices_decay(corpus: Path) -> None:
+    found = recipe(corpus)
+    decayed, kept = build_optimizer(LongNet(found.model), found.optimizer).param_groups
+    assert decayed["weight_decay"] == 0.01
+    assert kept["weight_decay"] == 0
+    assert all(p.dim() >= 2 for p in decayed["params"])
+    assert all(p.dim() < 2 for p in kept["params"])
+
+
+def test_a_diverging_run_says_where_and_keeps_the_last_weights(corpus: Path, tmp_path: Path) -> None:
+    calm = recipe(corpus, **{"train.save_every": 1})
+    seen = []
+
+    def poison(tokens: int, line: object) -> None:
+        seen.append(tokens)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(calm, tmp_path / "stopped", on_step=poison)
+    assert torch.isfinite(LongNet.from_pretrained(tmp_path / "stopped").embedding.weight).all()
+    with pytest.raises(LongNetError, match=r"not finite at step \d+"):
+        train(recipe(corpus, **{"optimizer.lr": 1e30, "optimizer.clip": 1e30}), tmp_path / "wild")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"optimizer.ler": 1}, "unknown key 'optimizer.ler': did you mean 'optimizer.lr'?"),
+        ({"train.seq_len": 1}, "unknown key 'train.seq_len'"),
+        ({"model.dim": 15}, "not divisible"),
+        ({"model.causal": False, "model.position": "rope"}, "causal"),
+        ({"train.stages": []}, "train.stages"),
+        ({"data.train": []}, "data.train"),
+        ({"optimizer.lr.x": 1}, "is a value, not a table"),
+        ({"schedule.decay": "cosin"}, "schedule.decay"),
+    ],
+)
+def test_wrong_recipes(corpus: Path, tmp_path: Path, overrides: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        train(recipe(corpus, **overrides), tmp_path / "out")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_too_little_data(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the data has 2701 tokens, fewer than one window of 4097"):
+        train(recipe(corpus, **{"train.stages": [{"seq_len": 4096, "steps": 1}]}), tmp_path / "out")
+
+
+def test_overrides_are_toml_or_text() -> None:
+    assert parse_overrides(["a.b=1e-3", "c=[1, 2]", "d=bytes", "e = true"]) == {
+        "a.b": 1e-3, "c": [1, 2], "d": "bytes", "e": True,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="write key=value"):
+        parse_overrides(["optimizer.lr"])
+
+
+def test_the_command(corpus: Path, tmp_path: Path, run_longnet) -> None:
+    recipe_file = tmp_path / "small.toml"
+    recipe_file.write_text(
+        f"""
+        [model]
+        dim = 16
+        num_layers = 1
+        num_heads = 2
+        ffn_dim = 32
+        segment_lengths = [16, 32]
+        dilation_rates = [1, 2]
+        [data]
+        train = ["{corpus}"]
+        [train]
+        batch_tokens = 256
+        stages = [{{ seq_len = 32, steps = 5 }}]
+        """
+    )
+    done = run_longnet("train", recipe_file, "-o", "run", "--set", "train.log_every=1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "saved run after 5 steps" in done.stderr
+    assert (tmp_path / "run/model.safetensors").exists()
+    again = run_longnet("train", recipe_file, "-o", "run")
+    assert (again.returncode, len(again.stderr.splitlines())) == (2, 1)
+    typo = run_longnet("train", recipe_file, "-o", "run2", "--set", "train.log_evry=1")
+    assert typo.returncode == 2
+    assert "did you mean 'train.log_every'?" in typo.stderr
+    assert not (tmp_path / "run2").exists()
+
+
+def test_sigterm_saves_and_exits_143(corpus: Path, tmp_path: Path, command_env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "longnet_cli", "train", "-o", "run", "--data", str(corpus)]
+    command += ["--seq-len", "32", "--steps", "1000000", "--set", "train.log_every=1", "--set", "train.batch_tokens=64"]
+    for key, value in MODEL.items():
+        command += ["--set", f"model.{key}={value}"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=command_env, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert "Traceback" not in stderr
+    LongNet.from_pretrained(tmp_path / "run")
