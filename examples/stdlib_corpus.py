@@ -14,7 +14,14 @@ import sys
 import sysconfig
 from pathlib import Path
 
-LEFT_OUT = ("site-packages", "dist-packages", "__pycache__", "lib2to3/tests/data", "test/encoded_modules", "test/tokenizedata")
+LEFT_OUT = (
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib2to3/tests/data",
+    "test/encoded_modules",
+    "test/tokenizedata",
+)
 
 
 def is_held_out(name: str) -> bool:

@@ -112,7 +112,8 @@ def test_version(run_longnet):
     assert (result.returncode, result.stdout, result.stderr) == (0, f"longnet {__version__}\n", "")
 
 
-def test_help_imports_nothing_heavy_and_is_quick(run_longnet, command_env, tmp_path):
+def test_help_imports_nothing_heavy(command_env, tmp_path):
+    """What keeps `longnet --help` below 0.3 s, without a clock in a test."""
     probe = tmp_path / "probe.py"
     probe.write_text(
         "import atexit, sys\n"
@@ -123,14 +124,6 @@ def test_help_imports_nothing_heavy_and_is_quick(run_longnet, command_env, tmp_p
     command = [sys.executable, probe, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, env=command_env, check=False)
     assert (result.returncode, result.stderr) == (0, "[]\n")
-
-    def seconds() -> float:
-        began = time.perf_counter()
-        run_longnet("--help")
-        return time.perf_counter() - began
-
-    # the best of several, because the machine does other things too; a quick machine stops at the first
-    assert any(seconds() < 0.3 for _ in range(10))
 
 
 def test_unknown_option_is_exit_2_with_a_suggestion(run_longnet):

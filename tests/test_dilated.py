@@ -6,6 +6,7 @@ pytest tests/test_dilated.py
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def test_shards_with_their_far_keys_equal_the_whole(problem: Problem, cuts: set[
     """Also gradients: those of far keys flow back into the shard that they were taken from."""
     inputs, pattern, start = problem.tensors(4), problem.pattern, problem.start
     edges = [0, *sorted(c for c in cuts if c < problem.tokens), problem.tokens]
-    shards = [(start + a, start + b) for a, b in zip(edges, edges[1:], strict=False)]
+    shards = [(start + a, start + b) for a, b in pairwise(edges)]
 
     def in_shards(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, causal: bool) -> Tensor:
         parts = [tuple(x[:, a - start : b - start] for x in (q, k, v)) for a, b in shards]
@@ -152,9 +153,7 @@ def test_strided_and_expanded_inputs() -> None:
         dilated_attention(q, shared, shared, pattern), dilated_attention_reference(q, shared, shared, pattern)
     )
     last = torch.randn(2, 40, 8, 4, dtype=torch.float64).transpose(2, 3)  # the last stride is not 1
-    torch.testing.assert_close(
-        dilated_attention(last, k, v, pattern), dilated_attention_reference(last, k, v, pattern)
-    )
+    torch.testing.assert_close(dilated_attention(last, k, v, pattern), dilated_attention_reference(last, k, v, pattern))
 
 
 @pytest.mark.parametrize("kernel", ["cpu_flash", "math"])

@@ -37,7 +37,9 @@ def strided(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
+)
 def test_cpu_flash_on_strided_views_and_a_foreign_lse(dtype: torch.dtype, tolerance: float, causal: bool) -> None:
     """The backward is given the merged out and lse of a larger union, in the layout in which we hold them."""
     q, k, v, dout = (strided(2, 3, 70, 8, dtype=dtype, seed=s) for s in range(4))
@@ -93,11 +95,12 @@ def test_aten_cuda_signatures() -> None:
     forward = torch.ops.aten._flash_attention_forward.default._schema
     backward = torch.ops.aten._flash_attention_backward.default._schema
     assert [a.name for a in forward.arguments[:10]] == [
-        "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask",
+        "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
+        "return_debug_mask",
     ]  # fmt: skip
     assert [a.name for a in backward.arguments[:12]] == [
-        "grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p",
-        "is_causal",
+        "grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k",
+        "dropout_p", "is_causal",
     ]  # fmt: skip
     assert [str(a.type) for a in backward.arguments[12:14]] == ["Tensor", "Tensor"]
     assert "scale" in {a.name for a in forward.arguments} & {a.name for a in backward.arguments}
@@ -114,7 +117,9 @@ def flash_attn_like(version: str) -> types.ModuleType:
     def compute_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal):
         assert softmax_lse.is_contiguous()
         heads_first = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
-        for total, part in zip((dq, dk, dv), MATH.backward(*heads_first, softmax_lse, causal, softmax_scale), strict=True):
+        for total, part in zip(
+            (dq, dk, dv), MATH.backward(*heads_first, softmax_lse, causal, softmax_scale), strict=True
+        ):
             total.copy_(part.transpose(1, 2))
 
     if version == "2.6":

@@ -182,7 +182,7 @@ def test_a_large_copy_lives_on_disk(tmp_path, monkeypatch):
 def test_slices_of_columns_keep_to_their_rows(kind):
     rows = [[1, 2], [3, 4], [5, 6], [7, 900]]
     batch = pa.record_batch({"ids": pa.array(rows, kind)}).slice(1, 2)
-    table = sources._Table("x", "x", batch.schema, lambda columns: iter([batch]))
+    table = sources.Table("x", "x", batch.schema, lambda columns: iter([batch]))
     assert [parts[0].tolist() for _, _, parts in sources._list_rows(table, "ids", 100, None)] == rows[1:3]
     with pytest.raises(DataError, match="row 1, offset 1: token id 6"):
         list(sources._list_rows(table, "ids", 6, None))

@@ -22,7 +22,14 @@ from longnet_cli.training.loop import train
 from longnet_cli.training.optimizer import build_optimizer, learning_rate
 from longnet_cli.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
 
-MODEL = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 32, "segment_lengths": [16, 32], "dilation_rates": [1, 2]}
+MODEL = {
+    "dim": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "ffn_dim": 32,
+    "segment_lengths": [16, 32],
+    "dilation_rates": [1, 2],
+}
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Dilated attention: one softmax over the union of every level's keys (arXiv 2307.02486, Eq. 3-15).
 
-The union is a multiset, and it may be divided in any way: by levels, by chunks of a long sequence, by ranks, by cache
-and new tokens. Each part is a branch, one plain attention call on strided views (`pattern.branches`), and branches merge
-by their log-sum-exp in fp32:
+The union is a multiset, and it may be divided in any way: by levels, by chunks of a long sequence, by ranks, by
+cache and new tokens. Each part is a branch, one plain attention call on strided views (`pattern.branches`), and
+branches merge by their log-sum-exp in fp32:
 
     LSE = log sum_i exp(lse_i)        out = sum_i exp(lse_i - LSE) out_i
 
@@ -57,7 +57,9 @@ def far_keys(k: Tensor, v: Tensor, pattern: Pattern, span: Span, *, start: int =
     positions = span_positions(pattern, span, k.shape[2])
     rows = max(len(p) for p in positions)
     # a head with one row fewer repeats a token of the shard there, which nobody reads
-    index = torch.tensor([[p[j] - start if j < len(p) else 0 for p in positions] for j in range(rows)], dtype=torch.int64)
+    index = torch.tensor(
+        [[p[j] - start if j < len(p) else 0 for p in positions] for j in range(rows)], dtype=torch.int64
+    )
     index, heads = index.reshape(rows, len(positions)).to(k.device), torch.arange(len(positions), device=k.device)
     return FarKeys(*span, k[:, index, heads], v[:, index, heads])  # (B, rows, H, D)
 

@@ -78,7 +78,7 @@ class MathKernel(Kernel):
 
 
 class CpuFlashKernel(Kernel):
-    """torch's own flash attention for CPUs. It accumulates gradients in the input dtype, so the backward runs in fp32."""
+    """torch's own flash attention for CPUs. Its backward accumulates in the input dtype, so it is given fp32."""
 
     name = "cpu_flash"
     _MAX_ELEMENTS = 1 << 23  # bounds the scratch of one call (32 MiB a tensor in fp32); larger ones are no faster
@@ -261,13 +261,12 @@ def _probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
             q, k, v, dout = x[:, :, ::2].transpose(2, 3)  # (batch, heads, rows, head_dim), rows two tokens apart
             scale = head_dim**-0.5
             for causal in (False, True):
-                expected_out, lse = KERNELS["math"].forward(q, k, v, causal, scale)
-                expected = (expected_out, lse) + KERNELS["math"].backward(
-                    dout, q, k, v, expected_out, lse, causal, scale
-                )
-                out, found_lse = KERNELS[name].forward(q, k, v, causal, scale)
-                found = (out, found_lse) + KERNELS[name].backward(
-                    dout, q, k, v, expected_out.to(dtype), lse, causal, scale
+                out, lse = KERNELS["math"].forward(q, k, v, causal, scale)
+                merged = (out.to(dtype), lse, causal, scale)
+                expected = (out, lse, *KERNELS["math"].backward(dout, q, k, v, *merged))
+                found = (
+                    *KERNELS[name].forward(q, k, v, causal, scale),
+                    *KERNELS[name].backward(dout, q, k, v, *merged),
                 )
                 for what, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
                     error = ((_wide(a) - b).norm() / b.norm()).item()

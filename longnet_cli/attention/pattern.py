@@ -230,14 +230,14 @@ def span_positions(pattern: Pattern, span: Span, num_heads: int) -> list[range]:
 
 
 class _Heads(NamedTuple):
-    """Heads first, first + step, ...: an arithmetic progression of `count`."""
+    """Heads first, first + step, ...: an arithmetic progression of `number`."""
 
-    count: int
+    number: int
     first: int
     step: int
 
     def skew(self, firsts: Sequence[int]) -> int:
-        return firsts[self.first + self.step] - firsts[self.first] if self.count > 1 else 0
+        return firsts[self.first + self.step] - firsts[self.first] if self.number > 1 else 0
 
 
 def _progressions(

@@ -29,10 +29,10 @@ def dilated_attention_reference(
     if lengths is not None:
         out = q * 0  # zeros, and in the graph even where every length is 0
         for b, n in enumerate(torch.as_tensor(lengths).tolist()):
-            rows = (x[b : b + 1, :n] for x in (q, k, v))
             if n:
+                q_, k_, v_ = (x[b : b + 1, :n] for x in (q, k, v))
                 alone = dilated_attention_reference(
-                    *rows, pattern, causal=causal, start=start, padding=padding, scale=scale
+                    q_, k_, v_, pattern, causal=causal, start=start, padding=padding, scale=scale
                 )
                 out = out.index_put((torch.tensor(b), torch.arange(n)), alone[0])
         return out

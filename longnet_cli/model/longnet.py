@@ -129,12 +129,16 @@ class LongNet(nn.Module):
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim) if config.vocab_size else None
+        self.embedding = None
+        if config.vocab_size:  # an empty table, as `init_weights` draws it; nn.Embedding would draw it first
+            table = torch.empty(config.vocab_size, config.dim)
+            self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=table)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
         untied = config.vocab_size and not config.tie_embeddings
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if untied else None
-        self.init_weights()
+        if not any(p.is_meta for p in self.parameters()):  # drawing nothing there would load half of torch
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -138,6 +138,10 @@ def _model(recipe: Recipe, initial: str | None) -> LongNet:
         return LongNet(recipe.model)
     model = LongNet.from_pretrained(initial)
     if model.config != recipe.model:
-        changed = [name for name in type(model.config).model_fields if getattr(model.config, name) != getattr(recipe.model, name)]
+        changed = [
+            name
+            for name in type(model.config).model_fields
+            if getattr(model.config, name) != getattr(recipe.model, name)
+        ]
         raise ConfigError(f"{initial} differs from the recipe in model.{', model.'.join(changed)}")
     return model

@@ -38,19 +38,19 @@ class DataRecipe(Section):
 class OptimizerRecipe(Section):
     """AdamW; weights decay, biases and norms do not. Defaults from the paper's Table 3."""
 
-    lr: float = Field(6e-4, gt=0)
+    lr: float = Field(default=6e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(2.0, gt=0)  # of the gradient's norm
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=2.0, gt=0)  # of the gradient's norm
 
 
 class ScheduleRecipe(Section):
     """The learning rate rises linearly for `warmup_steps`, then falls to `final` times its peak at the last step."""
 
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    final: float = Field(0.1, ge=0, le=1)
+    final: float = Field(default=0.1, ge=0, le=1)
 
 
 class Stage(Section):
@@ -64,12 +64,12 @@ class TrainRecipe(Section):
     """An optimizer step sees `batch_tokens`, at most `micro_tokens` of them at a time (gradients accumulate)."""
 
     stages: list[Stage] = Field(min_length=1)
-    batch_tokens: int = Field(16384, gt=0)
-    micro_tokens: int = Field(16384, gt=0)
+    batch_tokens: int = Field(default=16384, gt=0)
+    micro_tokens: int = Field(default=16384, gt=0)
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = Field(0, ge=0)
-    log_every: int = Field(10, gt=0)
-    save_every: int = Field(500, gt=0)  # steps between two writes of the model directory
+    seed: int = Field(default=0, ge=0)
+    log_every: int = Field(default=10, gt=0)
+    save_every: int = Field(default=500, gt=0)  # steps between two writes of the model directory
 
     @property
     def steps(self) -> int:
@@ -103,7 +103,9 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         table[name] = value
     model, source = data.get("model"), data.get("data")
     if isinstance(model, dict) and isinstance(source, dict) and "vocab_size" not in model:
-        data = data | {"model": model | {"vocab_size": Tokenizer.load(str(source.get("tokenizer", "bytes"))).vocab_size}}
+        data = data | {
+            "model": model | {"vocab_size": Tokenizer.load(str(source.get("tokenizer", "bytes"))).vocab_size}
+        }
     return validate(Recipe, data, where)
 
 

@@ -1,0 +1,190 @@
+"""`longnet bench`: how fast dilated attention is on this machine, against dense attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longnet_cli.cli.options import DeviceOption, DtypeOption, QuietOption, size_option, sizes_option
+from longnet_cli.cli.output import RowFormat, RowWriter, format_bytes, format_count, format_duration
+from longnet_cli.cli.progress import progress
+
+if TYPE_CHECKING:
+    from longnet_cli.attention import Pattern
+    from longnet_cli.benchmark import Case, Measurement
+
+DEFAULT_SEQ = (4096, 8192, 16384, 32768)
+DEFAULT_MAX_TIME = 60.0
+
+# Markdown is for people: no more columns than a terminal has room for. What all rows share stands on stderr.
+_MARKDOWN_COLUMNS = [
+    *("op", "impl", "direction", "seq", "status"),
+    *("seconds", "tokens_per_second", "flops_per_second", "peak_rss_bytes"),
+]
+_HUMAN = {
+    "seconds": format_duration,
+    "tokens_per_second": format_count,
+    "flops_per_second": format_count,
+    "peak_rss_bytes": format_bytes,
+}
+_LONG_SECONDS, _LONG_BYTES = 10.0, 2**30  # rows beyond these are announced
+
+
+def _names(value: str | Sequence[str]) -> list[str]:
+    """`dilated,dense` -> ["dilated", "dense"]; which names there are is the job's to know."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+
+
+def bench(
+    seq: Annotated[
+        Sequence[int] | None,
+        sizes_option("--seq", help="Sequence lengths in tokens.", show_default="4Ki,8Ki,16Ki,32Ki"),
+    ] = None,
+    op: Annotated[str, typer.Option("--op", metavar="attention", help="What to measure.")] = "attention",
+    impl: Annotated[
+        Sequence[str],
+        typer.Option("--impl", parser=_names, metavar="dilated,dense", help="Ours, and torch's dense attention."),
+    ] = ("dilated", "dense"),
+    direction: Annotated[
+        Sequence[str],
+        typer.Option(
+            "--direction",
+            parser=_names,
+            metavar="forward,backward",
+            help="backward is timed alone, without its forward.",
+        ),
+    ] = ("forward",),
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            "--pattern",
+            metavar="paper|geometric",
+            help="Levels: the paper's, or geometric: --base, times --ratio until one covers the sequence.",
+            show_default="paper",
+        ),
+    ] = None,
+    base: Annotated[int, size_option("--base", help="First segment length of a geometric pattern.")] = 2048,
+    ratio: Annotated[int, typer.Option("--ratio", min=2, metavar="N", help="Growth of a geometric pattern.")] = 2,
+    segment_lengths: Annotated[
+        Sequence[int] | None, sizes_option("--segment-lengths", help="Levels of your own, with --dilation-rates.")
+    ] = None,
+    dilation_rates: Annotated[
+        Sequence[int] | None, sizes_option("--dilation-rates", help="One for each segment length.")
+    ] = None,
+    heads: Annotated[int, typer.Option("--heads", min=1, help="Attention heads.")] = 12,
+    head_dim: Annotated[int, typer.Option("--head-dim", min=1, help="Size of a head.")] = 64,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")] = 1,
+    causal: Annotated[bool, typer.Option("--causal/--bidirectional", help="Who sees whom.")] = True,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of a row after its warm-up.")] = 3,
+    max_time: Annotated[
+        float | None,
+        typer.Option(
+            "--max-time",
+            min=0,
+            metavar="SECONDS",
+            help="For all rows; those not reached are reported as stopped.",
+            show_default="60 without --seq, else no limit",
+        ),
+    ] = None,
+    max_dense_time: Annotated[
+        float,
+        typer.Option(
+            "--max-dense-time", min=0, metavar="SECONDS", help="Skip dense runs that are expected to take longer."
+        ),
+    ] = 60.0,
+    format: Annotated[RowFormat, typer.Option("--format", help="Rows on stdout.")] = "md",
+    quiet: QuietOption = False,
+) -> None:
+    """Measure dilated attention against dense attention, row by row.
+
+    Rows that would not fit free memory or the time are skipped and say so. Ctrl-C keeps the rows so far.
+    """
+    from longnet_cli.benchmark import Measurement, machine
+    from longnet_cli.benchmark import bench as run
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    def announce(case: Case, seconds: float | None) -> None:
+        in_all = (seconds or 0.0) * (1 + repeats)
+        if in_all >= _LONG_SECONDS or case.memory_bytes >= _LONG_BYTES:
+            about = f"about {format_duration(in_all)} and " if seconds else "about "
+            say(f"{_title(case.row)}: {about}{format_bytes(case.memory_bytes)} of memory")
+
+    seqs = seq or DEFAULT_SEQ
+    measurements = run(
+        seqs,
+        op=op,
+        impls=impl,
+        directions=direction,
+        heads=heads,
+        head_dim=head_dim,
+        batch=batch,
+        causal=causal,
+        pattern=_pattern(pattern, segment_lengths, dilation_rates),
+        base=base,
+        ratio=ratio,
+        dtype=dtype,
+        device=device,
+        repeats=repeats,
+        max_time=DEFAULT_MAX_TIME if max_time is None and seq is None else max_time,
+        max_dense_time=max_dense_time,
+        on_start=announce,
+    )
+    shape = f"{batch} x {heads} heads x {head_dim}, {'causal' if causal else 'bidirectional'}"
+    if not quiet:
+        say(", ".join([*machine(device, dtype, head_dim).values(), shape]))
+    columns = [field.name for field in dataclasses.fields(Measurement)] if format != "md" else _MARKDOWN_COLUMNS
+    total = len(seqs) * len(impl) * len(direction)
+    rows: list[Measurement] = []
+    with (
+        progress("bench", total=total, unit="rows", quiet=quiet) as advance,
+        RowWriter(format, columns, human=_HUMAN) as out,
+    ):
+        for row in measurements:
+            values = dataclasses.asdict(row)
+            out.write({column: values[column] for column in columns})
+            if row.reason:
+                say(f"{_title(row)}: {row.status}, {row.reason}")
+            rows.append(row)
+            advance(1, last=_title(row))
+    if format == "md":
+        for line in _ratios(rows):
+            say(line)
+
+
+def _title(row: Measurement) -> str:
+    return f"{row.impl} {row.direction} at {row.seq}"
+
+
+def _ratios(rows: Sequence[Measurement]) -> list[str]:
+    """`dilated is 6.5x dense at 32768, forward`: ratios of speed, for each pair that was measured."""
+    seconds = {(row.impl, row.seq, row.direction): row.seconds for row in rows if row.seconds}
+    return [
+        f"dilated is {dense / dilated:.3g}x dense at {seq}, {direction}"
+        for (impl, seq, direction), dilated in seconds.items()
+        if impl == "dilated" and (dense := seconds.get(("dense", seq, direction)))
+    ]
+
+
+def _pattern(
+    name: str | None, segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None
+) -> Pattern | str:
+    if segment_lengths is None and dilation_rates is None:
+        return name or "paper"
+    if name is not None:
+        raise typer.BadParameter("--pattern names levels, --segment-lengths and --dilation-rates list them: give one")
+    from longnet_cli.attention import Pattern
+
+    levels: list[Any] = [tuple(given or ()) for given in (segment_lengths, dilation_rates)]
+    try:
+        return Pattern(*levels)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

@@ -1,0 +1,82 @@
+"""`longnet encode`: one vector a document, as Arrow or Parquet."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Literal
+
+import typer
+
+from longnet_cli.cli.options import (
+    DEFAULT_MODEL,
+    ColumnOption,
+    DeviceOption,
+    DtypeOption,
+    Inputs,
+    ModelOption,
+    QuietOption,
+    TokenizerOption,
+)
+from longnet_cli.cli.progress import progress
+from longnet_cli.cli.score import load_model
+from longnet_cli.errors import ConfigError
+
+
+def encode(
+    inputs: Inputs,
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="NAME.arrow or NAME.parquet to write, or - for an Arrow stream on stdout.",
+        ),
+    ] = "-",
+    model: ModelOption = DEFAULT_MODEL,
+    pool: Annotated[
+        Literal["mean", "last", "first"],
+        typer.Option("--pool", help="A document's vector: the mean over its tokens, or that of one token."),
+    ] = "mean",
+    normalize: Annotated[
+        bool, typer.Option("--normalize/--no-normalize", help="Scale every vector to length 1.")
+    ] = True,
+    embedding_dtype: Annotated[
+        Literal["float32", "float16"],
+        typer.Option("--embedding-dtype", help="Type of the numbers written; float16 takes half the space."),
+    ] = "float32",
+    tokenizer: TokenizerOption = None,
+    column: ColumnOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Turn each document into one vector, for search or clustering.
+
+    Columns: doc_id, span, start, end, n_tokens, embedding; rows in input order.
+    """
+    if output == "-" and sys.stdout.isatty():  # said before a model is loaded
+        raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
+    from longnet_cli.data.sinks import ShardWriter
+    from longnet_cli.data.sources import read_documents
+
+    net, words = load_model(model, tokenizer, device)
+    from longnet_cli.encoding import encode as run
+
+    documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size)
+    with progress("encoding", total=None, quiet=quiet) as advance:
+        batches = run(
+            net,
+            documents,
+            bos=words.eos_id if words else None,
+            pool=pool,
+            normalize=normalize,
+            dtype=dtype,
+            embedding_dtype=embedding_dtype,
+            model_name=model,
+            tokenizer_sha256=words.sha256 if words else None,
+            on_progress=advance,
+        )
+        with ShardWriter(output, batches.schema) as writer:
+            for batch in batches:
+                writer.write(batch)

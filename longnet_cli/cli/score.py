@@ -1,0 +1,139 @@
+"""`longnet score`: perplexity and bits per byte of documents under a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from longnet_cli.cli.options import (
+    DEFAULT_MODEL,
+    ColumnOption,
+    DeviceOption,
+    DtypeOption,
+    Inputs,
+    ModelOption,
+    QuietOption,
+    TokenizerOption,
+    size_option,
+)
+from longnet_cli.cli.output import emit_json, emit_jsonl
+from longnet_cli.cli.progress import progress
+
+if TYPE_CHECKING:
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.model.longnet import LongNet
+    from longnet_cli.scoring import DocumentScore, Score
+
+Format = Literal["text", "json", "jsonl"]
+
+
+def score(
+    inputs: Inputs,
+    model: ModelOption = DEFAULT_MODEL,
+    ppl: Annotated[
+        bool,
+        typer.Option(
+            "--ppl",
+            help="Perplexity and bits per byte: the default, as nothing else is measured yet.",
+            show_default=False,
+        ),
+    ] = True,
+    context: Annotated[
+        int | None,
+        size_option(
+            "--context",
+            help="Tokens that a token may look back at: the text is scored in separate windows of this length.",
+            show_default="the whole document",
+        ),
+    ] = None,
+    tokenizer: TokenizerOption = None,
+    column: ColumnOption = None,
+    format: Annotated[
+        Format, typer.Option("--format", help="A table to read, one JSON value, or a line of JSON a document.")
+    ] = "text",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Measure how well a model predicts text: perplexity (ppl) and bits per byte (bpb), lower is better.
+
+    Every token is scored once. Across tokenizers, compare bpb, not ppl.
+    """
+    from longnet_cli.data.sources import read_documents
+
+    net, words = load_model(model, tokenizer, device)
+    from longnet_cli.scoring import score as run
+
+    documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size)
+    bos = words.eos_id if words else None
+    with progress("scoring", total=None, quiet=quiet) as advance:
+        scores = run(net, documents, bos=bos, context=context, dtype=dtype, on_progress=advance)
+        _print(scores, format)
+
+
+def load_model(name: str, tokenizer: str | None, device: str) -> tuple[LongNet, Tokenizer | None]:
+    """The model that --model names, in float32 on --device, and --tokenizer or else its own, None if it has none.
+
+    Raises ConfigError for a tokenizer with ids that the model does not have, or a model that reads no tokens.
+    """
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.errors import ConfigError
+    from longnet_cli.presets import find_model
+
+    folder = find_model(name)
+    own = folder / "tokenizer.json"
+    chosen = tokenizer or (own if own.exists() else None)
+    words = Tokenizer.load(chosen) if chosen else None
+
+    import torch  # takes a second: a wrong name has been told by now
+
+    from longnet_cli.model.longnet import LongNet
+    from longnet_cli.runtime.device import select_device
+
+    net = LongNet.from_pretrained(folder, select_device(device), torch.float32)
+    if not net.config.vocab_size:
+        raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
+    if words and words.vocab_size > net.config.vocab_size:
+        raise ConfigError(
+            f"{chosen}: the tokenizer has {words.vocab_size} ids and the model {net.config.vocab_size}: "
+            "they do not belong together"
+        )
+    return net, words
+
+
+def _print(scores: Iterator[DocumentScore], format: Format) -> None:
+    """Each document as soon as it is scored (except in the one value of json), and the total at last."""
+    from longnet_cli.scoring import Score
+
+    total = Score(0.0, 0, 0)
+    rows = []
+    for index, document in enumerate(scores):
+        total += document.score
+        if format == "text":
+            _print_row(document.doc_id, document.score, header=index == 0)
+        elif format == "jsonl":
+            emit_jsonl({"kind": "document", "doc_id": document.doc_id, **document.score.as_dict()})
+        else:
+            rows.append({"doc_id": document.doc_id, **document.score.as_dict()})
+    if format == "text":
+        _print_row("total", total)
+    elif format == "jsonl":
+        emit_jsonl({"kind": "total", **total.as_dict()})
+    else:
+        emit_json({"total": total.as_dict(), "documents": rows})
+
+
+def _print_row(name: str, score: Score, *, header: bool = False) -> None:
+    """The numbers stand first, as in `wc`: so columns are straight whatever the names, and no name need be cut."""
+    if header:
+        print(f"{'tokens':>12} {'ppl':>12} {'bpb':>8}  document")
+    numbers = f"{score.n_tokens:>12} {_number(score.ppl):>12} {_number(score.bpb):>8}"
+    print(f"{numbers}  {' '.join(name.split())}", flush=True)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value < 1e6 else f"{value:.2e}"

@@ -1,0 +1,76 @@
+"""`longnet tokenize`: text in, Arrow shards of token ids out."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from longnet_cli.cli.options import Inputs, QuietOption, size_option
+from longnet_cli.cli.output import format_count
+from longnet_cli.cli.progress import progress
+
+
+def tokenize(
+    inputs: Inputs,
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="A new folder for shards and tokenizer.json, one .arrow or .parquet file, or - for stdout.",
+        ),
+    ],
+    tokenizer: Annotated[
+        str,
+        typer.Option("--tokenizer", metavar="bytes|FILE", help="One id for each byte, or a tokenizer.json."),
+    ] = "bytes",
+    train_vocab: Annotated[
+        int | None,
+        size_option("--train-vocab", help="First train a byte-level BPE tokenizer with this many ids on the inputs."),
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option("--column", metavar="NAME", help="Text column of a table.", show_default="text")
+    ] = None,
+    shard_tokens: Annotated[
+        int | None,
+        size_option("--shard-tokens", help="Begin a new shard after so many tokens.", show_default="128Mi"),
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Turn text into token ids, once, so that training need not do it each time.
+
+    Every other command reads text too; tokenize what you read often.
+    """
+    from longnet_cli.tokenizing import SHARD_TOKENS
+    from longnet_cli.tokenizing import tokenize as run
+
+    done = 0
+    with progress("tokenizing", total=None, quiet=quiet) as advance:
+
+        def on_progress(documents: int, tokens: int, size: int) -> None:
+            nonlocal done
+            advance(tokens - done, documents=documents)
+            done = tokens
+
+        result = run(
+            inputs,
+            output,
+            tokenizer=tokenizer,
+            train_vocab=train_vocab,
+            column=column,
+            shard_tokens=shard_tokens or SHARD_TOKENS,
+            on_progress=on_progress,
+        )
+    if quiet:
+        return
+    counts = [
+        f"{result.documents} document{'s' * (result.documents != 1)}",
+        f"{format_count(result.tokens)} tokens",
+        f"{result.bytes / result.tokens:.2f} bytes a token" if result.tokens else "all of them empty",
+        f"vocabulary {result.tokenizer.vocab_size}",
+    ]
+    shards = f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
+    print(f"{', '.join(counts)} -> {'stdout' if output == '-' else output}{shards}", file=sys.stderr)

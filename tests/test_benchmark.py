@@ -1,0 +1,199 @@
+"""Proves what `bench` reports, except how fast it is: timings depend on the machine and decide no test here."""
+
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import patterns
+
+from longnet_cli import benchmark
+from longnet_cli.attention import Pattern
+from longnet_cli.attention.reference import _key_counts
+from longnet_cli.benchmark import Case, Measurement, attention_flops, bench
+from longnet_cli.errors import ConfigError
+
+TINY = {"heads": 3, "head_dim": 8, "repeats": 2}
+
+
+@given(patterns(), st.integers(1, 5), st.integers(1, 80), st.booleans(), st.integers(1, 3))
+def test_flops_count_every_pair_of_rows_that_meets(
+    pattern: Pattern, heads: int, tokens: int, causal: bool, batch: int
+) -> None:
+    pairs = int(_key_counts(pattern, heads, tokens, False, 0, "exact")[0].sum())  # by dense masks
+    expected = 4 * pairs * 16 * batch / (2 if causal else 1)
+    assert attention_flops(pattern, heads, 16, tokens, causal, batch) == expected
+
+
+def test_flops_of_the_paper_pattern_are_its_keys_per_query() -> None:
+    tokens = 32768 * 3  # whole segments of every level; 12 heads have every offset of every level equally often
+    expected = 4 * 12 * 64 * tokens * Pattern.paper().keys_per_query
+    assert attention_flops(Pattern.paper(), 12, 64, tokens, causal=False) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_row_for_every_combination_with_rates_that_fit_its_seconds() -> None:
+    rows = list(bench([32, 70], batch=2, pattern=Pattern((16, 64), (1, 4)), **TINY))
+    expected = itertools.product([32, 70], ["forward", "backward"], ["dilated", "dense"])
+    assert [(r.seq, r.direction, r.impl) for r in rows] == list(expected)
+    for row in rows:
+        assert (row.op, row.status, row.reason, row.cache_bytes) == ("attention", "ok", None, None)
+        assert row.seconds is not None
+        assert row.seconds > 0
+        assert row.tokens_per_second == pytest.approx(2 * row.seq / row.seconds)
+        flops = 4 * row.seq**2 * 3 * 8 * 2 / 2
+        if row.impl == "dilated":
+            flops = attention_flops(Pattern((16, 64), (1, 4)), 3, 8, row.seq, True, 2)
+        assert row.flops_per_second == pytest.approx(flops * (2.5 if row.direction == "backward" else 1) / row.seconds)
+        assert row.kernel == ("cpu_flash" if row.impl == "dilated" else "sdpa")
+        assert row.pattern == ("16/1,64/4" if row.impl == "dilated" else None)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_dtype_and_a_geometric_pattern(dtype: str, causal: bool) -> None:
+    rows = list(bench([40], pattern="geometric", base=8, ratio=3, dtype=dtype, causal=causal, device="cpu", **TINY))
+    assert {(row.status, row.dtype, row.causal) for row in rows} == {("ok", dtype, causal)}
+    assert rows[0].pattern == "8/1,24/3,72/9"
+
+
+def test_the_peak_belongs_to_its_row_alone() -> None:
+    few_flops = Pattern((64,), (1,))
+    big, small = bench([40_000, 64], directions=["forward"], impls=["dilated"], heads=8, pattern=few_flops, repeats=1)
+    assert big.peak_rss_bytes is not None
+    assert small.peak_rss_bytes is not None
+    # q, k, v and out of the big one take 312 MiB, and all of them are gone when the small one runs
+    assert big.peak_rss_bytes - small.peak_rss_bytes > 200 * 2**20
+
+
+def test_the_peak_is_sampled_where_the_mark_cannot_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(benchmark.Path, "write_text", refuse)
+    (row,) = bench([64], directions=["forward"], impls=["dilated"], **TINY)
+    assert row.peak_rss_bytes is not None
+    assert row.peak_rss_bytes > 2**20
+
+
+def test_rows_that_would_not_fit_are_skipped_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "free_memory", lambda device: 2**20)
+    rows = list(bench([64, 10**9, 100], **TINY))
+    assert [row.status for row in rows] == ["ok"] * 4 + ["skipped"] * 4 + ["ok"] * 4
+    assert "memory" in (rows[4].reason or "")
+    assert rows[4].seconds is rows[4].peak_rss_bytes is None
+
+
+def test_memory_that_runs_out_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "free_memory", lambda device: None)  # nobody knows, so it is tried
+    rows = list(bench([10**13, 64], directions=["forward"], impls=["dilated"], **TINY))
+    assert [row.status for row in rows] == ["oom", "ok"]
+
+
+def test_free_memory_is_what_the_machine_has() -> None:
+    free = benchmark.free_memory(torch.device("cpu"))
+    assert free is not None
+    assert 2**20 < free < 2**50
+
+
+FakeOp = Callable[[float], None]
+
+
+@pytest.fixture
+def fake_op(monkeypatch: pytest.MonkeyPatch) -> FakeOp:
+    """`fake_op(r)`: the op is one that runs r FLOPs a second on a clock of its own: seq^2 dense, seq dilated."""
+
+    def install(rate: float) -> None:
+        now = [0.0]
+
+        def make(settings: benchmark.Settings, impl: str, direction: str, seq: int) -> Case:
+            flops = float(seq * seq if impl == "dense" else seq)
+
+            def run() -> None:
+                now[0] += flops / rate
+
+            return Case(Measurement("fake", impl, direction, seq), seq, flops, 0.0, 0, lambda: run)
+
+        monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+        monkeypatch.setitem(benchmark.OPS, "fake", make)
+
+    return install
+
+
+def statuses(seqs: list[int], **options: object) -> list[tuple[int, str, str]]:
+    rows = bench(seqs, op="fake", directions=["forward"], repeats=3, **options)  # type: ignore[arg-type]
+    return [(row.seq, row.impl, row.status) for row in rows]
+
+
+def test_another_op_is_one_function(fake_op: FakeOp) -> None:
+    fake_op(10.0)
+    (row,) = bench([20], op="fake", impls=["dense"], directions=["forward"])
+    assert (row.op, row.seconds, row.tokens_per_second, row.flops_per_second) == ("fake", 40.0, 0.5, 10.0)
+
+
+def test_what_max_time_does_not_reach_is_stopped(fake_op: FakeOp) -> None:
+    fake_op(1.0)
+    # 10 s warm-up and 3 runs leave 10 of 50 s: enough for 5, and then for nothing
+    assert statuses([10, 20, 2], impls=["dilated"], max_time=50.0) == [
+        (10, "dilated", "ok"), (20, "dilated", "stopped"), (2, "dilated", "ok")
+    ]  # fmt: skip
+    assert statuses([10, 10], impls=["dilated"], max_time=40.0)[1] == (10, "dilated", "stopped")
+    assert statuses([10], impls=["dilated"], max_time=0.0) == [(10, "dilated", "stopped")]
+
+
+def test_a_warm_up_that_takes_the_time_is_the_measurement(fake_op: FakeOp) -> None:
+    fake_op(1.0)
+    (row,) = bench([30], op="fake", impls=["dilated"], directions=["forward"], max_time=50.0)
+    assert (row.status, row.seconds) == ("ok", 30.0)
+
+
+def test_dense_that_would_take_too_long_is_skipped(fake_op: FakeOp) -> None:
+    fake_op(100.0)
+    found = statuses([10, 20, 1000], max_dense_time=3.0)
+    assert found[:3] == [(10, "dilated", "ok"), (10, "dense", "ok"), (20, "dilated", "ok")]
+    assert found[3:] == [(20, "dense", "skipped"), (1000, "dilated", "ok"), (1000, "dense", "skipped")]
+
+
+def test_a_long_run_without_a_shorter_one_is_estimated_by_a_probe(fake_op: FakeOp) -> None:
+    fake_op(1e9)
+    assert statuses([10**6], impls=["dense"], max_dense_time=60.0) == [(10**6, "dense", "skipped")]
+
+
+def test_each_case_is_announced_before_it_runs(fake_op: FakeOp) -> None:
+    fake_op(1.0)
+    told: list[tuple[int, float | None]] = []
+    rows = bench(
+        [10, 20], op="fake", impls=["dilated"], directions=["forward"],
+        on_start=lambda case, seconds: told.append((case.row.seq, seconds)),
+    )  # fmt: skip
+    next(rows)
+    assert told == [(10, None)]
+    next(rows)
+    assert told == [(10, None), (20, 20.0)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"op": "sort"}, {"impls": ["sparse"]}, {"directions": ["sideways"]}, {"pattern": "plaid"}, {"dtype": "fp8"},
+        {"heads": 0}, {"repeats": 0}, {"ratio": 1}, {"device": "cuda:99"},
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_told_before_the_first_row(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        bench([16], **wrong)  # type: ignore[arg-type]
+
+
+def test_a_kernel_that_cannot_run_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGNET_KERNEL", "abacus")
+    with pytest.raises(ConfigError, match="abacus"):
+        bench([16])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    rows = list(bench([4096], device="cuda", dtype="bf16"))
+    assert {row.status for row in rows} == {"ok"}
+    assert all(row.peak_rss_bytes for row in rows)

@@ -1,0 +1,115 @@
+"""Proves the command `longnet bench`: its formats, what it tells on stderr, and that Ctrl-C leaves rows to parse."""
+
+import csv
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from longnet_cli.cli.app import app
+
+CONTRACT = {
+    "op", "impl", "direction", "seq", "status", "seconds", "tokens_per_second", "flops_per_second",
+    "peak_rss_bytes", "cache_bytes",
+}  # fmt: skip
+SHAPE = {"heads", "head_dim", "batch", "causal", "dtype", "device", "kernel", "pattern"}
+TINY = ["--heads", "2", "--head-dim", "8", "--repeats", "1", "--device", "cpu", "--segment-lengths", "16,32"]
+TINY += ["--dilation-rates", "1,2"]
+
+Bench = Callable[..., Result]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    """The command in this process, where torch is loaded already."""
+    return lambda *args: CliRunner().invoke(app, ["bench", *TINY, *args])
+
+
+def rows_of(format: str, text: str) -> list[dict[str, Any]]:
+    if format == "json":
+        return json.loads(text)
+    if format == "jsonl":
+        return [json.loads(line) for line in text.splitlines()]
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+@pytest.mark.parametrize("format", ["json", "jsonl", "csv"])
+def test_machine_formats_have_every_key_of_the_contract(bench: Bench, format: str) -> None:
+    result = bench("--seq", "48,64", "--direction", "forward,backward", "--format", format)
+    assert result.exit_code == 0, result.output
+    rows = rows_of(format, result.stdout)
+    assert len(rows) == 8
+    assert all(row.keys() >= CONTRACT | SHAPE for row in rows)
+    assert [(row["impl"], row["direction"], int(row["seq"]), row["status"]) for row in rows[:3]] == [
+        ("dilated", "forward", 48, "ok"), ("dense", "forward", 48, "ok"), ("dilated", "backward", 48, "ok")
+    ]  # fmt: skip
+
+
+def test_markdown_is_a_table_and_the_ratios_follow_on_stderr(bench: Bench) -> None:
+    result = bench("--seq", "64")
+    head, rule, *rows = result.stdout.splitlines()
+    assert [cell.strip() for cell in head.strip("|").split("|")][:5] == ["op", "impl", "direction", "seq", "status"]
+    assert set(rule) == set("|-: ")
+    assert len(rows) == 2
+    assert "dilated is " in result.stderr
+    assert result.stderr.rstrip().endswith("x dense at 64, forward")
+    assert "torch" in result.stderr.splitlines()[0]
+    assert "kernel cpu_flash" in result.stderr.splitlines()[0]
+
+
+def test_quiet_says_nothing(bench: Bench) -> None:
+    assert bench("--seq", "64", "-q").stderr == ""
+
+
+def test_skipped_and_stopped_rows_give_their_reason(bench: Bench) -> None:
+    result = bench("--seq", "64,1e12", "--impl", "dilated", "--format", "jsonl")
+    assert [row["status"] for row in rows_of("jsonl", result.stdout)] == ["ok", "skipped"]
+    assert "dilated forward at 1000000000000: skipped, needs " in result.stderr
+    result = bench("--seq", "64", "--max-time", "0", "--format", "jsonl")
+    assert [row["status"] for row in rows_of("jsonl", result.stdout)] == ["stopped", "stopped"]
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--impl", "sparse"], ["--direction", "up"], ["--op", "sort"], ["--pattern", "paper"], ["--seq", "0"],
+        ["--dilation-rates", "1"],
+    ],
+)  # fmt: skip
+def test_wrong_options_write_no_row(bench: Bench, wrong: list[str]) -> None:
+    result = bench("--seq", "64", "--format", "json", *wrong)
+    assert result.exit_code != 0  # `run` makes a ConfigError code 2
+    assert result.stdout == ""
+
+
+def test_the_real_command(run_longnet: Callable[..., subprocess.CompletedProcess]) -> None:
+    result = run_longnet("bench", *TINY, "--seq", "64", "--format", "jsonl")
+    assert result.returncode == 0, result.stderr
+    assert [row["status"] for row in rows_of("jsonl", result.stdout)] == ["ok", "ok"]
+    result = run_longnet("bench", "--pattern", "plaid")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "choose from paper, geometric" in result.stderr
+
+
+def test_ctrl_c_leaves_the_rows_so_far(tmp_path: Path, command_env: dict[str, str]) -> None:
+    endless = ",".join(["64"] * 20_000)
+    command = [sys.executable, "-m", "longnet_cli", "bench", *TINY, "--seq", endless, "--format", "json"]
+    with subprocess.Popen(
+        command, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=command_env, cwd=tmp_path
+    ) as job:
+        assert job.stdout is not None  # unbuffered, or `communicate` would miss what `readline` read ahead
+        first = job.stdout.readline() + job.stdout.readline()  # "[" and a row, though the job is far from its end
+        job.send_signal(signal.SIGINT)
+        rest, _ = job.communicate(timeout=60)
+    assert job.returncode == 130
+    rows = json.loads(first + rest)
+    assert rows
+    assert all(row["status"] == "ok" for row in rows)

@@ -1,0 +1,255 @@
+"""Proves `tokenize`, `score` and `encode` as a person and a script meet them: real processes, pipes, exit codes.
+
+Whatever goes wrong is one line on stderr and the documented exit code; whatever goes right keeps stdout for results.
+"""
+
+import json
+import os
+import pty
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import RunLongnet
+
+from longnet_cli.data.sources import read_documents
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.encoding import encode
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.scoring import score
+
+SCORE_KEYS = {"nll_sum", "n_tokens", "n_bytes", "ppl", "bpb"}
+TEXTS = {"a.txt": "Call me Ishmael.", "b.txt": "Some years ago\nnever mind how long precisely\n", "c.txt": "é"}
+
+
+# Runs each command line in a child of its own, which need not import torch again: that takes longer than all the rest.
+FORKS = """
+import json, os, sys
+import longnet_cli.encoding
+from longnet_cli.cli.app import main
+
+codes = []
+for index, arguments in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        for handle, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(f"{sys.argv[2]}/{index}.{name}", os.O_WRONLY | os.O_CREAT), handle)
+        sys.argv[1:] = arguments
+        main()
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+
+RunAll = Callable[..., list[subprocess.CompletedProcess]]
+
+
+@pytest.fixture
+def run_all(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, command_env: dict[str, str]) -> RunAll:
+    """`run_longnet` of many commands that need a model: `run_all(["score", ...], ["encode", ...])`."""
+
+    def run(*commands: list[str | Path], text: bool = True) -> list[subprocess.CompletedProcess]:
+        folder = tmp_path_factory.mktemp("outputs")
+        lines = json.dumps([[str(word) for word in command] for command in commands])
+        program = [sys.executable, "-c", FORKS, lines, str(folder)]
+        done = subprocess.run(program, capture_output=True, text=True, env=command_env, cwd=tmp_path, check=True)
+        results = []
+        for index, code in enumerate(json.loads(done.stdout)):
+            outputs = [(folder / f"{index}.{name}").read_bytes() for name in ("stdout", "stderr")]
+            shown = [output.decode() for output in outputs] if text else outputs
+            results.append(subprocess.CompletedProcess(commands[index], code, *shown))
+        return results
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random causal model of bytes, with its tokenizer."""
+    torch.manual_seed(0)
+    config = LongNetConfig(
+        vocab_size=257, dim=16, num_layers=2, num_heads=2, ffn_dim=32, segment_lengths=(8, 32), dilation_rates=(1, 2)
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    LongNet(config).save_pretrained(folder)
+    Tokenizer.bytes().save(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, text in TEXTS.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+# --- tokenize --------------------------------------------------------------------------------------------
+
+
+def test_tokenize_writes_what_the_other_commands_read(run_longnet: RunLongnet, texts: Path, tmp_path: Path) -> None:
+    done = run_longnet("tokenize", texts, "-o", "shards", "--shard-tokens", "20")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "3 documents, 63 tokens, 1.00 bytes a token, vocabulary 257 -> shards (3 shards)\n"
+    tokenizer = Tokenizer.load(tmp_path / "shards")
+    read = read_documents([tmp_path / "shards"], tokenizer)
+    assert {document.doc_id: tokenizer.decode(document.tokens) for document in read} == TEXTS
+
+
+def test_tokenize_trains_a_tokenizer_quietly(run_longnet: RunLongnet, texts: Path, tmp_path: Path) -> None:
+    done = run_longnet("tokenize", texts, "-o", "out.arrow", "--train-vocab", "260", "-q")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert Tokenizer.load(tmp_path / "out.tokenizer.json").vocab_size == 260
+
+
+def test_tokenize_needs_an_output(run_longnet: RunLongnet, texts: Path) -> None:
+    done = run_longnet("tokenize", texts)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--output" in done.stderr
+
+
+# --- score -----------------------------------------------------------------------------------------------
+
+
+def test_score_formats_agree_with_the_library(run_all: RunAll, model: Path, texts: Path) -> None:
+    tokenizer = Tokenizer.load(model)
+    documents = read_documents([texts], tokenizer)
+    expected = list(score(LongNet.from_pretrained(model), documents, bos=tokenizer.eos_id, context=8))
+    arguments = ["score", "--ppl", texts, "--model", model, "--context", "8", "--device", "cpu", "--format"]
+    as_json, as_lines, as_text = run_all(*([*arguments, format] for format in ("json", "jsonl", "text")))
+    assert [(done.returncode, done.stderr) for done in (as_json, as_lines, as_text)] == [(0, "")] * 3
+
+    value = json.loads(as_json.stdout)
+    assert value["total"].keys() >= SCORE_KEYS
+    assert [row["doc_id"] for row in value["documents"]] == list(TEXTS)
+    for row, wanted in zip(value["documents"], expected, strict=True):
+        assert row.keys() >= SCORE_KEYS | {"doc_id"}
+        assert row["nll_sum"] == pytest.approx(wanted.score.nll_sum, rel=1e-6)
+        assert row["n_bytes"] == len(TEXTS[row["doc_id"]].encode())
+    assert value["total"]["n_tokens"] == 63
+    assert value["total"]["nll_sum"] == pytest.approx(sum(row["nll_sum"] for row in value["documents"]))
+
+    *rows, total = map(json.loads, as_lines.stdout.splitlines())
+    assert rows == [{"kind": "document", **row} for row in value["documents"]]
+    assert total == {"kind": "total", **value["total"]}
+
+    header, *lines = as_text.stdout.splitlines()
+    assert header.split() == ["tokens", "ppl", "bpb", "document"]
+    assert [line.split()[-1] for line in lines] == [*TEXTS, "total"]
+    assert len({line.index(line.split()[-1]) for line in [header, *lines]}) == 1  # straight columns
+    assert lines[-1].split() == ["63", f"{total['ppl']:.3f}", f"{total['bpb']:.3f}", "total"]
+
+
+def test_stdin_a_file_and_its_shard_score_the_same(run_longnet: RunLongnet, model: Path, texts: Path) -> None:
+    shard = run_longnet("tokenize", "-", "-o", "shard.arrow", input=TEXTS["b.txt"])
+    assert shard.returncode == 0
+    inputs = ("-", texts / "b.txt", "shard.arrow")
+    done = run_longnet("score", "--ppl", *inputs, "--model", model, "--format", "json", input=TEXTS["b.txt"])
+    piped, file, tokens = json.loads(done.stdout)["documents"]
+    assert (piped["doc_id"], file["doc_id"]) == ("stdin", "b.txt")
+    assert file["n_bytes"] == len(TEXTS["b.txt"])
+    for other in (piped, tokens):
+        assert [other[key] for key in SCORE_KEYS] == pytest.approx([file[key] for key in SCORE_KEYS], rel=1e-6)
+
+
+def test_a_reader_that_leaves_early_is_no_error(
+    command_env: dict[str, str], model: Path, texts: Path, tmp_path: Path
+) -> None:
+    many = tmp_path / "many.arrow"
+    table = pa.table({"doc_id": [str(n) for n in range(3000)], "text": ["x" * 20] * 3000})
+    with ipc.new_file(many, table.schema) as writer:
+        writer.write_table(table)
+    command = f"{shlex.quote(sys.executable)} -m longnet_cli score {many} --model {model} --format jsonl | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=command_env, check=False)
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["doc_id"] == "0"
+
+
+# --- encode ----------------------------------------------------------------------------------------------
+
+
+def test_encode_pipes_into_any_arrow_reader(command_env: dict[str, str], model: Path, texts: Path) -> None:
+    """The vectors that a plain pyarrow program reads are the library's."""
+    reader = "import json, sys, pyarrow as pa; table = pa.ipc.open_stream(sys.stdin.buffer).read_all(); "
+    reader += "print(json.dumps(table.to_pylist()))"
+    python = shlex.quote(sys.executable)
+    command = f"{python} -m longnet_cli encode {texts} -o - --model {model} | {python} -c '{reader}'"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=command_env, check=True)
+    assert done.stderr == ""
+    tokenizer = Tokenizer.load(model)
+    net = LongNet.from_pretrained(model)
+    expected = encode(net, read_documents([texts], tokenizer), bos=tokenizer.eos_id).read_all().to_pylist()
+    got = json.loads(done.stdout)
+    assert [row["doc_id"] for row in got] == list(TEXTS)
+    for row, wanted in zip(got, expected, strict=True):
+        np.testing.assert_allclose(row.pop("embedding"), wanted.pop("embedding"), atol=1e-5)
+        assert row == wanted
+
+
+def test_encode_without_output_streams_and_to_a_name_writes_parquet(
+    run_all: RunAll, model: Path, texts: Path, tmp_path: Path
+) -> None:
+    common = ["encode", texts, "--model", model]
+    options = ["-o", "out.parquet", "--pool", "last", "--no-normalize", "--embedding-dtype", "float16"]
+    streamed, written = run_all(common, [*common, *options], text=False)
+    assert (streamed.returncode, streamed.stderr) == (0, b"")
+    assert ipc.open_stream(streamed.stdout).read_all()["doc_id"].to_pylist() == list(TEXTS)
+
+    assert (written.returncode, written.stdout, written.stderr) == (0, b"", b"")
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.schema.field("embedding").type == pa.list_(pa.float16(), 16)
+    assert table.schema.metadata[b"longnet.model"] == str(model).encode()
+    assert table.schema.metadata[b"longnet.pooling"] == b"last"
+    assert table.schema.metadata[b"longnet.normalized"] == b"false"
+    assert table.schema.metadata[b"longnet.tokenizer_sha256"] == Tokenizer.bytes().sha256.encode()
+
+
+def test_encode_does_not_write_to_a_terminal(command_env: dict[str, str], tmp_path: Path) -> None:
+    terminal, stdout = pty.openpty()
+    command = [sys.executable, "-m", "longnet_cli", "encode", "x.txt"]
+    try:
+        done = subprocess.run(
+            command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=command_env, cwd=tmp_path, check=False
+        )
+    finally:
+        os.close(stdout)
+        os.close(terminal)
+    assert done.returncode == 2
+    assert "-o embeddings.arrow" in done.stderr
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------
+
+
+def test_failures_are_one_line_and_their_exit_code(run_all: RunAll, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    pq.write_table(pa.table({"input_ids": [[1, 2], [3, 300]]}), tmp_path / "ids.parquet")
+    pq.write_table(pa.table({"text": ["full", ""]}), tmp_path / "hole.parquet")
+    Tokenizer.train(["some text and more text"] * 9, 265).save(tmp_path / "large.json")
+    score, encode = (["score", "--model", model], ["encode", "--model", model, "-o", "out.arrow"])
+    cases: list[tuple[int, list[str | Path], str]] = [
+        (3, [*score, "missing.txt"], "missing.txt: no such file"),
+        (3, [*score, "empty.txt"], "empty.txt: the file is empty"),
+        (3, [*score, "picture.png"], "picture.png: neither Arrow, Parquet nor UTF-8 text"),
+        (3, [*score, "ids.parquet"], "row 1, offset 1: token id 300 does not fit a vocabulary of 257"),
+        (3, [*encode, "hole.parquet"], "row 1: document 'hole.parquet:1' is empty"),
+        (2, ["encode", "hole.parquet", "-o", "out.arrow", "--model", "no-such-model"], "unknown model 'no-such-model'"),
+        (2, [*score, "hole.parquet", "--column", "body"], "there is no column 'body'; its columns are text: string"),
+        (2, [*score, "hole.parquet", "--tokenizer", "large.json"], "the tokenizer has 265 ids and the model 257"),
+    ]
+    before = set(tmp_path.iterdir())
+    for (code, _, words), done in zip(cases, run_all(*(command for _, command, _ in cases)), strict=True):
+        assert (done.returncode, done.stdout) == (code, ""), done.stderr
+        assert done.stderr.startswith("longnet: error: ")
+        assert done.stderr.count("\n") == 1
+        assert words in done.stderr
+    assert set(tmp_path.iterdir()) == before  # no half-written file

@@ -1,0 +1,109 @@
+"""Proves that a document's vector is the pool of its own hidden states, whatever batch it is in, and that what comes
+out is the Arrow table that DESIGN.md promises."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from longnet_cli.data.sources import Document
+from longnet_cli.encoding import encode
+from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.scoring import BATCH_TOKENS
+
+BOS = 256
+SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32}
+CONFIG = LongNetConfig(**SIZES, segment_lengths=(8, 32), dilation_rates=(1, 2), position="rope")
+
+
+@pytest.fixture(scope="module", params=["causal", "bidirectional"])
+def model(request: pytest.FixtureRequest) -> LongNet:
+    torch.manual_seed(0)
+    return LongNet(CONFIG.model_copy(update={"causal": request.param == "causal"})).eval()
+
+
+def make_document(length: int, name: str = "a") -> Document:
+    tokens = np.random.default_rng(length).integers(0, 256, length, dtype=np.int32)
+    tokens.flags.writeable = False  # as a memory map is
+    return Document(name, tokens, length, f"{name}.txt")
+
+
+def vectors(table: pa.Table) -> np.ndarray:
+    return np.stack(table["embedding"].to_numpy())
+
+
+def plain_vector(model: LongNet, document: Document, pool: str) -> np.ndarray:
+    """From one forward over this document alone, in float64 from there on."""
+    before = [BOS] if model.config.causal else []
+    with torch.no_grad():
+        hidden = model(torch.tensor([before + document.tokens.tolist()]))[0, len(before) :].double()
+    return {"mean": hidden.mean(0), "last": hidden[-1], "first": hidden[0]}[pool].numpy()
+
+
+@pytest.mark.parametrize("pool", ["mean", "last", "first"])
+def test_ragged_documents_equal_each_alone(model: LongNet, pool: str) -> None:
+    documents = [make_document(length, str(length)) for length in (5, 33, 1, 200, 32, 31, 64)]
+    seen: list[int] = []
+    reader = encode(model, documents, bos=BOS, pool=pool, normalize=False, on_progress=seen.append)
+    table = reader.read_all()
+    assert table["doc_id"].to_pylist() == [document.doc_id for document in documents]
+    assert sum(seen) == sum(len(document.tokens) for document in documents)
+    expected = np.stack([plain_vector(model, document, pool) for document in documents])
+    np.testing.assert_allclose(vectors(table), expected, atol=1e-5)
+
+
+def test_many_batches_keep_the_order(model: LongNet) -> None:
+    lengths = [9000, 3, 9000, BATCH_TOKENS + 1, 7]
+    documents = [make_document(length, str(index)) for index, length in enumerate(lengths)]
+    batches = list(encode(model, documents, bos=BOS))
+    assert len(batches) > 1
+    table = pa.Table.from_batches(batches)
+    assert table["doc_id"].to_pylist() == list("01234")
+    assert table["n_tokens"].to_pylist() == lengths
+    expected = plain_vector(model, documents[4], "mean")
+    np.testing.assert_allclose(vectors(table)[4], expected / np.linalg.norm(expected), atol=1e-5)
+
+
+def test_normalized_vectors_have_length_one(model: LongNet) -> None:
+    table = encode(model, [make_document(5), make_document(50)], bos=BOS).read_all()
+    np.testing.assert_allclose(np.linalg.norm(vectors(table), axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("embedding_dtype", ["float32", "float16"])
+def test_schema_and_metadata_are_the_contract(model: LongNet, embedding_dtype: str) -> None:
+    settings = {"embedding_dtype": embedding_dtype, "model_name": "tiny", "tokenizer_sha256": "ab12"}
+    reader = encode(model, [make_document(5)], bos=BOS, pool="last", normalize=False, **settings)
+    number = pa.float32() if embedding_dtype == "float32" else pa.float16()
+    fields = {"doc_id": pa.string(), "span": pa.int32(), "start": pa.int64(), "end": pa.int64(), "n_tokens": pa.int64()}
+    assert reader.schema.equals(pa.schema(fields | {"embedding": pa.list_(number, 16)}))
+    assert reader.schema.metadata == {
+        b"longnet.model": b"tiny",
+        b"longnet.pooling": b"last",
+        b"longnet.normalized": b"false",
+        b"longnet.tokenizer_sha256": b"ab12",
+    }
+    table = reader.read_all()
+    table.validate(full=True)
+    assert table.drop_columns(["embedding"]).to_pylist() == [
+        {"doc_id": "a", "span": 0, "start": 0, "end": 5, "n_tokens": 5}
+    ]
+
+
+def test_a_document_may_come_without_bos(model: LongNet) -> None:
+    table = encode(model, [make_document(5)], bos=None, normalize=False).read_all()
+    with torch.no_grad():
+        expected = model(torch.tensor([make_document(5).tokens.tolist()]))[0].mean(0)
+    np.testing.assert_allclose(vectors(table)[0], expected, atol=1e-5)
+
+
+def test_an_empty_document_is_named(model: LongNet) -> None:
+    """A zero vector would look like an answer."""
+    reader = encode(model, [make_document(5), make_document(0, "hollow")], bos=BOS)
+    with pytest.raises(DataError, match=r"hollow\.txt: document 'hollow' is empty"):
+        reader.read_all()
+
+
+def test_a_model_without_vocabulary_is_refused() -> None:
+    with pytest.raises(ConfigError, match="vocab_size 0"):
+        encode(LongNet(CONFIG.model_copy(update={"vocab_size": 0})), [], bos=None)

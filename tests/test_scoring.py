@@ -1,0 +1,154 @@
+"""Proves that scoring counts every token once: the sums are those of plain cross entropy over full logits, whatever the
+context, the batching and the company a document is in."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longnet_cli.data.sources import Document
+from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.scoring import BATCH_TOKENS, DocumentScore, Score, batches_by_length, score
+
+BOS = 256
+CONFIG = LongNetConfig(
+    vocab_size=257, dim=16, num_layers=2, num_heads=2, ffn_dim=32, segment_lengths=(8, 32), dilation_rates=(1, 2)
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> LongNet:
+    torch.manual_seed(0)
+    return LongNet(CONFIG).eval()
+
+
+def make_document(length: int, name: str = "a", n_bytes: int | None = None) -> Document:
+    tokens = np.random.default_rng(length).integers(0, 256, length, dtype=np.int32)
+    tokens.flags.writeable = False  # as a memory map is
+    return Document(name, tokens, length if n_bytes is None else n_bytes, f"{name}.txt")
+
+
+def plain_nll(model: LongNet, ids: list[int]) -> float:
+    """Nats of ids[1:] given what precedes each, from the logits of one float64 cross entropy."""
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        logits = model.logits(model(tokens[:, :-1])).double()
+    return float(F.cross_entropy(logits[0], tokens[0, 1:], reduction="sum"))
+
+
+def only(scores: list[DocumentScore]) -> Score:
+    assert len(scores) == 1
+    return scores[0].score
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 200])
+def test_equals_plain_cross_entropy(model: LongNet, length: int) -> None:
+    document = make_document(length)
+    got = only(list(score(model, [document], bos=BOS)))
+    assert got.n_tokens == got.n_bytes == length
+    assert got.nll_sum == pytest.approx(plain_nll(model, [BOS, *document.tokens.tolist()]), rel=1e-6)
+    assert got.ppl == pytest.approx(math.exp(got.nll_sum / length))
+    assert got.bpb == pytest.approx(got.nll_sum / math.log(2) / length)
+
+
+def test_without_bos_the_first_token_is_not_scored_and_bytes_are_unknown(model: LongNet) -> None:
+    document = make_document(50)
+    got = only(list(score(model, [document], bos=None)))
+    assert (got.n_tokens, got.n_bytes, got.bpb) == (49, None, None)
+    assert got.nll_sum == pytest.approx(plain_nll(model, document.tokens.tolist()), rel=1e-6)
+
+
+@pytest.mark.parametrize("bos", [BOS, None])
+@pytest.mark.parametrize("context", [1, 7, 16, 49, 50, 51, 1000])
+def test_context_windows_equal_separate_passes(model: LongNet, bos: int | None, context: int) -> None:
+    document = make_document(50)
+    ids = document.tokens.tolist() if bos is None else [bos, *document.tokens.tolist()]
+    starts = range(0, len(ids) - 1, context)
+    got = only(list(score(model, [document], bos=bos, context=context)))
+    assert got.n_tokens == len(ids) - 1
+    assert got.nll_sum == pytest.approx(sum(plain_nll(model, ids[s : s + context + 1]) for s in starts), rel=1e-6)
+
+
+@pytest.mark.parametrize("context", [None, 64])
+def test_company_and_order_do_not_matter(model: LongNet, context: int | None) -> None:
+    """Ragged documents over several forwards, one of them longer than a batch, an empty one in between."""
+    lengths = [5, 300, 0, BATCH_TOKENS + 100, 1, 77, 64, 9000, 9000, 2]
+    documents = [make_document(length, str(index)) for index, length in enumerate(lengths)]
+    seen: list[int] = []
+    together = list(score(model, documents, bos=BOS, context=context, on_progress=seen.append))
+    assert [row.doc_id for row in together] == [document.doc_id for document in documents]
+    assert [row.score.n_tokens for row in together] == lengths
+    assert sum(seen) == sum(lengths)
+    for document, row in zip(documents, together, strict=True):
+        if len(document.tokens) and len(document.tokens) < 1000:
+            alone = only(list(score(model, [document], bos=BOS, context=context)))
+            assert row.score.nll_sum == pytest.approx(alone.nll_sum, rel=1e-6)
+    total = sum((row.score for row in together), Score(0.0, 0, 0))
+    assert total.n_tokens == total.n_bytes == sum(lengths)
+    assert total.nll_sum == pytest.approx(sum(row.score.nll_sum for row in together))
+
+
+def test_a_long_document_is_handed_out_at_once(model: LongNet) -> None:
+    """Before the next one is even read: the row of an hour's work must not wait for the next hour's."""
+    read: list[str] = []
+
+    def documents():
+        for name in "ab":
+            read.append(name)
+            yield make_document(BATCH_TOKENS, name)
+
+    assert next(score(model, documents(), bos=BOS, context=64)).doc_id == "a"
+    assert read == ["a"]
+
+
+def test_an_empty_document_is_no_error_but_nothing_at_all_is(model: LongNet) -> None:
+    empty, full = make_document(0), make_document(3)
+    first, _ = score(model, [empty, full], bos=BOS)
+    assert first.score.as_dict() == {"nll_sum": 0.0, "n_tokens": 0, "n_bytes": 0, "ppl": None, "bpb": None}
+    with pytest.raises(DataError, match="no token could be scored"):
+        list(score(model, [empty], bos=BOS))
+    with pytest.raises(DataError, match="no token could be scored"):
+        list(score(model, [make_document(1)], bos=None))
+
+
+def test_bf16_is_near(model: LongNet) -> None:
+    document = make_document(200)
+    exact, rough = (only(list(score(model, [document], bos=BOS, dtype=d))).nll_sum for d in ("fp32", "bf16"))
+    assert rough != exact
+    assert rough == pytest.approx(exact, rel=1e-2)
+
+
+def test_leaves_no_inference_mode_behind(model: LongNet) -> None:
+    for _ in score(model, [make_document(3)], bos=BOS):
+        assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"causal": False, "position": "rope"}, "bidirectional"), ({"vocab_size": 0}, "vocabulary")]
+)
+def test_a_model_that_cannot_score(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):  # at the call, not at the first document
+        score(LongNet(LongNetConfig(**(CONFIG.model_dump() | change))), [], bos=BOS)
+
+
+def test_context_must_be_positive(model: LongNet) -> None:
+    with pytest.raises(ConfigError, match="context"):
+        score(model, [], bos=BOS, context=0)
+
+
+def test_score_arithmetic() -> None:
+    one, other = Score(2.0, 2, 4), Score(3.0, 1, 1)
+    assert one + other == Score(5.0, 3, 5)
+    assert one + Score(1.0, 1, None) == Score(3.0, 3, None)
+    assert Score(1e6, 1, 1).ppl is None  # past a float
+    assert Score(2 * math.log(2), 2, 4).bpb == pytest.approx(0.5)
+
+
+def test_batches_by_length() -> None:
+    lengths = [3, 100, 7, 7, 1, 40]
+    batches = list(batches_by_length(lengths, limit=50))
+    assert batches == [[1], [5], [2, 3, 0, 4]]
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 50 for b in batches)
