@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, dilated_attention
+from longnet_cli.attention.dilated import kernel_calls
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.pattern import branches
 from longnet_cli.errors import ConfigError
 from longnet_cli.runtime.device import select_device
 
-IMPLS = ("dilated", "dense")
+IMPLS = ("dilated", "dense", "kernels")
 DIRECTIONS = ("forward", "backward")
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -108,7 +109,7 @@ def bench(
     seqs: Sequence[int],
     *,
     op: str = "attention",
-    impls: Sequence[str] = IMPLS,
+    impls: Sequence[str] = ("dilated", "dense"),
     directions: Sequence[str] = DIRECTIONS,
     heads: int = 12,
     head_dim: int = 64,
@@ -126,6 +127,7 @@ def bench(
 ) -> Iterator[Measurement]:
     """Measure every combination of `seqs` (tokens), `directions` and `impls`, in that order of nesting.
 
+    impls: dilated (ours), dense (torch's), kernels (the kernel calls that dilated makes, without what it does between).
     pattern: a Pattern, "paper", or "geometric": the levels of `Pattern.geometric(seq, base, ratio)`.
     dtype: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32.
     max_time: seconds for all rows. A run, once begun, is not cut short, so no run begins that is expected to overrun.
@@ -208,7 +210,7 @@ def free_memory(device: torch.device) -> int | None:
 def _attention(settings: Settings, impl: str, direction: str, seq: int) -> Case:
     """Attention of random q, k, v, forward without a graph, or backward alone."""
     s, pattern, dtype = settings, settings.pattern_for(seq), _DTYPES[settings.dtype]
-    dilated, backward = impl == "dilated", direction == "backward"
+    dilated, backward = impl != "dense", direction == "backward"
     if dilated:
         forward_flops = attention_flops(pattern, s.heads, s.head_dim, seq, s.causal, s.batch)
         scratch = _scratch_bytes(settings, pattern, seq, backward)
@@ -236,6 +238,8 @@ def _attention(settings: Settings, impl: str, direction: str, seq: int) -> Case:
             return torch.randn(shape, generator=draw, dtype=dtype, device=s.device, requires_grad=backward)
 
         q, k, v = tensor(), tensor(), tensor()
+        if impl == "kernels":
+            return _kernels_alone(settings, pattern, q, k, v, tensor() if backward else None)
         if not backward:
             return lambda: attend(q, k, v)
         out, dout = attend(q, k, v), tensor().detach()
@@ -249,6 +253,31 @@ def _attention(settings: Settings, impl: str, direction: str, seq: int) -> Case:
     )  # fmt: skip
     flops = forward_flops * (_BACKWARD_FLOPS if backward else 1)
     return Case(row, s.batch * seq, flops, forward_flops if backward else 0, memory, start)
+
+
+@torch.no_grad()
+def _kernels_alone(
+    s: Settings, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None
+) -> Callable[[], object]:
+    """The raw kernel calls of a forward or, given dout, of a backward, on the views that dilated attention takes."""
+    kernel, scale = select_kernel(s.device, q.dtype, s.head_dim), s.head_dim**-0.5
+    plan = [(range(s.batch), branches(pattern, s.heads, 0, q.shape[1], s.causal, "exact", ()))]
+    if dout is None:
+        calls = list(kernel_calls(plan, kernel, (q,), (k, v), ()))
+
+        def forward() -> None:
+            for branch, (q_,), (k_, v_) in calls:
+                kernel.forward(q_, k_, v_, branch.causal, scale)
+
+        return forward
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device=s.device)[..., None]
+    backward_calls = list(kernel_calls(plan, kernel, (dout, q, out, lse), (k, v), ()))
+
+    def backward() -> None:
+        for branch, (dout_, q_, out_, lse_), (k_, v_) in backward_calls:
+            kernel.backward(dout_, q_, k_, v_, out_, lse_[..., 0], branch.causal, scale)
+
+    return backward
 
 
 OPS: dict[str, Callable[[Settings, str, str, int], Case]] = {"attention": _attention}

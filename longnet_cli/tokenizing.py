@@ -11,9 +11,9 @@ from types import TracebackType
 
 import numpy as np
 
-from longnet_cli.data.sinks import ShardWriter, sync_folder, token_batch, token_schema
 from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import SHARD_SUFFIXES
+from longnet_cli.data.sinks import ShardWriter, sync_folder, token_batch, token_schema
 from longnet_cli.data.sources import read_texts
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError

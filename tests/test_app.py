@@ -6,7 +6,6 @@ Failures are tried on an app of one command, in a real process, through the same
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 

@@ -6,6 +6,8 @@ pytest tests/test_dilated.py
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -223,3 +225,25 @@ def test_wrong_calls_say_what_is_wrong(change: dict, message: str) -> None:
     call = {"q": torch.zeros(1, 8, 2, 4), "k": torch.zeros(1, 8, 2, 4), "v": torch.zeros(1, 8, 2, 4)} | change
     with pytest.raises(ValueError, match=message):
         dilated_attention(**call, pattern=Pattern((8,), (1,)))
+
+
+@pytest.mark.slow
+def test_peak_memory_of_forward_and_backward() -> None:
+    """65,536 tokens, 12 heads x 64, the paper's pattern: at most 10 times the bytes of q, inputs and gradients too."""
+    program = """
+import ctypes, pathlib, torch
+from longnet_cli.attention import Pattern, dilated_attention
+def status(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+small = torch.randn(3, 1, 256, 12, 64, requires_grad=True)
+dilated_attention(*small, Pattern.paper()).sum().backward()  # libraries and thread pools are not what is measured
+del small
+ctypes.CDLL(None).malloc_trim(0)
+before = status("VmRSS")
+q, k, v = (torch.randn(1, 65536, 12, 64, requires_grad=True) for _ in range(3))
+dilated_attention(q, k, v, Pattern.paper()).backward(torch.randn(q.shape))
+print((status("VmHWM") - before) / (q.numel() * 4))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 10, done.stdout

@@ -74,6 +74,30 @@ def test_never_looks_ahead(position: str) -> None:
         assert not torch.equal(after[:, j], before[:, j])
 
 
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_token_reaches_as_far_as_the_pattern_says(num_layers: int, causal: bool) -> None:
+    """Change each of 200 tokens: the outputs that change are those within num_layers hops of rows that it shares."""
+    net = build(num_layers=num_layers, causal=causal, position="rope")
+    tokens = token_ids(1, 200)
+    changed_tokens = tokens.repeat(200, 1)  # row i differs in token i
+    changed_tokens.diagonal().add_(1).remainder_(37)
+    with torch.no_grad():
+        base = net(tokens)
+        change = torch.cat([net(rows) - base for rows in changed_tokens.split(50)]).abs().amax(-1)  # (token, output)
+    hop = torch.eye(200, dtype=torch.bool)
+    position = torch.arange(200)
+    for level, (w, r) in enumerate(net.config.pattern.levels):
+        for offset in set(net.config.pattern.offsets(level, net.config.num_heads)):
+            row = position % w % r == offset
+            hop |= row[:, None] & row & (position[:, None] // w == position // w)
+    if causal:
+        hop &= position[:, None] <= position  # (token, output)
+    reached = torch.linalg.matrix_power(hop.double(), num_layers) > 0
+    assert torch.equal(change > 1e-12, reached)
+    assert not reached.all()
+
+
 @pytest.mark.parametrize("position", ["xpos", "rope"])
 @pytest.mark.parametrize("cut", [1, 40, 48, 99])
 def test_two_shards_are_one_sequence(position: str, cut: int) -> None:

@@ -127,7 +127,7 @@ class _DilatedAttention(torch.autograd.Function):
         written = full and all(found and found[0].first for _, found in plan)  # no row needs a zero of ours
         out = (torch.empty if written else torch.zeros)(q.shape, dtype=dtype, device=q.device)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=dtype, device=q.device)  # (B, N, H)
-        for branch, qs, ks in _calls(plan, kernel, (q, out, lse[..., None]), (k, v), rest):
+        for branch, qs, ks in kernel_calls(plan, kernel, (q, out, lse[..., None]), (k, v), rest):
             (q_, out_, lse_), (k_, v_) = qs, ks
             part, part_lse = kernel.forward(q_, k_, v_, branch.causal, scale)
             _merge(out_, lse_, part, part_lse[..., None], branch)
@@ -146,7 +146,7 @@ class _DilatedAttention(torch.autograd.Function):
         dq, dk, dv, *dfar = grads
         tensors = (dout, q, out, lse[..., None], dq)
         pairs = [x for i in range(0, len(far), 2) for x in (far[i], far[i + 1], dfar[i], dfar[i + 1])]
-        for branch, qs, ks in _calls(ctx.plan, ctx.kernel, tensors, (k, v, dk, dv), pairs):
+        for branch, qs, ks in kernel_calls(ctx.plan, ctx.kernel, tensors, (k, v, dk, dv), pairs):
             (dout_, q_, out_, lse_, dq_), (k_, v_, dk_, dv_) = qs, ks
             with torch.autocast(q.device.type, enabled=False):
                 parts = ctx.kernel.backward(dout_, q_, k_, v_, out_, lse_[..., 0], branch.causal, ctx.scale)
@@ -169,7 +169,7 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, branch: Bra
     lse.copy_(total)
 
 
-def _calls(
+def kernel_calls(
     plan: Plan, kernel: Kernel, query_like: Sequence[Tensor], key_like: Sequence[Tensor], far: Sequence[Tensor]
 ) -> Iterator[tuple[Branch, list[Tensor], list[Tensor]]]:
     """Every kernel call of a plan, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.

@@ -47,7 +47,12 @@ def bench(
     op: Annotated[str, typer.Option("--op", metavar="attention", help="What to measure.")] = "attention",
     impl: Annotated[
         Sequence[str],
-        typer.Option("--impl", parser=_names, metavar="dilated,dense", help="Ours, and torch's dense attention."),
+        typer.Option(
+            "--impl",
+            parser=_names,
+            metavar="dilated,dense,kernels",
+            help="Ours; torch's dense attention; ours without its merge.",
+        ),
     ] = ("dilated", "dense"),
     direction: Annotated[
         Sequence[str],

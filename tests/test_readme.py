@@ -1,0 +1,66 @@
+"""What the README shows is run: every `sh` block in one shell, in order, and the Python block; recipes load.
+
+pytest tests/test_readme.py
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longnet_cli.presets import list_models, preset_dir
+from longnet_cli.training.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The files that the README's commands name, and nothing else of the checkout."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+def test_shell_commands(checkout: Path, command_env: dict[str, str]) -> None:
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    assert len(commands) >= 10
+    python = f'python() {{ "{sys.executable}" "$@"; }}; longnet() {{ python -m longnet_cli "$@"; }}'
+    script = "\n".join(["set -euo pipefail", python, *commands])
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=checkout, env=command_env, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_python_block(checkout: Path, command_env: dict[str, str]) -> None:
+    (block,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=checkout, env=command_env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_shipped_recipe_loads() -> None:
+    recipes = sorted(preset_dir().glob("*.toml"))
+    assert recipes
+    for path in recipes:
+        assert load_recipe(path.stem, {"model.vocab_size": 4096}).model.num_parameters() > 0
+
+
+def test_every_shipped_model_has_a_card_and_is_small() -> None:
+    for name in list_models():
+        folder = preset_dir() / name
+        assert (folder / "README.md").exists()
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= 8 << 20
