@@ -19,7 +19,7 @@ import torch
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 from longnet_cli.model import LongNet
 from longnet_cli.training.loop import train
-from longnet_cli.training.optimizer import build_optimizer, learning_rate
+from longnet_cli.training.optimizer import build_optimizers, learning_rate
 from longnet_cli.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
 
 MODEL = {
@@ -102,11 +102,25 @@ def test_learning_rate() -> None:
 
 def test_only_matrices_decay(corpus: Path) -> None:
     found = recipe(corpus)
-    decayed, kept = build_optimizer(LongNet(found.model), found.optimizer).param_groups
+    (adamw,) = build_optimizers(LongNet(found.model), found.optimizer)
+    decayed, kept = adamw.param_groups
     assert decayed["weight_decay"] == 0.01
     assert kept["weight_decay"] == 0
     assert all(p.dim() >= 2 for p in decayed["params"])
     assert all(p.dim() < 2 for p in kept["params"])
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_takes_the_matrices_of_the_layers(corpus: Path, tmp_path: Path) -> None:
+    found = recipe(corpus, **{"optimizer.name": "muon"})
+    model = LongNet(found.model)
+    muon, adamw = build_optimizers(model, found.optimizer)
+    theirs = {id(p) for group in muon.param_groups for p in group["params"]}
+    assert theirs == {id(p) for name, p in model.named_parameters() if name.startswith("layers.") and p.dim() == 2}
+    others = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert theirs | others == {id(p) for p in model.parameters()}
+    assert not theirs & others
+    assert train(found, tmp_path / "out").loss < 3
 
 
 def test_a_diverging_run_says_where_and_keeps_the_last_weights(corpus: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from os import PathLike
@@ -65,6 +66,7 @@ def save_pretrained(
         if tokenizer_json is not None:
             partial[TOKENIZER].write_text(tokenizer_json, encoding="utf-8")
         partial[CONFIG].write_text(json.dumps(model.config.model_dump(), indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(partial[CONFIG], partial[WEIGHTS])  # safetensors lets nobody else read what it writes
         for name in names:
             _flush(partial[name])
             os.replace(partial[name], folder / name)

@@ -20,7 +20,7 @@ from longnet_cli.model import LongNet
 from longnet_cli.runtime.device import precision
 
 from .metrics import Metrics, MetricsLog
-from .optimizer import build_optimizer, learning_rate
+from .optimizer import build_optimizers, learning_rate
 from .recipe import Recipe
 
 OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
@@ -60,7 +60,7 @@ def train(
         raise DataError(f"the data has {len(stream)} tokens, fewer than one window of {longest + 1} (seq_len + 1)")
     torch.manual_seed(recipe.train.seed)
     model = _model(recipe, initial).to(device).train()
-    optimizer = build_optimizer(model, recipe.optimizer)
+    optimizers = build_optimizers(model, recipe.optimizer)
     output.mkdir(parents=True, exist_ok=True)
     with atomic_write(output / "recipe.json") as file:
         file.write((recipe.model_dump_json(indent=2) + "\n").encode())
@@ -73,7 +73,7 @@ def train(
             for _ in range(stage.steps):
                 lr = learning_rate(step, recipe.train.steps, recipe.optimizer.lr, recipe.schedule)
                 batch = torch.from_numpy(next(windows)[0]).to(device)
-                found = _step(model, optimizer, batch, lr, recipe)
+                found = _step(model, optimizers, batch, lr, recipe)
                 if not all(map(math.isfinite, found)):
                     raise LongNetError(
                         f"the loss is not finite at step {step + 1} (loss {found[0]}, gradient norm {found[1]}): lower "
@@ -97,7 +97,7 @@ def train(
 
 
 def _step(
-    model: LongNet, optimizer: torch.optim.Optimizer, batch: Tensor, lr: float, recipe: Recipe
+    model: LongNet, optimizers: list[torch.optim.Optimizer], batch: Tensor, lr: float, recipe: Recipe
 ) -> tuple[float, float]:
     """One optimizer step on (rows, seq_len + 1) tokens; the mean loss in nats a token, and the gradient's norm."""
     targets = batch[:, 1:].numel()
@@ -110,10 +110,11 @@ def _step(
         loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return total.item(), norm.item()
 
 

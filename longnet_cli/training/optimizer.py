@@ -1,4 +1,4 @@
-"""AdamW over a net's parameters, and the learning rate of each step."""
+"""The optimizers of a net's parameters, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -7,17 +7,35 @@ import math
 import torch
 from torch import nn
 
+from longnet_cli.errors import ConfigError
+
 from .recipe import OptimizerRecipe, ScheduleRecipe
 
 
-def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.AdamW:
-    """Fused AdamW; only matrices decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
+    """Fused AdamW, and Muon for the matrices of the layers where the recipe asks for it; only matrices decay.
+
+    Raises ConfigError where torch has no Muon.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    tables = [p for name, p in named if p.dim() >= 2 and not name.startswith("layers.")]
+    matrices = [p for name, p in named if p.dim() >= 2 and name.startswith("layers.")]
+    vectors = [p for _, p in named if p.dim() < 2]
+    muon = recipe.name == "muon"
+    if muon and not hasattr(torch.optim, "Muon"):
+        raise ConfigError(f'optimizer.name = "muon" needs torch 2.9 or newer, this is {torch.__version__}')
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": tables if muon else tables + matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+    if not muon:
+        return [adamw]
+    # its updates are scaled to the size of AdamW's, so one learning rate serves both
+    return [
+        torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        adamw,
+    ]
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: ScheduleRecipe) -> float:

@@ -36,8 +36,13 @@ class DataRecipe(Section):
 
 
 class OptimizerRecipe(Section):
-    """AdamW; weights decay, biases and norms do not. Defaults from the paper's Table 3."""
+    """AdamW; weights decay, biases and norms do not. Defaults from the paper's Table 3.
 
+    `name = "muon"` gives the matrices of the layers to torch's Muon (2.9 or newer), at the same learning rate, and
+    leaves embeddings, biases and norms to AdamW.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=6e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)
