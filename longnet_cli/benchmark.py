@@ -30,12 +30,11 @@ from longnet_cli.attention.dilated import kernel_calls
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.pattern import branches
 from longnet_cli.errors import ConfigError
-from longnet_cli.runtime.device import select_device
+from longnet_cli.runtime.device import DTYPES, check_kernel, resolve_dtype, select_device
 
 IMPLS = ("dilated", "dense", "kernels")
 DIRECTIONS = ("forward", "backward")
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BACKWARD_FLOPS = 2.5  # of the forward's: five matrix products to its two
 _PROBE_SEQ = 2048  # tokens of the run that estimates a long one
 _LONG_FLOPS = 10**11  # a second or so on a slow CPU: from here on an estimate is worth a probe
@@ -141,7 +140,7 @@ def bench(
         ("implementation", impls, IMPLS),
         ("direction", directions, DIRECTIONS),
         ("pattern", [pattern] if isinstance(pattern, str) else [], ("paper", "geometric")),
-        ("dtype", [dtype], ("auto", *_DTYPES)),
+        ("dtype", [dtype], ("auto", *DTYPES)),
     ):
         for name in given:
             if name not in known:
@@ -150,10 +149,7 @@ def bench(
         raise ConfigError("seq, heads, head_dim, batch, repeats and base must be at least 1, ratio at least 2")
     where = select_device(device)
     settings = Settings(heads, head_dim, batch, causal, pattern, base, ratio, resolve_dtype(dtype, where), where)
-    try:
-        select_kernel(where, _DTYPES[settings.dtype], head_dim)
-    except ValueError as error:  # LONGNET_KERNEL names one that cannot run
-        raise ConfigError(str(error)) from None
+    check_kernel(where, dtype, head_dim)
     order = [(impl, direction, seq) for seq in seqs for direction in directions for impl in impls]
 
     def make(impl: str, direction: str, seq: int) -> Case:
@@ -169,13 +165,6 @@ def attention_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, ca
     return 4 * head_dim * batch * pairs // (2 if causal else 1)
 
 
-def resolve_dtype(name: str, device: torch.device) -> str:
-    """`auto` as `runtime.device.precision` reads it."""
-    if name != "auto":
-        return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
 def machine(device: str = "auto", dtype: str = "auto", head_dim: int = 64) -> dict[str, str]:
     """What a reader of the rows must know of the machine: its processor, cores, torch, kernel and the date (UTC)."""
     where = select_device(device)
@@ -185,7 +174,7 @@ def machine(device: str = "auto", dtype: str = "auto", head_dim: int = 64) -> di
         "cores": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "torch": f"torch {torch.__version__}",
         "dtype": dtype,
-        "kernel": f"kernel {select_kernel(where, _DTYPES[dtype], head_dim).name}",
+        "kernel": f"kernel {check_kernel(where, dtype, head_dim)}",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
 
@@ -209,7 +198,7 @@ def free_memory(device: torch.device) -> int | None:
 
 def _attention(settings: Settings, impl: str, direction: str, seq: int) -> Case:
     """Attention of random q, k, v, forward without a graph, or backward alone."""
-    s, pattern, dtype = settings, settings.pattern_for(seq), _DTYPES[settings.dtype]
+    s, pattern, dtype = settings, settings.pattern_for(seq), DTYPES[settings.dtype]
     dilated, backward = impl != "dense", direction == "backward"
     if dilated:
         forward_flops = attention_flops(pattern, s.heads, s.head_dim, seq, s.causal, s.batch)
@@ -285,7 +274,7 @@ OPS: dict[str, Callable[[Settings, str, str, int], Case]] = {"attention": _atten
 
 def _scratch_bytes(s: Settings, pattern: Pattern, seq: int, backward: bool) -> int:
     """What the largest kernel call of a dilated attention needs beside its arguments, which are views."""
-    kernel = select_kernel(s.device, _DTYPES[s.dtype], s.head_dim)
+    kernel = select_kernel(s.device, DTYPES[s.dtype], s.head_dim)
     math = kernel.name == "math"  # two matrices of scores; the flash kernels have (rows, head_dim) tensors alone
     largest = 0
     for queries, keys, *_ in branches(pattern, s.heads, 0, seq, s.causal, "exact", ()):

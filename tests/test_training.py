@@ -217,4 +217,5 @@ def test_sigterm_saves_and_exits_143(corpus: Path, tmp_path: Path, command_env: 
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 143, stderr
     assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("stopped: the weights so far are in run")
     LongNet.from_pretrained(tmp_path / "run")

@@ -60,7 +60,7 @@ def encode(
     from longnet_cli.data.sinks import ShardWriter
     from longnet_cli.data.sources import read_documents
 
-    net, words = load_model(model, tokenizer, device)
+    net, words = load_model(model, tokenizer, device, dtype)
     from longnet_cli.encoding import encode as run
 
     documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size)

@@ -63,7 +63,7 @@ def score(
     """
     from longnet_cli.data.sources import read_documents
 
-    net, words = load_model(model, tokenizer, device)
+    net, words = load_model(model, tokenizer, device, dtype)
     from longnet_cli.scoring import score as run
 
     documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size)
@@ -73,10 +73,11 @@ def score(
         _print(scores, format)
 
 
-def load_model(name: str, tokenizer: str | None, device: str) -> tuple[LongNet, Tokenizer | None]:
+def load_model(name: str, tokenizer: str | None, device: str, dtype: str) -> tuple[LongNet, Tokenizer | None]:
     """The model that --model names, in float32 on --device, and --tokenizer or else its own, None if it has none.
 
-    Raises ConfigError for a tokenizer with ids that the model does not have, or a model that reads no tokens.
+    Raises ConfigError for a tokenizer with ids that the model does not have, a model that reads no tokens, or an
+    attention kernel that cannot run in `dtype`.
     """
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.errors import ConfigError
@@ -90,9 +91,11 @@ def load_model(name: str, tokenizer: str | None, device: str) -> tuple[LongNet, 
     import torch  # takes a second: a wrong name has been told by now
 
     from longnet_cli.model.longnet import LongNet
-    from longnet_cli.runtime.device import select_device
+    from longnet_cli.runtime.device import check_kernel, select_device
 
-    net = LongNet.from_pretrained(folder, select_device(device), torch.float32)
+    where = select_device(device)
+    net = LongNet.from_pretrained(folder, where, torch.float32)
+    check_kernel(where, dtype, net.config.head_dim)
     if not net.config.vocab_size:
         raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
     if words and words.vocab_size > net.config.vocab_size:

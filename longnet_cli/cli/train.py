@@ -77,6 +77,11 @@ def train(
                 shown.update(step=str(line.step), loss=f"{line.loss:.4f}", lr=f"{line.lr:.2e}")
             advance(tokens, **shown)
 
-        result = run(found, output, device=select_device(device), initial=initial, on_step=on_step)
+        try:
+            result = run(found, output, device=select_device(device), initial=initial, on_step=on_step)
+        except (KeyboardInterrupt, SystemExit):
+            if Path(output, "model.safetensors").exists():
+                typer.echo(f"stopped: the weights so far are in {output}, `--init` starts from them", err=True)
+            raise
     typer.echo(f"saved {result.output} after {result.steps:,} steps, loss {result.loss:.4f} nats a token", err=True)
     typer.echo(f"score it: longnet score --ppl --model ./{Path(result.output).as_posix()} FILE", err=True)

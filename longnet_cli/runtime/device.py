@@ -1,4 +1,4 @@
-"""Which device and which precision a job computes in."""
+"""Which device, precision and attention kernel a job computes with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def select_device(name: str = "auto") -> torch.device:
@@ -20,10 +23,25 @@ def select_device(name: str = "auto") -> torch.device:
     return device
 
 
-def precision(name: str, device: torch.device) -> AbstractContextManager:
-    """The autocast context of `--dtype`: fp32 computes as it is; auto is bf16 on a GPU that has it, else fp32."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if name == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[name])
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """`--dtype`, where auto is bf16 on a GPU that has it, else fp32."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def precision(dtype: str, device: torch.device) -> AbstractContextManager:
+    """The autocast context of `--dtype`; fp32 computes as it is."""
+    name = resolve_dtype(dtype, device)
+    return nullcontext() if name == "fp32" else torch.autocast(device.type, dtype=DTYPES[name])
+
+
+def check_kernel(device: torch.device, dtype: str, head_dim: int) -> str:
+    """The name of the attention kernel that will run.
+
+    Raises ConfigError, before any work, where LONGNET_KERNEL names one that cannot.
+    """
+    try:
+        return select_kernel(device, DTYPES[resolve_dtype(dtype, device)], head_dim).name
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

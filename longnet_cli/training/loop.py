@@ -17,7 +17,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenWindows, pack
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 from longnet_cli.model import LongNet
-from longnet_cli.runtime.device import precision
+from longnet_cli.runtime.device import check_kernel, precision
 
 from .metrics import Metrics, MetricsLog
 from .optimizer import build_optimizers, learning_rate
@@ -53,6 +53,7 @@ def train(
     loss is no longer finite (the last written weights stay).
     """
     device, output = torch.device(device), Path(output)
+    check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
     tokenizer = Tokenizer.load(recipe.data.tokenizer)
     stream = _stream(recipe, tokenizer)
     longest = max(stage.seq_len for stage in recipe.train.stages)
