@@ -81,7 +81,7 @@ class CpuFlashKernel(Kernel):
     """torch's own flash attention for CPUs. Its backward accumulates in the input dtype, so it is given fp32."""
 
     name = "cpu_flash"
-    _MAX_ELEMENTS = 1 << 21  # 8 MiB a tensor in fp32: little scratch, and still in cache when it is merged
+    _MAX_ELEMENTS = 1 << 21  # bounds the scratch of one call: 8 MiB a tensor in fp32
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":
