@@ -46,6 +46,13 @@ class Document:
     n_bytes: int | None
     where: str
 
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The ids [start, stop) as a (stop - start,) int64 copy of one's own."""
+        return self.tokens[start:stop].astype(np.int64)
+
 
 def read_texts(inputs: Sequence[str | Path], column: str | None = None) -> Iterator[Text]:
     """Yield the documents of text files and of text columns, in order; one file is held in memory at a time.
