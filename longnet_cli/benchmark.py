@@ -30,7 +30,7 @@ from longnet_cli.attention.dilated import kernel_calls
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.pattern import branches
 from longnet_cli.errors import ConfigError
-from longnet_cli.runtime.device import DTYPES, check_kernel, resolve_dtype, select_device
+from longnet_cli.runtime.device import DTYPES, check_kernel, free_memory, resolve_dtype, select_device
 
 IMPLS = ("dilated", "dense", "kernels")
 DIRECTIONS = ("forward", "backward")
@@ -177,23 +177,6 @@ def machine(device: str = "auto", dtype: str = "auto", head_dim: int = 64) -> di
         "kernel": f"kernel {check_kernel(where, dtype, head_dim)}",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a measurement may take; None where the system does not say."""
-    if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reusable
-    free = []
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
-    with suppress(OSError, ValueError, KeyError):  # a container's limit, below which MemAvailable may promise more
-        group = Path("/sys/fs/cgroup")
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-        free.append(int((group / "memory.max").read_text()) - used)
-    return max(0, min(free)) if free else None
 
 
 def _attention(settings: Settings, impl: str, direction: str, seq: int) -> Case:

@@ -67,3 +67,8 @@ def problems(draw: st.DrawFn, lengths: bool = True) -> Problem:
         lengths=draw(st.none() | ragged) if lengths else None,
         seed=draw(st.integers(0, 2**31)),
     )
+
+
+def cuts() -> st.SearchStrategy[list[int]]:
+    """Sizes of the chunks of a sequence, taken in turn: single tokens, primes, one chunk, and mixtures."""
+    return st.sampled_from([[1], [2], [7], [13], [64], [10**6]]) | st.lists(st.integers(1, 90), min_size=1, max_size=5)

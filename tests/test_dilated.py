@@ -81,10 +81,11 @@ def test_zero_keys_equal_the_reference(problem: Problem) -> None:
     assert_close(found, run(dilated_attention_reference, inputs, problem.pattern, **options), 1e-12)
 
 
-@given(problem=problems(lengths=False), cuts=st.sets(st.integers(1, 199), max_size=4))
-def test_shards_with_their_far_keys_equal_the_whole(problem: Problem, cuts: set[int]) -> None:
+@given(problem=problems(lengths=False), cuts=st.sets(st.integers(1, 199), max_size=4), zero_keys=st.booleans())
+def test_shards_with_their_far_keys_equal_the_whole(problem: Problem, cuts: set[int], zero_keys: bool) -> None:
     """Also gradients: those of far keys flow back into the shard that they were taken from."""
-    inputs, pattern, start = problem.tensors(4), problem.pattern, problem.start
+    inputs, pattern, start = problem.tensors(4), problem.pattern, 0 if zero_keys else problem.start
+    padding, total = ("zero_key", problem.tokens) if zero_keys else ("exact", None)
     edges = [0, *sorted(c for c in cuts if c < problem.tokens), problem.tokens]
     shards = [(start + a, start + b) for a, b in pairwise(edges)]
 
@@ -100,11 +101,12 @@ def test_shards_with_their_far_keys_equal_the_whole(problem: Problem, cuts: set[
                         first, last = max(c, segment * w), min(d, (segment + 1) * w)
                         if first < last and (last <= a or (first >= b and not causal)):
                             far.append(far_keys(other_k, other_v, pattern, Span(level, first, last), start=c))
-            outs.append(dilated_attention(q_, k_, v_, pattern, causal=causal, start=a, far=far))
+            options = {"causal": causal, "start": a, "far": far, "padding": padding, "total": total}
+            outs.append(dilated_attention(q_, k_, v_, pattern, **options))
         return torch.cat(outs, dim=1)
 
     found = run(in_shards, inputs, pattern, causal=problem.causal)
-    whole = run(dilated_attention, inputs, pattern, causal=problem.causal, start=start)
+    whole = run(dilated_attention, inputs, pattern, causal=problem.causal, start=start, padding=padding)
     assert_close(found, whole, 1e-12)
 
 

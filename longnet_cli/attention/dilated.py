@@ -75,6 +75,7 @@ def dilated_attention(
     far: Sequence[FarKeys] | None = None,
     lengths: Sequence[int] | Tensor | None = None,
     padding: Padding = "exact",
+    total: int | None = None,
     scale: float | None = None,
     kernel: str | None = None,
 ) -> Tensor:
@@ -88,6 +89,7 @@ def dilated_attention(
     lengths: true length of each row of a right-padded batch, 0 to tokens; each row comes out as it would alone, and
         zeros beyond its length.
     padding: "zero_key" adds torchscale's zero keys to ragged segments of a bidirectional call.
+    total: length of the whole sequence, where the shard is a part of it and zero keys depend on it.
     scale: of the scores, head_dim^-0.5 unless given.
     kernel: forces one of `kernels.KERNELS`, as LONGNET_KERNEL does.
 
@@ -97,15 +99,19 @@ def dilated_attention(
     far = tuple(far or ())
     for keys in far:
         _check_far(keys, q, pattern)
-    if padding == "zero_key" and (start or far):
-        raise ValueError('padding="zero_key" is defined for whole sequences: no start, no far keys')
     batch, tokens, heads, head_dim = q.shape
+    if padding == "zero_key" and total is None and (start or far):
+        raise ValueError('padding="zero_key" depends on the length of the whole sequence: give total')
+    if total is not None and (total < start + tokens or lengths is not None):
+        raise ValueError(f"total={total} must hold the shard [{start}, {start + tokens}), and excludes lengths")
     rows = _runs_of_equal_length(lengths, batch, tokens)
     if lengths is not None and any(keys.start >= start for keys in far):
         raise ValueError("far keys after the shard cannot be combined with lengths")
     spans = tuple(keys.span for keys in far)
     plan = [
-        (run, branches(pattern, heads, start, length, causal, padding, spans)) for run, length in rows if length > 0
+        (run, branches(pattern, heads, start, length, causal, padding, spans, total or 0))
+        for run, length in rows
+        if length > 0
     ]
     scale = head_dim**-0.5 if scale is None else scale
     full = all(length == tokens for _, length in rows)
@@ -182,15 +188,15 @@ def kernel_calls(
             sources = key_like
             if branch.far is not None:
                 sources = far[branch.far * len(key_like) : (branch.far + 1) * len(key_like)]
-            views = [_view(x, branch.queries) for x in queries]
-            views += [_view(x[run.start : run.stop], branch.keys) for x in sources]
+            views = [strided_view(x, branch.queries) for x in queries]
+            views += [strided_view(x[run.start : run.stop], branch.keys) for x in sources]
             rows = max(branch.queries.rows, branch.keys.rows)
             limit = kernel.max_batch(branch.queries.heads, rows, query_like[0].shape[-1])
             for call in _batched(views, limit):
                 yield branch, call[: len(queries)], call[len(queries) :]
 
 
-def _view(x: Tensor, rows: Rows) -> Tensor:
+def strided_view(x: Tensor, rows: Rows) -> Tensor:
     """The rows as a zero-copy view (batch, segments, heads, rows, last dim) of x (batch, tokens, heads, last dim)."""
     batch, token, head, last = x.stride()
     size = (x.shape[0], rows.segments, rows.heads, rows.rows, x.shape[3])

@@ -140,21 +140,31 @@ class Span(NamedTuple):
     stop: int
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(
+    maxsize=256
+)  # layers and repeated runs ask again; the chunks of a long sequence never do, and a plan is 40 KB
 def branches(
-    pattern: Pattern, num_heads: int, start: int, tokens: int, causal: bool, padding: Padding, spans: tuple[Span, ...]
+    pattern: Pattern,
+    num_heads: int,
+    start: int,
+    tokens: int,
+    causal: bool,
+    padding: Padding,
+    spans: tuple[Span, ...],
+    total: int = 0,
 ) -> tuple[Branch, ...]:
     """Every attention call of a shard, near ones first, level by level.
 
-    `spans` are the far keys, in the order in which the caller holds them. Raises ValueError for far keys that the
-    shard cannot attend to.
+    `spans` are the far keys, in the order in which the caller holds them. `total` is the length of the whole sequence,
+    0 when it ends with the shard: only `padding="zero_key"` asks. Raises ValueError for far keys that the shard cannot
+    attend to.
     """
     covering = next((i for i, level in enumerate(pattern.levels) if level.dilation_rate == 1), None)
     order = sorted(range(len(pattern.levels)), key=lambda i: i != covering)
     found = [
         branch._replace(first=i == covering)
         for i in order
-        for branch in _near(pattern, i, num_heads, start, tokens, causal, padding)
+        for branch in _near(pattern, i, num_heads, start, tokens, causal, padding, total or start + tokens)
     ]
     for index, span in enumerate(spans):
         found.extend(_far(pattern, span, index, num_heads, start, tokens, causal))
@@ -162,13 +172,13 @@ def branches(
 
 
 def _near(
-    pattern: Pattern, level: int, num_heads: int, start: int, tokens: int, causal: bool, padding: Padding
+    pattern: Pattern, level: int, num_heads: int, start: int, tokens: int, causal: bool, padding: Padding, total: int
 ) -> Iterator[Branch]:
     """Cut by its segments a shard is a partial one, a run of whole ones (one batched call) and a partial one."""
     w, r = pattern.levels[level]
     offsets = pattern.offsets(level, num_heads)
     if padding == "zero_key":
-        w = min(w, tokens)  # torchscale cuts no segment longer than the sequence
+        w = min(w, total)  # torchscale cuts no segment longer than the sequence
     position, stop = start, start + tokens
     while position < stop:
         inside = position % w
@@ -178,10 +188,12 @@ def _near(
         before = [rows_before(inside, o, r) for o in offsets]
         counts = [rows_before(inside + length, o, r) - b for o, b in zip(offsets, before, strict=True)]
         firsts = [position - start - inside + o + b * r for o, b in zip(offsets, before, strict=True)]
-        for heads in _progressions(firsts, counts, counts, (1, r, -(-num_heads // r))):
+        missing = [0] * num_heads  # rows that the whole segment lacks to be full
+        if padding == "zero_key" and not causal:
+            missing = [-(-w // r) - rows_before(min(w, total - position + inside), o, r) for o in offsets]
+        for heads in _progressions(firsts, counts, [m + 1 for m in missing], (1, r, -(-num_heads // r))):
             rows = Rows(max(whole, 1), w, *heads, counts[heads.first], r, firsts[heads.first], heads.skew(firsts))
-            zero_keys = -(-w // r) - rows.rows if padding == "zero_key" and not causal else 0
-            yield Branch(rows, rows, causal, zero_keys=zero_keys)
+            yield Branch(rows, rows, causal, zero_keys=missing[heads.first])
         position = end
 
 
@@ -229,6 +241,31 @@ def span_positions(pattern: Pattern, span: Span, num_heads: int) -> list[range]:
     return [range(first, first + count * r, r) for first, count in zip(firsts, counts, strict=True)]
 
 
+def segment_rows(
+    pattern: Pattern, level: int, num_heads: int, start: int, tokens: int, segment: int
+) -> Iterator[tuple[Rows, Rows]]:
+    """A shard's rows in the segment of a level that begins at position `segment`, which other shards attend to.
+
+    Pairs of views: where the rows lie in the shard, and where in the packed rows of the whole segment, whose row j of
+    a head is its j-th. Nothing when the shard has no position of the segment.
+    """
+    w, r = pattern.levels[level]
+    begin, end = max(start - segment, 0), min(start + tokens - segment, w)
+    if begin >= end:
+        return
+    offsets = pattern.offsets(level, num_heads)
+    before = [rows_before(begin, o, r) for o in offsets]
+    counts = [rows_before(end, o, r) - b for o, b in zip(offsets, before, strict=True)]
+    firsts = [segment - start + o + b * r for o, b in zip(offsets, before, strict=True)]
+    # a packed view begins at one row for all its heads: they must agree on the rows before, too
+    for heads in _progressions(firsts, counts, [b + 1 for b in before], (1, r, -(-num_heads // r))):
+        number = counts[heads.first]
+        yield (
+            Rows(1, w, *heads, number, r, firsts[heads.first], heads.skew(firsts)),
+            Rows(1, w, *heads, number, 1, before[heads.first], 0),
+        )
+
+
 class _Heads(NamedTuple):
     """Heads first, first + step, ...: an arithmetic progression of `number`."""
 
@@ -241,11 +278,12 @@ class _Heads(NamedTuple):
 
 
 def _progressions(
-    firsts: Sequence[int], counts: Sequence[int], far_counts: Sequence[int], steps: Sequence[int]
+    firsts: Sequence[int], counts: Sequence[int], others: Sequence[int], steps: Sequence[int]
 ) -> list[_Heads]:
     """Cover all heads that have rows by few progressions in which one strided view shows every head.
 
-    Heads of one view need equal row counts and first rows that grow evenly. Both offset rules make long runs of such
+    Heads of one view need equal row counts, equal `others` (a second count, 0 for a head to leave out) and first rows
+    that grow evenly. Both offset rules make long runs of such
     heads, either neighbours or a fixed step apart: the step with the fewest views wins.
     """
 
@@ -257,7 +295,7 @@ def _progressions(
                 if run and not _continues(run, head):
                     found.append(_Heads(len(run), run[0], step))
                     run = []
-                if counts[head] and far_counts[head]:
+                if counts[head] and others[head]:
                     run.append(head)
             if run:
                 found.append(_Heads(len(run), run[0], step))
@@ -266,6 +304,6 @@ def _progressions(
     def _continues(run: list[int], head: int) -> bool:
         skew = firsts[head] - firsts[run[-1]]
         even = skew >= 0 if len(run) == 1 else skew == firsts[run[-1]] - firsts[run[-2]]
-        return even and counts[head] == counts[run[0]] and far_counts[head] == far_counts[run[0]]
+        return even and counts[head] == counts[run[0]] and others[head] == others[run[0]]
 
     return min((cover(step) for step in dict.fromkeys(steps)), key=len)

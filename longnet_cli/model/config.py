@@ -38,6 +38,7 @@ class LongNetConfig(BaseModel):
     final_norm: bool = True
     tie_embeddings: bool = True
     norm_eps: float = Field(default=1e-5, gt=0.0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
     @model_validator(mode="after")
     def _check(self) -> LongNetConfig:

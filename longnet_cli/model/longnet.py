@@ -2,6 +2,8 @@
 
     x + out(LN(attention(LN x)))        x + fc2(LN(gelu(fc1(LN x))))        inner LNs only for norm="subln"
 
+Both sums drop out what they add, in training (`dropout`, 0 by default).
+
 A net that sees one shard of a sequence gets what lies outside it through `far`, a callable (see `FarProvider`), and
 its place through `start`. Chunks and ranks are built from these two, in `longnet_cli.runtime`.
 
@@ -63,6 +65,7 @@ class Attention(nn.Module):
         start: int,
         lengths: Sequence[int] | Tensor | None,
         far: Callable[[Tensor, Tensor], Sequence[FarKeys]] | None,
+        total: int | None,
     ) -> Tensor:
         q, k, v = self.project(x, table)
         mixed = dilated_attention(
@@ -75,6 +78,7 @@ class Attention(nn.Module):
             far=far(k, v) if far else None,
             lengths=lengths,
             padding=self.config.padding,
+            total=total,
         )
         return self.out(self.inner_norm(mixed.flatten(-2)))  # (B, N, H, D) -> (B, N, dim)
 
@@ -106,6 +110,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self,
@@ -114,9 +119,10 @@ class Block(nn.Module):
         start: int = 0,
         lengths: Sequence[int] | Tensor | None = None,
         far: Callable[[Tensor, Tensor], Sequence[FarKeys]] | None = None,
+        total: int | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table, start, lengths, far)
-        return x + self.ffn(self.ffn_norm(x))
+        x = x + self.dropout(self.attention(self.attention_norm(x), table, start, lengths, far, total))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class LongNet(nn.Module):

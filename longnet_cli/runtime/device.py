@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 
 import torch
 
@@ -45,3 +46,20 @@ def check_kernel(device: torch.device, dtype: str, head_dim: int) -> str:
         return select_kernel(device, DTYPES[resolve_dtype(dtype, device)], head_dim).name
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken; None where the system does not say."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
+    free = []
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
+    with suppress(OSError, ValueError, KeyError):  # a container's limit, below which MemAvailable may promise more
+        group = Path("/sys/fs/cgroup")
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        free.append(int((group / "memory.max").read_text()) - used)
+    return max(0, min(free)) if free else None

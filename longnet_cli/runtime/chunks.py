@@ -1,0 +1,214 @@
+"""Causal sequences longer than memory: chunk by chunk through all layers, exact in outputs and in gradients.
+
+    forward    chunk 0 -> chunk 1 -> chunk 2      each layer's KVCache carries the rows of the open segments along
+    backward   chunk 0 <- chunk 1 <- chunk 2      each chunk computed again, with its far rows as leaves whose
+                                                  gradients are handed to the chunk that made them
+
+How a sequence is cut changes no number beyond rounding. Bidirectional nets are in `runtime/layers.py`.
+
+B batch, N tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from longnet_cli.attention import FarKeys, KVCache
+from longnet_cli.attention.dilated import strided_view
+from longnet_cli.attention.pattern import segment_rows
+from longnet_cli.errors import ConfigError
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.runtime.device import free_memory, precision
+
+CHUNK_BYTES = 256 << 20  # of one chunk's activations on a CPU; on a GPU, an eighth of what is free
+SHORTEST_CHUNK = 256  # below it, calls cost more than what they compute
+
+
+def default_chunk(config: LongNetConfig, device: torch.device, *, training: bool = False) -> int:
+    """Tokens whose activations take a modest share of memory: a power of two, so that segments mostly end with chunks.
+
+    Training holds every layer's activations, inference one layer's.
+    """
+    numbers = 10 * config.dim + 2 * config.ffn_dim  # of one layer and token, at their peak
+    if training:
+        numbers *= 2 * config.num_layers
+    budget = CHUNK_BYTES
+    if device.type == "cuda":
+        budget = max(budget, (free_memory(device) or 0) // 8)
+    return max(SHORTEST_CHUNK, 1 << (budget // (4 * numbers)).bit_length() - 1)
+
+
+class CausalStream:
+    """A causal net over one sequence, or a batch of them, that comes in chunks of any sizes, one token included.
+
+        stream = CausalStream(model)
+        for tokens in chunks:          # (B, n) ids each, the same B
+            hidden = stream(tokens)    # (B, n, dim), what the whole sequence would give there
+
+    Without gradients. What it carries is a KVCache a layer, `cache_bytes` in all, whatever `position` it has reached.
+    Raises ConfigError for a bidirectional net. `keep` is that of KVCache.
+    """
+
+    def __init__(self, model: LongNet, *, keep: bool = False) -> None:
+        if not model.config.causal:
+            raise ConfigError("a bidirectional model sees the whole sequence at once: it cannot be streamed")
+        self.model, self.keep = model, keep
+        self.position = 0
+        self.caches: list[KVCache] = []  # made by the first chunk, whose keys tell the type and the device
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(cache.nbytes for cache in self.caches)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor | None = None, *, embeddings: Tensor | None = None) -> Tensor:
+        """The next tokens (B, n), or vectors (B, n, dim) in their place -> hidden (B, n, dim)."""
+        pending: list[tuple[KVCache, Tensor, Tensor]] = []
+
+        def far(layer: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
+            if layer == len(self.caches):
+                self.caches.append(self._new_cache(k))
+            self._take_in(pending)  # only now has the layer before read its far keys, which this may overwrite
+            pending.append((self.caches[layer], k, v))
+            return self.caches[layer].far()
+
+        hidden = self.model(tokens, embeddings=embeddings, start=self.position, far=far)
+        self._take_in(pending)
+        self.position += hidden.shape[1]
+        return hidden
+
+    def far(self) -> list[list[FarKeys]]:
+        """What the next chunk will attend to besides itself, layer by layer."""
+        return [cache.far() for cache in self.caches] or [[] for _ in self.model.layers]
+
+    def _new_cache(self, k: Tensor) -> KVCache:
+        batch, _, heads, head_dim = k.shape
+        pattern = self.model.config.pattern
+        return KVCache(pattern, batch, heads, head_dim, dtype=k.dtype, device=k.device, keep=self.keep)
+
+    @staticmethod
+    def _take_in(pending: list[tuple[KVCache, Tensor, Tensor]]) -> None:
+        while pending:
+            cache, k, v = pending.pop()
+            cache.append(k, v)
+
+
+def backward_in_chunks(
+    model: LongNet, tokens: Tensor, targets: Tensor, chunk: int, *, scale: float = 1.0, dtype: str = "fp32"
+) -> Tensor:
+    """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
+
+    tokens, targets: (B, N) as for `LongNet.nll`. Loss and gradients are those of one backward over all N tokens, with
+    the activations of `chunk` tokens at a time and the far rows of the levels that chunks cut: a forward more than the
+    whole backward takes. Gradients of far rows add up in fp32 (fp64 for fp64). `dtype` as in `runtime.device`.
+    """
+    device = tokens.device
+    stream = CausalStream(model, keep=True)
+    parts = list(zip(tokens.split(chunk, 1), targets.split(chunk, 1), strict=True))
+    tape = []  # of each chunk: where it starts, the random numbers its dropout drew, its far keys
+    for index, (ids, _) in enumerate(parts):
+        tape.append((stream.position, _random_state(device), stream.far()))
+        if index < len(parts) - 1:  # the last one is only computed with its gradient
+            with precision(dtype, device):
+                stream(ids)
+    del stream
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    gradients = _FarGradients(model.config)
+    after: list[Tensor] = []
+    while parts:
+        (ids, wanted), (start, state, far) = parts.pop(), tape.pop()
+        _set_random_state(state, device)
+        total += _backward_of_chunk(model, ids, wanted, start, far, gradients, scale, dtype)
+        after = after or _random_state(device)  # the last chunk's: what one forward would have left
+    _set_random_state(after, device)
+    return total
+
+
+def _backward_of_chunk(
+    model: LongNet,
+    tokens: Tensor,
+    targets: Tensor,
+    start: int,
+    far: list[list[FarKeys]],
+    gradients: _FarGradients,
+    scale: float,
+    dtype: str,
+) -> Tensor:
+    made: list[tuple[Tensor, Tensor]] = []  # a layer's keys and values
+    leaves: list[list[FarKeys]] = []
+
+    def provide(layer: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
+        made.append((k, v))
+        leaves.append(
+            [replace(x, k=x.k.detach().requires_grad_(), v=x.v.detach().requires_grad_()) for x in far[layer]]
+        )
+        return leaves[layer]
+
+    with precision(dtype, tokens.device):
+        hidden = model(tokens, start=start, far=provide)
+        nll = model.nll(hidden, targets).sum(dtype=torch.float64)
+    roots, grads = [nll], [torch.full_like(nll, scale)]
+    for layer, (k, v) in enumerate(made):
+        if (found := gradients.of_chunk(layer, start, k)) is not None:
+            roots += [k, v]
+            grads += [d.to(k.dtype) for d in found]
+    torch.autograd.backward(roots, grads)
+    for layer, keys in enumerate(leaves):
+        for x in keys:
+            gradients.add(layer, x)
+    return nll.detach()
+
+
+class _FarGradients:
+    """Gradients on their way from the chunks that read far rows to the chunk that made them.
+
+    For each layer, level and segment one tensor (k and v, B, rows, H, D), packed as in KVCache.
+    """
+
+    def __init__(self, config: LongNetConfig) -> None:
+        self.pattern, self.num_heads = config.pattern, config.num_heads
+        self.sums: dict[tuple[int, int, int], Tensor] = {}
+
+    def add(self, layer: int, keys: FarKeys) -> None:
+        """Take the gradients that a chunk's backward left at its far keys."""
+        key = (layer, keys.level, keys.start)
+        dk, dv = keys.k.grad, keys.v.grad
+        assert dk is not None
+        assert dv is not None
+        if key not in self.sums:  # chunks come last first: the first to ask has the most rows
+            wide = torch.float64 if keys.k.dtype is torch.float64 else torch.float32
+            self.sums[key] = torch.zeros(2, *keys.k.shape, dtype=wide, device=keys.k.device)
+        rows = self.sums[key][:, :, : keys.k.shape[1]]
+        rows[0] += dk
+        rows[1] += dv
+
+    def of_chunk(self, layer: int, start: int, k: Tensor) -> Tensor | None:
+        """What later chunks add to the gradients of this one's k and v: (k and v, B, N, H, D), None for nothing."""
+        total = None
+        tokens = k.shape[1]
+        for level, (w, _) in enumerate(self.pattern.levels):
+            segment = (start + tokens) // w * w  # still open at the chunk's end
+            key = (layer, level, segment)
+            if key not in self.sums:
+                continue
+            rows = self.sums[key] if segment < start else self.sums.pop(key)  # no chunk before has rows of it
+            if total is None:
+                total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=rows.device)
+            for taken, packed in segment_rows(self.pattern, level, self.num_heads, start, tokens, segment):
+                for into, out in zip(total, rows, strict=True):
+                    strided_view(into, taken).add_(strided_view(out, packed))
+        return total
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def _set_random_state(state: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)

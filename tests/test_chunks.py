@@ -1,0 +1,199 @@
+"""A causal net in chunks = the net at once: logits, loss and every parameter's gradient.
+
+pytest tests/test_chunks.py
+"""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import PAPER_64TH, cuts, patterns
+from test_cache import split
+from torch import Tensor
+
+from longnet_cli.attention import Pattern
+from longnet_cli.errors import ConfigError
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.runtime.chunks import CausalStream, backward_in_chunks, default_chunk
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+NESTED = Pattern((16, 32, 128), (1, 3, 8))  # xPos needs segments that nest
+
+
+def net(pattern: Pattern, position: str = "rope", *, layers: int = 2, heads: int = 4, **more) -> LongNet:
+    torch.manual_seed(0)
+    return LongNet(
+        LongNetConfig(
+            vocab_size=50,
+            dim=8 * heads,
+            num_layers=layers,
+            num_heads=heads,
+            ffn_dim=48,
+            segment_lengths=pattern.segment_lengths,
+            dilation_rates=pattern.dilation_rates,
+            head_offsets=pattern.head_offsets,
+            position=position,
+            **more,
+        )
+    )
+
+
+def draw(batch: int, tokens: int, seed: int = 0) -> Tensor:
+    return torch.randint(50, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).double().norm() / expected.double().norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("position", ["rope", "xpos"])
+@given(
+    pattern=patterns(),
+    heads=st.integers(1, 6),
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 200),
+    sizes=cuts(),
+)
+def test_any_chunks_give_the_logits_of_the_whole(
+    position: str, dtype: torch.dtype, pattern: Pattern, heads: int, batch: int, tokens: int, sizes: list[int]
+) -> None:
+    model = net(NESTED if position == "xpos" else pattern, position, heads=heads).to(dtype)
+    ids = draw(batch, tokens)
+    with torch.no_grad():
+        whole = model.logits(model(ids))
+        stream = CausalStream(model)
+        parts = [model.logits(stream(part)) for part in ids.split(split(tokens, sizes), 1)]
+    assert error(torch.cat(parts, 1), whole) <= TOLERANCE[dtype]
+    assert stream.position == tokens
+    assert stream.cache_bytes == 2 * 2 * batch * model.config.dim * whole.itemsize * model.config.pattern.cache_rows
+
+
+def gradients(model: LongNet) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("position", ["rope", "xpos"])
+@given(pattern=patterns(), batch=st.integers(1, 2), tokens=st.integers(1, 200), chunk=st.integers(1, 120))
+def test_chunked_training_is_whole_training(
+    position: str, dtype: torch.dtype, pattern: Pattern, batch: int, tokens: int, chunk: int
+) -> None:
+    model = net(NESTED if position == "xpos" else pattern, position).to(dtype)
+    ids, targets = draw(batch, tokens), draw(batch, tokens, seed=1)
+    targets[:, ::5] = -100
+    loss = model.nll(model(ids), targets).sum(dtype=torch.float64)
+    (loss * 0.5).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    found = backward_in_chunks(model, ids, targets, max(chunk, tokens // 20), scale=0.5)
+    floor = max(x.double().norm().item() for x in expected)
+    if floor == 0:  # no target was left
+        assert found == loss == 0
+        return
+    assert error(found, loss.detach()) <= TOLERANCE[dtype]
+    for (name, _), a, b in zip(model.named_parameters(), gradients(model), expected, strict=True):
+        # a bias of k moves no softmax: its gradient is rounding alone, measured against the largest
+        off = (a - b).double().norm().item() / max(b.double().norm().item(), 0.1 * floor)
+        assert off <= TOLERANCE[dtype], f"{name} is off by {off:.2e}"
+
+
+def test_training_with_dropout_computes_again_what_it_dropped() -> None:
+    """Against one graph over all chunks, drawn from the same random numbers."""
+    model = net(PAPER_64TH, dropout=0.3).double().train()
+    ids, targets = draw(1, 300), draw(1, 300, seed=1)
+    torch.manual_seed(5)
+    found = backward_in_chunks(model, ids, targets, 70)
+    after, in_chunks = torch.rand(1), gradients(model)
+    model.zero_grad()
+    torch.manual_seed(5)
+    loss = whole_graph(model, ids, targets, 70)
+    loss.backward()
+    assert torch.equal(after, torch.rand(1))
+    assert error(found, loss.detach()) <= 1e-12
+    assert all(error(a, b) <= 1e-10 for a, b in zip(in_chunks, gradients(model), strict=True) if b.norm() > 1e-9)
+
+
+def whole_graph(model: LongNet, ids: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """The loss of all chunks in one graph: far keys are taken, differentiably, from all that came before."""
+    from longnet_cli.attention import Span, far_keys
+
+    pattern = model.config.pattern
+    past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.layers]
+    total = torch.zeros((), dtype=torch.float64)
+    start = 0
+    for part, wanted in zip(ids.split(chunk, 1), targets.split(chunk, 1), strict=True):
+
+        def far(layer: int, k: Tensor, v: Tensor, start: int = start) -> list:
+            before = past[layer]
+            past[layer] = [*before, (k, v)]
+            spans = [Span(i, start // w * w, start) for i, (w, _) in enumerate(pattern.levels) if start % w]
+            everything = [torch.cat(x, 1) for x in zip(*before, strict=True)]
+            return [far_keys(*everything, pattern, span) for span in spans]
+
+        total = total + model.nll(model(part, start=start, far=far), wanted).sum(dtype=torch.float64)
+        start += part.shape[1]
+    return total
+
+
+def test_bf16_training_in_chunks_is_near() -> None:
+    model = net(PAPER_64TH)
+    ids, targets = draw(1, 400), draw(1, 400, seed=1)
+    backward_in_chunks(model, ids, targets, 64)
+    exact = gradients(model)
+    model.zero_grad()
+    backward_in_chunks(model, ids, targets, 64, dtype="bf16")
+    floor = max(x.norm().item() for x in exact)
+    for a, b in zip(gradients(model), exact, strict=True):
+        assert (a - b).norm().item() <= 0.05 * max(b.norm().item(), floor * 0.1)
+
+
+def test_a_step_of_one_token_is_decoding() -> None:
+    """Greedy continuation, token by token from the cache, is what whole passes over ever longer inputs give."""
+    model = net(PAPER_64TH).double().eval()
+    prompt = draw(1, 40)
+    stream, ids = CausalStream(model), prompt
+    hidden = stream(prompt)
+    for _ in range(30):
+        found = model.logits(hidden[:, -1:]).argmax(-1)
+        with torch.no_grad():
+            assert torch.equal(found, model.logits(model(ids)[:, -1:]).argmax(-1))
+        ids = torch.cat((ids, found), 1)
+        hidden = stream(found)
+
+
+def test_only_one_chunk_of_activations_lives() -> None:
+    """Tensors alive at the end of each chunk's backward do not grow with the number of chunks."""
+    model = net(Pattern((64,), (1,)), layers=3)
+    peaks = []
+    for chunks in (4, 12):
+        ids = draw(1, 64 * chunks)
+        gc.collect()
+        counts: list[int] = []
+
+        def look(*_: object, counts: list[int] = counts) -> None:
+            tensors = (x for x in gc.get_objects() if type(x) is Tensor)
+            counts.append(sum(x.is_floating_point() and x.shape[:2] == (1, 64) for x in tensors))
+
+        hook = model.final_norm.register_full_backward_hook(look)
+        backward_in_chunks(model, ids, ids, 64)
+        hook.remove()
+        peaks.append(max(counts))
+    assert peaks[0] == peaks[1] > 0
+
+
+def test_a_bidirectional_net_cannot_be_streamed() -> None:
+    with pytest.raises(ConfigError, match="bidirectional"):
+        CausalStream(net(PAPER_64TH, causal=False))
+
+
+def test_default_chunk_follows_the_models_size() -> None:
+    device = torch.device("cpu")
+    small, large = (net(PAPER_64TH, heads=h).config for h in (2, 32))
+    assert default_chunk(small, device) > default_chunk(large, device) > 256
+    assert default_chunk(small, device, training=True) < default_chunk(small, device)
+    assert default_chunk(large, device).bit_count() == 1
