@@ -1,11 +1,17 @@
-"""The `encode` job: one vector a document, pooled from the hidden states after the final norm, as Arrow batches."""
+"""The `encode` job: vectors of documents, or of their spans, pooled from the hidden states after the final norm.
+
+documents --+-- short --batches_by_length--> padded forwards --+--> hidden --_Pooling--> rows --> Arrow batches
+            +-- longer than a chunk --CausalStream, or layer --+
+                by layer where the net is bidirectional
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
@@ -14,8 +20,10 @@ from torch import Tensor
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model.longnet import LongNet
+from longnet_cli.runtime.chunks import CausalStream, default_chunk
 from longnet_cli.runtime.device import precision
-from longnet_cli.scoring import BATCH_TOKENS, batches_by_length
+from longnet_cli.runtime.layerwise import hidden_in_chunks
+from longnet_cli.scoring import batches_by_length, read_sequence
 
 Pool = Literal["mean", "last", "first"]
 EmbeddingDtype = Literal["float32", "float16"]
@@ -28,6 +36,9 @@ def encode(
     bos: int | None,
     pool: Pool = "mean",
     normalize: bool = True,
+    span: int | None = None,
+    chunk: int | None = None,
+    spill: str | Path | None = None,
     dtype: str = "auto",
     embedding_dtype: EmbeddingDtype = "float32",
     device: torch.device | str | None = None,
@@ -38,12 +49,21 @@ def encode(
     """Read `documents` lazily and give a row each, in order: a reader of record batches (see `embedding_schema`).
 
     `pool` takes the mean of the hidden states of a document's tokens, or the one of its last or first token;
-    `normalize` then scales the vector to length 1. `bos` (the tokenizer's end-of-text id) is put before each document
-    of a causal model, as in scoring, and not pooled. `device` moves the model there; None leaves it where it is.
-    `model_name` and `tokenizer_sha256` go into the schema's metadata. `on_progress` gets the number of tokens that each
-    forward has encoded. Raises ConfigError for a model without a vocabulary; the reader, DataError for an empty
-    document.
+    `normalize` then scales the vector to length 1. With `span` there is a row for every `span` tokens of a document.
+    `bos` (the tokenizer's end-of-text id) is put before each document of a causal model, as in scoring, and not pooled.
+
+    `chunk` is the most tokens of one forward, by default what `default_chunk` gives. Short documents share a forward;
+    a longer one goes chunk by chunk, with the same result. A causal net needs no more memory for it; a bidirectional
+    one keeps its hidden states in memory or, with `spill`, in a file in that folder.
+
+    `device` moves the model there; None leaves it where it is. `model_name` and `tokenizer_sha256` go into the schema's
+    metadata. `on_progress` gets the number of tokens that each forward has encoded. Raises ConfigError for a model
+    without a vocabulary; the reader, DataError for an empty document, MemoryLimitError for hidden states that do not
+    fit.
     """
+    for name, value in (("span", span), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be 1 or more, not {value}")
     if not model.config.vocab_size:
         raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
     if device is not None:
@@ -56,16 +76,10 @@ def encode(
         model_name=model_name,
         tokenizer_sha256=tokenizer_sha256,
     )
-    before = bos if model.config.causal else None
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for group in _groups(documents):
-            vectors = _vectors(model, group, before, pool, dtype, on_progress)
-            if normalize:
-                vectors = F.normalize(vectors, dim=-1)
-            yield _record_batch(schema, group, vectors.cpu().numpy())
-
-    return pa.RecordBatchReader.from_batches(schema, batches())
+    chunk = chunk or default_chunk(model.config, next(model.parameters()).device)
+    encoder = _Encoder(model, bos, pool, span, chunk, spill, dtype, on_progress)
+    batches = (_record_batch(schema, rows, normalize) for rows in encoder.run(documents) if rows)
+    return pa.RecordBatchReader.from_batches(schema, batches)
 
 
 def embedding_schema(
@@ -98,72 +112,154 @@ def embedding_schema(
     return pa.schema(fields, metadata={key: value for key, value in known.items() if value is not None})
 
 
-def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Collect documents until they hold BATCH_TOKENS."""
-    group: list[Document] = []
-    size = 0
-    for document in documents:
-        if not len(document.tokens):
-            raise DataError(f"{document.where}: document {document.doc_id!r} is empty: there is nothing to encode")
-        group.append(document)
-        size += len(document.tokens)
-        if size >= BATCH_TOKENS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+@dataclass(frozen=True)
+class _Row:
+    """The vector (dim,) of the tokens [start, end) of a document, its `span`-th."""
+
+    document: Document
+    span: int
+    start: int
+    end: int
+    vector: Tensor
 
 
-def _vectors(
-    model: LongNet,
-    group: Sequence[Document],
-    bos: int | None,
-    pool: Pool,
-    dtype: str,
-    on_progress: Callable[[int], None] | None,
-) -> Tensor:
-    """The pooled (documents, dim) float32 vectors of a group, in its order."""
-    vectors: list[Tensor] = [torch.empty(0)] * len(group)
-    for batch in batches_by_length([len(document.tokens) + (bos is not None) for document in group]):
-        tokens = [group[index].tokens for index in batch]
-        for index, vector in zip(batch, _pooled(model, tokens, bos, pool, dtype), strict=True):
-            vectors[index] = vector
-        if on_progress:
-            on_progress(sum(map(len, tokens)))
-    return torch.stack(vectors)
+class _Pooling:
+    """One document's hidden states in, in order and in pieces of any size; the rows of finished spans out."""
+
+    def __init__(self, document: Document, pool: Pool, span: int | None) -> None:
+        self.document, self.pool = document, pool
+        self.length = span or len(document)
+        self.position = 0
+        self.state: Tensor | None = None  # of the span that is open: the sum so far (float64), or its first or last one
+
+    def add(self, hidden: Tensor) -> Iterator[_Row]:
+        """Take the next (n, dim); spans end every `span` tokens and with the document."""
+        while len(hidden):
+            index = self.position // self.length
+            start, end = index * self.length, min((index + 1) * self.length, len(self.document))
+            part, hidden = hidden[: end - self.position], hidden[end - self.position :]
+            self.position += len(part)
+            if self.pool == "mean":
+                new = part.sum(0, dtype=torch.float64)
+                self.state = new if self.state is None else self.state + new
+            elif self.pool == "last" or self.state is None:
+                self.state = part[-1 if self.pool == "last" else 0]
+            if self.position == end:
+                vector = self.state / (end - start) if self.pool == "mean" else self.state
+                yield _Row(self.document, index, start, end, vector.float())
+                self.state = None
 
 
-@torch.inference_mode()
-def _pooled(model: LongNet, documents: Sequence[np.ndarray], bos: int | None, pool: Pool, dtype: str) -> list[Tensor]:
-    """One forward over right-padded documents of (tokens,) ids; a (dim,) float32 vector each."""
-    device = next(model.parameters()).device
-    first = 0 if bos is None else 1  # where a document begins in its row
-    lengths = [first + len(tokens) for tokens in documents]
-    padded = torch.zeros(len(documents), max(lengths), dtype=torch.int64)
-    for row, tokens, length in zip(padded, documents, lengths, strict=True):
-        if bos is not None:
-            row[0] = bos
-        row[first:length] = torch.from_numpy(tokens.astype(np.int64))
-    with precision(dtype, device):
-        hidden = model(padded.to(device), lengths=lengths)
-    if pool == "mean":
-        return [h[first:n].mean(0, dtype=torch.float32) for h, n in zip(hidden, lengths, strict=True)]
-    return [h[n - 1 if pool == "last" else first].float() for h, n in zip(hidden, lengths, strict=True)]
+class _Encoder:
+    """Documents in, rows of vectors out in the same order; short documents wait until a forward is full."""
+
+    def __init__(
+        self,
+        model: LongNet,
+        bos: int | None,
+        pool: Pool,
+        span: int | None,
+        chunk: int,
+        spill: str | Path | None,
+        dtype: str,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        self.model, self.pool, self.span, self.chunk = model, pool, span, chunk
+        self.spill, self.dtype, self.on_progress = spill, dtype, on_progress
+        self.bos = bos if model.config.causal else None
+        self.first = 0 if self.bos is None else 1  # where a document begins in what the model reads
+        self.device = next(model.parameters()).device
+
+    def run(self, documents: Iterable[Document]) -> Iterator[list[_Row]]:
+        waiting: list[Document] = []
+        for document in documents:
+            if not len(document):
+                raise DataError(f"{document.where}: document {document.doc_id!r} is empty: there is nothing to encode")
+            if len(document) + self.first > self.chunk:
+                yield self._forward(waiting)
+                waiting = []
+                yield from self._stream(document)
+                continue
+            waiting.append(document)
+            if sum(map(len, waiting)) >= self.chunk:
+                yield self._forward(waiting)
+                waiting = []
+        yield self._forward(waiting)
+
+    def _forward(self, documents: Sequence[Document]) -> list[_Row]:
+        """The rows of short documents, from padded forwards of similar lengths."""
+        rows: list[list[_Row]] = [[] for _ in documents]
+        lengths = [len(document) + self.first for document in documents]
+        for batch in batches_by_length(lengths, self.chunk):
+            padded = torch.zeros(len(batch), max(lengths[i] for i in batch), dtype=torch.int64)
+            for row, i in zip(padded, batch, strict=True):
+                row[: lengths[i]] = torch.from_numpy(read_sequence(documents[i], self.bos, 0, lengths[i]))
+            with torch.inference_mode(), precision(self.dtype, self.device):
+                found = self.model(padded.to(self.device), lengths=[lengths[i] for i in batch])
+                for i, hidden in zip(batch, found, strict=True):
+                    pooling = _Pooling(documents[i], self.pool, self.span)
+                    rows[i] = list(pooling.add(hidden[self.first : lengths[i]]))
+            if self.on_progress:
+                self.on_progress(sum(len(documents[i]) for i in batch))
+        return [row for found in rows for row in found]
+
+    def _stream(self, document: Document) -> Iterator[list[_Row]]:
+        """The rows of a document that is longer than a chunk, as its spans end."""
+        pooling = _Pooling(document, self.pool, self.span)
+        skip = self.first
+        for hidden in self._hidden(document):
+            with torch.inference_mode():
+                yield list(pooling.add(hidden[0, skip:]))
+            skip = 0
+
+    def _hidden(self, document: Document) -> Iterator[Tensor]:
+        """Its hidden states (1, n, dim), chunk by chunk."""
+        total = len(document) + self.first
+
+        def read(start: int, stop: int) -> Tensor:
+            return torch.from_numpy(read_sequence(document, self.bos, start, stop))[None].to(self.device)
+
+        if not self.model.config.causal:
+            done = _Share(self.on_progress, self.model.config.num_layers)
+            yield from hidden_in_chunks(
+                self.model, read, total, self.chunk, spill=self.spill, dtype=self.dtype, on_chunk=done
+            )
+            return
+        stream = CausalStream(self.model)
+        for start in range(0, total, self.chunk):
+            stop = min(start + self.chunk, total)
+            with torch.inference_mode(), precision(self.dtype, self.device):
+                hidden = stream(read(start, stop))
+            if self.on_progress:
+                self.on_progress(stop - max(start, self.first))
+            yield hidden
 
 
-def _record_batch(schema: pa.Schema, documents: Sequence[Document], vectors: np.ndarray) -> pa.RecordBatch:
-    """Rows of whole documents, from their (documents, dim) vectors."""
+class _Share:
+    """Tells `on_progress` of a token when all `layers` layers are done with it."""
+
+    def __init__(self, on_progress: Callable[[int], None] | None, layers: int) -> None:
+        self.on_progress, self.layers, self.done = on_progress, layers, 0
+
+    def __call__(self, tokens: int) -> None:
+        before, self.done = self.done // self.layers, self.done + tokens
+        if self.on_progress and self.done // self.layers > before:
+            self.on_progress(self.done // self.layers - before)
+
+
+def _record_batch(schema: pa.Schema, rows: Sequence[_Row], normalize: bool) -> pa.RecordBatch:
+    vectors = torch.stack([row.vector for row in rows])  # (rows, dim)
+    if normalize:
+        vectors = F.normalize(vectors, dim=-1)
     kind = schema.field("embedding").type
-    values = pa.array(vectors.astype(kind.value_type.to_pandas_dtype()).reshape(-1))
-    counts = pa.array([len(document.tokens) for document in documents], pa.int64())
-    zeros = np.zeros(len(documents), np.int64)
+    values = pa.array(vectors.cpu().numpy().astype(kind.value_type.to_pandas_dtype()).reshape(-1))
     return pa.record_batch(
         [
-            pa.array([document.doc_id for document in documents], pa.string()),
-            pa.array(zeros.astype(np.int32)),
-            pa.array(zeros),
-            counts,
-            counts,
+            pa.array([row.document.doc_id for row in rows], pa.string()),
+            pa.array([row.span for row in rows], pa.int32()),
+            pa.array([row.start for row in rows], pa.int64()),
+            pa.array([row.end for row in rows], pa.int64()),
+            pa.array([row.end - row.start for row in rows], pa.int64()),
             pa.FixedSizeListArray.from_arrays(values, kind.list_size),
         ],
         schema=schema,

@@ -1,25 +1,34 @@
 """The `score` job: how well a causal model predicts each token of each document, as perplexity and bits per byte.
 
-    document --_windows--> windows --batches_by_length--> forwards --> nll sums, float64, a document each
+    document --_windows--> windows --+-- short --batches_by_length--> padded forwards --+--> sums of nats, float64,
+                                     +-- longer than a chunk --CausalStream-------------+    a document each
 
-A window is a slice of the document: its inputs are all but its last token, its targets all but its first.
+A window is a range of the document's tokens to predict; its inputs are the tokens one before them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
+from longnet_cli.data.sinks import ShardWriter
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model.longnet import IGNORED, LongNet
+from longnet_cli.runtime.chunks import CausalStream, default_chunk
 from longnet_cli.runtime.device import precision
 
-BATCH_TOKENS = 1 << 14  # in a forward, padding included; one longer sequence goes alone
+# Called with (document, start, ids, log-probabilities): those of its tokens [start, start + n), (n,) int64 and float32
+OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
+
+LOGPROB_BATCH = 1 << 18  # tokens of a record batch of log-probabilities
 
 
 @dataclass(frozen=True)
@@ -77,8 +86,10 @@ def score(
     *,
     bos: int | None,
     context: int | None = None,
+    chunk: int | None = None,
     dtype: str = "auto",
     device: torch.device | str | None = None,
+    on_tokens: OnTokens | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[DocumentScore]:
     """Yield the score of each document, in order; every token is scored exactly once.
@@ -88,22 +99,28 @@ def score(
     it, a token sees at most `context` tokens before it: the document is cut into disjoint windows of that many
     targets, and each window starts anew at position 0, with the token before its first target as its first input.
 
-    An empty document scores 0 tokens. `device` moves the model there; None leaves it where it is. `on_progress` gets
-    the number of tokens that each forward has scored. Raises ConfigError for a model that cannot score, and DataError
+    `chunk` is the most tokens of one forward, by default what `default_chunk` gives. Short windows share a forward; a
+    longer one is streamed, so memory does not depend on the document's length and the chunk changes no number.
+
+    An empty document scores 0 tokens. `device` moves the model there; None leaves it where it is. `on_tokens` gets the
+    log-probabilities of all tokens in order. `on_progress` gets the number of tokens that each forward has scored.
+    Raises ConfigError for a model that cannot score, and DataError
     at the end when no document had a token to score.
     """
     if not model.config.causal:
         raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
     if not model.config.vocab_size:
         raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
-    if context is not None and context < 1:
-        raise ConfigError(f"context must be 1 or more, not {context}")
+    for name, value in (("context", context), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be 1 or more, not {value}")
     if device is not None:
         model.to(device)
-    return _score(model, documents, bos, context, dtype, on_progress)
+    chunk = chunk or default_chunk(model.config, next(model.parameters()).device)
+    return _Scorer(model, bos, context, chunk, dtype, on_tokens, on_progress).run(documents)
 
 
-def batches_by_length(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
     """Group sequences for padded forwards of at most `limit` tokens, as indices into `lengths`; the longest first.
 
     A sequence longer than `limit` is a group of its own.
@@ -115,6 +132,58 @@ def batches_by_length(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> Iter
         order = order[rows:]
 
 
+def logprob_schema() -> pa.Schema:
+    """A row is a stretch of a document: its tokens from `start` on, and the log-probability of each, in nats.
+
+    A long document takes several rows, `part` 0, 1, 2 ... of one doc_id.
+    """
+    fields = [
+        pa.field("doc_id", pa.string()),
+        pa.field("part", pa.int32()),
+        pa.field("start", pa.int64()),
+        pa.field("input_ids", pa.large_list(pa.int32()), nullable=False),
+        pa.field("logprobs", pa.large_list(pa.float32()), nullable=False),
+    ]
+    return pa.schema(fields)
+
+
+@contextmanager
+def write_token_logprobs(path: str | Path) -> Iterator[OnTokens]:
+    """Open a file for the log-probabilities of tokens (see `logprob_schema`), as the `on_tokens` of `score`."""
+    rows: list[tuple[str, int, int, np.ndarray, np.ndarray]] = []
+    size = part = 0
+    last: Document | None = None
+
+    with ShardWriter(path, logprob_schema()) as writer:
+
+        def flush() -> None:
+            nonlocal rows, size
+            if rows:
+                columns = [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), writer.schema, strict=True)]
+                writer.write(pa.record_batch(columns, schema=writer.schema))
+            rows, size = [], 0
+
+        def on_tokens(document: Document, start: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
+            nonlocal size, part, last
+            part = part + 1 if document is last else 0
+            last = document
+            rows.append((document.doc_id, part, start, ids, logprobs))
+            size += len(ids)
+            if size >= LOGPROB_BATCH:
+                flush()
+
+        yield on_tokens
+        flush()
+
+
+def read_sequence(document: Document, bos: int | None, start: int, stop: int) -> np.ndarray:
+    """The ids [start, stop) of what a model reads, (stop - start,) int64: bos, unless it is None, and the document."""
+    if bos is None:
+        return document.read(start, stop)
+    ids = document.read(max(0, start - 1), stop - 1)
+    return ids if start else np.concatenate((np.array([bos]), ids))
+
+
 @dataclass
 class _Tally:
     """A document on its way: what its windows have cost so far."""
@@ -124,84 +193,120 @@ class _Tally:
     n_tokens: int = 0
 
     def result(self, has_bos: bool) -> DocumentScore:
-        n_bytes = self.document.n_bytes if has_bos else None  # else its first token's bytes were not scored
-        scored = Score(self.nll_sum, self.n_tokens, n_bytes if self.n_tokens else 0)
-        return DocumentScore(self.document.doc_id, self.document.where, scored)
+        n_bytes: int | None = 0
+        if self.n_tokens:  # without bos, the bytes of the first token were not scored
+            n_bytes = self.document.n_bytes if has_bos else None
+        return DocumentScore(self.document.doc_id, self.document.where, Score(self.nll_sum, self.n_tokens, n_bytes))
 
 
-def _score(
-    model: LongNet,
-    documents: Iterable[Document],
-    bos: int | None,
-    context: int | None,
-    dtype: str,
-    on_progress: Callable[[int], None] | None,
-) -> Iterator[DocumentScore]:
-    finished: list[_Tally] = []  # documents all of whose windows are scored or in `waiting`
-    waiting: list[tuple[_Tally, np.ndarray]] = []
-    size = scored = 0
-    for document in documents:
-        tally = _Tally(document)
-        for window in _windows(document.tokens, bos, context):
-            waiting.append((tally, window))
-            size += len(window) - 1
-            if size >= BATCH_TOKENS:
-                _run(model, waiting, dtype, on_progress)
-                scored += size
-                waiting, size = [], 0
-                yield from (done.result(bos is not None) for done in finished)
-                finished = []
-        finished.append(tally)
-        if not waiting:
-            yield from (done.result(bos is not None) for done in finished)
-            finished = []
-    _run(model, waiting, dtype, on_progress)
-    yield from (done.result(bos is not None) for done in finished)
-    if scored + size == 0:
-        raise DataError(
-            "no token could be scored: every document is empty"
-            if bos is not None
-            else "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
-        )
+@dataclass(frozen=True)
+class _Window:
+    """The targets [start, stop) of a document, and (1 + stop - start,) int64 `ids`: the token before them first."""
+
+    tally: _Tally
+    start: int
+    ids: np.ndarray
+
+    @property
+    def targets(self) -> int:
+        return len(self.ids) - 1
 
 
-def _windows(tokens: np.ndarray, bos: int | None, context: int | None) -> Iterator[np.ndarray]:
-    """Cut (tokens,) ids, with bos before them, into windows of `context` targets: (targets + 1,) int64 copies."""
-    before = 0 if bos is None else 1
-    targets = len(tokens) + before - 1
-    for start in range(0, targets, context or max(1, targets)):
-        stop = min(start + context, targets) if context else targets
-        cut = tokens[max(0, start - before) : stop + 1 - before].astype(np.int64)
-        yield np.concatenate(([bos], cut)) if bos is not None and start == 0 else cut
+class _Scorer:
+    """Documents in, scores out in the same order; short windows wait until a forward is full."""
 
+    def __init__(
+        self,
+        model: LongNet,
+        bos: int | None,
+        context: int | None,
+        chunk: int,
+        dtype: str,
+        on_tokens: OnTokens | None,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        self.model, self.bos, self.context, self.chunk, self.dtype = model, bos, context, chunk, dtype
+        self.on_tokens, self.on_progress = on_tokens, on_progress
+        self.device = next(model.parameters()).device
+        self.waiting: list[_Window] = []
+        self.finished: list[_Tally] = []  # documents all of whose windows are scored or waiting
 
-def _run(
-    model: LongNet,
-    waiting: Sequence[tuple[_Tally, np.ndarray]],
-    dtype: str,
-    on_progress: Callable[[int], None] | None,
-) -> None:
-    """Score all windows, in batches of similar length, and add each to its document's tally."""
-    for batch in batches_by_length([len(window) - 1 for _, window in waiting]):
-        sums = _nll_sums(model, [waiting[index][1] for index in batch], dtype)
-        tokens = 0
-        for index, nll_sum in zip(batch, sums, strict=True):
-            tally, window = waiting[index]
-            tally.nll_sum += nll_sum
-            tally.n_tokens += len(window) - 1
-            tokens += len(window) - 1
-        if on_progress:
-            on_progress(tokens)
+    def run(self, documents: Iterable[Document]) -> Iterator[DocumentScore]:
+        scored = 0
+        for document in documents:
+            tally = _Tally(document)
+            for start, stop in self._windows(len(document)):
+                if stop - start > self.chunk:
+                    yield from self._flush()
+                    self._stream(tally, start, stop)
+                else:
+                    self.waiting.append(self._window(tally, start, stop))
+                    if sum(window.targets for window in self.waiting) >= self.chunk:
+                        yield from self._flush()
+                scored += stop - start
+            self.finished.append(tally)
+            if not self.waiting:
+                yield from self._flush()
+        yield from self._flush()
+        if scored == 0:
+            raise DataError(
+                "no token could be scored: every document is empty"
+                if self.bos is not None
+                else "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
+            )
 
+    def _windows(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """Ranges of at most `context` targets that make up a document; without bos its first token is none."""
+        first = 0 if self.bos is not None else 1
+        step = self.context or max(1, tokens - first)
+        for start in range(first, tokens, step):
+            yield start, min(start + step, tokens)
 
-@torch.inference_mode()
-def _nll_sums(model: LongNet, windows: Sequence[np.ndarray], dtype: str) -> list[float]:
-    """The nats of each window's targets. Right padding needs no mask: a causal net does not see it."""
-    device = next(model.parameters()).device
-    padded = torch.full((len(windows), max(map(len, windows))), IGNORED)
-    for row, window in zip(padded, windows, strict=True):
-        row[: len(window)] = torch.from_numpy(window)
-    padded = padded.to(device)
-    with precision(dtype, device):
-        hidden = model(padded[:, :-1].clamp(min=0))
-        return model.nll(hidden, padded[:, 1:]).double().sum(-1).tolist()
+    def _window(self, tally: _Tally, start: int, stop: int) -> _Window:
+        first = 0 if self.bos is None else 1  # where a document begins in its sequence
+        return _Window(tally, start, read_sequence(tally.document, self.bos, start - 1 + first, stop + first))
+
+    def _flush(self) -> Iterator[DocumentScore]:
+        """Score what waits, in padded forwards of similar lengths, and hand out what is finished."""
+        nll: list[np.ndarray] = [np.empty(0)] * len(self.waiting)
+        for batch in batches_by_length([window.targets for window in self.waiting], self.chunk):
+            for index, row in zip(batch, self._forward([self.waiting[i] for i in batch]), strict=True):
+                nll[index] = row[: self.waiting[index].targets]
+        for window, row in zip(self.waiting, nll, strict=True):
+            self._count(window, row)
+        self.waiting = []
+        yield from (tally.result(self.bos is not None) for tally in self.finished)
+        self.finished = []
+
+    @torch.inference_mode()
+    def _forward(self, windows: Sequence[_Window]) -> np.ndarray:
+        """(windows, targets of the longest) float32 nats. Right padding needs no mask: a causal net does not see it."""
+        padded = torch.full((len(windows), max(len(window.ids) for window in windows)), IGNORED)
+        for row, window in zip(padded, windows, strict=True):
+            row[: len(window.ids)] = torch.from_numpy(window.ids)
+        padded = padded.to(self.device)
+        with precision(self.dtype, self.device):
+            nll = self.model.nll(self.model(padded[:, :-1].clamp(min=0)), padded[:, 1:]).cpu().numpy()
+        if self.on_progress:
+            self.on_progress(sum(window.targets for window in windows))
+        return nll
+
+    @torch.inference_mode()
+    def _stream(self, tally: _Tally, start: int, stop: int) -> None:
+        """Score a window that is longer than a chunk."""
+        stream = CausalStream(self.model)
+        for first in range(start, stop, self.chunk):
+            window = self._window(tally, first, min(first + self.chunk, stop))
+            ids = torch.from_numpy(window.ids)[None].to(self.device)
+            with precision(self.dtype, self.device):
+                nll = self.model.nll(stream(ids[:, :-1]), ids[:, 1:])
+            self._count(window, nll[0].cpu().numpy())
+            if self.on_progress:
+                self.on_progress(window.targets)
+
+    def _count(self, window: _Window, nll: np.ndarray) -> None:
+        """Add the (targets,) nats of a window to its document."""
+        window.tally.nll_sum += float(nll.sum(dtype=np.float64))
+        window.tally.n_tokens += window.targets
+        if self.on_tokens:
+            self.on_tokens(window.tally.document, window.start, window.ids[1:], -nll)

@@ -1,6 +1,8 @@
 """Proves that a document's vector is the pool of its own hidden states, whatever batch it is in, and that what comes
 out is the Arrow table that DESIGN.md promises."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -10,7 +12,6 @@ from longnet_cli.data.sources import Document
 from longnet_cli.encoding import encode
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.scoring import BATCH_TOKENS
 
 BOS = 256
 SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32}
@@ -54,15 +55,62 @@ def test_ragged_documents_equal_each_alone(model: LongNet, pool: str) -> None:
 
 
 def test_many_batches_keep_the_order(model: LongNet) -> None:
-    lengths = [9000, 3, 9000, BATCH_TOKENS + 1, 7]
+    lengths = [900, 3, 900, 2001, 7]
     documents = [make_document(length, str(index)) for index, length in enumerate(lengths)]
-    batches = list(encode(model, documents, bos=BOS))
+    batches = list(encode(model, documents, bos=BOS, chunk=2000))
     assert len(batches) > 1
     table = pa.Table.from_batches(batches)
     assert table["doc_id"].to_pylist() == list("01234")
     assert table["n_tokens"].to_pylist() == lengths
     expected = plain_vector(model, documents[4], "mean")
     np.testing.assert_allclose(vectors(table)[4], expected / np.linalg.norm(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["mean", "last", "first"])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 101])
+@pytest.mark.parametrize("span", [None, 1, 10, 64, 1000])
+def test_neither_chunk_nor_spill_changes_a_number(
+    model: LongNet, tmp_path: Path, pool: str, chunk: int, span: int | None
+) -> None:
+    documents = [make_document(length, str(length)) for length in (100, 3, 165, 1)]
+    options = {"bos": BOS, "pool": pool, "span": span, "normalize": False}
+    seen: list[int] = []
+    spill = None if model.config.causal else tmp_path
+    reader = encode(model, documents, chunk=chunk, spill=spill, on_progress=seen.append, **options)
+    table, expected = reader.read_all(), encode(model, documents, chunk=10_000, **options).read_all()
+    assert table.drop_columns(["embedding"]) == expected.drop_columns(["embedding"])
+    np.testing.assert_allclose(vectors(table), vectors(expected), atol=1e-5)
+    assert sum(seen) == 269
+
+
+def test_a_span_is_the_pool_of_its_own_tokens(model: LongNet) -> None:
+    document = make_document(25)
+    table = encode(model, [document], bos=BOS, span=10, normalize=False).read_all()
+    assert table.drop_columns(["embedding"]).to_pylist() == [
+        {"doc_id": "a", "span": i, "start": 10 * i, "end": end, "n_tokens": end - 10 * i}
+        for i, end in enumerate((10, 20, 25))
+    ]
+    before = [BOS] if model.config.causal else []
+    with torch.no_grad():
+        hidden = model(torch.tensor([before + document.tokens.tolist()]))[0, len(before) :]
+    expected = [hidden[a : a + 10].mean(0) for a in (0, 10, 20)]
+    np.testing.assert_allclose(vectors(table), torch.stack(expected), atol=1e-5)
+
+
+def test_spans_go_out_while_the_rest_comes_in() -> None:
+    """The first row of a causal document is there when its first chunk is read."""
+    model = LongNet(CONFIG).eval()
+    read: list[int] = []
+
+    class Slow(Document):
+        def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+            read.append(start)
+            return super().read(start, stop)
+
+    document = make_document(1000)
+    slow = Slow(document.doc_id, document.tokens, None, "")
+    assert len(next(encode(model, [slow], bos=None, span=50, chunk=100))) == 2
+    assert read == [0]
 
 
 def test_normalized_vectors_have_length_one(model: LongNet) -> None:

@@ -1,9 +1,12 @@
 """Proves that scoring counts every token once: the sums are those of plain cross entropy over full logits, whatever the
 context, the batching and the company a document is in."""
 
+import copy
 import math
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +14,17 @@ import torch.nn.functional as F
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.scoring import BATCH_TOKENS, DocumentScore, Score, batches_by_length, score
+from longnet_cli.scoring import (
+    DocumentScore,
+    Score,
+    batches_by_length,
+    logprob_schema,
+    score,
+    write_token_logprobs,
+)
 
 BOS = 256
+CHUNK = 4000  # tokens of a forward in tests that need several
 CONFIG = LongNetConfig(
     vocab_size=257, dim=16, num_layers=2, num_heads=2, ffn_dim=32, segment_lengths=(8, 32), dilation_rates=(1, 2)
 )
@@ -75,10 +86,10 @@ def test_context_windows_equal_separate_passes(model: LongNet, bos: int | None, 
 @pytest.mark.parametrize("context", [None, 64])
 def test_company_and_order_do_not_matter(model: LongNet, context: int | None) -> None:
     """Ragged documents over several forwards, one of them longer than a batch, an empty one in between."""
-    lengths = [5, 300, 0, BATCH_TOKENS + 100, 1, 77, 64, 9000, 9000, 2]
+    lengths = [5, 300, 0, CHUNK + 100, 1, 77, 64, 3000, 3000, 2]
     documents = [make_document(length, str(index)) for index, length in enumerate(lengths)]
     seen: list[int] = []
-    together = list(score(model, documents, bos=BOS, context=context, on_progress=seen.append))
+    together = list(score(model, documents, bos=BOS, context=context, chunk=CHUNK, on_progress=seen.append))
     assert [row.doc_id for row in together] == [document.doc_id for document in documents]
     assert [row.score.n_tokens for row in together] == lengths
     assert sum(seen) == sum(lengths)
@@ -91,6 +102,52 @@ def test_company_and_order_do_not_matter(model: LongNet, context: int | None) ->
     assert total.nll_sum == pytest.approx(sum(row.score.nll_sum for row in together))
 
 
+@pytest.mark.parametrize("bos", [BOS, None])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 129])
+@pytest.mark.parametrize("context", [None, 100])
+def test_the_chunk_changes_no_number(model: LongNet, bos: int | None, chunk: int, context: int | None) -> None:
+    """Neither the sums nor the log-probabilities of single tokens, which come in order, each with its token."""
+    documents = [make_document(length, str(length)) for length in (130, 3, 260, 1, 50, 2)]
+    model = copy.deepcopy(model).double()
+
+    def run(**options) -> tuple[list[DocumentScore], dict[str, np.ndarray]]:
+        found: dict[str, list[np.ndarray]] = {}
+
+        def keep(document: Document, start: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
+            before = sum(map(len, found.get(document.doc_id, [])))
+            assert start == before + (bos is None)
+            assert ids.tolist() == document.tokens[start : start + len(ids)].tolist()
+            found.setdefault(document.doc_id, []).append(logprobs)
+
+        rows = list(score(model, documents, bos=bos, context=context, on_tokens=keep, **options))
+        return rows, {name: np.concatenate(parts) for name, parts in found.items()}
+
+    (rows, logprobs), (expected_rows, expected) = run(chunk=chunk), run(chunk=10_000)
+    assert list(logprobs) == list(expected)
+    for row, other in zip(rows, expected_rows, strict=True):
+        assert row.score.n_tokens == other.score.n_tokens
+        assert row.score.nll_sum == pytest.approx(other.score.nll_sum, rel=1e-12)
+        if row.score.n_tokens:
+            np.testing.assert_allclose(logprobs[row.doc_id], expected[row.doc_id], rtol=1e-10)
+            assert row.score.nll_sum == pytest.approx(-logprobs[row.doc_id].sum())
+
+
+def test_token_logprobs_are_written_in_order_and_add_up(model: LongNet, tmp_path: Path) -> None:
+    documents = [make_document(length, str(length)) for length in (300, 0, 5)]
+    with write_token_logprobs(tmp_path / "tokens.parquet") as on_tokens:
+        rows = list(score(model, documents, bos=BOS, chunk=128, on_tokens=on_tokens))
+    table = pq.read_table(tmp_path / "tokens.parquet")
+    assert table.schema.equals(logprob_schema())
+    keys = ["doc_id", "part", "start"]
+    assert [tuple(row.values()) for row in table.select(keys).to_pylist()] == [
+        *(("300", part, 128 * part) for part in range(3)),
+        ("5", 0, 0),
+    ]
+    ids, logprobs = table["input_ids"].to_pylist(), table["logprobs"].to_pylist()
+    assert [i for row in ids for i in row] == [*documents[0].tokens.tolist(), *documents[2].tokens.tolist()]
+    assert -sum(sum(row) for row in logprobs[:3]) == pytest.approx(rows[0].score.nll_sum, rel=1e-5)
+
+
 def test_a_long_document_is_handed_out_at_once(model: LongNet) -> None:
     """Before the next one is even read: the row of an hour's work must not wait for the next hour's."""
     read: list[str] = []
@@ -98,9 +155,9 @@ def test_a_long_document_is_handed_out_at_once(model: LongNet) -> None:
     def documents():
         for name in "ab":
             read.append(name)
-            yield make_document(BATCH_TOKENS, name)
+            yield make_document(CHUNK, name)
 
-    assert next(score(model, documents(), bos=BOS, context=64)).doc_id == "a"
+    assert next(score(model, documents(), bos=BOS, context=64, chunk=CHUNK)).doc_id == "a"
     assert read == ["a"]
 
 

@@ -1,4 +1,4 @@
-"""`longnet encode`: one vector a document, as Arrow or Parquet."""
+"""`longnet encode`: a vector a document or a span of it, as Arrow or Parquet."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
+    ChunkOption,
     ColumnOption,
     DeviceOption,
     DtypeOption,
@@ -16,6 +17,7 @@ from longnet_cli.cli.options import (
     ModelOption,
     QuietOption,
     TokenizerOption,
+    size_option,
 )
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.score import load_model
@@ -41,6 +43,23 @@ def encode(
     normalize: Annotated[
         bool, typer.Option("--normalize/--no-normalize", help="Scale every vector to length 1.")
     ] = True,
+    span: Annotated[
+        int | None,
+        size_option(
+            "--span",
+            help="A vector for every so many tokens, each with the whole document as context.",
+            show_default="one vector a document",
+        ),
+    ] = None,
+    chunk: ChunkOption = None,
+    spill: Annotated[
+        str | None,
+        typer.Option(
+            "--spill",
+            metavar="FOLDER",
+            help="Keep a bidirectional model's hidden states on this disk, for documents longer than memory.",
+        ),
+    ] = None,
     embedding_dtype: Annotated[
         Literal["float32", "float16"],
         typer.Option("--embedding-dtype", help="Type of the numbers written; float16 takes half the space."),
@@ -51,9 +70,9 @@ def encode(
     dtype: DtypeOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
-    """Turn each document into one vector, for search or clustering.
+    """Turn each document, or each span of it, into one vector, for search or clustering.
 
-    Columns: doc_id, span, start, end, n_tokens, embedding; rows in input order.
+    Columns: doc_id, span, start, end, n_tokens, embedding; rows in input order, written as they are known.
     """
     if output == "-" and sys.stdout.isatty():  # said before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
@@ -71,6 +90,9 @@ def encode(
             bos=words.eos_id if words else None,
             pool=pool,
             normalize=normalize,
+            span=span,
+            chunk=chunk,
+            spill=spill,
             dtype=dtype,
             embedding_dtype=embedding_dtype,
             model_name=model,

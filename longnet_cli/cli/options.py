@@ -116,6 +116,14 @@ DeviceOption = Annotated[
     ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the matrix products.")]
+ChunkOption = Annotated[
+    int | None,
+    size_option(
+        "--chunk",
+        help="Most tokens in memory at a time; it changes no number.",
+        show_default="what fits the model and the memory",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 OutputOption = Annotated[
     str | None, typer.Option("--output", "-o", metavar="PATH", help="File to write, or - for stdout.")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
+    ChunkOption,
     ColumnOption,
     DeviceOption,
     DtypeOption,
@@ -48,6 +50,15 @@ def score(
             show_default="the whole document",
         ),
     ] = None,
+    token_logprobs: Annotated[
+        str | None,
+        typer.Option(
+            "--token-logprobs",
+            metavar="PATH",
+            help="Also write the log-probability of every token, in nats: NAME.arrow or NAME.parquet.",
+        ),
+    ] = None,
+    chunk: ChunkOption = None,
     tokenizer: TokenizerOption = None,
     column: ColumnOption = None,
     format: Annotated[
@@ -59,17 +70,28 @@ def score(
 ) -> None:
     """Measure how well a model predicts text: perplexity (ppl) and bits per byte (bpb), lower is better.
 
-    Every token is scored once. Across tokenizers, compare bpb, not ppl.
+    Every token is scored once. Across tokenizers, compare bpb, not ppl. A document of any length takes the same memory.
     """
     from longnet_cli.data.sources import read_documents
 
     net, words = load_model(model, tokenizer, device, dtype)
     from longnet_cli.scoring import score as run
+    from longnet_cli.scoring import write_token_logprobs
 
     documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size)
     bos = words.eos_id if words else None
-    with progress("scoring", total=None, quiet=quiet) as advance:
-        scores = run(net, documents, bos=bos, context=context, dtype=dtype, on_progress=advance)
+    tokens = write_token_logprobs(token_logprobs) if token_logprobs else nullcontext()
+    with progress("scoring", total=None, quiet=quiet) as advance, tokens as on_tokens:
+        scores = run(
+            net,
+            documents,
+            bos=bos,
+            context=context,
+            chunk=chunk,
+            dtype=dtype,
+            on_tokens=on_tokens,
+            on_progress=advance,
+        )
         _print(scores, format)
 
 

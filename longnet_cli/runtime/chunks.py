@@ -4,7 +4,7 @@
     backward   chunk 0 <- chunk 1 <- chunk 2      each chunk computed again, with its far rows as leaves whose
                                                   gradients are handed to the chunk that made them
 
-How a sequence is cut changes no number beyond rounding. Bidirectional nets are in `runtime/layers.py`.
+How a sequence is cut changes no number beyond rounding. Bidirectional nets are in `runtime/layerwise.py`.
 
 B batch, N tokens, H heads, D head dim.
 """

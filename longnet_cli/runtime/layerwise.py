@@ -1,0 +1,187 @@
+"""Bidirectional sequences longer than memory: layer by layer, chunk by chunk, exact.
+
+A layer makes two passes over the chunks. The first collects the keys and values of the segments that chunks cut; the
+second computes each chunk with its own keys and, as far keys, the collected rows before and after it. Hidden states
+wait between the layers in host memory, or in a file without a name (`spill`), which the system removes with the
+process, however that ends.
+
+N tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longnet_cli.attention import FarKeys
+from longnet_cli.attention.dilated import strided_view
+from longnet_cli.attention.pattern import rows_before, segment_rows
+from longnet_cli.errors import ConfigError, MemoryLimitError
+from longnet_cli.model import LongNet
+from longnet_cli.model.longnet import Block
+from longnet_cli.runtime.device import free_memory, precision
+
+
+def hidden_in_chunks(
+    model: LongNet,
+    read: Callable[[int, int], Tensor],
+    tokens: int,
+    chunk: int,
+    *,
+    spill: str | Path | None = None,
+    dtype: str = "fp32",
+    on_chunk: Callable[[int], None] | None = None,
+) -> Iterator[Tensor]:
+    """Yield hidden (1, n, dim) after the final norm, chunk by chunk: what the whole sequence gives at once.
+
+    read: (start, stop) -> ids (1, stop - start) on any device, read once.
+    spill: a folder on a disk for the hidden states and collected rows, which are kept in host memory without it.
+    dtype: as in `runtime.device`.
+    on_chunk: told the tokens of each chunk that one layer is done with.
+
+    Raises MemoryLimitError before any work when neither memory nor, with `spill`, the disk has the room.
+    """
+    run = _Layers(model, tokens, chunk, dtype)
+    yield from run.hidden(read, _Memory(spill, run.nbytes), on_chunk)
+
+
+class _Layers:
+    """One net over one sequence: where the chunks and the segments that they cut lie."""
+
+    def __init__(self, model: LongNet, tokens: int, chunk: int, dtype: str) -> None:
+        self.model, self.pattern, self.tokens, self.dtype = model, model.config.pattern, tokens, dtype
+        self.device = next(model.parameters()).device
+        self.chunks = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+        self.places: dict[tuple[int, int], slice] = {}  # (level, begin of a cut segment) -> its rows in `collected`
+        self.rows = 0
+        for level, (w, r) in enumerate(self.pattern.levels):
+            for segment in sorted({start // w * w for start, _ in self.chunks if start % w}):
+                count = -(-min(w, tokens - segment) // r)
+                self.places[level, segment] = slice(self.rows, self.rows + count)
+                self.rows += count
+
+    @property
+    def nbytes(self) -> int:
+        """What hidden states and collected rows take at most, in float32."""
+        return 4 * self.model.config.dim * (self.tokens + 2 * self.rows)
+
+    def hidden(
+        self, read: Callable[[int, int], Tensor], memory: _Memory, on_chunk: Callable[[int], None] | None
+    ) -> Iterator[Tensor]:
+        config = self.model.config
+        hidden = memory.tensor(1, self.tokens, config.dim, dtype=next(self.model.parameters()).dtype)
+        for start, stop in self.chunks:
+            with torch.no_grad():
+                hidden[:, start:stop] = self.model.embed(read(start, stop).to(self.device))
+        collected: Tensor | None = None  # (2, 1, rows, H, D), k and v, of one layer after the other
+        for index, layer in enumerate(cast(Iterable[Block], self.model.layers)):
+            for start, stop in self.chunks if self.rows else ():
+                k, v = self._keys(layer, hidden[:, start:stop], start)
+                if collected is None:
+                    collected = memory.tensor(2, 1, self.rows, *k.shape[2:], dtype=k.dtype)
+                self._collect(collected, start, k, v)
+            for start, stop in self.chunks:
+                far = [] if collected is None else self._far(collected, start, stop)
+                last = index == config.num_layers - 1
+                x = self._compute(layer, hidden[:, start:stop], start, far, last)
+                if on_chunk:
+                    on_chunk(stop - start)
+                if last:
+                    yield x
+                else:
+                    hidden[:, start:stop] = x
+
+    @torch.no_grad()
+    def _keys(self, layer: Block, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        x = x.to(self.device)
+        with precision(self.dtype, self.device):
+            _, k, v = layer.attention.project(layer.attention_norm(x), self.model.positions(x, start))
+        return k, v
+
+    @torch.no_grad()
+    def _compute(self, layer: Block, x: Tensor, start: int, far: list[FarKeys], last: bool) -> Tensor:
+        x = x.to(self.device)
+        with precision(self.dtype, self.device):
+            x = layer(x, self.model.positions(x, start), start, None, lambda k, v: far, self.tokens)
+            return self.model.final_norm(x) if last else x
+
+    def _cut(self, start: int, stop: int) -> Iterator[tuple[int, int, slice]]:
+        """(level, segment, place) of the cut segments that a chunk has a part of: its first and its last, a level."""
+        for level, (w, _) in enumerate(self.pattern.levels):
+            for segment in sorted({start // w * w, (stop - 1) // w * w}):
+                if place := self.places.get((level, segment)):
+                    yield level, segment, place
+
+    def _collect(self, collected: Tensor, start: int, k: Tensor, v: Tensor) -> None:
+        tokens, heads = k.shape[1:3]
+        for level, segment, place in self._cut(start, start + tokens):
+            for taken, packed in segment_rows(self.pattern, level, heads, start, tokens, segment):
+                for rows, x in zip(collected[:, :, place], (k, v), strict=True):
+                    strided_view(rows, packed).copy_(strided_view(x, taken))
+
+    def _far(self, collected: Tensor, start: int, stop: int) -> list[FarKeys]:
+        """The rows of the chunk's segments before it and after it."""
+        found = []
+        for level, segment, place in self._cut(start, stop):
+            w, r = self.pattern.levels[level]
+            end = min(segment + w, self.tokens)
+            offsets = self.pattern.offsets(level, self.model.config.num_heads)
+            rows = collected[:, :, place]
+            if segment < start:
+                count = max(rows_before(start - segment, o, r) for o in offsets)
+                if count:
+                    found.append(FarKeys(level, segment, start, *rows[:, :, :count].to(self.device)))
+            if stop < end:
+                firsts = [rows_before(stop - segment, o, r) for o in offsets]
+                count = max(rows_before(end - segment, o, r) - first for o, first in zip(offsets, firsts, strict=True))
+                if count:
+                    found.append(FarKeys(level, stop, end, *_from_row(rows, firsts, count).to(self.device)))
+        return found
+
+
+def _from_row(rows: Tensor, firsts: list[int], count: int) -> Tensor:
+    """`count` rows of (2, 1, rows, H, D) from each head's own first one; past the end, rows that nobody reads."""
+    if min(firsts) == max(firsts):
+        return rows[:, :, firsts[0] : firsts[0] + count]
+    index = torch.arange(count)[:, None] + torch.tensor(firsts)  # (count, H)
+    return rows[:, :, index.clamp_(max=rows.shape[2] - 1), torch.arange(len(firsts))]
+
+
+class _Memory:
+    """Room for tensors larger than a chunk: host memory or, with a folder, one file in it that has no name."""
+
+    def __init__(self, folder: str | Path | None, size: int) -> None:
+        self.file = None
+        if folder is None:
+            free = free_memory(torch.device("cpu"))
+            if free is not None and size > free:
+                raise MemoryLimitError(
+                    f"the hidden states take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free: "
+                    "keep them on a disk, with --spill FOLDER"
+                )
+            return
+        try:
+            self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as its maps)
+            os.posix_fallocate(self.file.fileno(), 0, size)  # a write to a map of a full disk would kill the process
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            problem = f"{error.strerror}, {size / 2**30:.2f} GiB are needed" if full else f"{error.strerror}"
+            raise (MemoryLimitError if full else ConfigError)(f"--spill {folder}: {problem}") from error
+        self.offset = 0
+
+    def tensor(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        if self.file is None:
+            return torch.empty(shape, dtype=dtype)
+        size = prod(shape) * dtype.itemsize
+        mapped = np.memmap(self.file, np.uint8, "r+", self.offset, (size,))
+        self.offset += size
+        return torch.from_numpy(mapped).view(dtype).view(shape)
