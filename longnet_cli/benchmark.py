@@ -233,7 +233,7 @@ def _kernels_alone(
 ) -> Callable[[], object]:
     """The raw kernel calls of a forward or, given dout, of a backward, on the views that dilated attention takes."""
     kernel, scale = select_kernel(s.device, q.dtype, s.head_dim), s.head_dim**-0.5
-    plan = [(range(s.batch), branches(pattern, s.heads, 0, q.shape[1], s.causal, "exact", ()))]
+    plan = [(slice(0, s.batch), slice(0, q.shape[1]), branches(pattern, s.heads, 0, q.shape[1], s.causal, "exact", ()))]
     if dout is None:
         calls = list(kernel_calls(plan, kernel, (q,), (k, v), ()))
 

@@ -72,3 +72,11 @@ def problems(draw: st.DrawFn, lengths: bool = True) -> Problem:
 def cuts() -> st.SearchStrategy[list[int]]:
     """Sizes of the chunks of a sequence, taken in turn: single tokens, primes, one chunk, and mixtures."""
     return st.sampled_from([[1], [2], [7], [13], [64], [10**6]]) | st.lists(st.integers(1, 90), min_size=1, max_size=5)
+
+
+def split(tokens: int, sizes: list[int]) -> list[int]:
+    """`sizes` in turn, over and over, until they make `tokens`."""
+    found: list[int] = []
+    while sum(found) < tokens:
+        found.append(min(sizes[len(found) % len(sizes)], tokens - sum(found)))
+    return found

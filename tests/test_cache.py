@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import PAPER_64TH, Problem, cuts, problems
+from strategies import PAPER_64TH, Problem, cuts, problems, split
 
 from longnet_cli.attention import KVCache, Pattern, dilated_attention
 
@@ -29,14 +29,6 @@ def test_any_shards_with_their_cache_equal_the_whole(problem: Problem, sizes: li
     if keep:  # the far keys given out on the way are still what they were
         again = [dilated_attention(*part, problem.pattern, start=start, far=far) for part, start, far in seen]
         assert all(map(torch.equal, again, parts))
-
-
-def split(tokens: int, sizes: list[int]) -> list[int]:
-    """`sizes` in turn, over and over, until they make `tokens`."""
-    found: list[int] = []
-    while sum(found) < tokens:
-        found.append(min(sizes[len(found) % len(sizes)], tokens - sum(found)))
-    return found
 
 
 def test_its_bytes_are_the_formulas_and_do_not_grow() -> None:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import PAPER_64TH, cuts, patterns
-from test_cache import split
+from strategies import PAPER_64TH, cuts, patterns, split
 from torch import Tensor
 
 from longnet_cli.attention import Pattern

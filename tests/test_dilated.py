@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from strategies import PAPER_64TH, Problem, problems
+from strategies import PAPER_64TH, Problem, cuts, problems, split
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention, far_keys
@@ -108,6 +108,20 @@ def test_shards_with_their_far_keys_equal_the_whole(problem: Problem, cuts: set[
     found = run(in_shards, inputs, pattern, causal=problem.causal)
     whole = run(dilated_attention, inputs, pattern, causal=problem.causal, start=start, padding=padding)
     assert_close(found, whole, 1e-12)
+
+
+@given(problem=problems(lengths=False), sizes=cuts())
+def test_documents_in_a_row_equal_each_alone(problem: Problem, sizes: list[int]) -> None:
+    inputs, pattern = problem.tensors(4), problem.pattern
+    documents = split(problem.tokens, sizes)
+
+    def each_alone(*qkv: Tensor, causal: bool) -> Tensor:
+        *qkv, pattern = qkv
+        parts = zip(*(x.split(documents, 1) for x in qkv), strict=True)
+        return torch.cat([dilated_attention(*part, pattern, causal=causal) for part in parts], dim=1)
+
+    found = run(dilated_attention, inputs, pattern, causal=problem.causal, documents=documents)
+    assert_close(found, run(each_alone, inputs, pattern, causal=problem.causal), 1e-12)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -213,6 +227,9 @@ def test_golden(name: str) -> None:
         ({"lengths": [9]}, "lengths"),
         ({"lengths": [1, 2]}, "lengths"),
         ({"padding": "zero"}, "padding"),
+        ({"documents": [5, 2]}, "make 8 tokens"),
+        ({"documents": [8], "start": 8}, "documents are whole"),
+        ({"total": 7}, "must hold the shard"),
         ({"padding": "zero_key", "start": 8}, "zero_key"),
         ({"kernel": "fast"}, "unknown attention kernel 'fast'"),
         ({"kernel": "cuda_flash"}, "cannot run here"),

@@ -134,6 +134,14 @@ def test_a_padded_row_is_what_it_would_be_alone(causal: bool) -> None:
         torch.testing.assert_close(hidden[row : row + 1, :length], net(tokens[row : row + 1, :length]))
 
 
+@pytest.mark.parametrize("position", ["rope", "xpos", "none"])
+def test_documents_in_a_row_are_what_they_would_be_alone(position: str) -> None:
+    net, documents = build(position=position), [5, 64, 1, 30]
+    tokens = token_ids(2, sum(documents))
+    alone = torch.cat([net(part) for part in tokens.split(documents, 1)], 1)
+    torch.testing.assert_close(net(tokens, documents=documents), alone, rtol=0, atol=1e-12)
+
+
 def test_rope_does_not_see_a_shift_by_whole_segments() -> None:
     net, tokens = build(position="rope"), token_ids(1, 100)
     shift = 96 * 5  # a multiple of every segment length

@@ -66,8 +66,8 @@ def test_it_learns_and_leaves_a_model(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_accumulation_changes_nothing(corpus: Path, tmp_path: Path) -> None:
-    once = train(recipe(corpus, **{"train.micro_tokens": 4096}), tmp_path / "once")
-    parts = train(recipe(corpus, **{"train.micro_tokens": 64}), tmp_path / "parts")
+    once = train(recipe(corpus, **{"train.chunk": 4096}), tmp_path / "once")
+    parts = train(recipe(corpus, **{"train.chunk": 64}), tmp_path / "parts")
     assert once.loss == pytest.approx(parts.loss, rel=1e-4)
 
 
@@ -219,3 +219,21 @@ def test_sigterm_saves_and_exits_143(corpus: Path, tmp_path: Path, command_env: 
     assert "Traceback" not in stderr
     assert stderr.splitlines()[-1].startswith("stopped: the weights so far are in run")
     LongNet.from_pretrained(tmp_path / "run")
+
+
+def test_a_chunk_changes_no_number_of_a_run(corpus: Path, tmp_path: Path) -> None:
+    settings = {"train.stages": [{"seq_len": 200, "steps": 20}], "train.batch_tokens": 400}
+    whole = train(recipe(corpus, **settings), tmp_path / "whole")
+    chunked = train(recipe(corpus, **settings, **{"train.chunk": 48}), tmp_path / "chunked")
+    assert chunked.loss == pytest.approx(whole.loss, rel=1e-4)
+
+
+def test_documents_are_kept_apart_unless_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc " * 30)
+    (tmp_path / "b.txt").write_text("xyz " * 30)
+    settings = {"data.train": [str(tmp_path)], "train.stages": [{"seq_len": 200, "steps": 3}]}
+    losses = {
+        across: train(recipe(tmp_path, **settings, **{"train.across_documents": across}), tmp_path / f"{across}").loss
+        for across in (False, True)
+    }
+    assert losses[False] != losses[True]

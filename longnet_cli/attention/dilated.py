@@ -24,7 +24,8 @@ from torch.autograd.function import once_differentiable
 from .kernels import Kernel, select_kernel
 from .pattern import Branch, Padding, Pattern, Rows, Span, branches, span_positions, span_rows
 
-Plan = list[tuple[range, tuple[Branch, ...]]]  # neighbouring batch rows of equal length, and their branches
+# A block of a batch, rows and tokens, and the branches of the sequence that each of its rows is
+Plan = list[tuple[slice, slice, tuple[Branch, ...]]]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def dilated_attention(
     start: int = 0,
     far: Sequence[FarKeys] | None = None,
     lengths: Sequence[int] | Tensor | None = None,
+    documents: Sequence[int] | None = None,
     padding: Padding = "exact",
     total: int | None = None,
     scale: float | None = None,
@@ -88,6 +90,8 @@ def dilated_attention(
     far: keys from outside the shard; causal ones lie before it.
     lengths: true length of each row of a right-padded batch, 0 to tokens; each row comes out as it would alone, and
         zeros beyond its length.
+    documents: lengths of the documents that lie one after the other in every row, `tokens` in all. Each attends to
+        itself alone, from position 0: its result is what it would get alone.
     padding: "zero_key" adds torchscale's zero keys to ragged segments of a bidirectional call.
     total: length of the whole sequence, where the shard is a part of it and zero keys depend on it.
     scale: of the scores, head_dim^-0.5 unless given.
@@ -102,19 +106,23 @@ def dilated_attention(
     batch, tokens, heads, head_dim = q.shape
     if padding == "zero_key" and total is None and (start or far):
         raise ValueError('padding="zero_key" depends on the length of the whole sequence: give total')
+    if documents is not None and (start or far or total is not None or lengths is not None):
+        raise ValueError("documents are whole sequences: no start, far keys, total or lengths")
     if total is not None and (total < start + tokens or lengths is not None):
         raise ValueError(f"total={total} must hold the shard [{start}, {start + tokens}), and excludes lengths")
-    rows = _runs_of_equal_length(lengths, batch, tokens)
     if lengths is not None and any(keys.start >= start for keys in far):
         raise ValueError("far keys after the shard cannot be combined with lengths")
     spans = tuple(keys.span for keys in far)
     plan = [
-        (run, branches(pattern, heads, start, length, causal, padding, spans, total or 0))
-        for run, length in rows
-        if length > 0
+        (
+            rows,
+            columns,
+            branches(pattern, heads, start, columns.stop - columns.start, causal, padding, spans, total or 0),
+        )
+        for rows, columns in _blocks(lengths, documents, batch, tokens)
     ]
+    full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in plan) == batch * tokens
     scale = head_dim**-0.5 if scale is None else scale
-    full = all(length == tokens for _, length in rows)
     with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
         chosen = select_kernel(q.device, q.dtype, head_dim, kernel)
         far_tensors = (x for keys in far for x in (keys.k, keys.v))
@@ -130,7 +138,7 @@ class _DilatedAttention(torch.autograd.Function):
     ) -> Tensor:
         q, k, v, *rest = (_unit_stride(x) for x in (q, k, v, *far))
         dtype = _accumulator(q.dtype)
-        written = full and all(found and found[0].first for _, found in plan)  # no row needs a zero of ours
+        written = full and all(found and found[0].first for *_, found in plan)  # no row needs a zero of ours
         out = (torch.empty if written else torch.zeros)(q.shape, dtype=dtype, device=q.device)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=dtype, device=q.device)  # (B, N, H)
         for branch, qs, ks in kernel_calls(plan, kernel, (q, out, lse[..., None]), (k, v), rest):
@@ -182,14 +190,15 @@ def kernel_calls(
 
     Far keys lie in `far` one after the other, as many tensors each as `key_like` has.
     """
-    for run, found in plan:
-        queries = [x[run.start : run.stop] for x in query_like]
+    for run, columns, found in plan:
+        queries = [x[run, columns] for x in query_like]
         for branch in found:
-            sources = key_like
-            if branch.far is not None:
-                sources = far[branch.far * len(key_like) : (branch.far + 1) * len(key_like)]
+            if branch.far is None:
+                sources = [x[run, columns] for x in key_like]
+            else:
+                sources = [x[run] for x in far[branch.far * len(key_like) : (branch.far + 1) * len(key_like)]]
             views = [strided_view(x, branch.queries) for x in queries]
-            views += [strided_view(x[run.start : run.stop], branch.keys) for x in sources]
+            views += [strided_view(x, branch.keys) for x in sources]
             rows = max(branch.queries.rows, branch.keys.rows)
             limit = kernel.max_batch(branch.queries.heads, rows, query_like[0].shape[-1])
             for call in _batched(views, limit):
@@ -226,18 +235,28 @@ def _batched(views: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
             yield from (list(part) for part in zip(*(x.split(limit) for x in group), strict=True))
 
 
-def _runs_of_equal_length(lengths: Sequence[int] | Tensor | None, batch: int, tokens: int) -> list[tuple[range, int]]:
-    """Neighbouring batch rows of equal true length, which one set of calls can serve."""
+def _blocks(
+    lengths: Sequence[int] | Tensor | None, documents: Sequence[int] | None, batch: int, tokens: int
+) -> Iterator[tuple[slice, slice]]:
+    """The batch as blocks (rows, columns) in which every row is one sequence that one set of calls can serve."""
+    if documents is not None:
+        if min(documents, default=0) < 1 or sum(documents) != tokens:
+            raise ValueError(f"documents need lengths of at least 1 that make {tokens} tokens, got {list(documents)}")
+        stop = 0
+        for length in documents:
+            start, stop = stop, stop + length
+            yield slice(0, batch), slice(start, stop)
+        return
     if lengths is None:
-        return [(range(batch), tokens)]
+        yield slice(0, batch), slice(0, tokens)
+        return
     found = lengths.tolist() if isinstance(lengths, Tensor) else [int(n) for n in lengths]
     if len(found) != batch or not all(0 <= n <= tokens for n in found):
         raise ValueError(f"lengths needs {batch} numbers from 0 to {tokens}, got {found}")
-    runs = []
-    for length, rows in groupby(range(batch), key=found.__getitem__):
+    for length, rows in groupby(range(batch), key=found.__getitem__):  # neighbours of equal length go together
         members = list(rows)
-        runs.append((range(members[0], members[-1] + 1), length))
-    return runs
+        if length:
+            yield slice(members[0], members[-1] + 1), slice(0, length)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -30,6 +30,14 @@ def train(
         int | None, size_option("--seq-len", help="Context in tokens: one stage in place of the recipe's.")
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps, together with --seq-len.")] = None,
+    chunk: Annotated[
+        int | None,
+        size_option(
+            "--chunk",
+            help="Tokens whose activations are in memory at a time; it changes no number.",
+            show_default="the recipe's train.chunk",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any value of the recipe, e.g. optimizer.lr=1e-3; repeatable."),
@@ -56,6 +64,8 @@ def train(
         raise ConfigError("--seq-len and --steps make one stage together: give both")
     if seq_len is not None:
         overrides["train.stages"] = [{"seq_len": seq_len, "steps": steps}]
+    if chunk is not None:
+        overrides["train.chunk"] = chunk
     if recipe is None and not overrides:
         raise ConfigError("nothing to train: name a recipe (`longnet train my-recipe.toml`) or --set its values")
     found = load_recipe(recipe, overrides)

@@ -64,6 +64,7 @@ class Attention(nn.Module):
         table: PositionTable | None,
         start: int,
         lengths: Sequence[int] | Tensor | None,
+        documents: Sequence[int] | None,
         far: Callable[[Tensor, Tensor], Sequence[FarKeys]] | None,
         total: int | None,
     ) -> Tensor:
@@ -77,6 +78,7 @@ class Attention(nn.Module):
             start=start,
             far=far(k, v) if far else None,
             lengths=lengths,
+            documents=documents,
             padding=self.config.padding,
             total=total,
         )
@@ -118,10 +120,11 @@ class Block(nn.Module):
         table: PositionTable | None,
         start: int = 0,
         lengths: Sequence[int] | Tensor | None = None,
+        documents: Sequence[int] | None = None,
         far: Callable[[Tensor, Tensor], Sequence[FarKeys]] | None = None,
         total: int | None = None,
     ) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), table, start, lengths, far, total))
+        x = x + self.dropout(self.attention(self.attention_norm(x), table, start, lengths, documents, far, total))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
@@ -169,18 +172,20 @@ class LongNet(nn.Module):
         embeddings: Tensor | None = None,
         start: int = 0,
         lengths: Sequence[int] | Tensor | None = None,
+        documents: Sequence[int] | None = None,
         far: FarProvider | None = None,
     ) -> Tensor:
         """Token ids (B, N), or vectors (B, N, dim) in their place -> hidden (B, N, dim) after the final norm.
 
         `start` is the position of the first token. `lengths` gives the true length of each right-padded row: true
-        positions come out as they would alone, padded ones hold no meaning. `far` makes this net one shard of a longer
-        sequence, see FarProvider. Raises ConfigError for tokens given to a net without embedding.
+        positions come out as they would alone, padded ones hold no meaning. `documents` gives the lengths of the
+        documents that lie one after the other in every row: each comes out as it would alone. `far` makes this net one
+        shard of a longer sequence, see FarProvider. Raises ConfigError for tokens given to a net without embedding.
         """
         x = self.embed(tokens, embeddings)
-        table = self.positions(x, start)
+        table = self.positions(x, start, documents)
         for index, layer in enumerate(self.layers):
-            x = layer(x, table, start, lengths, _of_layer(far, index) if far else None)
+            x = layer(x, table, start, lengths, documents, _of_layer(far, index) if far else None)
         return self.final_norm(x)
 
     def embed(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
@@ -193,11 +198,21 @@ class LongNet(nn.Module):
             raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
         return self.embedding(tokens)
 
-    def positions(self, x: Tensor, start: int) -> PositionTable | None:
-        """The table for hidden (B, N, dim) that begin at position `start`; one serves all layers."""
+    def positions(self, x: Tensor, start: int, documents: Sequence[int] | None = None) -> PositionTable | None:
+        """The table for hidden (B, N, dim) that begin at position `start`; one serves all layers.
+
+        Each of `documents` begins at position 0.
+        """
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        return position_table(self.config, start, x.shape[1], x.device, dtype)
+        if documents is None:
+            return position_table(self.config, start, x.shape[1], x.device, dtype)
+        table = position_table(self.config, 0, max(documents), x.device, dtype)
+        if table is None:
+            return None
+        index = torch.cat([torch.arange(n, device=x.device) for n in documents])
+        q = table.q[index]
+        return PositionTable(q, q if table.k is table.q else table.k[index])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden (..., dim) -> logits (..., vocab_size) in the type of the matrix product."""

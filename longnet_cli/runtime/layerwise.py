@@ -111,7 +111,7 @@ class _Layers:
     def _compute(self, layer: Block, x: Tensor, start: int, far: list[FarKeys], last: bool) -> Tensor:
         x = x.to(self.device)
         with precision(self.dtype, self.device):
-            x = layer(x, self.model.positions(x, start), start, None, lambda k, v: far, self.tokens)
+            x = layer(x, self.model.positions(x, start), start, far=lambda k, v: far, total=self.tokens)
             return self.model.final_norm(x) if last else x
 
     def _cut(self, start: int, stop: int) -> Iterator[tuple[int, int, slice]]:

@@ -17,8 +17,9 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenWindows, pack
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 from longnet_cli.model import LongNet
-from longnet_cli.runtime.device import check_kernel, precision
+from longnet_cli.runtime.device import check_kernel
 
+from .gradients import backward
 from .metrics import Metrics, MetricsLog
 from .optimizer import build_optimizers, learning_rate
 from .recipe import Recipe
@@ -74,7 +75,7 @@ def train(
             for _ in range(stage.steps):
                 lr = learning_rate(step, recipe.train.steps, recipe.optimizer.lr, recipe.schedule)
                 batch = torch.from_numpy(next(windows)[0]).to(device)
-                found = _step(model, optimizers, batch, lr, recipe)
+                found = _step(model, optimizers, batch, _eos(tokenizer), lr, recipe)
                 if not all(map(math.isfinite, found)):
                     raise LongNetError(
                         f"the loss is not finite at step {step + 1} (loss {found[0]}, gradient norm {found[1]}): lower "
@@ -98,25 +99,25 @@ def train(
 
 
 def _step(
-    model: LongNet, optimizers: list[torch.optim.Optimizer], batch: Tensor, lr: float, recipe: Recipe
+    model: LongNet, optimizers: list[torch.optim.Optimizer], batch: Tensor, eos_id: int, lr: float, recipe: Recipe
 ) -> tuple[float, float]:
     """One optimizer step on (rows, seq_len + 1) tokens; the mean loss in nats a token, and the gradient's norm."""
-    targets = batch[:, 1:].numel()
-    rows = max(1, recipe.train.micro_tokens // (batch.shape[1] - 1))
-    total = torch.zeros((), dtype=torch.float64, device=batch.device)
-    for part in batch.split(rows):
-        with precision(recipe.train.dtype, batch.device):
-            nll = model.nll(model(part[:, :-1]), part[:, 1:])
-        loss = nll.sum(dtype=torch.float64) / targets
-        loss.backward()
-        total += loss.detach()
+    total = backward(
+        model,
+        batch[:, :-1],
+        batch[:, 1:],
+        chunk=recipe.train.chunk,
+        scale=1 / batch[:, 1:].numel(),
+        dtype=recipe.train.dtype,
+        eos_id=None if recipe.train.across_documents else eos_id,
+    )
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return total.item(), norm.item()
+    return total.item() / batch[:, 1:].numel(), norm.item()
 
 
 def _stream(recipe: Recipe, tokenizer: Tokenizer) -> np.ndarray:

@@ -66,11 +66,17 @@ class Stage(Section):
 
 
 class TrainRecipe(Section):
-    """An optimizer step sees `batch_tokens`, at most `micro_tokens` of them at a time (gradients accumulate)."""
+    """An optimizer step sees `batch_tokens`, with the activations of at most `chunk` of them at a time.
+
+    Short sequences share a forward; one longer than `chunk` goes chunk by chunk, at the price of one forward more, with
+    the same loss and gradients. A token attends to earlier tokens of its own document, or `across_documents` to all
+    that come before it in its window.
+    """
 
     stages: list[Stage] = Field(min_length=1)
     batch_tokens: int = Field(default=16384, gt=0)
-    micro_tokens: int = Field(default=16384, gt=0)
+    chunk: int = Field(default=16384, gt=0)
+    across_documents: bool = False
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, gt=0)
