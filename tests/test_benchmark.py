@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import patterns
 
-from longnet_cli import benchmark
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.reference import _key_counts
-from longnet_cli.benchmark import Case, Measurement, attention_flops, bench
+from longnet_cli.benchmark import Case, Measurement, Settings, Stream, attention_flops, bench, job, measurement
 from longnet_cli.errors import ConfigError
 
 TINY = {"heads": 3, "head_dim": 8, "repeats": 2}
@@ -72,14 +71,14 @@ def test_the_peak_is_sampled_where_the_mark_cannot_be_reset(monkeypatch: pytest.
     def refuse(*_: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(benchmark.Path, "write_text", refuse)
+    monkeypatch.setattr(measurement.Path, "write_text", refuse)
     (row,) = bench([64], directions=["forward"], impls=["dilated"], **TINY)
     assert row.peak_rss_bytes is not None
     assert row.peak_rss_bytes > 2**20
 
 
 def test_rows_that_would_not_fit_are_skipped_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(job, "free_memory", lambda device: 2**20)
     rows = list(bench([64, 10**9, 100], **TINY))
     assert [row.status for row in rows] == ["ok"] * 4 + ["skipped"] * 4 + ["ok"] * 4
     assert "memory" in (rows[4].reason or "")
@@ -87,13 +86,13 @@ def test_rows_that_would_not_fit_are_skipped_and_the_others_run(monkeypatch: pyt
 
 
 def test_memory_that_runs_out_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "free_memory", lambda device: None)  # nobody knows, so it is tried
-    rows = list(bench([10**13, 64], directions=["forward"], impls=["dilated"], **TINY))
+    monkeypatch.setattr(job, "free_memory", lambda device: None)  # nobody knows, so it is tried
+    rows = list(bench([10**13, 64], directions=["forward"], impls=["dilated"], causal=False, **TINY))
     assert [row.status for row in rows] == ["oom", "ok"]
 
 
 def test_free_memory_is_what_the_machine_has() -> None:
-    free = benchmark.free_memory(torch.device("cpu"))
+    free = job.free_memory(torch.device("cpu"))
     assert free is not None
     assert 2**20 < free < 2**50
 
@@ -108,7 +107,7 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> FakeOp:
     def install(rate: float) -> None:
         now = [0.0]
 
-        def make(settings: benchmark.Settings, impl: str, direction: str, seq: int) -> Case:
+        def make(settings: Settings, impl: str, direction: str, seq: int) -> Case:
             flops = float(seq * seq if impl == "dense" else seq)
 
             def run() -> None:
@@ -116,8 +115,9 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> FakeOp:
 
             return Case(Measurement("fake", impl, direction, seq), seq, flops, 0.0, 0, lambda: run)
 
-        monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-        monkeypatch.setitem(benchmark.OPS, "fake", make)
+        for module in (job, measurement):
+            monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+        monkeypatch.setitem(job.OPS, "fake", make)
 
     return install
 
@@ -158,7 +158,15 @@ def test_dense_that_would_take_too_long_is_skipped(fake_op: FakeOp) -> None:
 
 def test_a_long_run_without_a_shorter_one_is_estimated_by_a_probe(fake_op: FakeOp) -> None:
     fake_op(1e9)
-    assert statuses([10**6], impls=["dense"], max_dense_time=60.0) == [(10**6, "dense", "skipped")]
+    assert statuses([10**6], impls=["dense"], max_dense_time=10.0)[0] == (10**6, "dense", "skipped")
+
+
+def test_dense_goes_as_far_as_it_can_once(fake_op: FakeOp) -> None:
+    fake_op(1e9)
+    # 10 s are 10^10 FLOPs, a sequence of 10^5; and 65,536 is the power of two below it
+    assert statuses([10**6, 10**7], impls=["dense"], max_dense_time=10.0) == [
+        (10**6, "dense", "skipped"), (65536, "dense", "ok"), (10**7, "dense", "skipped")
+    ]  # fmt: skip
 
 
 def test_each_case_is_announced_before_it_runs(fake_op: FakeOp) -> None:
@@ -174,10 +182,102 @@ def test_each_case_is_announced_before_it_runs(fake_op: FakeOp) -> None:
     assert told == [(10, None), (20, 20.0)]
 
 
+LONG = {"impls": ["dilated"], "directions": ["forward"], "pattern": Pattern((16, 64), (1, 4)), **TINY}
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 100])
+def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(measurement, "FIRST_DECADE", 10)
+    seen: list[int] = []
+    rows = list(bench([300], chunk=chunk, on_tokens=seen.append, **LONG))
+    assert [(row.start, row.stop) for row in rows] == [(0, 10), (10, 100), (100, 300), (None, None)]
+    assert {row.status for row in rows} == {"ok"}
+    assert {row.cache_bytes for row in rows} == {2 * 3 * 8 * 4 * 32}
+    assert sum(seen) == 300
+    whole = rows[-1]
+    assert whole.seconds is not None
+    assert sum(row.seconds or 0 for row in rows[:-1]) == pytest.approx(whole.seconds, rel=0.5)
+    assert whole.flops_per_second == pytest.approx(
+        attention_flops(Pattern((16, 64), (1, 4)), 3, 8, 300, True) / whole.seconds
+    )
+
+
+def test_every_pair_of_the_whole_is_computed_by_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The streamed operator's own branches add up to the FLOPs of the row: nothing is left out."""
+    from longnet_cli.attention import dilated
+    from longnet_cli.attention.pattern import branches
+
+    pairs: list[int] = []
+
+    def counted(*args: object) -> object:
+        found = branches(*args)  # type: ignore[arg-type]
+        for b in found:
+            rows, keys = b.queries.rows, b.keys.rows
+            each = rows * (rows + 1) // 2 if b.causal else rows * keys
+            pairs.append(b.queries.segments * b.queries.heads * each)
+        return found
+
+    monkeypatch.setattr(dilated, "branches", counted)
+    list(bench([300], chunk=300, **LONG))
+    whole = pairs[-1:] and sum(pairs)
+    runs = 1 + 2  # warm-up and two runs
+    pairs.clear()
+    list(bench([300], chunk=33, **LONG))
+    assert sum(pairs) - _warm_up(33) == whole // runs
+
+
+def _warm_up(tokens: int) -> int:
+    from longnet_cli.attention.pattern import branches
+
+    found = branches(Pattern((16, 64), (1, 4)), 3, 0, tokens, True, "exact", ())
+    return sum(b.queries.segments * b.queries.heads * b.queries.rows * (b.queries.rows + 1) // 2 for b in found)
+
+
+def test_a_streamed_run_stops_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurement, "FIRST_DECADE", 10)
+    rows = list(bench([10**9], chunk=64, max_time=0.5, **LONG))
+    last = rows[-1]
+    assert (last.status, last.start) == ("stopped", 0)
+    assert last.stop is not None
+    assert 64 <= last.stop < 10**9
+    assert last.tokens_per_second
+    assert "the time is over" in (last.reason or "")
+
+
+def test_ctrl_c_gives_what_a_streamed_run_had() -> None:
+    def interrupt(tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    rows = bench([10**6], chunk=64, on_tokens=interrupt, **LONG)
+    row = next(rows)
+    assert (row.status, row.stop) == ("stopped", 64)
+    with pytest.raises(KeyboardInterrupt):
+        next(rows)
+
+
+def test_a_whole_model_is_measured_at_once_and_streamed() -> None:
+    whole, dense = bench([128], op="model", directions=["forward"], layers=1, vocab=50, heads=2, head_dim=8)
+    assert (whole.status, dense.status, whole.chunk, dense.pattern) == ("ok", "ok", None, "128/1")
+    (row,) = bench([128], op="model", chunk=50, layers=1, vocab=50, **LONG)
+    assert (row.op, row.status, row.chunk) == ("model", "ok", 50)
+    assert row.cache_bytes == 2 * 3 * 8 * 4 * 32
+    (tiny,) = bench([64], op="model", model="longnet-tiny", impls=["dilated"], directions=["forward"], repeats=1)
+    assert (tiny.status, tiny.heads, tiny.head_dim) == ("ok", 4, 32)
+
+
+def test_long_sequences_have_a_shape_of_their_own() -> None:
+    short, long = Settings.resolve([10**6 - 1], device="cpu"), Settings.resolve([8192, 10**9], device="cpu")
+    assert (short.heads, short.head_dim, short.pattern) == (12, 64, "paper")
+    assert (long.heads, long.head_dim, long.pattern, long.base) == (2, 32, "geometric", 256)
+    assert Settings.resolve([10**9], heads=12, base=2048, device="cpu").heads == 12
+    assert isinstance(job.OPS["attention"](long, "dilated", "forward", 10**9), Stream)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"op": "sort"}, {"impls": ["sparse"]}, {"directions": ["sideways"]}, {"pattern": "plaid"}, {"dtype": "fp8"},
+        {"op": "sort"}, {"op": "model", "directions": ["backward"]}, {"op": "model", "impls": ["kernels"]},
+        {"impls": ["sparse"]}, {"directions": ["sideways"]}, {"pattern": "plaid"}, {"dtype": "fp8"}, {"chunk": 0},
         {"heads": 0}, {"repeats": 0}, {"ratio": 1}, {"device": "cuda:99"},
     ],
 )  # fmt: skip

@@ -69,12 +69,32 @@ def test_quiet_says_nothing(bench: Bench) -> None:
 
 
 def test_skipped_and_stopped_rows_give_their_reason(bench: Bench) -> None:
-    result = bench("--seq", "64,1e12", "--impl", "dilated", "--format", "jsonl")
+    result = bench("--seq", "64,1e12", "--bidirectional", "--impl", "dilated", "--format", "jsonl")
     assert [row["status"] for row in rows_of("jsonl", result.stdout)] == ["ok", "skipped"]
     assert "dilated forward at 1000000000000: skipped, needs " in result.stderr
     result = bench("--seq", "64", "--max-time", "0", "--format", "jsonl")
     assert [row["status"] for row in rows_of("jsonl", result.stdout)] == ["stopped", "stopped"]
     assert result.exit_code == 0
+
+
+def test_a_streamed_run_has_its_decades_and_says_what_it_is(bench: Bench) -> None:
+    result = bench("--seq", "2e6", "--impl", "dilated", "--format", "jsonl")
+    assert result.exit_code == 0, result.output
+    rows = rows_of("jsonl", result.stdout)
+    assert [(row["start"], row["stop"], row["status"]) for row in rows] == [
+        (0, 10**6, "ok"), (10**6, 2 * 10**6, "ok"), (None, None, "ok")
+    ]  # fmt: skip
+    assert rows[0]["chunk"] == 65536
+    assert rows[0]["cache_bytes"] == 2 * 2 * 8 * 4 * 32
+    assert "1 x 2 heads x 8, causal, pattern given" in result.stderr.splitlines()[0]
+
+
+def test_a_whole_model(bench: Bench) -> None:
+    result = bench("--op", "model", "--seq", "64", "--layers", "1", "--format", "jsonl")
+    assert [(row["op"], row["impl"]) for row in rows_of("jsonl", result.stdout)] == [
+        ("model", "dilated"), ("model", "dense")
+    ]  # fmt: skip
+    assert "1 layers" in result.stderr or "1 layer" in result.stderr
 
 
 @pytest.mark.parametrize(

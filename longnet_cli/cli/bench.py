@@ -15,7 +15,7 @@ from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
-    from longnet_cli.benchmark import Case, Measurement
+    from longnet_cli.benchmark import Case, Measurement, Settings
 
 DEFAULT_SEQ = (4096, 8192, 16384, 32768)
 DEFAULT_MAX_TIME = 60.0
@@ -26,6 +26,7 @@ _MARKDOWN_COLUMNS = [
     *("seconds", "tokens_per_second", "flops_per_second", "peak_rss_bytes"),
 ]
 _HUMAN = {
+    "stop": format_count,
     "seconds": format_duration,
     "tokens_per_second": format_count,
     "flops_per_second": format_count,
@@ -44,7 +45,9 @@ def bench(
         Sequence[int] | None,
         sizes_option("--seq", help="Sequence lengths in tokens.", show_default="4Ki,8Ki,16Ki,32Ki"),
     ] = None,
-    op: Annotated[str, typer.Option("--op", metavar="attention", help="What to measure.")] = "attention",
+    op: Annotated[
+        str, typer.Option("--op", metavar="attention|model", help="The operator alone, or a whole language model.")
+    ] = "attention",
     impl: Annotated[
         Sequence[str],
         typer.Option(
@@ -69,10 +72,17 @@ def bench(
             "--pattern",
             metavar="paper|geometric",
             help="Levels: the paper's, or geometric: --base, times --ratio until one covers the sequence.",
-            show_default="paper",
+            show_default="paper, geometric from 1e6 tokens on",
         ),
     ] = None,
-    base: Annotated[int, size_option("--base", help="First segment length of a geometric pattern.")] = 2048,
+    base: Annotated[
+        int | None,
+        size_option(
+            "--base",
+            help="First segment length of a geometric pattern.",
+            show_default="2048; on a CPU, 256 from 1e6 tokens on",
+        ),
+    ] = None,
     ratio: Annotated[int, typer.Option("--ratio", min=2, metavar="N", help="Growth of a geometric pattern.")] = 2,
     segment_lengths: Annotated[
         Sequence[int] | None, sizes_option("--segment-lengths", help="Levels of your own, with --dilation-rates.")
@@ -80,8 +90,28 @@ def bench(
     dilation_rates: Annotated[
         Sequence[int] | None, sizes_option("--dilation-rates", help="One for each segment length.")
     ] = None,
-    heads: Annotated[int, typer.Option("--heads", min=1, help="Attention heads.")] = 12,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=1, help="Size of a head.")] = 64,
+    heads: Annotated[
+        int | None,
+        typer.Option("--heads", min=1, help="Attention heads.", show_default="12; on a CPU, 2 from 1e6 tokens on"),
+    ] = None,
+    head_dim: Annotated[
+        int | None,
+        typer.Option("--head-dim", min=1, help="Size of a head.", show_default="64; on a CPU, 32 from 1e6 tokens on"),
+    ] = None,
+    chunk: Annotated[
+        int | None,
+        size_option(
+            "--chunk",
+            help="Stream longer causal forwards by so many tokens, through a KV cache.",
+            show_default="64Ki, from 1e6 tokens on",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="NAME|DIR", help="For --op model.", show_default="random weights"),
+    ] = None,
+    layers: Annotated[int, typer.Option("--layers", min=1, help="Of a model with random weights.")] = 2,
+    vocab: Annotated[int, size_option("--vocab", help="Of a model with random weights.")] = 256,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")] = 1,
     causal: Annotated[bool, typer.Option("--causal/--bidirectional", help="Who sees whom.")] = True,
     device: DeviceOption = "auto",
@@ -106,11 +136,11 @@ def bench(
     format: Annotated[RowFormat, typer.Option("--format", help="Rows on stdout.")] = "md",
     quiet: QuietOption = False,
 ) -> None:
-    """Measure dilated attention against dense attention, row by row.
+    """Measure dilated attention against dense attention, row by row, up to a billion tokens: --seq 1e9.
 
     Rows that would not fit free memory or the time are skipped and say so. Ctrl-C keeps the rows so far.
     """
-    from longnet_cli.benchmark import Measurement, machine
+    from longnet_cli.benchmark import Measurement, Settings, Stream, machine
     from longnet_cli.benchmark import bench as run
 
     def say(line: str) -> None:
@@ -118,39 +148,50 @@ def bench(
             print(line, file=sys.stderr, flush=True)
 
     def announce(case: Case, seconds: float | None) -> None:
-        in_all = (seconds or 0.0) * (1 + repeats)
+        in_all = (seconds or 0.0) * (1 if isinstance(case, Stream) else 1 + repeats)
         if in_all >= _LONG_SECONDS or case.memory_bytes >= _LONG_BYTES:
             about = f"about {format_duration(in_all)} and " if seconds else "about "
             say(f"{_title(case.row)}: {about}{format_bytes(case.memory_bytes)} of memory")
 
     seqs = seq or DEFAULT_SEQ
+    shape: dict[str, Any] = {
+        "heads": heads,
+        "head_dim": head_dim,
+        "batch": batch,
+        "causal": causal,
+        "pattern": _pattern(pattern, segment_lengths, dilation_rates),
+        "base": base,
+        "ratio": ratio,
+        "dtype": dtype,
+        "device": device,
+        "chunk": chunk,
+        "layers": layers,
+        "vocab": vocab,
+        "model": model,
+    }
     measurements = run(
         seqs,
         op=op,
         impls=impl,
         directions=direction,
-        heads=heads,
-        head_dim=head_dim,
-        batch=batch,
-        causal=causal,
-        pattern=_pattern(pattern, segment_lengths, dilation_rates),
-        base=base,
-        ratio=ratio,
-        dtype=dtype,
-        device=device,
         repeats=repeats,
         max_time=DEFAULT_MAX_TIME if max_time is None and seq is None else max_time,
         max_dense_time=max_dense_time,
         on_start=announce,
+        on_tokens=lambda tokens: advance(tokens),  # `advance` exists when the first row is measured
+        **shape,
     )
-    shape = f"{batch} x {heads} heads x {head_dim}, {'causal' if causal else 'bidirectional'}"
+    settings = Settings.resolve(seqs, **shape)
     if not quiet:
-        say(", ".join([*machine(device, dtype, head_dim).values(), shape]))
-    columns = [field.name for field in dataclasses.fields(Measurement)] if format != "md" else _MARKDOWN_COLUMNS
-    total = len(seqs) * len(impl) * len(direction)
+        say(", ".join([*machine(device, dtype, settings.head_dim).values(), _shape(op, settings)]))
+    streamed = sum(n for n in seqs if settings.streams(n)) if "dilated" in impl and "forward" in direction else 0
+    total, unit = (streamed, "tok") if streamed else (len(seqs) * len(impl) * len(direction), "rows")
+    columns = [field.name for field in dataclasses.fields(Measurement)]
+    if format == "md":
+        columns = _MARKDOWN_COLUMNS[:4] + (["stop"] if streamed else []) + _MARKDOWN_COLUMNS[4:]
     rows: list[Measurement] = []
     with (
-        progress("bench", total=total, unit="rows", quiet=quiet) as advance,
+        progress("bench", total=total, unit=unit, quiet=quiet) as advance,
         RowWriter(format, columns, human=_HUMAN) as out,
     ):
         for row in measurements:
@@ -159,31 +200,46 @@ def bench(
             if row.reason:
                 say(f"{_title(row)}: {row.status}, {row.reason}")
             rows.append(row)
-            advance(1, last=_title(row))
+            advance(0 if streamed else 1, last=_title(row))
     if format == "md":
         for line in _ratios(rows):
             say(line)
 
 
 def _title(row: Measurement) -> str:
-    return f"{row.impl} {row.direction} at {row.seq}"
+    part = f", tokens {format_count(row.start or 0)} to {format_count(row.stop)}" if row.stop else ""
+    return f"{row.impl} {row.direction} at {row.seq}{part}"
+
+
+def _shape(op: str, settings: Settings) -> str:
+    """What all rows have in common: `1 x 12 heads x 64, causal, pattern paper`."""
+    if op == "model" and settings.model:
+        return f"{settings.batch} x {settings.model}"
+    pattern = settings.pattern if isinstance(settings.pattern, str) else "given"
+    parts = [
+        f"{settings.batch} x {settings.heads} heads x {settings.head_dim}",
+        "causal" if settings.causal else "bidirectional",
+        f"pattern {pattern}" + (f", base {settings.base}, ratio {settings.ratio}" if pattern == "geometric" else ""),
+    ]
+    return ", ".join([*parts, f"{settings.layers} layers, vocabulary {settings.vocab}"] if op == "model" else parts)
 
 
 def _ratios(rows: Sequence[Measurement]) -> list[str]:
     """`dilated is 6.5x dense at 32768, forward`: ratios of speed, for each pair that was measured."""
-    seconds = {(row.impl, row.seq, row.direction): row.seconds for row in rows if row.seconds}
+    whole = [row for row in rows if row.stop is None and row.seconds]
+    seconds = {(row.impl, row.seq, row.direction): row.seconds for row in whole}
     return [
         f"dilated is {dense / dilated:.3g}x dense at {seq}, {direction}"
         for (impl, seq, direction), dilated in seconds.items()
-        if impl == "dilated" and (dense := seconds.get(("dense", seq, direction)))
+        if impl == "dilated" and dilated and (dense := seconds.get(("dense", seq, direction)))
     ]
 
 
 def _pattern(
     name: str | None, segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None
-) -> Pattern | str:
+) -> Pattern | str | None:
     if segment_lengths is None and dilation_rates is None:
-        return name or "paper"
+        return name
     if name is not None:
         raise typer.BadParameter("--pattern names levels, --segment-lengths and --dilation-rates list them: give one")
     from longnet_cli.attention import Pattern
