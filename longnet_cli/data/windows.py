@@ -1,97 +1,260 @@
-"""Training windows over one stream of tokens: shuffled, endless, and resumable from four integers."""
+"""Training windows over streams of tokens: shuffled, mixed, endless, and resumable from one count.
+
+    documents --TokenStream--> eos doc eos doc ... --TokenWindows--> (batch, state)
+
+A stream is an index, never a copy: a window is read from its documents when it is wanted. Window n of a run is a pure
+function of (seed, n), the same for any number of ranks, so the state is in truth the one number `step`: the windows
+that all ranks together have taken.
+
+    n --Mix.source--> source, index --divmod--> epoch, position --_Epoch.start--> a place in the stream
+
+Windows span documents. Where one begins inside a window is told by the eos id before it, and by nothing else.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from math import gcd, lcm
+from typing import Any, Protocol
 
 import numpy as np
 
 from longnet_cli.errors import ConfigError, DataError
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+
+BLOCK_TOKENS = 1 << 17  # read from one place of a file: long enough to be read in sequence, half a megabyte of int32
+POOL_BLOCKS = 16  # blocks from all over the stream whose windows are shuffled together
+LONGEST_PERIOD = 10_000  # windows after which a mix may repeat: its table is made in some 10 ms
 
 
-def pack(documents: Sequence[np.ndarray], eos_id: int) -> np.ndarray:
-    """Join (tokens,) integer arrays into one (sum of tokens + 1 each,) int32 stream: eos doc eos doc ..."""
-    stream = np.empty(sum(len(document) + 1 for document in documents), np.int32)
-    start = 0
-    for document in documents:
-        stream[start] = eos_id
-        stream[start + 1 : start + 1 + len(document)] = document
-        start += len(document) + 1
-    return stream
+class Readable(Protocol):
+    """What a stream needs of a document; `sources.Document` is one."""
+
+    @property
+    def where(self) -> str: ...
+    def __len__(self) -> int: ...
+    def read(self, start: int, stop: int) -> np.ndarray: ...  # (stop - start,) int64
+
+
+class TokenStream:
+    """The tokens `eos doc eos doc ...` of one source, by position. Holds 8 bytes a document, and no token."""
+
+    def __init__(self, documents: Sequence[Readable], eos_id: int) -> None:
+        self.documents, self.eos_id = documents, eos_id
+        self.starts = np.zeros(len(documents) + 1, np.int64)  # of the eos before each document, and the end
+        np.cumsum(np.fromiter((len(document) + 1 for document in documents), np.int64), out=self.starts[1:])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def locate(self, position: int) -> int:
+        """The index of the document that a position belongs to, its own eos included."""
+        return int(self.starts.searchsorted(position, side="right")) - 1
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        """Fill `out`, (tokens,) int64, with the tokens from position `start` on. Reads nothing else."""
+        stop, first = start + len(out), self.locate(start)
+        bounds = self.starts[first : self.locate(stop - 1) + 2].tolist()
+        for index, (eos, end) in enumerate(pairwise(bounds), first):
+            begin = max(eos + 1, start)
+            end = min(end, stop)
+            if eos >= start:
+                out[eos - start] = self.eos_id
+            if begin < end:
+                out[begin - start : end - start] = self.documents[index].read(begin - eos - 1, end - eos - 1)
+
+
+class Mix:
+    """Which source window n comes from: after any n, each source had less than one window more or less than its share.
+
+    The order repeats with a period, the sum of the weights as whole numbers in lowest terms (0.7 and 0.3: 10).
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        """Raises ConfigError for weights that are not above 0, or whose period is longer than LONGEST_PERIOD."""
+        if not weights or not all(0 < weight < float("inf") for weight in weights):
+            raise ConfigError(f"the weights of a mix must be numbers above 0, not {list(weights)}")
+        exact = [Fraction(repr(float(weight))) for weight in weights]  # 0.7 is 7/10, not the double next to it
+        scale = lcm(*(weight.denominator for weight in exact))
+        shares = [int(weight * scale) for weight in exact]
+        self.shares = [share // gcd(*shares) for share in shares]
+        self.period = sum(self.shares)
+        if self.period > LONGEST_PERIOD:
+            raise ConfigError(
+                f"the weights {list(weights)} are the ratio {':'.join(map(str, self.shares))}, whose sum is over "
+                f"{LONGEST_PERIOD:,}: round them to fewer digits"
+            )
+        # Proportionate fair scheduling: of the sources that would not get ahead of their share by a whole window, the
+        # one that must soonest have its next. Meeting every deadline is what keeps each within one window.
+        given = [0] * len(self.shares)
+        before, order = [], []
+        for n in range(self.period):
+            ready = (s for s, share in enumerate(self.shares) if given[s] * self.period < share * (n + 1))
+            source = min(ready, key=lambda s: ((given[s] + 1) * self.period - 1) // self.shares[s])
+            before.append(given[source])
+            order.append(source)
+            given[source] += 1
+        self._order, self._before = order, before
+
+    def source(self, n: int) -> tuple[int, int]:
+        """(source of window n, how many of the n windows before it came from that source)."""
+        periods, rest = divmod(n, self.period)
+        source = self._order[rest]
+        return source, periods * self.shares[source] + self._before[rest]
+
+
+class _Epoch:
+    """The windows of one source in one epoch: where they start, in the order they are visited.
+
+    The windows are numbered along the stream and grouped in blocks of neighbours. The blocks are shuffled; then, in
+    pools of POOL_BLOCKS, all windows of the pool. So a batch is drawn from all over the stream, while reads fall on
+    few places at a time, each of which is read from end to end. Memory: a number a block and a number a pool's window.
+    """
+
+    def __init__(self, key: tuple[int, int, int], stream_len: int, seq_len: int) -> None:
+        """`key` is (seed, source, epoch); `stream_len` is seq_len + 1 or more."""
+        self.key, self.seq_len = key, seq_len
+        self.windows, rest = divmod(stream_len - 1, seq_len)
+        self.block = max(1, BLOCK_TOKENS // seq_len)
+        bits = self._bits()
+        self.phase = int(bits.random_raw()) % (rest + 1)
+        self.blocks = _shuffled(bits, -(-self.windows // self.block))
+        last = np.flatnonzero(self.blocks == len(self.blocks) - 1)[0]
+        sizes = np.full(len(self.blocks), self.block)
+        sizes[last] = self.windows - self.block * (len(self.blocks) - 1)
+        self.ends = np.cumsum(sizes)  # of the blocks in the order they are visited, in windows
+        self._pool, self._members = -1, np.empty(0, np.int64)
+
+    def start(self, position: int) -> int:
+        """Where in the stream the window visited at `position` (0 .. windows - 1) starts."""
+        pool, place = divmod(position, self.block * POOL_BLOCKS)
+        if pool != self._pool:
+            first = position - place
+            members = _shuffled(self._bits(pool), min(self.block * POOL_BLOCKS, self.windows - first))
+            self._pool, self._members = pool, first + members
+        visited = int(self._members[place])
+        index = int(self.ends.searchsorted(visited, side="right"))
+        in_block = visited - (int(self.ends[index - 1]) if index else 0)
+        return self.phase + (int(self.blocks[index]) * self.block + in_block) * self.seq_len
+
+    def _bits(self, *more: int) -> np.random.PCG64:
+        seed, *spawn_key = self.key
+        return np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(*spawn_key, *more)))
+
+
+def _shuffled(bits: np.random.PCG64, count: int) -> np.ndarray:
+    """0 .. count - 1 in a random order, (count,) int64."""
+    # Bit generators are stable over numpy versions, Generator.permutation is not: a resumed run must not differ.
+    return np.argsort(bits.random_raw(count), kind="stable").astype(np.int64)
 
 
 class TokenWindows:
-    """Endless batches of windows, cut from the documents at a new phase and in a new order every epoch.
+    """Endless batches of windows of seq_len + 1 tokens: seq_len inputs and, one further, their targets.
 
-    Window i of an epoch holds the tokens [phase + i * seq_len, phase + (i + 1) * seq_len] of the stream: seq_len
-    inputs and, one further, their targets. So an epoch shows every token once as an input, except the head before
-    the phase and a ragged tail, which differ from epoch to epoch. Order and phase are a function of (seed, epoch).
+    An epoch of a source cuts its stream of T tokens into (T - 1) // seq_len windows, and shows every token once as an
+    input, except (T - 1) % seq_len at the head and the tail. How many of those are at the head is its phase; phase and
+    order are drawn anew from (seed, source, epoch). Sources begin their epochs independently of each other.
+
+    The windows of all ranks are one sequence: the next rows * world of it are a global batch, of which rank d takes
+    d, d + world, ... A state is the same on every rank, and fits any other rank, world and rows: JSON of
+
+        version, seed, seq_len, weights, tokens (of each source)   what the sequence is a function of: checked
+        step                                                       how many windows were taken: the position
+        source, epoch, document, offset, where                     what the next window starts in: for people, not read
     """
 
     def __init__(
         self,
-        documents: Sequence[np.ndarray] | np.ndarray,
-        eos_id: int,
+        sources: Sequence[TokenStream],
         seq_len: int,
-        batch_size: int,
+        rows: int,
         seed: int,
-        state: Mapping[str, int] | None = None,
+        *,
+        weights: Sequence[float] = (1.0,),
+        rank: int = 0,
+        world: int = 1,
+        columns: slice | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
-        """`documents` are (tokens,) integer arrays, or one array: a stream that is packed already.
+        """`rows` are those of one rank; `weights`, one a source, need not sum to 1.
 
-        `state` is one that a batch came with: the next batch is the one after it. Raises ConfigError for a state of
-        another seed or version, DataError when the stream has no whole window or the state lies beyond its end.
+        `rank` of `world` counts data-parallel ranks. `columns` are the tokens [a, b) of each window that this rank
+        wants (b at most seq_len + 1): the rest is not read. `state` is one that a batch came with: the next batch is
+        the one after it; the time that takes does not grow with its step.
+
+        Raises ConfigError for arguments that do not fit together or a state of another version, seed, seq_len or mix,
+        DataError for a source without a whole window, or when the data changed since the state was saved.
         """
-        if seq_len < 1 or batch_size < 1:
-            raise ConfigError(f"seq_len and batch_size must be 1 or more, not {seq_len} and {batch_size}")
+        if seq_len < 1 or rows < 1:
+            raise ConfigError(f"seq_len and rows must be 1 or more, not {seq_len} and {rows}")
         if seed < 0:
             raise ConfigError(f"the seed must be 0 or more, not {seed}")
-        self.stream = documents if isinstance(documents, np.ndarray) else pack(documents, eos_id)
-        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        if len(self.stream) < seq_len + 1:
-            raise DataError(
-                f"the data has {len(self.stream)} tokens, fewer than one window of {seq_len + 1} (seq_len + 1)"
-            )
-        self._epoch, self._window = self._resume(state) if state is not None else (0, 0)
+        if not 0 <= rank < world:
+            raise ConfigError(f"the rank must be 0 .. {world - 1} (world - 1), not {rank}")
+        if len(weights) != len(sources):
+            raise ConfigError(f"a mix needs a weight for each source: {len(weights)} weights, {len(sources)} sources")
+        for index, stream in enumerate(sources):
+            if len(stream) < seq_len + 1:
+                name = "the data" if len(sources) == 1 else f"source {index} of the mix"
+                raise DataError(
+                    f"{name} has {len(stream)} tokens, fewer than one window of {seq_len + 1} (seq_len + 1)"
+                )
+        self._first, last, stride = (columns or slice(None)).indices(seq_len + 1)
+        if stride != 1 or last <= self._first:
+            raise ConfigError(f"{columns} is not a run of the {seq_len + 1} tokens of a window")
+        self.sources, self.seq_len, self.rows, self.rank, self.world = sources, seq_len, rows, rank, world
+        self.shape = (rows, last - self._first)
+        self.mix = Mix(weights)
+        self.identity = {
+            "version": STATE_VERSION,
+            "seed": seed,
+            "seq_len": seq_len,
+            "weights": self.mix.shares,
+            "tokens": [len(stream) for stream in sources],
+        }
+        self.seed, self.step = seed, 0 if state is None else self._resume(state)
+        self._epochs = [self._epoch(source, 0) for source in range(len(sources))]
 
-    def epoch_windows(self, epoch: int) -> np.ndarray:
-        """(windows,) int64: where each window of an epoch starts in the stream, in the order they are visited."""
-        # Bit generators are stable over numpy versions, Generator.permutation is not: a resumed run must not differ.
-        bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))
-        last_start = len(self.stream) - self.seq_len - 1
-        phase = int(bits.random_raw()) % min(self.seq_len, last_start + 1)
-        num_windows = (last_start - phase) // self.seq_len + 1
-        order = np.argsort(bits.random_raw(num_windows), kind="stable")
-        return phase + order.astype(np.int64) * self.seq_len
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
-        """Yield (batch, state) forever: (batch_size, seq_len + 1) int64, and the state that resumes after it.
-
-        A batch at the end of an epoch is filled from the next one.
-        """
-        epoch, window = self._epoch, self._window
-        starts = self.epoch_windows(epoch)
+    def __iter__(self) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        """Yield (batch, state) forever: (rows, seq_len + 1) int64, or fewer `columns`, and the state that resumes
+        after it."""
+        step = self.step
         while True:
-            batch = np.empty((self.batch_size, self.seq_len + 1), np.int64)
-            for row in batch:
-                if window == len(starts):
-                    epoch, window = epoch + 1, 0
-                    starts = self.epoch_windows(epoch)
-                row[:] = self.stream[starts[window] : starts[window] + self.seq_len + 1]
-                window += 1
-            yield batch, {"version": STATE_VERSION, "seed": self.seed, "epoch": epoch, "window": window}
+            batch = np.empty(self.shape, np.int64)
+            for row, n in zip(batch, range(step + self.rank, step + self.rows * self.world, self.world), strict=True):
+                source, _, start = self.locate(n)
+                self.sources[source].read_into(row, start + self._first)
+            step += self.rows * self.world
+            yield batch, self.state(step)
 
-    def _resume(self, state: Mapping[str, int]) -> tuple[int, int]:
-        """The (epoch, window) of a state that belongs to this seed and this stream."""
-        missing = {"version", "seed", "epoch", "window"} - set(state)
-        if missing or state["version"] != STATE_VERSION:
+    def locate(self, n: int) -> tuple[int, int, int]:
+        """(source, epoch, start in the source's stream) of window n of the run. Fast when n does not go back far."""
+        source, index = self.mix.source(n)
+        epoch, position = divmod(index, self._epochs[source].windows)
+        if epoch != self._epochs[source].key[2]:
+            self._epochs[source] = self._epoch(source, epoch)
+        return source, epoch, self._epochs[source].start(position)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The state after `step` windows of all ranks."""
+        source, epoch, start = self.locate(step)
+        stream = self.sources[source]
+        index = stream.locate(start)
+        offset = max(0, start - int(stream.starts[index]) - 1)  # 0 for the eos before the document too
+        place = {"source": source, "epoch": epoch, "document": index, "offset": offset}
+        return {**self.identity, "step": step, **place, "where": stream.documents[index].where}
+
+    def _epoch(self, source: int, epoch: int) -> _Epoch:
+        return _Epoch((self.seed, source, epoch), len(self.sources[source]), self.seq_len)
+
+    def _resume(self, state: Mapping[str, Any]) -> int:
+        """The step of a state that belongs to this run."""
+        step = state.get("step")
+        if state.get("version") != STATE_VERSION or not isinstance(step, int) or step < 0:
             raise ConfigError(f"not a data position of version {STATE_VERSION}: {dict(state)}")
-        if state["seed"] != self.seed:
-            raise ConfigError(f"the data position was saved with seed {state['seed']}, not {self.seed}")
-        num_windows = len(self.epoch_windows(state["epoch"]))
-        if not 0 <= state["window"] <= num_windows:
-            raise DataError(
-                f"the data position is window {state['window']} of epoch {state['epoch']}, which has {num_windows}: "
-                "the data or seq_len changed since it was saved"
-            )
-        return state["epoch"], state["window"]
+        for key, mine in self.identity.items():
+            if state.get(key) != mine:
+                kind = DataError if key == "tokens" else ConfigError
+                raise kind(f"the data position was saved with {key} {state.get(key)}, not {mine}")
+        return step

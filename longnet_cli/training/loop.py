@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longnet_cli.data.sinks import atomic_write
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.data.windows import TokenWindows, pack
-from longnet_cli.errors import ConfigError, DataError, LongNetError
+from longnet_cli.data.windows import TokenStream, TokenWindows
+from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.model import LongNet
 from longnet_cli.runtime.device import check_kernel
 
@@ -56,10 +56,7 @@ def train(
     device, output = torch.device(device), Path(output)
     check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
     tokenizer = Tokenizer.load(recipe.data.tokenizer)
-    stream = _stream(recipe, tokenizer)
-    longest = max(stage.seq_len for stage in recipe.train.stages)
-    if len(stream) <= longest:
-        raise DataError(f"the data has {len(stream)} tokens, fewer than one window of {longest + 1} (seq_len + 1)")
+    stages = list(zip(recipe.train.stages, _windows(recipe, tokenizer), strict=True))
     torch.manual_seed(recipe.train.seed)
     model = _model(recipe, initial).to(device).train()
     optimizers = build_optimizers(model, recipe.optimizer)
@@ -69,12 +66,10 @@ def train(
     log = MetricsLog(output / "metrics.jsonl")
     step, loss = 0, math.nan
     try:
-        for index, stage in enumerate(recipe.train.stages):
-            rows = max(1, recipe.train.batch_tokens // stage.seq_len)
-            windows = iter(TokenWindows(stream, _eos(tokenizer), stage.seq_len, rows, recipe.train.seed + index))
-            for _ in range(stage.steps):
+        for stage, windows in stages:
+            for batch_ids, _ in islice(windows, stage.steps):
                 lr = learning_rate(step, recipe.train.steps, recipe.optimizer.lr, recipe.schedule)
-                batch = torch.from_numpy(next(windows)[0]).to(device)
+                batch = torch.from_numpy(batch_ids).to(device)
                 found = _step(model, optimizers, batch, _eos(tokenizer), lr, recipe)
                 if not all(map(math.isfinite, found)):
                     raise LongNetError(
@@ -120,12 +115,24 @@ def _step(
     return total.item() / batch[:, 1:].numel(), norm.item()
 
 
-def _stream(recipe: Recipe, tokenizer: Tokenizer) -> np.ndarray:
-    """All training documents as one packed stream of ids."""
-    documents = read_documents(
-        recipe.data.train, tokenizer, column=recipe.data.column, vocab_size=recipe.model.vocab_size
-    )
-    return pack([document.tokens for document in documents], _eos(tokenizer))
+def _windows(recipe: Recipe, tokenizer: Tokenizer) -> list[TokenWindows]:
+    """The training data, cut into the windows of each stage."""
+    data, train, eos_id = recipe.data, recipe.train, _eos(tokenizer)
+    sources = []
+    for source in data.sources:
+        documents = read_documents(source.inputs, tokenizer, column=data.column, vocab_size=recipe.model.vocab_size)
+        sources.append(TokenStream(list(documents), eos_id))
+    weights = [source.weight for source in data.sources]
+    return [
+        TokenWindows(
+            sources,
+            stage.seq_len,
+            max(1, train.batch_tokens // stage.seq_len),
+            train.seed + index,
+            weights=weights,
+        )
+        for index, stage in enumerate(train.stages)
+    ]
 
 
 def _eos(tokenizer: Tokenizer) -> int:

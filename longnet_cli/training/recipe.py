@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from longnet_cli.configuration import validate
 from longnet_cli.data.tokenizer import Tokenizer
@@ -27,12 +27,35 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataRecipe(Section):
-    """Where tokens come from: `train` as on any command line; `tokenizer` is `bytes`, a file or a folder."""
+class MixedInputs(Section):
+    """One source of a mix: inputs as on any command line, and the share of the training windows that is cut from it."""
 
-    train: list[str] = Field(min_length=1)
+    inputs: list[str] = Field(min_length=1)
+    weight: float = Field(gt=0, allow_inf_nan=False)
+
+
+class DataRecipe(Section):
+    """Where tokens come from; `tokenizer` is `bytes`, a file or a folder.
+
+    Either `train`, inputs as on any command line, or `[[data.mix]]`, a table for each of several sources. The weights
+    need not sum to 1: 0.7 and 0.3 are 7 and 3. A source that runs out begins anew, whatever the others do.
+    """
+
+    train: list[str] | None = Field(default=None, min_length=1)
+    mix: list[MixedInputs] | None = Field(default=None, min_length=1)
     tokenizer: str = "bytes"
     column: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_train_and_mix(self) -> DataRecipe:
+        if (self.train is None) == (self.mix is None):
+            raise ValueError("set one of data.train = [...] and [[data.mix]] tables, not both")
+        return self
+
+    @property
+    def sources(self) -> list[MixedInputs]:
+        """What `train` or `mix` says, as a mix of one or several."""
+        return self.mix or [MixedInputs(inputs=self.train or [], weight=1)]
 
 
 class OptimizerRecipe(Section):
