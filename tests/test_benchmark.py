@@ -265,6 +265,15 @@ def test_a_whole_model_is_measured_at_once_and_streamed() -> None:
     assert (tiny.status, tiny.heads, tiny.head_dim) == ("ok", 4, 32)
 
 
+def test_gradients_are_measured_whole_and_in_chunks() -> None:
+    small = {"op": "train", "layers": 1, "vocab": 50, "heads": 2, "head_dim": 8, "repeats": 1}
+    whole, dense = bench([128], **small)
+    (chunked,) = bench([128], impls=["dilated"], chunk=50, **small)
+    assert [(row.direction, row.status, row.chunk) for row in (whole, dense, chunked)] == [
+        ("backward", "ok", None), ("backward", "ok", None), ("backward", "ok", 50)
+    ]  # fmt: skip
+
+
 def test_long_sequences_have_a_shape_of_their_own() -> None:
     short, long = Settings.resolve([10**6 - 1], device="cpu"), Settings.resolve([8192, 10**9], device="cpu")
     assert (short.heads, short.head_dim, short.pattern) == (12, 64, "paper")
@@ -276,7 +285,7 @@ def test_long_sequences_have_a_shape_of_their_own() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"op": "sort"}, {"op": "model", "directions": ["backward"]}, {"op": "model", "impls": ["kernels"]},
+        {"op": "sort"}, {"op": "train", "impls": ["kernels"]}, {"op": "model", "impls": ["kernels"]},
         {"impls": ["sparse"]}, {"directions": ["sideways"]}, {"pattern": "plaid"}, {"dtype": "fp8"}, {"chunk": 0},
         {"heads": 0}, {"repeats": 0}, {"ratio": 1}, {"device": "cuda:99"},
     ],

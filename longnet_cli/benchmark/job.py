@@ -23,12 +23,12 @@ import torch
 
 from longnet_cli.benchmark.attention import attention
 from longnet_cli.benchmark.measurement import Case, Measurement, Stream, measure, measure_stream
-from longnet_cli.benchmark.model import model
+from longnet_cli.benchmark.model import model, train
 from longnet_cli.benchmark.settings import Settings
 from longnet_cli.errors import ConfigError
 from longnet_cli.runtime.device import check_kernel, free_memory, resolve_dtype, select_device
 
-OPS: dict[str, Callable[[Settings, str, str, int], Case]] = {"attention": attention, "model": model}
+OPS: dict[str, Callable[[Settings, str, str, int], Case]] = {"attention": attention, "model": model, "train": train}
 IMPLS = ("dilated", "dense", "kernels")
 DIRECTIONS = ("forward", "backward")
 
@@ -54,7 +54,8 @@ def bench(
 ) -> Iterator[Measurement]:
     """Measure every combination of `seqs` (tokens), `directions` and `impls`, in that order of nesting.
 
-    op: attention, of random queries, keys and values; or model, tokens in and their loss out, forward only.
+    op: attention, of random queries, keys and values; model, tokens in and their loss out; train, tokens in and the
+        gradients out. The last two have one direction, whatever `directions` says.
     impls: dilated (ours), dense (torch's), kernels (the kernel calls that dilated makes, without what it does between).
     settings: those of `Settings.resolve`. A causal forward of a million tokens or more, or of more than `chunk`, is
         streamed through a KV cache and run once: a row for each decade of its positions, then one for the whole.
@@ -74,8 +75,10 @@ def bench(
         for name in given:
             if name not in known:
                 raise ConfigError(f"unknown {what} {name!r}: choose from {', '.join(known)}")
-    if op == "model" and ("backward" in directions or "kernels" in impls):
-        raise ConfigError("--op model measures the forward of dilated and dense: no backward, no kernels")
+    if op in ("model", "train"):
+        directions = ["backward" if op == "train" else "forward"]
+        if "kernels" in impls:
+            raise ConfigError(f"--op {op} measures dilated and dense, not the kernels alone")
     if repeats < 1:
         raise ConfigError(f"repeats must be at least 1, not {repeats}")
     found = Settings.resolve(seqs, **settings)

@@ -46,7 +46,12 @@ def bench(
         sizes_option("--seq", help="Sequence lengths in tokens.", show_default="4Ki,8Ki,16Ki,32Ki"),
     ] = None,
     op: Annotated[
-        str, typer.Option("--op", metavar="attention|model", help="The operator alone, or a whole language model.")
+        str,
+        typer.Option(
+            "--op",
+            metavar="attention|model|train",
+            help="The operator alone; a language model's forward; its loss and gradients.",
+        ),
     ] = "attention",
     impl: Annotated[
         Sequence[str],
@@ -102,13 +107,15 @@ def bench(
         int | None,
         size_option(
             "--chunk",
-            help="Stream longer causal forwards by so many tokens, through a KV cache.",
+            help="Go through longer causal sequences so many tokens at a time.",
             show_default="64Ki, from 1e6 tokens on",
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="NAME|DIR", help="For --op model.", show_default="random weights"),
+        typer.Option(
+            "--model", "-m", metavar="NAME|DIR", help="For --op model and train.", show_default="random weights"
+        ),
     ] = None,
     layers: Annotated[int, typer.Option("--layers", min=1, help="Of a model with random weights.")] = 2,
     vocab: Annotated[int, size_option("--vocab", help="Of a model with random weights.")] = 256,
@@ -184,7 +191,11 @@ def bench(
     settings = Settings.resolve(seqs, **shape)
     if not quiet:
         say(", ".join([*machine(device, dtype, settings.head_dim).values(), _shape(op, settings)]))
-    streamed = sum(n for n in seqs if settings.streams(n)) if "dilated" in impl and "forward" in direction else 0
+    streamed = (
+        sum(n for n in seqs if settings.streams(n))
+        if op != "train" and "dilated" in impl and "forward" in direction
+        else 0
+    )
     total, unit = (streamed, "tok") if streamed else (len(seqs) * len(impl) * len(direction), "rows")
     columns = [field.name for field in dataclasses.fields(Measurement)]
     if format == "md":
@@ -213,7 +224,7 @@ def _title(row: Measurement) -> str:
 
 def _shape(op: str, settings: Settings) -> str:
     """What all rows have in common: `1 x 12 heads x 64, causal, pattern paper`."""
-    if op == "model" and settings.model:
+    if op != "attention" and settings.model:
         return f"{settings.batch} x {settings.model}"
     pattern = settings.pattern if isinstance(settings.pattern, str) else "given"
     parts = [
@@ -221,7 +232,7 @@ def _shape(op: str, settings: Settings) -> str:
         "causal" if settings.causal else "bidirectional",
         f"pattern {pattern}" + (f", base {settings.base}, ratio {settings.ratio}" if pattern == "geometric" else ""),
     ]
-    return ", ".join([*parts, f"{settings.layers} layers, vocabulary {settings.vocab}"] if op == "model" else parts)
+    return ", ".join([*parts, f"{settings.layers} layers, vocabulary {settings.vocab}"] if op != "attention" else parts)
 
 
 def _ratios(rows: Sequence[Measurement]) -> list[str]:
