@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 
 from longnet_cli.data.inputs import Source, sniff
@@ -18,6 +19,8 @@ from longnet_cli.data.tables import Pipe, Table, Text, reading
 from longnet_cli.errors import DataError
 
 PARQUET_BATCH_BYTES = 64 << 20
+INDEX_BYTES = 256 << 20  # an Arrow file's index is smaller: it takes 24 bytes a batch
+MAGIC = b"ARROW1\0\0"
 REMOTE_BUFFER = 8 << 20  # bytes of one request to a store
 
 
@@ -103,6 +106,7 @@ def _open_stream(
     """
     where = source.where
     reader = ipc.open_stream(stream)
+    _check_names(reader.schema)
     if index is not None and not index.schema.equals(reader.schema, check_metadata=True):
         raise DataError(f"{where}: the data is damaged or truncated (the file has two different schemas)")
 
@@ -123,22 +127,25 @@ def _open_stream(
         with reading(where):
             if stream.tell() == before:
                 raise DataError(f"{where}: truncated after {count} batches: the end-of-stream marker is missing")
-            tail = stream.read(8)
+            tail = stream.read(INDEX_BYTES)
             if kind == "stream":
                 if tail:
                     raise DataError(f"{where}: more data follows the end of the Arrow stream; give one stream a file")
                 return
-            while piece := stream.read(1 << 20):
-                tail = (tail + piece)[-8:]
-        if not tail.endswith(b"ARROW1"):
-            raise DataError(f"{where}: truncated: the index at the end of the Arrow file is missing")
-        if index is not None and index.num_record_batches != count:
+            if not tail.endswith(b"ARROW1"):
+                raise DataError(f"{where}: truncated: the index at the end of the Arrow file is missing")
+            listed = (index or ipc.open_file(pa.BufferReader(MAGIC + tail))).num_record_batches
+        if listed != count:
             raise DataError(
-                f"{where}: the data is damaged or truncated (the file holds {count} batches, "
-                f"its index lists {index.num_record_batches})"
+                f"{where}: the data is damaged or truncated ({count} batches were read, and its index lists {listed})"
             )
 
     return Table(source.name, where, reader.schema, batches, f"Arrow IPC {kind}", mapped)
+
+
+def _check_names(schema: pa.Schema) -> None:
+    """UnicodeDecodeError, which would else come when somebody looks at it, for a name that is not UTF-8."""
+    _ = schema.names
 
 
 def _refuse_overlap(batch: pa.RecordBatch) -> None:
@@ -159,6 +166,7 @@ def _open_parquet(source: Source, file: Any) -> Table:
     import pyarrow.parquet as pq  # 30 ms that Arrow input need not pay
 
     parquet = pq.ParquetFile(file, page_checksum_verification=True)
+    _check_names(parquet.schema_arrow)
     metadata = parquet.metadata
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     if sum(group.num_rows for group in groups) != metadata.num_rows:
@@ -167,16 +175,36 @@ def _open_parquet(source: Source, file: Any) -> Table:
 
     def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
         reader = parquet.iter_batches(batch_size=rows, columns=columns)
-        index = seen = 0
+        index = seen = values = 0
         while True:
             with reading(f"{source.where}, batch {index}"):
                 batch = next(reader, None)
-            if batch is None:
-                break
+                if batch is None:
+                    break
+                values += _leaf_values(batch.column(columns[0]))
             yield batch
             index += 1
             seen += batch.num_rows
-        if seen != metadata.num_rows:
-            raise DataError(f"{source.where}: truncated: {seen} rows of the {metadata.num_rows} that it should hold")
+        leaves = [leaf for leaf in range(metadata.num_columns) if _root(metadata.schema.column(leaf)) == columns[0]]
+        expected = sum(group.column(leaves[0]).num_values for group in groups)
+        # A page that is damaged may hold fewer values than its column says, which Parquet's reader does not mind.
+        if (seen, values) != (metadata.num_rows, expected):
+            raise DataError(
+                f"{source.where}: truncated: {seen} rows of {values} values, of the {metadata.num_rows} rows of "
+                f"{expected} that it should hold"
+            )
 
     return Table(source.name, source.where, parquet.schema_arrow, batches, "Parquet")
+
+
+def _root(column: Any) -> str:
+    """The column of a table that a column of Parquet (`input_ids.list.element`) belongs to."""
+    name, *nested = column.path.split(".")
+    return name if nested and column.max_repetition_level else column.path
+
+
+def _leaf_values(column: pa.Array) -> int:
+    """How many values Parquet counts in a column: an empty or missing list is one of them."""
+    if not pa.types.is_nested(column.type):
+        return len(column)
+    return pc.sum(pc.max_element_wise(pc.list_value_length(column), 1)).as_py() or 0
