@@ -105,21 +105,26 @@ class TokenTypes:
     def __init__(self) -> None:
         self.first: tuple[str, pa.DataType] | None = None
 
-    def check(self, table: Table, column: str) -> pa.DataType | None:
-        """The type of the ids in a column, None for text; DataError when another input had another type."""
-        kind = table.schema.field(column).type
-        kind = kind.value_type if _is_list(kind) else kind
-        if kind in _TEXTS:
-            return None
-        if table.typed:
-            self.first = self.first or (table.where, kind)
-            where, expected = self.first
-            if kind != expected:
-                raise DataError(
-                    f"{table.where}: its tokens are {kind} and those of {where} are {expected}: are they of one data "
-                    "set? if so, write them again with one type"
-                )
-        return kind
+    def check(self, table: Table, column: str) -> None:
+        """DataError when another input had another type; text has none."""
+        kind = token_type(table, column)
+        if kind is None or not table.typed:
+            return
+        self.first = self.first or (table.where, kind)
+        where, expected = self.first
+        if kind != expected:
+            raise DataError(
+                f"{table.where}: its tokens are {kind} and those of {where} are {expected}: are they of one data set? "
+                "if so, write them again with one type"
+            )
+
+
+def token_type(table: Table, column: str) -> pa.DataType | None:
+    """The type of the ids in a column, None for text."""
+    kind = table.schema.field(column).type
+    if kind in _TEXTS:
+        return None
+    return kind.value_type if _is_list(kind) else kind
 
 
 def _check_tokenizer(table: Table, tokenizer: Tokenizer | None) -> None:
