@@ -134,6 +134,11 @@ def _open_stream(
                 return
             if not tail.endswith(b"ARROW1"):
                 raise DataError(f"{where}: truncated: the index at the end of the Arrow file is missing")
+            beyond = (
+                len(tail) - 10 - int.from_bytes(tail[-10:-6], "little")
+            )  # the index, its size in 4 bytes, the magic
+            if not 0 <= beyond < 64:
+                raise DataError(f"{where}: more data follows the end of the Arrow file; give one file at a time")
             listed = (index or ipc.open_file(pa.BufferReader(MAGIC + tail))).num_record_batches
         if listed != count:
             raise DataError(
