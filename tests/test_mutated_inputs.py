@@ -26,6 +26,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import RunLongnet
 
+from longnet_cli.data.sources import read_documents
+from longnet_cli.errors import DataError
+
 IDS = [[1, 2, 3, 4, 5, 6, 7], [250, 251, 252], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70], [9, 8], [100, 101, 102]]
 TABLE = {"doc_id": ["alpha", "beta", "gamma", "delta", "epsilon"], "input_ids": IDS}
 VOCABULARY = 257
@@ -102,11 +105,15 @@ def values_in(data: bytes) -> set[int]:
 
 
 def flips(name: str, data: bytes, chosen: random.Random, count: int) -> Iterator[Mutation]:
-    """One byte changed, in one bit or in all."""
+    """One byte changed, in one bit or in all: some bytes of each file, and two bits of every byte of some files."""
     values = values_in(data)
     assert values or not name.startswith(("file int32", "file large", "stream"))
-    for place in sorted(chosen.sample(range(len(data)), count)):
-        mask = chosen.choice((1, 2, 4, 8, 16, 32, 64, 128, 255))
+    flipped = [
+        (place, chosen.choice((1, 2, 4, 8, 16, 32, 64, 128, 255))) for place in chosen.sample(range(len(data)), count)
+    ]
+    if name in ("file int32", "stream int32"):
+        flipped += [(place, mask) for place in range(len(data)) for mask in (1, 8)]
+    for place, mask in sorted(set(flipped)):
         changed = data[:place] + bytes([data[place] ^ mask]) + data[place + 1 :]
         weak = name in ("parquet", "file lz4", "json lines") or place in values
         yield Mutation(f"byte {place} ^ {mask}", changed, DATA if weak else SAME)
@@ -276,6 +283,27 @@ def test_damage_is_one_line_or_changes_nothing(tmp_path, command_env, name, pipe
     assert not wrong
     refused = sum(kind == "error" for kind, _ in results)
     assert refused > len(results) / 3, "hardly a mutation did anything"
+
+
+def test_a_page_of_parquet_with_fewer_values_is_not_believed(tmp_path, command_env):
+    """Without checksums a value may change, and the rows in which values lie, but no value may get lost."""
+    data = parquet(table({"input_ids": IDS}, INT32), compression="none")
+    places = [(place, mask) for place in range(len(data)) for mask in (1, 8)]
+    for place, mask in places:
+        changed = data[:place] + bytes([data[place] ^ mask]) + data[place + 1 :]
+        (tmp_path / f"{place}-{mask}").write_bytes(changed)
+    results = read_all([tmp_path / f"{place}-{mask}" for place, mask in places], False, command_env)
+    sizes = {sum(map(len, value)) if kind == "tokens" else kind for kind, value in results}
+    assert sizes == {"error", sum(map(len, IDS))}
+
+
+def test_an_arrow_file_with_two_schemas_is_refused(tmp_path):
+    """The name of a column stands at both ends of the file: documents must not fall apart because one is damaged."""
+    path = tmp_path / "x.arrow"
+    data = ipc_file(table({"doc_id": ["a"] * len(IDS), "input_ids": IDS}, INT32))
+    path.write_bytes(data.replace(b"doc_id", b"dok_id", 1))
+    with pytest.raises(DataError, match=r"x\.arrow: .*two different schemas"):
+        list(read_documents([path], None))
 
 
 def test_there_are_hundreds():

@@ -119,7 +119,6 @@ def _open_stream(
                     batch = reader.read_next_batch()
                 except StopIteration:
                     break
-                batch.validate()
                 _refuse_overlap(batch)
             yield batch
             count += 1
