@@ -55,7 +55,7 @@ def _open_file(source: Source, file: Any, mapped: pa.Buffer | None, column: str 
         if kind == "parquet":
             return _open_parquet(source, file)
         index = ipc.open_file(file) if kind == "file" else None
-        stream = file if mapped else pa.BufferedInputStream(file, REMOTE_BUFFER)
+        stream = file if mapped else Pipe(pa.BufferedInputStream(file, REMOTE_BUFFER))
         if index:
             file.seek(8)
         return _open_stream(source, stream, kind, mapped, index)
