@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longnet_cli.data.columns import TokenTypes, choose_column, token_type
 from longnet_cli.data.documents import BLOCK, Document
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.inputs import Source, find_sources
-from longnet_cli.data.sources import TokenTypes, choose_column, documents_of, token_type
+from longnet_cli.data.sources import documents_of
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, LongNetError

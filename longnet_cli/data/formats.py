@@ -126,17 +126,15 @@ def _open_stream(
         with reading(where):
             if stream.tell() == before:
                 raise DataError(f"{where}: truncated after {count} batches: the end-of-stream marker is missing")
-            tail = stream.read(INDEX_BYTES)
+            tail = stream.read(1 if kind == "stream" else INDEX_BYTES)
             if kind == "stream":
                 if tail:
                     raise DataError(f"{where}: more data follows the end of the Arrow stream; give one stream a file")
                 return
             if not tail.endswith(b"ARROW1"):
                 raise DataError(f"{where}: truncated: the index at the end of the Arrow file is missing")
-            beyond = (
-                len(tail) - 10 - int.from_bytes(tail[-10:-6], "little")
-            )  # the index, its size in 4 bytes, the magic
-            if not 0 <= beyond < 64:
+            index_size = int.from_bytes(tail[-10:-6], "little")  # it stands before the magic
+            if not 0 <= len(tail) - 10 - index_size < 64:
                 raise DataError(f"{where}: more data follows the end of the Arrow file; give one file at a time")
             listed = (index or ipc.open_file(pa.BufferReader(MAGIC + tail))).num_record_batches
         if listed != count:

@@ -13,20 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from longnet_cli.data.columns import INTEGERS, TEXTS, TokenTypes, choose_column
 from longnet_cli.data.documents import Document, Part, collect
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.inputs import find_sources
-from longnet_cli.data.tables import TOKEN_COLUMNS, Table, Text, reading
+from longnet_cli.data.tables import Table, Text, reading
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError
 
 FLAT_BLOCK = 1 << 22  # ids of a flat column in which the end of a document is looked for at a time
-
-_INTEGERS = (
-    *(pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()),
-    *(pa.int8(), pa.int16(), pa.int32(), pa.int64()),
-)
-_TEXTS = (pa.string(), pa.large_string())
 
 
 def read_texts(inputs: Sequence[str | Path], column: str | None = None) -> Iterator[Text]:
@@ -82,14 +77,14 @@ def documents_of(
         return
     name = choose_column(opened, column)
     kind = opened.schema.field(name).type
-    if kind in _TEXTS:
+    if kind in TEXTS:
         for text in _table_texts(opened, name):
             yield _encode(text, tokenizer, vocab_size)
         return
     _check_tokenizer(opened, tokenizer)
     if vocab_size is None:
         vocab_size = tokenizer.vocab_size if tokenizer else _metadata_int(opened, "longnet.vocab_size")
-    if kind in _INTEGERS:
+    if kind in INTEGERS:
         if eos_id is None:
             eos_id = tokenizer.eos_id if tokenizer else _metadata_int(opened, "longnet.eos_id")
         groups = _flat_documents(opened, name, eos_id)
@@ -97,34 +92,6 @@ def documents_of(
         groups = _list_documents(opened, name)
     for doc_id, row, parts in groups:
         yield Document(doc_id, parts, tokenizer, opened.place(row), limit=vocab_size, place=opened.place)
-
-
-class TokenTypes:
-    """That all inputs hold one type of token: int32 beside int64 is mostly two tokenizers, or a mistake."""
-
-    def __init__(self) -> None:
-        self.first: tuple[str, pa.DataType] | None = None
-
-    def check(self, table: Table, column: str) -> None:
-        """DataError when another input had another type; text has none."""
-        kind = token_type(table, column)
-        if kind is None or not table.typed:
-            return
-        self.first = self.first or (table.where, kind)
-        where, expected = self.first
-        if kind != expected:
-            raise DataError(
-                f"{table.where}: its tokens are {kind} and those of {where} are {expected}: are they of one data set? "
-                "if so, write them again with one type"
-            )
-
-
-def token_type(table: Table, column: str) -> pa.DataType | None:
-    """The type of the ids in a column, None for text."""
-    kind = table.schema.field(column).type
-    if kind in _TEXTS:
-        return None
-    return kind.value_type if _is_list(kind) else kind
 
 
 def _check_tokenizer(table: Table, tokenizer: Tokenizer | None) -> None:
@@ -141,43 +108,6 @@ def _metadata_int(table: Table, key: str) -> int | None:
     if written is not None and not written.isdigit():
         raise DataError(f"{table.where}: the data is damaged: {key} in its metadata is {written!r}, not a number")
     return int(written) if written is not None else None
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return lists and kind.value_type in _INTEGERS
-
-
-def choose_column(table: Table, column: str | None, *, text_only: bool = False) -> str:
-    """The column of documents: the one asked for, else the one list of ids, else the one flat or text column.
-
-    Raises ConfigError, listing the columns, when none or several would do.
-    """
-
-    def refuse(problem: str) -> ConfigError:
-        columns = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
-        return ConfigError(f"{table.where}: {problem}; its columns are {columns}")
-
-    kinds = {field.name: field.type for field in table.schema}
-    if column is not None:
-        if column not in kinds:
-            raise refuse(f"there is no column {column!r}")
-        kind = kinds[column]
-        if kind in _TEXTS or (not text_only and (kind in _INTEGERS or _is_list(kind))):
-            return column
-        raise refuse(f"column {column!r} does not hold {'text' if text_only else 'token ids or text'}")
-    flat = ["text"] if kinds.get("text") in _TEXTS else []
-    lists: list[str] = []
-    if not text_only:
-        lists = [name for name in TOKEN_COLUMNS if name in kinds and _is_list(kinds[name])]
-        flat += [name for name in TOKEN_COLUMNS if kinds.get(name) in _INTEGERS]
-    found = lists or flat
-    if len(found) > 1:
-        raise refuse(f"several columns may hold the documents ({', '.join(found)}): choose one (--column)")
-    if not found:
-        names = "text" if text_only else f"{', '.join(TOKEN_COLUMNS)} or text"
-        raise refuse(f"no column named {names} of a fitting type: choose one (--column)")
-    return found[0]
 
 
 class _Rows(NamedTuple):
@@ -205,7 +135,7 @@ class _Label(NamedTuple):
 def _batches(table: Table, name: str) -> Iterator[_Rows]:
     """Yield the columns of each batch, checked for damage and nulls."""
     kinds = {field.name: field.type for field in table.schema if field.name != name}
-    has_ids = "doc_id" in kinds and (kinds["doc_id"] in _TEXTS or pa.types.is_integer(kinds["doc_id"]))
+    has_ids = "doc_id" in kinds and (kinds["doc_id"] in TEXTS or pa.types.is_integer(kinds["doc_id"]))
     has_parts = has_ids and "part" in kinds and pa.types.is_integer(kinds["part"])
     first = 0
     for index, batch in enumerate(table.read([name] + ["doc_id"] * has_ids + ["part"] * has_parts)):
