@@ -17,10 +17,11 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 
+from longnet_cli.data import documents as documents_module
 from longnet_cli.data import sources
 from longnet_cli.data.sources import Document, read_documents, read_texts
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.errors import ConfigError, DataError, LongNetError
 
 BYTES = Tokenizer.bytes()
 TEXTS = ["hello", "wörld, 漢字\n", "x" * 70]
@@ -33,8 +34,8 @@ def write_file(path: Path, table: pa.Table, rows: int = 2, **options: Any) -> Pa
     return path
 
 
-def write_stream(path: Path, table: pa.Table, rows: int = 2) -> Path:
-    with ipc.new_stream(path, table.schema) as writer:
+def write_stream(path: Path, table: pa.Table, rows: int = 2, **options: Any) -> Path:
+    with ipc.new_stream(path, table.schema, **options) as writer:
         writer.write_table(table, max_chunksize=rows)
     return path
 
@@ -44,19 +45,25 @@ def write_parquet(path: Path, table: pa.Table) -> Path:
     return path
 
 
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def token_table(kind: pa.DataType, name: str = "input_ids", **more: list) -> pa.Table:
     return pa.table({name: pa.array(IDS, kind), **more})
 
 
 def tokens(documents: list[Document]) -> list[list[int]]:
-    return [document.tokens.tolist() for document in documents]
+    """All ids of all documents, each document read in two slices, which checks them."""
+    return [[*document.read(0, 2).tolist(), *document.read(2).tolist()] for document in documents]
 
 
 def read(*inputs: Any, tokenizer: Tokenizer | None = BYTES, **options: Any) -> list[Document]:
     return list(read_documents(inputs, tokenizer, **options))
 
 
-def pipe(data: bytes, code: str = "[d.tokens.tolist() for d in read_documents(['-'], Tokenizer.bytes())]") -> Any:
+def pipe(data: bytes, code: str = "[d.read().tolist() for d in read_documents(['-'], Tokenizer.bytes())]") -> Any:
     """What `code` gives in another process that gets `data` through a pipe, in small writes; or its error."""
     script = (
         "import json\nfrom longnet_cli.data.sources import *\nfrom longnet_cli.data.tokenizer import Tokenizer\n"
@@ -104,6 +111,46 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
             }
         ),
     ),
+    "split documents in parquet": lambda folder: write_parquet(
+        folder / "x.parquet",
+        pa.table(
+            {
+                "doc_id": ["a", "b", "b", "c", "c", "c"],
+                "part": [0, 0, 1, 0, 1, 2],
+                "tokens": pa.array(
+                    [IDS[0], IDS[1][:3], IDS[1][3:], IDS[2][:60], IDS[2][60:65], IDS[2][65:]], pa.list_(pa.uint16())
+                ),
+            }
+        ),
+    ),
+    "fixed_size_list": lambda folder: write_file(
+        folder / "x.arrow",
+        pa.table(
+            {
+                "doc_id": [n for n, ids in enumerate(IDS) for _ in ids],
+                "ids": pa.array([[i] for ids in IDS for i in ids], pa.list_(pa.int16(), 1)),
+            }
+        ),
+    ),
+    "int64 file in one batch": lambda folder: write_file(
+        folder / "x.arrow", token_table(pa.list_(pa.int64())), rows=99
+    ),
+    "uint64 lz4 stream": lambda folder: write_stream(
+        folder / "x.arrow", token_table(pa.list_(pa.uint64())), options=ipc.IpcWriteOptions(compression="lz4")
+    ),
+    "json lines of ids": lambda folder: write_lines(
+        folder / "x.jsonl", [{"id": n, "input_ids": ids} for n, ids in enumerate(IDS)]
+    ),
+    "json lines of text": lambda folder: write_lines(
+        folder / "x.json", [{"text": text, "meta": {"n": [1]}} for text in TEXTS]
+    ),
+    "json lines in parts": lambda folder: write_lines(
+        folder / "x",
+        [
+            {"doc_id": name, "part": part, "text": text}
+            for name, part, text in [("a", 0, TEXTS[0]), ("b", 0, "w"), ("b", 1, TEXTS[1][1:]), ("c", 0, TEXTS[2])]
+        ],
+    ),
     "split texts": lambda folder: write_stream(
         folder / "x.arrow",
         pa.table({"doc_id": [7, 8, 8, 9], "text": [TEXTS[0], TEXTS[1][:4], TEXTS[1][4:], TEXTS[2]]}),
@@ -115,12 +162,18 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
 def test_every_format_gives_the_same_documents(tmp_path, name):
     documents = read(FORMATS[name](tmp_path), vocab_size=257)
     assert tokens(documents) == IDS
-    assert {document.tokens.dtype for document in documents} <= {np.dtype(np.int32), np.dtype(np.int64)}
+    assert [len(document) for document in documents] == [len(ids) for ids in IDS]
     assert [document.n_bytes for document in documents] == [len(text.encode()) for text in TEXTS]
     assert len({document.doc_id for document in documents}) == 3
 
 
-@pytest.mark.parametrize("name", ["file", "stream", "parquet list", "text column", "flat column", "split documents"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("file", "file lz4", "stream", "parquet list", "text column", "flat column", "split documents"),
+        *("json lines of ids", "json lines of text"),
+    ],
+)
 def test_stdin_gives_the_same_documents(tmp_path, name):
     assert pipe(FORMATS[name](tmp_path).read_bytes()) == IDS
 
@@ -130,7 +183,7 @@ def test_stdin_text_and_a_redirected_file(tmp_path):
     script = (
         "from longnet_cli.data.sources import *\n"
         "document, *_ = read_documents(['-'], None)\n"
-        "print(document.doc_id, document.tokens.tolist(), document.tokens.flags.owndata)"
+        "print(document.doc_id, document.read().tolist(), document._parts[0].ids.flags.owndata)"
     )
     with open(FORMATS["file"](tmp_path)) as file:
         done = subprocess.run([sys.executable, "-c", script], stdin=file, capture_output=True, text=True, check=True)
@@ -158,24 +211,45 @@ def test_text_files_are_read_byte_for_byte(tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_file, write_stream])
-def test_token_columns_are_views_of_the_file_that_nobody_can_write(tmp_path, write):
+def test_token_columns_are_views_of_the_file(tmp_path, write):
     path = write(tmp_path / "x.arrow", pa.table({"ids": [np.arange(1 << 20, dtype=np.int32)] * 4}), rows=1)
     before = pa.total_allocated_bytes()
     documents = read(path, tokenizer=None)
     assert pa.total_allocated_bytes() - before < 1 << 16
-    assert not any(document.tokens.flags.writeable for document in documents)
-    assert documents[3].tokens[-1] == (1 << 20) - 1
+    window = documents[3].read(-2)
+    assert (window.dtype, window.tolist()) == (np.int64, [(1 << 20) - 2, (1 << 20) - 1])
+    window[:] = 0  # ours: the file is not changed, and nothing crashes
+    assert documents[3].read(-1).tolist() == [(1 << 20) - 1]
 
 
-def test_a_large_copy_lives_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "SPOOL_BYTES", 100)
-    monkeypatch.setattr(sources, "BLOCK", 7)
-    for name in ("file named txt", "split documents"):
-        documents = read(FORMATS[name](tmp_path))
+def test_any_slice_of_a_document_in_parts_is_the_slice_of_the_whole(tmp_path):
+    rows = [[1, 2, 3], [], [4], [], [5, 6], []]
+    table = pa.table({"doc_id": ["a"] * 6, "ids": pa.array(rows, pa.list_(pa.int16()))})
+    (document,) = read(write_file(tmp_path / "x.arrow", table, rows=2), tokenizer=None)
+    for start in range(-8, 9):
+        for stop in (*range(-8, 9), None):
+            assert document.read(start, stop).tolist() == [1, 2, 3, 4, 5, 6][start:stop]
+
+
+def test_a_document_in_pieces_that_is_not_mapped_lives_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents_module, "SPOOL_BYTES", 16)
+    monkeypatch.setattr("longnet_cli.data.formats.PARQUET_BATCH_BYTES", 16)
+    for path, on_disk in (
+        (FORMATS["split documents"](tmp_path), False),
+        (FORMATS["split documents in parquet"](tmp_path), True),
+        (FORMATS["flat parquet"](tmp_path), True),
+    ):
+        documents = read(path)
         assert tokens(documents) == IDS
-        assert isinstance(documents[2].tokens, np.memmap)
-        assert not documents[2].tokens.flags.writeable
-        (tmp_path / "x.arrow").unlink(missing_ok=True)
+        assert any(isinstance(part.ids, np.memmap) for part in documents[2]._parts) == on_disk
+
+
+def test_a_disk_without_room_for_a_document_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents_module, "SPOOL_BYTES", 10)
+    with open("/dev/full", "wb") as full:
+        monkeypatch.setattr(documents_module.tempfile, "TemporaryFile", lambda: full)
+        with pytest.raises(LongNetError, match="No space left on device; set TMPDIR"):
+            read(FORMATS["split documents in parquet"](tmp_path))
 
 
 @pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.large_list(pa.int32()), pa.list_(pa.int32(), 2)])
@@ -183,13 +257,13 @@ def test_slices_of_columns_keep_to_their_rows(kind):
     rows = [[1, 2], [3, 4], [5, 6], [7, 900]]
     batch = pa.record_batch({"ids": pa.array(rows, kind)}).slice(1, 2)
     table = sources.Table("x", "x", batch.schema, lambda columns: iter([batch]))
-    assert [parts[0].tolist() for _, _, parts in sources._list_rows(table, "ids", 100, None)] == rows[1:3]
+    assert tokens(list(sources.documents_of(table, None, vocab_size=100))) == rows[1:3]
     with pytest.raises(DataError, match="row 1, offset 1: token id 6"):
-        list(sources._list_rows(table, "ids", 6, None))
+        tokens(list(sources.documents_of(table, None, vocab_size=6)))
 
 
 def test_blocks_do_not_show_in_a_flat_stream(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 3)
+    monkeypatch.setattr(sources, "FLAT_BLOCK", 3)
     documents = read(FORMATS["flat column"](tmp_path))
     assert tokens(documents) == IDS
     assert [document.where.split(", ")[1] for document in documents] == ["row 1", "row 7", "row 23"]
@@ -271,20 +345,20 @@ def test_list_offsets_outside_the_data_do_not_crash(tmp_path):
 def test_nulls_and_ids_outside_the_vocabulary_are_named(tmp_path, column, place):
     path = write_file(tmp_path / "x.arrow", pa.table({"ids": column}), rows=1)
     with pytest.raises(DataError, match=rf"x\.arrow, {place}"):
-        read(path, vocab_size=257)
+        tokens(read(path, vocab_size=257))
 
 
 def test_null_texts_and_doc_ids_are_named(tmp_path):
     with pytest.raises(DataError, match="row 1: the value is null"):
         read(write_file(tmp_path / "x.arrow", pa.table({"text": ["a", None]})))
-    with pytest.raises(DataError, match="doc_id, row 0: the value is null"):
+    with pytest.raises(DataError, match="row 0, doc_id: the value is null"):
         read(write_file(tmp_path / "y.arrow", pa.table({"text": ["a", "b"], "doc_id": [None, "b"]})))
 
 
 def test_text_that_does_not_fit_the_model_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("abcé")
     with pytest.raises(DataError, match=r"offset 3: token id 195 does not fit a vocabulary of 128"):
-        read(tmp_path / "a.txt", vocab_size=128)
+        tokens(read(tmp_path / "a.txt", vocab_size=128))
 
 
 @pytest.mark.parametrize(("data", "offset"), [(b"abc\xff", 3), (b"ab\0c", 2), (b"\xff\xfea\0", 3), (b"PK\3\4\0\0", 4)])
@@ -314,6 +388,148 @@ def test_nothing_to_read_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="only once"):
         read("-", "-")
     assert "empty" in pipe(b"")
+
+
+# --- JSON Lines ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ('{"text": "a"}\n{"text": 1}\n', "line 2: 'text' is not text"),
+        ('{"text": "a"}\n{"txt": "a"}\n', "line 2: there is no 'text'"),
+        ('{"text": "a"}\n{"text": null}\n', "line 2: 'text' is null"),
+        ('{"text": "a"}\n\n{"text": "b"}\n', "line 2: the line is empty"),
+        ('{"text": "a"}\n{"text": "b', r"line 2: not JSON: .*\(the last line is not whole"),
+        ('{"text": "a"}\n["b"]\n', "line 2: not a JSON object"),
+        ('{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: 'text' holds half of a surrogate pair at character 0"),
+        ('{"text": "a", "id": 1}\n{"text": "a", "id": 1.5}\n', "line 2: 'id' is not text or an integer"),
+        ('{"ids": [1]}\n{"ids": [1, 2.0]}\n', "line 2: 'ids' holds what is no token id"),
+        ('{"ids": [1]}\n{"ids": [true, 1]}\n', "line 2: 'ids' holds what is no token id"),
+        ('{"ids": [1]}\n{"ids": ["1"]}\n', "line 2: 'ids' holds what is no token id"),
+        ('{"ids": [1]}\n{"ids": [1e99]}\n', "line 2: 'ids' holds what is no token id"),
+        (f'{{"ids": [1]}}\n{{"ids": [{10**30}]}}\n', "line 2: 'ids' holds what is no token id"),
+        ('{"ids": [1]}\n{"ids": [2, null]}\n', "line 2, offset 1: the token id is null"),
+        ('{"ids": [1]}\n{"ids": [2, 3, -4]}\n', "line 2, offset 2: token id -4 is negative"),
+        ('{"ids": [1]}\n{"ids": [257]}\n', "line 2, offset 0: token id 257 does not fit"),
+        ('{"ids": [1]}\n' + "[" * 100_000, "line 2: not JSON"),
+        ('{"body": "a"}\n', r"x\.jsonl, line 1: not JSON Lines of documents: no key text"),
+        ("hello", r"x\.jsonl, line 1: not JSON Lines of documents: not JSON"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, lines, problem):
+    (tmp_path / "x.jsonl").write_text(lines)
+    with pytest.raises(DataError, match=problem) as caught:
+        tokens(read(tmp_path / "x.jsonl"))
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_utf8_in_a_line_are_named(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(DataError, match="line 2: not UTF-8: byte 10 is 0xff"):
+        read(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{\n  "text": "pretty-printed"\n}\n',
+        '{"version": 1}\n',
+        '{"text": 5}\n',
+        '{"text": "a",\n "more": 1}\n',
+        "{\"text\": 'a Python dict'}\n",
+        "{",
+        '{"',
+        "{color: red}",
+        '["text"]\n',
+    ],
+)
+def test_text_that_only_begins_like_json_lines_stays_text(tmp_path, text):
+    (tmp_path / "x.txt").write_text(text)
+    assert [found.text for found in read_texts([tmp_path / "x.txt"])] == [text]
+    assert pipe(text.encode(), "[t.text for t in read_texts(['-'])]") == [text]
+
+
+def test_json_lines_by_another_key_and_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "x").write_text('\ufeff{"body": "a", "text": "b"}\n{"text": "c", "body": "d"}\n\n', "utf-8")
+    assert [text.text for text in read_texts([tmp_path / "x"])] == ["b", "c"]
+    assert [text.text for text in read_texts([tmp_path / "x"], "body")] == ["a", "d"]
+
+
+def test_json_lines_are_read_as_they_come(tmp_path, monkeypatch):
+    monkeypatch.setattr("longnet_cli.data.jsonlines.BATCH_BYTES", 1)
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
+    documents = read_documents([tmp_path / "x.jsonl"], BYTES)
+    assert next(documents).read().tolist() == [97]
+    with pytest.raises(DataError, match="line 3: not JSON: Expecting value at character 8"):
+        next(documents)
+
+
+# --- documents of parts, types, tokenizers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("doc_ids", "parts", "row"),
+    [("aab", [0, 1, 0], None), ("aa", [0, 2], 1), ("aa", [1, 0], 0), ("ab", [0, 1], 1), ("aa", [0, 0], 1)],
+)
+def test_parts_must_be_consecutive(tmp_path, doc_ids, parts, row):
+    table = pa.table({"doc_id": list(doc_ids), "part": parts, "ids": [[1]] * len(parts)})
+    path = write_stream(tmp_path / "x.arrow", table, rows=1)
+    if row is None:
+        assert tokens(read(path)) == [[1, 1], [1]]
+        return
+    with pytest.raises(DataError, match=rf"x\.arrow, row {row}: part {parts[row]} of document"):
+        read(path)
+
+
+def test_a_bad_id_in_a_part_is_named_by_its_own_row(tmp_path):
+    table = pa.table({"doc_id": ["a", "a"], "ids": [[1, 2], [3, 300]]})
+    (document,) = read(write_file(tmp_path / "x.arrow", table))
+    assert document.read(0, 3).tolist() == [1, 2, 3]
+    with pytest.raises(DataError, match="row 1, offset 1: token id 300"):
+        document.read(3)
+    with pytest.raises(DataError, match="row 1, offset 1: token id 300"):
+        _ = document.n_bytes
+
+
+def test_inputs_of_different_types_are_an_error_that_names_both(tmp_path):
+    one = write_file(tmp_path / "one.arrow", token_table(pa.list_(pa.int32())))
+    two = write_stream(tmp_path / "two.arrow", token_table(pa.large_list(pa.int64())))
+    same = write_parquet(tmp_path / "same.parquet", token_table(pa.large_list(pa.int32())))
+    lines = write_lines(tmp_path / "x.jsonl", [{"ids": ids} for ids in IDS])  # JSON has one type of number
+    assert tokens(read(one, same, lines)) == IDS * 3
+    with pytest.raises(DataError, match=r"two\.arrow: its tokens are int64 and those of .*one\.arrow are int32"):
+        read(one, two)
+
+
+def test_the_eos_id_can_be_given(tmp_path):
+    flat = pa.table({"ids": pa.array([1, 2, 256, 3, 2, 4], pa.uint16())}).replace_schema_metadata(
+        {"longnet.eos_id": "3", "longnet.vocab_size": "257"}
+    )
+    path = write_file(tmp_path / "x.arrow", flat)
+    assert tokens(read(path, eos_id=2)) == [[1], [256, 3], [4]]
+    assert tokens(read(path)) == [[1, 2], [3, 2, 4]]
+    assert tokens(read(path, tokenizer=None)) == [[1, 2, 256], [2, 4]]
+    assert tokens(read(path, tokenizer=None, eos_id=70_000)) == [[1, 2, 256, 3, 2, 4]]  # past what uint16 can hold
+
+
+def test_metadata_gives_the_vocabulary_when_nothing_else_does(tmp_path):
+    for size, problem in (("200", "token id 230 does not fit a vocabulary of 200"), ("2x", "not a number")):
+        table = token_table(pa.list_(pa.int32())).replace_schema_metadata({"longnet.vocab_size": size})
+        with pytest.raises(DataError, match=problem):
+            tokens(read(write_file(tmp_path / "x.arrow", table), tokenizer=None))
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path):
+    def shard(name: str, sha: str) -> Path:
+        table = token_table(pa.list_(pa.int32())).replace_schema_metadata({"longnet.tokenizer_sha256": sha})
+        return write_file(tmp_path / name, table)
+
+    assert tokens(read(shard("own.arrow", BYTES.sha256))) == IDS
+    other = shard("other.arrow", "0123456789abcdef" * 4)
+    assert tokens(read(other, tokenizer=None)) == IDS
+    with pytest.raises(ConfigError, match=rf"other\.arrow.*by tokenizer 0123456789ab, .* {BYTES.sha256[:12]}: give"):
+        read(other)
 
 
 # --- which column ----------------------------------------------------------------------------------------------------
@@ -392,6 +608,7 @@ def test_shards_in_a_folder_are_read_alone_and_in_their_order(tmp_path):
 
 def test_a_dataset_of_splits_asks_for_one(tmp_path):
     (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "state.json").write_text("{}")
     (tmp_path / "dataset_dict.json").write_text("{}")
     with pytest.raises(ConfigError, match="train"):
         names(tmp_path)

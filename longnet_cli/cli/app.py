@@ -14,6 +14,7 @@ import typer
 
 from longnet_cli import __version__
 from longnet_cli.cli.bench import bench
+from longnet_cli.cli.data import data
 from longnet_cli.cli.encode import encode
 from longnet_cli.cli.score import score
 from longnet_cli.cli.tokenize import tokenize
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(data)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,110 +1,85 @@
-"""What is in a file: Arrow IPC file or stream, Parquet, or UTF-8 text, seen from its first 8 bytes, never its name.
+"""What is in a file: Arrow IPC file or stream, Parquet, JSON Lines or UTF-8 text, seen from its bytes, not its name.
 
 A new format is one more case in `open_source`. Every failure is one line that names the file and the batch.
 """
 
+import io
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 
 from longnet_cli.data.inputs import Source, sniff
+from longnet_cli.data.jsonlines import open_json_lines
+from longnet_cli.data.tables import Pipe, Table, Text, reading
 from longnet_cli.errors import DataError
 
 PARQUET_BATCH_BYTES = 64 << 20
+INDEX_BYTES = 256 << 20  # an Arrow file's index is smaller: it takes 24 bytes a batch
+MAGIC = b"ARROW1\0\0"
+REMOTE_BUFFER = 8 << 20  # bytes of one request to a store
 
 
-@dataclass(frozen=True)
-class Text:
-    """A document as text; `where` is "file" or "file, row 3" (rows count from 0)."""
+def open_source(source: Source, column: str | None = None) -> Text | Table:
+    """Open one input; `column` is the one asked for, by which JSON Lines of other keys are known as such.
 
-    doc_id: str
-    text: str
-    where: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """An opened Arrow or Parquet input; `read` yields batches that hold at least the columns it is given."""
-
-    name: str
-    where: str
-    schema: pa.Schema
-    read: Callable[[list[str]], Iterator[pa.RecordBatch]]
-
-
-def open_source(source: Source) -> Text | Table:
+    Raises DataError for what is missing, empty, damaged, or neither a table nor UTF-8 text.
+    """
     if source.path is None:
-        return _open_pipe(source, sys.stdin.buffer)
+        return _open_pipe(source, sys.stdin.buffer, column)
+    if source.filesystem is not None:
+        from longnet_cli.data.remote import open_remote  # 20 ms that local input need not pay
+
+        return _open_file(source, open_remote(source), None, column)
     with reading(source.where):
-        if not source.path.is_file():  # a named pipe, or the shell's <(command)
-            return _open_pipe(source, open(source.path, "rb"))
-        with open(source.path, "rb") as opened:
-            kind = sniff(opened.peek(8))
-            if kind == "text":
-                return _decode(source, opened.read())
+        # A named pipe, the shell's <(command), or a file of the kernel's (/proc), whose size is 0.
+        if not source.path.is_file() or source.path.stat().st_size == 0:
+            return _open_pipe(source, open(source.path, "rb"), column)
+        file = pa.memory_map(str(source.path))
+        mapped = file.read_buffer()
+        file.seek(0)
+    return _open_file(source, file, mapped, column)
+
+
+def _open_file(source: Source, file: Any, mapped: pa.Buffer | None, column: str | None) -> Text | Table:
+    """`file` is a pyarrow file that can seek, `mapped` its memory where it is mapped."""
+    with reading(source.where):
+        kind = sniff(file.read(8))
+        file.seek(0)
+        if kind == "text":
+            return _open_text(source, Pipe(io.BufferedReader(file)), column)
         if kind == "parquet":
-            return _open_parquet(source, str(source.path))
-        mapped = pa.memory_map(str(source.path))
-        if kind == "stream":
-            return _open_stream(source, mapped)
-        reader = ipc.open_file(mapped)
-    return Table(source.name, source.where, reader.schema, lambda columns: _file_batches(reader, source.where))
+            return _open_parquet(source, file)
+        index = ipc.open_file(file) if kind == "file" else None
+        stream = file if mapped else Pipe(pa.BufferedInputStream(file, REMOTE_BUFFER))
+        if index:
+            file.seek(8)
+        return _open_stream(source, stream, kind, mapped, index)
 
 
-def _open_pipe(source: Source, raw: Any) -> Text | Table:
-    pipe = _Pipe(raw)
+def _open_pipe(source: Source, raw: Any, column: str | None) -> Text | Table:
+    pipe = Pipe(raw)
     with reading(source.where):
         kind = sniff(pipe.peek(8))
         if kind == "text":
-            return _decode(source, pipe.read())
+            return _open_text(source, pipe, column)
         if kind == "parquet":  # its index is at its end
             return _open_parquet(source, pa.BufferReader(pipe.read()))
-        if kind == "file":  # after its magic, an IPC file is a stream and then an index
+        if kind == "file":
             pipe.read(8)
-        return _open_stream(source, pipe, index_follows=kind == "file")
+        return _open_stream(source, pipe, kind)
 
 
-class _Pipe:
-    """A pipe as a file object for pyarrow, which takes a short read for the end of the data: these reads are whole."""
-
-    closed = False
-
-    def __init__(self, raw: Any) -> None:
-        self._raw = raw
-        self._head = b""
-        self._position = 0
-
-    def peek(self, size: int) -> bytes:
-        """The first bytes, fewer only at the end; they stay in the pipe."""
-        self._head = self.read(size)
-        self._position = 0
-        return self._head
-
-    def read(self, size: int = -1) -> bytes:
-        wanted = sys.maxsize if size is None or size < 0 else size
-        parts = [self._head[:wanted]] if self._head else []
-        self._head = self._head[wanted:]
-        missing = wanted - sum(map(len, parts))
-        while missing and (part := self._raw.read(min(missing, 1 << 30))):
-            parts.append(part)
-            missing -= len(part)
-        self._position += wanted - missing
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def tell(self) -> int:
-        return self._position
-
-    def readable(self) -> bool:
-        return True
-
-
-def _decode(source: Source, data: bytes) -> Text:
-    """A text file is one document, byte for byte: no newline translation, no normalisation."""
+def _open_text(source: Source, pipe: Pipe, column: str | None) -> Text | Table:
+    """JSON Lines, or else one document, byte for byte: no newline translation, no normalisation."""
+    table = open_json_lines(source, pipe, column)
+    if table:
+        return table
+    data = pipe.read()
     if not data:
         raise DataError(f"{source.where}: the file is empty (0 bytes)")
     bad = data.find(b"\0")
@@ -118,71 +93,120 @@ def _decode(source: Source, data: bytes) -> Text:
     )
 
 
-def _file_batches(reader: "ipc.RecordBatchFileReader", where: str) -> Iterator[pa.RecordBatch]:
-    for index in range(reader.num_record_batches):
-        with reading(f"{where}, batch {index}"):
-            batch = reader.get_batch(index)
-        yield batch
+def _open_stream(
+    source: Source,
+    stream: Any,
+    kind: str,
+    mapped: pa.Buffer | None = None,
+    index: "ipc.RecordBatchFileReader | None" = None,
+) -> Table:
+    """An Arrow stream, or the stream that an IPC file is between its magic and its index.
 
-
-def _open_stream(source: Source, stream: Any, *, index_follows: bool = False) -> Table:
+    Files are read as streams too: an index that lost or repeats a batch would be believed, but the stream tells.
+    """
     where = source.where
     reader = ipc.open_stream(stream)
+    _check_names(reader.schema)
+    if index is not None and not index.schema.equals(reader.schema, check_metadata=True):
+        raise DataError(f"{where}: the data is damaged or truncated (the file has two different schemas)")
 
     def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
-        index = 0
+        count = 0
         while True:
-            before = stream.tell()
-            with reading(f"{where}, batch {index}"):
+            with reading(f"{where}, batch {count}"):
+                before = stream.tell()
                 try:
                     batch = reader.read_next_batch()
                 except StopIteration:
                     break
+                _refuse_overlap(batch)
             yield batch
-            index += 1
+            count += 1
         # pyarrow takes the end of the data for the end of the stream. Only a marker tells the two apart.
-        if stream.tell() == before:
-            raise DataError(f"{where}: truncated after {index} batches: the end-of-stream marker is missing")
-        tail = stream.read(8)
-        if index_follows:
-            while piece := stream.read(1 << 20):
-                tail = (tail + piece)[-8:]
+        with reading(where):
+            if stream.tell() == before:
+                raise DataError(f"{where}: truncated after {count} batches: the end-of-stream marker is missing")
+            tail = stream.read(1 if kind == "stream" else INDEX_BYTES)
+            if kind == "stream":
+                if tail:
+                    raise DataError(f"{where}: more data follows the end of the Arrow stream; give one stream a file")
+                return
             if not tail.endswith(b"ARROW1"):
                 raise DataError(f"{where}: truncated: the index at the end of the Arrow file is missing")
-        elif tail:
-            raise DataError(f"{where}: more data follows the end of the Arrow stream; give one stream a file")
+            index_size = int.from_bytes(tail[-10:-6], "little")  # it stands before the magic
+            if not 0 <= len(tail) - 10 - index_size < 64:
+                raise DataError(f"{where}: more data follows the end of the Arrow file; give one file at a time")
+            listed = (index or ipc.open_file(pa.BufferReader(MAGIC + tail))).num_record_batches
+        if listed != count:
+            raise DataError(
+                f"{where}: the data is damaged or truncated ({count} batches were read, and its index lists {listed})"
+            )
 
-    return Table(source.name, where, reader.schema, batches)
+    return Table(source.name, where, reader.schema, batches, f"Arrow IPC {kind}", mapped)
 
 
-def _open_parquet(source: Source, place: Any) -> Table:
+def _check_names(schema: pa.Schema) -> None:
+    """UnicodeDecodeError, which would else come when somebody looks at it, for a name that is not UTF-8."""
+    _ = schema.names
+
+
+def _refuse_overlap(batch: pa.RecordBatch) -> None:
+    """ValueError when two buffers share memory: one of their places in the file is wrong, and Arrow believes it."""
+    places = [
+        (buffer.address, buffer.size)
+        for column in batch.columns
+        for buffer in column.buffers()
+        if buffer is not None and buffer.size
+    ]
+    places.sort()
+    for (address, size), (following, _) in pairwise(places):
+        if address + size > following:
+            raise ValueError("two buffers overlap")
+
+
+def _open_parquet(source: Source, file: Any) -> Table:
     import pyarrow.parquet as pq  # 30 ms that Arrow input need not pay
 
-    file = pq.ParquetFile(place, memory_map=isinstance(place, str))
-    group_bytes = [file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups)]
-    rows = max(1, PARQUET_BATCH_BYTES * file.metadata.num_rows // max(1, sum(group_bytes)))
+    parquet = pq.ParquetFile(file, page_checksum_verification=True)
+    _check_names(parquet.schema_arrow)
+    metadata = parquet.metadata
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    if sum(group.num_rows for group in groups) != metadata.num_rows:
+        raise DataError(f"{source.where}: the data is damaged or truncated (its row groups do not add up)")
+    rows = max(1, PARQUET_BATCH_BYTES * metadata.num_rows // max(1, sum(group.total_byte_size for group in groups)))
 
     def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
-        reader = file.iter_batches(batch_size=rows, columns=columns)
-        index = 0
+        reader = parquet.iter_batches(batch_size=rows, columns=columns)
+        index = seen = values = 0
         while True:
             with reading(f"{source.where}, batch {index}"):
                 batch = next(reader, None)
-            if batch is None:
-                return
+                if batch is None:
+                    break
+                values += _leaf_values(batch.column(columns[0]))
             yield batch
             index += 1
+            seen += batch.num_rows
+        leaves = [leaf for leaf in range(metadata.num_columns) if _root(metadata.schema.column(leaf)) == columns[0]]
+        expected = sum(group.column(leaves[0]).num_values for group in groups)
+        # A page that is damaged may hold fewer values than its column says, which Parquet's reader does not mind.
+        if (seen, values) != (metadata.num_rows, expected):
+            raise DataError(
+                f"{source.where}: truncated: {seen} rows of {values} values, of the {metadata.num_rows} rows of "
+                f"{expected} that it should hold"
+            )
 
-    return Table(source.name, source.where, file.schema_arrow, batches)
+    return Table(source.name, source.where, parquet.schema_arrow, batches, "Parquet")
 
 
-@contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Turn what pyarrow or the system says about an input into one line that names it."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
-            raise DataError(f"{what}: {error.strerror}") from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{what}: the data is damaged or truncated ({reason})") from error
+def _root(column: Any) -> str:
+    """The column of a table that a column of Parquet (`input_ids.list.element`) belongs to."""
+    name, *nested = column.path.split(".")
+    return name if nested and column.max_repetition_level else column.path
+
+
+def _leaf_values(column: pa.Array) -> int:
+    """How many values Parquet counts in a column: an empty or missing list is one of them."""
+    if not pa.types.is_nested(column.type):
+        return len(column)
+    return pc.sum(pc.max_element_wise(pc.list_value_length(column), 1)).as_py() or 0

@@ -7,47 +7,63 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from longnet_cli.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
 SHARD_SUFFIXES = (".arrow", ".feather", ".parquet")
+JSON_SUFFIXES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file to read, or stdin where `path` is None. `name` becomes the doc_id, `where` goes into messages."""
+    """One file to read, or stdin where `path` is None. `name` becomes the doc_id, `where` goes into messages.
+
+    `filesystem` is where the path is, None on this machine.
+    """
 
     path: Path | None
     name: str
     where: str
+    filesystem: "FileSystem | None" = None
 
 
 def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
-    """Expand folders, globs and lists into files; a name that occurs twice becomes the whole path."""
+    """Expand folders, globs, lists and URIs into files; a name that occurs twice becomes the whole path."""
     if not inputs:
         raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
     if sum(str(item) == "-" for item in inputs) > 1:
         raise ConfigError("stdin (-) can be read only once")
     found = [source for item in inputs for source in _expand(str(item), in_list=False)]
     times = Counter(source.name for source in found)
-    return [source if times[source.name] == 1 else Source(source.path, source.where, source.where) for source in found]
+    return [source if times[source.name] == 1 else replace(source, name=source.where) for source in found]
 
 
 def _expand(item: str, *, in_list: bool) -> list[Source]:
+    if item.startswith("file://"):
+        item, in_list = unquote(item.removeprefix("file://")), True  # the URI of a name with @ is no list
+    elif re.match(r"[a-z][a-z0-9+.-]*://", item):
+        from longnet_cli.data.remote import find_remote  # 20 ms that local input need not pay
+
+        return find_remote(item)
     path = Path(item)
     if item == "-":
         return [_stdin_source()]
     if path.is_dir():
-        return [Source(file, file.relative_to(path).as_posix(), str(file)) for file in _folder_files(path)]
+        return [Source(path / name, name, str(path / name)) for name in _folder_files(path)]
     if path.exists():
         return [Source(path, path.name, item)]
     if item.startswith("@") and not in_list:
         return _list_sources(Path(item[1:]))
     if glob.has_magic(item):
-        files = sorted((match for match in glob.glob(item, recursive=True) if os.path.isfile(match)), key=_natural)
+        files = sorted((match for match in glob.glob(item, recursive=True) if os.path.isfile(match)), key=natural_order)
         if files:
             return [Source(Path(file), Path(file).name, file) for file in files]
         raise DataError(f"{item}: no file matches")
@@ -76,46 +92,66 @@ def _list_sources(path: Path) -> list[Source]:
     return [source for item in items for source in _expand(item, in_list=True)]
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    """The shards of a data set in its own order, or else every text file below the folder, naturally sorted."""
-    state = folder / "state.json"
-    if state.exists():  # written by `datasets.save_to_disk`, beside caches that are no part of it
+def _folder_files(folder: Path) -> list[str]:
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        found += [Path(root, name) for name in names]
+
+    def read(name: str, size: int | None) -> bytes:
         try:
-            shards = [folder / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+            with open(folder / name, "rb") as file:
+                return file.read(size)
+        except OSError as error:
+            raise DataError(f"{folder / name}: {error.strerror}") from error
+
+    names = [file.relative_to(folder).as_posix() for file in found if file.is_file()]
+    return choose_files(str(folder), names, read)
+
+
+def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> list[str]:
+    """Of all files below a folder the shards of a data set in its own order, or else every text, naturally sorted.
+
+    `names` are relative paths; `read(name, size)` gives a file's first bytes, all of them for None. Raises DataError
+    when nothing is readable or a shard is missing, ConfigError for a data set of several splits.
+    """
+    if "state.json" in names:  # written by `datasets.save_to_disk`, beside caches that are no part of it
+        try:
+            shards = [str(entry["filename"]) for entry in json.loads(read("state.json", None))["_data_files"]]
         except (ValueError, KeyError, TypeError):
             shards = []
-        missing = next((shard for shard in shards if not shard.exists()), None)
+        missing = next((shard for shard in shards if shard not in names), None)
         if missing:
-            raise DataError(f"{missing}: no such file, but {state} lists it")
+            raise DataError(f"{folder}/{missing}: no such file, but {folder}/state.json lists it")
         if shards:
             return shards
-    if (folder / "dataset_dict.json").exists():
-        splits = ", ".join(sorted(str(child) for child in folder.iterdir() if child.is_dir()))
-        raise ConfigError(f"{folder} holds several splits of a data set: name one of {splits}")
-    files = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
-        files += [Path(root, name) for name in names if not name.startswith(".")]
-    files = sorted((file for file in files if file.is_file()), key=lambda file: _natural(file.as_posix()))
-    shards = [file for file in files if file.suffix in SHARD_SUFFIXES]
-    shards = [shard for shard in shards if shard.parent == folder] or shards
-    chosen = shards or [file for file in files if _looks_like_text(file)]
+    if "dataset_dict.json" in names:
+        splits = sorted({name.split("/")[0] for name in names if "/" in name})
+        raise ConfigError(
+            f"{folder} holds several splits of a data set: name one of {', '.join(f'{folder}/{s}' for s in splits)}"
+        )
+    shown = (name for name in names if not any(map(_is_hidden, name.split("/"))))
+    files = sorted(shown, key=natural_order)
+    for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
+        shards = [file for file in files if file.endswith(suffixes)]
+        if shards:
+            return [shard for shard in shards if "/" not in shard] or shards
+    chosen = [file for file in files if _looks_like_text(read(file, 8192))]
     if not chosen:
-        raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet or text files)")
+        raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines or text files)")
     return chosen
 
 
-def _looks_like_text(file: Path) -> bool:
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
+
+
+def _looks_like_text(head: bytes) -> bool:
     """Whether a file met in a folder is worth opening: images and empty `__init__.py` files are passed over."""
-    try:
-        with file.open("rb") as opened:
-            head = opened.read(8192)
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from error
     return bool(head) and (b"\0" not in head or sniff(head) != "text")
 
 
-def _natural(name: str) -> list[str | int]:
+def natural_order(name: str) -> list[str | int]:
     """Sort key that puts part-2 before part-10."""
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
 

@@ -1,0 +1,92 @@
+"""`longnet data inspect`: what is in files, and what is wrong with them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from longnet_cli.cli.options import ColumnOption, Inputs, QuietOption
+from longnet_cli.cli.output import emit_json
+from longnet_cli.cli.progress import progress
+
+if TYPE_CHECKING:
+    from longnet_cli.inspecting import Inspection
+
+Format = Literal["text", "json"]
+BAR = 40  # characters of the longest bar
+
+data = typer.Typer(name="data", no_args_is_help=True, help="Look at data before a model does.")
+
+
+@data.callback()
+def group() -> None:
+    """Look at data before a model does."""
+
+
+@data.command()
+def inspect(
+    inputs: Inputs,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="bytes|FILE",
+            help="Check the ids against a tokenizer.json, and count text in its tokens.",
+            show_default="text counts a token a byte",
+        ),
+    ] = None,
+    column: ColumnOption = None,
+    format: Annotated[Format, typer.Option("--format", help="A table to read, or one JSON value.")] = "text",
+    quiet: QuietOption = False,
+) -> None:
+    """Count documents and tokens, and find everything that is wrong: exit code 3 when something is."""
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.errors import DataError
+    from longnet_cli.inspecting import inspect as run
+
+    words = Tokenizer.load(tokenizer) if tokenizer else None
+    with progress("inspecting", total=None, quiet=quiet) as advance:
+        found = run(inputs, words, column=column, on_progress=advance)
+    if format == "json":
+        emit_json(found.as_dict())
+    else:
+        _print(found)
+    if found.num_problems:
+        plural = "s" * (found.num_problems > 1)
+        raise DataError(f"{found.num_problems} problem{plural}, the first: {found.problems[0]}")
+
+
+def _print(found: Inspection) -> None:
+    def row(name: str, value: object) -> None:
+        print(f"{name:<12} {'-' if value is None else value}")
+
+    row("documents", found.documents)
+    row("tokens", found.tokens)
+    row("bytes", found.n_bytes)
+    if found.documents:
+        row("length", ", ".join(f"{name} {value:.10g}" for name, value in found.length().items()))
+    row("ids", None if found.low is None else f"{found.low} .. {found.high}")
+    row("formats", _counts(found.formats))
+    row("token types", _counts(found.token_types))
+    for key, values in found.metadata.items():
+        row(key, _counts(values))
+    histogram = found.histogram()
+    most = max((count for _, _, count in histogram), default=0)
+    if histogram:
+        print(f"\n{'tokens':>27} {'documents':>12}")
+    for low, high, count in histogram:
+        between = f"{low} .. {high}" if low < high else str(low)
+        print(f"{between:>27} {count:>12} {'#' * math.ceil(BAR * count / most)}".rstrip())
+    print()
+    for problem in found.problems:
+        print(f"problem: {problem}")
+    if found.num_problems > len(found.problems):
+        print(f"... and {found.num_problems - len(found.problems)} more")
+    if not found.num_problems:
+        print("no problems found")
+
+
+def _counts(values: dict[str, int]) -> str | None:
+    return ", ".join(f"{value} ({count} file{'s' * (count > 1)})" for value, count in values.items()) or None

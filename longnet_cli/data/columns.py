@@ -1,0 +1,77 @@
+"""Which column of a table holds the documents, and of what type their tokens are."""
+
+import pyarrow as pa
+
+from longnet_cli.data.tables import TOKEN_COLUMNS, Table
+from longnet_cli.errors import ConfigError, DataError
+
+INTEGERS = (
+    *(pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()),
+    *(pa.int8(), pa.int16(), pa.int32(), pa.int64()),
+)
+TEXTS = (pa.string(), pa.large_string())
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return lists and kind.value_type in INTEGERS
+
+
+def choose_column(table: Table, column: str | None, *, text_only: bool = False) -> str:
+    """The column of documents: the one asked for, else the one list of ids, else the one flat or text column.
+
+    Raises ConfigError, listing the columns, when none or several would do.
+    """
+
+    def refuse(problem: str) -> ConfigError:
+        columns = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
+        return ConfigError(f"{table.where}: {problem}; its columns are {columns}")
+
+    kinds = {field.name: field.type for field in table.schema}
+    if column is not None:
+        if column not in kinds:
+            raise refuse(f"there is no column {column!r}")
+        kind = kinds[column]
+        if kind in TEXTS or (not text_only and (kind in INTEGERS or _is_list(kind))):
+            return column
+        raise refuse(f"column {column!r} does not hold {'text' if text_only else 'token ids or text'}")
+    flat = ["text"] if kinds.get("text") in TEXTS else []
+    lists: list[str] = []
+    if not text_only:
+        lists = [name for name in TOKEN_COLUMNS if name in kinds and _is_list(kinds[name])]
+        flat += [name for name in TOKEN_COLUMNS if kinds.get(name) in INTEGERS]
+    found = lists or flat
+    if len(found) > 1:
+        raise refuse(f"several columns may hold the documents ({', '.join(found)}): choose one (--column)")
+    if not found:
+        names = "text" if text_only else f"{', '.join(TOKEN_COLUMNS)} or text"
+        raise refuse(f"no column named {names} of a fitting type: choose one (--column)")
+    return found[0]
+
+
+class TokenTypes:
+    """That all inputs hold one type of token: int32 beside int64 is mostly two tokenizers, or a mistake."""
+
+    def __init__(self) -> None:
+        self.first: tuple[str, pa.DataType] | None = None
+
+    def check(self, table: Table, column: str) -> None:
+        """DataError when another input had another type; text has none."""
+        kind = token_type(table, column)
+        if kind is None or not table.typed:
+            return
+        self.first = self.first or (table.where, kind)
+        where, expected = self.first
+        if kind != expected:
+            raise DataError(
+                f"{table.where}: its tokens are {kind} and those of {where} are {expected}: are they of one data set? "
+                "if so, write them again with one type"
+            )
+
+
+def token_type(table: Table, column: str) -> pa.DataType | None:
+    """The type of the ids in a column, None for text."""
+    kind = table.schema.field(column).type
+    if kind in TEXTS:
+        return None
+    return kind.value_type if _is_list(kind) else kind

@@ -1,0 +1,97 @@
+"""Inputs in a store: `s3://`, `gs://`, `hf://` and whatever else pyarrow or fsspec can reach."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.fs as fs
+
+from longnet_cli.data.inputs import Source, choose_files, natural_order
+from longnet_cli.data.tables import one_line
+from longnet_cli.errors import ConfigError, DataError
+
+
+def connect(uri: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a URI and the path on it: pyarrow's own, else fsspec's.
+
+    Raises ConfigError when neither knows the scheme, saying what to install.
+    """
+    try:
+        return fs.FileSystem.from_uri(quote(uri, safe=":/?#&=@%+,;~!$'()*"))
+    except (pa.ArrowInvalid, NotImplementedError, ImportError):
+        pass  # a scheme that pyarrow does not know, or was built without
+    scheme = uri.partition("://")[0]
+    try:
+        from fsspec.core import url_to_fs
+
+        filesystem, path = url_to_fs(uri)
+    except ImportError as error:
+        raise ConfigError(f"{uri}: {scheme}:// needs a package: pip install fsspec ({one_line(error)})") from error
+    except ValueError as error:
+        raise ConfigError(f"{uri}: no filesystem is known for {scheme}:// ({one_line(error)})") from error
+    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+
+
+def find_remote(uri: str) -> list[Source]:
+    """The files that a URI names: one, those of a folder (as in a local folder), or those that a * or ** matches."""
+    address, _, query = uri.partition("?")
+    magic = re.search(r"[^/]*[*]", address)
+    base = address[: magic.start()].rstrip("/") if magic else address
+    with _telling(uri):
+        filesystem, path = connect(f"{base}?{query}" if query else base)
+        info = filesystem.get_file_info(path)
+        if info.type == fs.FileType.File and not magic:
+            return [Source(Path(path), info.base_name, address, filesystem)]
+        found = _files_below(filesystem, path) if info.type == fs.FileType.Directory else []
+
+        def read(name: str, size: int | None) -> bytes:
+            with filesystem.open_input_stream(f"{path}/{name}") as file:
+                return bytes(file.read(size))
+
+        if magic:
+            matches = _glob(address[magic.start() :])
+            names = sorted((name for name in found if matches.fullmatch(name)), key=natural_order)
+            if not names:
+                raise DataError(f"{uri}: no file matches")
+        elif found:
+            names = choose_files(base.rstrip("/"), found, read)
+        else:
+            raise DataError(f"{uri}: no such file or folder")
+    return [Source(Path(path, name), name, f"{base.rstrip('/')}/{name}", filesystem) for name in names]
+
+
+def open_remote(source: Source) -> Any:
+    """The file of a source, which can seek."""
+    assert source.filesystem is not None
+    with _telling(source.where):
+        return source.filesystem.open_input_file(str(source.path))
+
+
+def _files_below(filesystem: fs.FileSystem, path: str) -> list[str]:
+    """The names of all files below a folder, relative to it."""
+    entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    names = [entry.path for entry in entries if entry.type == fs.FileType.File]
+    root = path.strip("/") + "/" if path.strip("/") else ""
+    return [name.lstrip("/")[len(root) :] for name in names]
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """* stands for anything in one name, ** for any folders."""
+    rules = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*"}
+    pieces = re.split(r"(\*\*/|\*\*|\*)", pattern)
+    return re.compile("".join(rules.get(piece) or re.escape(piece) for piece in pieces))
+
+
+@contextmanager
+def _telling(uri: str) -> Iterator[None]:
+    """One line for whatever goes wrong between here and a store; its libraries raise exceptions of many kinds."""
+    try:
+        yield
+    except (ConfigError, DataError):
+        raise
+    except Exception as error:
+        raise DataError(f"{uri}: cannot read: {one_line(error)}") from error

@@ -1,0 +1,185 @@
+"""The `inspect` job: what is in files of tokens or text, and everything that is wrong with them."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longnet_cli.data.columns import TokenTypes, choose_column, token_type
+from longnet_cli.data.documents import BLOCK, Document
+from longnet_cli.data.formats import open_source
+from longnet_cli.data.inputs import Source, find_sources
+from longnet_cli.data.sources import documents_of
+from longnet_cli.data.tables import Text
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.errors import ConfigError, LongNetError
+
+MAX_PROBLEMS = 1000  # whose lines are kept
+
+
+@dataclass
+class Inspection:
+    """What the good documents hold, and a line for each problem (the first MAX_PROBLEMS of `num_problems`).
+
+    `n_bytes` counts UTF-8 bytes, None where unknown; `low` and `high` are the smallest and largest id. `lengths` counts
+    documents by their tokens: it has at most sqrt(2 x tokens) entries, so memory stays small. `formats`, `token_types`
+    and `metadata` (the files' `longnet.*` keys, each with its values) count files.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    n_bytes: int | None = 0
+    low: int | None = None
+    high: int | None = None
+    lengths: Counter[int] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    token_types: Counter[str] = field(default_factory=Counter)
+    metadata: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    problems: list[str] = field(default_factory=list)
+    num_problems: int = 0
+
+    def length(self) -> dict[str, float | None]:
+        """min, mean, median and max tokens of a document; None without documents."""
+        if not self.documents:
+            return dict.fromkeys(("min", "mean", "median", "max"))
+        ordered = sorted(self.lengths)
+        middle = [(self.documents - 1) // 2, self.documents // 2]
+        medians: list[int] = []
+        before = 0
+        for length in ordered:
+            before += self.lengths[length]
+            while len(medians) < 2 and middle[len(medians)] < before:
+                medians.append(length)
+        return {
+            "min": ordered[0],
+            "mean": round(self.tokens / self.documents, 3),
+            "median": sum(medians) / 2,
+            "max": ordered[-1],
+        }
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """(first, last, documents): how many have first..last tokens, for 0, 1, 2..3, 4..7, ... up to the longest."""
+        buckets = Counter[int]()
+        for length, count in self.lengths.items():
+            buckets[length.bit_length()] += count
+        first = min(buckets, default=0)
+        last = max(buckets, default=-1)
+        return [((1 << bits) // 2, max((1 << bits) - 1, 0), buckets[bits]) for bits in range(first, last + 1)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of the machine format."""
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "n_bytes": self.n_bytes,
+            "length": self.length(),
+            "histogram": [{"from": low, "to": high, "documents": count} for low, high, count in self.histogram()],
+            "ids": {"min": self.low, "max": self.high},
+            "formats": dict(self.formats),
+            "token_types": dict(self.token_types),
+            "metadata": {key: dict(values) for key, values in self.metadata.items()},
+            "n_problems": self.num_problems,
+            "problems": self.problems,
+        }
+
+
+def inspect(
+    inputs: Sequence[str | Path],
+    tokenizer: Tokenizer | None = None,
+    *,
+    column: str | None = None,
+    vocab_size: int | None = None,
+    eos_id: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Inspection:
+    """Read every document of every input; a problem ends its document or its file, never the inspection.
+
+    `tokenizer`, `vocab_size` and `eos_id` are as for `read_documents`. Text without a tokenizer counts a token a byte.
+    `on_progress` gets the tokens of each document. Raises ConfigError when no input is named.
+    """
+    if not inputs:
+        raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
+    found = Inspection()
+    types = TokenTypes()
+    for item in inputs:
+        sources: list[Source] = []
+        with _noting(found):
+            sources = find_sources([item])
+        for source in sources:
+            with _noting(found):
+                for document in _open(found, source, types, tokenizer, column, vocab_size, eos_id):
+                    with _noting(found):
+                        _count(found, document)
+                        if on_progress:
+                            on_progress(len(document))
+    if not found.documents:
+        found.n_bytes = None
+    return found
+
+
+def _open(
+    found: Inspection,
+    source: Source,
+    types: TokenTypes,
+    tokenizer: Tokenizer | None,
+    column: str | None,
+    vocab_size: int | None,
+    eos_id: int | None,
+) -> Iterator[Document]:
+    """Note what kind of file a source is; yield its documents."""
+    opened = open_source(source, column)
+    kind = None
+    if isinstance(opened, Text):
+        found.formats["text"] += 1
+    else:
+        found.formats[opened.format] += 1
+        _note_metadata(found, opened.where, opened.schema.metadata or {})
+        name = choose_column(opened, column)
+        kind = token_type(opened, name)
+        found.token_types[str(kind or "text")] += 1
+        with _noting(found):
+            types.check(opened, name)
+    words = tokenizer if tokenizer or kind is not None else Tokenizer.bytes()
+    yield from documents_of(opened, words, column=column, vocab_size=vocab_size, eos_id=eos_id)
+
+
+def _note_metadata(found: Inspection, where: str, metadata: dict[bytes, bytes]) -> None:
+    for key, value in metadata.items():
+        if key.startswith(b"longnet."):
+            found.metadata[key.decode("utf-8", "replace")][value.decode("utf-8", "replace")] += 1
+    written = metadata.get(b"longnet.tokenizer_sha256")
+    if written:
+        first, own = next(iter(found.metadata["longnet.tokenizer_sha256"])), written.decode("utf-8", "replace")
+        with _noting(found):
+            if own != first:
+                raise ConfigError(f"{where}: its tokens were made by tokenizer {own[:12]}, the first by {first[:12]}")
+
+
+def _count(found: Inspection, document: Document) -> None:
+    """Add a document that is good from end to end."""
+    low, high = math.inf, -math.inf
+    for start in range(0, len(document), BLOCK):
+        ids = document.read(start, start + BLOCK)
+        low, high = min(low, ids.min()), max(high, ids.max())
+    n_bytes = document.n_bytes
+    found.documents += 1
+    found.tokens += len(document)
+    found.lengths[len(document)] += 1
+    found.n_bytes = None if n_bytes is None or found.n_bytes is None else found.n_bytes + n_bytes
+    if len(document):
+        found.low = int(low if found.low is None else min(low, found.low))
+        found.high = int(high if found.high is None else max(high, found.high))
+
+
+@contextmanager
+def _noting(found: Inspection) -> Iterator[None]:
+    """Note what is wrong instead of stopping."""
+    try:
+        yield
+    except LongNetError as error:
+        found.num_problems += 1
+        if len(found.problems) < MAX_PROBLEMS:
+            found.problems.append(" ".join(str(error).split()))

@@ -1,0 +1,180 @@
+"""Proves that inputs in a store are read like local ones: URIs, folders, globs, every format, one line for a failure.
+
+The store is a local folder behind a pyarrow filesystem; marked slow, a real S3 server on the loopback.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as fs
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+import pytest
+
+from longnet_cli.data import remote
+from longnet_cli.data.inputs import find_sources
+from longnet_cli.data.sources import read_documents
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.errors import ConfigError, DataError, LongNetError
+
+IDS = [[104, 105], [1, 2, 3], [255]]
+TABLE = pa.table({"input_ids": pa.array(IDS, pa.large_list(pa.int32()))})
+
+
+def fill(filesystem: fs.FileSystem, folder: str) -> None:
+    """Shards of every kind, a hidden file, and a folder of text."""
+    for name in (
+        "deep/part-10.arrow",
+        "part-2.arrow",
+        "part-10.arrow",
+        "stream.arrow",
+        "x.parquet",
+        "y.jsonl",
+        "text/a b.txt",
+    ):
+        filesystem.create_dir(str(Path(folder, name).parent), recursive=True)
+        with filesystem.open_output_stream(f"{folder}/{name}") as file:
+            if name.endswith("parquet"):
+                pq.write_table(TABLE, file)
+            elif name.endswith("jsonl"):
+                file.write(b"".join(b'{"input_ids": %s}\n' % str(ids).encode() for ids in IDS))
+            elif name.endswith("txt"):
+                file.write(b"hi")
+            else:
+                with (ipc.new_stream if "stream" in name else ipc.new_file)(file, TABLE.schema) as writer:
+                    writer.write_table(TABLE, max_chunksize=2)
+    with filesystem.open_output_stream(f"{folder}/part-3.arrow.tmp") as file:
+        file.write(b"half")
+
+
+def read(*uris: str, tokenizer: Tokenizer | None = None) -> list[list[int]]:
+    return [document.read().tolist() for document in read_documents(uris, tokenizer)]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that `store://` URIs name, as a filesystem of another kind than local files."""
+    filesystem = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    fill(filesystem, "bucket")
+
+    def connect(uri: str) -> tuple[fs.FileSystem, str]:
+        return filesystem, uri.removeprefix("store://").partition("?")[0]
+
+    monkeypatch.setattr(remote, "connect", connect)
+    return tmp_path / "bucket"
+
+
+@pytest.mark.parametrize("name", ["part-2.arrow", "stream.arrow", "x.parquet", "y.jsonl", "deep/part-10.arrow"])
+def test_every_format_is_read_from_a_store(store, name):
+    assert read(f"store://bucket/{name}") == IDS
+
+
+def test_text_and_names_with_spaces(store):
+    assert read("store://bucket/text/a b.txt", tokenizer=Tokenizer.bytes()) == [[104, 105]]
+
+
+def test_folders_and_globs_are_as_on_a_disk(store):
+    names = ["part-2.arrow", "part-10.arrow", "stream.arrow", "x.parquet"]
+    found = find_sources(["store://bucket/"])
+    assert [source.name for source in found] == names == [source.name for source in find_sources([store])]
+    assert found[0].where == "store://bucket/part-2.arrow"
+    assert [source.name for source in find_sources(["store://bucket/p*.arrow?region=x"])] == names[:2]
+    assert len(find_sources(["store://bucket/**/*.arrow"])) == 4
+    assert read("store://bucket/part*.arrow") == IDS * 2
+
+
+def test_a_failure_is_one_line_that_names_the_uri(store):
+    (store / "bad.arrow").write_bytes((store / "part-2.arrow").read_bytes()[:-3])
+    (store / "empty.txt").touch()
+    (store / "no").mkdir()
+    for uri, problem in [
+        ("store://bucket/nope.arrow", "no such file or folder"),
+        ("store://bucket/*.csv", "no file matches"),
+        ("store://bucket/no", "no such file or folder"),
+        ("store://bucket/bad.arrow", "damaged or truncated"),
+        ("store://bucket/empty.txt", "the file is empty"),
+    ]:
+        with pytest.raises(DataError, match=problem) as caught:
+            read(uri)
+        assert str(caught.value).startswith(uri)
+        assert "\n" not in str(caught.value)
+    found = find_sources(["store://bucket/x.parquet"])
+    (store / "x.parquet").unlink()
+    with pytest.raises(DataError, match=r"^store://bucket/x.parquet: cannot read: "):
+        remote.open_remote(found[0])
+
+
+def test_file_uris_are_local_files(tmp_path):
+    folder = tmp_path / "a b"
+    fill(fs.LocalFileSystem(), str(folder))
+    uri = folder.as_uri()
+    assert "%20" in uri
+    assert read(f"{uri}/part-2.arrow") == read(f"{uri}/part-1*.arrow") == IDS
+    (source, *_) = find_sources([uri])
+    assert (source.path, source.filesystem) == (folder / "part-2.arrow", None)  # so it is mapped
+
+
+def test_what_nobody_can_reach_is_a_mistake(monkeypatch):
+    for uri in ("zz://bucket/x", "nope+more://x"):
+        with pytest.raises(ConfigError, match=r"no filesystem is known for (zz|nope\+more)://|pip install fsspec"):
+            read(uri)
+    monkeypatch.setitem(__import__("sys").modules, "fsspec.core", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match="zz://bucket/x: zz:// needs a package: pip install fsspec"):
+        read("zz://bucket/x")
+
+
+def test_fsspec_reaches_what_pyarrow_cannot():
+    memory = pytest.importorskip("fsspec", reason="fsspec is not installed").filesystem("memory")
+    fill(fs.PyFileSystem(fs.FSSpecHandler(memory)), "/bucket")
+    assert read("memory://bucket/part-2.arrow") == read("memory://bucket/x.parquet") == IDS
+    assert [source.name for source in find_sources(["memory://bucket/part*.arrow"])] == [
+        "part-2.arrow",
+        "part-10.arrow",
+    ]
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The query of s3:// URIs that lead to a server on the loopback."""
+    server: Any = pytest.importorskip("moto.server", reason="needs moto: pip install '.[s3-test]'")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    try:
+        yield f"scheme=http&endpoint_override={host}:{port}&region=us-east-1&allow_bucket_creation=true"
+    finally:
+        running.stop()
+
+
+@pytest.mark.slow
+def test_s3(s3):
+    filesystem, folder = fs.FileSystem.from_uri(f"s3://shelf/books?{s3}")
+    filesystem.create_dir("shelf")
+    fill(filesystem, folder)
+    for name in ("part-2.arrow", "stream.arrow", "x.parquet", "y.jsonl"):
+        assert read(f"s3://shelf/books/{name}?{s3}") == IDS
+    assert read(f"s3://shelf/books/text/a b.txt?{s3}", tokenizer=Tokenizer.bytes()) == [[104, 105]]
+    assert read(f"s3://shelf/books?{s3}") == IDS * 4
+    assert read(f"s3://shelf/books/part*.arrow?{s3}") == IDS * 2
+    for uri in (f"s3://shelf/nope.arrow?{s3}", f"s3://no-such-shelf/x.arrow?{s3}", f"s3://shelf/*.csv?{s3}"):
+        with pytest.raises(LongNetError) as caught:
+            read(uri)
+        assert str(caught.value).startswith(uri.split("?")[0])
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_s3_reads_a_file_larger_than_a_request(s3):
+    filesystem, path = fs.FileSystem.from_uri(f"s3://shelf/large.arrow?{s3}")
+    filesystem.create_dir("shelf")
+    ids = np.random.default_rng(0).integers(0, 1000, 6_000_000, dtype=np.int32)
+    with filesystem.open_output_stream(path) as file, ipc.new_file(file, TABLE.schema) as writer:
+        for part in np.split(ids, 3):
+            writer.write_batch(pa.record_batch([pa.array([part], TABLE.schema.field(0).type)], schema=TABLE.schema))
+    documents = read_documents([f"s3://shelf/large.arrow?{s3}"], None)
+    assert np.array_equal(np.concatenate([document.read() for document in documents]), ids)
