@@ -229,9 +229,11 @@ def test_a_chunk_changes_no_number_of_a_run(corpus: Path, tmp_path: Path) -> Non
 
 
 def test_documents_are_kept_apart_unless_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("abc " * 30)
-    (tmp_path / "b.txt").write_text("xyz " * 30)
-    settings = {"data.train": [str(tmp_path)], "train.stages": [{"seq_len": 200, "steps": 3}]}
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.txt").write_text("abc " * 30)
+    (data / "b.txt").write_text("xyz " * 30)
+    settings = {"data.train": [str(data)], "train.stages": [{"seq_len": 200, "steps": 3}]}
     losses = {
         across: train(recipe(tmp_path, **settings, **{"train.across_documents": across}), tmp_path / f"{across}").loss
         for across in (False, True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from longnet_cli.cli.options import ColumnOption, Inputs, QuietOption
+from longnet_cli.cli.options import ColumnOption, EosOption, Inputs, QuietOption
 from longnet_cli.cli.output import emit_json
 from longnet_cli.cli.progress import progress
 
@@ -38,6 +38,7 @@ def inspect(
         ),
     ] = None,
     column: ColumnOption = None,
+    eos: EosOption = None,
     format: Annotated[Format, typer.Option("--format", help="A table to read, or one JSON value.")] = "text",
     quiet: QuietOption = False,
 ) -> None:
@@ -48,7 +49,7 @@ def inspect(
 
     words = Tokenizer.load(tokenizer) if tokenizer else None
     with progress("inspecting", total=None, quiet=quiet) as advance:
-        found = run(inputs, words, column=column, on_progress=advance)
+        found = run(inputs, words, column=column, eos_id=eos, on_progress=advance)
     if format == "json":
         emit_json(found.as_dict())
     else:

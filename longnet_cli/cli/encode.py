@@ -13,6 +13,7 @@ from longnet_cli.cli.options import (
     ColumnOption,
     DeviceOption,
     DtypeOption,
+    EosOption,
     Inputs,
     ModelOption,
     QuietOption,
@@ -66,6 +67,7 @@ def encode(
     ] = "float32",
     tokenizer: TokenizerOption = None,
     column: ColumnOption = None,
+    eos: EosOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quiet: QuietOption = False,
@@ -82,7 +84,7 @@ def encode(
     net, words = load_model(model, tokenizer, device, dtype)
     from longnet_cli.encoding import encode as run
 
-    documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size)
+    documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
     with progress("encoding", total=None, quiet=quiet) as advance:
         batches = run(
             net,

@@ -88,7 +88,8 @@ Inputs = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT",
-        help="Arrow, Parquet or UTF-8 text files, folders, globs, @list (inputs in a file, one a line), - for stdin.",
+        help="Arrow, Parquet, JSON Lines or UTF-8 text: files, folders, globs, URIs (s3://...), @list (inputs in a "
+        "file, one a line), - for stdin.",
         show_default=False,
     ),
 ]
@@ -116,6 +117,16 @@ DeviceOption = Annotated[
     ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the matrix products.")]
+EosOption = Annotated[
+    int | None,
+    typer.Option(
+        "--eos",
+        min=0,
+        metavar="ID",
+        help="The id that ends a document in a flat column of ids.",
+        show_default="the tokenizer's, or what the file says",
+    ),
+]
 ChunkOption = Annotated[
     int | None,
     size_option(

@@ -14,6 +14,7 @@ from longnet_cli.cli.options import (
     ColumnOption,
     DeviceOption,
     DtypeOption,
+    EosOption,
     Inputs,
     ModelOption,
     QuietOption,
@@ -61,6 +62,7 @@ def score(
     chunk: ChunkOption = None,
     tokenizer: TokenizerOption = None,
     column: ColumnOption = None,
+    eos: EosOption = None,
     format: Annotated[
         Format, typer.Option("--format", help="A table to read, one JSON value, or a line of JSON a document.")
     ] = "text",
@@ -78,7 +80,7 @@ def score(
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
 
-    documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size)
+    documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
     bos = words.eos_id if words else None
     tokens = write_token_logprobs(token_logprobs) if token_logprobs else nullcontext()
     with progress("scoring", total=None, quiet=quiet) as advance, tokens as on_tokens:
