@@ -1,5 +1,6 @@
 """Proves that items read in one thread and worked on in another stay in order, in time and accounted for."""
 
+import itertools
 import os
 import signal
 import threading
@@ -76,21 +77,25 @@ def test_a_failure_of_the_work_ends_the_reading():
         in_two_threads(endless(), one, 3, work)
 
 
-def test_an_interruption_stops_the_work_at_its_next_check():
+@pytest.mark.parametrize("endless", [False, True])
+def test_an_interruption_stops_the_work_at_its_next_check_and_waits_for_it(endless):
+    """Be it that the reading waits for the work, or for its end."""
     stopped = threading.Event()
 
     def work(group, check):
+        time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
         try:
             for _ in range(3000):
                 check()
                 time.sleep(0.01)
         except feed.StoppedError:
+            time.sleep(0.1)
             stopped.set()
             raise
 
     with pytest.raises(KeyboardInterrupt):
-        in_two_threads(iter(range(10)), one, 3, work)
+        in_two_threads(itertools.repeat(0) if endless else iter([0]), one, 3, work)
     assert stopped.is_set()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 PATIENCE = 0.5  # seconds that an item from a slow producer waits for others
-ABANDON_SECONDS = 5.0
+ABANDON_SECONDS = 2.0
 
 Item = TypeVar("Item")
 Work = Callable[[Sequence[Item], Callable[[], None]], None]
@@ -28,6 +28,7 @@ def in_two_threads(
     """
     feed = _Feed(size, group_size)
     failures: list[BaseException] = []
+    done = threading.Event()  # not Thread.join, which takes the thread for ended once a signal has interrupted it
 
     def run() -> None:
         try:
@@ -39,22 +40,22 @@ def in_two_threads(
             failures.append(error)
         finally:
             feed.close(stop=True)
+            done.set()
 
-    worker = threading.Thread(target=run, daemon=True)
-    worker.start()
+    threading.Thread(target=run, daemon=True).start()
     try:
         for item in items:
             if not feed.put(item):
                 break
         feed.close()
-        worker.join()
+        done.wait()
     except Exception:
         feed.close()
-        worker.join()
+        done.wait()
         raise
     except BaseException:
         feed.close(stop=True)
-        worker.join(ABANDON_SECONDS if abandon else None)
+        done.wait(ABANDON_SECONDS if abandon else None)
         raise
     if failures:
         raise failures[0]
