@@ -19,7 +19,7 @@ import pyarrow as pa
 from longnet_cli.data.feed import in_two_threads
 from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import find_sources, sniff
-from longnet_cli.data.shards import ShardFolder, read_manifest
+from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, token_batch, token_schema
 from longnet_cli.data.sources import read_texts
 from longnet_cli.data.tokenizer import Tokenizer
@@ -78,7 +78,8 @@ def tokenize(
     in_folder = str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES)
     if resume and not in_folder:
         raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
-    words = _tokenizer(inputs, tokenizer, train_vocab, column, Path(output) if resume else None)
+    earlier = run_to_resume(output, resume=resume) if in_folder else None  # also said before training a tokenizer
+    words = _tokenizer(inputs, tokenizer, train_vocab, column, Path(output) if earlier else None)
     if eos and words.eos_id is None:
         raise ConfigError("the tokenizer has no end-of-text id to append (--eos)")
     schema = token_schema(vocab_size=words.vocab_size, eos_id=words.eos_id, tokenizer_sha256=words.sha256)
@@ -150,9 +151,7 @@ def _tokenizer(
     if tokenizer != "bytes":
         raise ConfigError("give a tokenizer or train one, not both")
     if earlier is not None:
-        manifest = read_manifest(earlier)
-        if manifest is not None and manifest.shards:
-            return Tokenizer.load(earlier)
+        return Tokenizer.load(earlier)
     if any(str(item) == "-" for item in inputs):
         raise ConfigError("training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file")
     return Tokenizer.train((text.text for text in read_texts(inputs, column)), train_vocab)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -190,14 +191,16 @@ def test_the_size_of_the_inputs_is_known_when_all_are_text(corpus, tmp_path):
     assert tokenizing.text_bytes([corpus, tmp_path / "out.arrow"]) is None
 
 
-def test_a_used_folder_is_refused_and_an_empty_one_taken(corpus, tmp_path):
+def test_a_used_folder_is_refused_and_an_empty_one_taken(corpus, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     tokenize([corpus], tmp_path / "empty")
+    monkeypatch.setattr(Tokenizer, "train", None)  # which may take long, so this is said before
     with pytest.raises(ConfigError, match="holds a finished data set"):
-        tokenize([corpus], tmp_path / "empty")
+        tokenize([corpus], tmp_path / "empty", train_vocab=300)
     for resume in (False, True):
-        with pytest.raises(ConfigError, match="not an empty folder"):
-            tokenize([corpus], corpus, resume=resume)
+        for place in (corpus, corpus / "a.txt"):
+            with pytest.raises(ConfigError, match="not an empty folder"):
+                tokenize([corpus], place, train_vocab=300, resume=resume)
 
 
 def test_options_that_do_not_fit_together(corpus, tmp_path):
@@ -218,3 +221,23 @@ def test_options_that_do_not_fit_together(corpus, tmp_path):
         writer.write_table(table)
     with pytest.raises(ConfigError, match="input_ids"):
         tokenize([tmp_path / "ids.arrow"], tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["shards", "-"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, output):
+    """Of 150 MB and of 600 MB of text, in one process each."""
+    (tmp_path / "text").write_text("some text é\n" * ((4 << 20) // 13))
+    peaks = []
+    for copies in (37, 148):
+        code = (
+            "import resource, sys; from longnet_cli.tokenizing import tokenize\n"
+            "tokenize([sys.argv[1]] * int(sys.argv[2]), sys.argv[3], shard_tokens=1 << 26)\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)"
+        )
+        words = [sys.executable, "-c", code, str(tmp_path / "text"), str(copies), output]
+        done = subprocess.run(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True)
+        peaks.append(int(done.stderr))
+        shutil.rmtree(tmp_path / output, ignore_errors=True)
+    assert peaks[1] < peaks[0] + 20, peaks
+    assert peaks[1] < 400, peaks

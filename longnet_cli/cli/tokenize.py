@@ -10,6 +10,7 @@ import typer
 from longnet_cli.cli.options import Inputs, QuietOption, size_option
 from longnet_cli.cli.output import format_count
 from longnet_cli.cli.progress import progress
+from longnet_cli.errors import ConfigError
 
 
 def tokenize(
@@ -51,6 +52,10 @@ def tokenize(
 
     Every other command reads text too; tokenize what you read often.
     """
+    if output == "-" and sys.stdout.isatty():  # said before a tokenizer is trained
+        raise ConfigError(
+            "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
+        )
     from longnet_cli.data.shards import read_manifest
     from longnet_cli.tokenizing import SHARD_TOKENS, text_bytes
     from longnet_cli.tokenizing import tokenize as run

@@ -80,6 +80,27 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     return None
 
 
+def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
+    """The manifest of an earlier run that has finished shards in `folder`, None where there is nothing to go on with.
+
+    Raises ConfigError for a folder that is in use: one with other files, or one with shards when not to `resume`.
+    """
+    place = Path(folder)
+    earlier = read_manifest(place)
+    if earlier is None:
+        in_use = place.exists() and (not place.is_dir() or not all(map(_LEFTOVER.fullmatch, os.listdir(place))))
+        if in_use:
+            raise ConfigError(f"{folder} exists and is not an empty folder: name a new one, or remove it first")
+        return None
+    if not earlier.shards and not earlier.finished:
+        return None
+    if not resume:
+        if earlier.finished:
+            raise ConfigError(f"{folder} holds a finished data set: name a new folder, or remove it first")
+        raise ConfigError(f"{folder} holds an unfinished data set: go on with --resume, or remove it first")
+    return earlier
+
+
 class ShardFolder:
     """A context manager that writes record batches of one schema to `NAME-00000.arrow` ... in a folder.
 
@@ -190,23 +211,13 @@ class ShardFolder:
 
     def _take_over(self) -> None:
         """Start in an empty folder, or where the earlier run ended. Under the lock, temporary files are of the dead."""
-        earlier = read_manifest(self.folder)
-        names = os.listdir(self.folder)
-        leftovers = [name for name in names if _LEFTOVER.fullmatch(name)]
-        if earlier is None and len(names) > len(leftovers):
-            raise ConfigError(f"{self.folder} exists and is not an empty folder: name a new one, or remove it first")
-        if earlier is not None and (earlier.shards or earlier.finished):
-            if not self._resume:
-                if earlier.finished:
-                    raise ConfigError(f"{self.folder} holds a finished data set: name a new folder, or remove it first")
-                raise ConfigError(
-                    f"{self.folder} holds an unfinished data set: go on with --resume, or remove it first"
-                )
+        earlier = run_to_resume(self.folder, resume=self._resume)
+        if earlier is not None:
             self._refuse_other_settings(earlier)
             for shard in earlier.shards:
                 _check_shard(self.folder / shard["name"], self.schema, shard["rows"])
             self._manifest = earlier
-        for name in leftovers:
+        for name in filter(_LEFTOVER.fullmatch, os.listdir(self.folder)):
             (self.folder / name).unlink()
         if not self._manifest.finished:
             write_file(self.folder / UNFINISHED, self._manifest.to_json())
