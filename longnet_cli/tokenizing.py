@@ -1,31 +1,46 @@
-"""The `tokenize` job: text documents in, Arrow shards of token ids and a tokenizer.json out."""
+"""The `tokenize` job: text documents in, Arrow shards of token ids and a tokenizer.json out.
 
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+    read_texts --in_two_threads--> Tokenizer.encode_parts -> _Rows -> ShardFolder or ShardWriter
+
+Memory is that of the largest text that the reader gives and of one record batch, however large the corpus is.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
+import pyarrow as pa
 
+from longnet_cli.data.feed import in_two_threads
 from longnet_cli.data.formats import Text
-from longnet_cli.data.inputs import SHARD_SUFFIXES
-from longnet_cli.data.sinks import ShardWriter, sync_folder, token_batch, token_schema
+from longnet_cli.data.inputs import find_sources, sniff
+from longnet_cli.data.shards import ShardFolder, run_to_resume
+from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, token_batch, token_schema
 from longnet_cli.data.sources import read_texts
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
 
 SHARD_TOKENS = 1 << 27
-BATCH_BYTES = 64 << 20  # of token ids in a record batch
+BATCH_BYTES = 64 << 20  # of token ids in a record batch of a file
+SMALL_BATCH_BYTES = 4 << 20  # on stdout, where somebody waits for it, and as JSON, which takes much memory
+BATCH_ROWS = 1 << 16
 TEXT_CHARS = 4 << 20  # of text encoded together
+
+# (documents, tokens, bytes) so far, those of an earlier run included
+OnProgress = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
 class TokenizeResult:
-    """What was written: `bytes` counts the texts' UTF-8 bytes; `shards` is empty when the output is stdout."""
+    """What was written, by this run and the ones it resumed.
+
+    `bytes` counts the texts' UTF-8 bytes; `shards` is empty when the output is stdout.
+    """
 
     documents: int
     tokens: int
@@ -42,159 +57,233 @@ def tokenize(
     train_vocab: int | None = None,
     column: str | None = None,
     shard_tokens: int = SHARD_TOKENS,
-    on_progress: Callable[[int, int, int], None] | None = None,
+    eos: bool = False,
+    resume: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> TokenizeResult:
-    """Write the inputs' texts as token ids: a row a document, split over rows of one doc_id past 64 MB.
+    """Write the inputs' texts as token ids: a row a document, or several with `part` 0, 1, ... past 64 MB.
 
-    `output` is a folder (`shard-00000.arrow` ..., `tokenizer.json`), one .arrow, .feather or .parquet file (with
-    `NAME.tokenizer.json` beside it), or `-`: a stream on stdout. A shard ends at the first document with which it
-    would pass `shard_tokens`. `train_vocab` first trains a byte-level BPE of that size on the same inputs.
-    `on_progress` is called with (documents, tokens, bytes) so far. Raises ConfigError for options that do not fit
-    together and for a folder that is in use, DataError for bad input; then no output is left behind.
+    `output` is a folder (see `data.shards`; with a `tokenizer.json`), one .arrow, .feather, .parquet or .jsonl file
+    (with `NAME.tokenizer.json` beside it), or `-`: a stream on stdout, of small batches that do not wait for a slow
+    input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends the end-of-text id to every
+    document. `train_vocab` first trains a byte-level BPE of that size on the same inputs. `resume` goes on with a
+    folder that an earlier run with the same inputs and options left unfinished: byte for byte as if it had never
+    stopped, and without tokenizing again what is in finished shards.
+
+    Raises ConfigError for options that do not fit together and for a folder that is in use, DataError for bad input,
+    LongNetError when a write fails. Then a file is not left behind, a folder has its finished shards.
     """
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
-    name = str(output)
-    if name != "-" and not name.endswith(SHARD_SUFFIXES):
-        _refuse_used(Path(output))
-    trained = _tokenizer(inputs, tokenizer, train_vocab, column)
-    texts = read_texts(inputs, column)
-    if name == "-" or name.endswith(SHARD_SUFFIXES):
-        result = _write(texts, trained, lambda index: output, None, on_progress)
-        if name != "-":
-            trained.save(Path(output).with_suffix(".tokenizer.json"))
-        return result
-    with _new_folder(Path(output)) as folder:
-        result = _write(texts, trained, lambda index: folder / f"shard-{index:05d}.arrow", shard_tokens, on_progress)
-        trained.save(folder / "tokenizer.json")
-    shards = [Path(output) / shard.name for shard in result.shards]
-    return TokenizeResult(result.documents, result.tokens, result.bytes, shards, trained)
+    in_folder = str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES)
+    if resume and not in_folder:
+        raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
+    earlier = run_to_resume(output, resume=resume) if in_folder else None  # also said before training a tokenizer
+    words = _tokenizer(inputs, tokenizer, train_vocab, column, Path(output) if earlier else None)
+    if eos and words.eos_id is None:
+        raise ConfigError("the tokenizer has no end-of-text id to append (--eos)")
+    schema = token_schema(vocab_size=words.vocab_size, eos_id=words.eos_id, tokenizer_sha256=words.sha256)
+    texts = _apart(read_texts(inputs, column))
+    if not in_folder:
+        to_stdout = str(output) == "-"
+        with ShardWriter(output, schema) as writer:
+            small = to_stdout or str(output).endswith(".jsonl")
+            rows = _Rows(
+                schema, SMALL_BATCH_BYTES if small else BATCH_BYTES, lambda batch, **counts: writer.write(batch)
+            )
+            _run(texts, words, rows, eos=eos, prompt=to_stdout, on_progress=on_progress)
+        if not to_stdout:
+            words.save(Path(output).with_suffix(".tokenizer.json"))
+        return _result(rows.totals, [] if to_stdout else [Path(output)], words)
+    settings = {
+        "inputs": _fingerprint(inputs),
+        "column": column,
+        "tokenizer": words.sha256,
+        "train_vocab": train_vocab,
+        "eos": eos,
+        "shard_tokens": shard_tokens,
+    }
+    with ShardFolder(output, schema, settings=settings, resume=resume) as folder:
+        if not folder.finished:
+            words.save(folder.folder / "tokenizer.json")
+            rows = _Rows(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
+            _run(islice(texts, folder.documents, None), words, rows, eos=eos, on_progress=on_progress)
+    return _result(folder.totals, folder.paths, words)
+
+
+def text_bytes(inputs: Sequence[str | Path]) -> int | None:
+    """The size of the inputs, where all are files of text: how many bytes `on_progress` will get to; else None."""
+    total = 0
+    for source in find_sources(inputs):
+        if source.path is None or not source.path.is_file():
+            return None
+        with suppress(OSError), open(source.path, "rb") as file:  # reading it will say what is wrong with it
+            if sniff(file.read(8)) != "text":
+                return None
+            total += source.path.stat().st_size
+    return total
+
+
+def _fingerprint(inputs: Sequence[str | Path]) -> str:
+    """What a resumed run must find again: the inputs' names, order and sizes (not of a pipe)."""
+    digest = hashlib.sha256()
+    sources = find_sources(inputs)
+    for source in sources:
+        size = source.path.stat().st_size if source.path is not None and source.path.is_file() else None
+        digest.update(f"{source.name}\0{size}\0".encode("utf-8", "surrogateescape"))
+    return f"{len(sources)} file{'s' * (len(sources) != 1)}, {digest.hexdigest()[:16]}"
+
+
+def _result(totals: Counter[str], shards: list[Path], tokenizer: Tokenizer) -> TokenizeResult:
+    return TokenizeResult(totals["documents"], totals["tokens"], totals["bytes"], shards, tokenizer)
 
 
 def _tokenizer(
-    inputs: Sequence[str | Path], tokenizer: str | Path | Tokenizer, train_vocab: int | None, column: str | None
+    inputs: Sequence[str | Path],
+    tokenizer: str | Path | Tokenizer,
+    train_vocab: int | None,
+    column: str | None,
+    earlier: Path | None,
 ) -> Tokenizer:
+    """The tokenizer given, or the one that an earlier run in the folder `earlier` has trained, or a trained one."""
     if train_vocab is None:
         return tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
     if tokenizer != "bytes":
         raise ConfigError("give a tokenizer or train one, not both")
+    if earlier is not None:
+        return Tokenizer.load(earlier)
     if any(str(item) == "-" for item in inputs):
         raise ConfigError("training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file")
     return Tokenizer.train((text.text for text in read_texts(inputs, column)), train_vocab)
 
 
-def _write(
+def _apart(texts: Iterator[Text]) -> Iterator[Text]:
+    """Number neighbours of one doc_id, which would be read back as one document."""
+    last, repeats = None, 0
+    for text in texts:
+        repeats = repeats + 1 if text.doc_id == last else 0
+        last = text.doc_id
+        yield replace(text, doc_id=f"{text.doc_id}#{repeats}") if repeats else text
+
+
+def _run(
     texts: Iterator[Text],
     tokenizer: Tokenizer,
-    place: Callable[[int], str | Path],
-    shard_tokens: int | None,
-    on_progress: Callable[[int, int, int], None] | None,
-) -> TokenizeResult:
-    """Encode and write everything; `place` names the shard of an index, `shard_tokens` None means one shard."""
-    documents = tokens = size = 0
-    last, repeats = None, 0
-    with _Shards(tokenizer, place, shard_tokens) as shards:
-        for group in _groups(texts):
-            for text, ids in zip(group, tokenizer.encode_batch([text.text for text in group]), strict=True):
-                # Neighbours of one doc_id would be read back as one document.
-                repeats = repeats + 1 if text.doc_id == last else 0
-                last = text.doc_id
-                shards.add(f"{text.doc_id}#{repeats}" if repeats else text.doc_id, ids)
-                documents += 1
-                tokens += len(ids)
-                size += len(text.text.encode())
-            if on_progress:
-                on_progress(documents, tokens, size)
-    return TokenizeResult(documents, tokens, size, shards.paths, tokenizer)
+    rows: "_Rows",
+    *,
+    eos: bool,
+    prompt: bool = False,
+    on_progress: OnProgress | None,
+) -> None:
+    """Tokenize all texts into `rows`; `prompt` writes out each group when it is done."""
+    end_of_text = np.array([tokenizer.eos_id] if eos else [], np.int32)
+
+    def report() -> None:
+        if on_progress:
+            on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
+
+    def work(group: Sequence[Text], check: Callable[[], None]) -> None:
+        current, reported = 0, rows.totals["bytes"]
+
+        def end_documents(stop: int) -> None:
+            nonlocal current
+            for text in group[current:stop]:
+                rows.add(text.doc_id, end_of_text, 0)
+                rows.end_document(text.doc_id)
+            current = stop
+
+        for index, ids, size in tokenizer.encode_parts([text.text for text in group]):
+            check()
+            end_documents(index)
+            rows.add(group[index].doc_id, ids, size)
+            if rows.totals["bytes"] - reported >= TEXT_CHARS:  # a long text is many parts
+                report()
+                reported = rows.totals["bytes"]
+        end_documents(len(group))
+        if prompt:
+            rows.flush()
+        report()
+
+    in_two_threads(texts, lambda text: len(text.text), TEXT_CHARS, work, abandon=prompt)
+    rows.flush()
 
 
-def _groups(texts: Iterator[Text]) -> Iterator[list[Text]]:
-    """Collect documents until they hold TEXT_CHARS, so that the tokenizer has work for all cores."""
-    group: list[Text] = []
-    size = 0
-    for text in texts:
-        group.append(text)
-        size += len(text.text)
-        if size >= TEXT_CHARS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+class _Rows:
+    """Collects ids into batches of whole documents. A document larger than a batch gets a batch for each part.
 
+    `totals` counts documents, tokens and bytes, from those of an earlier run on. What is written depends only on the
+    documents since the last `end_shard`, which makes shards the same wherever a run resumes.
+    """
 
-class _Shards:
-    """Rows into batches of at most BATCH_BYTES, batches into shards; a shard opens with its first document."""
-
-    def __init__(self, tokenizer: Tokenizer, place: Callable[[int], str | Path], shard_tokens: int | None) -> None:
-        self.paths: list[Path] = []
-        self._place = place
-        self._shard_tokens = shard_tokens
-        self._schema = token_schema(
-            vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, tokenizer_sha256=tokenizer.sha256
-        )
-        self._batch_tokens = BATCH_BYTES // (self._schema.field("input_ids").type.value_type.bit_width // 8)
-        self._open = ExitStack()  # holds the writer, so that an error discards its file
-        self._writer: ShardWriter | None = None
-        self._rows: list[tuple[str, np.ndarray]] = []
-        self._pending = 0  # tokens in _rows
-        self._written = 0  # tokens in this shard, _rows included
-
-    def __enter__(self) -> "_Shards":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    def __init__(
+        self,
+        schema: pa.Schema,
+        batch_bytes: int,
+        write: Callable[..., None],
+        totals: Mapping[str, int] | None = None,
+        end_shard: Callable[[], None] | None = None,
+        shard_tokens: int = 0,
     ) -> None:
-        if error is None:
-            with self._open:  # discards the shard if its last batch cannot be written
-                self._flush()
-        else:
-            self._open.__exit__(kind, error, traceback)
+        self.totals = Counter(totals or {})
+        self._schema = schema
+        self._write = write
+        self._end_shard = end_shard
+        self._shard_tokens = shard_tokens
+        dtype = np.dtype(schema.field("input_ids").type.value_type.to_pandas_dtype())
+        self._values = np.empty(max(1, batch_bytes // dtype.itemsize), dtype)
+        self._used = 0  # values, those of the open document included
+        self._doc_ids: list[str] = []  # of the rows that have ended, and their
+        self._parts: list[int] = []
+        self._ends: list[int] = []
+        self._part = 0  # of the open document
+        self._counts: Counter[str] = Counter()  # not yet written
+        self._in_shard = 0  # tokens
 
-    def add(self, doc_id: str, ids: np.ndarray) -> None:
-        """Append one document of (tokens,) ids."""
-        if self._shard_tokens and self._written and self._written + len(ids) > self._shard_tokens:
-            self._flush()
-            self._open.close()
-            self._writer, self._written = None, 0
-        if self._writer is None:
-            path = self._place(len(self.paths))
-            self._writer = self._open.enter_context(ShardWriter(path, self._schema))
-            if str(path) != "-":
-                self.paths.append(Path(path))
-        for start in range(0, max(1, len(ids)), self._batch_tokens):
-            part = ids[start : start + self._batch_tokens]
-            if self._pending + len(part) > self._batch_tokens:
-                self._flush()
-            self._rows.append((doc_id, part))
-            self._pending += len(part)
-        self._written += len(ids)
+    def add(self, doc_id: str, ids: np.ndarray, size: int) -> None:
+        """Append (tokens,) ids, which stand for `size` bytes of text, to the open document."""
+        self.totals.update(tokens=len(ids), bytes=size)
+        self._counts.update(tokens=len(ids), bytes=size)
+        self._in_shard += len(ids)
+        while len(ids):
+            if self._used == len(self._values):
+                self._make_room(doc_id)
+            fitting = ids[: len(self._values) - self._used]
+            self._values[self._used : self._used + len(fitting)] = fitting
+            self._used += len(fitting)
+            ids = ids[len(fitting) :]
 
-    def _flush(self) -> None:
-        if self._rows and self._writer:
-            self._writer.write(token_batch(self._schema, self._rows))
-        self._rows, self._pending = [], 0
+    def end_document(self, doc_id: str) -> None:
+        """End the open document, which may be empty, and the shard if it is full."""
+        self._end_row(doc_id)
+        self._part = 0
+        self.totals.update(documents=1)
+        self._counts.update(documents=1)
+        if self._end_shard and self._in_shard >= self._shard_tokens:
+            self.flush()
+            self._end_shard()
+            self._in_shard = 0
+        elif len(self._ends) >= BATCH_ROWS:
+            self.flush()
 
+    def flush(self) -> None:
+        """Write the rows that have ended; the open one moves to the front."""
+        if not self._ends:
+            return
+        end = self._ends[-1]
+        batch = token_batch(self._schema, self._doc_ids, self._parts, self._ends, self._values[:end])
+        self._write(batch, **self._counts)
+        self._values[: self._used - end] = self._values[end : self._used].copy()
+        self._used -= end
+        self._doc_ids, self._parts, self._ends = [], [], []
+        self._counts.clear()
 
-def _refuse_used(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not an empty folder: name a new one, or remove it first")
+    def _make_room(self, doc_id: str) -> None:
+        if not self._ends:  # the open document has filled a batch
+            self._end_row(doc_id)
+            self._part += 1
+        self.flush()
 
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, renamed to it when the block ends without an error."""
-    target = Path(os.path.realpath(folder))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot write: {error.strerror}") from error
-    try:
-        yield temporary
-        _refuse_used(folder)
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync_folder(target.parent)
+    def _end_row(self, doc_id: str) -> None:
+        self._doc_ids.append(doc_id)
+        self._parts.append(self._part)
+        self._ends.append(self._used)

@@ -96,7 +96,7 @@ def texts(tmp_path: Path) -> Path:
 
 
 def test_tokenize_writes_what_the_other_commands_read(run_longnet: RunLongnet, texts: Path, tmp_path: Path) -> None:
-    done = run_longnet("tokenize", texts, "-o", "shards", "--shard-tokens", "20")
+    done = run_longnet("tokenize", texts, "-o", "shards", "--shard-tokens", "10")
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == "3 documents, 63 tokens, 1.00 bytes a token, vocabulary 257 -> shards (3 shards)\n"
     tokenizer = Tokenizer.load(tmp_path / "shards")

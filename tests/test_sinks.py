@@ -1,7 +1,10 @@
 """Proves that outputs appear whole or not at all, and that what is written is what the schema promises."""
 
 import io
+import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -14,17 +17,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from longnet_cli.data.sinks import ShardWriter, atomic_write, token_batch, token_schema
-from longnet_cli.errors import ConfigError
+from longnet_cli.errors import ConfigError, LongNetError
 
-SCHEMA = token_schema(vocab_size=257, eos_id=256, tokenizer_sha256="abc", total_tokens=5)
-BATCH = token_batch(SCHEMA, [("a", np.array([1, 2, 3])), ("b", np.array([], np.int32)), ("c", np.array([4, 256]))])
+SCHEMA = token_schema(vocab_size=257, eos_id=256, tokenizer_sha256="abc")
+BATCH = token_batch(SCHEMA, ["a", "b", "c"], [0, 0, 1], [3, 3, 5], np.array([1, 2, 3, 4, 256], np.uint16))
 
 
 def read(path: Path) -> pa.Table:
+    if path.suffix == ".jsonl":
+        return pa.Table.from_pylist([json.loads(line) for line in path.read_text().splitlines()], SCHEMA)
     return pq.read_table(path) if path.suffix == ".parquet" else ipc.open_file(path).read_all()
 
 
-@pytest.mark.parametrize("name", ["x.arrow", "x.parquet", "new/folder/x.feather"])
+@pytest.mark.parametrize("name", ["x.arrow", "x.parquet", "x.jsonl", "new/folder/x.feather"])
 def test_batches_written_are_batches_read(tmp_path, name):
     with ShardWriter(tmp_path / name, SCHEMA) as writer:
         writer.write(BATCH)
@@ -34,7 +39,7 @@ def test_batches_written_are_batches_read(tmp_path, name):
     assert table.schema.field("input_ids").type == pa.large_list(pa.uint16())
     assert not table.schema.field("input_ids").nullable
     assert table.schema.metadata[b"longnet.eos_id"] == b"256"
-    assert table.schema.metadata[b"longnet.total_tokens"] == b"5"
+    assert (table["doc_id"].to_pylist(), table["part"].to_pylist()) == (["a", "b", "c"] * 2, [0, 0, 1] * 2)
 
 
 def test_ids_are_uint16_only_where_the_vocabulary_fits():
@@ -44,7 +49,21 @@ def test_ids_are_uint16_only_where_the_vocabulary_fits():
         assert set(schema.metadata) == {b"longnet.version", b"longnet.vocab_size"}
 
 
-@pytest.mark.parametrize("name", ["x.arrow", "x.parquet"])
+def test_json_lines_hold_lists_and_null_for_what_json_cannot_write(tmp_path):
+    kind = pa.list_(pa.float32(), 2)
+    values = pa.array([0.5, float("nan"), float("inf"), -1.0, 2.0, 3.0], pa.float32())
+    batch = pa.record_batch(
+        [pa.array(["é", "b", "\n"]), pa.FixedSizeListArray.from_arrays(values, type=kind)], ["id", "v"]
+    )
+    with ShardWriter(tmp_path / "x.jsonl", batch.schema) as writer:
+        writer.write(batch)
+        writer.write(batch.slice(2))
+    assert (tmp_path / "x.jsonl").read_text() == (
+        '{"id": "é", "v": [0.5, null]}\n{"id": "b", "v": [null, -1.0]}\n' + '{"id": "\\n", "v": [2.0, 3.0]}\n' * 2
+    )
+
+
+@pytest.mark.parametrize("name", ["x.arrow", "x.parquet", "x.jsonl"])
 def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path, name):
     (tmp_path / name).write_bytes(b"old")
     with suppress(KeyboardInterrupt), ShardWriter(tmp_path / name, SCHEMA) as writer:
@@ -80,6 +99,34 @@ def test_a_place_that_cannot_be_written_is_a_config_error(tmp_path):
     for path in (tmp_path, tmp_path / "file" / "x.arrow"):
         with pytest.raises(ConfigError, match="cannot write"), ShardWriter(path, SCHEMA):
             pass
+
+
+@pytest.mark.parametrize("name", ["x.arrow", "x.parquet", "x.jsonl"])
+@pytest.mark.parametrize("limit", [0, 100, 30_000])
+def test_a_failed_write_is_one_line_and_leaves_nothing(tmp_path, name, limit):
+    """Past the limit on file sizes a write fails as on a full disk: on opening, within a batch, or at the end."""
+    ids = np.random.default_rng(0).integers(256, size=50_000).astype(np.uint16)
+    batch = token_batch(SCHEMA, ["a"], [0], [len(ids)], ids)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        failed = pytest.raises(LongNetError, match=f"{name}: cannot write: File too large")
+        with failed as failure, ShardWriter(tmp_path / name, SCHEMA) as writer:
+            writer.write(batch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert failure.value.exit_code == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_device_is_one_line(tmp_path):
+    (tmp_path / "x.arrow").symlink_to("/dev/full")
+    failed = pytest.raises(LongNetError, match=r"x\.arrow: cannot write: No space left on device")
+    with failed, ShardWriter(tmp_path / "x.arrow", SCHEMA) as writer:
+        writer.write(BATCH)
+    assert os.listdir(tmp_path) == ["x.arrow"]
 
 
 STREAM = """

@@ -1,18 +1,24 @@
 """Proves that what `tokenize` writes, `read_documents` reads back: the same documents, tokens and byte counts."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
+import tokenizers
 
 from longnet_cli import tokenizing
+from longnet_cli.data import tokenizer as tokenizer_module
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.presets import find_model
 from longnet_cli.tokenizing import tokenize
 
 TEXTS = {"a.txt": "hello wörld", "b.txt": "漢字 and more " * 30, "c.txt": "x\n"}
@@ -25,6 +31,10 @@ def corpus(tmp_path: Path) -> Path:
     for name, text in TEXTS.items():
         (folder / name).write_bytes(text.encode())
     return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def documents(place: Path, tokenizer: Tokenizer) -> dict[str, str]:
@@ -52,12 +62,14 @@ def test_written_is_read(corpus, tmp_path, output, train_vocab):
 def test_shards_end_at_documents_and_batches_cut_rows(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizing, "BATCH_BYTES", 100)
     result = tokenize([corpus], tmp_path / "out", shard_tokens=100)
-    assert [shard.name for shard in result.shards] == [f"shard-0000{index}.arrow" for index in range(3)]
-    reader = ipc.open_file(result.shards[1])
-    assert reader.num_record_batches > 5
-    assert (
-        max(reader.get_batch(i).column("input_ids").flatten().nbytes for i in range(reader.num_record_batches)) == 100
-    )
+    assert [shard.name for shard in result.shards] == ["shard-00000.arrow", "shard-00001.arrow"]
+    reader = ipc.open_file(result.shards[0])
+    batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+    assert [batch.num_rows for batch in batches] == [1] * len(batches)  # what fits a batch is never cut
+    assert max(batch.column("input_ids").flatten().nbytes for batch in batches) == 100
+    table = reader.read_all()
+    assert table["doc_id"].to_pylist() == ["a.txt"] + ["b.txt"] * (len(batches) - 1)
+    assert table["part"].to_pylist() == [0, *range(len(batches) - 1)]
     assert documents(tmp_path / "out", result.tokenizer) == TEXTS
     assert reader.schema.metadata[b"longnet.tokenizer_sha256"].decode() == result.tokenizer.sha256
 
@@ -82,20 +94,113 @@ def test_stdout_is_a_stream(corpus, tmp_path):
     assert documents(tmp_path / "stream.arrow", Tokenizer.bytes()) == TEXTS
 
 
-def test_a_failure_leaves_nothing(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizing, "TEXT_CHARS", 1)  # so that shards are written before the failure
+def test_a_failure_leaves_finished_shards_to_resume_from(corpus, tmp_path):
     (corpus / "z.txt").write_bytes(b"\xff bad")
-    for output in ("out", "out.arrow"):
-        with pytest.raises(DataError):
-            tokenize([corpus], tmp_path / output, shard_tokens=1)
+    with pytest.raises(DataError):
+        tokenize([corpus], tmp_path / "out.arrow")
     assert os.listdir(tmp_path) == ["corpus"]
+    with pytest.raises(DataError):
+        tokenize([corpus], tmp_path / "out", shard_tokens=20)
+    assert sorted(os.listdir(tmp_path / "out")) == ["_unfinished.json", "shard-00000.arrow", "tokenizer.json"]
+    (corpus / "z.txt").write_bytes(b"good!")  # of the same size
+    again = tokenize([corpus], tmp_path / "out", shard_tokens=20, resume=True)
+    whole = tokenize([corpus], tmp_path / "whole", shard_tokens=20)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert (again.documents, again.tokens, again.bytes) == (whole.documents, whole.tokens, whole.bytes)
+    assert [shard.name for shard in again.shards] == [shard.name for shard in whole.shards]
 
 
-def test_a_used_folder_is_refused_and_an_empty_one_taken(corpus, tmp_path):
+def test_what_is_in_finished_shards_is_not_tokenized_again(corpus, tmp_path, monkeypatch):
+    whole = tokenize([corpus], tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True)
+    seen: list[str] = []
+    encode_parts = Tokenizer.encode_parts
+    monkeypatch.setattr(
+        Tokenizer, "encode_parts", lambda self, texts: (seen.extend(texts), encode_parts(self, texts))[1]
+    )
+    manifest = json.loads((tmp_path / "whole/_manifest.json").read_bytes())
+    expected = contents(tmp_path / "whole")
+    for finished in range(4):  # as if killed after so many shards, one more having just got its name
+        (tmp_path / "whole/_manifest.json").unlink()
+        state = manifest | {"shards": manifest["shards"][:finished]}
+        (tmp_path / "whole/_unfinished.json").write_text(json.dumps(state))
+        seen.clear()
+        again = tokenize([corpus], tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True, resume=True)
+        assert seen == list(TEXTS.values())[finished:]
+        assert (again.documents, again.tokens, again.bytes) == (whole.documents, whole.tokens, whole.bytes)
+        assert contents(tmp_path / "whole") == expected
+    seen.clear()
+    assert tokenize([corpus], tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True, resume=True) is not None
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "options"),
+    [
+        ("shard_tokens", {"shard_tokens": 21}),
+        ("eos", {"eos": True}),
+        ("column", {"column": "body"}),
+        ("train_vocab", {"train_vocab": 300}),
+        ("inputs", {}),
+    ],
+)
+def test_other_inputs_or_options_are_not_resumed(corpus, tmp_path, changed, options):
+    tokenize([corpus], tmp_path / "out", shard_tokens=20)
+    if changed == "inputs":
+        (corpus / "c.txt").write_text("longer than before")
+    expected = contents(tmp_path / "out")
+    with pytest.raises(ConfigError, match=f"cannot resume: {changed} was "):
+        tokenize([corpus], tmp_path / "out", resume=True, **{"shard_tokens": 20} | options)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_eos_ends_every_document_also_an_empty_one(tmp_path):
+    table = pa.table({"text": ["one", "", "two"]})
+    with ipc.new_file(tmp_path / "in.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for eos in (False, True):
+        tokenize([tmp_path / "in.arrow"], tmp_path / f"{eos}.arrow", eos=eos)
+        ids = ipc.open_file(tmp_path / f"{eos}.arrow").read_all()["input_ids"].to_pylist()
+        assert ids == [[*text.encode()] + [256] * eos for text in ("one", "", "two")]
+
+
+def test_parts_of_long_texts_and_any_grouping_give_the_same_ids(tmp_path, monkeypatch):
+    """One text of several groups, between short ones: the ids are those of the tokenizer for each text alone."""
+    words = Tokenizer.load(find_model("longnet-tiny"))
+    source = "".join(Path(tokenizing.__file__).read_text() for _ in range(40))
+    texts = [source[:100], source, "", *(source[start : start + 999] for start in range(0, 9000, 999)), source[1:]]
+    table = pa.table({"text": texts})
+    with ipc.new_file(tmp_path / "in.arrow", table.schema) as writer:
+        writer.write_table(table)
+    monkeypatch.setattr(tokenizer_module, "GROUP", 1 << 17)
+    shards = []
+    for index, (group, batch) in enumerate([(1, 1 << 12), (5000, 1 << 12), (1 << 22, 1 << 12), (1 << 22, 1 << 24)]):
+        monkeypatch.setattr(tokenizing, "TEXT_CHARS", group)
+        monkeypatch.setattr(tokenizing, "BATCH_BYTES", batch)
+        tokenize([tmp_path / "in.arrow"], tmp_path / str(index), tokenizer=words, shard_tokens=3000)
+        read = list(read_documents([tmp_path / str(index)], words))
+        assert len(read) == len(texts)
+        assert all(np.array_equal(found.tokens, words.encode(text)) for found, text in zip(read, texts, strict=True))
+        shards.append(contents(tmp_path / str(index)))
+    assert shards[0] == shards[1] == shards[2]  # groups are no part of the result
+
+
+def test_the_size_of_the_inputs_is_known_when_all_are_text(corpus, tmp_path):
+    sizes = []
+    tokenize([corpus], tmp_path / "out.arrow", on_progress=lambda documents, tokens, size: sizes.append(size))
+    assert tokenizing.text_bytes([corpus]) == sizes[-1] == sum(len(text.encode()) for text in TEXTS.values())
+    assert tokenizing.text_bytes([corpus, tmp_path / "out.arrow"]) is None
+
+
+def test_a_used_folder_is_refused_and_an_empty_one_taken(corpus, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     tokenize([corpus], tmp_path / "empty")
-    with pytest.raises(ConfigError, match="not an empty folder"):
-        tokenize([corpus], tmp_path / "empty")
+    monkeypatch.setattr(Tokenizer, "train", None)  # which may take long, so this is said before
+    with pytest.raises(ConfigError, match="holds a finished data set"):
+        tokenize([corpus], tmp_path / "empty", train_vocab=300)
+    for resume in (False, True):
+        for place in (corpus, corpus / "a.txt"):
+            with pytest.raises(ConfigError, match="not an empty folder"):
+                tokenize([corpus], place, train_vocab=300, resume=resume)
 
 
 def test_options_that_do_not_fit_together(corpus, tmp_path):
@@ -105,8 +210,34 @@ def test_options_that_do_not_fit_together(corpus, tmp_path):
         tokenize([corpus], tmp_path / "out", train_vocab=300, tokenizer=Tokenizer.bytes())
     with pytest.raises(ConfigError, match="shard_tokens"):
         tokenize([corpus], tmp_path / "out", shard_tokens=0)
+    for output in ("-", tmp_path / "out.arrow"):
+        with pytest.raises(ConfigError, match="only a folder of shards can be resumed"):
+            tokenize([corpus], output, resume=True)
+    no_end = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[])))
+    with pytest.raises(ConfigError, match="--eos"):
+        tokenize([corpus], tmp_path / "out", tokenizer=no_end, eos=True)
     table = pa.table({"input_ids": [[1]]})
     with ipc.new_file(tmp_path / "ids.arrow", table.schema) as writer:
         writer.write_table(table)
     with pytest.raises(ConfigError, match="input_ids"):
         tokenize([tmp_path / "ids.arrow"], tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["shards", "-"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, output):
+    """Of 150 MB and of 600 MB of text, in one process each."""
+    (tmp_path / "text").write_text("some text é\n" * ((4 << 20) // 13))
+    peaks = []
+    for copies in (37, 148):
+        code = (
+            "import resource, sys; from longnet_cli.tokenizing import tokenize\n"
+            "tokenize([sys.argv[1]] * int(sys.argv[2]), sys.argv[3], shard_tokens=1 << 26)\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)"
+        )
+        words = [sys.executable, "-c", code, str(tmp_path / "text"), str(copies), output]
+        done = subprocess.run(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True)
+        peaks.append(int(done.stderr))
+        shutil.rmtree(tmp_path / output, ignore_errors=True)
+    assert peaks[1] < peaks[0] + 20, peaks
+    assert peaks[1] < 400, peaks

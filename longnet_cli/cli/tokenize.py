@@ -10,6 +10,7 @@ import typer
 from longnet_cli.cli.options import Inputs, QuietOption, size_option
 from longnet_cli.cli.output import format_count
 from longnet_cli.cli.progress import progress
+from longnet_cli.errors import ConfigError
 
 
 def tokenize(
@@ -20,7 +21,7 @@ def tokenize(
             "--output",
             "-o",
             metavar="PATH",
-            help="A new folder for shards and tokenizer.json, one .arrow or .parquet file, or - for stdout.",
+            help="A new folder for shards and tokenizer.json, one .arrow, .parquet or .jsonl file, or - for stdout.",
         ),
     ],
     tokenizer: Annotated[
@@ -38,22 +39,35 @@ def tokenize(
         int | None,
         size_option("--shard-tokens", help="Begin a new shard after so many tokens.", show_default="128Mi"),
     ] = None,
+    eos: Annotated[
+        bool, typer.Option("--eos/--no-eos", help="Append the tokenizer's end-of-text id to every document.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on where an earlier run with the same inputs and options left the folder."),
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Turn text into token ids, once, so that training need not do it each time.
 
     Every other command reads text too; tokenize what you read often.
     """
-    from longnet_cli.tokenizing import SHARD_TOKENS
+    if output == "-" and sys.stdout.isatty():  # said before a tokenizer is trained
+        raise ConfigError(
+            "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
+        )
+    from longnet_cli.data.shards import read_manifest
+    from longnet_cli.tokenizing import SHARD_TOKENS, text_bytes
     from longnet_cli.tokenizing import tokenize as run
 
-    done = 0
-    with progress("tokenizing", total=None, quiet=quiet) as advance:
+    earlier = read_manifest(output) if resume else None
+    done = earlier.totals["bytes"] if earlier else 0
+    with progress("tokenizing", total=text_bytes(inputs), unit="B", start=done, quiet=quiet) as advance:
 
         def on_progress(documents: int, tokens: int, size: int) -> None:
             nonlocal done
-            advance(tokens - done, documents=documents)
-            done = tokens
+            advance(size - done, documents=documents, tokens=format_count(tokens))
+            done = size
 
         result = run(
             inputs,
@@ -62,6 +76,8 @@ def tokenize(
             train_vocab=train_vocab,
             column=column,
             shard_tokens=shard_tokens or SHARD_TOKENS,
+            eos=eos,
+            resume=resume,
             on_progress=on_progress,
         )
     if quiet:

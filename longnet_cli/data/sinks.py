@@ -1,5 +1,9 @@
-"""Results out: Arrow or Parquet files that appear whole or not at all, and Arrow streams on stdout."""
+"""Results out: Arrow, Parquet or JSON Lines files that appear whole or not at all, and Arrow streams on stdout."""
 
+import errno
+import io
+import json
+import math
 import os
 import secrets
 import stat
@@ -8,15 +12,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from longnet_cli.errors import ConfigError
+from longnet_cli.errors import ConfigError, LongNetError
 
 SHARD_VERSION = 1
+OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl")  # what names one file; any other name is a folder
+
+_JSON_ROWS = 1024  # as Python objects at a time, which take some 40 bytes a number
+
+
+@contextmanager
+def writing(what: str | Path) -> Iterator[None]:
+    """Turn a failed write (a full disk, a file too large) into a LongNetError that names what was being written.
+
+    A closed pipe stays what it is: the reader has what it wants.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise LongNetError(f"{what}: cannot write: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -24,7 +45,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing under a temporary name in its folder; rename it when the block ends without an error.
 
     Missing folders are made. A reader, or a crash, sees the old file or the whole new one. A device or a named pipe
-    is written to directly. Raises ConfigError when the path cannot be written.
+    is written to directly. Raises ConfigError when the path cannot be opened, LongNetError when the end of the file
+    cannot be written.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -34,21 +56,30 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         temporary = target if direct else target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         file = open(temporary, "wb" if direct else "xb")  # noqa: SIM115 (closed below, before the rename)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot write: {error.strerror}") from error
-    if direct:
-        with file:
-            yield file
-        return
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (LongNetError if full else ConfigError)(f"{path}: cannot write: {error.strerror}") from error
     try:
-        with file:
-            yield file
+        yield file
+        with writing(path):
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+            if not direct:
+                os.fsync(file.fileno())
+            file.close()
+            if not direct:
+                os.replace(temporary, target)
+                sync_folder(target.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a full disk closing fails once more, and leaves the file closed
+            file.close()
+        if not direct:
+            temporary.unlink(missing_ok=True)
         raise
-    sync_folder(target.parent)
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write a whole small file, or leave the old one; errors as for `atomic_write`."""
+    with atomic_write(path) as file, writing(path):
+        file.write(data)
 
 
 def sync_folder(folder: Path) -> None:
@@ -63,9 +94,10 @@ def sync_folder(folder: Path) -> None:
 class ShardWriter:
     """A context manager that writes record batches of one schema, each as it comes, to a path or to stdout.
 
-    `NAME.parquet` is Parquet, any other name an uncompressed Arrow IPC file, and `-` an Arrow IPC stream on stdout.
-    After an error nothing is left under the final name, and a stream on stdout ends without its end-of-stream
-    marker, so that its reader knows. Raises ConfigError when stdout is a terminal or the path cannot be written.
+    `NAME.parquet` is Parquet, `NAME.jsonl` JSON Lines (an object a row, null for what is not finite), any other name
+    an uncompressed Arrow IPC file, and `-` an Arrow IPC stream on stdout. After an error nothing is left under the
+    final name, and a stream on stdout ends without its end-of-stream marker, so that its reader knows. Raises
+    ConfigError when stdout is a terminal or the path cannot be opened, LongNetError when a write fails.
     """
 
     def __init__(self, output: str | Path, schema: pa.Schema) -> None:
@@ -77,7 +109,8 @@ class ShardWriter:
         self._file = _open_output(self.output)
         self._sink = self._file.__enter__()
         try:
-            self._writer = self._open_writer()
+            with writing(self._name):
+                self._writer = self._open_writer()
         except BaseException as error:
             self._file.__exit__(type(error), error, error.__traceback__)
             raise
@@ -85,8 +118,9 @@ class ShardWriter:
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Append one batch (rows, columns as in the schema)."""
-        self._writer.write_batch(batch)
-        self._sink.flush()
+        with writing(self._name):
+            self._writer.write_batch(batch)
+            self._sink.flush()
         self.rows += batch.num_rows
 
     def __exit__(
@@ -94,8 +128,9 @@ class ShardWriter:
     ) -> None:
         if error is None:
             try:
-                self._writer.close()
-                self._sink.flush()
+                with writing(self._name):
+                    self._writer.close()
+                    self._sink.flush()
             except BaseException as failure:
                 self._file.__exit__(type(failure), failure, failure.__traceback__)
                 raise
@@ -104,13 +139,19 @@ class ShardWriter:
                 self._writer.close()
         self._file.__exit__(kind, error, traceback)
 
-    def _open_writer(self) -> "ipc.RecordBatchStreamWriter":  # or a file or Parquet writer: all three write_batch
+    @property
+    def _name(self) -> str:
+        return "stdout" if str(self.output) == "-" else str(self.output)
+
+    def _open_writer(self) -> Any:  # each kind has write_batch and close
         if str(self.output) == "-":
             return ipc.new_stream(self._sink, self.schema)
         if str(self.output).endswith(".parquet"):
             import pyarrow.parquet as pq  # 30 ms that IPC output need not pay
 
             return pq.ParquetWriter(self._sink, self.schema)
+        if str(self.output).endswith(".jsonl"):
+            return _JsonLines(self._sink)
         return ipc.new_file(self._sink, self.schema)
 
 
@@ -120,37 +161,85 @@ def _open_output(output: str | Path) -> AbstractContextManager[BinaryIO]:
     if sys.stdout.isatty():
         raise ConfigError("Arrow data is binary and stdout is a terminal: pipe it, or name an output file")
     sys.stdout.flush()
-    return nullcontext(cast(BinaryIO, sys.stdout.buffer))
+    return nullcontext(cast(BinaryIO, _Stdout()))
 
 
-def token_schema(
-    *, vocab_size: int, eos_id: int | None, tokenizer_sha256: str | None, total_tokens: int | None = None
-) -> pa.Schema:
-    """The schema of a token shard: `doc_id: string, input_ids: large_list<uint16 or int32> not null`.
+class _Stdout(io.RawIOBase):
+    """Stdout without a buffer, whose lock would crash the interpreter's end when a thread hangs in a write."""
 
-    uint16 where the vocabulary fits, as it halves the file. The metadata keys are `longnet.*`, values in decimal;
-    what is not known is left out.
+    def __init__(self) -> None:
+        self._handle = sys.stdout.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        """Write all of it, unlike a raw file, which a signal may stop half way."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest:
+            rest = rest[os.write(self._handle, rest) :]
+        return size
+
+
+class _JsonLines:
+    """Writes batches as JSON Lines, behind the two methods that pyarrow's writers have."""
+
+    def __init__(self, sink: BinaryIO) -> None:
+        self._sink = sink
+
+    def write_batch(self, batch: pa.RecordBatch) -> None:
+        for start in range(0, batch.num_rows, _JSON_ROWS):
+            rows = batch.slice(start, _JSON_ROWS).to_pylist()
+            self._sink.write("".join(f"{_json_line(row)}\n" for row in rows).encode())
+
+    def close(self) -> None:
+        """JSON Lines have no end to write."""
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(row, allow_nan=False, ensure_ascii=False)
+    except ValueError:  # the rare row that has a number which JSON has not
+        return json.dumps(_finite(row), allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+def token_schema(*, vocab_size: int, eos_id: int | None, tokenizer_sha256: str | None) -> pa.Schema:
+    """The schema of a token shard: `doc_id: string, part: int32, input_ids: large_list<uint16 or int32> not null`.
+
+    A document is one row, or neighbouring rows of one doc_id with `part` 0, 1, 2 ... uint16 where the vocabulary
+    fits, as it halves the file. The metadata keys are `longnet.*`, values in decimal; what is not known is left out.
     """
     known: Mapping[str, object] = {
         "longnet.version": SHARD_VERSION,
         "longnet.tokenizer_sha256": tokenizer_sha256,
         "longnet.vocab_size": vocab_size,
         "longnet.eos_id": eos_id,
-        "longnet.total_tokens": total_tokens,
     }
     ids = pa.uint16() if vocab_size <= 1 << 16 else pa.int32()
-    fields = [pa.field("doc_id", pa.string()), pa.field("input_ids", pa.large_list(ids), nullable=False)]
+    fields = [
+        pa.field("doc_id", pa.string()),
+        pa.field("part", pa.int32(), nullable=False),
+        pa.field("input_ids", pa.large_list(ids), nullable=False),
+    ]
     return pa.schema(fields, metadata={key: str(value) for key, value in known.items() if value is not None})
 
 
-def token_batch(schema: pa.Schema, rows: Sequence[tuple[str, np.ndarray]]) -> pa.RecordBatch:
-    """Make one batch of (doc_id, (tokens,) integer ids) rows, for a schema from `token_schema`."""
-    ids_type = schema.field("input_ids").type
-    dtype = ids_type.value_type.to_pandas_dtype()
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(ids) for _, ids in rows], out=offsets[1:])
-    values = np.empty(int(offsets[-1]), dtype)
-    for row, (_, ids) in enumerate(rows):
-        values[offsets[row] : offsets[row + 1]] = ids
-    column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values), type=ids_type)
-    return pa.record_batch([pa.array([doc_id for doc_id, _ in rows], pa.string()), column], schema=schema)
+def token_batch(
+    schema: pa.Schema, doc_ids: Sequence[str], parts: Sequence[int], ends: Sequence[int], values: np.ndarray
+) -> pa.RecordBatch:
+    """Make one batch for a schema from `token_schema`: row i has the ids values[ends[i-1]:ends[i]].
+
+    `values` is (tokens,) of the schema's id type; the batch is a view of it.
+    """
+    offsets = pa.array(np.array([0, *ends], np.int64))
+    ids = pa.LargeListArray.from_arrays(offsets, pa.array(values), type=schema.field("input_ids").type)
+    return pa.record_batch([pa.array(doc_ids, pa.string()), pa.array(parts, pa.int32()), ids], schema=schema)

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from longnet_cli.data.sinks import atomic_write
+from longnet_cli.data.sinks import write_file
 from longnet_cli.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -111,15 +111,29 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, over all cores."""
-        if self._is_bytes:
-            return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
         parts: list[list[np.ndarray]] = [[] for _ in texts]
-        for owners, pieces in self._groups(texts):
-            for owner, encoding in zip(
-                owners, self._inner.encode_batch_fast(pieces, add_special_tokens=False), strict=True
-            ):
-                parts[owner].append(np.array(encoding.ids, np.int32))
+        for owner, ids, _ in self.encode_parts(texts):
+            parts[owner].append(ids)
         return [np.concatenate(part) if part else np.empty(0, np.int32) for part in parts]
+
+    def encode_parts(self, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray, int]]:
+        """Yield (index of a text, (tokens,) int32, UTF-8 bytes): the parts of a text, in order, are its `encode`.
+
+        Memory is that of GROUP characters, however long a text is. An empty text has no part.
+        """
+        if self._is_bytes:
+            for owner, text in enumerate(texts):
+                for start in range(0, len(text), GROUP):
+                    data = text[start : start + GROUP].encode()
+                    yield owner, np.frombuffer(data, np.uint8).astype(np.int32), len(data)
+            return
+        for owners, pieces in self._groups(texts):
+            # No name for the encodings, which take 100 bytes a token: they go before the next group is encoded.
+            for owner, piece, encoding in zip(
+                owners, pieces, self._inner.encode_batch_fast(pieces, add_special_tokens=False), strict=True
+            ):
+                ids = encoding.ids
+                yield owner, np.fromiter(ids, np.int32, len(ids)), len(piece.encode())
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of (tokens,) ids, special tokens written out; a cut UTF-8 character becomes U+FFFD."""
@@ -158,8 +172,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json, whole or not at all."""
-        with atomic_write(path) as file:
-            file.write(self.to_json().encode())
+        write_file(path, self.to_json().encode())
 
     def to_json(self) -> str:
         """The text of its tokenizer.json."""

@@ -1,0 +1,248 @@
+"""A data set of many shards in one folder, written so that `kill -9` at any moment loses one shard's work at most.
+
+    shard-00000.arrow ...   finished shards, each under its name only when it is whole
+    _unfinished.json        a manifest of them, as long as more are to come; readers should refuse the folder
+    _manifest.json          the same file under its last name: the data set is complete
+
+The manifest is the one account of what is done. It is rewritten, atomically, after each shard: a shard that it does not
+list is as good as not there, and is written again. How many documents the listed shards hold is where to go on.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+
+from longnet_cli.data.sinks import ShardWriter, sync_folder, write_file, writing
+from longnet_cli.errors import ConfigError, DataError, LongNetError
+
+UNFINISHED = "_unfinished.json"
+FINISHED = "_manifest.json"
+MANIFEST_VERSION = 1
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # what atomic_write leaves behind when it is killed
+
+
+@dataclass
+class Manifest:
+    """What a folder of shards says about itself.
+
+    `settings` is whatever decides the bytes of the shards: inputs and options. `shards` has a dict a shard, in order:
+    `name`, `rows`, and the counts that were given to `ShardFolder.write`, `documents` among them.
+    """
+
+    settings: dict[str, Any]
+    finished: bool = False
+    shards: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def totals(self) -> Counter[str]:
+        """`rows`, `documents` and the other counts, over all finished shards."""
+        totals: Counter[str] = Counter()
+        for shard in self.shards:
+            totals.update({name: count for name, count in shard.items() if name != "name"})
+        return totals
+
+    def to_json(self) -> bytes:
+        content = {
+            "version": MANIFEST_VERSION,
+            "settings": self.settings,
+            "totals": dict(self.totals),
+            "shards": self.shards,
+        }
+        return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def read_manifest(folder: str | Path) -> Manifest | None:
+    """The manifest of a folder of shards, None where there is none; DataError for one that cannot be read."""
+    for name in (UNFINISHED, FINISHED):
+        path = Path(folder, name)
+        try:
+            content = json.loads(path.read_bytes())
+            if content["version"] != MANIFEST_VERSION:
+                raise DataError(f"{path}: version {content['version']} of the manifest is not known to this longnet")
+            return Manifest(content["settings"], name == FINISHED, content["shards"])
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a manifest of shards ({error})") from error
+    return None
+
+
+def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
+    """The manifest of an earlier run that has finished shards in `folder`, None where there is nothing to go on with.
+
+    Raises ConfigError for a folder that is in use: one with other files, or one with shards when not to `resume`.
+    """
+    place = Path(folder)
+    earlier = read_manifest(place)
+    if earlier is None:
+        in_use = place.exists() and (not place.is_dir() or not all(map(_LEFTOVER.fullmatch, os.listdir(place))))
+        if in_use:
+            raise ConfigError(f"{folder} exists and is not an empty folder: name a new one, or remove it first")
+        return None
+    if not earlier.shards and not earlier.finished:
+        return None
+    if not resume:
+        if earlier.finished:
+            raise ConfigError(f"{folder} holds a finished data set: name a new folder, or remove it first")
+        raise ConfigError(f"{folder} holds an unfinished data set: go on with --resume, or remove it first")
+    return earlier
+
+
+class ShardFolder:
+    """A context manager that writes record batches of one schema to `NAME-00000.arrow` ... in a folder.
+
+    The folder must be new or empty. With `resume` it may be one that an earlier run with the same `settings` did not
+    finish, or did: then `documents` says how many documents to skip, and `finished` that there is nothing to do. Shards
+    come out byte for byte as without the interruption if batches depend on nothing but the documents since the
+    last `end_shard`.
+
+    Raises ConfigError for a folder in use, other settings or a folder that cannot be written, DataError when a finished
+    shard of the earlier run is damaged, LongNetError when a write fails. After an error the finished shards stay.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        schema: pa.Schema,
+        *,
+        settings: Mapping[str, Any],
+        name: str = "shard",
+        resume: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.schema = schema
+        self._name = name
+        self._resume = resume
+        self._manifest = Manifest(json.loads(json.dumps(settings)))  # as it will be read back
+        self._open = ExitStack()  # holds the writer, so that an error discards its file
+        self._writer: ShardWriter | None = None
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def documents(self) -> int:
+        """Documents in finished shards."""
+        return self._manifest.totals["documents"]
+
+    @property
+    def totals(self) -> Counter[str]:
+        """`rows`, `documents` and the other counts, over all finished shards."""
+        return self._manifest.totals
+
+    @property
+    def finished(self) -> bool:
+        """Whether the data set is complete."""
+        return self._manifest.finished
+
+    @property
+    def paths(self) -> list[Path]:
+        """The finished shards, in order."""
+        return [self.folder / shard["name"] for shard in self._manifest.shards]
+
+    def __enter__(self) -> "ShardFolder":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise (LongNetError if full else ConfigError)(f"{self.folder}: cannot write: {error.strerror}") from error
+        try:
+            self._lock()
+            with writing(self.folder):
+                self._take_over()
+        except BaseException:
+            os.close(self._handle)
+            raise
+        return self
+
+    def write(self, batch: pa.RecordBatch, **counts: int) -> None:
+        """Append a batch to the open shard; the `counts` (`documents=3`, ...) are added to those of the shard."""
+        if self._writer is None:
+            self._writer = ShardWriter(self._next_path(), self.schema)
+            self._open.enter_context(self._writer)
+        self._writer.write(batch)
+        self._counts.update(counts)
+
+    def end_shard(self) -> None:
+        """Finish the open shard, if there is one. Only where a document ends: a resumed run goes on with the next."""
+        if self._writer is None:
+            return
+        shard = {"name": self._next_path().name, "rows": self._writer.rows, "documents": 0, **self._counts}
+        self._writer, self._counts = None, Counter()
+        self._open.close()  # now it has its name
+        self._manifest.shards.append(shard)
+        write_file(self.folder / UNFINISHED, self._manifest.to_json())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is not None:
+                self._open.__exit__(kind, error, traceback)
+            elif not self._manifest.finished:
+                self.end_shard()
+                with writing(self.folder):
+                    os.replace(self.folder / UNFINISHED, self.folder / FINISHED)
+                    sync_folder(self.folder)
+                self._manifest.finished = True
+        finally:
+            os.close(self._handle)
+
+    def _lock(self) -> None:
+        """Keep a second writer out; the lock ends with the process, however that ends."""
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{self.folder}: another process is writing into this folder") from None
+        except OSError:
+            pass  # a network file system without locks
+
+    def _take_over(self) -> None:
+        """Start in an empty folder, or where the earlier run ended. Under the lock, temporary files are of the dead."""
+        earlier = run_to_resume(self.folder, resume=self._resume)
+        if earlier is not None:
+            self._refuse_other_settings(earlier)
+            for shard in earlier.shards:
+                _check_shard(self.folder / shard["name"], self.schema, shard["rows"])
+            self._manifest = earlier
+        for name in filter(_LEFTOVER.fullmatch, os.listdir(self.folder)):
+            (self.folder / name).unlink()
+        if not self._manifest.finished:
+            write_file(self.folder / UNFINISHED, self._manifest.to_json())
+
+    def _refuse_other_settings(self, earlier: Manifest) -> None:
+        old, new = earlier.settings, self._manifest.settings
+        for name in [*new, *old]:
+            if old.get(name) != new.get(name):
+                raise ConfigError(
+                    f"{self.folder}: cannot resume: {name} was {old.get(name)!r} and is now {new.get(name)!r}: "
+                    "give the same inputs and options, or a new folder"
+                )
+
+    def _next_path(self) -> Path:
+        return self.folder / f"{self._name}-{len(self._manifest.shards):05d}.arrow"
+
+
+def _check_shard(path: Path, schema: pa.Schema, rows: int) -> None:
+    """Whether a finished shard still has its index, schema and rows; its data is not read."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            reader = ipc.open_file(file)
+            found = sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
+            if found != rows or not reader.schema.equals(schema, check_metadata=True):
+                raise ValueError(f"{found} rows instead of {rows}" if found != rows else "its schema is another")
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot resume: a finished shard is missing or damaged ({reason})") from error

@@ -1,0 +1,156 @@
+"""Proves that a folder of shards is whole or says that it is not, and resumes anywhere to the same bytes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pytest
+
+from longnet_cli.data import shards
+from longnet_cli.data.shards import FINISHED, UNFINISHED, ShardFolder, read_manifest
+from longnet_cli.errors import ConfigError, DataError
+
+# Rows of embeddings, to show that nothing here knows of tokens: a document has several.
+SCHEMA = pa.schema([("doc_id", pa.string()), ("embedding", pa.list_(pa.float32(), 2))], metadata={"longnet.model": "m"})
+SETTINGS = {"model": "m", "pool": "mean", "stride": None, "sizes": (1, 2)}
+
+
+def rows(document: int) -> pa.RecordBatch:
+    vectors = pa.array([[document, row] for row in range(3)], SCHEMA.field("embedding").type)
+    return pa.record_batch([pa.array([str(document)] * 3), vectors], schema=SCHEMA)
+
+
+def write(
+    place: Path, *, documents: int = 7, fail_at: int | None = None, resume: bool = False, **settings
+) -> ShardFolder:
+    """Two documents a shard; `fail_at` raises before that document."""
+    with ShardFolder(place, SCHEMA, settings=SETTINGS | settings, name="vectors", resume=resume) as folder:
+        for document in range(folder.documents, documents):
+            if document == fail_at:
+                raise KeyboardInterrupt
+            folder.write(rows(document), documents=1, tokens=10)
+            if document % 2:
+                folder.end_shard()
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_finished_folder_holds_its_shards_and_a_manifest_of_them(tmp_path):
+    folder = write(tmp_path / "new" / "out")
+    names = [f"vectors-0000{index}.arrow" for index in range(4)]
+    assert sorted(os.listdir(folder.folder)) == [FINISHED, *names]
+    assert [path.name for path in folder.paths] == names
+    assert folder.finished
+    assert dict(folder.totals) == {"rows": 21, "documents": 7, "tokens": 70}
+    manifest = json.loads((folder.folder / FINISHED).read_bytes())
+    assert manifest["totals"] == dict(folder.totals)
+    assert manifest["shards"][3] == {"name": names[3], "rows": 3, "documents": 1, "tokens": 10}
+    tables = [ipc.open_file(path).read_all() for path in folder.paths]
+    assert pa.concat_tables(tables)["doc_id"].to_pylist() == [str(row // 3) for row in range(21)]
+
+
+@pytest.mark.parametrize("fail_at", range(7))
+def test_a_run_resumed_anywhere_gives_the_same_bytes(tmp_path, fail_at):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", fail_at=fail_at)
+    finished = [f"vectors-0000{index}.arrow" for index in range(fail_at // 2)]
+    assert sorted(os.listdir(tmp_path / "out")) == [UNFINISHED, *finished]
+    before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished}
+    write(tmp_path / "out", resume=True)
+    write(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert before == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished}
+    again = write(tmp_path / "out", documents=0, resume=True)  # nothing to do
+    assert again.finished
+    assert again.documents == 7
+
+
+def test_without_resume_only_a_folder_without_finished_shards_is_taken(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, fail_at=1)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, fail_at=3, model="another")
+    with pytest.raises(ConfigError, match=r"an unfinished data set: go on with --resume"):
+        write(tmp_path, model="another")
+    write(tmp_path, model="another", resume=True)
+    with pytest.raises(ConfigError, match="a finished data set"):
+        write(tmp_path, model="another")
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, fail_at=3)
+    before = contents(tmp_path)
+    for settings, message in (({"pool": "last"}, "pool was 'mean' and is now 'last'"), ({"new": 1}, "new was None")):
+        with pytest.raises(ConfigError, match=message):
+            write(tmp_path, resume=True, **settings)
+    assert contents(tmp_path) == before
+
+
+def test_what_the_dead_left_is_removed_and_nothing_else(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, fail_at=3)
+    for name in (".vectors-00001.arrow.0123abcd.tmp", "._unfinished.json.00000000.tmp", ".mine.tmp", "notes.txt"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / "vectors-00001.arrow").write_bytes(b"named, but killed before the manifest said so")
+    write(tmp_path, resume=True)
+    shards = [f"vectors-0000{index}.arrow" for index in range(4)]
+    assert sorted(os.listdir(tmp_path)) == [".mine.tmp", FINISHED, "notes.txt", *shards]
+    assert ipc.open_file(tmp_path / shards[1]).read_all().num_rows == 6
+
+
+def test_killed_before_the_first_manifest_the_folder_counts_as_empty(tmp_path):
+    (tmp_path / "._unfinished.json.00000000.tmp").write_bytes(b"{")
+    write(tmp_path)
+    assert FINISHED in os.listdir(tmp_path)
+    assert read_manifest(tmp_path).finished
+
+
+def damage(kind: str, shard: Path) -> None:
+    if kind == "missing":
+        shard.unlink()
+    elif kind == "truncated":
+        os.truncate(shard, shard.stat().st_size - 20)
+    elif kind == "rows":
+        with ipc.new_file(shard, SCHEMA) as writer:
+            writer.write(rows(0))
+    else:
+        with ipc.new_file(shard, SCHEMA.with_metadata({"longnet.model": "n"})) as writer:
+            writer.write(rows(0))
+            writer.write(rows(1))
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "rows", "schema"])
+def test_a_damaged_finished_shard_is_refused(tmp_path, kind):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, fail_at=5)
+    damage(kind, tmp_path / "vectors-00000.arrow")
+    with pytest.raises(DataError, match=r"vectors-00000\.arrow: cannot resume: a finished shard is missing or damaged"):
+        write(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"version": 1}', b'{"version": 99}', b"\xff"])
+def test_a_damaged_manifest_is_refused(tmp_path, content):
+    (tmp_path / UNFINISHED).write_bytes(content)
+    with pytest.raises(DataError, match=UNFINISHED):
+        write(tmp_path, resume=True)
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    code = (
+        "import sys; from longnet_cli.data.shards import *; from longnet_cli.errors import ConfigError\n"
+        "try:\n    with ShardFolder(sys.argv[1], pa.schema([]), settings={}, resume=True): pass\n"
+        "except ConfigError as error: print(error)"
+    )
+    with ShardFolder(tmp_path, SCHEMA, settings=SETTINGS):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "another process is writing" in done.stdout
+    write(tmp_path / "other")  # the lock is gone with the writer
+    assert shards.read_manifest(tmp_path / "other").finished

@@ -1,0 +1,263 @@
+"""Proves that whatever ends `tokenize`, its output is whole or says that it is not, and --resume completes it.
+
+Real processes: killed at random moments, stopped by signals, on a full disk, with a reader that leaves or stalls.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pytest
+
+from longnet_cli.data.sources import read_documents
+from longnet_cli.errors import DataError
+from longnet_cli.presets import find_model
+
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def start(tmp_path: Path, command_env: dict[str, str]) -> Iterator[Start]:
+    """`start("tokenize", ...)` begins the real command; it is killed with the test."""
+    begun: list[subprocess.Popen] = []
+
+    def run(*args: str | Path, **options) -> subprocess.Popen:
+        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        words = [sys.executable, "-m", "longnet_cli", *map(str, args)]
+        begun.append(subprocess.Popen(words, env=command_env, cwd=tmp_path, **options))
+        return begun[-1]
+
+    yield run
+    for process in begun:
+        with process:  # which closes its pipes
+            process.kill()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """60 documents of 0.1 to 20 kB."""
+    chance = random.Random(0)
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for index in range(60):
+        (folder / f"{index}.txt").write_text("".join(chance.choices("abc déf\n", k=chance.randint(100, 20_000))))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("waited in vain")
+
+
+def wait_for_news(process: subprocess.Popen, folder: Path) -> None:
+    """Until the process makes a file in the folder, or ends."""
+
+    def files() -> int:
+        return len(os.listdir(folder)) if folder.exists() else 0
+
+    before = files()
+    wait_for(lambda: process.poll() is not None or files() > before)
+
+
+def kill_and_resume(start: Start, command: list[str | Path], folder: Path, kills: int) -> None:
+    """Kill the command at `kills` random moments or more, until half of them have hit the writing of shards.
+
+    It is resumed each time, in as many folders as that takes.
+    """
+    began = time.monotonic()
+    assert start(*command, "-o", folder / "whole").wait() == 0
+    seconds = time.monotonic() - began
+    whole = contents(folder / "whole")
+    shards = {name for name in whole if name.endswith(".arrow")}
+    chance = random.Random(1)
+    killed = in_the_middle = 0
+    for attempt in range(50):
+        place = folder / str(attempt)
+        enough = killed >= kills and in_the_middle >= kills / 2
+        while not place.exists() or contents(place) != whole:
+            process = start(*command, "-o", place, "--resume")
+            try:
+                if enough:
+                    process.wait()
+                elif chance.random() < 0.5:
+                    process.wait(chance.uniform(0, seconds))
+                else:  # at the first half second there are only imports
+                    wait_for_news(process, place)
+                    process.wait(chance.uniform(0, seconds / 10))
+                assert process.returncode == 0, process.stderr and process.stderr.read()
+                assert contents(place) == whole
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                killed += 1
+                found = contents(place) if place.exists() else {}
+                finished = shards & found.keys()
+                in_the_middle += 0 < len(finished) < len(shards)
+                assert "_manifest.json" not in found or finished == shards
+                assert all(found[name] == whole[name] for name in finished)
+        if enough:
+            return
+    raise AssertionError(f"{in_the_middle} of {killed} kills hit the writing")
+
+
+def test_killed_and_resumed_the_shards_are_the_same(start, corpus, tmp_path):
+    kill_and_resume(start, ["tokenize", corpus, "--shard-tokens", "10000", "--eos"], tmp_path, kills=3)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_the_shards_are_the_same(start, tmp_path):
+    """A trained tokenizer on real text, with documents of several parts."""
+    corpus = [Path(os.__file__).parent / name for name in ("asyncio", "email", "json", "unittest", "xml")]
+    tokenizer = find_model("longnet-tiny") / "tokenizer.json"
+    command = ["tokenize", *corpus, "--shard-tokens", "20000", "--tokenizer", tokenizer]
+    kill_and_resume(start, command, tmp_path, kills=20)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_finished_shards_and_no_others(start, corpus, tmp_path, number, code):
+    command = ["tokenize", corpus, "--shard-tokens", "10000", "-o"]
+    process = start(*command, "out")
+    wait_for(lambda: (tmp_path / "out" / "shard-00003.arrow").exists())
+    process.send_signal(number)
+    assert process.communicate()[1] == b""
+    assert process.returncode == code
+    names = sorted(os.listdir(tmp_path / "out"))
+    assert names[0] == "_unfinished.json"
+    assert names[1:] == [f"shard-{index:05d}.arrow" for index in range(len(names) - 2)] + ["tokenizer.json"]
+    assert start(*command, "out", "--resume").wait() == 0
+    assert start(*command, "whole").wait() == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("output", ["out", "out.arrow", "-"])
+def test_a_signal_ends_a_wait_for_input(start, tmp_path, output):
+    process = start("tokenize", "-", "-o", output, stdin=subprocess.PIPE)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert not process.stdout.read().endswith(b"\xff\xff\xff\xff\0\0\0\0")
+    assert sorted(os.listdir(tmp_path)) in ([], ["out"])
+
+
+def test_a_signal_ends_a_wait_for_a_reader_that_stalls(start, corpus):
+    process = start("tokenize", *[corpus] * 20, "-o", "-")
+    assert process.stdout.read(1)
+    time.sleep(1.0)  # now the pipe is full
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert process.stderr.read() == b""
+
+
+def test_a_reader_that_leaves_is_no_error_to_tell(corpus, tmp_path, command_env):
+    line = f'set -o pipefail; "{sys.executable}" -m longnet_cli tokenize "$@" -o - | head -c 100 > /dev/null'
+    words = ["bash", "-c", line, "bash", *map(str, [corpus] * 20)]
+    done = subprocess.run(words, env=command_env, cwd=tmp_path, capture_output=True)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_documents_come_out_while_the_input_waits(start):
+    """The reader may keep the last document that it has, whose next row may be another part of it."""
+    process = start("tokenize", "-", "-o", "-", stdin=subprocess.PIPE)
+    timer = threading.Timer(20, process.kill)  # lest the test wait for ever
+    timer.start()
+    schema = pa.schema([("text", pa.string())])
+    with ipc.new_stream(process.stdin, schema) as writer:
+        writer.write(pa.record_batch([["one", "two"]], schema=schema))
+        process.stdin.flush()
+        begun = ipc.open_stream(process.stdout)
+        assert begun.read_next_batch()["input_ids"][0].as_py() == list(b"one")
+        writer.write(pa.record_batch([["three", "four"]], schema=schema))
+        process.stdin.flush()
+        assert begun.read_next_batch().num_rows >= 1
+    process.stdin.close()
+    begun.read_all()
+    assert process.wait(20) == 0
+    timer.cancel()
+
+
+@pytest.mark.parametrize("ending", ["kill", "fail"])
+def test_a_cut_stream_is_refused(start, corpus, tmp_path, ending):
+    if ending == "fail":
+        (corpus / "bad.txt").write_bytes(b"\xff")
+    with open(tmp_path / "cut.arrow", "wb") as file:
+        process = start(
+            "tokenize", corpus, "-" if ending == "kill" else corpus, "-o", "-", stdin=subprocess.PIPE, stdout=file
+        )
+        if ending == "kill":
+            wait_for(lambda: (tmp_path / "cut.arrow").stat().st_size > 100_000)
+            process.kill()
+        assert process.wait(30) == (-9 if ending == "kill" else 3)
+    with pytest.raises(DataError, match="truncated"):
+        list(read_documents([tmp_path / "cut.arrow"], None))
+
+
+def assert_full(process: subprocess.Popen, reason: str, folder: Path, whole: dict[str, bytes]) -> list[str]:
+    """One line, exit code 1, and only whole shards; returns their names."""
+    _, said = process.communicate()
+    assert process.returncode == 1
+    assert said.decode().count("\n") == 1
+    assert said.startswith(b"longnet: error: ")
+    assert f"cannot write: {reason}".encode() in said
+    assert str(folder).encode() in said
+    found = contents(folder)
+    shards = [name for name in found if name.endswith(".arrow")]
+    assert all(found[name] == whole[name] for name in shards)
+    assert "_manifest.json" not in found
+    assert not [name for name in found if name.endswith(".tmp")]
+    return shards
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no mount command")
+    if done.returncode:
+        pytest.skip(f"mounting a small file system is not permitted: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_keeps_finished_shards_and_room_lets_it_resume(start, corpus, tmp_path, small_disk):
+    command = ["tokenize", corpus, "--shard-tokens", "20000", "-o"]
+    assert start(*command, "whole").wait() == 0
+    whole = contents(tmp_path / "whole")
+    out = small_disk / "out"
+    assert len(assert_full(start(*command, out), "No space left on device", out, whole)) >= 2
+    assert_full(start(*command, out, "--resume"), "No space left on device", out, whole)
+    subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
+    assert start(*command, out, "--resume").wait() == 0
+    assert contents(out) == whole
+
+
+def test_a_shard_too_large_for_the_file_system_is_one_line(start, corpus, tmp_path, command_env):
+    """The limit on file sizes, which any user may set, does as a full disk does."""
+    (corpus / "30.txt").write_text("x" * 1_000_000)
+    command = ["tokenize", corpus, "--shard-tokens", "20000", "-o"]
+    assert start(*command, "whole").wait() == 0
+    limited = ["bash", "-c", f'ulimit -f 500; exec "{sys.executable}" -m longnet_cli "$@"', "bash"]
+    words = [*limited, *map(str, command), str(tmp_path / "out")]
+    process = subprocess.Popen(words, env=command_env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out = tmp_path / "out"
+    assert len(assert_full(process, "File too large", out, contents(tmp_path / "whole"))) >= 5
+    assert start(*command, out, "--resume").wait() == 0
+    assert contents(out) == contents(tmp_path / "whole")
