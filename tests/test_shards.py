@@ -11,6 +11,7 @@ import pyarrow.ipc as ipc
 import pytest
 
 from longnet_cli.data import shards
+from longnet_cli.data.inputs import find_sources
 from longnet_cli.data.shards import FINISHED, UNFINISHED, ShardFolder, read_manifest
 from longnet_cli.errors import ConfigError, DataError
 
@@ -154,3 +155,15 @@ def test_a_second_writer_is_refused(tmp_path):
     assert "another process is writing" in done.stdout
     write(tmp_path / "other")  # the lock is gone with the writer
     assert shards.read_manifest(tmp_path / "other").finished
+
+
+def test_a_reader_takes_no_half_of_a_data_set(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", fail_at=5)
+    with pytest.raises(DataError, match="--resume"):
+        find_sources([tmp_path / "out"])
+    folder = write(tmp_path / "out", resume=True)
+    assert [source.path for source in find_sources([tmp_path / "out"])] == folder.paths
+    folder.paths[1].unlink()
+    with pytest.raises(DataError, match=r"vectors-00001\.arrow: no such file"):
+        find_sources([tmp_path / "out"])

@@ -125,6 +125,13 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
             raise DataError(f"{folder}/{missing}: no such file, but {folder}/state.json lists it")
         if shards:
             return shards
+    if "_unfinished.json" in names:  # of our own writer, which renames it when the last shard is there
+        raise DataError(f"{folder}: the run that wrote this data did not end: finish it with its command and --resume")
+    if "_manifest.json" in names:
+        shards = [str(shard["name"]) for shard in json.loads(read("_manifest.json", None))["shards"]]
+        if missing := next((shard for shard in shards if shard not in names), None):
+            raise DataError(f"{folder}/{missing}: no such file, but {folder}/_manifest.json lists it")
+        return shards
     if "dataset_dict.json" in names:
         splits = sorted({name.split("/")[0] for name in names if "/" in name})
         raise ConfigError(

@@ -1,10 +1,12 @@
 """Results out: Arrow, Parquet or JSON Lines files that appear whole or not at all, and Arrow streams on stdout."""
 
 import errno
+import fcntl
 import io
 import json
 import math
 import os
+import re
 import secrets
 import stat
 import sys
@@ -44,7 +46,8 @@ def writing(what: str | Path) -> Iterator[None]:
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing under a temporary name in its folder; rename it when the block ends without an error.
 
-    Missing folders are made. A reader, or a crash, sees the old file or the whole new one. A device or a named pipe
+    Missing folders are made. A reader, or a crash, sees the old file or the whole new one; what a killed writer of the
+    same file left under its temporary name is removed. A device or a named pipe
     is written to directly. Raises ConfigError when the path cannot be opened, LongNetError when the end of the file
     cannot be written.
     """
@@ -53,8 +56,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         direct = target.exists() and not stat.S_ISREG(target.stat().st_mode)
         if not direct:
             target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target if direct else target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        file = open(temporary, "wb" if direct else "xb")  # noqa: SIM115 (closed below, before the rename)
+            remove_leftovers(target)
+        temporary, file = (target, open(target, "wb")) if direct else _new_temporary(target)  # noqa: SIM115
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise (LongNetError if full else ConfigError)(f"{path}: cannot write: {error.strerror}") from error
@@ -74,6 +77,27 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         if not direct:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(target: Path) -> None:
+    """Delete the temporary files of writers of `target` that were killed: a living one holds a lock on its own."""
+    leftover = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.tmp")
+    for name in filter(leftover.fullmatch, os.listdir(target.parent)):
+        with suppress(OSError), open(target.parent / name, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (target.parent / name).unlink()
+
+
+def _new_temporary(target: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside `target`, open and locked, so that it is not taken for a leftover."""
+    while True:
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        file = open(temporary, "xb")  # noqa: SIM115 (its user closes it)
+        with suppress(OSError):  # a network file system without locks, on which no leftover can be locked either
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_nlink:  # else another writer removed it before it was locked
+            return temporary, file
+        file.close()
 
 
 def write_file(path: str | Path, data: bytes) -> None:
