@@ -8,7 +8,7 @@ documents --+-- short --batches_by_length--> padded forwards --+--> hidden --_Po
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,9 @@ from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model.longnet import LongNet
 from longnet_cli.runtime.chunks import CausalStream, default_chunk
 from longnet_cli.runtime.device import precision
+from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.layerwise import hidden_in_chunks
+from longnet_cli.runtime.ranks import Exchange, even_edges
 from longnet_cli.scoring import batches_by_length, read_sequence
 
 Pool = Literal["mean", "last", "first"]
@@ -42,6 +44,7 @@ def encode(
     dtype: str = "auto",
     embedding_dtype: EmbeddingDtype = "float32",
     device: torch.device | str | None = None,
+    ranks: Ranks | None = None,
     model_name: str | None = None,
     tokenizer_sha256: str | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -55,6 +58,9 @@ def encode(
     `chunk` is the most tokens of one forward, by default what `default_chunk` gives. Short documents share a forward;
     a longer one goes chunk by chunk, with the same result. A causal net needs no more memory for it; a bidirectional
     one keeps its hidden states in memory or, with `spill`, in a file in that folder.
+
+    Several `ranks`, all given the same documents, share every long one, `chunk` tokens each, and deal out the forwards
+    of short ones; every rank gets all rows. A bidirectional net's documents must then fit the ranks' chunks together.
 
     `device` moves the model there; None leaves it where it is. `model_name` and `tokenizer_sha256` go into the schema's
     metadata. `on_progress` gets the number of tokens that each forward has encoded. Raises ConfigError for a model
@@ -77,7 +83,7 @@ def encode(
         tokenizer_sha256=tokenizer_sha256,
     )
     chunk = chunk or default_chunk(model.config, next(model.parameters()).device)
-    encoder = _Encoder(model, bos, pool, span, chunk, spill, dtype, on_progress)
+    encoder = _Encoder(model, bos, pool, span, chunk, spill, dtype, ranks or Ranks(), on_progress)
     batches = (_record_batch(schema, rows, normalize) for rows in encoder.run(documents) if rows)
     return pa.RecordBatchReader.from_batches(schema, batches)
 
@@ -162,8 +168,10 @@ class _Encoder:
         chunk: int,
         spill: str | Path | None,
         dtype: str,
+        ranks: Ranks,
         on_progress: Callable[[int], None] | None,
     ) -> None:
+        self.ranks = ranks
         self.model, self.pool, self.span, self.chunk = model, pool, span, chunk
         self.spill, self.dtype, self.on_progress = spill, dtype, on_progress
         self.bos = bos if model.config.causal else None
@@ -190,49 +198,82 @@ class _Encoder:
         """The rows of short documents, from padded forwards of similar lengths."""
         rows: list[list[_Row]] = [[] for _ in documents]
         lengths = [len(document) + self.first for document in documents]
-        for batch in batches_by_length(lengths, self.chunk):
-            padded = torch.zeros(len(batch), max(lengths[i] for i in batch), dtype=torch.int64)
-            for row, i in zip(padded, batch, strict=True):
-                row[: lengths[i]] = torch.from_numpy(read_sequence(documents[i], self.bos, 0, lengths[i]))
-            with torch.inference_mode(), precision(self.dtype, self.device):
-                found = self.model(padded.to(self.device), lengths=[lengths[i] for i in batch])
+        for turn, batch in enumerate(batches_by_length(lengths, self.chunk)):
+            if turn % self.ranks.world == self.ranks.rank:
+                padded = torch.zeros(len(batch), max(lengths[i] for i in batch), dtype=torch.int64)
+                for row, i in zip(padded, batch, strict=True):
+                    row[: lengths[i]] = torch.from_numpy(read_sequence(documents[i], self.bos, 0, lengths[i]))
+                with torch.inference_mode(), precision(self.dtype, self.device):
+                    found = self.model(padded.to(self.device), lengths=[lengths[i] for i in batch])
+            else:
+                found = self._nothing(max(lengths[i] for i in batch)).expand(len(batch), -1, -1)
+            with torch.inference_mode():
                 for i, hidden in zip(batch, found, strict=True):
                     pooling = _Pooling(documents[i], self.pool, self.span)
                     rows[i] = list(pooling.add(hidden[self.first : lengths[i]]))
             if self.on_progress:
                 self.on_progress(sum(len(documents[i]) for i in batch))
-        return [row for found in rows for row in found]
+        return self._of_all_ranks([row for found in rows for row in found])
 
     def _stream(self, document: Document) -> Iterator[list[_Row]]:
         """The rows of a document that is longer than a chunk, as its spans end."""
         pooling = _Pooling(document, self.pool, self.span)
         skip = self.first
-        for hidden in self._hidden(document):
+        for pieces in self._hidden(document):
+            rows = []
             with torch.inference_mode():
-                yield list(pooling.add(hidden[0, skip:]))
-            skip = 0
+                for hidden in pieces:
+                    rows += list(pooling.add(hidden[0, skip:]))
+                    skip = max(0, skip - hidden.shape[1])
+            yield self._of_all_ranks(rows)
 
-    def _hidden(self, document: Document) -> Iterator[Tensor]:
-        """Its hidden states (1, n, dim), chunk by chunk."""
-        total = len(document) + self.first
+    def _hidden(self, document: Document) -> Iterator[list[Tensor]]:
+        """Its hidden states, chunk by chunk, as the ranks' shards (1, n, dim): zeros for those of other ranks."""
+        total, model, ranks = len(document) + self.first, self.model, self.ranks
 
         def read(start: int, stop: int) -> Tensor:
             return torch.from_numpy(read_sequence(document, self.bos, start, stop))[None].to(self.device)
 
-        if not self.model.config.causal:
-            done = _Share(self.on_progress, self.model.config.num_layers)
-            yield from hidden_in_chunks(
-                self.model, read, total, self.chunk, spill=self.spill, dtype=self.dtype, on_chunk=done
-            )
+        if ranks.world == 1 and not model.config.causal:
+            done = _Share(self.on_progress, model.config.num_layers)
+            chunks = hidden_in_chunks(model, read, total, self.chunk, spill=self.spill, dtype=self.dtype, on_chunk=done)
+            yield from ([hidden] for hidden in chunks)
             return
-        stream = CausalStream(self.model)
-        for start in range(0, total, self.chunk):
-            stop = min(start + self.chunk, total)
+        chunk = self.chunk * ranks.world
+        if not model.config.causal and total > chunk:
+            raise ConfigError(
+                f"{document.where}: {total} tokens in both directions need all ranks at once, and {ranks.world} ranks "
+                f"have chunks of {self.chunk}: give --chunk {-(-total // ranks.world)}, or encode it with one process"
+            )
+        stream = CausalStream(model, group=ranks.group) if model.config.causal else None
+        for start in range(0, total, chunk):
+            stop = min(start + chunk, total)
+            edges = even_edges(start, stop - start, ranks.world)
+            ids = read(edges[ranks.rank], edges[ranks.rank + 1])
             with torch.inference_mode(), precision(self.dtype, self.device):
-                hidden = stream(read(start, stop))
+                if stream:
+                    hidden = stream(ids, edges=edges if ranks.group else None)
+                else:
+                    exchange = Exchange(model.config, edges, group=ranks.group)
+                    hidden = model(ids, start=exchange.start, far=exchange, total=total)
             if self.on_progress:
                 self.on_progress(stop - max(start, self.first))
-            yield hidden
+            yield [
+                hidden if rank == ranks.rank else self._nothing(edges[rank + 1] - edges[rank])
+                for rank in range(ranks.world)
+            ]
+
+    def _nothing(self, tokens: int) -> Tensor:
+        """(1, tokens, dim) zeros that take no memory: what a rank adds to spans of other ranks' tokens."""
+        return torch.zeros(1, 1, 1, device=self.device).expand(1, tokens, self.model.config.dim)
+
+    def _of_all_ranks(self, rows: list[_Row]) -> list[_Row]:
+        """The same rows with the sum of all ranks' vectors: pooling is linear."""
+        if self.ranks.world == 1 or not rows:
+            return rows
+        vectors = torch.stack([row.vector for row in rows])
+        self.ranks.sum(vectors)
+        return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]
 
 
 class _Share:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model.longnet import IGNORED, LongNet
 from longnet_cli.runtime.chunks import CausalStream, default_chunk
 from longnet_cli.runtime.device import precision
+from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.ranks import even_edges
 
 # Called with (document, start, ids, log-probabilities): those of its tokens [start, start + n), (n,) int64 and float32
 OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
@@ -89,6 +91,7 @@ def score(
     chunk: int | None = None,
     dtype: str = "auto",
     device: torch.device | str | None = None,
+    ranks: Ranks | None = None,
     on_tokens: OnTokens | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[DocumentScore]:
@@ -101,6 +104,9 @@ def score(
 
     `chunk` is the most tokens of one forward, by default what `default_chunk` gives. Short windows share a forward; a
     longer one is streamed, so memory does not depend on the document's length and the chunk changes no number.
+
+    Several `ranks`, all given the same documents, share every long window, `chunk` tokens each, and deal out the
+    forwards of short ones; every rank gets all results.
 
     An empty document scores 0 tokens. `device` moves the model there; None leaves it where it is. `on_tokens` gets the
     log-probabilities of all tokens in order. `on_progress` gets the number of tokens that each forward has scored.
@@ -117,7 +123,7 @@ def score(
     if device is not None:
         model.to(device)
     chunk = chunk or default_chunk(model.config, next(model.parameters()).device)
-    return _Scorer(model, bos, context, chunk, dtype, on_tokens, on_progress).run(documents)
+    return _Scorer(model, bos, context, chunk, dtype, ranks or Ranks(), on_tokens, on_progress).run(documents)
 
 
 def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
@@ -222,10 +228,12 @@ class _Scorer:
         context: int | None,
         chunk: int,
         dtype: str,
+        ranks: Ranks,
         on_tokens: OnTokens | None,
         on_progress: Callable[[int], None] | None,
     ) -> None:
         self.model, self.bos, self.context, self.chunk, self.dtype = model, bos, context, chunk, dtype
+        self.ranks = ranks
         self.on_tokens, self.on_progress = on_tokens, on_progress
         self.device = next(model.parameters()).device
         self.waiting: list[_Window] = []
@@ -268,45 +276,56 @@ class _Scorer:
 
     def _flush(self) -> Iterator[DocumentScore]:
         """Score what waits, in padded forwards of similar lengths, and hand out what is finished."""
-        nll: list[np.ndarray] = [np.empty(0)] * len(self.waiting)
-        for batch in batches_by_length([window.targets for window in self.waiting], self.chunk):
-            for index, row in zip(batch, self._forward([self.waiting[i] for i in batch]), strict=True):
-                nll[index] = row[: self.waiting[index].targets]
-        for window, row in zip(self.waiting, nll, strict=True):
-            self._count(window, row)
+        sizes = [window.targets for window in self.waiting]
+        nll = torch.zeros(sum(sizes), device=self.device)
+        places = nll.split(sizes)
+        for turn, batch in enumerate(batches_by_length(sizes, self.chunk)):
+            if turn % self.ranks.world == self.ranks.rank:
+                for index, row in zip(batch, self._forward([self.waiting[i] for i in batch]), strict=True):
+                    places[index].copy_(row[: sizes[index]])
+            if self.on_progress:
+                self.on_progress(sum(sizes[index] for index in batch))
+        if sizes:
+            self.ranks.sum(nll)
+        for window, row in zip(self.waiting, nll.cpu().split(sizes), strict=True):
+            self._count(window, row.numpy())
         self.waiting = []
         yield from (tally.result(self.bos is not None) for tally in self.finished)
         self.finished = []
 
     @torch.inference_mode()
-    def _forward(self, windows: Sequence[_Window]) -> np.ndarray:
+    def _forward(self, windows: Sequence[_Window]) -> torch.Tensor:
         """(windows, targets of the longest) float32 nats. Right padding needs no mask: a causal net does not see it."""
         padded = torch.full((len(windows), max(len(window.ids) for window in windows)), IGNORED)
         for row, window in zip(padded, windows, strict=True):
             row[: len(window.ids)] = torch.from_numpy(window.ids)
         padded = padded.to(self.device)
         with precision(self.dtype, self.device):
-            nll = self.model.nll(self.model(padded[:, :-1].clamp(min=0)), padded[:, 1:]).cpu().numpy()
-        if self.on_progress:
-            self.on_progress(sum(window.targets for window in windows))
-        return nll
+            return self.model.nll(self.model(padded[:, :-1].clamp(min=0)), padded[:, 1:])
 
     @torch.inference_mode()
     def _stream(self, tally: _Tally, start: int, stop: int) -> None:
         """Score a window that is longer than a chunk."""
-        stream = CausalStream(self.model)
-        for first in range(start, stop, self.chunk):
-            window = self._window(tally, first, min(first + self.chunk, stop))
-            ids = torch.from_numpy(window.ids)[None].to(self.device)
+        stream, ranks = CausalStream(self.model, group=self.ranks.group), self.ranks
+        for first in range(start, stop, self.chunk * ranks.world):
+            last = min(first + self.chunk * ranks.world, stop)
+            edges = even_edges(first, last - first, ranks.world)
+            mine = self._window(tally, edges[ranks.rank], edges[ranks.rank + 1])
+            ids = torch.from_numpy(mine.ids)[None].to(self.device)
+            nll = torch.zeros(last - first, device=self.device)
             with precision(self.dtype, self.device):
-                nll = self.model.nll(stream(ids[:, :-1]), ids[:, 1:])
-            self._count(window, nll[0].cpu().numpy())
+                hidden = stream(ids[:, :-1], edges=[edge - start for edge in edges] if ranks.group else None)
+                nll[edges[ranks.rank] - first :][: mine.targets] = self.model.nll(hidden, ids[:, 1:])[0]
+            ranks.sum(nll)
+            # what is reported needs the ids of all, where somebody asks for them
+            whole = self._window(tally, first, last) if self.on_tokens and ranks.group else mine
+            self._count(replace(whole, start=first), nll.cpu().numpy())
             if self.on_progress:
-                self.on_progress(window.targets)
+                self.on_progress(last - first)
 
     def _count(self, window: _Window, nll: np.ndarray) -> None:
         """Add the (targets,) nats of a window to its document."""
         window.tally.nll_sum += float(nll.sum(dtype=np.float64))
-        window.tally.n_tokens += window.targets
+        window.tally.n_tokens += len(nll)
         if self.on_tokens:
             self.on_tokens(window.tally.document, window.start, window.ids[1:], -nll)

@@ -116,7 +116,9 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> FakeOp:
             return Case(Measurement("fake", impl, direction, seq), seq, flops, 0.0, 0, lambda: run)
 
         for module in (job, measurement):
-            monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+            monkeypatch.setattr(
+                module, "time", SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0])
+            )
         monkeypatch.setitem(job.OPS, "fake", make)
 
     return install
@@ -197,6 +199,7 @@ def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch: pytest.Mon
     whole = rows[-1]
     assert whole.seconds is not None
     assert sum(row.seconds or 0 for row in rows[:-1]) == pytest.approx(whole.seconds, rel=0.5)
+    assert all(row.cpu_seconds for row in rows)
     assert whole.flops_per_second == pytest.approx(
         attention_flops(Pattern((16, 64), (1, 4)), 3, 8, 300, True) / whole.seconds
     )

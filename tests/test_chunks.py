@@ -6,9 +6,11 @@ pytest tests/test_chunks.py
 from __future__ import annotations
 
 import gc
+import json
 
 import pytest
 import torch
+from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import PAPER_64TH, cuts, patterns, split
@@ -196,3 +198,16 @@ def test_default_chunk_follows_the_models_size() -> None:
     assert default_chunk(small, device) > default_chunk(large, device) > 256
     assert default_chunk(small, device, training=True) < default_chunk(small, device)
     assert default_chunk(large, device).bit_count() == 1
+
+
+@pytest.mark.slow
+def test_chunked_training_needs_a_quarter_of_the_memory(run_longnet: RunLongnet) -> None:
+    """131,072 tokens through longnet-tiny, whole and by 8,192: resident memory of the process, everything included."""
+    bench = ["bench", "--op", "train", "--model", "longnet-tiny", "--impl", "dilated", "--seq", "128Ki"]
+    bench += ["--repeats", "1", "--format", "jsonl", "-q"]
+    peaks = []
+    for chunk in ([], ["--chunk", "8Ki"]):
+        done = run_longnet(*bench, *chunk, timeout=1800)
+        assert done.returncode == 0, done.stderr
+        peaks.append(json.loads(done.stdout)["peak_rss_bytes"])
+    assert peaks[0] >= 4 * peaks[1]

@@ -228,7 +228,7 @@ def test_golden(name: str) -> None:
         ({"lengths": [1, 2]}, "lengths"),
         ({"padding": "zero"}, "padding"),
         ({"documents": [5, 2]}, "make 8 tokens"),
-        ({"documents": [8], "start": 8}, "documents are whole"),
+        ({"documents": [8], "total": 8}, "have their own lengths"),
         ({"total": 7}, "must hold the shard"),
         ({"padding": "zero_key", "start": 8}, "zero_key"),
         ({"kernel": "fast"}, "unknown attention kernel 'fast'"),

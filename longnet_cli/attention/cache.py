@@ -7,11 +7,13 @@ tokens of `Pattern.geometric(2**30)`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from .dilated import FarKeys, strided_view
-from .pattern import Pattern, rows_before, segment_rows
+from .pattern import Pattern, common_span, rows_before, span_views
 
 
 class KVCache:
@@ -61,15 +63,28 @@ class KVCache:
         return found
 
     @torch.no_grad()
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Take in the next shard's keys and values (batch, tokens, heads, head_dim); gradients do not flow."""
-        tokens = k.shape[1]
-        stop = self.position + tokens
+    def append(
+        self, k: Tensor, v: Tensor, *, start: int | None = None, stop: int | None = None, others: Iterable[FarKeys] = ()
+    ) -> None:
+        """Take in the next shard's keys and values (batch, tokens, heads, head_dim); gradients do not flow.
+
+        Where several hold shards of one chunk that ends at `stop`, each takes in its own, which begins at `start`, and
+        the `others`' rows.
+        """
+        start = self.position if start is None else start
+        stop = start + k.shape[1] if stop is None else stop
         for level, (w, _) in enumerate(self.pattern.levels):
-            segment = stop // w * w
+            segment = stop // w * w  # the one that is open afterwards
             if self.keep and segment > self.position:
                 self._levels[level] = torch.empty_like(self._levels[level])
-            for taken, packed in segment_rows(self.pattern, level, self.num_heads, self.position, tokens, segment):
-                for rows, x in zip(self._levels[level], (k, v), strict=True):
-                    strided_view(rows, packed).copy_(strided_view(x, taken))
+            rows = self._levels[level]
+            own = common_span(self.pattern, level, segment, start, start + k.shape[1])
+            for views in span_views(self.pattern, own, self.num_heads, start):
+                strided_view(rows[0], views.segment).copy_(strided_view(k, views.shard))
+                strided_view(rows[1], views.segment).copy_(strided_view(v, views.shard))
+            for keys in others:
+                if keys.level == level and keys.start >= segment:
+                    for views in span_views(self.pattern, keys.span, self.num_heads, start):
+                        strided_view(rows[0], views.segment).copy_(strided_view(keys.k, views.packed))
+                        strided_view(rows[1], views.segment).copy_(strided_view(keys.v, views.packed))
         self.position = stop

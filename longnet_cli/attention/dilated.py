@@ -11,7 +11,7 @@ B batch, N tokens of the shard, H heads, D head_dim, w segment length, r dilatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import log
@@ -42,6 +42,7 @@ class FarKeys:
     stop: int
     k: Tensor
     v: Tensor
+    ready: Callable[[], object] | None = None
 
     @property
     def span(self) -> Span:
@@ -91,7 +92,7 @@ def dilated_attention(
     lengths: true length of each row of a right-padded batch, 0 to tokens; each row comes out as it would alone, and
         zeros beyond its length.
     documents: lengths of the documents that lie one after the other in every row, `tokens` in all. Each attends to
-        itself alone, from position 0: its result is what it would get alone.
+        itself alone, from position 0: its result is what it would get alone. `start` and `far` are the first one's.
     padding: "zero_key" adds torchscale's zero keys to ragged segments of a bidirectional call.
     total: length of the whole sequence, where the shard is a part of it and zero keys depend on it.
     scale: of the scores, head_dim^-0.5 unless given.
@@ -106,27 +107,26 @@ def dilated_attention(
     batch, tokens, heads, head_dim = q.shape
     if padding == "zero_key" and total is None and (start or far):
         raise ValueError('padding="zero_key" depends on the length of the whole sequence: give total')
-    if documents is not None and (start or far or total is not None or lengths is not None):
-        raise ValueError("documents are whole sequences: no start, far keys, total or lengths")
+    if documents is not None and (total is not None or lengths is not None):
+        raise ValueError("documents have their own lengths: no total or lengths beside them")
     if total is not None and (total < start + tokens or lengths is not None):
         raise ValueError(f"total={total} must hold the shard [{start}, {start + tokens}), and excludes lengths")
     if lengths is not None and any(keys.start >= start for keys in far):
         raise ValueError("far keys after the shard cannot be combined with lengths")
     spans = tuple(keys.span for keys in far)
-    plan = [
-        (
-            rows,
-            columns,
-            branches(pattern, heads, start, columns.stop - columns.start, causal, padding, spans, total or 0),
-        )
-        for rows, columns in _blocks(lengths, documents, batch, tokens)
-    ]
+    plan = []
+    for rows, columns in _blocks(lengths, documents, batch, tokens):
+        # only the first document may have begun before the shard
+        begin, outside = (start, spans) if columns.start == 0 else (0, ())
+        length = columns.stop - columns.start
+        plan.append((rows, columns, branches(pattern, heads, begin, length, causal, padding, outside, total or 0)))
     full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in plan) == batch * tokens
     scale = head_dim**-0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
         chosen = select_kernel(q.device, q.dtype, head_dim, kernel)
         far_tensors = (x for keys in far for x in (keys.k, keys.v))
-        return _DilatedAttention.apply(plan, full, scale, chosen, q, k, v, *far_tensors)
+        ready = [keys.ready for keys in far if keys.ready]
+        return _DilatedAttention.apply(plan, full, scale, chosen, ready, q, k, v, *far_tensors)
 
 
 class _DilatedAttention(torch.autograd.Function):
@@ -134,7 +134,16 @@ class _DilatedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, full: bool, scale: float, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *far: Tensor
+        ctx: Any,
+        plan: Plan,
+        full: bool,
+        scale: float,
+        kernel: Kernel,
+        ready: list[Callable[[], object]],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *far: Tensor,
     ) -> Tensor:
         q, k, v, *rest = (_unit_stride(x) for x in (q, k, v, *far))
         dtype = _accumulator(q.dtype)
@@ -142,9 +151,13 @@ class _DilatedAttention(torch.autograd.Function):
         out = (torch.empty if written else torch.zeros)(q.shape, dtype=dtype, device=q.device)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=dtype, device=q.device)  # (B, N, H)
         for branch, qs, ks in kernel_calls(plan, kernel, (q, out, lse[..., None]), (k, v), rest):
+            while branch.far is not None and ready:
+                ready.pop()()
             (q_, out_, lse_), (k_, v_) = qs, ks
             part, part_lse = kernel.forward(q_, k_, v_, branch.causal, scale)
             _merge(out_, lse_, part, part_lse[..., None], branch)
+        while ready:  # what no query needed is waited for all the same: its buffers must not be freed in flight
+            ready.pop()()
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, *rest)
         ctx.plan, ctx.scale, ctx.kernel = plan, scale, kernel
@@ -166,7 +179,7 @@ class _DilatedAttention(torch.autograd.Function):
                 parts = ctx.kernel.backward(dout_, q_, k_, v_, out_, lse_[..., 0], branch.causal, ctx.scale)
             for total, part in zip((dq_, dk_, dv_), parts, strict=True):
                 total.copy_(part) if branch.first else total.add_(part)
-        return (None, None, None, None, *(g.to(x.dtype) for g, x in zip(grads, (q, k, v, *far), strict=True)))
+        return (None, None, None, None, None, *(g.to(x.dtype) for g, x in zip(grads, (q, k, v, *far), strict=True)))
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, branch: Branch) -> None:

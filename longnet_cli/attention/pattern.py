@@ -133,7 +133,10 @@ class Branch(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Far keys of one level: its rows at positions [start, stop), which lie in one segment, outside the shard."""
+    """Far keys of one level: its rows at positions [start, stop), which lie in one segment, outside the shard.
+
+    With start = stop it is none; such far keys still hold their maker's place in a graph.
+    """
 
     level: int
     start: int
@@ -203,6 +206,8 @@ def _far(
     """The shard's rows in the segment of `span` against all its far rows: one full, never causal, attention."""
     w, r = pattern.levels[span.level]
     segment = span.start // w * w
+    if span.start == span.stop:
+        return
     if not segment <= span.start < span.stop <= segment + w:
         raise ValueError(f"far keys [{span.start}, {span.stop}) of level ({w}, {r}) leave their segment")
     if span.start < start + tokens and span.stop > start:
@@ -241,29 +246,41 @@ def span_positions(pattern: Pattern, span: Span, num_heads: int) -> list[range]:
     return [range(first, first + count * r, r) for first, count in zip(firsts, counts, strict=True)]
 
 
-def segment_rows(
-    pattern: Pattern, level: int, num_heads: int, start: int, tokens: int, segment: int
-) -> Iterator[tuple[Rows, Rows]]:
-    """A shard's rows in the segment of a level that begins at position `segment`, which other shards attend to.
+class SpanViews(NamedTuple):
+    """The rows of a span for some heads, as three views: in a shard, packed as far keys are, and in their segment.
 
-    Pairs of views: where the rows lie in the shard, and where in the packed rows of the whole segment, whose row j of
-    a head is its j-th. Nothing when the shard has no position of the segment.
+    Row j of a head is, packed, its j-th in the span, and in the segment's packed rows its j-th of the whole segment.
     """
-    w, r = pattern.levels[level]
-    begin, end = max(start - segment, 0), min(start + tokens - segment, w)
-    if begin >= end:
+
+    shard: Rows
+    packed: Rows
+    segment: Rows
+
+
+def span_views(pattern: Pattern, span: Span, num_heads: int, start: int) -> Iterator[SpanViews]:
+    """The rows of `span` in a shard that begins at position `start` and holds them; nothing for an empty span."""
+    w, r = pattern.levels[span.level]
+    if span.start >= span.stop:
         return
-    offsets = pattern.offsets(level, num_heads)
-    before = [rows_before(begin, o, r) for o in offsets]
-    counts = [rows_before(end, o, r) - b for o, b in zip(offsets, before, strict=True)]
+    segment = span.start // w * w
+    offsets = pattern.offsets(span.level, num_heads)
+    before = [rows_before(span.start - segment, o, r) for o in offsets]
+    counts = span_rows(pattern, span, num_heads)
     firsts = [segment - start + o + b * r for o, b in zip(offsets, before, strict=True)]
-    # a packed view begins at one row for all its heads: they must agree on the rows before, too
+    # in its segment a view begins at one row for all its heads: they must agree on the rows before
     for heads in _progressions(firsts, counts, [b + 1 for b in before], (1, r, -(-num_heads // r))):
         number = counts[heads.first]
-        yield (
+        yield SpanViews(
             Rows(1, w, *heads, number, r, firsts[heads.first], heads.skew(firsts)),
+            Rows(1, w, *heads, number, 1, 0, 0),
             Rows(1, w, *heads, number, 1, before[heads.first], 0),
         )
+
+
+def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: int) -> Span:
+    """What the segment that begins at `segment` and the positions [start, stop) have in common; it may be empty."""
+    w = pattern.segment_lengths[level]
+    return Span(level, max(segment, start), max(max(segment, start), min(segment + w, stop)))
 
 
 class _Heads(NamedTuple):

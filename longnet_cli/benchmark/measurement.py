@@ -23,6 +23,7 @@ class Measurement:
 
     `status`: ok; oom (memory ran out); skipped (would not fit memory, or the time for dense); stopped (out of time). A
     streamed run, `chunk` tokens at a time, also gives a row for each decade of its positions, [start, stop).
+    `cpu_seconds` is the time of all its threads, which says on a shared machine whether others slowed the clock.
     `peak_rss_bytes` is the process's peak from making the inputs to the last run; on a GPU, that of torch's allocator.
     """
 
@@ -48,6 +49,7 @@ class Measurement:
     chunk: int | None = None
     start: int | None = None
     stop: int | None = None
+    cpu_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def measure_stream(
     interrupted: KeyboardInterrupt | None = None
     status, reason = "ok", None
 
-    def measured(first: int, last: int, seconds: float, **more: object) -> Measurement:
+    def measured(first: int, last: int, seconds: float, cpu: float, **more: object) -> Measurement:
         flops = case.flops_to(last) - case.flops_to(first)
         values = {
             "seconds": seconds,
@@ -117,8 +119,8 @@ def measure_stream(
     with PeakMemory(device) as peak:
         case.start()(chunk)  # warm-up
         run = case.start()
-        position, decade, passed = 0, FIRST_DECADE, (0, 0.0)  # the position and second at which the decade began
-        begin = time.perf_counter()
+        position, decade, passed = 0, FIRST_DECADE, (0, 0.0, 0.0)  # where and when the decade began: clock, threads
+        begin, threads = time.perf_counter(), time.process_time()
         try:
             while position < total:
                 # a chunk ends where a decade does, and the next one where it would have ended
@@ -126,21 +128,22 @@ def measure_stream(
                 run(size)
                 synchronize(device)
                 position += size
-                now = time.perf_counter() - begin
+                now, spent = time.perf_counter() - begin, time.process_time() - threads
                 if on_tokens:
                     on_tokens(size)
                 if total > FIRST_DECADE and position in (decade, total):
-                    yield measured(passed[0], position, now - passed[1], start=passed[0], stop=position)
-                    passed, decade = (position, now), decade * 10
+                    first, *before = passed
+                    yield measured(first, position, now - before[0], spent - before[1], start=first, stop=position)
+                    passed, decade = (position, now, spent), decade * 10
                 if position < total and now + begin >= deadline:
                     status, reason = "stopped", f"the time is over after {position} tokens"
                     break
         except KeyboardInterrupt as error:
             status, reason, interrupted = "stopped", f"interrupted after {position} tokens", error
-        now = time.perf_counter() - begin
+        now, spent = time.perf_counter() - begin, time.process_time() - threads
     if position:
         part = {} if position == total else {"start": 0, "stop": position}
-        yield measured(0, position, now, status=status, reason=reason, **part)
+        yield measured(0, position, now, spent, status=status, reason=reason, **part)
     if interrupted:
         raise interrupted
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
@@ -106,9 +107,13 @@ def _explain(error: BaseException) -> int:
         return 130
     if isinstance(error, BrokenPipeError):  # the reader, say `head`, has what it wants
         return 141
+    _let_the_first_speak(error)
     if isinstance(error, LongNetError):
         _say(str(error))
         return error.exit_code
+    if _is_lost_rank(error):
+        _say("another rank ended, and this one with it")
+        return 1
     if os.environ.get("LONGNET_TRACEBACK") == "1":
         traceback.print_exception(error)
     if _is_out_of_memory(error):
@@ -128,8 +133,29 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
+def _let_the_first_speak(error: BaseException) -> None:
+    """Under torchrun, wait a moment where another rank is likely to say it, or to have caused it.
+
+    torchrun ends the others when one has failed. So of a failure that all ranks share only rank 0 speaks, and a rank
+    that lost another speaks after that one, if at all.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (os.environ.get("RANK") != "0" or _is_lost_rank(error)):
+        time.sleep(2)
+
+
+def _is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective broke off because its other end is gone: gloo and NCCL say so in words only."""
+    if type(error).__name__ == "DistBackendError":
+        return True
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
+    )
+
+
 def _say(message: str) -> None:
     line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        line = f"rank {os.environ.get('RANK')}: {line}"
     try:
         if sys.stderr:
             print(f"longnet: error: {line}", file=sys.stderr)

@@ -135,6 +135,16 @@ ChunkOption = Annotated[
         show_default="what fits the model and the memory",
     ),
 ]
+NprocOption = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc",
+        min=1,
+        metavar="N",
+        help="Start N processes with torchrun, which share every sequence.",
+        show_default="this one",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 OutputOption = Annotated[
     str | None, typer.Option("--output", "-o", metavar="PATH", help="File to write, or - for stdout.")

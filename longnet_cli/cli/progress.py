@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from longnet_cli.cli.output import format_count, format_duration
 
+RECENT = 60.0  # seconds
 Advance = Callable[..., None]
 
 
@@ -40,17 +42,34 @@ def progress(
 
 
 class _Meter:
-    """Counts what is done and says it in words; the rate is the mean since this run began."""
+    """Counts what is done and says it in words.
+
+    The rate is the mean since this run began; the time left follows that of the last minute or so, as what came before
+    may have been other work.
+    """
 
     def __init__(self, total: int | None, unit: str, start: int) -> None:
         self.total, self.unit, self.start = total, unit, start
         self.done = start
         self.began = time.monotonic()
         self.fields: dict[str, object] = {}
+        self.marks = deque([(self.began, start)])  # (time, done), one a second, of the last minute
 
     def advance(self, amount: int, **fields: object) -> None:
         self.done += amount
         self.fields = fields
+        now = time.monotonic()
+        if now >= self.marks[-1][0] + 1:
+            self.marks.append((now, self.done))
+            while len(self.marks) > 2 and self.marks[0][0] < now - RECENT:
+                self.marks.popleft()
+
+    def _left(self, total: int) -> float | None:
+        """Seconds to the end at the recent rate, None where nothing was done."""
+        since, done = self.marks[0]
+        if self.done == done:
+            return None
+        return (total - self.done) * (time.monotonic() - since) / (self.done - done)
 
     def status(self) -> str:
         """`1.20M/10.0M tok, 34.1k tok/s, 4m18s left, loss 2.31`"""
@@ -60,8 +79,8 @@ class _Meter:
         parts = [f"{format_count(self.done)}{of_total} {self.unit}", f"{format_count(rate)} {self.unit}/s"]
         if self.total is None or self.done >= self.total:
             parts.append(f"in {format_duration(elapsed)}")
-        elif rate > 0:
-            parts.append(f"{format_duration((self.total - self.done) / rate)} left")
+        elif (left := self._left(self.total)) is not None:
+            parts.append(f"{format_duration(left)} left")
         return ", ".join(parts + [f"{name} {value}" for name, value in self.fields.items()])
 
 

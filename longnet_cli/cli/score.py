@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +18,7 @@ from longnet_cli.cli.options import (
     EosOption,
     Inputs,
     ModelOption,
+    NprocOption,
     QuietOption,
     TokenizerOption,
     size_option,
@@ -66,6 +68,7 @@ def score(
     format: Annotated[
         Format, typer.Option("--format", help="A table to read, one JSON value, or a line of JSON a document.")
     ] = "text",
+    nproc: NprocOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quiet: QuietOption = False,
@@ -74,15 +77,19 @@ def score(
 
     Every token is scored once. Across tokenizers, compare bpb, not ppl. A document of any length takes the same memory.
     """
+    start_ranks(nproc, inputs)
     from longnet_cli.data.sources import read_documents
 
     net, words = load_model(model, tokenizer, device, dtype)
+    from longnet_cli.runtime.launch import join, leave
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
 
     documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
     bos = words.eos_id if words else None
-    tokens = write_token_logprobs(token_logprobs) if token_logprobs else nullcontext()
+    ranks, where = join(device)
+    quiet = quiet or not ranks.first
+    tokens = write_token_logprobs(token_logprobs) if token_logprobs and ranks.first else nullcontext()
     with progress("scoring", total=None, quiet=quiet) as advance, tokens as on_tokens:
         scores = run(
             net,
@@ -91,10 +98,30 @@ def score(
             context=context,
             chunk=chunk,
             dtype=dtype,
+            device=where,
+            ranks=ranks,
             on_tokens=on_tokens,
             on_progress=advance,
         )
-        _print(scores, format)
+        if ranks.first:
+            _print(scores, format)
+        else:
+            for _ in scores:
+                pass
+    leave()
+
+
+def start_ranks(nproc: int | None, inputs: list[str]) -> None:
+    """What --nproc asks for; and several processes cannot share one stdin."""
+    if nproc is None and "RANK" not in os.environ:
+        return
+    from longnet_cli.errors import ConfigError
+    from longnet_cli.runtime.launch import start_ranks, under_torchrun
+
+    if "-" in inputs and (under_torchrun() or (nproc or 1) > 1):
+        raise ConfigError("stdin can be read by one process: save it to a file, which every rank reads for itself")
+    if nproc is not None:
+        start_ranks(nproc)
 
 
 def load_model(name: str, tokenizer: str | None, device: str, dtype: str) -> tuple[LongNet, Tokenizer | None]:

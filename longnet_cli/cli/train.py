@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longnet_cli.cli.options import DeviceOption, QuietOption, size_option
+from longnet_cli.cli.options import DeviceOption, NprocOption, QuietOption, size_option
 from longnet_cli.cli.progress import progress
 
 
@@ -45,12 +45,28 @@ def train(
     initial: Annotated[
         str | None, typer.Option("--init", metavar="NAME|DIR", help="Start from this model's weights.")
     ] = None,
+    nproc: NprocOption = None,
+    sp: Annotated[
+        int | None,
+        typer.Option("--sp", min=1, metavar="N", help="Ranks that share a sequence.", show_default="all"),
+    ] = None,
+    dp: Annotated[
+        int | None,
+        typer.Option("--dp", min=1, metavar="N", help="Groups of them, each with other sequences.", show_default="1"),
+    ] = None,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
-    """Train a causal language model. Progress is on stderr, metrics.jsonl in the output folder."""
+    """Train a causal language model. Progress is on stderr, metrics.jsonl in the output folder.
+
+    Runs under torchrun too, which --nproc starts.
+    """
+    if nproc is not None:
+        from longnet_cli.runtime.launch import start_ranks
+
+        start_ranks(nproc)
     from longnet_cli.errors import ConfigError
-    from longnet_cli.runtime.device import select_device
+    from longnet_cli.runtime.launch import join, leave
     from longnet_cli.training.loop import train as run
     from longnet_cli.training.metrics import Metrics
     from longnet_cli.training.recipe import load_recipe, parse_overrides
@@ -72,13 +88,19 @@ def train(
     if Path(output, "model.safetensors").exists() and initial is None:
         raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
 
+    ranks, where = join(device, sp=sp, dp=dp)
+    quiet = quiet or not ranks.first
     total = sum(
-        stage.steps * max(1, found.train.batch_tokens // stage.seq_len) * stage.seq_len for stage in found.train.stages
+        stage.steps * max(1, found.train.batch_tokens // stage.seq_len // ranks.dp) * ranks.dp * stage.seq_len
+        for stage in found.train.stages
     )
-    typer.echo(
-        f"training {found.model.num_parameters():,} parameters for {found.train.steps:,} steps, {total:,} tokens",
-        err=True,
-    )
+
+    def say(line: str) -> None:
+        if ranks.first:
+            typer.echo(line, err=True)
+
+    mesh = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
+    say(f"training {found.model.num_parameters():,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")
     with progress("training", total, quiet=quiet) as advance:
         shown: dict[str, str] = {}
 
@@ -88,10 +110,11 @@ def train(
             advance(tokens, **shown)
 
         try:
-            result = run(found, output, device=select_device(device), initial=initial, on_step=on_step)
+            result = run(found, output, device=where, initial=initial, ranks=ranks, on_step=on_step)
         except (KeyboardInterrupt, SystemExit):
             if Path(output, "model.safetensors").exists():
-                typer.echo(f"stopped: the weights so far are in {output}, `--init` starts from them", err=True)
+                say(f"stopped: the weights so far are in {output}, `--init` starts from them")
             raise
-    typer.echo(f"saved {result.output} after {result.steps:,} steps, loss {result.loss:.4f} nats a token", err=True)
-    typer.echo(f"score it: longnet score --ppl --model ./{Path(result.output).as_posix()} FILE", err=True)
+    leave()
+    say(f"saved {result.output} after {result.steps:,} steps, loss {result.loss:.4f} nats a token")
+    say(f"score it: longnet score --ppl --model ./{Path(result.output).as_posix()} FILE")

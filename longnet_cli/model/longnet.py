@@ -174,18 +174,20 @@ class LongNet(nn.Module):
         lengths: Sequence[int] | Tensor | None = None,
         documents: Sequence[int] | None = None,
         far: FarProvider | None = None,
+        total: int | None = None,
     ) -> Tensor:
         """Token ids (B, N), or vectors (B, N, dim) in their place -> hidden (B, N, dim) after the final norm.
 
         `start` is the position of the first token. `lengths` gives the true length of each right-padded row: true
         positions come out as they would alone, padded ones hold no meaning. `documents` gives the lengths of the
-        documents that lie one after the other in every row: each comes out as it would alone. `far` makes this net one
-        shard of a longer sequence, see FarProvider. Raises ConfigError for tokens given to a net without embedding.
+        documents that lie one after the other in every row: each comes out as it would alone, the first from `start`
+        on. `far` makes this net one shard of a longer sequence, see FarProvider; zero keys ask for its `total` tokens.
+        Raises ConfigError for tokens given to a net without embedding.
         """
         x = self.embed(tokens, embeddings)
         table = self.positions(x, start, documents)
         for index, layer in enumerate(self.layers):
-            x = layer(x, table, start, lengths, documents, _of_layer(far, index) if far else None)
+            x = layer(x, table, start, lengths, documents, _of_layer(far, index) if far else None, total)
         return self.final_norm(x)
 
     def embed(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
@@ -201,18 +203,18 @@ class LongNet(nn.Module):
     def positions(self, x: Tensor, start: int, documents: Sequence[int] | None = None) -> PositionTable | None:
         """The table for hidden (B, N, dim) that begin at position `start`; one serves all layers.
 
-        Each of `documents` begins at position 0.
+        All `documents` but the first begin at position 0.
         """
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        if documents is None:
-            return position_table(self.config, start, x.shape[1], x.device, dtype)
-        table = position_table(self.config, 0, max(documents), x.device, dtype)
-        if table is None:
-            return None
-        index = torch.cat([torch.arange(n, device=x.device) for n in documents])
-        q = table.q[index]
-        return PositionTable(q, q if table.k is table.q else table.k[index])
+        first, *others = documents or [x.shape[1]]
+        table = position_table(self.config, start, first, x.device, dtype)
+        if table is None or not others:
+            return table
+        rest = position_table(self.config, 0, max(others), x.device, dtype)
+        assert rest is not None
+        q = torch.cat([table.q, *(rest.q[:n] for n in others)])
+        return PositionTable(q, q if table.k is table.q else torch.cat([table.k, *(rest.k[:n] for n in others)]))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden (..., dim) -> logits (..., vocab_size) in the type of the matrix product."""

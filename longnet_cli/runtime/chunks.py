@@ -11,18 +11,21 @@ B batch, N tokens, H heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, KVCache
 from longnet_cli.attention.dilated import strided_view
-from longnet_cli.attention.pattern import segment_rows
+from longnet_cli.attention.pattern import common_span, rows_before, span_views
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime.device import free_memory, precision
+from longnet_cli.runtime.ranks import Exchange, even_edges
 
 CHUNK_BYTES = 256 << 20  # of one chunk's activations on a CPU; on a GPU, an eighth of what is free
 SHORTEST_CHUNK = 256  # below it, calls cost more than what they compute
@@ -50,13 +53,14 @@ class CausalStream:
             hidden = stream(tokens)    # (B, n, dim), what the whole sequence would give there
 
     Without gradients. What it carries is a KVCache a layer, `cache_bytes` in all, whatever `position` it has reached.
-    Raises ConfigError for a bidirectional net. `keep` is that of KVCache.
+    `ranks` share every chunk: each gives its shard of it, with the chunk's `edges`, and has the whole cache. `keep` is
+    that of KVCache. Raises ConfigError for a bidirectional net.
     """
 
-    def __init__(self, model: LongNet, *, keep: bool = False) -> None:
+    def __init__(self, model: LongNet, *, group: dist.ProcessGroup | None = None, keep: bool = False) -> None:
         if not model.config.causal:
             raise ConfigError("a bidirectional model sees the whole sequence at once: it cannot be streamed")
-        self.model, self.keep = model, keep
+        self.model, self.group, self.keep = model, group, keep
         self.position = 0
         self.caches: list[KVCache] = []  # made by the first chunk, whose keys tell the type and the device
 
@@ -65,20 +69,31 @@ class CausalStream:
         return sum(cache.nbytes for cache in self.caches)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor | None = None, *, embeddings: Tensor | None = None) -> Tensor:
-        """The next tokens (B, n), or vectors (B, n, dim) in their place -> hidden (B, n, dim)."""
-        pending: list[tuple[KVCache, Tensor, Tensor]] = []
+    def __call__(
+        self, tokens: Tensor | None = None, *, embeddings: Tensor | None = None, edges: Sequence[int] | None = None
+    ) -> Tensor:
+        """The next tokens (B, n), or vectors (B, n, dim) in their place -> hidden (B, n, dim).
+
+        `edges`: those of the ranks' shards, as in `ranks.Exchange`, the first of them `position`.
+        """
+        exchange = Exchange(self.model.config, edges, group=self.group, cached=True) if edges else None
+        start = edges[exchange.rank] if edges and exchange else self.position
+        pending: list[Callable[[], None]] = []
 
         def far(layer: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
             if layer == len(self.caches):
                 self.caches.append(self._new_cache(k))
-            self._take_in(pending)  # only now has the layer before read its far keys, which this may overwrite
-            pending.append((self.caches[layer], k, v))
-            return self.caches[layer].far()
+            if pending:  # only now has the layer before read its far keys, which this may overwrite
+                pending.pop()()
+            cache = self.caches[layer]
+            near, others = exchange.run(k, v) if exchange else ([], [])
+            stop = edges[-1] if edges else None
+            pending.append(lambda: cache.append(k, v, start=start, stop=stop, others=others))
+            return [*cache.far(), *near]
 
-        hidden = self.model(tokens, embeddings=embeddings, start=self.position, far=far)
-        self._take_in(pending)
-        self.position += hidden.shape[1]
+        hidden = self.model(tokens, embeddings=embeddings, start=start, far=far)
+        pending.pop()()
+        self.position = edges[-1] if edges else self.position + hidden.shape[1]
         return hidden
 
     def far(self) -> list[list[FarKeys]]:
@@ -90,87 +105,104 @@ class CausalStream:
         pattern = self.model.config.pattern
         return KVCache(pattern, batch, heads, head_dim, dtype=k.dtype, device=k.device, keep=self.keep)
 
-    @staticmethod
-    def _take_in(pending: list[tuple[KVCache, Tensor, Tensor]]) -> None:
-        while pending:
-            cache, k, v = pending.pop()
-            cache.append(k, v)
-
 
 def backward_in_chunks(
-    model: LongNet, tokens: Tensor, targets: Tensor, chunk: int, *, scale: float = 1.0, dtype: str = "fp32"
+    model: LongNet,
+    tokens: Tensor,
+    targets: Tensor,
+    chunk: int,
+    *,
+    scale: float = 1.0,
+    dtype: str = "fp32",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
     tokens, targets: (B, N) as for `LongNet.nll`. Loss and gradients are those of one backward over all N tokens, with
     the activations of `chunk` tokens at a time and the far rows of the levels that chunks cut: a forward more than the
     whole backward takes. Gradients of far rows add up in fp32 (fp64 for fp64). `dtype` as in `runtime.device`.
+
+    With a `group`, its ranks share every chunk, and each adds and returns its part.
     """
     device = tokens.device
-    stream = CausalStream(model, keep=True)
-    parts = list(zip(tokens.split(chunk, 1), targets.split(chunk, 1), strict=True))
-    tape = []  # of each chunk: where it starts, the random numbers its dropout drew, its far keys
-    for index, (ids, _) in enumerate(parts):
-        tape.append((stream.position, _random_state(device), stream.far()))
-        if index < len(parts) - 1:  # the last one is only computed with its gradient
+    stream = CausalStream(model, group=group, keep=True)
+    edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
+    chunks = [_Chunk(model, start, stop, group) for start, stop in pairwise(edges)]
+    tape = []  # of each chunk: the random numbers its dropout drew, its far keys
+    for index, part in enumerate(chunks):
+        tape.append((_random_state(device), stream.far()))
+        if index < len(chunks) - 1:  # the last one is only computed with its gradient
             with precision(dtype, device):
-                stream(ids)
+                stream(tokens[:, part.mine], edges=part.edges)
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)
-    gradients = _FarGradients(model.config)
+    gradients = _FarGradients(model.config, group)
     after: list[Tensor] = []
-    while parts:
-        (ids, wanted), (start, state, far) = parts.pop(), tape.pop()
+    while chunks:
+        part, (state, far) = chunks.pop(), tape.pop()
         _set_random_state(state, device)
-        total += _backward_of_chunk(model, ids, wanted, start, far, gradients, scale, dtype)
+        total += part.backward(tokens[:, part.mine], targets[:, part.mine], far, gradients, scale, dtype)
         after = after or _random_state(device)  # the last chunk's: what one forward would have left
     _set_random_state(after, device)
     return total
 
 
-def _backward_of_chunk(
-    model: LongNet,
-    tokens: Tensor,
-    targets: Tensor,
-    start: int,
-    far: list[list[FarKeys]],
-    gradients: _FarGradients,
-    scale: float,
-    dtype: str,
-) -> Tensor:
-    made: list[tuple[Tensor, Tensor]] = []  # a layer's keys and values
-    leaves: list[list[FarKeys]] = []
+class _Chunk:
+    """The positions [start, stop) of a sequence, or with a group this rank's shard of them."""
 
-    def provide(layer: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
-        made.append((k, v))
-        leaves.append(
-            [replace(x, k=x.k.detach().requires_grad_(), v=x.v.detach().requires_grad_()) for x in far[layer]]
-        )
-        return leaves[layer]
+    def __init__(self, model: LongNet, start: int, stop: int, group: dist.ProcessGroup | None) -> None:
+        self.model, self.start, self.stop = model, start, stop
+        self.edges, self.exchange, self.mine = None, None, slice(start, stop)
+        if group is not None:
+            self.edges = even_edges(start, stop - start, dist.get_world_size(group))
+            self.exchange = Exchange(model.config, self.edges, group=group, cached=True)
+            self.mine = slice(self.edges[self.exchange.rank], self.edges[self.exchange.rank + 1])
 
-    with precision(dtype, tokens.device):
-        hidden = model(tokens, start=start, far=provide)
-        nll = model.nll(hidden, targets).sum(dtype=torch.float64)
-    roots, grads = [nll], [torch.full_like(nll, scale)]
-    for layer, (k, v) in enumerate(made):
-        if (found := gradients.of_chunk(layer, start, k)) is not None:
-            roots += [k, v]
-            grads += [d.to(k.dtype) for d in found]
-    torch.autograd.backward(roots, grads)
-    for layer, keys in enumerate(leaves):
-        for x in keys:
-            gradients.add(layer, x)
-    return nll.detach()
+    def backward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        far: list[list[FarKeys]],
+        gradients: _FarGradients,
+        scale: float,
+        dtype: str,
+    ) -> Tensor:
+        """Compute the chunk again, with `far` as leaves, and go back through it; its sum of nll."""
+        made: list[tuple[Tensor, Tensor]] = []  # a layer's keys and values
+        leaves: list[list[FarKeys]] = []
+
+        def provide(layer: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
+            made.append((k, v))
+            leaves.append(
+                [replace(x, k=x.k.detach().requires_grad_(), v=x.v.detach().requires_grad_()) for x in far[layer]]
+            )
+            return [*leaves[layer], *(self.exchange(layer, k, v) if self.exchange else ())]
+
+        with precision(dtype, tokens.device):
+            hidden = self.model(tokens, start=self.mine.start, far=provide)
+            nll = self.model.nll(hidden, targets).sum(dtype=torch.float64)
+        roots, grads = [nll], [torch.full_like(nll, scale)]
+        for layer, (k, v) in enumerate(made):
+            found = gradients.of_shard(layer, self.start, self.stop, self.mine.start, k)
+            if found is not None:
+                roots += [k, v]
+                grads += [d.to(k.dtype) for d in found]
+        torch.autograd.backward(roots, grads)
+        for layer, keys in enumerate(leaves):
+            for x in keys:
+                gradients.add(layer, x)
+        return nll.detach()
 
 
 class _FarGradients:
     """Gradients on their way from the chunks that read far rows to the chunk that made them.
 
-    For each layer, level and segment one tensor (k and v, B, rows, H, D), packed as in KVCache.
+    For each layer, level and segment one tensor (k and v, B, rows, H, D), packed as in KVCache. In a group every rank
+    has what its own shards left, and they add up when the chunk that made the rows asks for them.
     """
 
-    def __init__(self, config: LongNetConfig) -> None:
-        self.pattern, self.num_heads = config.pattern, config.num_heads
+    def __init__(self, config: LongNetConfig, group: dist.ProcessGroup | None) -> None:
+        self.pattern, self.num_heads, self.group = config.pattern, config.num_heads, group
         self.sums: dict[tuple[int, int, int], Tensor] = {}
 
     def add(self, layer: int, keys: FarKeys) -> None:
@@ -186,21 +218,31 @@ class _FarGradients:
         rows[0] += dk
         rows[1] += dv
 
-    def of_chunk(self, layer: int, start: int, k: Tensor) -> Tensor | None:
-        """What later chunks add to the gradients of this one's k and v: (k and v, B, N, H, D), None for nothing."""
+    def of_shard(self, layer: int, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
+        """What later chunks add to the gradients of k and v (B, n, H, D) of a shard of the chunk [start, stop).
+
+        The shard begins at `begin`. (k and v, B, n, H, D), or None for nothing.
+        """
         total = None
-        tokens = k.shape[1]
-        for level, (w, _) in enumerate(self.pattern.levels):
-            segment = (start + tokens) // w * w  # still open at the chunk's end
+        for level, (w, r) in enumerate(self.pattern.levels):
+            segment = stop // w * w  # still open at the chunk's end
             key = (layer, level, segment)
             if key not in self.sums:
                 continue
             rows = self.sums[key] if segment < start else self.sums.pop(key)  # no chunk before has rows of it
+            if self.group is not None:
+                offsets = self.pattern.offsets(level, self.num_heads)
+                first = min(rows_before(max(start - segment, 0), offset, r) for offset in offsets)
+                last = max(rows_before(stop - segment, offset, r) for offset in offsets)
+                of_chunk = rows[:, :, first:last].contiguous()
+                dist.all_reduce(of_chunk, group=self.group)
+                rows[:, :, first:last] = of_chunk
             if total is None:
                 total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=rows.device)
-            for taken, packed in segment_rows(self.pattern, level, self.num_heads, start, tokens, segment):
+            span = common_span(self.pattern, level, segment, begin, begin + k.shape[1])
+            for views in span_views(self.pattern, span, self.num_heads, begin):
                 for into, out in zip(total, rows, strict=True):
-                    strided_view(into, taken).add_(strided_view(out, packed))
+                    strided_view(into, views.shard).add_(strided_view(out, views.segment))
         return total
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys
 from longnet_cli.attention.dilated import strided_view
-from longnet_cli.attention.pattern import rows_before, segment_rows
+from longnet_cli.attention.pattern import common_span, rows_before, span_views
 from longnet_cli.errors import ConfigError, MemoryLimitError
 from longnet_cli.model import LongNet
 from longnet_cli.model.longnet import Block
@@ -124,9 +124,10 @@ class _Layers:
     def _collect(self, collected: Tensor, start: int, k: Tensor, v: Tensor) -> None:
         tokens, heads = k.shape[1:3]
         for level, segment, place in self._cut(start, start + tokens):
-            for taken, packed in segment_rows(self.pattern, level, heads, start, tokens, segment):
+            span = common_span(self.pattern, level, segment, start, start + tokens)
+            for views in span_views(self.pattern, span, heads, start):
                 for rows, x in zip(collected[:, :, place], (k, v), strict=True):
-                    strided_view(rows, packed).copy_(strided_view(x, taken))
+                    strided_view(rows, views.segment).copy_(strided_view(x, views.shard))
 
     def _far(self, collected: Tensor, start: int, stop: int) -> list[FarKeys]:
         """The rows of the chunk's segments before it and after it."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.model import LongNet
 from longnet_cli.runtime.chunks import backward_in_chunks
 from longnet_cli.runtime.device import precision
+from longnet_cli.runtime.ranks import Exchange, even_edges
 
 
 def backward(
@@ -22,20 +24,33 @@ def backward(
     scale: float = 1.0,
     dtype: str = "fp32",
     eos_id: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
     tokens, targets: (B, N) as for `LongNet.nll`. At most `chunk` tokens' activations exist at one time. With `eos_id`,
     which precedes every document, no token attends to another document, and positions count from the document's begin,
     or the window's where that is later.
+
+    The ranks of a `group` get the same tokens and share every sequence, `chunk` tokens each: each adds and returns its
+    part, and the whole is the sum over them.
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    chunk *= dist.get_world_size(group) if group else 1
     for ids, wanted, documents in _forwards(tokens, targets, chunk, eos_id):
         if ids.shape[1] > chunk:
-            total += backward_in_chunks(model, ids, wanted, chunk, scale=scale, dtype=dtype)
+            total += backward_in_chunks(model, ids, wanted, chunk, scale=scale, dtype=dtype, group=group)
             continue
+        start, far = 0, None
+        if group:
+            cuts = list(accumulate(documents or ()))
+            far = Exchange(
+                model.config, even_edges(0, ids.shape[1], dist.get_world_size(group)), group=group, cuts=cuts
+            )
+            ids, wanted, start, documents = ids[:, far.shard], wanted[:, far.shard], far.start, far.documents
         with precision(dtype, tokens.device):
-            nll = model.nll(model(ids, documents=documents), wanted).sum(dtype=torch.float64)
+            hidden = model(ids, start=start, documents=documents, far=far)
+            nll = model.nll(hidden, wanted).sum(dtype=torch.float64)
         (nll * scale).backward()
         total += nll.detach()
     return total

@@ -22,11 +22,13 @@ class Metrics:
 
 
 class MetricsLog:
-    """Collects steps and appends a line to metrics.jsonl when asked."""
+    """Collects steps and appends a line to metrics.jsonl when asked; without a path it only collects."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.path.write_text("")
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
         self.tokens = 0
         self._reset()
 
@@ -43,7 +45,8 @@ class MetricsLog:
     def write(self, step: int, lr: float, seq_len: int) -> Metrics:
         rate = self.new_tokens / (time.perf_counter() - self.began)
         line = Metrics(step, self.tokens, self.loss / self.steps, lr, self.grad_norm / self.steps, rate, seq_len)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(line), allow_nan=False) + "\n")
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(line), allow_nan=False) + "\n")
         self._reset()
         return line

@@ -1,0 +1,147 @@
+"""This process among the others of a torchrun job: who it is, whose sequence it shares, and how it starts and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from longnet_cli.errors import ConfigError
+from longnet_cli.runtime.device import select_device
+
+TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may write a checkpoint while the others wait
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """`world` processes as `dp` groups of `sp`: those of a group share each sequence, the groups have others.
+
+    Rank r is the (r % sp)-th of the (r // sp)-th group. `group` is its own group, None where sp is 1.
+    """
+
+    rank: int = 0
+    world: int = 1
+    sp: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def dp(self) -> int:
+        return self.world // self.sp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sp
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, *tensors: torch.Tensor) -> None:
+        """Add up tensors over all ranks, in place."""
+        if self.world > 1:
+            works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+            for work in works:
+                work.wait()
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so: all get the same answer."""
+        if self.world == 1:
+            return flag
+        found = torch.tensor([int(flag)], device=_device_of_backend())
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found.item())
+
+
+def under_torchrun() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) -> tuple[Ranks, torch.device]:
+    """Meet the other processes that torchrun started; alone, there is nothing to do.
+
+    `sp` and `dp` default to all ranks in one sequence. NCCL on GPUs, one a process (LOCAL_RANK); gloo on CPUs. Raises
+    ConfigError, on every rank and before any work, for a mesh that is not the job's.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    sp = sp if sp is not None else world // dp if dp and world % dp == 0 else world
+    dp = dp if dp is not None else world // sp if world % sp == 0 else 1
+    if sp * dp != world:
+        fits = ", ".join(f"{world // n} x {n}" for n in range(1, world + 1) if world % n == 0)
+        raise ConfigError(
+            f"dp x sp is {dp} x {sp}, which needs {dp * sp} processes, and there are {world}: {fits} would fit; "
+            "start more with --nproc or torchrun"
+        )
+    where = select_device(device)
+    if world == 1:
+        return Ranks(), where
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(where)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
+    rank, group = dist.get_rank(), None
+    for first in range(0, world, sp):  # every process makes every group, in the same order
+        members = dist.new_group(list(range(first, first + sp)))
+        if first <= rank < first + sp and sp > 1:
+            group = members
+    return Ranks(rank, world, sp, group), where
+
+
+def leave() -> None:
+    """End a job that went well: without it, a rank that is done first may break off the others' last collective."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def stop_together(ranks: Ranks) -> Iterator[Callable[[], None]]:
+    """`with stop_together(ranks) as stop_if_asked`: SIGINT and SIGTERM end all ranks where they next call that.
+
+    torchrun passes a signal on to every rank, which meets each in another place: one that left at once would break off
+    the others in their next collective. Then KeyboardInterrupt or SystemExit is raised on all. Alone, a signal acts at
+    once, as ever.
+    """
+    if ranks.world == 1:
+        yield lambda: None
+        return
+    asked: list[int] = []
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = {kind: signal.signal(kind, lambda number, frame: asked.append(number)) for kind in kinds}
+
+    def stop_if_asked() -> None:
+        if ranks.any(bool(asked)):
+            raise KeyboardInterrupt if asked and asked[0] == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+
+    try:
+        yield stop_if_asked
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def start_ranks(nproc: int) -> None:
+    """Become a torchrun of `nproc` processes that run this command: `--nproc` is the short way to write that."""
+    if under_torchrun():
+        raise ConfigError("--nproc starts torchrun, which runs this already: leave it out")
+    arguments, words = [], iter(sys.argv[1:])
+    for word in words:
+        if word == "--nproc":
+            next(words, None)
+        elif not word.startswith("--nproc="):
+            arguments.append(word)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), "-m", "longnet_cli"]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    os.execv(sys.executable, [sys.executable, *torchrun, *arguments])
+
+
+def _device_of_backend() -> torch.device:
+    nccl = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

@@ -1,0 +1,242 @@
+"""N ranks = 1 rank: outputs and every gradient, over real processes and gloo; and what travels is counted.
+
+Each test starts P processes once, which then go through many problems. pytest tests/test_ranks.py
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from strategies import PAPER_64TH
+from test_chunks import draw, net
+from torch import Tensor
+
+from longnet_cli.attention import Pattern, dilated_attention
+from longnet_cli.model import LongNet
+from longnet_cli.runtime.chunks import CausalStream
+from longnet_cli.runtime.ranks import Exchange, even_edges
+from longnet_cli.training.gradients import backward
+
+EOS = 49
+TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-6, 1e-5)}  # outputs, gradients
+
+
+def run_ranks(world: int, folder: Path, work: Callable[..., None], *args: Any) -> None:
+    """`work(*args)` on every rank of a gloo group; an assertion that fails on one fails here."""
+    folder.mkdir(exist_ok=True)
+    mp.spawn(_enter, (world, str(folder / "store"), work, args), nprocs=world)
+
+
+def _enter(rank: int, world: int, store: str, work: Callable[..., None], args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        work(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def off(found: Tensor, expected: Tensor, floor: float) -> float:
+    return (found - expected).double().norm().item() / max(expected.double().norm().item(), floor, 1e-30)
+
+
+def random_pattern(pick: random.Random) -> Pattern:
+    offsets = pick.choice(["modulo", "grouped"])
+    kind = pick.choice(["paper", "geometric", "any"])
+    if kind == "paper":
+        return Pattern(PAPER_64TH.segment_lengths, PAPER_64TH.dilation_rates, offsets)
+    if kind == "geometric":
+        found = Pattern.geometric(pick.randint(1, 600), pick.randint(1, 32), pick.randint(2, 4))
+        return Pattern(found.segment_lengths, found.dilation_rates, offsets)
+    levels = [(pick.randint(1, 300), pick.randint(1, 13)) for _ in range(pick.randint(1, 4))]
+    return Pattern(tuple(w for w, _ in levels), tuple(r for _, r in levels), offsets)
+
+
+def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for seed in range(problems):
+        pick = random.Random(seed)  # the same on every rank
+        pattern, causal, heads = random_pattern(pick), pick.random() < 0.5, pick.randint(1, 7)
+        batch, tokens = pick.randint(1, 2), pick.randint(1, 400)
+        edges = even_edges(0, tokens, world)
+        if pick.random() < 0.5:  # uneven, some of them empty
+            edges = [0, *sorted(pick.randint(0, tokens) for _ in range(world - 1)), tokens]
+        cuts = sorted({pick.randint(0, tokens - 1) for _ in range(pick.choice([0, 0, 1, 3]) if causal else 0)} | {0})
+        documents = [b - a for a, b in zip(cuts, [*cuts[1:], tokens], strict=True)]
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v, dout = torch.randn(4, batch, tokens, heads, 8, generator=generator, dtype=torch.float64).to(dtype)
+        whole = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = dilated_attention(*whole, pattern, causal=causal, documents=documents)
+        expected = [out.detach(), *torch.autograd.grad(out, whole, dout)]
+
+        first, last = edges[rank], edges[rank + 1]
+        mine = [x[:, first:last].clone().requires_grad_() for x in (q, k, v)]
+        config = net(pattern, heads=heads, layers=1, causal=causal).config
+        exchange = Exchange(config, edges, cuts=cuts)
+        out = dilated_attention(
+            *mine, pattern, causal=causal, start=exchange.start, documents=exchange.documents,
+            far=exchange(0, *mine[1:]),
+        )  # fmt: skip
+        found = [out.detach(), *torch.autograd.grad(out, mine, dout[:, first:last])]
+        floor = 0.1 * max(x.double().norm().item() for x in expected)
+        for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+            error = off(a, b[:, first:last], floor)
+            allowed = TOLERANCE[dtype][name != "out"]
+            assert error <= allowed, f"problem {seed}, rank {rank}: {name} is off by {error:.2e}"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_attention_in_shards_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
+    for dtype in TOLERANCE:
+        run_ranks(world, tmp_path / str(dtype), attention_in_shards, dtype, 60 if world < 8 else 25)
+
+
+def net_in_shards(dtype: torch.dtype) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for seed, causal, cuts in ((0, True, [0]), (1, False, [0]), (2, True, [0, 100, 131, 300])):
+        model = net(PAPER_64TH, causal=causal).to(dtype)
+        tokens = 397
+        ids, targets = draw(1, tokens, seed), draw(1, tokens, seed + 9)
+        targets[:, : tokens // world] = -100  # the first rank has nothing to lose: no hang, no NaN
+        documents = [b - a for a, b in zip(cuts, [*cuts[1:], tokens], strict=True)]
+        loss = model.nll(model(ids, documents=documents), targets).sum(dtype=torch.float64)
+        loss.backward()
+        expected = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        edges = even_edges(0, tokens, world)
+        exchange, mine = Exchange(model.config, edges, cuts=cuts), slice(edges[rank], edges[rank + 1])
+        hidden = model(ids[:, mine], start=exchange.start, documents=exchange.documents, far=exchange)
+        part = model.nll(hidden, targets[:, mine]).sum(dtype=torch.float64)
+        part.backward()
+        dist.all_reduce(part.detach_())
+        floor = max(g.double().norm().item() for g in expected)
+        assert off(part, loss.detach(), 0) <= TOLERANCE[dtype][0] * 10
+        for (name, p), wanted in zip(model.named_parameters(), expected, strict=True):
+            dist.all_reduce(p.grad)
+            error = off(p.grad, wanted, 0.1 * floor)
+            assert error <= TOLERANCE[dtype][1], f"rank {rank}: {name} is off by {error:.2e}"
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_a_whole_nets_loss_and_gradients(world: int, tmp_path: Path) -> None:
+    for dtype in TOLERANCE:
+        run_ranks(world, tmp_path / str(dtype), net_in_shards, dtype)
+
+
+def counted_traffic() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    calls: list[int] = []
+    original = dist.all_to_all_single
+
+    def counting(output: Tensor, input: Tensor, *args: Any, **options: Any) -> Any:
+        calls.append(input.numel() * input.element_size())
+        return original(output, input, *args, **options)
+
+    dist.all_to_all_single = counting
+    base, layers = 16, 3
+    traffic = []
+    for shard in (64, 256):
+        tokens = shard * world
+        pattern = Pattern.geometric(tokens, base)
+        model = net(pattern, layers=layers)
+        ids = draw(1, tokens)[:, rank * shard : (rank + 1) * shard]
+        exchange = Exchange(model.config, even_edges(0, tokens, world))
+        calls.clear()
+        model(ids, start=exchange.start, far=exchange).sum().backward()
+        assert len(calls) == 2 * layers  # one forward and one backward a layer
+        assert set(calls[:layers]) == {exchange.bytes_sent(1, 8, 4)}
+        total = torch.tensor([sum(calls[:layers]), sum(calls[layers:])])
+        dist.all_reduce(total)
+        assert total[0] == total[1]
+        # research/parallel.md 3, on all ranks together: causal ranks receive half of what they would otherwise
+        wider = [(w, r) for w, r in pattern.levels if w > shard]
+        everything = sum(w // r * (w // shard - 1) * (tokens // w) for w, r in wider)  # rows that other ranks read
+        each = 2 * model.config.dim * 4
+        assert total[0].item() == layers * each * everything // 2
+        traffic.append(total[0].item())
+    assert traffic[0] == traffic[1]  # four times the tokens, the same bytes
+
+    narrow = net(Pattern((16, 64), (1, 4)), layers=layers)
+    calls.clear()
+    exchange = Exchange(narrow.config, even_edges(0, 64 * world, world))
+    narrow(draw(1, 64), start=exchange.start, far=exchange).sum().backward()
+    assert calls == []  # no level is wider than a shard
+    dist.all_to_all_single = original
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_one_exchange_a_layer_and_its_bytes_are_the_formulas(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, counted_traffic)
+
+
+def test_a_mistaken_rank_is_noticed() -> None:
+    """Geometry needs no process: rows go to later ranks only, and every row that is needed is sent once."""
+    model: LongNet = net(PAPER_64TH)
+    exchange = Exchange(model.config, even_edges(0, 1000, 4), rank=2)
+    assert all(not exchange.parcels[maker][reader] for maker in range(4) for reader in range(maker + 1))
+    assert exchange.received == [row[2] for row in exchange.parcels]
+    with pytest.raises(ValueError, match="causal"):
+        Exchange(net(PAPER_64TH, causal=False).config, [0, 10, 20], rank=0, cuts=[5])
+
+
+def training_in_shards(dtype: torch.dtype) -> None:
+    """Packed documents, windows longer than all ranks' chunks, several rows: gradients are those of one process."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for seed in range(6):
+        pick = random.Random(seed)
+        model = net(random_pattern(pick)).to(dtype)
+        batch, tokens, chunk = pick.randint(1, 3), pick.randint(world, 300), pick.randint(8, 120)
+        ids, targets = draw(batch, tokens, seed).clamp_(max=EOS - 1), draw(batch, tokens, seed + 9)
+        for _ in range(pick.choice([0, 2, 9])):
+            ids[pick.randrange(batch), pick.randrange(tokens)] = EOS
+        eos_id = pick.choice([EOS, None])
+        loss = backward(model, ids, targets, chunk=10_000, eos_id=eos_id)
+        expected = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        part = backward(model, ids, targets, chunk=chunk, eos_id=eos_id, group=dist.group.WORLD)
+        dist.all_reduce(part)
+        floor = 0.1 * max(g.double().norm().item() for g in expected)
+        assert off(part, loss, 0) <= TOLERANCE[dtype][0] * 10
+        for (name, p), wanted in zip(model.named_parameters(), expected, strict=True):
+            dist.all_reduce(p.grad)
+            error = off(p.grad, wanted, floor)
+            assert error <= TOLERANCE[dtype][1], f"problem {seed}, rank {rank}: {name} is off by {error:.2e}"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_chunked_and_packed_training_over_ranks(world: int, tmp_path: Path) -> None:
+    for dtype in TOLERANCE:
+        run_ranks(world, tmp_path / str(dtype), training_in_shards, dtype)
+
+
+def streaming_in_shards() -> None:
+    """Chunks of any sizes over ranks, the cache on all of them: hidden states, and the next token's decoding."""
+    world = dist.get_world_size()
+    for seed in range(8):
+        pick = random.Random(seed)
+        model, tokens = net(random_pattern(pick)).double(), pick.randint(1, 500)
+        ids = draw(1, tokens + 1, seed)
+        with torch.no_grad():
+            whole = model(ids)
+        stream, start = CausalStream(model, group=dist.group.WORLD), 0
+        while start < tokens:
+            edges = even_edges(start, min(pick.randint(1, 200), tokens - start), world)
+            mine = slice(edges[dist.get_rank()], edges[dist.get_rank() + 1])
+            torch.testing.assert_close(stream(ids[:, mine], edges=edges), whole[:, mine], rtol=1e-11, atol=1e-11)
+            start = edges[-1]
+        # every rank can go on alone
+        torch.testing.assert_close(stream(ids[:, tokens:]), whole[:, tokens:], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_streaming_over_ranks(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, streaming_in_shards)

@@ -1,0 +1,180 @@
+"""The commands under a real torchrun: the same results as one process, and an end for all when one ends.
+
+pytest tests/test_torchrun.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.ipc as ipc
+import pytest
+import torch
+from conftest import RunLongnet
+
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.runtime.launch import join
+
+SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32}
+LEVELS = {"segment_lengths": (16, 64, 256), "dilation_rates": (1, 2, 4), "position": "rope"}
+TEXT = "the quick brown fox jumps over the lazy dog, and again. " * 60
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "texts").mkdir()
+    for index in range(5):
+        (tmp_path / f"texts/{index}.txt").write_text(TEXT[: 90 * 4**index])
+    for name, causal in (("decoder", True), ("encoder", False)):
+        torch.manual_seed(0)
+        model = LongNet(LongNetConfig(**SIZES, **LEVELS, causal=causal))
+        model.save_pretrained(tmp_path / name, Tokenizer.bytes().to_json())
+    recipe = f"""
+        [model]
+        dim = 16
+        num_layers = 2
+        num_heads = 2
+        ffn_dim = 32
+        segment_lengths = [16, 64, 256]
+        dilation_rates = [1, 2, 4]
+        position = "rope"
+        [data]
+        train = ["{tmp_path}/texts"]
+        [optimizer]
+        lr = 1e-2
+        [train]
+        stages = [{{ seq_len = 256, steps = 20 }}]
+        batch_tokens = 1024
+        log_every = 1
+        """
+    (tmp_path / "recipe.toml").write_text(recipe)
+    return tmp_path
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+MESHES = [
+    pytest.param(["--nproc", "2"], id="sp2"),
+    pytest.param(["--nproc", "2", "--dp", "2"], id="dp2"),
+    pytest.param(["--nproc", "2", "--chunk", "50"], id="sp2-chunked"),
+    pytest.param(["--nproc", "4", "--dp", "2", "--sp", "2"], id="2x2", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_training_is_that_of_one_process(mesh: list[str], folder: Path, run_longnet: RunLongnet) -> None:
+    alone = run_longnet("train", folder / "recipe.toml", "-o", folder / "alone", cwd=folder)
+    assert alone.returncode == 0, alone.stderr
+    many = run_longnet("train", folder / "recipe.toml", "-o", folder / "many", *mesh, cwd=folder)
+    assert many.returncode == 0, many.stderr
+    assert losses(folder / "many") == pytest.approx(losses(folder / "alone"), rel=1e-4)
+    a, b = (LongNet.from_pretrained(folder / name).state_dict() for name in ("alone", "many"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("context", [[], ["--context", "300"]])
+def test_scores_are_those_of_one_process(context: list[str], folder: Path, run_longnet: RunLongnet) -> None:
+    command = ["score", folder / "texts", "-m", f"{folder}/decoder", "--format", "jsonl", "--chunk", "100", *context]
+    tokens = ["--token-logprobs", folder / "many.arrow"]
+    alone = run_longnet(*command, "--token-logprobs", folder / "alone.arrow")
+    many = run_longnet(*command, *tokens, "--nproc", "2")
+    assert many.returncode == alone.returncode == 0, many.stderr
+    rows, expected = ([json.loads(line) for line in done.stdout.splitlines()] for done in (many, alone))
+    assert [row.get("doc_id") for row in rows] == [row.get("doc_id") for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert (row["n_tokens"], row["n_bytes"]) == (other["n_tokens"], other["n_bytes"])
+        assert row["nll_sum"] == pytest.approx(other["nll_sum"], rel=1e-5)
+    found, wanted = (_columns(folder / name) for name in ("many.arrow", "alone.arrow"))
+    assert [ids for ids, _ in found] == [ids for ids, _ in wanted]
+    assert [nats for _, nats in found] == pytest.approx([nats for _, nats in wanted], rel=1e-3)
+
+
+def _columns(path: Path) -> list[tuple[int, float]]:
+    table = ipc.open_file(path).read_all()
+    lists = (table[name].to_pylist() for name in ("input_ids", "logprobs"))
+    return [pair for ids, nats in zip(*lists, strict=True) for pair in zip(ids, nats, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "chunk"), [("decoder", "100"), ("encoder", "2000")])
+def test_vectors_are_those_of_one_process(name: str, chunk: str, folder: Path, run_longnet: RunLongnet) -> None:
+    command = ["encode", folder / "texts", "-m", f"{folder}/{name}", "--chunk", chunk, "--span", "500"]
+    alone = run_longnet(*command, "-o", folder / "alone.arrow")
+    many = run_longnet(*command, "-o", folder / "many.arrow", "--nproc", "2")
+    assert many.returncode == alone.returncode == 0, many.stderr
+    a, b = (ipc.open_file(folder / f"{run}.arrow").read_all() for run in ("alone", "many"))
+    assert a.drop_columns(["embedding"]) == b.drop_columns(["embedding"])
+    vectors = [torch.tensor(table["embedding"].to_pylist()) for table in (a, b)]
+    torch.testing.assert_close(*vectors, rtol=1e-5, atol=1e-5)
+
+
+def test_what_several_ranks_cannot_do_is_one_line(folder: Path, run_longnet: RunLongnet) -> None:
+    done = run_longnet("score", "-", "-m", f"{folder}/decoder", "--nproc", "2", input="text")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "stdin can be read by one process" in done.stderr
+    done = run_longnet("encode", folder / "texts", "-m", f"{folder}/encoder", "--chunk", "500", "--nproc", "2")
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("longnet: error:")]
+    assert len(ours) == 1
+    assert "--chunk" in ours[0]
+
+
+def test_a_mesh_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(Exception, match=r"dp x sp is 2 x 2, .* there are 6: 6 x 1, 3 x 2, 2 x 3, 1 x 6 would fit"):
+        join("cpu", sp=2, dp=2)
+
+
+def workers(job: subprocess.Popen) -> list[int]:
+    """The processes that a torchrun has started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == job.pid:
+            found.append(int(status.parent.name))
+    return found
+
+
+def start_training(folder: Path, env: dict[str, str]) -> subprocess.Popen:
+    """A long run of two ranks that has begun to step."""
+    command = [sys.executable, "-m", "longnet_cli", "train", str(folder / "recipe.toml"), "-o", str(folder / "run")]
+    command += ["--nproc", "2", "--set", "train.stages=[{seq_len=256, steps=100000}]", "--set", "train.save_every=50"]
+    job = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = folder / "run/metrics.jsonl", time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 60):
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return job
+
+
+def test_a_killed_rank_ends_the_job(folder: Path, command_env: dict[str, str]) -> None:
+    job = start_training(folder, command_env)
+    began = time.monotonic()
+    os.kill(max(workers(job)), signal.SIGKILL)
+    job.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert job.returncode != 0
+    assert LongNet.from_pretrained(folder / "run").config.dim == 16  # what was saved is whole
+
+
+def test_sigterm_stops_all_ranks_after_the_same_step(folder: Path, command_env: dict[str, str]) -> None:
+    job = start_training(folder, command_env)
+    job.send_signal(signal.SIGTERM)
+    _, stderr = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert "stopped: the weights so far are in" in stderr
+    assert "longnet: error" not in stderr
