@@ -5,6 +5,7 @@ Each test starts P processes once, which then go through many problems. pytest t
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 from collections.abc import Callable
@@ -26,13 +27,17 @@ from longnet_cli.runtime.ranks import Exchange, even_edges
 from longnet_cli.training.gradients import backward
 
 EOS = 49
+multiprocessing.set_forkserver_preload(["test_ranks"])
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-6, 1e-5)}  # outputs, gradients
 
 
 def run_ranks(world: int, folder: Path, work: Callable[..., None], *args: Any) -> None:
-    """`work(*args)` on every rank of a gloo group; an assertion that fails on one fails here."""
+    """`work(*args)` on every rank of a gloo group; an assertion that fails on one fails here.
+
+    The ranks are forks of one server that has torch: eight would take half a minute to import it.
+    """
     folder.mkdir(exist_ok=True)
-    mp.spawn(_enter, (world, str(folder / "store"), work, args), nprocs=world)
+    mp.start_processes(_enter, (world, str(folder / "store"), work, args), nprocs=world, start_method="forkserver")
 
 
 def _enter(rank: int, world: int, store: str, work: Callable[..., None], args: tuple) -> None:
@@ -43,6 +48,11 @@ def _enter(rank: int, world: int, store: str, work: Callable[..., None], args: t
         work(*args)
     finally:
         dist.destroy_process_group()
+
+
+def in_both_types(work: Callable[..., None], *args: Any) -> None:
+    for dtype in TOLERANCE:
+        work(dtype, *args)
 
 
 def off(found: Tensor, expected: Tensor, floor: float) -> float:
@@ -96,8 +106,7 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 def test_attention_in_shards_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
-    for dtype in TOLERANCE:
-        run_ranks(world, tmp_path / str(dtype), attention_in_shards, dtype, 60 if world < 8 else 25)
+    run_ranks(world, tmp_path, in_both_types, attention_in_shards, 40 if world < 8 else 12)
 
 
 def net_in_shards(dtype: torch.dtype) -> None:
@@ -128,8 +137,7 @@ def net_in_shards(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_a_whole_nets_loss_and_gradients(world: int, tmp_path: Path) -> None:
-    for dtype in TOLERANCE:
-        run_ranks(world, tmp_path / str(dtype), net_in_shards, dtype)
+    run_ranks(world, tmp_path, in_both_types, net_in_shards)
 
 
 def counted_traffic() -> None:
@@ -214,8 +222,7 @@ def training_in_shards(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_chunked_and_packed_training_over_ranks(world: int, tmp_path: Path) -> None:
-    for dtype in TOLERANCE:
-        run_ranks(world, tmp_path / str(dtype), training_in_shards, dtype)
+    run_ranks(world, tmp_path, in_both_types, training_in_shards)
 
 
 def streaming_in_shards() -> None:
