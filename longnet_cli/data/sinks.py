@@ -115,6 +115,13 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def is_folder(output: str | Path) -> bool:
+    """Whether an output names a folder of shards: neither `-` nor a file by its suffix, nor a pipe or a device."""
+    path = Path(output)
+    special = path.exists() and not (path.is_file() or path.is_dir())
+    return str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES) and not special
+
+
 class ShardWriter:
     """A context manager that writes record batches of one schema, each as it comes, to a path or to stdout.
 
@@ -173,7 +180,7 @@ class ShardWriter:
         if str(self.output).endswith(".parquet"):
             import pyarrow.parquet as pq  # 30 ms that IPC output need not pay
 
-            return pq.ParquetWriter(self._sink, self.schema)
+            return pq.ParquetWriter(self._sink, self.schema, write_page_checksum=True)  # which reading verifies
         if str(self.output).endswith(".jsonl"):
             return _JsonLines(self._sink)
         return ipc.new_file(self._sink, self.schema)
