@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,7 +33,7 @@ def encode(
             "--output",
             "-o",
             metavar="PATH",
-            help="NAME.arrow or NAME.parquet to write, or - for an Arrow stream on stdout.",
+            help="A new folder for shards, one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout.",
         ),
     ] = "-",
     model: ModelOption = DEFAULT_MODEL,
@@ -65,6 +65,14 @@ def encode(
         Literal["float32", "float16"],
         typer.Option("--embedding-dtype", help="Type of the numbers written; float16 takes half the space."),
     ] = "float32",
+    shard_rows: Annotated[
+        int | None,
+        size_option("--shard-rows", help="Begin a new shard after so many vectors.", show_default="16Ki"),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on where an earlier run with the same inputs and options left the folder."),
+    ] = False,
     tokenizer: TokenizerOption = None,
     column: ColumnOption = None,
     eos: EosOption = None,
@@ -78,29 +86,48 @@ def encode(
     """
     if output == "-" and sys.stdout.isatty():  # said before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
-    from longnet_cli.data.sinks import ShardWriter
+    from longnet_cli.data.inputs import fingerprint
+    from longnet_cli.data.shards import run_to_resume
+    from longnet_cli.data.sinks import ShardWriter, is_folder
     from longnet_cli.data.sources import read_documents
 
+    in_folder = is_folder(output)
+    if resume and not in_folder:
+        raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
+    earlier = run_to_resume(output, resume=resume) if in_folder else None
+
     net, words = load_model(model, tokenizer, device, dtype)
+    from longnet_cli.encoding import SHARD_ROWS, encode_to_folder
     from longnet_cli.encoding import encode as run
 
     documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
-    with progress("encoding", total=None, quiet=quiet) as advance:
-        batches = run(
-            net,
-            documents,
-            bos=words.eos_id if words else None,
-            pool=pool,
-            normalize=normalize,
-            span=span,
-            chunk=chunk,
-            spill=spill,
-            dtype=dtype,
-            embedding_dtype=embedding_dtype,
-            model_name=model,
-            tokenizer_sha256=words.sha256 if words else None,
-            on_progress=advance,
-        )
+    options: dict[str, Any] = {
+        "bos": words.eos_id if words else None,
+        "pool": pool,
+        "normalize": normalize,
+        "span": span,
+        "chunk": chunk,
+        "spill": spill,
+        "dtype": dtype,
+        "embedding_dtype": embedding_dtype,
+        "model_name": model,
+        "tokenizer_sha256": words.sha256 if words else None,
+    }
+    done = earlier.totals["tokens"] if earlier else 0
+    with progress("encoding", total=None, start=done, quiet=quiet) as advance:
+        if in_folder:
+            encode_to_folder(
+                net,
+                documents,
+                output,
+                settings={"inputs": fingerprint(inputs), "column": column, "eos": eos},
+                shard_rows=shard_rows or SHARD_ROWS,
+                resume=resume,
+                on_progress=advance,
+                **options,
+            )
+            return
+        batches = run(net, documents, on_progress=advance, **options)
         with ShardWriter(output, batches.schema) as writer:
             for batch in batches:
                 writer.write(batch)
