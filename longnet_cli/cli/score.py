@@ -75,7 +75,10 @@ def score(
     Every token is scored once. Across tokenizers, compare bpb, not ppl. A document of any length takes the same memory.
     """
     from longnet_cli.data.sources import read_documents
+    from longnet_cli.errors import ConfigError
 
+    if token_logprobs == "-":
+        raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
     net, words = load_model(model, tokenizer, device, dtype)
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
