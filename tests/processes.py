@@ -46,8 +46,11 @@ def kill_and_resume(start: Start, command: list[str | Path], folder: Path, kills
     It is resumed each time, in as many folders as that takes.
     """
     began = time.monotonic()
-    assert start(*command, "-o", folder / "whole").wait() == 0
-    seconds = time.monotonic() - began
+    process = start(*command, "-o", folder / "whole")
+    wait_for_news(process, folder / "whole")
+    writing = time.monotonic()
+    assert process.wait() == 0
+    seconds, writing = time.monotonic() - began, time.monotonic() - writing
     whole = contents(folder / "whole")
     shards = {name for name in whole if name.endswith(".arrow")}
     chance = random.Random(1)
@@ -60,11 +63,11 @@ def kill_and_resume(start: Start, command: list[str | Path], folder: Path, kills
             try:
                 if enough:
                     process.wait()
-                elif chance.random() < 0.5:
+                elif chance.random() < 0.3:
                     process.wait(chance.uniform(0, seconds))
-                else:  # at the first half second there are only imports
+                else:  # at first there are only imports
                     wait_for_news(process, place)
-                    process.wait(chance.uniform(0, seconds / 10))
+                    process.wait(chance.uniform(0, writing))
                 assert process.returncode == 0, process.stderr and process.stderr.read()
                 assert contents(place) == whole
             except subprocess.TimeoutExpired:

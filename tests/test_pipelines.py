@@ -22,7 +22,7 @@ import pyarrow.ipc as ipc
 import pytest
 import torch
 from processes import Start, accept_interrupts
-from test_sources import FORMATS, IDS, TEXTS, token_table, write_file, write_stream
+from test_sources import FORMATS, IDS, TEXTS, token_table, write_file, write_parquet, write_stream
 
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
@@ -75,6 +75,10 @@ def own_shards(folder: Path) -> Path:
 
 FORMS: dict[str, Callable[[Path], Path]] = {
     **FORMATS,
+    "stream of large_list<uint16>": lambda folder: write_stream(
+        folder / "x.arrow", token_table(pa.large_list(pa.uint16()))
+    ),
+    "parquet of list<int64>": lambda folder: write_parquet(folder / "x.parquet", token_table(pa.list_(pa.int64()))),
     "text files": text_files,
     "hugging face": hugging_face,
     "shards of tokenize": own_shards,
@@ -128,11 +132,11 @@ def test_every_form_gives_the_same_tokens_scores_and_vectors(tmp_path: Path, ans
         if name in PIPED:
             piped(path.read_bytes())
             found[f"{name} through a pipe"] = answer(["-"])
-    assert len(found) >= 30
+    assert len(found) == len(FORMS) + len(PIPED) >= 30
     tokens, scores, vectors = found["text files"]
     assert tokens == IDS
     assert [one["n_bytes"] for one in scores] == [len(text.encode()) for text in TEXTS]
-    assert [row["n_tokens"] for row in vectors] == [5, 14, 30, 30, 10]
+    assert [row["n_tokens"] for row in vectors] == [5, 15, 30, 30, 10]
     for name, other in found.items():
         assert other == found["text files"], name
 

@@ -92,12 +92,19 @@ def _new_temporary(target: Path) -> tuple[Path, BinaryIO]:
     """A new file beside `target`, open and locked, so that it is not taken for a leftover."""
     while True:
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        file = open(temporary, "xb")  # noqa: SIM115 (its user closes it)
-        with suppress(OSError):  # a network file system without locks, on which no leftover can be locked either
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(file.fileno()).st_nlink:  # else another writer removed it before it was locked
-            return temporary, file
-        file.close()
+        try:
+            file = open(temporary, "xb")  # noqa: SIM115 (its user closes it)
+            with suppress(OSError):  # a network file system without locks, on which no leftover can be locked either
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink:  # else another writer removed it before it was locked
+                return temporary, file
+            file.close()
+        except FileExistsError:
+            continue
+        except BaseException:  # Ctrl-C and SIGTERM may come between any two lines
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_file(path: str | Path, data: bytes) -> None:
