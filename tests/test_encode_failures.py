@@ -38,17 +38,17 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """JSON Lines of 80 documents of 10 to 4000 bytes, and one of 30,000 in their midst, which fills a shard alone."""
+    """JSON Lines of 40 documents of 10 to 4000 bytes, and one of 15,000 in their midst, which fills a shard alone."""
     chance = random.Random(0)
-    lengths = [chance.randint(10, 4000) for _ in range(80)]
-    lengths.insert(40, 30_000)
+    lengths = [chance.randint(10, 4000) for _ in range(40)]
+    lengths.insert(20, 15_000)
     lines = [json.dumps({"id": str(n), "text": "".join(chance.choices("abc d\n", k=k))}) for n, k in enumerate(lengths)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path / "corpus.jsonl"
 
 
 def command(corpus: Path, model: Path, *more: str) -> list[str | Path]:
-    return ["encode", corpus, "-m", f"{model}/", "--span", "100", "--chunk", "2000", "--shard-rows", "100", *more]
+    return ["encode", corpus, "-m", f"{model}/", "--span", "50", "--chunk", "2000", "--shard-rows", "100", *more]
 
 
 def test_killed_and_resumed_the_vectors_are_the_same(start: Start, corpus: Path, model: Path, tmp_path: Path) -> None:

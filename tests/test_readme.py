@@ -34,7 +34,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def test_shell_commands(checkout: Path, command_env: dict[str, str]) -> None:
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
-    assert len(commands) >= 20
+    assert len(commands) >= 18
     python = f'python() {{ "{sys.executable}" "$@"; }}; longnet() {{ python -m longnet_cli "$@"; }}'
     script = "\n".join(["set -euo pipefail", python, *commands])
     done = subprocess.run(
