@@ -3,25 +3,32 @@
 documents --+-- short --batches_by_length--> padded forwards --+--> hidden --_Pooling--> rows --> Arrow batches
             +-- longer than a chunk --CausalStream, or layer --+
                 by layer where the net is bidirectional
+
+Into a folder, documents are cut into shards first, and each shard is encoded as if it were all there is: so a run that
+is resumed pads and adds up as one that was never stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model.longnet import LongNet
+from longnet_cli.model.weights import fingerprint
 from longnet_cli.runtime.chunks import CausalStream, default_chunk
-from longnet_cli.runtime.device import precision
+from longnet_cli.runtime.device import check_kernel, precision, resolve_dtype
 from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.layerwise import hidden_in_chunks
 from longnet_cli.runtime.ranks import Exchange, even_edges
@@ -29,6 +36,8 @@ from longnet_cli.scoring import batches_by_length, read_sequence
 
 Pool = Literal["mean", "last", "first"]
 EmbeddingDtype = Literal["float32", "float16"]
+
+SHARD_ROWS = 1 << 14
 
 
 def encode(
@@ -86,6 +95,85 @@ def encode(
     encoder = _Encoder(model, bos, pool, span, chunk, spill, dtype, ranks or Ranks(), on_progress)
     batches = (_record_batch(schema, rows, normalize) for rows in encoder.run(documents) if rows)
     return pa.RecordBatchReader.from_batches(schema, batches)
+
+
+def encode_to_folder(
+    model: LongNet,
+    documents: Iterable[Document],
+    output: str | Path,
+    *,
+    settings: Mapping[str, Any],
+    bos: int | None,
+    pool: Pool = "mean",
+    normalize: bool = True,
+    span: int | None = None,
+    chunk: int | None = None,
+    spill: str | Path | None = None,
+    dtype: str = "auto",
+    embedding_dtype: EmbeddingDtype = "float32",
+    model_name: str | None = None,
+    tokenizer_sha256: str | None = None,
+    shard_rows: int = SHARD_ROWS,
+    resume: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> ShardFolder:
+    """Write what `encode` gives to `vectors-00000.arrow`, ... in the folder `output`, which is returned closed.
+
+    A shard ends with the document that brings it to `shard_rows` rows. `resume` goes on with a folder that an earlier
+    run left unfinished, without encoding again what is in finished shards: byte for byte as if it had never stopped,
+    on the same machine with as many threads. `settings` (JSON values) says what the documents are; with the model and
+    the options it must be the earlier run's. Only `chunk`, where it is None, is taken from there: on a GPU the default
+    depends on the memory that is free.
+
+    Raises ConfigError for options and for a folder that is in use, DataError for an empty document or a damaged shard,
+    LongNetError when a write fails. After an error the finished shards stay.
+    """
+    if shard_rows < 1:
+        raise ConfigError(f"shard_rows must be 1 or more, not {shard_rows}")
+    earlier = run_to_resume(output, resume=resume)
+    device = next(model.parameters()).device
+    if chunk is None:
+        chunk = earlier.settings.get("chunk") if earlier else default_chunk(model.config, device)
+    schema_options: dict[str, Any] = {
+        "pool": pool,
+        "normalize": normalize,
+        "embedding_dtype": embedding_dtype,
+        "model_name": model_name,
+        "tokenizer_sha256": tokenizer_sha256,
+    }
+    options = {**schema_options, "bos": bos, "span": span, "chunk": chunk, "dtype": resolve_dtype(dtype, device)}
+    decisive = {
+        **settings,
+        "model": fingerprint(model),
+        "kernel": check_kernel(device, dtype, model.config.head_dim),
+        **options,
+        "shard_rows": shard_rows,
+    }
+    schema = embedding_schema(model.config.dim, **schema_options)
+    with ShardFolder(output, schema, settings=decisive, name="vectors", resume=resume) as folder:
+        if not folder.finished:
+            for shard in _shards(islice(documents, folder.documents, None), shard_rows, span):
+                for batch in encode(model, shard, spill=spill, on_progress=on_progress, **options):
+                    begun = int(np.count_nonzero(batch["span"].to_numpy() == 0))  # and ended, in a whole shard
+                    folder.write(batch, documents=begun, tokens=int(batch["n_tokens"].to_numpy().sum()))
+                folder.end_shard()
+    return folder
+
+
+def _shards(documents: Iterable[Document], rows: int, span: int | None) -> Iterator[Iterator[Document]]:
+    """Cut documents into shards, each to be used up before the next."""
+    remaining = iter(documents)
+
+    def shard(first: Document) -> Iterator[Document]:
+        count = 0
+        for document in chain([first], remaining):
+            yield document
+            count += -(-len(document) // span) if span else 1
+            if count >= rows:
+                return
+
+    for first in remaining:
+        yield shard(first)
 
 
 def embedding_schema(
@@ -180,18 +268,20 @@ class _Encoder:
 
     def run(self, documents: Iterable[Document]) -> Iterator[list[_Row]]:
         waiting: list[Document] = []
+        tokens = 0  # that wait
         for document in documents:
             if not len(document):
                 raise DataError(f"{document.where}: document {document.doc_id!r} is empty: there is nothing to encode")
             if len(document) + self.first > self.chunk:
                 yield self._forward(waiting)
-                waiting = []
+                waiting, tokens = [], 0
                 yield from self._stream(document)
                 continue
             waiting.append(document)
-            if sum(map(len, waiting)) >= self.chunk:
+            tokens += len(document)
+            if tokens >= self.chunk:
                 yield self._forward(waiting)
-                waiting = []
+                waiting, tokens = [], 0
         yield self._forward(waiting)
 
     def _forward(self, documents: Sequence[Document]) -> list[_Row]:

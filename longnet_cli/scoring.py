@@ -237,6 +237,7 @@ class _Scorer:
         self.on_tokens, self.on_progress = on_tokens, on_progress
         self.device = next(model.parameters()).device
         self.waiting: list[_Window] = []
+        self.targets = 0  # of the windows that wait
         self.finished: list[_Tally] = []  # documents all of whose windows are scored or waiting
 
     def run(self, documents: Iterable[Document]) -> Iterator[DocumentScore]:
@@ -249,7 +250,8 @@ class _Scorer:
                     self._stream(tally, start, stop)
                 else:
                     self.waiting.append(self._window(tally, start, stop))
-                    if sum(window.targets for window in self.waiting) >= self.chunk:
+                    self.targets += stop - start
+                    if self.targets >= self.chunk:
                         yield from self._flush()
                 scored += stop - start
             self.finished.append(tally)
@@ -289,7 +291,7 @@ class _Scorer:
             self.ranks.sum(nll)
         for window, row in zip(self.waiting, nll.cpu().split(sizes), strict=True):
             self._count(window, row.numpy())
-        self.waiting = []
+        self.waiting, self.targets = [], 0
         yield from (tally.result(self.bos is not None) for tally in self.finished)
         self.finished = []
 

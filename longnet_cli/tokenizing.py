@@ -5,7 +5,6 @@
 Memory is that of the largest text that the reader gives and of one record batch, however large the corpus is.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,9 +17,9 @@ import pyarrow as pa
 
 from longnet_cli.data.feed import in_two_threads
 from longnet_cli.data.formats import Text
-from longnet_cli.data.inputs import find_sources, sniff
+from longnet_cli.data.inputs import find_sources, fingerprint, sniff
 from longnet_cli.data.shards import ShardFolder, run_to_resume
-from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, token_batch, token_schema
+from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_batch, token_schema
 from longnet_cli.data.sources import read_texts
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
@@ -39,7 +38,7 @@ OnProgress = Callable[[int, int, int], None]
 class TokenizeResult:
     """What was written, by this run and the ones it resumed.
 
-    `bytes` counts the texts' UTF-8 bytes; `shards` is empty when the output is stdout.
+    `bytes` counts the texts' UTF-8 bytes; `shards` is empty when the output is stdout or a pipe.
     """
 
     documents: int
@@ -75,7 +74,7 @@ def tokenize(
     """
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
-    in_folder = str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES)
+    in_folder = is_folder(output)
     if resume and not in_folder:
         raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
     earlier = run_to_resume(output, resume=resume) if in_folder else None  # also said before training a tokenizer
@@ -92,11 +91,12 @@ def tokenize(
                 schema, SMALL_BATCH_BYTES if small else BATCH_BYTES, lambda batch, **counts: writer.write(batch)
             )
             _run(texts, words, rows, eos=eos, prompt=to_stdout, on_progress=on_progress)
-        if not to_stdout:
+        named = str(output).endswith(OUTPUT_SUFFIXES)  # nothing can stand beside a device or a named pipe
+        if named:
             words.save(Path(output).with_suffix(".tokenizer.json"))
-        return _result(rows.totals, [] if to_stdout else [Path(output)], words)
+        return _result(rows.totals, [Path(output)] if named else [], words)
     settings = {
-        "inputs": _fingerprint(inputs),
+        "inputs": fingerprint(inputs),
         "column": column,
         "tokenizer": words.sha256,
         "train_vocab": train_vocab,
@@ -122,16 +122,6 @@ def text_bytes(inputs: Sequence[str | Path]) -> int | None:
                 return None
             total += source.path.stat().st_size
     return total
-
-
-def _fingerprint(inputs: Sequence[str | Path]) -> str:
-    """What a resumed run must find again: the inputs' names, order and sizes (not of a pipe)."""
-    digest = hashlib.sha256()
-    sources = find_sources(inputs)
-    for source in sources:
-        size = source.path.stat().st_size if source.path is not None and source.path.is_file() else None
-        digest.update(f"{source.name}\0{size}\0".encode("utf-8", "surrogateescape"))
-    return f"{len(sources)} file{'s' * (len(sources) != 1)}, {digest.hexdigest()[:16]}"
 
 
 def _result(totals: Counter[str], shards: list[Path], tokenizer: Tokenizer) -> TokenizeResult:

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from processes import Start
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,3 +60,35 @@ def run_longnet(tmp_path: Path, command_env: dict[str, str]) -> RunLongnet:
         )
 
     return run
+
+
+@pytest.fixture
+def start(tmp_path: Path, command_env: dict[str, str]) -> Iterator[Start]:
+    """`start("tokenize", ...)` begins the real command; it is killed with the test."""
+    begun: list[subprocess.Popen] = []
+
+    def run(*args: str | Path, **options) -> subprocess.Popen:
+        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        words = [sys.executable, "-m", "longnet_cli", *map(str, args)]
+        begun.append(subprocess.Popen(words, env=command_env, cwd=tmp_path, **options))
+        return begun[-1]
+
+    yield run
+    for process in begun:
+        with process:  # which closes its pipes
+            process.kill()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no mount command")
+    if done.returncode:
+        pytest.skip(f"mounting a small file system is not permitted: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)

@@ -243,6 +243,8 @@ def test_failures_are_one_line_and_their_exit_code(run_all: RunAll, model: Path,
         (3, [*score, "ids.parquet"], "row 1, offset 1: token id 300 does not fit a vocabulary of 257"),
         (3, [*encode, "hole.parquet"], "row 1: document 'hole.parquet:1' is empty"),
         (2, ["encode", "hole.parquet", "-o", "out.arrow", "--model", "no-such-model"], "unknown model 'no-such-model'"),
+        (2, [*encode, "hole.parquet", "--resume"], "out.arrow: only a folder of shards can be resumed"),
+        (2, ["encode", "hole.parquet", "-o", "."], ". exists and is not an empty folder"),
         (2, [*score, "hole.parquet", "--column", "body"], "there is no column 'body'; its columns are text: string"),
         (2, [*score, "hole.parquet", "--tokenizer", "large.json"], "the tokenizer has 265 ids and the model 257"),
     ]

@@ -1,15 +1,19 @@
 """Proves that a document's vector is the pool of its own hidden states, whatever batch it is in, and that what comes
 out is the Arrow table that DESIGN.md promises."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.ipc as ipc
 import pytest
 import torch
 
+from longnet_cli.data.shards import ShardFolder, read_manifest
 from longnet_cli.data.sources import Document
-from longnet_cli.encoding import encode
+from longnet_cli.encoding import encode, encode_to_folder
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model import LongNet, LongNetConfig
 
@@ -155,3 +159,117 @@ def test_an_empty_document_is_named(model: LongNet) -> None:
 def test_a_model_without_vocabulary_is_refused() -> None:
     with pytest.raises(ConfigError, match="vocab_size 0"):
         encode(LongNet(CONFIG.model_copy(update={"vocab_size": 0})), [], bos=None)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+LENGTHS = (5, 33, 1, 200, 32, 31, 64, 7, 90, 2, 120, 3)
+DOCUMENTS = [make_document(length, str(index)) for index, length in enumerate(LENGTHS)]
+
+
+def write(model: LongNet, place: Path, documents: Iterable[Document] = DOCUMENTS, **options: Any) -> ShardFolder:
+    """Forwards of 70 tokens: some documents share one, and some are longer."""
+    options = {"settings": {"inputs": "x"}, "bos": BOS, "chunk": 70, "shard_rows": 3} | options
+    return encode_to_folder(model, documents, place, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def stopped_at(index: int) -> Iterator[Document]:
+    yield from DOCUMENTS[:index]
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("span", [None, 20])
+def test_a_folder_holds_what_the_reader_gives(model: LongNet, tmp_path: Path, span: int | None) -> None:
+    """A shard ends with the document that brings it to 3 rows."""
+    folder = write(model, tmp_path / "out", span=span)
+    tables = [ipc.open_file(path).read_all() for path in folder.paths]
+    table, expected = pa.concat_tables(tables), encode(model, DOCUMENTS, bos=BOS, span=span).read_all()
+    assert table.schema.equals(expected.schema, check_metadata=True)
+    assert table.drop_columns(["embedding"]) == expected.drop_columns(["embedding"])
+    np.testing.assert_allclose(vectors(table), vectors(expected), atol=1e-5)
+    groups = [list(dict.fromkeys(found["doc_id"].to_pylist())) for found in tables]
+    if span is None:
+        assert groups == [["0", "1", "2"], ["3", "4", "5"], ["6", "7", "8"], ["9", "10", "11"]]
+    else:
+        assert groups == [["0", "1"], ["2", "3"], ["4", "5"], ["6"], ["7", "8"], ["9", "10"], ["11"]]
+    assert dict(folder.totals) == {"rows": len(table), "documents": len(LENGTHS), "tokens": sum(LENGTHS)}
+
+
+@pytest.mark.parametrize("span", [None, 20])
+@pytest.mark.parametrize("stop", range(len(LENGTHS) + 1))
+def test_a_folder_resumed_anywhere_has_the_same_bytes(
+    model: LongNet, tmp_path: Path, stop: int, span: int | None
+) -> None:
+    write(model, tmp_path / "whole", span=span)
+    with pytest.raises(KeyboardInterrupt):
+        write(model, tmp_path / "out", stopped_at(stop), span=span)
+    half = read_manifest(tmp_path / "out")
+    seen: list[int] = []
+    write(model, tmp_path / "out", span=span, resume=True, on_progress=seen.append)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sum(seen) == sum(LENGTHS[half.totals["documents"] :])  # nothing is encoded twice
+    assert half.totals["documents"] >= stop - 3
+
+
+def test_a_finished_folder_is_not_encoded_again(model: LongNet, tmp_path: Path) -> None:
+    write(model, tmp_path)
+    assert write(model, tmp_path, stopped_at(0), resume=True).finished
+    with pytest.raises(ConfigError, match="finished data set"):
+        write(model, tmp_path)
+
+
+OTHER = [
+    ("pool", {"pool": "last"}),
+    ("normalize", {"normalize": False}),
+    ("span", {"span": 9}),
+    ("chunk", {"chunk": 71}),
+    ("embedding_dtype", {"embedding_dtype": "float16"}),
+    ("bos", {"bos": None}),
+    ("shard_rows", {"shard_rows": 4}),
+    ("inputs", {"settings": {"inputs": "y"}}),
+    ("tokenizer_sha256", {"tokenizer_sha256": "ab"}),
+    ("dtype", {"dtype": "bf16"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OTHER, ids=[name for name, _ in OTHER])
+def test_a_folder_is_not_resumed_with_other_options(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    model = LongNet(CONFIG).eval()
+    with pytest.raises(KeyboardInterrupt):
+        write(model, tmp_path, stopped_at(7))
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=f"cannot resume: {name} was"):
+        write(model, tmp_path, resume=True, **options)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_is_not_resumed_with_other_weights(tmp_path: Path) -> None:
+    model = LongNet(CONFIG).eval()
+    with pytest.raises(KeyboardInterrupt):
+        write(model, tmp_path, stopped_at(7))
+    with torch.no_grad():
+        next(iter(model.layers[1].parameters())).view(-1)[0] += 1e-3
+    with pytest.raises(ConfigError, match="cannot resume: model was"):
+        write(model, tmp_path, resume=True)
+
+
+def test_a_default_chunk_is_that_of_the_run_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it depends on the memory that is free."""
+    model = LongNet(CONFIG).eval()
+    write(model, tmp_path / "whole", chunk=70)
+    monkeypatch.setattr("longnet_cli.encoding.default_chunk", lambda *_: 70)
+    with pytest.raises(KeyboardInterrupt):
+        write(model, tmp_path / "out", stopped_at(7), chunk=None)
+    monkeypatch.setattr("longnet_cli.encoding.default_chunk", lambda *_: 40)
+    write(model, tmp_path / "out", chunk=None, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_an_empty_document_leaves_the_shards_before_it(model: LongNet, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'hollow' is empty"):
+        write(model, tmp_path, [*DOCUMENTS[:7], make_document(0, "hollow")])
+    assert sorted(contents(tmp_path)) == ["_unfinished.json", "vectors-00000.arrow", "vectors-00001.arrow"]

@@ -1,4 +1,4 @@
-"""What the README shows is run: every `sh` block in one shell, in order, and the Python block; recipes load.
+"""What the README shows is run: every `sh` block in one shell, in order, and the Python block; recipes parse and load.
 
 pytest tests/test_readme.py
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from longnet_cli.presets import list_models, preset_dir
-from longnet_cli.training.recipe import load_recipe
+from longnet_cli.training.recipe import load_recipe, tomllib
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def test_shell_commands(checkout: Path, command_env: dict[str, str]) -> None:
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
-    assert len(commands) >= 10
+    assert len(commands) >= 18
     python = f'python() {{ "{sys.executable}" "$@"; }}; longnet() {{ python -m longnet_cli "$@"; }}'
     script = "\n".join(["set -euo pipefail", python, *commands])
     done = subprocess.run(
@@ -50,6 +50,12 @@ def test_python_block(checkout: Path, command_env: dict[str, str]) -> None:
         [sys.executable, "-c", block], cwd=checkout, env=command_env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_toml_block() -> None:
+    (block,) = blocks("toml")
+    mix = load_recipe("longnet-tiny", {"model.vocab_size": 257, "data": tomllib.loads(block)["data"]}).data.sources
+    assert [source.weight for source in mix] == [7, 3]
 
 
 def test_every_shipped_recipe_loads() -> None:

@@ -84,6 +84,16 @@ def test_until_the_block_ends_nothing_has_the_final_name(tmp_path):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
+def test_a_signal_as_the_file_is_made_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longnet_cli.data.sinks.fcntl.flock", interrupt)
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "x"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_links_and_devices_stay_what_they_are(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "target")
     for path in (tmp_path / "link", Path("/dev/null")):

@@ -10,35 +10,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
+from processes import assert_full, contents, kill_and_resume, wait_for
 
 from longnet_cli.data.sources import read_documents
 from longnet_cli.errors import DataError
 from longnet_cli.presets import find_model
-
-Start = Callable[..., subprocess.Popen]
-
-
-@pytest.fixture
-def start(tmp_path: Path, command_env: dict[str, str]) -> Iterator[Start]:
-    """`start("tokenize", ...)` begins the real command; it is killed with the test."""
-    begun: list[subprocess.Popen] = []
-
-    def run(*args: str | Path, **options) -> subprocess.Popen:
-        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        words = [sys.executable, "-m", "longnet_cli", *map(str, args)]
-        begun.append(subprocess.Popen(words, env=command_env, cwd=tmp_path, **options))
-        return begun[-1]
-
-    yield run
-    for process in begun:
-        with process:  # which closes its pipes
-            process.kill()
 
 
 @pytest.fixture
@@ -50,69 +31,6 @@ def corpus(tmp_path: Path) -> Path:
     for index in range(60):
         (folder / f"{index}.txt").write_text("".join(chance.choices("abc déf\n", k=chance.randint(100, 20_000))))
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.005)
-    raise AssertionError("waited in vain")
-
-
-def wait_for_news(process: subprocess.Popen, folder: Path) -> None:
-    """Until the process makes a file in the folder, or ends."""
-
-    def files() -> int:
-        return len(os.listdir(folder)) if folder.exists() else 0
-
-    before = files()
-    wait_for(lambda: process.poll() is not None or files() > before)
-
-
-def kill_and_resume(start: Start, command: list[str | Path], folder: Path, kills: int) -> None:
-    """Kill the command at `kills` random moments or more, until half of them have hit the writing of shards.
-
-    It is resumed each time, in as many folders as that takes.
-    """
-    began = time.monotonic()
-    assert start(*command, "-o", folder / "whole").wait() == 0
-    seconds = time.monotonic() - began
-    whole = contents(folder / "whole")
-    shards = {name for name in whole if name.endswith(".arrow")}
-    chance = random.Random(1)
-    killed = in_the_middle = 0
-    for attempt in range(50):
-        place = folder / str(attempt)
-        enough = killed >= kills and in_the_middle >= kills / 2
-        while not place.exists() or contents(place) != whole:
-            process = start(*command, "-o", place, "--resume")
-            try:
-                if enough:
-                    process.wait()
-                elif chance.random() < 0.5:
-                    process.wait(chance.uniform(0, seconds))
-                else:  # at the first half second there are only imports
-                    wait_for_news(process, place)
-                    process.wait(chance.uniform(0, seconds / 10))
-                assert process.returncode == 0, process.stderr and process.stderr.read()
-                assert contents(place) == whole
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                killed += 1
-                found = contents(place) if place.exists() else {}
-                finished = shards & found.keys()
-                in_the_middle += 0 < len(finished) < len(shards)
-                assert "_manifest.json" not in found or finished == shards
-                assert all(found[name] == whole[name] for name in finished)
-        if enough:
-            return
-    raise AssertionError(f"{in_the_middle} of {killed} kills hit the writing")
 
 
 def test_killed_and_resumed_the_shards_are_the_same(start, corpus, tmp_path):
@@ -204,37 +122,6 @@ def test_a_cut_stream_is_refused(start, corpus, tmp_path, ending):
         assert process.wait(30) == (-9 if ending == "kill" else 3)
     with pytest.raises(DataError, match="truncated"):
         list(read_documents([tmp_path / "cut.arrow"], None))
-
-
-def assert_full(process: subprocess.Popen, reason: str, folder: Path, whole: dict[str, bytes]) -> list[str]:
-    """One line, exit code 1, and only whole shards; returns their names."""
-    _, said = process.communicate()
-    assert process.returncode == 1
-    assert said.decode().count("\n") == 1
-    assert said.startswith(b"longnet: error: ")
-    assert f"cannot write: {reason}".encode() in said
-    assert str(folder).encode() in said
-    found = contents(folder)
-    shards = [name for name in found if name.endswith(".arrow")]
-    assert all(found[name] == whole[name] for name in shards)
-    assert "_manifest.json" not in found
-    assert not [name for name in found if name.endswith(".tmp")]
-    return shards
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if done.returncode:
-        pytest.skip(f"mounting a small file system is not permitted: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
 
 
 def test_a_full_disk_keeps_finished_shards_and_room_lets_it_resume(start, corpus, tmp_path, small_disk):

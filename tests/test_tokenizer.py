@@ -90,6 +90,7 @@ def test_saved_is_loaded(trained, tmp_path):
         loaded = Tokenizer.load(spec)
         assert loaded.sha256 == trained.sha256
         assert loaded.encode(CORPUS[0]).tolist() == trained.encode(CORPUS[0]).tolist()
+    assert Tokenizer.load("longnet-tiny").vocab_size == 4096
     assert Tokenizer.load("bytes").sha256 == Tokenizer.bytes().sha256 != trained.sha256
 
 

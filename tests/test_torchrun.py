@@ -122,7 +122,8 @@ def test_what_several_ranks_cannot_do_is_one_line(folder: Path, run_longnet: Run
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert "stdin can be read by one process" in done.stderr
-    done = run_longnet("encode", folder / "texts", "-m", f"{folder}/encoder", "--chunk", "500", "--nproc", "2")
+    command = ["encode", folder / "texts", "-m", f"{folder}/encoder", "-o", folder / "out.arrow", "--chunk", "500"]
+    done = run_longnet(*command, "--nproc", "2")
     assert done.returncode != 0
     ours = [line for line in done.stderr.splitlines() if line.startswith("longnet: error:")]
     assert len(ours) == 1

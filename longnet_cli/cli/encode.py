@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,12 +16,13 @@ from longnet_cli.cli.options import (
     EosOption,
     Inputs,
     ModelOption,
+    NprocOption,
     QuietOption,
     TokenizerOption,
     size_option,
 )
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.score import load_model
+from longnet_cli.cli.score import load_model, start_ranks
 from longnet_cli.errors import ConfigError
 
 
@@ -33,7 +34,7 @@ def encode(
             "--output",
             "-o",
             metavar="PATH",
-            help="NAME.arrow or NAME.parquet to write, or - for an Arrow stream on stdout.",
+            help="A new folder for shards, one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout.",
         ),
     ] = "-",
     model: ModelOption = DEFAULT_MODEL,
@@ -65,9 +66,18 @@ def encode(
         Literal["float32", "float16"],
         typer.Option("--embedding-dtype", help="Type of the numbers written; float16 takes half the space."),
     ] = "float32",
+    shard_rows: Annotated[
+        int | None,
+        size_option("--shard-rows", help="Begin a new shard after so many vectors.", show_default="16Ki"),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on where an earlier run with the same inputs and options left the folder."),
+    ] = False,
     tokenizer: TokenizerOption = None,
     column: ColumnOption = None,
     eos: EosOption = None,
+    nproc: NprocOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quiet: QuietOption = False,
@@ -78,29 +88,59 @@ def encode(
     """
     if output == "-" and sys.stdout.isatty():  # said before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
-    from longnet_cli.data.sinks import ShardWriter
+    start_ranks(nproc, inputs)
+    from longnet_cli.data.inputs import fingerprint
+    from longnet_cli.data.shards import run_to_resume
+    from longnet_cli.data.sinks import ShardWriter, is_folder
     from longnet_cli.data.sources import read_documents
 
-    net, words = load_model(model, tokenizer, device, dtype)
-    from longnet_cli.encoding import encode as run
+    in_folder = is_folder(output)
+    if resume and not in_folder:
+        raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
+    earlier = run_to_resume(output, resume=resume) if in_folder else None
 
+    net, words = load_model(model, tokenizer, device, dtype)
+    from longnet_cli.encoding import SHARD_ROWS, encode_to_folder
+    from longnet_cli.encoding import encode as run
+    from longnet_cli.runtime.launch import join, leave
+
+    ranks, where = join(device)
+    quiet = quiet or not ranks.first
+    if in_folder and ranks.world > 1:
+        raise ConfigError(f"{output}: a folder of shards is written by one process: name a file (-o vectors.arrow)")
     documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
-    with progress("encoding", total=None, quiet=quiet) as advance:
-        batches = run(
-            net,
-            documents,
-            bos=words.eos_id if words else None,
-            pool=pool,
-            normalize=normalize,
-            span=span,
-            chunk=chunk,
-            spill=spill,
-            dtype=dtype,
-            embedding_dtype=embedding_dtype,
-            model_name=model,
-            tokenizer_sha256=words.sha256 if words else None,
-            on_progress=advance,
-        )
-        with ShardWriter(output, batches.schema) as writer:
-            for batch in batches:
-                writer.write(batch)
+    options: dict[str, Any] = {
+        "bos": words.eos_id if words else None,
+        "pool": pool,
+        "normalize": normalize,
+        "span": span,
+        "chunk": chunk,
+        "spill": spill,
+        "dtype": dtype,
+        "embedding_dtype": embedding_dtype,
+        "model_name": model,
+        "tokenizer_sha256": words.sha256 if words else None,
+    }
+    done = earlier.totals["tokens"] if earlier else 0
+    with progress("encoding", total=None, start=done, quiet=quiet) as advance:
+        if in_folder:
+            encode_to_folder(
+                net,
+                documents,
+                output,
+                settings={"inputs": fingerprint(inputs), "column": column, "eos": eos},
+                shard_rows=shard_rows or SHARD_ROWS,
+                resume=resume,
+                on_progress=advance,
+                **options,
+            )
+            return
+        batches = run(net, documents, device=where, ranks=ranks, on_progress=advance, **options)
+        if ranks.first:
+            with ShardWriter(output, batches.schema) as writer:
+                for batch in batches:
+                    writer.write(batch)
+        else:
+            for _ in batches:
+                pass
+    leave()

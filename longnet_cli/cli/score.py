@@ -79,7 +79,10 @@ def score(
     """
     start_ranks(nproc, inputs)
     from longnet_cli.data.sources import read_documents
+    from longnet_cli.errors import ConfigError
 
+    if token_logprobs == "-":
+        raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
     net, words = load_model(model, tokenizer, device, dtype)
     from longnet_cli.runtime.launch import join, leave
     from longnet_cli.scoring import score as run

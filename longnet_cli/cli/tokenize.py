@@ -26,7 +26,11 @@ def tokenize(
     ],
     tokenizer: Annotated[
         str,
-        typer.Option("--tokenizer", metavar="bytes|FILE", help="One id for each byte, or a tokenizer.json."),
+        typer.Option(
+            "--tokenizer",
+            metavar="bytes|FILE|MODEL",
+            help="One id for each byte, a tokenizer.json, or that of a model: a folder, or a shipped model's name.",
+        ),
     ] = "bytes",
     train_vocab: Annotated[
         int | None,

@@ -1,6 +1,7 @@
 """Which files an input names: a file, a folder, a glob, an @list or stdin, in a stable, natural order."""
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -44,6 +45,16 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     found = [source for item in inputs for source in _expand(str(item), in_list=False)]
     times = Counter(source.name for source in found)
     return [source if times[source.name] == 1 else replace(source, name=source.where) for source in found]
+
+
+def fingerprint(inputs: Sequence[str | Path]) -> str:
+    """What a resumed run must find again: the inputs' names, order and sizes (not of a pipe)."""
+    digest = hashlib.sha256()
+    sources = find_sources(inputs)
+    for source in sources:
+        size = source.path.stat().st_size if source.path is not None and source.path.is_file() else None
+        digest.update(f"{source.name}\0{size}\0".encode("utf-8", "surrogateescape"))
+    return f"{len(sources)} file{'s' * (len(sources) != 1)}, {digest.hexdigest()[:16]}"
 
 
 def _expand(item: str, *, in_list: bool) -> list[Source]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from longnet_cli.data.tables import TOKEN_COLUMNS, Pipe, Table, one_line
 from longnet_cli.errors import DataError
 
 BATCH_BYTES = 4 << 20  # of lines that become one batch
+PATIENCE = 0.5  # seconds that a line from a slow producer waits for others
 
 _OBJECT = re.compile(rb'(\xef\xbb\xbf)?\{[ \t]*"')  # a Python dict, a pretty-printed .json and a CSS rule differ
 _TEXT, _IDS = pa.large_string(), pa.large_list(pa.int64())
@@ -48,7 +50,7 @@ def open_json_lines(source: Source, pipe: Pipe, column: str | None) -> Table | N
         wanted = [(keys[name], schema.field(name).type) for name in columns]
         kept = pa.schema([schema.field(name) for name in columns])
         rows: list[list[Any]] = []
-        size = 0
+        size, begun = 0, time.monotonic()
         for number, row in enumerate(_lines(pipe, source.where), start=1):
             try:
                 value = _parse(row)
@@ -57,9 +59,9 @@ def open_json_lines(source: Source, pipe: Pipe, column: str | None) -> Table | N
                 cut = "" if row.endswith(b"\n") else " (the last line is not whole: is the input truncated?)"
                 raise DataError(f"{source.where}, line {number}: {error}{cut}") from error
             size += len(row)
-            if size >= BATCH_BYTES:
+            if size >= BATCH_BYTES or time.monotonic() - begun > PATIENCE:
                 yield _batch(rows, kept)
-                rows, size = [], 0
+                rows, size, begun = [], 0, time.monotonic()
         if rows:
             yield _batch(rows, kept)
 

@@ -92,12 +92,19 @@ def _new_temporary(target: Path) -> tuple[Path, BinaryIO]:
     """A new file beside `target`, open and locked, so that it is not taken for a leftover."""
     while True:
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        file = open(temporary, "xb")  # noqa: SIM115 (its user closes it)
-        with suppress(OSError):  # a network file system without locks, on which no leftover can be locked either
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(file.fileno()).st_nlink:  # else another writer removed it before it was locked
-            return temporary, file
-        file.close()
+        try:
+            file = open(temporary, "xb")  # noqa: SIM115 (its user closes it)
+            with suppress(OSError):  # a network file system without locks, on which no leftover can be locked either
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink:  # else another writer removed it before it was locked
+                return temporary, file
+            file.close()
+        except FileExistsError:
+            continue
+        except BaseException:  # Ctrl-C and SIGTERM may come between any two lines
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_file(path: str | Path, data: bytes) -> None:
@@ -113,6 +120,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def is_folder(output: str | Path) -> bool:
+    """Whether an output names a folder of shards: neither `-` nor a file by its suffix, nor a pipe or a device."""
+    path = Path(output)
+    special = path.exists() and not (path.is_file() or path.is_dir())
+    return str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES) and not special
 
 
 class ShardWriter:
@@ -173,7 +187,7 @@ class ShardWriter:
         if str(self.output).endswith(".parquet"):
             import pyarrow.parquet as pq  # 30 ms that IPC output need not pay
 
-            return pq.ParquetWriter(self._sink, self.schema)
+            return pq.ParquetWriter(self._sink, self.schema, write_page_checksum=True)  # which reading verifies
         if str(self.output).endswith(".jsonl"):
             return _JsonLines(self._sink)
         return ipc.new_file(self._sink, self.schema)

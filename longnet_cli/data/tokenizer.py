@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longnet_cli.data.sinks import write_file
 from longnet_cli.errors import ConfigError
+from longnet_cli.presets import list_models, preset_dir
 
 END_OF_TEXT = "<|endoftext|>"
 EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")
@@ -79,10 +80,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, spec: str | Path) -> "Tokenizer":
-        """`bytes`, a tokenizer.json, or a folder that holds one; ConfigError otherwise."""
+        """`bytes`, a tokenizer.json, a folder that holds one, or a shipped model's name; ConfigError otherwise."""
         if str(spec) == "bytes":
             return cls.bytes()
         path = Path(spec)
+        if not path.exists() and str(spec) in list_models():
+            path = preset_dir() / spec
         return cls.from_file(path / "tokenizer.json" if path.is_dir() else path)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -111,6 +112,15 @@ def load_pretrained(
         raise CheckpointError(f"{path}: damaged or not a safetensors file: {_one_line(error)}") from None
     tensors = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in tensors.items()}
     return _build(config, tensors, str(path)).eval()
+
+
+def fingerprint(model: LongNet) -> str:
+    """A digest of configuration and weights, 16 hex digits: equal for models that compute the same."""
+    digest = hashlib.sha256(model.config.model_dump_json().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> LongNet:

@@ -1,0 +1,345 @@
+"""Proves that `longnet` is a good neighbour in a pipe: the same answer from every form of the same documents, first
+results before the input ends, memory that does not grow, and a clean end whoever ends it.
+
+The matrix runs in this process, the rest are real commands and real pipes. pytest tests/test_pipelines.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pytest
+import torch
+from processes import Start, accept_interrupts
+from test_sources import FORMATS, IDS, TEXTS, token_table, write_file, write_parquet, write_stream
+
+from longnet_cli.data.sources import read_documents
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.encoding import encode
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.scoring import score
+from longnet_cli.tokenizing import tokenize
+
+BYTES = Tokenizer.bytes()
+CONFIG = LongNetConfig(
+    vocab_size=257, dim=16, num_layers=2, num_heads=2, ffn_dim=32, segment_lengths=(8, 32), dilation_rates=(1, 2)
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random causal model of bytes, with its tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    LongNet(CONFIG).save_pretrained(folder, BYTES.to_json())
+    return folder
+
+
+# --- the same documents in every form --------------------------------------------------------------------------------
+
+
+def text_files(folder: Path) -> Path:
+    for index, text in enumerate(TEXTS):
+        (folder / f"{index}.txt").write_bytes(text.encode())
+    return folder
+
+
+def hugging_face(folder: Path) -> Path:
+    """What `datasets.save_to_disk` leaves: streams in the order of state.json, which is not that of their names."""
+    table = token_table(pa.list_(pa.int32()))
+    names = ["data-00001-of-00002.arrow", "data-00000-of-00002.arrow"]
+    for name, rows in zip(names, (table.slice(0, 2), table.slice(2)), strict=True):
+        write_stream(folder / name, rows)
+    write_stream(folder / "cache-0123.arrow", table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    return folder
+
+
+def own_shards(folder: Path) -> Path:
+    place = folder / "texts"
+    place.mkdir()
+    tokenize([text_files(place)], folder / "shards", shard_tokens=10)
+    return folder / "shards"
+
+
+FORMS: dict[str, Callable[[Path], Path]] = {
+    **FORMATS,
+    "stream of large_list<uint16>": lambda folder: write_stream(
+        folder / "x.arrow", token_table(pa.large_list(pa.uint16()))
+    ),
+    "parquet of list<int64>": lambda folder: write_parquet(folder / "x.parquet", token_table(pa.list_(pa.int64()))),
+    "text files": text_files,
+    "hugging face": hugging_face,
+    "shards of tokenize": own_shards,
+    "one file of tokenize in parquet": lambda folder: tokenize(
+        [text_files(folder)], folder / "x.parquet", shard_tokens=10
+    ).shards[0],
+}
+PIPED = ("file", "stream", "parquet list", "flat column", "split documents in parquet", "json lines of ids")
+
+
+@pytest.fixture
+def answer(model: Path) -> Callable[[list[str | Path]], tuple[Any, ...]]:
+    """What the inputs hold, what it costs a model and where it lies: everything but the documents' names."""
+    net = LongNet.from_pretrained(model)
+
+    def run(inputs: list[str | Path]) -> tuple[Any, ...]:
+        documents = list(read_documents(inputs, BYTES))
+        tokens = [document.read().tolist() for document in documents]
+        scores = [found.score.as_dict() for found in score(net, documents, bos=BYTES.eos_id)]
+        table = encode(net, documents, bos=BYTES.eos_id, span=30).read_all()
+        return tokens, scores, table.drop_columns(["doc_id"]).to_pylist()
+
+    return run
+
+
+@pytest.fixture
+def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """`piped(data)` makes stdin the end of a real pipe that another thread writes `data` into."""
+
+    def run(data: bytes) -> None:
+        end, start = os.pipe()
+        monkeypatch.setattr(sys, "stdin", open(end))  # noqa: SIM115
+
+        def write() -> None:
+            with open(start, "wb") as file:
+                file.write(data)
+
+        threading.Thread(target=write, daemon=True).start()
+
+    return run
+
+
+def test_every_form_gives_the_same_tokens_scores_and_vectors(tmp_path: Path, answer, piped) -> None:
+    """To the last bit: nothing but the ids may reach the model."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for name, make in FORMS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        path = make(folder)
+        found[name] = answer([path])
+        if name in PIPED:
+            piped(path.read_bytes())
+            found[f"{name} through a pipe"] = answer(["-"])
+    assert len(found) == len(FORMS) + len(PIPED) >= 30
+    tokens, scores, vectors = found["text files"]
+    assert tokens == IDS
+    assert [one["n_bytes"] for one in scores] == [len(text.encode()) for text in TEXTS]
+    assert [row["n_tokens"] for row in vectors] == [5, 15, 30, 30, 10]
+    for name, other in found.items():
+        assert other == found["text files"], name
+
+
+# --- chains of commands ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shell(tmp_path: Path, command_env: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a line of bash in which `longnet` is this checkout's."""
+
+    def run(line: str, **options: Any) -> subprocess.CompletedProcess:
+        script = f'set -o pipefail; longnet() {{ "{sys.executable}" -m longnet_cli "$@"; }}; {line}'
+        options = {"text": True, "timeout": 120, "stdin": subprocess.DEVNULL} | options
+        return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=command_env, capture_output=True, **options)
+
+    return run
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    (tmp_path / "texts").mkdir()
+    return text_files(tmp_path / "texts")
+
+
+def test_chained_commands_say_what_single_ones_say(shell, model: Path, texts: Path, tmp_path: Path) -> None:
+    line = f"longnet tokenize texts -o - --quiet | longnet score - -m {model} --format json"
+    chained = shell(f"{line} && longnet score texts -m {model} --format json")
+    assert (chained.returncode, chained.stderr) == (0, "")
+    first, second = chained.stdout.split("}\n{")
+    assert json.loads(first + "}") == json.loads("{" + second)
+    line = f"longnet tokenize texts -o - --quiet | longnet encode - -m {model}"
+    chained = shell(f"{line} && longnet encode texts -m {model} -o out.arrow", text=False)
+    assert (chained.returncode, chained.stderr) == (0, b"")
+    vectors = ipc.open_stream(chained.stdout).read_all()
+    assert vectors.equals(ipc.open_file(tmp_path / "out.arrow").read_all())
+
+
+WAYS = {
+    "a file": "longnet data inspect x.arrow",
+    "redirected": "longnet data inspect - < x.arrow",
+    "redirected, by name": "longnet data inspect /dev/stdin < x.arrow",
+    "piped": "cat x.arrow | longnet data inspect -",
+    "piped, by name": "cat x.arrow | longnet data inspect /dev/stdin",
+    "substituted": "longnet data inspect <(cat x.arrow)",
+    "listed": "longnet data inspect @list",
+}
+
+
+def test_every_way_in(shell, tmp_path: Path) -> None:
+    write_file(tmp_path / "x.arrow", token_table(pa.list_(pa.int32())))
+    (tmp_path / "list").write_text("# inputs\nx.arrow\n")
+    done = shell("; ".join(f"{line} --format json" for line in WAYS.values()))
+    assert (done.returncode, done.stderr) == (0, "")
+    answers = [json.loads(part) for part in done.stdout.replace("}\n{", "}\n\0{").split("\0")]
+    assert len(answers) == len(WAYS)
+    assert (answers[0]["documents"], answers[0]["tokens"]) == (3, sum(map(len, IDS)))
+    assert all(other == answers[0] for other in answers)
+
+
+def test_json_never_holds_what_json_has_not(shell, model: Path, texts: Path, tmp_path: Path) -> None:
+    """A net that has gone wrong scores NaN."""
+    net = LongNet.from_pretrained(model)
+    with torch.no_grad():
+        net.final_norm.weight.fill_(float("nan"))
+    net.save_pretrained(tmp_path / "broken", BYTES.to_json())
+    line = "longnet score texts -m ./broken --format json && longnet encode texts -m ./broken -o out.jsonl"
+    done = shell(line)
+    assert (done.returncode, done.stderr) == (0, "")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    assert json.loads(done.stdout, parse_constant=refuse)["total"]["ppl"] is None
+    rows = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["embedding"] for row in rows] == [[None] * 16] * 3
+
+
+# --- who ends it -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("command", "number"), [("score", signal.SIGINT), ("encode", signal.SIGTERM)])
+def test_results_come_while_the_input_waits_and_a_signal_ends_the_wait(
+    start: Start, model: Path, command: str, number: signal.Signals
+) -> None:
+    """Two commands in a row: text in JSON Lines goes in, and what it gives comes out though nothing has ended."""
+    first = start("tokenize", "-", "-o", "-", stdin=subprocess.PIPE)
+    options = ["--format", "jsonl"] if command == "score" else []
+    second = start(command, "-", "-m", model, "--chunk", 8, *options, stdin=first.stdout, preexec_fn=accept_interrupts)
+    done = threading.Event()
+
+    def produce() -> None:
+        while not done.wait(0.3):
+            first.stdin.write(b'{"text": "some words to read"}\n')
+            first.stdin.flush()
+
+    producer = threading.Thread(target=produce)
+    timer = threading.Timer(60, second.kill)  # lest the test wait for ever
+    producer.start()
+    timer.start()
+    try:
+        if command == "score":
+            assert json.loads(second.stdout.readline())["n_tokens"] == 18
+        else:
+            assert ipc.open_stream(second.stdout).read_next_batch()["n_tokens"][0].as_py() == 18
+        assert first.poll() is None
+        assert second.poll() is None
+    finally:
+        done.set()
+        producer.join()
+    second.send_signal(number)
+    assert second.wait(20) == 128 + number
+    timer.cancel()
+    assert second.stderr.read() == b""
+    assert not second.stdout.read().endswith(b"\xff\xff\xff\xff\0\0\0\0")  # which would say that this was all
+
+
+@pytest.mark.parametrize("command", ["score --format jsonl", "encode", "tokenize -o -"])
+def test_a_reader_that_leaves_is_no_error_to_tell(shell, model: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "many.jsonl").write_text('{"text": "some words to read"}\n' * 20_000)
+    where = "" if command.startswith("tokenize") else f"-m {model} --chunk 100"
+    done = shell(f"longnet {command} many.jsonl {where} | head -c 100 > head")
+    assert (done.returncode, done.stderr) == (141, "")
+    assert (tmp_path / "head").stat().st_size == 100
+
+
+@pytest.mark.parametrize("command", ["tokenize x.txt -o -", "encode x.txt -o -", "encode x.txt"])
+def test_binary_is_not_written_to_a_terminal(command: str, command_env: dict[str, str], tmp_path: Path) -> None:
+    terminal, stdout = pty.openpty()
+    try:
+        words = [sys.executable, "-m", "longnet_cli", *command.split()]
+        done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True, env=command_env, cwd=tmp_path)
+    finally:
+        os.close(stdout)
+        os.close(terminal)
+    assert done.returncode == 2
+    assert "stdout is a terminal" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_two_results_do_not_share_stdout(run_longnet) -> None:
+    done = run_longnet("score", "x.txt", "--token-logprobs", "-")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--token-logprobs needs a file" in done.stderr
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+# Runs the command and writes the peak of its memory, in KiB: that of its own pages, not of what it was forked from.
+MEASURED = """
+import atexit, sys
+peak = sys.argv.pop(1)
+@atexit.register
+def report():
+    with open("/proc/self/status") as status, open(peak, "w") as out:
+        out.write(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+from longnet_cli.cli.app import main
+main()
+"""
+
+GENERATOR = """
+import random, sys
+chance = random.Random(0)
+for index in range(int(sys.argv[1])):
+    print('{"id": %d, "text": "%s"}' % (index, "".join(chance.choices("abc def", k=4000))))
+"""
+
+
+@pytest.fixture
+def peaks(tmp_path: Path, command_env: dict[str, str]) -> Iterator[Callable[..., tuple[list[int], int]]]:
+    """`peaks(documents, *commands)` chains commands behind a generator: their peaks in MiB, and bytes that come out."""
+    begun: list[subprocess.Popen] = []
+
+    def run(documents: int, *commands: str) -> tuple[list[int], int]:
+        words = [[sys.executable, "-c", GENERATOR, str(documents)]]
+        words += [[sys.executable, "-c", MEASURED, f"{i}.peak", *line.split()] for i, line in enumerate(commands)]
+        before: Any = subprocess.DEVNULL
+        chain = []
+        for line in words:
+            chain.append(subprocess.Popen(line, stdin=before, stdout=subprocess.PIPE, env=command_env, cwd=tmp_path))
+            if before is not subprocess.DEVNULL:
+                before.close()
+            before = chain[-1].stdout
+        begun.extend(chain)
+        size = 0
+        while data := before.read(1 << 16):
+            size += len(data)
+        assert [process.wait(30) for process in chain] == [0] * len(chain)
+        return [int((tmp_path / f"{i}.peak").read_text()) >> 10 for i in range(len(commands))], size
+
+    yield run
+    for process in begun:
+        with process:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["score - --format jsonl", "encode - --span 10"])
+def test_memory_of_a_chain_does_not_grow_with_its_input(peaks, model: Path, last: str) -> None:
+    """Of 4 and of 16 million tokens."""
+    chain = ("tokenize - -o - --quiet", f"{last} -m {model} --chunk 16Ki")
+    small, size = peaks(1000, *chain)
+    large, four_times = peaks(4000, *chain)
+    assert 3.9 < four_times / size < 4.1
+    print(f"peaks in MiB: {small} and {large}")
+    assert all(after < before + 16 for before, after in zip(small, large, strict=True)), (small, large)
