@@ -198,8 +198,8 @@ def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch: pytest.Mon
     assert sum(seen) == 300
     whole = rows[-1]
     assert whole.seconds is not None
-    assert sum(row.seconds or 0 for row in rows[:-1]) == pytest.approx(whole.seconds, rel=0.5)
-    assert all(row.cpu_seconds for row in rows)
+    assert 0 < sum(row.seconds or 0 for row in rows[:-1]) <= whole.seconds
+    assert all(row.cpu_seconds is not None for row in rows)
     assert whole.flops_per_second == pytest.approx(
         attention_flops(Pattern((16, 64), (1, 4)), 3, 8, 300, True) / whole.seconds
     )

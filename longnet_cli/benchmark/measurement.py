@@ -109,12 +109,9 @@ def measure_stream(
 
     def measured(first: int, last: int, seconds: float, cpu: float, **more: object) -> Measurement:
         flops = case.flops_to(last) - case.flops_to(first)
-        values = {
-            "seconds": seconds,
-            "tokens_per_second": (last - first) / seconds,
-            "flops_per_second": flops / seconds,
-        }
-        return replace(row, **{"status": "ok", **values, "peak_rss_bytes": peak.bytes, **more})  # type: ignore[arg-type]
+        rates = {"tokens_per_second": (last - first) / seconds, "flops_per_second": flops / seconds}
+        values = {"status": "ok", "seconds": seconds, "cpu_seconds": cpu, "peak_rss_bytes": peak.bytes, **rates, **more}
+        return replace(row, **values)  # type: ignore[arg-type]
 
     with PeakMemory(device) as peak:
         case.start()(chunk)  # warm-up
