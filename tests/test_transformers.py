@@ -193,6 +193,20 @@ def test_generate_is_exact_with_and_without_the_cache() -> None:
         assert torch.equal(logits.argmax(-1), with_cache[:, end])
 
 
+@pytest.mark.parametrize("model", [llama, bert])
+def test_a_model_compiles_to_one_graph(model: Callable[[], hf.PreTrainedModel]) -> None:
+    """Padded batches too: the true lengths are data of the graph."""
+    torch._dynamo.reset()
+    net = use_dilated_attention(built(model), PAPER_64TH)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    options = {"use_cache": False} if model is llama else {}
+    for mask in (torch.ones(2, 130, dtype=torch.int64), right_padded(130)):
+        expected = net(ids(130), attention_mask=mask, **options).logits
+        found = compiled(ids(130), attention_mask=mask, **options).logits
+        assert (found - expected)[mask.bool()].abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+    torch._dynamo.reset()
+
+
 def test_the_pattern_is_saved_and_loaded(tmp_path: Path) -> None:
     net = use_dilated_attention(built(llama), Pattern((8, 32), (1, 4), "grouped"))
     net.save_pretrained(tmp_path)

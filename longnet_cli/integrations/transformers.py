@@ -146,7 +146,7 @@ def dilated_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
@@ -166,7 +166,7 @@ def dilated_mask(
             "dilated attention has no masks but causal and padding: pass attention_mask instead of position_ids that "
             "restart (packed sequences); under torch.compile always pass it"
         )
-    if isinstance(q_offset, Tensor) or kv_offset or q_offset + q_length != kv_length:
+    if kv_offset or q_offset + q_length != kv_length:
         raise ValueError("dilated attention generates with a DynamicCache, or without one (use_cache=False)")
     if attention_mask is None:
         return None
