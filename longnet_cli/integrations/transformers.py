@@ -28,8 +28,9 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from longnet_cli.attention import Pattern, Span, dilated_attention, far_keys
+from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention
 from longnet_cli.attention.module import true_lengths
+from longnet_cli.attention.pattern import span_positions
 from longnet_cli.errors import ConfigError
 
 NAME = "dilated"
@@ -119,27 +120,45 @@ def dilated_attention_forward(
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    start = k.shape[1] - q.shape[1]
+    if start and (start < 0 or not causal):
+        raise ValueError(
+            f"dilated attention is self-attention: {q.shape[1]} queries cannot attend to {k.shape[1]} keys "
+            f"in a {'causal' if causal else 'bidirectional'} layer"
+        )
+    far = _cached(k, v, pattern, q.shape[2], start) if start else []
     groups = q.shape[2] // k.shape[2]
     # a copy unless there is one key head or one query head for each: a strided view cannot repeat every head in turn
-    k, v = (x[:, :, :, None].expand(-1, -1, -1, groups, -1).flatten(2, 3) for x in (k, v))
-    start = k.shape[1] - q.shape[1]
-    far = []
-    if start:
-        if start < 0 or not causal:
-            raise ValueError(
-                f"dilated attention is self-attention: {q.shape[1]} queries cannot attend to {k.shape[1]} keys "
-                f"in a {'causal' if causal else 'bidirectional'} layer"
-            )
-        far = [
-            far_keys(k, v, pattern, Span(level, start // w * w, start))
-            for level, (w, _) in enumerate(pattern.levels)
-            if start % w
-        ]
-        k, v = k[:, start:], v[:, start:]
+    k, v = (x[:, start:, :, None].expand(-1, -1, -1, groups, -1).flatten(2, 3) for x in (k, v))
     out = dilated_attention(
         q, k, v, pattern, causal=causal, start=start, far=far, lengths=attention_mask, scale=scaling
     )
     return out, None
+
+
+def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) -> list[FarKeys]:
+    """What the new tokens [start, L) attend to of the keys and values (B, L, H_kv, D) before them.
+
+    A level's rows are copied for the heads in which a new token takes part, 1 / r of them for one token; the rest of
+    the memory is never read.
+    """
+    found = []
+    batch, stop, key_heads, head_dim = k.shape
+    for level, (w, r) in enumerate(pattern.levels):
+        span = Span(level, start // w * w, start)
+        if span.start == start:
+            continue
+        positions = span_positions(pattern, span, num_heads)
+        new = span_positions(pattern, Span(level, span.start, min(stop, span.start + w)), num_heads)
+        rows = max(len(p) for p in positions)
+        packed = k.new_empty(2, batch, num_heads, rows, head_dim)
+        for head, (before, after) in enumerate(zip(positions, new, strict=True)):
+            if before and len(after) > len(before):
+                for i, x in enumerate((k, v)):
+                    kept = x[:, before.start : start : r, head * key_heads // num_heads]
+                    packed[i, :, head, : len(before)] = kept
+        found.append(FarKeys(*span, *packed.transpose(2, 3)))
+    return found
 
 
 def dilated_mask(
@@ -170,8 +189,8 @@ def dilated_mask(
         raise ValueError("dilated attention generates with a DynamicCache, or without one (use_cache=False)")
     if attention_mask is None:
         return None
-    lengths = true_lengths(attention_mask.bool())
-    return (lengths - q_offset).clamp(min=0) if q_offset else lengths
+    lengths = true_lengths(attention_mask.bool())  # -1: refused by the operator, in a compiled graph
+    return lengths.where(lengths < 0, (lengths - q_offset).clamp(min=0))
 
 
 AttentionInterface.register(NAME, dilated_attention_forward)
