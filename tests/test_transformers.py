@@ -285,6 +285,8 @@ def test_configs_that_are_refused() -> None:
     net.config.dilated_attention = {"segments": [8]}
     with pytest.raises(ConfigError, match="segments"):
         use_dilated_attention(net)
+    with pytest.raises(ConfigError, match="no output_attentions"):
+        use_dilated_attention(net, PAPER_64TH)(ids(20), output_attentions=True)
     trained = use_dilated_attention(built(gpt2, attn_pdrop=0.1), PAPER_64TH).train()
     with pytest.raises(ConfigError, match=r"no dropout of attention weights, and the model's config asks for 0\.1"):
         trained(ids(20))
