@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longnet_cli.errors import CheckpointError, ConfigError
-from longnet_cli.model import LongNet, LongNetConfig, from_torchscale
-from longnet_cli.model.weights import TORCHSCALE_LAYER, TORCHSCALE_TOP, load_pretrained, save_pretrained
+from longnet_cli.model import LongNet, LongNetConfig, from_torchscale, to_torchscale
+from longnet_cli.model.weights import load_pretrained, save_pretrained
 
 
 def small(**changes: object) -> LongNetConfig:
@@ -114,19 +114,9 @@ def test_wrong_configuration_and_unknown_name(tmp_path: Path) -> None:
 
 
 def as_torchscale(net: LongNet, prefix: str = "") -> dict[str, Tensor]:
-    """The state dict that torchscale would hold for this net."""
-    layer = {ours: theirs for theirs, ours in TORCHSCALE_LAYER.items()}
-    top = {ours: theirs for theirs, ours in TORCHSCALE_TOP.items()}
-    found = {}
-    for name, tensor in net.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        if module.startswith("layers."):
-            _, number, inner = module.split(".", 2)
-            module = f"layers.{number}.{layer[inner]}"
-        else:
-            module = top[module]
-        found[f"{prefix}{module}.{leaf}"] = tensor
-    return found
+    """The parameters that torchscale would hold for this net, without buffers and ties."""
+    left_out = ("xpos.scale", *(["output_projection.weight"] if net.config.tie_embeddings else []))
+    return {f"{prefix}{name}": t for name, t in to_torchscale(net).items() if not name.endswith(left_out)}
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "decoder.", "model.decoder."])
@@ -172,3 +162,85 @@ def test_torchscale_refusals() -> None:
     del state["layers.1.self_attn.q_proj.bias"]
     with pytest.raises(CheckpointError, match=r"missing tensor layers\.1\.attention\.q\.bias"):
         from_torchscale(state, net.config)
+
+
+NAMES = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "out_proj", "inner_attn_ln"),
+    "ffn": ("fc1", "fc2", "ffn_layernorm"),
+    "self_attn_layer_norm": (),
+    "final_layer_norm": (),
+}
+
+
+def official_names(layers: int) -> set[str]:
+    """As torchscale's own modules name the parameters of subln layers; written out, not derived from our table."""
+    modules = [f"{m}.{x}" for m, inner in NAMES.items() for x in inner] + [m for m, inner in NAMES.items() if not inner]
+    return {f"layers.{i}.{m}.{leaf}" for i in range(layers) for m in modules for leaf in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"vocab_size": 0, "position": "none"}])
+def test_the_way_out_is_the_inverse_of_the_way_in(changes: dict) -> None:
+    net = LongNet(small(head_offsets="grouped", **changes))
+    state = to_torchscale(net)
+    expected = official_names(2) | {"layer_norm.weight", "layer_norm.bias"}
+    if net.config.vocab_size:
+        expected |= {"embed_tokens.weight", "output_projection.weight"}
+    if net.config.position == "xpos":
+        expected |= {f"layers.{i}.self_attn.xpos.scale" for i in range(2)}
+        # torchscale's formula for head_dim 8
+        assert torch.allclose(state["layers.1.self_attn.xpos.scale"], (torch.tensor([0, 2, 4, 6]) + 3.2) / 11.2)
+    assert set(state) == expected
+    again = from_torchscale(state, net.config)
+    assert again.state_dict().keys() == net.state_dict().keys()
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+    back = to_torchscale(again)
+    assert back.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(back[name], tensor)
+
+
+def test_gigapath() -> None:
+    """The slide encoder's state dict, by its official names and shapes: 247 tensors, 86,330,880 numbers."""
+    config = LongNetConfig.gigapath()
+    d, f = config.dim, config.ffn_dim
+    shapes = {
+        "cls_token": (1, 1, d),
+        "patch_embed.proj.weight": (d, 1536),
+        "patch_embed.proj.bias": (d,),
+        "norm.weight": (d,),
+        "norm.bias": (d,),
+        "encoder.layer_norm.weight": (d,),
+        "encoder.layer_norm.bias": (d,),
+    }
+    for name in official_names(12):
+        wide = {"fc1.weight": (f, d), "fc1.bias": (f,), "fc2.weight": (d, f)}
+        short = name.split(".", 3)[-1]
+        matrix = "proj" in name and name.endswith("weight")
+        shapes[f"encoder.{name}"] = wide.get(short) or ((f,) if "ffn_layernorm" in name else (d, d) if matrix else (d,))
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    assert len(state) == 247
+    assert sum(tensor.numel() for tensor in state.values()) == 86_330_880
+    net = from_torchscale(state, config)
+    assert config.num_parameters() == 85_148_160 == sum(p.numel() for p in net.parameters())
+    encoder = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
+    assert {name: t.shape for name, t in to_torchscale(net).items()} == {name: t.shape for name, t in encoder.items()}
+    del state["encoder.layers.3.ffn.ffn_layernorm.bias"]
+    with pytest.raises(CheckpointError, match=r"missing tensor layers\.3\.ffn\.inner_norm\.bias"):
+        from_torchscale(state, config)
+
+
+def test_a_small_gigapath_takes_weights_out_of_a_larger_model() -> None:
+    config = LongNetConfig.gigapath().model_copy(
+        update={"dim": 32, "num_layers": 2, "ffn_dim": 48, "segment_lengths": (8, 24, 64, 96, 128)}
+    )
+    net = LongNet(config)
+    around = {
+        "cls_token": torch.zeros(1, 1, 32),
+        "norm.weight": torch.ones(32),
+        "patch_embed.proj.bias": torch.ones(32),
+    }
+    inside = {f"encoder.{name}": tensor for name, tensor in to_torchscale(net).items()}
+    again = from_torchscale(around | inside, config)
+    x = torch.randn(1, 101, 32)
+    assert torch.equal(again(embeddings=x), net.eval()(embeddings=x))

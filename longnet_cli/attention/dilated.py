@@ -100,11 +100,42 @@ def dilated_attention(
 
     Raises ValueError for shapes, far keys, lengths or kernels that do not fit.
     """
-    _check(q, k, v, start, padding)
     far = tuple(far or ())
+    far_tensors = [x for keys in far for x in (keys.k, keys.v)]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if torch.compiler.is_compiling():  # one opaque operator (`compiled`): no graph follows the integers of a plan
+        for keys in far:
+            if keys.ready:
+                keys.ready()
+        spans = [number for keys in far for number in keys.span]
+        levels = (list(pattern.segment_lengths), list(pattern.dilation_rates), pattern.head_offsets)
+        true_lengths = None if lengths is None else torch.as_tensor(lengths)
+        options = (spans, documents, *levels, causal, start, padding, total, scale, kernel)
+        return torch.ops.longnet.dilated_attention(q, k, v, far_tensors, true_lengths, *options)[0]
+    plan = plan_calls(q, k, v, pattern, causal, start, far, lengths, documents, padding, total)
+    chosen = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
+    ready = [keys.ready for keys in far if keys.ready]
+    return _DilatedAttention.apply(plan, scale, chosen, ready, q, k, v, *far_tensors)
+
+
+def plan_calls(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    causal: bool,
+    start: int,
+    far: Sequence[FarKeys],
+    lengths: Sequence[int] | Tensor | None,
+    documents: Sequence[int] | None,
+    padding: Padding,
+    total: int | None,
+) -> Plan:
+    """Check the arguments of `dilated_attention` and divide its work; raises ValueError as it does."""
+    _check(q, k, v, start, padding)
     for keys in far:
         _check_far(keys, q, pattern)
-    batch, tokens, heads, head_dim = q.shape
+    batch, tokens, heads, _ = q.shape
     if padding == "zero_key" and total is None and (start or far):
         raise ValueError('padding="zero_key" depends on the length of the whole sequence: give total')
     if documents is not None and (total is not None or lengths is not None):
@@ -120,13 +151,7 @@ def dilated_attention(
         begin, outside = (start, spans) if columns.start == 0 else (0, ())
         length = columns.stop - columns.start
         plan.append((rows, columns, branches(pattern, heads, begin, length, causal, padding, outside, total or 0)))
-    full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in plan) == batch * tokens
-    scale = head_dim**-0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
-        chosen = select_kernel(q.device, q.dtype, head_dim, kernel)
-        far_tensors = (x for keys in far for x in (keys.k, keys.v))
-        ready = [keys.ready for keys in far if keys.ready]
-        return _DilatedAttention.apply(plan, full, scale, chosen, ready, q, k, v, *far_tensors)
+    return plan
 
 
 class _DilatedAttention(torch.autograd.Function):
@@ -136,7 +161,6 @@ class _DilatedAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         plan: Plan,
-        full: bool,
         scale: float,
         kernel: Kernel,
         ready: list[Callable[[], object]],
@@ -146,19 +170,7 @@ class _DilatedAttention(torch.autograd.Function):
         *far: Tensor,
     ) -> Tensor:
         q, k, v, *rest = (_unit_stride(x) for x in (q, k, v, *far))
-        dtype = _accumulator(q.dtype)
-        written = full and all(found and found[0].first for *_, found in plan)  # no row needs a zero of ours
-        out = (torch.empty if written else torch.zeros)(q.shape, dtype=dtype, device=q.device)
-        lse = torch.full(q.shape[:3], float("-inf"), dtype=dtype, device=q.device)  # (B, N, H)
-        for branch, qs, ks in kernel_calls(plan, kernel, (q, out, lse[..., None]), (k, v), rest):
-            while branch.far is not None and ready:
-                ready.pop()()
-            (q_, out_, lse_), (k_, v_) = qs, ks
-            part, part_lse = kernel.forward(q_, k_, v_, branch.causal, scale)
-            _merge(out_, lse_, part, part_lse[..., None], branch)
-        while ready:  # what no query needed is waited for all the same: its buffers must not be freed in flight
-            ready.pop()()
-        out = out.to(q.dtype)
+        out, lse = merged_forward(plan, scale, kernel, q, k, v, rest, ready)
         ctx.save_for_backward(q, k, v, out, lse, *rest)
         ctx.plan, ctx.scale, ctx.kernel = plan, scale, kernel
         return out
@@ -167,19 +179,67 @@ class _DilatedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *far = ctx.saved_tensors
-        dout = _unit_stride(dout)
-        dtype = _accumulator(q.dtype)
-        grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v, *far)]
-        dq, dk, dv, *dfar = grads
-        tensors = (dout, q, out, lse[..., None], dq)
-        pairs = [x for i in range(0, len(far), 2) for x in (far[i], far[i + 1], dfar[i], dfar[i + 1])]
-        for branch, qs, ks in kernel_calls(ctx.plan, ctx.kernel, tensors, (k, v, dk, dv), pairs):
+        return (None, None, None, None, *merged_backward(ctx.plan, ctx.scale, ctx.kernel, dout, q, k, v, out, lse, far))
+
+
+def merged_forward(
+    plan: Plan,
+    scale: float,
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far: Sequence[Tensor],
+    ready: Sequence[Callable[[], object]] = (),
+) -> tuple[Tensor, Tensor]:
+    """(out, LSE): (B, N, H, D) as q, and (B, N, H) in fp32 (fp64 for fp64). `ready` are those of FarKeys."""
+    waiting = list(ready)
+    q, k, v, *far = (_unit_stride(x) for x in (q, k, v, *far))
+    dtype = _accumulator(q.dtype)
+    full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in plan)
+    # no row needs a zero of ours
+    written = full == q.shape[0] * q.shape[1] and all(found and found[0].first for *_, found in plan)
+    out = (torch.empty if written else torch.zeros)(q.shape, dtype=dtype, device=q.device)
+    lse = torch.full(q.shape[:3], float("-inf"), dtype=dtype, device=q.device)
+    with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
+        for branch, qs, ks in kernel_calls(plan, kernel, (q, out, lse[..., None]), (k, v), far):
+            while branch.far is not None and waiting:
+                waiting.pop()()
+            (q_, out_, lse_), (k_, v_) = qs, ks
+            part, part_lse = kernel.forward(q_, k_, v_, branch.causal, scale)
+            _merge(out_, lse_, part, part_lse[..., None], branch)
+    while waiting:  # what no query needed is waited for all the same: its buffers must not be freed in flight
+        waiting.pop()()
+    return out.to(q.dtype), lse
+
+
+def merged_backward(
+    plan: Plan,
+    scale: float,
+    kernel: Kernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    far: Sequence[Tensor],
+) -> list[Tensor]:
+    """dq, dk, dv and the gradients of the far tensors, each as its input, from the merged out and LSE."""
+    dout, q, k, v, *far = (_unit_stride(x) for x in (dout, q, k, v, *far))
+    dtype = _accumulator(q.dtype)
+    inputs = (q, k, v, *far)
+    grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in inputs]
+    dq, dk, dv, *dfar = grads
+    tensors = (dout, q, out, lse[..., None], dq)
+    pairs = [x for i in range(0, len(far), 2) for x in (far[i], far[i + 1], dfar[i], dfar[i + 1])]
+    with torch.autocast(q.device.type, enabled=False):
+        for branch, qs, ks in kernel_calls(plan, kernel, tensors, (k, v, dk, dv), pairs):
             (dout_, q_, out_, lse_, dq_), (k_, v_, dk_, dv_) = qs, ks
-            with torch.autocast(q.device.type, enabled=False):
-                parts = ctx.kernel.backward(dout_, q_, k_, v_, out_, lse_[..., 0], branch.causal, ctx.scale)
+            parts = kernel.backward(dout_, q_, k_, v_, out_, lse_[..., 0], branch.causal, scale)
             for total, part in zip((dq_, dk_, dv_), parts, strict=True):
                 total.copy_(part) if branch.first else total.add_(part)
-        return (None, None, None, None, None, *(g.to(x.dtype) for g, x in zip(grads, (q, k, v, *far), strict=True)))
+    return [g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, branch: Branch) -> None:

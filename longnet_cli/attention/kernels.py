@@ -254,7 +254,7 @@ def _probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
         return None
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 3e-2)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):  # the caller's would cast plain math
             # drawn from a generator of its own, so that probing never moves the caller's random state
             draw = torch.Generator().manual_seed(0)
             x = torch.randn(4, 2, 40, 2, head_dim, generator=draw, dtype=torch.float32).to(device, dtype)

@@ -40,6 +40,26 @@ class LongNetConfig(BaseModel):
     norm_eps: float = Field(default=1e-5, gt=0.0)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
+    @classmethod
+    def gigapath(cls) -> LongNetConfig:
+        """The encoder inside Prov-GigaPath's slide encoder (12 layers, 768), which embeds patches and places itself.
+
+        Its weights load by `from_torchscale`; they were trained with exactly this, zero keys included.
+        """
+        return cls(
+            vocab_size=0,
+            dim=768,
+            num_layers=12,
+            num_heads=16,
+            ffn_dim=3072,
+            segment_lengths=(1024, 5792, 32768, 185363, 1048576),
+            dilation_rates=(1, 2, 4, 8, 16),
+            head_offsets="grouped",
+            padding="zero_key",
+            causal=False,
+            position="none",
+        )
+
     @model_validator(mode="after")
     def _check(self) -> LongNetConfig:
         if self.dim % self.num_heads:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longnet_cli.errors import CheckpointError
 from longnet_cli.model.config import LongNetConfig, parse_config
+from longnet_cli.model.positions import XPOS_GAMMA
 from longnet_cli.presets import find_model
 
 if TYPE_CHECKING:
@@ -126,12 +127,17 @@ def fingerprint(model: LongNet) -> str:
 def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> LongNet:
     """A float32 LongNet with the weights of torchscale's LongNetDecoder or LongNetEncoder.
 
-    Keys may all have a `model.`, `decoder.` or `encoder.` prefix. The weights were trained with
-    head_offsets="grouped", an encoder's mostly with padding="zero_key": `config` has to say so. Raises CheckpointError
-    naming the first key that is missing, has no place here or another shape, or an output projection that is not the
-    embedding though `config.tie_embeddings` says so.
+    Keys may all have a `model.`, `decoder.` or `encoder.` prefix. A net without embedding also takes the encoder out of
+    a larger model, such as GigaPath's slide encoder with `LongNetConfig.gigapath()`: only keys that begin with
+    `encoder.` count then. The weights were trained with head_offsets="grouped", an encoder's mostly with
+    padding="zero_key": `config` has to say so. Raises CheckpointError naming the first key that is missing, has no
+    place here or another shape, or an output projection that is not the embedding though `config.tie_embeddings` says
+    so.
     """
-    state = _without_prefix({k: t for k, t in state_dict.items() if not TORCHSCALE_IGNORED.fullmatch(k)})
+    state = {k: t for k, t in state_dict.items() if not TORCHSCALE_IGNORED.fullmatch(k)}
+    if not config.vocab_size:
+        state = {k: t for k, t in state.items() if k.startswith("encoder.")} or state
+    state = _without_prefix(state)
     places = {theirs: _from_torchscale_key(theirs) for theirs in state}
     if unknown := [theirs for theirs, ours in places.items() if ours is None]:
         raise CheckpointError(f"torchscale weights: {_names('unexpected', unknown)}")
@@ -145,6 +151,33 @@ def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> 
             )
     # our own copy: training the net must not change the caller's dict
     return _build(config, {name: tensor.clone() for name, tensor in tensors.items()}, "torchscale weights").eval()
+
+
+def to_torchscale(model: LongNet) -> dict[str, Tensor]:
+    """The state dict of torchscale's LongNetDecoder or LongNetEncoder for this net: what `from_torchscale` takes.
+
+    Without prefix, sharing the model's memory. All that a strict load asks for is there: the output projection also
+    where it is tied to the embedding, and xPos's buffers. A state dict says nothing of how it is used: torchscale
+    computes it with head_offsets="grouped", a bidirectional net with padding="zero_key", and has no position="rope".
+    """
+    config = model.config
+    layer = {ours: theirs for theirs, ours in TORCHSCALE_LAYER.items()}
+    top = {ours: theirs for theirs, ours in TORCHSCALE_TOP.items()}
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        if module.startswith("layers."):
+            _, number, inner = module.split(".", 2)
+            state[f"layers.{number}.{layer[inner]}.{leaf}"] = tensor
+        else:
+            state[f"{top[module]}.{leaf}"] = tensor
+    if config.vocab_size and config.tie_embeddings:
+        state["output_projection.weight"] = state["embed_tokens.weight"]
+    if config.position == "xpos":
+        size = config.head_dim
+        scale = (torch.arange(0, size, 2) + XPOS_GAMMA * size) / ((1 + XPOS_GAMMA) * size)
+        state |= {f"layers.{i}.self_attn.xpos.scale": scale.clone() for i in range(config.num_layers)}
+    return state
 
 
 def _from_torchscale_key(key: str) -> str | None:

@@ -1,0 +1,101 @@
+"""Dilated attention as one operator of torch, `torch.ops.longnet.dilated_attention`, for compiled graphs.
+
+A compiler sees a call with a known result shape and a known backward; the plan is made when the graph runs, from the
+operator's integers, so that dynamic shapes and true lengths break no graph. Eager code calls `dilated_attention`,
+which keeps its plan from the forward to the backward and does not pay for the dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dilated import FarKeys, Plan, merged_backward, merged_forward, plan_calls
+from .kernels import Kernel, select_kernel
+from .pattern import Padding, Pattern
+
+# Far tensors are k and v of each, one after the other; spans are (level, start, stop) of each.
+_OPTIONS = (
+    "Tensor[] far, Tensor? lengths, SymInt[] spans, SymInt[]? documents, int[] segment_lengths, int[] dilation_rates, "
+    "str head_offsets, bool causal, SymInt start, str padding, SymInt? total, float scale, str? kernel"
+)
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far: Sequence[Tensor],
+    lengths: Tensor | None,
+    spans: Sequence[int],
+    documents: Sequence[int] | None,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    head_offsets: Any,
+    causal: bool,
+    start: int,
+    padding: Padding,
+    total: int | None,
+    scale: float,
+    kernel: str | None,
+) -> tuple[Plan, float, Kernel]:
+    pattern = Pattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)
+    far_keys = [
+        FarKeys(level, begin, end, k_, v_)
+        for level, begin, end, k_, v_ in zip(spans[::3], spans[1::3], spans[2::3], far[::2], far[1::2], strict=True)
+    ]
+    plan = plan_calls(q, k, v, pattern, causal, start, far_keys, lengths, documents, padding, total)
+    return plan, scale, select_kernel(q.device, q.dtype, q.shape[-1], kernel)
+
+
+@torch.library.custom_op(
+    "longnet::dilated_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+def _forward(q: Tensor, k: Tensor, v: Tensor, far: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
+    return merged_forward(*_prepare(q, k, v, far, *options), q, k, v, far)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse)
+
+
+@torch.library.custom_op(
+    "longnet::dilated_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> Tensor[]",
+)
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, far: Sequence[Tensor], *options: Any
+) -> list[Tensor]:
+    return merged_backward(*_prepare(q, k, v, far, *options), dout, q, k, v, out, lse, far)
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, far: Sequence[Tensor], *_: Any
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (q, k, v, *far)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, far, lengths, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, lengths, *far)
+
+
+def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
+    q, k, v, out, lse, lengths, *far = ctx.saved_tensors
+    dq, dk, dv, *dfar = torch.ops.longnet.dilated_attention_backward(
+        dout, q, k, v, out, lse, far, lengths, *ctx.options
+    )
+    # torch takes an empty list for one of tensors, and wants as many gradients
+    return (dq, dk, dv, dfar, None, *([] if isinstance(x, list) and not x else None for x in ctx.options))
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

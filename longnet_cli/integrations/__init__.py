@@ -1,0 +1,1 @@
+"""Dilated attention inside other libraries' models. Each file here needs the library that it is named after."""

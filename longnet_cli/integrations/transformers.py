@@ -1,0 +1,197 @@
+"""Dilated attention for the models of Hugging Face transformers, under the name "dilated".
+
+    from longnet_cli.integrations.transformers import use_dilated_attention
+    use_dilated_attention(model, Pattern.paper())
+
+Importing this file registers the name, so that a model whose config holds the pattern needs nothing else:
+
+    config.dilated_attention = {"segment_lengths": [2048, 4096], "dilation_rates": [1, 2]}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="dilated")
+
+The model keeps its projections, positions and heads, and hands over queries, keys and values. Causal decoders,
+bidirectional encoders and grouped-query heads are served; padding has to be on the right; generation reads a
+DynamicCache and is exact. Layers that the model itself limits to a sliding window stay as they are, on torch's sdpa.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+
+from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention
+from longnet_cli.attention.module import true_lengths
+from longnet_cli.attention.pattern import span_positions
+from longnet_cli.errors import ConfigError
+
+NAME = "dilated"
+
+# what a config may ask of attention that dilated attention does not do
+_REFUSED_CONFIG = {
+    "is_encoder_decoder": "an encoder-decoder",
+    "add_cross_attention": "cross-attention",
+    "attention_chunk_size": "chunked attention",
+}
+# what a layer may ask of an attention function, beyond a plain softmax of scaled scores
+_REFUSED_OPTIONS = ("softcap", "s_aux", "position_bias", "head_mask", "output_attentions")
+
+
+def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None) -> PreTrainedModel:
+    """Make all global attention layers of a model dilated, in place; its weights stay.
+
+    `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it; None takes what is there.
+    Returns the model. Raises ConfigError where the model has no pattern, no layer that attends globally, or attention
+    of another kind.
+    """
+    config = model.config
+    if pattern is not None:
+        config.dilated_attention = {
+            "segment_lengths": list(pattern.segment_lengths),
+            "dilation_rates": list(pattern.dilation_rates),
+            "head_offsets": pattern.head_offsets,
+        }
+    pattern_of(config)
+    kinds = getattr(config, "layer_types", None) or [
+        "sliding_attention" if getattr(config, "sliding_window", 0) else ""
+    ]
+    if all(kind == "sliding_attention" for kind in kinds):
+        raise ConfigError("every layer of this model has a sliding window: there is no global attention to replace")
+    model.set_attn_implementation(NAME)
+    return model
+
+
+def pattern_of(config: Any) -> Pattern:
+    """The pattern in `config.dilated_attention`: a mapping with the arguments of `Pattern`. Raises ConfigError."""
+    for name, what in _REFUSED_CONFIG.items():
+        if getattr(config, name, None):
+            raise ConfigError(f"dilated attention does not serve {what} ({name} in the model's config)")
+    found = getattr(config, "dilated_attention", None)
+    if found is None:
+        raise ConfigError(
+            'the model\'s config has no dilated_attention: {"segment_lengths": [...], "dilation_rates": [...]}; '
+            "call use_dilated_attention(model, pattern)"
+        )
+    try:
+        return Pattern(**found)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"dilated_attention in the model's config: {error}") from None
+
+
+def dilated_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query (B, H, N, D), key and value (B, H_kv, L, D) -> (B, N, H, D).
+
+    `attention_mask` is what `dilated_mask` returned. L > N are cached keys, those before the N new tokens. Raises
+    ConfigError for what a layer asks that dilated attention does not do, ValueError for masks and keys.
+    """
+    if options.get("sliding_window") is not None:
+        options |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    pattern = pattern_of(module.config)
+    for name in _REFUSED_OPTIONS:
+        if options.get(name) is not None and options[name] is not False:
+            raise ConfigError(f"dilated attention has no {name}")
+    if dropout:
+        raise ConfigError(
+            f"dilated attention has no dropout of attention weights, and the model's config asks for {dropout}: set "
+            "attention_dropout, attn_pdrop or attention_probs_dropout_prob to 0"
+        )
+    if attention_mask is not None and attention_mask.dim() != 1:
+        raise ValueError(
+            f"dilated attention takes a padding mask (batch, tokens), not one of {tuple(attention_mask.shape)}"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    start = k.shape[1] - q.shape[1]
+    if start and (start < 0 or not causal):
+        raise ValueError(
+            f"dilated attention is self-attention: {q.shape[1]} queries cannot attend to {k.shape[1]} keys "
+            f"in a {'causal' if causal else 'bidirectional'} layer"
+        )
+    far = _cached(k, v, pattern, q.shape[2], start) if start else []
+    groups = q.shape[2] // k.shape[2]
+    # a copy unless there is one key head or one query head for each: a strided view cannot repeat every head in turn
+    k, v = (x[:, start:, :, None].expand(-1, -1, -1, groups, -1).flatten(2, 3) for x in (k, v))
+    out = dilated_attention(
+        q, k, v, pattern, causal=causal, start=start, far=far, lengths=attention_mask, scale=scaling
+    )
+    return out, None
+
+
+def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) -> list[FarKeys]:
+    """What the new tokens [start, L) attend to of the keys and values (B, L, H_kv, D) before them.
+
+    A level's rows are copied for the heads in which a new token takes part, 1 / r of them for one token; the rest of
+    the memory is never read.
+    """
+    found = []
+    batch, stop, key_heads, head_dim = k.shape
+    for level, (w, r) in enumerate(pattern.levels):
+        span = Span(level, start // w * w, start)
+        if span.start == start:
+            continue
+        positions = span_positions(pattern, span, num_heads)
+        new = span_positions(pattern, Span(level, span.start, min(stop, span.start + w)), num_heads)
+        rows = max(len(p) for p in positions)
+        packed = k.new_empty(2, batch, num_heads, rows, head_dim)
+        for head, (before, after) in enumerate(zip(positions, new, strict=True)):
+            if before and len(after) > len(before):
+                for i, x in enumerate((k, v)):
+                    kept = x[:, before.start : start : r, head * key_heads // num_heads]
+                    packed[i, :, head, : len(before)] = kept
+        found.append(FarKeys(*span, *packed.transpose(2, 3)))
+    return found
+
+
+def dilated_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **options: Any,
+) -> Tensor | None:
+    """A mask function of transformers: the true lengths (B,) of the new tokens, or None; never an N x N mask.
+
+    Sliding-window layers get the mask of their own that sdpa reads. Raises ValueError for padding that is not on the
+    right, for packed sequences and other masks of a model's own, and for caches that hold other than all keys so far.
+    """
+    if local_size is not None:
+        options |= {"mask_function": mask_function, "attention_mask": attention_mask, "local_size": local_size}
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
+    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        raise ValueError(
+            "dilated attention has no masks but causal and padding: pass attention_mask instead of position_ids that "
+            "restart (packed sequences); under torch.compile always pass it"
+        )
+    if kv_offset or q_offset + q_length != kv_length:
+        raise ValueError("dilated attention generates with a DynamicCache, or without one (use_cache=False)")
+    if attention_mask is None:
+        return None
+    lengths = true_lengths(attention_mask.bool())  # -1: refused by the operator, in a compiled graph
+    return lengths.where(lengths < 0, (lengths - q_offset).clamp(min=0))
+
+
+AttentionInterface.register(NAME, dilated_attention_forward)
+AttentionMaskInterface.register(NAME, dilated_mask)

@@ -1,0 +1,295 @@
+"""Models of transformers with dilated attention = their own with one full segment, = the dense reference otherwise.
+
+All from their config classes with random weights; nothing is downloaded. pytest tests/test_transformers.py
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from strategies import PAPER_64TH
+from torch import Tensor
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+
+import transformers as hf
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+
+from longnet_cli.attention import Pattern
+from longnet_cli.attention.reference import dilated_attention_reference
+from longnet_cli.errors import ConfigError
+from longnet_cli.integrations.transformers import dilated_mask, pattern_of, use_dilated_attention
+
+SIZES = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12}
+ROOM = {"max_position_embeddings": 1024}
+WIDE = {"intermediate_size": 64}
+NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+
+
+def llama(key_heads: int = 4, **changes: Any) -> hf.PreTrainedModel:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, **ROOM, **WIDE, num_key_value_heads=key_heads, **changes))
+
+
+def qwen2() -> hf.PreTrainedModel:
+    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES, **ROOM, **WIDE, num_key_value_heads=6))
+
+
+def qwen3() -> hf.PreTrainedModel:
+    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, **ROOM, **WIDE, num_key_value_heads=2, head_dim=8))
+
+
+def gpt2(**changes: Any) -> hf.PreTrainedModel:
+    dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} | changes
+    scaled = {"scale_attn_by_inverse_layer_idx": True}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**SIZES, n_positions=1024, **dropout, **scaled))
+
+
+def bert(**changes: Any) -> hf.PreTrainedModel:
+    return hf.BertForMaskedLM(hf.BertConfig(**SIZES, **ROOM, **WIDE, **NO_DROPOUT, **changes))
+
+
+def modernbert() -> hf.PreTrainedModel:
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    sizes = SIZES | {"num_hidden_layers": 3, "pad_token_id": 0}
+    return hf.ModernBertForMaskedLM(hf.ModernBertConfig(**sizes, **ROOM, **WIDE, layer_types=kinds, local_attention=32))
+
+
+CAUSAL = [llama, qwen2, qwen3, gpt2]
+MODELS = [*CAUSAL, bert, modernbert]
+
+
+def built(model: Callable[..., hf.PreTrainedModel], **changes: Any) -> hf.PreTrainedModel:
+    torch.manual_seed(0)
+    found = model(**changes).eval()
+    for parameter in found.parameters():  # initial weights are so small that attention would hardly show
+        parameter.data.mul_(3 if parameter.dim() > 1 else 1)
+    return found
+
+
+def ids(tokens: int, batch: int = 2) -> Tensor:
+    return torch.randint(1, 97, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def right_padded(tokens: int) -> Tensor:
+    return (torch.arange(tokens) < torch.tensor([[tokens], [tokens // 3]])).long()
+
+
+def outputs_and_gradients(model: hf.PreTrainedModel, implementation: str, **inputs: Any) -> dict[str, Tensor]:
+    """Logits at true tokens, and the gradients of a sum of their log-probabilities."""
+    model.set_attn_implementation(implementation)
+    logits = model(**inputs).logits
+    true = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    logits = logits[true]
+    picked = logits.log_softmax(-1)[torch.arange(len(logits)), inputs["input_ids"][true]]
+    named = dict(model.named_parameters())
+    grads = torch.autograd.grad(picked.sum(), list(named.values()), allow_unused=True)
+    return {"logits": logits.detach(), **{n: g for n, g in zip(named, grads, strict=True) if g is not None}}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = ((found[name] - value).abs().max() / max(1.0, value.abs().max())).item()
+        assert error <= 1e-5, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("model", MODELS)
+def test_one_full_segment_is_the_models_own_attention(model: Callable[[], hf.PreTrainedModel], padded: bool) -> None:
+    net = built(model)
+    inputs = {"input_ids": ids(150)} | ({"attention_mask": right_padded(150)} if padded else {})
+    expected = outputs_and_gradients(net, "sdpa", **inputs)
+    use_dilated_attention(net, Pattern((150,), (1,)))
+    assert_equal(outputs_and_gradients(net, "dilated", **inputs), expected)
+
+
+def reference(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **options):
+    """The dense-mask reference as an attention function of transformers."""
+    if options.get("sliding_window") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal)
+    groups = query.shape[1] // key.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (query, *(x.repeat_interleave(groups, 1) for x in (key, value))))
+    causal = module.is_causal if is_causal is None else is_causal
+    pattern = pattern_of(module.config)
+    out = dilated_attention_reference(q, k, v, pattern, causal=causal, lengths=attention_mask, scale=scaling)
+    return out, None
+
+
+hf.AttentionInterface.register("dilated_reference", reference)
+AttentionMaskInterface.register("dilated_reference", dilated_mask)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_papers_pattern_is_the_dense_reference(model: Callable[[], hf.PreTrainedModel], padded: bool) -> None:
+    """At 1/64 scale over more than one of its widest segments; and it is not what dense attention gives."""
+    net = use_dilated_attention(built(model), PAPER_64TH)
+    inputs = {"input_ids": ids(600)} | ({"attention_mask": right_padded(600)} if padded else {})
+    expected = outputs_and_gradients(net, "dilated_reference", **inputs)
+    assert_equal(outputs_and_gradients(net, "dilated", **inputs), expected)
+    dense = outputs_and_gradients(net, "sdpa", **inputs)
+    assert (dense["logits"] - expected["logits"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("key_heads", [1, 12])
+def test_one_key_head_and_as_many_as_queries(key_heads: int) -> None:
+    net = use_dilated_attention(built(llama, key_heads=key_heads), PAPER_64TH)
+    expected = outputs_and_gradients(net, "dilated_reference", input_ids=ids(300))
+    assert_equal(outputs_and_gradients(net, "dilated", input_ids=ids(300)), expected)
+
+
+def test_a_decoder_made_bidirectional() -> None:
+    net = use_dilated_attention(built(llama), PAPER_64TH)
+    expected = outputs_and_gradients(net, "dilated_reference", input_ids=ids(200), is_causal=False)
+    assert_equal(outputs_and_gradients(net, "dilated", input_ids=ids(200), is_causal=False), expected)
+    causal = outputs_and_gradients(net, "dilated", input_ids=ids(200))
+    assert (causal["logits"] - expected["logits"]).abs().max() > 1e-2
+
+
+def test_masks_are_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the layers get of a padded batch is a number a row, not tokens x tokens."""
+    net = use_dilated_attention(built(llama), PAPER_64TH)
+    seen = []
+    original = hf.AttentionInterface._global_mapping["dilated"]
+
+    def spy(module, q, k, v, mask, **options):
+        seen.append(mask)
+        return original(module, q, k, v, mask, **options)
+
+    monkeypatch.setitem(hf.AttentionInterface._global_mapping, "dilated", spy)
+    net(ids(90), attention_mask=right_padded(90))
+    net(ids(90))
+    assert [None if m is None else m.tolist() for m in seen] == [[90, 30]] * 2 + [None] * 2
+
+
+@pytest.mark.parametrize("model", CAUSAL)
+def test_a_cache_changes_nothing(model: Callable[[], hf.PreTrainedModel]) -> None:
+    """Prompt, single tokens and runs of them through a DynamicCache, across segments of every level: one pass."""
+    net = use_dilated_attention(built(model), Pattern((8, 24, 60), (1, 3, 5)))
+    tokens = ids(140)
+    expected = net(tokens, use_cache=False).logits
+    name = "cache" if "cache" in inspect.signature(net.forward).parameters else "past_key_values"  # its older name
+    cache, found, start = hf.DynamicCache(config=net.config), [], 0
+    for size in (50, 1, 1, 7, 1, 33, 20, 1, 1, 25):
+        found.append(net(tokens[:, start : start + size], **{name: cache}).logits)
+        start += size
+    assert start == 140
+    results = []
+    for logits in (expected, torch.cat(found, 1)):
+        grads = torch.autograd.grad(logits.square().sum(), list(net.parameters()))
+        results.append({"logits": logits, **dict(zip(dict(net.named_parameters()), grads, strict=True))})
+    assert_equal(results[1], results[0])
+
+
+def test_generate_is_exact_with_and_without_the_cache() -> None:
+    net = use_dilated_attention(built(llama, eos_token_id=None), Pattern((8, 24, 60), (1, 3, 5)))
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    with_cache = net.generate(ids(30), **options)
+    assert torch.equal(with_cache, net.generate(ids(30), use_cache=False, **options))
+    for end in range(30, 70):  # every token is the best of one pass over all before it
+        logits = net(with_cache[:, :end], use_cache=False).logits[:, -1]
+        assert torch.equal(logits.argmax(-1), with_cache[:, end])
+
+
+@pytest.mark.parametrize("model", [llama, bert])
+def test_a_model_compiles_to_one_graph(model: Callable[[], hf.PreTrainedModel]) -> None:
+    """Padded batches too: the true lengths are data of the graph."""
+    torch._dynamo.reset()
+    net = use_dilated_attention(built(model), PAPER_64TH)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    options = {"use_cache": False} if model is llama else {}
+    for mask in (torch.ones(2, 130, dtype=torch.int64), right_padded(130)):
+        expected = net(ids(130), attention_mask=mask, **options).logits
+        found = compiled(ids(130), attention_mask=mask, **options).logits
+        assert (found - expected)[mask.bool()].abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+    torch._dynamo.reset()
+
+
+def test_the_pattern_is_saved_and_loaded(tmp_path: Path) -> None:
+    net = use_dilated_attention(built(llama), Pattern((8, 32), (1, 4), "grouped"))
+    net.save_pretrained(tmp_path)
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="dilated")
+    assert pattern_of(again.config) == Pattern((8, 32), (1, 4), "grouped")
+    assert torch.equal(again(ids(100)).logits, net(ids(100)).logits)
+    plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not torch.allclose(plain(ids(100)).logits, net(ids(100)).logits, atol=1e-3)
+
+
+def test_training_steps_lower_the_loss() -> None:
+    net = use_dilated_attention(built(llama), PAPER_64TH).train()
+    net.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    batch = ids(200)
+    losses = []
+    for _ in range(8):
+        loss = net(batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+
+
+PACKED = torch.cat([torch.arange(20), torch.arange(20)])[None].expand(2, -1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"attention_mask": right_padded(40).flip(1)}, "padding on the right only, and row 1 "),
+        ({"attention_mask": torch.ones(2, 1, 40, 40, dtype=torch.bool)}, r"not one of \(2, 1, 40, 40\)"),
+        ({"position_ids": PACKED}, "position_ids that restart"),
+    ],
+)
+def test_calls_that_are_refused(call: dict[str, Tensor], message: str) -> None:
+    net = use_dilated_attention(built(llama), PAPER_64TH)
+    with pytest.raises(ValueError, match=message):
+        net(ids(40), use_cache=False, **call)
+
+
+def test_caches_that_are_refused() -> None:
+    net = use_dilated_attention(built(llama), PAPER_64TH)
+    with pytest.raises(ValueError, match="generates with a DynamicCache"):
+        net.generate(ids(20), max_new_tokens=3, cache_implementation="static", pad_token_id=0)
+    padded = {"attention_mask": right_padded(20).flip(1), "max_new_tokens": 3, "pad_token_id": 0}
+    with pytest.raises(ValueError, match="padding on the right only"):
+        net.generate(ids(20), **padded)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: bert(is_decoder=True, add_cross_attention=True), "cross-attention"),
+        (lambda: hf.T5ForConditionalGeneration(hf.T5Config(d_model=16, d_kv=4, num_layers=1)), "an encoder-decoder"),
+        (lambda: hf.MistralForCausalLM(hf.MistralConfig(**SIZES, **WIDE, num_key_value_heads=4)), "sliding window"),
+    ],
+)
+def test_models_that_are_refused(model: Callable[[], hf.PreTrainedModel], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        use_dilated_attention(model(), PAPER_64TH)
+
+
+def test_configs_that_are_refused() -> None:
+    net = built(llama)
+    with pytest.raises(ConfigError, match=r"call use_dilated_attention\(model, pattern\)"):
+        use_dilated_attention(net)
+    net.config.dilated_attention = {"segment_lengths": [8], "dilation_rates": [0]}
+    with pytest.raises(ConfigError, match="at least 1"):
+        use_dilated_attention(net)
+    net.config.dilated_attention = {"segments": [8]}
+    with pytest.raises(ConfigError, match="segments"):
+        use_dilated_attention(net)
+    with pytest.raises(ConfigError, match="no output_attentions"):
+        use_dilated_attention(net, PAPER_64TH)(ids(20), output_attentions=True)
+    trained = use_dilated_attention(built(gpt2, attn_pdrop=0.1), PAPER_64TH).train()
+    with pytest.raises(ConfigError, match=r"no dropout of attention weights, and the model's config asks for 0\.1"):
+        trained(ids(20))
+    soft = hf.Gemma2Config(**SIZES, **WIDE, num_key_value_heads=4, head_dim=8, layer_types=["full_attention"] * 2)
+    with pytest.raises(ConfigError, match="no softcap"):
+        use_dilated_attention(hf.Gemma2ForCausalLM(soft), PAPER_64TH)(ids(20))
