@@ -277,6 +277,22 @@ def test_binary_is_not_written_to_a_terminal(command: str, command_env: dict[str
     assert done.stderr.count("\n") == 1
 
 
+def test_a_closed_end_is_one_line(shell, texts: Path) -> None:
+    for line, code in (("longnet tokenize texts -o - >&-", 2), ("longnet data inspect - <&-", 3)):
+        done = shell(line)
+        assert (done.returncode, done.stderr.count("\n")) == (code, 1)
+        assert " is closed" in done.stderr
+    done = shell("longnet tokenize texts -o - 2>&- | longnet data inspect - --format json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["documents"] == 3
+
+
+def test_a_command_of_the_shell_is_written_to_as_a_file(shell, texts: Path, tmp_path: Path) -> None:
+    done = shell("longnet tokenize texts -o >(cat > copy.arrow; touch done) -q; until [ -e done ]; do sleep 0.1; done")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [document.read().tolist() for document in read_documents([tmp_path / "copy.arrow"], BYTES)] == IDS
+
+
 def test_two_results_do_not_share_stdout(run_longnet) -> None:
     done = run_longnet("score", "x.txt", "--token-logprobs", "-")
     assert (done.returncode, done.stdout) == (2, "")
