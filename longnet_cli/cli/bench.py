@@ -151,7 +151,7 @@ def bench(
     from longnet_cli.benchmark import bench as run
 
     def say(line: str) -> None:
-        if not quiet:
+        if not quiet and sys.stderr:  # else print would take stdout
             print(line, file=sys.stderr, flush=True)
 
     def announce(case: Case, seconds: float | None) -> None:

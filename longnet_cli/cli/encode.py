@@ -86,7 +86,7 @@ def encode(
 
     Columns: doc_id, span, start, end, n_tokens, embedding; rows in input order, written as they are known.
     """
-    if output == "-" and sys.stdout.isatty():  # said before a model is loaded
+    if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
     start_ranks(nproc, inputs)
     from longnet_cli.data.inputs import fingerprint

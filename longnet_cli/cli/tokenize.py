@@ -56,7 +56,7 @@ def tokenize(
 
     Every other command reads text too; tokenize what you read often.
     """
-    if output == "-" and sys.stdout.isatty():  # said before a tokenizer is trained
+    if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a tokenizer is trained
         raise ConfigError(
             "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
         )
@@ -84,7 +84,7 @@ def tokenize(
             resume=resume,
             on_progress=on_progress,
         )
-    if quiet:
+    if quiet or not sys.stderr:  # print would take stdout instead
         return
     counts = [
         f"{result.documents} document{'s' * (result.documents != 1)}",

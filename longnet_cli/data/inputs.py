@@ -83,6 +83,8 @@ def _expand(item: str, *, in_list: bool) -> list[Source]:
 
 def _stdin_source() -> Source:
     """`< file` is a file like any other, which can be memory-mapped; anything else is read once, forwards."""
+    if sys.stdin is None:
+        raise DataError("stdin is closed")
     try:
         handle = sys.stdin.fileno()
         regular = stat.S_ISREG(os.fstat(handle).st_mode) and os.lseek(handle, 0, os.SEEK_CUR) == 0

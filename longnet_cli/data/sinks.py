@@ -51,10 +51,11 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     is written to directly. Raises ConfigError when the path cannot be opened, LongNetError when the end of the file
     cannot be written.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(path)
     try:
         direct = target.exists() and not stat.S_ISREG(target.stat().st_mode)
         if not direct:
+            target = Path(os.path.realpath(path))  # not of the shell's >(command), whose name leads nowhere
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target)
         temporary, file = (target, open(target, "wb")) if direct else _new_temporary(target)  # noqa: SIM115
@@ -196,6 +197,8 @@ class ShardWriter:
 def _open_output(output: str | Path) -> AbstractContextManager[BinaryIO]:
     if str(output) != "-":
         return atomic_write(output)
+    if sys.stdout is None:
+        raise ConfigError("stdout is closed: name an output file")
     if sys.stdout.isatty():
         raise ConfigError("Arrow data is binary and stdout is a terminal: pipe it, or name an output file")
     sys.stdout.flush()
