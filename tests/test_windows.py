@@ -23,6 +23,7 @@ from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import LONGEST_PERIOD, Mix, TokenStream, TokenWindows
 from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.runtime.launch import Ranks
 from longnet_cli.training import loop
 from longnet_cli.training.recipe import Recipe, load_recipe
 
@@ -323,7 +324,7 @@ def test_a_recipe_mixes_sources(tmp_path: Path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name * 100)
     mix = [{"inputs": [str(tmp_path / f"{name}.txt")], "weight": weight} for name, weight in (("a", 0.75), ("b", 0.25))]
-    (windows,) = loop._windows(recipe(mix=mix), Tokenizer.bytes())
+    (windows,) = loop._windows(recipe(mix=mix), Tokenizer.bytes(), Ranks())
     batch, _ = next(iter(windows))
     assert [bool((row == ord("b")).any()) for row in batch] == [False, False, False, True]
     assert loop.train(recipe(mix=mix), tmp_path / "out").tokens == 2 * 64
