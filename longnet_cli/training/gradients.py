@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -25,6 +25,7 @@ def backward(
     dtype: str = "fp32",
     eos_id: int | None = None,
     group: dist.ProcessGroup | None = None,
+    on_chunk: Callable[[], None] | None = None,
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
@@ -33,13 +34,15 @@ def backward(
     or the window's where that is later.
 
     The ranks of a `group` get the same tokens and share every sequence, `chunk` tokens each: each adds and returns its
-    part, and the whole is the sum over them.
+    part, and the whole is the sum over them. `on_chunk` is called after each chunk.
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     chunk *= dist.get_world_size(group) if group else 1
     for ids, wanted, documents in _forwards(tokens, targets, chunk, eos_id):
         if ids.shape[1] > chunk:
-            total += backward_in_chunks(model, ids, wanted, chunk, scale=scale, dtype=dtype, group=group)
+            total += backward_in_chunks(
+                model, ids, wanted, chunk, scale=scale, dtype=dtype, group=group, on_chunk=on_chunk
+            )
             continue
         start, far = 0, None
         if group:
@@ -53,6 +56,8 @@ def backward(
             nll = model.nll(hidden, wanted).sum(dtype=torch.float64)
         (nll * scale).backward()
         total += nll.detach()
+        if on_chunk:
+            on_chunk()
     return total
 
 
