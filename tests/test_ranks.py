@@ -27,7 +27,7 @@ from longnet_cli.runtime.ranks import Exchange, even_edges
 from longnet_cli.training.gradients import backward
 
 EOS = 49
-multiprocessing.set_forkserver_preload(["test_ranks"])
+multiprocessing.set_forkserver_preload(["test_ranks", "torch.distributed.fsdp"])
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-6, 1e-5)}  # outputs, gradients
 
 

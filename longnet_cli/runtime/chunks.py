@@ -26,6 +26,7 @@ from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime.device import free_memory, precision
 from longnet_cli.runtime.ranks import Exchange, even_edges
+from longnet_cli.runtime.sharding import final_backward
 
 CHUNK_BYTES = 256 << 20  # of one chunk's activations on a CPU; on a GPU, an eighth of what is free
 SHORTEST_CHUNK = 256  # below it, calls cost more than what they compute
@@ -115,6 +116,7 @@ def backward_in_chunks(
     scale: float = 1.0,
     dtype: str = "fp32",
     group: dist.ProcessGroup | None = None,
+    final: bool = True,
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
@@ -122,7 +124,8 @@ def backward_in_chunks(
     the activations of `chunk` tokens at a time and the far rows of the levels that chunks cut: a forward more than the
     whole backward takes. Gradients of far rows add up in fp32 (fp64 for fp64). `dtype` as in `runtime.device`.
 
-    With a `group`, its ranks share every chunk, and each adds and returns its part.
+    With a `group`, its ranks share every chunk, and each adds and returns its part. `final`: no other backward of the step
+    follows, which sharded weights need to know (`runtime.sharding`).
     """
     device = tokens.device
     stream = CausalStream(model, group=group, keep=True)
@@ -141,6 +144,7 @@ def backward_in_chunks(
     while chunks:
         part, (state, far) = chunks.pop(), tape.pop()
         _set_random_state(state, device)
+        final_backward(model, final and not chunks)
         total += part.backward(tokens[:, part.mine], targets[:, part.mine], far, gradients, scale, dtype)
         after = after or _random_state(device)  # the last chunk's: what one forward would have left
     _set_random_state(after, device)
