@@ -16,6 +16,7 @@ from test_chunks import draw, net
 from test_ranks import EOS, TOLERANCE, in_both_types, off, random_pattern, run_ranks
 from torch import Tensor
 
+from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet
 from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.sharding import (
@@ -27,6 +28,8 @@ from longnet_cli.runtime.sharding import (
     whole_weights,
 )
 from longnet_cli.training.gradients import backward
+from longnet_cli.training.optimizer import build_optimizers
+from longnet_cli.training.recipe import OptimizerRecipe
 
 LONGEST = 10_000  # a chunk that holds everything
 
@@ -39,13 +42,12 @@ def mesh(dp: int) -> Ranks:
     return Ranks(rank, world, sp, groups[rank // sp] if sp > 1 else None)
 
 
-def batch_of_all(pick: random.Random, ranks: Ranks) -> tuple[Tensor, Tensor, int | None]:
+def batch_of_all(pick: random.Random, ranks: Ranks, ignored: str) -> tuple[Tensor, Tensor, int | None]:
     """Windows of documents for all groups together, some with nothing to learn from."""
-    rows, tokens, seed = ranks.dp * pick.randint(1, 2), pick.randint(1, 160), pick.randrange(1000)
+    rows, tokens, seed = ranks.dp * pick.randint(1, 2), pick.choice([1, 40, pick.randint(1, 160)]), pick.randrange(1000)
     ids, targets = draw(rows, tokens, seed).clamp_(max=EOS - 1), draw(rows, tokens, seed + 9)
     for _ in range(pick.choice([0, 2, 9])):
         ids[pick.randrange(rows), pick.randrange(tokens)] = EOS  # groups have other numbers of forwards
-    ignored = pick.choice(["a group", "a rank", "none"])
     if ignored == "a group":
         targets[: rows // ranks.dp] = -100
     elif ignored == "a rank":
@@ -71,10 +73,15 @@ def steps(dtype: torch.dtype, dp: int) -> None:
             shard_weights(model, ranks)
             share = sum(p.to_local().numel() for p in model.parameters())
             assert share <= alone.config.num_parameters() / ranks.world * 1.2 + 50
-        optimizers = [torch.optim.SGD(x.parameters(), lr=0.1) for x in (alone, model)]
+        # in fp32 AdamW makes steps of gradients that are rounding alone, as that of a bias of keys
+        kinds = OptimizerRecipe(lr=1e-2), torch.optim.SGD
+        optimizers = [
+            build_optimizers(x, kinds[0])[0] if dtype is torch.float64 else kinds[1](x.parameters(), lr=0.1)
+            for x in (alone, model)
+        ]
         for step in range(2):
             what = f"problem {seed}, step {step}, rank {ranks.rank}, {'sharded' if sharded else 'whole'}"
-            ids, targets, eos_id = batch_of_all(pick, ranks)
+            ids, targets, eos_id = batch_of_all(pick, ranks, ["a group", "a rank", "nothing"][(seed + step) % 3])
             chunk = pick.randint(3, 90) if chunked else LONGEST
             loss = backward(alone, ids, targets, chunk=LONGEST, eos_id=eos_id, scale=1 / targets.numel())
             mine = slice(ranks.dp_rank * len(ids) // dp, (ranks.dp_rank + 1) * len(ids) // dp)
@@ -93,7 +100,7 @@ def steps(dtype: torch.dtype, dp: int) -> None:
         state, expected = whole_state(model, ranks), alone.state_dict()
         assert list(state) == (list(expected) if ranks.first else [])
         for name in state:
-            assert off(state[name], expected[name], 1.0) <= TOLERANCE[dtype][1], name
+            assert off(state[name], expected[name], 1.0) <= max(TOLERANCE[dtype][1], 1e-9), name
 
 
 @pytest.mark.parametrize(("dp", "sp"), [(2, 1), (1, 2), (2, 2)])
@@ -107,6 +114,8 @@ def uneven_work() -> None:
     model = net(random_pattern(random.Random(0)))
     expected = model(draw(1, 30)).detach()
     shard_weights(model, ranks)
+    with pytest.raises(ConfigError, match=r"muon.* whole matrices.*--shard none"):
+        build_optimizers(model, OptimizerRecipe(name="muon"))
     for _ in range(2):
         with whole_weights(model), torch.no_grad():
             for _ in range(ranks.rank):

@@ -124,8 +124,8 @@ def backward_in_chunks(
     the activations of `chunk` tokens at a time and the far rows of the levels that chunks cut: a forward more than the
     whole backward takes. Gradients of far rows add up in fp32 (fp64 for fp64). `dtype` as in `runtime.device`.
 
-    With a `group`, its ranks share every chunk, and each adds and returns its part. `final`: no other backward of the step
-    follows, which sharded weights need to know (`runtime.sharding`).
+    With a `group`, its ranks share every chunk, and each adds and returns its part. `final`: no other backward of the
+    step follows, which sharded weights need to know (`runtime.sharding`).
     """
     device = tokens.device
     stream = CausalStream(model, group=group, keep=True)
@@ -247,6 +247,8 @@ class _FarGradients:
             for views in span_views(self.pattern, span, self.num_heads, begin):
                 for into, out in zip(total, rows, strict=True):
                     strided_view(into, views.shard).add_(strided_view(out, views.segment))
+            if self.group is not None and dist.get_rank(self.group):
+                rows[:, :, first:last] = 0  # one row of a head may be the chunk before's: it adds up once more there
         return total
 
 
