@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from longnet_cli.attention import Pattern
 from longnet_cli.errors import ConfigError
 from longnet_cli.runtime.device import DTYPES, check_kernel, resolve_dtype, select_device
+from longnet_cli.runtime.launch import Ranks
 
 LONG = 10**6  # tokens from which on a causal forward is streamed and the defaults are those of long sequences
 CHUNK = 1 << 16  # tokens of a streamed run
@@ -33,6 +34,7 @@ class Settings:
     layers: int
     vocab: int
     model: str | Path | None
+    ranks: Ranks = field(default_factory=Ranks)
 
     @classmethod
     def resolve(
@@ -52,6 +54,7 @@ class Settings:
         layers: int = 2,
         vocab: int = 256,
         model: str | Path | None = None,
+        ranks: Ranks | None = None,
     ) -> Settings:
         """Fill in what is None: the paper's 12 heads of 64 and its pattern, or what suits long sequences.
 
@@ -75,7 +78,22 @@ class Settings:
             )
         check_kernel(where, dtype, head_dim)
         dtype = resolve_dtype(dtype, where)
-        return cls(heads, head_dim, batch, causal, pattern, base, ratio, dtype, where, chunk, layers, vocab, model)
+        return cls(
+            heads,
+            head_dim,
+            batch,
+            causal,
+            pattern,
+            base,
+            ratio,
+            dtype,
+            where,
+            chunk,
+            layers,
+            vocab,
+            model,
+            ranks or Ranks(),
+        )
 
     def pattern_for(self, seq: int) -> Pattern:
         if isinstance(self.pattern, Pattern):

@@ -67,6 +67,15 @@ def train(
         int | None,
         typer.Option("--dp", min=1, metavar="N", help="Groups of them, each with other sequences.", show_default="1"),
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="none|full",
+            help="full: each rank keeps its share of weights and optimizer state (FSDP2).",
+            show_default="none",
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
@@ -90,6 +99,7 @@ def train(
         overrides["data.train"] = data
     if tokenizer:
         overrides["data.tokenizer"] = tokenizer
+    overrides |= {f"parallel.{key}": value for key, value in (("sp", sp), ("dp", dp), ("shard", shard)) if value}
     if (seq_len is None) != (steps is None):
         raise ConfigError("--seq-len and --steps make one stage together: give both")
     if seq_len is not None:
@@ -105,7 +115,7 @@ def train(
     if Path(output, "model.safetensors").exists() and initial is None and not Path(output, CHECKPOINTS).exists():
         raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
 
-    ranks, where = join(device, sp=sp or found.parallel.sp, dp=dp or found.parallel.dp)
+    ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
     quiet = quiet or not ranks.first
     total = sum(
         stage.steps * max(1, found.train.batch_tokens // stage.seq_len // ranks.dp) * ranks.dp * stage.seq_len

@@ -26,6 +26,7 @@ from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime.device import free_memory, precision, random_state, set_random_state
 from longnet_cli.runtime.ranks import Exchange, even_edges
+from longnet_cli.runtime.sharding import final_backward
 
 CHUNK_BYTES = 256 << 20  # of one chunk's activations on a CPU; on a GPU, an eighth of what is free
 SHORTEST_CHUNK = 256  # below it, calls cost more than what they compute
@@ -115,6 +116,7 @@ def backward_in_chunks(
     scale: float = 1.0,
     dtype: str = "fp32",
     group: dist.ProcessGroup | None = None,
+    final: bool = True,
     on_chunk: Callable[[], None] | None = None,
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
@@ -123,8 +125,9 @@ def backward_in_chunks(
     the activations of `chunk` tokens at a time and the far rows of the levels that chunks cut: a forward more than the
     whole backward takes. Gradients of far rows add up in fp32 (fp64 for fp64). `dtype` as in `runtime.device`.
 
-    With a `group`, its ranks share every chunk, and each adds and returns its part. `on_chunk` is called after each
-    chunk, forward and backward.
+    With a `group`, its ranks share every chunk, and each adds and returns its part. `final`: no other backward of the
+    step follows, which sharded weights need to know (`runtime.sharding`). `on_chunk` is called after each chunk,
+    forward and backward.
     """
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
@@ -145,6 +148,7 @@ def backward_in_chunks(
     while chunks:
         part, (state, far) = chunks.pop(), tape.pop()
         set_random_state(state, device)
+        final_backward(model, final and not chunks)
         total += part.backward(tokens[:, part.mine], targets[:, part.mine], far, gradients, scale, dtype)
         after = after or random_state(device)  # the last chunk's: what one forward would have left
         on_chunk()
@@ -249,4 +253,6 @@ class _FarGradients:
             for views in span_views(self.pattern, span, self.num_heads, begin):
                 for into, out in zip(total, rows, strict=True):
                     strided_view(into, views.shard).add_(strided_view(out, views.segment))
+            if self.group is not None and dist.get_rank(self.group):
+                rows[:, :, first:last] = 0  # one row of a head may be the chunk before's: it adds up once more there
         return total

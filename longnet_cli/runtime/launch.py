@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from longnet_cli.errors import ConfigError
+from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.runtime.device import select_device
 
+LAUNCHED = "LONGNET_LAUNCHED"  # set where `start_ranks` tells of what happens to the ranks
+LOST = 69  # exit code of such a rank that lost another
 TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may write a checkpoint while the others wait
 
 
@@ -45,6 +50,10 @@ class Ranks:
         """Whether this one writes files and speaks."""
         return self.rank == 0
 
+    def all_in_one(self) -> Ranks:
+        """The same ranks, sharing every sequence: what `score` and `encode` take."""
+        return replace(self, sp=self.world, group=dist.group.WORLD if self.world > 1 else None)
+
     def sum(self, *tensors: torch.Tensor) -> None:
         """Add up tensors over all ranks, in place."""
         if self.world > 1:
@@ -54,19 +63,19 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so: all get the same answer."""
-        return bool(self.max(int(flag)))
+        return bool(self.largest(flag))
 
-    def max(self, value: int) -> int:
-        """The largest of what the ranks say: all get the same answer."""
+    def largest(self, value: float) -> float:
+        """The largest of all ranks' values."""
         if self.world == 1:
             return value
-        found = torch.tensor([value], device=_device_of_backend())
+        found = torch.tensor([value], dtype=torch.float64, device=_device_of_backend())
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return int(found.item())
+        return found.item()
 
     def from_first(self, value: int) -> int:
-        """What rank 0 says, on all ranks."""
-        return self.max(value if self.first else -(1 << 62))
+        """What rank 0 says, on all ranks; exact below 2^53."""
+        return int(self.largest(value if self.first else -math.inf))
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -134,7 +143,7 @@ class Signals:
 
     def look(self) -> bool:
         """Whether to save and go on. Raises KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM), on all ranks."""
-        asked = self.ranks.max(_WEIGHT[self._asked])
+        asked = self.ranks.largest(_WEIGHT[self._asked])
         self._asked = 0
         if asked == _WEIGHT[signal.SIGINT]:
             raise KeyboardInterrupt
@@ -164,8 +173,12 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def start_ranks(nproc: int) -> None:
-    """Become a torchrun of `nproc` processes that run this command: `--nproc` is the short way to write that."""
+def start_ranks(nproc: int) -> NoReturn:
+    """Run this command as a torchrun of `nproc` processes, which `--nproc` is short for, and end as they do.
+
+    Raises SystemExit with the code of the rank that failed first, or that of a signal; LongNetError for a rank that
+    could not speak for itself.
+    """
     if under_torchrun():
         raise ConfigError("--nproc starts torchrun, which runs this already: leave it out")
     arguments, words = [], iter(sys.argv[1:])
@@ -174,9 +187,30 @@ def start_ranks(nproc: int) -> None:
             next(words, None)
         elif not word.startswith("--nproc="):
             arguments.append(word)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), "-m", "longnet_cli"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    os.execv(sys.executable, [sys.executable, *torchrun, *arguments])
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # after a signal, ranks end the step and save
+    logging.disable(logging.ERROR)  # what torchrun would say of a failure in thirty lines, we say in one
+    os.environ[LAUNCHED] = "1"
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(["--standalone", "--nproc-per-node", str(nproc), "-m", "longnet_cli", *arguments])
+    except SignalException as stop:
+        raise SystemExit(128 + stop.sigval) from None
+    except ChildFailedError as error:
+        # those that only followed: they lost another, or torchrun ended them
+        followed = (LOST, -signal.SIGTERM, 128 + signal.SIGTERM)
+        causes = [(rank, found) for rank, found in error.failures.items() if found.exitcode not in followed]
+        if not causes:
+            raise LongNetError("the ranks lost each other: the network between them failed, or one hung") from None
+        rank, first = min(causes, key=lambda cause: (cause[1].exitcode > 0, cause[1].timestamp))
+        if first.exitcode < 0:
+            name = signal.Signals(-first.exitcode).name
+            raise LongNetError(f"rank {rank} was killed ({name}), and the job with it") from None
+        raise SystemExit(first.exitcode) from None
+    raise SystemExit(0)
 
 
 def _device_of_backend() -> torch.device:

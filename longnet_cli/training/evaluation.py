@@ -44,7 +44,7 @@ def evaluate(
             bos=eos_id,
             chunk=recipe.train.chunk,
             dtype=recipe.train.dtype,
-            ranks=ranks,
+            ranks=ranks.all_in_one(),
             on_progress=lambda tokens: on_part(),
         )
         return reduce(add, (each.score for each in found))

@@ -13,6 +13,7 @@ from longnet_cli.model import LongNet
 from longnet_cli.runtime.chunks import backward_in_chunks
 from longnet_cli.runtime.device import precision
 from longnet_cli.runtime.ranks import Exchange, even_edges
+from longnet_cli.runtime.sharding import final_backward
 
 
 def backward(
@@ -34,14 +35,17 @@ def backward(
     or the window's where that is later.
 
     The ranks of a `group` get the same tokens and share every sequence, `chunk` tokens each: each adds and returns its
-    part, and the whole is the sum over them. `on_chunk` is called after each chunk.
+    part, and the whole is the sum over them. `on_chunk` is called after each chunk. Where weights are sharded
+    (`runtime.sharding`), one call is one step: its last backward sums the gradients over all ranks.
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     chunk *= dist.get_world_size(group) if group else 1
-    for ids, wanted, documents in _forwards(tokens, targets, chunk, eos_id):
+    forwards = list(_forwards(tokens, targets, chunk, eos_id))
+    for index, (ids, wanted, documents) in enumerate(forwards, 1):
+        final = index == len(forwards)
         if ids.shape[1] > chunk:
             total += backward_in_chunks(
-                model, ids, wanted, chunk, scale=scale, dtype=dtype, group=group, on_chunk=on_chunk
+                model, ids, wanted, chunk, scale=scale, dtype=dtype, group=group, final=final, on_chunk=on_chunk
             )
             continue
         start, far = 0, None
@@ -54,6 +58,7 @@ def backward(
         with precision(dtype, tokens.device):
             hidden = model(ids, start=start, documents=documents, far=far)
             nll = model.nll(hidden, wanted).sum(dtype=torch.float64)
+        final_backward(model, final)
         (nll * scale).backward()
         total += nll.detach()
         if on_chunk:

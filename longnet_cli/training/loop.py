@@ -24,8 +24,10 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.model import LongNet
+from longnet_cli.model.weights import save_pretrained
 from longnet_cli.runtime.device import check_kernel, random_state
 from longnet_cli.runtime.launch import Ranks, Signals, noted_signals
+from longnet_cli.runtime.sharding import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
 from longnet_cli.scoring import Score
 
 from .checkpoint import STATE, Checkpoints, checkpoints_in, find_damage, newest_whole, read_state
@@ -126,6 +128,9 @@ class _Run:
         )
         torch.manual_seed(recipe.train.seed)
         self.model = _model(recipe, initial).to(device).train()
+        self.sharded = recipe.parallel.shard == "full"
+        if self.sharded:
+            shard_weights(self.model, ranks)
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
         torch.manual_seed(recipe.train.seed + ranks.rank)  # all drew the same weights, and each drops out its own
         for layer in self.model.layers:
@@ -236,11 +241,12 @@ class _Run:
             dtype=recipe.train.dtype,
             eos_id=None if recipe.train.across_documents else self.eos_id,
             group=ranks.group,
-            on_chunk=self._look if ranks.dp == 1 else None,  # groups may differ in their number of chunks
+            # groups may differ in their number of chunks, and between chunks no weight is a share
+            on_chunk=self._look if ranks.dp == 1 and not self.sharded else None,
         )
-        ranks.sum(nll, *(p.grad for p in self.model.parameters() if p.grad is not None))
+        sum_gradients(self.model, ranks, nll)
         loss = nll.item() / count
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optimizer.clip).item()
+        norm = clip_gradients(self.model, recipe.optimizer.clip)
         self._refuse_divergence(loss, norm, windows, position)
         rate = self._learning_rate()
         for optimizer in self.optimizers:
@@ -311,15 +317,16 @@ class _Run:
 
     def _evaluate(self, stage: Stage) -> Score:
         """The held-out score; a lower loss than ever writes best/."""
-        found = evaluate(
-            self.model,
-            self.held_out or [],
-            self.recipe,
-            eos_id=self.eos_id,
-            seq_len=stage.seq_len,
-            ranks=self.ranks,
-            on_part=self._look,
-        )
+        with whole_weights(self.model):
+            found = evaluate(
+                self.model,
+                self.held_out or [],
+                self.recipe,
+                eos_id=self.eos_id,
+                seq_len=stage.seq_len,
+                ranks=self.ranks,
+                on_part=self._look if not self.sharded else lambda: None,
+            )
         loss = found.nll_sum / found.n_tokens
         if self.progress.best is None or loss < self.progress.best:
             self.progress.best = loss
@@ -339,8 +346,9 @@ class _Run:
         return due
 
     def _write_model(self, folder: Path) -> None:
+        state = whole_state(self.model, self.ranks)
         if self.ranks.first:
-            self.model.save_pretrained(folder, self.tokenizer.to_json())
+            save_pretrained(self.model, folder, self.tokenizer.to_json(), state)
 
 
 def _windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
