@@ -67,6 +67,9 @@ class Ranks:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found.item()
 
+    def smallest(self, value: float) -> float:
+        return -self.largest(-value)
+
 
 def under_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
