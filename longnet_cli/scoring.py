@@ -122,8 +122,10 @@ def score(
             raise ConfigError(f"{name} must be 1 or more, not {value}")
     if device is not None:
         model.to(device)
-    chunk = chunk or default_chunk(model.config, next(model.parameters()).device)
-    return _Scorer(model, bos, context, chunk, dtype, ranks or Ranks(), on_tokens, on_progress).run(documents)
+    ranks = ranks or Ranks()
+    # ranks may have other amounts of free memory
+    chunk = chunk or int(ranks.smallest(default_chunk(model.config, next(model.parameters()).device)))
+    return _Scorer(model, bos, context, chunk, dtype, ranks, on_tokens, on_progress).run(documents)
 
 
 def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:

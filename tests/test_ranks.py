@@ -25,6 +25,8 @@ from torch import Tensor
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.model import LongNet
 from longnet_cli.runtime.chunks import CausalStream
+from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.layerwise import hidden_in_chunks
 from longnet_cli.runtime.ranks import Exchange, even_edges
 from longnet_cli.training.gradients import backward
 
@@ -254,6 +256,33 @@ def streaming_in_shards() -> None:
             start = edges[-1]
         # every rank can go on alone
         torch.testing.assert_close(stream(ids[:, tokens:]), whole[:, tokens:], rtol=1e-11, atol=1e-11)
+
+
+def layer_by_layer_in_shards() -> None:
+    """A bidirectional net over more chunks than there are ranks, some ranks without one in the last turn."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for seed in range(6):
+        pick = random.Random(seed)
+        model, chunk = net(random_pattern(pick), causal=False).double(), pick.randint(20, 80)
+        tokens = chunk * world + pick.randint(1, 200)
+        ids = draw(1, tokens, seed)
+        with torch.no_grad():
+            whole = model(ids).split(chunk, 1)[rank::world]
+        done: list[int] = []
+        found = list(
+            hidden_in_chunks(
+                model, lambda a, b, ids=ids: ids[:, a:b], tokens, chunk,
+                ranks=Ranks(rank, world, world, dist.group.WORLD), on_chunk=done.append,
+            )
+        )  # fmt: skip
+        torch.testing.assert_close(found, list(whole), rtol=1e-11, atol=1e-11)
+        if rank == 0:
+            assert sum(done) == tokens * model.config.num_layers
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_layer_by_layer_over_ranks(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, layer_by_layer_in_shards)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

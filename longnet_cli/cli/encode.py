@@ -106,8 +106,6 @@ def encode(
 
     ranks, where = join(device)
     quiet = quiet or not ranks.first
-    if in_folder and ranks.world > 1:
-        raise ConfigError(f"{output}: a folder of shards is written by one process: name a file (-o vectors.arrow)")
     documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
     options: dict[str, Any] = {
         "bos": words.eos_id if words else None,
@@ -122,7 +120,9 @@ def encode(
         "tokenizer_sha256": words.sha256 if words else None,
     }
     done = earlier.totals["tokens"] if earlier else 0
+    net.to(where)
     with progress("encoding", total=None, start=done, quiet=quiet) as advance:
+        options |= {"ranks": ranks, "on_progress": advance}
         if in_folder:
             encode_to_folder(
                 net,
@@ -131,11 +131,11 @@ def encode(
                 settings={"inputs": fingerprint(inputs), "column": column, "eos": eos},
                 shard_rows=shard_rows or SHARD_ROWS,
                 resume=resume,
-                on_progress=advance,
                 **options,
             )
+            leave()
             return
-        batches = run(net, documents, device=where, ranks=ranks, on_progress=advance, **options)
+        batches = run(net, documents, **options)
         if ranks.first:
             with ShardWriter(output, batches.schema) as writer:
                 for batch in batches:

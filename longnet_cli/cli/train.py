@@ -117,10 +117,7 @@ def train(
 
     ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
     quiet = quiet or not ranks.first
-    total = sum(
-        stage.steps * max(1, found.train.batch_tokens // stage.seq_len // ranks.dp) * ranks.dp * stage.seq_len
-        for stage in found.train.stages
-    )
+    total = found.train.tokens
 
     def say(line: str) -> None:
         if ranks.first:

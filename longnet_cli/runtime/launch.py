@@ -82,6 +82,9 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def smallest(self, value: float) -> float:
+        return -self.largest(-value)
+
 
 def under_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -115,6 +118,21 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
         if first <= rank < first + sp and sp > 1:
             group = members
     return Ranks(rank, world, sp, group), where
+
+
+def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:
+    """Raise ConfigError where a step's `windows` of `seq_len` tokens cannot be shared, and say what would fit."""
+    if windows % ranks.dp:
+        fits = ", ".join(str(dp) for dp in range(1, windows + 1) if windows % dp == 0 and ranks.world % dp == 0)
+        raise ConfigError(
+            f"a step has {windows} windows of {seq_len} tokens, which {ranks.dp} groups of ranks cannot share alike: "
+            f"--dp {fits} would fit, or other train.batch_tokens"
+        )
+    if seq_len < ranks.sp:
+        raise ConfigError(
+            f"{ranks.sp} ranks cannot share a window of {seq_len} tokens: --sp {seq_len} or less would fit, or longer "
+            "windows"
+        )
 
 
 def leave() -> None:

@@ -26,7 +26,7 @@ from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.model import LongNet
 from longnet_cli.model.weights import save_pretrained
 from longnet_cli.runtime.device import check_kernel, random_state
-from longnet_cli.runtime.launch import Ranks, Signals, noted_signals
+from longnet_cli.runtime.launch import Ranks, Signals, check_windows, noted_signals
 from longnet_cli.runtime.sharding import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
 from longnet_cli.scoring import Score
 
@@ -359,11 +359,13 @@ def _windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) ->
         documents = read_documents(source.inputs, tokenizer, column=data.column, vocab_size=recipe.model.vocab_size)
         sources.append(TokenStream(list(documents), eos_id))
     weights = [source.weight for source in data.sources]
+    for stage in train.stages:
+        check_windows(ranks, stage.seq_len, train.windows(stage))
     return [
         TokenWindows(
             sources,
             stage.seq_len,
-            max(1, train.batch_tokens // stage.seq_len // ranks.dp),
+            train.windows(stage) // ranks.dp,
             train.seed + index,
             weights=weights,
             rank=ranks.dp_rank,

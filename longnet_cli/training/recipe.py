@@ -121,6 +121,15 @@ class TrainRecipe(Section):
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
+    @property
+    def tokens(self) -> int:
+        """What all steps see together."""
+        return sum(stage.steps * self.windows(stage) * stage.seq_len for stage in self.stages)
+
+    def windows(self, stage: Stage) -> int:
+        """Sequences of an optimizer step."""
+        return max(1, self.batch_tokens // stage.seq_len)
+
 
 class ParallelRecipe(Section):
     """How the processes of a torchrun job share the work: `sp` share a sequence, `dp` groups of them the sequences.
