@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from longnet_cli.cli.dry_run import Format, show
 from longnet_cli.cli.options import DeviceOption, NprocOption, QuietOption, size_option
 from longnet_cli.cli.progress import progress
 
@@ -45,6 +46,11 @@ def train(
     initial: Annotated[
         str | None, typer.Option("--init", metavar="NAME|DIR", help="Start from this model's weights.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print memory, FLOPs and time, and stop: exit code 5 where it does not fit."),
+    ] = False,
+    format: Annotated[Format, typer.Option("--format", help="Of what --dry-run prints.")] = "text",
     nproc: NprocOption = None,
     sp: Annotated[
         int | None,
@@ -85,10 +91,18 @@ def train(
     if recipe is None and not overrides:
         raise ConfigError("nothing to train: name a recipe (`longnet train my-recipe.toml`) or --set its values")
     found = load_recipe(recipe, overrides)
-    if Path(output, "model.safetensors").exists() and initial is None:
+    if Path(output, "model.safetensors").exists() and initial is None and not dry_run:
         raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
 
     ranks, where = join(device, sp=sp, dp=dp)
+    if dry_run:
+        from longnet_cli.training.estimate import estimate
+
+        estimated = estimate(found, where, ranks)
+        leave()
+        if ranks.first:
+            show(estimated, format)
+        return
     quiet = quiet or not ranks.first
     total = sum(
         stage.steps * max(1, found.train.batch_tokens // stage.seq_len // ranks.dp) * ranks.dp * stage.seq_len
