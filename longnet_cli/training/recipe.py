@@ -117,6 +117,7 @@ class TrainRecipe(Section):
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, gt=0)
     save_every: int = Field(default=500, gt=0)  # steps between two writes of the model directory
+    track: list[Literal["tensorboard", "wandb"]] = []  # besides metrics.jsonl
 
     @property
     def steps(self) -> int:
