@@ -10,7 +10,8 @@ from torch import Tensor
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.benchmark.attention import attention_flops, pattern_name
+from longnet_cli.attention.pattern import attention_flops
+from longnet_cli.benchmark.attention import pattern_name
 from longnet_cli.benchmark.measurement import Case, Measurement, Stream
 from longnet_cli.benchmark.settings import Settings
 from longnet_cli.errors import ConfigError

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longnet_cli.cli.dry_run import Format, show
 from longnet_cli.cli.options import DeviceOption, NprocOption, QuietOption, size_option
 from longnet_cli.cli.progress import Advance, progress
 
@@ -58,6 +59,11 @@ def train(
             help="Go on from the newest checkpoint in DIR, if there is one; never; or from the one at PATH.",
         ),
     ] = "auto",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print memory, FLOPs and time, and stop: exit code 5 where it does not fit."),
+    ] = False,
+    format: Annotated[Format, typer.Option("--format", help="Of what --dry-run prints.")] = "text",
     nproc: NprocOption = None,
     sp: Annotated[
         int | None,
@@ -112,10 +118,19 @@ def train(
     if recipe is None and not overrides:
         raise ConfigError("nothing to train: name a recipe (`longnet train my-recipe.toml`) or --set its values")
     found = load_recipe(recipe, overrides)
-    if Path(output, "model.safetensors").exists() and initial is None and not Path(output, CHECKPOINTS).exists():
+    used = Path(output, "model.safetensors").exists() and not Path(output, CHECKPOINTS).exists()
+    if used and initial is None and not dry_run:
         raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
 
     ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
+    if dry_run:
+        from longnet_cli.training.estimate import estimate
+
+        estimated = estimate(found, where, ranks)
+        leave()
+        if ranks.first:
+            show(estimated, format)
+        return
     quiet = quiet or not ranks.first
     total = found.train.tokens
 

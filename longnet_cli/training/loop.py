@@ -38,6 +38,7 @@ from .metrics import Metrics, MetricsLog
 from .optimizer import build_optimizers, learning_rate
 from .recipe import Recipe, Stage
 from .state import restore, run_tensors
+from .trackers import Tracker, open_trackers
 
 OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
 CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
@@ -140,6 +141,7 @@ class _Run:
                 layer.forward = partial(activation_checkpoint, layer.forward, use_reentrant=False)
         self.log = MetricsLog(output / "metrics.jsonl" if ranks.first else None)
         self.checkpoints = Checkpoints(output / CHECKPOINTS, ranks, recipe.train.keep)
+        self.trackers: list[Tracker] = []
         self.progress = Progress()
         self.random = random_state(device)  # as of the last whole step
         self.saved_at = time.monotonic()
@@ -172,6 +174,9 @@ class _Run:
             self.output.mkdir(parents=True, exist_ok=True)
             write_file(self.output / "recipe.json", (self.recipe.model_dump_json(indent=2) + "\n").encode())
         self.log.resume(log, self.progress.step)
+        if self.ranks.first:
+            settings = self.recipe.model_dump(mode="json")
+            self.trackers = open_trackers(self.recipe.train.track, self.output, settings, step=self.progress.step)
 
     def go(self) -> TrainResult:
         """Train to the end, or until a signal or a failure."""
@@ -197,6 +202,8 @@ class _Run:
         self.save()
         self.checkpoints.finish()
         self._write_model(self.output)
+        for tracker in self.trackers:
+            tracker.close()
 
     def save(self) -> None:
         """A checkpoint of the last whole step."""
@@ -312,6 +319,8 @@ class _Run:
         if held_out or last or progress.step % train.log_every == 0:
             rate = learning_rate(progress.step - 1, train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
             line = self.log.write(progress.step, rate, stage.seq_len, held_out)
+            for tracker in self.trackers:
+                tracker.log(line.step, asdict(line))
         progress.reported = progress.step
         return line
 
