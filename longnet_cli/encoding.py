@@ -25,14 +25,15 @@ from torch import Tensor
 from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.model.longnet import LongNet
+from longnet_cli.model import LongNet
+from longnet_cli.model.net import Net
 from longnet_cli.model.weights import fingerprint
 from longnet_cli.runtime.chunks import CausalStream, default_chunk
 from longnet_cli.runtime.device import check_kernel, precision, resolve_dtype
 from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.layerwise import hidden_in_chunks
 from longnet_cli.runtime.ranks import Exchange, even_edges
-from longnet_cli.scoring import batches_by_length, read_sequence
+from longnet_cli.scoring import batches_by_length, check_length, read_sequence
 
 Pool = Literal["mean", "last", "first"]
 EmbeddingDtype = Literal["float32", "float16"]
@@ -41,7 +42,7 @@ SHARD_ROWS = 1 << 14
 
 
 def encode(
-    model: LongNet,
+    model: Net,
     documents: Iterable[Document],
     *,
     bos: int | None,
@@ -66,15 +67,16 @@ def encode(
 
     `chunk` is the most tokens of one forward, by default what `default_chunk` gives. Short documents share a forward;
     a longer one goes chunk by chunk, with the same result. A causal net needs no more memory for it; a bidirectional
-    one keeps its hidden states in memory or, with `spill`, in a file in that folder.
+    one keeps its hidden states in memory or, with `spill`, in a file in that folder. A net that does not stream reads
+    it in one forward.
 
     Several `ranks`, all given the same documents, share every long one, `chunk` tokens each, and deal out the forwards
     of short ones; every rank gets all rows. A bidirectional net's documents must then fit the ranks' chunks together.
 
     `device` moves the model there; None leaves it where it is. `model_name` and `tokenizer_sha256` go into the schema's
     metadata. `on_progress` gets the number of tokens that each forward has encoded. Raises ConfigError for a model
-    without a vocabulary; the reader, DataError for an empty document, MemoryLimitError for hidden states that do not
-    fit.
+    without a vocabulary; the reader, DataError for an empty document, ConfigError for one with more tokens than the
+    model has positions, MemoryLimitError for hidden states that do not fit.
     """
     for name, value in (("span", span), ("chunk", chunk)):
         if value is not None and value < 1:
@@ -98,7 +100,7 @@ def encode(
 
 
 def encode_to_folder(
-    model: LongNet,
+    model: Net,
     documents: Iterable[Document],
     output: str | Path,
     *,
@@ -249,7 +251,7 @@ class _Encoder:
 
     def __init__(
         self,
-        model: LongNet,
+        model: Net,
         bos: int | None,
         pool: Pool,
         span: int | None,
@@ -272,7 +274,9 @@ class _Encoder:
         for document in documents:
             if not len(document):
                 raise DataError(f"{document.where}: document {document.doc_id!r} is empty: there is nothing to encode")
-            if len(document) + self.first > self.chunk:
+            total = len(document) + self.first
+            check_length(document, total, self.model, "encode it in shorter documents")
+            if total > self.chunk and self.model.config.streams:
                 yield self._forward(waiting)
                 waiting, tokens = [], 0
                 yield from self._stream(document)
@@ -325,6 +329,7 @@ class _Encoder:
             return torch.from_numpy(read_sequence(document, self.bos, start, stop))[None].to(self.device)
 
         if ranks.world == 1 and not model.config.causal:
+            assert isinstance(model, LongNet)  # no other net goes layer by layer
             done = _Share(self.on_progress, model.config.num_layers)
             chunks = hidden_in_chunks(model, read, total, self.chunk, spill=self.spill, dtype=self.dtype, on_chunk=done)
             yield from ([hidden] for hidden in chunks)

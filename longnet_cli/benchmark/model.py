@@ -15,7 +15,7 @@ from longnet_cli.benchmark.measurement import Case, Measurement, Stream
 from longnet_cli.benchmark.settings import Settings
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.model.longnet import LOGITS_LIMIT
+from longnet_cli.model.net import LOGITS_LIMIT
 from longnet_cli.model.weights import load_config
 from longnet_cli.presets import find_model
 from longnet_cli.runtime.chunks import CausalStream
