@@ -66,6 +66,8 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     if all(kind == "sliding_attention" for kind in kinds):
         raise ConfigError("every layer of this model has a sliding window: there is no global attention to replace")
     model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:  # transformers only warns, and goes on with what there was
+        raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
     return model
 
 
@@ -99,8 +101,9 @@ def dilated_attention_forward(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query (B, H, N, D), key and value (B, H_kv, L, D) -> (B, N, H, D).
 
-    `attention_mask` is what `dilated_mask` returned. L > N are cached keys, those before the N new tokens. Raises
-    ConfigError for what a layer asks that dilated attention does not do, ValueError for masks and keys.
+    `attention_mask` is what `dilated_mask` returned. L > N are cached keys, those before the N new tokens. Without a
+    cache, a caller of the model may give it `start` and `far`, as a LongNet gets them: one shard of a longer sequence.
+    Raises ConfigError for what a layer asks that dilated attention does not do, ValueError for masks and keys.
     """
     if options.get("sliding_window") is not None:
         options |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
@@ -130,6 +133,8 @@ def dilated_attention_forward(
     groups = q.shape[2] // k.shape[2]
     # a copy unless there is one key head or one query head for each: a strided view cannot repeat every head in turn
     k, v = (x[:, start:, :, None].expand(-1, -1, -1, groups, -1).flatten(2, 3) for x in (k, v))
+    if provider := options.get("far"):
+        start, far = options["start"], provider(module.layer_idx, k, v)
     out = dilated_attention(
         q, k, v, pattern, causal=causal, start=start, far=far, lengths=attention_mask, scale=scaling
     )
