@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -122,6 +123,9 @@ def dilated_attention_forward(
             f"dilated attention takes a padding mask (batch, tokens), not one of {tuple(attention_mask.shape)}"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if torch.is_autocast_enabled(query.device.type):  # as for sdpa: rotated q and k come in float32, v as projected
+        kind = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(kind) for x in (query, key, value))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     start = k.shape[1] - q.shape[1]
     if start and (start < 0 or not causal):
