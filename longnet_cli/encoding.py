@@ -28,7 +28,7 @@ from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
 from longnet_cli.model.weights import fingerprint
-from longnet_cli.runtime.chunks import CausalStream, default_chunk
+from longnet_cli.runtime.chunks import default_chunk, open_stream
 from longnet_cli.runtime.device import check_kernel, precision, resolve_dtype
 from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.layerwise import hidden_in_chunks
@@ -340,7 +340,7 @@ class _Encoder:
                 f"{document.where}: {total} tokens in both directions need all ranks at once, and {ranks.world} ranks "
                 f"have chunks of {self.chunk}: give --chunk {-(-total // ranks.world)}, or encode it with one process"
             )
-        stream = CausalStream(model, group=ranks.group) if model.config.causal else None
+        stream = open_stream(model, ranks.group) if model.config.causal else None
         for start in range(0, total, chunk):
             stop = min(start + chunk, total)
             edges = even_edges(start, stop - start, ranks.world)

@@ -22,7 +22,7 @@ from longnet_cli.data.sinks import ShardWriter
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model.net import IGNORED, Net
-from longnet_cli.runtime.chunks import CausalStream, default_chunk
+from longnet_cli.runtime.chunks import default_chunk, open_stream
 from longnet_cli.runtime.device import precision
 from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.ranks import even_edges
@@ -317,7 +317,7 @@ class _Scorer:
     @torch.inference_mode()
     def _stream(self, tally: _Tally, start: int, stop: int) -> None:
         """Score a window that is longer than a chunk."""
-        stream, ranks = CausalStream(self.model, group=self.ranks.group), self.ranks
+        stream, ranks = open_stream(self.model, self.ranks.group), self.ranks
         for first in range(start, stop, self.chunk * ranks.world):
             last = min(first + self.chunk * ranks.world, stop)
             edges = even_edges(first, last - first, ranks.world)

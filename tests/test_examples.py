@@ -66,7 +66,7 @@ def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[st
     from longnet_cli.integrations.loading import load_net
 
     assert load_net(output / "dilated").config.pattern.segment_lengths == (8, 16, 32, 64, 128)
-    assert not load_net(output / "dense", attention="dense").config.streams
+    assert load_net(output / "dense", attention="dense").config.memory == "cache"
 
 
 def test_both_llamas_begin_with_the_same_weights() -> None:

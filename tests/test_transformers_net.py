@@ -35,7 +35,7 @@ from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.integrations.loading import load_net
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.integrations.transformers_net import TransformersNet, load_transformers
-from longnet_cli.runtime.chunks import CausalStream
+from longnet_cli.runtime.chunks import CausalStream, open_stream
 from longnet_cli.scoring import score
 
 LEVELS = Pattern((8, 24, 60), (1, 3, 5))
@@ -55,18 +55,45 @@ def net_of(model: Callable[..., hf.PreTrainedModel], attention: str = "dilated",
     return TransformersNet(use_dilated_attention(found, LEVELS) if attention == "dilated" else found, attention)
 
 
-@pytest.mark.parametrize("model", CAUSAL)
-def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel]) -> None:
-    """In chunks that segments of every level cut, single tokens among them; and it remembers open segments alone."""
-    net = net_of(model)
-    assert net.config.streams
-    stream, found, start = CausalStream(net), [], 0
+def mixed() -> hf.PreTrainedModel:
+    kinds = {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}
+    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SMALL, **kinds, num_key_value_heads=2))
+
+
+def sliding() -> hf.PreTrainedModel:
+    return hf.MistralForCausalLM(hf.MistralConfig(**SMALL, sliding_window=16, num_key_value_heads=2))
+
+
+def assert_stream_is_whole(stream: Callable[..., torch.Tensor], net: TransformersNet) -> None:
+    found, start = [], 0
     for size in (50, 1, 1, 7, 1, 33, 20, 1, 26):
         found.append(stream(ids(140)[:, start : start + size]))
         start += size
     with torch.no_grad():
         expected = net.model.base_model(ids(140), use_cache=False).last_hidden_state
     assert (torch.cat(found, 1) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("model", "attention"), [*((model, "dense") for model in (*CAUSAL, mixed, sliding)), (mixed, "dilated")]
+)
+def test_a_stream_with_the_cache_of_transformers_is_the_whole(
+    model: Callable[[], hf.PreTrainedModel], attention: str
+) -> None:
+    net = net_of(model, attention)
+    assert net.config.memory == "cache"
+    assert "keeps all keys" in net.note
+    assert_stream_is_whole(open_stream(net), net)
+
+
+@pytest.mark.parametrize("model", CAUSAL)
+def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel]) -> None:
+    """In chunks that segments of every level cut, single tokens among them; and it remembers open segments alone."""
+    net = net_of(model)
+    assert (net.config.memory, net.note) == ("segments", None)
+    stream = open_stream(net)
+    assert isinstance(stream, CausalStream)
+    assert_stream_is_whole(stream, net)
     numbers = 2 * 2 * net.config.num_layers * net.config.num_heads * net.config.head_dim * LEVELS.cache_rows
     assert stream.cache_bytes == 4 * numbers
 
@@ -76,7 +103,6 @@ def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel]) -> None:
 def test_scores_are_those_of_the_models_own_loss(model: Callable[[], hf.PreTrainedModel], attention: str) -> None:
     """Of documents alone and in company, in one chunk and in many."""
     net = net_of(model, attention)
-    assert net.config.streams == (attention == "dilated")
     documents = [make_document(length, str(length)) for length in (130, 3, 260, 1, 50)]
     for chunk in (10_000, 64, 7):
         rows = list(score(net, documents, bos=0, chunk=chunk))
@@ -171,7 +197,7 @@ def test_score_with_options(folder: Path) -> None:
     def ppl(*options: str) -> float:
         result = command("score", folder / "text.txt", "--model", folder, "--format", "json", *options)
         assert result.exit_code == 0, result.output
-        assert ("is read in one forward" in result.stderr) == ("dense" in options)
+        assert ("it keeps all keys of a document" in result.stderr) == ("dense" in options)
         return json.loads(result.stdout)["total"]["ppl"]
 
     dilated, dense = ppl(*OPTIONS), ppl("--attention", "dense")
@@ -186,7 +212,7 @@ def test_encode_to_a_file_and_to_a_folder(folder: Path, encoder: Path, tmp_path:
         output = tmp_path / f"{model.name}.arrow"
         result = command("encode", folder / "text.txt", "--model", model, *OPTIONS, "-o", output)
         assert result.exit_code == 0, result.output
-        assert ("is read in one forward" in result.stderr) == (model is encoder)
+        assert ("it reads each document in one forward" in result.stderr) == (model is encoder)
         table = ipc.open_file(output).read_all()
         assert table["n_tokens"].to_pylist() == [300]
         shards = ["encode", folder / "text.txt", "--model", model, "-o", tmp_path / model.name]

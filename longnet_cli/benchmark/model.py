@@ -23,7 +23,7 @@ from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import LOGITS_LIMIT, Net, NetConfig
 from longnet_cli.model.weights import load_config
 from longnet_cli.presets import find_model, is_of_transformers
-from longnet_cli.runtime.chunks import CausalStream
+from longnet_cli.runtime.chunks import open_stream
 from longnet_cli.runtime.device import DTYPES, precision
 from longnet_cli.training.gradients import backward
 
@@ -38,7 +38,7 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
     def start() -> Callable[..., object]:
         model, ids = net.build(), net.tokens(chunk)
-        read = CausalStream(model) if chunk < seq else model
+        read = open_stream(model) if chunk < seq else model
 
         def run(tokens: int = chunk) -> Tensor:
             with torch.inference_mode(), precision(s.dtype, s.device):

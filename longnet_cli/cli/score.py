@@ -160,7 +160,7 @@ def load_model(
 ) -> Loaded:
     """The model that --model names, in float32 on --device, and --tokenizer or else its own.
 
-    Says on stderr, unless `quiet`, that a model does not stream.
+    Says on stderr, unless `quiet`, what the user should know of how it reads documents.
     Raises ConfigError for a tokenizer with ids that the model does not have, a model that reads no tokens, or an
     attention kernel that cannot run in `dtype`.
     """
@@ -187,10 +187,8 @@ def load_model(
             f"{chosen}: the tokenizer has {words.vocab_size} ids and the model {net.config.vocab_size}: "
             "they do not belong together"
         )
-    if not net.config.streams and not quiet and sys.stderr:
-        why = "its attention is dense" if attention == "dense" else "some of its layers are not dilated"
-        why = why if net.config.causal else "it looks in both directions"
-        print(f"{name}: each document is read in one forward, whatever --chunk: {why}", file=sys.stderr)
+    if net.note and not quiet and sys.stderr:
+        print(f"{name}: {net.note}", file=sys.stderr)
     foreign = is_of_transformers(folder)
     return Loaded(net, words, (words.bos_id if foreign else words.eos_id) if words else None)
 

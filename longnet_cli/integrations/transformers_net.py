@@ -3,9 +3,10 @@
     net = load_transformers(folder, attention="dilated", pattern=Pattern((2048, 4096), (1, 2)))
     hidden = net(tokens, lengths=[1000, 700])
 
-A causal decoder with dilated attention in every layer streams: it gets its far keys from a `CausalStream`, as a LongNet
-does, and remembers the open segments alone. Any other model reads a document in one forward: dense attention and
-sliding windows need all keys or the last ones, and both directions need the end before the begin.
+A causal decoder with dilated attention in every layer streams as a LongNet does: it gets its far keys from a
+`CausalStream`, and remembers the open segments alone. Where layers are dense or have a sliding window, the cache of
+transformers remembers, in memory that grows with the document. Other models read a document in one forward: what looks
+in both directions needs the end before the begin.
 
 Nothing is downloaded, no code of a folder is run, no pickle is read.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,14 @@ AttentionKind = Literal["dilated", "dense"]
 # frequencies that depend on the longest sequence of a batch: a document's numbers would depend on its company
 _ROPE_OF_LENGTH = ("dynamic", "longrope")
 
+_CACHE_NAMES = ("cache", "past_key_values")  # what forward calls it, and called it before
+_CACHED_LAYERS = {"full_attention", "sliding_attention"}
+_NOTES = {
+    "segments": None,
+    "cache": "it keeps all keys of a document, so that memory grows with it: not all of its layers are dilated",
+    "none": "it reads each document in one forward, whatever --chunk",
+}
+
 DENSE = Pattern((1 << 40,), (1,))  # what dense attention is: one segment, longer than any sequence
 
 
@@ -50,10 +59,14 @@ class TransformersConfig(BaseModel):
     head_dim: int
     ffn_dim: int
     causal: bool
-    streams: bool
+    memory: Literal["segments", "cache", "none"]  # what remembers a causal sequence between its chunks
     max_tokens: int | None
     pattern: Pattern
     source: str
+
+    @property
+    def streams(self) -> bool:
+        return self.memory != "none"
 
 
 class TransformersNet(Net):
@@ -63,8 +76,28 @@ class TransformersNet(Net):
         super().__init__()
         self.model = model.eval()
         self.config: TransformersConfig = _facts(model, attention)
-        if self.config.causal and attention == "dilated":
-            self.config = self.config.model_copy(update={"streams": self._far_keys_reach_every_layer()})
+        self._accepted = frozenset(inspect.signature(model.base_model.forward).parameters)
+        self._cache_name = next((name for name in _CACHE_NAMES if name in self._accepted), None)
+        if self.config.causal:
+            kinds = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
+            if attention == "dilated" and "position_ids" in self._accepted and self._far_keys_reach_every_layer():
+                self.config = self.config.model_copy(update={"memory": "segments"})
+            elif self._cache_name and kinds <= _CACHED_LAYERS:
+                self.config = self.config.model_copy(update={"memory": "cache"})
+        self.note = _NOTES[self.config.memory]
+
+    def stream(self) -> Callable[..., Tensor] | None:
+        """One whose memory is transformers' cache, where far keys are not enough."""
+        if self.config.memory != "cache":
+            return None
+        assert self._cache_name
+        cache = {self._cache_name: hf.DynamicCache(config=self.model.config), "use_cache": True}
+
+        @torch.no_grad()
+        def read(tokens: Tensor, *, edges: Sequence[int] | None = None) -> Tensor:
+            return self.model.base_model(input_ids=tokens, **cache).last_hidden_state
+
+        return read
 
     def forward(
         self,
@@ -88,7 +121,7 @@ class TransformersNet(Net):
         if far is not None:
             positions = torch.arange(start, start + given.shape[1], device=given.device)[None]
             options |= {"start": start, "far": far, "position_ids": positions}
-        if "use_cache" in inspect.signature(self.model.base_model.forward).parameters:
+        if "use_cache" in self._accepted:
             options["use_cache"] = False
         return self.model.base_model(input_ids=tokens, inputs_embeds=embeddings, **options).last_hidden_state
 
@@ -117,8 +150,6 @@ class TransformersNet(Net):
             asked.append(layer)
             return []
 
-        if "position_ids" not in inspect.signature(self.model.base_model.forward).parameters:
-            return False
         self(torch.zeros(1, 2, dtype=torch.int64, device=next(self.parameters()).device), far=far)
         return asked == list(range(self.config.num_layers))
 
@@ -211,7 +242,7 @@ def _facts(model: hf.PreTrainedModel, attention: AttentionKind) -> TransformersC
         head_dim=getattr(config, "head_dim", None) or dim // num_heads,
         ffn_dim=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * dim,
         causal=directions.pop(),
-        streams=False,
+        memory="none",
         max_tokens=None if ropes else getattr(config, "max_position_embeddings", None),
         pattern=pattern_of(config) if attention == "dilated" else DENSE,
         source=config.to_json_string(use_diff=False),

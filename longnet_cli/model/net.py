@@ -58,6 +58,11 @@ class Net(nn.Module):
     """`net(tokens, start=..., lengths=..., far=...)` gives hidden states as LongNet does; `nll` needs `logits`."""
 
     config: NetConfig
+    note: str | None = None  # what a user should know of how it reads documents, in one line
+
+    def stream(self) -> Callable[..., Tensor] | None:
+        """What reads a causal sequence chunk by chunk, as a CausalStream; None where that is what does."""
+        return None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden (..., dim) -> logits (..., vocab_size). Raises ConfigError for a net that has none."""

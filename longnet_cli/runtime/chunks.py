@@ -46,6 +46,11 @@ def default_chunk(config: NetConfig, device: torch.device, *, training: bool = F
     return max(SHORTEST_CHUNK, 1 << (budget // (4 * numbers)).bit_length() - 1)
 
 
+def open_stream(net: Net, group: dist.ProcessGroup | None = None) -> Callable[..., Tensor]:
+    """What takes a causal sequence in chunks (B, n) and gives their hidden states, what the whole would give there."""
+    return net.stream() or CausalStream(net, group=group)
+
+
 class CausalStream:
     """A causal net over one sequence, or a batch of them, that comes in chunks of any sizes, one token included.
 
