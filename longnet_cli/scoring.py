@@ -21,8 +21,8 @@ import torch
 from longnet_cli.data.sinks import ShardWriter
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.model.longnet import IGNORED, LongNet
-from longnet_cli.runtime.chunks import CausalStream, default_chunk
+from longnet_cli.model.net import IGNORED, Net
+from longnet_cli.runtime.chunks import default_chunk, open_stream
 from longnet_cli.runtime.device import precision
 from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.ranks import even_edges
@@ -83,7 +83,7 @@ class DocumentScore:
 
 
 def score(
-    model: LongNet,
+    model: Net,
     documents: Iterable[Document],
     *,
     bos: int | None,
@@ -103,14 +103,15 @@ def score(
     targets, and each window starts anew at position 0, with the token before its first target as its first input.
 
     `chunk` is the most tokens of one forward, by default what `default_chunk` gives. Short windows share a forward; a
-    longer one is streamed, so memory does not depend on the document's length and the chunk changes no number.
+    longer one is streamed, so memory does not depend on the document's length and the chunk changes no number. A net
+    that does not stream reads it in one forward.
 
     Several `ranks`, all given the same documents, share every long window, `chunk` tokens each, and deal out the
     forwards of short ones; every rank gets all results.
 
     An empty document scores 0 tokens. `device` moves the model there; None leaves it where it is. `on_tokens` gets the
     log-probabilities of all tokens in order. `on_progress` gets the number of tokens that each forward has scored.
-    Raises ConfigError for a model that cannot score, and DataError
+    Raises ConfigError for a model that cannot score and a document with more tokens than it has positions, DataError
     at the end when no document had a token to score.
     """
     if not model.config.causal:
@@ -184,6 +185,13 @@ def write_token_logprobs(path: str | Path) -> Iterator[OnTokens]:
         flush()
 
 
+def check_length(document: Document, tokens: int, model: Net, instead: str) -> None:
+    """Raise ConfigError where `model` has no positions for `tokens` of the document, saying what to do `instead`."""
+    limit = model.config.max_tokens
+    if limit is not None and tokens > limit:
+        raise ConfigError(f"{document.where}: {tokens} tokens, and the model has {limit} positions: {instead}")
+
+
 def read_sequence(document: Document, bos: int | None, start: int, stop: int) -> np.ndarray:
     """The ids [start, stop) of what a model reads, (stop - start,) int64: bos, unless it is None, and the document."""
     if bos is None:
@@ -225,7 +233,7 @@ class _Scorer:
 
     def __init__(
         self,
-        model: LongNet,
+        model: Net,
         bos: int | None,
         context: int | None,
         chunk: int,
@@ -247,7 +255,8 @@ class _Scorer:
         for document in documents:
             tally = _Tally(document)
             for start, stop in self._windows(len(document)):
-                if stop - start > self.chunk:
+                check_length(document, stop - start, self.model, f"--context {self.model.config.max_tokens}")
+                if stop - start > self.chunk and self.model.config.streams:
                     yield from self._flush()
                     self._stream(tally, start, stop)
                 else:
@@ -310,7 +319,7 @@ class _Scorer:
     @torch.inference_mode()
     def _stream(self, tally: _Tally, start: int, stop: int) -> None:
         """Score a window that is longer than a chunk."""
-        stream, ranks = CausalStream(self.model, group=self.ranks.group), self.ranks
+        stream, ranks = open_stream(self.model, self.ranks.group), self.ranks
         for first in range(start, stop, self.chunk * ranks.world):
             last = min(first + self.chunk * ranks.world, stop)
             edges = even_edges(first, last - first, ranks.world)

@@ -13,7 +13,7 @@ import torch
 
 from longnet_cli.attention.pattern import BACKWARD_FLOPS, attention_flops
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.model.longnet import LOGITS_LIMIT
+from longnet_cli.model.net import LOGITS_LIMIT
 from longnet_cli.runtime.chunks import SHORTEST_CHUNK
 from longnet_cli.runtime.device import free_memory, matmul_peak, resident_memory, resolve_dtype
 from longnet_cli.runtime.launch import Ranks
