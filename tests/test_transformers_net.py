@@ -270,6 +270,8 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         ({"auto_map": {"AutoModelForCausalLM": "mine.Mine"}}, r"code of the folder's own \(auto_map\)"),
         ({"model_type": "hyena"}, r"does not know the architecture LlamaForCausalLM \(model_type hyena\)"),
         ({"architectures": ["HyenaForCausalLM"]}, "does not know the architecture HyenaForCausalLM"),
+        ({"hidden_size": "many"}, "config.json: "),
+        ({"architectures": ["BertModel"]}, "does not know the architecture BertModel"),
         ({"architectures": ["pipeline"]}, "does not know the architecture pipeline"),
         ({}, "no dilated_attention in config.json: give --segment-lengths and --dilation-rates, or --attention dense"),
         ({"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}}, "one entry a level"),
@@ -287,10 +289,20 @@ def test_configurations_that_are_refused(spoilt: Callable[..., Path], changes: d
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("named", ["dilated", "somebody/kernel", "eager"])
+def test_an_attention_that_config_json_names_is_not_used(spoilt: Callable[..., Path], named: str) -> None:
+    levels = {"segment_lengths": [8], "dilation_rates": [1]}
+    place = spoilt(attn_implementation=named, _attn_implementation=named, dilated_attention=levels)
+    assert load_transformers(place, attention="dense").model.config._attn_implementation == "sdpa"
+    assert load_transformers(place).model.config._attn_implementation == "dilated"
+
+
 def test_weights_that_are_refused(spoilt: Callable[..., Path], folder: Path) -> None:
     place = spoilt(num_hidden_layers=3)
     with pytest.raises(CheckpointError, match=r"weights are missing, model\.layers\.2\.input_layernorm\.weight"):
         load_net(place, pattern=LEVELS)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \(257, 48\), its .* needs \(300, 48\)"):
+        load_net(spoilt(vocab_size=300), pattern=LEVELS)
     (place / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_net(place, pattern=LEVELS)
@@ -339,6 +351,16 @@ def test_models_that_cannot_score() -> None:
     capped.config.final_logit_softcapping = 0.1
     with pytest.raises(ConfigError, match="more to its logits than multiply"):
         list(score(TransformersNet(capped, "dense"), [make_document(9)], bos=0))
+
+
+def test_positions_that_end() -> None:
+    """RoBERTa keeps the first places of its table for the padding."""
+    config = hf.RobertaConfig(**SMALL | {"pad_token_id": 1}, max_position_embeddings=34)
+    net = TransformersNet(hf.RobertaModel(config), "dense")
+    assert net.config.max_tokens == 32
+    encode(net, [make_document(32)], bos=None).read_all()
+    with pytest.raises(ConfigError, match="33 tokens, and the model has 32 positions"):
+        encode(net, [make_document(33)], bos=None).read_all()
 
 
 def test_what_a_tokenizer_puts_before_a_text() -> None:

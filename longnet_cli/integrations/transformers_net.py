@@ -185,12 +185,16 @@ def load_transformers(
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are told of below, by name
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from None
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{folder}: weights are missing, {missing[0]} among {len(missing)}")
+    if wrong := sorted(report["mismatched_keys"]):
+        name, found, needed = wrong[0]
+        raise CheckpointError(f"{folder}: {name} has shape {tuple(found)}, its configuration needs {tuple(needed)}")
     try:
         if attention == "dilated":
             use_dilated_attention(model, pattern)
@@ -202,22 +206,38 @@ def load_transformers(
 def _architecture(folder: Path) -> tuple[Any, Any]:
     """(configuration, class) of a folder's model. Raises ConfigError."""
     try:
-        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"), object_hook=_without_attention)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/config.json: cannot be read: {' '.join(str(error).split())}") from None
     if "auto_map" in data:
         raise ConfigError(f"{folder}: config.json asks for code of the folder's own (auto_map), which is never run")
     kind, names = data.get("model_type"), data.get("architectures") or [None]
-    found = getattr(hf, str(names[0]), None)
-    known = isinstance(found, type) and issubclass(found, hf.PreTrainedModel)
-    if kind not in hf.CONFIG_MAPPING or not known:
+    found: Any = getattr(hf, str(names[0]), None)
+    known = isinstance(found, type) and issubclass(found, hf.PreTrainedModel) and kind in hf.CONFIG_MAPPING
+    if not known or found.config_class is not hf.CONFIG_MAPPING[kind]:
         raise ConfigError(
             f"{folder}: transformers {hf.__version__} does not know the architecture {names[0]} (model_type {kind})"
         )
     try:
-        return hf.AutoConfig.from_pretrained(folder, local_files_only=True), found
-    except (OSError, ValueError, TypeError) as error:
+        return hf.CONFIG_MAPPING[kind].from_dict(data), found
+    except Exception as error:  # a class checks its values as it likes
         raise ConfigError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
+
+
+def _without_attention(settings: dict[str, Any]) -> dict[str, Any]:
+    """An attention that a file names would take the place of the one asked for, and may be code of a hub."""
+    return {key: value for key, value in settings.items() if not key.startswith(("attn_impl", "_attn_impl"))}
+
+
+def _positions(model: hf.PreTrainedModel) -> int | None:
+    """Tokens that a table of learned positions serves; None where positions are rotations, or there are none."""
+    if getattr(model.config, "rope_parameters", None):
+        return None
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for name, table in model.named_modules():
+        if limit and name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            return limit - table.padding_idx - 1  # RoBERTa's first tokens come after that of the padding
+    return limit
 
 
 def _facts(model: hf.PreTrainedModel, attention: AttentionKind) -> TransformersConfig:
@@ -243,7 +263,7 @@ def _facts(model: hf.PreTrainedModel, attention: AttentionKind) -> TransformersC
         ffn_dim=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * dim,
         causal=directions.pop(),
         memory="none",
-        max_tokens=None if ropes else getattr(config, "max_position_embeddings", None),
+        max_tokens=_positions(model),
         pattern=pattern_of(config) if attention == "dilated" else DENSE,
         source=config.to_json_string(use_diff=False),
     )
