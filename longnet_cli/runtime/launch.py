@@ -115,7 +115,7 @@ def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:
         )
     if seq_len < ranks.sp:
         raise ConfigError(
-            f"{ranks.sp} ranks cannot share a window of {seq_len} tokens: --sp {seq_len} or less would fit, or longer ones"
+            f"{ranks.sp} ranks cannot share a window of {seq_len} tokens: --sp {seq_len} or less would fit"
         )
 
 
