@@ -12,6 +12,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -41,7 +42,9 @@ def run_ranks(world: int, folder: Path, work: Callable[..., None], *args: Any) -
     The ranks are forks of one server that has torch: eight would take half a minute to import it.
     """
     folder.mkdir(exist_ok=True)
-    mp.start_processes(_enter, (world, str(folder / "store"), work, args), nprocs=world, start_method="forkserver")
+    mp.start_processes(
+        _enter, (world, str(folder / f"store-{uuid4()}"), work, args), nprocs=world, start_method="forkserver"
+    )
 
 
 def _enter(rank: int, world: int, store: str, work: Callable[..., None], args: tuple) -> None:

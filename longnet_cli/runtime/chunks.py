@@ -24,7 +24,7 @@ from longnet_cli.attention.dilated import strided_view
 from longnet_cli.attention.pattern import common_span, rows_before, span_views
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.runtime.device import free_memory, precision
+from longnet_cli.runtime.device import free_memory, precision, random_state, set_random_state
 from longnet_cli.runtime.ranks import Exchange, even_edges
 from longnet_cli.runtime.sharding import final_backward
 
@@ -117,6 +117,7 @@ def backward_in_chunks(
     dtype: str = "fp32",
     group: dist.ProcessGroup | None = None,
     final: bool = True,
+    on_chunk: Callable[[], None] | None = None,
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
@@ -125,29 +126,33 @@ def backward_in_chunks(
     whole backward takes. Gradients of far rows add up in fp32 (fp64 for fp64). `dtype` as in `runtime.device`.
 
     With a `group`, its ranks share every chunk, and each adds and returns its part. `final`: no other backward of the
-    step follows, which sharded weights need to know (`runtime.sharding`).
+    step follows, which sharded weights need to know (`runtime.sharding`). `on_chunk` is called after each chunk,
+    forward and backward.
     """
     device = tokens.device
+    on_chunk = on_chunk or (lambda: None)
     stream = CausalStream(model, group=group, keep=True)
     edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
     chunks = [_Chunk(model, start, stop, group) for start, stop in pairwise(edges)]
     tape = []  # of each chunk: the random numbers its dropout drew, its far keys
     for index, part in enumerate(chunks):
-        tape.append((_random_state(device), stream.far()))
+        tape.append((random_state(device), stream.far()))
         if index < len(chunks) - 1:  # the last one is only computed with its gradient
             with precision(dtype, device):
                 stream(tokens[:, part.mine], edges=part.edges)
+            on_chunk()
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)
     gradients = _FarGradients(model.config, group)
     after: list[Tensor] = []
     while chunks:
         part, (state, far) = chunks.pop(), tape.pop()
-        _set_random_state(state, device)
+        set_random_state(state, device)
         final_backward(model, final and not chunks)
         total += part.backward(tokens[:, part.mine], targets[:, part.mine], far, gradients, scale, dtype)
-        after = after or _random_state(device)  # the last chunk's: what one forward would have left
-    _set_random_state(after, device)
+        after = after or random_state(device)  # the last chunk's: what one forward would have left
+        on_chunk()
+    set_random_state(after, device)
     return total
 
 
@@ -176,10 +181,11 @@ class _Chunk:
         leaves: list[list[FarKeys]] = []
 
         def provide(layer: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
-            made.append((k, v))
-            leaves.append(
-                [replace(x, k=x.k.detach().requires_grad_(), v=x.v.detach().requires_grad_()) for x in far[layer]]
-            )
+            if layer == len(made):  # else it is computed again, by activation checkpointing
+                made.append((k, v))
+                leaves.append(
+                    [replace(x, k=x.k.detach().requires_grad_(), v=x.v.detach().requires_grad_()) for x in far[layer]]
+                )
             return [*leaves[layer], *(self.exchange(layer, k, v) if self.exchange else ())]
 
         with precision(dtype, tokens.device):
@@ -250,13 +256,3 @@ class _FarGradients:
             if self.group is not None and dist.get_rank(self.group):
                 rows[:, :, first:last] = 0  # one row of a head may be the chunk before's: it adds up once more there
         return total
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-
-
-def _set_random_state(state: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)

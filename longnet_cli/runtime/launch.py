@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NoReturn
 
@@ -48,6 +50,10 @@ class Ranks:
         """Whether this one writes files and speaks."""
         return self.rank == 0
 
+    def all_in_one(self) -> Ranks:
+        """The same ranks, sharing every sequence: what `score` and `encode` take."""
+        return replace(self, sp=self.world, group=dist.group.WORLD if self.world > 1 else None)
+
     def sum(self, *tensors: torch.Tensor) -> None:
         """Add up tensors over all ranks, in place."""
         if self.world > 1:
@@ -66,6 +72,15 @@ class Ranks:
         found = torch.tensor([value], dtype=torch.float64, device=_device_of_backend())
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found.item()
+
+    def from_first(self, value: int) -> int:
+        """What rank 0 says, on all ranks; exact below 2^53."""
+        return int(self.largest(value if self.first else -math.inf))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
 
     def smallest(self, value: float) -> float:
         return -self.largest(-value)
@@ -115,7 +130,8 @@ def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:
         )
     if seq_len < ranks.sp:
         raise ConfigError(
-            f"{ranks.sp} ranks cannot share a window of {seq_len} tokens: --sp {seq_len} or less would fit"
+            f"{ranks.sp} ranks cannot share a window of {seq_len} tokens: --sp {seq_len} or less would fit, or longer "
+            "windows"
         )
 
 
@@ -126,30 +142,53 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-@contextmanager
-def stop_together(ranks: Ranks) -> Iterator[Callable[[], None]]:
-    """`with stop_together(ranks) as stop_if_asked`: SIGINT and SIGTERM end all ranks where they next call that.
+class Signals:
+    """SIGINT and SIGTERM, which ask a run to stop, and SIGUSR1, which asks it to save, until it next looks.
 
-    torchrun passes a signal on to every rank, which meets each in another place: one that left at once would break off
-    the others in their next collective. Then KeyboardInterrupt or SystemExit is raised on all. Alone, a signal acts at
-    once, as ever.
+    A run looks where its state is whole. Ranks look together: torchrun passes a signal on to each of them, which meets
+    it in another place, and one that left at once would break off the others in their next collective.
     """
-    if ranks.world == 1:
-        yield lambda: None
-        return
-    asked: list[int] = []
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = {kind: signal.signal(kind, lambda number, frame: asked.append(number)) for kind in kinds}
 
-    def stop_if_asked() -> None:
-        if ranks.any(bool(asked)):
-            raise KeyboardInterrupt if asked and asked[0] == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self._asked = ranks, 0
 
+    def note(self, number: int, frame: object) -> None:
+        """A signal handler. After a first SIGINT a second one kills: whoever presses twice means it."""
+        if number != signal.SIGUSR1 or not self._asked:
+            self._asked = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def look(self) -> bool:
+        """Whether to save and go on. Raises KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM), on all ranks."""
+        asked = self.ranks.largest(_WEIGHT[self._asked])
+        self._asked = 0
+        if asked == _WEIGHT[signal.SIGINT]:
+            raise KeyboardInterrupt
+        if asked == _WEIGHT[signal.SIGTERM]:
+            raise SystemExit(128 + signal.SIGTERM)
+        return asked == _WEIGHT[signal.SIGUSR1]
+
+
+_WEIGHT = {0: 0, signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3}  # of several, the largest decides
+
+
+@contextmanager
+def noted_signals(ranks: Ranks) -> Iterator[Signals]:
+    """`with noted_signals(ranks) as signals`: signals only act where `signals.look()` is called."""
+    signals = Signals(ranks)
+    kinds = [kind for kind in _WEIGHT if kind]
+    before = {kind: signal.signal(kind, signals.note) for kind in kinds} if _in_main_thread() else {}
     try:
-        yield stop_if_asked
+        yield signals
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+def _in_main_thread() -> bool:
+    """Only there may Python set handlers: as a library, in a thread, a run leaves signals alone."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def start_ranks(nproc: int) -> NoReturn:
