@@ -24,6 +24,7 @@ from torch import Tensor
 
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.model import LongNet
+from longnet_cli.runtime import ranks
 from longnet_cli.runtime.chunks import CausalStream
 from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.layerwise import hidden_in_chunks
@@ -160,6 +161,11 @@ def counted_traffic() -> None:
         calls.append(input.numel() * input.element_size())
         return original(output, input, *args, **options)
 
+    def land(self: Any, grads: Any) -> Tensor:
+        assert self.got is not None  # it left before the near keys' gradients were computed
+        return original_land(self, grads)
+
+    original_land, ranks._WayBack.land = ranks._WayBack.land, land  # this process ends with the test
     dist.all_to_all_single = counting
     base, layers = 16, 3
     traffic = []

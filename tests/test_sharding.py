@@ -6,8 +6,10 @@ pytest tests/test_sharding.py
 from __future__ import annotations
 
 import random
+from collections import Counter
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from test_chunks import draw, net
 from test_ranks import EOS, TOLERANCE, in_both_types, off, random_pattern, run_ranks
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet
@@ -106,6 +109,33 @@ def steps(dtype: torch.dtype, dp: int) -> None:
 @pytest.mark.parametrize(("dp", "sp"), [(2, 1), (1, 2), (2, 2)])
 def test_steps_are_those_of_one_process(dp: int, sp: int, tmp_path: Path) -> None:
     run_ranks(dp * sp, tmp_path, in_both_types, steps, dp)
+
+
+def counted_collectives() -> None:
+    """However many chunks and documents: one gather and one sum of each block, and of the root, a step."""
+    calls: list[str] = []
+    for name in ("foreach_all_gather", "foreach_reduce"):
+        original = getattr(_fsdp_param_group, name)
+
+        def counting(*args: Any, name: str = name, original: Any = original, **options: Any) -> Any:
+            calls.append(name)
+            return original(*args, **options)
+
+        setattr(_fsdp_param_group, name, counting)
+    model = net(random_pattern(random.Random(1)), layers=3)
+    shard_weights(model, mesh(1))
+    ids = draw(2, 200)
+    ids[0, 50:] = EOS  # the first row is many documents, some longer than both chunks; the second is one
+    ids[0, 120::7] = 0
+    for _ in range(2):
+        calls.clear()
+        backward(model, ids, ids, chunk=20, eos_id=EOS, group=dist.group.WORLD)
+        assert Counter(calls) == {"foreach_all_gather": 4, "foreach_reduce": 4}
+        model.zero_grad()
+
+
+def test_a_step_gathers_and_sums_each_block_once(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, counted_collectives)
 
 
 def uneven_work() -> None:

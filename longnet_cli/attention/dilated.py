@@ -11,7 +11,7 @@ B batch, N tokens of the shard, H heads, D head_dim, w segment length, r dilatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import log
@@ -26,6 +26,8 @@ from .pattern import Branch, Padding, Pattern, Rows, Span, branches, span_positi
 
 # A block of a batch, rows and tokens, and the branches of the sequence that each of its rows is
 Plan = list[tuple[slice, slice, tuple[Branch, ...]]]
+Call = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
+Back = Callable[[Tensor, Tensor], object] | None  # that of FarKeys
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class FarKeys:
     k, v: (batch, rows, heads, head_dim). Row j of head h is that head's j-th row in [start, stop); heads differ by at
     most one in how many they have (`span_positions`), and rows beyond a head's own are never read. Where they come
     from (a cache, another rank, a file) is the caller's business; gradients flow into k and v.
+
+    `ready` is called before k and v are read, after near keys. `back` is called in the backward with the gradients of k
+    and v, in fp32 or fp64, before those of near keys are computed; they flow into k and v as well. Both let a message
+    travel while near keys are attended to.
     """
 
     level: int
@@ -43,6 +49,7 @@ class FarKeys:
     k: Tensor
     v: Tensor
     ready: Callable[[], object] | None = None
+    back: Callable[[Tensor, Tensor], object] | None = None
 
     @property
     def span(self) -> Span:
@@ -115,7 +122,8 @@ def dilated_attention(
     plan = plan_calls(q, k, v, pattern, causal, start, far, lengths, documents, padding, total)
     chosen = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
     ready = [keys.ready for keys in far if keys.ready]
-    return _DilatedAttention.apply(plan, scale, chosen, ready, q, k, v, *far_tensors)
+    back = [keys.back for keys in far]
+    return _DilatedAttention.apply(plan, scale, chosen, ready, back, q, k, v, *far_tensors)
 
 
 def plan_calls(
@@ -164,6 +172,7 @@ class _DilatedAttention(torch.autograd.Function):
         scale: float,
         kernel: Kernel,
         ready: list[Callable[[], object]],
+        back: Sequence[Back],
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -172,14 +181,15 @@ class _DilatedAttention(torch.autograd.Function):
         q, k, v, *rest = (_unit_stride(x) for x in (q, k, v, *far))
         out, lse = merged_forward(plan, scale, kernel, q, k, v, rest, ready)
         ctx.save_for_backward(q, k, v, out, lse, *rest)
-        ctx.plan, ctx.scale, ctx.kernel = plan, scale, kernel
+        ctx.plan, ctx.scale, ctx.kernel, ctx.back = plan, scale, kernel, back
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *far = ctx.saved_tensors
-        return (None, None, None, None, *merged_backward(ctx.plan, ctx.scale, ctx.kernel, dout, q, k, v, out, lse, far))
+        grads = merged_backward(ctx.plan, ctx.scale, ctx.kernel, dout, q, k, v, out, lse, far, ctx.back)
+        return (None, None, None, None, None, *grads)
 
 
 def merged_forward(
@@ -224,8 +234,12 @@ def merged_backward(
     out: Tensor,
     lse: Tensor,
     far: Sequence[Tensor],
+    back: Sequence[Back] = (),
 ) -> list[Tensor]:
-    """dq, dk, dv and the gradients of the far tensors, each as its input, from the merged out and LSE."""
+    """dq, dk, dv and the gradients of the far tensors, each as its input, from the merged out and LSE.
+
+    `back` are those of FarKeys, one for each.
+    """
     dout, q, k, v, *far = (_unit_stride(x) for x in (dout, q, k, v, *far))
     dtype = _accumulator(q.dtype)
     inputs = (q, k, v, *far)
@@ -233,12 +247,21 @@ def merged_backward(
     dq, dk, dv, *dfar = grads
     tensors = (dout, q, out, lse[..., None], dq)
     pairs = [x for i in range(0, len(far), 2) for x in (far[i], far[i + 1], dfar[i], dfar[i + 1])]
+    waiting = [(tell, dfar[2 * i], dfar[2 * i + 1]) for i, tell in enumerate(back) if tell]
+    far_first = bool(waiting)
     with torch.autocast(q.device.type, enabled=False):
-        for branch, qs, ks in kernel_calls(plan, kernel, tensors, (k, v, dk, dv), pairs):
+        calls: Iterable[Call] = kernel_calls(plan, kernel, tensors, (k, v, dk, dv), pairs)
+        for branch, qs, ks in sorted(calls, key=lambda call: call[0].far is None) if far_first else calls:
+            while branch.far is None and waiting:
+                tell, *found = waiting.pop(0)
+                tell(*found)
             (dout_, q_, out_, lse_, dq_), (k_, v_, dk_, dv_) = qs, ks
             parts = kernel.backward(dout_, q_, k_, v_, out_, lse_[..., 0], branch.causal, scale)
             for total, part in zip((dq_, dk_, dv_), parts, strict=True):
-                total.copy_(part) if branch.first else total.add_(part)
+                fresh = branch.first and not (far_first and total is dq_)  # what nothing was added to
+                total.copy_(part) if fresh else total.add_(part)
+    for tell, *found in waiting:
+        tell(*found)
     return [g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
 
 
@@ -258,7 +281,7 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, branch: Bra
 
 def kernel_calls(
     plan: Plan, kernel: Kernel, query_like: Sequence[Tensor], key_like: Sequence[Tensor], far: Sequence[Tensor]
-) -> Iterator[tuple[Branch, list[Tensor], list[Tensor]]]:
+) -> Iterator[Call]:
     """Every kernel call of a plan, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.
 
     Far keys lie in `far` one after the other, as many tensors each as `key_like` has.

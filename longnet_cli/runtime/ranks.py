@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -109,15 +110,19 @@ class Exchange:
         """(far keys that the shard attends to, all rows received)."""
         if not self.needed:
             return [], []
-        flight = _Flight()
-        tensors = _AllToAll.apply(self, flight, k, v)
         parcels = [parcel for parcels in self.received for parcel in parcels]
+        there, back = _Flight(), _WayBack(self, k, [i for i, parcel in enumerate(parcels) if parcel.attended])
+        tensors = _AllToAll.apply(self, there, back, k, v)
         got = [
-            FarKeys(*parcel.span, tensors[2 * i], tensors[2 * i + 1], flight.land) for i, parcel in enumerate(parcels)
+            FarKeys(*parcel.span, tensors[2 * i], tensors[2 * i + 1], there.land, partial(back.take, i))
+            for i, parcel in enumerate(parcels)
         ]
         attended = [keys for keys, parcel in zip(got, parcels, strict=True) if parcel.attended]
-        # Nothing for this rank: yet the others wait for it in the backward, so it must stay in the graph.
-        return attended or [FarKeys(0, self.start, self.start, tensors[0][:, :0], tensors[1][:, :0], flight.land)], got
+        if not attended:
+            # Nothing for this rank: yet the others wait for it in the backward, so it must stay in the graph.
+            k_, v_ = (x[:, :0] for x in tensors[:2])
+            attended = [FarKeys(0, self.start, self.start, k_, v_, there.land, back.nothing)]
+        return attended, got
 
     def views(self, parcel: Parcel) -> Iterator[SpanViews]:
         return span_views(self.pattern, parcel.span, self.num_heads, parcel.start)
@@ -155,28 +160,75 @@ class _Flight:
         self.work: Any = None
         self.held: Tensor | None = None  # what is being sent must live until it has been
 
+    def start(self, got: Tensor, sent: Tensor, sizes: tuple[list[int], list[int]], group: Any) -> None:
+        self.held = sent
+        self.work = dist.all_to_all_single(got, sent, *sizes, group=group, async_op=True)
+
     def land(self) -> None:
         if self.work is not None:
             self.work.wait()
         self.work = self.held = None
 
 
+class _WayBack:
+    """The gradients of far rows: on their way to those who made them as soon as the attended ones are all known."""
+
+    def __init__(self, exchange: Exchange, k: Tensor, attended: Sequence[int]) -> None:
+        self.exchange, self.attended, self.like = exchange, attended, k[:, :0].detach()
+        self.grads: dict[int, tuple[Tensor, Tensor]] = {}  # of the parcels received, by index
+        self.flight = _Flight()
+        self.got: Tensor | None = None
+
+    def take(self, index: int, dk: Tensor, dv: Tensor) -> None:
+        self.grads[index] = (dk, dv)
+        if len(self.grads) == len(self.attended):
+            self.depart()
+
+    def nothing(self, dk: Tensor, dv: Tensor) -> None:
+        self.depart()
+
+    def depart(self) -> None:
+        exchange, like = self.exchange, self.like
+        sent, rooms = _buffer(exchange.received, like)
+        for index, (room, _) in enumerate(rooms):
+            if index in self.grads:
+                for into, grad in zip(room, self.grads[index], strict=True):
+                    into.copy_(grad)
+            else:
+                room.zero_()
+        self.grads = {}
+        self.got, _ = _buffer(exchange.sent, like)
+        self.flight.start(
+            self.got, sent, (_sizes(exchange.sent, like), _sizes(exchange.received, like)), exchange.group
+        )
+
+    def land(self, grads: Sequence[Tensor]) -> Tensor:
+        """What came back, flat; `grads`, of all rows received, leave now where no attention sent them before."""
+        if self.got is None:
+            pairs = zip(grads[::2], grads[1::2], strict=True)
+            self.grads = {i: pair for i, pair in enumerate(pairs) if i < sum(map(len, self.exchange.received))}
+            self.depart()
+        self.flight.land()
+        got, self.got = self.got, None
+        assert got is not None
+        return got
+
+
 class _AllToAll(torch.autograd.Function):
     """(k, v) -> k and v of every parcel received, (B, rows, H, D) each; with none, two tensors without rows."""
 
     @staticmethod
-    def forward(ctx: Any, exchange: Exchange, flight: _Flight, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange, ctx.shape, ctx.dtype = exchange, k.shape, k.dtype
+    def forward(
+        ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.back, ctx.shape, ctx.dtype = exchange, back, k.shape, k.dtype
         sent, rooms = _buffer(exchange.sent, k)
         for room, parcel in rooms:
             for views in exchange.views(parcel):
                 strided_view(room[0], views.packed).copy_(strided_view(k, views.shard))
                 strided_view(room[1], views.packed).copy_(strided_view(v, views.shard))
         got, places = _buffer(exchange.received, k)
-        flight.held = sent
-        flight.work = dist.all_to_all_single(
-            got, sent, _sizes(exchange.received, k), _sizes(exchange.sent, k), group=exchange.group, async_op=True
-        )
+        flight.start(got, sent, (_sizes(exchange.received, k), _sizes(exchange.sent, k)), exchange.group)
         if not places:
             empty = k.new_empty(k.shape[0], 0, *k.shape[2:])
             return empty, empty.clone()
@@ -184,22 +236,15 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        exchange, like = ctx.exchange, grads[0]
-        sent, rooms = _buffer(exchange.received, like)
-        for index, (room, _) in enumerate(rooms):
-            room[0].copy_(grads[2 * index])
-            room[1].copy_(grads[2 * index + 1])
-        got, places = _buffer(exchange.sent, like)
-        dist.all_to_all_single(
-            got, sent, _sizes(exchange.sent, like), _sizes(exchange.received, like), group=exchange.group
-        )
+        exchange = ctx.exchange
+        got = ctx.back.land(grads)
         wide = torch.float64 if ctx.dtype is torch.float64 else torch.float32
-        dk, dv = (torch.zeros(ctx.shape, dtype=wide, device=like.device) for _ in range(2))
-        for room, parcel in places:
+        dk, dv = (torch.zeros(ctx.shape, dtype=wide, device=got.device) for _ in range(2))
+        for room, parcel in _places(exchange.sent, got, grads[0]):
             for views in exchange.views(parcel):
                 strided_view(dk, views.shard).add_(strided_view(room[0], views.packed))
                 strided_view(dv, views.shard).add_(strided_view(room[1], views.packed))
-        return None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
+        return None, None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
 
 
 def _sizes(parcels: Sequence[Sequence[Parcel]], like: Tensor) -> list[int]:
@@ -211,13 +256,17 @@ def _sizes(parcels: Sequence[Sequence[Parcel]], like: Tensor) -> list[int]:
 def _buffer(parcels: Sequence[Sequence[Parcel]], like: Tensor) -> tuple[Tensor, list[tuple[Tensor, Parcel]]]:
     """One flat tensor for all parcels, rank by rank, and each one's place in it: (2, B, rows, H, D), k and v."""
     flat = like.new_empty(sum(_sizes(parcels, like)))
+    return flat, _places(parcels, flat, like)
+
+
+def _places(parcels: Sequence[Sequence[Parcel]], flat: Tensor, like: Tensor) -> list[tuple[Tensor, Parcel]]:
     places, offset = [], 0
     for parcel in (parcel for found in parcels for parcel in found):
         shape = (2, like.shape[0], parcel.rows, *like.shape[2:])
         size = 2 * like.shape[0] * parcel.rows * like.shape[2] * like.shape[3]
         places.append((flat[offset : offset + size].view(shape), parcel))
         offset += size
-    return flat, places
+    return places
 
 
 def even_edges(start: int, tokens: int, ranks: int) -> list[int]:
