@@ -289,7 +289,7 @@ class _Scorer:
         if self.cut.last:
             ids = document.read(len(document) - self.cut.last, len(document))
             n_bytes = self.count_bytes(ids) if self.count_bytes else None
-        positions = ByPosition(min(self.model.config.segment_lengths)) if self.by_position else None
+        positions = ByPosition(min(self.model.config.pattern.segment_lengths)) if self.by_position else None
         return _Tally(document, context, n_bytes, positions)
 
     def _window(self, tally: _Tally, start: int, stop: int) -> _Window:
