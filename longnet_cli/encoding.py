@@ -11,6 +11,7 @@ is resumed pads and adds up as one that was never stopped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -25,14 +26,15 @@ from torch import Tensor
 from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.model.longnet import LongNet
+from longnet_cli.model import LongNet
+from longnet_cli.model.net import Net
 from longnet_cli.model.weights import fingerprint
-from longnet_cli.runtime.chunks import CausalStream, default_chunk
+from longnet_cli.runtime.chunks import default_chunk, open_stream
 from longnet_cli.runtime.device import check_kernel, precision, resolve_dtype
 from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.layerwise import hidden_in_chunks
 from longnet_cli.runtime.ranks import Exchange, even_edges
-from longnet_cli.scoring import batches_by_length, read_sequence
+from longnet_cli.scoring import batches_by_length, check_length, read_sequence
 
 Pool = Literal["mean", "last", "first"]
 EmbeddingDtype = Literal["float32", "float16"]
@@ -41,7 +43,7 @@ SHARD_ROWS = 1 << 14
 
 
 def encode(
-    model: LongNet,
+    model: Net,
     documents: Iterable[Document],
     *,
     bos: int | None,
@@ -66,15 +68,16 @@ def encode(
 
     `chunk` is the most tokens of one forward, by default what `default_chunk` gives. Short documents share a forward;
     a longer one goes chunk by chunk, with the same result. A causal net needs no more memory for it; a bidirectional
-    one keeps its hidden states in memory or, with `spill`, in a file in that folder.
+    one keeps its hidden states in memory or, with `spill`, in a file in that folder. A net that does not stream reads
+    it in one forward.
 
     Several `ranks`, all given the same documents, share every long one, `chunk` tokens each, and deal out the forwards
-    of short ones; every rank gets all rows. A bidirectional net's documents must then fit the ranks' chunks together.
+    of short ones; every rank gets all rows.
 
     `device` moves the model there; None leaves it where it is. `model_name` and `tokenizer_sha256` go into the schema's
     metadata. `on_progress` gets the number of tokens that each forward has encoded. Raises ConfigError for a model
-    without a vocabulary; the reader, DataError for an empty document, MemoryLimitError for hidden states that do not
-    fit.
+    without a vocabulary; the reader, DataError for an empty document, ConfigError for one with more tokens than the
+    model has positions, MemoryLimitError for hidden states that do not fit.
     """
     for name, value in (("span", span), ("chunk", chunk)):
         if value is not None and value < 1:
@@ -91,14 +94,16 @@ def encode(
         model_name=model_name,
         tokenizer_sha256=tokenizer_sha256,
     )
-    chunk = chunk or default_chunk(model.config, next(model.parameters()).device)
-    encoder = _Encoder(model, bos, pool, span, chunk, spill, dtype, ranks or Ranks(), on_progress)
+    ranks = ranks or Ranks()
+    # ranks may have other amounts of free memory
+    chunk = chunk or int(ranks.smallest(default_chunk(model.config, next(model.parameters()).device)))
+    encoder = _Encoder(model, bos, pool, span, chunk, spill, dtype, ranks, on_progress)
     batches = (_record_batch(schema, rows, normalize) for rows in encoder.run(documents) if rows)
     return pa.RecordBatchReader.from_batches(schema, batches)
 
 
 def encode_to_folder(
-    model: LongNet,
+    model: Net,
     documents: Iterable[Document],
     output: str | Path,
     *,
@@ -115,9 +120,12 @@ def encode_to_folder(
     tokenizer_sha256: str | None = None,
     shard_rows: int = SHARD_ROWS,
     resume: bool = False,
+    ranks: Ranks | None = None,
     on_progress: Callable[[int], None] | None = None,
-) -> ShardFolder:
+) -> ShardFolder | None:
     """Write what `encode` gives to `vectors-00000.arrow`, ... in the folder `output`, which is returned closed.
+
+    Of several `ranks` the first one writes; the others, which see no folder, get None.
 
     A shard ends with the document that brings it to `shard_rows` rows. `resume` goes on with a folder that an earlier
     run left unfinished, without encoding again what is in finished shards: byte for byte as if it had never stopped,
@@ -130,10 +138,13 @@ def encode_to_folder(
     """
     if shard_rows < 1:
         raise ConfigError(f"shard_rows must be 1 or more, not {shard_rows}")
-    earlier = run_to_resume(output, resume=resume)
+    ranks = ranks or Ranks()
+    earlier = run_to_resume(output, resume=resume) if ranks.first else None
     device = next(model.parameters()).device
     if chunk is None:
-        chunk = earlier.settings.get("chunk") if earlier else default_chunk(model.config, device)
+        found = earlier.settings.get("chunk") if earlier else None
+        chunk = int(ranks.smallest(found or default_chunk(model.config, device)))
+        chunk = int(ranks.largest(found or 0)) or chunk  # the earlier run's, which the first one knows
     schema_options: dict[str, Any] = {
         "pool": pool,
         "normalize": normalize,
@@ -148,14 +159,23 @@ def encode_to_folder(
         "kernel": check_kernel(device, dtype, model.config.head_dim),
         **options,
         "shard_rows": shard_rows,
+        **({"ranks": ranks.world} if ranks.world > 1 else {}),  # they add up in another order
     }
     schema = embedding_schema(model.config.dim, **schema_options)
-    with ShardFolder(output, schema, settings=decisive, name="vectors", resume=resume) as folder:
-        if not folder.finished:
-            for shard in _shards(islice(documents, folder.documents, None), shard_rows, span):
-                for batch in encode(model, shard, spill=spill, on_progress=on_progress, **options):
-                    begun = int(np.count_nonzero(batch["span"].to_numpy() == 0))  # and ended, in a whole shard
+    with ExitStack() as stack:
+        folder = None
+        if ranks.first:
+            shards = ShardFolder(output, schema, settings=decisive, name="vectors", resume=resume)
+            folder = stack.enter_context(shards)
+        if ranks.any(folder is not None and folder.finished):
+            return folder
+        done = int(ranks.largest(folder.documents if folder else 0))
+        for shard in _shards(islice(documents, done, None), shard_rows, span):
+            for batch in encode(model, shard, spill=spill, ranks=ranks, on_progress=on_progress, **options):
+                begun = int(np.count_nonzero(batch["span"].to_numpy() == 0))  # and ended, in a whole shard
+                if folder:
                     folder.write(batch, documents=begun, tokens=int(batch["n_tokens"].to_numpy().sum()))
+            if folder:
                 folder.end_shard()
     return folder
 
@@ -249,7 +269,7 @@ class _Encoder:
 
     def __init__(
         self,
-        model: LongNet,
+        model: Net,
         bos: int | None,
         pool: Pool,
         span: int | None,
@@ -272,7 +292,9 @@ class _Encoder:
         for document in documents:
             if not len(document):
                 raise DataError(f"{document.where}: document {document.doc_id!r} is empty: there is nothing to encode")
-            if len(document) + self.first > self.chunk:
+            total = len(document) + self.first
+            check_length(document, total, self.model, "encode it in shorter documents")
+            if total > self.chunk and self.model.config.streams:
                 yield self._forward(waiting)
                 waiting, tokens = [], 0
                 yield from self._stream(document)
@@ -324,18 +346,20 @@ class _Encoder:
         def read(start: int, stop: int) -> Tensor:
             return torch.from_numpy(read_sequence(document, self.bos, start, stop))[None].to(self.device)
 
-        if ranks.world == 1 and not model.config.causal:
-            done = _Share(self.on_progress, model.config.num_layers)
-            chunks = hidden_in_chunks(model, read, total, self.chunk, spill=self.spill, dtype=self.dtype, on_chunk=done)
-            yield from ([hidden] for hidden in chunks)
-            return
         chunk = self.chunk * ranks.world
         if not model.config.causal and total > chunk:
-            raise ConfigError(
-                f"{document.where}: {total} tokens in both directions need all ranks at once, and {ranks.world} ranks "
-                f"have chunks of {self.chunk}: give --chunk {-(-total // ranks.world)}, or encode it with one process"
-            )
-        stream = CausalStream(model, group=ranks.group) if model.config.causal else None
+            assert isinstance(model, LongNet)  # no other net goes layer by layer
+            options: dict[str, Any] = {"spill": self.spill, "dtype": self.dtype, "ranks": ranks}
+            done = _Share(self.on_progress, model.config.num_layers)
+            mine = hidden_in_chunks(model, read, total, self.chunk, on_chunk=done, **options)
+            for turn in range(0, total, chunk):
+                starts = range(turn, min(turn + chunk, total), self.chunk)
+                yield [
+                    next(mine) if index == ranks.rank else self._nothing(min(self.chunk, total - start))
+                    for index, start in enumerate(starts)
+                ]
+            return
+        stream = open_stream(model, ranks.group) if model.config.causal else None
         for start in range(0, total, chunk):
             stop = min(start + chunk, total)
             edges = even_edges(start, stop - start, ranks.world)

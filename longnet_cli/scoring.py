@@ -21,8 +21,8 @@ from longnet_cli.data.sinks import ShardWriter
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.measures import ByPosition, DocumentScore, Score
-from longnet_cli.model.longnet import IGNORED, LongNet
-from longnet_cli.runtime.chunks import CausalStream, default_chunk
+from longnet_cli.model.net import IGNORED, Net
+from longnet_cli.runtime.chunks import default_chunk, open_stream
 from longnet_cli.runtime.device import precision
 from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.ranks import even_edges
@@ -34,7 +34,7 @@ LOGPROB_BATCH = 1 << 18  # tokens of a record batch of log-probabilities
 
 
 def score(
-    model: LongNet,
+    model: Net,
     documents: Iterable[Document],
     *,
     bos: int | None,
@@ -65,15 +65,16 @@ def score(
     position in the window.
 
     `chunk` is the most tokens of one forward, by default what `default_chunk` gives. Short windows share a forward; a
-    longer one is streamed, so memory does not depend on the document's length and the chunk changes no number.
+    longer one is streamed, so memory does not depend on the document's length and the chunk changes no number. A net
+    that does not stream reads it in one forward.
 
     Several `ranks`, all given the same documents, share every long window, `chunk` tokens each, and deal out the
     forwards of short ones; every rank gets all results.
 
     An empty document scores 0 tokens. `device` moves the model there; None leaves it where it is. `on_tokens` gets the
     log-probabilities of all tokens in order. `on_progress` gets the number of tokens that each forward has scored.
-    Raises ConfigError for a model that cannot score or options that contradict each other, and DataError at the end
-    when no document had a token to score.
+    Raises ConfigError for a model that cannot score, options that contradict each other and a document with more tokens
+    than the model has positions, DataError at the end when no document had a token to score.
     """
     if not model.config.causal:
         raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
@@ -94,9 +95,11 @@ def score(
         raise ConfigError("log-probabilities of tokens are those of one context: give one")
     if device is not None:
         model.to(device)
-    chunk = chunk or default_chunk(model.config, next(model.parameters()).device)
+    ranks = ranks or Ranks()
+    # ranks may have other amounts of free memory
+    chunk = chunk or int(ranks.smallest(default_chunk(model.config, next(model.parameters()).device)))
     cut = _Cut(0 if bos is not None else 1, contexts, stride, last)
-    scorer = _Scorer(model, bos, cut, by_position, count_bytes, chunk, dtype, ranks or Ranks(), on_tokens, on_progress)
+    scorer = _Scorer(model, bos, cut, by_position, count_bytes, chunk, dtype, ranks, on_tokens, on_progress)
     return scorer.run(documents)
 
 
@@ -154,6 +157,13 @@ def write_token_logprobs(path: str | Path) -> Iterator[OnTokens]:
 
         yield on_tokens
         flush()
+
+
+def check_length(document: Document, tokens: int, model: Net, instead: str) -> None:
+    """Raise ConfigError where `model` has no positions for `tokens` of the document, saying what to do `instead`."""
+    limit = model.config.max_tokens
+    if limit is not None and tokens > limit:
+        raise ConfigError(f"{document.where}: {tokens} tokens, and the model has {limit} positions: {instead}")
 
 
 def read_sequence(document: Document, bos: int | None, start: int, stop: int) -> np.ndarray:
@@ -234,7 +244,7 @@ class _Scorer:
 
     def __init__(
         self,
-        model: LongNet,
+        model: Net,
         bos: int | None,
         cut: _Cut,
         by_position: bool,
@@ -262,7 +272,8 @@ class _Scorer:
             for context in self.cut.contexts:
                 tally = self._tally(document, context)
                 for start, stop, counted in self.cut.windows(len(document), context):
-                    if stop - start > self.chunk:
+                    check_length(document, stop - start, self.model, f"--context {self.model.config.max_tokens}")
+                    if stop - start > self.chunk and self.model.config.streams:
                         yield from self._flush()
                         self._stream(tally, start, stop, counted)
                     else:
@@ -328,7 +339,7 @@ class _Scorer:
     @torch.inference_mode()
     def _stream(self, tally: _Tally, start: int, stop: int, counted: int) -> None:
         """Score a window that is longer than a chunk."""
-        stream, ranks = CausalStream(self.model, group=self.ranks.group), self.ranks
+        stream, ranks = open_stream(self.model, self.ranks.group), self.ranks
         for first in range(start, stop, self.chunk * ranks.world):
             last = min(first + self.chunk * ranks.world, stop)
             edges = even_edges(first, last - first, ranks.world)

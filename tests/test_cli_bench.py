@@ -101,7 +101,7 @@ def test_a_whole_model(bench: Bench) -> None:
     "wrong",
     [
         ["--impl", "sparse"], ["--direction", "up"], ["--op", "sort"], ["--pattern", "paper"], ["--seq", "0"],
-        ["--dilation-rates", "1"],
+        ["--dilation-rates", "1"], ["--op", "exchange"],
     ],
 )  # fmt: skip
 def test_wrong_options_write_no_row(bench: Bench, wrong: list[str]) -> None:
@@ -117,6 +117,21 @@ def test_the_real_command(run_longnet: Callable[..., subprocess.CompletedProcess
     result = run_longnet("bench", "--pattern", "plaid")
     assert (result.returncode, result.stdout) == (2, "")
     assert "choose from paper, geometric" in result.stderr
+
+
+def test_ranks_exchange_as_much_for_a_longer_sequence(run_longnet: Callable[..., subprocess.CompletedProcess]) -> None:
+    options = ["--heads", "2", "--head-dim", "8", "--pattern", "geometric", "--base", "16", "--repeats", "1"]
+    options += ["--direction", "forward,backward", "--format", "jsonl", "--nproc", "2"]
+    result = run_longnet("bench", "--op", "exchange", "--seq", "256,1024", *options)
+    assert result.returncode == 0, result.stderr
+    rows = rows_of("jsonl", result.stdout)
+    assert [(row["seq"], row["direction"], row["impl"], row["ranks"]) for row in rows] == [
+        (seq, way, impl, 2) for seq in (256, 1024) for way in ("forward", "backward") for impl in ("dilated", "dense")
+    ]
+    # one level is wider than a shard, of 16 rows a segment: half of them are the other rank's, keys and values of fp32
+    far = 2 * 16 * 4 * (16 // 2)
+    assert [row["bytes"] for row in rows] == [far, 2 * 16 * 4 * 128] * 2 + [far, 2 * 16 * 4 * 512] * 2
+    assert all(row["status"] == "ok" and row["seconds"] > 0 for row in rows)
 
 
 def test_ctrl_c_leaves_the_rows_so_far(tmp_path: Path, command_env: dict[str, str]) -> None:

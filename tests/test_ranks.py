@@ -9,8 +9,10 @@ import multiprocessing
 import os
 import random
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -23,11 +25,13 @@ from torch import Tensor
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.model import LongNet
 from longnet_cli.runtime.chunks import CausalStream
+from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.layerwise import hidden_in_chunks
 from longnet_cli.runtime.ranks import Exchange, even_edges
 from longnet_cli.training.gradients import backward
 
 EOS = 49
-multiprocessing.set_forkserver_preload(["test_ranks"])
+multiprocessing.set_forkserver_preload(["test_ranks", "torch.distributed.fsdp"])
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-6, 1e-5)}  # outputs, gradients
 
 
@@ -37,7 +41,9 @@ def run_ranks(world: int, folder: Path, work: Callable[..., None], *args: Any) -
     The ranks are forks of one server that has torch: eight would take half a minute to import it.
     """
     folder.mkdir(exist_ok=True)
-    mp.start_processes(_enter, (world, str(folder / "store"), work, args), nprocs=world, start_method="forkserver")
+    mp.start_processes(
+        _enter, (world, str(folder / f"store-{uuid4()}"), work, args), nprocs=world, start_method="forkserver"
+    )
 
 
 def _enter(rank: int, world: int, store: str, work: Callable[..., None], args: tuple) -> None:
@@ -59,9 +65,13 @@ def off(found: Tensor, expected: Tensor, floor: float) -> float:
     return (found - expected).double().norm().item() / max(expected.double().norm().item(), floor, 1e-30)
 
 
-def random_pattern(pick: random.Random) -> Pattern:
-    offsets = pick.choice(["modulo", "grouped"])
-    kind = pick.choice(["paper", "geometric", "any"])
+# those that every number of ranks goes through; beyond them, anything
+GRID = list(product([True, False], ["paper", "geometric"], ["modulo", "grouped"]))
+
+
+def random_pattern(pick: random.Random, kind: str | None = None, offsets: str | None = None) -> Pattern:
+    offsets = offsets or pick.choice(["modulo", "grouped"])
+    kind = kind or pick.choice(["paper", "geometric", "any"])
     if kind == "paper":
         return Pattern(PAPER_64TH.segment_lengths, PAPER_64TH.dilation_rates, offsets)
     if kind == "geometric":
@@ -75,7 +85,8 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     for seed in range(problems):
         pick = random.Random(seed)  # the same on every rank
-        pattern, causal, heads = random_pattern(pick), pick.random() < 0.5, pick.randint(1, 7)
+        causal, kind, offsets = GRID[seed] if seed < len(GRID) else (pick.random() < 0.5, None, None)
+        pattern, heads = random_pattern(pick, kind, offsets), pick.randint(1, 7)
         batch, tokens = pick.randint(1, 2), pick.randint(1, 400)
         edges = even_edges(0, tokens, world)
         if pick.random() < 0.5:  # uneven, some of them empty
@@ -106,7 +117,7 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 def test_attention_in_shards_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
-    run_ranks(world, tmp_path, in_both_types, attention_in_shards, 40 if world < 8 else 12)
+    run_ranks(world, tmp_path, in_both_types, attention_in_shards, 24 if world < 8 else 12)
 
 
 def net_in_shards(dtype: torch.dtype) -> None:
@@ -201,12 +212,15 @@ def training_in_shards(dtype: torch.dtype) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     for seed in range(6):
         pick = random.Random(seed)
-        model = net(random_pattern(pick)).to(dtype)
-        batch, tokens, chunk = pick.randint(1, 3), pick.randint(world, 300), pick.randint(8, 120)
+        pattern, batch = random_pattern(pick), pick.randint(1, 3)
+        tokens, chunk = pick.randint(world, 300), pick.randint(8, 120)
+        if seed == 0:  # chunks begin between the rows of some heads
+            pattern, batch, tokens, chunk = Pattern((30, 90, 270), (1, 3, 9)), 1, 117, 19
+        model = net(pattern).to(dtype)
         ids, targets = draw(batch, tokens, seed).clamp_(max=EOS - 1), draw(batch, tokens, seed + 9)
         for _ in range(pick.choice([0, 2, 9])):
             ids[pick.randrange(batch), pick.randrange(tokens)] = EOS
-        eos_id = pick.choice([EOS, None])
+        eos_id = pick.choice([EOS, None]) if seed else None
         loss = backward(model, ids, targets, chunk=10_000, eos_id=eos_id)
         expected = [p.grad for p in model.parameters()]
         model.zero_grad()
@@ -242,6 +256,33 @@ def streaming_in_shards() -> None:
             start = edges[-1]
         # every rank can go on alone
         torch.testing.assert_close(stream(ids[:, tokens:]), whole[:, tokens:], rtol=1e-11, atol=1e-11)
+
+
+def layer_by_layer_in_shards() -> None:
+    """A bidirectional net over more chunks than there are ranks, some ranks without one in the last turn."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for seed in range(6):
+        pick = random.Random(seed)
+        model, chunk = net(random_pattern(pick), causal=False).double(), pick.randint(20, 80)
+        tokens = chunk * world + pick.randint(1, 200)
+        ids = draw(1, tokens, seed)
+        with torch.no_grad():
+            whole = model(ids).split(chunk, 1)[rank::world]
+        done: list[int] = []
+        found = list(
+            hidden_in_chunks(
+                model, lambda a, b, ids=ids: ids[:, a:b], tokens, chunk,
+                ranks=Ranks(rank, world, world, dist.group.WORLD), on_chunk=done.append,
+            )
+        )  # fmt: skip
+        torch.testing.assert_close(found, list(whole), rtol=1e-11, atol=1e-11)
+        if rank == 0:
+            assert sum(done) == tokens * model.config.num_layers
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_layer_by_layer_over_ranks(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, layer_by_layer_in_shards)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

@@ -6,11 +6,6 @@ pytest tests/test_training.py
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +13,7 @@ import torch
 
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 from longnet_cli.model import LongNet
+from longnet_cli.training.checkpoint import checkpoints_in, read_state
 from longnet_cli.training.loop import train
 from longnet_cli.training.optimizer import build_optimizers, learning_rate
 from longnet_cli.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
@@ -147,8 +143,59 @@ def test_a_diverging_run_says_where_and_keeps_the_last_weights(corpus: Path, tmp
     with pytest.raises(KeyboardInterrupt):
         train(calm, tmp_path / "stopped", on_step=poison)
     assert torch.isfinite(LongNet.from_pretrained(tmp_path / "stopped").embedding.weight).all()
-    with pytest.raises(LongNetError, match=r"not finite at step \d+"):
+    with pytest.raises(
+        LongNetError, match=r"not finite at step (\d+) .*, in windows \d+ to \d+, from .*corpus.txt"
+    ) as error:
         train(recipe(corpus, **{"optimizer.lr": 1e30, "optimizer.clip": 1e30}), tmp_path / "wild")
+    assert "\n" not in str(error.value)
+    (saved,) = checkpoints_in(tmp_path / "wild/checkpoints")
+    assert f"step {read_state(saved)['progress']['step'] + 1} " in str(error.value)
+    with pytest.raises(LongNetError, match="the loss jumps at step"):
+        train(recipe(corpus, **{"train.loss_jump": 1e-9, "train.log_every": 1}), tmp_path / "jumpy")
+
+
+def test_masked_training_learns_and_hides_the_same_tokens_again(corpus: Path, tmp_path: Path) -> None:
+    settings = {
+        "model.causal": False,
+        "model.position": "rope",
+        "train.objective": "masked",
+        "train.stages": [{"seq_len": 64, "steps": 60}],
+        "train.evaluate_every": 30,
+        "data.held_out": [str(corpus)],
+    }
+    found = recipe(corpus, **settings)
+    assert found.model.vocab_size == 258  # the byte tokenizer's, and the mask
+    result = train(found, tmp_path / "a")
+    lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["held_out_loss"] < lines[2]["held_out_loss"] < 5
+    assert result.loss < lines[0]["loss"] - 1
+    train(found, tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match=r"train.chunk = 32 on 1 ranks is less than the longest seq_len, 64"):
+        train(recipe(corpus, **settings, **{"train.chunk": 32}), tmp_path / "c")
+    with pytest.raises(ConfigError, match=r"needs an id for the mask: model.vocab_size = 258"):
+        train(recipe(corpus, **settings, **{"model.vocab_size": 257}), tmp_path / "c")
+
+
+def test_activation_checkpointing_changes_no_number(corpus: Path, tmp_path: Path) -> None:
+    settings = {"train.stages": [{"seq_len": 200, "steps": 5}], "train.batch_tokens": 400, "model.dropout": 0.1}
+    for chunk in (4096, 48):
+        losses = [
+            train(
+                recipe(corpus, **settings, **{"train.chunk": chunk, "train.activation_checkpointing": again}),
+                tmp_path / f"{chunk} {again}",
+            ).loss
+            for again in (False, True)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_the_same(corpus: Path, tmp_path: Path) -> None:
+    plain, compiled = (
+        train(recipe(corpus, **{"train.compile": option}), tmp_path / f"{option}").loss for option in (False, True)
+    )
+    assert compiled == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +204,8 @@ def test_a_diverging_run_says_where_and_keeps_the_last_weights(corpus: Path, tmp
         ({"optimizer.ler": 1}, "unknown key 'optimizer.ler': did you mean 'optimizer.lr'?"),
         ({"train.seq_len": 1}, "unknown key 'train.seq_len'"),
         ({"model.dim": 15}, "not divisible"),
-        ({"model.causal": False, "model.position": "rope"}, "causal"),
+        ({"model.causal": False, "model.position": "rope"}, 'set train.objective = "masked"'),
+        ({"train.objective": "masked"}, 'set train.objective = "causal"'),
         ({"train.stages": []}, "train.stages"),
         ({"data.train": []}, "data.train"),
         ({"optimizer.lr.x": 1}, "is a value, not a table"),
@@ -208,30 +256,18 @@ def test_the_command(corpus: Path, tmp_path: Path, run_longnet) -> None:
     assert done.stdout == ""
     assert "saved run after 5 steps" in done.stderr
     assert (tmp_path / "run/model.safetensors").exists()
-    again = run_longnet("train", recipe_file, "-o", "run")
-    assert (again.returncode, len(again.stderr.splitlines())) == (2, 1)
+    weights = (tmp_path / "run/model.safetensors").read_bytes()
+    again = run_longnet("train", "-o", "run")
+    assert again.returncode == 0, again.stderr
+    assert "all steps are done already" in again.stderr
+    assert (tmp_path / "run/model.safetensors").read_bytes() == weights
+    never = run_longnet("train", recipe_file, "-o", "run", "--resume", "never")
+    assert (never.returncode, len(never.stderr.splitlines())) == (2, 2), never.stderr
+    assert "already holds a run" in never.stderr
     typo = run_longnet("train", recipe_file, "-o", "run2", "--set", "train.log_evry=1")
     assert typo.returncode == 2
     assert "did you mean 'train.log_every'?" in typo.stderr
     assert not (tmp_path / "run2").exists()
-
-
-def test_sigterm_saves_and_exits_143(corpus: Path, tmp_path: Path, command_env: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "longnet_cli", "train", "-o", "run", "--data", str(corpus)]
-    command += ["--seq-len", "32", "--steps", "1000000", "--set", "train.log_every=1", "--set", "train.batch_tokens=64"]
-    for key, value in MODEL.items():
-        command += ["--set", f"model.{key}={value}"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=command_env, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run/metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 143, stderr
-    assert "Traceback" not in stderr
-    assert stderr.splitlines()[-1].startswith("stopped: the weights so far are in run")
-    LongNet.from_pretrained(tmp_path / "run")
 
 
 def test_a_chunk_changes_no_number_of_a_run(corpus: Path, tmp_path: Path) -> None:

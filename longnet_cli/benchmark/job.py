@@ -22,13 +22,19 @@ from typing import Any
 import torch
 
 from longnet_cli.benchmark.attention import attention
+from longnet_cli.benchmark.exchange import exchange
 from longnet_cli.benchmark.measurement import Case, Measurement, Stream, measure, measure_stream
 from longnet_cli.benchmark.model import model, train
 from longnet_cli.benchmark.settings import Settings
 from longnet_cli.errors import ConfigError
 from longnet_cli.runtime.device import check_kernel, free_memory, resolve_dtype, select_device
 
-OPS: dict[str, Callable[[Settings, str, str, int], Case]] = {"attention": attention, "model": model, "train": train}
+OPS: dict[str, Callable[[Settings, str, str, int], Case]] = {
+    "attention": attention,
+    "model": model,
+    "train": train,
+    "exchange": exchange,
+}
 IMPLS = ("dilated", "dense", "kernels")
 DIRECTIONS = ("forward", "backward")
 
@@ -55,7 +61,8 @@ def bench(
     """Measure every combination of `seqs` (tokens), `directions` and `impls`, in that order of nesting.
 
     op: attention, of random queries, keys and values; model, tokens in and their loss out; train, tokens in and the
-        gradients out. The last two have one direction, whatever `directions` says.
+        gradients out. These two have one direction, whatever `directions` says. exchange, keys and values between
+        several ranks, which all call this and get the same rows.
     impls: dilated (ours), dense (torch's), kernels (the kernel calls that dilated makes, without what it does between).
     settings: those of `Settings.resolve`. A causal forward of a million tokens or more, or of more than `chunk`, is
         streamed through a KV cache and run once: a row for each decade of its positions, then one for the whole.
@@ -79,6 +86,12 @@ def bench(
         directions = ["backward" if op == "train" else "forward"]
         if "kernels" in impls:
             raise ConfigError(f"--op {op} measures dilated and dense, not the kernels alone")
+    if op == "exchange" and "kernels" in impls:
+        raise ConfigError("--op exchange measures dilated and dense: it calls no kernel")
+    world = settings["ranks"].world if settings.get("ranks") else 1
+    if (op == "exchange") != (world > 1):
+        one, several = "--op exchange takes several processes", f"--op {op} measures one process, not {world}"
+        raise ConfigError(f"{one}: give --nproc 2 or more, or use torchrun" if world == 1 else several)
     if repeats < 1:
         raise ConfigError(f"repeats must be at least 1, not {repeats}")
     found = Settings.resolve(seqs, **settings)
@@ -87,7 +100,7 @@ def bench(
     def make(impl: str, direction: str, seq: int) -> Case:
         return OPS[op](found, impl, direction, seq)
 
-    limits = _Limits(found.device, repeats, max_time, max_dense_time)
+    limits = _Limits(found.device, repeats, max_time, max_dense_time, found.ranks.largest)
     return _measure_all(make, order, limits, on_start, on_tokens)
 
 
@@ -109,9 +122,14 @@ class _Limits:
     """What a run may take: the time for all rows and for a dense one."""
 
     def __init__(
-        self, device: torch.device, repeats: int, max_time: float | None, max_dense_time: float | None
+        self,
+        device: torch.device,
+        repeats: int,
+        max_time: float | None,
+        max_dense_time: float | None,
+        largest: Callable[[float], float],
     ) -> None:
-        self.device, self.repeats = device, repeats
+        self.device, self.repeats, self.largest = device, repeats, largest
         self.deadline = time.perf_counter() + (float("inf") if max_time is None else max_time)
         self.dense = float("inf") if max_dense_time is None else max_dense_time
 
@@ -137,19 +155,19 @@ def _measure_all(
                 rates.add(row)
                 yield row
             return
-        row = measure(case, limits.device, limits.repeats, limits.deadline)
+        row = measure(case, limits.device, limits.repeats, limits.deadline, limits.largest)
         rates.add(row)
         yield row
 
     for impl, direction, seq in order:
         case = make(impl, direction, seq)
-        if time.perf_counter() >= limits.deadline:
+        if limits.largest(time.perf_counter() >= limits.deadline):  # what one rank does, all do
             yield replace(case.row, reason="the time is over")
             continue
         if case.flops > _LONG_FLOPS and seq > _PROBE_SEQ and not rates.knows(case):
             rates.add(measure(make(impl, direction, case.row.chunk or _PROBE_SEQ), limits.device, 1, limits.deadline))
         estimate, free, allowed = rates.seconds(case), free_memory(limits.device), limits.seconds(case)
-        if free is not None and case.memory_bytes > free:
+        if free is not None and limits.largest(case.memory_bytes > free):
             reason = f"needs {_gib(case.memory_bytes)} of memory, {_gib(free)} are free"
             yield replace(case.row, status="skipped", reason=reason)
         elif estimate is not None and estimate > allowed and not isinstance(case, Stream):

@@ -24,7 +24,8 @@ class Measurement:
     `status`: ok; oom (memory ran out); skipped (would not fit memory, or the time for dense); stopped (out of time). A
     streamed run, `chunk` tokens at a time, also gives a row for each decade of its positions, [start, stop).
     `cpu_seconds` is the time of all its threads, which says on a shared machine whether others slowed the clock.
-    `peak_rss_bytes` is the process's peak from making the inputs to the last run; on a GPU, that of torch's allocator.
+    `bytes` is what one of several `ranks` receives, the one with the most. `peak_rss_bytes` is the process's peak from
+    making the inputs to the last run; on a GPU, that of torch's allocator.
     """
 
     op: str
@@ -50,6 +51,8 @@ class Measurement:
     start: int | None = None
     stop: int | None = None
     cpu_seconds: float | None = None
+    bytes: int | None = None
+    ranks: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,20 @@ class Stream(Case):
     flops_to: Callable[[int], float]  # of its first so many tokens
 
 
-def measure(case: Case, device: torch.device, repeats: int, deadline: float) -> Measurement:
-    """Run the case: warm-up, then `repeats` runs, or as many as end before the deadline."""
+def measure(
+    case: Case, device: torch.device, repeats: int, deadline: float, largest: Callable[[float], float] = float
+) -> Measurement:
+    """Run the case: warm-up, then `repeats` runs, or as many as end before the deadline.
+
+    `largest` is `Ranks.largest` where several ranks measure together: the slowest one's seconds count, on all.
+    """
     seconds: list[float] = []
     try:
         with PeakMemory(device) as peak:
             run = case.start()
-            warm_up = _timed(run, device)
-            while len(seconds) < repeats and time.perf_counter() + warm_up <= deadline:
-                seconds.append(_timed(run, device))
+            warm_up = largest(_timed(run, device))
+            while len(seconds) < repeats and not largest(time.perf_counter() + warm_up > deadline):
+                seconds.append(largest(_timed(run, device)))
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -90,7 +98,7 @@ def measure(case: Case, device: torch.device, repeats: int, deadline: float) -> 
         status="ok",
         seconds=median,
         tokens_per_second=case.tokens / median,
-        flops_per_second=case.flops / median,
+        flops_per_second=case.flops / median if case.flops else None,
         peak_rss_bytes=peak.bytes,
     )
 

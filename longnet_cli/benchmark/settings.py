@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from longnet_cli.attention import Pattern
 from longnet_cli.errors import ConfigError
 from longnet_cli.runtime.device import DTYPES, check_kernel, resolve_dtype, select_device
+from longnet_cli.runtime.launch import Ranks
 
 LONG = 10**6  # tokens from which on a causal forward is streamed and the defaults are those of long sequences
 CHUNK = 1 << 16  # tokens of a streamed run
@@ -18,13 +19,14 @@ CHUNK = 1 << 16  # tokens of a streamed run
 
 @dataclass(frozen=True)
 class Settings:
-    """`pattern`: a Pattern, "paper", or "geometric" with its base and ratio."""
+    """`pattern`: a Pattern, "paper", or "geometric" with its base and ratio; `asked`, whether somebody said so."""
 
     heads: int
     head_dim: int
     batch: int
     causal: bool
     pattern: Pattern | str
+    asked: bool
     base: int
     ratio: int
     dtype: str
@@ -33,6 +35,7 @@ class Settings:
     layers: int
     vocab: int
     model: str | Path | None
+    ranks: Ranks = field(default_factory=Ranks)
 
     @classmethod
     def resolve(
@@ -52,6 +55,7 @@ class Settings:
         layers: int = 2,
         vocab: int = 256,
         model: str | Path | None = None,
+        ranks: Ranks | None = None,
     ) -> Settings:
         """Fill in what is None: the paper's 12 heads of 64 and its pattern, or what suits long sequences.
 
@@ -68,6 +72,7 @@ class Settings:
         heads = heads if heads is not None else 2 if small else 12
         head_dim = head_dim if head_dim is not None else 32 if small else 64
         base = base if base is not None else 256 if small else 2048
+        asked = pattern is not None
         pattern = pattern or ("geometric" if long else "paper")
         if min(*seqs, heads, head_dim, batch, base, layers, vocab, 1 if chunk is None else chunk) < 1 or ratio < 2:
             raise ConfigError(
@@ -75,7 +80,23 @@ class Settings:
             )
         check_kernel(where, dtype, head_dim)
         dtype = resolve_dtype(dtype, where)
-        return cls(heads, head_dim, batch, causal, pattern, base, ratio, dtype, where, chunk, layers, vocab, model)
+        return cls(
+            heads,
+            head_dim,
+            batch,
+            causal,
+            pattern,
+            asked,
+            base,
+            ratio,
+            dtype,
+            where,
+            chunk,
+            layers,
+            vocab,
+            model,
+            ranks or Ranks(),
+        )
 
     def pattern_for(self, seq: int) -> Pattern:
         if isinstance(self.pattern, Pattern):

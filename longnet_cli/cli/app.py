@@ -108,6 +108,8 @@ def _explain(error: BaseException) -> int:
         return 130
     if isinstance(error, BrokenPipeError):  # the reader, say `head`, has what it wants
         return 141
+    if _is_lost_rank(error) and "LONGNET_LAUNCHED" in os.environ:  # `--nproc`, which tells of it: runtime/launch.py
+        return 69
     _let_the_first_speak(error)
     if isinstance(error, LongNetError):
         _say(str(error))

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longnet_cli.cli.options import DeviceOption, DtypeOption, QuietOption, size_option, sizes_option
+from longnet_cli.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    NprocOption,
+    QuietOption,
+    read_pattern,
+    size_option,
+    sizes_option,
+)
 from longnet_cli.cli.output import RowFormat, RowWriter, format_bytes, format_count, format_duration
 from longnet_cli.cli.progress import progress
 
@@ -31,6 +39,7 @@ _HUMAN = {
     "tokens_per_second": format_count,
     "flops_per_second": format_count,
     "peak_rss_bytes": format_bytes,
+    "bytes": format_bytes,
 }
 _LONG_SECONDS, _LONG_BYTES = 10.0, 2**30  # rows beyond these are announced
 
@@ -49,8 +58,8 @@ def bench(
         str,
         typer.Option(
             "--op",
-            metavar="attention|model|train",
-            help="The operator alone; a language model's forward; its loss and gradients.",
+            metavar="attention|model|train|exchange",
+            help="The operator alone; a language model's forward; its loss and gradients; what --nproc ranks exchange.",
         ),
     ] = "attention",
     impl: Annotated[
@@ -121,6 +130,7 @@ def bench(
     vocab: Annotated[int, size_option("--vocab", help="Of a model with random weights.")] = 256,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")] = 1,
     causal: Annotated[bool, typer.Option("--causal/--bidirectional", help="Who sees whom.")] = True,
+    nproc: NprocOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of a row after its warm-up.")] = 3,
@@ -147,8 +157,16 @@ def bench(
 
     Rows that would not fit free memory or the time are skipped and say so. Ctrl-C keeps the rows so far.
     """
+    if nproc is not None:
+        from longnet_cli.runtime.launch import start_ranks
+
+        start_ranks(nproc)
     from longnet_cli.benchmark import Measurement, Settings, Stream, machine
     from longnet_cli.benchmark import bench as run
+    from longnet_cli.runtime.launch import join, leave
+
+    ranks, where = join(device)
+    device, quiet = str(where), quiet or not ranks.first
 
     def say(line: str) -> None:
         if not quiet and sys.stderr:  # else print would take stdout
@@ -175,6 +193,7 @@ def bench(
         "layers": layers,
         "vocab": vocab,
         "model": model,
+        "ranks": ranks,
     }
     measurements = run(
         seqs,
@@ -188,18 +207,24 @@ def bench(
         on_tokens=lambda tokens: advance(tokens),  # `advance` exists when the first row is measured
         **shape,
     )
+    if not ranks.first:
+        for _ in measurements:
+            pass
+        leave()
+        return
     settings = Settings.resolve(seqs, **shape)
     if not quiet:
         say(", ".join([*machine(device, dtype, settings.head_dim).values(), _shape(op, settings)]))
     streamed = (
         sum(n for n in seqs if settings.streams(n))
-        if op != "train" and "dilated" in impl and "forward" in direction
+        if op not in ("train", "exchange") and "dilated" in impl and "forward" in direction
         else 0
     )
     total, unit = (streamed, "tok") if streamed else (len(seqs) * len(impl) * len(direction), "rows")
     columns = [field.name for field in dataclasses.fields(Measurement)]
     if format == "md":
-        columns = _MARKDOWN_COLUMNS[:4] + (["stop"] if streamed else []) + _MARKDOWN_COLUMNS[4:]
+        more = ["stop"] if streamed else ["bytes"] if op == "exchange" else []
+        columns = _MARKDOWN_COLUMNS[:4] + more + _MARKDOWN_COLUMNS[4:]
     rows: list[Measurement] = []
     with (
         progress("bench", total=total, unit=unit, quiet=quiet) as advance,
@@ -212,6 +237,7 @@ def bench(
                 say(f"{_title(row)}: {row.status}, {row.reason}")
             rows.append(row)
             advance(0 if streamed else 1, last=_title(row))
+    leave()
     if format == "md":
         for line in _ratios(rows):
             say(line)
@@ -232,7 +258,9 @@ def _shape(op: str, settings: Settings) -> str:
         "causal" if settings.causal else "bidirectional",
         f"pattern {pattern}" + (f", base {settings.base}, ratio {settings.ratio}" if pattern == "geometric" else ""),
     ]
-    return ", ".join([*parts, f"{settings.layers} layers, vocabulary {settings.vocab}"] if op != "attention" else parts)
+    return ", ".join(
+        [*parts, f"{settings.layers} layers, vocabulary {settings.vocab}"] if op in ("model", "train") else parts
+    )
 
 
 def _ratios(rows: Sequence[Measurement]) -> list[str]:
@@ -249,14 +277,7 @@ def _ratios(rows: Sequence[Measurement]) -> list[str]:
 def _pattern(
     name: str | None, segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None
 ) -> Pattern | str | None:
-    if segment_lengths is None and dilation_rates is None:
-        return name
-    if name is not None:
+    levels = read_pattern(segment_lengths, dilation_rates)
+    if levels and name is not None:
         raise typer.BadParameter("--pattern names levels, --segment-lengths and --dilation-rates list them: give one")
-    from longnet_cli.attention import Pattern
-
-    levels: list[Any] = [tuple(given or ()) for given in (segment_lengths, dilation_rates)]
-    try:
-        return Pattern(*levels)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    return levels or name

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
+    AttentionOption,
     ChunkOption,
     ColumnOption,
     DeviceOption,
+    DilationRatesOption,
     DtypeOption,
     EosOption,
     Inputs,
     ModelOption,
     NprocOption,
     QuietOption,
+    SegmentLengthsOption,
     TokenizerOption,
+    read_pattern,
     size_option,
     sizes_option,
 )
@@ -28,9 +33,10 @@ from longnet_cli.cli.output import emit_json, emit_jsonl
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
+    from longnet_cli.attention import Pattern
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.measures import DocumentScore, Score, Total
-    from longnet_cli.model.longnet import LongNet
+    from longnet_cli.model.net import Net
 
 Format = Literal["text", "json", "jsonl"]
 
@@ -91,6 +97,9 @@ def score(
     format: Annotated[
         Format, typer.Option("--format", help="A table to read, one JSON value, or a line of JSON a document.")
     ] = "text",
+    attention: AttentionOption = "dilated",
+    segment_lengths: SegmentLengthsOption = None,
+    dilation_rates: DilationRatesOption = None,
     nproc: NprocOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -100,20 +109,21 @@ def score(
 
     Every token is scored once. Across tokenizers, compare bpb, not ppl. A document of any length takes the same memory.
     """
-    start_ranks(nproc, inputs)
+    start_ranks(nproc, inputs, model)
     from longnet_cli.data.sources import read_documents
     from longnet_cli.errors import ConfigError
     from longnet_cli.measures import Total
 
     if token_logprobs == "-":
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
-    net, words = load_model(model, tokenizer, device, dtype)
+    net, words, bos = load_model(
+        model, tokenizer, device, dtype, attention, read_pattern(segment_lengths, dilation_rates), quiet
+    )
     from longnet_cli.runtime.launch import join, leave
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
 
     documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
-    bos = words.eos_id if words else None
     ranks, where = join(device)
     quiet = quiet or not ranks.first
     tokens = write_token_logprobs(token_logprobs) if token_logprobs and ranks.first else nullcontext()
@@ -142,41 +152,61 @@ def score(
     leave()
 
 
-def start_ranks(nproc: int | None, inputs: list[str]) -> None:
-    """What --nproc asks for; and several processes cannot share one stdin."""
+def start_ranks(nproc: int | None, inputs: list[str], model: str) -> None:
+    """What --nproc asks for; several processes cannot share one stdin, nor a model of transformers."""
     if nproc is None and "RANK" not in os.environ:
         return
     from longnet_cli.errors import ConfigError
+    from longnet_cli.presets import find_model, is_of_transformers
     from longnet_cli.runtime.launch import start_ranks, under_torchrun
 
-    if "-" in inputs and (under_torchrun() or (nproc or 1) > 1):
+    several = under_torchrun() or (nproc or 1) > 1
+    if several and is_of_transformers(find_model(model)):
+        raise ConfigError(f"{model}: a model of transformers runs in one process, without --nproc or torchrun")
+    if "-" in inputs and several:
         raise ConfigError("stdin can be read by one process: save it to a file, which every rank reads for itself")
     if nproc is not None:
         start_ranks(nproc)
 
 
-def load_model(name: str, tokenizer: str | None, device: str, dtype: str) -> tuple[LongNet, Tokenizer | None]:
-    """The model that --model names, in float32 on --device, and --tokenizer or else its own, None if it has none.
+class Loaded(NamedTuple):
+    """A model, its tokenizer, and the id that it reads before each document; None for what there is not."""
 
+    net: Net
+    words: Tokenizer | None
+    bos: int | None
+
+
+def load_model(
+    name: str,
+    tokenizer: str | None,
+    device: str,
+    dtype: str,
+    attention: Literal["dilated", "dense"] = "dilated",
+    pattern: Pattern | None = None,
+    quiet: bool = False,
+) -> Loaded:
+    """The model that --model names, in float32 on --device, and --tokenizer or else its own.
+
+    Says on stderr, unless `quiet`, what the user should know of how it reads documents.
     Raises ConfigError for a tokenizer with ids that the model does not have, a model that reads no tokens, or an
     attention kernel that cannot run in `dtype`.
     """
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.errors import ConfigError
-    from longnet_cli.presets import find_model
+    from longnet_cli.presets import find_model, is_of_transformers
 
     folder = find_model(name)
     own = folder / "tokenizer.json"
     chosen = tokenizer or (own if own.exists() else None)
     words = Tokenizer.load(chosen) if chosen else None
 
-    import torch  # takes a second: a wrong name has been told by now
-
-    from longnet_cli.model.longnet import LongNet
+    # torch takes a second: a wrong name has been told by now
+    from longnet_cli.integrations.loading import load_net
     from longnet_cli.runtime.device import check_kernel, select_device
 
     where = select_device(device)
-    net = LongNet.from_pretrained(folder, where, torch.float32)
+    net = load_net(folder, attention=attention, pattern=pattern, device=where)
     check_kernel(where, dtype, net.config.head_dim)
     if not net.config.vocab_size:
         raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
@@ -185,7 +215,10 @@ def load_model(name: str, tokenizer: str | None, device: str, dtype: str) -> tup
             f"{chosen}: the tokenizer has {words.vocab_size} ids and the model {net.config.vocab_size}: "
             "they do not belong together"
         )
-    return net, words
+    if net.note and not quiet and sys.stderr:
+        print(f"{name}: {net.note}", file=sys.stderr)
+    foreign = is_of_transformers(folder)
+    return Loaded(net, words, (words.bos_id if foreign else words.eos_id) if words else None)
 
 
 def _print(scores: Iterator[DocumentScore], format: Format, total: Total) -> None:

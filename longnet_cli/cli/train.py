@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longnet_cli.cli.dry_run import Format, show
 from longnet_cli.cli.options import DeviceOption, NprocOption, QuietOption, size_option
-from longnet_cli.cli.progress import progress
+from longnet_cli.cli.progress import Advance, progress
+
+if TYPE_CHECKING:
+    from longnet_cli.training.metrics import Metrics
 
 
 def train(
@@ -46,6 +51,14 @@ def train(
     initial: Annotated[
         str | None, typer.Option("--init", metavar="NAME|DIR", help="Start from this model's weights.")
     ] = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            "--resume",
+            metavar="auto|never|PATH",
+            help="Go on from the newest checkpoint in DIR, if there is one; never; or from the one at PATH.",
+        ),
+    ] = "auto",
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print memory, FLOPs and time, and stop: exit code 5 where it does not fit."),
@@ -60,12 +73,22 @@ def train(
         int | None,
         typer.Option("--dp", min=1, metavar="N", help="Groups of them, each with other sequences.", show_default="1"),
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="none|full",
+            help="full: each rank keeps its share of weights and optimizer state (FSDP2).",
+            show_default="none",
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
-    """Train a causal language model. Progress is on stderr, metrics.jsonl in the output folder.
+    """Train a model. Progress is on stderr; checkpoints, metrics.jsonl and the model are in the output folder.
 
-    Runs under torchrun too, which --nproc starts.
+    The same command goes on where it was stopped, and so does `longnet train -o DIR` alone. Runs under torchrun too,
+    which --nproc starts.
     """
     if nproc is not None:
         from longnet_cli.runtime.launch import start_ranks
@@ -73,8 +96,8 @@ def train(
         start_ranks(nproc)
     from longnet_cli.errors import ConfigError
     from longnet_cli.runtime.launch import join, leave
+    from longnet_cli.training.loop import CHECKPOINTS
     from longnet_cli.training.loop import train as run
-    from longnet_cli.training.metrics import Metrics
     from longnet_cli.training.recipe import load_recipe, parse_overrides
 
     overrides: dict[str, Any] = parse_overrides(settings or [])
@@ -82,19 +105,24 @@ def train(
         overrides["data.train"] = data
     if tokenizer:
         overrides["data.tokenizer"] = tokenizer
+    overrides |= {f"parallel.{key}": value for key, value in (("sp", sp), ("dp", dp), ("shard", shard)) if value}
     if (seq_len is None) != (steps is None):
         raise ConfigError("--seq-len and --steps make one stage together: give both")
     if seq_len is not None:
         overrides["train.stages"] = [{"seq_len": seq_len, "steps": steps}]
     if chunk is not None:
         overrides["train.chunk"] = chunk
+    before = Path(output, "recipe.json")
+    if recipe is None and resume != "never" and before.exists():
+        recipe = str(before)
     if recipe is None and not overrides:
         raise ConfigError("nothing to train: name a recipe (`longnet train my-recipe.toml`) or --set its values")
     found = load_recipe(recipe, overrides)
-    if Path(output, "model.safetensors").exists() and initial is None and not dry_run:
+    used = Path(output, "model.safetensors").exists() and not Path(output, CHECKPOINTS).exists()
+    if used and initial is None and not dry_run:
         raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
 
-    ranks, where = join(device, sp=sp, dp=dp)
+    ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
     if dry_run:
         from longnet_cli.training.estimate import estimate
 
@@ -104,10 +132,7 @@ def train(
             show(estimated, format)
         return
     quiet = quiet or not ranks.first
-    total = sum(
-        stage.steps * max(1, found.train.batch_tokens // stage.seq_len // ranks.dp) * ranks.dp * stage.seq_len
-        for stage in found.train.stages
-    )
+    total = found.train.tokens
 
     def say(line: str) -> None:
         if ranks.first:
@@ -115,20 +140,59 @@ def train(
 
     mesh = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
     say(f"training {found.model.num_parameters():,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")
-    with progress("training", total, quiet=quiet) as advance:
+    with ExitStack() as stack:
         shown: dict[str, str] = {}
+        advance: Advance = lambda amount, **fields: None  # noqa: E731
+
+        def on_begin(step: int, tokens: int) -> None:
+            nonlocal advance
+            if step:
+                say(f"going on after step {step:,}" if step < found.train.steps else "all steps are done already")
+            advance = stack.enter_context(progress("training", total, start=tokens, quiet=quiet))
 
         def on_step(tokens: int, line: Metrics | None) -> None:
             if line:
-                shown.update(step=str(line.step), loss=f"{line.loss:.4f}", lr=f"{line.lr:.2e}")
+                shown.update(describe(line))
             advance(tokens, **shown)
 
         try:
-            result = run(found, output, device=where, initial=initial, ranks=ranks, on_step=on_step)
+            result = run(
+                found,
+                output,
+                device=where,
+                initial=initial,
+                resume=resume,
+                ranks=ranks,
+                on_begin=on_begin,
+                on_step=on_step,
+                on_note=say,
+            )
         except (KeyboardInterrupt, SystemExit):
-            if Path(output, "model.safetensors").exists():
-                say(f"stopped: the weights so far are in {output}, `--init` starts from them")
+            stack.close()
+            say(f"stopped, and saved in {output}: `longnet train -o {output}` goes on")
             raise
     leave()
-    say(f"saved {result.output} after {result.steps:,} steps, loss {result.loss:.4f} nats a token")
-    say(f"score it: longnet score --ppl --model ./{Path(result.output).as_posix()} FILE")
+    loss = f", loss {result.loss:.4f} nats a token" if result.loss == result.loss else ""
+    say(f"saved {result.output} after {result.steps:,} steps{loss}")
+    use = "score it: longnet score --ppl" if found.model.causal else "use it: longnet encode"
+    say(f"{use} --model {_path(output)} FILE")
+
+
+def describe(line: Metrics) -> dict[str, str]:
+    """The fields of a line of metrics that stand at the end of the progress."""
+    fields = {
+        "step": f"{line.step:,}",
+        "loss": f"{line.loss:.4f}",
+        "ppl": f"{math.exp(min(line.loss, 99)):.2f}",
+        "lr": f"{line.lr:.2e}",
+        "grad": f"{line.grad_norm:.2f}",
+    }
+    if line.held_out_loss is not None:
+        fields["held-out"] = f"{line.held_out_loss:.4f}"
+    return fields
+
+
+def _path(output: str) -> str:
+    """The output as --model takes it: a path with a slash."""
+    path = Path(output).as_posix()
+    return path if "/" in path else f"./{path}"

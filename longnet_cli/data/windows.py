@@ -213,7 +213,9 @@ class TokenWindows:
             "weights": self.mix.shares,
             "tokens": [len(stream) for stream in sources],
         }
-        self.seed, self.step = seed, 0 if state is None else self._resume(state)
+        self.seed, self.step = seed, 0
+        if state is not None:
+            self.resume(state)
         self._epochs = [self._epoch(source, 0) for source in range(len(sources))]
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
@@ -245,11 +247,20 @@ class TokenWindows:
         place = {"source": source, "epoch": epoch, "document": index, "offset": offset}
         return {**self.identity, "step": step, **place, "where": stream.documents[index].where}
 
+    def places(self, first: int, last: int) -> list[str]:
+        """Where the windows first .. last - 1 start: file and row, each once, in order."""
+        found: dict[str, None] = {}
+        for n in range(first, last):
+            source, _, start = self.locate(n)
+            stream = self.sources[source]
+            found[stream.documents[stream.locate(start)].where] = None
+        return list(found)
+
     def _epoch(self, source: int, epoch: int) -> _Epoch:
         return _Epoch((self.seed, source, epoch), len(self.sources[source]), self.seq_len)
 
-    def _resume(self, state: Mapping[str, Any]) -> int:
-        """The step of a state that belongs to this run."""
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on after the batch that a state of this run came with; errors as for `__init__`."""
         step = state.get("step")
         if state.get("version") != STATE_VERSION or not isinstance(step, int) or step < 0:
             raise ConfigError(f"not a data position of version {STATE_VERSION}: {dict(state)}")
@@ -257,4 +268,4 @@ class TokenWindows:
             if state.get(key) != mine:
                 kind = DataError if key == "tokens" else ConfigError
                 raise kind(f"the data position was saved with {key} {state.get(key)}, not {mine}")
-        return step
+        self.step = step

@@ -24,14 +24,16 @@ from longnet_cli.attention.dilated import strided_view
 from longnet_cli.attention.pattern import common_span, rows_before, span_views
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.runtime.device import free_memory, precision
+from longnet_cli.model.net import Net, NetConfig
+from longnet_cli.runtime.device import free_memory, precision, random_state, set_random_state
 from longnet_cli.runtime.ranks import Exchange, even_edges
+from longnet_cli.runtime.sharding import final_backward
 
 CHUNK_BYTES = 256 << 20  # of one chunk's activations on a CPU; on a GPU, an eighth of what is free
 SHORTEST_CHUNK = 256  # below it, calls cost more than what they compute
 
 
-def default_chunk(config: LongNetConfig, device: torch.device, *, training: bool = False) -> int:
+def default_chunk(config: NetConfig, device: torch.device, *, training: bool = False) -> int:
     """Tokens whose activations take a modest share of memory: a power of two, so that segments mostly end with chunks.
 
     Training holds every layer's activations, inference one layer's.
@@ -43,6 +45,11 @@ def default_chunk(config: LongNetConfig, device: torch.device, *, training: bool
     if device.type == "cuda":
         budget = max(budget, (free_memory(device) or 0) // 8)
     return max(SHORTEST_CHUNK, 1 << (budget // (4 * numbers)).bit_length() - 1)
+
+
+def open_stream(net: Net, group: dist.ProcessGroup | None = None) -> Callable[..., Tensor]:
+    """What takes a causal sequence in chunks (B, n) and gives their hidden states, what the whole would give there."""
+    return net.stream() or CausalStream(net, group=group)
 
 
 class CausalStream:
@@ -57,7 +64,7 @@ class CausalStream:
     that of KVCache. Raises ConfigError for a bidirectional net.
     """
 
-    def __init__(self, model: LongNet, *, group: dist.ProcessGroup | None = None, keep: bool = False) -> None:
+    def __init__(self, model: Net, *, group: dist.ProcessGroup | None = None, keep: bool = False) -> None:
         if not model.config.causal:
             raise ConfigError("a bidirectional model sees the whole sequence at once: it cannot be streamed")
         self.model, self.group, self.keep = model, group, keep
@@ -98,7 +105,7 @@ class CausalStream:
 
     def far(self) -> list[list[FarKeys]]:
         """What the next chunk will attend to besides itself, layer by layer."""
-        return [cache.far() for cache in self.caches] or [[] for _ in self.model.layers]
+        return [cache.far() for cache in self.caches] or [[] for _ in range(self.model.config.num_layers)]
 
     def _new_cache(self, k: Tensor) -> KVCache:
         batch, _, heads, head_dim = k.shape
@@ -115,6 +122,8 @@ def backward_in_chunks(
     scale: float = 1.0,
     dtype: str = "fp32",
     group: dist.ProcessGroup | None = None,
+    final: bool = True,
+    on_chunk: Callable[[], None] | None = None,
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
@@ -122,28 +131,34 @@ def backward_in_chunks(
     the activations of `chunk` tokens at a time and the far rows of the levels that chunks cut: a forward more than the
     whole backward takes. Gradients of far rows add up in fp32 (fp64 for fp64). `dtype` as in `runtime.device`.
 
-    With a `group`, its ranks share every chunk, and each adds and returns its part.
+    With a `group`, its ranks share every chunk, and each adds and returns its part. `final`: no other backward of the
+    step follows, which sharded weights need to know (`runtime.sharding`). `on_chunk` is called after each chunk,
+    forward and backward.
     """
     device = tokens.device
+    on_chunk = on_chunk or (lambda: None)
     stream = CausalStream(model, group=group, keep=True)
     edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
     chunks = [_Chunk(model, start, stop, group) for start, stop in pairwise(edges)]
     tape = []  # of each chunk: the random numbers its dropout drew, its far keys
     for index, part in enumerate(chunks):
-        tape.append((_random_state(device), stream.far()))
+        tape.append((random_state(device), stream.far()))
         if index < len(chunks) - 1:  # the last one is only computed with its gradient
             with precision(dtype, device):
                 stream(tokens[:, part.mine], edges=part.edges)
+            on_chunk()
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)
     gradients = _FarGradients(model.config, group)
     after: list[Tensor] = []
     while chunks:
         part, (state, far) = chunks.pop(), tape.pop()
-        _set_random_state(state, device)
+        set_random_state(state, device)
+        final_backward(model, final and not chunks)
         total += part.backward(tokens[:, part.mine], targets[:, part.mine], far, gradients, scale, dtype)
-        after = after or _random_state(device)  # the last chunk's: what one forward would have left
-    _set_random_state(after, device)
+        after = after or random_state(device)  # the last chunk's: what one forward would have left
+        on_chunk()
+    set_random_state(after, device)
     return total
 
 
@@ -172,10 +187,11 @@ class _Chunk:
         leaves: list[list[FarKeys]] = []
 
         def provide(layer: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
-            made.append((k, v))
-            leaves.append(
-                [replace(x, k=x.k.detach().requires_grad_(), v=x.v.detach().requires_grad_()) for x in far[layer]]
-            )
+            if layer == len(made):  # else it is computed again, by activation checkpointing
+                made.append((k, v))
+                leaves.append(
+                    [replace(x, k=x.k.detach().requires_grad_(), v=x.v.detach().requires_grad_()) for x in far[layer]]
+                )
             return [*leaves[layer], *(self.exchange(layer, k, v) if self.exchange else ())]
 
         with precision(dtype, tokens.device):
@@ -243,14 +259,6 @@ class _FarGradients:
             for views in span_views(self.pattern, span, self.num_heads, begin):
                 for into, out in zip(total, rows, strict=True):
                     strided_view(into, views.shard).add_(strided_view(out, views.segment))
+            if self.group is not None and dist.get_rank(self.group):
+                rows[:, :, first:last] = 0  # one row of a head may be the chunk before's: it adds up once more there
         return total
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-
-
-def _set_random_state(state: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
@@ -65,6 +66,18 @@ def free_memory(device: torch.device) -> int | None:
         used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
         free.append(int((group / "memory.max").read_text()) - used)
     return max(0, min(free)) if free else None
+
+
+def random_state(device: torch.device) -> list[torch.Tensor]:
+    """The state of the generators that a net on this device draws its dropout from: the CPU's, and its own."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def set_random_state(state: Sequence[torch.Tensor], device: torch.device) -> None:
+    """Draw on from a `random_state`."""
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
 
 
 def resident_memory(device: torch.device) -> int:

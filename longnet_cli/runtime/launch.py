@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from longnet_cli.errors import ConfigError
+from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.runtime.device import select_device
 
+LAUNCHED = "LONGNET_LAUNCHED"  # set where `start_ranks` tells of what happens to the ranks
+LOST = 69  # exit code of such a rank that lost another
 TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may write a checkpoint while the others wait
 
 
@@ -44,6 +50,10 @@ class Ranks:
         """Whether this one writes files and speaks."""
         return self.rank == 0
 
+    def all_in_one(self) -> Ranks:
+        """The same ranks, sharing every sequence: what `score` and `encode` take."""
+        return replace(self, sp=self.world, group=dist.group.WORLD if self.world > 1 else None)
+
     def sum(self, *tensors: torch.Tensor) -> None:
         """Add up tensors over all ranks, in place."""
         if self.world > 1:
@@ -53,11 +63,27 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so: all get the same answer."""
+        return bool(self.largest(flag))
+
+    def largest(self, value: float) -> float:
+        """The largest of all ranks' values."""
         if self.world == 1:
-            return flag
-        found = torch.tensor([int(flag)], device=_device_of_backend())
+            return value
+        found = torch.tensor([value], dtype=torch.float64, device=_device_of_backend())
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return bool(found.item())
+        return found.item()
+
+    def from_first(self, value: int) -> int:
+        """What rank 0 says, on all ranks; exact below 2^53."""
+        return int(self.largest(value if self.first else -math.inf))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    def smallest(self, value: float) -> float:
+        return -self.largest(-value)
 
 
 def under_torchrun() -> bool:
@@ -94,6 +120,21 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
     return Ranks(rank, world, sp, group), where
 
 
+def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:
+    """Raise ConfigError where a step's `windows` of `seq_len` tokens cannot be shared, and say what would fit."""
+    if windows % ranks.dp:
+        fits = ", ".join(str(dp) for dp in range(1, windows + 1) if windows % dp == 0 and ranks.world % dp == 0)
+        raise ConfigError(
+            f"a step has {windows} windows of {seq_len} tokens, which {ranks.dp} groups of ranks cannot share alike: "
+            f"--dp {fits} would fit, or other train.batch_tokens"
+        )
+    if seq_len < ranks.sp:
+        raise ConfigError(
+            f"{ranks.sp} ranks cannot share a window of {seq_len} tokens: --sp {seq_len} or less would fit, or longer "
+            "windows"
+        )
+
+
 def leave() -> None:
     """End a job that went well: without it, a rank that is done first may break off the others' last collective."""
     if dist.is_initialized():
@@ -101,34 +142,61 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-@contextmanager
-def stop_together(ranks: Ranks) -> Iterator[Callable[[], None]]:
-    """`with stop_together(ranks) as stop_if_asked`: SIGINT and SIGTERM end all ranks where they next call that.
+class Signals:
+    """SIGINT and SIGTERM, which ask a run to stop, and SIGUSR1, which asks it to save, until it next looks.
 
-    torchrun passes a signal on to every rank, which meets each in another place: one that left at once would break off
-    the others in their next collective. Then KeyboardInterrupt or SystemExit is raised on all. Alone, a signal acts at
-    once, as ever.
+    A run looks where its state is whole. Ranks look together: torchrun passes a signal on to each of them, which meets
+    it in another place, and one that left at once would break off the others in their next collective.
     """
-    if ranks.world == 1:
-        yield lambda: None
-        return
-    asked: list[int] = []
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = {kind: signal.signal(kind, lambda number, frame: asked.append(number)) for kind in kinds}
 
-    def stop_if_asked() -> None:
-        if ranks.any(bool(asked)):
-            raise KeyboardInterrupt if asked and asked[0] == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self._asked = ranks, 0
 
+    def note(self, number: int, frame: object) -> None:
+        """A signal handler. After a first SIGINT a second one kills: whoever presses twice means it."""
+        if number != signal.SIGUSR1 or not self._asked:
+            self._asked = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def look(self) -> bool:
+        """Whether to save and go on. Raises KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM), on all ranks."""
+        asked = self.ranks.largest(_WEIGHT[self._asked])
+        self._asked = 0
+        if asked == _WEIGHT[signal.SIGINT]:
+            raise KeyboardInterrupt
+        if asked == _WEIGHT[signal.SIGTERM]:
+            raise SystemExit(128 + signal.SIGTERM)
+        return asked == _WEIGHT[signal.SIGUSR1]
+
+
+_WEIGHT = {0: 0, signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3}  # of several, the largest decides
+
+
+@contextmanager
+def noted_signals(ranks: Ranks) -> Iterator[Signals]:
+    """`with noted_signals(ranks) as signals`: signals only act where `signals.look()` is called."""
+    signals = Signals(ranks)
+    kinds = [kind for kind in _WEIGHT if kind]
+    before = {kind: signal.signal(kind, signals.note) for kind in kinds} if _in_main_thread() else {}
     try:
-        yield stop_if_asked
+        yield signals
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
 
-def start_ranks(nproc: int) -> None:
-    """Become a torchrun of `nproc` processes that run this command: `--nproc` is the short way to write that."""
+def _in_main_thread() -> bool:
+    """Only there may Python set handlers: as a library, in a thread, a run leaves signals alone."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def start_ranks(nproc: int) -> NoReturn:
+    """Run this command as a torchrun of `nproc` processes, which `--nproc` is short for, and end as they do.
+
+    Raises SystemExit with the code of the rank that failed first, or that of a signal; LongNetError for a rank that
+    could not speak for itself.
+    """
     if under_torchrun():
         raise ConfigError("--nproc starts torchrun, which runs this already: leave it out")
     arguments, words = [], iter(sys.argv[1:])
@@ -137,9 +205,30 @@ def start_ranks(nproc: int) -> None:
             next(words, None)
         elif not word.startswith("--nproc="):
             arguments.append(word)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), "-m", "longnet_cli"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    os.execv(sys.executable, [sys.executable, *torchrun, *arguments])
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # after a signal, ranks end the step and save
+    logging.disable(logging.ERROR)  # what torchrun would say of a failure in thirty lines, we say in one
+    os.environ[LAUNCHED] = "1"
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(["--standalone", "--nproc-per-node", str(nproc), "-m", "longnet_cli", *arguments])
+    except SignalException as stop:
+        raise SystemExit(128 + stop.sigval) from None
+    except ChildFailedError as error:
+        # those that only followed: they lost another, or torchrun ended them
+        followed = (LOST, -signal.SIGTERM, 128 + signal.SIGTERM)
+        causes = [(rank, found) for rank, found in error.failures.items() if found.exitcode not in followed]
+        if not causes:
+            raise LongNetError("the ranks lost each other: the network between them failed, or one hung") from None
+        rank, first = min(causes, key=lambda cause: (cause[1].exitcode > 0, cause[1].timestamp))
+        if first.exitcode < 0:
+            name = signal.Signals(-first.exitcode).name
+            raise LongNetError(f"rank {rank} was killed ({name}), and the job with it") from None
+        raise SystemExit(first.exitcode) from None
+    raise SystemExit(0)
 
 
 def _device_of_backend() -> torch.device:

@@ -5,6 +5,9 @@ second computes each chunk with its own keys and, as far keys, the collected row
 wait between the layers in host memory, or in a file without a name (`spill`), which the system removes with the
 process, however that ends.
 
+Several ranks take the chunks in turn, with the hidden states of their own; between the passes they add up what they
+collected.
+
 N tokens, H heads, D head dim.
 """
 
@@ -28,7 +31,10 @@ from longnet_cli.attention.pattern import common_span, rows_before, span_views
 from longnet_cli.errors import ConfigError, MemoryLimitError
 from longnet_cli.model import LongNet
 from longnet_cli.model.longnet import Block
-from longnet_cli.runtime.device import free_memory, precision
+from longnet_cli.runtime.device import DTYPES, free_memory, precision, resolve_dtype
+from longnet_cli.runtime.launch import Ranks
+
+ROWS_AT_A_TIME = 1 << 16  # of keys and values that ranks add up: what a device holds of them beside a chunk
 
 
 def hidden_in_chunks(
@@ -39,6 +45,7 @@ def hidden_in_chunks(
     *,
     spill: str | Path | None = None,
     dtype: str = "fp32",
+    ranks: Ranks | None = None,
     on_chunk: Callable[[int], None] | None = None,
 ) -> Iterator[Tensor]:
     """Yield hidden (1, n, dim) after the final norm, chunk by chunk: what the whole sequence gives at once.
@@ -46,21 +53,30 @@ def hidden_in_chunks(
     read: (start, stop) -> ids (1, stop - start) on any device, read once.
     spill: a folder on a disk for the hidden states and collected rows, which are kept in host memory without it.
     dtype: as in `runtime.device`.
-    on_chunk: told the tokens of each chunk that one layer is done with.
+    ranks: rank i of P yields chunks i, i + P, ... alone; all go through the iterator to its end.
+    on_chunk: told the tokens of each chunk that one layer is done with, and of the other ranks' chunks of that turn.
 
     Raises MemoryLimitError before any work when neither memory nor, with `spill`, the disk has the room.
     """
-    run = _Layers(model, tokens, chunk, dtype)
+    run = _Layers(model, tokens, chunk, dtype, ranks or Ranks())
     yield from run.hidden(read, _Memory(spill, run.nbytes), on_chunk)
 
 
 class _Layers:
     """One net over one sequence: where the chunks and the segments that they cut lie."""
 
-    def __init__(self, model: LongNet, tokens: int, chunk: int, dtype: str) -> None:
+    def __init__(self, model: LongNet, tokens: int, chunk: int, dtype: str, ranks: Ranks) -> None:
         self.model, self.pattern, self.tokens, self.dtype = model, model.config.pattern, tokens, dtype
-        self.device = next(model.parameters()).device
+        self.device, self.ranks = next(model.parameters()).device, ranks
         self.chunks = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+        self.mine: list[tuple[int, int, slice, int]] = []  # start, stop, place in `hidden`, tokens of the turn
+        held = 0
+        for index in range(ranks.rank, len(self.chunks), ranks.world):
+            start, stop = self.chunks[index]
+            turn = self.chunks[index - ranks.rank : index - ranks.rank + ranks.world]
+            self.mine.append((start, stop, slice(held, held + stop - start), turn[-1][1] - turn[0][0]))
+            held += stop - start
+        self.held = held
         self.places: dict[tuple[int, int], slice] = {}  # (level, begin of a cut segment) -> its rows in `collected`
         self.rows = 0
         for level, (w, r) in enumerate(self.pattern.levels):
@@ -72,33 +88,50 @@ class _Layers:
     @property
     def nbytes(self) -> int:
         """What hidden states and collected rows take at most, in float32."""
-        return 4 * self.model.config.dim * (self.tokens + 2 * self.rows)
+        return 4 * self.model.config.dim * (self.held + 2 * self.rows)
 
     def hidden(
         self, read: Callable[[int, int], Tensor], memory: _Memory, on_chunk: Callable[[int], None] | None
     ) -> Iterator[Tensor]:
         config = self.model.config
-        hidden = memory.tensor(1, self.tokens, config.dim, dtype=next(self.model.parameters()).dtype)
-        for start, stop in self.chunks:
+        hidden = memory.tensor(1, self.held, config.dim, dtype=next(self.model.parameters()).dtype)
+        for start, stop, place, _ in self.mine:
             with torch.no_grad():
-                hidden[:, start:stop] = self.model.embed(read(start, stop).to(self.device))
+                hidden[:, place] = self.model.embed(read(start, stop).to(self.device))
         collected: Tensor | None = None  # (2, 1, rows, H, D), k and v, of one layer after the other
+        if self.rows:
+            shape = (2, 1, self.rows, config.num_heads, config.head_dim)
+            collected = memory.tensor(*shape, dtype=self._dtype_of_keys())
         for index, layer in enumerate(cast(Iterable[Block], self.model.layers)):
-            for start, stop in self.chunks if self.rows else ():
-                k, v = self._keys(layer, hidden[:, start:stop], start)
-                if collected is None:
-                    collected = memory.tensor(2, 1, self.rows, *k.shape[2:], dtype=k.dtype)
-                self._collect(collected, start, k, v)
-            for start, stop in self.chunks:
+            if collected is not None:
+                if self.ranks.world > 1:
+                    collected.zero_()
+                for start, _, place, _ in self.mine:
+                    self._collect(collected, start, *self._keys(layer, hidden[:, place], start))
+                self._add_up(collected)
+            for start, stop, place, turn in self.mine:
                 far = [] if collected is None else self._far(collected, start, stop)
                 last = index == config.num_layers - 1
-                x = self._compute(layer, hidden[:, start:stop], start, far, last)
+                x = self._compute(layer, hidden[:, place], start, far, last)
                 if on_chunk:
-                    on_chunk(stop - start)
+                    on_chunk(turn)
                 if last:
                     yield x
                 else:
-                    hidden[:, start:stop] = x
+                    hidden[:, place] = x
+
+    def _dtype_of_keys(self) -> torch.dtype:
+        """Also on a rank that has no chunk to compute any from."""
+        name = resolve_dtype(self.dtype, self.device)
+        return next(self.model.parameters()).dtype if name == "fp32" else DTYPES[name]
+
+    def _add_up(self, collected: Tensor) -> None:
+        """Give every rank all rows: each was made by one, and is zero on the others."""
+        if self.ranks.world > 1:
+            for rows in collected.split(ROWS_AT_A_TIME, 2):
+                sums = rows.to(self.device).contiguous()
+                self.ranks.sum(sums)
+                rows.copy_(sums)
 
     @torch.no_grad()
     def _keys(self, layer: Block, x: Tensor, start: int) -> tuple[Tensor, Tensor]:

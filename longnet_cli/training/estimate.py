@@ -13,7 +13,7 @@ import torch
 
 from longnet_cli.attention.pattern import BACKWARD_FLOPS, attention_flops
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.model.longnet import LOGITS_LIMIT
+from longnet_cli.model.net import LOGITS_LIMIT
 from longnet_cli.runtime.chunks import SHORTEST_CHUNK
 from longnet_cli.runtime.device import free_memory, matmul_peak, resident_memory, resolve_dtype
 from longnet_cli.runtime.launch import Ranks
@@ -95,7 +95,7 @@ def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -
             shorter = recipe.model_copy(update={"train": train.model_copy(update={"chunk": chunk})})
             if sum(memory_by_kind(shorter, device, ranks).values()) <= free:
                 fitting = chunk
-    tokens = [stage.steps * _rows(recipe, stage, ranks) * ranks.dp * stage.seq_len for stage in train.stages]
+    tokens = [stage.steps * train.windows(stage) * stage.seq_len for stage in train.stages]
     executed = [
         flops_per_token(config, stage.seq_len) + _computed_again(recipe, stage, ranks) for stage in train.stages
     ]
@@ -141,32 +141,38 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
     itemsize = 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
     copies = 0 if itemsize == 4 else itemsize * (matrices + config.vocab_size * config.dim)
     moments = 8 * numbers - (4 * matrices if recipe.optimizer.name == "muon" else 0)
+    share = ranks.world if recipe.parallel.shard == "full" else 1  # a step holds weights and gradients whole besides
+    again = recipe.train.activation_checkpointing
     stages = []
     for stage in recipe.train.stages:
         tokens = _tokens_at_once(recipe, stage, ranks)
         logits = min(tokens * config.vocab_size, LOGITS_LIMIT)
         stages.append(
             {
-                "activations": tokens * activation_bytes(config, itemsize, device.type),
+                "activations": tokens * activation_bytes(config, itemsize, device.type, again),
                 "logits": logits * 12,  # float32: logarithms of the softmax, their gradient, that of the logits
                 "cache": _cache_bytes(config, stage.seq_len, recipe.train.chunk * ranks.sp, itemsize, device.type),
             }
         )
     largest = max(stages, key=lambda stage: sum(stage.values()))
-    return {"weights": 4 * numbers + copies, "gradients": 4 * numbers, "optimizer": moments, **largest}
+    shares = 4 * numbers // share if share > 1 else 0
+    kinds = {"weights": 4 * numbers + shares + copies, "gradients": 4 * numbers + shares, "optimizer": moments // share}
+    return kinds | largest
 
 
-def activation_bytes(config: LongNetConfig, itemsize: int, device: str) -> int:
+def activation_bytes(config: LongNetConfig, itemsize: int, device: str, again: bool = False) -> int:
     """What a token leaves for the backward, in all layers, and what a layer's backward adds.
 
-    `itemsize` is that of the matrix products' type; the residual stream, norms and lse are float32. Counted from
+    With `again`, all layers but one leave their input alone (`train.activation_checkpointing`). `itemsize` is that of
+    the matrix products' type; the residual stream, norms and lse are float32. Counted from
     `model/longnet.py`, and tested against what autograd saves.
     """
     d, f, s = config.dim, config.ffn_dim, itemsize
     per_layer = saved_bytes(config, itemsize, device)
     embedded = 8 + 4 * d + 8 + s * d  # the ids; the input of the last norm, its mean and deviation, its output
     tables = {"none": 0, "rope": 1, "xpos": 2}[config.position] * 4 * config.head_dim
-    return config.num_layers * per_layer + embedded + tables + s * (f + 2 * d)
+    layers = per_layer + (config.num_layers - 1) * (4 * d if again else per_layer)
+    return layers + embedded + tables + s * (f + 2 * d)
 
 
 def saved_bytes(config: LongNetConfig, itemsize: int, device: str) -> int:
@@ -205,7 +211,7 @@ def _cache_bytes(config: LongNetConfig, seq_len: int, chunk: int, itemsize: int,
 
 def _rows(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
     """Sequences of a step, of one group of ranks that share them."""
-    return max(1, recipe.train.batch_tokens // stage.seq_len // ranks.dp)
+    return max(1, recipe.train.windows(stage) // ranks.dp)
 
 
 def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
@@ -219,7 +225,8 @@ def _computed_again(recipe: Recipe, stage: Stage, ranks: Ranks) -> float:
     """FLOPs a token that the backward repeats: the layers of all chunks but the last, logits past their limit."""
     config, chunk = recipe.model, recipe.train.chunk * ranks.sp
     share = max(0.0, 1 - chunk / stage.seq_len)
-    again = share * (_layers(config) + _attention(config, stage.seq_len))
+    layers = _layers(config) + _attention(config, stage.seq_len)
+    again = share * layers + (layers if recipe.train.activation_checkpointing else 0)
     if _tokens_at_once(recipe, stage, ranks) * config.vocab_size > LOGITS_LIMIT:
         again += _vocabulary(config)
     return again

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -13,6 +13,7 @@ from longnet_cli.model import LongNet
 from longnet_cli.runtime.chunks import backward_in_chunks
 from longnet_cli.runtime.device import precision
 from longnet_cli.runtime.ranks import Exchange, even_edges
+from longnet_cli.runtime.sharding import final_backward
 
 
 def backward(
@@ -25,6 +26,7 @@ def backward(
     dtype: str = "fp32",
     eos_id: int | None = None,
     group: dist.ProcessGroup | None = None,
+    on_chunk: Callable[[], None] | None = None,
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
@@ -33,13 +35,18 @@ def backward(
     or the window's where that is later.
 
     The ranks of a `group` get the same tokens and share every sequence, `chunk` tokens each: each adds and returns its
-    part, and the whole is the sum over them.
+    part, and the whole is the sum over them. `on_chunk` is called after each chunk. Where weights are sharded
+    (`runtime.sharding`), one call is one step: its last backward sums the gradients over all ranks.
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     chunk *= dist.get_world_size(group) if group else 1
-    for ids, wanted, documents in _forwards(tokens, targets, chunk, eos_id):
+    forwards = list(_forwards(tokens, targets, chunk, eos_id))
+    for index, (ids, wanted, documents) in enumerate(forwards, 1):
+        final = index == len(forwards)
         if ids.shape[1] > chunk:
-            total += backward_in_chunks(model, ids, wanted, chunk, scale=scale, dtype=dtype, group=group)
+            total += backward_in_chunks(
+                model, ids, wanted, chunk, scale=scale, dtype=dtype, group=group, final=final, on_chunk=on_chunk
+            )
             continue
         start, far = 0, None
         if group:
@@ -51,8 +58,11 @@ def backward(
         with precision(dtype, tokens.device):
             hidden = model(ids, start=start, documents=documents, far=far)
             nll = model.nll(hidden, wanted).sum(dtype=torch.float64)
+        final_backward(model, final)
         (nll * scale).backward()
         total += nll.detach()
+        if on_chunk:
+            on_chunk()
     return total
 
 

@@ -1,41 +1,67 @@
-"""The training loop: windows of tokens in, a model directory and metrics.jsonl out."""
+"""The training loop: windows of tokens in; checkpoints, metrics.jsonl and a model directory out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.data.sinks import write_file
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenStream, TokenWindows
-from longnet_cli.errors import ConfigError, LongNetError
+from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.model import LongNet
-from longnet_cli.runtime.device import check_kernel
-from longnet_cli.runtime.launch import Ranks, stop_together
+from longnet_cli.model.weights import save_pretrained
+from longnet_cli.runtime.device import check_kernel, random_state
+from longnet_cli.runtime.launch import Ranks, Signals, check_windows, noted_signals
+from longnet_cli.runtime.sharding import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
+from longnet_cli.scoring import Score
 
+from .checkpoint import STATE, Checkpoints, checkpoints_in, find_damage, newest_whole, read_state
+from .evaluation import evaluate
 from .gradients import backward
+from .masking import mask_tokens
 from .metrics import Metrics, MetricsLog
 from .optimizer import build_optimizers, learning_rate
-from .recipe import Recipe
+from .recipe import Recipe, Stage
+from .state import restore, run_tensors
+from .trackers import Tracker, open_trackers
 
 OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
+CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did; `loss` is the last reported mean, nats a token."""
+    """What a run did; `loss` is the last reported mean, nats a token, NaN where nothing was left to do."""
 
     steps: int
     tokens: int
     loss: float
     output: Path
+
+
+@dataclass
+class Progress:
+    """How far a run is, as of its last whole step: what state.json says besides the recipe."""
+
+    step: int = 0
+    reported: int = 0  # the last step whose line of metrics is written, with its evaluation
+    data: dict[str, Any] | None = None  # the position in the windows of the current stage
+    best: float | None = None  # the lowest held-out loss so far
 
 
 def train(
@@ -44,114 +70,311 @@ def train(
     *,
     device: torch.device | str = "cpu",
     initial: str | None = None,
+    resume: str = "auto",
     ranks: Ranks | None = None,
+    on_begin: Callable[[int, int], None] | None = None,
     on_step: OnStep | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> TrainResult:
-    """Train a causal language model and leave it in the directory `output`, with metrics.jsonl and recipe.json.
+    """Train a model by a recipe and leave it in the directory `output`; go on where an earlier run was ended.
 
-    Several `ranks` share each sequence, `train.chunk` tokens each, and groups of them the sequences of a step. All hold
-    all weights and make the same steps; the first one writes.
+    `output` gets metrics.jsonl, recipe.json, checkpoints/ (every `save_every` steps, and when the run is stopped),
+    best/ (the model with the lowest held-out loss) and at the end, or when stopped, the model. SIGINT, SIGTERM and
+    SIGUSR1 act between two chunks, where everything is as after the last whole step: the first two stop the run
+    (KeyboardInterrupt or SystemExit are raised), the last one only saves.
 
-    The directory is written every `save_every` steps, at the end, and when the run is interrupted (KeyboardInterrupt
-    or SystemExit, which are raised again). `initial` names a model whose weights to start from. Prints nothing.
+    `resume` is "auto" (from the newest undamaged checkpoint in `output`, where there is one), "never", or the path of
+    a checkpoint or of a run. A resumed run is the uninterrupted one, bit by bit on a CPU with as many processes.
+    `initial` names a model whose weights a new run starts from. Several `ranks` share each sequence, `train.chunk`
+    tokens each, and groups of them the sequences of a step; the first one writes. Prints nothing: `on_begin` gets the
+    steps and tokens that are done already, `on_note` a line about each damaged checkpoint.
 
-    Raises ConfigError for a model or tokenizer that does not fit, DataError for too little data, LongNetError when the
-    loss is no longer finite (the last written weights stay).
+    Raises ConfigError for a model, tokenizer or checkpoint that does not fit the recipe, DataError for too little data,
+    CheckpointError when all checkpoints are damaged, LongNetError when the loss is no longer finite or jumps, or when
+    something cannot be written.
     """
-    device, output, ranks = torch.device(device), Path(output), ranks or Ranks()
-    check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
-    tokenizer = Tokenizer.load(recipe.data.tokenizer)
-    stages = list(zip(recipe.train.stages, _windows(recipe, tokenizer, ranks), strict=True))
-    torch.manual_seed(recipe.train.seed)
-    model = _model(recipe, initial).to(device).train()
-    optimizers = build_optimizers(model, recipe.optimizer)
-    torch.manual_seed(recipe.train.seed + ranks.rank)  # all drew the same weights, and each drops out its own
-    log = MetricsLog(output / "metrics.jsonl" if ranks.first else None)
-
-    def save() -> None:
-        if ranks.first:
-            model.save_pretrained(output, tokenizer.to_json())
-
-    if ranks.first:
-        output.mkdir(parents=True, exist_ok=True)
-        write_file(output / "recipe.json", (recipe.model_dump_json(indent=2) + "\n").encode())
-    step, loss = 0, math.nan
-    try:
-        with stop_together(ranks) as stop_if_asked:
-            for stage, windows in stages:
-                for batch_ids, _ in islice(windows, stage.steps):
-                    lr = learning_rate(step, recipe.train.steps, recipe.optimizer.lr, recipe.schedule)
-                    batch = torch.from_numpy(batch_ids).to(device)
-                    found = _step(model, optimizers, batch, _eos(tokenizer), lr, recipe, ranks)
-                    if not all(map(math.isfinite, found)):
-                        raise LongNetError(
-                            f"the loss is not finite at step {step + 1} (loss {found[0]}, gradient norm {found[1]}): "
-                            "lower optimizer.lr or lengthen schedule.warmup_steps; the last weights saved in "
-                            f"{output} are kept"
-                        )
-                    tokens = batch[:, 1:].numel() * ranks.dp
-                    log.add(tokens, *found)
-                    step += 1
-                    line = None
-                    if step % recipe.train.log_every == 0 or step == recipe.train.steps:
-                        line = log.write(step, lr, stage.seq_len)
-                        loss = line.loss
-                    if on_step:
-                        on_step(tokens, line)
-                    if step % recipe.train.save_every == 0:
-                        save()
-                    stop_if_asked()
-    except (KeyboardInterrupt, SystemExit):
-        save()
-        raise
-    save()
-    return TrainResult(step, log.tokens, loss, output)
+    ranks = ranks or Ranks()
+    with noted_signals(ranks) as signals:
+        run = _Run(recipe, Path(output), torch.device(device), initial, ranks, signals, on_step)
+        run.resume(resume, on_note or (lambda line: None))
+        if on_begin:
+            on_begin(run.progress.step, run.log.tokens)
+        return run.go()
 
 
-def _step(
-    model: LongNet,
-    optimizers: list[torch.optim.Optimizer],
-    batch: Tensor,
-    eos_id: int,
-    lr: float,
-    recipe: Recipe,
-    ranks: Ranks,
-) -> tuple[float, float]:
-    """One optimizer step on (rows, seq_len + 1) tokens; the mean loss in nats a token, and the gradient's norm."""
-    targets = batch[:, 1:].numel() * ranks.dp  # of all ranks together
-    total = backward(
-        model,
-        batch[:, :-1],
-        batch[:, 1:],
-        chunk=recipe.train.chunk,
-        scale=1 / targets,
-        dtype=recipe.train.dtype,
-        eos_id=None if recipe.train.across_documents else eos_id,
-        group=ranks.group,
-    )
-    ranks.sum(total, *(p.grad for p in model.parameters() if p.grad is not None))
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return total.item() / targets, norm.item()
+class _Run:
+    """A run: what it is made of, and how far it is."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        device: torch.device,
+        initial: str | None,
+        ranks: Ranks,
+        signals: Signals,
+        on_step: OnStep | None,
+    ) -> None:
+        self.recipe, self.output, self.device, self.ranks = recipe, output, device, ranks
+        self.signals, self.on_step = signals, on_step
+        check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
+        self.tokenizer = Tokenizer.load(recipe.data.tokenizer)
+        self.eos_id = _eos(self.tokenizer)
+        _check_masked(recipe, self.tokenizer, ranks)
+        self.windows = _windows(recipe, self.tokenizer, self.eos_id, ranks)
+        held_out, data = recipe.data.held_out, recipe.data
+        size = recipe.model.vocab_size
+        self.held_out = (
+            list(read_documents(held_out, self.tokenizer, column=data.column, vocab_size=size)) if held_out else None
+        )
+        torch.manual_seed(recipe.train.seed)
+        self.model = _model(recipe, initial).to(device).train()
+        self.sharded = recipe.parallel.shard == "full"
+        if self.sharded:
+            shard_weights(self.model, ranks)
+        self.optimizers = build_optimizers(self.model, recipe.optimizer)
+        torch.manual_seed(recipe.train.seed + ranks.rank)  # all drew the same weights, and each drops out its own
+        for layer in self.model.layers:
+            if recipe.train.compile:
+                layer.forward = torch.compile(layer.forward)
+            if recipe.train.activation_checkpointing:
+                layer.forward = partial(activation_checkpoint, layer.forward, use_reentrant=False)
+        self.log = MetricsLog(output / "metrics.jsonl" if ranks.first else None)
+        self.checkpoints = Checkpoints(output / CHECKPOINTS, ranks, recipe.train.keep)
+        self.trackers: list[Tracker] = []
+        self.progress = Progress()
+        self.random = random_state(device)  # as of the last whole step
+        self.saved_at = time.monotonic()
+
+    def resume(self, resume: str, on_note: Callable[[str], None]) -> None:
+        """Take up a checkpoint, where there is one and `resume` does not forbid it; make the folder of the run."""
+        checkpoint = None
+        if resume == "auto":
+            checkpoint = newest_whole(self.output / CHECKPOINTS, self.ranks, on_note)
+        elif resume != "never":
+            checkpoint = _named_checkpoint(Path(resume), self.ranks, on_note)
+        log = None
+        if not checkpoint and checkpoints_in(self.checkpoints.folder):
+            raise ConfigError(f"{self.output} already holds a run: name another folder with -o, or remove it")
+        if checkpoint:
+            state = read_state(checkpoint)
+            if changed := self.recipe.changed_since(state["recipe"]):
+                raise ConfigError(
+                    f"{checkpoint} was made with another {', '.join(changed)}: go on with the recipe of its run, or "
+                    "begin another run from its model with --init"
+                )
+            restore(checkpoint, self.model, self.optimizers, self.device, self.ranks)
+            self.progress, log = Progress(**state["progress"]), state["log"]
+            self.random = random_state(self.device)
+            if checkpoint.parent == self.checkpoints.folder:
+                self.checkpoints.saved = self.progress.step
+            if self.progress.data:
+                self.windows[self._stage_of(self.progress.step)].resume(self.progress.data)
+        if self.ranks.first:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_file(self.output / "recipe.json", (self.recipe.model_dump_json(indent=2) + "\n").encode())
+        self.log.resume(log, self.progress.step)
+        if self.ranks.first:
+            settings = self.recipe.model_dump(mode="json")
+            self.trackers = open_trackers(self.recipe.train.track, self.output, settings, step=self.progress.step)
+
+    def go(self) -> TrainResult:
+        """Train to the end, or until a signal or a failure."""
+        line = None
+        try:
+            if self.progress.step:  # a stop may have come before its report was done
+                line = self._report()
+            for windows, batch, position in self._batches():
+                tokens = self._step(windows, batch, position)
+                line = self._report() or line
+                if self.on_step:
+                    self.on_step(tokens, line if line and line.step == self.progress.step else None)
+                self.checkpoints.check()
+                if self._save_is_due() | self.signals.look():
+                    self.save()
+        except (KeyboardInterrupt, SystemExit):
+            self._end()
+            raise
+        self._end()
+        return TrainResult(self.progress.step, self.log.tokens, line.loss if line else math.nan, self.output)
+
+    def _end(self) -> None:
+        self.save()
+        self.checkpoints.finish()
+        self._write_model(self.output)
+        for tracker in self.trackers:
+            tracker.close()
+
+    def save(self) -> None:
+        """A checkpoint of the last whole step."""
+        facts = {
+            "progress": asdict(self.progress),
+            "log": self.log.state(),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "versions": {
+                "longnet": version("longnet-cli"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        tensors = run_tensors(self.model, self.optimizers, self.random, self.ranks)
+        self.checkpoints.save(self.progress.step, tensors, facts)
+        self.saved_at = time.monotonic()
+
+    def _batches(self) -> Iterator[tuple[TokenWindows, np.ndarray, dict[str, Any]]]:
+        """(windows of the stage, a batch of them, the position after it) of each step that is left."""
+        end = 0
+        for stage, windows in zip(self.recipe.train.stages, self.windows, strict=True):
+            end += stage.steps
+            left = min(stage.steps, max(0, end - self.progress.step))
+            for batch, position in islice(windows, left):
+                yield windows, batch, position
+
+    def _stage_of(self, step: int) -> int:
+        """The stage that a step (1, 2, ...) belongs to."""
+        ends = np.cumsum([stage.steps for stage in self.recipe.train.stages])
+        return int(ends.searchsorted(step))
+
+    def _step(self, windows: TokenWindows, batch: np.ndarray, position: dict[str, Any]) -> int:
+        """One optimizer step; the tokens that all ranks read in it. Until the optimizer runs, nothing has changed."""
+        recipe, ranks = self.recipe, self.ranks
+        ids, targets, count = self._objective(torch.from_numpy(batch).to(self.device))
+        nll = backward(
+            self.model,
+            ids,
+            targets,
+            chunk=recipe.train.chunk,
+            scale=1 / count,
+            dtype=recipe.train.dtype,
+            eos_id=None if recipe.train.across_documents else self.eos_id,
+            group=ranks.group,
+            # groups may differ in their number of chunks, and between chunks no weight is a share
+            on_chunk=self._look if ranks.dp == 1 and not self.sharded else None,
+        )
+        sum_gradients(self.model, ranks, nll)
+        loss = nll.item() / count
+        norm = clip_gradients(self.model, recipe.optimizer.clip)
+        self._refuse_divergence(loss, norm, windows, position)
+        rate = self._learning_rate()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.data = position
+        self.random = random_state(self.device)
+        seen = ids.numel() * ranks.dp
+        self.log.add(seen, loss, norm)
+        return seen
+
+    def _objective(self, tokens: Tensor) -> tuple[Tensor, Tensor, int]:
+        """(rows, seq_len + 1) tokens -> ids and targets (rows, seq_len), and how many targets all ranks have."""
+        train, ranks = self.recipe.train, self.ranks
+        if train.objective == "causal":
+            return tokens[:, :-1], tokens[:, 1:], tokens[:, 1:].numel() * ranks.dp
+        seed = (train.seed, self.progress.step, ranks.dp_rank)
+        mask_id = self.recipe.model.vocab_size - 1
+        ids, targets = mask_tokens(tokens[:, :-1], train.mask_rate, mask_id=mask_id, eos_id=self.eos_id, seed=seed)
+        count = (targets >= 0).sum()
+        ranks.sum(count)
+        return ids, targets, max(1, int(count) // ranks.sp)  # the ranks of a group have the same tokens
+
+    def _learning_rate(self) -> float:
+        """Of the step that follows `progress.step`."""
+        return learning_rate(
+            self.progress.step, self.recipe.train.steps, self.recipe.optimizer.lr, self.recipe.schedule
+        )
+
+    def _refuse_divergence(self, loss: float, norm: float, windows: TokenWindows, position: dict[str, Any]) -> None:
+        """Stop before a step that would spoil the weights; raises LongNetError."""
+        limit = math.inf if self.log.lowest is None else self.log.lowest + self.recipe.train.loss_jump
+        if math.isfinite(loss) and math.isfinite(norm) and loss <= limit:
+            return
+        self.save()
+        self.checkpoints.finish()
+        self._write_model(self.output)
+        last = position["step"]
+        places = windows.places(last - windows.rows * windows.world, last)
+        others = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        what = "jumps" if math.isfinite(loss) and math.isfinite(norm) else "is not finite"
+        raise LongNetError(
+            f"the loss {what} at step {self.progress.step + 1} (loss {loss:.4g}, gradient norm {norm:.4g}), in windows "
+            f"{last - windows.rows * windows.world} to {last - 1}, from {', '.join(places[:3])}{others}; the state "
+            f"before that step is saved in {self.output}: lower optimizer.lr or lengthen schedule.warmup_steps, and "
+            f"begin another run with --init ./{self.output}"
+        )
+
+    def _report(self) -> Metrics | None:
+        """Evaluate and write a line of metrics for the last step, where they are due and not done."""
+        train, progress = self.recipe.train, self.progress
+        if progress.reported == progress.step:
+            return None
+        stage: Stage = train.stages[self._stage_of(progress.step)]
+        last = progress.step == train.steps
+        held_out = None
+        if self.held_out and (last or progress.step % train.evaluate_every == 0):
+            held_out = self._evaluate(stage)
+        line = None
+        if held_out or last or progress.step % train.log_every == 0:
+            rate = learning_rate(progress.step - 1, train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
+            line = self.log.write(progress.step, rate, stage.seq_len, held_out)
+            for tracker in self.trackers:
+                tracker.log(line.step, asdict(line))
+        progress.reported = progress.step
+        return line
+
+    def _evaluate(self, stage: Stage) -> Score:
+        """The held-out score; a lower loss than ever writes best/."""
+        with whole_weights(self.model):
+            found = evaluate(
+                self.model,
+                self.held_out or [],
+                self.recipe,
+                eos_id=self.eos_id,
+                seq_len=stage.seq_len,
+                ranks=self.ranks,
+                on_part=self._look if not self.sharded else lambda: None,
+            )
+        loss = found.nll_sum / found.n_tokens
+        if self.progress.best is None or loss < self.progress.best:
+            self.progress.best = loss
+            self._write_model(self.output / BEST)
+        return found
+
+    def _look(self) -> None:
+        """Between two chunks: stop, or save, where a signal asks for it."""
+        if self.signals.look():
+            self.save()
+
+    def _save_is_due(self) -> bool:
+        minutes = self.recipe.train.save_minutes
+        due = self.progress.step % self.recipe.train.save_every == 0
+        if minutes is not None:
+            due |= self.ranks.any(time.monotonic() - self.saved_at > 60 * minutes)
+        return due
+
+    def _write_model(self, folder: Path) -> None:
+        state = whole_state(self.model, self.ranks)
+        if self.ranks.first:
+            save_pretrained(self.model, folder, self.tokenizer.to_json(), state)
 
 
-def _windows(recipe: Recipe, tokenizer: Tokenizer, ranks: Ranks) -> list[TokenWindows]:
+def _windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
     """The training data, cut into the windows of each stage."""
-    data, train, eos_id = recipe.data, recipe.train, _eos(tokenizer)
+    data, train = recipe.data, recipe.train
     sources = []
     for source in data.sources:
         documents = read_documents(source.inputs, tokenizer, column=data.column, vocab_size=recipe.model.vocab_size)
         sources.append(TokenStream(list(documents), eos_id))
     weights = [source.weight for source in data.sources]
+    for stage in train.stages:
+        check_windows(ranks, stage.seq_len, train.windows(stage))
     return [
         TokenWindows(
             sources,
             stage.seq_len,
-            max(1, train.batch_tokens // stage.seq_len // ranks.dp),
+            train.windows(stage) // ranks.dp,
             train.seed + index,
             weights=weights,
             rank=ranks.dp_rank,
@@ -167,9 +390,30 @@ def _eos(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_id
 
 
+def _check_masked(recipe: Recipe, tokenizer: Tokenizer, ranks: Ranks) -> None:
+    """The masked objective needs an id for the mask, and a whole window in one forward."""
+    train = recipe.train
+    if train.objective == "causal":
+        return
+    if recipe.model.vocab_size <= tokenizer.vocab_size:
+        raise ConfigError(
+            f"the masked objective needs an id for the mask: model.vocab_size = {tokenizer.vocab_size + 1}, one more "
+            "than the tokenizer has, or leave it out"
+        )
+    longest = max(stage.seq_len for stage in train.stages)
+    if longest > train.chunk * ranks.sp:
+        raise ConfigError(
+            f"a bidirectional net sees a window as a whole: train.chunk = {train.chunk} on {ranks.sp} ranks is less "
+            f"than the longest seq_len, {longest}"
+        )
+    if ranks.sp > 1 and not train.across_documents:
+        raise ConfigError(
+            "a bidirectional net over several ranks cannot keep the documents of a window apart: set "
+            "train.across_documents = true, or give each rank its own windows (--dp)"
+        )
+
+
 def _model(recipe: Recipe, initial: str | None) -> LongNet:
-    if not recipe.model.causal:
-        raise ConfigError("`longnet train` trains causal language models: set model.causal = true")
     if initial is None:
         return LongNet(recipe.model)
     model = LongNet.from_pretrained(initial)
@@ -181,3 +425,15 @@ def _model(recipe: Recipe, initial: str | None) -> LongNet:
         ]
         raise ConfigError(f"{initial} differs from the recipe in model.{', model.'.join(changed)}")
     return model
+
+
+def _named_checkpoint(path: Path, ranks: Ranks, on_note: Callable[[str], None]) -> Path:
+    """The checkpoint that `--resume PATH` names: itself, or the newest of a run. Raises CheckpointError."""
+    if (path / STATE).exists():
+        if damage := find_damage(path):
+            raise CheckpointError(f"{path} is damaged: {damage}")
+        return path
+    found = newest_whole(path / CHECKPOINTS, ranks, on_note)
+    if found is None:
+        raise CheckpointError(f"{path}: neither a checkpoint ({STATE} is missing) nor a run with {CHECKPOINTS}/")
+    return found

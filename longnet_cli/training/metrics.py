@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from longnet_cli.data.sinks import write_file, writing
+from longnet_cli.scoring import Score
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Means over the steps since the last line: loss in nats a token, the gradient's norm before clipping."""
+    """Means over the steps since the last line: loss in nats a token, the gradient's norm before clipping.
+
+    `held_out_*` are None but at evaluations.
+    """
 
     step: int
     tokens: int
@@ -19,6 +26,9 @@ class Metrics:
     grad_norm: float
     tokens_per_second: float
     seq_len: int
+    held_out_loss: float | None = None
+    held_out_ppl: float | None = None
+    held_out_bpb: float | None = None
 
 
 class MetricsLog:
@@ -26,10 +36,8 @@ class MetricsLog:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
         self.tokens = 0
+        self.lowest: float | None = None  # mean loss of a line so far
         self._reset()
 
     def _reset(self) -> None:
@@ -42,11 +50,39 @@ class MetricsLog:
         self.loss += loss
         self.grad_norm += grad_norm
 
-    def write(self, step: int, lr: float, seq_len: int) -> Metrics:
+    def write(self, step: int, lr: float, seq_len: int, held_out: Score | None = None) -> Metrics:
         rate = self.new_tokens / (time.perf_counter() - self.began)
         line = Metrics(step, self.tokens, self.loss / self.steps, lr, self.grad_norm / self.steps, rate, seq_len)
+        if held_out:
+            loss = held_out.nll_sum / held_out.n_tokens
+            line = replace(line, held_out_loss=loss, held_out_ppl=held_out.ppl, held_out_bpb=held_out.bpb)
         if self.path:
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(line), allow_nan=False) + "\n")
+        self.lowest = min(line.loss, self.lowest or line.loss)
         self._reset()
         return line
+
+    def state(self) -> dict[str, Any]:
+        """What a run that goes on needs, so that its lines are those of one never stopped (but for the rate)."""
+        seconds = time.perf_counter() - self.began
+        names = ("tokens", "lowest", "steps", "new_tokens", "loss", "grad_norm")
+        return {"seconds": seconds, **{name: getattr(self, name) for name in names}}
+
+    def resume(self, state: dict[str, Any] | None, step: int) -> None:
+        """Go on from a `state`, or begin with None; lines after `step`, which were never saved, are dropped."""
+        known = dict(state or {})
+        self.began = time.perf_counter() - known.pop("seconds", 0.0)
+        for name, value in known.items():
+            setattr(self, name, value)
+        if self.path:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+            write_file(self.path, "".join(line for line in lines if _step_of(line) <= step).encode())
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; a line that a kill cut short comes after every step."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

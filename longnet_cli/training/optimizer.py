@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from longnet_cli.errors import ConfigError
+from longnet_cli.runtime.sharding import is_sharded
 
 from .recipe import OptimizerRecipe, ScheduleRecipe
 
@@ -15,7 +16,8 @@ from .recipe import OptimizerRecipe, ScheduleRecipe
 def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
     """Fused AdamW, and Muon for the matrices of the layers where the recipe asks for it; only matrices decay.
 
-    Raises ConfigError where torch has no Muon.
+    Weights that are sharded over ranks (`runtime.sharding`) must be so already. Raises ConfigError where torch has no
+    Muon, or for Muon on them.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     tables = [p for name, p in named if p.dim() >= 2 and not name.startswith("layers.")]
@@ -28,6 +30,8 @@ def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.op
         {"params": tables if muon else tables + matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    if muon and is_sharded(model):
+        raise ConfigError('optimizer.name = "muon" works on whole matrices: give --shard none, or take "adamw"')
     adamw = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
     if not muon:
         return [adamw]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ class DataRecipe(Section):
     mix: list[MixedInputs] | None = Field(default=None, min_length=1)
     tokenizer: str = "bytes"
     column: str | None = None
+    held_out: list[str] | None = Field(default=None, min_length=1)  # inputs, never trained on, to evaluate with
 
     @model_validator(mode="after")
     def _one_of_train_and_mix(self) -> DataRecipe:
@@ -107,21 +109,60 @@ class TrainRecipe(Section):
     Short sequences share a forward; one longer than `chunk` goes chunk by chunk, at the price of one forward more, with
     the same loss and gradients. A token attends to earlier tokens of its own document, or `across_documents` to all
     that come before it in its window.
+
+    The objective is the next token ("causal") or, for a bidirectional net, `mask_rate` of the tokens ("masked").
     """
 
     stages: list[Stage] = Field(min_length=1)
+    objective: Literal["causal", "masked"] = "causal"
+    mask_rate: float = Field(default=0.15, gt=0, lt=1)
     batch_tokens: int = Field(default=16384, gt=0)
     chunk: int = Field(default=16384, gt=0)
     across_documents: bool = False
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    activation_checkpointing: bool = False  # compute each layer again in the backward: less memory, a forward more
+    compile: bool = False  # each layer, with torch.compile
     seed: int = Field(default=0, ge=0)
+    loss_jump: float = Field(default=5.0, gt=0)  # nats a token over the lowest mean so far at which a run stops
     log_every: int = Field(default=10, gt=0)
-    save_every: int = Field(default=500, gt=0)  # steps between two writes of the model directory
+    evaluate_every: int = Field(default=500, gt=0)  # steps, where there is data.held_out
+    save_every: int = Field(default=500, gt=0)  # steps between checkpoints
+    save_minutes: float | None = Field(default=None, gt=0)  # and at the latest after so long
+    keep: int = Field(default=2, gt=0)  # newest checkpoints
     track: list[Literal["tensorboard", "wandb"]] = []  # besides metrics.jsonl
 
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def tokens(self) -> int:
+        """What all steps see together."""
+        return sum(stage.steps * self.windows(stage) * stage.seq_len for stage in self.stages)
+
+    def windows(self, stage: Stage) -> int:
+        """Sequences of an optimizer step."""
+        return max(1, self.batch_tokens // stage.seq_len)
+
+
+class ParallelRecipe(Section):
+    """How the processes of a torchrun job share the work: `sp` share a sequence, `dp` groups of them the sequences.
+
+    By default all share a sequence. `shard = "full"` gives each process a part of the weights, gradients and optimizer
+    state (FSDP2), "none" all of them.
+    """
+
+    sp: int | None = Field(default=None, gt=0)
+    dp: int | None = Field(default=None, gt=0)
+    shard: Literal["none", "full"] = "none"
+
+
+# What may differ between a checkpoint and the run that goes on from it: it changes no number beyond rounding.
+FREE_TO_CHANGE = {
+    *("data.train", "data.mix", "data.held_out", "data.column", "parallel"),
+    *("train.chunk", "train.activation_checkpointing", "train.compile", "train.loss_jump", "train.log_every"),
+    *("train.evaluate_every", "train.save_every", "train.save_minutes", "train.keep", "train.track"),
+}
 
 
 class Recipe(Section):
@@ -132,13 +173,37 @@ class Recipe(Section):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     train: TrainRecipe
+    parallel: ParallelRecipe = ParallelRecipe()
+
+    @model_validator(mode="after")
+    def _objective_fits_the_model(self) -> Recipe:
+        if self.model.causal != (self.train.objective == "causal"):
+            fitting = "causal" if self.model.causal else "masked"
+            raise ValueError(
+                f'train.objective = "{self.train.objective}" does not fit model.causal = '
+                f'{str(self.model.causal).lower()}: set train.objective = "{fitting}", or the other model'
+            )
+        return self
+
+    def changed_since(self, saved: Mapping[str, Any]) -> list[str]:
+        """The keys (`optimizer.lr`) in which a saved recipe differs so that a run could not go on from it exactly."""
+        return [key for key in _changed(saved, self.model_dump(mode="json"), "") if key not in FREE_TO_CHANGE]
+
+
+def _changed(old: Any, new: Any, path: str) -> Iterator[str]:
+    if path not in FREE_TO_CHANGE and isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in {**old, **new}:
+            yield from _changed(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield path
 
 
 def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     """Read a recipe, apply `overrides` ({"optimizer.lr": 1e-3}) and check the whole.
 
-    `path` is a TOML file, the name of one that ships in models/, or None for overrides alone. A model without
-    `vocab_size` gets its tokenizer's. Raises ConfigError.
+    `path` is a TOML file, a run's recipe.json, the name of one that ships in models/, or None for overrides alone. A
+    model without `vocab_size` gets its tokenizer's, and with the masked objective one id more, the mask. Raises
+    ConfigError.
     """
     data, where = _read(path) if path else ({}, "options")
     for key, value in overrides.items():
@@ -151,9 +216,10 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         table[name] = value
     model, source = data.get("model"), data.get("data", {})
     if isinstance(model, dict) and isinstance(source, dict) and "vocab_size" not in model:
-        data = data | {
-            "model": model | {"vocab_size": Tokenizer.load(str(source.get("tokenizer", "bytes"))).vocab_size}
-        }
+        train = data.get("train")
+        masked = isinstance(train, dict) and train.get("objective") == "masked"
+        size = Tokenizer.load(str(source.get("tokenizer", "bytes"))).vocab_size + masked
+        data = data | {"model": model | {"vocab_size": size}}
     return validate(Recipe, data, where)
 
 
@@ -172,13 +238,14 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: str) -> tuple[dict[str, Any], str]:
-    file = Path(path) if "/" in path or path.endswith(".toml") else preset_dir() / f"{path}.toml"
+    file = Path(path) if "/" in path or path.endswith((".toml", ".json")) else preset_dir() / f"{path}.toml"
+    parse = json.loads if file.suffix == ".json" else tomllib.loads
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8")), str(path)
+        return parse(file.read_text(encoding="utf-8")), str(path)
     except FileNotFoundError:
         shipped = ", ".join(sorted(p.stem for p in preset_dir().glob("*.toml")))
         raise ConfigError(f"no recipe {str(file)!r}. Shipped recipes: {shipped}; a path ends in .toml") from None
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not TOML: {error}") from None
+    except ValueError as error:  # of the parser, or not UTF-8
+        raise ConfigError(f"{file}: not {file.suffix[1:].upper()}: {error}") from None

@@ -1,0 +1,235 @@
+"""Checkpoints of a run: everything it needs to go on as if nothing had happened, whole or not there at all.
+
+    RUN/checkpoints/step-00000200/
+        state.json            step, position in the data, recipe, versions; size and SHA-256 of every other file
+        shard-*.safetensors   weights, optimizer state and random numbers, by torch.distributed.checkpoint
+
+A checkpoint is written under another name and renamed when it is on the disk. Every rank writes what it holds; any
+number of ranks reads it, each what it needs. No pickle: the tensors are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longnet_cli.data.sinks import sync_folder
+from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
+from longnet_cli.runtime.launch import Ranks
+
+STATE = "state.json"
+STATE_VERSION = 1
+NAME = re.compile(r"step-(\d{8,})")
+
+
+class Checkpoints:
+    """The checkpoints in a folder, of which the newest `keep` stay.
+
+    Alone, `save` copies the tensors and writes them in the background, one checkpoint at a time; ranks write together,
+    and wait for each other, because a collective of a second thread could meet one of the training step.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
+        self.folder, self.ranks, self.keep = folder, ranks, keep
+        self.saved: int | None = None  # the step of the newest that is on the disk, or being written
+        self._thread: threading.Thread | None = None
+        self._error: LongNetError | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write the checkpoint of a step. Raises LongNetError for one that cannot be written, this or the last."""
+        self.finish()
+        if step == self.saved:
+            return
+        if self.ranks.world > 1:
+            self._write(step, tensors, facts)
+            self.finish()
+        else:
+            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            self._thread = threading.Thread(target=self._write, args=(step, copies, facts), name="checkpoint")
+            self._thread.start()
+        self.saved = step
+
+    def finish(self) -> None:
+        """Wait until what was begun is on the disk. Raises LongNetError where that failed."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises LongNetError where a checkpoint could not be written."""
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f".{final.name}.incomplete"
+        try:
+            if self.ranks.first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for leftover in self.folder.glob(".step-*.incomplete"):
+                    shutil.rmtree(leftover)
+                partial.mkdir()
+            self.ranks.barrier()
+            _save_tensors(partial, tensors)
+            if self.ranks.first:
+                _write_state(partial, facts)
+                if final.exists():  # damaged, or this would not be written anew
+                    shutil.rmtree(final)
+                os.replace(partial, final)
+                sync_folder(self.folder)
+                for old in checkpoints_in(self.folder)[self.keep :]:
+                    shutil.rmtree(old)
+        except OSError as error:
+            if self.ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
+            self._error = LongNetError(
+                f"{final}: cannot write the checkpoint: {error.strerror or error}; the one before it is kept"
+            )
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, newest first. Those being written have other names."""
+    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint in a folder that is undamaged; None where none was ever written.
+
+    `on_damaged` is told of each that is passed over. The first rank looks, for all. Raises CheckpointError when there
+    are checkpoints and all are damaged.
+    """
+    found = checkpoints_in(folder)
+    chosen = len(found)
+    if ranks.first:
+        for index, path in enumerate(found):
+            damage = find_damage(path)
+            if damage is None:
+                chosen = index
+                break
+            on_damaged(f"{path} is damaged ({damage}): going back to the one before it")
+    chosen = ranks.from_first(chosen)
+    if chosen < len(found):
+        return found[chosen]
+    if found:
+        raise CheckpointError(f"{folder}: all {len(found)} checkpoints are damaged; --resume never starts anew")
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, each of which is read and compared with its SHA-256; or None."""
+    try:
+        state = read_state(checkpoint)
+        for name, known in state["files"].items():
+            size = (checkpoint / name).stat().st_size
+            if size != known["bytes"]:
+                return f"{name} has {size:,} bytes of {known['bytes']:,}"
+            if _sha256(checkpoint / name) != known["sha256"]:
+                return f"the SHA-256 of {name} is not the one it was saved with"
+    except OSError as error:
+        return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What state.json says. Raises CheckpointError where it is not what was written, OSError where it is not there."""
+    try:
+        data = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state, digest = data["state"], data["sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{STATE} is not what was written") from None
+    if hashlib.sha256(_canonical(state)).hexdigest() != digest:
+        raise CheckpointError(f"{STATE} is not what was written")
+    if state.get("version") != STATE_VERSION:
+        raise CheckpointError(f"{STATE} has version {state.get('version')}, not {STATE_VERSION}")
+    return state
+
+
+def tensor_names(checkpoint: Path) -> set[str]:
+    """The names of the tensors of a checkpoint."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    return set(HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata)
+
+
+def load_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors, sharded ones each with its shard, with what the checkpoint has under their names.
+
+    Raises CheckpointError where a name is missing there or a shape is another.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that one process is one process
+            reader = HuggingFaceStorageReader(str(checkpoint))
+            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:
+        raise CheckpointError(f"{checkpoint}: {_cause(error)}") from None
+
+
+def _save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write and flush safetensors files; raises OSError."""
+    try:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter
+    except ImportError:
+        raise ConfigError(f"checkpoints need torch 2.9 or newer, this is {torch.__version__}") from None
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:
+        cause = _cause(error)
+        raise cause if isinstance(cause, OSError) else OSError(str(cause)) from None
+
+
+def _cause(error: Any) -> BaseException:
+    """The failure of the first rank that has one: torch.distributed.checkpoint wraps them all in one exception."""
+    return min(error.failures.items())[1][0]
+
+
+def _write_state(folder: Path, facts: Mapping[str, Any]) -> None:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != STATE
+    }
+    state = json.loads(json.dumps({"version": STATE_VERSION, **facts, "files": files}))
+    data = {"state": state, "sha256": hashlib.sha256(_canonical(state)).hexdigest()}
+    with (folder / STATE).open("w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def _canonical(state: Any) -> bytes:
+    return json.dumps(state, sort_keys=True).encode()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

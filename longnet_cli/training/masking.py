@@ -1,0 +1,33 @@
+"""The masked objective (BERT, arXiv 1810.04805, section 3.1): predict hidden tokens from both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longnet_cli.model.net import IGNORED
+
+MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens become the mask, another token; the rest stay, and are predicted too
+
+
+def mask_tokens(
+    tokens: Tensor, rate: float, *, mask_id: int, eos_id: int | None, seed: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Token ids (B, N) int64 -> what the net sees, and its targets: the chosen tokens, -100 elsewhere; both (B, N).
+
+    Each token is chosen with probability `rate`, but not the ends of documents, `eos_id`. The draw is a function of
+    `seed` and the shape alone, so a resumed run hides the same tokens. Ids below `mask_id` are tokens.
+    """
+    number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
+    draw = torch.Generator().manual_seed(number)
+    chance, kind = torch.rand(2, *tokens.shape, generator=draw).to(tokens.device)
+    others = torch.randint(mask_id, tokens.shape, generator=draw).to(tokens.device)
+    chosen = chance < rate
+    if eos_id is not None:
+        chosen &= tokens != eos_id
+    seen = tokens.masked_fill(chosen & (kind < MASKED), mask_id)
+    seen = torch.where(chosen & (kind >= MASKED) & (kind < MASKED + RANDOM), others, seen)
+    return seen, tokens.masked_fill(~chosen, IGNORED)

@@ -1,0 +1,308 @@
+"""Resumed = uninterrupted: a run that is killed, stopped, or finds damaged checkpoints ends with the same bytes.
+
+pytest tests/test_checkpoint.py; thirty kills: pytest -m slow tests/test_checkpoint.py
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from processes import Start, wait_for
+
+from longnet_cli.data.windows import TokenWindows
+from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
+from longnet_cli.model import LongNet
+from longnet_cli.runtime.launch import Ranks, noted_signals
+from longnet_cli.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_state
+from longnet_cli.training.loop import train
+from longnet_cli.training.recipe import Recipe, load_recipe
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text("".join(f"{n} green bottles hanging on the wall, " for n in range(400)))
+    (tmp_path / "held_out.txt").write_text("and if one green bottle should accidentally fall")
+    return path
+
+
+def recipe(corpus: Path, **overrides: object) -> Recipe:
+    settings = {
+        "model": {
+            "dim": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "ffn_dim": 32,
+            "segment_lengths": [16, 32],
+            "dilation_rates": [1, 2],
+            "dropout": 0.1,
+        },
+        "data.train": [str(corpus)],
+        "data.held_out": [str(corpus.parent / "held_out.txt")],
+        "schedule.warmup_steps": 2,
+        "train.stages": [{"seq_len": 32, "steps": 12}, {"seq_len": 100, "steps": 8}],
+        "train.batch_tokens": 256,
+        "train.chunk": 60,  # shorter than the windows of the second stage
+        "train.log_every": 3,
+        "train.evaluate_every": 8,
+        "train.save_every": 4,
+    }
+    return load_recipe(None, settings | overrides)
+
+
+class Stop:
+    """Raises KeyboardInterrupt through a real signal at the n-th moment at which a run can stop."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, moment: int, kind: signal.Signals = signal.SIGINT) -> None:
+        from longnet_cli.runtime.launch import Signals
+
+        look, self.moments = Signals.look, 0
+
+        def counted(signals: Signals) -> bool:
+            self.moments += 1
+            if self.moments == moment:
+                signal.raise_signal(kind)
+            return look(signals)
+
+        monkeypatch.setattr(Signals, "look", counted)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    found = recipe(corpus, **{"optimizer.name": optimizer})
+    with monkeypatch.context() as patch:
+        counter = Stop(patch, -1)
+        train(found, tmp_path / "whole")
+    weights = (tmp_path / "whole/model.safetensors").read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert counter.moments > 50
+    steps = set()
+    for attempt, moment in enumerate(range(5, counter.moments, counter.moments // 5)):
+        run = tmp_path / f"{attempt}"
+        with monkeypatch.context() as patch:
+            Stop(patch, moment)
+            with pytest.raises(KeyboardInterrupt):
+                train(found, run)
+        steps.add(read_state(checkpoints_in(run / "checkpoints")[0])["progress"]["step"])
+        LongNet.from_pretrained(run)
+        train(found, run)
+        assert (run / "model.safetensors").read_bytes() == weights
+        assert (run / "best/model.safetensors").read_bytes() == (tmp_path / "whole/best/model.safetensors").read_bytes()
+        again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line | {"tokens_per_second": 0} for line in again] == [
+            line | {"tokens_per_second": 0} for line in lines
+        ]
+    assert len(steps) > 2
+    assert any(step % 4 for step in steps)  # not only where a checkpoint was due
+
+
+def test_sigusr1_saves_and_goes_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = recipe(corpus, **{"train.save_every": 1000, "train.keep": 9})
+    train(found, tmp_path / "whole")
+    Stop(monkeypatch, 40, signal.SIGUSR1)
+    train(found, tmp_path / "run")
+    assert len(checkpoints_in(tmp_path / "run/checkpoints")) == 2
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_old_checkpoints_go(corpus: Path, tmp_path: Path) -> None:
+    train(recipe(corpus, **{"train.keep": 3, "train.save_every": 2}), tmp_path / "run")
+    assert [path.name for path in checkpoints_in(tmp_path / "run/checkpoints")] == [
+        "step-00000020", "step-00000018", "step-00000016",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def stopped(corpus: Path, tmp_path: Path) -> Iterator[tuple[Recipe, Path, bytes]]:
+    """A recipe, a run of it that was stopped after checkpoints at steps 8 and 12, and the bytes it must end with."""
+    found = recipe(corpus)
+    train(found, tmp_path / "whole")
+    steps = []
+
+    def stop(tokens: int, line: object) -> None:
+        steps.append(tokens)
+        if len(steps) == 13:
+            raise LongNetError("stop")
+
+    with pytest.raises(LongNetError, match="stop"):
+        train(found, tmp_path / "run", on_step=stop)
+    wait_for(lambda: len(checkpoints_in(tmp_path / "run/checkpoints")) == 2)
+    return found, tmp_path / "run", (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "flip the state", "no state", "no tensors"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    stopped: tuple[Recipe, Path, bytes], damage: str
+) -> None:
+    found, run, weights = stopped
+    newest = checkpoints_in(run / "checkpoints")[0]
+    (tensors,) = newest.glob("*.safetensors")
+    victim = newest / "state.json" if "state" in damage else tensors
+    data = bytearray(victim.read_bytes())
+    if damage.startswith("flip"):
+        place = data.index(b'"tokens": ') + 10 if "state" in damage else len(data) // 2
+        data[place] ^= 1
+        victim.write_bytes(data)
+    elif damage == "truncate":
+        victim.write_bytes(data[:-100])
+    else:
+        victim.unlink()
+    notes: list[str] = []
+    began: list[int] = []
+    train(found, run, on_note=notes.append, on_begin=lambda step, tokens: began.append(step))
+    assert began == [8]
+    (note,) = notes
+    assert str(newest) in note
+    assert "damaged" in note
+    assert "\n" not in note
+    assert (run / "model.safetensors").read_bytes() == weights
+    assert not newest.exists()  # written anew, and pruned
+
+
+def test_all_damaged(stopped: tuple[Recipe, Path, bytes]) -> None:
+    found, run, _ = stopped
+    for path in checkpoints_in(run / "checkpoints"):
+        (path / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
+        train(found, run)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(found, run, resume="never")
+
+
+def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path) -> None:
+    found, run, weights = stopped
+    older = checkpoints_in(run / "checkpoints")[1]
+    for name, path in (("a", older), ("b", run)):
+        train(found, tmp_path / name, resume=str(path))
+        assert (tmp_path / name / "model.safetensors").read_bytes() == weights
+    with pytest.raises(CheckpointError, match="neither a checkpoint"):
+        train(found, tmp_path / "c", resume=str(tmp_path))
+
+
+def test_what_may_change_in_a_resumed_run(stopped: tuple[Recipe, Path, bytes], tmp_path: Path) -> None:
+    found, run, weights = stopped
+    moved = shutil.copy(found.data.train[0], tmp_path / "moved.txt")  # type: ignore[index]
+    settings = found.model_dump()
+    settings["data"] |= {"train": [str(moved)], "held_out": None}
+    settings["train"] |= {"save_every": 1, "keep": 1}
+    train(Recipe.model_validate(settings), run)
+    assert (run / "model.safetensors").read_bytes() == weights
+    settings["optimizer"]["lr"] = 1.0
+    settings["train"]["seed"] = 5
+    with pytest.raises(ConfigError, match=r"another optimizer.lr, train.seed: go on with the recipe of its run"):
+        train(Recipe.model_validate(settings), run)
+
+
+def test_windows_resume_where_the_batch_was(corpus: Path) -> None:
+    """The state of a batch and `places` name the same windows."""
+    from longnet_cli.data.sources import read_documents
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.data.windows import TokenStream
+
+    stream = TokenStream(list(read_documents([str(corpus)], Tokenizer.bytes())), 256)
+    windows = TokenWindows([stream], 32, 4, 0)
+    (where,) = windows.places(0, 8)
+    assert "corpus.txt" in where
+
+
+def test_a_checkpoint_that_cannot_be_written(corpus: Path, small_disk: Path) -> None:
+    found = recipe(corpus, **{"train.keep": 9, "train.save_every": 2, "data.held_out": None})
+    with pytest.raises(
+        LongNetError, match=r"cannot write the checkpoint: No space left on device; the one before"
+    ) as e:
+        train(found, small_disk / "run")
+    assert "\n" not in str(e.value)
+    whole = checkpoints_in(small_disk / "run/checkpoints")
+    assert whole
+    assert all(find_damage(path) is None for path in whole)
+    assert not list((small_disk / "run/checkpoints").glob(".*"))
+
+
+def test_the_background_does_not_see_later_steps(tmp_path: Path) -> None:
+    """What is saved is what the tensors were when `save` was called."""
+    from longnet_cli.training.checkpoint import load_tensors
+
+    checkpoints = Checkpoints(tmp_path, Ranks(), keep=2)
+    tensor = torch.zeros(1 << 20)
+    checkpoints.save(1, {"a": tensor}, {})
+    tensor.fill_(1)
+    checkpoints.finish()
+    found = torch.full_like(tensor, 2)
+    load_tensors(checkpoints_in(tmp_path)[0], {"a": found})
+    assert found.eq(0).all()
+
+
+def test_signals_are_given_back() -> None:
+    before = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    with noted_signals(Ranks()):
+        pass
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def _kills(start: Start, corpus: Path, folder: Path, kills: int, steps: int) -> None:
+    """Kill a run at random moments, resume it each time, and compare what it ends with."""
+    stages = [{"seq_len": 32, "steps": steps // 2}, {"seq_len": 100, "steps": steps // 2}]
+    found = recipe(corpus, **{"train.stages": stages, "train.save_every": 3})
+    (folder / "recipe.json").write_text(found.model_dump_json())
+    command: list[str | Path] = ["train", folder / "recipe.json", "-q", "-o"]
+    assert start(*command, folder / "whole").wait() == 0
+    weights = (folder / "whole/model.safetensors").read_bytes()
+    chance, killed, attempt = random.Random(1), 0, 0
+    while killed < kills:
+        attempt += 1
+        run = folder / f"run{attempt}"
+        left = kills - killed
+        while not (run / "model.safetensors").exists():
+            before = set(checkpoints_in(run / "checkpoints"))
+            process = start(*command, run)
+            if not left:
+                assert process.wait() == 0
+                break
+            wait_for(_news(process, run, before))  # imports take most of the time
+            try:
+                process.wait(chance.uniform(0, 0.5))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                killed, left = killed + 1, left - 1
+        assert (run / "model.safetensors").read_bytes() == weights
+
+
+def _news(process: subprocess.Popen, run: Path, before: set[Path]) -> Callable[[], bool]:
+    return lambda: process.poll() is not None or bool(set(checkpoints_in(run / "checkpoints")) - before)
+
+
+def test_killed_runs_end_with_the_same_bytes(start: Start, corpus: Path, tmp_path: Path) -> None:
+    _kills(start, corpus, tmp_path, 3, steps=60)
+
+
+@pytest.mark.slow
+def test_thirty_kills(start: Start, corpus: Path, tmp_path: Path) -> None:
+    _kills(start, corpus, tmp_path, 30, steps=200)
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(
+    start: Start, corpus: Path, tmp_path: Path, kind: signal.Signals, code: int
+) -> None:
+    endless = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
+    (tmp_path / "recipe.json").write_text(endless.model_dump_json())
+    process = start("train", tmp_path / "recipe.json", "-o", "run", stderr=subprocess.PIPE)
+    wait_for(lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints")))
+    process.send_signal(kind)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert b"Traceback" not in said
+    assert said.decode().splitlines()[-1] == "stopped, and saved in run: `longnet train -o run` goes on"
+    assert find_damage(checkpoints_in(tmp_path / "run/checkpoints")[0]) is None
+    LongNet.from_pretrained(tmp_path / "run")

@@ -1,0 +1,129 @@
+"""Weights with a share on each rank = weights whole on each = one process: losses, gradients, steps; over gloo.
+
+pytest tests/test_sharding.py
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_chunks import draw, net
+from test_ranks import EOS, TOLERANCE, in_both_types, off, random_pattern, run_ranks
+from torch import Tensor
+
+from longnet_cli.errors import ConfigError
+from longnet_cli.model import LongNet
+from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.sharding import (
+    clip_gradients,
+    shard_weights,
+    sum_gradients,
+    whole_state,
+    whole_tensor,
+    whole_weights,
+)
+from longnet_cli.training.gradients import backward
+from longnet_cli.training.optimizer import build_optimizers
+from longnet_cli.training.recipe import OptimizerRecipe
+
+LONGEST = 10_000  # a chunk that holds everything
+
+
+def mesh(dp: int) -> Ranks:
+    """The ranks of this process, as `launch.join` makes them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sp = world // dp
+    groups = [dist.new_group(list(range(first, first + sp))) for first in range(0, world, sp)]
+    return Ranks(rank, world, sp, groups[rank // sp] if sp > 1 else None)
+
+
+def batch_of_all(pick: random.Random, ranks: Ranks, ignored: str) -> tuple[Tensor, Tensor, int | None]:
+    """Windows of documents for all groups together, some with nothing to learn from."""
+    rows, tokens, seed = ranks.dp * pick.randint(1, 2), pick.choice([1, 40, pick.randint(1, 160)]), pick.randrange(1000)
+    ids, targets = draw(rows, tokens, seed).clamp_(max=EOS - 1), draw(rows, tokens, seed + 9)
+    for _ in range(pick.choice([0, 2, 9])):
+        ids[pick.randrange(rows), pick.randrange(tokens)] = EOS  # groups have other numbers of forwards
+    if ignored == "a group":
+        targets[: rows // ranks.dp] = -100
+    elif ignored == "a rank":
+        targets[:, : tokens // ranks.sp + 1] = -100
+    return ids, targets, pick.choice([EOS, None])
+
+
+def check_gradients(model: LongNet, expected: LongNet, dtype: torch.dtype, what: str) -> None:
+    floor = 0.1 * max(p.grad.double().norm().item() for p in expected.parameters())
+    for (name, p), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        error = off(whole_tensor(p.grad), other.grad, floor)
+        assert error <= TOLERANCE[dtype][1], f"{what}: {name} is off by {error:.2e}"
+
+
+def steps(dtype: torch.dtype, dp: int) -> None:
+    """Two optimizer steps each: the second one has weights that the first one changed."""
+    ranks = mesh(dp)
+    for seed, (sharded, chunked) in enumerate(product([False, True], repeat=2)):
+        pick = random.Random(seed + 10 * dtype.itemsize)
+        pattern = random_pattern(pick)
+        alone, model = (net(pattern).to(dtype) for _ in range(2))
+        if sharded:
+            shard_weights(model, ranks)
+            share = sum(p.to_local().numel() for p in model.parameters())
+            assert share <= alone.config.num_parameters() / ranks.world * 1.2 + 50
+        # in fp32 AdamW makes steps of gradients that are rounding alone, as that of a bias of keys
+        kinds = OptimizerRecipe(lr=1e-2), torch.optim.SGD
+        optimizers = [
+            build_optimizers(x, kinds[0])[0] if dtype is torch.float64 else kinds[1](x.parameters(), lr=0.1)
+            for x in (alone, model)
+        ]
+        for step in range(2):
+            what = f"problem {seed}, step {step}, rank {ranks.rank}, {'sharded' if sharded else 'whole'}"
+            ids, targets, eos_id = batch_of_all(pick, ranks, ["a group", "a rank", "nothing"][(seed + step) % 3])
+            chunk = pick.randint(3, 90) if chunked else LONGEST
+            loss = backward(alone, ids, targets, chunk=LONGEST, eos_id=eos_id, scale=1 / targets.numel())
+            mine = slice(ranks.dp_rank * len(ids) // dp, (ranks.dp_rank + 1) * len(ids) // dp)
+            part = backward(
+                model, ids[mine], targets[mine], chunk=chunk, eos_id=eos_id, scale=1 / targets.numel(),
+                group=ranks.group,
+            )  # fmt: skip
+            sum_gradients(model, ranks, part)
+            assert off(part, loss, 0) <= TOLERANCE[dtype][0] * 10, what
+            check_gradients(model, alone, dtype, what)
+            norms = [clip_gradients(x, 0.01) for x in (alone, model)]
+            assert norms[1] == pytest.approx(norms[0], rel=10 * TOLERANCE[dtype][1])
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        state, expected = whole_state(model, ranks), alone.state_dict()
+        assert list(state) == (list(expected) if ranks.first else [])
+        for name in state:
+            assert off(state[name], expected[name], 1.0) <= max(TOLERANCE[dtype][1], 1e-9), name
+
+
+@pytest.mark.parametrize(("dp", "sp"), [(2, 1), (1, 2), (2, 2)])
+def test_steps_are_those_of_one_process(dp: int, sp: int, tmp_path: Path) -> None:
+    run_ranks(dp * sp, tmp_path, in_both_types, steps, dp)
+
+
+def uneven_work() -> None:
+    """Ranks that run the net other numbers of times, or not at all, do not wait for each other."""
+    ranks = mesh(2)
+    model = net(random_pattern(random.Random(0)))
+    expected = model(draw(1, 30)).detach()
+    shard_weights(model, ranks)
+    with pytest.raises(ConfigError, match=r"muon.* whole matrices.*--shard none"):
+        build_optimizers(model, OptimizerRecipe(name="muon"))
+    for _ in range(2):
+        with whole_weights(model), torch.no_grad():
+            for _ in range(ranks.rank):
+                torch.testing.assert_close(model(draw(1, 30)), expected)
+        ranks.sum(torch.zeros(1))
+        backward(model, draw(1, 30), draw(1, 30, seed=1), chunk=LONGEST)
+        model.zero_grad()
+
+
+def test_ranks_may_evaluate_different_amounts(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, uneven_work)

@@ -1,0 +1,105 @@
+"""A run of several ranks is that of one process, whole or sharded, and so is one that goes on from its checkpoint.
+
+pytest tests/test_training_ranks.py
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_checkpoint import recipe
+from test_ranks import run_ranks
+from test_sharding import mesh
+
+from longnet_cli.model import LongNet
+from longnet_cli.runtime.launch import Ranks, Signals
+from longnet_cli.training.checkpoint import checkpoints_in, read_state
+from longnet_cli.training.loop import train
+
+# no dropout, which draws other numbers on each rank
+SETTINGS: dict[str, Any] = {
+    "model.dropout": 0.0,
+    "train.stages": [{"seq_len": 32, "steps": 12}, {"seq_len": 128, "steps": 8}],
+    "train.log_every": 1,
+    "train.save_every": 6,
+}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text("".join(f"{n} green bottles hanging on the wall, " for n in range(400)))
+    (tmp_path / "held_out.txt").write_text("and if one green bottle should accidentally fall, " * 9)
+    return path
+
+
+def train_on(dp: int, corpus: Path, output: Path, shard: str, stop: int = 0) -> None:
+    """A run of this process's ranks; all get SIGTERM when `stop` steps are done."""
+    ranks = mesh(dp) if torch.distributed.is_initialized() else Ranks()
+
+    def on_step(tokens: int, line: object) -> None:
+        nonlocal stop
+        stop -= 1
+        if stop == 0 and ranks.rank == ranks.world - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    def run() -> None:
+        train(recipe(corpus, **SETTINGS, **{"parallel.shard": shard}), output, ranks=ranks, on_step=on_step)
+
+    if stop:
+        with pytest.raises(SystemExit, match="143"):
+            run()
+    else:
+        run()
+
+
+def losses(run: Path) -> list[tuple[float, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["loss"], line["held_out_loss"] or 0) for line in lines]
+
+
+def assert_same(run: Path, other: Path, tolerance: float) -> None:
+    a, b = (LongNet.from_pretrained(path).state_dict() for path in (run, other))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
+
+
+MESHES = [
+    pytest.param(dp, sp, shard, marks=[] if (dp, shard) in ((1, "none"), (2, "full")) and sp == 2 else pytest.mark.slow)
+    for dp, sp in ((1, 2), (2, 1), (2, 2))
+    for shard in ("none", "full")
+]
+
+
+@pytest.mark.parametrize(("dp", "sp", "shard"), MESHES)
+def test_stopped_and_resumed_over_ranks(dp: int, sp: int, shard: str, corpus: Path, tmp_path: Path) -> None:
+    train_on(1, corpus, tmp_path / "alone", "none")
+    run_ranks(dp * sp, tmp_path, train_on, dp, corpus, tmp_path / "many", shard)
+    expected = losses(tmp_path / "alone")
+    assert len(expected) == 20
+    for found, wanted in zip(losses(tmp_path / "many"), expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)
+    assert_same(tmp_path / "many", tmp_path / "alone", 1e-3)
+    assert_same(tmp_path / "many/best", tmp_path / "alone/best", 1e-3)
+
+    run_ranks(dp * sp, tmp_path, train_on, dp, corpus, tmp_path / "stopped", shard, 9)
+    newest = checkpoints_in(tmp_path / "stopped/checkpoints")[0]
+    assert read_state(newest)["progress"]["step"] == 9
+    train(recipe(corpus, **SETTINGS), tmp_path / "alone again", resume=str(newest))  # on one process
+    for found, wanted in zip(losses(tmp_path / "alone again"), expected[9:], strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)
+    run_ranks(dp * sp, tmp_path, train_on, dp, corpus, tmp_path / "stopped", shard)
+    assert_same(tmp_path / "stopped", tmp_path / "many", 1e-6)
+    for found, wanted in zip(losses(tmp_path / "stopped"), losses(tmp_path / "many"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_signal_of_any_rank_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "largest", lambda self, value: max(value, 2))  # another rank had SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        Signals(Ranks(0, 2)).look()
