@@ -26,14 +26,15 @@ from torch import Tensor
 from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.model.longnet import LongNet
+from longnet_cli.model import LongNet
+from longnet_cli.model.net import Net
 from longnet_cli.model.weights import fingerprint
-from longnet_cli.runtime.chunks import CausalStream, default_chunk
+from longnet_cli.runtime.chunks import default_chunk, open_stream
 from longnet_cli.runtime.device import check_kernel, precision, resolve_dtype
 from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.layerwise import hidden_in_chunks
 from longnet_cli.runtime.ranks import Exchange, even_edges
-from longnet_cli.scoring import batches_by_length, read_sequence
+from longnet_cli.scoring import batches_by_length, check_length, read_sequence
 
 Pool = Literal["mean", "last", "first"]
 EmbeddingDtype = Literal["float32", "float16"]
@@ -42,7 +43,7 @@ SHARD_ROWS = 1 << 14
 
 
 def encode(
-    model: LongNet,
+    model: Net,
     documents: Iterable[Document],
     *,
     bos: int | None,
@@ -67,15 +68,16 @@ def encode(
 
     `chunk` is the most tokens of one forward, by default what `default_chunk` gives. Short documents share a forward;
     a longer one goes chunk by chunk, with the same result. A causal net needs no more memory for it; a bidirectional
-    one keeps its hidden states in memory or, with `spill`, in a file in that folder.
+    one keeps its hidden states in memory or, with `spill`, in a file in that folder. A net that does not stream reads
+    it in one forward.
 
     Several `ranks`, all given the same documents, share every long one, `chunk` tokens each, and deal out the forwards
     of short ones; every rank gets all rows.
 
     `device` moves the model there; None leaves it where it is. `model_name` and `tokenizer_sha256` go into the schema's
     metadata. `on_progress` gets the number of tokens that each forward has encoded. Raises ConfigError for a model
-    without a vocabulary; the reader, DataError for an empty document, MemoryLimitError for hidden states that do not
-    fit.
+    without a vocabulary; the reader, DataError for an empty document, ConfigError for one with more tokens than the
+    model has positions, MemoryLimitError for hidden states that do not fit.
     """
     for name, value in (("span", span), ("chunk", chunk)):
         if value is not None and value < 1:
@@ -101,7 +103,7 @@ def encode(
 
 
 def encode_to_folder(
-    model: LongNet,
+    model: Net,
     documents: Iterable[Document],
     output: str | Path,
     *,
@@ -267,7 +269,7 @@ class _Encoder:
 
     def __init__(
         self,
-        model: LongNet,
+        model: Net,
         bos: int | None,
         pool: Pool,
         span: int | None,
@@ -290,7 +292,9 @@ class _Encoder:
         for document in documents:
             if not len(document):
                 raise DataError(f"{document.where}: document {document.doc_id!r} is empty: there is nothing to encode")
-            if len(document) + self.first > self.chunk:
+            total = len(document) + self.first
+            check_length(document, total, self.model, "encode it in shorter documents")
+            if total > self.chunk and self.model.config.streams:
                 yield self._forward(waiting)
                 waiting, tokens = [], 0
                 yield from self._stream(document)
@@ -344,6 +348,7 @@ class _Encoder:
 
         chunk = self.chunk * ranks.world
         if not model.config.causal and total > chunk:
+            assert isinstance(model, LongNet)  # no other net goes layer by layer
             options: dict[str, Any] = {"spill": self.spill, "dtype": self.dtype, "ranks": ranks}
             done = _Share(self.on_progress, model.config.num_layers)
             mine = hidden_in_chunks(model, read, total, self.chunk, on_chunk=done, **options)
@@ -354,7 +359,7 @@ class _Encoder:
                     for index, start in enumerate(starts)
                 ]
             return
-        stream = CausalStream(model, group=ranks.group) if model.config.causal else None
+        stream = open_stream(model, ranks.group) if model.config.causal else None
         for start in range(0, total, chunk):
             stop = min(start + chunk, total)
             edges = even_edges(start, stop - start, ranks.world)

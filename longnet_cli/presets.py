@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from longnet_cli.configuration import nearest
 from longnet_cli.errors import CheckpointError, ConfigError
 
 MODEL_FILES = ("config.json", "model.safetensors")
+SHARDED = "model.safetensors.index.json"  # what transformers writes beside the shards of a large model
+PICKLED = "pytorch_model*.bin*"
 
 
 def preset_dir() -> Path:
@@ -34,6 +37,15 @@ def find_model(name_or_path: str) -> Path:
     return _complete(Path(name_or_path))
 
 
+def is_of_transformers(folder: Path) -> bool:
+    """Whether a model's config.json is one of Hugging Face transformers; False where it cannot be read."""
+    try:
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and ("model_type" in data or "architectures" in data)
+
+
 def _is_path(text: str) -> bool:
     return "/" in text or os.sep in text or text.endswith(".toml")
 
@@ -54,6 +66,12 @@ def _complete(folder: Path) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; expected a model")
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
+    if (folder / SHARDED).is_file() and is_of_transformers(folder):
+        missing = []
     if missing:
+        if any(folder.glob(PICKLED)):
+            raise CheckpointError(
+                f"{folder}: pickled weights are never read, since a pickle can run code: save them as safetensors"
+            )
         raise CheckpointError(f"{folder}: not a complete model, {' and '.join(missing)} missing")
     return folder

@@ -8,7 +8,6 @@ A window is a range of the document's tokens to predict; its inputs are the toke
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,8 +20,9 @@ import torch
 from longnet_cli.data.sinks import ShardWriter
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.model.longnet import IGNORED, LongNet
-from longnet_cli.runtime.chunks import CausalStream, default_chunk
+from longnet_cli.measures import ByPosition, DocumentScore, Score
+from longnet_cli.model.net import IGNORED, Net
+from longnet_cli.runtime.chunks import default_chunk, open_stream
 from longnet_cli.runtime.device import precision
 from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.ranks import even_edges
@@ -33,61 +33,16 @@ OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
 LOGPROB_BATCH = 1 << 18  # tokens of a record batch of log-probabilities
 
 
-@dataclass(frozen=True)
-class Score:
-    """What some tokens cost: `nll_sum` in nats, over `n_tokens` scored tokens, which stand for `n_bytes` of UTF-8.
-
-    `n_bytes` is None where it is unknown. Scores add up.
-    """
-
-    nll_sum: float
-    n_tokens: int
-    n_bytes: int | None
-
-    @property
-    def ppl(self) -> float | None:
-        """Perplexity, exp(nats a token); None without tokens, or past what a float holds."""
-        try:
-            return math.exp(self.nll_sum / self.n_tokens)
-        except (ZeroDivisionError, OverflowError):
-            return None
-
-    @property
-    def bpb(self) -> float | None:
-        """Bits per byte of text: unlike perplexity, it compares models with different tokenizers."""
-        return self.nll_sum / math.log(2) / self.n_bytes if self.n_bytes else None
-
-    def __add__(self, other: Score) -> Score:
-        known = self.n_bytes is not None and other.n_bytes is not None
-        n_bytes = self.n_bytes + other.n_bytes if known else None  # type: ignore[operator]
-        return Score(self.nll_sum + other.nll_sum, self.n_tokens + other.n_tokens, n_bytes)
-
-    def as_dict(self) -> dict[str, float | int | None]:
-        """The keys of the machine formats."""
-        return {
-            "nll_sum": self.nll_sum,
-            "n_tokens": self.n_tokens,
-            "n_bytes": self.n_bytes,
-            "ppl": self.ppl,
-            "bpb": self.bpb,
-        }
-
-
-@dataclass(frozen=True)
-class DocumentScore:
-    """The score of one document; `where` is its file and row."""
-
-    doc_id: str
-    where: str
-    score: Score
-
-
 def score(
-    model: LongNet,
+    model: Net,
     documents: Iterable[Document],
     *,
     bos: int | None,
-    context: int | None = None,
+    context: int | Sequence[int] | None = None,
+    stride: int | None = None,
+    last: int | None = None,
+    by_position: bool = False,
+    count_bytes: Callable[[np.ndarray], int | None] | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
     device: torch.device | str | None = None,
@@ -101,31 +56,51 @@ def score(
     None it is not, and the bytes of what was scored are unknown. Without `context` a document is one causal pass. With
     it, a token sees at most `context` tokens before it: the document is cut into disjoint windows of that many
     targets, and each window starts anew at position 0, with the token before its first target as its first input.
+    Several contexts give a document as many scores, in turn, of the same tokens.
+
+    With a `stride` windows overlap: each is of `context` targets, of which only the last `stride` count, so that a
+    token has seen more than `context - stride` before it, where its document has them. With `last` only so many tokens
+    at the end of each document are scored, likewise from windows as long as the context; documents too short for that
+    are left out, and bytes are what `count_bytes` says of the scored ids (None: unknown). `by_position` also sums by
+    position in the window.
 
     `chunk` is the most tokens of one forward, by default what `default_chunk` gives. Short windows share a forward; a
-    longer one is streamed, so memory does not depend on the document's length and the chunk changes no number.
+    longer one is streamed, so memory does not depend on the document's length and the chunk changes no number. A net
+    that does not stream reads it in one forward.
 
     Several `ranks`, all given the same documents, share every long window, `chunk` tokens each, and deal out the
     forwards of short ones; every rank gets all results.
 
     An empty document scores 0 tokens. `device` moves the model there; None leaves it where it is. `on_tokens` gets the
     log-probabilities of all tokens in order. `on_progress` gets the number of tokens that each forward has scored.
-    Raises ConfigError for a model that cannot score, and DataError
-    at the end when no document had a token to score.
+    Raises ConfigError for a model that cannot score, options that contradict each other and a document with more tokens
+    than the model has positions, DataError at the end when no document had a token to score.
     """
     if not model.config.causal:
         raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
     if not model.config.vocab_size:
         raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
-    for name, value in (("context", context), ("chunk", chunk)):
+    contexts: Sequence[int | None] = [context] if context is None or isinstance(context, int) else list(context)
+    given = [*(("context", each) for each in contexts), ("chunk", chunk), ("stride", stride), ("last", last)]
+    for name, value in given:
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be 1 or more, not {value}")
+    if not contexts or len(set(contexts)) < len(contexts):
+        raise ConfigError(f"contexts must differ from each other, not be {', '.join(map(str, contexts))}")
+    if stride and (small := [each for each in contexts if each is None or each < stride]):
+        raise ConfigError(
+            f"a stride of {stride} tokens needs a context" + (f" of as many, not {small[0]}" if small[0] else "")
+        )
+    if on_tokens and len(contexts) > 1:
+        raise ConfigError("log-probabilities of tokens are those of one context: give one")
     if device is not None:
         model.to(device)
     ranks = ranks or Ranks()
     # ranks may have other amounts of free memory
     chunk = chunk or int(ranks.smallest(default_chunk(model.config, next(model.parameters()).device)))
-    return _Scorer(model, bos, context, chunk, dtype, ranks, on_tokens, on_progress).run(documents)
+    cut = _Cut(0 if bos is not None else 1, contexts, stride, last)
+    scorer = _Scorer(model, bos, cut, by_position, count_bytes, chunk, dtype, ranks, on_tokens, on_progress)
+    return scorer.run(documents)
 
 
 def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
@@ -184,6 +159,13 @@ def write_token_logprobs(path: str | Path) -> Iterator[OnTokens]:
         flush()
 
 
+def check_length(document: Document, tokens: int, model: Net, instead: str) -> None:
+    """Raise ConfigError where `model` has no positions for `tokens` of the document, saying what to do `instead`."""
+    limit = model.config.max_tokens
+    if limit is not None and tokens > limit:
+        raise ConfigError(f"{document.where}: {tokens} tokens, and the model has {limit} positions: {instead}")
+
+
 def read_sequence(document: Document, bos: int | None, start: int, stop: int) -> np.ndarray:
     """The ids [start, stop) of what a model reads, (stop - start,) int64: bos, unless it is None, and the document."""
     if bos is None:
@@ -192,28 +174,65 @@ def read_sequence(document: Document, bos: int | None, start: int, stop: int) ->
     return ids if start else np.concatenate((np.array([bos]), ids))
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """How documents are cut into windows; `first` is their first target, 1 where nothing precedes a document."""
+
+    first: int
+    contexts: Sequence[int | None]
+    stride: int | None
+    last: int | None
+
+    def windows(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, counted): targets [start, stop), at most `context` of them, count from `counted` on.
+
+        Those that count make up the document, or its `last` tokens.
+        """
+        size = context or max(1, tokens - self.first)
+        step = self.stride or size
+        look_back = self.stride is not None or self.last is not None
+        for counted in range(tokens - self.last if self.last else self.first, tokens, step):
+            stop = min(counted + step, tokens)
+            yield max(self.first, stop - size) if look_back else counted, stop, counted
+
+    @property
+    def least(self) -> int:
+        """Tokens of a document whose `last` ones all get windows as long as every context."""
+        last = self.last or 0
+        return self.first + max(
+            last if size is None else size + last - min(self.stride or size, last) for size in self.contexts
+        )
+
+
 @dataclass
 class _Tally:
     """A document on its way: what its windows have cost so far."""
 
     document: Document
+    context: int | None
+    n_bytes: int | None  # of what is scored
+    by_position: ByPosition | None
     nll_sum: float = 0.0
     n_tokens: int = 0
 
-    def result(self, has_bos: bool) -> DocumentScore:
-        n_bytes: int | None = 0
-        if self.n_tokens:  # without bos, the bytes of the first token were not scored
-            n_bytes = self.document.n_bytes if has_bos else None
-        return DocumentScore(self.document.doc_id, self.document.where, Score(self.nll_sum, self.n_tokens, n_bytes))
+    def result(self) -> DocumentScore:
+        score = Score(self.nll_sum, self.n_tokens, self.n_bytes if self.n_tokens else 0)
+        return DocumentScore(self.document.doc_id, self.document.where, score, self.context, self.by_position)
 
 
 @dataclass(frozen=True)
 class _Window:
-    """The targets [start, stop) of a document, and (1 + stop - start,) int64 `ids`: the token before them first."""
+    """The targets [start, stop) of a document, and (1 + stop - start,) int64 `ids`: the token before them first.
+
+    Those before `counted` are predicted on the way, and not counted. The first input is the `offset`-th of those that
+    the model sees together.
+    """
 
     tally: _Tally
     start: int
     ids: np.ndarray
+    counted: int = 0
+    offset: int = 0
 
     @property
     def targets(self) -> int:
@@ -225,16 +244,19 @@ class _Scorer:
 
     def __init__(
         self,
-        model: LongNet,
+        model: Net,
         bos: int | None,
-        context: int | None,
+        cut: _Cut,
+        by_position: bool,
+        count_bytes: Callable[[np.ndarray], int | None] | None,
         chunk: int,
         dtype: str,
         ranks: Ranks,
         on_tokens: OnTokens | None,
         on_progress: Callable[[int], None] | None,
     ) -> None:
-        self.model, self.bos, self.context, self.chunk, self.dtype = model, bos, context, chunk, dtype
+        self.model, self.bos, self.chunk, self.dtype = model, bos, chunk, dtype
+        self.cut, self.by_position, self.count_bytes = cut, by_position, count_bytes
         self.ranks = ranks
         self.on_tokens, self.on_progress = on_tokens, on_progress
         self.device = next(model.parameters()).device
@@ -245,34 +267,41 @@ class _Scorer:
     def run(self, documents: Iterable[Document]) -> Iterator[DocumentScore]:
         scored = 0
         for document in documents:
-            tally = _Tally(document)
-            for start, stop in self._windows(len(document)):
-                if stop - start > self.chunk:
-                    yield from self._flush()
-                    self._stream(tally, start, stop)
-                else:
-                    self.waiting.append(self._window(tally, start, stop))
-                    self.targets += stop - start
-                    if self.targets >= self.chunk:
+            if self.cut.last and len(document) < self.cut.least:
+                continue
+            for context in self.cut.contexts:
+                tally = self._tally(document, context)
+                for start, stop, counted in self.cut.windows(len(document), context):
+                    check_length(document, stop - start, self.model, f"--context {self.model.config.max_tokens}")
+                    if stop - start > self.chunk and self.model.config.streams:
                         yield from self._flush()
-                scored += stop - start
-            self.finished.append(tally)
-            if not self.waiting:
-                yield from self._flush()
+                        self._stream(tally, start, stop, counted)
+                    else:
+                        self.waiting.append(replace(self._window(tally, start, stop), counted=counted))
+                        self.targets += stop - start
+                        if self.targets >= self.chunk:
+                            yield from self._flush()
+                    scored += stop - counted
+                self.finished.append(tally)
+                if not self.waiting:
+                    yield from self._flush()
         yield from self._flush()
         if scored == 0:
+            if self.cut.last:
+                raise DataError(f"no token could be scored: no document has {self.cut.least} tokens")
             raise DataError(
                 "no token could be scored: every document is empty"
                 if self.bos is not None
                 else "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
             )
 
-    def _windows(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """Ranges of at most `context` targets that make up a document; without bos its first token is none."""
-        first = 0 if self.bos is not None else 1
-        step = self.context or max(1, tokens - first)
-        for start in range(first, tokens, step):
-            yield start, min(start + step, tokens)
+    def _tally(self, document: Document, context: int | None) -> _Tally:
+        n_bytes = document.n_bytes if self.bos is not None else None  # those of the first token were not scored
+        if self.cut.last:
+            ids = document.read(len(document) - self.cut.last, len(document))
+            n_bytes = self.count_bytes(ids) if self.count_bytes else None
+        positions = ByPosition(min(self.model.config.pattern.segment_lengths)) if self.by_position else None
+        return _Tally(document, context, n_bytes, positions)
 
     def _window(self, tally: _Tally, start: int, stop: int) -> _Window:
         first = 0 if self.bos is None else 1  # where a document begins in its sequence
@@ -294,7 +323,7 @@ class _Scorer:
         for window, row in zip(self.waiting, nll.cpu().split(sizes), strict=True):
             self._count(window, row.numpy())
         self.waiting, self.targets = [], 0
-        yield from (tally.result(self.bos is not None) for tally in self.finished)
+        yield from (tally.result() for tally in self.finished)
         self.finished = []
 
     @torch.inference_mode()
@@ -308,9 +337,9 @@ class _Scorer:
             return self.model.nll(self.model(padded[:, :-1].clamp(min=0)), padded[:, 1:])
 
     @torch.inference_mode()
-    def _stream(self, tally: _Tally, start: int, stop: int) -> None:
+    def _stream(self, tally: _Tally, start: int, stop: int, counted: int) -> None:
         """Score a window that is longer than a chunk."""
-        stream, ranks = CausalStream(self.model, group=self.ranks.group), self.ranks
+        stream, ranks = open_stream(self.model, self.ranks.group), self.ranks
         for first in range(start, stop, self.chunk * ranks.world):
             last = min(first + self.chunk * ranks.world, stop)
             edges = even_edges(first, last - first, ranks.world)
@@ -319,17 +348,22 @@ class _Scorer:
             nll = torch.zeros(last - first, device=self.device)
             with precision(self.dtype, self.device):
                 hidden = stream(ids[:, :-1], edges=[edge - start for edge in edges] if ranks.group else None)
-                nll[edges[ranks.rank] - first :][: mine.targets] = self.model.nll(hidden, ids[:, 1:])[0]
+                if counted < last:
+                    nll[edges[ranks.rank] - first :][: mine.targets] = self.model.nll(hidden, ids[:, 1:])[0]
             ranks.sum(nll)
             # what is reported needs the ids of all, where somebody asks for them
             whole = self._window(tally, first, last) if self.on_tokens and ranks.group else mine
-            self._count(replace(whole, start=first), nll.cpu().numpy())
+            self._count(replace(whole, start=first, counted=counted, offset=first - start), nll.cpu().numpy())
             if self.on_progress:
                 self.on_progress(last - first)
 
     def _count(self, window: _Window, nll: np.ndarray) -> None:
         """Add the (targets,) nats of a window to its document."""
-        window.tally.nll_sum += float(nll.sum(dtype=np.float64))
-        window.tally.n_tokens += len(nll)
-        if self.on_tokens:
-            self.on_tokens(window.tally.document, window.start, window.ids[1:], -nll)
+        skipped, tally = max(0, window.counted - window.start), window.tally
+        nll = nll[skipped:]
+        tally.nll_sum += float(nll.sum(dtype=np.float64))
+        tally.n_tokens += len(nll)
+        if tally.by_position:
+            tally.by_position.add(window.offset + skipped, nll)
+        if self.on_tokens and len(nll):
+            self.on_tokens(tally.document, window.start + skipped, window.ids[1 + skipped :], -nll)

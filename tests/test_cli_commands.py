@@ -119,6 +119,35 @@ def test_tokenize_needs_an_output(run_longnet: RunLongnet, texts: Path) -> None:
 # --- score -----------------------------------------------------------------------------------------------
 
 
+def test_score_compares_contexts(run_all: RunAll, model: Path, texts: Path) -> None:
+    command = ["score", texts, "--model", model, "--context", "4,8", "--device", "cpu", "--by-position"]
+    as_json, as_lines, as_text, refused = run_all(
+        [*command, "--format", "json"],
+        [*command, "--format", "jsonl"],
+        [*command, "--last", "6", "--stride", "3"],
+        [*command, "--token-logprobs", "x.arrow"],
+    )
+    assert (as_json.returncode, as_json.stderr) == (0, "")
+    value = json.loads(as_json.stdout)
+    assert value["totals"][1] == value["total"]
+    assert [row["context"] for row in value["totals"]] == [4, 8]
+    assert [(row["doc_id"], row["context"]) for row in value["documents"]] == [(n, c) for n in TEXTS for c in (4, 8)]
+    assert {row["n_tokens"] for row in value["totals"]} == {63}
+    assert value["total"].keys() >= {"ppl_se", "bpb_se", "ppl_ratio", "ppl_ratio_se", "n_docs", "by_position"}
+    lines = [json.loads(line) for line in as_lines.stdout.splitlines()]
+    assert lines == [
+        *({"kind": "document", **row} for row in value["documents"]),
+        *({"kind": "total", **row} for row in value["totals"]),
+    ]
+    header, *rows = as_text.stdout.splitlines()
+    assert header.split() == ["tokens", "ppl", "bpb", "context", "document"]
+    assert [row.split()[-1] for row in rows[:6]] == ["a.txt", "a.txt", "b.txt", "b.txt", "total", "total"]
+    assert rows[4].split()[0] == "12"  # the last six tokens of the two that are long enough
+    assert "+- is a standard error, clustered by document (2 documents)" in rows
+    assert "tokens seen" in as_text.stdout
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+
+
 def test_score_formats_agree_with_the_library(run_all: RunAll, model: Path, texts: Path) -> None:
     tokenizer = Tokenizer.load(model)
     documents = read_documents([texts], tokenizer)

@@ -1,4 +1,4 @@
-"""The corpus of the shipped model: lists of readable files, split by a hash that no machine changes.
+"""The scripts in examples/: the corpus of the shipped model, and the Llama of transformers that is trained twice.
 
 pytest tests/test_examples.py
 """
@@ -6,11 +6,25 @@ pytest tests/test_examples.py
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+from typer.testing import CliRunner
+
+from longnet_cli.cli.app import app
 
 ROOT = Path(__file__).parents[1]
+
+
+def imported(script: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path: Path) -> None:
@@ -21,10 +35,45 @@ def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path: Path) -> 
     assert len(train) > 10 * len(held_out) > 0
     assert not set(train) & set(held_out)
     assert all(Path(path).stat().st_size >= 512 for path in train + held_out)
-    spec = importlib.util.spec_from_file_location("stdlib_corpus", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = imported(script)
     # the files that the demo scores, whatever Python runs it
     for name in ("ast.py", "calendar.py", "pydoc.py", "random.py", "sysconfig.py", "json/encoder.py", "http/server.py"):
         assert module.is_held_out(name)
     assert not module.is_held_out("json/decoder.py")
+
+
+def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[str, str]) -> None:
+    """The script at a small size: both losses fall, side by side, and what it saves is what the commands take."""
+    pytest.importorskip("transformers")
+    tokens, output, steps = tmp_path / "tokens", tmp_path / "run", 10
+    made = CliRunner().invoke(app, ["tokenize", str(ROOT / "examples"), "-o", str(tokens), "--train-vocab", "512"])
+    assert made.exit_code == 0, made.output
+    script = ROOT / "examples/hf_llama.py"
+    size = ["--tokens", tokens, "--steps", str(steps), "--context", "128"]
+    done = subprocess.run(
+        [sys.executable, script, output, *size], env=command_env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (output / "curves.jsonl").read_text().splitlines()]
+    assert [(row["attention"], row["step"]) for row in rows] == [
+        (name, step) for step in range(1, steps + 1) for name in ("dense", "dilated")
+    ]
+    for name in ("dense", "dilated"):
+        curve = [row["loss"] for row in rows if row["attention"] == name]
+        assert sum(curve[-3:]) < sum(curve[:3]) - 0.4
+    assert len(done.stdout.splitlines()) == 1 + steps + 1
+    assert "dense / dilated = " in done.stdout.splitlines()[-1]
+    from longnet_cli.integrations.loading import load_net
+
+    assert load_net(output / "dilated").config.pattern.segment_lengths == (8, 16, 32, 64, 128)
+    assert load_net(output / "dense", attention="dense").config.memory == "cache"
+
+
+def test_both_llamas_begin_with_the_same_weights() -> None:
+    pytest.importorskip("transformers")
+    build = imported(ROOT / "examples/hf_llama.py").build
+    dense, dilated = (build(100, 4096, 0, is_dilated) for is_dilated in (False, True))
+    for name, tensor in dense.state_dict().items():
+        assert tensor.equal(dilated.state_dict()[name])
+    assert dilated.config.dilated_attention["segment_lengths"] == [256, 512, 1024, 2048, 4096]
+    assert dense.config._attn_implementation == "sdpa"

@@ -1,4 +1,4 @@
-"""What the README shows is run: every `sh` block in one shell, in order, and the Python block; recipes parse and load.
+"""What the README shows is run: every `sh` block in one shell, in order, and the Python blocks; recipes parse and load.
 
 pytest tests/test_readme.py
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.presets import list_models, preset_dir
 from longnet_cli.training.recipe import load_recipe, tomllib
 
@@ -26,15 +27,20 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The files that the README's commands name, and nothing else of the checkout."""
+    """The files that the README's commands name, and nothing else of the checkout; a small Llama is somebody's own."""
+    hf = pytest.importorskip("transformers")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     shutil.copy(ROOT / "README.md", tmp_path)
+    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = hf.LlamaConfig(**sizes, num_attention_heads=4, bos_token_id=256, eos_token_id=256)
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "my-llama")
+    Tokenizer.bytes().save(tmp_path / "my-llama/tokenizer.json")
     return tmp_path
 
 
 def test_shell_commands(checkout: Path, command_env: dict[str, str]) -> None:
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
-    assert len(commands) >= 18
+    assert len(commands) >= 21
     python = f'python() {{ "{sys.executable}" "$@"; }}; longnet() {{ python -m longnet_cli "$@"; }}'
     script = "\n".join(["set -euo pipefail", python, *commands])
     done = subprocess.run(
@@ -44,12 +50,13 @@ def test_shell_commands(checkout: Path, command_env: dict[str, str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_python_block(checkout: Path, command_env: dict[str, str]) -> None:
-    (block,) = blocks("python")
+def test_python_blocks(checkout: Path, command_env: dict[str, str]) -> None:
+    script = "\n".join(blocks("python"))
     done = subprocess.run(
-        [sys.executable, "-c", block], cwd=checkout, env=command_env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], cwd=checkout, env=command_env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert "dilated_attention" in (checkout / "my-dilated-llama/config.json").read_text(encoding="utf-8")
 
 
 def test_toml_block() -> None:

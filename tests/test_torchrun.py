@@ -23,6 +23,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime.launch import Ranks, check_windows, join
+from longnet_cli.training.checkpoint import checkpoints_in, find_damage, read_state
 from longnet_cli.training.loop import train
 from longnet_cli.training.recipe import load_recipe
 
@@ -211,7 +212,11 @@ def test_a_killed_rank_ends_the_job(folder: Path, command_env: dict[str, str]) -
     assert time.monotonic() - began < 30
     assert job.returncode == 1
     assert stderr.splitlines()[1:] == ["longnet: error: rank 1 was killed (SIGKILL), and the job with it"]
-    assert LongNet.from_pretrained(folder / "run").config.dim == 16  # what was saved is whole
+    newest = checkpoints_in(folder / "run/checkpoints")[0]
+    assert find_damage(newest) is None
+    steps = read_state(newest)["progress"]["step"]
+    with (folder / "run/metrics.jsonl").open() as lines:
+        assert steps <= sum(1 for _ in lines)
 
 
 def test_sigterm_stops_all_ranks_after_the_same_step(folder: Path, command_env: dict[str, str]) -> None:
@@ -220,5 +225,5 @@ def test_sigterm_stops_all_ranks_after_the_same_step(folder: Path, command_env: 
     job.send_signal(signal.SIGTERM)
     _, stderr = job.communicate(timeout=60)
     assert job.returncode != 0
-    assert "stopped: the weights so far are in" in stderr
+    assert f"stopped, and saved in {folder}/run: `longnet train -o {folder}/run` goes on" in stderr
     assert "longnet: error" not in stderr

@@ -96,6 +96,18 @@ def test_learning_rate() -> None:
     assert learning_rate(50, 100, 1.0, ScheduleRecipe(decay="constant", warmup_steps=0)) == 1.0
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_polynomial_decay_is_fairseqs(power: float) -> None:
+    """(lr - end) * (share of the steps that is left) ** power + end; power 1 is linear."""
+    schedule = ScheduleRecipe(warmup_steps=10, decay="polynomial", power=power, final=0.1)
+    for step in range(10, 100):
+        left = 1 - (step - 10) / (99 - 10)
+        assert learning_rate(step, 100, 2.0, schedule) == pytest.approx((2.0 - 0.2) * left**power + 0.2)
+    if power == 1.0:
+        linear = ScheduleRecipe(warmup_steps=10, decay="linear", final=0.1)
+        assert all(learning_rate(i, 100, 2.0, schedule) == learning_rate(i, 100, 2.0, linear) for i in range(100))
+
+
 def test_only_matrices_decay(corpus: Path) -> None:
     found = recipe(corpus)
     (adamw,) = build_optimizers(LongNet(found.model), found.optimizer)
@@ -198,6 +210,7 @@ def test_compiled_layers_learn_the_same(corpus: Path, tmp_path: Path) -> None:
         ({"data.train": []}, "data.train"),
         ({"optimizer.lr.x": 1}, "is a value, not a table"),
         ({"schedule.decay": "cosin"}, "schedule.decay"),
+        ({"schedule.power": 2}, 'schedule.power is of decay = "polynomial", not of "cosine"'),
     ],
 )
 def test_wrong_recipes(corpus: Path, tmp_path: Path, overrides: dict, message: str) -> None:

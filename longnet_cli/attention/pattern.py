@@ -24,6 +24,8 @@ from typing import Literal, NamedTuple
 HeadOffsets = Literal["modulo", "grouped"]
 Padding = Literal["exact", "zero_key"]
 
+BACKWARD_FLOPS = 2.5  # of the forward's: five matrix products to its two
+
 
 class Level(NamedTuple):
     """One (segment length, dilation rate) pair, both in tokens."""
@@ -172,6 +174,13 @@ def branches(
     for index, span in enumerate(spans):
         found.extend(_far(pattern, span, index, num_heads, start, tokens, causal))
     return tuple(found)
+
+
+def attention_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, batch: int = 1) -> int:
+    """Executed FLOPs of a forward: 4 * rows * keys * head_dim a head and segment over all branches; causal, half."""
+    found = branches(pattern, heads, 0, tokens, causal, "exact", ())
+    pairs = sum(b.queries.segments * b.queries.heads * b.queries.rows * b.keys.rows for b in found)
+    return 4 * head_dim * batch * pairs // (2 if causal else 1)
 
 
 def _near(

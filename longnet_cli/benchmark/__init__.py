@@ -1,6 +1,7 @@
 """The job `bench`. Rows and the clock are in measurement.py, what is measured in a file an op, the order in job.py."""
 
-from .attention import attention_flops
+from longnet_cli.attention.pattern import attention_flops
+
 from .job import DIRECTIONS, IMPLS, OPS, bench, machine
 from .measurement import Case, Measurement, Stream
 from .settings import Settings

@@ -12,19 +12,10 @@ from torch import Tensor
 from longnet_cli.attention import KVCache, Pattern, dilated_attention
 from longnet_cli.attention.dilated import kernel_calls
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.pattern import branches
+from longnet_cli.attention.pattern import BACKWARD_FLOPS, attention_flops, branches
 from longnet_cli.benchmark.measurement import Case, Measurement, Stream
 from longnet_cli.benchmark.settings import Settings
 from longnet_cli.runtime.device import DTYPES
-
-BACKWARD_FLOPS = 2.5  # of the forward's: five matrix products to its two
-
-
-def attention_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, batch: int = 1) -> int:
-    """Executed FLOPs of a forward: 4 * rows * keys * head_dim a head and segment over all branches; causal, half."""
-    found = branches(pattern, heads, 0, tokens, causal, "exact", ())
-    pairs = sum(b.queries.segments * b.queries.heads * b.queries.rows * b.keys.rows for b in found)
-    return 4 * head_dim * batch * pairs // (2 if causal else 1)
 
 
 def attention(settings: Settings, impl: str, direction: str, seq: int) -> Case:

@@ -19,13 +19,14 @@ CHUNK = 1 << 16  # tokens of a streamed run
 
 @dataclass(frozen=True)
 class Settings:
-    """`pattern`: a Pattern, "paper", or "geometric" with its base and ratio."""
+    """`pattern`: a Pattern, "paper", or "geometric" with its base and ratio; `asked`, whether somebody said so."""
 
     heads: int
     head_dim: int
     batch: int
     causal: bool
     pattern: Pattern | str
+    asked: bool
     base: int
     ratio: int
     dtype: str
@@ -71,6 +72,7 @@ class Settings:
         heads = heads if heads is not None else 2 if small else 12
         head_dim = head_dim if head_dim is not None else 32 if small else 64
         base = base if base is not None else 256 if small else 2048
+        asked = pattern is not None
         pattern = pattern or ("geometric" if long else "paper")
         if min(*seqs, heads, head_dim, batch, base, layers, vocab, 1 if chunk is None else chunk) < 1 or ratio < 2:
             raise ConfigError(
@@ -84,6 +86,7 @@ class Settings:
             batch,
             causal,
             pattern,
+            asked,
             base,
             ratio,
             dtype,

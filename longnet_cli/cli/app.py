@@ -17,6 +17,7 @@ from longnet_cli import __version__
 from longnet_cli.cli.bench import bench
 from longnet_cli.cli.data import data
 from longnet_cli.cli.encode import encode
+from longnet_cli.cli.plot import plot
 from longnet_cli.cli.score import score
 from longnet_cli.cli.tokenize import tokenize
 from longnet_cli.cli.train import train
@@ -29,7 +30,7 @@ EPILOG = (
 )
 
 # One function a command, in the order of a first day's work. Their modules import torch only when they run.
-COMMANDS: tuple[Callable[..., None], ...] = (tokenize, train, score, encode, bench)
+COMMANDS: tuple[Callable[..., None], ...] = (tokenize, train, plot, score, encode, bench)
 
 app = typer.Typer(
     name="longnet",

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longnet_cli.cli.options import DeviceOption, DtypeOption, NprocOption, QuietOption, size_option, sizes_option
+from longnet_cli.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    NprocOption,
+    QuietOption,
+    read_pattern,
+    size_option,
+    sizes_option,
+)
 from longnet_cli.cli.output import RowFormat, RowWriter, format_bytes, format_count, format_duration
 from longnet_cli.cli.progress import progress
 
@@ -269,14 +277,7 @@ def _ratios(rows: Sequence[Measurement]) -> list[str]:
 def _pattern(
     name: str | None, segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None
 ) -> Pattern | str | None:
-    if segment_lengths is None and dilation_rates is None:
-        return name
-    if name is not None:
+    levels = read_pattern(segment_lengths, dilation_rates)
+    if levels and name is not None:
         raise typer.BadParameter("--pattern names levels, --segment-lengths and --dilation-rates list them: give one")
-    from longnet_cli.attention import Pattern
-
-    levels: list[Any] = [tuple(given or ()) for given in (segment_lengths, dilation_rates)]
-    try:
-        return Pattern(*levels)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    return levels or name

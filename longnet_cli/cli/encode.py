@@ -9,16 +9,20 @@ import typer
 
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
+    AttentionOption,
     ChunkOption,
     ColumnOption,
     DeviceOption,
+    DilationRatesOption,
     DtypeOption,
     EosOption,
     Inputs,
     ModelOption,
     NprocOption,
     QuietOption,
+    SegmentLengthsOption,
     TokenizerOption,
+    read_pattern,
     size_option,
 )
 from longnet_cli.cli.progress import progress
@@ -77,6 +81,9 @@ def encode(
     tokenizer: TokenizerOption = None,
     column: ColumnOption = None,
     eos: EosOption = None,
+    attention: AttentionOption = "dilated",
+    segment_lengths: SegmentLengthsOption = None,
+    dilation_rates: DilationRatesOption = None,
     nproc: NprocOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -88,7 +95,7 @@ def encode(
     """
     if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
-    start_ranks(nproc, inputs)
+    start_ranks(nproc, inputs, model)
     from longnet_cli.data.inputs import fingerprint
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.sinks import ShardWriter, is_folder
@@ -99,7 +106,9 @@ def encode(
         raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
     earlier = run_to_resume(output, resume=resume) if in_folder else None
 
-    net, words = load_model(model, tokenizer, device, dtype)
+    net, words, bos = load_model(
+        model, tokenizer, device, dtype, attention, read_pattern(segment_lengths, dilation_rates), quiet
+    )
     from longnet_cli.encoding import SHARD_ROWS, encode_to_folder
     from longnet_cli.encoding import encode as run
     from longnet_cli.runtime.launch import join, leave
@@ -108,7 +117,7 @@ def encode(
     quiet = quiet or not ranks.first
     documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
     options: dict[str, Any] = {
-        "bos": words.eos_id if words else None,
+        "bos": bos,
         "pool": pool,
         "normalize": normalize,
         "span": span,

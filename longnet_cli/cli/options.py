@@ -9,9 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from longnet_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longnet_cli.attention import Pattern
 
 DEFAULT_MODEL = "longnet-tiny"
 
@@ -53,6 +58,18 @@ def parse_device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text, re.ASCII):
         raise ValueError(f"'{text}' is not a device: write auto, cpu, cuda or cuda:1")
     return text
+
+
+def read_pattern(segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None) -> Pattern | None:
+    """The levels of the two options, None where neither is given. Raises ConfigError."""
+    if segment_lengths is None and dilation_rates is None:
+        return None
+    from longnet_cli.attention import Pattern
+
+    try:
+        return Pattern(tuple(segment_lengths or ()), tuple(dilation_rates or ()))
+    except ValueError as error:
+        raise ConfigError(f"--segment-lengths, --dilation-rates: {error}") from None
 
 
 def _option_parser(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -109,6 +126,21 @@ ColumnOption = Annotated[
         help="Column to read.",
         show_default="input_ids, tokens, token_ids or ids, else text",
     ),
+]
+AttentionOption = Annotated[
+    Literal["dilated", "dense"],
+    typer.Option("--attention", help="Of a model of transformers: dilated, or its own."),
+]
+SegmentLengthsOption = Annotated[
+    Sequence[int] | None,
+    sizes_option(
+        "--segment-lengths",
+        help="Levels of a model of transformers, with --dilation-rates.",
+        show_default="those in its config.json",
+    ),
+]
+DilationRatesOption = Annotated[
+    Sequence[int] | None, sizes_option("--dilation-rates", help="One for each segment length.")
 ]
 DeviceOption = Annotated[
     str,

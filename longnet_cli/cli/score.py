@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
+    AttentionOption,
     ChunkOption,
     ColumnOption,
     DeviceOption,
+    DilationRatesOption,
     DtypeOption,
     EosOption,
     Inputs,
     ModelOption,
     NprocOption,
     QuietOption,
+    SegmentLengthsOption,
     TokenizerOption,
+    read_pattern,
     size_option,
+    sizes_option,
 )
 from longnet_cli.cli.output import emit_json, emit_jsonl
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
+    from longnet_cli.attention import Pattern
     from longnet_cli.data.tokenizer import Tokenizer
-    from longnet_cli.model.longnet import LongNet
-    from longnet_cli.scoring import DocumentScore, Score
+    from longnet_cli.measures import DocumentScore, Score, Total
+    from longnet_cli.model.net import Net
 
 Format = Literal["text", "json", "jsonl"]
 
@@ -46,13 +53,35 @@ def score(
         ),
     ] = True,
     context: Annotated[
-        int | None,
-        size_option(
+        Sequence[int] | None,
+        sizes_option(
             "--context",
-            help="Tokens that a token may look back at: the text is scored in separate windows of this length.",
+            help="Tokens that a token may look back at: the text is scored in separate windows of this length. Several "
+            "are compared, on the same tokens.",
             show_default="the whole document",
         ),
     ] = None,
+    stride: Annotated[
+        int | None,
+        size_option(
+            "--stride",
+            help="Let windows overlap and score so many tokens at the end of each, which then have seen that much "
+            "less than the context or more.",
+            show_default="the context",
+        ),
+    ] = None,
+    last: Annotated[
+        int | None,
+        size_option(
+            "--last",
+            help="Score only so many tokens at the end of each document, of those long enough for the longest context.",
+            show_default="all tokens",
+        ),
+    ] = None,
+    by_position: Annotated[
+        bool,
+        typer.Option("--by-position", help="Also the loss by tokens seen, and by place in the shortest segment."),
+    ] = False,
     token_logprobs: Annotated[
         str | None,
         typer.Option(
@@ -68,6 +97,9 @@ def score(
     format: Annotated[
         Format, typer.Option("--format", help="A table to read, one JSON value, or a line of JSON a document.")
     ] = "text",
+    attention: AttentionOption = "dilated",
+    segment_lengths: SegmentLengthsOption = None,
+    dilation_rates: DilationRatesOption = None,
     nproc: NprocOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -77,19 +109,21 @@ def score(
 
     Every token is scored once. Across tokenizers, compare bpb, not ppl. A document of any length takes the same memory.
     """
-    start_ranks(nproc, inputs)
+    start_ranks(nproc, inputs, model)
     from longnet_cli.data.sources import read_documents
     from longnet_cli.errors import ConfigError
+    from longnet_cli.measures import Total
 
     if token_logprobs == "-":
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
-    net, words = load_model(model, tokenizer, device, dtype)
+    net, words, bos = load_model(
+        model, tokenizer, device, dtype, attention, read_pattern(segment_lengths, dilation_rates), quiet
+    )
     from longnet_cli.runtime.launch import join, leave
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
 
     documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
-    bos = words.eos_id if words else None
     ranks, where = join(device)
     quiet = quiet or not ranks.first
     tokens = write_token_logprobs(token_logprobs) if token_logprobs and ranks.first else nullcontext()
@@ -99,6 +133,10 @@ def score(
             documents,
             bos=bos,
             context=context,
+            stride=stride,
+            last=last,
+            by_position=by_position,
+            count_bytes=words.n_bytes if words else None,
             chunk=chunk,
             dtype=dtype,
             device=where,
@@ -107,48 +145,68 @@ def score(
             on_progress=advance,
         )
         if ranks.first:
-            _print(scores, format)
+            _print(scores, format, Total(context or [None]))
         else:
             for _ in scores:
                 pass
     leave()
 
 
-def start_ranks(nproc: int | None, inputs: list[str]) -> None:
-    """What --nproc asks for; and several processes cannot share one stdin."""
+def start_ranks(nproc: int | None, inputs: list[str], model: str) -> None:
+    """What --nproc asks for; several processes cannot share one stdin, nor a model of transformers."""
     if nproc is None and "RANK" not in os.environ:
         return
     from longnet_cli.errors import ConfigError
+    from longnet_cli.presets import find_model, is_of_transformers
     from longnet_cli.runtime.launch import start_ranks, under_torchrun
 
-    if "-" in inputs and (under_torchrun() or (nproc or 1) > 1):
+    several = under_torchrun() or (nproc or 1) > 1
+    if several and is_of_transformers(find_model(model)):
+        raise ConfigError(f"{model}: a model of transformers runs in one process, without --nproc or torchrun")
+    if "-" in inputs and several:
         raise ConfigError("stdin can be read by one process: save it to a file, which every rank reads for itself")
     if nproc is not None:
         start_ranks(nproc)
 
 
-def load_model(name: str, tokenizer: str | None, device: str, dtype: str) -> tuple[LongNet, Tokenizer | None]:
-    """The model that --model names, in float32 on --device, and --tokenizer or else its own, None if it has none.
+class Loaded(NamedTuple):
+    """A model, its tokenizer, and the id that it reads before each document; None for what there is not."""
 
+    net: Net
+    words: Tokenizer | None
+    bos: int | None
+
+
+def load_model(
+    name: str,
+    tokenizer: str | None,
+    device: str,
+    dtype: str,
+    attention: Literal["dilated", "dense"] = "dilated",
+    pattern: Pattern | None = None,
+    quiet: bool = False,
+) -> Loaded:
+    """The model that --model names, in float32 on --device, and --tokenizer or else its own.
+
+    Says on stderr, unless `quiet`, what the user should know of how it reads documents.
     Raises ConfigError for a tokenizer with ids that the model does not have, a model that reads no tokens, or an
     attention kernel that cannot run in `dtype`.
     """
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.errors import ConfigError
-    from longnet_cli.presets import find_model
+    from longnet_cli.presets import find_model, is_of_transformers
 
     folder = find_model(name)
     own = folder / "tokenizer.json"
     chosen = tokenizer or (own if own.exists() else None)
     words = Tokenizer.load(chosen) if chosen else None
 
-    import torch  # takes a second: a wrong name has been told by now
-
-    from longnet_cli.model.longnet import LongNet
+    # torch takes a second: a wrong name has been told by now
+    from longnet_cli.integrations.loading import load_net
     from longnet_cli.runtime.device import check_kernel, select_device
 
     where = select_device(device)
-    net = LongNet.from_pretrained(folder, where, torch.float32)
+    net = load_net(folder, attention=attention, pattern=pattern, device=where)
     check_kernel(where, dtype, net.config.head_dim)
     if not net.config.vocab_size:
         raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
@@ -157,37 +215,71 @@ def load_model(name: str, tokenizer: str | None, device: str, dtype: str) -> tup
             f"{chosen}: the tokenizer has {words.vocab_size} ids and the model {net.config.vocab_size}: "
             "they do not belong together"
         )
-    return net, words
+    if net.note and not quiet and sys.stderr:
+        print(f"{name}: {net.note}", file=sys.stderr)
+    foreign = is_of_transformers(folder)
+    return Loaded(net, words, (words.bos_id if foreign else words.eos_id) if words else None)
 
 
-def _print(scores: Iterator[DocumentScore], format: Format) -> None:
+def _print(scores: Iterator[DocumentScore], format: Format, total: Total) -> None:
     """Each document as soon as it is scored (except in the one value of json), and the total at last."""
-    from longnet_cli.scoring import Score
-
-    total = Score(0.0, 0, 0)
+    several = len(total.contexts) > 1
     rows = []
     for index, document in enumerate(scores):
-        total += document.score
+        total.add(document)
+        values = {"doc_id": document.doc_id, **document.score.as_dict()}
+        if several:
+            values["context"] = document.context
         if format == "text":
-            _print_row(document.doc_id, document.score, header=index == 0)
+            _print_row(document.doc_id, document.score, document.context if several else None, header=index == 0)
         elif format == "jsonl":
-            emit_jsonl({"kind": "document", "doc_id": document.doc_id, **document.score.as_dict()})
+            emit_jsonl({"kind": "document", **values})
         else:
-            rows.append({"doc_id": document.doc_id, **document.score.as_dict()})
+            rows.append(values)
+    totals = total.as_dicts()
     if format == "text":
-        _print_row("total", total)
+        for score, context in zip(total.scores, total.contexts, strict=True):
+            _print_row("total", score, context if several else None)
+        if several:
+            _print_comparison(totals)
+        for values in totals:
+            _print_positions(values)
     elif format == "jsonl":
-        emit_jsonl({"kind": "total", **total.as_dict()})
+        for values in totals:
+            emit_jsonl({"kind": "total", **values})
     else:
-        emit_json({"total": total.as_dict(), "documents": rows})
+        longest = max(totals, key=lambda values: values["context"] or 0)
+        emit_json({"total": longest, **({"totals": totals} if several else {}), "documents": rows})
 
 
-def _print_row(name: str, score: Score, *, header: bool = False) -> None:
+def _print_row(name: str, score: Score, context: int | None, *, header: bool = False) -> None:
     """The numbers stand first, as in `wc`: so columns are straight whatever the names, and no name need be cut."""
     if header:
-        print(f"{'tokens':>12} {'ppl':>12} {'bpb':>8}  document")
+        print(f"{'tokens':>12} {'ppl':>12} {'bpb':>8}{' context':>10}"[: None if context else 34] + "  document")
     numbers = f"{score.n_tokens:>12} {_number(score.ppl):>12} {_number(score.bpb):>8}"
-    print(f"{numbers}  {' '.join(name.split())}", flush=True)
+    print(numbers + (f" {context:>9}" if context else "") + f"  {' '.join(name.split())}", flush=True)
+
+
+def _print_comparison(totals: list[dict[str, Any]]) -> None:
+    """Contexts side by side, each number with its standard error."""
+    first = totals[0]["context"]
+    print(f"\n{'context':>9} {'ppl':>12} {'+-':>8} {'bpb':>8} {'+-':>8} {f'ppl / {first}':>12} {'+-':>8}")
+    for row in totals:
+        keys = ("ppl", "ppl_se", "bpb", "bpb_se", "ppl_ratio", "ppl_ratio_se")
+        numbers = [_number(row.get(key)).rjust(width) for key, width in zip(keys, (12, 8, 8, 8, 12, 8), strict=True)]
+        print(f"{row['context']:>9} {' '.join(numbers)}")
+    print(f"+- is a standard error, clustered by document ({totals[0]['n_docs']} documents)")
+
+
+def _print_positions(total: dict[str, Any]) -> None:
+    """What `--by-position` asks for: nats a token."""
+    context = f", context {total['context']}" if total["context"] else ""
+    for key, title in (("by_position", "tokens seen"), ("by_segment_position", "in segment")):
+        if rows := total.get(key):
+            print(f"\n{title:>20} {'tokens':>12} {'nats':>8}{context}")
+        for row in rows or ():
+            span = str(row["from"]) if row["from"] == row["to"] else f"{row['from']} .. {row['to']}"
+            print(f"{span:>20} {row['n_tokens']:>12} {_number(row['nll']):>8}")
 
 
 def _number(value: float | None) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longnet_cli.cli.dry_run import Format, show
 from longnet_cli.cli.options import DeviceOption, NprocOption, QuietOption, size_option
+from longnet_cli.cli.output import format_bytes
 from longnet_cli.cli.progress import Advance, progress
 
 if TYPE_CHECKING:
@@ -58,6 +61,11 @@ def train(
             help="Go on from the newest checkpoint in DIR, if there is one; never; or from the one at PATH.",
         ),
     ] = "auto",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print memory, FLOPs and time, and stop: exit code 5 where it does not fit."),
+    ] = False,
+    format: Annotated[Format, typer.Option("--format", help="Of what --dry-run prints.")] = "text",
     nproc: NprocOption = None,
     sp: Annotated[
         int | None,
@@ -89,6 +97,7 @@ def train(
 
         start_ranks(nproc)
     from longnet_cli.errors import ConfigError
+    from longnet_cli.runtime.device import matmul_peak
     from longnet_cli.runtime.launch import join, leave
     from longnet_cli.training.loop import CHECKPOINTS
     from longnet_cli.training.loop import train as run
@@ -112,10 +121,19 @@ def train(
     if recipe is None and not overrides:
         raise ConfigError("nothing to train: name a recipe (`longnet train my-recipe.toml`) or --set its values")
     found = load_recipe(recipe, overrides)
-    if Path(output, "model.safetensors").exists() and initial is None and not Path(output, CHECKPOINTS).exists():
+    used = Path(output, "model.safetensors").exists() and not Path(output, CHECKPOINTS).exists()
+    if used and initial is None and not dry_run:
         raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
 
     ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
+    if dry_run:
+        from longnet_cli.training.estimate import estimate
+
+        estimated = estimate(found, where, ranks)
+        leave()
+        if ranks.first:
+            show(estimated, format)
+        return
     quiet = quiet or not ranks.first
     total = found.train.tokens
 
@@ -148,13 +166,14 @@ def train(
                 initial=initial,
                 resume=resume,
                 ranks=ranks,
+                peak=matmul_peak(where, found.train.dtype),
                 on_begin=on_begin,
                 on_step=on_step,
                 on_note=say,
             )
         except (KeyboardInterrupt, SystemExit):
             stack.close()
-            say(f"stopped, and saved in {output}: `longnet train -o {output}` goes on")
+            say(f"stopped, and saved in {output}: `longnet train -o {shlex.quote(output)}` goes on")
             raise
     leave()
     loss = f", loss {result.loss:.4f} nats a token" if result.loss == result.loss else ""
@@ -171,13 +190,16 @@ def describe(line: Metrics) -> dict[str, str]:
         "ppl": f"{math.exp(min(line.loss, 99)):.2f}",
         "lr": f"{line.lr:.2e}",
         "grad": f"{line.grad_norm:.2f}",
+        "memory": format_bytes(line.peak_memory_bytes),
     }
+    if line.mfu is not None:
+        fields["mfu"] = f"{100 * line.mfu:.0f}%"
     if line.held_out_loss is not None:
         fields["held-out"] = f"{line.held_out_loss:.4f}"
     return fields
 
 
 def _path(output: str) -> str:
-    """The output as --model takes it: a path with a slash."""
+    """The output as --model takes it in a shell: a path with a slash."""
     path = Path(output).as_posix()
-    return path if "/" in path else f"./{path}"
+    return shlex.quote(path if "/" in path else f"./{path}")

@@ -55,6 +55,11 @@ class Tokenizer:
         self.vocab_size = max(self._vocab.values(), default=-1) + 1
         self.eos_id: int | None = next((self._vocab[name] for name in EOS_NAMES if name in self._vocab), None)
 
+    @property
+    def bos_id(self) -> int | None:
+        """The id that its own template puts before a text (Llama's, not GPT-2's), else the end-of-text id."""
+        return next(iter(self._inner.encode("").ids), self.eos_id)
+
     @classmethod
     def bytes(cls) -> "Tokenizer":
         """The built-in tokenizer: the id of byte b is b (0..255), `<|endoftext|>` is 256."""

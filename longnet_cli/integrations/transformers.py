@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -66,6 +67,8 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     if all(kind == "sliding_attention" for kind in kinds):
         raise ConfigError("every layer of this model has a sliding window: there is no global attention to replace")
     model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:  # transformers only warns, and goes on with what there was
+        raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
     return model
 
 
@@ -99,8 +102,9 @@ def dilated_attention_forward(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query (B, H, N, D), key and value (B, H_kv, L, D) -> (B, N, H, D).
 
-    `attention_mask` is what `dilated_mask` returned. L > N are cached keys, those before the N new tokens. Raises
-    ConfigError for what a layer asks that dilated attention does not do, ValueError for masks and keys.
+    `attention_mask` is what `dilated_mask` returned. L > N are cached keys, those before the N new tokens. Without a
+    cache, a caller of the model may give it `start` and `far`, as a LongNet gets them: one shard of a longer sequence.
+    Raises ConfigError for what a layer asks that dilated attention does not do, ValueError for masks and keys.
     """
     if options.get("sliding_window") is not None:
         options |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
@@ -119,6 +123,9 @@ def dilated_attention_forward(
             f"dilated attention takes a padding mask (batch, tokens), not one of {tuple(attention_mask.shape)}"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if torch.is_autocast_enabled(query.device.type):  # as for sdpa: rotated q and k come in float32, v as projected
+        kind = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(kind) for x in (query, key, value))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     start = k.shape[1] - q.shape[1]
     if start and (start < 0 or not causal):
@@ -130,6 +137,8 @@ def dilated_attention_forward(
     groups = q.shape[2] // k.shape[2]
     # a copy unless there is one key head or one query head for each: a strided view cannot repeat every head in turn
     k, v = (x[:, start:, :, None].expand(-1, -1, -1, groups, -1).flatten(2, 3) for x in (k, v))
+    if provider := options.get("far"):
+        start, far = options["start"], provider(module.layer_idx, k, v)
     out = dilated_attention(
         q, k, v, pattern, causal=causal, start=start, far=far, lengths=attention_mask, scale=scaling
     )

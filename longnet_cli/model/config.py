@@ -97,6 +97,15 @@ class LongNetConfig(BaseModel):
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
+    @property
+    def streams(self) -> bool:
+        """A sequence may come in chunks: one after the other, or layer by layer where it is seen in both directions."""
+        return True
+
+    @property
+    def max_tokens(self) -> None:
+        """Positions are computed, as many as it takes."""
+
     def num_parameters(self) -> int:
         """Trainable numbers of a net with this configuration, tied embeddings counted once."""
         d, f = self.dim, self.ffn_dim

@@ -19,19 +19,12 @@ from os import PathLike
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import FarKeys, dilated_attention
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
+from longnet_cli.model.net import FarProvider, Net
 from longnet_cli.model.positions import PositionTable, position_table, rotate
-
-# Called once a layer with (layer index, k, v): this shard's keys, rotated, and values, (B, N, H, D) both, in the
-# autograd graph. Returns the far keys that the shard attends to in that layer. It may keep k and v for later shards.
-FarProvider = Callable[[int, Tensor, Tensor], Sequence[FarKeys]]
-
-LOGITS_LIMIT = 1 << 26  # elements of logits that `nll` holds at one time: 256 MiB in float32
-IGNORED = -100  # a target without loss
 
 
 class Attention(nn.Module):
@@ -128,7 +121,7 @@ class Block(nn.Module):
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
-class LongNet(nn.Module):
+class LongNet(Net):
     """A LongNet language model (causal) or encoder (bidirectional), initialised at random, float32.
 
     `forward` is `embed`, then each of `layers` with one `positions` table, then `final_norm`; code that must go layer
@@ -137,7 +130,7 @@ class LongNet(nn.Module):
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: LongNetConfig = config
         self.embedding = None
         if config.vocab_size:  # an empty table, as `init_weights` draws it; nn.Embedding would draw it first
             table = torch.empty(config.vocab_size, config.dim)
@@ -222,28 +215,6 @@ class LongNet(nn.Module):
         if output is None:
             raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
         return F.linear(hidden, output.weight)
-
-    def nll(self, hidden: Tensor, targets: Tensor, *, limit: int = LOGITS_LIMIT) -> Tensor:
-        """Negative log-likelihood in nats of `targets` (B, N), already shifted, given hidden (B, N, dim).
-
-        (B, N) float32, float64 for float64 hidden; 0 where a target is -100. At most `limit` elements of logits exist
-        at one time, also in the backward, which computes each chunk of them again.
-        """
-        rows, wanted = hidden.flatten(0, -2), targets.flatten()  # (B N, dim), (B N,)
-        size = max(1, limit // max(1, self.config.vocab_size))
-        if len(rows) <= size:
-            return self._nll(rows, wanted).view(targets.shape)
-        again = torch.is_grad_enabled()
-        chunks = [
-            checkpoint(self._nll, r, t, use_reentrant=False, preserve_rng_state=False) if again else self._nll(r, t)
-            for r, t in zip(rows.split(size), wanted.split(size), strict=True)
-        ]
-        return torch.cat(chunks).view(targets.shape)
-
-    def _nll(self, rows: Tensor, targets: Tensor) -> Tensor:
-        logits = self.logits(rows)
-        wide = logits if logits.dtype is torch.float64 else logits.float()
-        return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")
 
     @classmethod
     def from_pretrained(

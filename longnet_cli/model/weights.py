@@ -25,6 +25,7 @@ from longnet_cli.presets import find_model
 
 if TYPE_CHECKING:
     from longnet_cli.model.longnet import LongNet
+    from longnet_cli.model.net import Net
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 
@@ -115,7 +116,7 @@ def load_pretrained(
     return _build(config, tensors, str(path)).eval()
 
 
-def fingerprint(model: LongNet) -> str:
+def fingerprint(model: Net) -> str:
     """A digest of configuration and weights, 16 hex digits: equal for models that compute the same."""
     digest = hashlib.sha256(model.config.model_dump_json().encode())
     for name, tensor in sorted(model.state_dict().items()):

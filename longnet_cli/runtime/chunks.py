@@ -24,6 +24,7 @@ from longnet_cli.attention.dilated import strided_view
 from longnet_cli.attention.pattern import common_span, rows_before, span_views
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model.net import Net, NetConfig
 from longnet_cli.runtime.device import free_memory, precision, random_state, set_random_state
 from longnet_cli.runtime.ranks import Exchange, even_edges
 from longnet_cli.runtime.sharding import final_backward
@@ -32,7 +33,7 @@ CHUNK_BYTES = 256 << 20  # of one chunk's activations on a CPU; on a GPU, an eig
 SHORTEST_CHUNK = 256  # below it, calls cost more than what they compute
 
 
-def default_chunk(config: LongNetConfig, device: torch.device, *, training: bool = False) -> int:
+def default_chunk(config: NetConfig, device: torch.device, *, training: bool = False) -> int:
     """Tokens whose activations take a modest share of memory: a power of two, so that segments mostly end with chunks.
 
     Training holds every layer's activations, inference one layer's.
@@ -44,6 +45,11 @@ def default_chunk(config: LongNetConfig, device: torch.device, *, training: bool
     if device.type == "cuda":
         budget = max(budget, (free_memory(device) or 0) // 8)
     return max(SHORTEST_CHUNK, 1 << (budget // (4 * numbers)).bit_length() - 1)
+
+
+def open_stream(net: Net, group: dist.ProcessGroup | None = None) -> Callable[..., Tensor]:
+    """What takes a causal sequence in chunks (B, n) and gives their hidden states, what the whole would give there."""
+    return net.stream() or CausalStream(net, group=group)
 
 
 class CausalStream:
@@ -58,7 +64,7 @@ class CausalStream:
     that of KVCache. Raises ConfigError for a bidirectional net.
     """
 
-    def __init__(self, model: LongNet, *, group: dist.ProcessGroup | None = None, keep: bool = False) -> None:
+    def __init__(self, model: Net, *, group: dist.ProcessGroup | None = None, keep: bool = False) -> None:
         if not model.config.causal:
             raise ConfigError("a bidirectional model sees the whole sequence at once: it cannot be streamed")
         self.model, self.group, self.keep = model, group, keep
@@ -99,7 +105,7 @@ class CausalStream:
 
     def far(self) -> list[list[FarKeys]]:
         """What the next chunk will attend to besides itself, layer by layer."""
-        return [cache.far() for cache in self.caches] or [[] for _ in self.model.layers]
+        return [cache.far() for cache in self.caches] or [[] for _ in range(self.model.config.num_layers)]
 
     def _new_cache(self, k: Tensor) -> KVCache:
         batch, _, heads, head_dim = k.shape

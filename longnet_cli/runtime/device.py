@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import sys
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -76,3 +80,41 @@ def set_random_state(state: Sequence[torch.Tensor], device: torch.device) -> Non
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
+
+
+def resident_memory(device: torch.device) -> int:
+    """Bytes that this process holds now: of the GPU's memory, or else of the machine's (0 where it does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far, as `resident_memory` counts them."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@torch.no_grad()
+def matmul_peak(device: torch.device, dtype: str = "auto", seconds: float = 0.3) -> float:
+    """FLOP/s of large square matrix products: what a job's own rate is held against, as its MFU.
+
+    The best of those that `seconds` hold, two at least, because other work on the machine only ever slows one.
+    """
+    n = 8192 if device.type == "cuda" else 1024
+    x = torch.randn(n, n, device=device).to(DTYPES[resolve_dtype(dtype, device)])
+    best, begin = float("inf"), time.perf_counter()
+    times = 0
+    while times < 3 or time.perf_counter() < begin + seconds:
+        start = time.perf_counter()
+        torch.mm(x, x)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if times:  # the first one wakes up threads and libraries
+            best = min(best, time.perf_counter() - start)
+        times += 1
+    return 2 * n**3 / best

@@ -31,7 +31,7 @@ from torch import Tensor
 from longnet_cli.attention import FarKeys, Span
 from longnet_cli.attention.dilated import strided_view
 from longnet_cli.attention.pattern import SpanViews, common_span, span_rows, span_views
-from longnet_cli.model import LongNetConfig
+from longnet_cli.model.net import NetConfig
 
 
 class Parcel(NamedTuple):
@@ -57,7 +57,7 @@ class Exchange:
 
     def __init__(
         self,
-        config: LongNetConfig,
+        config: NetConfig,
         edges: Sequence[int],
         *,
         group: dist.ProcessGroup | None = None,

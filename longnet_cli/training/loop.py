@@ -25,12 +25,13 @@ from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.model import LongNet
 from longnet_cli.model.weights import save_pretrained
-from longnet_cli.runtime.device import check_kernel, random_state
+from longnet_cli.runtime.device import check_kernel, peak_memory, random_state
 from longnet_cli.runtime.launch import Ranks, Signals, check_windows, noted_signals
 from longnet_cli.runtime.sharding import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
 from longnet_cli.scoring import Score
 
 from .checkpoint import STATE, Checkpoints, checkpoints_in, find_damage, newest_whole, read_state
+from .estimate import flops_per_token
 from .evaluation import evaluate
 from .gradients import backward
 from .masking import mask_tokens
@@ -38,6 +39,7 @@ from .metrics import Metrics, MetricsLog
 from .optimizer import build_optimizers, learning_rate
 from .recipe import Recipe, Stage
 from .state import restore, run_tensors
+from .trackers import Tracker, open_trackers
 
 OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
 CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
@@ -71,6 +73,7 @@ def train(
     initial: str | None = None,
     resume: str = "auto",
     ranks: Ranks | None = None,
+    peak: float | None = None,
     on_begin: Callable[[int, int], None] | None = None,
     on_step: OnStep | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -85,8 +88,9 @@ def train(
     `resume` is "auto" (from the newest undamaged checkpoint in `output`, where there is one), "never", or the path of
     a checkpoint or of a run. A resumed run is the uninterrupted one, bit by bit on a CPU with as many processes.
     `initial` names a model whose weights a new run starts from. Several `ranks` share each sequence, `train.chunk`
-    tokens each, and groups of them the sequences of a step; the first one writes. Prints nothing: `on_begin` gets the
-    steps and tokens that are done already, `on_note` a line about each damaged checkpoint.
+    tokens each, and groups of them the sequences of a step; the first one writes. `peak` is what `matmul_peak` finds,
+    for the MFU. Prints nothing: `on_begin` gets the steps and tokens that are done already, `on_note` a line about each
+    damaged checkpoint.
 
     Raises ConfigError for a model, tokenizer or checkpoint that does not fit the recipe, DataError for too little data,
     CheckpointError when all checkpoints are damaged, LongNetError when the loss is no longer finite or jumps, or when
@@ -94,7 +98,7 @@ def train(
     """
     ranks = ranks or Ranks()
     with noted_signals(ranks) as signals:
-        run = _Run(recipe, Path(output), torch.device(device), initial, ranks, signals, on_step)
+        run = _Run(recipe, Path(output), torch.device(device), initial, ranks, signals, peak, on_step)
         run.resume(resume, on_note or (lambda line: None))
         if on_begin:
             on_begin(run.progress.step, run.log.tokens)
@@ -112,10 +116,11 @@ class _Run:
         initial: str | None,
         ranks: Ranks,
         signals: Signals,
+        peak: float | None,
         on_step: OnStep | None,
     ) -> None:
         self.recipe, self.output, self.device, self.ranks = recipe, output, device, ranks
-        self.signals, self.on_step = signals, on_step
+        self.signals, self.peak, self.on_step = signals, peak, on_step
         check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
         self.tokenizer = Tokenizer.load(recipe.data.tokenizer)
         self.eos_id = _eos(self.tokenizer)
@@ -140,6 +145,7 @@ class _Run:
                 layer.forward = partial(activation_checkpoint, layer.forward, use_reentrant=False)
         self.log = MetricsLog(output / "metrics.jsonl" if ranks.first else None)
         self.checkpoints = Checkpoints(output / CHECKPOINTS, ranks, recipe.train.keep)
+        self.trackers: list[Tracker] = []
         self.progress = Progress()
         self.random = random_state(device)  # as of the last whole step
         self.saved_at = time.monotonic()
@@ -172,6 +178,9 @@ class _Run:
             self.output.mkdir(parents=True, exist_ok=True)
             write_file(self.output / "recipe.json", (self.recipe.model_dump_json(indent=2) + "\n").encode())
         self.log.resume(log, self.progress.step)
+        if self.ranks.first:
+            settings = self.recipe.model_dump(mode="json")
+            self.trackers = open_trackers(self.recipe.train.track, self.output, settings, step=self.progress.step)
 
     def go(self) -> TrainResult:
         """Train to the end, or until a signal or a failure."""
@@ -197,6 +206,8 @@ class _Run:
         self.save()
         self.checkpoints.finish()
         self._write_model(self.output)
+        for tracker in self.trackers:
+            tracker.close()
 
     def save(self) -> None:
         """A checkpoint of the last whole step."""
@@ -311,7 +322,17 @@ class _Run:
         line = None
         if held_out or last or progress.step % train.log_every == 0:
             rate = learning_rate(progress.step - 1, train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
-            line = self.log.write(progress.step, rate, stage.seq_len, held_out)
+            flops = flops_per_token(self.recipe.model, stage.seq_len)
+            line = self.log.write(
+                progress.step,
+                rate,
+                stage.seq_len,
+                memory=peak_memory(self.device),
+                utilisation=flops / (self.peak * self.ranks.world) if self.peak else None,
+                held_out=held_out,
+            )
+            for tracker in self.trackers:
+                tracker.log(line.step, asdict(line))
         progress.reported = progress.step
         return line
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longnet_cli.model.longnet import IGNORED
+from longnet_cli.model.net import IGNORED
 
 MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens become the mask, another token; the rest stay, and are predicted too
 

@@ -16,7 +16,8 @@ from longnet_cli.scoring import Score
 class Metrics:
     """Means over the steps since the last line: loss in nats a token, the gradient's norm before clipping.
 
-    `held_out_*` are None but at evaluations.
+    `mfu` is the share of the matrix product rate of all ranks that the net's FLOPs, forward and backward, make; None
+    where that rate is unknown. `held_out_*` are None but at evaluations.
     """
 
     step: int
@@ -26,6 +27,8 @@ class Metrics:
     grad_norm: float
     tokens_per_second: float
     seq_len: int
+    peak_memory_bytes: int
+    mfu: float | None = None
     held_out_loss: float | None = None
     held_out_ppl: float | None = None
     held_out_bpb: float | None = None
@@ -50,9 +53,29 @@ class MetricsLog:
         self.loss += loss
         self.grad_norm += grad_norm
 
-    def write(self, step: int, lr: float, seq_len: int, held_out: Score | None = None) -> Metrics:
+    def write(
+        self,
+        step: int,
+        lr: float,
+        seq_len: int,
+        *,
+        memory: int,
+        utilisation: float | None = None,
+        held_out: Score | None = None,
+    ) -> Metrics:
+        """A line for the steps since the last one; `utilisation` is the MFU that one token a second would make."""
         rate = self.new_tokens / (time.perf_counter() - self.began)
-        line = Metrics(step, self.tokens, self.loss / self.steps, lr, self.grad_norm / self.steps, rate, seq_len)
+        line = Metrics(
+            step=step,
+            tokens=self.tokens,
+            loss=self.loss / self.steps,
+            lr=lr,
+            grad_norm=self.grad_norm / self.steps,
+            tokens_per_second=rate,
+            seq_len=seq_len,
+            peak_memory_bytes=memory,
+            mfu=rate * utilisation if utilisation else None,
+        )
         if held_out:
             loss = held_out.nll_sum / held_out.n_tokens
             line = replace(line, held_out_loss=loss, held_out_ppl=held_out.ppl, held_out_bpb=held_out.bpb)

@@ -49,5 +49,5 @@ def learning_rate(step: int, total: int, peak: float, schedule: ScheduleRecipe) 
     if schedule.decay == "constant":
         return peak
     done = (step - schedule.warmup_steps) / max(1, total - 1 - schedule.warmup_steps)
-    share = (1 + math.cos(math.pi * done)) / 2 if schedule.decay == "cosine" else 1 - done
+    share = (1 + math.cos(math.pi * done)) / 2 if schedule.decay == "cosine" else (1 - done) ** schedule.power
     return peak * (schedule.final + (1 - schedule.final) * share)

@@ -39,7 +39,8 @@ class DataRecipe(Section):
     """Where tokens come from; `tokenizer` is `bytes`, a file or a folder.
 
     Either `train`, inputs as on any command line, or `[[data.mix]]`, a table for each of several sources. The weights
-    need not sum to 1: 0.7 and 0.3 are 7 and 3. A source that runs out begins anew, whatever the others do.
+    need not sum to 1: 0.7 and 0.3 are 7 and 3. A source that runs out begins anew, whatever the others do. A recipe
+    may leave both out, as most shipped ones do: then `--data` must say.
     """
 
     train: list[str] | None = Field(default=None, min_length=1)
@@ -50,13 +51,15 @@ class DataRecipe(Section):
 
     @model_validator(mode="after")
     def _one_of_train_and_mix(self) -> DataRecipe:
-        if (self.train is None) == (self.mix is None):
+        if self.train is not None and self.mix is not None:
             raise ValueError("set one of data.train = [...] and [[data.mix]] tables, not both")
         return self
 
     @property
     def sources(self) -> list[MixedInputs]:
-        """What `train` or `mix` says, as a mix of one or several."""
+        """What `train` or `mix` says, as a mix of one or several; ConfigError where neither says anything."""
+        if self.train is None and self.mix is None:
+            raise ConfigError("no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe")
         return self.mix or [MixedInputs(inputs=self.train or [], weight=1)]
 
 
@@ -76,11 +79,21 @@ class OptimizerRecipe(Section):
 
 
 class ScheduleRecipe(Section):
-    """The learning rate rises linearly for `warmup_steps`, then falls to `final` times its peak at the last step."""
+    """The learning rate rises linearly for `warmup_steps`, then falls to `final` times its peak at the last step.
+
+    `polynomial` is fairseq's, and the paper's: what is left of the steps, to the `power`; `linear` is its power 1.
+    """
 
     warmup_steps: int = Field(default=100, ge=0)
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    decay: Literal["cosine", "linear", "polynomial", "constant"] = "cosine"
+    power: float = Field(default=1.0, gt=0)
     final: float = Field(default=0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _power_is_of_polynomial(self) -> ScheduleRecipe:
+        if self.power != 1.0 and self.decay != "polynomial":
+            raise ValueError(f'schedule.power is of decay = "polynomial", not of "{self.decay}"')
+        return self
 
 
 class Stage(Section):
@@ -116,6 +129,7 @@ class TrainRecipe(Section):
     save_every: int = Field(default=500, gt=0)  # steps between checkpoints
     save_minutes: float | None = Field(default=None, gt=0)  # and at the latest after so long
     keep: int = Field(default=2, gt=0)  # newest checkpoints
+    track: list[Literal["tensorboard", "wandb"]] = []  # besides metrics.jsonl
 
     @property
     def steps(self) -> int:
@@ -147,7 +161,7 @@ class ParallelRecipe(Section):
 FREE_TO_CHANGE = {
     *("data.train", "data.mix", "data.held_out", "data.column", "parallel"),
     *("train.chunk", "train.activation_checkpointing", "train.compile", "train.loss_jump", "train.log_every"),
-    *("train.evaluate_every", "train.save_every", "train.save_minutes", "train.keep"),
+    *("train.evaluate_every", "train.save_every", "train.save_minutes", "train.keep", "train.track"),
 }
 
 
@@ -155,7 +169,7 @@ class Recipe(Section):
     """A whole training run."""
 
     model: LongNetConfig
-    data: DataRecipe
+    data: DataRecipe = DataRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     train: TrainRecipe
@@ -200,7 +214,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
             if not isinstance(table, dict):
                 raise ConfigError(f"--set {key}: '{parent}' is a value, not a table")
         table[name] = value
-    model, source = data.get("model"), data.get("data")
+    model, source = data.get("model"), data.get("data", {})
     if isinstance(model, dict) and isinstance(source, dict) and "vocab_size" not in model:
         train = data.get("train")
         masked = isinstance(train, dict) and train.get("objective") == "masked"

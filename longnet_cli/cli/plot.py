@@ -1,0 +1,42 @@
+"""`longnet plot`: the curves of training runs, in the terminal or as a picture."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from typing import Annotated
+
+import typer
+
+
+def plot(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN", help="Folders of training runs, or their metrics.jsonl.", show_default=False),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE.png", help="Draw a picture (.png, .svg, .pdf; needs the extra `plot`)."
+        ),
+    ] = None,
+) -> None:
+    """Draw loss, learning rate and speed of training runs: in the terminal, or with -o as a picture."""
+    from longnet_cli.plotting import draw_picture, draw_text, read_run
+
+    found = [read_run(run) for run in runs]
+    if output:
+        draw_picture(found, output)
+        return
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    print(draw_text(found, shutil.get_terminal_size().columns, color=color, braille=_has_braille()))
+
+
+def _has_braille() -> bool:
+    """Whether stdout's encoding does."""
+    try:
+        "\u2800".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

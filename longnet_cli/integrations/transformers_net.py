@@ -1,0 +1,269 @@
+"""A text model of transformers as a net that the jobs take: `score`, `encode` and `bench` run it like a LongNet.
+
+    net = load_transformers(folder, attention="dilated", pattern=Pattern((2048, 4096), (1, 2)))
+    hidden = net(tokens, lengths=[1000, 700])
+
+A causal decoder with dilated attention in every layer streams as a LongNet does: it gets its far keys from a
+`CausalStream`, and remembers the open segments alone. Where layers are dense or have a sliding window, the cache of
+transformers remembers, in memory that grows with the document. Other models read a document in one forward: what looks
+in both directions needs the end before the begin.
+
+Nothing is downloaded, no code of a folder is run, no pickle is read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers as hf
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from longnet_cli.attention import Pattern
+from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.integrations.transformers import pattern_of, use_dilated_attention
+from longnet_cli.model.net import FarProvider, Net
+
+AttentionKind = Literal["dilated", "dense"]
+
+# frequencies that depend on the longest sequence of a batch: a document's numbers would depend on its company
+_ROPE_OF_LENGTH = ("dynamic", "longrope")
+
+_CACHE_NAMES = ("cache", "past_key_values")  # what forward calls it, and called it before
+_CACHED_LAYERS = {"full_attention", "sliding_attention"}
+_NOTES = {
+    "segments": None,
+    "cache": "it keeps all keys of a document, so that memory grows with it: not all of its layers are dilated",
+    "none": "it reads each document in one forward, whatever --chunk",
+}
+
+DENSE = Pattern((1 << 40,), (1,))  # what dense attention is: one segment, longer than any sequence
+
+
+class TransformersConfig(BaseModel):
+    """The facts of `NetConfig`; `source` is the model's own configuration, as JSON."""
+
+    model_config = ConfigDict(frozen=True)
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    ffn_dim: int
+    causal: bool
+    memory: Literal["segments", "cache", "none"]  # what remembers a causal sequence between its chunks
+    max_tokens: int | None
+    pattern: Pattern
+    source: str
+
+    @property
+    def streams(self) -> bool:
+        return self.memory != "none"
+
+
+class TransformersNet(Net):
+    """`model`, in eval mode, behind LongNet's interface. Raises ConfigError for one that is no text Transformer."""
+
+    def __init__(self, model: hf.PreTrainedModel, attention: AttentionKind) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.config: TransformersConfig = _facts(model, attention)
+        self._accepted = frozenset(inspect.signature(model.base_model.forward).parameters)
+        self._cache_name = next((name for name in _CACHE_NAMES if name in self._accepted), None)
+        if self.config.causal:
+            kinds = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
+            if attention == "dilated" and "position_ids" in self._accepted and self._far_keys_reach_every_layer():
+                self.config = self.config.model_copy(update={"memory": "segments"})
+            elif self._cache_name and kinds <= _CACHED_LAYERS:
+                self.config = self.config.model_copy(update={"memory": "cache"})
+        self.note = _NOTES[self.config.memory]
+
+    def stream(self) -> Callable[..., Tensor] | None:
+        """One whose memory is transformers' cache, where far keys are not enough."""
+        if self.config.memory != "cache":
+            return None
+        assert self._cache_name
+        cache = {self._cache_name: hf.DynamicCache(config=self.model.config), "use_cache": True}
+
+        @torch.no_grad()
+        def read(tokens: Tensor, *, edges: Sequence[int] | None = None) -> Tensor:
+            return self.model.base_model(input_ids=tokens, **cache).last_hidden_state
+
+        return read
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        start: int = 0,
+        lengths: Sequence[int] | None = None,
+        far: FarProvider | None = None,
+    ) -> Tensor:
+        """Ids (B, N), or vectors (B, N, dim) in their place -> hidden (B, N, dim) after the final norm.
+
+        As `LongNet.forward`; `far` only where the net streams.
+        """
+        options: dict[str, Any] = {}
+        given = tokens if embeddings is None else embeddings
+        assert given is not None
+        if lengths is not None and not self.config.causal:  # a causal net does not see what is padded on the right
+            places = torch.arange(given.shape[1], device=given.device)
+            options["attention_mask"] = (places < torch.tensor(lengths, device=given.device)[:, None]).long()
+        if far is not None:
+            positions = torch.arange(start, start + given.shape[1], device=given.device)[None]
+            options |= {"start": start, "far": far, "position_ids": positions}
+        if "use_cache" in self._accepted:
+            options["use_cache"] = False
+        return self.model.base_model(input_ids=tokens, inputs_embeds=embeddings, **options).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        output, name = self.model.get_output_embeddings(), type(self.model).__name__
+        if output is None:
+            raise ConfigError(f"{name} has no output layer: it cannot score tokens")
+        if not self._plain_logits:
+            raise ConfigError(f"{name} does more to its logits than multiply (soft capping, scales): it cannot score")
+        return output(hidden)
+
+    @cached_property
+    def _plain_logits(self) -> bool:
+        """Tried on a few tokens: whether the output layer alone makes the model's logits."""
+        ids = torch.arange(4, device=next(self.parameters()).device)[None] % self.config.vocab_size
+        with torch.no_grad():
+            found = self.model.get_output_embeddings()(self(ids))
+            return torch.allclose(found, self.model(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+
+    @torch.no_grad()
+    def _far_keys_reach_every_layer(self) -> bool:
+        """Tried on two tokens: other layers (sliding windows, recurrence) remember in ways of their own."""
+        asked: list[int] = []
+
+        def far(layer: int, k: Tensor, v: Tensor) -> list:
+            asked.append(layer)
+            return []
+
+        self(torch.zeros(1, 2, dtype=torch.int64, device=next(self.parameters()).device), far=far)
+        return asked == list(range(self.config.num_layers))
+
+
+def load_transformers(
+    folder: str | Path,
+    *,
+    attention: AttentionKind = "dilated",
+    pattern: Pattern | None = None,
+    device: torch.device | str = "cpu",
+) -> TransformersNet:
+    """The net in a folder that `save_pretrained` of transformers wrote, in float32, in eval mode.
+
+    `pattern` None takes the one in its config.json (`dilated_attention`). Raises ConfigError for an architecture that
+    this version of transformers or dilated attention does not know, a missing pattern, or code of the folder's own;
+    CheckpointError for missing or damaged weights.
+    """
+    path = Path(folder)
+    hf.utils.logging.set_verbosity_error()  # stderr is the command's, and its failures are one line
+    hf.utils.logging.disable_progress_bar()
+    config, architecture = _architecture(path)
+    if attention == "dense" and pattern is not None:
+        raise ConfigError("dense attention has no levels: leave out --segment-lengths and --dilation-rates")
+    if attention == "dilated" and pattern is None and not getattr(config, "dilated_attention", None):
+        raise ConfigError(
+            f"{folder}: no dilated_attention in config.json: give --segment-lengths and --dilation-rates, "
+            "or --attention dense"
+        )
+    try:
+        model, report = architecture.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are told of below, by name
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{folder}: weights are missing, {missing[0]} among {len(missing)}")
+    if wrong := sorted(report["mismatched_keys"]):
+        name, found, needed = wrong[0]
+        raise CheckpointError(f"{folder}: {name} has shape {tuple(found)}, its configuration needs {tuple(needed)}")
+    try:
+        if attention == "dilated":
+            use_dilated_attention(model, pattern)
+        return TransformersNet(model.to(device), attention)
+    except (ConfigError, ValueError) as error:  # ValueError: transformers', for a class with attention of its own
+        raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from None
+
+
+def _architecture(folder: Path) -> tuple[Any, Any]:
+    """(configuration, class) of a folder's model. Raises ConfigError."""
+    try:
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"), object_hook=_without_attention)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}/config.json: cannot be read: {' '.join(str(error).split())}") from None
+    if "auto_map" in data:
+        raise ConfigError(f"{folder}: config.json asks for code of the folder's own (auto_map), which is never run")
+    kind, names = data.get("model_type"), data.get("architectures") or [None]
+    found: Any = getattr(hf, str(names[0]), None)
+    known = isinstance(found, type) and issubclass(found, hf.PreTrainedModel) and kind in hf.CONFIG_MAPPING
+    if not known or found.config_class is not hf.CONFIG_MAPPING[kind]:
+        raise ConfigError(
+            f"{folder}: transformers {hf.__version__} does not know the architecture {names[0]} (model_type {kind})"
+        )
+    try:
+        return hf.CONFIG_MAPPING[kind].from_dict(data), found
+    except Exception as error:  # a class checks its values as it likes
+        raise ConfigError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
+
+
+def _without_attention(settings: dict[str, Any]) -> dict[str, Any]:
+    """An attention that a file names would take the place of the one asked for, and may be code of a hub."""
+    return {key: value for key, value in settings.items() if not key.startswith(("attn_impl", "_attn_impl"))}
+
+
+def _positions(model: hf.PreTrainedModel) -> int | None:
+    """Tokens that a table of learned positions serves; None where positions are rotations, or there are none."""
+    if getattr(model.config, "rope_parameters", None):
+        return None
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for name, table in model.named_modules():
+        if limit and name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            return limit - table.padding_idx - 1  # RoBERTa's first tokens come after that of the padding
+    return limit
+
+
+def _facts(model: hf.PreTrainedModel, attention: AttentionKind) -> TransformersConfig:
+    config = model.config
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"{name} is an encoder-decoder: longnet takes decoders and encoders")
+    directions = {module.is_causal for module in model.base_model.modules() if hasattr(module, "is_causal")}
+    sizes = [getattr(config, key, None) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
+    if len(directions) != 1 or None in sizes or not isinstance(model.get_input_embeddings(), nn.Embedding):
+        raise ConfigError(f"{name} is not a text Transformer with one kind of attention, causal or not")
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = {ropes.get("rope_type"), *(rope.get("rope_type") for rope in ropes.values() if isinstance(rope, dict))}
+    if changing := kinds & {*_ROPE_OF_LENGTH}:
+        raise ConfigError(f"{name} has positions that depend on the sequence's length (rope_type {changing.pop()})")
+    dim, num_layers, num_heads = map(int, filter(None, sizes))
+    return TransformersConfig(
+        vocab_size=model.get_input_embeddings().num_embeddings,
+        dim=dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        head_dim=getattr(config, "head_dim", None) or dim // num_heads,
+        ffn_dim=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * dim,
+        causal=directions.pop(),
+        memory="none",
+        max_tokens=_positions(model),
+        pattern=pattern_of(config) if attention == "dilated" else DENSE,
+        source=config.to_json_string(use_diff=False),
+    )

@@ -1,0 +1,91 @@
+"""What the jobs ask of a net, whoever made it: hidden states of a chunk, the loss of tokens, and a few facts.
+
+`LongNet` is one, `integrations.transformers_net.TransformersNet` the other. B batch, N tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longnet_cli.attention import FarKeys, Pattern
+
+# Called once a layer with (layer index, k, v): this shard's keys, rotated, and values, (B, N, H, D) both, in the
+# autograd graph. Returns the far keys that the shard attends to in that layer. It may keep k and v for later shards.
+FarProvider = Callable[[int, Tensor, Tensor], Sequence[FarKeys]]
+
+LOGITS_LIMIT = 1 << 26  # elements of logits that `nll` holds at one time: 256 MiB in float32
+IGNORED = -100  # a target without loss
+
+
+class NetConfig(Protocol):
+    """The facts. `model_dump_json` tells all that decides what the net computes, besides its weights."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def ffn_dim(self) -> int: ...
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def pattern(self) -> Pattern: ...
+
+    @property
+    def streams(self) -> bool:
+        """Whether a sequence can go through in chunks; if not, it is one forward, however long."""
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens of the longest sequence that there are positions for; None for no limit."""
+
+    def model_dump_json(self) -> str: ...
+
+
+class Net(nn.Module):
+    """`net(tokens, start=..., lengths=..., far=...)` gives hidden states as LongNet does; `nll` needs `logits`."""
+
+    config: NetConfig
+    note: str | None = None  # what a user should know of how it reads documents, in one line
+
+    def stream(self) -> Callable[..., Tensor] | None:
+        """What reads a causal sequence chunk by chunk, as a CausalStream; None where that is what does."""
+        return None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden (..., dim) -> logits (..., vocab_size). Raises ConfigError for a net that has none."""
+        raise NotImplementedError
+
+    def nll(self, hidden: Tensor, targets: Tensor, *, limit: int = LOGITS_LIMIT) -> Tensor:
+        """Negative log-likelihood in nats of `targets` (B, N), already shifted, given hidden (B, N, dim).
+
+        (B, N) float32, float64 for float64 hidden; 0 where a target is -100. At most `limit` elements of logits exist
+        at one time, also in the backward, which computes each chunk of them again.
+        """
+        rows, wanted = hidden.flatten(0, -2), targets.flatten()  # (B N, dim), (B N,)
+        size = max(1, limit // max(1, self.config.vocab_size))
+        if len(rows) <= size:
+            return self._nll(rows, wanted).view(targets.shape)
+        again = torch.is_grad_enabled()
+        chunks = [
+            checkpoint(self._nll, r, t, use_reentrant=False, preserve_rng_state=False) if again else self._nll(r, t)
+            for r, t in zip(rows.split(size), wanted.split(size), strict=True)
+        ]
+        return torch.cat(chunks).view(targets.shape)
+
+    def _nll(self, rows: Tensor, targets: Tensor) -> Tensor:
+        logits = self.logits(rows)
+        wide = logits if logits.dtype is torch.float64 else logits.float()
+        return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")

@@ -1,0 +1,246 @@
+"""What a recipe will take, before it starts: parameters, memory by kind, FLOPs, time. `longnet train --dry-run`.
+
+All but the time is arithmetic; nothing of the recipe's size is allocated. Memory is that of one rank, as if everything
+were held at one time, which is so whenever a step has more than one chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from longnet_cli.attention.pattern import BACKWARD_FLOPS, attention_flops
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model.net import LOGITS_LIMIT
+from longnet_cli.runtime.chunks import SHORTEST_CHUNK
+from longnet_cli.runtime.device import free_memory, matmul_peak, resident_memory, resolve_dtype
+from longnet_cli.runtime.launch import Ranks
+
+from .optimizer import build_optimizers
+from .recipe import OptimizerRecipe, Recipe, Stage
+
+EFFICIENCY = 0.4  # of the measured matmul peak that a training step is assumed to reach
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes in bytes, of one rank; `memory` by kind, `free` None where the system does not say.
+
+    `flops_per_token` are those of a forward and a backward, `flops` all that the whole run will execute, on all ranks:
+    also what is computed again. `seconds` is that at `EFFICIENCY` times `matmul_peak` (FLOP/s of one rank).
+    """
+
+    parameters: int
+    memory: dict[str, int]
+    free: int | None
+    flops_per_token: float
+    tokens: int
+    flops: float
+    matmul_peak: float
+    seconds: float
+    dtype: str
+    chunk: int
+    chunk_that_fits: int | None
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.free is None or self.peak - self.memory["program"] <= self.free
+
+    @property
+    def advice(self) -> str:
+        """What to change, where it does not fit: the chunk, or else what a shorter chunk does not make smaller."""
+        if self.chunk_that_fits:
+            return f"--chunk {self.chunk_that_fits} fits"
+        kept = {kind: size for kind, size in self.memory.items() if kind not in ("program", "activations", "logits")}
+        if max(kept, key=kept.__getitem__) == "cache":
+            return "no chunk fits: choose shorter sequences (train.stages) or fewer levels longer than a chunk"
+        return "no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of the machine format."""
+        return {
+            "parameters": self.parameters,
+            "memory_bytes": self.memory,
+            "peak_bytes": self.peak,
+            "free_bytes": self.free,
+            "fits": self.fits,
+            "flops_per_token": self.flops_per_token,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "matmul_peak": self.matmul_peak,
+            "efficiency": EFFICIENCY,
+            "seconds": self.seconds,
+            "dtype": self.dtype,
+            "chunk": self.chunk,
+        }
+
+
+def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> Estimate:
+    """What training by `recipe` will take on this machine; measures its matrix products for a third of a second."""
+    ranks, config, train = ranks or Ranks(), recipe.model, recipe.train
+    dtype = resolve_dtype(train.dtype, device)
+    _load_all(device)
+    program, free = resident_memory(device), free_memory(device)
+    memory = {"program": program, **memory_by_kind(recipe, device, ranks)}
+    fitting, chunk = None, train.chunk
+    if free is not None and sum(memory.values()) - program > free:
+        while fitting is None and chunk >= 2 * SHORTEST_CHUNK:
+            chunk = 1 << (chunk - 1).bit_length() - 1  # the power of two below
+            shorter = recipe.model_copy(update={"train": train.model_copy(update={"chunk": chunk})})
+            if sum(memory_by_kind(shorter, device, ranks).values()) <= free:
+                fitting = chunk
+    tokens = [stage.steps * train.windows(stage) * stage.seq_len for stage in train.stages]
+    executed = [
+        flops_per_token(config, stage.seq_len) + _computed_again(recipe, stage, ranks) for stage in train.stages
+    ]
+    plain = [flops_per_token(config, stage.seq_len) for stage in train.stages]
+    flops = sum(n * each for n, each in zip(tokens, executed, strict=True))
+    peak = matmul_peak(device, dtype)
+    return Estimate(
+        parameters=config.num_parameters(),
+        memory=memory,
+        free=free,
+        flops_per_token=sum(n * each for n, each in zip(tokens, plain, strict=True)) / sum(tokens),
+        tokens=sum(tokens),
+        flops=flops,
+        matmul_peak=peak,
+        seconds=flops / (peak * EFFICIENCY * ranks.world),
+        dtype=dtype,
+        chunk=train.chunk,
+        chunk_that_fits=fitting,
+    )
+
+
+def _load_all(device: torch.device) -> None:
+    """Train a tiny net for a step: torch loads its optimizers, and much else, a hundred MiB, on first use."""
+    config = LongNetConfig(
+        vocab_size=1, dim=8, num_layers=1, num_heads=1, ffn_dim=8, segment_lengths=(8,), dilation_rates=(1,)
+    )
+    net, ids = LongNet(config).to(device), torch.zeros(1, 8, dtype=torch.int64, device=device)
+    net.nll(net(ids), ids).sum().backward()
+    for optimizer in build_optimizers(net, OptimizerRecipe()):
+        optimizer.step()
+
+
+def flops_per_token(config: LongNetConfig, seq_len: int) -> float:
+    """Executed FLOPs of a forward and a backward, a token of sequences of `seq_len`; a multiply and an add are two."""
+    attention = _attention(config, seq_len)
+    return 3 * (_layers(config) + _vocabulary(config)) + (1 + BACKWARD_FLOPS) * attention
+
+
+def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
+    """Bytes of one rank, at its peak over all stages. float32 weights, and under autocast a copy of the matrices."""
+    config, numbers = recipe.model, recipe.model.num_parameters()
+    matrices = config.num_layers * (4 * config.dim**2 + 2 * config.dim * config.ffn_dim)
+    itemsize = 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
+    copies = 0 if itemsize == 4 else itemsize * (matrices + config.vocab_size * config.dim)
+    moments = 8 * numbers - (4 * matrices if recipe.optimizer.name == "muon" else 0)
+    share = ranks.world if recipe.parallel.shard == "full" else 1  # a step holds weights and gradients whole besides
+    again = recipe.train.activation_checkpointing
+    stages = []
+    for stage in recipe.train.stages:
+        tokens = _tokens_at_once(recipe, stage, ranks)
+        logits = min(tokens * config.vocab_size, LOGITS_LIMIT)
+        stages.append(
+            {
+                "activations": tokens * activation_bytes(config, itemsize, device.type, again),
+                "logits": logits * 12,  # float32: logarithms of the softmax, their gradient, that of the logits
+                "cache": _cache_bytes(config, stage.seq_len, recipe.train.chunk * ranks.sp, itemsize, device.type),
+            }
+        )
+    largest = max(stages, key=lambda stage: sum(stage.values()))
+    shares = 4 * numbers // share if share > 1 else 0
+    kinds = {"weights": 4 * numbers + shares + copies, "gradients": 4 * numbers + shares, "optimizer": moments // share}
+    return kinds | largest
+
+
+def activation_bytes(config: LongNetConfig, itemsize: int, device: str, again: bool = False) -> int:
+    """What a token leaves for the backward, in all layers, and what a layer's backward adds.
+
+    With `again`, all layers but one leave their input alone (`train.activation_checkpointing`). `itemsize` is that of
+    the matrix products' type; the residual stream, norms and lse are float32. Counted from
+    `model/longnet.py`, and tested against what autograd saves.
+    """
+    d, f, s = config.dim, config.ffn_dim, itemsize
+    per_layer = saved_bytes(config, itemsize, device)
+    embedded = 8 + 4 * d + 8 + s * d  # the ids; the input of the last norm, its mean and deviation, its output
+    tables = {"none": 0, "rope": 1, "xpos": 2}[config.position] * 4 * config.head_dim
+    layers = per_layer + (config.num_layers - 1) * (4 * d if again else per_layer)
+    return layers + embedded + tables + s * (f + 2 * d)
+
+
+def saved_bytes(config: LongNetConfig, itemsize: int, device: str) -> int:
+    """Of `activation_bytes` those that a layer saves for its backward, a token."""
+    d, f, s = config.dim, config.ffn_dim, itemsize
+    wide = s if device == "cpu" else 4  # autocast gives norms float32 inputs on a GPU, their own on a CPU
+    attention = 4 * d + 8  # its input, and mean and deviation of that
+    attention += s * d * (1 if s == 4 else 3)  # the normed input, which autocast casts for each of q, k and v
+    attention += 4 * s * d + 4 * config.num_heads  # q, k, v, out; lse
+    ffn = 4 * d + 8 + s * d + s * f  # the same two, and the input of gelu
+    if config.norm == "subln":
+        attention += s * d + 8 + (4 * d if wide != s else 0)  # the normed output; its wide input is a copy
+        ffn += wide * f + 8 + s * f  # the norm's input and output
+    else:
+        ffn += s * f  # the output of gelu
+    dropout = 2 * d * (s if device == "cpu" else 1) if config.dropout else 0
+    return attention + ffn + dropout
+
+
+def _cache_bytes(config: LongNetConfig, seq_len: int, chunk: int, itemsize: int, device: str) -> int:
+    """Keys and values that chunks of one sequence keep for each other, and the gradients on their way back.
+
+    A level's segments that a chunk's end cuts are kept till the backward has passed them.
+    """
+    if seq_len <= chunk:
+        return 0
+    ends = range(chunk, seq_len, chunk)
+    kept = on_the_way = 0
+    for w, r in config.pattern.levels:
+        rows = -(-(w if device == "cuda" else min(w, seq_len)) // r)  # a CPU's memory is taken when it is written
+        cut = {end // w for end in ends if end % w}
+        kept += rows * max(len(cut), 1)
+        on_the_way += rows * bool(cut)
+    return 2 * config.num_layers * config.dim * (itemsize * kept + (itemsize + 4) * on_the_way)
+
+
+def _rows(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
+    """Sequences of a step, of one group of ranks that share them."""
+    return max(1, recipe.train.windows(stage) // ranks.dp)
+
+
+def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
+    """Tokens of one forward on one rank: as `gradients.backward` puts sequences side by side or cuts them."""
+    chunk = recipe.train.chunk * ranks.sp
+    side_by_side = min(max(1, chunk // stage.seq_len), _rows(recipe, stage, ranks))
+    return -(-min(chunk, side_by_side * stage.seq_len) // ranks.sp)
+
+
+def _computed_again(recipe: Recipe, stage: Stage, ranks: Ranks) -> float:
+    """FLOPs a token that the backward repeats: the layers of all chunks but the last, logits past their limit."""
+    config, chunk = recipe.model, recipe.train.chunk * ranks.sp
+    share = max(0.0, 1 - chunk / stage.seq_len)
+    layers = _layers(config) + _attention(config, stage.seq_len)
+    again = share * layers + (layers if recipe.train.activation_checkpointing else 0)
+    if _tokens_at_once(recipe, stage, ranks) * config.vocab_size > LOGITS_LIMIT:
+        again += _vocabulary(config)
+    return again
+
+
+def _layers(config: LongNetConfig) -> int:
+    """FLOPs of the matrices of all layers, a token, forward."""
+    return 2 * config.num_layers * (4 * config.dim**2 + 2 * config.dim * config.ffn_dim)
+
+
+def _vocabulary(config: LongNetConfig) -> int:
+    return 2 * config.dim * config.vocab_size
+
+
+def _attention(config: LongNetConfig, seq_len: int) -> float:
+    c = config
+    return c.num_layers * attention_flops(c.pattern, c.num_heads, c.head_dim, seq_len, c.causal) / seq_len

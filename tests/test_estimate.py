@@ -1,0 +1,179 @@
+"""What `train --dry-run` says is what training takes: saved bytes exactly, the peak of real runs within 20 %.
+
+pytest tests/test_estimate.py
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.runtime.device import matmul_peak, precision
+from longnet_cli.runtime.launch import Ranks
+from longnet_cli.training.estimate import estimate, flops_per_token, memory_by_kind, saved_bytes
+from longnet_cli.training.recipe import Recipe, load_recipe
+
+CPU = torch.device("cpu")
+MODEL = {
+    "vocab_size": 100, "dim": 64, "num_layers": 1, "num_heads": 4, "ffn_dim": 192,
+    "segment_lengths": (64, 256), "dilation_rates": (1, 2),
+}  # fmt: skip
+# the tests of real memory: enough of it beside that of Python and torch, in seconds
+LARGE = {"vocab_size": 8192, "dim": 128, "num_layers": 8, "num_heads": 4, "ffn_dim": 512}
+
+
+def recipe(model: dict, **train: object) -> Recipe:
+    sections = {"model": {key: list(x) if isinstance(x, tuple) else x for key, x in model.items()}, "train": train}
+    return load_recipe(None, {f"{name}.{key}": x for name, section in sections.items() for key, x in section.items()})
+
+
+def saved_by_autograd(config: LongNetConfig, dtype: str, tokens: int = 256) -> int:
+    """Bytes of all storages that a forward saves for its backward, parameters and their casts left out."""
+    net = LongNet(config)
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    sizes = {tuple(p.shape) for p in net.parameters() if p.dim() == 2}
+    found: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        place = x.untyped_storage()
+        if place.data_ptr() not in own and not {tuple(x.shape), tuple(x.shape[::-1])} & sizes:
+            found[place.data_ptr()] = (place.nbytes(), x)  # held, so that no other gets its address
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), precision(dtype, CPU):
+        net(torch.randint(0, 100, (1, tokens)))
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "change", [{}, {"norm": "pre"}, {"position": "rope"}, {"dropout": 0.1}, {"norm": "pre", "dropout": 0.1}]
+)
+def test_saved_bytes_are_those_that_autograd_saves(change: dict, dtype: str) -> None:
+    one, two = (LongNetConfig(**(MODEL | change | {"num_layers": layers})) for layers in (1, 2))
+    layer = saved_by_autograd(two, dtype) - saved_by_autograd(one, dtype)
+    assert saved_bytes(one, 4 if dtype == "fp32" else 2, "cpu") * 256 == layer
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """Of the matrices; attention's kernels, which torch does not count, have a test in test_benchmark.py."""
+    config = LongNetConfig(**MODEL)
+    net, ids = LongNet(config), torch.randint(0, 100, (1, 256))
+    with FlopCounterMode(display=False) as counter:
+        net.nll(net(ids), ids).sum().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    one_key = LongNetConfig(**(MODEL | {"segment_lengths": (1,), "dilation_rates": (1,)}))  # next to no attention
+    attention = 3.5 * 4 * 64 / 2
+    assert (flops_per_token(one_key, 256) - attention) * 256 == pytest.approx(counted)
+    assert flops_per_token(config, 256) > flops_per_token(one_key, 256)
+
+
+RUN = """
+import json, resource, sys
+import torch
+from longnet_cli.training.estimate import estimate
+from longnet_cli.training.loop import train
+from longnet_cli.training.recipe import load_recipe
+
+recipe = load_recipe(None, json.loads(sys.argv[1]))
+found = estimate(recipe, torch.device("cpu"))
+train(recipe, sys.argv[2])
+print(json.dumps([found.memory, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "chunk", "levels"),
+    [(256, 2048, ([64, 256], [1, 2])), (4096, 512, ([2048, 4096], [1, 1]))],
+    ids=["sequences side by side", "a sequence in chunks"],
+)
+def test_the_peak_is_that_of_a_real_run(
+    seq_len: int, chunk: int, levels: tuple, tmp_path: Path, command_env: dict[str, str]
+) -> None:
+    """A step of more than one chunk; the program's own memory, which is measured, is left out of both."""
+    data = tmp_path / "data.txt"
+    data.write_text("a line of text.\n" * 4096)
+    settings = {f"model.{key}": value for key, value in LARGE.items()} | {
+        "model.segment_lengths": levels[0], "model.dilation_rates": levels[1], "model.position": "rope",
+        "data.train": [str(data)], "train.chunk": chunk, "train.batch_tokens": 4096,
+        "train.stages": [{"seq_len": seq_len, "steps": 1}], "train.across_documents": True,
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(settings), tmp_path / "out"],
+        capture_output=True, text=True, env=command_env, check=True,
+    )  # fmt: skip
+    memory, peak = json.loads(done.stdout)
+    program = memory.pop("program")
+    del memory["optimizer"]  # what it remembers comes with the end of the first step
+    print({kind: f"{size / 2**20:.0f} MiB" for kind, size in memory.items()}, f"{(peak - program) / 2**20:.0f} MiB")
+    assert sum(memory.values()) == pytest.approx(peak - program, rel=0.2)
+
+
+def test_what_a_chunk_and_a_cache_take() -> None:
+    small, large = (memory_by_kind(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=n), CPU, Ranks())
+                    for n in (128, 256))  # fmt: skip
+    assert large["activations"] == 2 * small["activations"]
+    assert large["logits"] == 2 * small["logits"]
+    # only segments of 256 are cut by chunks of 128: four of them kept, one with gradients on their way; and the rows
+    # that a cache has beside, of segments of 64
+    assert small["cache"] == 2 * 64 * (4 * (4 * 128 + 64) + 8 * 128)
+    assert large["cache"] == 2 * 64 * 4 * (128 + 64)
+    whole = memory_by_kind(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024), CPU, Ranks())
+    assert whole["cache"] == 0
+    two = Ranks(0, 2, 2)
+    shared = memory_by_kind(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=512), CPU, two)
+    assert shared == whole | {kind: whole[kind] // 2 for kind in ("activations", "logits")}
+
+
+def test_muon_keeps_one_number_for_a_matrix() -> None:
+    adamw, muon = (
+        estimate(load_recipe("longnet-125m", {"optimizer.name": name}), CPU).memory["optimizer"]
+        for name in ("adamw", "muon")
+    )
+    assert adamw == 8 * 162_160_896
+    assert adamw - muon == 4 * 12 * 12 * 768**2
+
+
+def test_the_matmul_peak_is_a_rate() -> None:
+    assert 1e8 < matmul_peak(CPU, "fp32", seconds=0.05) < 1e14
+
+
+def test_the_command(run_longnet, tmp_path: Path) -> None:
+    stage = ("--seq-len", "1Ki", "--steps", "100", "--set", "train.batch_tokens=4096", "--chunk", "1Ki")
+    done = run_longnet("train", "longnet-125m", "--dry-run", *stage, "--device", "cpu", "--format", "json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["parameters"] == 162_160_896
+    assert found["tokens"] == 100 * 4096
+    assert found["peak_bytes"] == sum(found["memory_bytes"].values())
+    assert not list(tmp_path.iterdir())  # it writes nothing
+
+
+def test_what_cannot_fit_is_refused_with_what_to_change(run_longnet) -> None:
+    done = run_longnet("train", "longnet-2.7b", "--dry-run", "--device", "cpu", "--set", "model.num_layers=9999")
+    assert done.returncode == 5
+    assert "it does not fit" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "the largest part for activations, and " in line
+    assert line.endswith("no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device")
+
+
+def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_chunk(chunk: int) -> Recipe:
+        return recipe(MODEL, stages=[{"seq_len": 256, "steps": 1}], chunk=chunk, batch_tokens=10_000)
+
+    free = sum(memory_by_kind(with_chunk(4096), CPU, Ranks()).values())
+    monkeypatch.setattr("longnet_cli.training.estimate.free_memory", lambda device: free)
+    found = estimate(with_chunk(10_000), CPU)
+    assert not found.fits
+    assert found.chunk_that_fits == 4096
+    assert found.advice == "--chunk 4096 fits"
+    assert estimate(with_chunk(4096), CPU).fits
+    assert not estimate(with_chunk(4352), CPU).fits

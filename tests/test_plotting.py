@@ -1,0 +1,178 @@
+"""Curves of runs: read with every mistake named, drawn in characters that fit anywhere, and as a picture.
+
+pytest tests/test_plotting.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.plotting import draw_picture, draw_text, panels, read_run
+
+
+def write_run(folder: Path, steps: range | list[int] = range(10, 110, 10), **more: float) -> Path:
+    folder.mkdir()
+    lines = [{"step": n, "loss": 100 / n, "lr": 1e-3, "tokens_per_second": 5e3 + n, **more} for n in steps]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_curves_are_what_the_file_says(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    assert run.name == "run"
+    assert run.curve("loss") == [(n, 100 / n) for n in range(10, 110, 10)]
+    assert read_run(tmp_path / "run/metrics.jsonl") == run
+    assert [panel.title for panel in panels([run])] == ["loss, nats a token", "learning rate", "tokens a second"]
+
+
+def test_of_a_step_made_twice_the_later_line_counts(tmp_path: Path) -> None:
+    """And what a resumed run has not come to again is gone, as it will be otherwise."""
+    folder = write_run(tmp_path / "run", [10, 20, 30, 40])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "loss": 7.0}\n')
+    assert read_run(folder).curve("loss") == [(10, 10.0), (20, 5.0), (30, 7.0)]
+
+
+def test_missing_values_are_gaps(tmp_path: Path) -> None:
+    (tmp_path / "run.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": 3, "held_out_loss": 4}\n')
+    (panel,) = panels([read_run(tmp_path / "run.jsonl")])
+    assert [(curve.name, curve.points) for curve in panel.curves] == [
+        ("run.jsonl", [(2, 3)]), ("run.jsonl held out", [(2, 4)]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"step": 1}\nnonsense\n{"step": 2}\n', "row 2: not JSON"),
+        ('{"step": 1}\n[2]\n', "row 2: not a line of metrics"),
+        ('{"loss": 1}\n', "row 1: not a line of metrics"),
+        ('{"step": "1"}\n', "row 1: not a line of metrics"),
+        ("", "no line of metrics yet"),
+        ('{"step"', "no line of metrics yet"),
+        ("\udcff", "not UTF-8"),
+        (None, "No such file"),
+    ],
+)
+def test_what_is_no_metrics_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    if text is not None:
+        file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match=re.escape(str(file))) as error:
+        read_run(file)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 110, "lo')
+    assert read_run(folder).lines[-1]["step"] == 100
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize("braille", [True, False])
+def test_a_falling_curve_falls_and_fits(tmp_path: Path, width: int, braille: bool) -> None:
+    text = draw_text([read_run(write_run(tmp_path / "run"))], width, braille=braille)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    rows = [line.partition("|")[2] for line in lines[1:9]]
+    left = [next((i for i, mark in enumerate(row) if mark != " "), None) for row in rows]
+    assert left[0] == 0
+    assert left == sorted(left)  # it begins ever further to the right
+    assert lines[1].split()[0] == "10"  # the numbers at the axis: highest, lowest
+    assert lines[8].split()[0] == "1"
+    assert lines[11].strip() == "run: 1 at step 100"
+    assert text.isascii() != braille
+
+
+def test_runs_are_told_apart_without_colour(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / name, range(1, size))) for name, size in (("one", 5), ("two", 50))]
+    text = draw_text(runs, 60)
+    assert text.isascii()
+    assert "a one: 25 at step 4" in text
+    assert "b two: 2.041 at step 49" in text
+    assert "\x1b[36m" in draw_text(runs, 60, color=True)
+
+
+@pytest.mark.parametrize("points", [1, 2])
+def test_one_point_and_a_flat_line(tmp_path: Path, points: int) -> None:
+    text = draw_text([read_run(write_run(tmp_path / "run", list(range(1, points + 1)), loss=2.0))], 40, braille=False)
+    assert sum("a" in line.partition("|")[2] for line in text.splitlines()[1:9]) == 1
+
+
+def test_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    runs = [read_run(write_run(tmp_path / name)) for name in ("one", "two")]
+    draw_picture(runs, tmp_path / "curves.png")
+    picture = (tmp_path / "curves.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(picture[16:20], "big") == 7 * 150  # wide
+    draw_picture(runs, tmp_path / "curves.svg")
+    assert "<svg" in (tmp_path / "curves.svg").read_text()
+    with pytest.raises(ConfigError, match=r"\.png, \.svg, \.pdf"):
+        draw_picture(runs, tmp_path / "curves.gif")
+
+
+def test_the_command(run_longnet, tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    done = run_longnet("plot", "run", env={"COLUMNS": "50"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) == 50
+    assert "\x1b" not in done.stdout
+    ascii_only = run_longnet("plot", "run", env={"PYTHONIOENCODING": "ascii"})
+    assert ascii_only.stdout.isascii()
+    assert ascii_only.returncode == 0
+    wrong = run_longnet("plot", "run", "nowhere")
+    assert (wrong.returncode, wrong.stdout, len(wrong.stderr.splitlines())) == (3, "", 1)
+
+
+def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path: Path, run_longnet) -> None:
+    write_run(tmp_path / "run")
+    (tmp_path / "hidden/matplotlib").mkdir(parents=True)
+    (tmp_path / "hidden/matplotlib/__init__.py").write_text("raise ImportError('hidden')")
+    path = os.pathsep.join([str(tmp_path / "hidden"), str(Path(__file__).parents[1])])
+    done = run_longnet("plot", "run", "-o", "curves.png", env={"PYTHONPATH": path})
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "pip install 'longnet-cli[plot]'" in done.stderr
+    assert not (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_colours_are_for_terminals(
+    tmp_path: Path, command_env: dict[str, str], variables: dict[str, str], coloured: bool
+) -> None:
+    for name in ("one", "two"):
+        write_run(tmp_path / name)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "longnet_cli", "plot", "one", "two"]
+    env = command_env | {"TERM": "xterm"} | variables
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(ours, 65536)
+            except OSError:  # the other end is closed
+                break
+            if not piece:
+                break
+            shown += piece
+    os.close(ours)
+    assert process.returncode == 0
+    assert (b"\x1b[36m" in shown) == coloured
+
+
+def test_it_loads_no_torch(command_env: dict[str, str]) -> None:
+    program = "import sys, longnet_cli.plotting; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], env=command_env, check=False).returncode == 0

@@ -1,0 +1,373 @@
+"""The jobs and commands on folders of transformers: numbers are those of the model itself, whatever the chunk; what
+cannot be run is refused in one line.
+
+pytest tests/test_transformers_net.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.ipc as ipc
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
+from typer.testing import CliRunner, Result
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+
+import transformers as hf
+from test_transformers import CAUSAL, MODELS, bert, built, gpt2, ids, llama, modernbert
+
+from longnet_cli.attention import Pattern
+from longnet_cli.cli.app import app
+from longnet_cli.data.sources import Document
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.encoding import encode, encode_to_folder
+from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
+from longnet_cli.integrations.loading import load_net
+from longnet_cli.integrations.transformers import use_dilated_attention
+from longnet_cli.integrations.transformers_net import TransformersNet, load_transformers
+from longnet_cli.runtime.chunks import CausalStream, open_stream
+from longnet_cli.scoring import score
+
+LEVELS = Pattern((8, 24, 60), (1, 3, 5))
+OPTIONS = ["--segment-lengths", "8,24,60", "--dilation-rates", "1,3,5"]
+TEXT = "Far keys are one more branch, and branches merge. " * 6  # 300 tokens of a byte each
+SMALL = {"vocab_size": 257, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
+SMALL |= {"intermediate_size": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+def make_document(length: int, name: str = "a") -> Document:
+    tokens = np.random.default_rng(length).integers(1, 97, length, dtype=np.int32)
+    return Document(name, tokens, length, f"{name}.txt")
+
+
+def net_of(model: Callable[..., hf.PreTrainedModel], attention: str = "dilated", **changes) -> TransformersNet:
+    found = built(model, **changes)
+    return TransformersNet(use_dilated_attention(found, LEVELS) if attention == "dilated" else found, attention)
+
+
+def mixed() -> hf.PreTrainedModel:
+    kinds = {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}
+    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SMALL, **kinds, num_key_value_heads=2))
+
+
+def sliding() -> hf.PreTrainedModel:
+    return hf.MistralForCausalLM(hf.MistralConfig(**SMALL, sliding_window=16, num_key_value_heads=2))
+
+
+def assert_stream_is_whole(stream: Callable[..., torch.Tensor], net: TransformersNet) -> None:
+    found, start = [], 0
+    for size in (50, 1, 1, 7, 1, 33, 20, 1, 26):
+        found.append(stream(ids(140)[:, start : start + size]))
+        start += size
+    with torch.no_grad():
+        expected = net.model.base_model(ids(140), use_cache=False).last_hidden_state
+    assert (torch.cat(found, 1) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("model", "attention"), [*((model, "dense") for model in (*CAUSAL, mixed, sliding)), (mixed, "dilated")]
+)
+def test_a_stream_with_the_cache_of_transformers_is_the_whole(
+    model: Callable[[], hf.PreTrainedModel], attention: str
+) -> None:
+    net = net_of(model, attention)
+    assert net.config.memory == "cache"
+    assert "keeps all keys" in net.note
+    assert_stream_is_whole(open_stream(net), net)
+
+
+@pytest.mark.parametrize("model", CAUSAL)
+def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel]) -> None:
+    """In chunks that segments of every level cut, single tokens among them; and it remembers open segments alone."""
+    net = net_of(model)
+    assert (net.config.memory, net.note) == ("segments", None)
+    stream = open_stream(net)
+    assert isinstance(stream, CausalStream)
+    assert_stream_is_whole(stream, net)
+    numbers = 2 * 2 * net.config.num_layers * net.config.num_heads * net.config.head_dim * LEVELS.cache_rows
+    assert stream.cache_bytes == 4 * numbers
+
+
+@pytest.mark.parametrize("attention", ["dilated", "dense"])
+@pytest.mark.parametrize("model", [llama, gpt2])
+def test_scores_are_those_of_the_models_own_loss(model: Callable[[], hf.PreTrainedModel], attention: str) -> None:
+    """Of documents alone and in company, in one chunk and in many."""
+    net = net_of(model, attention)
+    documents = [make_document(length, str(length)) for length in (130, 3, 260, 1, 50)]
+    for chunk in (10_000, 64, 7):
+        rows = list(score(net, documents, bos=0, chunk=chunk))
+        for document, row in zip(documents, rows, strict=True):
+            tokens = torch.tensor([[0, *document.tokens.tolist()]])
+            with torch.no_grad():
+                logits = net.model(tokens[:, :-1], use_cache=False).logits
+            expected = F.cross_entropy(logits[0], tokens[0, 1:], reduction="sum").item()
+            assert row.score.nll_sum == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["dilated", "dense"])
+@pytest.mark.parametrize("model", [llama, bert, modernbert])
+def test_vectors_are_the_means_of_the_models_own_hidden_states(
+    model: Callable[[], hf.PreTrainedModel], attention: str
+) -> None:
+    net = net_of(model, attention)
+    documents = [make_document(length, str(length)) for length in (5, 33, 1, 200, 64)]
+    for chunk in (1000, 40):
+        table = encode(net, documents, bos=0, normalize=False, chunk=chunk).read_all()
+        before = [0] if net.config.causal else []
+        for document, vector in zip(documents, table["embedding"].to_numpy(), strict=True):
+            with torch.no_grad():
+                inputs = torch.tensor([before + document.tokens.tolist()])
+                hidden = net.model.base_model(inputs).last_hidden_state[0, len(before) :]
+            np.testing.assert_allclose(vector, hidden.mean(0).numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_saved_is_loaded(model: Callable[[], hf.PreTrainedModel], tmp_path: Path) -> None:
+    """Every architecture from its folder, its own class, its pattern; sharded weights too."""
+    saved = use_dilated_attention(built(model), LEVELS)
+    saved.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    net = load_net(tmp_path)
+    assert isinstance(net, TransformersNet)
+    assert type(net.model) is type(saved)
+    assert (net.config.pattern, net.config.causal) == (LEVELS, model in CAUSAL)
+    with torch.no_grad():
+        assert torch.equal(net(ids(70)), saved.base_model(ids(70)).last_hidden_state)
+    other = load_net(tmp_path, pattern=Pattern((16,), (1,)))
+    assert other.config.pattern == Pattern((16,), (1,))
+    assert not torch.equal(other(ids(70)), net(ids(70)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama without a pattern, with a tokenizer of bytes."""
+    place = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, num_key_value_heads=2)).save_pretrained(place)
+    Tokenizer.bytes().save(place / "tokenizer.json")
+    (place / "text.txt").write_text(TEXT, encoding="utf-8")
+    return place
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("bert")
+    hf.BertModel(hf.BertConfig(**SMALL, max_position_embeddings=320)).save_pretrained(place)
+    Tokenizer.bytes().save(place / "tokenizer.json")
+    return place
+
+
+def command(*args: str | Path) -> Result:
+    """The command in this process, where torch and transformers are loaded already."""
+    return CliRunner().invoke(app, [*map(str, args)])
+
+
+def refused(*args: str | Path) -> LongNetError:
+    result = command(*args)
+    assert isinstance(result.exception, LongNetError), result.output
+    assert "\n" not in str(result.exception)
+    assert result.stdout == ""
+    return result.exception
+
+
+def test_the_real_command(folder: Path, run_longnet: Callable[..., subprocess.CompletedProcess]) -> None:
+    """Nothing but the one value on stdout, nothing on stderr: no progress bar and no advice of transformers."""
+    done = run_longnet("score", "--ppl", folder / "text.txt", "--model", folder, *OPTIONS, "--format", "json", "-q")
+    assert (done.returncode, done.stderr) == (0, "")
+    total = json.loads(done.stdout)["total"]
+    net = load_transformers(folder, pattern=LEVELS)
+    tokens = torch.tensor([[256, *TEXT.encode()]])
+    with torch.no_grad():
+        logits = net.model(tokens[:, :-1]).logits
+    assert total["n_tokens"] == total["n_bytes"] == 300
+    assert total["nll_sum"] == pytest.approx(F.cross_entropy(logits[0], tokens[0, 1:], reduction="sum").item(), 1e-5)
+
+
+def test_score_with_options(folder: Path) -> None:
+    def ppl(*options: str) -> float:
+        result = command("score", folder / "text.txt", "--model", folder, "--format", "json", *options)
+        assert result.exit_code == 0, result.output
+        assert ("it keeps all keys of a document" in result.stderr) == ("dense" in options)
+        return json.loads(result.stdout)["total"]["ppl"]
+
+    dilated, dense = ppl(*OPTIONS), ppl("--attention", "dense")
+    assert ppl(*OPTIONS, "--chunk", "64") == pytest.approx(dilated, rel=1e-6)
+    assert ppl("--attention", "dense", "--chunk", "64") == pytest.approx(dense, rel=1e-6)
+    assert ppl("--segment-lengths", "1Ki", "--dilation-rates", "1") == pytest.approx(dense, rel=1e-6)
+    assert not math.isclose(dilated, dense, rel_tol=1e-4)
+
+
+def test_encode_to_a_file_and_to_a_folder(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    for model in (folder, encoder):
+        output = tmp_path / f"{model.name}.arrow"
+        result = command("encode", folder / "text.txt", "--model", model, *OPTIONS, "-o", output)
+        assert result.exit_code == 0, result.output
+        assert ("it reads each document in one forward" in result.stderr) == (model is encoder)
+        table = ipc.open_file(output).read_all()
+        assert table["n_tokens"].to_pylist() == [300]
+        shards = ["encode", folder / "text.txt", "--model", model, "-o", tmp_path / model.name]
+        assert command(*shards, *OPTIONS).exit_code == 0
+        assert command(*shards, *OPTIONS, "--resume").exit_code == 0
+
+
+def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_path: Path) -> None:
+    def run(**options) -> None:
+        net = load_net(folder, **options)
+        encode_to_folder(net, [make_document(20)], tmp_path / "out", settings={}, bos=256, resume=True)
+
+    run(pattern=LEVELS)
+    run(pattern=LEVELS)
+    for other in ({"pattern": Pattern((8,), (1,))}, {"attention": "dense"}):
+        with pytest.raises(ConfigError, match="model"):
+            run(**other)
+
+
+def test_bench_compares_dense_and_dilated(folder: Path) -> None:
+    arguments = ["bench", "--op", "model", "--model", folder, "--repeats", "1", "--format", "jsonl"]
+    result = command(*arguments, "--seq", "64,128", *OPTIONS)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(row["impl"], row["seq"], row["status"], row["pattern"]) for row in rows] == [
+        (impl, seq, "ok", "8/1,24/3,60/5" if impl == "dilated" else None)
+        for seq in (64, 128)
+        for impl in ("dilated", "dense")
+    ]
+    streamed = command(*arguments, "--seq", "128", *OPTIONS, "--chunk", "50", "--impl", "dilated")
+    row = json.loads(streamed.stdout)
+    assert (row["status"], row["chunk"]) == ("ok", 50)
+    assert row["cache_bytes"] == 4 * 2 * SMALL["num_hidden_layers"] * SMALL["hidden_size"] * LEVELS.cache_rows
+    train = refused("bench", "--op", "train", "--model", folder, "--seq", "64", "--format", "jsonl")
+    assert "--op train measures LongNets" in str(train)
+
+
+@pytest.fixture
+def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the folder with another config.json."""
+
+    def make(**changes) -> Path:
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": {"AutoModelForCausalLM": "mine.Mine"}}, r"code of the folder's own \(auto_map\)"),
+        ({"model_type": "hyena"}, r"does not know the architecture LlamaForCausalLM \(model_type hyena\)"),
+        ({"architectures": ["HyenaForCausalLM"]}, "does not know the architecture HyenaForCausalLM"),
+        ({"hidden_size": "many"}, "config.json: "),
+        ({"architectures": ["BertModel"]}, "does not know the architecture BertModel"),
+        ({"architectures": ["pipeline"]}, "does not know the architecture pipeline"),
+        ({}, "no dilated_attention in config.json: give --segment-lengths and --dilation-rates, or --attention dense"),
+        ({"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}}, "one entry a level"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type dynamic"),
+    ],
+)
+def test_configurations_that_are_refused(spoilt: Callable[..., Path], changes: dict, message: str) -> None:
+    place = spoilt(
+        **({"dilated_attention": {"segment_lengths": [8], "dilation_rates": [1]}} | changes if changes else {})
+    )
+    (place / "mine.py").write_text("raise SystemExit('this must never run')")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_net(place)
+    assert str(place) in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("named", ["dilated", "somebody/kernel", "eager"])
+def test_an_attention_that_config_json_names_is_not_used(spoilt: Callable[..., Path], named: str) -> None:
+    levels = {"segment_lengths": [8], "dilation_rates": [1]}
+    place = spoilt(attn_implementation=named, _attn_implementation=named, dilated_attention=levels)
+    assert load_transformers(place, attention="dense").model.config._attn_implementation == "sdpa"
+    assert load_transformers(place).model.config._attn_implementation == "dilated"
+
+
+def test_weights_that_are_refused(spoilt: Callable[..., Path], folder: Path) -> None:
+    place = spoilt(num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match=r"weights are missing, model\.layers\.2\.input_layernorm\.weight"):
+        load_net(place, pattern=LEVELS)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \(257, 48\), its .* needs \(300, 48\)"):
+        load_net(spoilt(vocab_size=300), pattern=LEVELS)
+    (place / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_net(place, pattern=LEVELS)
+    (place / "model.safetensors").rename(place / "pytorch_model.bin")
+    error = refused("score", place / "config.json", "--model", place, *OPTIONS)
+    assert error.exit_code == 4
+    assert "pickled weights are never read" in str(error)
+
+
+def test_options_that_are_refused(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    text = folder / "text.txt"
+    assert "dense attention has no levels" in str(
+        refused("score", text, "--model", folder, "--attention", "dense", *OPTIONS)
+    )
+    assert "one entry a level" in str(refused("score", text, "--model", folder, "--segment-lengths", "8"))
+    assert "a LongNet has its pattern" in str(refused("score", text, "--attention", "dense"))
+    assert "in one process" in str(refused("score", text, "--model", folder, *OPTIONS, "--nproc", "2"))
+    assert "bidirectional" in str(refused("score", text, "--model", encoder, *OPTIONS))
+    (tmp_path / "long.txt").write_text("x" * 321)
+    long = refused("encode", tmp_path / "long.txt", "--model", encoder, *OPTIONS, "-o", tmp_path / "out.arrow")
+    assert "321 tokens, and the model has 320 positions" in str(long)
+
+
+def test_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    error = refused("score", folder / "text.txt", "--model", tmp_path, *OPTIONS)
+    assert error.exit_code == 2
+    assert "tokenizer" in str(error)
+
+
+def test_without_transformers(folder: Path, command_env: dict[str, str]) -> None:
+    script = "import sys; sys.modules['transformers'] = None; from longnet_cli.cli.app import main; main()"
+    words = [sys.executable, "-c", script, "score", folder / "text.txt", "--model", folder, *OPTIONS]
+    done = subprocess.run(words, env=command_env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.rstrip().endswith("pip install 'longnet-cli[hf]'")
+
+
+def test_models_that_cannot_score() -> None:
+    headless = hf.LlamaModel(hf.LlamaConfig(**SMALL, num_key_value_heads=2))
+    with pytest.raises(ConfigError, match="LlamaModel has no output layer"):
+        list(score(TransformersNet(headless, "dense"), [make_document(9)], bos=0))
+    capped = built(lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)))
+    capped.config.final_logit_softcapping = 0.1
+    with pytest.raises(ConfigError, match="more to its logits than multiply"):
+        list(score(TransformersNet(capped, "dense"), [make_document(9)], bos=0))
+
+
+def test_positions_that_end() -> None:
+    """RoBERTa keeps the first places of its table for the padding."""
+    config = hf.RobertaConfig(**SMALL | {"pad_token_id": 1}, max_position_embeddings=34)
+    net = TransformersNet(hf.RobertaModel(config), "dense")
+    assert net.config.max_tokens == 32
+    encode(net, [make_document(32)], bos=None).read_all()
+    with pytest.raises(ConfigError, match="33 tokens, and the model has 32 positions"):
+        encode(net, [make_document(33)], bos=None).read_all()
+
+
+def test_what_a_tokenizer_puts_before_a_text() -> None:
+    """Llama's template says so; without one it is the end of text."""
+    words = Tokenizer.bytes()
+    assert words.bos_id == words.eos_id == 256
+    inner = words._inner
+    inner.add_special_tokens(["<s>"])
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))])
+    assert Tokenizer(inner).bos_id == 257
