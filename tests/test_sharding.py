@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from test_chunks import draw, net
 from test_ranks import EOS, TOLERANCE, in_both_types, off, random_pattern, run_ranks
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet
@@ -76,6 +78,9 @@ def steps(dtype: torch.dtype, dp: int) -> None:
             shard_weights(model, ranks)
             share = sum(p.to_local().numel() for p in model.parameters())
             assert share <= alone.config.num_parameters() / ranks.world * 1.2 + 50
+        if sharded and chunked:
+            for layer in model.layers:  # as `train.activation_checkpointing` does
+                layer.forward = partial(activation_checkpoint, layer.forward, use_reentrant=False)
         # in fp32 AdamW makes steps of gradients that are rounding alone, as that of a bias of keys
         kinds = OptimizerRecipe(lr=1e-2), torch.optim.SGD
         optimizers = [

@@ -190,22 +190,24 @@ def workers(job: subprocess.Popen) -> list[int]:
     return found
 
 
-def start_training(folder: Path, env: dict[str, str], *start: str) -> subprocess.Popen:
-    """A long run of two ranks that has begun to step."""
+def start_training(folder: Path, env: dict[str, str], *start: str, until: int) -> subprocess.Popen:
+    """A long run of two ranks, which has begun or gone on, and reached a step."""
     command = [sys.executable, *start, "-m", "longnet_cli", "train", str(folder / "recipe.toml")]
     command += ["-o", str(folder / "run"), "--set", "train.stages=[{seq_len=256, steps=100000}]"]
     command += ["--set", "train.save_every=50", *([] if start else ["--nproc", "2"])]
     job = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     metrics, deadline = folder / "run/metrics.jsonl", time.monotonic() + 90
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 60):
+    while not (metrics.exists() and metrics.read_text().count("\n") >= until):
         assert job.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
     return job
 
 
-def test_a_killed_rank_ends_the_job(folder: Path, command_env: dict[str, str]) -> None:
-    job = start_training(folder, command_env)
+def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
+    folder: Path, command_env: dict[str, str]
+) -> None:
+    job = start_training(folder, command_env, until=60)
     began = time.monotonic()
     os.kill(max(workers(job)), signal.SIGKILL)
     _, stderr = job.communicate(timeout=60)
@@ -214,16 +216,18 @@ def test_a_killed_rank_ends_the_job(folder: Path, command_env: dict[str, str]) -
     assert stderr.splitlines()[1:] == ["longnet: error: rank 1 was killed (SIGKILL), and the job with it"]
     newest = checkpoints_in(folder / "run/checkpoints")[0]
     assert find_damage(newest) is None
-    steps = read_state(newest)["progress"]["step"]
-    with (folder / "run/metrics.jsonl").open() as lines:
-        assert steps <= sum(1 for _ in lines)
+    saved = read_state(newest)["progress"]["step"]
+    reached = (folder / "run/metrics.jsonl").read_text().count("\n")
+    assert saved <= reached
 
-
-def test_sigterm_stops_all_ranks_after_the_same_step(folder: Path, command_env: dict[str, str]) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    job = start_training(folder, command_env, *torchrun)
-    job.send_signal(signal.SIGTERM)
+    job = start_training(folder, command_env, *torchrun, until=reached + 20)
+    job.send_signal(signal.SIGTERM)  # to torchrun, which passes it on
     _, stderr = job.communicate(timeout=60)
     assert job.returncode != 0
+    assert f"going on after step {saved}\n" in stderr
     assert f"stopped, and saved in {folder}/run: `longnet train -o {folder}/run` goes on" in stderr
     assert "longnet: error" not in stderr
+    steps = [json.loads(line)["step"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+    assert read_state(checkpoints_in(folder / "run/checkpoints")[0])["progress"]["step"] == len(steps)
