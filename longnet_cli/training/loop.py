@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -97,12 +98,12 @@ def train(
     something cannot be written.
     """
     ranks = ranks or Ranks()
+    run = _Run(recipe, Path(output), torch.device(device), initial, ranks, peak, on_step)
+    run.resume(resume, on_note or (lambda line: None))
+    if on_begin:
+        on_begin(run.progress.step, run.log.tokens)
     with noted_signals(ranks) as signals:
-        run = _Run(recipe, Path(output), torch.device(device), initial, ranks, signals, peak, on_step)
-        run.resume(resume, on_note or (lambda line: None))
-        if on_begin:
-            on_begin(run.progress.step, run.log.tokens)
-        return run.go()
+        return run.go(signals)
 
 
 class _Run:
@@ -115,12 +116,12 @@ class _Run:
         device: torch.device,
         initial: str | None,
         ranks: Ranks,
-        signals: Signals,
         peak: float | None,
         on_step: OnStep | None,
     ) -> None:
         self.recipe, self.output, self.device, self.ranks = recipe, output, device, ranks
-        self.signals, self.peak, self.on_step = signals, peak, on_step
+        self.peak, self.on_step = peak, on_step
+        self.signals = Signals(ranks)
         check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
         self.tokenizer = Tokenizer.load(recipe.data.tokenizer)
         self.eos_id = _eos(self.tokenizer)
@@ -182,9 +183,9 @@ class _Run:
             settings = self.recipe.model_dump(mode="json")
             self.trackers = open_trackers(self.recipe.train.track, self.output, settings, step=self.progress.step)
 
-    def go(self) -> TrainResult:
+    def go(self, signals: Signals) -> TrainResult:
         """Train to the end, or until a signal or a failure."""
-        line = None
+        self.signals, line = signals, None
         try:
             if self.progress.step:  # a stop may have come before its report was done
                 line = self._report()
@@ -306,7 +307,7 @@ class _Run:
             f"the loss {what} at step {self.progress.step + 1} (loss {loss:.4g}, gradient norm {norm:.4g}), in windows "
             f"{last - windows.rows * windows.world} to {last - 1}, from {', '.join(places[:3])}{others}; the state "
             f"before that step is saved in {self.output}: lower optimizer.lr or lengthen schedule.warmup_steps, and "
-            f"begin another run with --init ./{self.output}"
+            f"begin another run with --init {os.path.join('.', self.output)}"
         )
 
     def _report(self) -> Metrics | None:
