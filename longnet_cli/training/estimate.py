@@ -57,7 +57,11 @@ class Estimate:
         """What to change, where it does not fit: the chunk, or else what a shorter chunk does not make smaller."""
         if self.chunk_that_fits:
             return f"--chunk {self.chunk_that_fits} fits"
-        kept = {kind: size for kind, size in self.memory.items() if kind not in ("program", "activations", "logits")}
+        kept = {
+            kind: size
+            for kind, size in self.memory.items()
+            if kind not in ("program", "activations", "logits", "checkpoint")
+        }
         if max(kept, key=kept.__getitem__) == "cache":
             return "no chunk fits: choose shorter sequences (train.stages) or fewer levels longer than a chunk"
         return "no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device"
@@ -135,7 +139,11 @@ def flops_per_token(config: LongNetConfig, seq_len: int) -> float:
 
 
 def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
-    """Bytes of one rank, at its peak over all stages. float32 weights, and under autocast a copy of the matrices."""
+    """Bytes of one rank, at its peak over all stages. float32 weights, and under autocast a copy of the matrices.
+
+    A process alone copies its weights and moments for a checkpoint, which is turned into a file's bytes, a copy again,
+    while it trains on. With a GPU these two are in the machine's own memory, and not counted.
+    """
     config, numbers = recipe.model, recipe.model.num_parameters()
     matrices = config.num_layers * (4 * config.dim**2 + 2 * config.dim * config.ffn_dim)
     itemsize = 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
@@ -157,7 +165,8 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
     largest = max(stages, key=lambda stage: sum(stage.values()))
     shares = 4 * numbers // share if share > 1 else 0
     kinds = {"weights": 4 * numbers + shares + copies, "gradients": 4 * numbers + shares, "optimizer": moments // share}
-    return kinds | largest
+    alone = device.type == "cpu" and ranks.world == 1
+    return kinds | largest | {"checkpoint": 2 * (4 * numbers + moments) if alone else 0}
 
 
 def activation_bytes(config: LongNetConfig, itemsize: int, device: str, again: bool = False) -> int:
