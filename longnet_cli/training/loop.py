@@ -322,7 +322,7 @@ class _Run:
         line = None
         if held_out or last or progress.step % train.log_every == 0:
             rate = learning_rate(progress.step - 1, train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
-            flops = flops_per_token(self.recipe.model, stage.seq_len)
+            flops = flops_per_token(self.recipe.model, stage.seq_len, train.predicted)
             line = self.log.write(
                 progress.step,
                 rate,
