@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import platform
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -236,8 +237,7 @@ class _Run:
 
     def _stage_of(self, step: int) -> int:
         """The stage that a step (1, 2, ...) belongs to."""
-        ends = np.cumsum([stage.steps for stage in self.recipe.train.stages])
-        return int(ends.searchsorted(step))
+        return bisect_left(list(accumulate(stage.steps for stage in self.recipe.train.stages)), step)
 
     def _step(self, windows: TokenWindows, batch: np.ndarray, position: dict[str, Any]) -> int:
         """One optimizer step; the tokens that all ranks read in it. Until the optimizer runs, nothing has changed."""
