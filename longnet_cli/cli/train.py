@@ -89,8 +89,7 @@ def train(
 ) -> None:
     """Train a model. Progress is on stderr; checkpoints, metrics.jsonl and the model are in the output folder.
 
-    The same command goes on where it was stopped, and so does `longnet train -o DIR` alone. Runs under torchrun too,
-    which --nproc starts.
+    The same command goes on where it was stopped, and so does `longnet train -o DIR` alone. Runs under torchrun too.
     """
     if nproc is not None:
         from longnet_cli.runtime.launch import start_ranks
@@ -115,13 +114,19 @@ def train(
         overrides["train.stages"] = [{"seq_len": seq_len, "steps": steps}]
     if chunk is not None:
         overrides["train.chunk"] = chunk
-    before = Path(output, "recipe.json")
+    folder = Path(output)
+    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise ConfigError(f"{file} is a file, and -o names the folder of a run: name another")
+    before = folder / "recipe.json"
     if recipe is None and resume != "never" and before.exists():
         recipe = str(before)
     if recipe is None and not overrides:
-        raise ConfigError("nothing to train: name a recipe (`longnet train my-recipe.toml`) or --set its values")
+        raise ConfigError(
+            f"nothing to train: there is no run in {output}; name a recipe (`longnet train my-recipe.toml`) or --set "
+            "its values"
+        )
     found = load_recipe(recipe, overrides)
-    used = Path(output, "model.safetensors").exists() and not Path(output, CHECKPOINTS).exists()
+    used = (folder / "model.safetensors").exists() and not (folder / CHECKPOINTS).exists()
     if used and initial is None and not dry_run:
         raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
 
@@ -145,10 +150,12 @@ def train(
     say(f"training {found.model.num_parameters():,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")
     with ExitStack() as stack:
         shown: dict[str, str] = {}
+        begun = False  # before, there is nothing to save
         advance: Advance = lambda amount, **fields: None  # noqa: E731
 
         def on_begin(step: int, tokens: int) -> None:
-            nonlocal advance
+            nonlocal advance, begun
+            begun = True
             if step:
                 say(f"going on after step {step:,}" if step < found.train.steps else "all steps are done already")
             advance = stack.enter_context(progress("training", total, start=tokens, quiet=quiet))
@@ -173,7 +180,8 @@ def train(
             )
         except (KeyboardInterrupt, SystemExit):
             stack.close()
-            say(f"stopped, and saved in {output}: `longnet train -o {shlex.quote(output)}` goes on")
+            if begun:
+                say(f"stopped, and saved in {output}: `longnet train -o {shlex.quote(output)}` goes on")
             raise
     leave()
     loss = f", loss {result.loss:.4f} nats a token" if result.loss == result.loss else ""
