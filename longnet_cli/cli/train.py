@@ -32,7 +32,8 @@ def train(
         typer.Option("--data", metavar="INPUT", help="Training data, in place of the recipe's; may be repeated."),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", metavar="FILE|bytes", help="Tokenizer, in place of the recipe's.")
+        str | None,
+        typer.Option("--tokenizer", metavar="bytes|FILE|MODEL", help="Tokenizer, in place of the recipe's."),
     ] = None,
     seq_len: Annotated[
         int | None, size_option("--seq-len", help="Context in tokens: one stage in place of the recipe's.")
