@@ -86,7 +86,8 @@ def read_run(path: str | Path) -> Run:
         lines.append(found)
     if not lines:
         raise DataError(f"{file}: no line of metrics yet")
-    return Run(path.parent.name if path.name == "metrics.jsonl" else path.name, lines)
+    named = path.parent if path.name == "metrics.jsonl" else path
+    return Run(named.name or named.resolve().name, lines)  # "." has no name of its own
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
@@ -167,10 +168,10 @@ def _panel(panel: Panel, width: int, height: int, color: bool, braille: bool) ->
         mark = chr(0x2800 + bits) if dots else _letter(owner)
         return f"\x1b[{_COLORS[owner % len(_COLORS)]}m{mark}\x1b[0m" if color and len(panel.curves) > 1 else mark
 
+    labels = {0: high, height - 1: low} if high > low else {(height - 1) // 2: high}
     yield panel.title
     for row in range(height):
-        number = {0: high, height - 1: low}.get(row)
-        label = "" if number is None else f"{number:.4g}"
+        label = _number(labels[row]) if row in labels else ""
         yield f"{label:>{_MARGIN}} |{''.join(cell(row, column) for column in range(columns)).rstrip()}"
     yield f"{'':>{_MARGIN}} +{'-' * columns}"
     begin, end = f"{first:g}", f"step {last:g}"
@@ -180,8 +181,12 @@ def _panel(panel: Panel, width: int, height: int, color: bool, braille: bool) ->
         mark = "" if len(panel.curves) == 1 else f"{_letter(owner)} "
         if color and mark:
             mark = f"\x1b[{_COLORS[owner % len(_COLORS)]}m--\x1b[0m "
-        yield f"{'':>{_MARGIN + 2}}{mark}{curve.name}: {value:.4g} at step {step:g}"
+        yield f"{'':>{_MARGIN + 2}}{mark}{curve.name}: {_number(value)} at step {step:g}"
     yield ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def _letter(owner: int) -> str:

@@ -5,7 +5,9 @@ pytest tests/test_checkpoint.py; thirty kills: pytest -m slow tests/test_checkpo
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -305,3 +307,22 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert said.decode().splitlines()[-1] == "stopped, and saved in run: `longnet train -o run` goes on"
     assert find_damage(checkpoints_in(tmp_path / "run/checkpoints")[0]) is None
     LongNet.from_pretrained(tmp_path / "run")
+
+
+def test_a_signal_while_the_data_is_read_claims_no_checkpoint(start: Start, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(recipe(corpus).model_dump_json())
+    os.mkfifo(tmp_path / "data")  # nobody writes to it: reading never ends
+    process = start("train", tmp_path / "recipe.json", "--data", tmp_path / "data", "-o", "run", stderr=subprocess.PIPE)
+
+    def is_read() -> bool:
+        with contextlib.suppress(OSError):  # a writer cannot open it before there is a reader
+            return os.open(tmp_path / "data", os.O_WRONLY | os.O_NONBLOCK) > 0
+        return process.poll() is not None
+
+    wait_for(is_read)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said.startswith(b"training ")
+    assert b"saved" not in said
+    assert not (tmp_path / "run").exists()

@@ -265,6 +265,7 @@ def test_failures_are_one_line_and_their_exit_code(run_all: RunAll, model: Path,
     pq.write_table(pa.table({"text": ["full", ""]}), tmp_path / "hole.parquet")
     Tokenizer.train(["some text and more text"] * 9, 265).save(tmp_path / "large.json")
     score, encode = (["score", "--model", model], ["encode", "--model", model, "-o", "out.arrow"])
+    train = ["train", "longnet-tiny", "--data", "hole.parquet", "-o"]
     cases: list[tuple[int, list[str | Path], str]] = [
         (3, [*score, "missing.txt"], "missing.txt: no such file"),
         (3, [*score, "empty.txt"], "empty.txt: the file is empty"),
@@ -276,6 +277,10 @@ def test_failures_are_one_line_and_their_exit_code(run_all: RunAll, model: Path,
         (2, ["encode", "hole.parquet", "-o", "."], ". exists and is not an empty folder"),
         (2, [*score, "hole.parquet", "--column", "body"], "there is no column 'body'; its columns are text: string"),
         (2, [*score, "hole.parquet", "--tokenizer", "large.json"], "the tokenizer has 265 ids and the model 257"),
+        (2, [*train, "hole.parquet"], "hole.parquet is a file, and -o names the folder of a run"),
+        (2, [*train, "hole.parquet/run"], "hole.parquet is a file, and -o names the folder of a run"),
+        (2, ["train", "no-such-recipe"], "no recipe 'no-such-recipe'. Shipped recipes: "),
+        (2, ["train", "-o", "run"], "there is no run in run"),
     ]
     before = set(tmp_path.iterdir())
     for (code, _, words), done in zip(cases, run_all(*(command for _, command, _ in cases)), strict=True):

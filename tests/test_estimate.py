@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime.device import matmul_peak, precision
 from longnet_cli.runtime.launch import Ranks
@@ -198,3 +199,22 @@ def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.advice == "--chunk 4096 fits"
     assert estimate(with_chunk(4096), CPU).fits
     assert not estimate(with_chunk(4352), CPU).fits
+
+
+def test_no_chunk_cuts_a_bidirectional_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_window(seq_len: int, chunk: int) -> Recipe:
+        model = MODEL | {"causal": False, "position": "rope"}
+        stages = [{"seq_len": seq_len, "steps": 1}]
+        return recipe(model, objective="masked", stages=stages, chunk=chunk, batch_tokens=8192)
+
+    free = sum(memory_by_kind(with_window(1024, 1024), CPU, Ranks()).values())
+    monkeypatch.setattr("longnet_cli.training.estimate.free_memory", lambda device: free)
+    assert estimate(with_window(1024, 8192), CPU).chunk_that_fits == 1024
+    found = estimate(with_window(2048, 8192), CPU)
+    assert found.chunk_that_fits is None
+    assert found.advice.startswith("a bidirectional net reads a window at once")
+
+
+def test_windows_that_ranks_cannot_share_are_refused() -> None:
+    with pytest.raises(ConfigError, match="a step has 3 windows of 256 tokens, which 2 groups"):
+        estimate(recipe(MODEL, stages=[{"seq_len": 256, "steps": 1}], batch_tokens=768), CPU, Ranks(world=2))

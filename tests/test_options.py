@@ -29,8 +29,6 @@ def show(
     column: ColumnOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    seed: SeedOption = 0,
-    output: OutputOption = None,
     quiet: QuietOption = False,
 ) -> None:
     print(json.dumps(locals()))

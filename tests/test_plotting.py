@@ -26,11 +26,13 @@ def write_run(folder: Path, steps: range | list[int] = range(10, 110, 10), **mor
     return folder
 
 
-def test_curves_are_what_the_file_says(tmp_path: Path) -> None:
+def test_curves_are_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = read_run(write_run(tmp_path / "run"))
     assert run.name == "run"
     assert run.curve("loss") == [(n, 100 / n) for n in range(10, 110, 10)]
     assert read_run(tmp_path / "run/metrics.jsonl") == run
+    monkeypatch.chdir(tmp_path / "run")
+    assert read_run(".") == read_run("metrics.jsonl") == run
     assert [panel.title for panel in panels([run])] == ["loss, nats a token", "learning rate", "tokens a second"]
 
 
@@ -107,8 +109,11 @@ def test_runs_are_told_apart_without_colour(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("points", [1, 2])
 def test_one_point_and_a_flat_line(tmp_path: Path, points: int) -> None:
-    text = draw_text([read_run(write_run(tmp_path / "run", list(range(1, points + 1)), loss=2.0))], 40, braille=False)
-    assert sum("a" in line.partition("|")[2] for line in text.splitlines()[1:9]) == 1
+    folder = write_run(tmp_path / "run", list(range(1, points + 1)), loss=2.0, tokens_per_second=12345.6)
+    for braille in (True, False):
+        lines = draw_text([read_run(folder)], 40, braille=braille).splitlines()
+        assert [line.split()[0] for line in lines[1:9] if line.partition("|")[2]] == ["2"]  # labelled once, beside it
+        assert [line.split()[0] for line in lines if "12,346 |" in line] == ["12,346"]
 
 
 def test_a_picture(tmp_path: Path) -> None:

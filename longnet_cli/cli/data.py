@@ -32,7 +32,7 @@ def inspect(
         str | None,
         typer.Option(
             "--tokenizer",
-            metavar="bytes|FILE",
+            metavar="bytes|FILE|MODEL",
             help="Check the ids against a tokenizer.json, and count text in its tokens.",
             show_default="text counts a token a byte",
         ),

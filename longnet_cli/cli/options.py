@@ -116,7 +116,12 @@ ModelOption = Annotated[
 ]
 TokenizerOption = Annotated[
     str | None,
-    typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json; by default the model's own."),
+    typer.Option(
+        "--tokenizer",
+        metavar="bytes|FILE|MODEL",
+        help="A tokenizer.json, that of a folder or of a shipped model, or one id for each byte.",
+        show_default="the model's own",
+    ),
 ]
 ColumnOption = Annotated[
     str | None,
@@ -176,9 +181,5 @@ NprocOption = Annotated[
         help="Start N processes with torchrun, which share every sequence.",
         show_default="this one",
     ),
-]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
-OutputOption = Annotated[
-    str | None, typer.Option("--output", "-o", metavar="PATH", help="File to write, or - for stdout.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr; errors are still shown.")]

@@ -32,7 +32,8 @@ def train(
         typer.Option("--data", metavar="INPUT", help="Training data, in place of the recipe's; may be repeated."),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", metavar="FILE|bytes", help="Tokenizer, in place of the recipe's.")
+        str | None,
+        typer.Option("--tokenizer", metavar="bytes|FILE|MODEL", help="Tokenizer, in place of the recipe's."),
     ] = None,
     seq_len: Annotated[
         int | None, size_option("--seq-len", help="Context in tokens: one stage in place of the recipe's.")
@@ -89,8 +90,7 @@ def train(
 ) -> None:
     """Train a model. Progress is on stderr; checkpoints, metrics.jsonl and the model are in the output folder.
 
-    The same command goes on where it was stopped, and so does `longnet train -o DIR` alone. Runs under torchrun too,
-    which --nproc starts.
+    The same command goes on where it was stopped, and so does `longnet train -o DIR` alone. Runs under torchrun too.
     """
     if nproc is not None:
         from longnet_cli.runtime.launch import start_ranks
@@ -115,13 +115,19 @@ def train(
         overrides["train.stages"] = [{"seq_len": seq_len, "steps": steps}]
     if chunk is not None:
         overrides["train.chunk"] = chunk
-    before = Path(output, "recipe.json")
+    folder = Path(output)
+    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise ConfigError(f"{file} is a file, and -o names the folder of a run: name another")
+    before = folder / "recipe.json"
     if recipe is None and resume != "never" and before.exists():
         recipe = str(before)
     if recipe is None and not overrides:
-        raise ConfigError("nothing to train: name a recipe (`longnet train my-recipe.toml`) or --set its values")
+        raise ConfigError(
+            f"nothing to train: there is no run in {output}; name a recipe (`longnet train my-recipe.toml`) or --set "
+            "its values"
+        )
     found = load_recipe(recipe, overrides)
-    used = Path(output, "model.safetensors").exists() and not Path(output, CHECKPOINTS).exists()
+    used = (folder / "model.safetensors").exists() and not (folder / CHECKPOINTS).exists()
     if used and initial is None and not dry_run:
         raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
 
@@ -147,10 +153,12 @@ def train(
     say(f"training {found.model.num_parameters():,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")
     with ExitStack() as stack:
         shown: dict[str, str] = {}
+        begun = False  # before, there is nothing to save
         advance: Advance = lambda amount, **fields: None  # noqa: E731
 
         def on_begin(step: int, tokens: int) -> None:
-            nonlocal advance
+            nonlocal advance, begun
+            begun = True
             if step:
                 say(f"going on after step {step:,}" if step < found.train.steps else "all steps are done already")
             advance = stack.enter_context(progress("training", total, start=tokens, quiet=quiet))
@@ -175,7 +183,8 @@ def train(
             )
         except (KeyboardInterrupt, SystemExit):
             stack.close()
-            say(f"stopped, and saved in {output}: `longnet train -o {shlex.quote(output)}` goes on")
+            if begun:
+                say(f"stopped, and saved in {output}: `longnet train -o {shlex.quote(output)}` goes on")
             raise
     leave()
     loss = f", loss {result.loss:.4f} nats a token" if result.loss == result.loss else ""

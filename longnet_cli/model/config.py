@@ -20,7 +20,7 @@ class LongNetConfig(BaseModel):
     Building it directly raises pydantic's ValidationError (a ValueError); `parse_config` raises ConfigError.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     vocab_size: int = Field(ge=0)
     dim: int = Field(gt=0)

@@ -33,14 +33,12 @@ CHUNK_BYTES = 256 << 20  # of one chunk's activations on a CPU; on a GPU, an eig
 SHORTEST_CHUNK = 256  # below it, calls cost more than what they compute
 
 
-def default_chunk(config: NetConfig, device: torch.device, *, training: bool = False) -> int:
-    """Tokens whose activations take a modest share of memory: a power of two, so that segments mostly end with chunks.
+def default_chunk(config: NetConfig, device: torch.device) -> int:
+    """Tokens of a forward without gradients that takes a modest share of memory.
 
-    Training holds every layer's activations, inference one layer's.
+    A power of two, so that segments mostly end with chunks.
     """
     numbers = 10 * config.dim + 2 * config.ffn_dim  # of one layer and token, at their peak
-    if training:
-        numbers *= 2 * config.num_layers
     budget = CHUNK_BYTES
     if device.type == "cuda":
         budget = max(budget, (free_memory(device) or 0) // 8)

@@ -16,7 +16,7 @@ from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import LOGITS_LIMIT
 from longnet_cli.runtime.chunks import SHORTEST_CHUNK
 from longnet_cli.runtime.device import free_memory, matmul_peak, resident_memory, resolve_dtype
-from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.launch import Ranks, check_windows
 
 from .optimizer import build_optimizers
 from .recipe import OptimizerRecipe, Recipe, Stage
@@ -43,6 +43,7 @@ class Estimate:
     dtype: str
     chunk: int
     chunk_that_fits: int | None
+    whole_windows: bool  # the net is bidirectional: a chunk cannot be shorter than a window
 
     @property
     def peak(self) -> int:
@@ -57,6 +58,8 @@ class Estimate:
         """What to change, where it does not fit: the chunk, or else what a shorter chunk does not make smaller."""
         if self.chunk_that_fits:
             return f"--chunk {self.chunk_that_fits} fits"
+        if self.whole_windows:
+            return "a bidirectional net reads a window at once: choose shorter ones (train.stages) or a smaller model"
         kept = {
             kind: size
             for kind, size in self.memory.items()
@@ -86,15 +89,22 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> Estimate:
-    """What training by `recipe` will take on this machine; measures its matrix products for a third of a second."""
+    """What training by `recipe` will take on this machine; measures its matrix products for a third of a second.
+
+    Raises ConfigError for windows that the ranks cannot share.
+    """
     ranks, config, train = ranks or Ranks(), recipe.model, recipe.train
+    for stage in train.stages:
+        check_windows(ranks, stage.seq_len, train.windows(stage))
     dtype = resolve_dtype(train.dtype, device)
     _load_all(device)
     program, free = resident_memory(device), free_memory(device)
     memory = {"program": program, **memory_by_kind(recipe, device, ranks)}
     fitting, chunk = None, train.chunk
+    whole = not config.causal
+    shortest = -(-max(stage.seq_len for stage in train.stages) // ranks.sp) if whole else SHORTEST_CHUNK
     if free is not None and sum(memory.values()) - program > free:
-        while fitting is None and chunk >= 2 * SHORTEST_CHUNK:
+        while fitting is None and chunk >= 2 * shortest:
             chunk = 1 << (chunk - 1).bit_length() - 1  # the power of two below
             shorter = recipe.model_copy(update={"train": train.model_copy(update={"chunk": chunk})})
             if sum(memory_by_kind(shorter, device, ranks).values()) <= free:
@@ -116,6 +126,7 @@ def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -
         dtype=dtype,
         chunk=train.chunk,
         chunk_that_fits=fitting,
+        whole_windows=whole,
     )
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -22,17 +22,20 @@ else:
     import tomli as tomllib
 
 
-class Section(BaseModel):
-    """A table of the recipe: unknown keys are errors."""
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class Section(BaseModel):
+    """A table of the recipe: unknown keys are errors, and so are inf and nan, which its JSON could not hold."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MixedInputs(Section):
     """One source of a mix: inputs as on any command line, and the share of the training windows that is cut from it."""
 
     inputs: list[str] = Field(min_length=1)
-    weight: float = Field(gt=0, allow_inf_nan=False)
+    weight: float = Field(gt=0)
 
 
 class DataRecipe(Section):
@@ -72,7 +75,7 @@ class OptimizerRecipe(Section):
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=6e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=2.0, gt=0)  # of the gradient's norm
@@ -182,6 +185,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _objective_fits_the_model(self) -> Recipe:
+        if not self.model.vocab_size:
+            raise ValueError("model.vocab_size = 0 is a net that reads vectors: leave it out, training reads tokens")
         if self.model.causal != (self.train.objective == "causal"):
             fitting = "causal" if self.model.causal else "masked"
             raise ValueError(
@@ -249,7 +254,7 @@ def _read(path: str) -> tuple[dict[str, Any], str]:
         return parse(file.read_text(encoding="utf-8")), str(path)
     except FileNotFoundError:
         shipped = ", ".join(sorted(p.stem for p in preset_dir().glob("*.toml")))
-        raise ConfigError(f"no recipe {str(file)!r}. Shipped recipes: {shipped}; a path ends in .toml") from None
+        raise ConfigError(f"no recipe '{path}'. Shipped recipes: {shipped}; a path ends in .toml") from None
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
     except ValueError as error:  # of the parser, or not UTF-8
