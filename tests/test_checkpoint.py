@@ -248,6 +248,21 @@ def test_signals_are_given_back() -> None:
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 
+def test_a_signal_that_comes_while_ranks_look_is_seen_the_next_time() -> None:
+    class Interrupted(Ranks):
+        def largest(self, value: float) -> float:
+            if not came:
+                came.append(value)
+                signal.raise_signal(signal.SIGTERM)
+            return value
+
+    came: list[float] = []
+    with noted_signals(Interrupted()) as signals:
+        assert not signals.look()
+        with pytest.raises(SystemExit):
+            signals.look()
+
+
 def _kills(start: Start, corpus: Path, folder: Path, kills: int, steps: int) -> None:
     """Kill a run at random moments, resume it each time, and compare what it ends with."""
     stages = [{"seq_len": 32, "steps": steps // 2}, {"seq_len": 100, "steps": steps // 2}]
