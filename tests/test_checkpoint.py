@@ -114,6 +114,35 @@ def test_sigusr1_saves_and_goes_on(corpus: Path, tmp_path: Path, monkeypatch: py
     assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
+def test_a_save_during_an_evaluation_gives_no_line_twice(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the line of an evaluation in whose midst SIGUSR1 saved: that line is written again, in its place."""
+    from longnet_cli.training import loop
+
+    found, evaluate = recipe(corpus, **{"train.save_every": 1000}), loop.evaluate
+    train(found, tmp_path / "whole")
+
+    def asked(*args, **settings):
+        signal.raise_signal(signal.SIGUSR1)
+        return evaluate(*args, **settings)
+
+    def kill(tokens: int, line: object) -> None:
+        if checkpoints_in(tmp_path / "run/checkpoints"):
+            raise LongNetError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", asked)
+        with pytest.raises(LongNetError, match="killed"):
+            train(found, tmp_path / "run", on_step=kill)
+    train(found, tmp_path / "run")
+    lines = [
+        [json.loads(line)["step"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "run")
+    ]
+    assert lines[0] == lines[1]
+
+
 def test_old_checkpoints_go(corpus: Path, tmp_path: Path) -> None:
     train(recipe(corpus, **{"train.keep": 3, "train.save_every": 2}), tmp_path / "run")
     assert [path.name for path in checkpoints_in(tmp_path / "run/checkpoints")] == [

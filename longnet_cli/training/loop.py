@@ -178,10 +178,10 @@ class _Run:
         if self.ranks.first:
             self.output.mkdir(parents=True, exist_ok=True)
             write_file(self.output / "recipe.json", (self.recipe.model_dump_json(indent=2) + "\n").encode())
-        self.log.resume(log, self.progress.step)
+        self.log.resume(log, self.progress.reported)
         if self.ranks.first:
             settings = self.recipe.model_dump(mode="json")
-            self.trackers = open_trackers(self.recipe.train.track, self.output, settings, step=self.progress.step)
+            self.trackers = open_trackers(self.recipe.train.track, self.output, settings, step=self.progress.reported)
 
     def go(self) -> TrainResult:
         """Train to the end, or until a signal or a failure."""
