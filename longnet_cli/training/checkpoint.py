@@ -93,12 +93,11 @@ class Checkpoints:
                 sync_folder(self.folder)
                 for old in checkpoints_in(self.folder)[self.keep :]:
                     shutil.rmtree(old)
-        except OSError as error:
+        except Exception as error:  # whatever it is: a thread that died of it would leave the run without checkpoints
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
-            self._error = LongNetError(
-                f"{final}: cannot write the checkpoint: {error.strerror or error}; the one before it is kept"
-            )
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            self._error = LongNetError(f"{final}: cannot write the checkpoint: {reason}; the one before it is kept")
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
