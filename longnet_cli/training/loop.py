@@ -200,6 +200,9 @@ class _Run:
         except (KeyboardInterrupt, SystemExit):
             self._end()
             raise
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
         self._end()
         return TrainResult(self.progress.step, self.log.tokens, line.loss if line else math.nan, self.output)
 
@@ -207,8 +210,6 @@ class _Run:
         self.save()
         self.checkpoints.finish()
         self._write_model(self.output)
-        for tracker in self.trackers:
-            tracker.close()
 
     def save(self) -> None:
         """A checkpoint of the last whole step."""
@@ -300,13 +301,14 @@ class _Run:
         self._write_model(self.output)
         last = position["step"]
         places = windows.places(last - windows.rows * windows.world, last)
+        where = self.output if self.output.is_absolute() else f"./{self.output}"
         others = f" and {len(places) - 3} more" if len(places) > 3 else ""
         what = "jumps" if math.isfinite(loss) and math.isfinite(norm) else "is not finite"
         raise LongNetError(
             f"the loss {what} at step {self.progress.step + 1} (loss {loss:.4g}, gradient norm {norm:.4g}), in windows "
             f"{last - windows.rows * windows.world} to {last - 1}, from {', '.join(places[:3])}{others}; the state "
             f"before that step is saved in {self.output}: lower optimizer.lr or lengthen schedule.warmup_steps, and "
-            f"begin another run with --init ./{self.output}"
+            f"begin another run with --init {where}"
         )
 
     def _report(self) -> Metrics | None:
