@@ -150,6 +150,15 @@ def test_old_checkpoints_go(corpus: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_later_damaged_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
+    (tmp_path / "step-00000020").mkdir()
+    checkpoints = Checkpoints(tmp_path, Ranks(), keep=1)
+    for step in (4, 8):
+        checkpoints.save(step, {"a": torch.zeros(1)}, {})
+    checkpoints.finish()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000020", "step-00000008"]
+
+
 @pytest.fixture
 def stopped(corpus: Path, tmp_path: Path) -> Iterator[tuple[Recipe, Path, bytes]]:
     """A recipe, a run of it that was stopped after checkpoints at steps 8 and 12, and the bytes it must end with."""
@@ -164,7 +173,7 @@ def stopped(corpus: Path, tmp_path: Path) -> Iterator[tuple[Recipe, Path, bytes]
 
     with pytest.raises(LongNetError, match="stop"):
         train(found, tmp_path / "run", on_step=stop)
-    wait_for(lambda: len(checkpoints_in(tmp_path / "run/checkpoints")) == 2)
+    assert [path.name for path in checkpoints_in(tmp_path / "run/checkpoints")] == ["step-00000012", "step-00000008"]
     return found, tmp_path / "run", (tmp_path / "whole/model.safetensors").read_bytes()
 
 

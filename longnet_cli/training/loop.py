@@ -201,6 +201,7 @@ class _Run:
             self._end()
             raise
         finally:
+            self.checkpoints.wait()
             for tracker in self.trackers:
                 tracker.close()
         self._end()
