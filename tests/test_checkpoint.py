@@ -116,11 +116,49 @@ def test_sigusr1_saves_and_goes_on(corpus: Path, tmp_path: Path, monkeypatch: py
     assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
+def test_a_save_during_an_evaluation_gives_no_line_twice(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the line of an evaluation in whose midst SIGUSR1 saved: that line is written again, in its place."""
+    from longnet_cli.training import loop
+
+    found, evaluate = recipe(corpus, **{"train.save_every": 1000}), loop.evaluate
+    train(found, tmp_path / "whole")
+
+    def asked(*args, **settings):
+        signal.raise_signal(signal.SIGUSR1)
+        return evaluate(*args, **settings)
+
+    def kill(tokens: int, line: object) -> None:
+        if checkpoints_in(tmp_path / "run/checkpoints"):
+            raise LongNetError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", asked)
+        with pytest.raises(LongNetError, match="killed"):
+            train(found, tmp_path / "run", on_step=kill)
+    train(found, tmp_path / "run")
+    lines = [
+        [json.loads(line)["step"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "run")
+    ]
+    assert lines[0] == lines[1]
+
+
 def test_old_checkpoints_go(corpus: Path, tmp_path: Path) -> None:
     train(recipe(corpus, **{"train.keep": 3, "train.save_every": 2}), tmp_path / "run")
     assert [path.name for path in checkpoints_in(tmp_path / "run/checkpoints")] == [
         "step-00000020", "step-00000018", "step-00000016",
     ]  # fmt: skip
+
+
+def test_a_later_damaged_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
+    (tmp_path / "step-00000020").mkdir()
+    checkpoints = Checkpoints(tmp_path, Ranks(), keep=1)
+    for step in (4, 8):
+        checkpoints.save(step, {"a": torch.zeros(1)}, {})
+    checkpoints.finish()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000020", "step-00000008"]
 
 
 @pytest.fixture
@@ -137,7 +175,7 @@ def stopped(corpus: Path, tmp_path: Path) -> Iterator[tuple[Recipe, Path, bytes]
 
     with pytest.raises(LongNetError, match="stop"):
         train(found, tmp_path / "run", on_step=stop)
-    wait_for(lambda: len(checkpoints_in(tmp_path / "run/checkpoints")) == 2)
+    assert [path.name for path in checkpoints_in(tmp_path / "run/checkpoints")] == ["step-00000012", "step-00000008"]
     return found, tmp_path / "run", (tmp_path / "whole/model.safetensors").read_bytes()
 
 
@@ -243,11 +281,37 @@ def test_the_background_does_not_see_later_steps(tmp_path: Path) -> None:
     assert found.eq(0).all()
 
 
+def test_a_failure_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ConfigError("checkpoints need another torch")
+
+    monkeypatch.setattr("longnet_cli.training.checkpoint._save_tensors", fail)
+    checkpoints = Checkpoints(tmp_path, Ranks(), keep=2)
+    checkpoints.save(1, {"a": torch.zeros(1)}, {})
+    with pytest.raises(LongNetError, match="cannot write the checkpoint: checkpoints need another torch; the one"):
+        checkpoints.finish()
+
+
 def test_signals_are_given_back() -> None:
     before = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with noted_signals(Ranks()):
         pass
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_signal_that_comes_while_ranks_look_is_seen_the_next_time() -> None:
+    class Interrupted(Ranks):
+        def largest(self, value: float) -> float:
+            if not came:
+                came.append(value)
+                signal.raise_signal(signal.SIGTERM)
+            return value
+
+    came: list[float] = []
+    with noted_signals(Interrupted()) as signals:
+        assert not signals.look()
+        with pytest.raises(SystemExit):
+            signals.look()
 
 
 def _kills(start: Start, corpus: Path, folder: Path, kills: int, steps: int) -> None:

@@ -148,6 +148,7 @@ def test_a_diverging_run_says_where_and_keeps_the_last_weights(corpus: Path, tmp
     ) as error:
         train(recipe(corpus, **{"optimizer.lr": 1e30, "optimizer.clip": 1e30}), tmp_path / "wild")
     assert "\n" not in str(error.value)
+    assert str(error.value).endswith(f"--init {tmp_path / 'wild'}")
     (saved,) = checkpoints_in(tmp_path / "wild/checkpoints")
     assert f"step {read_state(saved)['progress']['step'] + 1} " in str(error.value)
     with pytest.raises(LongNetError, match="the loss jumps at step"):
@@ -175,6 +176,8 @@ def test_masked_training_learns_and_hides_the_same_tokens_again(corpus: Path, tm
         train(recipe(corpus, **settings, **{"train.chunk": 32}), tmp_path / "c")
     with pytest.raises(ConfigError, match=r"needs an id for the mask: model.vocab_size = 258"):
         train(recipe(corpus, **settings, **{"model.vocab_size": 257}), tmp_path / "c")
+    with pytest.raises(DataError, match="none of the held-out tokens was drawn to be hidden"):
+        train(recipe(corpus, **settings, **{"train.mask_rate": 1e-12}), tmp_path / "d")
 
 
 def test_activation_checkpointing_changes_no_number(corpus: Path, tmp_path: Path) -> None:

@@ -172,8 +172,10 @@ class Signals:
 
     def look(self) -> bool:
         """Whether to save and go on. Raises KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM), on all ranks."""
-        asked = self.ranks.largest(_WEIGHT[self._asked])
-        self._asked = 0
+        mine = self._asked
+        asked = self.ranks.largest(_WEIGHT[mine])
+        if mine and self._asked == mine:  # not one that came meanwhile: ranks wait for each other here
+            self._asked = 0
         if asked == _WEIGHT[signal.SIGINT]:
             raise KeyboardInterrupt
         if asked == _WEIGHT[signal.SIGTERM]:

@@ -63,10 +63,14 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Wait until what was begun is on the disk. Raises LongNetError where that failed."""
+        self.wait()
+        self.check()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
         if self._thread:
             self._thread.join()
             self._thread = None
-        self.check()
 
     def check(self) -> None:
         """Raises LongNetError where a checkpoint could not be written."""
@@ -91,14 +95,14 @@ class Checkpoints:
                     shutil.rmtree(final)
                 os.replace(partial, final)
                 sync_folder(self.folder)
-                for old in checkpoints_in(self.folder)[self.keep :]:
+                found = checkpoints_in(self.folder)
+                for old in found[found.index(final) + self.keep :]:  # later ones are damaged, and count for nothing
                     shutil.rmtree(old)
-        except OSError as error:
+        except Exception as error:  # whatever it is: a thread that died of it would leave the run without checkpoints
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
-            self._error = LongNetError(
-                f"{final}: cannot write the checkpoint: {error.strerror or error}; the one before it is kept"
-            )
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            self._error = LongNetError(f"{final}: cannot write the checkpoint: {reason}; the one before it is kept")
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

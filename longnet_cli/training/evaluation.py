@@ -9,6 +9,7 @@ from operator import add
 import torch
 
 from longnet_cli.data.sources import Document
+from longnet_cli.errors import DataError
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import IGNORED
 from longnet_cli.runtime.device import precision
@@ -78,4 +79,6 @@ def _score_masked(
             sums[1] += hidden_ones.sum()
         on_part()
     ranks.sum(sums)
+    if not sums[1]:
+        raise DataError("none of the held-out tokens was drawn to be hidden: data.held_out needs more of them")
     return Score(sums[0].item(), int(sums[1].item()), None)

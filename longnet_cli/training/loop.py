@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import time
 from bisect import bisect_left
@@ -179,10 +178,10 @@ class _Run:
         if self.ranks.first:
             self.output.mkdir(parents=True, exist_ok=True)
             write_file(self.output / "recipe.json", (self.recipe.model_dump_json(indent=2) + "\n").encode())
-        self.log.resume(log, self.progress.step)
+        self.log.resume(log, self.progress.reported)
         if self.ranks.first:
             settings = self.recipe.model_dump(mode="json")
-            self.trackers = open_trackers(self.recipe.train.track, self.output, settings, step=self.progress.step)
+            self.trackers = open_trackers(self.recipe.train.track, self.output, settings, step=self.progress.reported)
 
     def go(self, signals: Signals) -> TrainResult:
         """Train to the end, or until a signal or a failure."""
@@ -201,6 +200,10 @@ class _Run:
         except (KeyboardInterrupt, SystemExit):
             self._end()
             raise
+        finally:
+            self.checkpoints.wait()
+            for tracker in self.trackers:
+                tracker.close()
         self._end()
         return TrainResult(self.progress.step, self.log.tokens, line.loss if line else math.nan, self.output)
 
@@ -208,8 +211,6 @@ class _Run:
         self.save()
         self.checkpoints.finish()
         self._write_model(self.output)
-        for tracker in self.trackers:
-            tracker.close()
 
     def save(self) -> None:
         """A checkpoint of the last whole step."""
@@ -301,13 +302,14 @@ class _Run:
         self._write_model(self.output)
         last = position["step"]
         places = windows.places(last - windows.rows * windows.world, last)
+        where = self.output if self.output.is_absolute() else f"./{self.output}"
         others = f" and {len(places) - 3} more" if len(places) > 3 else ""
         what = "jumps" if math.isfinite(loss) and math.isfinite(norm) else "is not finite"
         raise LongNetError(
             f"the loss {what} at step {self.progress.step + 1} (loss {loss:.4g}, gradient norm {norm:.4g}), in windows "
             f"{last - windows.rows * windows.world} to {last - 1}, from {', '.join(places[:3])}{others}; the state "
             f"before that step is saved in {self.output}: lower optimizer.lr or lengthen schedule.warmup_steps, and "
-            f"begin another run with --init {os.path.join('.', self.output)}"
+            f"begin another run with --init {where}"
         )
 
     def _report(self) -> Metrics | None:

@@ -28,6 +28,7 @@ def mask_tokens(
     chosen = chance < rate
     if eos_id is not None:
         chosen &= tokens != eos_id
+        others = torch.where(others == eos_id, tokens, others)  # one in the midst of a document would cut it
     seen = tokens.masked_fill(chosen & (kind < MASKED), mask_id)
     seen = torch.where(chosen & (kind >= MASKED) & (kind < MASKED + RANDOM), others, seen)
     return seen, tokens.masked_fill(~chosen, IGNORED)

@@ -82,7 +82,7 @@ class MetricsLog:
         if self.path:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(line), allow_nan=False) + "\n")
-        self.lowest = min(line.loss, self.lowest or line.loss)
+        self.lowest = line.loss if self.lowest is None else min(line.loss, self.lowest)
         self._reset()
         return line
 
