@@ -25,13 +25,19 @@ def read_vectors(source: str) -> tuple[list[str], np.ndarray]:
     return table["doc_id"].to_pylist(), vectors
 
 
-def main(source: str) -> None:
-    names, vectors = read_vectors(source)
+def cosines(vectors: np.ndarray) -> np.ndarray:
+    """The cosine of each two, (documents, documents); -2 for a document and itself."""
     # Vectors of one model share a large common part: what is left without it tells documents apart.
     vectors = vectors - vectors.mean(0)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-12
     cosine = vectors @ vectors.T
     np.fill_diagonal(cosine, -2)
+    return cosine
+
+
+def main(source: str) -> None:
+    names, vectors = read_vectors(source)
+    cosine = cosines(vectors)
     width = max(map(len, names))
     for row, name in enumerate(names):
         best = np.argsort(-cosine[row])[:2]

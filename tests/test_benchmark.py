@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,10 @@ from strategies import patterns
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.reference import _key_counts
 from longnet_cli.benchmark import Case, Measurement, Settings, Stream, attention_flops, bench, job, measurement
+from longnet_cli.benchmark.loop import side_by_side
 from longnet_cli.errors import ConfigError
+from longnet_cli.model import LongNet
+from longnet_cli.training.recipe import load_recipe
 
 TINY = {"heads": 3, "head_dim": 8, "repeats": 2}
 
@@ -309,3 +313,20 @@ def test_on_a_gpu() -> None:
     rows = list(bench([4096], device="cuda", dtype="bf16"))
     assert {row.status for row in rows} == {"ok"}
     assert all(row.peak_rss_bytes for row in rows)
+
+
+def test_the_bare_loop_takes_the_steps_of_training(tmp_path: Path) -> None:
+    """The same weights, bit by bit: so the two are the same work, and what differs in time is the loop."""
+    settings = {
+        "model": {
+            "vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope",
+            "segment_lengths": [16, 32], "dilation_rates": [1, 2],
+        },
+        "train.stages": [{"seq_len": 32, "steps": 12}], "train.batch_tokens": 128,
+    }  # fmt: skip
+    seconds, bare = side_by_side(load_recipe(None, settings), tmp_path, torch.device("cpu"))
+    trained = LongNet.from_pretrained(tmp_path / "run").state_dict()
+    assert all(tensor.equal(trained[name]) for name, tensor in bare.state_dict().items())
+    assert seconds.keys() == {"train", "bare"}
+    assert min(seconds.values()) > 0
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2

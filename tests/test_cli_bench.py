@@ -97,11 +97,23 @@ def test_a_whole_model(bench: Bench) -> None:
     assert "1 layers" in result.stderr or "1 layer" in result.stderr
 
 
+def test_a_training_loop_beside_a_bare_one(bench: Bench) -> None:
+    result = bench("--op", "loop", "--seq", "32", "--batch", "2", "--layers", "1", "--format", "jsonl")
+    assert result.exit_code == 0, result.output
+    rows = rows_of("jsonl", result.stdout)
+    assert [(row["op"], row["impl"], row["status"]) for row in rows] == [
+        ("loop", "train", "ok"),
+        ("loop", "bare", "ok"),
+    ]
+    assert all(row["tokens_per_second"] == pytest.approx(20 * 2 * 32 / row["seconds"]) for row in rows)
+    assert "x bare at 32, backward" in bench("--op", "loop", "--seq", "32", "--layers", "1").stderr
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         ["--impl", "sparse"], ["--direction", "up"], ["--op", "sort"], ["--pattern", "paper"], ["--seq", "0"],
-        ["--dilation-rates", "1"], ["--op", "exchange"],
+        ["--dilation-rates", "1"], ["--op", "exchange"], ["--op", "loop", "--impl", "dense"],
     ],
 )  # fmt: skip
 def test_wrong_options_write_no_row(bench: Bench, wrong: list[str]) -> None:

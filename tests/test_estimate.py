@@ -67,6 +67,7 @@ def test_flops_are_those_that_torch_counts() -> None:
     """Of the matrices; attention's kernels, which torch does not count, have a test in test_benchmark.py."""
     config = LongNetConfig(**MODEL)
     net, ids = LongNet(config), torch.randint(0, 100, (1, 256))
+    net(ids)  # the first forward probes the kernel, by matrix products
     with FlopCounterMode(display=False) as counter:
         net.nll(net(ids), ids).sum().backward()
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
@@ -74,6 +75,8 @@ def test_flops_are_those_that_torch_counts() -> None:
     attention = 3.5 * 4 * 64 / 2
     assert (flops_per_token(one_key, 256) - attention) * 256 == pytest.approx(counted)
     assert flops_per_token(config, 256) > flops_per_token(one_key, 256)
+    unpredicted = flops_per_token(config, 256) - flops_per_token(config, 256, predicted=0.25)
+    assert unpredicted == pytest.approx(3 * 0.75 * 2 * 64 * 100)
 
 
 RUN = """

@@ -1,4 +1,5 @@
-"""The scripts in examples/: the corpus of the shipped model, and the Llama of transformers that is trained twice.
+"""The scripts in examples/: the corpus of the shipped model, the Llama of transformers that is trained twice, and the
+encoder that finds edited copies of files.
 
 pytest tests/test_examples.py
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,37 @@ def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path: Path) -> 
     for name in ("ast.py", "calendar.py", "pydoc.py", "random.py", "sysconfig.py", "json/encoder.py", "http/server.py"):
         assert module.is_held_out(name)
     assert not module.is_held_out("json/decoder.py")
+
+
+def test_an_encoder_learns_masked_tokens_and_finds_edited_copies(tmp_path: Path, command_env: dict[str, str]) -> None:
+    """The recipe at a small size: below what a net without context reaches, and every file cut short is found."""
+
+    def longnet(*arguments: str | Path) -> None:
+        made = CliRunner().invoke(app, [str(each) for each in arguments])
+        assert made.exit_code == 0, made.output
+
+    def python(script: str, *arguments: str | Path) -> str:
+        command = [sys.executable, ROOT / "examples" / script, *arguments]
+        return subprocess.run(command, env=command_env, capture_output=True, text=True, check=True).stdout
+
+    tokens, run, held_out = tmp_path / "tokens", tmp_path / "encoder", ROOT / "longnet_cli/data"
+    longnet("tokenize", ROOT / "longnet_cli", "-o", tokens, "--train-vocab", "288")
+    settings = {
+        "data.held_out": [str(held_out)], "train.stages": [{"seq_len": 128, "steps": 150}], "train.batch_tokens": 1024,
+        "optimizer.lr": 2e-2,
+    }  # fmt: skip
+    sets = [
+        word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}".replace(": ", "="))
+    ]
+    longnet("train", ROOT / "examples/encoder.toml", "--data", tokens, "--tokenizer", tokens, "-o", run, "-q", *sets)
+    loss = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["held_out_loss"]
+    unigram, without_context = re.findall(r"([\d.]+) nats", python("unigram.py", tokens, held_out))
+    assert loss < float(without_context) < float(unigram)
+    files = sorted(held_out.glob("*.py"))
+    python("near_duplicates.py", "make", tmp_path / "pairs", *files)
+    longnet("encode", tmp_path / "pairs", "--model", run, "-o", tmp_path / "vectors.arrow", "-q")
+    found = python("near_duplicates.py", "rank", tmp_path / "vectors.arrow").splitlines()
+    assert f"cut      {len(files)} of {len(files)} copies have their original as nearest" in found
 
 
 def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ from test_chunks import draw, error, gradients, net
 from torch import Tensor
 
 from longnet_cli.model import LongNet
+from longnet_cli.model.net import IGNORED
 from longnet_cli.training.gradients import backward
 
 EOS = 49
@@ -36,10 +37,14 @@ def alone(model: LongNet, tokens: Tensor, targets: Tensor) -> Tensor:
     tokens=st.integers(1, 150),
     ends=st.sets(st.integers(0, 149), max_size=8),
     chunk=st.integers(1, 200),
+    every=st.integers(1, 5),
 )
-def test_documents_of_a_window_do_not_see_each_other(batch: int, tokens: int, ends: set[int], chunk: int) -> None:
+def test_documents_of_a_window_do_not_see_each_other(
+    batch: int, tokens: int, ends: set[int], chunk: int, every: int
+) -> None:
     model = net(PAPER_64TH).double()
     ids, targets = draw(batch, tokens).clamp_(max=EOS - 1), draw(batch, tokens, seed=1)
+    targets[:, torch.arange(tokens) % every > 0] = IGNORED
     for i in ends:  # another cut in every row, none in some
         if i < tokens:
             ids[i % batch, i] = EOS
@@ -65,3 +70,13 @@ def test_without_an_eos_id_a_window_is_one_sequence(chunk: int) -> None:
     found = backward(model, ids, targets, chunk=chunk, scale=0.25)
     assert error(found, loss.detach()) <= 1e-12
     assert all(error(a, b) <= 1e-9 for a, b in zip(gradients(model), expected, strict=True) if b.norm() > 1e-9)
+
+
+def test_tokens_without_a_target_have_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = net(PAPER_64TH), []
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: rows.append(len(hidden)) or logits(hidden))
+    ids, targets = draw(3, 128), draw(3, 128, seed=1)
+    targets[:, 2:] = IGNORED
+    backward(model, ids, targets, chunk=1000)
+    assert rows == [3 * 2]

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +20,7 @@ import pyarrow.ipc as ipc
 import pytest
 import torch
 from conftest import RunLongnet
+from processes import wait_for
 
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
@@ -231,3 +234,31 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     steps = [json.loads(line)["step"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     assert read_state(checkpoints_in(folder / "run/checkpoints")[0])["progress"]["step"] == len(steps)
+
+
+@pytest.mark.slow
+def test_killed_ranks_and_killed_torchruns_end_as_one_never_killed(folder: Path, command_env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "longnet_cli", "train", str(folder / "recipe.toml"), "--nproc", "2", "-q"]
+    command += ["--set", "train.stages=[{seq_len=256, steps=200}]", "--set", "train.save_every=5", "-o"]
+    subprocess.run([*command, str(folder / "whole")], env=command_env, check=True)
+    chance, run, kills = random.Random(0), folder / "run", 0
+
+    def saved() -> int:
+        found = checkpoints_in(run / "checkpoints")
+        return int(found[0].name.removeprefix("step-")) if found else 0
+
+    while saved() < 200:
+        job, before = subprocess.Popen([*command, str(run)], env=command_env, stderr=subprocess.DEVNULL), saved()
+        wait_for(partial(lambda job, before: job.poll() is not None or saved() > before, job, before))
+        time.sleep(chance.uniform(0, 0.5))
+        ranks = workers(job)
+        if kills < 6 and job.poll() is None:
+            os.kill(chance.choice([job.pid, *ranks]), signal.SIGKILL)
+            kills += 1
+        job.wait(timeout=60)
+        for rank in ranks:
+            wait_for(partial(lambda rank: not Path(f"/proc/{rank}").exists(), rank))
+    assert kills > 3
+    a, b = (LongNet.from_pretrained(path).state_dict() for path in (folder / "whole", run))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-6)

@@ -2,13 +2,12 @@
 
 from longnet_cli.attention.pattern import attention_flops
 
-from .job import DIRECTIONS, IMPLS, OPS, bench, machine
+from .job import DIRECTIONS, OPS, bench, impls_of, machine
 from .measurement import Case, Measurement, Stream
 from .settings import Settings
 
 __all__ = [
     "DIRECTIONS",
-    "IMPLS",
     "OPS",
     "Case",
     "Measurement",
@@ -16,5 +15,6 @@ __all__ = [
     "Stream",
     "attention_flops",
     "bench",
+    "impls_of",
     "machine",
 ]

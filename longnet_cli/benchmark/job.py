@@ -23,6 +23,7 @@ import torch
 
 from longnet_cli.benchmark.attention import attention
 from longnet_cli.benchmark.exchange import exchange
+from longnet_cli.benchmark.loop import loop
 from longnet_cli.benchmark.measurement import Case, Measurement, Stream, measure, measure_stream
 from longnet_cli.benchmark.model import model, train
 from longnet_cli.benchmark.settings import Settings
@@ -33,9 +34,10 @@ OPS: dict[str, Callable[[Settings, str, str, int], Case]] = {
     "attention": attention,
     "model": model,
     "train": train,
+    "loop": loop,
     "exchange": exchange,
 }
-IMPLS = ("dilated", "dense", "kernels")
+_IMPLS = {"attention": ("dilated", "dense", "kernels"), "loop": ("train", "bare")}
 DIRECTIONS = ("forward", "backward")
 
 _PROBE_SEQ = 2048  # tokens of the run that estimates a long one
@@ -49,7 +51,7 @@ def bench(
     seqs: Sequence[int],
     *,
     op: str = "attention",
-    impls: Sequence[str] = ("dilated", "dense"),
+    impls: Sequence[str] | None = None,
     directions: Sequence[str] = DIRECTIONS,
     repeats: int = 3,
     max_time: float | None = None,
@@ -61,9 +63,10 @@ def bench(
     """Measure every combination of `seqs` (tokens), `directions` and `impls`, in that order of nesting.
 
     op: attention, of random queries, keys and values; model, tokens in and their loss out; train, tokens in and the
-        gradients out. These two have one direction, whatever `directions` says. exchange, keys and values between
-        several ranks, which all call this and get the same rows.
-    impls: dilated (ours), dense (torch's), kernels (the kernel calls that dilated makes, without what it does between).
+        gradients out; loop, steps of training. These have one direction, whatever `directions` says. exchange, keys and
+        values between several ranks, which all call this and get the same rows.
+    impls: dilated (ours), dense (torch's), kernels (the kernel calls that dilated makes, without what it does between);
+        of loop, train (the whole training loop) and bare (its gradients and updates alone). By default the first two.
     settings: those of `Settings.resolve`. A causal forward of a million tokens or more, or of more than `chunk`, is
         streamed through a KV cache and run once: a row for each decade of its positions, then one for the whole.
     max_time: seconds for all rows. A streamed run ends there; of the others, none begins that is expected to overrun.
@@ -74,20 +77,18 @@ def bench(
 
     Raises ConfigError at once for settings that do not fit, before any row.
     """
+    if op not in OPS:
+        raise ConfigError(f"unknown op {op!r}: choose from {', '.join(OPS)}")
+    impls = impls_of(op)[:2] if impls is None else impls
     for what, given, known in (
-        ("op", [op], OPS),
-        ("implementation", impls, IMPLS),
+        (f"implementation of --op {op}", impls, impls_of(op)),
         ("direction", directions, DIRECTIONS),
     ):
         for name in given:
             if name not in known:
                 raise ConfigError(f"unknown {what} {name!r}: choose from {', '.join(known)}")
-    if op in ("model", "train"):
-        directions = ["backward" if op == "train" else "forward"]
-        if "kernels" in impls:
-            raise ConfigError(f"--op {op} measures dilated and dense, not the kernels alone")
-    if op == "exchange" and "kernels" in impls:
-        raise ConfigError("--op exchange measures dilated and dense: it calls no kernel")
+    if op in ("model", "train", "loop"):
+        directions = ["forward" if op == "model" else "backward"]
     world = settings["ranks"].world if settings.get("ranks") else 1
     if (op == "exchange") != (world > 1):
         one, several = "--op exchange takes several processes", f"--op {op} measures one process, not {world}"
@@ -116,6 +117,11 @@ def machine(device: str = "auto", dtype: str = "auto", head_dim: int = 64) -> di
         "kernel": f"kernel {check_kernel(where, dtype, head_dim)}",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def impls_of(op: str) -> tuple[str, ...]:
+    """The implementations of an op, of which the first two are compared by default."""
+    return _IMPLS.get(op, ("dilated", "dense"))
 
 
 class _Limits:

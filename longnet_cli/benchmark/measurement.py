@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,6 +75,13 @@ class Stream(Case):
     flops_to: Callable[[int], float]  # of its first so many tokens
 
 
+@dataclass(frozen=True)
+class Clocked(Case):
+    """Only a part of each run counts: the run returns its seconds."""
+
+    start: Callable[[], Callable[[], float]]
+
+
 def measure(
     case: Case, device: torch.device, repeats: int, deadline: float, largest: Callable[[float], float] = float
 ) -> Measurement:
@@ -84,10 +92,10 @@ def measure(
     seconds: list[float] = []
     try:
         with PeakMemory(device) as peak:
-            run = case.start()
-            warm_up = largest(_timed(run, device))
+            timed = case.start() if isinstance(case, Clocked) else partial(_timed, case.start(), device)
+            warm_up = largest(timed())
             while len(seconds) < repeats and not largest(time.perf_counter() + warm_up > deadline):
-                seconds.append(largest(_timed(run, device)))
+                seconds.append(largest(timed()))
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise

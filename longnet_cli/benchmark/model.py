@@ -59,9 +59,7 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
 def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
     """Loss and gradients of one sequence, by `settings.chunk` tokens if that is given: a step less its update."""
-    net = _net(s, impl, seq)
-    if not isinstance(net, _LongNet):
-        raise ConfigError(f"{s.model}: --op train measures LongNets; a model of transformers has its own training")
+    net = longnet(s, impl, seq)
     chunk = min(s.chunk or seq, seq)
 
     def start() -> Callable[[], object]:
@@ -178,6 +176,14 @@ def _loaded(
     folder: Path, attention: Literal["dilated", "dense"], pattern: Pattern | None, device: torch.device
 ) -> TransformersNet:
     return load_transformers(folder, attention=attention, pattern=pattern, device=device)
+
+
+def longnet(s: Settings, impl: str, seq: int) -> _LongNet:
+    """The net of a row that trains one."""
+    net = _net(s, impl, seq)
+    if not isinstance(net, _LongNet):
+        raise ConfigError(f"{s.model}: --op {{train,loop}} measure LongNets; a model of transformers trains by itself")
+    return net
 
 
 def _net(s: Settings, impl: str, seq: int) -> _Net:

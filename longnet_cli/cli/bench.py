@@ -58,19 +58,21 @@ def bench(
         str,
         typer.Option(
             "--op",
-            metavar="attention|model|train|exchange",
-            help="The operator alone; a language model's forward; its loss and gradients; what --nproc ranks exchange.",
+            metavar="attention|model|train|loop|exchange",
+            help="The operator alone; a language model's forward; its loss and gradients; steps of training it; what "
+            "--nproc ranks exchange.",
         ),
     ] = "attention",
     impl: Annotated[
-        Sequence[str],
+        Sequence[str] | None,
         typer.Option(
             "--impl",
             parser=_names,
             metavar="dilated,dense,kernels",
-            help="Ours; torch's dense attention; ours without its merge.",
+            help="Ours; torch's dense attention; ours without its merge. Of --op loop: train, bare (steps by hand).",
+            show_default="dilated,dense; train,bare",
         ),
-    ] = ("dilated", "dense"),
+    ] = None,
     direction: Annotated[
         Sequence[str],
         typer.Option(
@@ -161,7 +163,7 @@ def bench(
         from longnet_cli.runtime.launch import start_ranks
 
         start_ranks(nproc)
-    from longnet_cli.benchmark import Measurement, Settings, Stream, machine
+    from longnet_cli.benchmark import Measurement, Settings, Stream, impls_of, machine
     from longnet_cli.benchmark import bench as run
     from longnet_cli.runtime.launch import join, leave
 
@@ -178,7 +180,7 @@ def bench(
             about = f"about {format_duration(in_all)} and " if seconds else "about "
             say(f"{_title(case.row)}: {about}{format_bytes(case.memory_bytes)} of memory")
 
-    seqs = seq or DEFAULT_SEQ
+    seqs, impls = seq or DEFAULT_SEQ, impl if impl is not None else impls_of(op)[:2]
     shape: dict[str, Any] = {
         "heads": heads,
         "head_dim": head_dim,
@@ -198,7 +200,7 @@ def bench(
     measurements = run(
         seqs,
         op=op,
-        impls=impl,
+        impls=impls,
         directions=direction,
         repeats=repeats,
         max_time=DEFAULT_MAX_TIME if max_time is None and seq is None else max_time,
@@ -217,10 +219,10 @@ def bench(
         say(", ".join([*machine(device, dtype, settings.head_dim).values(), _shape(op, settings)]))
     streamed = (
         sum(n for n in seqs if settings.streams(n))
-        if op not in ("train", "exchange") and "dilated" in impl and "forward" in direction
+        if op in ("attention", "model") and "dilated" in impls and "forward" in direction
         else 0
     )
-    total, unit = (streamed, "tok") if streamed else (len(seqs) * len(impl) * len(direction), "rows")
+    total, unit = (streamed, "tok") if streamed else (len(seqs) * len(impls) * len(direction), "rows")
     columns = [field.name for field in dataclasses.fields(Measurement)]
     if format == "md":
         more = ["stop"] if streamed else ["bytes"] if op == "exchange" else []
@@ -259,18 +261,22 @@ def _shape(op: str, settings: Settings) -> str:
         f"pattern {pattern}" + (f", base {settings.base}, ratio {settings.ratio}" if pattern == "geometric" else ""),
     ]
     return ", ".join(
-        [*parts, f"{settings.layers} layers, vocabulary {settings.vocab}"] if op in ("model", "train") else parts
+        [*parts, f"{settings.layers} layers, vocabulary {settings.vocab}"]
+        if op in ("model", "train", "loop")
+        else parts
     )
 
 
 def _ratios(rows: Sequence[Measurement]) -> list[str]:
-    """`dilated is 6.5x dense at 32768, forward`: ratios of speed, for each pair that was measured."""
+    """`dilated is 6.5x dense at 32768, forward`, `train is 0.98x bare`: of speed, for each pair that was measured."""
     whole = [row for row in rows if row.stop is None and row.seconds]
     seconds = {(row.impl, row.seq, row.direction): row.seconds for row in whole}
     return [
-        f"dilated is {dense / dilated:.3g}x dense at {seq}, {direction}"
-        for (impl, seq, direction), dilated in seconds.items()
-        if impl == "dilated" and dilated and (dense := seconds.get(("dense", seq, direction)))
+        f"{impl} is {slow / mine:.3g}x {other} at {seq}, {direction}"
+        for (impl, seq, direction), mine in seconds.items()
+        if (other := {"dilated": "dense", "train": "bare"}.get(impl))
+        and mine
+        and (slow := seconds.get((other, seq, direction)))
     ]
 
 

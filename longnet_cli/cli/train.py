@@ -97,7 +97,7 @@ def train(
 
         start_ranks(nproc)
     from longnet_cli.errors import ConfigError
-    from longnet_cli.runtime.device import matmul_peak
+    from longnet_cli.runtime.device import keep_freed_memory, matmul_peak
     from longnet_cli.runtime.launch import join, leave
     from longnet_cli.training.loop import CHECKPOINTS
     from longnet_cli.training.loop import train as run
@@ -142,6 +142,8 @@ def train(
         if ranks.first:
             show(estimated, format)
         return
+    if where.type == "cpu":
+        keep_freed_memory()
     quiet = quiet or not ranks.first
     total = found.train.tokens
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NoReturn
@@ -111,6 +112,7 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
     if where.type == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(where)
+    _end_with_parent()
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
     rank, group = dist.get_rank(), None
     for first in range(0, world, sp):  # every process makes every group, in the same order
@@ -118,6 +120,15 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
         if first <= rank < first + sp and sp > 1:
             group = members
     return Ranks(rank, world, sp, group), where
+
+
+def _end_with_parent() -> None:
+    """Get SIGTERM when the torchrun that started this rank is killed: else it would run, and write, on its own."""
+    with suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:

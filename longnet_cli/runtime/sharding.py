@@ -63,6 +63,8 @@ def final_backward(model: nn.Module, final: bool) -> None:
 
 def sum_gradients(model: nn.Module, ranks: Ranks, *more: Tensor) -> None:
     """Add up the gradients over all ranks, in place, with `more` tensors; sharded ones are summed already."""
+    if ranks.world == 1:
+        return
     ours = [] if is_sharded(model) else [p.grad for p in model.parameters() if p.grad is not None]
     ranks.sum(*more, *ours)
 

@@ -110,10 +110,8 @@ def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -
             if sum(memory_by_kind(shorter, device, ranks).values()) <= free:
                 fitting = chunk
     tokens = [stage.steps * train.windows(stage) * stage.seq_len for stage in train.stages]
-    executed = [
-        flops_per_token(config, stage.seq_len) + _computed_again(recipe, stage, ranks) for stage in train.stages
-    ]
-    plain = [flops_per_token(config, stage.seq_len) for stage in train.stages]
+    plain = [flops_per_token(config, stage.seq_len, train.predicted) for stage in train.stages]
+    executed = [each + _computed_again(recipe, stage, ranks) for each, stage in zip(plain, train.stages, strict=True)]
     flops = sum(n * each for n, each in zip(tokens, executed, strict=True))
     peak = matmul_peak(device, dtype)
     return Estimate(
@@ -143,10 +141,13 @@ def _load_all(device: torch.device) -> None:
         optimizer.step()
 
 
-def flops_per_token(config: LongNetConfig, seq_len: int) -> float:
-    """Executed FLOPs of a forward and a backward, a token of sequences of `seq_len`; a multiply and an add are two."""
+def flops_per_token(config: LongNetConfig, seq_len: int, predicted: float = 1.0) -> float:
+    """Executed FLOPs of a forward and a backward, a token of sequences of `seq_len`; a multiply and an add are two.
+
+    Of the tokens the share `predicted` has logits.
+    """
     attention = _attention(config, seq_len)
-    return 3 * (_layers(config) + _vocabulary(config)) + (1 + BACKWARD_FLOPS) * attention
+    return 3 * (_layers(config) + predicted * _vocabulary(config)) + (1 + BACKWARD_FLOPS) * attention
 
 
 def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
@@ -165,7 +166,7 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
     stages = []
     for stage in recipe.train.stages:
         tokens = _tokens_at_once(recipe, stage, ranks)
-        logits = min(tokens * config.vocab_size, LOGITS_LIMIT)
+        logits = min(round(tokens * recipe.train.predicted) * config.vocab_size, LOGITS_LIMIT)
         stages.append(
             {
                 "activations": tokens * activation_bytes(config, itemsize, device.type, again),
@@ -247,8 +248,9 @@ def _computed_again(recipe: Recipe, stage: Stage, ranks: Ranks) -> float:
     share = max(0.0, 1 - chunk / stage.seq_len)
     layers = _layers(config) + _attention(config, stage.seq_len)
     again = share * layers + (layers if recipe.train.activation_checkpointing else 0)
-    if _tokens_at_once(recipe, stage, ranks) * config.vocab_size > LOGITS_LIMIT:
-        again += _vocabulary(config)
+    predicted = recipe.train.predicted
+    if _tokens_at_once(recipe, stage, ranks) * predicted * config.vocab_size > LOGITS_LIMIT:
+        again += predicted * _vocabulary(config)
     return again
 
 

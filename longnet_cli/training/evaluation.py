@@ -10,6 +10,7 @@ import torch
 
 from longnet_cli.data.sources import Document
 from longnet_cli.model import LongNet
+from longnet_cli.model.net import IGNORED
 from longnet_cli.runtime.device import precision
 from longnet_cli.runtime.launch import Ranks
 from longnet_cli.scoring import Score, score
@@ -70,10 +71,11 @@ def _score_masked(
             seen, targets = mask_tokens(
                 ids, recipe.train.mask_rate, mask_id=recipe.model.vocab_size - 1, eos_id=eos_id, seed=(turn,)
             )
+            hidden_ones = (targets != IGNORED).to(device)
             with precision(recipe.train.dtype, device):
-                nll = model.nll(model(seen.to(device)), targets.to(device))
+                nll = model.nll(model(seen.to(device))[hidden_ones], targets.to(device)[hidden_ones])
             sums[0] += nll.sum(dtype=torch.float64)
-            sums[1] += (targets >= 0).sum()
+            sums[1] += hidden_ones.sum()
         on_part()
     ranks.sum(sums)
     return Score(sums[0].item(), int(sums[1].item()), None)

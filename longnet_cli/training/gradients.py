@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.model import LongNet
+from longnet_cli.model.net import IGNORED
 from longnet_cli.runtime.chunks import backward_in_chunks
 from longnet_cli.runtime.device import precision
 from longnet_cli.runtime.ranks import Exchange, even_edges
@@ -39,6 +40,7 @@ def backward(
     (`runtime.sharding`), one call is one step: its last backward sums the gradients over all ranks.
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    sparse = bool((targets == IGNORED).any())  # then only the logits of tokens with a target are computed
     chunk *= dist.get_world_size(group) if group else 1
     forwards = list(_forwards(tokens, targets, chunk, eos_id))
     for index, (ids, wanted, documents) in enumerate(forwards, 1):
@@ -57,6 +59,8 @@ def backward(
             ids, wanted, start, documents = ids[:, far.shard], wanted[:, far.shard], far.start, far.documents
         with precision(dtype, tokens.device):
             hidden = model(ids, start=start, documents=documents, far=far)
+            if sparse:
+                hidden, wanted = hidden[wanted != IGNORED], wanted[wanted != IGNORED]
             nll = model.nll(hidden, wanted).sum(dtype=torch.float64)
         final_backward(model, final)
         (nll * scale).backward()

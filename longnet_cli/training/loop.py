@@ -6,11 +6,12 @@ import math
 import os
 import platform
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +238,7 @@ class _Run:
 
     def _stage_of(self, step: int) -> int:
         """The stage that a step (1, 2, ...) belongs to."""
-        ends = np.cumsum([stage.steps for stage in self.recipe.train.stages])
-        return int(ends.searchsorted(step))
+        return bisect_left(list(accumulate(stage.steps for stage in self.recipe.train.stages)), step)
 
     def _step(self, windows: TokenWindows, batch: np.ndarray, position: dict[str, Any]) -> int:
         """One optimizer step; the tokens that all ranks read in it. Until the optimizer runs, nothing has changed."""
@@ -323,7 +323,7 @@ class _Run:
         line = None
         if held_out or last or progress.step % train.log_every == 0:
             rate = learning_rate(progress.step - 1, train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
-            flops = flops_per_token(self.recipe.model, stage.seq_len)
+            flops = flops_per_token(self.recipe.model, stage.seq_len, train.predicted)
             line = self.log.write(
                 progress.step,
                 rate,

@@ -143,6 +143,11 @@ class TrainRecipe(Section):
         """What all steps see together."""
         return sum(stage.steps * self.windows(stage) * stage.seq_len for stage in self.stages)
 
+    @property
+    def predicted(self) -> float:
+        """The share of the tokens that have a loss, and so logits."""
+        return self.mask_rate if self.objective == "masked" else 1.0
+
     def windows(self, stage: Stage) -> int:
         """Sequences of an optimizer step."""
         return max(1, self.batch_tokens // stage.seq_len)
