@@ -279,6 +279,7 @@ def test_failures_are_one_line_and_their_exit_code(run_all: RunAll, model: Path,
         (2, [*score, "hole.parquet", "--tokenizer", "large.json"], "the tokenizer has 265 ids and the model 257"),
         (2, [*train, "hole.parquet"], "hole.parquet is a file, and -o names the folder of a run"),
         (2, [*train, "hole.parquet/run"], "hole.parquet is a file, and -o names the folder of a run"),
+        (2, [*train, ""], "-o is empty"),
         (2, ["train", "no-such-recipe"], "no recipe 'no-such-recipe'. Shipped recipes: "),
         (2, ["train", "-o", "run"], "there is no run in run"),
     ]

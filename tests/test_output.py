@@ -102,6 +102,12 @@ def test_markdown_without_rows_is_a_header(capsys):
     assert capsys.readouterr().out.splitlines()[0] == "| op       | seq      | seconds  | status   |"
 
 
+def test_a_failure_before_the_first_row_leaves_no_table(capsys):
+    with pytest.raises(ValueError, match="wrong"), RowWriter("md", COLUMNS):
+        raise ValueError("wrong")
+    assert capsys.readouterr().out == ""
+
+
 def test_a_wide_row_is_not_cut_in_a_pipe(command_env):
     program = (
         "from longnet_cli.cli.output import RowWriter\n"

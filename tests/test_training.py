@@ -174,7 +174,7 @@ def test_masked_training_learns_and_hides_the_same_tokens_again(corpus: Path, tm
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     with pytest.raises(ConfigError, match=r"train.chunk = 32 on 1 ranks is less than the longest seq_len, 64"):
         train(recipe(corpus, **settings, **{"train.chunk": 32}), tmp_path / "c")
-    with pytest.raises(ConfigError, match=r"needs an id for the mask: model.vocab_size = 258"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size = 257 is less than the tokens and the mask need, 258"):
         train(recipe(corpus, **settings, **{"model.vocab_size": 257}), tmp_path / "c")
     with pytest.raises(DataError, match="none of the held-out tokens was drawn to be hidden"):
         train(recipe(corpus, **settings, **{"train.mask_rate": 1e-12}), tmp_path / "d")
@@ -211,6 +211,7 @@ def test_compiled_layers_learn_the_same(corpus: Path, tmp_path: Path) -> None:
         ({"train.objective": "masked"}, 'set train.objective = "causal"'),
         ({"train.stages": []}, "train.stages"),
         ({"data.train": []}, "data.train"),
+        ({"model.vocab_size": 256}, "model.vocab_size = 256 is less than the tokenizer needs, 257"),
         ({"optimizer.lr.x": 1}, "is a value, not a table"),
         ({"optimizer.lr": float("inf")}, "optimizer.lr: Input should be a finite number"),
         ({"train.loss_jump": float("nan")}, "train.loss_jump"),

@@ -70,7 +70,7 @@ class RowWriter:
     ) -> None:
         if self.format == "json":
             _write("\n]\n" if self.num_rows else "[]\n")
-        elif self.format == "md" and not self.num_rows:
+        elif self.format == "md" and not self.num_rows and error is None:
             _write(self._markdown_head([None] * len(self.columns)))
 
     def _markdown_head(self, values: Sequence[Any]) -> str:

@@ -48,7 +48,7 @@ def score(
         bool,
         typer.Option(
             "--ppl",
-            help="Perplexity and bits per byte: the default, as nothing else is measured yet.",
+            help="Perplexity and bits per byte: what is measured, with this word or without.",
             show_default=False,
         ),
     ] = True,
@@ -107,7 +107,7 @@ def score(
 ) -> None:
     """Measure how well a model predicts text: perplexity (ppl) and bits per byte (bpb), lower is better.
 
-    Every token is scored once. Across tokenizers, compare bpb, not ppl. A document of any length takes the same memory.
+    Every token is scored once. Across tokenizers, compare bpb, not ppl. A long document takes a LongNet no more memory.
     """
     start_ranks(nproc, inputs, model)
     from longnet_cli.data.sources import read_documents

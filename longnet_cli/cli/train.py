@@ -115,6 +115,8 @@ def train(
         overrides["train.stages"] = [{"seq_len": seq_len, "steps": steps}]
     if chunk is not None:
         overrides["train.chunk"] = chunk
+    if not output:  # in a script, a variable that is not set
+        raise ConfigError("-o is empty: name the folder of a run")
     folder = Path(output)
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
         raise ConfigError(f"{file} is a file, and -o names the folder of a run: name another")

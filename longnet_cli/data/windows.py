@@ -265,7 +265,10 @@ class TokenWindows:
         if state.get("version") != STATE_VERSION or not isinstance(step, int) or step < 0:
             raise ConfigError(f"not a data position of version {STATE_VERSION}: {dict(state)}")
         for key, mine in self.identity.items():
-            if state.get(key) != mine:
-                kind = DataError if key == "tokens" else ConfigError
-                raise kind(f"the data position was saved with {key} {state.get(key)}, not {mine}")
+            if state.get(key) == mine:
+                continue
+            saved = f"the data position was saved with {key} {state.get(key)}, not {mine}"
+            if key == "tokens":
+                raise DataError(f"{saved}: a run goes on with its own data; begin another for other data (-o, --init)")
+            raise ConfigError(saved)
         self.step = step

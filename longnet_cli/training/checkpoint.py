@@ -42,6 +42,11 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
+        """Raises ConfigError where torch is too old to write safetensors."""
+        try:
+            from torch.distributed.checkpoint import HuggingFaceStorageWriter  # noqa: F401
+        except ImportError:
+            raise ConfigError(f"training needs torch 2.9 or newer, this is {torch.__version__}") from None
         self.folder, self.ranks, self.keep = folder, ranks, keep
         self.saved: int | None = None  # the step of the newest that is on the disk, or being written
         self._thread: threading.Thread | None = None
@@ -125,12 +130,14 @@ def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) 
             if damage is None:
                 chosen = index
                 break
-            on_damaged(f"{path} is damaged ({damage}): going back to the one before it")
+            on_damaged(f"{path} is damaged ({damage}) and passed over")
     chosen = ranks.from_first(chosen)
     if chosen < len(found):
         return found[chosen]
     if found:
-        raise CheckpointError(f"{folder}: all {len(found)} checkpoints are damaged; --resume never starts anew")
+        raise CheckpointError(
+            f"{folder}: no checkpoint is undamaged, of {len(found)}; begin anew with -o and another folder"
+        )
     return None
 
 
@@ -191,11 +198,8 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
 def _save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write and flush safetensors files; raises OSError."""
-    try:
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint import HuggingFaceStorageWriter
-    except ImportError:
-        raise ConfigError(f"checkpoints need torch 2.9 or newer, this is {torch.__version__}") from None
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
     try:
         with warnings.catch_warnings():

@@ -16,8 +16,9 @@ from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import LOGITS_LIMIT
 from longnet_cli.runtime.chunks import SHORTEST_CHUNK
 from longnet_cli.runtime.device import free_memory, matmul_peak, resident_memory, resolve_dtype
-from longnet_cli.runtime.launch import Ranks, check_windows
+from longnet_cli.runtime.launch import Ranks
 
+from .checks import check_ranks
 from .optimizer import build_optimizers
 from .recipe import OptimizerRecipe, Recipe, Stage
 
@@ -91,11 +92,10 @@ class Estimate:
 def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> Estimate:
     """What training by `recipe` will take on this machine; measures its matrix products for a third of a second.
 
-    Raises ConfigError for windows that the ranks cannot share.
+    Raises ConfigError as `check_ranks` does.
     """
     ranks, config, train = ranks or Ranks(), recipe.model, recipe.train
-    for stage in train.stages:
-        check_windows(ranks, stage.seq_len, train.windows(stage))
+    check_ranks(recipe, ranks)
     dtype = resolve_dtype(train.dtype, device)
     _load_all(device)
     program, free = resident_memory(device), free_memory(device)

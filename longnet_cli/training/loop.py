@@ -27,11 +27,12 @@ from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.model import LongNet
 from longnet_cli.model.weights import save_pretrained
 from longnet_cli.runtime.device import check_kernel, peak_memory, random_state
-from longnet_cli.runtime.launch import Ranks, Signals, check_windows, noted_signals
+from longnet_cli.runtime.launch import Ranks, Signals, noted_signals
 from longnet_cli.runtime.sharding import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
 from longnet_cli.scoring import Score
 
 from .checkpoint import STATE, Checkpoints, checkpoints_in, find_damage, newest_whole, read_state
+from .checks import check_ranks, check_vocabulary
 from .estimate import flops_per_token
 from .evaluation import evaluate
 from .gradients import backward
@@ -125,7 +126,8 @@ class _Run:
         check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
         self.tokenizer = Tokenizer.load(recipe.data.tokenizer)
         self.eos_id = _eos(self.tokenizer)
-        _check_masked(recipe, self.tokenizer, ranks)
+        check_vocabulary(recipe, self.tokenizer)
+        check_ranks(recipe, ranks)
         self.windows = _windows(recipe, self.tokenizer, self.eos_id, ranks)
         held_out, data = recipe.data.held_out, recipe.data
         size = recipe.model.vocab_size
@@ -383,8 +385,6 @@ def _windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) ->
         documents = read_documents(source.inputs, tokenizer, column=data.column, vocab_size=recipe.model.vocab_size)
         sources.append(TokenStream(list(documents), eos_id))
     weights = [source.weight for source in data.sources]
-    for stage in train.stages:
-        check_windows(ranks, stage.seq_len, train.windows(stage))
     return [
         TokenWindows(
             sources,
@@ -403,29 +403,6 @@ def _eos(tokenizer: Tokenizer) -> int:
     if tokenizer.eos_id is None:
         raise ConfigError("the tokenizer has no end-of-text token, which training puts between documents")
     return tokenizer.eos_id
-
-
-def _check_masked(recipe: Recipe, tokenizer: Tokenizer, ranks: Ranks) -> None:
-    """The masked objective needs an id for the mask, and a whole window in one forward."""
-    train = recipe.train
-    if train.objective == "causal":
-        return
-    if recipe.model.vocab_size <= tokenizer.vocab_size:
-        raise ConfigError(
-            f"the masked objective needs an id for the mask: model.vocab_size = {tokenizer.vocab_size + 1}, one more "
-            "than the tokenizer has, or leave it out"
-        )
-    longest = max(stage.seq_len for stage in train.stages)
-    if longest > train.chunk * ranks.sp:
-        raise ConfigError(
-            f"a bidirectional net sees a window as a whole: train.chunk = {train.chunk} on {ranks.sp} ranks is less "
-            f"than the longest seq_len, {longest}"
-        )
-    if ranks.sp > 1 and not train.across_documents:
-        raise ConfigError(
-            "a bidirectional net over several ranks cannot keep the documents of a window apart: set "
-            "train.across_documents = true, or give each rank its own windows (--dp)"
-        )
 
 
 def _model(recipe: Recipe, initial: str | None) -> LongNet:

@@ -1,0 +1,40 @@
+"""What a recipe must satisfy besides its own fields: its tokenizer, and the ranks that share its work."""
+
+from __future__ import annotations
+
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.errors import ConfigError
+from longnet_cli.runtime.launch import Ranks, check_windows
+
+from .recipe import Recipe
+
+
+def check_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError where the net has no id for a token, or for the mask."""
+    masked = recipe.train.objective == "masked"
+    needed = tokenizer.vocab_size + masked
+    if recipe.model.vocab_size < needed:
+        what = "the tokens and the mask need" if masked else "the tokenizer needs"
+        raise ConfigError(
+            f"model.vocab_size = {recipe.model.vocab_size} is less than {what}, {needed}: set that, or leave it out"
+        )
+
+
+def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
+    """Raise ConfigError for windows that the ranks cannot share, and for those a bidirectional net cannot see whole."""
+    train = recipe.train
+    for stage in train.stages:
+        check_windows(ranks, stage.seq_len, train.windows(stage))
+    if recipe.model.causal:
+        return
+    longest = max(stage.seq_len for stage in train.stages)
+    if longest > train.chunk * ranks.sp:
+        raise ConfigError(
+            f"a bidirectional net sees a window as a whole: train.chunk = {train.chunk} on {ranks.sp} ranks is less "
+            f"than the longest seq_len, {longest}"
+        )
+    if ranks.sp > 1 and not train.across_documents:
+        raise ConfigError(
+            "a bidirectional net over several ranks cannot keep the documents of a window apart: set "
+            "train.across_documents = true, or give each rank its own windows (--dp)"
+        )
