@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from longnet_cli.data.shards import locked_folder
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 from longnet_cli.model import LongNet
 from longnet_cli.training.checkpoint import checkpoints_in, read_state
@@ -178,6 +179,14 @@ def test_masked_training_learns_and_hides_the_same_tokens_again(corpus: Path, tm
         train(recipe(corpus, **settings, **{"model.vocab_size": 257}), tmp_path / "c")
     with pytest.raises(DataError, match="none of the held-out tokens was drawn to be hidden"):
         train(recipe(corpus, **settings, **{"train.mask_rate": 1e-12}), tmp_path / "d")
+
+
+def test_a_second_process_is_kept_out(corpus: Path, tmp_path: Path) -> None:
+    with (
+        locked_folder(tmp_path / "out"),
+        pytest.raises(ConfigError, match="another process is writing into this folder"),
+    ):
+        train(recipe(corpus), tmp_path / "out")
 
 
 def test_activation_checkpointing_changes_no_number(corpus: Path, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -101,6 +101,30 @@ def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
     return earlier
 
 
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and keep a second writer out; the lock ends with the process, however that ends.
+
+    Raises ConfigError where the folder cannot be made or another process has it, LongNetError for a full disk.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (LongNetError if full else ConfigError)(f"{folder}: cannot write: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another process is writing into this folder") from None
+        except OSError:
+            pass  # a network file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
 class ShardFolder:
     """A context manager that writes record batches of one schema to `NAME-00000.arrow` ... in a folder.
 
@@ -152,19 +176,11 @@ class ShardFolder:
         return [self.folder / shard["name"] for shard in self._manifest.shards]
 
     def __enter__(self) -> "ShardFolder":
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise (LongNetError if full else ConfigError)(f"{self.folder}: cannot write: {error.strerror}") from error
-        try:
-            self._lock()
+        with ExitStack() as stack:
+            stack.enter_context(locked_folder(self.folder))
             with writing(self.folder):
                 self._take_over()
-        except BaseException:
-            os.close(self._handle)
-            raise
+            self._lock = stack.pop_all()
         return self
 
     def write(self, batch: pa.RecordBatch, **counts: int) -> None:
@@ -198,16 +214,7 @@ class ShardFolder:
                     sync_folder(self.folder)
                 self._manifest.finished = True
         finally:
-            os.close(self._handle)
-
-    def _lock(self) -> None:
-        """Keep a second writer out; the lock ends with the process, however that ends."""
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{self.folder}: another process is writing into this folder") from None
-        except OSError:
-            pass  # a network file system without locks
+            self._lock.close()
 
     def _take_over(self) -> None:
         """Start in an empty folder, or where the earlier run ended. Under the lock, temporary files are of the dead."""

@@ -70,7 +70,7 @@ def _score_masked(
         if turn % ranks.world == ranks.rank:
             ids = torch.from_numpy(document.read(start, min(start + seq_len, len(document))))[None]
             seen, targets = mask_tokens(
-                ids, recipe.train.mask_rate, mask_id=recipe.model.vocab_size - 1, eos_id=eos_id, seed=(turn,)
+                ids, recipe.train.mask_rate, mask_id=recipe.model.vocab_size - 1, eos_id=eos_id, seeds=[(turn,)]
             )
             hidden_ones = (targets != IGNORED).to(device)
             with precision(recipe.train.dtype, device):

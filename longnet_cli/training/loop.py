@@ -7,6 +7,7 @@ import platform
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
+from longnet_cli.data.shards import locked_folder
 from longnet_cli.data.sinks import write_file
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
@@ -100,11 +102,12 @@ def train(
     """
     ranks = ranks or Ranks()
     run = _Run(recipe, Path(output), torch.device(device), initial, ranks, peak, on_step)
-    run.resume(resume, on_note or (lambda line: None))
-    if on_begin:
-        on_begin(run.progress.step, run.log.tokens)
-    with noted_signals(ranks) as signals:
-        return run.go(signals)
+    with locked_folder(run.output) if ranks.first else nullcontext():
+        run.resume(resume, on_note or (lambda line: None))
+        if on_begin:
+            on_begin(run.progress.step, run.log.tokens)
+        with noted_signals(ranks) as signals:
+            return run.go(signals)
 
 
 class _Run:
@@ -178,7 +181,6 @@ class _Run:
             if self.progress.data:
                 self.windows[self._stage_of(self.progress.step)].resume(self.progress.data)
         if self.ranks.first:
-            self.output.mkdir(parents=True, exist_ok=True)
             write_file(self.output / "recipe.json", (self.recipe.model_dump_json(indent=2) + "\n").encode())
         self.log.resume(log, self.progress.reported)
         if self.ranks.first:
@@ -246,7 +248,7 @@ class _Run:
     def _step(self, windows: TokenWindows, batch: np.ndarray, position: dict[str, Any]) -> int:
         """One optimizer step; the tokens that all ranks read in it. Until the optimizer runs, nothing has changed."""
         recipe, ranks = self.recipe, self.ranks
-        ids, targets, count = self._objective(torch.from_numpy(batch).to(self.device))
+        ids, targets, count = self._objective(torch.from_numpy(batch).to(self.device), windows, position)
         nll = backward(
             self.model,
             ids,
@@ -276,14 +278,19 @@ class _Run:
         self.log.add(seen, loss, norm)
         return seen
 
-    def _objective(self, tokens: Tensor) -> tuple[Tensor, Tensor, int]:
+    def _objective(self, tokens: Tensor, windows: TokenWindows, position: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
         """(rows, seq_len + 1) tokens -> ids and targets (rows, seq_len), and how many targets all ranks have."""
         train, ranks = self.recipe.train, self.ranks
         if train.objective == "causal":
             return tokens[:, :-1], tokens[:, 1:], tokens[:, 1:].numel() * ranks.dp
-        seed = (train.seed, self.progress.step, ranks.dp_rank)
-        mask_id = self.recipe.model.vocab_size - 1
-        ids, targets = mask_tokens(tokens[:, :-1], train.mask_rate, mask_id=mask_id, eos_id=self.eos_id, seed=seed)
+        numbers = range(position["step"] - windows.rows * windows.world + windows.rank, position["step"], windows.world)
+        ids, targets = mask_tokens(
+            tokens[:, :-1],
+            train.mask_rate,
+            mask_id=self.recipe.model.vocab_size - 1,
+            eos_id=self.eos_id,
+            seeds=[(windows.seed, number) for number in numbers],
+        )
         count = (targets >= 0).sum()
         ranks.sum(count)
         return ids, targets, max(1, int(count) // ranks.sp)  # the ranks of a group have the same tokens
