@@ -80,8 +80,9 @@ def test_flops_are_those_that_torch_counts() -> None:
 
 
 RUN = """
-import json, resource, sys
+import json, sys
 import torch
+from longnet_cli.runtime.device import peak_memory
 from longnet_cli.training.estimate import estimate
 from longnet_cli.training.loop import train
 from longnet_cli.training.recipe import load_recipe
@@ -89,7 +90,7 @@ from longnet_cli.training.recipe import load_recipe
 recipe = load_recipe(*json.loads(sys.argv[1]))
 found = estimate(recipe, torch.device("cpu"))
 train(recipe, sys.argv[2])
-print(json.dumps([found.memory, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+print(json.dumps([found.memory, peak_memory(torch.device("cpu"))]))
 """
 
 

@@ -97,6 +97,10 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that this process has held so far, as `resident_memory` counts them."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    # elsewhere; on Linux it would count what the process that started this one held
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
