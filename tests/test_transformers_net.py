@@ -247,7 +247,7 @@ def test_bench_compares_dense_and_dilated(folder: Path) -> None:
     assert (row["status"], row["chunk"]) == ("ok", 50)
     assert row["cache_bytes"] == 4 * 2 * SMALL["num_hidden_layers"] * SMALL["hidden_size"] * LEVELS.cache_rows
     train = refused("bench", "--op", "train", "--model", folder, "--seq", "64", "--format", "jsonl")
-    assert "--op train measures LongNets" in str(train)
+    assert "--op train and loop measure LongNets" in str(train)
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ def longnet(s: Settings, impl: str, seq: int) -> _LongNet:
     """The net of a row that trains one."""
     net = _net(s, impl, seq)
     if not isinstance(net, _LongNet):
-        raise ConfigError(f"{s.model}: --op {{train,loop}} measure LongNets; a model of transformers trains by itself")
+        raise ConfigError(f"{s.model}: --op train and loop measure LongNets; a model of transformers trains by itself")
     return net
 
 
