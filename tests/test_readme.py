@@ -76,5 +76,4 @@ def test_every_shipped_model_has_a_card_and_is_small() -> None:
     for name in list_models():
         folder = preset_dir() / name
         assert (folder / "README.md").exists()
-        # 8 MiB until longnet-tiny had 4.2 M parameters in float32
-        assert sum(path.stat().st_size for path in folder.iterdir()) <= 18 << 20
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= 8 << 20
