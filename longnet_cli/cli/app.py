@@ -77,6 +77,10 @@ def run(app: typer.Typer) -> NoReturn:
     except BaseException as error:
         code = _explain(error)
     _drop_unwritable_output()
+    if code and _is_rank():
+        # Not through interpreter shutdown: there the threads of a collective that broke off may abort the process, and
+        # the rank that only lost another would look like the one that failed. All `finally` blocks have run.
+        os._exit(code)
     sys.exit(code)
 
 
@@ -129,6 +133,11 @@ def _explain(error: BaseException) -> int:
     return 1
 
 
+def _is_rank() -> bool:
+    """Whether this is one of several processes of a torchrun; runtime/launch.py's `under_torchrun`, without torch."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     """Torch is judged by name: if it is not loaded it raised nothing, and loading it takes a second."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -142,7 +151,7 @@ def _let_the_first_speak(error: BaseException) -> None:
     torchrun ends the others when one has failed. So of a failure that all ranks share only rank 0 speaks, and a rank
     that lost another speaks after that one, if at all.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (os.environ.get("RANK") != "0" or _is_lost_rank(error)):
+    if _is_rank() and (os.environ.get("RANK") != "0" or _is_lost_rank(error)):
         time.sleep(2)
 
 
@@ -157,7 +166,7 @@ def _is_lost_rank(error: BaseException) -> bool:
 
 def _say(message: str) -> None:
     line = " ".join(part.strip() for part in message.splitlines() if part.strip())
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _is_rank():
         line = f"rank {os.environ.get('RANK')}: {line}"
     try:
         if sys.stderr:
