@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from test_chunks import draw, net
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, dilated_attention
+from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.model import LongNet
 from longnet_cli.runtime import ranks
 from longnet_cli.runtime.chunks import CausalStream
@@ -30,6 +32,7 @@ from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.layerwise import hidden_in_chunks
 from longnet_cli.runtime.ranks import Exchange, even_edges
 from longnet_cli.training.gradients import backward
+from longnet_cli.training.tokens import StoredTokens
 
 EOS = 49
 multiprocessing.set_forkserver_preload(["test_ranks", "torch.distributed.fsdp"])
@@ -243,6 +246,55 @@ def training_in_shards(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_chunked_and_packed_training_over_ranks(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, in_both_types, training_in_shards)
+
+
+class Noted:
+    """A document that notes which of its tokens are read."""
+
+    where = "here"
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens, self.read_tokens = tokens, np.zeros(len(tokens), bool)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        self.read_tokens[start:stop] = True
+        return self.tokens[start:stop]
+
+
+def slices_of_stored_windows(chunk: int) -> None:
+    """Windows that lie in files: a rank reads its slices and the target after each, and the gradients are the same."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = net(PAPER_64TH).double()
+    document = Noted(draw(1, 2 * 300).clamp_(max=EOS - 1)[0].numpy())
+    batch, _ = next(iter(TokenWindows([TokenStream([document], EOS)], 240, 2, seed=0)))
+    whole = torch.from_numpy(batch.read_all())
+    loss = backward(model, whole[:, :-1], whole[:, 1:], chunk=10_000, eos_id=EOS)
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    document.read_tokens[:] = False
+    stored = [StoredTokens(batch, first, 240, torch.device("cpu")) for first in (0, 1)]
+    part = backward(model, *stored, chunk=chunk, eos_id=EOS, group=dist.group.WORLD)
+    dist.all_reduce(part)
+    assert off(part, loss, 0) <= 1e-12
+    for p, wanted in zip(model.parameters(), expected, strict=True):
+        dist.all_reduce(p.grad)
+        assert off(p.grad, wanted, 0.1) <= 1e-12
+    mine = np.zeros(len(document), bool)
+    for _, start in batch.starts:
+        shards = [even_edges(0, 240, world)]  # in which it looks for the ends of documents
+        shards += [even_edges(a, min(chunk * world, 240 - a), world) for a in range(0, 240, chunk * world)]
+        for edges in shards:
+            first = start + edges[rank] - 1  # the stream has one eos before the document
+            mine[max(0, first) : start + edges[rank + 1]] = True
+    assert np.array_equal(document.read_tokens, mine)
+
+
+@pytest.mark.parametrize("chunk", [240, 30])
+def test_a_rank_reads_its_slices_of_windows_in_files(chunk: int, tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, slices_of_stored_windows, chunk)
 
 
 def streaming_in_shards() -> None:

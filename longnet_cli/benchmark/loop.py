@@ -60,7 +60,7 @@ def side_by_side(recipe: Recipe, folder: Path, device: torch.device) -> tuple[di
     )
     stream = TokenStream(list(read_documents(recipe.data.train or [], tokenizer, column=None)), 256)
     windows = TokenWindows([stream], stage.seq_len, rows, recipe.train.seed)
-    batches = [torch.from_numpy(batch).to(device) for batch, _ in islice(windows, stage.steps)]
+    batches = [torch.from_numpy(batch.read_all()).to(device) for batch, _ in islice(windows, stage.steps)]
 
     torch.manual_seed(recipe.train.seed)
     model = LongNet(recipe.model).to(device).train()

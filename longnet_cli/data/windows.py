@@ -1,10 +1,10 @@
 """Training windows over streams of tokens: shuffled, mixed, endless, and resumable from one count.
 
-    documents --TokenStream--> eos doc eos doc ... --TokenWindows--> (batch, state)
+    documents --TokenStream--> eos doc eos doc ... --TokenWindows--> (Batch, state)
 
-A stream is an index, never a copy: a window is read from its documents when it is wanted. Window n of a run is a pure
-function of (seed, n), the same for any number of ranks, so the state is in truth the one number `step`: the windows
-that all ranks together have taken.
+A stream is an index, never a copy: what is wanted of a window is read from its documents when it is wanted. Window n of
+a run is a pure function of (seed, n), the same for any number of ranks, so the state is in truth the one number `step`:
+the windows that all ranks together have taken.
 
     n --Mix.source--> source, index --divmod--> epoch, position --_Epoch.start--> a place in the stream
 
@@ -63,6 +63,25 @@ class TokenStream:
                 out[eos - start] = self.eos_id
             if begin < end:
                 out[begin - start : end - start] = self.documents[index].read(begin - eos - 1, end - eos - 1)
+
+
+class Batch:
+    """Windows of a stream as (rows, tokens) ids, of which none is in memory."""
+
+    def __init__(self, starts: Sequence[tuple[TokenStream, int]], tokens: int) -> None:
+        self.starts, self.shape = starts, (len(starts), tokens)
+
+    def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The ids [start, stop) of a window, (stop - start,) int64. Reads nothing else."""
+        stream, position = self.starts[row]
+        out = np.empty((self.shape[1] if stop is None else stop) - start, np.int64)
+        if len(out):
+            stream.read_into(out, position + start)
+        return out
+
+    def read_all(self) -> np.ndarray:
+        """(rows, tokens) int64."""
+        return np.stack([self.read(row) for row in range(self.shape[0])])
 
 
 class Mix:
@@ -174,14 +193,12 @@ class TokenWindows:
         weights: Sequence[float] = (1.0,),
         rank: int = 0,
         world: int = 1,
-        columns: slice | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         """`rows` are those of one rank; `weights`, one a source, need not sum to 1.
 
-        `rank` of `world` counts data-parallel ranks. `columns` are the tokens [a, b) of each window that this rank
-        wants (b at most seq_len + 1): the rest is not read. `state` is one that a batch came with: the next batch is
-        the one after it; the time that takes does not grow with its step.
+        `rank` of `world` counts data-parallel ranks. `state` is one that a batch came with: the next batch is the one
+        after it; the time that takes does not grow with its step.
 
         Raises ConfigError for arguments that do not fit together or a state of another version, seed, seq_len or mix,
         DataError for a source without a whole window, or when the data changed since the state was saved.
@@ -200,11 +217,7 @@ class TokenWindows:
                 raise DataError(
                     f"{name} has {len(stream)} tokens, fewer than one window of {seq_len + 1} (seq_len + 1)"
                 )
-        self._first, last, stride = (columns or slice(None)).indices(seq_len + 1)
-        if stride != 1 or last <= self._first:
-            raise ConfigError(f"{columns} is not a run of the {seq_len + 1} tokens of a window")
         self.sources, self.seq_len, self.rows, self.rank, self.world = sources, seq_len, rows, rank, world
-        self.shape = (rows, last - self._first)
         self.mix = Mix(weights)
         self.identity = {
             "version": STATE_VERSION,
@@ -218,17 +231,16 @@ class TokenWindows:
             self.resume(state)
         self._epochs = [self._epoch(source, 0) for source in range(len(sources))]
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        """Yield (batch, state) forever: (rows, seq_len + 1) int64, or fewer `columns`, and the state that resumes
-        after it."""
+    def __iter__(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Yield (batch, state) forever: (rows, seq_len + 1) ids, and the state that resumes after it."""
         step = self.step
         while True:
-            batch = np.empty(self.shape, np.int64)
-            for row, n in zip(batch, range(step + self.rank, step + self.rows * self.world, self.world), strict=True):
+            starts = []
+            for n in range(step + self.rank, step + self.rows * self.world, self.world):
                 source, _, start = self.locate(n)
-                self.sources[source].read_into(row, start + self._first)
+                starts.append((self.sources[source], start))
             step += self.rows * self.world
-            yield batch, self.state(step)
+            yield Batch(starts, self.seq_len + 1), self.state(step)
 
     def locate(self, n: int) -> tuple[int, int, int]:
         """(source, epoch, start in the source's stream) of window n of the run. Fast when n does not go back far."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,16 @@ from longnet_cli.runtime.sharding import final_backward
 
 CHUNK_BYTES = 256 << 20  # of one chunk's activations on a CPU; on a GPU, an eighth of what is free
 SHORTEST_CHUNK = 256  # below it, calls cost more than what they compute
+
+
+class Tokens(Protocol):
+    """(B, N) token ids, of which any run can be had: a tensor, or ids that are elsewhere until then."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def device(self) -> torch.device: ...
+    def __getitem__(self, index: tuple[int | slice, slice], /) -> Tensor: ...  # (n,), or (b, n) for a slice of rows
 
 
 def default_chunk(config: NetConfig, device: torch.device) -> int:
@@ -113,8 +124,8 @@ class CausalStream:
 
 def backward_in_chunks(
     model: LongNet,
-    tokens: Tensor,
-    targets: Tensor,
+    tokens: Tokens,
+    targets: Tokens,
     chunk: int,
     *,
     scale: float = 1.0,
@@ -125,9 +136,10 @@ def backward_in_chunks(
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
-    tokens, targets: (B, N) as for `LongNet.nll`. Loss and gradients are those of one backward over all N tokens, with
-    the activations of `chunk` tokens at a time and the far rows of the levels that chunks cut: a forward more than the
-    whole backward takes. Gradients of far rows add up in fp32 (fp64 for fp64). `dtype` as in `runtime.device`.
+    tokens, targets: (B, N) as for `LongNet.nll`, of which a chunk's are read at a time. Loss and gradients are those of
+    one backward over all N tokens, with the activations of `chunk` tokens at a time and the far rows of the levels that
+    chunks cut: a forward more than the whole backward takes. Gradients of far rows add up in fp32 (fp64 for fp64).
+    `dtype` as in `runtime.device`.
 
     With a `group`, its ranks share every chunk, and each adds and returns its part. `final`: no other backward of the
     step follows, which sharded weights need to know (`runtime.sharding`). `on_chunk` is called after each chunk,

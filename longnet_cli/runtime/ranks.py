@@ -272,3 +272,18 @@ def _places(parcels: Sequence[Sequence[Parcel]], flat: Tensor, like: Tensor) -> 
 def even_edges(start: int, tokens: int, ranks: int) -> list[int]:
     """P + 1 edges of shards that differ by at most one token."""
     return [start + tokens * rank // ranks for rank in range(ranks + 1)]
+
+
+def gather_numbers(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The numbers (n,) of all ranks, each with as many as it has, one rank's after another's."""
+    if group is None:
+        return mine
+    world = dist.get_world_size(group)
+    counts = mine.new_empty(world)
+    dist.all_gather_into_tensor(counts, mine.new_tensor([len(mine)]), group=group)
+    sizes = counts.tolist()
+    padded = mine.new_zeros(max(sizes))
+    padded[: len(mine)] = mine
+    found = mine.new_empty(world * len(padded))
+    dist.all_gather_into_tensor(found, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(found.view(world, -1), sizes, strict=True)])

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.model import LongNet
-from longnet_cli.model.net import IGNORED
-from longnet_cli.runtime.chunks import backward_in_chunks
+from longnet_cli.model.net import IGNORED, FarProvider
+from longnet_cli.runtime.chunks import Tokens, backward_in_chunks
 from longnet_cli.runtime.device import precision
-from longnet_cli.runtime.ranks import Exchange, even_edges
+from longnet_cli.runtime.ranks import Exchange, even_edges, gather_numbers
 from longnet_cli.runtime.sharding import final_backward
+
+from .tokens import Pieces
+
+SCANNED = 1 << 20  # tokens that are looked through at a time, for the ends of documents
 
 
 def backward(
     model: LongNet,
-    tokens: Tensor,
-    targets: Tensor,
+    tokens: Tokens,
+    targets: Tokens,
     *,
     chunk: int,
     scale: float = 1.0,
@@ -31,64 +36,115 @@ def backward(
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
-    tokens, targets: (B, N) as for `LongNet.nll`. At most `chunk` tokens' activations exist at one time. With `eos_id`,
-    which precedes every document, no token attends to another document, and positions count from the document's begin,
-    or the window's where that is later.
+    tokens, targets: (B, N) as for `LongNet.nll`, tensors or of `training.tokens`. At most `chunk` tokens' activations
+    exist at one time. With `eos_id`, which precedes every document, no token attends to another document, and positions
+    count from the document's begin, or the window's where that is later.
 
-    The ranks of a `group` get the same tokens and share every sequence, `chunk` tokens each: each adds and returns its
-    part, and the whole is the sum over them. `on_chunk` is called after each chunk. Where weights are sharded
-    (`runtime.sharding`), one call is one step: its last backward sums the gradients over all ranks.
+    The ranks of a `group` get the same tokens, of which each reads its slice, and share every sequence, `chunk` tokens
+    each: each adds and returns its part, and the whole is the sum over them. `on_chunk` is called after each chunk.
+    Where weights are sharded (`runtime.sharding`), one call is one step: its last backward sums the gradients over all
+    ranks.
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
-    sparse = bool((targets == IGNORED).any())  # then only the logits of tokens with a target are computed
     chunk *= dist.get_world_size(group) if group else 1
-    forwards = list(_forwards(tokens, targets, chunk, eos_id))
-    for index, (ids, wanted, documents) in enumerate(forwards, 1):
+    starts = [[0] for _ in range(tokens.shape[0])] if eos_id is None else _document_starts(tokens, eos_id, group)
+    forwards = list(_forwards(starts, tokens.shape[1], chunk))
+    for index, forward in enumerate(forwards, 1):
         final = index == len(forwards)
+        ids, wanted = Pieces(tokens, forward.rows), Pieces(targets, forward.rows)
         if ids.shape[1] > chunk:
             total += backward_in_chunks(
                 model, ids, wanted, chunk, scale=scale, dtype=dtype, group=group, final=final, on_chunk=on_chunk
             )
             continue
-        start, far = 0, None
+        shard, start, documents, far = slice(None), 0, forward.documents, None
         if group:
             cuts = list(accumulate(documents or ()))
             far = Exchange(
                 model.config, even_edges(0, ids.shape[1], dist.get_world_size(group)), group=group, cuts=cuts
             )
-            ids, wanted, start, documents = ids[:, far.shard], wanted[:, far.shard], far.start, far.documents
-        with precision(dtype, tokens.device):
-            hidden = model(ids, start=start, documents=documents, far=far)
-            if sparse:
-                hidden, wanted = hidden[wanted != IGNORED], wanted[wanted != IGNORED]
-            nll = model.nll(hidden, wanted).sum(dtype=torch.float64)
+            shard, start, documents = far.shard, far.start, far.documents
+        found = _nll(model, ids[:, shard], wanted[:, shard], start, documents, far, dtype)
         final_backward(model, final)
-        (nll * scale).backward()
-        total += nll.detach()
+        (found * scale).backward()
+        total += found.detach()
         if on_chunk:
             on_chunk()
     return total
 
 
-def _forwards(
-    tokens: Tensor, targets: Tensor, chunk: int, eos_id: int | None
-) -> Iterator[tuple[Tensor, Tensor, Sequence[int] | None]]:
-    """Yield (ids, targets, documents), (b, n) both, n at most `chunk` except where one document is longer.
+def _nll(
+    model: LongNet,
+    ids: Tensor,
+    targets: Tensor,
+    start: int,
+    documents: Sequence[int] | None,
+    far: FarProvider | None,
+    dtype: str,
+) -> Tensor:
+    """The sum of nll of one forward; only the tokens that have a target get logits."""
+    with precision(dtype, ids.device):
+        hidden = model(ids, start=start, documents=documents, far=far)
+        with_target = targets != IGNORED
+        if not with_target.all():
+            hidden, targets = hidden[with_target], targets[with_target]
+        return model.nll(hidden, targets).sum(dtype=torch.float64)
+
+
+class _Forward(NamedTuple):
+    """What goes through the net at once: runs (row, start, stop) of the batch, as `Pieces` takes them.
+
+    `documents` are their lengths where a row has several.
+    """
+
+    rows: list[list[tuple[int, int, int]]]
+    documents: list[int] | None
+
+
+def _document_starts(tokens: Tokens, eos_id: int, group: dist.ProcessGroup | None) -> list[list[int]]:
+    """Where documents begin in each window, 0 included. Each rank of a group looks through its slice of them."""
+    rows, length = tokens.shape
+    rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+    first, last = even_edges(0, length, world)[rank : rank + 2]
+    found = [torch.empty(0, dtype=torch.int64, device=tokens.device)]
+    for row in range(rows):
+        for start in range(first, last, SCANNED):
+            ids = tokens[row, start : min(start + SCANNED, last)]
+            found.append((ids == eos_id).nonzero().flatten() + (row * length + start))
+    places = gather_numbers(torch.cat(found), group)
+    starts = [[0] for _ in range(rows)]
+    for place in sorted(places.tolist()):
+        row, at = divmod(place, length)
+        if at:
+            starts[row].append(at)
+    return starts
+
+
+def _forwards(starts: list[list[int]], length: int, chunk: int) -> Iterator[_Forward]:
+    """Cut windows of `length` tokens into forwards of at most `chunk` tokens, except where one document is longer.
 
     Windows that are one document go side by side, as rows; the documents of the others one after the other, in a row.
     """
-    whole, mixed = [], []
-    for row, window in enumerate(tokens):
-        edges = [0] + ([] if eos_id is None else ((window[1:] == eos_id).nonzero().flatten() + 1).tolist())
-        documents = [(row, start, stop) for start, stop in pairwise([*edges, len(window)])]
-        whole.append(row) if len(documents) == 1 else mixed.extend(documents)
-    side_by_side = max(1, chunk // tokens.shape[1])
+    whole = [row for row, found in enumerate(starts) if len(found) == 1]
+    side_by_side = max(1, chunk // length)
     for first in range(0, len(whole), side_by_side):
-        rows = whole[first : first + side_by_side]
-        yield tokens[rows], targets[rows], None
+        yield _Forward([[(row, 0, length)] for row in whole[first : first + side_by_side]], None)
+    mixed = [
+        (row, *edges) for row, found in enumerate(starts) if len(found) > 1 for edges in pairwise([*found, length])
+    ]
     for group in _filled(mixed, chunk):
-        ids, wanted = (torch.cat([x[row, start:stop] for row, start, stop in group])[None] for x in (tokens, targets))
-        yield ids, wanted, [stop - start for _, start, stop in group]
+        yield _Forward([_joined(group)], [stop - start for _, start, stop in group])
+
+
+def _joined(pieces: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """The same tokens in as few runs as there are: documents of one window lie side by side."""
+    runs = [pieces[0]]
+    for row, start, stop in pieces[1:]:
+        if (row, start) == (runs[-1][0], runs[-1][2]):
+            runs[-1] = (row, runs[-1][1], stop)
+        else:
+            runs.append((row, start, stop))
+    return runs
 
 
 def _filled(pieces: list[tuple[int, int, int]], chunk: int) -> Iterator[list[tuple[int, int, int]]]:

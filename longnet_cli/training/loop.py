@@ -15,19 +15,18 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.data.shards import locked_folder
 from longnet_cli.data.sinks import write_file
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.data.windows import TokenStream, TokenWindows
+from longnet_cli.data.windows import Batch, TokenStream, TokenWindows
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.model import LongNet
 from longnet_cli.model.weights import save_pretrained
+from longnet_cli.runtime.chunks import Tokens
 from longnet_cli.runtime.device import check_kernel, peak_memory, random_state
 from longnet_cli.runtime.launch import Ranks, Signals, noted_signals
 from longnet_cli.runtime.sharding import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
@@ -43,6 +42,7 @@ from .metrics import Metrics, MetricsLog
 from .optimizer import build_optimizers, learning_rate
 from .recipe import Recipe, Stage
 from .state import restore, run_tensors
+from .tokens import StoredTokens
 from .trackers import Tracker, open_trackers
 
 OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
@@ -232,7 +232,7 @@ class _Run:
         self.checkpoints.save(self.progress.step, tensors, facts)
         self.saved_at = time.monotonic()
 
-    def _batches(self) -> Iterator[tuple[TokenWindows, np.ndarray, dict[str, Any]]]:
+    def _batches(self) -> Iterator[tuple[TokenWindows, Batch, dict[str, Any]]]:
         """(windows of the stage, a batch of them, the position after it) of each step that is left."""
         end = 0
         for stage, windows in zip(self.recipe.train.stages, self.windows, strict=True):
@@ -245,10 +245,10 @@ class _Run:
         """The stage that a step (1, 2, ...) belongs to."""
         return bisect_left(list(accumulate(stage.steps for stage in self.recipe.train.stages)), step)
 
-    def _step(self, windows: TokenWindows, batch: np.ndarray, position: dict[str, Any]) -> int:
+    def _step(self, windows: TokenWindows, batch: Batch, position: dict[str, Any]) -> int:
         """One optimizer step; the tokens that all ranks read in it. Until the optimizer runs, nothing has changed."""
         recipe, ranks = self.recipe, self.ranks
-        ids, targets, count = self._objective(torch.from_numpy(batch).to(self.device), windows, position)
+        ids, targets, count = self._objective(batch, windows, position)
         nll = backward(
             self.model,
             ids,
@@ -274,18 +274,19 @@ class _Run:
         self.progress.step += 1
         self.progress.data = position
         self.random = random_state(self.device)
-        seen = ids.numel() * ranks.dp
+        seen = math.prod(ids.shape) * ranks.dp
         self.log.add(seen, loss, norm)
         return seen
 
-    def _objective(self, tokens: Tensor, windows: TokenWindows, position: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
-        """(rows, seq_len + 1) tokens -> ids and targets (rows, seq_len), and how many targets all ranks have."""
-        train, ranks = self.recipe.train, self.ranks
+    def _objective(self, batch: Batch, windows: TokenWindows, position: dict[str, Any]) -> tuple[Tokens, Tokens, int]:
+        """Windows of seq_len + 1 tokens -> ids and targets (rows, seq_len), and how many targets all ranks have."""
+        train, ranks, (rows, length) = self.recipe.train, self.ranks, batch.shape
         if train.objective == "causal":
-            return tokens[:, :-1], tokens[:, 1:], tokens[:, 1:].numel() * ranks.dp
+            stored = [StoredTokens(batch, first, length - 1, self.device) for first in (0, 1)]
+            return stored[0], stored[1], rows * (length - 1) * ranks.dp
         numbers = range(position["step"] - windows.rows * windows.world + windows.rank, position["step"], windows.world)
         ids, targets = mask_tokens(
-            tokens[:, :-1],
+            StoredTokens(batch, 0, length - 1, self.device)[:, :],
             train.mask_rate,
             mask_id=self.recipe.model.vocab_size - 1,
             eos_id=self.eos_id,
