@@ -14,9 +14,12 @@ from strategies import patterns
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.reference import _key_counts
 from longnet_cli.benchmark import Case, Measurement, Settings, Stream, attention_flops, bench, job, measurement
+from longnet_cli.benchmark.attention import pattern_name
 from longnet_cli.benchmark.loop import side_by_side
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet
+from longnet_cli.model.weights import load_config
+from longnet_cli.presets import find_model
 from longnet_cli.training.recipe import load_recipe
 
 TINY = {"heads": 3, "head_dim": 8, "repeats": 2}
@@ -268,8 +271,13 @@ def test_a_whole_model_is_measured_at_once_and_streamed() -> None:
     (row,) = bench([128], op="model", chunk=50, layers=1, vocab=50, **LONG)
     assert (row.op, row.status, row.chunk) == ("model", "ok", 50)
     assert row.cache_bytes == 2 * 3 * 8 * 4 * 32
-    (tiny,) = bench([64], op="model", model="longnet-tiny", impls=["dilated"], directions=["forward"], repeats=1)
-    assert (tiny.status, tiny.heads, tiny.head_dim) == ("ok", 4, 32)
+    shipped = {"op": "model", "model": "longnet-tiny", "impls": ["dilated"], "directions": ["forward"], "repeats": 1}
+    (tiny,) = bench([64], **shipped)
+    config = load_config(find_model("longnet-tiny"))
+    assert (tiny.status, tiny.heads, tiny.head_dim) == ("ok", config.num_heads, config.head_dim)
+    assert tiny.pattern == pattern_name(config.pattern)
+    (asked,) = bench([64], pattern=Pattern((8, 32), (1, 2)), **shipped)
+    assert (asked.status, asked.pattern) == ("ok", "8/1,32/2")
 
 
 def test_gradients_are_measured_whole_and_in_chunks() -> None:

@@ -117,12 +117,13 @@ class _Net:
 
 
 class _LongNet(_Net):
-    """Its dense twin has the same weights, and one segment as long as the sequence."""
+    """A LongNet with the pattern that is asked for, else its own; its dense twin has one segment, the sequence."""
 
     def __init__(self, s: Settings, impl: str, seq: int) -> None:
         super().__init__(s, impl, seq)
         c = _config(s, seq)
-        pattern = c.pattern if impl == "dilated" else Pattern((seq,), (1,))
+        own = s.pattern_for(seq) if s.asked else c.pattern
+        pattern = own if impl == "dilated" else Pattern((seq,), (1,))
         levels = {"segment_lengths": pattern.segment_lengths, "dilation_rates": pattern.dilation_rates}
         self.config: LongNetConfig = c.model_copy(update=levels)
         self.matrices = c.num_layers * (4 * c.dim**2 + 2 * c.dim * c.ffn_dim) + c.dim * c.vocab_size
