@@ -66,7 +66,7 @@ class TokenStream:
 
 
 class Batch:
-    """Windows of a stream as (rows, tokens) ids, of which none is in memory."""
+    """Windows of streams as (rows, tokens) ids, of which none is in memory."""
 
     def __init__(self, starts: Sequence[tuple[TokenStream, int]], tokens: int) -> None:
         self.starts, self.shape = starts, (len(starts), tokens)

@@ -279,11 +279,13 @@ def gather_numbers(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return mine
     world = dist.get_world_size(group)
-    counts = mine.new_empty(world)
-    dist.all_gather_into_tensor(counts, mine.new_tensor([len(mine)]), group=group)
-    sizes = counts.tolist()
+    counts = mine.new_empty(world, 1)
+    dist.all_gather(list(counts), mine.new_tensor([len(mine)]), group=group)
+    sizes = counts.flatten().tolist()
     padded = mine.new_zeros(max(sizes))
+    if not len(padded):
+        return padded
     padded[: len(mine)] = mine
-    found = mine.new_empty(world * len(padded))
-    dist.all_gather_into_tensor(found, padded, group=group)
-    return torch.cat([part[:size] for part, size in zip(found.view(world, -1), sizes, strict=True)])
+    found = mine.new_empty(world, len(padded))
+    dist.all_gather(list(found), padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])

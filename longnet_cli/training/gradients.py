@@ -84,9 +84,10 @@ def _nll(
 ) -> Tensor:
     """The sum of nll of one forward; only the tokens that have a target get logits."""
     with precision(dtype, ids.device):
-        hidden = model(ids, start=start, documents=documents, far=far)
         with_target = targets != IGNORED
-        if not with_target.all():
+        sparse = not with_target.all()  # asked before the forward: on a GPU the answer waits for what is queued
+        hidden = model(ids, start=start, documents=documents, far=far)
+        if sparse:
             hidden, targets = hidden[with_target], targets[with_target]
         return model.nll(hidden, targets).sum(dtype=torch.float64)
 

@@ -41,7 +41,7 @@ class Pieces:
         offset = 0
         for source, start, stop in self.rows[row]:
             begin, end = max(start, start + first - offset), min(stop, start + last - offset)
-            if begin < end or not parts:  # torch.cat takes no empty list
-                parts.append(self.tokens[source, begin : max(begin, end)])
+            if begin < end:
+                parts.append(self.tokens[source, begin:end])
             offset += stop - start
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return torch.cat(parts) if parts else self.tokens[0, 0:0]
