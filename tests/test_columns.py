@@ -1,0 +1,50 @@
+"""Proves which column of a table holds the documents, and that an unclear one is asked for."""
+
+import pyarrow as pa
+import pytest
+from test_sources import FORMATS, IDS, read, tokens, write_file
+
+from longnet_cli.data.sources import read_texts
+from longnet_cli.errors import ConfigError
+
+
+def test_the_column_can_be_chosen(tmp_path):
+    path = write_file(
+        tmp_path / "x.arrow", pa.table({"text": ["aa"], "body": ["bb"], "input_ids": [[1]], "mask": [[0]]})
+    )
+    assert tokens(read(path)) == [[1]]
+    assert tokens(read(path, column="body")) == [[98, 98]]
+    assert tokens(read(path, column="mask")) == [[0]]
+    assert [text.text for text in read_texts([path])] == ["aa"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "column"),
+    [
+        ({"body": ["a"], "n": [1]}, None),
+        ({"input_ids": [[1]], "tokens": [[1]]}, None),
+        ({"text": ["a"], "ids": [1]}, None),
+        ({"input_ids": [["a"]]}, None),
+        ({"text": ["a"]}, "nope"),
+        ({"text": ["a"], "x": [1.5]}, "x"),
+    ],
+)
+def test_an_unclear_column_is_an_error_that_lists_them(tmp_path, columns, column):
+    path = write_file(tmp_path / "x.arrow", pa.table(columns))
+    with pytest.raises(ConfigError, match=r"x\.arrow.*its columns are \w+: ") as caught:
+        read(path, column=column)
+    assert all(name in str(caught.value) for name in columns)
+
+
+def test_string_tokens_beside_input_ids_are_not_ids(tmp_path):
+    path = write_file(tmp_path / "x.arrow", pa.table({"tokens": [["a"]], "input_ids": [[1]]}))
+    assert tokens(read(path)) == [[1]]
+
+
+def test_text_and_streams_need_a_tokenizer(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    for path in (tmp_path / "a.txt", FORMATS["flat column"](tmp_path)):
+        with pytest.raises(ConfigError, match="give a tokenizer"):
+            read(path, tokenizer=None)
+    ids = read(FORMATS["file"](tmp_path), tokenizer=None)
+    assert (tokens(ids), ids[0].n_bytes) == (IDS, None)

@@ -1,0 +1,57 @@
+"""Proves which files an input names, and in which order."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from test_sources import write_stream
+
+from longnet_cli.data.sources import read_texts
+from longnet_cli.errors import ConfigError, DataError
+
+
+def names(*inputs: Any) -> list[str]:
+    return [text.doc_id for text in read_texts(inputs)]
+
+
+def test_folders_are_read_in_natural_order_without_what_is_not_text(tmp_path):
+    for name in ("part-10.txt", "part-2.py", "sub/part-3.md", ".hidden/x.txt", "__pycache__/x.txt", ".env"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "__init__.py").touch()
+    assert names(tmp_path) == ["part-2.py", "part-10.txt", "sub/part-3.md"]
+
+
+def test_shards_in_a_folder_are_read_alone_and_in_their_order(tmp_path):
+    (tmp_path / "README.md").write_text("x")
+    for name in ("part-10.arrow", "part-2.arrow", "cache-1.arrow"):
+        write_stream(tmp_path / name, pa.table({"text": [name], "doc_id": [name]}))
+    assert names(tmp_path) == ["cache-1.arrow", "part-2.arrow", "part-10.arrow"]
+    state = {"_data_files": [{"filename": "part-10.arrow"}, {"filename": "part-2.arrow"}]}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert names(tmp_path) == ["part-10.arrow", "part-2.arrow"]
+    (tmp_path / "part-2.arrow").unlink()
+    with pytest.raises(DataError, match=r"part-2\.arrow: no such file"):
+        names(tmp_path)
+
+
+def test_a_dataset_of_splits_asks_for_one(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "state.json").write_text("{}")
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    with pytest.raises(ConfigError, match="train"):
+        names(tmp_path)
+
+
+def test_globs_and_lists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a1.txt", "a10.txt", "a2.txt", "b.txt", "[c].txt"):
+        Path(name).write_text("x")
+    assert names("a*.txt") == ["a1.txt", "a2.txt", "a10.txt"]
+    assert names("[c].txt") == ["[c].txt"]
+    Path("list.txt").write_text("# order matters\nb.txt\n\na1*.txt\n")
+    assert names("@list.txt") == ["b.txt", "a1.txt", "a10.txt"]
+    assert names("b.txt", tmp_path / "b.txt") == ["b.txt", str(tmp_path / "b.txt")]

@@ -1,0 +1,79 @@
+"""Proves that JSON Lines are read line by line, that a bad line is named, and that other text stays text."""
+
+import pytest
+from test_sources import BYTES, pipe, read, tokens
+
+from longnet_cli.data.sources import read_documents, read_texts
+from longnet_cli.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ('{"text": "a"}\n{"text": 1}\n', "line 2: 'text' is not text"),
+        ('{"text": "a"}\n{"txt": "a"}\n', "line 2: there is no 'text'"),
+        ('{"text": "a"}\n{"text": null}\n', "line 2: 'text' is null"),
+        ('{"text": "a"}\n\n{"text": "b"}\n', "line 2: the line is empty"),
+        ('{"text": "a"}\n{"text": "b', r"line 2: not JSON: .*\(the last line is not whole"),
+        ('{"text": "a"}\n["b"]\n', "line 2: not a JSON object"),
+        ('{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: 'text' holds half of a surrogate pair at character 0"),
+        ('{"text": "a", "id": 1}\n{"text": "a", "id": 1.5}\n', "line 2: 'id' is not text or an integer"),
+        ('{"ids": [1]}\n{"ids": [1, 2.0]}\n', "line 2: 'ids' holds what is no token id"),
+        ('{"ids": [1]}\n{"ids": [true, 1]}\n', "line 2: 'ids' holds what is no token id"),
+        ('{"ids": [1]}\n{"ids": ["1"]}\n', "line 2: 'ids' holds what is no token id"),
+        ('{"ids": [1]}\n{"ids": [1e99]}\n', "line 2: 'ids' holds what is no token id"),
+        (f'{{"ids": [1]}}\n{{"ids": [{10**30}]}}\n', "line 2: 'ids' holds what is no token id"),
+        ('{"ids": [1]}\n{"ids": [2, null]}\n', "line 2, offset 1: the token id is null"),
+        ('{"ids": [1]}\n{"ids": [2, 3, -4]}\n', "line 2, offset 2: token id -4 is negative"),
+        ('{"ids": [1]}\n{"ids": [257]}\n', "line 2, offset 0: token id 257 does not fit"),
+        ('{"ids": [1]}\n' + "[" * 100_000, "line 2: not JSON"),
+        ('{"body": "a"}\n', r"x\.jsonl, line 1: not JSON Lines of documents: no key text"),
+        ("hello", r"x\.jsonl, line 1: not JSON Lines of documents: not JSON"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, lines, problem):
+    (tmp_path / "x.jsonl").write_text(lines)
+    with pytest.raises(DataError, match=problem) as caught:
+        tokens(read(tmp_path / "x.jsonl"))
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_utf8_in_a_line_are_named(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(DataError, match="line 2: not UTF-8: byte 10 is 0xff"):
+        read(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{\n  "text": "pretty-printed"\n}\n',
+        '{"version": 1}\n',
+        '{"text": 5}\n',
+        '{"text": "a",\n "more": 1}\n',
+        "{\"text\": 'a Python dict'}\n",
+        "{",
+        '{"',
+        "{color: red}",
+        '["text"]\n',
+    ],
+)
+def test_text_that_only_begins_like_json_lines_stays_text(tmp_path, text):
+    (tmp_path / "x.txt").write_text(text)
+    assert [found.text for found in read_texts([tmp_path / "x.txt"])] == [text]
+    assert pipe(text.encode(), "[t.text for t in read_texts(['-'])]") == [text]
+
+
+def test_json_lines_by_another_key_and_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "x").write_text('\ufeff{"body": "a", "text": "b"}\n{"text": "c", "body": "d"}\n\n', "utf-8")
+    assert [text.text for text in read_texts([tmp_path / "x"])] == ["b", "c"]
+    assert [text.text for text in read_texts([tmp_path / "x"], "body")] == ["a", "d"]
+
+
+def test_json_lines_are_read_as_they_come(tmp_path, monkeypatch):
+    monkeypatch.setattr("longnet_cli.data.jsonlines.BATCH_BYTES", 1)
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
+    documents = read_documents([tmp_path / "x.jsonl"], BYTES)
+    assert next(documents).read().tolist() == [97]
+    with pytest.raises(DataError, match="line 3: not JSON: Expecting value at character 8"):
+        next(documents)
