@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from strategies import PAPER_64TH
 from test_chunks import draw, net
+from test_windows import Document
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, dilated_attention
@@ -248,33 +249,17 @@ def test_chunked_and_packed_training_over_ranks(world: int, tmp_path: Path) -> N
     run_ranks(world, tmp_path, in_both_types, training_in_shards)
 
 
-class Noted:
-    """A document that notes which of its tokens are read."""
-
-    where = "here"
-
-    def __init__(self, tokens: np.ndarray) -> None:
-        self.tokens, self.read_tokens = tokens, np.zeros(len(tokens), bool)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        self.read_tokens[start:stop] = True
-        return self.tokens[start:stop]
-
-
 def slices_of_stored_windows(chunk: int) -> None:
     """Windows that lie in files: a rank reads its slices and the target after each, and the gradients are the same."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = net(PAPER_64TH).double()
-    document = Noted(draw(1, 2 * 300).clamp_(max=EOS - 1)[0].numpy())
+    document = Document(draw(1, 2 * 300).clamp_(max=EOS - 1)[0].numpy())
     batch, _ = next(iter(TokenWindows([TokenStream([document], EOS)], 240, 2, seed=0)))
     whole = torch.from_numpy(batch.read_all())
     loss = backward(model, whole[:, :-1], whole[:, 1:], chunk=10_000, eos_id=EOS)
     expected = [p.grad for p in model.parameters()]
     model.zero_grad()
-    document.read_tokens[:] = False
+    document.reads.clear()
     stored = [StoredTokens(batch, first, 240, torch.device("cpu")) for first in (0, 1)]
     part = backward(model, *stored, chunk=chunk, eos_id=EOS, group=dist.group.WORLD)
     dist.all_reduce(part)
@@ -289,7 +274,10 @@ def slices_of_stored_windows(chunk: int) -> None:
         for edges in shards:
             first = start + edges[rank] - 1  # the stream has one eos before the document
             mine[max(0, first) : start + edges[rank + 1]] = True
-    assert np.array_equal(document.read_tokens, mine)
+    found = np.zeros(len(document), bool)
+    for first, last in document.reads:
+        found[first:last] = True
+    assert np.array_equal(found, mine)
 
 
 @pytest.mark.parametrize("chunk", [240, 30])

@@ -72,7 +72,7 @@ class Batch:
         self.starts, self.shape = starts, (len(starts), tokens)
 
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The ids [start, stop) of a window, (stop - start,) int64. Reads nothing else."""
+        """The ids [start, stop) of a window, (stop - start,) int64; bounds are not checked. Reads nothing else."""
         stream, position = self.starts[row]
         out = np.empty((self.shape[1] if stop is None else stop) - start, np.int64)
         if len(out):

@@ -9,39 +9,48 @@ from longnet_cli.data.windows import Batch
 from longnet_cli.runtime.chunks import Tokens
 
 
-class StoredTokens:
-    """The ids of a batch's windows from their token `first` on, `tokens` of each, read where they are indexed."""
+class _ReadTokens:
+    """`runtime.chunks.Tokens` that are read where they are indexed."""
+
+    shape: tuple[int, int]
+    device: torch.device
+
+    def __getitem__(self, index: tuple[int | slice, slice], /) -> Tensor:
+        row, columns = index
+        start, stop, _ = columns.indices(self.shape[1])
+        if isinstance(row, int):
+            return self.read(row, start, stop)
+        return torch.stack([self.read(each, start, stop) for each in range(*row.indices(self.shape[0]))])
+
+    def read(self, row: int, start: int, stop: int) -> Tensor:
+        """(stop - start,) int64"""
+        raise NotImplementedError
+
+
+class StoredTokens(_ReadTokens):
+    """The ids of a batch's windows from their token `first` on, `tokens` of each."""
 
     def __init__(self, batch: Batch, first: int, tokens: int, device: torch.device) -> None:
         self.batch, self.first, self.device = batch, first, device
         self.shape = (batch.shape[0], tokens)
 
-    def __getitem__(self, index: tuple[int | slice, slice], /) -> Tensor:
-        row, columns = index
-        if isinstance(row, slice):
-            return torch.stack([self[each, columns] for each in range(*row.indices(self.shape[0]))])
-        start, stop, _ = columns.indices(self.shape[1])
-        ids = self.batch.read(row, self.first + start, self.first + max(start, stop))
-        return torch.from_numpy(ids).to(self.device)
+    def read(self, row: int, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(self.batch.read(row, self.first + start, self.first + stop)).to(self.device)
 
 
-class Pieces:
+class Pieces(_ReadTokens):
     """Pieces of (B, N) ids put together anew, (b, n): each row is runs (row, start, stop), one after the other."""
 
     def __init__(self, tokens: Tokens, rows: list[list[tuple[int, int, int]]]) -> None:
         self.tokens, self.rows, self.device = tokens, rows, tokens.device
         self.shape = (len(rows), sum(stop - start for _, start, stop in rows[0]))
 
-    def __getitem__(self, index: tuple[int | slice, slice], /) -> Tensor:
-        row, columns = index
-        if isinstance(row, slice):
-            return torch.stack([self[each, columns] for each in range(*row.indices(self.shape[0]))])
-        first, last, _ = columns.indices(self.shape[1])
+    def read(self, row: int, start: int, stop: int) -> Tensor:
         parts: list[Tensor] = []
         offset = 0
-        for source, start, stop in self.rows[row]:
-            begin, end = max(start, start + first - offset), min(stop, start + last - offset)
+        for source, first, last in self.rows[row]:
+            begin, end = max(first, first + start - offset), min(last, first + stop - offset)
             if begin < end:
                 parts.append(self.tokens[source, begin:end])
-            offset += stop - start
+            offset += last - first
         return torch.cat(parts) if parts else self.tokens[0, 0:0]
