@@ -21,6 +21,7 @@ from longnet_cli.benchmark.settings import Settings
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.loading import load_transformers
 from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model.config import parse_config
 from longnet_cli.model.net import LOGITS_LIMIT, Net, NetConfig
 from longnet_cli.model.weights import load_config
 from longnet_cli.presets import find_model, is_of_transformers
@@ -122,8 +123,7 @@ class _LongNet(_Net):
     def __init__(self, s: Settings, impl: str, seq: int) -> None:
         super().__init__(s, impl, seq)
         c = _config(s, seq)
-        own = s.pattern_for(seq) if s.asked else c.pattern
-        pattern = own if impl == "dilated" else Pattern((seq,), (1,))
+        pattern = c.pattern if impl == "dilated" else Pattern((seq,), (1,))
         levels = {"segment_lengths": pattern.segment_lengths, "dilation_rates": pattern.dilation_rates}
         self.config: LongNetConfig = c.model_copy(update=levels)
         self.matrices = c.num_layers * (4 * c.dim**2 + 2 * c.dim * c.ffn_dim) + c.dim * c.vocab_size
@@ -204,4 +204,8 @@ def _config(s: Settings, seq: int) -> LongNetConfig:
     config = load_config(find_model(str(s.model)))
     if not config.causal or not config.vocab_size:
         raise ConfigError(f"{s.model}: --op model runs causal language models")
-    return config
+    if not s.asked:
+        return config
+    pattern = s.pattern_for(seq)
+    levels = {"segment_lengths": pattern.segment_lengths, "dilation_rates": pattern.dilation_rates}
+    return parse_config({**config.model_dump(), **levels}, str(s.model))  # it may not fit the model's positions
