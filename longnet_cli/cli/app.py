@@ -79,7 +79,8 @@ def run(app: typer.Typer) -> NoReturn:
     _drop_unwritable_output()
     if code and _is_rank():
         # Not through interpreter shutdown: there the threads of a collective that broke off may abort the process, and
-        # the rank that only lost another would look like the one that failed. All `finally` blocks have run.
+        # a rank that only lost another, or was stopped, would look like the one that failed. All `finally` blocks have
+        # run.
         os._exit(code)
     sys.exit(code)
 
