@@ -1,6 +1,7 @@
 """What all tests share: the real command as a subprocess, hypothesis profiles, and no GPU test without a GPU."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,11 @@ settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 RunLongnet = Callable[..., subprocess.CompletedProcess]
+
+
+def pytest_configure() -> None:
+    # A script's background job, `make test &`, starts with Ctrl-C ignored, which commands under test would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
