@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 Start = Callable[..., subprocess.Popen]  # the fixture `start`
-
-
-def accept_interrupts() -> None:
-    """A `preexec_fn`: a test run in the background has SIGINT ignored, and Python keeps it so."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

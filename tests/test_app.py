@@ -78,8 +78,6 @@ def stop(script: Script, command_env: dict[str, str], tmp_path: Path) -> Callabl
             stderr=subprocess.PIPE,
             text=True,
             env=command_env,
-            # a test run in the background has SIGINT ignored, and Python keeps it so
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert program.stdout.readline() == "ready\n"
         program.send_signal(signum)

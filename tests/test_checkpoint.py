@@ -19,6 +19,7 @@ import pytest
 import torch
 from processes import Start, wait_for
 
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenWindows
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.model import LongNet
@@ -226,6 +227,30 @@ def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path)
         assert (tmp_path / name / "model.safetensors").read_bytes() == weights
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
         train(found, tmp_path / "c", resume=str(tmp_path))
+    with pytest.raises(ConfigError, match="already holds a run"):  # whose later checkpoints would stay beside ours
+        train(found, run, resume=str(older))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(found, tmp_path / "a", resume=str(run))
+    train(found, run, resume=str(run))
+
+
+def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(
+    stopped: tuple[Recipe, Path, bytes], tmp_path: Path
+) -> None:
+    found, run, weights = stopped
+    (tmp_path / "mine").mkdir()
+    mine = json.loads(Tokenizer.bytes().to_json())
+    (tmp_path / "mine/tokenizer.json").write_text(json.dumps(mine, indent=4))
+    settings = found.model_dump()
+    settings["data"] |= {"tokenizer": str(tmp_path / "mine")}
+    train(Recipe.model_validate(settings), run)
+    assert (run / "model.safetensors").read_bytes() == weights
+    vocabulary = mine["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (tmp_path / "mine/tokenizer.json").write_text(json.dumps(mine))
+    with pytest.raises(ConfigError, match=r"was made with another tokenizer than .*mine"):
+        train(Recipe.model_validate(settings), run)
 
 
 def test_what_may_change_in_a_resumed_run(stopped: tuple[Recipe, Path, bytes], tmp_path: Path) -> None:
@@ -245,7 +270,6 @@ def test_what_may_change_in_a_resumed_run(stopped: tuple[Recipe, Path, bytes], t
 def test_windows_resume_where_the_batch_was(corpus: Path) -> None:
     """The state of a batch and `places` name the same windows."""
     from longnet_cli.data.sources import read_documents
-    from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.data.windows import TokenStream
 
     stream = TokenStream(list(read_documents([str(corpus)], Tokenizer.bytes())), 256)

@@ -18,7 +18,7 @@ import pyarrow.ipc as ipc
 import pytest
 import torch
 from conftest import RunLongnet
-from processes import Start, accept_interrupts, assert_full, contents, kill_and_resume, wait_for
+from processes import Start, assert_full, contents, kill_and_resume, wait_for
 
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.model import LongNet, LongNetConfig
@@ -65,7 +65,7 @@ def test_killed_twenty_times_the_vectors_are_the_same(start: Start, corpus: Path
 def test_a_signal_leaves_finished_shards_and_no_others(
     start: Start, corpus: Path, model: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    process = start(*command(corpus, model), "-o", "out", preexec_fn=accept_interrupts)
+    process = start(*command(corpus, model), "-o", "out")
     wait_for(lambda: (tmp_path / "out" / "vectors-00003.arrow").exists())
     process.send_signal(number)
     assert process.communicate(timeout=60)[1] == b""

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 import torch
-from processes import Start, accept_interrupts
+from processes import Start
 from test_sources import FORMATS, IDS, TEXTS, token_table, write_file, write_parquet, write_stream
 
 from longnet_cli.data.sources import read_documents
@@ -225,7 +225,7 @@ def test_results_come_while_the_input_waits_and_a_signal_ends_the_wait(
     """Two commands in a row: text in JSON Lines goes in, and what it gives comes out though nothing has ended."""
     first = start("tokenize", "-", "-o", "-", stdin=subprocess.PIPE)
     options = ["--format", "jsonl"] if command == "score" else []
-    second = start(command, "-", "-m", model, "--chunk", 8, *options, stdin=first.stdout, preexec_fn=accept_interrupts)
+    second = start(command, "-", "-m", model, "--chunk", 8, *options, stdin=first.stdout)
     done = threading.Event()
 
     def produce() -> None:

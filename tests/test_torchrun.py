@@ -234,11 +234,37 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     _, stderr = job.communicate(timeout=60)
     assert job.returncode != 0
     assert f"going on after step {saved}\n" in stderr
-    assert f"stopped, and saved in {folder}/run: `longnet train -o {folder}/run` goes on" in stderr
+    assert f"stopped, and saved in {folder}/run: the same command goes on" in stderr
     assert "longnet: error" not in stderr
     steps = [json.loads(line)["step"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     assert read_state(checkpoints_in(folder / "run/checkpoints")[0])["progress"]["step"] == len(steps)
+
+
+def test_sigusr1_saves_on_all_ranks_and_they_go_on(folder: Path, command_env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "longnet_cli", "train", str(folder / "recipe.toml"), "-o", str(folder / "run")]
+    command += [
+        "--nproc",
+        "2",
+        "--set",
+        "train.stages=[{seq_len=256, steps=100000}]",
+        "--set",
+        "train.save_every=99999",
+    ]
+    metrics = folder / "run/metrics.jsonl"
+    with subprocess.Popen(command, env=command_env, stderr=subprocess.PIPE, text=True) as job:
+
+        def is_past(step: int) -> bool:
+            return job.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > step)
+
+        for saved in (1, 2):
+            wait_for(partial(is_past, 3 * saved))
+            job.send_signal(signal.SIGUSR1)
+            wait_for(lambda saved=saved: len(checkpoints_in(folder / "run/checkpoints")) == saved)
+        job.terminate()
+        _, stderr = job.communicate(timeout=60)
+    assert job.returncode == 143
+    assert f"`longnet train -o {folder}/run --nproc 2` goes on" in stderr
 
 
 @pytest.mark.slow

@@ -6,16 +6,22 @@ pytest tests/test_training.py
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from longnet_cli.data.shards import locked_folder
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 from longnet_cli.model import LongNet
+from longnet_cli.training import metrics
 from longnet_cli.training.checkpoint import checkpoints_in, read_state
 from longnet_cli.training.loop import train
+from longnet_cli.training.metrics import MetricsLog
 from longnet_cli.training.optimizer import build_optimizers, learning_rate
 from longnet_cli.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
 
@@ -84,6 +90,13 @@ def test_it_starts_from_given_weights(corpus: Path, tmp_path: Path) -> None:
     assert again.steps == 40
     with pytest.raises(ConfigError, match=r"differs from the recipe in model\.ffn_dim"):
         train(recipe(corpus, **{"model.ffn_dim": 64}), tmp_path / "other", initial=str(tmp_path / "first"))
+
+
+def test_given_weights_are_trained_in_fp32(corpus: Path, tmp_path: Path) -> None:
+    found = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 1}]})
+    LongNet(found.model).to(torch.bfloat16).save_pretrained(tmp_path / "first", Tokenizer.bytes().to_json())
+    train(found, tmp_path / "out", initial=str(tmp_path / "first"))
+    assert {p.dtype for p in LongNet.from_pretrained(tmp_path / "out").parameters()} == {torch.float32}
 
 
 def test_learning_rate() -> None:
@@ -181,6 +194,44 @@ def test_masked_training_learns_and_hides_the_same_tokens_again(corpus: Path, tm
         train(recipe(corpus, **settings, **{"train.mask_rate": 1e-12}), tmp_path / "d")
 
 
+def test_bad_data_costs_no_step(tmp_path: Path) -> None:
+    rows = [[index % 250 for index in range(100)] for _ in range(40)]
+    rows[30][50] = 9999
+    pq.write_table(pa.table({"input_ids": rows}), tmp_path / "bad.parquet")
+    settings = {"train.batch_tokens": 64, "train.stages": [{"seq_len": 32, "steps": 100}]}
+    found = recipe(tmp_path / "bad.parquet", **settings)
+    with pytest.raises(
+        DataError, match=r"row 30, offset 50: token id 9999 .*; the (\d+) steps before it are saved"
+    ) as error:
+        train(found, tmp_path / "out")
+    (saved,) = checkpoints_in(tmp_path / "out/checkpoints")
+    assert f"the {read_state(saved)['progress']['step']} steps" in str(error.value)
+
+
+def test_held_out_data_without_a_token_is_refused_at_the_begin(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match=r"data.held_out, .*empty.jsonl: every document is empty"):
+        train(recipe(corpus, **{"data.held_out": [str(tmp_path / "empty.jsonl")]}), tmp_path / "out")
+
+
+def test_weights_that_an_evaluation_finds_spoiled_are_not_the_best(corpus: Path, tmp_path: Path) -> None:
+    settings = {"optimizer.lr": 1e20, "schedule.warmup_steps": 0, "train.evaluate_every": 1}
+    with pytest.raises(LongNetError, match=r"the held-out loss is not finite after step 1: lower optimizer\.lr"):
+        train(recipe(corpus, **settings, **{"data.held_out": [str(corpus)]}), tmp_path / "out")
+    assert not (tmp_path / "out/best").exists()
+
+
+def test_evaluations_do_not_count_in_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    log = MetricsLog(None)
+    now = 2.0
+    log.add(100, 1.0, 1.0)
+    with log.paused():
+        now = 50.0
+    assert log.write(1, 0.1, 32, memory=0).tokens_per_second == 50
+
+
 def test_a_second_process_is_kept_out(corpus: Path, tmp_path: Path) -> None:
     with (
         locked_folder(tmp_path / "out"),
@@ -228,6 +279,9 @@ def test_compiled_layers_learn_the_same(corpus: Path, tmp_path: Path) -> None:
         ({"model.rope_theta": float("inf")}, "model.rope_theta: Input should be a finite number"),
         ({"model.vocab_size": 0}, "model.vocab_size = 0"),
         ({"schedule.decay": "cosin"}, "schedule.decay"),
+        ({"train.seed": 2**64}, "train.seed"),
+        ({"train.chunk": "32kb"}, "train.chunk: '32kb' is not a size"),
+        ({"train.batch_tokens": 0}, "train.batch_tokens: Input should be greater than 0"),
         ({"schedule.power": 2}, 'schedule.power is of decay = "polynomial", not of "cosine"'),
     ],
 )
@@ -236,6 +290,29 @@ def test_wrong_recipes(corpus: Path, tmp_path: Path, overrides: dict, message: s
         train(recipe(corpus, **overrides), tmp_path / "out")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_sizes_are_written_as_everywhere(corpus: Path) -> None:
+    stages = [{"seq_len": "16Ki", "steps": 1}]
+    train = recipe(corpus, **{"train.chunk": "32k", "train.batch_tokens": "1e6", "train.stages": stages}).train
+    assert (train.chunk, train.batch_tokens, train.stages[0].seq_len) == (32000, 10**6, 16384)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("list.json", "[]", "list.json: not a recipe, which is a table of keys and values"),
+        ("recipe.py", "import os", "recipe.py: not TOML: "),
+        ("recipe.json", "{", "recipe.json: not JSON: "),
+        ("data.toml", "data = 3\n[train]\n[model]\n", "; data: Input should be "),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(tmp_path / name), {})
+    assert message in str(error.value)
+    assert "vocab_size" not in str(error.value)
 
 
 def test_too_little_data(corpus: Path, tmp_path: Path) -> None:
@@ -282,6 +359,14 @@ def test_the_command(corpus: Path, tmp_path: Path, run_longnet) -> None:
     never = run_longnet("train", recipe_file, "-o", "run", "--resume", "never")
     assert (never.returncode, len(never.stderr.splitlines())) == (2, 2), never.stderr
     assert "already holds a run" in never.stderr
+    elsewhere = run_longnet("train", "-o", "elsewhere", "--resume", "run")
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert (tmp_path / "elsewhere/model.safetensors").read_bytes() == weights
+    begun = run_longnet("train", "-o", "run", "--init", "./elsewhere")
+    assert "all steps are done already; --init is for the begin of a run" in begun.stderr
+    shutil.rmtree(tmp_path / "elsewhere/checkpoints")
+    model = run_longnet("train", recipe_file, "-o", "elsewhere", "--init", "./run")
+    assert (model.returncode, "already holds a model" in model.stderr) == (2, True)
     typo = run_longnet("train", recipe_file, "-o", "run2", "--set", "train.log_evry=1")
     assert typo.returncode == 2
     assert "did you mean 'train.log_every'?" in typo.stderr

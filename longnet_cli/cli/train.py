@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +18,7 @@ from longnet_cli.cli.output import format_bytes
 from longnet_cli.cli.progress import Advance, progress
 
 if TYPE_CHECKING:
+    from longnet_cli.runtime.launch import Ranks
     from longnet_cli.training.metrics import Metrics
 
 
@@ -92,6 +95,7 @@ def train(
 
     The same command goes on where it was stopped, and so does `longnet train -o DIR` alone. Runs under torchrun too.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it waits until the run listens, and would kill before
     if nproc is not None:
         from longnet_cli.runtime.launch import start_ranks
 
@@ -120,9 +124,9 @@ def train(
     folder = Path(output)
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
         raise ConfigError(f"{file} is a file, and -o names the folder of a run: name another")
-    before = folder / "recipe.json"
-    if recipe is None and resume != "never" and before.exists():
-        recipe = str(before)
+    if recipe is None and resume != "never":
+        runs = [folder] if resume == "auto" else [Path(resume), Path(resume).parent.parent]  # a run, or its checkpoint
+        recipe = next((str(run / "recipe.json") for run in runs if (run / "recipe.json").exists()), None)
     if recipe is None and not overrides:
         raise ConfigError(
             f"nothing to train: there is no run in {output}; name a recipe (`longnet train my-recipe.toml`) or --set "
@@ -130,7 +134,7 @@ def train(
         )
     found = load_recipe(recipe, overrides)
     used = (folder / "model.safetensors").exists() and not (folder / CHECKPOINTS).exists()
-    if used and initial is None and not dry_run:
+    if used and not dry_run:
         raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
 
     ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
@@ -162,7 +166,8 @@ def train(
             nonlocal advance, begun
             begun = True
             if step:
-                say(f"going on after step {step:,}" if step < found.train.steps else "all steps are done already")
+                what = f"going on after step {step:,}" if step < found.train.steps else "all steps are done already"
+                say(f"{what}; --init is for the begin of a run, and did nothing" if initial else what)
             advance = stack.enter_context(progress("training", total, start=tokens, quiet=quiet))
 
         def on_step(tokens: int, line: Metrics | None) -> None:
@@ -186,7 +191,7 @@ def train(
         except (KeyboardInterrupt, SystemExit):
             stack.close()
             if begun:
-                say(f"stopped, and saved in {output}: `longnet train -o {shlex.quote(output)}` goes on")
+                say(f"stopped, and saved in {output}: {_again(output, ranks)} goes on")
             raise
     leave()
     loss = f", loss {result.loss:.4f} nats a token" if result.loss == result.loss else ""
@@ -210,6 +215,17 @@ def describe(line: Metrics) -> dict[str, str]:
     if line.held_out_loss is not None:
         fields["held-out"] = f"{line.held_out_loss:.4f}"
     return fields
+
+
+def _again(output: str, ranks: Ranks) -> str:
+    """What a person types to go on."""
+    from longnet_cli.runtime.launch import LAUNCHED
+
+    if ranks.world == 1:
+        return f"`longnet train -o {shlex.quote(output)}`"
+    if LAUNCHED in os.environ:
+        return f"`longnet train -o {shlex.quote(output)} --nproc {ranks.world}`"
+    return "the same command"
 
 
 def _path(output: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -190,11 +191,15 @@ _WEIGHT = {0: 0, signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3}  # of s
 def noted_signals(ranks: Ranks) -> Iterator[Signals]:
     """`with noted_signals(ranks) as signals`: signals only act where `signals.look()` is called."""
     signals = Signals(ranks)
-    kinds = [kind for kind in _WEIGHT if kind]
-    before = {kind: signal.signal(kind, signals.note) for kind in kinds} if _in_main_thread() else {}
+    if not _in_main_thread():
+        yield signals
+        return
+    before = {kind: signal.signal(kind, signals.note) for kind in _WEIGHT if kind}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # held back until now, see `cli/train.py`
     try:
         yield signals
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
@@ -220,6 +225,7 @@ def start_ranks(nproc: int) -> NoReturn:
             arguments.append(word)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # after a signal, ranks end the step and save
+    _hand_on_sigusr1()
     logging.disable(logging.ERROR)  # what torchrun would say of a failure in thirty lines, we say in one
     os.environ[LAUNCHED] = "1"
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -242,6 +248,25 @@ def start_ranks(nproc: int) -> NoReturn:
             raise LongNetError(f"rank {rank} was killed ({name}), and the job with it") from None
         raise SystemExit(first.exitcode) from None
     raise SystemExit(0)
+
+
+def _hand_on_sigusr1() -> None:
+    """Send each SIGUSR1, of which torchrun would die, on to its processes.
+
+    A thread waits for it, and no other sees it. The processes begin with it held back as well, so it cannot kill one
+    that does not listen yet. Elsewhere than on Linux, and before they are there, it is lost.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+    def hand_on() -> None:
+        while True:
+            signal.sigwait({signal.SIGUSR1})
+            for children in Path("/proc/self/task").glob("*/children"):
+                for child in children.read_text().split():
+                    with suppress(ProcessLookupError):
+                        os.kill(int(child), signal.SIGUSR1)
+
+    threading.Thread(target=hand_on, daemon=True).start()
 
 
 def _device_of_backend() -> torch.device:

@@ -23,7 +23,7 @@ from longnet_cli.data.sinks import write_file
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import Batch, TokenStream, TokenWindows
-from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
+from longnet_cli.errors import CheckpointError, ConfigError, DataError, LongNetError
 from longnet_cli.model import LongNet
 from longnet_cli.model.weights import save_pretrained
 from longnet_cli.runtime.chunks import Tokens
@@ -135,8 +135,10 @@ class _Run:
         held_out, data = recipe.data.held_out, recipe.data
         size = recipe.model.vocab_size
         self.held_out = (
-            list(read_documents(held_out, self.tokenizer, column=data.column, vocab_size=size)) if held_out else None
+            list(read_documents(held_out, self.tokenizer, column=data.column, vocab_size=size)) if held_out else []
         )
+        if held_out and not any(map(len, self.held_out)):
+            raise DataError(f"data.held_out, {', '.join(held_out)}: every document is empty")
         torch.manual_seed(recipe.train.seed)
         self.model = _model(recipe, initial).to(device).train()
         self.sharded = recipe.parallel.shard == "full"
@@ -164,14 +166,21 @@ class _Run:
         elif resume != "never":
             checkpoint = _named_checkpoint(Path(resume), self.ranks, on_note)
         log = None
-        if not checkpoint and checkpoints_in(self.checkpoints.folder):
-            raise ConfigError(f"{self.output} already holds a run: name another folder with -o, or remove it")
+        if resume != "auto" and (newest := checkpoints_in(self.checkpoints.folder)[:1]):
+            if checkpoint is None or checkpoint.resolve() != newest[0].resolve():
+                raise ConfigError(f"{self.output} already holds a run: name another folder with -o, or remove it")
+            checkpoint = newest[0]
         if checkpoint:
             state = read_state(checkpoint)
             if changed := self.recipe.changed_since(state["recipe"]):
                 raise ConfigError(
                     f"{checkpoint} was made with another {', '.join(changed)}: go on with the recipe of its run, or "
                     "begin another run from its model with --init"
+                )
+            if state.get("tokenizer", self.tokenizer.sha256) != self.tokenizer.sha256:
+                raise ConfigError(
+                    f"{checkpoint} was made with another tokenizer than {self.recipe.data.tokenizer}: name the one of "
+                    "its run with --tokenizer"
                 )
             restore(checkpoint, self.model, self.optimizers, self.device, self.ranks)
             self.progress, log = Progress(**state["progress"]), state["log"]
@@ -204,6 +213,11 @@ class _Run:
         except (KeyboardInterrupt, SystemExit):
             self._end()
             raise
+        except DataError as error:
+            if self.ranks.world > 1 or not self.progress.step:  # the other ranks wait for this one in a collective
+                raise
+            self.save()
+            raise DataError(f"{error}; the {self.progress.step} steps before it are saved in {self.output}") from None
         finally:
             self.checkpoints.wait()
             for tracker in self.trackers:
@@ -222,6 +236,7 @@ class _Run:
             "progress": asdict(self.progress),
             "log": self.log.state(),
             "recipe": self.recipe.model_dump(mode="json"),
+            "tokenizer": self.tokenizer.sha256,
             "versions": {
                 "longnet": version("longnet-cli"),
                 "torch": torch.__version__,
@@ -331,7 +346,8 @@ class _Run:
         last = progress.step == train.steps
         held_out = None
         if self.held_out and (last or progress.step % train.evaluate_every == 0):
-            held_out = self._evaluate(stage)
+            with self.log.paused():
+                held_out = self._evaluate(stage)
         line = None
         if held_out or last or progress.step % train.log_every == 0:
             rate = learning_rate(progress.step - 1, train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
@@ -354,7 +370,7 @@ class _Run:
         with whole_weights(self.model):
             found = evaluate(
                 self.model,
-                self.held_out or [],
+                self.held_out,
                 self.recipe,
                 eos_id=self.eos_id,
                 seq_len=stage.seq_len,
@@ -362,6 +378,11 @@ class _Run:
                 on_part=self._look if not self.sharded else lambda: None,
             )
         loss = found.nll_sum / found.n_tokens
+        if not math.isfinite(loss):
+            raise LongNetError(
+                f"the held-out loss is not finite after step {self.progress.step}: lower optimizer.lr or lengthen "
+                "schedule.warmup_steps, and begin another run"
+            )
         if self.progress.best is None or loss < self.progress.best:
             self.progress.best = loss
             self._write_model(self.output / BEST)
@@ -416,7 +437,7 @@ def _eos(tokenizer: Tokenizer) -> int:
 def _model(recipe: Recipe, initial: str | None) -> LongNet:
     if initial is None:
         return LongNet(recipe.model)
-    model = LongNet.from_pretrained(initial)
+    model = LongNet.from_pretrained(initial, dtype=torch.float32)
     if model.config != recipe.model:
         changed = [
             name

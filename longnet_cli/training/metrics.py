@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,15 @@ class MetricsLog:
         self.new_tokens += tokens
         self.loss += loss
         self.grad_norm += grad_norm
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is not training, and does not count in its speed."""
+        paused = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.began += time.perf_counter() - paused
 
     def write(
         self,

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from longnet_cli.configuration import validate
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.presets import preset_dir
+from longnet_cli.sizes import parse_size
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,6 +24,7 @@ else:
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Size = Annotated[int, BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size), Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -102,7 +104,7 @@ class ScheduleRecipe(Section):
 class Stage(Section):
     """`steps` optimizer steps at one context length; a run may grow its context stage by stage."""
 
-    seq_len: int = Field(gt=0)
+    seq_len: Size
     steps: int = Field(gt=0)
 
 
@@ -119,13 +121,13 @@ class TrainRecipe(Section):
     stages: list[Stage] = Field(min_length=1)
     objective: Literal["causal", "masked"] = "causal"
     mask_rate: float = Field(default=0.15, gt=0, lt=1)
-    batch_tokens: int = Field(default=16384, gt=0)
-    chunk: int = Field(default=16384, gt=0)
+    batch_tokens: Size = 16384
+    chunk: Size = 16384
     across_documents: bool = False
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     activation_checkpointing: bool = False  # compute each layer again in the backward: less memory, a forward more
     compile: bool = False  # each layer, with torch.compile
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**62)
     loss_jump: float = Field(default=5.0, gt=0)  # nats a token over the lowest mean so far at which a run stops
     log_every: int = Field(default=10, gt=0)
     evaluate_every: int = Field(default=500, gt=0)  # steps, where there is data.held_out
@@ -165,9 +167,10 @@ class ParallelRecipe(Section):
     shard: Literal["none", "full"] = "none"
 
 
-# What may differ between a checkpoint and the run that goes on from it: it changes no number beyond rounding.
+# What may differ between a checkpoint and the run that goes on from it: it changes no number beyond rounding. Of the
+# tokenizer, the place: its content is compared besides.
 FREE_TO_CHANGE = {
-    *("data.train", "data.mix", "data.held_out", "data.column", "parallel"),
+    *("data.train", "data.mix", "data.held_out", "data.column", "data.tokenizer", "parallel"),
     *("train.chunk", "train.activation_checkpointing", "train.compile", "train.loss_jump", "train.log_every"),
     *("train.evaluate_every", "train.save_every", "train.save_minutes", "train.keep", "train.track"),
 }
@@ -216,6 +219,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     ConfigError.
     """
     data, where = _read(path) if path else ({}, "options")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: not a recipe, which is a table of keys and values")
     for key, value in overrides.items():
         *parents, name = key.split(".")
         table = data
@@ -224,11 +229,11 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
             if not isinstance(table, dict):
                 raise ConfigError(f"--set {key}: '{parent}' is a value, not a table")
         table[name] = value
-    model, source = data.get("model"), data.get("data", {})
-    if isinstance(model, dict) and isinstance(source, dict) and "vocab_size" not in model:
-        train = data.get("train")
+    model, source, train = (data.get(name) for name in ("model", "data", "train"))
+    if isinstance(model, dict) and "vocab_size" not in model:
         masked = isinstance(train, dict) and train.get("objective") == "masked"
-        size = Tokenizer.load(str(source.get("tokenizer", "bytes"))).vocab_size + masked
+        name = source.get("tokenizer", "bytes") if isinstance(source, dict) else "bytes"
+        size = Tokenizer.load(str(name)).vocab_size + masked
         data = data | {"model": model | {"vocab_size": size}}
     return validate(Recipe, data, where)
 
@@ -247,15 +252,15 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _read(path: str) -> tuple[dict[str, Any], str]:
+def _read(path: str) -> tuple[Any, str]:
     file = Path(path) if "/" in path or path.endswith((".toml", ".json")) else preset_dir() / f"{path}.toml"
-    parse = json.loads if file.suffix == ".json" else tomllib.loads
+    form = "JSON" if file.suffix == ".json" else "TOML"
     try:
-        return parse(file.read_text(encoding="utf-8")), str(path)
+        return (json if form == "JSON" else tomllib).loads(file.read_text(encoding="utf-8")), str(path)
     except FileNotFoundError:
         shipped = ", ".join(sorted(p.stem for p in preset_dir().glob("*.toml")))
         raise ConfigError(f"no recipe '{path}'. Shipped recipes: {shipped}; a path ends in .toml") from None
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
     except ValueError as error:  # of the parser, or not UTF-8
-        raise ConfigError(f"{file}: not {file.suffix[1:].upper()}: {error}") from None
+        raise ConfigError(f"{file}: not {form}: {error}") from None

@@ -1,0 +1,39 @@
+"""Sizes as a person writes them: a number of tokens, or of anything else that is counted.
+
+`1e9`, `1_000_000`, `32k`, `1.5M`, `64Ki`: the letters k, M, G, T are powers of 1000; Ki, Mi, Gi, Ti powers of 1024.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+_SIZE = re.compile(r"(\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:e\+?(\d{1,2}))?(?:([kmgt])(i?))?", re.ASCII | re.IGNORECASE)
+_MAX_SIZE = 2**63 - 1  # what an int64 position can hold
+_SIZE_EXAMPLES = "write 1000000, 1_000_000, 1e6, 1M (10^6) or 64Ki (64 x 1024)"
+
+
+def parse_size(text: str | int) -> int:
+    """A whole number of at least 1 from `1e9`, `32k`, `64Ki`, ...; ValueError with an example for anything else.
+
+    An int passes through (checked), because typer hands an option's default to its parser.
+    """
+    written = str(text).strip()
+    match = _SIZE.fullmatch(written)
+    if not match:
+        raise ValueError(f"'{written}' is not a size: {_SIZE_EXAMPLES}")
+    number, exponent, letter, binary = match.groups()
+    power = " kmgt".index(letter.lower()) if letter else 0
+    size = Fraction(number.replace("_", "")) * 10 ** int(exponent or 0) * (1024 if binary else 1000) ** power
+    if size.denominator != 1:
+        raise ValueError(f"'{written}' is not a whole number")
+    if not 1 <= size <= _MAX_SIZE:
+        raise ValueError(f"'{written}' is out of range: a size is at least 1 and less than 2^63")
+    return int(size)
+
+
+def parse_sizes(text: str | Sequence[int]) -> list[int]:
+    """`8k,32k,1e6` -> [8000, 32000, 1000000], in the order written; ValueError as for `parse_size`."""
+    items: Sequence[str | int] = text.split(",") if isinstance(text, str) else text
+    return [parse_size(item) for item in items]

@@ -1,0 +1,91 @@
+"""Proves that sizes and lists of sizes are read as documented."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longnet_cli.sizes import parse_size, parse_sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("1000", 1000),
+        ("1_000_000", 10**6),
+        ("1e9", 10**9),
+        ("1E+9", 10**9),
+        ("1.5e3", 1500),
+        ("32k", 32_000),
+        ("32K", 32_000),
+        ("1.5M", 1_500_000),
+        (".5k", 500),
+        ("2G", 2 * 10**9),
+        ("64Ki", 65_536),
+        ("64ki", 65_536),
+        ("1.5Mi", 3 * 2**19),
+        ("1Gi", 2**30),
+        ("1Ti", 2**40),
+        (" 8k ", 8000),
+        ("9223372036854775807", 2**63 - 1),
+        (4096, 4096),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "k", "abc", "8kb", "1e", "1__0", "_1", "0x10", "1,5", "inf", "nan", "٣", "1e-3"])
+def test_what_is_no_size_gets_an_example(text):
+    with pytest.raises(ValueError, match=r"is not a size: write 1000000, .* or 64Ki"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["-1", "-8k"])
+def test_negative_sizes_are_refused(text):
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["0", "0k", "1e99", "9223372036854775808"])
+def test_sizes_out_of_range(text):
+    with pytest.raises(ValueError, match="is out of range"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["1.5", "1.0001k", "0.5"])
+def test_a_part_of_a_token_is_refused(text):
+    with pytest.raises(ValueError, match="is not a whole number"):
+        parse_size(text)
+
+
+@given(st.integers(1, 2**63 - 1))
+def test_every_way_to_write_an_integer_reads_back(size):
+    assert parse_size(str(size)) == parse_size(f"{size:_}") == parse_size(size) == size
+
+
+@given(st.integers(1, 9000), st.integers(0, 4))
+def test_letters_are_powers(number, power):
+    assert parse_size(f"{number}{['', 'k', 'M', 'G', 'T'][power]}") == number * 1000**power
+    assert parse_size(f"{number}{['', 'Ki', 'Mi', 'Gi', 'Ti'][power]}") == number * 1024**power
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_size_or_a_value_error(text):
+    try:
+        size = parse_size(text)
+    except ValueError:
+        return
+    assert size >= 1
+
+
+def test_lists_keep_their_order():
+    assert parse_sizes("8k,32k,1e6") == [8000, 32_000, 1_000_000]
+    assert parse_sizes("64Ki") == [65_536]
+    assert parse_sizes("2, 1, 2") == [2, 1, 2]
+
+
+@pytest.mark.parametrize("text", ["", ",", "8k,", "8k,,32k", "8k;32k"])
+def test_lists_with_holes_are_refused(text):
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_sizes(text)
