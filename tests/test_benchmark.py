@@ -207,6 +207,13 @@ def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch: pytest.Mon
     assert whole.seconds is not None
     assert 0 < sum(row.seconds or 0 for row in rows[:-1]) <= whole.seconds
     assert all(row.cpu_seconds is not None for row in rows)
+    assert whole.tokens_per_second == pytest.approx(300 / whole.seconds)
+    (twice,) = bench([300], chunk=300, batch=2, **LONG)
+    (streamed,) = list(bench([300], chunk=chunk, batch=2, **LONG))[-1:]
+    assert twice.seconds is not None
+    assert twice.tokens_per_second == pytest.approx(600 / twice.seconds)
+    assert streamed.seconds is not None
+    assert streamed.tokens_per_second == pytest.approx(600 / streamed.seconds)
     assert whole.flops_per_second == pytest.approx(
         attention_flops(Pattern((16, 64), (1, 4)), 3, 8, 300, True) / whole.seconds
     )
@@ -265,6 +272,28 @@ def test_ctrl_c_gives_what_a_streamed_run_had() -> None:
         next(rows)
 
 
+def test_memory_that_runs_out_in_a_streamed_run_is_a_row_and_not_the_end() -> None:
+    def ran_out(tokens: int) -> None:
+        raise MemoryError
+
+    begun, other = bench([300, 20], chunk=64, on_tokens=ran_out, **LONG)
+    assert (begun.status, begun.stop, begun.reason) == ("oom", 64, "memory ran out after 64 tokens")
+    assert other.status == "ok"
+
+
+def test_no_memory_for_the_first_chunk_of_a_streamed_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(settings: Settings, impl: str, direction: str, seq: int) -> Stream:
+        def start() -> None:
+            raise MemoryError
+
+        row = Measurement("fake", impl, direction, seq, chunk=4)
+        return Stream(row, seq, 1.0, 0, 0, start, float)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(job.OPS, "fake", no_memory)
+    (row,) = bench([10], op="fake", impls=["dilated"], directions=["forward"])
+    assert (row.status, row.seconds, row.reason) == ("oom", None, "memory ran out after 0 tokens")
+
+
 def test_a_whole_model_is_measured_at_once_and_streamed() -> None:
     whole, dense = bench([128], op="model", directions=["forward"], layers=1, vocab=50, heads=2, head_dim=8)
     assert (whole.status, dense.status, whole.chunk, dense.pattern) == ("ok", "ok", None, "128/1")
@@ -293,6 +322,7 @@ def test_long_sequences_have_a_shape_of_their_own() -> None:
     short, long = Settings.resolve([10**6 - 1], device="cpu"), Settings.resolve([8192, 10**9], device="cpu")
     assert (short.heads, short.head_dim, short.pattern) == (12, 64, "paper")
     assert (long.heads, long.head_dim, long.pattern, long.base) == (2, 32, "geometric", 256)
+    assert Settings.resolve([100], base=64, device="cpu").pattern == "geometric"
     assert Settings.resolve([10**9], heads=12, base=2048, device="cpu").heads == 12
     assert isinstance(job.OPS["attention"](long, "dilated", "forward", 10**9), Stream)
 
@@ -302,7 +332,9 @@ def test_long_sequences_have_a_shape_of_their_own() -> None:
     [
         {"op": "sort"}, {"op": "train", "impls": ["kernels"]}, {"op": "model", "impls": ["kernels"]},
         {"impls": ["sparse"]}, {"directions": ["sideways"]}, {"pattern": "plaid"}, {"dtype": "fp8"}, {"chunk": 0},
-        {"heads": 0}, {"repeats": 0}, {"ratio": 1}, {"device": "cuda:99"},
+        {"heads": 0}, {"repeats": 0}, {"ratio": 1}, {"device": "cuda:99"}, {"pattern": "paper", "base": 64},
+        {"model": "longnet-tiny"}, {"op": "model", "model": "longnet-tiny", "heads": 2},
+        {"op": "model", "causal": False}, {"op": "train", "directions": ["forward"]},
     ],
 )  # fmt: skip
 def test_wrong_settings_are_told_before_the_first_row(wrong: dict[str, object]) -> None:

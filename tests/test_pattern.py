@@ -91,6 +91,9 @@ def test_rows_before() -> None:
         (((0,), (1,)), "at least 1"),
         (((8,), (0,)), "at least 1"),
         (((8,), (1,), "blocked"), "head_offsets"),
+        (((2.5,), (1,)), r"segment_lengths needs whole numbers, got \(2.5,\)"),
+        (((8, 12), "12"), "dilation_rates needs whole numbers, got '12'"),
+        ((8, (1,)), "segment_lengths needs whole numbers, got 8"),
     ],
 )
 def test_wrong_patterns(arguments: tuple, message: str) -> None:

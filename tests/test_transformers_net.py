@@ -232,7 +232,7 @@ def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_
             run(**other)
 
 
-def test_bench_compares_dense_and_dilated(folder: Path) -> None:
+def test_bench_compares_dense_and_dilated(folder: Path, tmp_path: Path) -> None:
     arguments = ["bench", "--op", "model", "--model", folder, "--repeats", "1", "--format", "jsonl"]
     result = command(*arguments, "--seq", "64,128", *OPTIONS)
     assert result.exit_code == 0, result.output
@@ -246,6 +246,11 @@ def test_bench_compares_dense_and_dilated(folder: Path) -> None:
     row = json.loads(streamed.stdout)
     assert (row["status"], row["chunk"]) == ("ok", 50)
     assert row["cache_bytes"] == 4 * 2 * SMALL["num_hidden_layers"] * SMALL["hidden_size"] * LEVELS.cache_rows
+    cached = TransformersNet(use_dilated_attention(mixed(), LEVELS), "dilated")
+    cached.model.save_pretrained(tmp_path / "mixed")
+    arguments[4] = tmp_path / "mixed"
+    row = json.loads(command(*arguments, "--seq", "128", "--chunk", "50", "--impl", "dilated").stdout)
+    assert (row["status"], row["chunk"], row["cache_bytes"]) == ("ok", 50, None)
     train = refused("bench", "--op", "train", "--model", folder, "--seq", "64", "--format", "jsonl")
     assert "--op train and loop measure LongNets" in str(train)
 
@@ -275,6 +280,8 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         ({"architectures": ["pipeline"]}, "does not know the architecture pipeline"),
         ({}, "no dilated_attention in config.json: give --segment-lengths and --dilation-rates, or --attention dense"),
         ({"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}}, "one entry a level"),
+        ({"dilated_attention": {"segment_lengths": "8", "dilation_rates": [1]}}, "segment_lengths needs whole numbers"),
+        ({"dilated_attention": [8, 1]}, "dilated_attention in the model's config: a table of "),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type dynamic"),
     ],
 )
@@ -297,10 +304,22 @@ def test_an_attention_that_config_json_names_is_not_used(spoilt: Callable[..., P
     assert load_transformers(place).model.config._attn_implementation == "dilated"
 
 
+@pytest.mark.parametrize("attention", ["dilated", "dense"])
+def test_a_decoder_that_its_configuration_makes_bidirectional(attention: str) -> None:
+    net = net_of(llama, attention, is_causal=False)
+    assert (net.config.causal, net.config.memory) == (False, "none")
+    with torch.no_grad():
+        alone = net(ids(50))
+        padded = net(torch.cat([ids(50), torch.zeros(2, 30, dtype=torch.int64)], 1), lengths=[50, 50])[:, :50]
+    assert (alone - padded).abs().max() <= 1e-5 * alone.abs().max()
+
+
 def test_weights_that_are_refused(spoilt: Callable[..., Path], folder: Path) -> None:
     place = spoilt(num_hidden_layers=3)
     with pytest.raises(CheckpointError, match=r"weights are missing, model\.layers\.2\.input_layernorm\.weight"):
         load_net(place, pattern=LEVELS)
+    with pytest.raises(CheckpointError, match=r"weights are unexpected, model\.layers\.1\.input_layernorm\.weight"):
+        load_net(spoilt(num_hidden_layers=1), pattern=LEVELS)
     with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \(257, 48\), its .* needs \(300, 48\)"):
         load_net(spoilt(vocab_size=300), pattern=LEVELS)
     (place / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
@@ -317,6 +336,8 @@ def test_options_that_are_refused(folder: Path, encoder: Path, tmp_path: Path) -
     assert "dense attention has no levels" in str(
         refused("score", text, "--model", folder, "--attention", "dense", *OPTIONS)
     )
+    shards = refused("encode", text, "--model", folder, *OPTIONS, "-o", tmp_path / "x.arrow", "--shard-rows", "5")
+    assert "--shard-rows is for a folder of shards" in str(shards)
     assert "one entry a level" in str(refused("score", text, "--model", folder, "--segment-lengths", "8"))
     assert "a LongNet has its pattern" in str(refused("score", text, "--attention", "dense"))
     assert "in one process" in str(refused("score", text, "--model", folder, *OPTIONS, "--nproc", "2"))

@@ -11,6 +11,7 @@ B batch, N tokens of the shard, H heads, D head_dim, w segment length, r dilatio
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,6 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from .kernels import Kernel, select_kernel
 from .pattern import Branch, Padding, Pattern, Rows, Span, branches, span_positions, span_rows
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # A block of a batch, rows and tokens, and the branches of the sequence that each of its rows is
 Plan = list[tuple[slice, slice, tuple[Branch, ...]]]
@@ -336,8 +339,9 @@ def _blocks(
 ) -> Iterator[tuple[slice, slice]]:
     """The batch as blocks (rows, columns) in which every row is one sequence that one set of calls can serve."""
     if documents is not None:
+        documents = _whole_numbers("documents", documents)
         if min(documents, default=0) < 1 or sum(documents) != tokens:
-            raise ValueError(f"documents need lengths of at least 1 that make {tokens} tokens, got {list(documents)}")
+            raise ValueError(f"documents need lengths of at least 1 that make {tokens} tokens, got {documents}")
         stop = 0
         for length in documents:
             start, stop = stop, stop + length
@@ -346,13 +350,21 @@ def _blocks(
     if lengths is None:
         yield slice(0, batch), slice(0, tokens)
         return
-    found = lengths.tolist() if isinstance(lengths, Tensor) else [int(n) for n in lengths]
+    found = _whole_numbers("lengths", lengths)
     if len(found) != batch or not all(0 <= n <= tokens for n in found):
-        raise ValueError(f"lengths needs {batch} numbers from 0 to {tokens}, got {found}")
+        why = ": -1 is a row with tokens after padding, which has to be on the right" if -1 in found else ""
+        raise ValueError(f"lengths needs {batch} numbers from 0 to {tokens}, got {found}{why}")
     for length, rows in groupby(range(batch), key=found.__getitem__):  # neighbours of equal length go together
         members = list(rows)
         if length:
             yield slice(members[0], members[-1] + 1), slice(0, length)
+
+
+def _whole_numbers(name: str, numbers: Sequence[int] | Tensor) -> list[int]:
+    try:
+        return [operator.index(n) for n in (numbers.tolist() if isinstance(numbers, Tensor) else numbers)]
+    except TypeError:
+        raise ValueError(f"{name} needs whole numbers, in one dimension, got {numbers}") from None
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -372,6 +384,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, start: int, padding: str) -> None:
         )
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(f"q, k and v need one dtype and device, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.dtype not in _DTYPES:
+        raise ValueError(f"q, k and v need one of {', '.join(map(str, _DTYPES))}, got {q.dtype}")
     if start < 0:
         raise ValueError(f"start must be a position, got {start}")
     if padding not in ("exact", "zero_key"):

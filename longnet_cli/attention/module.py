@@ -87,6 +87,8 @@ class DilatedAttention(nn.Module):
         if need_weights:
             raise ValueError("dilated attention never holds its weights: pass need_weights=False")
         if query.is_nested:
+            if not (query is key and key is value) or key_padding_mask is not None or attn_mask is not None:
+                raise ValueError("a nested query has its lengths and attends to itself: no other key, value or mask")
             return self._nested(query, is_causal), None
         if query.dim() != 3 or query.shape != key.shape or query.shape != value.shape:
             raise ValueError(
@@ -95,7 +97,9 @@ class DilatedAttention(nn.Module):
             )
         if attn_mask is not None:
             _check_causal(attn_mask, query.shape[1], is_causal)
-        lengths = None if key_padding_mask is None else true_lengths(_is_padding(key_padding_mask).logical_not())
+        lengths = None
+        if key_padding_mask is not None:
+            lengths = true_lengths(_is_padding(key_padding_mask, query.shape[:2]).logical_not())
         heads = (self.num_heads, self.head_dim)
         q, k, v = (x.unflatten(-1, heads) for x in self._project(query, key, value))  # (B, N, H, D) views
         mixed = dilated_attention(q, k, v, self.pattern, causal=is_causal, lengths=lengths, padding=self.padding)
@@ -135,10 +139,10 @@ def true_lengths(tokens: Tensor) -> Tensor:
     return lengths
 
 
-def _is_padding(mask: Tensor) -> Tensor:
-    """Of a key padding mask, boolean or with the -inf that torch's own layers make of it."""
-    if mask.dim() != 2:
-        raise ValueError(f"key_padding_mask needs (batch, tokens), got {tuple(mask.shape)}")
+def _is_padding(mask: Tensor, shape: torch.Size) -> Tensor:
+    """Of a key padding mask of (batch, tokens), boolean or with the -inf that torch's own layers make of it."""
+    if mask.shape != shape:
+        raise ValueError(f"key_padding_mask needs {tuple(shape)}, (batch, tokens), got {tuple(mask.shape)}")
     if mask.dtype is torch.bool:
         return mask
     padding = mask == float("-inf")

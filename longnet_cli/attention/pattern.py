@@ -16,6 +16,7 @@ one sequence), so that nothing is ever gathered or padded.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,8 +48,11 @@ class Pattern:
     head_offsets: HeadOffsets = "modulo"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "segment_lengths", tuple(int(w) for w in self.segment_lengths))
-        object.__setattr__(self, "dilation_rates", tuple(int(r) for r in self.dilation_rates))
+        for name in ("segment_lengths", "dilation_rates"):
+            try:
+                object.__setattr__(self, name, tuple(map(operator.index, getattr(self, name))))
+            except TypeError:
+                raise ValueError(f"{name} needs whole numbers, got {getattr(self, name)!r}") from None
         if not self.segment_lengths or len(self.segment_lengths) != len(self.dilation_rates):
             raise ValueError(
                 "segment_lengths and dilation_rates need one entry a level, "

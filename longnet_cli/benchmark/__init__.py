@@ -2,7 +2,7 @@
 
 from longnet_cli.attention.pattern import attention_flops
 
-from .job import DIRECTIONS, OPS, bench, impls_of, machine
+from .job import DIRECTIONS, OPS, bench, directions_of, impls_of, machine
 from .measurement import Case, Measurement, Stream
 from .settings import Settings
 
@@ -15,6 +15,7 @@ __all__ = [
     "Stream",
     "attention_flops",
     "bench",
+    "directions_of",
     "impls_of",
     "machine",
 ]

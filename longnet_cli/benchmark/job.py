@@ -13,7 +13,7 @@ import datetime
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +39,7 @@ OPS: dict[str, Callable[[Settings, str, str, int], Case]] = {
 }
 _IMPLS = {"attention": ("dilated", "dense", "kernels"), "loop": ("train", "bare")}
 DIRECTIONS = ("forward", "backward")
+_ONE_DIRECTION = {"model": ("forward",), "train": ("backward",), "loop": ("backward",)}  # of a net, not of attention
 
 _PROBE_SEQ = 2048  # tokens of the run that estimates a long one
 _LONG_FLOPS = 10**11  # a second or so on a slow CPU: from here on an estimate is worth a probe
@@ -52,7 +53,7 @@ def bench(
     *,
     op: str = "attention",
     impls: Sequence[str] | None = None,
-    directions: Sequence[str] = DIRECTIONS,
+    directions: Sequence[str] | None = None,
     repeats: int = 3,
     max_time: float | None = None,
     max_dense_time: float | None = None,
@@ -63,8 +64,8 @@ def bench(
     """Measure every combination of `seqs` (tokens), `directions` and `impls`, in that order of nesting.
 
     op: attention, of random queries, keys and values; model, tokens in and their loss out; train, tokens in and the
-        gradients out; loop, steps of training. These have one direction, whatever `directions` says. exchange, keys and
-        values between several ranks, which all call this and get the same rows.
+        gradients out; loop, steps of training. These have one direction. exchange, keys and values between several
+        ranks, which all call this and get the same rows.
     impls: dilated (ours), dense (torch's), kernels (the kernel calls that dilated makes, without what it does between);
         of loop, train (the whole training loop) and bare (its gradients and updates alone). By default the first two.
     settings: those of `Settings.resolve`. A causal forward of a million tokens or more, or of more than `chunk`, is
@@ -80,15 +81,15 @@ def bench(
     if op not in OPS:
         raise ConfigError(f"unknown op {op!r}: choose from {', '.join(OPS)}")
     impls = impls_of(op)[:2] if impls is None else impls
+    directions = directions_of(op) if directions is None else directions
     for what, given, known in (
         (f"implementation of --op {op}", impls, impls_of(op)),
-        ("direction", directions, DIRECTIONS),
+        (f"direction of --op {op}", directions, directions_of(op)),
     ):
         for name in given:
             if name not in known:
                 raise ConfigError(f"unknown {what} {name!r}: choose from {', '.join(known)}")
-    if op in ("model", "train", "loop"):
-        directions = ["forward" if op == "model" else "backward"]
+    _refuse_what_does_nothing(op, settings)
     world = settings["ranks"].world if settings.get("ranks") else 1
     if (op == "exchange") != (world > 1):
         one, several = "--op exchange takes several processes", f"--op {op} measures one process, not {world}"
@@ -103,6 +104,20 @@ def bench(
 
     limits = _Limits(found.device, repeats, max_time, max_dense_time, found.ranks.largest)
     return _measure_all(make, order, limits, on_start, on_tokens)
+
+
+def _refuse_what_does_nothing(op: str, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting that the rows would not show."""
+    given = [name for name in ("heads", "head_dim", "layers", "vocab") if settings.get(name) is not None]
+    if settings.get("model") is None:
+        given = []
+    elif op not in _ONE_DIRECTION:
+        raise ConfigError(f"--op {op} has no model: --model is for --op {', '.join(_ONE_DIRECTION)}")
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{names}: a saved model has its own, leave it out or leave out --model")
+    if op in _ONE_DIRECTION and not settings.get("causal", True):
+        raise ConfigError(f"--op {op} runs causal language models: --bidirectional is for --op attention and exchange")
 
 
 def machine(device: str = "auto", dtype: str = "auto", head_dim: int = 64) -> dict[str, str]:
@@ -122,6 +137,11 @@ def machine(device: str = "auto", dtype: str = "auto", head_dim: int = 64) -> di
 def impls_of(op: str) -> tuple[str, ...]:
     """The implementations of an op, of which the first two are compared by default."""
     return _IMPLS.get(op, ("dilated", "dense"))
+
+
+def directions_of(op: str) -> tuple[str, ...]:
+    """The directions of an op: attention's two, or the one that a net is run in."""
+    return _ONE_DIRECTION.get(op, DIRECTIONS)
 
 
 class _Limits:

@@ -116,7 +116,8 @@ def measure_stream(
 ) -> Iterator[Measurement]:
     """Run the sequence to its end: a row for each decade of positions as it is passed, and the whole one at last.
 
-    At the deadline and at Ctrl-C the run ends as "stopped", with what was measured until then.
+    At the deadline and at Ctrl-C the run ends as "stopped", with what was measured until then; so it does, as "oom",
+    where memory runs out.
     """
     row, total = case.row, case.row.seq
     chunk = row.chunk or total
@@ -125,16 +126,17 @@ def measure_stream(
 
     def measured(first: int, last: int, seconds: float, cpu: float, **more: object) -> Measurement:
         flops = case.flops_to(last) - case.flops_to(first)
-        rates = {"tokens_per_second": (last - first) / seconds, "flops_per_second": flops / seconds}
+        rates = {"tokens_per_second": row.batch * (last - first) / seconds, "flops_per_second": flops / seconds}
         values = {"status": "ok", "seconds": seconds, "cpu_seconds": cpu, "peak_rss_bytes": peak.bytes, **rates, **more}
         return replace(row, **values)  # type: ignore[arg-type]
 
+    position, decade, passed = 0, FIRST_DECADE, (0, 0.0, 0.0)  # where and when the decade began: clock, threads
+    begin, threads = time.perf_counter(), time.process_time()
     with PeakMemory(device) as peak:
-        case.start()(chunk)  # warm-up
-        run = case.start()
-        position, decade, passed = 0, FIRST_DECADE, (0, 0.0, 0.0)  # where and when the decade began: clock, threads
-        begin, threads = time.perf_counter(), time.process_time()
         try:
+            case.start()(chunk)  # warm-up
+            run = case.start()
+            begin, threads = time.perf_counter(), time.process_time()
             while position < total:
                 # a chunk ends where a decade does, and the next one where it would have ended
                 size = min(chunk - position % chunk, min(decade, total) - position)
@@ -153,10 +155,16 @@ def measure_stream(
                     break
         except KeyboardInterrupt as error:
             status, reason, interrupted = "stopped", f"interrupted after {position} tokens", error
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            status, reason = "oom", f"memory ran out after {position} tokens"
         now, spent = time.perf_counter() - begin, time.process_time() - threads
     if position:
         part = {} if position == total else {"start": 0, "stop": position}
         yield measured(0, position, now, spent, status=status, reason=reason, **part)
+    elif status == "oom":
+        yield replace(row, status=status, reason=reason)
     if interrupted:
         raise interrupted
 

@@ -51,11 +51,9 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
     row = net.row("model", direction)
     if chunk == seq:
         return Case(row, s.batch * seq, net.flops(seq), 0, net.memory(chunk), start)
-    c = net.config
-    numbers = 2 * s.batch * c.num_layers * c.num_heads * c.head_dim * c.pattern.cache_rows
-    cache = numbers * DTYPES[s.dtype].itemsize
+    cache = net.cache_bytes()
     row = replace(row, chunk=chunk, cache_bytes=cache)
-    return Stream(row, s.batch * seq, net.flops(seq), 0, net.memory(chunk) + cache, start, net.flops)
+    return Stream(row, s.batch * seq, net.flops(seq), 0, net.memory(chunk) + (cache or 0), start, net.flops)
 
 
 def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
@@ -107,6 +105,12 @@ class _Net:
         c, tokens = self.config, self.s.batch * chunk
         logits = min(tokens * c.vocab_size, LOGITS_LIMIT)
         return 4 * (tokens * (10 * c.dim + 2 * c.ffn_dim) + 2 * logits + self.parameters)
+
+    def cache_bytes(self) -> int | None:
+        """Of the rows of open segments, whatever the sequence; None where something else remembers."""
+        s, c = self.s, self.config
+        numbers = 2 * s.batch * c.num_layers * c.num_heads * c.head_dim * c.pattern.cache_rows
+        return numbers * DTYPES[s.dtype].itemsize
 
     def row(self, op: str, direction: str) -> Measurement:
         s, c = self.s, self.config
@@ -167,6 +171,9 @@ class _OfTransformers(_Net):
     def build(self) -> Net:
         return self.net
 
+    def cache_bytes(self) -> int | None:
+        return super().cache_bytes() if self.net.config.memory == "segments" else None
+
     def row(self, op: str, direction: str) -> Measurement:
         row = super().row(op, direction)
         return row if self.impl == "dilated" else replace(row, kernel="sdpa", pattern=None)
@@ -197,10 +204,9 @@ def _net(s: Settings, impl: str, seq: int) -> _Net:
 def _config(s: Settings, seq: int) -> LongNetConfig:
     if s.model is None:
         pattern, dim = s.pattern_for(seq), s.heads * s.head_dim
-        return LongNetConfig(
-            vocab_size=s.vocab, dim=dim, num_layers=s.layers, num_heads=s.heads, ffn_dim=4 * dim, position="rope",
-            segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates,
-        )  # fmt: skip
+        shape = {"dim": dim, "num_layers": s.layers, "num_heads": s.heads, "ffn_dim": 4 * dim, "vocab_size": s.vocab}
+        levels = {"segment_lengths": pattern.segment_lengths, "dilation_rates": pattern.dilation_rates}
+        return parse_config({**shape, **levels, "position": "rope"}, "a model with random weights")
     config = load_config(find_model(str(s.model)))
     if not config.causal or not config.vocab_size:
         raise ConfigError(f"{s.model}: --op model runs causal language models")

@@ -48,19 +48,20 @@ class Settings:
         causal: bool = True,
         pattern: Pattern | str | None = None,
         base: int | None = None,
-        ratio: int = 2,
+        ratio: int | None = None,
         dtype: str = "auto",
         device: str = "auto",
         chunk: int | None = None,
-        layers: int = 2,
-        vocab: int = 256,
+        layers: int | None = None,
+        vocab: int | None = None,
         model: str | Path | None = None,
         ranks: Ranks | None = None,
     ) -> Settings:
         """Fill in what is None: the paper's 12 heads of 64 and its pattern, or what suits long sequences.
 
         From a sequence of LONG tokens on the pattern is geometric, and on a CPU the shape is 2 heads of 32 from a
-        segment of 256, with which a billion tokens take two cores less than half an hour. Raises ConfigError.
+        segment of 256, with which a billion tokens take two cores less than half an hour. A `base` or `ratio` asks for
+        a geometric pattern. Raises ConfigError.
         """
         if isinstance(pattern, str) and pattern not in ("paper", "geometric"):
             raise ConfigError(f"unknown pattern {pattern!r}: choose from paper, geometric")
@@ -71,7 +72,14 @@ class Settings:
         small = long and where.type == "cpu"
         heads = heads if heads is not None else 2 if small else 12
         head_dim = head_dim if head_dim is not None else 32 if small else 64
+        if base is not None or ratio is not None:
+            pattern = pattern or "geometric"
+            if pattern != "geometric":
+                raise ConfigError("base and ratio are of a geometric pattern, not of another")
         base = base if base is not None else 256 if small else 2048
+        ratio = ratio if ratio is not None else 2
+        layers = layers if layers is not None else 2
+        vocab = vocab if vocab is not None else 256
         asked = pattern is not None
         pattern = pattern or ("geometric" if long else "paper")
         if min(*seqs, heads, head_dim, batch, base, layers, vocab, 1 if chunk is None else chunk) < 1 or ratio < 2:

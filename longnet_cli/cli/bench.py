@@ -74,14 +74,15 @@ def bench(
         ),
     ] = None,
     direction: Annotated[
-        Sequence[str],
+        Sequence[str] | None,
         typer.Option(
             "--direction",
             parser=_names,
             metavar="forward,backward",
             help="backward is timed alone, without its forward.",
+            show_default="forward; of --op train and loop, backward",
         ),
-    ] = ("forward",),
+    ] = None,
     pattern: Annotated[
         str | None,
         typer.Option(
@@ -99,7 +100,10 @@ def bench(
             show_default="2048; on a CPU, 256 from 1e6 tokens on",
         ),
     ] = None,
-    ratio: Annotated[int, typer.Option("--ratio", min=2, metavar="N", help="Growth of a geometric pattern.")] = 2,
+    ratio: Annotated[
+        int | None,
+        typer.Option("--ratio", min=2, metavar="N", help="Growth of a geometric pattern.", show_default="2"),
+    ] = None,
     segment_lengths: Annotated[
         Sequence[int] | None, sizes_option("--segment-lengths", help="Levels of your own, with --dilation-rates.")
     ] = None,
@@ -125,11 +129,15 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", metavar="NAME|DIR", help="For --op model and train.", show_default="random weights"
+            "--model", "-m", metavar="NAME|DIR", help="For --op model, train and loop.", show_default="random weights"
         ),
     ] = None,
-    layers: Annotated[int, typer.Option("--layers", min=1, help="Of a model with random weights.")] = 2,
-    vocab: Annotated[int, size_option("--vocab", help="Of a model with random weights.")] = 256,
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Of a model with random weights.", show_default="2")
+    ] = None,
+    vocab: Annotated[
+        int | None, size_option("--vocab", help="Of a model with random weights.", show_default="256")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")] = 1,
     causal: Annotated[bool, typer.Option("--causal/--bidirectional", help="Who sees whom.")] = True,
     nproc: NprocOption = None,
@@ -163,7 +171,7 @@ def bench(
         from longnet_cli.runtime.launch import start_ranks
 
         start_ranks(nproc)
-    from longnet_cli.benchmark import Measurement, Settings, Stream, impls_of, machine
+    from longnet_cli.benchmark import Measurement, Settings, Stream, directions_of, impls_of, machine
     from longnet_cli.benchmark import bench as run
     from longnet_cli.runtime.launch import join, leave
 
@@ -181,6 +189,7 @@ def bench(
             say(f"{_title(case.row)}: {about}{format_bytes(case.memory_bytes)} of memory")
 
     seqs, impls = seq or DEFAULT_SEQ, impl if impl is not None else impls_of(op)[:2]
+    directions = direction if direction is not None else directions_of(op)[:1]
     shape: dict[str, Any] = {
         "heads": heads,
         "head_dim": head_dim,
@@ -201,7 +210,7 @@ def bench(
         seqs,
         op=op,
         impls=impls,
-        directions=direction,
+        directions=directions,
         repeats=repeats,
         max_time=DEFAULT_MAX_TIME if max_time is None and seq is None else max_time,
         max_dense_time=max_dense_time,
@@ -219,10 +228,10 @@ def bench(
         say(", ".join([*machine(device, dtype, settings.head_dim).values(), _shape(op, settings)]))
     streamed = (
         sum(n for n in seqs if settings.streams(n))
-        if op in ("attention", "model") and "dilated" in impls and "forward" in direction
+        if op in ("attention", "model") and "dilated" in impls and "forward" in directions
         else 0
     )
-    total, unit = (streamed, "tok") if streamed else (len(seqs) * len(impls) * len(direction), "rows")
+    total, unit = (streamed, "tok") if streamed else (len(seqs) * len(impls) * len(directions), "rows")
     columns = [field.name for field in dataclasses.fields(Measurement)]
     if format == "md":
         more = ["stop"] if streamed else ["bytes"] if op == "exchange" else []

@@ -104,6 +104,8 @@ def encode(
     in_folder = is_folder(output)
     if resume and not in_folder:
         raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
+    if shard_rows is not None and not in_folder:
+        raise ConfigError(f"{output}: --shard-rows is for a folder of shards: a single file or stream has no parts")
     earlier = run_to_resume(output, resume=resume) if in_folder else None
 
     net, words, bos = load_model(

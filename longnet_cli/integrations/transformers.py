@@ -15,7 +15,7 @@ DynamicCache and is exact. Layers that the model itself limits to a sliding wind
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -83,6 +83,8 @@ def pattern_of(config: Any) -> Pattern:
             'the model\'s config has no dilated_attention: {"segment_lengths": [...], "dilation_rates": [...]}; '
             "call use_dilated_attention(model, pattern)"
         )
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"dilated_attention in the model's config: a table of levels is needed, got {found!r}")
     try:
         return Pattern(**found)
     except (TypeError, ValueError) as error:

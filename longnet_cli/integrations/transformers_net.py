@@ -40,7 +40,7 @@ _CACHE_NAMES = ("cache", "past_key_values")  # what forward calls it, and called
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
 _NOTES = {
     "segments": None,
-    "cache": "it keeps all keys of a document, so that memory grows with it: not all of its layers are dilated",
+    "cache": "it keeps all keys of a document, so that memory grows with it: not all of its layers take far keys",
     "none": "it reads each document in one forward, whatever --chunk",
 }
 
@@ -190,8 +190,9 @@ def load_transformers(
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from None
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{folder}: weights are missing, {missing[0]} among {len(missing)}")
+    for what, names in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"])):
+        if names:
+            raise CheckpointError(f"{folder}: weights are {what}, {min(names)} among {len(names)}")
     if wrong := sorted(report["mismatched_keys"]):
         name, found, needed = wrong[0]
         raise CheckpointError(f"{folder}: {name} has shape {tuple(found)}, its configuration needs {tuple(needed)}")
@@ -245,7 +246,8 @@ def _facts(model: hf.PreTrainedModel, attention: AttentionKind) -> TransformersC
     name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{name} is an encoder-decoder: longnet takes decoders and encoders")
-    directions = {module.is_causal for module in model.base_model.modules() if hasattr(module, "is_causal")}
+    causal = getattr(config, "is_causal", True) is not False  # False makes a decoder look in both directions
+    directions = {causal and module.is_causal for module in model.base_model.modules() if hasattr(module, "is_causal")}
     sizes = [getattr(config, key, None) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
     if len(directions) != 1 or None in sizes or not isinstance(model.get_input_embeddings(), nn.Embedding):
         raise ConfigError(f"{name} is not a text Transformer with one kind of attention, causal or not")
