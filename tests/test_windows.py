@@ -129,10 +129,10 @@ def runs(draw):
 def take(run, count, rows=1, world=1, state=None):
     """The first `count` windows after `state`, as `world` ranks of `rows` see them, and the state after each batch."""
     sources, seq_len, seed, weights = run
-    ranks = [
-        TokenWindows(sources, seq_len, rows, seed, weights=weights, rank=d, world=world, state=state)
-        for d in range(world)
-    ]
+    ranks = [TokenWindows(sources, seq_len, rows, seed, weights=weights, rank=d, world=world) for d in range(world)]
+    for windows in ranks:
+        if state is not None:
+            windows.resume(state)
     found, states = [], []
     for batches in islice(zip(*ranks, strict=True), -(-count // (rows * world))):
         assert all(after == batches[0][1] for _, after in batches)  # the same on every rank
@@ -266,7 +266,9 @@ def test_a_batch_and_its_state():
 def test_a_state_far_into_a_run_is_reached_at_once():
     source = stream(1000)
     state = TokenWindows([source], 8, 1, seed=0).state(10**15) | {"step": 10**15 + 3}
-    batch, after = next(iter(TokenWindows([source], 8, 2, seed=0, state=state)))
+    windows = TokenWindows([source], 8, 2, seed=0)
+    windows.resume(state)
+    batch, after = next(iter(windows))
     assert batch.shape == (2, 9)
     assert (after["step"], after["epoch"]) == (10**15 + 5, (10**15 + 5) // 125)
 
@@ -285,11 +287,12 @@ def test_a_state_far_into_a_run_is_reached_at_once():
 )
 def test_a_state_of_another_run_is_refused(change, error, message):
     state = TokenWindows([stream(100)], 8, 1, seed=0).state(7)
-    TokenWindows([stream(100)], 8, 1, seed=0, state=state)
+    windows = TokenWindows([stream(100)], 8, 1, seed=0)
+    windows.resume(state)
     with pytest.raises(error, match=message):
-        TokenWindows([stream(100)], 8, 1, seed=0, state=state | change)
+        windows.resume(state | change)
     with pytest.raises(ConfigError):
-        TokenWindows([stream(100)], 8, 1, seed=0, state={"seed": 0})
+        windows.resume({"seed": 0})
 
 
 def test_too_little_data_and_wrong_arguments():

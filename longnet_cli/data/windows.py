@@ -193,15 +193,11 @@ class TokenWindows:
         weights: Sequence[float] = (1.0,),
         rank: int = 0,
         world: int = 1,
-        state: Mapping[str, Any] | None = None,
     ) -> None:
         """`rows` are those of one rank; `weights`, one a source, need not sum to 1.
 
-        `rank` of `world` counts data-parallel ranks. `state` is one that a batch came with: the next batch is the one
-        after it; the time that takes does not grow with its step.
-
-        Raises ConfigError for arguments that do not fit together or a state of another version, seed, seq_len or mix,
-        DataError for a source without a whole window, or when the data changed since the state was saved.
+        `rank` of `world` counts data-parallel ranks. Raises ConfigError for arguments that do not fit together,
+        DataError for a source without a whole window.
         """
         if seq_len < 1 or rows < 1:
             raise ConfigError(f"seq_len and rows must be 1 or more, not {seq_len} and {rows}")
@@ -227,8 +223,6 @@ class TokenWindows:
             "tokens": [len(stream) for stream in sources],
         }
         self.seed, self.step = seed, 0
-        if state is not None:
-            self.resume(state)
         self._epochs = [self._epoch(source, 0) for source in range(len(sources))]
 
     def __iter__(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
@@ -272,7 +266,10 @@ class TokenWindows:
         return _Epoch((self.seed, source, epoch), len(self.sources[source]), self.seq_len)
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on after the batch that a state of this run came with; errors as for `__init__`."""
+        """Go on after the batch that a state of this run came with; the time that takes does not grow with its step.
+
+        Raises ConfigError for a state of another version, seed, seq_len or mix, DataError where the data changed.
+        """
         step = state.get("step")
         if state.get("version") != STATE_VERSION or not isinstance(step, int) or step < 0:
             raise ConfigError(f"not a data position of version {STATE_VERSION}: {dict(state)}")

@@ -97,11 +97,6 @@ class Exchange:
         """This rank's part of the chunk's tokens."""
         return slice(self.edges[self.rank] - self.edges[0], self.edges[self.rank + 1] - self.edges[0])
 
-    def bytes_sent(self, batch: int, head_dim: int, itemsize: int) -> int:
-        """What one layer puts on the wire here, forward or backward: no function of the sequence's length."""
-        rows = sum(parcel.rows for parcels in self.sent for parcel in parcels)
-        return 2 * batch * rows * self.num_heads * head_dim * itemsize
-
     def __call__(self, layer: int, k: Tensor, v: Tensor) -> list[FarKeys]:
         """This layer's keys and values (B, n, H, D) out, the far keys of the shard in: a `FarProvider`."""
         return self.run(k, v)[0]
