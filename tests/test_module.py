@@ -22,7 +22,6 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
 LATER = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
 AS_FLOAT = torch.zeros(TOKENS, TOKENS).masked_fill(LATER, float("-inf"))
 PADDING = torch.arange(TOKENS) >= torch.tensor([[TOKENS], [21], [1]])
-NESTED = torch.nested.nested_tensor([torch.zeros(5, 24), torch.zeros(3, 24)])
 
 
 def pair(dtype: torch.dtype = torch.float32, bias: bool = True, pattern: Pattern = FULL):
@@ -148,14 +147,21 @@ def test_causal_mask_through_torchs_encoder() -> None:
         ({"key_padding_mask": PADDING[0]}, r"\(batch, tokens\)"),
         ({"key_padding_mask": torch.zeros(2, TOKENS - 1, dtype=torch.bool)}, r"needs \(2, 37\), .* got \(2, 36\)"),
         ({"key_padding_mask": torch.zeros(3, TOKENS, dtype=torch.bool)}, r"needs \(2, 37\), .* got \(3, 37\)"),
-        ({"query": NESTED}, "attends to itself"),
-        ({"query": NESTED, "key": NESTED, "value": NESTED, "key_padding_mask": PADDING}, "attends to itself"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(options: dict, message: str) -> None:
     x = torch.zeros(2, TOKENS, 24)
     with pytest.raises(ValueError, match=message):
         DilatedAttention(24, 4, FULL)(**({"query": x, "key": x, "value": x} | options))
+
+
+def test_a_nested_query_attends_to_itself_alone() -> None:
+    attention, x = DilatedAttention(24, 4, FULL), torch.nested.nested_tensor([torch.zeros(5, 24), torch.zeros(3, 24)])
+    attention(x, x, x)
+    other = torch.zeros(2, 5, 24)
+    for arguments in ((x, other, other), (x, x, x, PADDING[:2]), (x, x, x, None, False, LATER)):
+        with pytest.raises(ValueError, match="attends to itself"):
+            attention(*arguments)
 
 
 @pytest.mark.parametrize(
