@@ -18,7 +18,8 @@ from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime.device import matmul_peak, precision
 from longnet_cli.runtime.launch import Ranks
-from longnet_cli.training.estimate import estimate, flops_per_token, memory_by_kind, saved_bytes
+from longnet_cli.training.estimate import estimate, executed_flops, flops_per_token, memory_by_kind, saved_bytes
+from longnet_cli.training.gradients import _forwards, document_starts
 from longnet_cli.training.recipe import Recipe, load_recipe
 
 CPU = torch.device("cpu")
@@ -153,6 +154,38 @@ def test_what_a_chunk_and_a_cache_take() -> None:
     two = Ranks(0, 2, 2)
     shared = memory_by_kind(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=512), CPU, two)
     assert shared == whole | {kind: whole[kind] // 2 for kind in ("activations", "logits")} | {"checkpoint": 0}
+
+
+def test_documents_of_several_windows_fill_a_chunk() -> None:
+    """The largest forward that packing makes of short documents is what the activations are counted for."""
+    stage = {"seq_len": 1000, "steps": 1}
+    packed, apart = (
+        memory_by_kind(
+            recipe(MODEL, stages=[stage], chunk=1600, batch_tokens=4000, across_documents=across), CPU, Ranks()
+        )["activations"]
+        for across in (False, True)
+    )
+    ids = torch.zeros(4, 1000, dtype=torch.int64)
+    ids[:, ::37] = 1
+    forwards = _forwards(document_starts(ids, 1), 1000, 1600)
+    largest = max(sum(stop - start for row in each.rows for _, start, stop in row) for each in forwards)
+    assert 1500 < largest <= 1600
+    assert packed == 1.6 * apart
+
+
+def test_the_last_chunk_alone_is_not_computed_again() -> None:
+    stages = [{"seq_len": 1024, "steps": 1}]
+    whole, halves, uneven = (
+        estimate(recipe(MODEL, stages=stages, chunk=chunk, batch_tokens=1024), CPU).flops for chunk in (1024, 512, 1023)
+    )
+    assert (uneven - whole) / (halves - whole) == pytest.approx(2 * 1023 / 1024)
+
+
+def test_short_documents_have_little_attention() -> None:
+    config = LongNetConfig(**MODEL)
+    whole, apart = executed_flops(config, [512]), executed_flops(config, [32] * 16)
+    assert whole == 512 * flops_per_token(config, 512)
+    assert apart == 512 * flops_per_token(config, 32) < whole
 
 
 def test_muon_keeps_one_number_for_a_matrix() -> None:

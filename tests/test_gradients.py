@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import IGNORED
-from longnet_cli.training.gradients import backward
+from longnet_cli.training.gradients import backward, document_starts
 
 EOS = 49
 
@@ -52,7 +52,7 @@ def test_documents_of_a_window_do_not_see_each_other(
     loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    found = backward(model, ids, targets, chunk=max(chunk, tokens // 10), eos_id=EOS)
+    found = backward(model, ids, targets, chunk=max(chunk, tokens // 10), starts=document_starts(ids, EOS))
     assert error(found, loss.detach()) <= 1e-12
     floor = max(x.norm().item() for x in expected)
     for a, b in zip(gradients(model), expected, strict=True):

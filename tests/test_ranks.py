@@ -32,7 +32,7 @@ from longnet_cli.runtime.chunks import CausalStream
 from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.layerwise import hidden_in_chunks
 from longnet_cli.runtime.ranks import Exchange, even_edges
-from longnet_cli.training.gradients import backward
+from longnet_cli.training.gradients import backward, document_starts
 from longnet_cli.training.tokens import StoredTokens
 
 EOS = 49
@@ -231,11 +231,12 @@ def training_in_shards(dtype: torch.dtype) -> None:
         ids, targets = draw(batch, tokens, seed).clamp_(max=EOS - 1), draw(batch, tokens, seed + 9)
         for _ in range(pick.choice([0, 2, 9])):
             ids[pick.randrange(batch), pick.randrange(tokens)] = EOS
-        eos_id = pick.choice([EOS, None]) if seed else None
-        loss = backward(model, ids, targets, chunk=10_000, eos_id=eos_id)
+        cut = seed > 0 and pick.choice([True, False])
+        loss = backward(model, ids, targets, chunk=10_000, starts=document_starts(ids, EOS) if cut else None)
         expected = [p.grad for p in model.parameters()]
         model.zero_grad()
-        part = backward(model, ids, targets, chunk=chunk, eos_id=eos_id, group=dist.group.WORLD)
+        starts = document_starts(ids, EOS, dist.group.WORLD) if cut else None
+        part = backward(model, ids, targets, chunk=chunk, starts=starts, group=dist.group.WORLD)
         dist.all_reduce(part)
         floor = 0.1 * max(g.double().norm().item() for g in expected)
         assert off(part, loss, 0) <= TOLERANCE[dtype][0] * 10
@@ -257,12 +258,13 @@ def slices_of_stored_windows(chunk: int) -> None:
     document = Document(draw(1, 2 * 300).clamp_(max=EOS - 1)[0].numpy())
     batch, _ = next(iter(TokenWindows([TokenStream([document], EOS)], 240, 2, seed=0)))
     whole = torch.from_numpy(batch.read_all())
-    loss = backward(model, whole[:, :-1], whole[:, 1:], chunk=10_000, eos_id=EOS)
+    loss = backward(model, whole[:, :-1], whole[:, 1:], chunk=10_000, starts=document_starts(whole[:, :-1], EOS))
     expected = [p.grad for p in model.parameters()]
     model.zero_grad()
     document.reads.clear()
     stored = [StoredTokens(batch, first, 240, torch.device("cpu")) for first in (0, 1)]
-    part = backward(model, *stored, chunk=chunk, eos_id=EOS, group=dist.group.WORLD)
+    starts = document_starts(stored[0], EOS, dist.group.WORLD)
+    part = backward(model, *stored, chunk=chunk, starts=starts, group=dist.group.WORLD)
     dist.all_reduce(part)
     assert off(part, loss, 0) <= 1e-12
     for p, wanted in zip(model.parameters(), expected, strict=True):

@@ -32,7 +32,7 @@ from longnet_cli.runtime.sharding import (
     whole_tensor,
     whole_weights,
 )
-from longnet_cli.training.gradients import backward
+from longnet_cli.training.gradients import backward, document_starts
 from longnet_cli.training.optimizer import build_optimizers
 from longnet_cli.training.recipe import OptimizerRecipe
 
@@ -47,7 +47,7 @@ def mesh(dp: int) -> Ranks:
     return Ranks(rank, world, sp, groups[rank // sp] if sp > 1 else None)
 
 
-def batch_of_all(pick: random.Random, ranks: Ranks, ignored: str) -> tuple[Tensor, Tensor, int | None]:
+def batch_of_all(pick: random.Random, ranks: Ranks, ignored: str) -> tuple[Tensor, Tensor, list[list[int]] | None]:
     """Windows of documents for all groups together, some with nothing to learn from."""
     rows, tokens, seed = ranks.dp * pick.randint(1, 2), pick.choice([1, 40, pick.randint(1, 160)]), pick.randrange(1000)
     ids, targets = draw(rows, tokens, seed).clamp_(max=EOS - 1), draw(rows, tokens, seed + 9)
@@ -57,7 +57,7 @@ def batch_of_all(pick: random.Random, ranks: Ranks, ignored: str) -> tuple[Tenso
         targets[: rows // ranks.dp] = -100
     elif ignored == "a rank":
         targets[:, : tokens // ranks.sp + 1] = -100
-    return ids, targets, pick.choice([EOS, None])
+    return ids, targets, document_starts(ids, EOS) if pick.choice([True, False]) else None
 
 
 def check_gradients(model: LongNet, expected: LongNet, dtype: torch.dtype, what: str) -> None:
@@ -89,12 +89,12 @@ def steps(dtype: torch.dtype, dp: int) -> None:
         ]
         for step in range(2):
             what = f"problem {seed}, step {step}, rank {ranks.rank}, {'sharded' if sharded else 'whole'}"
-            ids, targets, eos_id = batch_of_all(pick, ranks, ["a group", "a rank", "nothing"][(seed + step) % 3])
+            ids, targets, starts = batch_of_all(pick, ranks, ["a group", "a rank", "nothing"][(seed + step) % 3])
             chunk = pick.randint(3, 90) if chunked else LONGEST
-            loss = backward(alone, ids, targets, chunk=LONGEST, eos_id=eos_id, scale=1 / targets.numel())
+            loss = backward(alone, ids, targets, chunk=LONGEST, starts=starts, scale=1 / targets.numel())
             mine = slice(ranks.dp_rank * len(ids) // dp, (ranks.dp_rank + 1) * len(ids) // dp)
             part = backward(
-                model, ids[mine], targets[mine], chunk=chunk, eos_id=eos_id, scale=1 / targets.numel(),
+                model, ids[mine], targets[mine], chunk=chunk, starts=starts and starts[mine], scale=1 / targets.numel(),
                 group=ranks.group,
             )  # fmt: skip
             sum_gradients(model, ranks, part)
@@ -134,7 +134,7 @@ def counted_collectives() -> None:
     ids[0, 120::7] = 0
     for _ in range(2):
         calls.clear()
-        backward(model, ids, ids, chunk=20, eos_id=EOS, group=dist.group.WORLD)
+        backward(model, ids, ids, chunk=20, starts=document_starts(ids, EOS), group=dist.group.WORLD)
         assert Counter(calls) == {"foreach_all_gather": 4, "foreach_reduce": 4}
         model.zero_grad()
 

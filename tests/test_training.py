@@ -226,10 +226,11 @@ def test_evaluations_do_not_count_in_the_speed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
     log = MetricsLog(None)
     now = 2.0
-    log.add(100, 1.0, 1.0)
+    log.add(100, 600.0, 1.0, 1.0)
     with log.paused():
         now = 50.0
-    assert log.write(1, 0.1, 32, memory=0).tokens_per_second == 50
+    line = log.write(1, 0.1, 32, memory=0, peak=1000.0)
+    assert (line.tokens_per_second, line.mfu) == (50, 0.3)
 
 
 def test_a_second_process_is_kept_out(corpus: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.model import LongNet
-from longnet_cli.training.gradients import backward
+from longnet_cli.training.gradients import backward, document_starts
 from longnet_cli.training.loop import train
 from longnet_cli.training.optimizer import build_optimizers, learning_rate
 from longnet_cli.training.recipe import Recipe, load_recipe
@@ -76,7 +76,7 @@ def side_by_side(recipe: Recipe, folder: Path, device: torch.device) -> tuple[di
             chunk=recipe.train.chunk,
             scale=1 / targets.numel(),
             dtype=recipe.train.dtype,
-            eos_id=256,
+            starts=document_starts(ids, 256),
         )
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
         for optimizer in optimizers:

@@ -6,7 +6,9 @@ were held at one time, which is so whenever a step has more than one chunk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -142,12 +144,17 @@ def _load_all(device: torch.device) -> None:
 
 
 def flops_per_token(config: LongNetConfig, seq_len: int, predicted: float = 1.0) -> float:
-    """Executed FLOPs of a forward and a backward, a token of sequences of `seq_len`; a multiply and an add are two.
+    """Those of `executed_flops`, a token of sequences of `seq_len`."""
+    return executed_flops(config, [seq_len], predicted) / seq_len
+
+
+def executed_flops(config: LongNetConfig, documents: Sequence[int], predicted: float = 1.0) -> float:
+    """FLOPs of a forward and a backward over documents of so many tokens each; a multiply and an add are two.
 
     Of the tokens the share `predicted` has logits.
     """
-    attention = _attention(config, seq_len)
-    return 3 * (_layers(config) + predicted * _vocabulary(config)) + (1 + BACKWARD_FLOPS) * attention
+    attention = sum(_attention(config, length) for length in documents)
+    return 3 * (_layers(config) + predicted * _vocabulary(config)) * sum(documents) + (1 + BACKWARD_FLOPS) * attention
 
 
 def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
@@ -236,17 +243,18 @@ def _rows(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
 
 
 def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
-    """Tokens of one forward on one rank: as `gradients.backward` puts sequences side by side or cuts them."""
-    chunk = recipe.train.chunk * ranks.sp
-    side_by_side = min(max(1, chunk // stage.seq_len), _rows(recipe, stage, ranks))
-    return -(-min(chunk, side_by_side * stage.seq_len) // ranks.sp)
+    """Tokens of one forward on one rank at most: as `gradients.backward` puts sequences side by side or cuts them."""
+    chunk, rows = recipe.train.chunk * ranks.sp, _rows(recipe, stage, ranks)
+    if recipe.train.across_documents:
+        rows = min(max(1, chunk // stage.seq_len), rows)
+    return -(-min(chunk, rows * stage.seq_len) // ranks.sp)  # documents of several windows may fill a chunk
 
 
 def _computed_again(recipe: Recipe, stage: Stage, ranks: Ranks) -> float:
     """FLOPs a token that the backward repeats: the layers of all chunks but the last, logits past their limit."""
     config, chunk = recipe.model, recipe.train.chunk * ranks.sp
-    share = max(0.0, 1 - chunk / stage.seq_len)
-    layers = _layers(config) + _attention(config, stage.seq_len)
+    share = (-(-stage.seq_len // chunk) - 1) * chunk / stage.seq_len
+    layers = _layers(config) + _attention(config, stage.seq_len) / stage.seq_len
     again = share * layers + (layers if recipe.train.activation_checkpointing else 0)
     predicted = recipe.train.predicted
     if _tokens_at_once(recipe, stage, ranks) * predicted * config.vocab_size > LOGITS_LIMIT:
@@ -263,6 +271,10 @@ def _vocabulary(config: LongNetConfig) -> int:
     return 2 * config.dim * config.vocab_size
 
 
-def _attention(config: LongNetConfig, seq_len: int) -> float:
+def _attention(config: LongNetConfig, tokens: int) -> float:
+    """FLOPs of the attention of all layers, a document, forward."""
     c = config
-    return c.num_layers * attention_flops(c.pattern, c.num_heads, c.head_dim, seq_len, c.causal) / seq_len
+    return c.num_layers * _of_a_layer(c.pattern, c.num_heads, c.head_dim, tokens, c.causal)
+
+
+_of_a_layer = lru_cache(maxsize=1 << 16)(attention_flops)  # a step has many documents, of lengths that come again

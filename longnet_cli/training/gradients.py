@@ -30,15 +30,16 @@ def backward(
     chunk: int,
     scale: float = 1.0,
     dtype: str = "fp32",
-    eos_id: int | None = None,
+    starts: Sequence[Sequence[int]] | None = None,
     group: dist.ProcessGroup | None = None,
     on_chunk: Callable[[], None] | None = None,
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
     tokens, targets: (B, N) as for `LongNet.nll`, tensors or of `training.tokens`. At most `chunk` tokens' activations
-    exist at one time. With `eos_id`, which precedes every document, no token attends to another document, and positions
-    count from the document's begin, or the window's where that is later.
+    exist at one time. `starts`: where documents begin in each row, 0 first (`document_starts`): no token attends to
+    another document, and positions count from the document's begin, or the window's where that is later. Without it a
+    row is one.
 
     The ranks of a `group` get the same tokens, of which each reads its slice, and share every sequence, `chunk` tokens
     each: each adds and returns its part, and the whole is the sum over them. `on_chunk` is called after each chunk.
@@ -47,8 +48,7 @@ def backward(
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     chunk *= dist.get_world_size(group) if group else 1
-    starts = [[0] for _ in range(tokens.shape[0])] if eos_id is None else _document_starts(tokens, eos_id, group)
-    forwards = list(_forwards(starts, tokens.shape[1], chunk))
+    forwards = list(_forwards(starts or [[0]] * tokens.shape[0], tokens.shape[1], chunk))
     for index, forward in enumerate(forwards, 1):
         final = index == len(forwards)
         ids, wanted = Pieces(tokens, forward.rows), Pieces(targets, forward.rows)
@@ -102,8 +102,11 @@ class _Forward(NamedTuple):
     documents: list[int] | None
 
 
-def _document_starts(tokens: Tokens, eos_id: int, group: dist.ProcessGroup | None) -> list[list[int]]:
-    """Where documents begin in each window, 0 included. Each rank of a group looks through its slice of them."""
+def document_starts(tokens: Tokens, eos_id: int, group: dist.ProcessGroup | None = None) -> list[list[int]]:
+    """Where documents begin in each row of (B, N) tokens, 0 first: `eos_id` precedes every document.
+
+    Each rank of a `group` looks through its slice of them, and gets all.
+    """
     rows, length = tokens.shape
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
     first, last = even_edges(0, length, world)[rank : rank + 2]
@@ -121,7 +124,7 @@ def _document_starts(tokens: Tokens, eos_id: int, group: dist.ProcessGroup | Non
     return starts
 
 
-def _forwards(starts: list[list[int]], length: int, chunk: int) -> Iterator[_Forward]:
+def _forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> Iterator[_Forward]:
     """Cut windows of `length` tokens into forwards of at most `chunk` tokens, except where one document is longer.
 
     Windows that are one document go side by side, as rows; the documents of the others one after the other, in a row.

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ from longnet_cli.scoring import Score
 
 from .checkpoint import STATE, Checkpoints, checkpoints_in, find_damage, newest_whole, read_state
 from .checks import check_ranks, check_vocabulary
-from .estimate import flops_per_token
+from .estimate import executed_flops
 from .evaluation import evaluate
-from .gradients import backward
+from .gradients import backward, document_starts
 from .masking import mask_tokens
 from .metrics import Metrics, MetricsLog
 from .optimizer import build_optimizers, learning_rate
@@ -264,6 +264,8 @@ class _Run:
         """One optimizer step; the tokens that all ranks read in it. Until the optimizer runs, nothing has changed."""
         recipe, ranks = self.recipe, self.ranks
         ids, targets, count = self._objective(batch, windows, position)
+        rows, length = ids.shape
+        starts = [[0]] * rows if recipe.train.across_documents else document_starts(ids, self.eos_id, ranks.group)
         nll = backward(
             self.model,
             ids,
@@ -271,7 +273,7 @@ class _Run:
             chunk=recipe.train.chunk,
             scale=1 / count,
             dtype=recipe.train.dtype,
-            eos_id=None if recipe.train.across_documents else self.eos_id,
+            starts=starts,
             group=ranks.group,
             # groups may differ in their number of chunks, and between chunks no weight is a share
             on_chunk=self._look if ranks.dp == 1 and not self.sharded else None,
@@ -289,8 +291,10 @@ class _Run:
         self.progress.step += 1
         self.progress.data = position
         self.random = random_state(self.device)
-        seen = math.prod(ids.shape) * ranks.dp
-        self.log.add(seen, loss, norm)
+        documents = [stop - start for row in starts for start, stop in pairwise([*row, length])]
+        flops = executed_flops(recipe.model, documents, recipe.train.predicted)
+        seen = rows * length * ranks.dp
+        self.log.add(seen, flops * ranks.dp, loss, norm)  # other groups' documents are taken to be like these
         return seen
 
     def _objective(self, batch: Batch, windows: TokenWindows, position: dict[str, Any]) -> tuple[Tokens, Tokens, int]:
@@ -351,13 +355,12 @@ class _Run:
         line = None
         if held_out or last or progress.step % train.log_every == 0:
             rate = learning_rate(progress.step - 1, train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
-            flops = flops_per_token(self.recipe.model, stage.seq_len, train.predicted)
             line = self.log.write(
                 progress.step,
                 rate,
                 stage.seq_len,
                 memory=peak_memory(self.device),
-                utilisation=flops / (self.peak * self.ranks.world) if self.peak else None,
+                peak=self.peak * self.ranks.world if self.peak else None,
                 held_out=held_out,
             )
             for tracker in self.trackers:

@@ -18,8 +18,8 @@ from longnet_cli.scoring import Score
 class Metrics:
     """Means over the steps since the last line: loss in nats a token, the gradient's norm before clipping.
 
-    `mfu` is the share of the matrix product rate of all ranks that the net's FLOPs, forward and backward, make; None
-    where that rate is unknown. `held_out_*` are None but at evaluations.
+    `mfu` is the share of the matrix product rate of all ranks that the net's FLOPs, forward and backward, make, over
+    documents as long as they are; None where that rate is unknown. `held_out_*` are None but at evaluations.
     """
 
     step: int
@@ -46,12 +46,15 @@ class MetricsLog:
         self._reset()
 
     def _reset(self) -> None:
-        self.began, self.steps, self.new_tokens, self.loss, self.grad_norm = time.perf_counter(), 0, 0, 0.0, 0.0
+        self.began, self.steps, self.new_tokens = time.perf_counter(), 0, 0
+        self.flops, self.loss, self.grad_norm = 0.0, 0.0, 0.0
 
-    def add(self, tokens: int, loss: float, grad_norm: float) -> None:
+    def add(self, tokens: int, flops: float, loss: float, grad_norm: float) -> None:
+        """A step, of all ranks."""
         self.steps += 1
         self.tokens += tokens
         self.new_tokens += tokens
+        self.flops += flops
         self.loss += loss
         self.grad_norm += grad_norm
 
@@ -71,21 +74,21 @@ class MetricsLog:
         seq_len: int,
         *,
         memory: int,
-        utilisation: float | None = None,
+        peak: float | None = None,
         held_out: Score | None = None,
     ) -> Metrics:
-        """A line for the steps since the last one; `utilisation` is the MFU that one token a second would make."""
-        rate = self.new_tokens / (time.perf_counter() - self.began)
+        """A line for the steps since the last one; `peak` is the matrix product rate of all ranks, in FLOP/s."""
+        seconds = time.perf_counter() - self.began
         line = Metrics(
             step=step,
             tokens=self.tokens,
             loss=self.loss / self.steps,
             lr=lr,
             grad_norm=self.grad_norm / self.steps,
-            tokens_per_second=rate,
+            tokens_per_second=self.new_tokens / seconds,
             seq_len=seq_len,
             peak_memory_bytes=memory,
-            mfu=rate * utilisation if utilisation else None,
+            mfu=self.flops / seconds / peak if peak else None,
         )
         if held_out:
             loss = held_out.nll_sum / held_out.n_tokens
@@ -100,7 +103,7 @@ class MetricsLog:
     def state(self) -> dict[str, Any]:
         """What a run that goes on needs, so that its lines are those of one never stopped (but for the rate)."""
         seconds = time.perf_counter() - self.began
-        names = ("tokens", "lowest", "steps", "new_tokens", "loss", "grad_norm")
+        names = ("tokens", "lowest", "steps", "new_tokens", "flops", "loss", "grad_norm")
         return {"seconds": seconds, **{name: getattr(self, name) for name in names}}
 
     def resume(self, state: dict[str, Any] | None, step: int) -> None:
