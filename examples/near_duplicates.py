@@ -40,7 +40,7 @@ def bound_names(source: str) -> list[str]:
 
 def renamed(source: str, names: dict[str, str]) -> str:
     """The source with other names, wherever a token is one of them."""
-    lines = source.splitlines(keepends=True)
+    lines = io.StringIO(source).readlines()  # the lines of `tokenize`; splitlines cuts at form feeds too
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     for token in reversed(tokens):  # from the end, so that places before it stay where they are
         if token.type == tokenize.NAME and token.string in names and not keyword.iskeyword(token.string):
@@ -70,6 +70,8 @@ def make(folder: str, *files: str) -> None:
             sources["__".join(path.with_suffix("").parts[-2:])] = source, bound_names(source)
         except SyntaxError:
             continue
+    if len(sources) < 2:
+        sys.exit(f"{len(sources)} Python files: two are needed, whose names are exchanged")
     for stem, (source, names) in sources.items():
         pool = sorted({name for other, (_, theirs) in sources.items() if other != stem for name in theirs})
         new = draw.sample(pool, len(names)) if len(pool) >= len(names) else draw.choices(pool, k=len(names))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +91,15 @@ def read_run(path: str | Path) -> Run:
     return Run(named.name or named.resolve().name, lines)  # "." has no name of its own
 
 
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """Several runs, each by its name, or by its path where two have one name."""
+    found = [read_run(path) for path in paths]
+    times = Counter(run.name for run in found)
+    return [
+        run if times[run.name] == 1 else replace(run, name=str(path)) for run, path in zip(found, paths, strict=True)
+    ]
+
+
 def panels(runs: Sequence[Run]) -> list[Panel]:
     """What there is to draw; raises DataError for nothing."""
     found = []
@@ -118,7 +128,8 @@ def draw_picture(runs: Sequence[Run], output: str | Path) -> None:
     figure = Figure(figsize=(7, 2.4 * len(found) + 0.3), layout="constrained")
     for axes, panel in zip(figure.subplots(len(found), sharex=True, squeeze=False)[:, 0], found, strict=True):
         for curve in panel.curves:
-            axes.plot(*zip(*curve.points, strict=True), label=curve.name, linewidth=1.2)
+            marker = "o" if len(curve.points) == 1 else None  # which no line would show
+            axes.plot(*zip(*curve.points, strict=True), label=curve.name, linewidth=1.2, marker=marker)
         axes.set_ylabel(panel.title)
         axes.grid(alpha=0.3)
         if len(panel.curves) > 1:

@@ -12,13 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime.device import matmul_peak, precision
 from longnet_cli.runtime.launch import Ranks
-from longnet_cli.training.estimate import estimate, executed_flops, flops_per_token, memory_by_kind, saved_bytes
+from longnet_cli.training.estimate import (
+    cut_segments,
+    estimate,
+    executed_flops,
+    flops_per_token,
+    memory_by_kind,
+    saved_bytes,
+)
 from longnet_cli.training.gradients import _forwards, document_starts
 from longnet_cli.training.recipe import Recipe, load_recipe
 
@@ -171,6 +180,11 @@ def test_documents_of_several_windows_fill_a_chunk() -> None:
     largest = max(sum(stop - start for row in each.rows for _, start, stop in row) for each in forwards)
     assert 1500 < largest <= 1600
     assert packed == 1.6 * apart
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 400))
+def test_cut_segments(w: int, chunk: int, seq_len: int) -> None:
+    assert cut_segments(w, chunk, seq_len) == len({end // w for end in range(chunk, seq_len, chunk) if end % w})
 
 
 def test_the_last_chunk_alone_is_not_computed_again() -> None:

@@ -44,6 +44,13 @@ def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path: Path) -> 
     assert not module.is_held_out("json/decoder.py")
 
 
+def test_names_are_exchanged_where_they_stand_behind_a_form_feed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module = imported(ROOT / "examples/near_duplicates.py")
+    source = "a = 1\n\f\ndef b(c):\n    return a + c\n"
+    assert module.renamed(source, {"a": "x1", "b": "y", "c": "z"}) == "x1 = 1\n\f\ndef y(z):\n    return x1 + z\n"
+
+
 def test_an_encoder_learns_masked_tokens_and_finds_edited_copies(tmp_path: Path, command_env: dict[str, str]) -> None:
     """The recipe at a small size: below what a net without context reaches, and every file cut short is found."""
 

@@ -1,6 +1,7 @@
 """Proves which files an input names, and in which order."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,52 @@ def test_shards_in_a_folder_are_read_alone_and_in_their_order(tmp_path):
     (tmp_path / "part-2.arrow").unlink()
     with pytest.raises(DataError, match=r"part-2\.arrow: no such file"):
         names(tmp_path)
+
+
+def test_what_longnet_wrote_below_a_folder_is_passed_over_beside_anything_else(tmp_path):
+    for folder, files in {
+        "tokens": ("_manifest.json", "tokens-00000.arrow"),
+        "vectors": ("_unfinished.json", "tokenizer.json"),
+        "run": ("recipe.json", "metrics.jsonl"),
+    }.items():
+        (tmp_path / folder).mkdir()
+        for file in files:
+            (tmp_path / folder / file).write_text("{}")
+    write_stream(tmp_path / "tokens/tokens-00000.arrow", pa.table({"text": ["x"], "doc_id": ["t"]}))
+    assert names(tmp_path) == ["t"]  # there is nothing else
+    (tmp_path / "a.txt").write_text("x")
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_an_output_below_an_input_is_no_input(tmp_path, run_longnet):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    assert run_longnet("tokenize", ".", "-o", "tokens").returncode == 0
+    assert run_longnet("encode", ".", "-o", "vectors", "--shard-rows", "1").returncode == 0
+    again = run_longnet("encode", ".", "-o", "vectors", "--shard-rows", "1", "--resume")
+    assert again.returncode == 0, again.stderr
+    for folder in ("tokens", "vectors"):
+        assert json.loads((tmp_path / folder / "_manifest.json").read_text())["totals"]["documents"] == 2
+
+
+@pytest.mark.parametrize("text", ["[]", "{bad", '{"shards": 3}'])
+def test_a_damaged_manifest_is_named(tmp_path, text):
+    (tmp_path / "_manifest.json").write_text(text)
+    with pytest.raises(DataError, match=r"_manifest\.json: not what was written"):
+        names(tmp_path)
+
+
+def test_an_empty_input_is_an_unset_variable():
+    with pytest.raises(ConfigError, match="an input is empty"):
+        names("")
+
+
+def test_a_name_that_is_not_utf_8_is_named(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.txt"))
+    path.write_text("x")
+    for item in (path, tmp_path):
+        with pytest.raises(DataError, match=r"bad\\udcff\.txt'?: the name is not UTF-8"):
+            names(item)
 
 
 def test_a_dataset_of_splits_asks_for_one(tmp_path):

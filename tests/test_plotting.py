@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.plotting import draw_picture, draw_text, panels, read_run
+from longnet_cli.plotting import Run, draw_picture, draw_text, panels, read_run, read_runs
 
 
 def write_run(folder: Path, steps: range | list[int] = range(10, 110, 10), **more: float) -> Path:
@@ -50,6 +50,22 @@ def test_missing_values_are_gaps(tmp_path: Path) -> None:
     assert [(curve.name, curve.points) for curve in panel.curves] == [
         ("run.jsonl", [(2, 3)]), ("run.jsonl held out", [(2, 4)]),
     ]  # fmt: skip
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+    paths = [write_run(tmp_path / "a/run"), write_run(tmp_path / "b/run"), write_run(tmp_path / "other")]
+    assert [run.name for run in read_runs(paths)] == [str(paths[0]), str(paths[1]), "other"]
+
+
+def test_a_picture_shows_a_curve_of_one_point(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for steps in ([1], [1, 2]):
+        draw_picture([Run("run", [{"step": n, "loss": 2.0} for n in steps])], tmp_path / f"{len(steps)}.svg")
+    circle = "M 0 3"  # of a marker, around its middle
+    assert circle in (tmp_path / "1.svg").read_text()
+    assert circle not in (tmp_path / "2.svg").read_text()
 
 
 @pytest.mark.parametrize(

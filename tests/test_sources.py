@@ -348,6 +348,24 @@ def test_nulls_and_ids_outside_the_vocabulary_are_named(tmp_path, column, place)
         tokens(read(path, vocab_size=257))
 
 
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view(), pa.large_string()])
+def test_doc_ids_of_every_kind_of_text_join_rows(tmp_path, kind):
+    doc_ids = pa.array(["a", "a", "b"]).cast(kind)
+    path = write_file(tmp_path / "x.arrow", pa.table({"text": ["x", "y", "z"], "doc_id": doc_ids}))
+    assert [document.doc_id for document in read(path)] == ["a", "b"]
+
+
+def test_doc_ids_of_another_type_are_named(tmp_path):
+    path = write_file(tmp_path / "x.arrow", pa.table({"text": ["x", "y"], "doc_id": [0.5, 0.5]}))
+    with pytest.raises(DataError, match=r"x\.arrow: doc_id has type double: text or whole numbers are needed"):
+        read(path)
+
+
+def test_a_parquet_column_may_have_a_dot_in_its_name(tmp_path):
+    pq.write_table(pa.table({"tok.ids": [[1, 2], [3]], "tok": [[9], [9]]}), tmp_path / "x.parquet")
+    assert tokens(read(tmp_path / "x.parquet", column="tok.ids")) == [[1, 2], [3]]
+
+
 def test_null_texts_and_doc_ids_are_named(tmp_path):
     with pytest.raises(DataError, match="row 1: the value is null"):
         read(write_file(tmp_path / "x.arrow", pa.table({"text": ["a", None]})))

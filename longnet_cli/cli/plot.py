@@ -23,9 +23,9 @@ def plot(
     ] = None,
 ) -> None:
     """Draw loss, learning rate and speed of training runs: in the terminal, or with -o as a picture."""
-    from longnet_cli.plotting import draw_picture, draw_text, read_run
+    from longnet_cli.plotting import draw_picture, draw_text, read_runs
 
-    found = [read_run(run) for run in runs]
+    found = read_runs(runs)
     if output:
         draw_picture(found, output)
         return

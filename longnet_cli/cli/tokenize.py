@@ -61,7 +61,7 @@ def tokenize(
             "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
         )
     from longnet_cli.data.shards import read_manifest
-    from longnet_cli.tokenizing import SHARD_TOKENS, text_bytes
+    from longnet_cli.tokenizing import text_bytes
     from longnet_cli.tokenizing import tokenize as run
 
     earlier = read_manifest(output) if resume else None
@@ -79,7 +79,7 @@ def tokenize(
             tokenizer=tokenizer,
             train_vocab=train_vocab,
             column=column,
-            shard_tokens=shard_tokens or SHARD_TOKENS,
+            shard_tokens=shard_tokens,
             eos=eos,
             resume=resume,
             on_progress=on_progress,

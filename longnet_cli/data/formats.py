@@ -187,7 +187,7 @@ def _open_parquet(source: Source, file: Any) -> Table:
             yield batch
             index += 1
             seen += batch.num_rows
-        leaves = [leaf for leaf in range(metadata.num_columns) if _root(metadata.schema.column(leaf)) == columns[0]]
+        leaves = [leaf for leaf in range(metadata.num_columns) if _is_of(metadata.schema.column(leaf), columns[0])]
         expected = sum(group.column(leaves[0]).num_values for group in groups)
         # A page that is damaged may hold fewer values than its column says, which Parquet's reader does not mind.
         if (seen, values) != (metadata.num_rows, expected):
@@ -199,10 +199,9 @@ def _open_parquet(source: Source, file: Any) -> Table:
     return Table(source.name, source.where, parquet.schema_arrow, batches, "Parquet")
 
 
-def _root(column: Any) -> str:
-    """The column of a table that a column of Parquet (`input_ids.list.element`) belongs to."""
-    name, *nested = column.path.split(".")
-    return name if nested and column.max_repetition_level else column.path
+def _is_of(column: Any, name: str) -> bool:
+    """Whether a column of Parquet (`input_ids.list.element`) belongs to a table's column, whose name may have dots."""
+    return column.path == name or (column.max_repetition_level > 0 and column.path.startswith(f"{name}."))
 
 
 def _leaf_values(column: pa.Array) -> int:

@@ -43,8 +43,19 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     if sum(str(item) == "-" for item in inputs) > 1:
         raise ConfigError("stdin (-) can be read only once")
     found = [source for item in inputs for source in _expand(str(item), in_list=False)]
+    for source in found:
+        if not _is_utf8(source.where):
+            raise DataError(f"{source.where!a}: the name is not UTF-8: rename it")
     times = Counter(source.name for source in found)
     return [source if times[source.name] == 1 else replace(source, name=source.where) for source in found]
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def fingerprint(inputs: Sequence[str | Path]) -> str:
@@ -58,6 +69,8 @@ def fingerprint(inputs: Sequence[str | Path]) -> str:
 
 
 def _expand(item: str, *, in_list: bool) -> list[Source]:
+    if not item:  # in a script, a variable that is not set
+        raise ConfigError("an input is empty: name a file, a folder, a glob, @list.txt, or - for stdin")
     if item.startswith("file://"):
         item, in_list = unquote(item.removeprefix("file://")), True  # the URI of a name with @ is no list
     elif re.match(r"[a-z][a-z0-9+.-]*://", item):
@@ -125,6 +138,8 @@ def _folder_files(folder: Path) -> list[str]:
 def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> list[str]:
     """Of all files below a folder the shards of a data set in its own order, or else every text, naturally sorted.
 
+    What `longnet` wrote below it, a data set or a run, is passed over where there is anything else: it may be what is
+    being written.
     `names` are relative paths; `read(name, size)` gives a file's first bytes, all of them for None. Raises DataError
     when nothing is readable or a shard is missing, ConfigError for a data set of several splits.
     """
@@ -141,7 +156,10 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     if "_unfinished.json" in names:  # of our own writer, which renames it when the last shard is there
         raise DataError(f"{folder}: the run that wrote this data did not end: finish it with its command and --resume")
     if "_manifest.json" in names:
-        shards = [str(shard["name"]) for shard in json.loads(read("_manifest.json", None))["shards"]]
+        try:
+            shards = [str(shard["name"]) for shard in json.loads(read("_manifest.json", None))["shards"]]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{folder}/_manifest.json: not what was written") from None
         if missing := next((shard for shard in shards if shard not in names), None):
             raise DataError(f"{folder}/{missing}: no such file, but {folder}/_manifest.json lists it")
         return shards
@@ -152,6 +170,8 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
         )
     shown = (name for name in names if not any(map(_is_hidden, name.split("/"))))
     files = sorted(shown, key=natural_order)
+    written = _written_folders(names)
+    files = [file for file in files if not file.startswith(written)] or files
     for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
         shards = [file for file in files if file.endswith(suffixes)]
         if shards:
@@ -160,6 +180,16 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     if not chosen:
         raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines or text files)")
     return chosen
+
+
+def _written_folders(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the files' folders, each with its slash, that hold a data set or a run of longnet's own."""
+    inside: dict[str, set[str]] = {}
+    for name in names:
+        folder, slash, file = name.rpartition("/")
+        inside.setdefault(folder + slash, set()).add(file)
+    marks = {"_unfinished.json"}, {"_manifest.json"}, {"recipe.json", "metrics.jsonl"}
+    return tuple(folder for folder, files in inside.items() if folder and any(mark <= files for mark in marks))
 
 
 def _is_hidden(name: str) -> bool:

@@ -124,7 +124,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_folder(output: str | Path) -> bool:
-    """Whether an output names a folder of shards: neither `-` nor a file by its suffix, nor a pipe or a device."""
+    """Whether an output names a folder of shards: neither `-` nor a file by its suffix, nor a pipe or a device.
+
+    Raises ConfigError for an empty name.
+    """
+    if not str(output):  # in a script, a variable that is not set
+        raise ConfigError("-o is empty: name a folder or a file")
     path = Path(output)
     special = path.exists() and not (path.is_file() or path.is_dir())
     return str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES) and not special

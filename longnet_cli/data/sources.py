@@ -134,8 +134,10 @@ class _Label(NamedTuple):
 
 def _batches(table: Table, name: str) -> Iterator[_Rows]:
     """Yield the columns of each batch, checked for damage and nulls."""
-    kinds = {field.name: field.type for field in table.schema if field.name != name}
-    has_ids = "doc_id" in kinds and (kinds["doc_id"] in TEXTS or pa.types.is_integer(kinds["doc_id"]))
+    kinds = {field.name: _plain(field.type) for field in table.schema if field.name != name}
+    has_ids = "doc_id" in kinds
+    if has_ids and not (kinds["doc_id"] in (*TEXTS, pa.string_view()) or pa.types.is_integer(kinds["doc_id"])):
+        raise DataError(f"{table.where}: doc_id has type {kinds['doc_id']}: text or whole numbers are needed")
     has_parts = has_ids and "part" in kinds and pa.types.is_integer(kinds["part"])
     first = 0
     for index, batch in enumerate(table.read([name] + ["doc_id"] * has_ids + ["part"] * has_parts)):
@@ -149,6 +151,11 @@ def _batches(table: Table, name: str) -> Iterator[_Rows]:
         first += batch.num_rows
     if first == 0:
         raise DataError(f"{table.where}: the table has 0 rows")
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type of the values of a column, be they written out or as numbers of a dictionary."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _values(table: Table, batch: pa.RecordBatch, name: str, index: int, first: int) -> list[Any]:

@@ -6,6 +6,7 @@ were held at one time, which is so whenever a step has more than one chunk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -227,14 +228,21 @@ def _cache_bytes(config: LongNetConfig, seq_len: int, chunk: int, itemsize: int,
     """
     if seq_len <= chunk:
         return 0
-    ends = range(chunk, seq_len, chunk)
     kept = on_the_way = 0
     for w, r in config.pattern.levels:
         rows = -(-(w if device == "cuda" else min(w, seq_len)) // r)  # a CPU's memory is taken when it is written
-        cut = {end // w for end in ends if end % w}
-        kept += rows * max(len(cut), 1)
+        cut = cut_segments(w, chunk, seq_len)
+        kept += rows * max(cut, 1)
         on_the_way += rows * bool(cut)
     return 2 * config.num_layers * config.dim * (itemsize * kept + (itemsize + 4) * on_the_way)
+
+
+def cut_segments(w: int, chunk: int, seq_len: int) -> int:
+    """Segments of w tokens inside which a chunk ends, in a sequence of `seq_len` that is cut by `chunk`."""
+    ends = -(-seq_len // chunk) - 1
+    if chunk >= w:  # no two ends in one segment; every so many-th lies where a segment does
+        return ends - ends // (w // math.gcd(w, chunk))
+    return -(-ends * chunk // w)  # all of them, up to the last end
 
 
 def _rows(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
