@@ -55,7 +55,7 @@ def tokenize(
     tokenizer: str | Path | Tokenizer = "bytes",
     train_vocab: int | None = None,
     column: str | None = None,
-    shard_tokens: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
     eos: bool = False,
     resume: bool = False,
     on_progress: OnProgress | None = None,
@@ -64,20 +64,17 @@ def tokenize(
 
     `output` is a folder (see `data.shards`; with a `tokenizer.json`), one .arrow, .feather, .parquet or .jsonl file
     (with `NAME.tokenizer.json` beside it), or `-`: a stream on stdout, of small batches that do not wait for a slow
-    input. A shard ends with the document that brings it to `shard_tokens`, SHARD_TOKENS by default. `eos` appends the
-    end-of-text id to every document. `train_vocab` first trains a byte-level BPE of that size on the same inputs.
-    `resume` goes on with a folder that an earlier run with the same inputs and options left unfinished: byte for byte
-    as if it had never stopped, and without tokenizing again what is in finished shards.
+    input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends the end-of-text id to every
+    document. `train_vocab` first trains a byte-level BPE of that size on the same inputs. `resume` goes on with a
+    folder that an earlier run with the same inputs and options left unfinished: byte for byte as if it had never
+    stopped, and without tokenizing again what is in finished shards.
 
     Raises ConfigError for options that do not fit together and for a folder that is in use, DataError for bad input,
     LongNetError when a write fails. Then a file is not left behind, a folder has its finished shards.
     """
-    if shard_tokens is not None and shard_tokens < 1:
+    if shard_tokens < 1:
         raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
     in_folder = is_folder(output)
-    if shard_tokens is not None and not in_folder:
-        raise ConfigError(f"{output}: --shard-tokens is for a folder of shards: a single file or stream has no parts")
-    shard_tokens = shard_tokens or SHARD_TOKENS
     if resume and not in_folder:
         raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
     earlier = run_to_resume(output, resume=resume) if in_folder else None  # also said before training a tokenizer

@@ -110,6 +110,13 @@ def test_tokenize_trains_a_tokenizer_quietly(run_longnet: RunLongnet, texts: Pat
     assert Tokenizer.load(tmp_path / "out.tokenizer.json").vocab_size == 260
 
 
+def test_shards_are_those_of_a_folder(run_longnet: RunLongnet, texts: Path, tmp_path: Path) -> None:
+    done = run_longnet("tokenize", texts, "-o", "out.arrow", "--shard-tokens", "10")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--shard-tokens is for a folder of shards" in done.stderr
+    assert not (tmp_path / "out.arrow").exists()
+
+
 def test_tokenize_needs_an_output(run_longnet: RunLongnet, texts: Path) -> None:
     done = run_longnet("tokenize", texts)
     assert (done.returncode, done.stdout) == (2, "")

@@ -213,8 +213,6 @@ def test_options_that_do_not_fit_together(corpus, tmp_path):
     for output in ("-", tmp_path / "out.arrow"):
         with pytest.raises(ConfigError, match="only a folder of shards can be resumed"):
             tokenize([corpus], output, resume=True)
-        with pytest.raises(ConfigError, match="--shard-tokens is for a folder of shards"):
-            tokenize([corpus], output, shard_tokens=10)
     with pytest.raises(ConfigError, match="-o is empty"):
         tokenize([corpus], "")
     no_end = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[])))

@@ -61,9 +61,12 @@ def tokenize(
             "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
         )
     from longnet_cli.data.shards import read_manifest
-    from longnet_cli.tokenizing import text_bytes
+    from longnet_cli.data.sinks import is_folder
+    from longnet_cli.tokenizing import SHARD_TOKENS, text_bytes
     from longnet_cli.tokenizing import tokenize as run
 
+    if shard_tokens is not None and not is_folder(output):
+        raise ConfigError(f"{output}: --shard-tokens is for a folder of shards: a single file or stream has no parts")
     earlier = read_manifest(output) if resume else None
     done = earlier.totals["bytes"] if earlier else 0
     with progress("tokenizing", total=text_bytes(inputs), unit="B", start=done, quiet=quiet) as advance:
@@ -79,7 +82,7 @@ def tokenize(
             tokenizer=tokenizer,
             train_vocab=train_vocab,
             column=column,
-            shard_tokens=shard_tokens,
+            shard_tokens=shard_tokens or SHARD_TOKENS,
             eos=eos,
             resume=resume,
             on_progress=on_progress,
