@@ -231,7 +231,10 @@ def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path)
         train(found, run, resume=str(older))
     with pytest.raises(ConfigError, match="already holds a run"):
         train(found, tmp_path / "a", resume=str(run))
-    train(found, run, resume=str(run))
+    for path in checkpoints_in(run / "checkpoints")[:1]:
+        (path / "state.json").write_text("{}")
+    train(found, run, resume=str(run))  # from the one before it, as by itself
+    assert (run / "model.safetensors").read_bytes() == weights
 
 
 def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(

@@ -161,6 +161,8 @@ class _Run:
     def resume(self, resume: str, on_note: Callable[[str], None]) -> None:
         """Take up a checkpoint, where there is one and `resume` does not forbid it; make the folder of the run."""
         checkpoint = None
+        if resume not in ("auto", "never") and Path(resume).resolve() == self.output.resolve():
+            resume = "auto"
         if resume == "auto":
             checkpoint = newest_whole(self.output / CHECKPOINTS, self.ranks, on_note)
         elif resume != "never":
