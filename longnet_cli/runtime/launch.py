@@ -262,8 +262,8 @@ def _hand_on_sigusr1() -> None:
         while True:
             signal.sigwait({signal.SIGUSR1})
             for children in Path("/proc/self/task").glob("*/children"):
-                for child in children.read_text().split():
-                    with suppress(ProcessLookupError):
+                with suppress(OSError):  # a thread or a rank that has just ended
+                    for child in children.read_text().split():
                         os.kill(int(child), signal.SIGUSR1)
 
     threading.Thread(target=hand_on, daemon=True).start()
