@@ -108,14 +108,13 @@ def bench(
 
 def _refuse_what_does_nothing(op: str, settings: Mapping[str, Any]) -> None:
     """Raise ConfigError for a setting that the rows would not show."""
-    given = [name for name in ("heads", "head_dim", "layers", "vocab") if settings.get(name) is not None]
-    if settings.get("model") is None:
-        given = []
-    elif op not in _ONE_DIRECTION:
-        raise ConfigError(f"--op {op} has no model: --model is for --op {', '.join(_ONE_DIRECTION)}")
-    if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ConfigError(f"{names}: a saved model has its own, leave it out or leave out --model")
+    if settings.get("model") is not None:
+        if op not in _ONE_DIRECTION:
+            raise ConfigError(f"--op {op} has no model: --model is for --op {', '.join(_ONE_DIRECTION)}")
+        given = [name for name in ("heads", "head_dim", "layers", "vocab") if settings.get(name) is not None]
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ConfigError(f"{names}: a saved model has its own, leave it out or leave out --model")
     if op in _ONE_DIRECTION and not settings.get("causal", True):
         raise ConfigError(f"--op {op} runs causal language models: --bidirectional is for --op attention and exchange")
 
