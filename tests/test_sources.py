@@ -364,6 +364,7 @@ def test_doc_ids_of_another_type_are_named(tmp_path):
 def test_a_parquet_column_may_have_a_dot_in_its_name(tmp_path):
     pq.write_table(pa.table({"tok.ids": [[1, 2], [3]], "tok": [[9], [9]]}), tmp_path / "x.parquet")
     assert tokens(read(tmp_path / "x.parquet", column="tok.ids")) == [[1, 2], [3]]
+    assert tokens(read(tmp_path / "x.parquet", column="tok")) == [[9], [9]]
 
 
 def test_null_texts_and_doc_ids_are_named(tmp_path):

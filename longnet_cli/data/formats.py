@@ -5,7 +5,7 @@ A new format is one more case in `open_source`. Every failure is one line that n
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -187,7 +187,8 @@ def _open_parquet(source: Source, file: Any) -> Table:
             yield batch
             index += 1
             seen += batch.num_rows
-        leaves = [leaf for leaf in range(metadata.num_columns) if _is_of(metadata.schema.column(leaf), columns[0])]
+        paths = (metadata.schema.column(leaf).path for leaf in range(metadata.num_columns))
+        leaves = [leaf for leaf, path in enumerate(paths) if _root(path, parquet.schema_arrow.names) == columns[0]]
         expected = sum(group.column(leaves[0]).num_values for group in groups)
         # A page that is damaged may hold fewer values than its column says, which Parquet's reader does not mind.
         if (seen, values) != (metadata.num_rows, expected):
@@ -199,9 +200,9 @@ def _open_parquet(source: Source, file: Any) -> Table:
     return Table(source.name, source.where, parquet.schema_arrow, batches, "Parquet")
 
 
-def _is_of(column: Any, name: str) -> bool:
-    """Whether a column of Parquet (`input_ids.list.element`) belongs to a table's column, whose name may have dots."""
-    return column.path == name or (column.max_repetition_level > 0 and column.path.startswith(f"{name}."))
+def _root(path: str, names: Sequence[str]) -> str:
+    """The column of a table, whose name may have dots, that one of Parquet (`input_ids.list.element`) belongs to."""
+    return max((name for name in names if f"{path}.".startswith(f"{name}.")), key=len, default="")
 
 
 def _leaf_values(column: pa.Array) -> int:
