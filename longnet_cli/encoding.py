@@ -31,9 +31,9 @@ from longnet_cli.model.net import Net
 from longnet_cli.model.weights import fingerprint
 from longnet_cli.runtime.chunks import default_chunk, open_stream
 from longnet_cli.runtime.device import check_kernel, precision, resolve_dtype
-from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.layerwise import hidden_in_chunks
-from longnet_cli.runtime.ranks import Exchange, even_edges
+from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.scoring import batches_by_length, check_length, read_sequence
 
 Pool = Literal["mean", "last", "first"]

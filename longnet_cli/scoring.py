@@ -24,8 +24,8 @@ from longnet_cli.measures import ByPosition, DocumentScore, Score
 from longnet_cli.model.net import IGNORED, Net
 from longnet_cli.runtime.chunks import default_chunk, open_stream
 from longnet_cli.runtime.device import precision
-from longnet_cli.runtime.launch import Ranks
-from longnet_cli.runtime.ranks import even_edges
+from longnet_cli.runtime.exchange import even_edges
+from longnet_cli.runtime.ranks import Ranks
 
 # Called with (document, start, ids, log-probabilities): those of its tokens [start, start + n), (n,) int64 and float32
 OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]

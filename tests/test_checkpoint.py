@@ -23,7 +23,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenWindows
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.model import LongNet
-from longnet_cli.runtime.launch import Ranks, noted_signals
+from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_state
 from longnet_cli.training.loop import train
 from longnet_cli.training.recipe import Recipe, load_recipe
@@ -65,7 +65,7 @@ class Stop:
     """Raises KeyboardInterrupt through a real signal at the n-th moment at which a run can stop."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, moment: int, kind: signal.Signals = signal.SIGINT) -> None:
-        from longnet_cli.runtime.launch import Signals
+        from longnet_cli.runtime.signals import Signals
 
         look, self.moments = Signals.look, 0
 
@@ -317,28 +317,6 @@ def test_a_failure_in_the_background_is_raised(tmp_path: Path, monkeypatch: pyte
     checkpoints.save(1, {"a": torch.zeros(1)}, {})
     with pytest.raises(LongNetError, match="cannot write the checkpoint: checkpoints need another torch; the one"):
         checkpoints.finish()
-
-
-def test_signals_are_given_back() -> None:
-    before = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    with noted_signals(Ranks()):
-        pass
-    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
-
-
-def test_a_signal_that_comes_while_ranks_look_is_seen_the_next_time() -> None:
-    class Interrupted(Ranks):
-        def largest(self, value: float) -> float:
-            if not came:
-                came.append(value)
-                signal.raise_signal(signal.SIGTERM)
-            return value
-
-    came: list[float] = []
-    with noted_signals(Interrupted()) as signals:
-        assert not signals.look()
-        with pytest.raises(SystemExit):
-            signals.look()
 
 
 def _kills(start: Start, corpus: Path, folder: Path, kills: int, steps: int) -> None:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime.device import matmul_peak, precision
-from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training.estimate import (
     cut_segments,
     estimate,

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from test_checkpoint import recipe
-from test_ranks import run_ranks
-from test_sharding import mesh
+from test_exchange import run_ranks
+from test_fsdp import mesh
 
 from longnet_cli.model import LongNet
-from longnet_cli.runtime.launch import Ranks, Signals
+from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training.checkpoint import checkpoints_in, read_state
 from longnet_cli.training.loop import train
 
@@ -97,9 +97,3 @@ def test_stopped_and_resumed_over_ranks(dp: int, sp: int, shard: str, corpus: Pa
     assert_same(tmp_path / "stopped", tmp_path / "many", 1e-6)
     for found, wanted in zip(losses(tmp_path / "stopped"), losses(tmp_path / "many"), strict=True):
         assert found == pytest.approx(wanted, rel=1e-6)
-
-
-def test_a_signal_of_any_rank_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ranks, "largest", lambda self, value: max(value, 2))  # another rank had SIGINT
-    with pytest.raises(KeyboardInterrupt):
-        Signals(Ranks(0, 2)).look()

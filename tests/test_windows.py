@@ -23,7 +23,7 @@ from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import LONGEST_PERIOD, Mix, TokenStream, TokenWindows
 from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training import loop
 from longnet_cli.training.recipe import Recipe, load_recipe
 

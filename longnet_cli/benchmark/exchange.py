@@ -1,6 +1,6 @@
 """The op `exchange`: what one layer of a sequence over several ranks sends, and how long that takes alone.
 
-`dilated` is the exchange of far rows (`runtime/ranks.py`), `dense` what dense attention needs in its place: the keys
+`dilated` is the exchange of far rows (`runtime/exchange.py`), `dense` what dense attention needs in its place: the keys
 and values of all ranks on each.
 """
 
@@ -19,7 +19,7 @@ from longnet_cli.benchmark.measurement import Case, Measurement
 from longnet_cli.benchmark.settings import Settings
 from longnet_cli.model import LongNetConfig
 from longnet_cli.runtime.device import DTYPES
-from longnet_cli.runtime.ranks import Exchange, even_edges
+from longnet_cli.runtime.exchange import Exchange, even_edges
 
 
 def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:

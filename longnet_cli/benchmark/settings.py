@@ -11,7 +11,7 @@ import torch
 from longnet_cli.attention import Pattern
 from longnet_cli.errors import ConfigError
 from longnet_cli.runtime.device import DTYPES, check_kernel, resolve_dtype, select_device
-from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.ranks import Ranks
 
 LONG = 10**6  # tokens from which on a causal forward is streamed and the defaults are those of long sequences
 CHUNK = 1 << 16  # tokens of a streamed run

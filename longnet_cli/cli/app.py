@@ -22,6 +22,7 @@ from longnet_cli.cli.score import score
 from longnet_cli.cli.tokenize import tokenize
 from longnet_cli.cli.train import train
 from longnet_cli.errors import LongNetError, MemoryLimitError
+from longnet_cli.runtime.launch import LAUNCHED, LOST, under_torchrun
 
 EPILOG = (
     "Results go to stdout, everything else to stderr. Sizes: 1e9, 1_000_000, 32k (32 000), 64Ki (65 536). "
@@ -77,7 +78,7 @@ def run(app: typer.Typer) -> NoReturn:
     except BaseException as error:
         code = _explain(error)
     _drop_unwritable_output()
-    if code and _is_rank():
+    if code and under_torchrun():
         # Not through interpreter shutdown: there the threads of a collective that broke off may abort the process, and
         # a rank that only lost another, or was stopped, would look like the one that failed. All `finally` blocks have
         # run.
@@ -113,8 +114,8 @@ def _explain(error: BaseException) -> int:
         return 130
     if isinstance(error, BrokenPipeError):  # the reader, say `head`, has what it wants
         return 141
-    if _is_lost_rank(error) and "LONGNET_LAUNCHED" in os.environ:  # `--nproc`, which tells of it: runtime/launch.py
-        return 69
+    if _is_lost_rank(error) and LAUNCHED in os.environ:
+        return LOST
     _let_the_first_speak(error)
     if isinstance(error, LongNetError):
         _say(str(error))
@@ -134,11 +135,6 @@ def _explain(error: BaseException) -> int:
     return 1
 
 
-def _is_rank() -> bool:
-    """Whether this is one of several processes of a torchrun; runtime/launch.py's `under_torchrun`, without torch."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def _is_out_of_memory(error: BaseException) -> bool:
     """Torch is judged by name: if it is not loaded it raised nothing, and loading it takes a second."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -152,7 +148,7 @@ def _let_the_first_speak(error: BaseException) -> None:
     torchrun ends the others when one has failed. So of a failure that all ranks share only rank 0 speaks, and a rank
     that lost another speaks after that one, if at all.
     """
-    if _is_rank() and (os.environ.get("RANK") != "0" or _is_lost_rank(error)):
+    if under_torchrun() and (os.environ.get("RANK") != "0" or _is_lost_rank(error)):
         time.sleep(2)
 
 
@@ -167,7 +163,7 @@ def _is_lost_rank(error: BaseException) -> bool:
 
 def _say(message: str) -> None:
     line = " ".join(part.strip() for part in message.splitlines() if part.strip())
-    if _is_rank():
+    if under_torchrun():
         line = f"rank {os.environ.get('RANK')}: {line}"
     try:
         if sys.stderr:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longnet_cli.cli.launch import launch
 from longnet_cli.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -167,13 +168,10 @@ def bench(
 
     Rows that would not fit free memory or the time are skipped and say so. Ctrl-C keeps the rows so far.
     """
-    if nproc is not None:
-        from longnet_cli.runtime.launch import start_ranks
-
-        start_ranks(nproc)
+    launch(nproc)
     from longnet_cli.benchmark import Measurement, Settings, Stream, directions_of, impls_of, machine
     from longnet_cli.benchmark import bench as run
-    from longnet_cli.runtime.launch import join, leave
+    from longnet_cli.runtime.ranks import join, leave
 
     ranks, where = join(device)
     device, quiet = str(where), quiet or not ranks.first

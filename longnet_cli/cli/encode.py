@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from longnet_cli.cli.launch import launch
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
     AttentionOption,
@@ -26,7 +27,7 @@ from longnet_cli.cli.options import (
     size_option,
 )
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.score import load_model, start_ranks
+from longnet_cli.cli.score import load_model
 from longnet_cli.errors import ConfigError
 
 
@@ -95,7 +96,7 @@ def encode(
     """
     if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
-    start_ranks(nproc, inputs, model)
+    launch(nproc, inputs, model)
     from longnet_cli.data.inputs import fingerprint
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.sinks import ShardWriter, is_folder
@@ -108,15 +109,16 @@ def encode(
         raise ConfigError(f"{output}: --shard-rows is for a folder of shards: a single file or stream has no parts")
     earlier = run_to_resume(output, resume=resume) if in_folder else None
 
-    net, words, bos = load_model(
-        model, tokenizer, device, dtype, attention, read_pattern(segment_lengths, dilation_rates), quiet
-    )
-    from longnet_cli.encoding import SHARD_ROWS, encode_to_folder
-    from longnet_cli.encoding import encode as run
-    from longnet_cli.runtime.launch import join, leave
+    from longnet_cli.runtime.ranks import join, leave
 
     ranks, where = join(device)
     quiet = quiet or not ranks.first
+    net, words, bos = load_model(
+        model, tokenizer, where, dtype, attention, read_pattern(segment_lengths, dilation_rates), quiet
+    )
+    from longnet_cli.encoding import SHARD_ROWS, encode_to_folder
+    from longnet_cli.encoding import encode as run
+
     documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
     options: dict[str, Any] = {
         "bos": bos,
@@ -131,7 +133,6 @@ def encode(
         "tokenizer_sha256": words.sha256 if words else None,
     }
     done = earlier.totals["tokens"] if earlier else 0
-    net.to(where)
     with progress("encoding", total=None, start=done, quiet=quiet) as advance:
         options |= {"ranks": ranks, "on_progress": advance}
         if in_folder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
+from longnet_cli.cli.launch import launch
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
     AttentionOption,
@@ -33,6 +33,8 @@ from longnet_cli.cli.output import emit_json, emit_jsonl
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
+    import torch
+
     from longnet_cli.attention import Pattern
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.measures import DocumentScore, Score, Total
@@ -109,23 +111,24 @@ def score(
 
     Every token is scored once. Across tokenizers, compare bpb, not ppl. A long document takes a LongNet no more memory.
     """
-    start_ranks(nproc, inputs, model)
+    launch(nproc, inputs, model)
     from longnet_cli.data.sources import read_documents
     from longnet_cli.errors import ConfigError
     from longnet_cli.measures import Total
 
     if token_logprobs == "-":
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
+    from longnet_cli.runtime.ranks import join, leave
+
+    ranks, where = join(device)
+    quiet = quiet or not ranks.first
     net, words, bos = load_model(
-        model, tokenizer, device, dtype, attention, read_pattern(segment_lengths, dilation_rates), quiet
+        model, tokenizer, where, dtype, attention, read_pattern(segment_lengths, dilation_rates), quiet
     )
-    from longnet_cli.runtime.launch import join, leave
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
 
     documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
-    ranks, where = join(device)
-    quiet = quiet or not ranks.first
     tokens = write_token_logprobs(token_logprobs) if token_logprobs and ranks.first else nullcontext()
     with progress("scoring", total=None, quiet=quiet) as advance, tokens as on_tokens:
         scores = run(
@@ -152,23 +155,6 @@ def score(
     leave()
 
 
-def start_ranks(nproc: int | None, inputs: list[str], model: str) -> None:
-    """What --nproc asks for; several processes cannot share one stdin, nor a model of transformers."""
-    if nproc is None and "RANK" not in os.environ:
-        return
-    from longnet_cli.errors import ConfigError
-    from longnet_cli.presets import find_model, is_of_transformers
-    from longnet_cli.runtime.launch import start_ranks, under_torchrun
-
-    several = under_torchrun() or (nproc or 1) > 1
-    if several and is_of_transformers(find_model(model)):
-        raise ConfigError(f"{model}: a model of transformers runs in one process, without --nproc or torchrun")
-    if "-" in inputs and several:
-        raise ConfigError("stdin can be read by one process: save it to a file, which every rank reads for itself")
-    if nproc is not None:
-        start_ranks(nproc)
-
-
 class Loaded(NamedTuple):
     """A model, its tokenizer, and the id that it reads before each document; None for what there is not."""
 
@@ -180,13 +166,13 @@ class Loaded(NamedTuple):
 def load_model(
     name: str,
     tokenizer: str | None,
-    device: str,
+    device: torch.device,
     dtype: str,
     attention: Literal["dilated", "dense"] = "dilated",
     pattern: Pattern | None = None,
     quiet: bool = False,
 ) -> Loaded:
-    """The model that --model names, in float32 on --device, and --tokenizer or else its own.
+    """The model that --model names, in float32 on `device`, and --tokenizer or else its own.
 
     Says on stderr, unless `quiet`, what the user should know of how it reads documents.
     Raises ConfigError for a tokenizer with ids that the model does not have, a model that reads no tokens, or an
@@ -194,20 +180,17 @@ def load_model(
     """
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.errors import ConfigError
+    from longnet_cli.integrations.loading import load_net
     from longnet_cli.presets import find_model, is_of_transformers
+    from longnet_cli.runtime.device import check_kernel
 
     folder = find_model(name)
     own = folder / "tokenizer.json"
     chosen = tokenizer or (own if own.exists() else None)
     words = Tokenizer.load(chosen) if chosen else None
 
-    # torch takes a second: a wrong name has been told by now
-    from longnet_cli.integrations.loading import load_net
-    from longnet_cli.runtime.device import check_kernel, select_device
-
-    where = select_device(device)
-    net = load_net(folder, attention=attention, pattern=pattern, device=where)
-    check_kernel(where, dtype, net.config.head_dim)
+    net = load_net(folder, attention=attention, pattern=pattern, device=device)
+    check_kernel(device, dtype, net.config.head_dim)
     if not net.config.vocab_size:
         raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
     if words and words.vocab_size > net.config.vocab_size:

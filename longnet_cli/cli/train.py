@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longnet_cli.cli.dry_run import Format, show
+from longnet_cli.cli.launch import launch
 from longnet_cli.cli.options import DeviceOption, NprocOption, QuietOption, size_option
 from longnet_cli.cli.output import format_bytes
 from longnet_cli.cli.progress import Advance, progress
+from longnet_cli.runtime.launch import LAUNCHED
 
 if TYPE_CHECKING:
-    from longnet_cli.runtime.launch import Ranks
+    from longnet_cli.runtime.ranks import Ranks
     from longnet_cli.training.metrics import Metrics
 
 
@@ -96,13 +98,10 @@ def train(
     The same command goes on where it was stopped, and so does `longnet train -o DIR` alone. Runs under torchrun too.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it waits until the run listens, and would kill before
-    if nproc is not None:
-        from longnet_cli.runtime.launch import start_ranks
-
-        start_ranks(nproc)
+    launch(nproc)
     from longnet_cli.errors import ConfigError
     from longnet_cli.runtime.device import keep_freed_memory, matmul_peak
-    from longnet_cli.runtime.launch import join, leave
+    from longnet_cli.runtime.ranks import join, leave
     from longnet_cli.training.loop import CHECKPOINTS
     from longnet_cli.training.loop import train as run
     from longnet_cli.training.recipe import load_recipe, parse_overrides
@@ -219,8 +218,6 @@ def describe(line: Metrics) -> dict[str, str]:
 
 def _again(output: str, ranks: Ranks) -> str:
     """What a person types to go on."""
-    from longnet_cli.runtime.launch import LAUNCHED
-
     if ranks.world == 1:
         return f"`longnet train -o {shlex.quote(output)}`"
     if LAUNCHED in os.environ:

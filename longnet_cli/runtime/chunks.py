@@ -27,8 +27,8 @@ from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import Net, NetConfig
 from longnet_cli.runtime.device import free_memory, precision, random_state, set_random_state
-from longnet_cli.runtime.ranks import Exchange, even_edges
-from longnet_cli.runtime.sharding import final_backward
+from longnet_cli.runtime.exchange import Exchange, even_edges
+from longnet_cli.runtime.fsdp import final_backward
 
 CHUNK_BYTES = 256 << 20  # of one chunk's activations on a CPU; on a GPU, an eighth of what is free
 SHORTEST_CHUNK = 256  # below it, calls cost more than what they compute
@@ -90,7 +90,7 @@ class CausalStream:
     ) -> Tensor:
         """The next tokens (B, n), or vectors (B, n, dim) in their place -> hidden (B, n, dim).
 
-        `edges`: those of the ranks' shards, as in `ranks.Exchange`, the first of them `position`.
+        `edges`: those of the ranks' shards, as in `exchange.Exchange`, the first of them `position`.
         """
         exchange = Exchange(self.model.config, edges, group=self.group, cached=True) if edges else None
         start = edges[exchange.rank] if edges and exchange else self.position
@@ -142,7 +142,7 @@ def backward_in_chunks(
     `dtype` as in `runtime.device`.
 
     With a `group`, its ranks share every chunk, and each adds and returns its part. `final`: no other backward of the
-    step follows, which sharded weights need to know (`runtime.sharding`). `on_chunk` is called after each chunk,
+    step follows, which sharded weights need to know (`runtime.fsdp`). `on_chunk` is called after each chunk,
     forward and backward.
     """
     device = tokens.device

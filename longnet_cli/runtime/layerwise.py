@@ -32,7 +32,7 @@ from longnet_cli.errors import ConfigError, MemoryLimitError
 from longnet_cli.model import LongNet
 from longnet_cli.model.longnet import Block
 from longnet_cli.runtime.device import DTYPES, free_memory, precision, resolve_dtype
-from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.ranks import Ranks
 
 ROWS_AT_A_TIME = 1 << 16  # of keys and values that ranks add up: what a device holds of them beside a chunk
 

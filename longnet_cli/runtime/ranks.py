@@ -1,286 +1,147 @@
-"""One sequence over several ranks: each holds a contiguous shard, and one all-to-all a layer carries the far rows.
-
-    rank 0     [ shard 0 ]
-                    \\  \\                     a level wider than a shard: its rows go to the ranks whose shards
-    rank 1     [ shard 1 ] \\                  lie in the same segment, causal ones only to later ranks
-                         \\  |
-    rank 2     [ shard 2 ]
-
-What travels is `sum over the levels wider than a shard of w / r` rows at most, whatever the length of the sequence.
-The backward is the same exchange turned around: gradients of far rows go back to the rank that made them, which adds
-them up in fp32. The net stays what it is on one device: it is handed far keys.
-
-Where the data comes from, and what to do with the parameters' gradients, is the caller's business. NCCL on GPUs, gloo
-on CPUs, the same code.
-
-B batch, H heads, D head dim, P ranks.
-"""
+"""This process among the others of a torchrun job: who it is, and whose sequence it shares."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from functools import partial
-from itertools import pairwise
-from typing import Any, NamedTuple
+import ctypes
+import math
+import os
+import signal
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from longnet_cli.attention import FarKeys, Span
-from longnet_cli.attention.dilated import strided_view
-from longnet_cli.attention.pattern import SpanViews, common_span, span_rows, span_views
-from longnet_cli.model.net import NetConfig
+from longnet_cli.errors import ConfigError
+from longnet_cli.runtime.device import select_device
+
+TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may write a checkpoint while the others wait
 
 
-class Parcel(NamedTuple):
-    """Rows that go from one rank to another: those of `span`, of a shard that begins at `start` in the same document.
+@dataclass(frozen=True)
+class Ranks:
+    """`world` processes as `dp` groups of `sp`: those of a group share each sequence, the groups have others.
 
-    `attended` by the reader's shard, or only kept in its cache.
+    Rank r is the (r % sp)-th of the (r // sp)-th group. `group` is its own group, None where sp is 1.
     """
 
-    span: Span
-    start: int
-    rows: int
-    attended: bool
+    rank: int = 0
+    world: int = 1
+    sp: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def dp(self) -> int:
+        return self.world // self.sp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sp
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes files and speaks."""
+        return self.rank == 0
+
+    def all_in_one(self) -> Ranks:
+        """The same ranks, sharing every sequence: what `score` and `encode` take."""
+        return replace(self, sp=self.world, group=dist.group.WORLD if self.world > 1 else None)
+
+    def sum(self, *tensors: torch.Tensor) -> None:
+        """Add up tensors over all ranks, in place."""
+        if self.world > 1:
+            works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+            for work in works:
+                work.wait()
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so: all get the same answer."""
+        return bool(self.largest(flag))
+
+    def largest(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        if self.world == 1:
+            return value
+        found = torch.tensor([value], dtype=torch.float64, device=_device_of_backend())
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found.item()
+
+    def from_first(self, value: int) -> int:
+        """What rank 0 says, on all ranks; exact below 2^53."""
+        return int(self.largest(value if self.first else -math.inf))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    def smallest(self, value: float) -> float:
+        return -self.largest(-value)
 
 
-class Exchange:
-    """Who sends which rows to whom, for shards with these `edges`; called once a layer, with that layer's keys.
+def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) -> tuple[Ranks, torch.device]:
+    """Meet the other processes that torchrun started; alone, there is nothing to do.
 
-    `edges` are P + 1 positions: rank i holds [edges[i], edges[i + 1]), which may be empty. `cuts` are the positions at
-    which documents begin: rows never cross them, and spans count from the begin of their document. With `cached`, every
-    rank also gets all rows of the segments that are open at the end, for its KVCache. Raises ValueError for cuts of a
-    bidirectional net, whose last document would need far keys as well as its first.
+    `sp` and `dp` default to all ranks in one sequence. NCCL on GPUs, one a process (LOCAL_RANK); gloo on CPUs. Raises
+    ConfigError, on every rank and before any work, for a mesh that is not the job's.
     """
-
-    def __init__(
-        self,
-        config: NetConfig,
-        edges: Sequence[int],
-        *,
-        group: dist.ProcessGroup | None = None,
-        rank: int | None = None,
-        cuts: Sequence[int] = (),
-        cached: bool = False,
-    ) -> None:
-        self.pattern, self.num_heads, self.causal = config.pattern, config.num_heads, config.causal
-        if not self.causal and len({*cuts} - {edges[0], edges[-1]}):
-            raise ValueError("documents over several ranks are for causal nets")
-        self.group, self.cached = group, cached
-        self.rank = dist.get_rank(group) if rank is None else rank
-        self.edges = list(edges)
-        begin = 0 if cached else self.edges[0]  # a cached chunk goes on with a document that began at 0
-        self.starts = sorted({begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])})
-        ranks = range(len(edges) - 1)
-        self.parcels = [[self._parcels(maker, reader) for reader in ranks] for maker in ranks]
-        self.sent = self.parcels[self.rank]
-        self.received = [row[self.rank] for row in self.parcels]
-        # the same on every rank: a collective is entered by all or by none
-        self.needed = any(parcels for row in self.parcels for parcels in row)
-
-    @property
-    def start(self) -> int:
-        """Position of this rank's first token in its document."""
-        return self.edges[self.rank] - self._document(self.edges[self.rank])[0]
-
-    @property
-    def documents(self) -> list[int] | None:
-        """Lengths of the documents in this rank's shard; None where it is one."""
-        first, last = self.edges[self.rank], self.edges[self.rank + 1]
-        inside = [first, *(cut for cut in self.starts if first < cut < last), last]
-        return [b - a for a, b in pairwise(inside)] if len(inside) > 2 else None
-
-    @property
-    def shard(self) -> slice:
-        """This rank's part of the chunk's tokens."""
-        return slice(self.edges[self.rank] - self.edges[0], self.edges[self.rank + 1] - self.edges[0])
-
-    def __call__(self, layer: int, k: Tensor, v: Tensor) -> list[FarKeys]:
-        """This layer's keys and values (B, n, H, D) out, the far keys of the shard in: a `FarProvider`."""
-        return self.run(k, v)[0]
-
-    def run(self, k: Tensor, v: Tensor) -> tuple[list[FarKeys], list[FarKeys]]:
-        """(far keys that the shard attends to, all rows received)."""
-        if not self.needed:
-            return [], []
-        parcels = [parcel for parcels in self.received for parcel in parcels]
-        there, back = _Flight(), _WayBack(self, k, [i for i, parcel in enumerate(parcels) if parcel.attended])
-        tensors = _AllToAll.apply(self, there, back, k, v)
-        got = [
-            FarKeys(*parcel.span, tensors[2 * i], tensors[2 * i + 1], there.land, partial(back.take, i))
-            for i, parcel in enumerate(parcels)
-        ]
-        attended = [keys for keys, parcel in zip(got, parcels, strict=True) if parcel.attended]
-        if not attended:
-            # Nothing for this rank: yet the others wait for it in the backward, so it must stay in the graph.
-            k_, v_ = (x[:, :0] for x in tensors[:2])
-            attended = [FarKeys(0, self.start, self.start, k_, v_, there.land, back.nothing)]
-        return attended, got
-
-    def views(self, parcel: Parcel) -> Iterator[SpanViews]:
-        return span_views(self.pattern, parcel.span, self.num_heads, parcel.start)
-
-    def _document(self, position: int) -> tuple[int, int]:
-        """Begin and end of the document that holds a position."""
-        index = bisect_right(self.starts, position)
-        return self.starts[index - 1], self.starts[index] if index < len(self.starts) else self.edges[-1]
-
-    def _parcels(self, maker: int, reader: int) -> list[Parcel]:
-        """The rows of `maker` in the segments that the first document of `reader`'s shard is in, or that stay open."""
-        if maker == reader:
-            return []
-        first, last = self.edges[reader], self.edges[reader + 1]
-        document, end = self._document(first)
-        last = min(last, end)
-        attends = first < last and (maker < reader or not self.causal)
-        # the maker's part of that document
-        a, b = max(self.edges[maker], document) - document, min(self.edges[maker + 1], end) - document
-        found = []
-        for level, (w, _) in enumerate(self.pattern.levels):
-            attended = {(first - document) // w * w, (last - 1 - document) // w * w} if attends else set()
-            open_at_end = {(self.edges[-1] - document) // w * w} if self.cached else set()
-            for segment in sorted(attended | open_at_end):
-                span = common_span(self.pattern, level, segment, a, b)
-                if span.start < span.stop and (rows := max(span_rows(self.pattern, span, self.num_heads))):
-                    found.append(Parcel(span, self.edges[maker] - document, rows, segment in attended))
-        return found
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    sp = sp if sp is not None else world // dp if dp and world % dp == 0 else world
+    dp = dp if dp is not None else world // sp if world % sp == 0 else 1
+    if sp * dp != world:
+        fits = ", ".join(f"{world // n} x {n}" for n in range(1, world + 1) if world % n == 0)
+        raise ConfigError(
+            f"dp x sp is {dp} x {sp}, which needs {dp * sp} processes, and there are {world}: {fits} would fit; "
+            "start more with --nproc or torchrun"
+        )
+    where = select_device(device)
+    if world == 1:
+        return Ranks(), where
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(where)
+    _end_with_parent()
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
+    rank, group = dist.get_rank(), None
+    for first in range(0, world, sp):  # every process makes every group, in the same order
+        members = dist.new_group(list(range(first, first + sp)))
+        if first <= rank < first + sp and sp > 1:
+            group = members
+    return Ranks(rank, world, sp, group), where
 
 
-class _Flight:
-    """An exchange under way."""
-
-    def __init__(self) -> None:
-        self.work: Any = None
-        self.held: Tensor | None = None  # what is being sent must live until it has been
-
-    def start(self, got: Tensor, sent: Tensor, sizes: tuple[list[int], list[int]], group: Any) -> None:
-        self.held = sent
-        self.work = dist.all_to_all_single(got, sent, *sizes, group=group, async_op=True)
-
-    def land(self) -> None:
-        if self.work is not None:
-            self.work.wait()
-        self.work = self.held = None
+def _end_with_parent() -> None:
+    """Get SIGTERM when the torchrun that started this rank is killed: else it would run, and write, on its own."""
+    with suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-class _WayBack:
-    """The gradients of far rows: on their way to those who made them as soon as the attended ones are all known."""
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
-    def __init__(self, exchange: Exchange, k: Tensor, attended: Sequence[int]) -> None:
-        self.exchange, self.attended, self.like = exchange, attended, k[:, :0].detach()
-        self.grads: dict[int, tuple[Tensor, Tensor]] = {}  # of the parcels received, by index
-        self.flight = _Flight()
-        self.got: Tensor | None = None
 
-    def take(self, index: int, dk: Tensor, dv: Tensor) -> None:
-        self.grads[index] = (dk, dv)
-        if len(self.grads) == len(self.attended):
-            self.depart()
-
-    def nothing(self, dk: Tensor, dv: Tensor) -> None:
-        self.depart()
-
-    def depart(self) -> None:
-        exchange, like = self.exchange, self.like
-        sent, rooms = _buffer(exchange.received, like)
-        for index, (room, _) in enumerate(rooms):
-            if index in self.grads:
-                for into, grad in zip(room, self.grads[index], strict=True):
-                    into.copy_(grad)
-            else:
-                room.zero_()
-        self.grads = {}
-        self.got, _ = _buffer(exchange.sent, like)
-        self.flight.start(
-            self.got, sent, (_sizes(exchange.sent, like), _sizes(exchange.received, like)), exchange.group
+def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:
+    """Raise ConfigError where a step's `windows` of `seq_len` tokens cannot be shared, and say what would fit."""
+    if windows % ranks.dp:
+        fits = ", ".join(str(dp) for dp in range(1, windows + 1) if windows % dp == 0 and ranks.world % dp == 0)
+        raise ConfigError(
+            f"a step has {windows} windows of {seq_len} tokens, which {ranks.dp} groups of ranks cannot share alike: "
+            f"--dp {fits} would fit, or other train.batch_tokens"
+        )
+    if seq_len < ranks.sp:
+        raise ConfigError(
+            f"{ranks.sp} ranks cannot share a window of {seq_len} tokens: --sp {seq_len} or less would fit, or longer "
+            "windows"
         )
 
-    def land(self, grads: Sequence[Tensor]) -> Tensor:
-        """What came back, flat; `grads`, of all rows received, leave now where no attention sent them before."""
-        if self.got is None:
-            pairs = zip(grads[::2], grads[1::2], strict=True)
-            self.grads = {i: pair for i, pair in enumerate(pairs) if i < sum(map(len, self.exchange.received))}
-            self.depart()
-        self.flight.land()
-        got, self.got = self.got, None
-        assert got is not None
-        return got
+
+def leave() -> None:
+    """End a job that went well: without it, a rank that is done first may break off the others' last collective."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
-class _AllToAll(torch.autograd.Function):
-    """(k, v) -> k and v of every parcel received, (B, rows, H, D) each; with none, two tensors without rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.exchange, ctx.back, ctx.shape, ctx.dtype = exchange, back, k.shape, k.dtype
-        sent, rooms = _buffer(exchange.sent, k)
-        for room, parcel in rooms:
-            for views in exchange.views(parcel):
-                strided_view(room[0], views.packed).copy_(strided_view(k, views.shard))
-                strided_view(room[1], views.packed).copy_(strided_view(v, views.shard))
-        got, places = _buffer(exchange.received, k)
-        flight.start(got, sent, (_sizes(exchange.received, k), _sizes(exchange.sent, k)), exchange.group)
-        if not places:
-            empty = k.new_empty(k.shape[0], 0, *k.shape[2:])
-            return empty, empty.clone()
-        return tuple(x for room, _ in places for x in room)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        exchange = ctx.exchange
-        got = ctx.back.land(grads)
-        wide = torch.float64 if ctx.dtype is torch.float64 else torch.float32
-        dk, dv = (torch.zeros(ctx.shape, dtype=wide, device=got.device) for _ in range(2))
-        for room, parcel in _places(exchange.sent, got, grads[0]):
-            for views in exchange.views(parcel):
-                strided_view(dk, views.shard).add_(strided_view(room[0], views.packed))
-                strided_view(dv, views.shard).add_(strided_view(room[1], views.packed))
-        return None, None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
-
-
-def _sizes(parcels: Sequence[Sequence[Parcel]], like: Tensor) -> list[int]:
-    """Numbers that go to, or come from, each rank."""
-    each = 2 * like.shape[0] * like.shape[2] * like.shape[3]
-    return [each * sum(parcel.rows for parcel in found) for found in parcels]
-
-
-def _buffer(parcels: Sequence[Sequence[Parcel]], like: Tensor) -> tuple[Tensor, list[tuple[Tensor, Parcel]]]:
-    """One flat tensor for all parcels, rank by rank, and each one's place in it: (2, B, rows, H, D), k and v."""
-    flat = like.new_empty(sum(_sizes(parcels, like)))
-    return flat, _places(parcels, flat, like)
-
-
-def _places(parcels: Sequence[Sequence[Parcel]], flat: Tensor, like: Tensor) -> list[tuple[Tensor, Parcel]]:
-    places, offset = [], 0
-    for parcel in (parcel for found in parcels for parcel in found):
-        shape = (2, like.shape[0], parcel.rows, *like.shape[2:])
-        size = 2 * like.shape[0] * parcel.rows * like.shape[2] * like.shape[3]
-        places.append((flat[offset : offset + size].view(shape), parcel))
-        offset += size
-    return places
-
-
-def even_edges(start: int, tokens: int, ranks: int) -> list[int]:
-    """P + 1 edges of shards that differ by at most one token."""
-    return [start + tokens * rank // ranks for rank in range(ranks + 1)]
-
-
-def gather_numbers(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The numbers (n,) of all ranks, each with as many as it has, one rank's after another's."""
-    if group is None:
-        return mine
-    world = dist.get_world_size(group)
-    counts = mine.new_empty(world, 1)
-    dist.all_gather(list(counts), mine.new_tensor([len(mine)]), group=group)
-    sizes = counts.flatten().tolist()
-    padded = mine.new_zeros(max(sizes))
-    if not len(padded):
-        return padded
-    padded[: len(mine)] = mine
-    found = mine.new_empty(world, len(padded))
-    dist.all_gather(list(found), padded, group=group)
-    return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+def _device_of_backend() -> torch.device:
+    nccl = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

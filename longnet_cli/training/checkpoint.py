@@ -27,7 +27,7 @@ from torch import Tensor
 
 from longnet_cli.data.sinks import sync_folder
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
-from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.ranks import Ranks
 
 STATE = "state.json"
 STATE_VERSION = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
-from longnet_cli.runtime.launch import Ranks, check_windows
+from longnet_cli.runtime.ranks import Ranks, check_windows
 
 from .recipe import Recipe
 

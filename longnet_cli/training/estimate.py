@@ -19,7 +19,7 @@ from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import LOGITS_LIMIT
 from longnet_cli.runtime.chunks import SHORTEST_CHUNK
 from longnet_cli.runtime.device import free_memory, matmul_peak, resident_memory, resolve_dtype
-from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.ranks import Ranks
 
 from .checks import check_ranks
 from .optimizer import build_optimizers

@@ -13,7 +13,7 @@ from longnet_cli.errors import DataError
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import IGNORED
 from longnet_cli.runtime.device import precision
-from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.scoring import Score, score
 
 from .masking import mask_tokens

@@ -14,8 +14,8 @@ from longnet_cli.model import LongNet
 from longnet_cli.model.net import IGNORED, FarProvider
 from longnet_cli.runtime.chunks import Tokens, backward_in_chunks
 from longnet_cli.runtime.device import precision
-from longnet_cli.runtime.ranks import Exchange, even_edges, gather_numbers
-from longnet_cli.runtime.sharding import final_backward
+from longnet_cli.runtime.exchange import Exchange, even_edges, gather_numbers
+from longnet_cli.runtime.fsdp import final_backward
 
 from .tokens import Pieces
 
@@ -43,7 +43,7 @@ def backward(
 
     The ranks of a `group` get the same tokens, of which each reads its slice, and share every sequence, `chunk` tokens
     each: each adds and returns its part, and the whole is the sum over them. `on_chunk` is called after each chunk.
-    Where weights are sharded (`runtime.sharding`), one call is one step: its last backward sums the gradients over all
+    Where weights are sharded (`runtime.fsdp`), one call is one step: its last backward sums the gradients over all
     ranks.
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)

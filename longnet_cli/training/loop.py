@@ -28,8 +28,9 @@ from longnet_cli.model import LongNet
 from longnet_cli.model.weights import save_pretrained
 from longnet_cli.runtime.chunks import Tokens
 from longnet_cli.runtime.device import check_kernel, peak_memory, random_state
-from longnet_cli.runtime.launch import Ranks, Signals, noted_signals
-from longnet_cli.runtime.sharding import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
+from longnet_cli.runtime.fsdp import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
+from longnet_cli.runtime.ranks import Ranks
+from longnet_cli.runtime.signals import Signals, noted_signals
 from longnet_cli.scoring import Score
 
 from .checkpoint import STATE, Checkpoints, checkpoints_in, find_damage, newest_whole, read_state

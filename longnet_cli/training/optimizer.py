@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from longnet_cli.errors import ConfigError
-from longnet_cli.runtime.sharding import is_sharded
+from longnet_cli.runtime.fsdp import is_sharded
 
 from .recipe import OptimizerRecipe, ScheduleRecipe
 
@@ -16,7 +16,7 @@ from .recipe import OptimizerRecipe, ScheduleRecipe
 def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
     """Fused AdamW, and Muon for the matrices of the layers where the recipe asks for it; only matrices decay.
 
-    Weights that are sharded over ranks (`runtime.sharding`) must be so already. Raises ConfigError where torch has no
+    Weights that are sharded over ranks (`runtime.fsdp`) must be so already. Raises ConfigError where torch has no
     Muon, or for Muon on them.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

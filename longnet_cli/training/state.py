@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longnet_cli.runtime.device import random_state, set_random_state
-from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.ranks import Ranks
 
 from .checkpoint import load_tensors, tensor_names
 

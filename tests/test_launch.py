@@ -1,6 +1,6 @@
 """The commands under a real torchrun: the same results as one process, and an end for all when one ends.
 
-pytest tests/test_torchrun.py
+pytest tests/test_launch.py
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from conftest import RunLongnet
 from processes import wait_for
 
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.runtime.launch import Ranks, check_windows, join
 from longnet_cli.training.checkpoint import checkpoints_in, find_damage, read_state
 from longnet_cli.training.loop import train
 from longnet_cli.training.recipe import load_recipe
@@ -150,20 +148,6 @@ def test_what_several_ranks_cannot_do_is_one_line(folder: Path, run_longnet: Run
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert "stdin can be read by one process" in done.stderr
-
-
-def test_a_mesh_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    with pytest.raises(Exception, match=r"dp x sp is 2 x 2, .* there are 6: 6 x 1, 3 x 2, 2 x 3, 1 x 6 would fit"):
-        join("cpu", sp=2, dp=2)
-
-
-def test_windows_that_ranks_cannot_share_are_refused() -> None:
-    check_windows(Ranks(world=4, sp=2), 256, 6)
-    with pytest.raises(ConfigError, match=r"6 windows of 256 tokens, which 4 groups .*--dp 1, 2 would fit"):
-        check_windows(Ranks(world=8, sp=2), 256, 6)
-    with pytest.raises(ConfigError, match="--sp 3 or less"):
-        check_windows(Ranks(world=4, sp=4), 3, 1)
 
 
 def test_a_rank_with_bad_data_ends_the_job_and_says_where(

@@ -1,6 +1,6 @@
 """Weights with a share on each rank = weights whole on each = one process: losses, gradients, steps; over gloo.
 
-pytest tests/test_sharding.py
+pytest tests/test_fsdp.py
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_chunks import draw, net
-from test_ranks import EOS, TOLERANCE, in_both_types, off, random_pattern, run_ranks
+from test_exchange import EOS, TOLERANCE, in_both_types, off, random_pattern, run_ranks
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet
-from longnet_cli.runtime.launch import Ranks
-from longnet_cli.runtime.sharding import (
+from longnet_cli.runtime.fsdp import (
     clip_gradients,
     shard_weights,
     sum_gradients,
@@ -32,6 +31,7 @@ from longnet_cli.runtime.sharding import (
     whole_tensor,
     whole_weights,
 )
+from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training.gradients import backward, document_starts
 from longnet_cli.training.optimizer import build_optimizers
 from longnet_cli.training.recipe import OptimizerRecipe
@@ -40,7 +40,7 @@ LONGEST = 10_000  # a chunk that holds everything
 
 
 def mesh(dp: int) -> Ranks:
-    """The ranks of this process, as `launch.join` makes them."""
+    """The ranks of this process, as `ranks.join` makes them."""
     rank, world = dist.get_rank(), dist.get_world_size()
     sp = world // dp
     groups = [dist.new_group(list(range(first, first + sp))) for first in range(0, world, sp)]

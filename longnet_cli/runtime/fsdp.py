@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from longnet_cli.model import LongNet
-from longnet_cli.runtime.launch import Ranks
+from longnet_cli.runtime.ranks import Ranks
 
 if TYPE_CHECKING:  # half a second to import, which one process need not wait for
     from torch.distributed.fsdp import FSDPModule

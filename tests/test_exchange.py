@@ -1,0 +1,342 @@
+"""N ranks = 1 rank: outputs and every gradient, over real processes and gloo; and what travels is counted.
+
+Each test starts P processes once, which then go through many problems. pytest tests/test_exchange.py
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from strategies import PAPER_64TH
+from test_chunks import draw, net
+from test_windows import Document
+from torch import Tensor
+
+from longnet_cli.attention import Pattern, dilated_attention
+from longnet_cli.data.windows import TokenStream, TokenWindows
+from longnet_cli.model import LongNet
+from longnet_cli.runtime import exchange as exchange_module
+from longnet_cli.runtime.chunks import CausalStream
+from longnet_cli.runtime.exchange import Exchange, even_edges
+from longnet_cli.runtime.layerwise import hidden_in_chunks
+from longnet_cli.runtime.ranks import Ranks
+from longnet_cli.training.gradients import backward, document_starts
+from longnet_cli.training.tokens import StoredTokens
+
+EOS = 49
+multiprocessing.set_forkserver_preload(["test_exchange", "torch.distributed.fsdp"])
+TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-6, 1e-5)}  # outputs, gradients
+
+
+def run_ranks(world: int, folder: Path, work: Callable[..., None], *args: Any) -> None:
+    """`work(*args)` on every rank of a gloo group; an assertion that fails on one fails here.
+
+    The ranks are forks of one server that has torch: eight would take half a minute to import it.
+    """
+    folder.mkdir(exist_ok=True)
+    mp.start_processes(
+        _enter, (world, str(folder / f"store-{uuid4()}"), work, args), nprocs=world, start_method="forkserver"
+    )
+
+
+def _enter(rank: int, world: int, store: str, work: Callable[..., None], args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        work(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def in_both_types(work: Callable[..., None], *args: Any) -> None:
+    for dtype in TOLERANCE:
+        work(dtype, *args)
+
+
+def off(found: Tensor, expected: Tensor, floor: float) -> float:
+    return (found - expected).double().norm().item() / max(expected.double().norm().item(), floor, 1e-30)
+
+
+# those that every number of ranks goes through; beyond them, anything
+GRID = list(product([True, False], ["paper", "geometric"], ["modulo", "grouped"]))
+
+
+def random_pattern(pick: random.Random, kind: str | None = None, offsets: str | None = None) -> Pattern:
+    offsets = offsets or pick.choice(["modulo", "grouped"])
+    kind = kind or pick.choice(["paper", "geometric", "any"])
+    if kind == "paper":
+        return Pattern(PAPER_64TH.segment_lengths, PAPER_64TH.dilation_rates, offsets)
+    if kind == "geometric":
+        found = Pattern.geometric(pick.randint(1, 600), pick.randint(1, 32), pick.randint(2, 4))
+        return Pattern(found.segment_lengths, found.dilation_rates, offsets)
+    levels = [(pick.randint(1, 300), pick.randint(1, 13)) for _ in range(pick.randint(1, 4))]
+    return Pattern(tuple(w for w, _ in levels), tuple(r for _, r in levels), offsets)
+
+
+def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for seed in range(problems):
+        pick = random.Random(seed)  # the same on every rank
+        causal, kind, offsets = GRID[seed] if seed < len(GRID) else (pick.random() < 0.5, None, None)
+        pattern, heads = random_pattern(pick, kind, offsets), pick.randint(1, 7)
+        batch, tokens = pick.randint(1, 2), pick.randint(1, 400)
+        edges = even_edges(0, tokens, world)
+        if pick.random() < 0.5:  # uneven, some of them empty
+            edges = [0, *sorted(pick.randint(0, tokens) for _ in range(world - 1)), tokens]
+        cuts = sorted({pick.randint(0, tokens - 1) for _ in range(pick.choice([0, 0, 1, 3]) if causal else 0)} | {0})
+        documents = [b - a for a, b in zip(cuts, [*cuts[1:], tokens], strict=True)]
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v, dout = torch.randn(4, batch, tokens, heads, 8, generator=generator, dtype=torch.float64).to(dtype)
+        whole = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = dilated_attention(*whole, pattern, causal=causal, documents=documents)
+        expected = [out.detach(), *torch.autograd.grad(out, whole, dout)]
+
+        first, last = edges[rank], edges[rank + 1]
+        mine = [x[:, first:last].clone().requires_grad_() for x in (q, k, v)]
+        config = net(pattern, heads=heads, layers=1, causal=causal).config
+        exchange = Exchange(config, edges, cuts=cuts)
+        out = dilated_attention(
+            *mine, pattern, causal=causal, start=exchange.start, documents=exchange.documents,
+            far=exchange(0, *mine[1:]),
+        )  # fmt: skip
+        found = [out.detach(), *torch.autograd.grad(out, mine, dout[:, first:last])]
+        floor = 0.1 * max(x.double().norm().item() for x in expected)
+        for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+            error = off(a, b[:, first:last], floor)
+            allowed = TOLERANCE[dtype][name != "out"]
+            assert error <= allowed, f"problem {seed}, rank {rank}: {name} is off by {error:.2e}"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_attention_in_shards_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, in_both_types, attention_in_shards, 24 if world < 8 else 12)
+
+
+def net_in_shards(dtype: torch.dtype) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for seed, causal, cuts in ((0, True, [0]), (1, False, [0]), (2, True, [0, 100, 131, 300])):
+        model = net(PAPER_64TH, causal=causal).to(dtype)
+        tokens = 397
+        ids, targets = draw(1, tokens, seed), draw(1, tokens, seed + 9)
+        targets[:, : tokens // world] = -100  # the first rank has nothing to lose: no hang, no NaN
+        documents = [b - a for a, b in zip(cuts, [*cuts[1:], tokens], strict=True)]
+        loss = model.nll(model(ids, documents=documents), targets).sum(dtype=torch.float64)
+        loss.backward()
+        expected = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        edges = even_edges(0, tokens, world)
+        exchange, mine = Exchange(model.config, edges, cuts=cuts), slice(edges[rank], edges[rank + 1])
+        hidden = model(ids[:, mine], start=exchange.start, documents=exchange.documents, far=exchange)
+        part = model.nll(hidden, targets[:, mine]).sum(dtype=torch.float64)
+        part.backward()
+        dist.all_reduce(part.detach_())
+        floor = max(g.double().norm().item() for g in expected)
+        assert off(part, loss.detach(), 0) <= TOLERANCE[dtype][0] * 10
+        for (name, p), wanted in zip(model.named_parameters(), expected, strict=True):
+            dist.all_reduce(p.grad)
+            error = off(p.grad, wanted, 0.1 * floor)
+            assert error <= TOLERANCE[dtype][1], f"rank {rank}: {name} is off by {error:.2e}"
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_a_whole_nets_loss_and_gradients(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, in_both_types, net_in_shards)
+
+
+def counted_traffic() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    calls: list[int] = []
+    original = dist.all_to_all_single
+
+    def counting(output: Tensor, input: Tensor, *args: Any, **options: Any) -> Any:
+        calls.append(input.numel() * input.element_size())
+        return original(output, input, *args, **options)
+
+    def land(self: Any, grads: Any) -> Tensor:
+        assert self.got is not None  # it left before the near keys' gradients were computed
+        return original_land(self, grads)
+
+    original_land, exchange_module._WayBack.land = (
+        exchange_module._WayBack.land,
+        land,
+    )  # this process ends with the test
+    dist.all_to_all_single = counting
+    base, layers = 16, 3
+    traffic = []
+    for shard in (64, 256):
+        tokens = shard * world
+        pattern = Pattern.geometric(tokens, base)
+        model = net(pattern, layers=layers)
+        ids = draw(1, tokens)[:, rank * shard : (rank + 1) * shard]
+        exchange = Exchange(model.config, even_edges(0, tokens, world))
+        calls.clear()
+        model(ids, start=exchange.start, far=exchange).sum().backward()
+        assert len(calls) == 2 * layers  # one forward and one backward a layer
+        rows = sum(parcel.rows for parcels in exchange.sent for parcel in parcels)
+        assert set(calls[:layers]) == {2 * rows * model.config.dim * 4}  # keys and values, fp32
+        total = torch.tensor([sum(calls[:layers]), sum(calls[layers:])])
+        dist.all_reduce(total)
+        assert total[0] == total[1]
+        # research/parallel.md 3, on all ranks together: causal ranks receive half of what they would otherwise
+        wider = [(w, r) for w, r in pattern.levels if w > shard]
+        everything = sum(w // r * (w // shard - 1) * (tokens // w) for w, r in wider)  # rows that other ranks read
+        each = 2 * model.config.dim * 4
+        assert total[0].item() == layers * each * everything // 2
+        traffic.append(total[0].item())
+    assert traffic[0] == traffic[1]  # four times the tokens, the same bytes
+
+    narrow = net(Pattern((16, 64), (1, 4)), layers=layers)
+    calls.clear()
+    exchange = Exchange(narrow.config, even_edges(0, 64 * world, world))
+    narrow(draw(1, 64), start=exchange.start, far=exchange).sum().backward()
+    assert calls == []  # no level is wider than a shard
+    dist.all_to_all_single = original
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_one_exchange_a_layer_and_its_bytes_are_the_formulas(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, counted_traffic)
+
+
+def test_a_mistaken_rank_is_noticed() -> None:
+    """Geometry needs no process: rows go to later ranks only, and every row that is needed is sent once."""
+    model: LongNet = net(PAPER_64TH)
+    exchange = Exchange(model.config, even_edges(0, 1000, 4), rank=2)
+    assert all(not exchange.parcels[maker][reader] for maker in range(4) for reader in range(maker + 1))
+    assert exchange.received == [row[2] for row in exchange.parcels]
+    with pytest.raises(ValueError, match="causal"):
+        Exchange(net(PAPER_64TH, causal=False).config, [0, 10, 20], rank=0, cuts=[5])
+
+
+def training_in_shards(dtype: torch.dtype) -> None:
+    """Packed documents, windows longer than all ranks' chunks, several rows: gradients are those of one process."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for seed in range(6):
+        pick = random.Random(seed)
+        pattern, batch = random_pattern(pick), pick.randint(1, 3)
+        tokens, chunk = pick.randint(world, 300), pick.randint(8, 120)
+        if seed == 0:  # chunks begin between the rows of some heads
+            pattern, batch, tokens, chunk = Pattern((30, 90, 270), (1, 3, 9)), 1, 117, 19
+        model = net(pattern).to(dtype)
+        ids, targets = draw(batch, tokens, seed).clamp_(max=EOS - 1), draw(batch, tokens, seed + 9)
+        for _ in range(pick.choice([0, 2, 9])):
+            ids[pick.randrange(batch), pick.randrange(tokens)] = EOS
+        cut = seed > 0 and pick.choice([True, False])
+        loss = backward(model, ids, targets, chunk=10_000, starts=document_starts(ids, EOS) if cut else None)
+        expected = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        starts = document_starts(ids, EOS, dist.group.WORLD) if cut else None
+        part = backward(model, ids, targets, chunk=chunk, starts=starts, group=dist.group.WORLD)
+        dist.all_reduce(part)
+        floor = 0.1 * max(g.double().norm().item() for g in expected)
+        assert off(part, loss, 0) <= TOLERANCE[dtype][0] * 10
+        for (name, p), wanted in zip(model.named_parameters(), expected, strict=True):
+            dist.all_reduce(p.grad)
+            error = off(p.grad, wanted, floor)
+            assert error <= TOLERANCE[dtype][1], f"problem {seed}, rank {rank}: {name} is off by {error:.2e}"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_chunked_and_packed_training_over_ranks(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, in_both_types, training_in_shards)
+
+
+def slices_of_stored_windows(chunk: int) -> None:
+    """Windows that lie in files: a rank reads its slices and the target after each, and the gradients are the same."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = net(PAPER_64TH).double()
+    document = Document(draw(1, 2 * 300).clamp_(max=EOS - 1)[0].numpy())
+    batch, _ = next(iter(TokenWindows([TokenStream([document], EOS)], 240, 2, seed=0)))
+    whole = torch.from_numpy(batch.read_all())
+    loss = backward(model, whole[:, :-1], whole[:, 1:], chunk=10_000, starts=document_starts(whole[:, :-1], EOS))
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    document.reads.clear()
+    stored = [StoredTokens(batch, first, 240, torch.device("cpu")) for first in (0, 1)]
+    starts = document_starts(stored[0], EOS, dist.group.WORLD)
+    part = backward(model, *stored, chunk=chunk, starts=starts, group=dist.group.WORLD)
+    dist.all_reduce(part)
+    assert off(part, loss, 0) <= 1e-12
+    for p, wanted in zip(model.parameters(), expected, strict=True):
+        dist.all_reduce(p.grad)
+        assert off(p.grad, wanted, 0.1) <= 1e-12
+    mine = np.zeros(len(document), bool)
+    for _, start in batch.starts:
+        shards = [even_edges(0, 240, world)]  # in which it looks for the ends of documents
+        shards += [even_edges(a, min(chunk * world, 240 - a), world) for a in range(0, 240, chunk * world)]
+        for edges in shards:
+            first = start + edges[rank] - 1  # the stream has one eos before the document
+            mine[max(0, first) : start + edges[rank + 1]] = True
+    found = np.zeros(len(document), bool)
+    for first, last in document.reads:
+        found[first:last] = True
+    assert np.array_equal(found, mine)
+
+
+@pytest.mark.parametrize("chunk", [240, 30])
+def test_a_rank_reads_its_slices_of_windows_in_files(chunk: int, tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, slices_of_stored_windows, chunk)
+
+
+def streaming_in_shards() -> None:
+    """Chunks of any sizes over ranks, the cache on all of them: hidden states, and the next token's decoding."""
+    world = dist.get_world_size()
+    for seed in range(8):
+        pick = random.Random(seed)
+        model, tokens = net(random_pattern(pick)).double(), pick.randint(1, 500)
+        ids = draw(1, tokens + 1, seed)
+        with torch.no_grad():
+            whole = model(ids)
+        stream, start = CausalStream(model, group=dist.group.WORLD), 0
+        while start < tokens:
+            edges = even_edges(start, min(pick.randint(1, 200), tokens - start), world)
+            mine = slice(edges[dist.get_rank()], edges[dist.get_rank() + 1])
+            torch.testing.assert_close(stream(ids[:, mine], edges=edges), whole[:, mine], rtol=1e-11, atol=1e-11)
+            start = edges[-1]
+        # every rank can go on alone
+        torch.testing.assert_close(stream(ids[:, tokens:]), whole[:, tokens:], rtol=1e-11, atol=1e-11)
+
+
+def layer_by_layer_in_shards() -> None:
+    """A bidirectional net over more chunks than there are ranks, some ranks without one in the last turn."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for seed in range(6):
+        pick = random.Random(seed)
+        model, chunk = net(random_pattern(pick), causal=False).double(), pick.randint(20, 80)
+        tokens = chunk * world + pick.randint(1, 200)
+        ids = draw(1, tokens, seed)
+        with torch.no_grad():
+            whole = model(ids).split(chunk, 1)[rank::world]
+        done: list[int] = []
+        found = list(
+            hidden_in_chunks(
+                model, lambda a, b, ids=ids: ids[:, a:b], tokens, chunk,
+                ranks=Ranks(rank, world, world, dist.group.WORLD), on_chunk=done.append,
+            )
+        )  # fmt: skip
+        torch.testing.assert_close(found, list(whole), rtol=1e-11, atol=1e-11)
+        if rank == 0:
+            assert sum(done) == tokens * model.config.num_layers
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_layer_by_layer_over_ranks(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, layer_by_layer_in_shards)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_streaming_over_ranks(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, streaming_in_shards)
