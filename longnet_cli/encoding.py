@@ -1,8 +1,6 @@
 """The `encode` job: vectors of documents, or of their spans, pooled from the hidden states after the final norm.
 
-documents --+-- short --batches_by_length--> padded forwards --+--> hidden --_Pooling--> rows --> Arrow batches
-            +-- longer than a chunk --CausalStream, or layer --+
-                by layer where the net is bidirectional
+    documents --Reader--> hidden states --_Pooling--> rows --> Arrow batches
 
 Into a folder, documents are cut into shards first, and each shard is encoded as if it were all there is: so a run that
 is resumed pads and adds up as one that was never stopped.
@@ -26,15 +24,12 @@ from torch import Tensor
 from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
 from longnet_cli.model.weights import fingerprint
-from longnet_cli.runtime.chunks import default_chunk, open_stream
-from longnet_cli.runtime.device import check_kernel, precision, resolve_dtype
-from longnet_cli.runtime.exchange import Exchange, even_edges
-from longnet_cli.runtime.layerwise import hidden_in_chunks
+from longnet_cli.runtime.chunks import default_chunk
+from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.scoring import batches_by_length, check_length, read_sequence
+from longnet_cli.runtime.reading import AfterBos, Piece, Reader, Window, check_length
 
 Pool = Literal["mean", "last", "first"]
 EmbeddingDtype = Literal["float32", "float16"]
@@ -66,13 +61,8 @@ def encode(
     `normalize` then scales the vector to length 1. With `span` there is a row for every `span` tokens of a document.
     `bos` (the tokenizer's end-of-text id) is put before each document of a causal model, as in scoring, and not pooled.
 
-    `chunk` is the most tokens of one forward, by default what `default_chunk` gives. Short documents share a forward;
-    a longer one goes chunk by chunk, with the same result. A causal net needs no more memory for it; a bidirectional
-    one keeps its hidden states in memory or, with `spill`, in a file in that folder. A net that does not stream reads
-    it in one forward.
-
-    Several `ranks`, all given the same documents, share every long one, `chunk` tokens each, and deal out the forwards
-    of short ones; every rank gets all rows.
+    `chunk`, `spill`, `dtype` and `ranks` as in `runtime.reading.Reader`. Several ranks need the same documents, and
+    every rank gets all rows.
 
     `device` moves the model there; None leaves it where it is. `model_name` and `tokenizer_sha256` go into the schema's
     metadata. `on_progress` gets the number of tokens that each forward has encoded. Raises ConfigError for a model
@@ -94,10 +84,8 @@ def encode(
         model_name=model_name,
         tokenizer_sha256=tokenizer_sha256,
     )
-    ranks = ranks or Ranks()
-    # ranks may have other amounts of free memory
-    chunk = chunk or int(ranks.smallest(default_chunk(model.config, next(model.parameters()).device)))
-    encoder = _Encoder(model, bos, pool, span, chunk, spill, dtype, ranks, on_progress)
+    reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
+    encoder = _Encoder(reader, bos, pool, span)
     batches = (_record_batch(schema, rows, normalize) for rows in encoder.run(documents) if rows)
     return pa.RecordBatchReader.from_batches(schema, batches)
 
@@ -264,142 +252,47 @@ class _Pooling:
                 self.state = None
 
 
-class _Encoder:
-    """Documents in, rows of vectors out in the same order; short documents wait until a forward is full."""
+@dataclass(frozen=True)
+class _Window(Window):
+    """A whole document, and the pooling that takes its hidden states."""
 
-    def __init__(
-        self,
-        model: Net,
-        bos: int | None,
-        pool: Pool,
-        span: int | None,
-        chunk: int,
-        spill: str | Path | None,
-        dtype: str,
-        ranks: Ranks,
-        on_progress: Callable[[int], None] | None,
-    ) -> None:
-        self.ranks = ranks
-        self.model, self.pool, self.span, self.chunk = model, pool, span, chunk
-        self.spill, self.dtype, self.on_progress = spill, dtype, on_progress
-        self.bos = bos if model.config.causal else None
-        self.first = 0 if self.bos is None else 1  # where a document begins in what the model reads
-        self.device = next(model.parameters()).device
+    pooling: _Pooling
+
+
+class _Encoder:
+    """Documents in, rows of vectors out in the same order."""
+
+    def __init__(self, reader: Reader, bos: int | None, pool: Pool, span: int | None) -> None:
+        self.reader, self.pool, self.span = reader, pool, span
+        self.bos = bos if reader.model.config.causal else None
 
     def run(self, documents: Iterable[Document]) -> Iterator[list[_Row]]:
-        waiting: list[Document] = []
-        tokens = 0  # that wait
-        for document in documents:
-            if not len(document):
-                raise DataError(f"{document.where}: document {document.doc_id!r} is empty: there is nothing to encode")
-            total = len(document) + self.first
-            check_length(document, total, self.model, "encode it in shorter documents")
-            if total > self.chunk and self.model.config.streams:
-                yield self._forward(waiting)
-                waiting, tokens = [], 0
-                yield from self._stream(document)
-                continue
-            waiting.append(document)
-            tokens += len(document)
-            if tokens >= self.chunk:
-                yield self._forward(waiting)
-                waiting, tokens = [], 0
-        yield self._forward(waiting)
-
-    def _forward(self, documents: Sequence[Document]) -> list[_Row]:
-        """The rows of short documents, from padded forwards of similar lengths."""
-        rows: list[list[_Row]] = [[] for _ in documents]
-        lengths = [len(document) + self.first for document in documents]
-        for turn, batch in enumerate(batches_by_length(lengths, self.chunk)):
-            if turn % self.ranks.world == self.ranks.rank:
-                padded = torch.zeros(len(batch), max(lengths[i] for i in batch), dtype=torch.int64)
-                for row, i in zip(padded, batch, strict=True):
-                    row[: lengths[i]] = torch.from_numpy(read_sequence(documents[i], self.bos, 0, lengths[i]))
-                with torch.inference_mode(), precision(self.dtype, self.device):
-                    found = self.model(padded.to(self.device), lengths=[lengths[i] for i in batch])
-            else:
-                found = self._nothing(max(lengths[i] for i in batch)).expand(len(batch), -1, -1)
+        for pieces in self.reader.read(map(self._window, documents)):
             with torch.inference_mode():
-                for i, hidden in zip(batch, found, strict=True):
-                    pooling = _Pooling(documents[i], self.pool, self.span)
-                    rows[i] = list(pooling.add(hidden[self.first : lengths[i]]))
-            if self.on_progress:
-                self.on_progress(sum(len(documents[i]) for i in batch))
-        return self._of_all_ranks([row for found in rows for row in found])
+                rows = [row for piece in pieces for row in piece.window.pooling.add(self._hidden(piece))]
+                yield self._of_all_ranks(rows)
 
-    def _stream(self, document: Document) -> Iterator[list[_Row]]:
-        """The rows of a document that is longer than a chunk, as its spans end."""
-        pooling = _Pooling(document, self.pool, self.span)
-        skip = self.first
-        for pieces in self._hidden(document):
-            rows = []
-            with torch.inference_mode():
-                for hidden in pieces:
-                    rows += list(pooling.add(hidden[0, skip:]))
-                    skip = max(0, skip - hidden.shape[1])
-            yield self._of_all_ranks(rows)
+    def _window(self, document: Document) -> _Window:
+        if not len(document):
+            raise DataError(f"{document.where}: document {document.doc_id!r} is empty: there is nothing to encode")
+        ids = AfterBos(document, self.bos)
+        total = ids.first + len(document)
+        check_length(self.reader.model, total, document.where, "encode it in shorter documents")
+        return _Window(ids, 0, total, ids.first, _Pooling(document, self.pool, self.span))
 
-    def _hidden(self, document: Document) -> Iterator[list[Tensor]]:
-        """Its hidden states, chunk by chunk, as the ranks' shards (1, n, dim): zeros for those of other ranks."""
-        total, model, ranks = len(document) + self.first, self.model, self.ranks
-
-        def read(start: int, stop: int) -> Tensor:
-            return torch.from_numpy(read_sequence(document, self.bos, start, stop))[None].to(self.device)
-
-        chunk = self.chunk * ranks.world
-        if not model.config.causal and total > chunk:
-            assert isinstance(model, LongNet)  # no other net goes layer by layer
-            options: dict[str, Any] = {"spill": self.spill, "dtype": self.dtype, "ranks": ranks}
-            done = _Share(self.on_progress, model.config.num_layers)
-            mine = hidden_in_chunks(model, read, total, self.chunk, on_chunk=done, **options)
-            for turn in range(0, total, chunk):
-                starts = range(turn, min(turn + chunk, total), self.chunk)
-                yield [
-                    next(mine) if index == ranks.rank else self._nothing(min(self.chunk, total - start))
-                    for index, start in enumerate(starts)
-                ]
-            return
-        stream = open_stream(model, ranks.group) if model.config.causal else None
-        for start in range(0, total, chunk):
-            stop = min(start + chunk, total)
-            edges = even_edges(start, stop - start, ranks.world)
-            ids = read(edges[ranks.rank], edges[ranks.rank + 1])
-            with torch.inference_mode(), precision(self.dtype, self.device):
-                if stream:
-                    hidden = stream(ids, edges=edges if ranks.group else None)
-                else:
-                    exchange = Exchange(model.config, edges, group=ranks.group)
-                    hidden = model(ids, start=exchange.start, far=exchange, total=total)
-            if self.on_progress:
-                self.on_progress(stop - max(start, self.first))
-            yield [
-                hidden if rank == ranks.rank else self._nothing(edges[rank + 1] - edges[rank])
-                for rank in range(ranks.world)
-            ]
-
-    def _nothing(self, tokens: int) -> Tensor:
-        """(1, tokens, dim) zeros that take no memory: what a rank adds to spans of other ranks' tokens."""
-        return torch.zeros(1, 1, 1, device=self.device).expand(1, tokens, self.model.config.dim)
+    def _hidden(self, piece: Piece[_Window]) -> Tensor:
+        """The hidden states of a piece; zeros that take no memory for another rank's."""
+        if piece.hidden is not None:
+            return piece.hidden
+        return torch.zeros(1, 1, device=self.reader.device).expand(len(piece), self.reader.model.config.dim)
 
     def _of_all_ranks(self, rows: list[_Row]) -> list[_Row]:
         """The same rows with the sum of all ranks' vectors: pooling is linear."""
-        if self.ranks.world == 1 or not rows:
+        if self.reader.ranks.world == 1 or not rows:
             return rows
         vectors = torch.stack([row.vector for row in rows])
-        self.ranks.sum(vectors)
+        self.reader.ranks.sum(vectors)
         return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]
-
-
-class _Share:
-    """Tells `on_progress` of a token when all `layers` layers are done with it."""
-
-    def __init__(self, on_progress: Callable[[int], None] | None, layers: int) -> None:
-        self.on_progress, self.layers, self.done = on_progress, layers, 0
-
-    def __call__(self, tokens: int) -> None:
-        before, self.done = self.done // self.layers, self.done + tokens
-        if self.on_progress and self.done // self.layers > before:
-            self.on_progress(self.done // self.layers - before)
 
 
 def _record_batch(schema: pa.Schema, rows: Sequence[_Row], normalize: bool) -> pa.RecordBatch:

@@ -1,16 +1,16 @@
 """The `score` job: how well a causal model predicts each token of each document, as perplexity and bits per byte.
 
-    document --_windows--> windows --+-- short --batches_by_length--> padded forwards --+--> sums of nats, float64,
-                                     +-- longer than a chunk --CausalStream-------------+    a document each
+    document --_Cut.windows--> windows --Reader--> hidden states --nll--> sums of nats, one float64 per document
 
 A window is a range of the document's tokens to predict; its inputs are the tokens one before them.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,10 @@ from longnet_cli.data.sinks import ShardWriter
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.measures import ByPosition, DocumentScore, Score
-from longnet_cli.model.net import IGNORED, Net
-from longnet_cli.runtime.chunks import default_chunk, open_stream
+from longnet_cli.model.net import Net
 from longnet_cli.runtime.device import precision
-from longnet_cli.runtime.exchange import even_edges
 from longnet_cli.runtime.ranks import Ranks
+from longnet_cli.runtime.reading import AfterBos, Piece, Reader, Window, check_length
 
 # Called with (document, start, ids, log-probabilities): those of its tokens [start, start + n), (n,) int64 and float32
 OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
@@ -64,12 +63,9 @@ def score(
     are left out, and bytes are what `count_bytes` says of the scored ids (None: unknown). `by_position` also sums by
     position in the window.
 
-    `chunk` is the most tokens of one forward, by default what `default_chunk` gives. Short windows share a forward; a
-    longer one is streamed, so memory does not depend on the document's length and the chunk changes no number. A net
-    that does not stream reads it in one forward.
-
-    Several `ranks`, all given the same documents, share every long window, `chunk` tokens each, and deal out the
-    forwards of short ones; every rank gets all results.
+    `chunk`, `dtype` and `ranks` as in `runtime.reading.Reader`: memory does not depend on the document's length, and
+    none of them changes a number beyond rounding. Several ranks need the same documents, and every rank gets all
+    results.
 
     An empty document scores 0 tokens. `device` moves the model there; None leaves it where it is. `on_tokens` gets the
     log-probabilities of all tokens in order. `on_progress` gets the number of tokens that each forward has scored.
@@ -95,24 +91,9 @@ def score(
         raise ConfigError("log-probabilities of tokens are those of one context: give one")
     if device is not None:
         model.to(device)
-    ranks = ranks or Ranks()
-    # ranks may have other amounts of free memory
-    chunk = chunk or int(ranks.smallest(default_chunk(model.config, next(model.parameters()).device)))
+    reader = Reader(model, chunk=chunk, dtype=dtype, ranks=ranks, on_progress=on_progress)
     cut = _Cut(0 if bos is not None else 1, contexts, stride, last)
-    scorer = _Scorer(model, bos, cut, by_position, count_bytes, chunk, dtype, ranks, on_tokens, on_progress)
-    return scorer.run(documents)
-
-
-def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Group sequences for padded forwards of at most `limit` tokens, as indices into `lengths`; the longest first.
-
-    A sequence longer than `limit` is a group of its own.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    while order:
-        rows = max(1, limit // lengths[order[0]])
-        yield order[:rows]
-        order = order[rows:]
+    return _Scorer(reader, bos, cut, by_position, count_bytes, on_tokens).run(documents)
 
 
 def logprob_schema() -> pa.Schema:
@@ -159,21 +140,6 @@ def write_token_logprobs(path: str | Path) -> Iterator[OnTokens]:
         flush()
 
 
-def check_length(document: Document, tokens: int, model: Net, instead: str) -> None:
-    """Raise ConfigError where `model` has no positions for `tokens` of the document, saying what to do `instead`."""
-    limit = model.config.max_tokens
-    if limit is not None and tokens > limit:
-        raise ConfigError(f"{document.where}: {tokens} tokens, and the model has {limit} positions: {instead}")
-
-
-def read_sequence(document: Document, bos: int | None, start: int, stop: int) -> np.ndarray:
-    """The ids [start, stop) of what a model reads, (stop - start,) int64: bos, unless it is None, and the document."""
-    if bos is None:
-        return document.read(start, stop)
-    ids = document.read(max(0, start - 1), stop - 1)
-    return ids if start else np.concatenate((np.array([bos]), ids))
-
-
 @dataclass(frozen=True)
 class _Cut:
     """How documents are cut into windows; `first` is their first target, 1 where nothing precedes a document."""
@@ -206,10 +172,11 @@ class _Cut:
 
 @dataclass
 class _Tally:
-    """A document on its way: what its windows have cost so far."""
+    """A document on its way: what its windows have cost so far, until `expected` tokens are counted."""
 
     document: Document
     context: int | None
+    expected: int
     n_bytes: int | None  # of what is scored
     by_position: ByPosition | None
     nll_sum: float = 0.0
@@ -221,71 +188,36 @@ class _Tally:
 
 
 @dataclass(frozen=True)
-class _Window:
-    """The targets [start, stop) of a document, and (1 + stop - start,) int64 `ids`: the token before them first.
-
-    Those before `counted` are predicted on the way, and not counted. The first input is the `offset`-th of those that
-    the model sees together.
-    """
+class _Window(Window):
+    """The inputs of a document's targets: the hidden state of each predicts the id after it."""
 
     tally: _Tally
-    start: int
-    ids: np.ndarray
-    counted: int = 0
-    offset: int = 0
-
-    @property
-    def targets(self) -> int:
-        return len(self.ids) - 1
 
 
 class _Scorer:
-    """Documents in, scores out in the same order; short windows wait until a forward is full."""
+    """Documents in, scores out in the same order."""
 
     def __init__(
         self,
-        model: Net,
+        reader: Reader,
         bos: int | None,
         cut: _Cut,
         by_position: bool,
         count_bytes: Callable[[np.ndarray], int | None] | None,
-        chunk: int,
-        dtype: str,
-        ranks: Ranks,
         on_tokens: OnTokens | None,
-        on_progress: Callable[[int], None] | None,
     ) -> None:
-        self.model, self.bos, self.chunk, self.dtype = model, bos, chunk, dtype
-        self.cut, self.by_position, self.count_bytes = cut, by_position, count_bytes
-        self.ranks = ranks
-        self.on_tokens, self.on_progress = on_tokens, on_progress
-        self.device = next(model.parameters()).device
-        self.waiting: list[_Window] = []
-        self.targets = 0  # of the windows that wait
-        self.finished: list[_Tally] = []  # documents all of whose windows are scored or waiting
+        self.reader, self.model, self.bos, self.cut = reader, reader.model, bos, cut
+        self.by_position, self.count_bytes, self.on_tokens = by_position, count_bytes, on_tokens
+        self.open: deque[_Tally] = deque()  # documents whose windows are being read
 
     def run(self, documents: Iterable[Document]) -> Iterator[DocumentScore]:
         scored = 0
-        for document in documents:
-            if self.cut.last and len(document) < self.cut.least:
-                continue
-            for context in self.cut.contexts:
-                tally = self._tally(document, context)
-                for start, stop, counted in self.cut.windows(len(document), context):
-                    check_length(document, stop - start, self.model, f"--context {self.model.config.max_tokens}")
-                    if stop - start > self.chunk and self.model.config.streams:
-                        yield from self._flush()
-                        self._stream(tally, start, stop, counted)
-                    else:
-                        self.waiting.append(replace(self._window(tally, start, stop), counted=counted))
-                        self.targets += stop - start
-                        if self.targets >= self.chunk:
-                            yield from self._flush()
-                    scored += stop - counted
-                self.finished.append(tally)
-                if not self.waiting:
-                    yield from self._flush()
-        yield from self._flush()
+        for pieces in self.reader.read(self._windows(documents)):
+            self._count(pieces)
+            while self.open and self.open[0].n_tokens == self.open[0].expected:
+                tally = self.open.popleft()
+                scored += tally.n_tokens
+                yield tally.result()
         if scored == 0:
             if self.cut.last:
                 raise DataError(f"no token could be scored: no document has {self.cut.least} tokens")
@@ -295,75 +227,59 @@ class _Scorer:
                 else "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
             )
 
+    def _windows(self, documents: Iterable[Document]) -> Iterator[_Window]:
+        for document in documents:
+            if self.cut.last and len(document) < self.cut.least:
+                continue
+            ids = AfterBos(document, self.bos)
+            for context in self.cut.contexts:
+                tally = self._tally(document, context)
+                self.open.append(tally)
+                if not tally.expected:
+                    yield _Window(ids, 0, 0, 0, tally)
+                for start, stop, counted in self.cut.windows(len(document), context):
+                    check_length(self.model, stop - start, document.where, f"--context {self.model.config.max_tokens}")
+                    before = ids.first - 1  # from a target to its input
+                    yield _Window(ids, start + before, stop + before, counted + before, tally)
+
     def _tally(self, document: Document, context: int | None) -> _Tally:
+        expected = max(0, len(document) - self.cut.first)
         n_bytes = document.n_bytes if self.bos is not None else None  # those of the first token were not scored
         if self.cut.last:
-            ids = document.read(len(document) - self.cut.last, len(document))
+            expected = self.cut.last
+            ids = document.read(len(document) - expected, len(document))
             n_bytes = self.count_bytes(ids) if self.count_bytes else None
         positions = ByPosition(min(self.model.config.pattern.segment_lengths)) if self.by_position else None
-        return _Tally(document, context, n_bytes, positions)
-
-    def _window(self, tally: _Tally, start: int, stop: int) -> _Window:
-        first = 0 if self.bos is None else 1  # where a document begins in its sequence
-        return _Window(tally, start, read_sequence(tally.document, self.bos, start - 1 + first, stop + first))
-
-    def _flush(self) -> Iterator[DocumentScore]:
-        """Score what waits, in padded forwards of similar lengths, and hand out what is finished."""
-        sizes = [window.targets for window in self.waiting]
-        nll = torch.zeros(sum(sizes), device=self.device)
-        places = nll.split(sizes)
-        for turn, batch in enumerate(batches_by_length(sizes, self.chunk)):
-            if turn % self.ranks.world == self.ranks.rank:
-                for index, row in zip(batch, self._forward([self.waiting[i] for i in batch]), strict=True):
-                    places[index].copy_(row[: sizes[index]])
-            if self.on_progress:
-                self.on_progress(sum(sizes[index] for index in batch))
-        if sizes:
-            self.ranks.sum(nll)
-        for window, row in zip(self.waiting, nll.cpu().split(sizes), strict=True):
-            self._count(window, row.numpy())
-        self.waiting, self.targets = [], 0
-        yield from (tally.result() for tally in self.finished)
-        self.finished = []
+        return _Tally(document, context, expected, n_bytes, positions)
 
     @torch.inference_mode()
-    def _forward(self, windows: Sequence[_Window]) -> torch.Tensor:
-        """(windows, targets of the longest) float32 nats. Right padding needs no mask: a causal net does not see it."""
-        padded = torch.full((len(windows), max(len(window.ids) for window in windows)), IGNORED)
-        for row, window in zip(padded, windows, strict=True):
-            row[: len(window.ids)] = torch.from_numpy(window.ids)
-        padded = padded.to(self.device)
-        with precision(self.dtype, self.device):
-            return self.model.nll(self.model(padded[:, :-1].clamp(min=0)), padded[:, 1:])
+    def _count(self, pieces: Sequence[Piece[_Window]]) -> None:
+        """Add the nats of the pieces' targets to their documents."""
+        device, ranks = self.reader.device, self.reader.ranks
+        nll = torch.zeros(sum(map(len, pieces)), device=device)
+        places = nll.split([len(piece) for piece in pieces])
+        mine = [(piece, place) for piece, place in zip(pieces, places, strict=True) if piece.hidden is not None]
+        if mine:
+            hidden = torch.cat([piece.hidden for piece, _ in mine if piece.hidden is not None])
+            targets = torch.from_numpy(np.concatenate([self._targets(piece) for piece, _ in mine])).to(device)
+            with precision(self.reader.dtype, device):
+                found = self.model.nll(hidden, targets)
+            for (_, place), part in zip(mine, found.split([len(piece) for piece, _ in mine]), strict=True):
+                place.copy_(part)
+        ranks.sum(nll)
+        for piece, part in zip(pieces, nll.cpu().split([len(piece) for piece in pieces]), strict=True):
+            self._add(piece, part.numpy())
 
-    @torch.inference_mode()
-    def _stream(self, tally: _Tally, start: int, stop: int, counted: int) -> None:
-        """Score a window that is longer than a chunk."""
-        stream, ranks = open_stream(self.model, self.ranks.group), self.ranks
-        for first in range(start, stop, self.chunk * ranks.world):
-            last = min(first + self.chunk * ranks.world, stop)
-            edges = even_edges(first, last - first, ranks.world)
-            mine = self._window(tally, edges[ranks.rank], edges[ranks.rank + 1])
-            ids = torch.from_numpy(mine.ids)[None].to(self.device)
-            nll = torch.zeros(last - first, device=self.device)
-            with precision(self.dtype, self.device):
-                hidden = stream(ids[:, :-1], edges=[edge - start for edge in edges] if ranks.group else None)
-                if counted < last:
-                    nll[edges[ranks.rank] - first :][: mine.targets] = self.model.nll(hidden, ids[:, 1:])[0]
-            ranks.sum(nll)
-            # what is reported needs the ids of all, where somebody asks for them
-            whole = self._window(tally, first, last) if self.on_tokens and ranks.group else mine
-            self._count(replace(whole, start=first, counted=counted, offset=first - start), nll.cpu().numpy())
-            if self.on_progress:
-                self.on_progress(last - first)
-
-    def _count(self, window: _Window, nll: np.ndarray) -> None:
-        """Add the (targets,) nats of a window to its document."""
-        skipped, tally = max(0, window.counted - window.start), window.tally
-        nll = nll[skipped:]
+    def _add(self, piece: Piece[_Window], nll: np.ndarray) -> None:
+        tally = piece.window.tally
         tally.nll_sum += float(nll.sum(dtype=np.float64))
         tally.n_tokens += len(nll)
         if tally.by_position:
-            tally.by_position.add(window.offset + skipped, nll)
+            tally.by_position.add(piece.start - piece.window.start, nll)
         if self.on_tokens and len(nll):
-            self.on_tokens(tally.document, window.start + skipped, window.ids[1 + skipped :], -nll)
+            first = piece.start + 1 - AfterBos(tally.document, self.bos).first
+            self.on_tokens(tally.document, first, self._targets(piece), -nll)
+
+    @staticmethod
+    def _targets(piece: Piece[_Window]) -> np.ndarray:
+        return piece.window.ids.read(piece.start + 1, piece.stop + 1)

@@ -80,3 +80,8 @@ def split(tokens: int, sizes: list[int]) -> list[int]:
     while sum(found) < tokens:
         found.append(min(sizes[len(found) % len(sizes)], tokens - sum(found)))
     return found
+
+
+def document_starts(tokens: Tensor, eos: int) -> list[list[int]]:
+    """Where documents start in each row of (rows, n) ids, if `eos` precedes each."""
+    return [[0, *(i for i in range(1, tokens.shape[1]) if tokens[row, i] == eos)] for row in range(tokens.shape[0])]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import document_starts
 from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.errors import ConfigError
@@ -28,7 +29,7 @@ from longnet_cli.training.estimate import (
     memory_by_kind,
     saved_bytes,
 )
-from longnet_cli.training.gradients import _forwards, document_starts
+from longnet_cli.training.gradients import _forwards
 from longnet_cli.training.recipe import Recipe, load_recipe
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from strategies import PAPER_64TH
+from strategies import PAPER_64TH, document_starts
 from test_chunks import draw, net
 from test_windows import Document
 from torch import Tensor
@@ -32,7 +32,7 @@ from longnet_cli.runtime.chunks import CausalStream
 from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.layerwise import hidden_in_chunks
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.training.gradients import backward, document_starts
+from longnet_cli.training.gradients import backward
 from longnet_cli.training.tokens import StoredTokens
 
 EOS = 49
@@ -238,7 +238,7 @@ def training_in_shards(dtype: torch.dtype) -> None:
         loss = backward(model, ids, targets, chunk=10_000, starts=document_starts(ids, EOS) if cut else None)
         expected = [p.grad for p in model.parameters()]
         model.zero_grad()
-        starts = document_starts(ids, EOS, dist.group.WORLD) if cut else None
+        starts = document_starts(ids, EOS) if cut else None
         part = backward(model, ids, targets, chunk=chunk, starts=starts, group=dist.group.WORLD)
         dist.all_reduce(part)
         floor = 0.1 * max(g.double().norm().item() for g in expected)
@@ -266,7 +266,7 @@ def slices_of_stored_windows(chunk: int) -> None:
     model.zero_grad()
     document.reads.clear()
     stored = [StoredTokens(batch, first, 240, torch.device("cpu")) for first in (0, 1)]
-    starts = document_starts(stored[0], EOS, dist.group.WORLD)
+    starts = [batch.document_starts(row, 240) for row in range(2)]
     part = backward(model, *stored, chunk=chunk, starts=starts, group=dist.group.WORLD)
     dist.all_reduce(part)
     assert off(part, loss, 0) <= 1e-12
@@ -275,9 +275,8 @@ def slices_of_stored_windows(chunk: int) -> None:
         assert off(p.grad, wanted, 0.1) <= 1e-12
     mine = np.zeros(len(document), bool)
     for _, start in batch.starts:
-        shards = [even_edges(0, 240, world)]  # in which it looks for the ends of documents
-        shards += [even_edges(a, min(chunk * world, 240 - a), world) for a in range(0, 240, chunk * world)]
-        for edges in shards:
+        for a in range(0, 240, chunk * world):
+            edges = even_edges(a, min(chunk * world, 240 - a), world)
             first = start + edges[rank] - 1  # the stream has one eos before the document
             mine[max(0, first) : start + edges[rank + 1]] = True
     found = np.zeros(len(document), bool)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from strategies import document_starts
 from test_chunks import draw, net
 from test_exchange import EOS, TOLERANCE, in_both_types, off, random_pattern, run_ranks
 from torch import Tensor
@@ -32,7 +33,7 @@ from longnet_cli.runtime.fsdp import (
     whole_weights,
 )
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.training.gradients import backward, document_starts
+from longnet_cli.training.gradients import backward
 from longnet_cli.training.optimizer import build_optimizers
 from longnet_cli.training.recipe import OptimizerRecipe
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import PAPER_64TH
+from strategies import PAPER_64TH, document_starts
 from test_chunks import draw, error, gradients, net
 from torch import Tensor
 
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import IGNORED
-from longnet_cli.training.gradients import backward, document_starts
+from longnet_cli.training.gradients import backward
 
 EOS = 49
 

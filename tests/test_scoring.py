@@ -17,7 +17,6 @@ from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.scoring import (
     DocumentScore,
     Score,
-    batches_by_length,
     logprob_schema,
     score,
     write_token_logprobs,
@@ -202,10 +201,3 @@ def test_score_arithmetic() -> None:
     assert one + Score(1.0, 1, None) == Score(3.0, 3, None)
     assert Score(1e6, 1, 1).ppl is None  # past a float
     assert Score(2 * math.log(2), 2, 4).bpb == pytest.approx(0.5)
-
-
-def test_batches_by_length() -> None:
-    lengths = [3, 100, 7, 7, 1, 40]
-    batches = list(batches_by_length(lengths, limit=50))
-    assert batches == [[1], [5], [2, 3, 0, 4]]
-    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 50 for b in batches)

@@ -17,11 +17,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import document_starts
 
 from longnet_cli.data import windows as module
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.data.windows import LONGEST_PERIOD, Mix, TokenStream, TokenWindows
+from longnet_cli.data.windows import LONGEST_PERIOD, Batch, Mix, TokenStream, TokenWindows
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training import loop
@@ -94,6 +95,16 @@ def test_a_stream_is_eos_doc_eos_doc(lengths, data):
     read = sum(b - a for document in found.documents for a, b in document.reads)
     assert read == np.count_nonzero(out != EOS)  # and nothing else
     assert all(len(document.reads) <= 1 for document in found.documents)
+
+
+@checked
+@given(lengths=lengths, data=st.data())
+def test_a_batch_knows_where_documents_start(lengths, data):
+    found = stream(*lengths)
+    start = data.draw(st.integers(0, len(found) - 1))
+    tokens = data.draw(st.integers(1, len(found) - start))
+    batch = Batch([(found, start)], tokens, [0])
+    assert [batch.document_starts(0, tokens)] == document_starts(batch.read_all(), EOS)
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 32, 100])

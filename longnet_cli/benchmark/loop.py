@@ -30,7 +30,7 @@ from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.model import LongNet
-from longnet_cli.training.gradients import backward, document_starts
+from longnet_cli.training.gradients import backward
 from longnet_cli.training.loop import train
 from longnet_cli.training.optimizer import build_optimizers, learning_rate
 from longnet_cli.training.recipe import Recipe, load_recipe
@@ -60,7 +60,8 @@ def side_by_side(recipe: Recipe, folder: Path, device: torch.device) -> tuple[di
     )
     stream = TokenStream(list(read_documents(recipe.data.train or [], tokenizer, column=None)), 256)
     windows = TokenWindows([stream], stage.seq_len, rows, recipe.train.seed)
-    batches = [torch.from_numpy(batch.read_all()).to(device) for batch, _ in islice(windows, stage.steps)]
+    taken = [batch for batch, _ in islice(windows, stage.steps)]
+    batches = [torch.from_numpy(batch.read_all()).to(device) for batch in taken]
 
     torch.manual_seed(recipe.train.seed)
     model = LongNet(recipe.model).to(device).train()
@@ -76,7 +77,7 @@ def side_by_side(recipe: Recipe, folder: Path, device: torch.device) -> tuple[di
             chunk=recipe.train.chunk,
             scale=1 / targets.numel(),
             dtype=recipe.train.dtype,
-            starts=document_starts(ids, 256),
+            starts=[taken[step].document_starts(row, stage.seq_len) for row in range(rows)],
         )
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
         for optimizer in optimizers:

@@ -8,7 +8,8 @@ the windows that all ranks together have taken.
 
     n --Mix.source--> source, index --divmod--> epoch, position --_Epoch.start--> a place in the stream
 
-Windows span documents. Where one begins inside a window is told by the eos id before it, and by nothing else.
+Windows span documents. `Batch.document_starts` says where one starts inside a window: an eos id within a document is a
+token like any other.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,10 +67,13 @@ class TokenStream:
 
 
 class Batch:
-    """Windows of streams as (rows, tokens) ids, of which none is in memory."""
+    """Windows of streams as (rows, tokens) ids, of which none is in memory.
 
-    def __init__(self, starts: Sequence[tuple[TokenStream, int]], tokens: int) -> None:
-        self.starts, self.shape = starts, (len(starts), tokens)
+    `numbers` are those of the windows in the run, one per row.
+    """
+
+    def __init__(self, starts: Sequence[tuple[TokenStream, int]], tokens: int, numbers: Sequence[int]) -> None:
+        self.starts, self.shape, self.numbers = starts, (len(starts), tokens), numbers
 
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The ids [start, stop) of a window, (stop - start,) int64; bounds are not checked. Reads nothing else."""
@@ -78,6 +82,12 @@ class Batch:
         if len(out):
             stream.read_into(out, position + start)
         return out
+
+    def document_starts(self, row: int, tokens: int) -> list[int]:
+        """Return where documents start in the first `tokens` ids of a window, at their eos; 0 is always one."""
+        stream, position = self.starts[row]
+        first, last = stream.starts.searchsorted((position + 1, position + tokens))
+        return [0, *(stream.starts[first:last] - position).tolist()]
 
     def read_all(self) -> np.ndarray:
         """(rows, tokens) int64."""
@@ -230,11 +240,12 @@ class TokenWindows:
         step = self.step
         while True:
             starts = []
-            for n in range(step + self.rank, step + self.rows * self.world, self.world):
+            numbers = range(step + self.rank, step + self.rows * self.world, self.world)
+            for n in numbers:
                 source, _, start = self.locate(n)
                 starts.append((self.sources[source], start))
             step += self.rows * self.world
-            yield Batch(starts, self.seq_len + 1), self.state(step)
+            yield Batch(starts, self.seq_len + 1, numbers), self.state(step)
 
     def locate(self, n: int) -> tuple[int, int, int]:
         """(source, epoch, start in the source's stream) of window n of the run. Fast when n does not go back far."""

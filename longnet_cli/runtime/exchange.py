@@ -267,20 +267,3 @@ def _places(parcels: Sequence[Sequence[Parcel]], flat: Tensor, like: Tensor) -> 
 def even_edges(start: int, tokens: int, ranks: int) -> list[int]:
     """P + 1 edges of shards that differ by at most one token."""
     return [start + tokens * rank // ranks for rank in range(ranks + 1)]
-
-
-def gather_numbers(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The numbers (n,) of all ranks, each with as many as it has, one rank's after another's."""
-    if group is None:
-        return mine
-    world = dist.get_world_size(group)
-    counts = mine.new_empty(world, 1)
-    dist.all_gather(list(counts), mine.new_tensor([len(mine)]), group=group)
-    sizes = counts.flatten().tolist()
-    padded = mine.new_zeros(max(sizes))
-    if not len(padded):
-        return padded
-    padded[: len(mine)] = mine
-    found = mine.new_empty(world, len(padded))
-    dist.all_gather(list(found), padded, group=group)
-    return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])

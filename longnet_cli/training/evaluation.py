@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import DataError
@@ -14,6 +17,7 @@ from longnet_cli.model import LongNet
 from longnet_cli.model.net import IGNORED
 from longnet_cli.runtime.device import precision
 from longnet_cli.runtime.ranks import Ranks
+from longnet_cli.runtime.reading import Reader, Window
 from longnet_cli.scoring import Score, score
 
 from .masking import mask_tokens
@@ -54,6 +58,23 @@ def evaluate(
         model.train()
 
 
+@dataclass(frozen=True)
+class _MaskedWindow(Window):
+    """Ids of which some are hidden; `targets` are those, IGNORED everywhere else."""
+
+    targets: Tensor
+
+
+class _Masked:
+    """The ids that a net sees in place of a window's."""
+
+    def __init__(self, seen: Tensor) -> None:
+        self.seen = seen
+
+    def read(self, start: int, stop: int, /) -> np.ndarray:
+        return self.seen[start:stop].numpy()
+
+
 def _score_masked(
     model: LongNet,
     documents: Sequence[Document],
@@ -63,21 +84,31 @@ def _score_masked(
     ranks: Ranks,
     on_part: Callable[[], None],
 ) -> Score:
-    device = next(model.parameters()).device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
-    windows = ((document, start) for document in documents for start in range(0, len(document), seq_len))
-    for turn, (document, start) in enumerate(windows):
-        if turn % ranks.world == ranks.rank:
+    def windows() -> Iterator[_MaskedWindow]:
+        places = ((document, start) for document in documents for start in range(0, len(document), seq_len))
+        for turn, (document, start) in enumerate(places):
             ids = torch.from_numpy(document.read(start, min(start + seq_len, len(document))))[None]
             seen, targets = mask_tokens(
                 ids, recipe.train.mask_rate, mask_id=recipe.model.vocab_size - 1, eos_id=eos_id, seeds=[(turn,)]
             )
-            hidden_ones = (targets != IGNORED).to(device)
-            with precision(recipe.train.dtype, device):
-                nll = model.nll(model(seen.to(device))[hidden_ones], targets.to(device)[hidden_ones])
-            sums[0] += nll.sum(dtype=torch.float64)
-            sums[1] += hidden_ones.sum()
-        on_part()
+            yield _MaskedWindow(_Masked(seen[0]), 0, ids.shape[1], 0, targets[0])
+
+    reader = Reader(
+        model,
+        chunk=recipe.train.chunk,
+        dtype=recipe.train.dtype,
+        ranks=ranks.all_in_one(),
+        on_progress=lambda tokens: on_part(),
+    )
+    sums = torch.zeros(2, dtype=torch.float64, device=reader.device)  # nats, tokens
+    for pieces in reader.read(windows()):
+        for piece in pieces:
+            if piece.hidden is not None:
+                targets = piece.window.targets[piece.start : piece.stop].to(reader.device)
+                chosen = targets != IGNORED
+                with precision(recipe.train.dtype, reader.device):
+                    sums[0] += model.nll(piece.hidden[chosen], targets[chosen]).sum(dtype=torch.float64)
+                sums[1] += chosen.sum()
     ranks.sum(sums)
     if not sums[1]:
         raise DataError("none of the held-out tokens was drawn to be hidden: data.held_out needs more of them")

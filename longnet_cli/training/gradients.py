@@ -14,12 +14,10 @@ from longnet_cli.model import LongNet
 from longnet_cli.model.net import IGNORED, FarProvider
 from longnet_cli.runtime.chunks import Tokens, backward_in_chunks
 from longnet_cli.runtime.device import precision
-from longnet_cli.runtime.exchange import Exchange, even_edges, gather_numbers
+from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.fsdp import final_backward
 
 from .tokens import Pieces
-
-SCANNED = 1 << 20  # tokens that are looked through at a time, for the ends of documents
 
 
 def backward(
@@ -37,9 +35,9 @@ def backward(
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
     tokens, targets: (B, N) as for `LongNet.nll`, tensors or of `training.tokens`. At most `chunk` tokens' activations
-    exist at one time. `starts`: where documents begin in each row, 0 first (`document_starts`): no token attends to
-    another document, and positions count from the document's begin, or the window's where that is later. Without it a
-    row is one.
+    exist at one time. `starts`: where documents start in each row, 0 first (`Batch.document_starts`). No token attends
+    to another document, and positions count from the start of the document, or of the window where that is later.
+    Without it a row is one document.
 
     The ranks of a `group` get the same tokens, of which each reads its slice, and share every sequence, `chunk` tokens
     each: each adds and returns its part, and the whole is the sum over them. `on_chunk` is called after each chunk.
@@ -100,28 +98,6 @@ class _Forward(NamedTuple):
 
     rows: list[list[tuple[int, int, int]]]
     documents: list[int] | None
-
-
-def document_starts(tokens: Tokens, eos_id: int, group: dist.ProcessGroup | None = None) -> list[list[int]]:
-    """Where documents begin in each row of (B, N) tokens, 0 first: `eos_id` precedes every document.
-
-    Each rank of a `group` looks through its slice of them, and gets all.
-    """
-    rows, length = tokens.shape
-    rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-    first, last = even_edges(0, length, world)[rank : rank + 2]
-    found = [torch.empty(0, dtype=torch.int64, device=tokens.device)]
-    for row in range(rows):
-        for start in range(first, last, SCANNED):
-            ids = tokens[row, start : min(start + SCANNED, last)]
-            found.append((ids == eos_id).nonzero().flatten() + (row * length + start))
-    places = gather_numbers(torch.cat(found), group)
-    starts = [[0] for _ in range(rows)]
-    for place in sorted(places.tolist()):
-        row, at = divmod(place, length)
-        if at:
-            starts[row].append(at)
-    return starts
 
 
 def _forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> Iterator[_Forward]:

@@ -37,7 +37,7 @@ from .checkpoint import STATE, Checkpoints, checkpoints_in, find_damage, newest_
 from .checks import check_ranks, check_vocabulary
 from .estimate import executed_flops
 from .evaluation import evaluate
-from .gradients import backward, document_starts
+from .gradients import backward
 from .masking import mask_tokens
 from .metrics import Metrics, MetricsLog
 from .optimizer import build_optimizers, learning_rate
@@ -266,9 +266,10 @@ class _Run:
     def _step(self, windows: TokenWindows, batch: Batch, position: dict[str, Any]) -> int:
         """One optimizer step; the tokens that all ranks read in it. Until the optimizer runs, nothing has changed."""
         recipe, ranks = self.recipe, self.ranks
-        ids, targets, count = self._objective(batch, windows, position)
+        ids, targets, count = self._objective(batch, windows.seed)
         rows, length = ids.shape
-        starts = [[0]] * rows if recipe.train.across_documents else document_starts(ids, self.eos_id, ranks.group)
+        apart = not recipe.train.across_documents
+        starts = [batch.document_starts(row, length) if apart else [0] for row in range(rows)]
         nll = backward(
             self.model,
             ids,
@@ -300,19 +301,18 @@ class _Run:
         self.log.add(seen, flops * ranks.dp, loss, norm)  # other groups' documents are taken to be like these
         return seen
 
-    def _objective(self, batch: Batch, windows: TokenWindows, position: dict[str, Any]) -> tuple[Tokens, Tokens, int]:
+    def _objective(self, batch: Batch, seed: int) -> tuple[Tokens, Tokens, int]:
         """Windows of seq_len + 1 tokens -> ids and targets (rows, seq_len), and how many targets all ranks have."""
         train, ranks, (rows, length) = self.recipe.train, self.ranks, batch.shape
         if train.objective == "causal":
             stored = [StoredTokens(batch, first, length - 1, self.device) for first in (0, 1)]
             return stored[0], stored[1], rows * (length - 1) * ranks.dp
-        numbers = range(position["step"] - windows.rows * windows.world + windows.rank, position["step"], windows.world)
         ids, targets = mask_tokens(
             StoredTokens(batch, 0, length - 1, self.device)[:, :],
             train.mask_rate,
             mask_id=self.recipe.model.vocab_size - 1,
             eos_id=self.eos_id,
-            seeds=[(windows.seed, number) for number in numbers],
+            seeds=[(seed, number) for number in batch.numbers],
         )
         count = (targets >= 0).sum()
         ranks.sum(count)

@@ -1,0 +1,249 @@
+"""Hidden states of sequences of any length, on one process or several: the walk that scoring and encoding share.
+
+    windows --+-- short: they wait until a forward is full --> padded forwards, dealt out to the ranks --+--> pieces
+              +-- causal and longer than a chunk --> CausalStream; the ranks share each chunk -----------+
+              +-- bidirectional and longer --> one forward shared by the ranks, or layer by layer -------+
+
+A job says which windows it wants and takes what comes back, in order. It knows nothing of chunks, batches or ranks,
+except that a piece may have been computed by another rank: then the job adds up its own numbers over the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longnet_cli.errors import ConfigError
+from longnet_cli.model import LongNet
+from longnet_cli.model.net import Net
+from longnet_cli.runtime.chunks import default_chunk, open_stream
+from longnet_cli.runtime.device import precision
+from longnet_cli.runtime.exchange import Exchange, even_edges
+from longnet_cli.runtime.layerwise import hidden_in_chunks
+from longnet_cli.runtime.ranks import Ranks
+
+
+class Ids(Protocol):
+    """A sequence of token ids, of which any run can be read."""
+
+    def read(self, start: int, stop: int, /) -> np.ndarray: ...  # (stop - start,) int64
+
+
+@dataclass(frozen=True)
+class AfterBos:
+    """The ids that a model reads of a document: `bos`, unless it is None, then the document from `first` on."""
+
+    document: Ids
+    bos: int | None
+
+    @property
+    def first(self) -> int:
+        return 0 if self.bos is None else 1
+
+    def read(self, start: int, stop: int, /) -> np.ndarray:
+        ids = self.document.read(max(0, start - self.first), stop - self.first)
+        return np.concatenate((np.array([self.bos]), ids)) if start < self.first else ids
+
+
+@dataclass(frozen=True)
+class Window:
+    """The ids [start, stop) of a sequence, which a net reads by themselves, from position 0 on.
+
+    Hidden states are wanted of the ids [wanted, stop); those before only serve as context.
+    """
+
+    ids: Ids
+    start: int
+    stop: int
+    wanted: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+W = TypeVar("W", bound=Window)
+
+
+@dataclass(frozen=True)
+class Piece(Generic[W]):
+    """The hidden states (stop - start, dim) of the ids [start, stop) of a window; None where another rank has them."""
+
+    window: W
+    start: int
+    stop: int
+    hidden: Tensor | None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Reader:
+    """A net that reads windows of any length.
+
+    `chunk` is the most tokens of one forward, by default what `default_chunk` gives. Short windows share a forward; a
+    longer one goes chunk by chunk, with the same result. A causal net needs no more memory for it; a bidirectional one
+    keeps its hidden states in memory or, with `spill`, in a file in that folder. A net that does not stream reads a
+    window in one forward.
+
+    Several `ranks`, which all read the same windows, share every long one, `chunk` tokens each, and deal out the
+    forwards of short ones. `dtype` as in `runtime.device`. `on_progress` gets the number of wanted tokens that each
+    forward has read, on every rank.
+    """
+
+    def __init__(
+        self,
+        model: Net,
+        *,
+        chunk: int | None = None,
+        dtype: str = "auto",
+        spill: str | Path | None = None,
+        ranks: Ranks | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.model, self.dtype, self.spill = model, dtype, spill
+        self.ranks = ranks or Ranks()
+        self.device = next(model.parameters()).device
+        # ranks may have other amounts of free memory
+        self.chunk = chunk or int(self.ranks.smallest(default_chunk(model.config, self.device)))
+        self.on_progress = on_progress or (lambda tokens: None)
+
+    def read(self, windows: Iterable[W]) -> Iterator[list[Piece[W]]]:
+        """Yield the wanted hidden states of all windows, in order, as the pieces of some forwards at a time.
+
+        Every rank gets the same pieces. A window without ids gives a piece without hidden states. Raises what reading
+        ids raises, and MemoryLimitError where `hidden_in_chunks` does.
+        """
+        waiting: list[W] = []
+        tokens = 0  # that wait
+        for window in windows:
+            if len(window) > self.chunk and self.model.config.streams:
+                if waiting:
+                    yield self._together(waiting)
+                    waiting, tokens = [], 0
+                yield from self._stream(window) if self.model.config.causal else self._whole(window)
+                continue
+            waiting.append(window)
+            tokens += len(window)
+            if tokens >= self.chunk or not tokens:
+                yield self._together(waiting)
+                waiting, tokens = [], 0
+        if waiting:
+            yield self._together(waiting)
+
+    @torch.inference_mode()
+    def _together(self, windows: Sequence[W]) -> list[Piece[W]]:
+        """Read short windows in padded forwards of similar lengths."""
+        found: dict[int, Tensor] = {}
+        for turn, batch in enumerate(batches_by_length([len(window) for window in windows], self.chunk)):
+            if turn % self.ranks.world == self.ranks.rank:
+                lengths = [len(windows[i]) for i in batch]
+                padded = torch.zeros(len(batch), lengths[0], dtype=torch.int64)
+                for row, i in zip(padded, batch, strict=True):
+                    row[: len(windows[i])] = self._ids(windows[i], windows[i].start, windows[i].stop)
+                with precision(self.dtype, self.device):
+                    # padding is on the right, where a causal net does not see it
+                    more = {} if self.model.config.causal else {"lengths": lengths}
+                    found.update(zip(batch, self.model(padded.to(self.device), **more), strict=True))
+            self.on_progress(sum(windows[i].stop - windows[i].wanted for i in batch))
+        return [
+            Piece(w, w.wanted, w.stop, found[i][w.wanted - w.start : len(w)] if i in found else None)
+            for i, w in enumerate(windows)
+        ]
+
+    def _stream(self, window: W) -> Iterator[list[Piece[W]]]:
+        """Read a causal window chunk by chunk."""
+        stream, ranks = open_stream(self.model, self.ranks.group), self.ranks
+        for edges in self._chunks(window):
+            ids = self._ids(window, edges[ranks.rank], edges[ranks.rank + 1])[None].to(self.device)
+            inside = [edge - window.start for edge in edges]
+            with torch.inference_mode(), precision(self.dtype, self.device):
+                hidden = stream(ids, edges=inside if ranks.group else None)
+            yield self._shared(window, edges, hidden[0])
+
+    def _whole(self, window: W) -> Iterator[list[Piece[W]]]:
+        """Read a bidirectional window: in one forward if the ranks together can, otherwise layer by layer."""
+        ranks, total = self.ranks, len(window)
+        chunks = list(self._chunks(window))
+        if len(chunks) == 1 and ranks.group:
+            exchange = Exchange(self.model.config, [edge - window.start for edge in chunks[0]], group=ranks.group)
+            ids = self._ids(window, *chunks[0][ranks.rank : ranks.rank + 2])[None].to(self.device)
+            with torch.inference_mode(), precision(self.dtype, self.device):
+                hidden = self.model(ids, start=exchange.start, far=exchange, total=total)
+            yield self._shared(window, chunks[0], hidden[0])
+            return
+        done = _Share(self.on_progress, self.model.config.num_layers)
+        mine = hidden_in_chunks(
+            cast(LongNet, self.model),  # no other net goes layer by layer
+            lambda start, stop: self._ids(window, window.start + start, window.start + stop)[None],
+            total,
+            self.chunk,
+            spill=self.spill,
+            dtype=self.dtype,
+            ranks=ranks,
+            on_chunk=done,
+        )
+        for turn in range(window.start, window.stop, self.chunk * ranks.world):
+            edges = [min(turn + self.chunk * rank, window.stop) for rank in range(ranks.world + 1)]
+            own = edges[ranks.rank] < edges[ranks.rank + 1]
+            yield self._pieces(window, edges, next(mine)[0] if own else None)
+
+    def _chunks(self, window: Window) -> Iterator[list[int]]:
+        """The edges of the ranks' shards of each chunk."""
+        chunk = self.chunk * self.ranks.world
+        for start in range(window.start, window.stop, chunk):
+            yield even_edges(start, min(chunk, window.stop - start), self.ranks.world)
+
+    def _shared(self, window: W, edges: Sequence[int], hidden: Tensor) -> list[Piece[W]]:
+        self.on_progress(max(0, edges[-1] - max(edges[0], window.wanted)))
+        return self._pieces(window, edges, hidden)
+
+    def _pieces(self, window: W, edges: Sequence[int], hidden: Tensor | None) -> list[Piece[W]]:
+        """The wanted part of each rank's shard; `hidden` is this rank's."""
+        pieces = []
+        for rank in range(self.ranks.world):
+            start, stop = max(edges[rank], window.wanted), edges[rank + 1]
+            if start < stop:
+                own = hidden[start - edges[rank] :] if rank == self.ranks.rank and hidden is not None else None
+                pieces.append(Piece(window, start, stop, own))
+        return pieces
+
+    @staticmethod
+    def _ids(window: Window, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(window.ids.read(start, stop))
+
+
+def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Group sequences for padded forwards of at most `limit` tokens, as indices into `lengths`; the longest first.
+
+    A sequence longer than `limit` is a group of its own, one without tokens is in none.
+    """
+    order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
+    while order:
+        rows = max(1, limit // lengths[order[0]])
+        yield order[:rows]
+        order = order[rows:]
+
+
+def check_length(model: Net, tokens: int, where: str, instead: str) -> None:
+    """Raise ConfigError where `model` has no positions for `tokens` of the document `where`: do this `instead`."""
+    limit = model.config.max_tokens
+    if limit is not None and tokens > limit:
+        raise ConfigError(f"{where}: {tokens} tokens, and the model has {limit} positions: {instead}")
+
+
+class _Share:
+    """Tells `on_progress` of a token when all `layers` layers are done with it."""
+
+    def __init__(self, on_progress: Callable[[int], None], layers: int) -> None:
+        self.on_progress, self.layers, self.done = on_progress, layers, 0
+
+    def __call__(self, tokens: int) -> None:
+        before, self.done = self.done // self.layers, self.done + tokens
+        if self.done // self.layers > before:
+            self.on_progress(self.done // self.layers - before)
