@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -37,77 +37,91 @@ EmbeddingDtype = Literal["float32", "float16"]
 SHARD_ROWS = 1 << 14
 
 
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What decides the rows of `encode`, besides the net and the documents.
+
+    `bos` (the tokenizer's end-of-text id) is put before each document of a causal model, as in scoring, and not pooled.
+    `pool` takes the mean of the hidden states of a document's tokens, or the one of its last or first token;
+    `normalize` then scales the vector to length 1. With `span` there is a row for every `span` tokens of a document.
+    `model_name` and `tokenizer_sha256` go into the schema's metadata.
+    """
+
+    bos: int | None = None
+    pool: Pool = "mean"
+    normalize: bool = True
+    span: int | None = None
+    embedding_dtype: EmbeddingDtype = "float32"
+    model_name: str | None = None
+    tokenizer_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.span is not None and self.span < 1:
+            raise ConfigError(f"span must be 1 or more, not {self.span}")
+
+    def schema(self, dim: int) -> pa.Schema:
+        """Return the schema of embeddings of size `dim`.
+
+        A vector stands for the tokens [start, end) of document `doc_id`. The metadata keys are `longnet.*`; what is
+        not known is left out.
+        """
+        known = {
+            "longnet.model": self.model_name,
+            "longnet.pooling": self.pool,
+            "longnet.normalized": "true" if self.normalize else "false",
+            "longnet.tokenizer_sha256": self.tokenizer_sha256,
+        }
+        number = pa.float32() if self.embedding_dtype == "float32" else pa.float16()
+        fields = [
+            pa.field("doc_id", pa.string()),
+            pa.field("span", pa.int32()),
+            pa.field("start", pa.int64()),
+            pa.field("end", pa.int64()),
+            pa.field("n_tokens", pa.int64()),
+            pa.field("embedding", pa.list_(number, dim)),
+        ]
+        return pa.schema(fields, metadata={key: value for key, value in known.items() if value is not None})
+
+
 def encode(
     model: Net,
     documents: Iterable[Document],
+    options: EncodeOptions,
     *,
-    bos: int | None,
-    pool: Pool = "mean",
-    normalize: bool = True,
-    span: int | None = None,
     chunk: int | None = None,
     spill: str | Path | None = None,
     dtype: str = "auto",
-    embedding_dtype: EmbeddingDtype = "float32",
-    device: torch.device | str | None = None,
     ranks: Ranks | None = None,
-    model_name: str | None = None,
-    tokenizer_sha256: str | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> pa.RecordBatchReader:
-    """Read `documents` lazily and give a row each, in order: a reader of record batches (see `embedding_schema`).
+    """Read `documents` lazily and give each its rows, in order: a reader of record batches (`EncodeOptions.schema`).
 
-    `pool` takes the mean of the hidden states of a document's tokens, or the one of its last or first token;
-    `normalize` then scales the vector to length 1. With `span` there is a row for every `span` tokens of a document.
-    `bos` (the tokenizer's end-of-text id) is put before each document of a causal model, as in scoring, and not pooled.
+    `chunk`, `spill`, `dtype`, `ranks` and `on_progress` as in `runtime.reading.Reader`. Several ranks need the same
+    documents, and every rank gets all rows.
 
-    `chunk`, `spill`, `dtype` and `ranks` as in `runtime.reading.Reader`. Several ranks need the same documents, and
-    every rank gets all rows.
-
-    `device` moves the model there; None leaves it where it is. `model_name` and `tokenizer_sha256` go into the schema's
-    metadata. `on_progress` gets the number of tokens that each forward has encoded. Raises ConfigError for a model
-    without a vocabulary; the reader, DataError for an empty document, ConfigError for one with more tokens than the
-    model has positions, MemoryLimitError for hidden states that do not fit.
+    Raises ConfigError for a model without a vocabulary; the reader raises DataError for an empty document, ConfigError
+    for one with more tokens than the model has positions, MemoryLimitError for hidden states that do not fit.
     """
-    for name, value in (("span", span), ("chunk", chunk)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be 1 or more, not {value}")
     if not model.config.vocab_size:
         raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
-    if device is not None:
-        model.to(device)
-    schema = embedding_schema(
-        model.config.dim,
-        pool=pool,
-        normalize=normalize,
-        embedding_dtype=embedding_dtype,
-        model_name=model_name,
-        tokenizer_sha256=tokenizer_sha256,
-    )
+    schema = options.schema(model.config.dim)
     reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
-    encoder = _Encoder(reader, bos, pool, span)
-    batches = (_record_batch(schema, rows, normalize) for rows in encoder.run(documents) if rows)
-    return pa.RecordBatchReader.from_batches(schema, batches)
+    rows = _Encoder(reader, options).run(documents)
+    return pa.RecordBatchReader.from_batches(schema, (_record_batch(schema, r, options.normalize) for r in rows if r))
 
 
 def encode_to_folder(
     model: Net,
     documents: Iterable[Document],
     output: str | Path,
+    options: EncodeOptions,
     *,
     settings: Mapping[str, Any],
-    bos: int | None,
-    pool: Pool = "mean",
-    normalize: bool = True,
-    span: int | None = None,
+    shard_rows: int = SHARD_ROWS,
+    resume: bool = False,
     chunk: int | None = None,
     spill: str | Path | None = None,
     dtype: str = "auto",
-    embedding_dtype: EmbeddingDtype = "float32",
-    model_name: str | None = None,
-    tokenizer_sha256: str | None = None,
-    shard_rows: int = SHARD_ROWS,
-    resume: bool = False,
     ranks: Ranks | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ShardFolder | None:
@@ -133,33 +147,30 @@ def encode_to_folder(
         found = earlier.settings.get("chunk") if earlier else None
         chunk = int(ranks.smallest(found or default_chunk(model.config, device)))
         chunk = int(ranks.largest(found or 0)) or chunk  # the earlier run's, which the first one knows
-    schema_options: dict[str, Any] = {
-        "pool": pool,
-        "normalize": normalize,
-        "embedding_dtype": embedding_dtype,
-        "model_name": model_name,
-        "tokenizer_sha256": tokenizer_sha256,
-    }
-    options = {**schema_options, "bos": bos, "span": span, "chunk": chunk, "dtype": resolve_dtype(dtype, device)}
+    dtype = resolve_dtype(dtype, device)
     decisive = {
         **settings,
         "model": fingerprint(model),
         "kernel": check_kernel(device, dtype, model.config.head_dim),
-        **options,
+        **asdict(options),
+        "chunk": chunk,
+        "dtype": dtype,
         "shard_rows": shard_rows,
         **({"ranks": ranks.world} if ranks.world > 1 else {}),  # they add up in another order
     }
-    schema = embedding_schema(model.config.dim, **schema_options)
     with ExitStack() as stack:
         folder = None
         if ranks.first:
-            shards = ShardFolder(output, schema, settings=decisive, name="vectors", resume=resume)
+            shards = ShardFolder(
+                output, options.schema(model.config.dim), settings=decisive, name="vectors", resume=resume
+            )
             folder = stack.enter_context(shards)
         if ranks.any(folder is not None and folder.finished):
             return folder
         done = int(ranks.largest(folder.documents if folder else 0))
-        for shard in _shards(islice(documents, done, None), shard_rows, span):
-            for batch in encode(model, shard, spill=spill, ranks=ranks, on_progress=on_progress, **options):
+        reading: dict[str, Any] = {"chunk": chunk, "spill": spill, "dtype": dtype, "ranks": ranks}
+        for shard in _shards(islice(documents, done, None), shard_rows, options.span):
+            for batch in encode(model, shard, options, on_progress=on_progress, **reading):
                 begun = int(np.count_nonzero(batch["span"].to_numpy() == 0))  # and ended, in a whole shard
                 if folder:
                     folder.write(batch, documents=begun, tokens=int(batch["n_tokens"].to_numpy().sum()))
@@ -184,36 +195,6 @@ def _shards(documents: Iterable[Document], rows: int, span: int | None) -> Itera
         yield shard(first)
 
 
-def embedding_schema(
-    dim: int,
-    *,
-    pool: Pool = "mean",
-    normalize: bool = True,
-    embedding_dtype: EmbeddingDtype = "float32",
-    model_name: str | None = None,
-    tokenizer_sha256: str | None = None,
-) -> pa.Schema:
-    """The schema of embeddings of size `dim`. A vector stands for the tokens [start, end) of document `doc_id`.
-
-    The metadata keys are `longnet.*`; what is not known is left out.
-    """
-    known = {
-        "longnet.model": model_name,
-        "longnet.pooling": pool,
-        "longnet.normalized": "true" if normalize else "false",
-        "longnet.tokenizer_sha256": tokenizer_sha256,
-    }
-    fields = [
-        pa.field("doc_id", pa.string()),
-        pa.field("span", pa.int32()),
-        pa.field("start", pa.int64()),
-        pa.field("end", pa.int64()),
-        pa.field("n_tokens", pa.int64()),
-        pa.field("embedding", pa.list_(pa.float32() if embedding_dtype == "float32" else pa.float16(), dim)),
-    ]
-    return pa.schema(fields, metadata={key: value for key, value in known.items() if value is not None})
-
-
 @dataclass(frozen=True)
 class _Row:
     """The vector (dim,) of the tokens [start, end) of a document, its `span`-th."""
@@ -228,9 +209,9 @@ class _Row:
 class _Pooling:
     """One document's hidden states in, in order and in pieces of any size; the rows of finished spans out."""
 
-    def __init__(self, document: Document, pool: Pool, span: int | None) -> None:
-        self.document, self.pool = document, pool
-        self.length = span or len(document)
+    def __init__(self, document: Document, options: EncodeOptions) -> None:
+        self.document, self.pool = document, options.pool
+        self.length = options.span or len(document)
         self.position = 0
         self.state: Tensor | None = None  # of the span that is open: the sum so far (float64), or its first or last one
 
@@ -262,9 +243,9 @@ class _Window(Window):
 class _Encoder:
     """Documents in, rows of vectors out in the same order."""
 
-    def __init__(self, reader: Reader, bos: int | None, pool: Pool, span: int | None) -> None:
-        self.reader, self.pool, self.span = reader, pool, span
-        self.bos = bos if reader.model.config.causal else None
+    def __init__(self, reader: Reader, options: EncodeOptions) -> None:
+        self.reader, self.options = reader, options
+        self.bos = options.bos if reader.model.config.causal else None
 
     def run(self, documents: Iterable[Document]) -> Iterator[list[_Row]]:
         for pieces in self.reader.read(map(self._window, documents)):
@@ -278,7 +259,7 @@ class _Encoder:
         ids = AfterBos(document, self.bos)
         total = ids.first + len(document)
         check_length(self.reader.model, total, document.where, "encode it in shorter documents")
-        return _Window(ids, 0, total, ids.first, _Pooling(document, self.pool, self.span))
+        return _Window(ids, 0, total, ids.first, _Pooling(document, self.options))
 
     def _hidden(self, piece: Piece[_Window]) -> Tensor:
         """The hidden states of a piece; zeros that take no memory for another rank's."""

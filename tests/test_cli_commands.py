@@ -22,7 +22,7 @@ from conftest import RunLongnet
 
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.encoding import encode
+from longnet_cli.encoding import EncodeOptions, encode
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.scoring import score
 
@@ -222,7 +222,9 @@ def test_encode_pipes_into_any_arrow_reader(command_env: dict[str, str], model: 
     assert done.stderr == ""
     tokenizer = Tokenizer.load(model)
     net = LongNet.from_pretrained(model)
-    expected = encode(net, read_documents([texts], tokenizer), bos=tokenizer.eos_id).read_all().to_pylist()
+    expected = (
+        encode(net, read_documents([texts], tokenizer), EncodeOptions(bos=tokenizer.eos_id)).read_all().to_pylist()
+    )
     got = json.loads(done.stdout)
     assert [row["doc_id"] for row in got] == list(TEXTS)
     for row, wanted in zip(got, expected, strict=True):

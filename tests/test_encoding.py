@@ -2,6 +2,7 @@
 out is the Arrow table that DESIGN.md promises."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from longnet_cli.data.shards import ShardFolder, read_manifest
 from longnet_cli.data.sources import Document
-from longnet_cli.encoding import encode, encode_to_folder
+from longnet_cli.encoding import EncodeOptions, encode, encode_to_folder
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model import LongNet, LongNetConfig
 
@@ -50,7 +51,7 @@ def plain_vector(model: LongNet, document: Document, pool: str) -> np.ndarray:
 def test_ragged_documents_equal_each_alone(model: LongNet, pool: str) -> None:
     documents = [make_document(length, str(length)) for length in (5, 33, 1, 200, 32, 31, 64)]
     seen: list[int] = []
-    reader = encode(model, documents, bos=BOS, pool=pool, normalize=False, on_progress=seen.append)
+    reader = encode(model, documents, EncodeOptions(bos=BOS, pool=pool, normalize=False), on_progress=seen.append)
     table = reader.read_all()
     assert table["doc_id"].to_pylist() == [document.doc_id for document in documents]
     assert sum(seen) == sum(len(document.tokens) for document in documents)
@@ -61,7 +62,7 @@ def test_ragged_documents_equal_each_alone(model: LongNet, pool: str) -> None:
 def test_many_batches_keep_the_order(model: LongNet) -> None:
     lengths = [900, 3, 900, 2001, 7]
     documents = [make_document(length, str(index)) for index, length in enumerate(lengths)]
-    batches = list(encode(model, documents, bos=BOS, chunk=2000))
+    batches = list(encode(model, documents, EncodeOptions(bos=BOS), chunk=2000))
     assert len(batches) > 1
     table = pa.Table.from_batches(batches)
     assert table["doc_id"].to_pylist() == list("01234")
@@ -77,11 +78,11 @@ def test_neither_chunk_nor_spill_changes_a_number(
     model: LongNet, tmp_path: Path, pool: str, chunk: int, span: int | None
 ) -> None:
     documents = [make_document(length, str(length)) for length in (100, 3, 165, 1)]
-    options = {"bos": BOS, "pool": pool, "span": span, "normalize": False}
+    options = EncodeOptions(bos=BOS, pool=pool, span=span, normalize=False)
     seen: list[int] = []
     spill = None if model.config.causal else tmp_path
-    reader = encode(model, documents, chunk=chunk, spill=spill, on_progress=seen.append, **options)
-    table, expected = reader.read_all(), encode(model, documents, chunk=10_000, **options).read_all()
+    reader = encode(model, documents, options, chunk=chunk, spill=spill, on_progress=seen.append)
+    table, expected = reader.read_all(), encode(model, documents, options, chunk=10_000).read_all()
     assert table.drop_columns(["embedding"]) == expected.drop_columns(["embedding"])
     np.testing.assert_allclose(vectors(table), vectors(expected), atol=1e-5)
     assert sum(seen) == 269
@@ -89,7 +90,7 @@ def test_neither_chunk_nor_spill_changes_a_number(
 
 def test_a_span_is_the_pool_of_its_own_tokens(model: LongNet) -> None:
     document = make_document(25)
-    table = encode(model, [document], bos=BOS, span=10, normalize=False).read_all()
+    table = encode(model, [document], EncodeOptions(bos=BOS, span=10, normalize=False)).read_all()
     assert table.drop_columns(["embedding"]).to_pylist() == [
         {"doc_id": "a", "span": i, "start": 10 * i, "end": end, "n_tokens": end - 10 * i}
         for i, end in enumerate((10, 20, 25))
@@ -113,19 +114,19 @@ def test_spans_go_out_while_the_rest_comes_in() -> None:
 
     document = make_document(1000)
     slow = Slow(document.doc_id, document.tokens, None, "")
-    assert len(next(encode(model, [slow], bos=None, span=50, chunk=100))) == 2
+    assert len(next(encode(model, [slow], EncodeOptions(bos=None, span=50), chunk=100))) == 2
     assert read == [0]
 
 
 def test_normalized_vectors_have_length_one(model: LongNet) -> None:
-    table = encode(model, [make_document(5), make_document(50)], bos=BOS).read_all()
+    table = encode(model, [make_document(5), make_document(50)], EncodeOptions(bos=BOS)).read_all()
     np.testing.assert_allclose(np.linalg.norm(vectors(table), axis=1), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("embedding_dtype", ["float32", "float16"])
 def test_schema_and_metadata_are_the_contract(model: LongNet, embedding_dtype: str) -> None:
     settings = {"embedding_dtype": embedding_dtype, "model_name": "tiny", "tokenizer_sha256": "ab12"}
-    reader = encode(model, [make_document(5)], bos=BOS, pool="last", normalize=False, **settings)
+    reader = encode(model, [make_document(5)], EncodeOptions(bos=BOS, pool="last", normalize=False, **settings))
     number = pa.float32() if embedding_dtype == "float32" else pa.float16()
     fields = {"doc_id": pa.string(), "span": pa.int32(), "start": pa.int64(), "end": pa.int64(), "n_tokens": pa.int64()}
     assert reader.schema.equals(pa.schema(fields | {"embedding": pa.list_(number, 16)}))
@@ -143,7 +144,7 @@ def test_schema_and_metadata_are_the_contract(model: LongNet, embedding_dtype: s
 
 
 def test_a_document_may_come_without_bos(model: LongNet) -> None:
-    table = encode(model, [make_document(5)], bos=None, normalize=False).read_all()
+    table = encode(model, [make_document(5)], EncodeOptions(bos=None, normalize=False)).read_all()
     with torch.no_grad():
         expected = model(torch.tensor([make_document(5).tokens.tolist()]))[0].mean(0)
     np.testing.assert_allclose(vectors(table)[0], expected, atol=1e-5)
@@ -151,14 +152,14 @@ def test_a_document_may_come_without_bos(model: LongNet) -> None:
 
 def test_an_empty_document_is_named(model: LongNet) -> None:
     """A zero vector would look like an answer."""
-    reader = encode(model, [make_document(5), make_document(0, "hollow")], bos=BOS)
+    reader = encode(model, [make_document(5), make_document(0, "hollow")], EncodeOptions(bos=BOS))
     with pytest.raises(DataError, match=r"hollow\.txt: document 'hollow' is empty"):
         reader.read_all()
 
 
 def test_a_model_without_vocabulary_is_refused() -> None:
     with pytest.raises(ConfigError, match="vocab_size 0"):
-        encode(LongNet(CONFIG.model_copy(update={"vocab_size": 0})), [], bos=None)
+        encode(LongNet(CONFIG.model_copy(update={"vocab_size": 0})), [], EncodeOptions(bos=None))
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -169,8 +170,12 @@ DOCUMENTS = [make_document(length, str(index)) for index, length in enumerate(LE
 
 def write(model: LongNet, place: Path, documents: Iterable[Document] = DOCUMENTS, **options: Any) -> ShardFolder:
     """Forwards of 70 tokens: some documents share one, and some are longer."""
-    options = {"settings": {"inputs": "x"}, "bos": BOS, "chunk": 70, "shard_rows": 3} | options
-    return encode_to_folder(model, documents, place, **options)
+    names = {field.name for field in fields(EncodeOptions)}
+    rows = EncodeOptions(**{"bos": BOS} | {name: value for name, value in options.items() if name in names})
+    reading = {name: value for name, value in options.items() if name not in names}
+    return encode_to_folder(
+        model, documents, place, rows, **{"settings": {"inputs": "x"}, "chunk": 70, "shard_rows": 3} | reading
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -187,7 +192,7 @@ def test_a_folder_holds_what_the_reader_gives(model: LongNet, tmp_path: Path, sp
     """A shard ends with the document that brings it to 3 rows."""
     folder = write(model, tmp_path / "out", span=span)
     tables = [ipc.open_file(path).read_all() for path in folder.paths]
-    table, expected = pa.concat_tables(tables), encode(model, DOCUMENTS, bos=BOS, span=span).read_all()
+    table, expected = pa.concat_tables(tables), encode(model, DOCUMENTS, EncodeOptions(bos=BOS, span=span)).read_all()
     assert table.schema.equals(expected.schema, check_metadata=True)
     assert table.drop_columns(["embedding"]) == expected.drop_columns(["embedding"])
     np.testing.assert_allclose(vectors(table), vectors(expected), atol=1e-5)

@@ -26,7 +26,7 @@ from test_sources import FORMATS, IDS, TEXTS, token_table, write_file, write_par
 
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.encoding import encode
+from longnet_cli.encoding import EncodeOptions, encode
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.scoring import score
 from longnet_cli.tokenizing import tokenize
@@ -98,7 +98,7 @@ def answer(model: Path) -> Callable[[list[str | Path]], tuple[Any, ...]]:
         documents = list(read_documents(inputs, BYTES))
         tokens = [document.read().tolist() for document in documents]
         scores = [found.score.as_dict() for found in score(net, documents, bos=BYTES.eos_id)]
-        table = encode(net, documents, bos=BYTES.eos_id, span=30).read_all()
+        table = encode(net, documents, EncodeOptions(bos=BYTES.eos_id, span=30)).read_all()
         return tokens, scores, table.drop_columns(["doc_id"]).to_pylist()
 
     return run

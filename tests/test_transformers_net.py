@@ -30,7 +30,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.cli.app import app
 from longnet_cli.data.sources import Document
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.encoding import encode, encode_to_folder
+from longnet_cli.encoding import EncodeOptions, encode, encode_to_folder
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.integrations.loading import load_net
 from longnet_cli.integrations.transformers import use_dilated_attention
@@ -122,7 +122,7 @@ def test_vectors_are_the_means_of_the_models_own_hidden_states(
     net = net_of(model, attention)
     documents = [make_document(length, str(length)) for length in (5, 33, 1, 200, 64)]
     for chunk in (1000, 40):
-        table = encode(net, documents, bos=0, normalize=False, chunk=chunk).read_all()
+        table = encode(net, documents, EncodeOptions(bos=0, normalize=False), chunk=chunk).read_all()
         before = [0] if net.config.causal else []
         for document, vector in zip(documents, table["embedding"].to_numpy(), strict=True):
             with torch.no_grad():
@@ -223,7 +223,7 @@ def test_encode_to_a_file_and_to_a_folder(folder: Path, encoder: Path, tmp_path:
 def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_path: Path) -> None:
     def run(**options) -> None:
         net = load_net(folder, **options)
-        encode_to_folder(net, [make_document(20)], tmp_path / "out", settings={}, bos=256, resume=True)
+        encode_to_folder(net, [make_document(20)], tmp_path / "out", EncodeOptions(bos=256), settings={}, resume=True)
 
     run(pattern=LEVELS)
     run(pattern=LEVELS)
@@ -379,9 +379,9 @@ def test_positions_that_end() -> None:
     config = hf.RobertaConfig(**SMALL | {"pad_token_id": 1}, max_position_embeddings=34)
     net = TransformersNet(hf.RobertaModel(config), "dense")
     assert net.config.max_tokens == 32
-    encode(net, [make_document(32)], bos=None).read_all()
+    encode(net, [make_document(32)], EncodeOptions(bos=None)).read_all()
     with pytest.raises(ConfigError, match="33 tokens, and the model has 32 positions"):
-        encode(net, [make_document(33)], bos=None).read_all()
+        encode(net, [make_document(33)], EncodeOptions(bos=None)).read_all()
 
 
 def test_what_a_tokenizer_puts_before_a_text() -> None:

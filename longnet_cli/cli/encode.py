@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
 import typer
@@ -116,43 +117,43 @@ def encode(
     net, words, bos = load_model(
         model, tokenizer, where, dtype, attention, read_pattern(segment_lengths, dilation_rates), quiet
     )
-    from longnet_cli.encoding import SHARD_ROWS, encode_to_folder
+    from longnet_cli.encoding import SHARD_ROWS, EncodeOptions, encode_to_folder
     from longnet_cli.encoding import encode as run
 
     documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
-    options: dict[str, Any] = {
-        "bos": bos,
-        "pool": pool,
-        "normalize": normalize,
-        "span": span,
-        "chunk": chunk,
-        "spill": spill,
-        "dtype": dtype,
-        "embedding_dtype": embedding_dtype,
-        "model_name": model,
-        "tokenizer_sha256": words.sha256 if words else None,
-    }
+    options = EncodeOptions(
+        bos=bos,
+        pool=pool,
+        normalize=normalize,
+        span=span,
+        embedding_dtype=embedding_dtype,
+        model_name=model,
+        tokenizer_sha256=words.sha256 if words else None,
+    )
     done = earlier.totals["tokens"] if earlier else 0
     with progress("encoding", total=None, start=done, quiet=quiet) as advance:
-        options |= {"ranks": ranks, "on_progress": advance}
+        reading: dict[str, Any] = {
+            "chunk": chunk,
+            "spill": spill,
+            "dtype": dtype,
+            "ranks": ranks,
+            "on_progress": advance,
+        }
         if in_folder:
             encode_to_folder(
                 net,
                 documents,
                 output,
+                options,
                 settings={"inputs": fingerprint(inputs), "column": column, "eos": eos},
                 shard_rows=shard_rows or SHARD_ROWS,
                 resume=resume,
-                **options,
+                **reading,
             )
-            leave()
-            return
-        batches = run(net, documents, **options)
-        if ranks.first:
-            with ShardWriter(output, batches.schema) as writer:
-                for batch in batches:
-                    writer.write(batch)
         else:
-            for _ in batches:
-                pass
+            batches = run(net, documents, options, **reading)
+            with ShardWriter(output, batches.schema) if ranks.first else nullcontext() as writer:
+                for batch in batches:
+                    if writer:
+                        writer.write(batch)
     leave()
