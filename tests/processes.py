@@ -28,13 +28,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def wait_for_news(process: subprocess.Popen, folder: Path) -> None:
-    """Until the process makes a file in the folder, or ends."""
+    """Until the process makes a file of a new name in the folder, or ends."""
 
-    def files() -> int:
-        return len(os.listdir(folder)) if folder.exists() else 0
+    def files() -> set[str]:
+        return set(os.listdir(folder)) if folder.exists() else set()
 
     before = files()
-    wait_for(lambda: process.poll() is not None or files() > before)
+    wait_for(lambda: process.poll() is not None or bool(files() - before))
 
 
 def kill_and_resume(start: Start, command: list[str | Path], folder: Path, kills: int) -> None:
