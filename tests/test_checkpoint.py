@@ -334,17 +334,14 @@ def test_thirty_kills(start: Start, corpus: Path, tmp_path: Path) -> None:
     kill_runs(start, corpus, tmp_path, 30, steps=200)
 
 
-@pytest.mark.parametrize(("kind", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_says_how_to_go_on(
-    start: Start, corpus: Path, tmp_path: Path, kind: signal.Signals, code: int
-) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path: Path) -> None:
     endless = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
     (tmp_path / "recipe.json").write_text(endless.model_dump_json())
     process = start("train", tmp_path / "recipe.json", "-o", "run", stderr=subprocess.PIPE)
     wait_for(lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints")))
-    process.send_signal(kind)
+    process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == code, said
+    assert process.returncode == 130, said
     assert b"Traceback" not in said
     assert said.decode().splitlines()[-1] == "stopped, and saved in run: `longnet train -o run` goes on"
     assert find_damage(checkpoints_in(tmp_path / "run/checkpoints")[0]) is None

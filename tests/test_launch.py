@@ -225,7 +225,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     assert read_state(checkpoints_in(folder / "run/checkpoints")[0])["progress"]["step"] == len(steps)
 
 
-@pytest.mark.parametrize("start", [[], TORCHRUN], ids=["nproc", "torchrun"])
+@pytest.mark.parametrize("start", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["nproc", "torchrun"])
 def test_a_launcher_killed_while_its_ranks_start_leaves_none(
     start: list[str], folder: Path, command_env: dict[str, str]
 ) -> None:
