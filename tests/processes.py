@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,13 +28,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def wait_for_news(process: subprocess.Popen, folder: Path) -> None:
-    """Until the process makes a file in the folder, or ends."""
+    """Until the process makes a file of a new name in the folder, or ends."""
 
-    def files() -> int:
-        return len(os.listdir(folder)) if folder.exists() else 0
+    def files() -> set[str]:
+        return set(os.listdir(folder)) if folder.exists() else set()
 
     before = files()
-    wait_for(lambda: process.poll() is not None or files() > before)
+    wait_for(lambda: process.poll() is not None or bool(files() - before))
 
 
 def kill_and_resume(start: Start, command: list[str | Path], folder: Path, kills: int) -> None:
@@ -76,6 +79,71 @@ def kill_and_resume(start: Start, command: list[str | Path], folder: Path, kills
         if enough:
             return
     raise AssertionError(f"{in_the_middle} of {killed} kills hit the writing")
+
+
+def processes_of(word: str | Path) -> list[int]:
+    """Of all processes that run, those with this word in their command line."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            runs = place.joinpath("stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+            if runs and os.fsencode(word) in place.joinpath("cmdline").read_bytes().split(b"\0"):
+                found.append(int(place.name))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def kill_training(begin: Callable[[Path], subprocess.Popen], folder: Path, kills: int) -> Counter[tuple[str, str]]:
+    """Kill runs at random moments, resume each of them until it ends, and compare it with one that nobody killed.
+
+    `begin` starts or resumes a run in a folder. A kill hits one of its processes, at the start, while a checkpoint is
+    written, or in a step; soon after it none is left. Returns how often which process was hit when.
+    """
+    start = time.monotonic()
+    process = begin(folder / "whole")
+    wait_for_news(process, folder / "whole/checkpoints")
+    start = time.monotonic() - start
+    assert process.wait() == 0
+    expected, chance, hits = contents_of_run(folder / "whole"), random.Random(1), Counter()
+    finished = True
+    while hits.total() < kills or not finished:
+        if finished:
+            run = folder / f"run{hits.total()}"
+        moment = ("start", "checkpoint", "step")[hits.total() % 3]
+        process = begin(run)
+        if hits.total() >= kills:
+            assert process.wait() == 0
+        elif moment == "start":
+            time.sleep(chance.uniform(0, start))
+        else:
+            wait_for_news(process, run / "checkpoints")  # one that is being written has a name of its own
+            time.sleep(chance.uniform(0, 0.02 if moment == "checkpoint" else 0.5))
+        if process.poll() is None and (victims := processes_of(run)):
+            victim = chance.choice(victims)
+            os.kill(victim, signal.SIGKILL)
+            hits["launcher" if victim == process.pid else "rank", moment] += 1
+            deadline = time.monotonic() + 30
+            while processes_of(run) or process.poll() is None:
+                assert time.monotonic() < deadline, f"{processes_of(run)} live on after {hits}"
+                time.sleep(0.05)
+        finished = process.returncode == 0
+        if finished:
+            assert contents_of_run(run) == expected
+    return hits
+
+
+def contents_of_run(run: Path) -> dict[str, bytes]:
+    """The model, and the tensors of the last checkpoint: their order in its files is not always the same."""
+    found = {"model.safetensors": (run / "model.safetensors").read_bytes()}
+    for path in max((run / "checkpoints").glob("step-*")).glob("*.safetensors"):
+        data = path.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        for name, facts in json.loads(data[8:end]).items():
+            if name != "__metadata__":
+                first, last = facts["data_offsets"]
+                found[f"{path.name} {name} {facts['shape']}"] = data[end + first : end + last]
+    return found
 
 
 def assert_full(process: subprocess.Popen, reason: str, folder: Path, whole: dict[str, bytes]) -> list[str]:

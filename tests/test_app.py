@@ -210,7 +210,7 @@ def test_errors_never_land_in_the_results(shell):
     assert (result.returncode, result.stdout) == (3, "")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_clean_up_and_have_their_exit_code(stop, tmp_path, signum, code):
     temporary = tmp_path / "shard.tmp"
     body = f"""temporary = {str(temporary)!r}
@@ -222,6 +222,12 @@ finally:
     os.remove(temporary)"""
     assert stop(body, signum) == (code, "")
     assert not temporary.exists()
+
+
+def test_nohup_is_kept(shell):
+    body = "import signal\nos.kill(os.getpid(), signal.SIGHUP)\nprint('lives')"
+    assert shell(body, "(trap '' HUP; exec $ACT)").stdout == "lives\n"
+    assert shell(body, "$ACT").returncode == 129
 
 
 def test_a_second_sigterm_does_not_cut_the_clean_up_short(stop, tmp_path):

@@ -8,16 +8,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from processes import Start, wait_for
+from processes import Start, kill_training, wait_for
 
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenWindows
@@ -62,7 +61,7 @@ def recipe(corpus: Path, **overrides: object) -> Recipe:
 
 
 class Stop:
-    """Raises KeyboardInterrupt through a real signal at the n-th moment at which a run can stop."""
+    """A real signal at the n-th moment at which a run can stop."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, moment: int, kind: signal.Signals = signal.SIGINT) -> None:
         from longnet_cli.runtime.signals import Signals
@@ -93,8 +92,8 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
     for attempt, moment in enumerate(range(5, counter.moments, counter.moments // 5)):
         run = tmp_path / f"{attempt}"
         with monkeypatch.context() as patch:
-            Stop(patch, moment)
-            with pytest.raises(KeyboardInterrupt):
+            Stop(patch, moment, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[attempt % 3])
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
                 train(found, run)
         steps.add(read_state(checkpoints_in(run / "checkpoints")[0])["progress"]["step"])
         LongNet.from_pretrained(run)
@@ -319,61 +318,48 @@ def test_a_failure_in_the_background_is_raised(tmp_path: Path, monkeypatch: pyte
         checkpoints.finish()
 
 
-def _kills(start: Start, corpus: Path, folder: Path, kills: int, steps: int) -> None:
-    """Kill a run at random moments, resume it each time, and compare what it ends with."""
+def kill_runs(start: Start, corpus: Path, folder: Path, kills: int, steps: int) -> None:
     stages = [{"seq_len": 32, "steps": steps // 2}, {"seq_len": 100, "steps": steps // 2}]
     found = recipe(corpus, **{"train.stages": stages, "train.save_every": 3})
     (folder / "recipe.json").write_text(found.model_dump_json())
-    command: list[str | Path] = ["train", folder / "recipe.json", "-q", "-o"]
-    assert start(*command, folder / "whole").wait() == 0
-    weights = (folder / "whole/model.safetensors").read_bytes()
-    chance, killed, attempt = random.Random(1), 0, 0
-    while killed < kills:
-        attempt += 1
-        run = folder / f"run{attempt}"
-        left = kills - killed
-        while not (run / "model.safetensors").exists():
-            before = set(checkpoints_in(run / "checkpoints"))
-            process = start(*command, run)
-            if not left:
-                assert process.wait() == 0
-                break
-            wait_for(_news(process, run, before))  # imports take most of the time
-            try:
-                process.wait(chance.uniform(0, 0.5))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                killed, left = killed + 1, left - 1
-        assert (run / "model.safetensors").read_bytes() == weights
-
-
-def _news(process: subprocess.Popen, run: Path, before: set[Path]) -> Callable[[], bool]:
-    return lambda: process.poll() is not None or bool(set(checkpoints_in(run / "checkpoints")) - before)
+    kill_training(lambda run: start("train", folder / "recipe.json", "-q", "-o", run), folder, kills)
 
 
 def test_killed_runs_end_with_the_same_bytes(start: Start, corpus: Path, tmp_path: Path) -> None:
-    _kills(start, corpus, tmp_path, 3, steps=60)
+    kill_runs(start, corpus, tmp_path, 3, steps=60)
 
 
 @pytest.mark.slow
 def test_thirty_kills(start: Start, corpus: Path, tmp_path: Path) -> None:
-    _kills(start, corpus, tmp_path, 30, steps=200)
+    kill_runs(start, corpus, tmp_path, 30, steps=200)
 
 
-@pytest.mark.parametrize(("kind", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_says_how_to_go_on(
-    start: Start, corpus: Path, tmp_path: Path, kind: signal.Signals, code: int
-) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path: Path) -> None:
     endless = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
     (tmp_path / "recipe.json").write_text(endless.model_dump_json())
     process = start("train", tmp_path / "recipe.json", "-o", "run", stderr=subprocess.PIPE)
     wait_for(lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints")))
-    process.send_signal(kind)
+    process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == code, said
+    assert process.returncode == 130, said
     assert b"Traceback" not in said
     assert said.decode().splitlines()[-1] == "stopped, and saved in run: `longnet train -o run` goes on"
+    assert find_damage(checkpoints_in(tmp_path / "run/checkpoints")[0]) is None
+    LongNet.from_pretrained(tmp_path / "run")
+
+
+def test_a_terminal_that_is_closed_saves(start: Start, corpus: Path, tmp_path: Path) -> None:
+    """Its last words would fail: the exit code still says that all is saved."""
+    endless = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
+    (tmp_path / "recipe.json").write_text(endless.model_dump_json())
+    ours, terminal = os.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    process = start("train", tmp_path / "recipe.json", "-o", "run", start_new_session=True, **streams)
+    os.close(terminal)
+    wait_for(lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints")))
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)  # as a shell does when its terminal closes
+    assert process.wait(60) == 129
     assert find_damage(checkpoints_in(tmp_path / "run/checkpoints")[0]) is None
     LongNet.from_pretrained(tmp_path / "run")
 

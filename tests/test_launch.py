@@ -5,9 +5,9 @@ pytest tests/test_launch.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -20,7 +20,7 @@ import pyarrow.ipc as ipc
 import pytest
 import torch
 from conftest import RunLongnet
-from processes import wait_for
+from processes import kill_training, processes_of, wait_for
 
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.model import LongNet, LongNetConfig
@@ -30,6 +30,7 @@ from longnet_cli.training.recipe import load_recipe
 
 SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32}
 LEVELS = {"segment_lengths": (16, 64, 256), "dilation_rates": (1, 2, 4), "position": "rope"}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TEXT = "the quick brown fox jumps over the lazy dog, and again. " * 60
 
 
@@ -212,8 +213,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     reached = (folder / "run/metrics.jsonl").read_text().count("\n")
     assert saved <= reached
 
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    job = start_training(folder, command_env, *torchrun, until=reached + 20)
+    job = start_training(folder, command_env, *TORCHRUN, until=reached + 20)
     job.send_signal(signal.SIGTERM)  # to torchrun, which passes it on
     _, stderr = job.communicate(timeout=60)
     assert job.returncode != 0
@@ -223,6 +223,27 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     steps = [json.loads(line)["step"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     assert read_state(checkpoints_in(folder / "run/checkpoints")[0])["progress"]["step"] == len(steps)
+
+
+@pytest.mark.parametrize("start", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["nproc", "torchrun"])
+def test_a_launcher_killed_while_its_ranks_start_leaves_none(
+    start: list[str], folder: Path, command_env: dict[str, str]
+) -> None:
+    command = [
+        sys.executable,
+        *start,
+        "-m",
+        "longnet_cli",
+        "train",
+        str(folder / "recipe.toml"),
+        "-o",
+        str(folder / "run"),
+    ]
+    with subprocess.Popen([*command, *([] if start else ["--nproc", "2"])], env=command_env) as job:
+        wait_for(lambda: job.poll() is not None or len(processes_of(folder / "run")) == 3)
+        job.kill()
+    wait_for(lambda: not processes_of(folder / "run"))
+    assert not (folder / "run").exists()
 
 
 def test_sigusr1_saves_on_all_ranks_and_they_go_on(folder: Path, command_env: dict[str, str]) -> None:
@@ -245,35 +266,26 @@ def test_sigusr1_saves_on_all_ranks_and_they_go_on(folder: Path, command_env: di
             wait_for(partial(is_past, 3 * saved))
             job.send_signal(signal.SIGUSR1)
             wait_for(lambda saved=saved: len(checkpoints_in(folder / "run/checkpoints")) == saved)
-        job.terminate()
+        job.send_signal(signal.SIGHUP)  # as SIGTERM, and the exit code says which
         _, stderr = job.communicate(timeout=60)
-    assert job.returncode == 143
+    assert job.returncode == 129
     assert f"`longnet train -o {folder}/run --nproc 2` goes on" in stderr
 
 
 @pytest.mark.slow
-def test_killed_ranks_and_killed_torchruns_end_as_one_never_killed(folder: Path, command_env: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "longnet_cli", "train", str(folder / "recipe.toml"), "--nproc", "2", "-q"]
-    command += ["--set", "train.stages=[{seq_len=256, steps=200}]", "--set", "train.save_every=5", "-o"]
-    subprocess.run([*command, str(folder / "whole")], env=command_env, check=True)
-    chance, run, kills = random.Random(0), folder / "run", 0
+def test_thirty_kills_of_ranks_and_launchers(folder: Path, command_env: dict[str, str]) -> None:
+    """With dropout: two ranks on a CPU end with the same bytes each time, and so does what is resumed."""
+    begun = itertools.count()
 
-    def saved() -> int:
-        found = checkpoints_in(run / "checkpoints")
-        return int(found[0].name.removeprefix("step-")) if found else 0
+    def begin(run: Path) -> subprocess.Popen:
+        start, end = (
+            ([*TORCHRUN, "-m", "longnet_cli"], []) if next(begun) % 2 else (["-m", "longnet_cli"], ["--nproc", "2"])
+        )
+        command = [sys.executable, *start, "train", str(folder / "recipe.toml"), "-q", "-o", str(run), *end]
+        for setting in ("train.stages=[{seq_len=256, steps=200}]", "train.save_every=5", "model.dropout=0.1"):
+            command += ["--set", setting]
+        return subprocess.Popen(command, env=command_env, stderr=subprocess.DEVNULL)
 
-    while saved() < 200:
-        job, before = subprocess.Popen([*command, str(run)], env=command_env, stderr=subprocess.DEVNULL), saved()
-        wait_for(partial(lambda job, before: job.poll() is not None or saved() > before, job, before))
-        time.sleep(chance.uniform(0, 0.5))
-        ranks = workers(job)
-        if kills < 6 and job.poll() is None:
-            os.kill(chance.choice([job.pid, *ranks]), signal.SIGKILL)
-            kills += 1
-        job.wait(timeout=60)
-        for rank in ranks:
-            wait_for(partial(lambda rank: not Path(f"/proc/{rank}").exists(), rank))
-    assert kills > 3
-    a, b = (LongNet.from_pretrained(path).state_dict() for path in (folder / "whole", run))
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-6)
+    hits = kill_training(begin, folder, 30)
+    print(hits)
+    assert {process for process, _ in hits} == {"launcher", "rank"}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -22,12 +20,13 @@ from longnet_cli.cli.score import score
 from longnet_cli.cli.tokenize import tokenize
 from longnet_cli.cli.train import train
 from longnet_cli.errors import LongNetError, MemoryLimitError
-from longnet_cli.runtime.launch import LAUNCHED, LOST, under_torchrun
+from longnet_cli.runtime.launch import LAUNCHED, LOST, started_by_torchrun, under_torchrun
+from longnet_cli.runtime.signals import unwind_on_signals
 
 EPILOG = (
     "Results go to stdout, everything else to stderr. Sizes: 1e9, 1_000_000, 32k (32 000), 64Ki (65 536). "
     "Exit codes: 0 ok, 1 failure, 2 usage or configuration, 3 bad data, 4 checkpoint, 5 does not fit in memory, "
-    "130 or 143 stopped, 141 closed pipe."
+    "129, 130 or 143 stopped, 141 closed pipe."
 )
 
 # One function a command, in the order of a first day's work. Their modules import torch only when they run.
@@ -71,8 +70,13 @@ def run(app: typer.Typer) -> NoReturn:
     A failure is one line `longnet: error: ...` on stderr. Only a bug is worth a traceback, and only when asked for
     by LONGNET_TRACEBACK=1.
     """
-    signal.signal(signal.SIGTERM, _terminate)
     try:
+        if started_by_torchrun():
+            from longnet_cli.runtime.watch import die_with_parent
+
+            die_with_parent()
+        else:
+            unwind_on_signals()
         _invoke(app)
         code = 0
     except BaseException as error:
@@ -98,12 +102,6 @@ def _invoke(app: typer.Typer) -> None:
     # A full disk or a closed pipe often shows only here: at interpreter shutdown nobody could turn it into a line.
     if sys.stdout and not sys.stdout.closed:
         sys.stdout.flush()
-
-
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds the stack so `finally` blocks remove temporary files; a second one cannot cut that short."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise SystemExit(128 + signum)
 
 
 def _explain(error: BaseException) -> int:

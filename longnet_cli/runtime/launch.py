@@ -11,13 +11,18 @@ from typing import NoReturn
 from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.runtime.signals import hand_on_sigusr1
 
-LAUNCHED = "LONGNET_LAUNCHED"  # set where `--nproc` tells of what happens to the ranks
+LAUNCHED = "LONGNET_LAUNCHED"  # the process of `--nproc`, which tells of what happens to its ranks
 LOST = 69  # exit code of such a rank that lost another
 
 
 def under_torchrun() -> bool:
-    """Whether this is one of several processes that torchrun started."""
+    """Whether this process is one of several ranks."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def started_by_torchrun() -> bool:
+    """Whether the parent is a torchrun, of one process or more. Other launchers may leave RANK in any environment."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def start_ranks(nproc: int) -> NoReturn:
@@ -38,7 +43,9 @@ def start_ranks(nproc: int) -> NoReturn:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # after a signal, ranks end the step and save
     hand_on_sigusr1()
     logging.disable(logging.ERROR)  # what torchrun would say of a failure in thirty lines, we say in one
-    os.environ[LAUNCHED] = "1"
+    os.environ[LAUNCHED] = str(os.getpid())
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup, and torchrun would listen to it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
-import signal
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -15,6 +12,9 @@ import torch.distributed as dist
 
 from longnet_cli.errors import ConfigError
 from longnet_cli.runtime.device import select_device
+from longnet_cli.runtime.launch import started_by_torchrun
+from longnet_cli.runtime.signals import unwind_on_signals
+from longnet_cli.runtime.watch import check_agent, stop_watching, watch
 
 TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may write a checkpoint while the others wait
 
@@ -97,27 +97,28 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
         )
     where = select_device(device)
     if world == 1:
+        if started_by_torchrun():
+            _watch(Ranks())
         return Ranks(), where
     if where.type == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(where)
-    _end_with_parent()
+    check_agent()
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
     rank, group = dist.get_rank(), None
     for first in range(0, world, sp):  # every process makes every group, in the same order
         members = dist.new_group(list(range(first, first + sp)))
         if first <= rank < first + sp and sp > 1:
             group = members
-    return Ranks(rank, world, sp, group), where
+    ranks = Ranks(rank, world, sp, group)
+    _watch(ranks)
+    return ranks, where
 
 
-def _end_with_parent() -> None:
-    """Get SIGTERM when the torchrun that started this rank is killed: else it would run, and write, on its own."""
-    with suppress(OSError, AttributeError):  # not Linux
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+def _watch(ranks: Ranks) -> None:
+    """From now on there is something to clean up, and to save."""
+    watch(ranks)
+    unwind_on_signals()
 
 
 def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:
@@ -140,6 +141,7 @@ def leave() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    stop_watching()
 
 
 def _device_of_backend() -> torch.device:

@@ -1,21 +1,53 @@
-"""Signals: noted while a run works, acted on where its state is whole, and handed on to the ranks of `--nproc`."""
+"""Signals: they unwind a command, or are noted while a run works and acted on where its state is whole.
+
+SIGUSR1 is handed on to the ranks of `--nproc`; torchrun hands on those that stop.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from longnet_cli.runtime.ranks import Ranks
 
 
+def unwind_on_signals() -> None:
+    """Let SIGINT, SIGTERM and SIGHUP, which would kill, unwind the stack: so `finally` blocks remove temporary files.
+
+    Those that are handled stay so, and those that are ignored, as SIGHUP under nohup.
+    """
+    if _in_main_thread():
+        stops = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _unwind, signal.SIGHUP: _unwind}
+        for kind, handler in stops.items():
+            if signal.getsignal(kind) is signal.SIG_DFL:
+                signal.signal(kind, handler)
+
+
+def _unwind(number: int, frame: FrameType | None) -> NoReturn:
+    """Further signals cannot cut it short."""
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(kind, signal.SIG_IGN)
+    _leave_a_closed_terminal()
+    raise SystemExit(128 + number)
+
+
+def _leave_a_closed_terminal() -> None:
+    """Send to nowhere what is still said on stderr where that was the terminal: it would fail, and end the run."""
+    with suppress(OSError):
+        if stat.S_ISCHR(os.fstat(2).st_mode) and not os.isatty(2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 class Signals:
-    """SIGINT and SIGTERM, which ask a run to stop, and SIGUSR1, which asks it to save, until it next looks.
+    """SIGINT, SIGTERM and SIGHUP, which ask a run to stop, and SIGUSR1, which asks it to save, until it next looks.
 
     A run looks where its state is whole. Ranks look together: torchrun passes a signal on to each of them, which meets
     it in another place, and one that left at once would break off the others in their next collective.
@@ -30,21 +62,25 @@ class Signals:
             self._asked = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGHUP:
+            _leave_a_closed_terminal()
 
     def look(self) -> bool:
-        """Whether to save and go on. Raises KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM), on all ranks."""
+        """Whether to save and go on. Raises KeyboardInterrupt (SIGINT) or SystemExit (others), on all ranks."""
         mine = self._asked
         asked = self.ranks.largest(_WEIGHT[mine])
         if mine and self._asked == mine:  # not one that came meanwhile: ranks wait for each other here
             self._asked = 0
         if asked == _WEIGHT[signal.SIGINT]:
             raise KeyboardInterrupt
-        if asked == _WEIGHT[signal.SIGTERM]:
-            raise SystemExit(128 + signal.SIGTERM)
+        for stop in (signal.SIGTERM, signal.SIGHUP):
+            if asked == _WEIGHT[stop]:
+                raise SystemExit(128 + stop)
         return asked == _WEIGHT[signal.SIGUSR1]
 
 
-_WEIGHT = {0: 0, signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3}  # of several, the largest decides
+# of several, the largest decides
+_WEIGHT = {0: 0, signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3, signal.SIGHUP: 4}
 
 
 @contextmanager
@@ -54,7 +90,10 @@ def noted_signals(ranks: Ranks) -> Iterator[Signals]:
     if not _in_main_thread():
         yield signals
         return
-    before = {kind: signal.signal(kind, signals.note) for kind in _WEIGHT if kind}
+    kinds = [kind for kind in _WEIGHT if kind]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+        kinds.remove(signal.SIGHUP)
+    before = {kind: signal.signal(kind, signals.note) for kind in kinds}
     mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # held back until now, see `cli/train.py`
     try:
         yield signals

@@ -86,8 +86,8 @@ def train(
     """Train a model by a recipe and leave it in the directory `output`; go on where an earlier run was ended.
 
     `output` gets metrics.jsonl, recipe.json, checkpoints/ (every `save_every` steps, and when the run is stopped),
-    best/ (the model with the lowest held-out loss) and at the end, or when stopped, the model. SIGINT, SIGTERM and
-    SIGUSR1 act between two chunks, where everything is as after the last whole step: the first two stop the run
+    best/ (the model with the lowest held-out loss) and at the end, or when stopped, the model. SIGINT, SIGTERM, SIGHUP
+    and SIGUSR1 act between two chunks, where everything is as after the last whole step: the first three stop the run
     (KeyboardInterrupt or SystemExit are raised), the last one only saves.
 
     `resume` is "auto" (from the newest undamaged checkpoint in `output`, where there is one), "never", or the path of
@@ -410,6 +410,7 @@ class _Run:
         state = whole_state(self.model, self.ranks)
         if self.ranks.first:
             save_pretrained(self.model, folder, self.tokenizer.to_json(), state)
+        self.ranks.barrier()  # the end of another rank would end this one while it writes
 
 
 def _windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:

@@ -1,0 +1,148 @@
+"""No rank outlives the process that started it, nor another rank, whatever it waits for.
+
+A rank often waits in C: for the others at the start, or in a collective. Python's signal handlers do not run there.
+
+    before the ranks have met   there is nothing to lose: SIGINT and SIGTERM kill, and so does the end of the parent
+    from then on                a thread sees the parent or a rank end; after GRACE seconds, it ends this process
+
+The kernel tells a rank of the end of another one, wherever that ran and however it ended: rank 0 has a TCP connection
+to each of the others, on which nothing is ever sent. A rank that is only busy, or stopped in a debugger, keeps it open.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from longnet_cli.errors import LongNetError
+from longnet_cli.runtime.launch import LAUNCHED, LOST
+
+if TYPE_CHECKING:
+    from longnet_cli.runtime.ranks import Ranks
+
+GRACE = 20.0  # seconds in which a rank may save, clean up and say what happened
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_SIGSTKFLT = 16  # which Linux defines and never sends
+_over = threading.Event()
+
+
+def die_with_parent() -> None:
+    """Let the end of the parent, SIGINT and SIGTERM kill this process at once. Call it before anything slow.
+
+    Raises SystemExit where the parent has ended already.
+    """
+    parent = int(os.environ.get(LAUNCHED) or os.getppid())
+    _ask_for(signal.SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit(128 + signal.SIGTERM)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def check_agent() -> None:
+    """Raise LongNetError where the torchrun that started this rank has ended, before `die_with_parent` could see it.
+
+    Its ranks meet at a store in torchrun itself, and would knock there for half an hour.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection(place, timeout=10).close()
+    except ConnectionRefusedError:
+        raise LongNetError("the torchrun that started this rank has ended") from None
+    except OSError:
+        pass  # torch says what is wrong with the network
+
+
+def watch(ranks: Ranks, grace: float = GRACE) -> None:
+    """Watch the parent and the other ranks until `stop_watching`; all ranks call it together.
+
+    When the parent ends, this process gets SIGTERM. When the parent or a rank has ended, this process ends `grace`
+    seconds later, if it has not done so by itself.
+    """
+    parent, lines = os.getppid(), _connect(ranks) if ranks.world > 1 else []
+    _over.clear()
+    with suppress(OSError, AttributeError):
+        # For a process in which no thread of Python runs, because C code holds the interpreter's lock. `alarm` is the
+        # handler: it is called with the signal's number, and so many seconds later SIGALRM kills.
+        libc = ctypes.CDLL(None)
+        libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+        libc.signal(_SIGSTKFLT, ctypes.cast(libc.alarm, ctypes.c_void_p))
+        _ask_for(_SIGSTKFLT)
+    threading.Thread(target=_watch, args=(parent, lines, grace), name="watch", daemon=True).start()
+
+
+def stop_watching() -> None:
+    """Let the others end: call it when all ranks have done their work."""
+    _over.set()
+
+
+def _ask_for(signum: int) -> None:
+    """Have the kernel send a signal to this process when its parent ends."""
+    with suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
+
+
+def _watch(parent: int, lines: Sequence[socket.socket], grace: float) -> None:
+    with selectors.DefaultSelector() as selector:
+        for line in lines:
+            selector.register(line, selectors.EVENT_READ)
+        while not selector.select(timeout=1) and os.getppid() == parent:
+            if _over.is_set():
+                return
+    orphaned = os.getppid() != parent
+    if orphaned:
+        signal.alarm(0)  # this thread runs, and sees to it
+        os.kill(os.getpid(), signal.SIGTERM)
+    if _over.wait(grace):
+        return
+    if LAUNCHED not in os.environ or orphaned:  # else the parent tells of it
+        what = "the process that started this rank ended" if orphaned else "another rank ended"
+        with suppress(OSError, ValueError, AttributeError):  # stderr may be gone too
+            sys.stderr.write(f"longnet: error: rank {os.environ.get('RANK')}: {what}, and this one with it\n")
+            sys.stderr.flush()
+    os._exit(128 + signal.SIGTERM if orphaned else LOST if LAUNCHED in os.environ else 1)
+
+
+def _connect(ranks: Ranks) -> list[socket.socket]:
+    """Connections that break when a process ends: on rank 0 to all others, on those to rank 0."""
+    together = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]  # on one machine
+    with _listen("127.0.0.1" if together else "") as server:
+        port = ranks.from_first(server.getsockname()[1])
+        password = ranks.from_first(secrets.randbits(52)).to_bytes(7, "big")
+        if not ranks.first:
+            place = "127.0.0.1" if together else os.environ["MASTER_ADDR"], port
+            lines = [socket.create_connection(place, timeout=60)]
+            lines[0].sendall(password)
+        else:
+            lines = []
+            server.settimeout(60)
+            while len(lines) < ranks.world - 1:
+                line, _ = server.accept()
+                line.settimeout(10)
+                with suppress(OSError):
+                    if line.recv(len(password)) == password:  # else it is a stranger
+                        lines.append(line)
+    for line in lines:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # sees a machine that vanishes, within a minute
+        for name, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 6)):
+            if hasattr(socket, name):
+                line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return lines
+
+
+def _listen(host: str) -> socket.socket:
+    if not host and socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server((host, 0))
