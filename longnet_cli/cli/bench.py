@@ -56,41 +56,23 @@ def _names(value: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
 
 
-MEASURE, SHAPE, PATTERN, MODEL, LIMITS = (
-    "What to measure",
-    "Shape",
-    "Pattern",
-    "Model, for --op model and train",
-    "Limits",
-)
+MEASURE, SHAPE, PATTERN, MODEL, LIMITS = "What to measure", "Shape", "Pattern", "Model (--op model, train)", "Limits"
 _sizes, _words = partial(_size, make=sizes_option), partial(_option, parser=_names)
 
 
 def bench(
     seq: Annotated[Sequence[int] | None, _sizes(MEASURE, "--seq", "Tokens.", "4Ki,8Ki,16Ki,32Ki")] = None,
-    op: Annotated[
-        str,
-        _option(
-            MEASURE,
-            "--op",
-            "OP",
-            "attention; model, a forward; train, loss and gradients; exchange, what --nproc ranks send.",
-        ),
-    ] = "attention",
+    op: Annotated[str, _option(MEASURE, "--op", "OP", "attention, model, train or exchange: see above.")] = "attention",
     impl: Annotated[
         Sequence[str] | None,
         _words(
-            MEASURE,
-            "--impl",
-            "IMPL,...",
-            "dilated, ours; dense, torch's; kernels, ours without its merge.",
-            "dilated,dense",
+            MEASURE, "--impl", "NAME,...", "dilated, dense, or kernels: dilated without its merge.", "dilated,dense"
         ),
     ] = None,
     direction: Annotated[
         Sequence[str] | None,
         _words(
-            MEASURE, "--direction", "WAY,...", "forward; backward, without its forward.", "forward; of train, backward"
+            MEASURE, "--direction", "NAME,...", "forward, or backward without it.", "of train, backward; else forward"
         ),
     ] = None,
     heads: Annotated[int | None, _option(SHAPE, "--heads", "N", "Attention heads.", "12, or 2 (*)")] = None,
@@ -98,7 +80,7 @@ def bench(
     batch: Annotated[int, _option(SHAPE, "--batch", "N", "Sequences at a time.")] = 1,
     causal: Annotated[bool, _option(SHAPE, "--causal/--bidirectional", None, "Who sees whom.")] = True,
     chunk: Annotated[
-        int | None, _size(SHAPE, "--chunk", "Tokens at a time of a longer causal sequence.", "64Ki, from 1e6 tokens on")
+        int | None, _size(SHAPE, "--chunk", "Tokens at a time.", "64Ki, from 1e6 causal tokens on")
     ] = None,
     pattern: Annotated[
         str | None,
@@ -106,31 +88,22 @@ def bench(
             PATTERN,
             "--pattern",
             "NAME",
-            "paper; geometric, --base times --ratio until it covers --seq.",
+            "paper, or geometric: --base times --ratio.",
             "paper, geometric from 1e6 tokens on",
         ),
     ] = None,
     base: Annotated[int | None, _size(PATTERN, "--base", "First segment length.", "2048, or 256 (*)")] = None,
     ratio: Annotated[int | None, _option(PATTERN, "--ratio", "N", "Growth from level to level.", "2")] = None,
-    segment_lengths: Annotated[
-        Sequence[int] | None, _sizes(PATTERN, "--segment-lengths", "Levels of your own.")
-    ] = None,
-    dilation_rates: Annotated[
-        Sequence[int] | None, _sizes(PATTERN, "--dilation-rates", "One for each segment length.")
-    ] = None,
+    segment_lengths: Annotated[Sequence[int] | None, _sizes(PATTERN, "--segment-lengths", "Your own levels.")] = None,
+    dilation_rates: Annotated[Sequence[int] | None, _sizes(PATTERN, "--dilation-rates", "One per length.")] = None,
     model: Annotated[str | None, _option(MODEL, "--model -m", "NAME|DIR", "A saved model.", "random weights")] = None,
     layers: Annotated[int | None, _option(MODEL, "--layers", "N", "Of random weights.", "2")] = None,
     vocab: Annotated[int | None, _size(MODEL, "--vocab", "Of random weights.", "256")] = None,
     repeats: Annotated[int, _option(LIMITS, "--repeats", "N", "Runs of a row after its warm-up.")] = 3,
     max_time: Annotated[
-        float | None,
-        _option(
-            LIMITS, "--max-time", "SECONDS", "Of all rows; the rest are stopped.", "60 without --seq, else no limit"
-        ),
+        float | None, _option(LIMITS, "--max-time", "SECONDS", "The rest is stopped.", "60 without --seq, else none")
     ] = None,
-    max_dense_time: Annotated[
-        float, _option(LIMITS, "--max-dense-time", "SECONDS", "Skip dense runs that would take longer.")
-    ] = 60.0,
+    max_dense_time: Annotated[float, _option(LIMITS, "--max-dense-time", "SECONDS", "Skip longer dense runs.")] = 60.0,
     nproc: NprocOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -139,9 +112,13 @@ def bench(
 ) -> None:
     """Measure dilated attention against dense attention, row by row, up to a billion tokens: --seq 1e9.
 
-    Rows that would not fit free memory or the time are skipped and say so. Ctrl-C keeps the rows so far.
+    --op attention is the operator alone; model, the forward of a model; train,
+    its loss and gradients; exchange, what --nproc ranks send each other.
 
-    (*) on a CPU, where a sequence has 1e6 tokens or more. Sizes: 32k is 32000, 32Ki is 32768.
+    Rows that would not fit free memory or the time are skipped and say so.
+    Ctrl-C keeps the rows so far. Sizes: 32k is 32000, 32Ki is 32768.
+
+    (*) on a CPU, where a sequence has 1e6 tokens or more.
     """
     if nproc is not None:
         from longnet_cli.runtime.launch import start_ranks
