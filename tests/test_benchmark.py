@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,17 +11,19 @@ from hypothesis import strategies as st
 from strategies import patterns
 
 from longnet_cli.attention import Pattern
+from longnet_cli.attention.pattern import attention_flops
 from longnet_cli.attention.reference import _key_counts
-from longnet_cli.benchmark import Case, Measurement, Settings, Stream, attention_flops, bench, job, measurement
-from longnet_cli.benchmark.attention import pattern_name
-from longnet_cli.benchmark.loop import side_by_side
+from longnet_cli.benchmark import Case, Measurement, Settings, bench, job, measurement
 from longnet_cli.errors import ConfigError
-from longnet_cli.model import LongNet
 from longnet_cli.model.weights import load_config
 from longnet_cli.presets import find_model
-from longnet_cli.training.recipe import load_recipe
 
 TINY = {"heads": 3, "head_dim": 8, "repeats": 2}
+BOTH = ["forward", "backward"]
+
+
+def rows_of(seq: list[int], **options: object) -> list[Measurement]:
+    return list(bench(Settings.of(seq=seq, **options)))
 
 
 @given(patterns(), st.integers(1, 5), st.integers(1, 80), st.booleans(), st.integers(1, 3))
@@ -34,14 +35,8 @@ def test_flops_count_every_pair_of_rows_that_meets(
     assert attention_flops(pattern, heads, 16, tokens, causal, batch) == expected
 
 
-def test_flops_of_the_paper_pattern_are_its_keys_per_query() -> None:
-    tokens = 32768 * 3  # whole segments of every level; 12 heads have every offset of every level equally often
-    expected = 4 * 12 * 64 * tokens * Pattern.paper().keys_per_query
-    assert attention_flops(Pattern.paper(), 12, 64, tokens, causal=False) == pytest.approx(expected, rel=1e-3)
-
-
 def test_a_row_for_every_combination_with_rates_that_fit_its_seconds() -> None:
-    rows = list(bench([32, 70], batch=2, pattern=Pattern((16, 64), (1, 4)), **TINY))
+    rows = rows_of([32, 70], direction=BOTH, batch=2, pattern=Pattern((16, 64), (1, 4)), **TINY)
     expected = itertools.product([32, 70], ["forward", "backward"], ["dilated", "dense"])
     assert [(r.seq, r.direction, r.impl) for r in rows] == list(expected)
     for row in rows:
@@ -57,17 +52,16 @@ def test_a_row_for_every_combination_with_rates_that_fit_its_seconds() -> None:
         assert row.pattern == ("16/1,64/4" if row.impl == "dilated" else None)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("dtype", "causal"), [("fp32", False), ("bf16", True), ("fp16", False)])
 def test_every_dtype_and_a_geometric_pattern(dtype: str, causal: bool) -> None:
-    rows = list(bench([40], pattern="geometric", base=8, ratio=3, dtype=dtype, causal=causal, device="cpu", **TINY))
+    rows = rows_of([40], direction=BOTH, base=8, ratio=3, dtype=dtype, causal=causal, device="cpu", **TINY)
     assert {(row.status, row.dtype, row.causal) for row in rows} == {("ok", dtype, causal)}
     assert rows[0].pattern == "8/1,24/3,72/9"
 
 
 def test_the_peak_belongs_to_its_row_alone() -> None:
     few_flops = Pattern((64,), (1,))
-    big, small = bench([40_000, 64], directions=["forward"], impls=["dilated"], heads=8, pattern=few_flops, repeats=1)
+    big, small = rows_of([40_000, 64], impl=["dilated"], heads=8, pattern=few_flops, repeats=1)
     assert big.peak_rss_bytes is not None
     assert small.peak_rss_bytes is not None
     # q, k, v and out of the big one take 312 MiB, and all of them are gone when the small one runs
@@ -79,23 +73,24 @@ def test_the_peak_is_sampled_where_the_mark_cannot_be_reset(monkeypatch: pytest.
         raise PermissionError
 
     monkeypatch.setattr(measurement.Path, "write_text", refuse)
-    (row,) = bench([64], directions=["forward"], impls=["dilated"], **TINY)
+    (row,) = rows_of([64], impl=["dilated"], **TINY)
     assert row.peak_rss_bytes is not None
     assert row.peak_rss_bytes > 2**20
 
 
 def test_rows_that_would_not_fit_are_skipped_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "free_memory", lambda device: 2**20)
-    rows = list(bench([64, 10**9, 100], **TINY))
-    assert [row.status for row in rows] == ["ok"] * 4 + ["skipped"] * 4 + ["ok"] * 4
-    assert "memory" in (rows[4].reason or "")
-    assert rows[4].seconds is rows[4].peak_rss_bytes is None
+    rows = rows_of([64, 10**9, 100], direction=["backward"], **TINY)
+    assert [row.status for row in rows] == ["ok"] * 2 + ["skipped"] * 2 + ["ok"] * 2
+    assert "memory" in (rows[2].reason or "")
+    assert rows[2].seconds is rows[2].peak_rss_bytes is None
 
 
 def test_memory_that_runs_out_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "free_memory", lambda device: None)  # nobody knows, so it is tried
-    rows = list(bench([10**13, 64], directions=["forward"], impls=["dilated"], causal=False, **TINY))
-    assert [row.status for row in rows] == ["oom", "ok"]
+    assert [row.status for row in rows_of([10**12, 64], impl=["dilated"], causal=False, **TINY)] == ["oom", "ok"]
+    (row,) = rows_of([10**12], impl=["dilated"], causal=False, batch=2**32, **TINY)  # more than torch can count
+    assert row.status == "oom"
 
 
 def test_free_memory_is_what_the_machine_has() -> None:
@@ -120,41 +115,40 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> FakeOp:
             def run() -> None:
                 now[0] += flops / rate
 
-            return Case(Measurement("fake", impl, direction, seq), seq, flops, 0.0, 0, lambda: run)
+            return Case(Measurement("fake", impl, direction, seq), lambda tokens: flops * (tokens > 0), 0, lambda: run)
 
         for module in (job, measurement):
             monkeypatch.setattr(
                 module, "time", SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0])
             )
-        monkeypatch.setitem(job.OPS, "fake", make)
+        monkeypatch.setitem(job.CASES, "attention", make)
 
     return install
 
 
-def statuses(seqs: list[int], **options: object) -> list[tuple[int, str, str]]:
-    rows = bench(seqs, op="fake", directions=["forward"], repeats=3, **options)  # type: ignore[arg-type]
-    return [(row.seq, row.impl, row.status) for row in rows]
+def statuses(seq: list[int], **options: object) -> list[tuple[int, str, str]]:
+    return [(row.seq, row.impl, row.status) for row in rows_of(seq, **options)]
 
 
 def test_another_op_is_one_function(fake_op: FakeOp) -> None:
     fake_op(10.0)
-    (row,) = bench([20], op="fake", impls=["dense"], directions=["forward"])
+    (row,) = rows_of([20], impl=["dense"])
     assert (row.op, row.seconds, row.tokens_per_second, row.flops_per_second) == ("fake", 40.0, 0.5, 10.0)
 
 
 def test_what_max_time_does_not_reach_is_stopped(fake_op: FakeOp) -> None:
     fake_op(1.0)
     # 10 s warm-up and 3 runs leave 10 of 50 s: enough for 5, and then for nothing
-    assert statuses([10, 20, 2], impls=["dilated"], max_time=50.0) == [
+    assert statuses([10, 20, 2], impl=["dilated"], max_time=50.0) == [
         (10, "dilated", "ok"), (20, "dilated", "stopped"), (2, "dilated", "ok")
     ]  # fmt: skip
-    assert statuses([10, 10], impls=["dilated"], max_time=40.0)[1] == (10, "dilated", "stopped")
-    assert statuses([10], impls=["dilated"], max_time=0.0) == [(10, "dilated", "stopped")]
+    assert statuses([10, 10], impl=["dilated"], max_time=40.0)[1] == (10, "dilated", "stopped")
+    assert statuses([10], impl=["dilated"], max_time=0.0) == [(10, "dilated", "stopped")]
 
 
 def test_a_warm_up_that_takes_the_time_is_the_measurement(fake_op: FakeOp) -> None:
     fake_op(1.0)
-    (row,) = bench([30], op="fake", impls=["dilated"], directions=["forward"], max_time=50.0)
+    (row,) = rows_of([30], impl=["dilated"], max_time=50.0)
     assert (row.status, row.seconds) == ("ok", 30.0)
 
 
@@ -163,17 +157,18 @@ def test_dense_that_would_take_too_long_is_skipped(fake_op: FakeOp) -> None:
     found = statuses([10, 20, 1000], max_dense_time=3.0)
     assert found[:3] == [(10, "dilated", "ok"), (10, "dense", "ok"), (20, "dilated", "ok")]
     assert found[3:] == [(20, "dense", "skipped"), (1000, "dilated", "ok"), (1000, "dense", "skipped")]
+    assert statuses([10, 20], impl=["dense"], max_dense_time=0.0)[1:] == [(20, "dense", "skipped")]
 
 
 def test_a_long_run_without_a_shorter_one_is_estimated_by_a_probe(fake_op: FakeOp) -> None:
     fake_op(1e9)
-    assert statuses([10**6], impls=["dense"], max_dense_time=10.0)[0] == (10**6, "dense", "skipped")
+    assert statuses([10**6], impl=["dense"], max_dense_time=10.0)[0] == (10**6, "dense", "skipped")
 
 
 def test_dense_goes_as_far_as_it_can_once(fake_op: FakeOp) -> None:
     fake_op(1e9)
     # 10 s are 10^10 FLOPs, a sequence of 10^5; and 65,536 is the power of two below it
-    assert statuses([10**6, 10**7], impls=["dense"], max_dense_time=10.0) == [
+    assert statuses([10**6, 10**7], impl=["dense"], max_dense_time=10.0) == [
         (10**6, "dense", "skipped"), (65536, "dense", "ok"), (10**7, "dense", "skipped")
     ]  # fmt: skip
 
@@ -181,24 +176,22 @@ def test_dense_goes_as_far_as_it_can_once(fake_op: FakeOp) -> None:
 def test_each_case_is_announced_before_it_runs(fake_op: FakeOp) -> None:
     fake_op(1.0)
     told: list[tuple[int, float | None]] = []
-    rows = bench(
-        [10, 20], op="fake", impls=["dilated"], directions=["forward"],
-        on_start=lambda case, seconds: told.append((case.row.seq, seconds)),
-    )  # fmt: skip
+    settings = Settings.of(seq=[10, 20], impl=["dilated"])
+    rows = bench(settings, on_start=lambda case, seconds: told.append((case.row.seq, seconds)))
     next(rows)
     assert told == [(10, None)]
     next(rows)
     assert told == [(10, None), (20, 20.0)]
 
 
-LONG = {"impls": ["dilated"], "directions": ["forward"], "pattern": Pattern((16, 64), (1, 4)), **TINY}
+LONG = {"impl": ["dilated"], "pattern": Pattern((16, 64), (1, 4)), **TINY}
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 100])
 def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(measurement, "FIRST_DECADE", 10)
     seen: list[int] = []
-    rows = list(bench([300], chunk=chunk, on_tokens=seen.append, **LONG))
+    rows = list(bench(Settings.of(seq=[300], chunk=chunk, **LONG), on_tokens=seen.append))
     assert [(row.start, row.stop) for row in rows] == [(0, 10), (10, 100), (100, 300), (None, None)]
     assert {row.status for row in rows} == {"ok"}
     assert {row.cache_bytes for row in rows} == {2 * 3 * 8 * 4 * 32}
@@ -208,8 +201,8 @@ def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch: pytest.Mon
     assert 0 < sum(row.seconds or 0 for row in rows[:-1]) <= whole.seconds
     assert all(row.cpu_seconds is not None for row in rows)
     assert whole.tokens_per_second == pytest.approx(300 / whole.seconds)
-    (twice,) = bench([300], chunk=300, batch=2, **LONG)
-    (streamed,) = list(bench([300], chunk=chunk, batch=2, **LONG))[-1:]
+    (twice,) = rows_of([300], chunk=300, batch=2, **LONG)
+    streamed = rows_of([300], chunk=chunk, batch=2, **LONG)[-1]
     assert twice.seconds is not None
     assert twice.tokens_per_second == pytest.approx(600 / twice.seconds)
     assert streamed.seconds is not None
@@ -235,11 +228,11 @@ def test_every_pair_of_the_whole_is_computed_by_the_chunks(monkeypatch: pytest.M
         return found
 
     monkeypatch.setattr(dilated, "branches", counted)
-    list(bench([300], chunk=300, **LONG))
+    rows_of([300], chunk=300, **LONG)
     whole = pairs[-1:] and sum(pairs)
     runs = 1 + 2  # warm-up and two runs
     pairs.clear()
-    list(bench([300], chunk=33, **LONG))
+    rows_of([300], chunk=33, **LONG)
     assert sum(pairs) - _warm_up(33) == whole // runs
 
 
@@ -252,7 +245,7 @@ def _warm_up(tokens: int) -> int:
 
 def test_a_streamed_run_stops_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurement, "FIRST_DECADE", 10)
-    rows = list(bench([10**9], chunk=64, max_time=0.5, **LONG))
+    rows = rows_of([10**9], chunk=64, max_time=0.2, **LONG)
     last = rows[-1]
     assert (last.status, last.start) == ("stopped", 0)
     assert last.stop is not None
@@ -265,7 +258,7 @@ def test_ctrl_c_gives_what_a_streamed_run_had() -> None:
     def interrupt(tokens: int) -> None:
         raise KeyboardInterrupt
 
-    rows = bench([10**6], chunk=64, on_tokens=interrupt, **LONG)
+    rows = bench(Settings.of(seq=[10**6], chunk=64, **LONG), on_tokens=interrupt)
     row = next(rows)
     assert (row.status, row.stop) == ("stopped", 64)
     with pytest.raises(KeyboardInterrupt):
@@ -276,97 +269,115 @@ def test_memory_that_runs_out_in_a_streamed_run_is_a_row_and_not_the_end() -> No
     def ran_out(tokens: int) -> None:
         raise MemoryError
 
-    begun, other = bench([300, 20], chunk=64, on_tokens=ran_out, **LONG)
+    begun, other = bench(Settings.of(seq=[300, 20], chunk=64, **LONG), on_tokens=ran_out)
     assert (begun.status, begun.stop, begun.reason) == ("oom", 64, "memory ran out after 64 tokens")
     assert other.status == "ok"
 
 
 def test_no_memory_for_the_first_chunk_of_a_streamed_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(settings: Settings, impl: str, direction: str, seq: int) -> Stream:
-        def start() -> None:
+    def no_memory(settings: Settings, impl: str, direction: str, seq: int) -> Case:
+        def start() -> Callable[[int], None]:
             raise MemoryError
 
-        row = Measurement("fake", impl, direction, seq, chunk=4)
-        return Stream(row, seq, 1.0, 0, 0, start, float)  # type: ignore[arg-type]
+        return Case(Measurement("fake", impl, direction, seq, chunk=4), float, 0, start, streamed=True)
 
-    monkeypatch.setitem(job.OPS, "fake", no_memory)
-    (row,) = bench([10], op="fake", impls=["dilated"], directions=["forward"])
+    monkeypatch.setitem(job.CASES, "attention", no_memory)
+    (row,) = rows_of([10], impl=["dilated"])
     assert (row.status, row.seconds, row.reason) == ("oom", None, "memory ran out after 0 tokens")
 
 
 def test_a_whole_model_is_measured_at_once_and_streamed() -> None:
-    whole, dense = bench([128], op="model", directions=["forward"], layers=1, vocab=50, heads=2, head_dim=8)
+    whole, dense = rows_of([128], op="model", layers=1, vocab=50, heads=2, head_dim=8)
     assert (whole.status, dense.status, whole.chunk, dense.pattern) == ("ok", "ok", None, "128/1")
-    (row,) = bench([128], op="model", chunk=50, layers=1, vocab=50, **LONG)
+    (row,) = rows_of([128], op="model", chunk=50, layers=1, vocab=50, **LONG)
     assert (row.op, row.status, row.chunk) == ("model", "ok", 50)
     assert row.cache_bytes == 2 * 3 * 8 * 4 * 32
-    shipped = {"op": "model", "model": "longnet-tiny", "impls": ["dilated"], "directions": ["forward"], "repeats": 1}
-    (tiny,) = bench([64], **shipped)
+    shipped = {"op": "model", "model": "longnet-tiny", "impl": ["dilated"], "repeats": 1}
+    (tiny,) = rows_of([64], **shipped)
     config = load_config(find_model("longnet-tiny"))
     assert (tiny.status, tiny.heads, tiny.head_dim) == ("ok", config.num_heads, config.head_dim)
-    assert tiny.pattern == pattern_name(config.pattern)
-    (asked,) = bench([64], pattern=Pattern((8, 32), (1, 2)), **shipped)
+    assert tiny.pattern == ",".join(f"{w}/{r}" for w, r in config.pattern.levels)
+    (asked,) = rows_of([64], pattern=Pattern((8, 32), (1, 2)), **shipped)
     assert (asked.status, asked.pattern) == ("ok", "8/1,32/2")
 
 
 def test_gradients_are_measured_whole_and_in_chunks() -> None:
     small = {"op": "train", "layers": 1, "vocab": 50, "heads": 2, "head_dim": 8, "repeats": 1}
-    whole, dense = bench([128], **small)
-    (chunked,) = bench([128], impls=["dilated"], chunk=50, **small)
+    whole, dense = rows_of([128], **small)
+    (chunked,) = rows_of([128], impl=["dilated"], chunk=50, **small)
     assert [(row.direction, row.status, row.chunk) for row in (whole, dense, chunked)] == [
         ("backward", "ok", None), ("backward", "ok", None), ("backward", "ok", 50)
     ]  # fmt: skip
 
 
+def test_the_numbers_of_a_model_are_counted_for_its_flops() -> None:
+    """The net that is measured and its config agree on what every token is multiplied by."""
+    config = load_config(find_model("longnet-tiny"))
+    matrices = (
+        config.num_layers * (4 * config.dim**2 + 2 * config.dim * config.ffn_dim) + config.dim * config.vocab_size
+    )
+    attended = config.num_layers * attention_flops(config.pattern, config.num_heads, config.head_dim, 64, True)
+    for op, forwards in (("model", (1, 1)), ("train", (3, 3.5))):
+        settings = Settings.of(seq=[64], op=op, model="longnet-tiny")
+        flops = job.CASES[op](settings, "dilated", *settings.direction, 64).flops(64)
+        assert flops == forwards[0] * 2 * 64 * matrices + forwards[1] * attended
+
+
 def test_long_sequences_have_a_shape_of_their_own() -> None:
-    short, long = Settings.resolve([10**6 - 1], device="cpu"), Settings.resolve([8192, 10**9], device="cpu")
-    assert (short.heads, short.head_dim, short.pattern) == (12, 64, "paper")
-    assert (long.heads, long.head_dim, long.pattern, long.base) == (2, 32, "geometric", 256)
-    assert Settings.resolve([100], base=64, device="cpu").pattern == "geometric"
-    assert Settings.resolve([10**9], heads=12, base=2048, device="cpu").heads == 12
-    assert isinstance(job.OPS["attention"](long, "dilated", "forward", 10**9), Stream)
+    short, long = Settings.of(seq=[10**6 - 1], device="cpu"), Settings.of(seq=[8192, 10**9], device="cpu")
+    assert (short.heads, short.head_dim, short.pattern_for(8192)) == (12, 64, Pattern.paper())
+    assert (long.heads, long.head_dim, long.pattern_for(8192)) == (2, 32, Pattern.geometric(8192, base=256))
+    assert str(Settings.of(seq=[100], base=64)) == "1 x 12 heads x 64, causal, pattern geometric, base 64, ratio 2"
+    assert Settings.of(seq=[10**9], heads=12, base=2048, device="cpu").heads == 12
+    assert job.CASES["attention"](long, "dilated", "forward", 10**9).streamed
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"op": "sort"}, {"op": "train", "impls": ["kernels"]}, {"op": "model", "impls": ["kernels"]},
-        {"impls": ["sparse"]}, {"directions": ["sideways"]}, {"pattern": "plaid"}, {"dtype": "fp8"}, {"chunk": 0},
-        {"heads": 0}, {"repeats": 0}, {"ratio": 1}, {"device": "cuda:99"}, {"pattern": "paper", "base": 64},
-        {"model": "longnet-tiny"}, {"op": "model", "model": "longnet-tiny", "heads": 2},
-        {"op": "model", "causal": False}, {"op": "train", "directions": ["forward"]},
+        {"op": "sort"}, {"op": "train", "impl": ["kernels"]}, {"impl": ["sparse"]}, {"direction": ["sideways"]},
+        {"pattern": "plaid"}, {"dtype": "fp8"}, {"chunk": 0}, {"heads": 0}, {"repeats": 0}, {"ratio": 1}, {"seq": [0]},
+        {"device": "cuda:99"}, {"pattern": "paper", "base": 64}, {"model": "longnet-tiny"}, {"op": "exchange"},
+        {"op": "model", "model": "longnet-tiny", "heads": 2}, {"op": "model", "causal": False}, {"max_time": -1.0},
+        {"op": "train", "direction": ["forward"]}, {"max_dense_time": float("nan")}, {"tokens": 5},
+        {"pattern": Pattern((10**18,), (1,))}, {"pattern": Pattern((16,), (10**18,))},
+        {"seq": [2**40], "base": 2**39, "ratio": 2**40},
     ],
 )  # fmt: skip
 def test_wrong_settings_are_told_before_the_first_row(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        bench([16], **wrong)  # type: ignore[arg-type]
+        Settings.of(**{"seq": [16], **wrong})
+
+
+COUNTS = ("batch", "heads", "head_dim", "base", "ratio", "layers", "vocab", "repeats")
+
+
+@pytest.mark.parametrize("name", ["seq", *COUNTS])
+@pytest.mark.parametrize("size", [2**63 - 1, 10**30])
+def test_no_size_is_too_large_to_be_told(name: str, size: int) -> None:
+    with pytest.raises(ConfigError, match=rf"--{name.replace('_', '-')}.* should be less than or equal to \d+ \(got "):
+        Settings.of(**{"seq": [64], "op": "model", name: [64, size] if name == "seq" else size})
+
+
+def largest(name: str) -> int:
+    return next(rule.le for rule in Settings.model_fields[name].metadata if hasattr(rule, "le"))
+
+
+@pytest.mark.parametrize("name", ["batch", "heads", "head_dim", "base", "vocab"])
+def test_the_largest_sizes_are_measured_or_skipped(name: str) -> None:
+    op = "model" if name == "vocab" else "attention"
+    shape = {"heads": 1, "head_dim": 2, "chunk": 2**70, "repeats": 1, "op": op, name: largest(name)}
+    assert {row.status for row in rows_of([16], **shape)} <= {"ok", "skipped"}
 
 
 def test_a_kernel_that_cannot_run_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LONGNET_KERNEL", "abacus")
     with pytest.raises(ConfigError, match="abacus"):
-        bench([16])
+        Settings.of(seq=[16])
 
 
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
-    rows = list(bench([4096], device="cuda", dtype="bf16"))
+    rows = rows_of([4096], direction=BOTH, device="cuda", dtype="bf16")
     assert {row.status for row in rows} == {"ok"}
     assert all(row.peak_rss_bytes for row in rows)
-
-
-def test_the_bare_loop_takes_the_steps_of_training(tmp_path: Path) -> None:
-    """The same weights, bit by bit: so the two are the same work, and what differs in time is the loop."""
-    settings = {
-        "model": {
-            "vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope",
-            "segment_lengths": [16, 32], "dilation_rates": [1, 2],
-        },
-        "train.stages": [{"seq_len": 32, "steps": 12}], "train.batch_tokens": 128,
-    }  # fmt: skip
-    seconds, bare = side_by_side(load_recipe(None, settings), tmp_path, torch.device("cpu"))
-    trained = LongNet.from_pretrained(tmp_path / "run").state_dict()
-    assert all(tensor.equal(trained[name]) for name, tensor in bare.state_dict().items())
-    assert seconds.keys() == {"train", "bare"}
-    assert min(seconds.values()) > 0
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2

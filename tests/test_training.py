@@ -221,7 +221,10 @@ def test_weights_that_an_evaluation_finds_spoiled_are_not_the_best(corpus: Path,
     assert not (tmp_path / "out/best").exists()
 
 
-def test_evaluations_do_not_count_in_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("peak", "mfu"), [(1000.0, 0.3), (300.0, 1.0), (299.0, None), (None, None)])
+def test_evaluations_do_not_count_in_the_speed_and_no_mfu_is_above_1(
+    monkeypatch: pytest.MonkeyPatch, peak: float | None, mfu: float | None
+) -> None:
     now = 0.0
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
     log = MetricsLog(None)
@@ -229,8 +232,8 @@ def test_evaluations_do_not_count_in_the_speed(monkeypatch: pytest.MonkeyPatch) 
     log.add(100, 600.0, 1.0, 1.0)
     with log.paused():
         now = 50.0
-    line = log.write(1, 0.1, 32, memory=0, peak=1000.0)
-    assert (line.tokens_per_second, line.mfu) == (50, 0.3)
+    line = log.write(1, 0.1, 32, memory=0, peak=peak)
+    assert (line.tokens_per_second, line.mfu) == (50, mfu)
 
 
 def test_a_second_process_is_kept_out(corpus: Path, tmp_path: Path) -> None:

@@ -1,21 +1,7 @@
-"""The job `bench`. Rows and the clock are in measurement.py, what is measured in a file an op, the order in job.py."""
+"""The job `bench`: options in settings.py, cases in a file an op, the clock in measurement.py, the order in job.py."""
 
-from longnet_cli.attention.pattern import attention_flops
+from .job import bench, machine
+from .measurement import Case, Measurement
+from .settings import OPS, Settings
 
-from .job import DIRECTIONS, OPS, bench, directions_of, impls_of, machine
-from .measurement import Case, Measurement, Stream
-from .settings import Settings
-
-__all__ = [
-    "DIRECTIONS",
-    "OPS",
-    "Case",
-    "Measurement",
-    "Settings",
-    "Stream",
-    "attention_flops",
-    "bench",
-    "directions_of",
-    "impls_of",
-    "machine",
-]
+__all__ = ["OPS", "Case", "Measurement", "Settings", "bench", "machine"]

@@ -7,19 +7,18 @@ and values of all ranks on each.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
-from longnet_cli.benchmark.attention import pattern_name
-from longnet_cli.benchmark.measurement import Case, Measurement
-from longnet_cli.benchmark.settings import Settings
 from longnet_cli.model import LongNetConfig
 from longnet_cli.runtime.device import DTYPES
 from longnet_cli.runtime.exchange import Exchange, even_edges
+
+from .measurement import Case, Measurement
+from .settings import Settings
 
 
 def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
@@ -27,54 +26,51 @@ def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
     A row's `bytes` are those that the rank with the most of them receives.
     """
-    pattern, dtype, ranks = s.pattern_for(seq), DTYPES[s.dtype], s.ranks
-    edges = even_edges(0, seq, ranks.world)
-    shape = (s.batch, -(-seq // ranks.world), s.heads, s.head_dim)
-    row = Measurement(
-        "exchange", impl, direction, seq,
-        heads=s.heads, head_dim=s.head_dim, batch=s.batch, causal=s.causal, dtype=s.dtype, device=str(s.device),
-        pattern=pattern_name(pattern) if impl == "dilated" else None, ranks=ranks.world,
-    )  # fmt: skip
-
-    def tensor() -> Tensor:
-        return torch.randn(shape, dtype=dtype, device=s.device)
-
-    keys_and_values = 2 * dtype.itemsize * s.batch * s.heads * s.head_dim  # of a row
-    if impl == "dense":
-        row = replace(row, bytes=keys_and_values * shape[1] * (ranks.world - 1))
-        memory = keys_and_values * shape[1] * (ranks.world + 1)
-        return Case(row, s.batch * seq, 0, 0, memory, lambda: _all_gather(tensor(), tensor(), direction, ranks.world))
-    plan = Exchange(_config(s, pattern), edges)
-    parcels = [[parcel for made in plan.parcels for parcel in made[reader]] for reader in range(ranks.world)]
-    rows = max(sum(parcel.rows for parcel in found) for found in parcels)
-    row = replace(row, bytes=keys_and_values * rows)
-    memory = keys_and_values * (shape[1] + 2 * rows) * (3 if direction == "backward" else 1)
+    ranks, edges, dtype = s.ranks, even_edges(0, seq, s.ranks.world), DTYPES[s.dtype]
+    tokens = -(-seq // ranks.world)  # of the longest shard
+    token = 2 * dtype.itemsize * s.batch * s.heads * s.head_dim  # bytes of its keys and values
+    backward, pattern = direction == "backward", s.pattern_for(seq) if impl == "dilated" else None
+    if pattern is not None:
+        plan = Exchange(_config(s, pattern), edges)
+        received = [sum(p.rows for made in plan.parcels for p in made[reader]) for reader in range(ranks.world)]
+        rows = max(received)
+        memory = token * (tokens + 2 * rows) * (3 if backward else 1)
+    else:
+        rows = tokens * (ranks.world - 1)
+        memory = token * tokens * (ranks.world + 1)
 
     def start() -> Callable[[], object]:
-        k, v = (tensor()[:, : edges[ranks.rank + 1] - edges[ranks.rank]].requires_grad_() for _ in range(2))
+        shape = (s.batch, tokens, s.heads, s.head_dim)
+        k, v = (torch.randn(shape, dtype=dtype, device=s.device) for _ in range(2))
+        if pattern is None:
+            return _all_gather(torch.stack((k, v)), backward, ranks.world)
+        mine = edges[ranks.rank + 1] - edges[ranks.rank]
+        return _far_rows(plan, k[:, :mine].requires_grad_(), v[:, :mine].requires_grad_(), backward)
 
-        def run() -> list[Tensor]:
-            far = plan.run(k, v)[0]
-            for keys in far:
-                if keys.ready:
-                    keys.ready()
-            return [x for keys in far for x in (keys.k, keys.v)]
-
-        if direction == "forward":
-            return torch.no_grad()(run)
-        got = run()
-        grads = [torch.ones_like(x) for x in got]
-        return lambda: torch.autograd.grad(got, (k, v), grads, retain_graph=True) if got else None
-
-    return Case(row, s.batch * seq, 0, 0, memory, start)
+    row = Measurement.of(s, impl, direction, seq, pattern, bytes=token * rows, ranks=ranks.world)
+    return Case(row, lambda tokens: 0, memory, start)
 
 
-def _all_gather(k: Tensor, v: Tensor, direction: str, world: int) -> Callable[[], object]:
-    mine = torch.stack((k, v))
+def _far_rows(plan: Exchange, k: Tensor, v: Tensor, backward: bool) -> Callable[[], object]:
+    def run() -> list[Tensor]:
+        far = plan.run(k, v)[0]
+        for keys in far:
+            if keys.ready:
+                keys.ready()
+        return [x for keys in far for x in (keys.k, keys.v)]
+
+    if not backward:
+        return torch.no_grad()(run)
+    got = run()
+    grads = [torch.ones_like(x) for x in got]
+    return lambda: torch.autograd.grad(got, (k, v), grads, retain_graph=True) if got else None
+
+
+def _all_gather(mine: Tensor, backward: bool, world: int) -> Callable[[], object]:
     of_all = torch.ones(world, *mine.shape, dtype=mine.dtype, device=mine.device)
-    if direction == "forward":
-        return lambda: dist.all_gather(list(of_all), mine)
-    return lambda: dist.reduce_scatter(mine, list(of_all))
+    if backward:
+        return lambda: dist.reduce_scatter(mine, list(of_all))
+    return lambda: dist.all_gather(list(of_all), mine)
 
 
 def _config(s: Settings, pattern: Pattern) -> LongNetConfig:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from longnet_cli.attention import Pattern
+from longnet_cli.runtime.device import peak_memory, resident_memory
+
+from .settings import Settings
 
 FIRST_DECADE = 10**6  # tokens: a streamed run reports each power of ten from here on
 
@@ -55,152 +59,144 @@ class Measurement:
     bytes: int | None = None
     ranks: int | None = None
 
+    @classmethod
+    def of(
+        cls, s: Settings, impl: str, direction: str, seq: int, pattern: Pattern | None = None, **values: Any
+    ) -> Measurement:
+        """The row of a case before it is measured, with what all of them have and `values` of its own."""
+        shared = {name: getattr(s, name) for name in ("heads", "head_dim", "batch", "causal", "dtype")}
+        levels = ",".join(f"{w}/{r}" for w, r in pattern.levels) if pattern else None  # 2048/1,4096/2
+        return cls(s.op, impl, direction, seq, **{**shared, "device": str(s.device), "pattern": levels, **values})
+
 
 @dataclass(frozen=True)
 class Case:
-    """A row to be measured. `start` makes the inputs and returns the run that the clock is put on."""
+    """A row to be measured. `start` makes the inputs and returns the run that the clock is put on.
+
+    A `streamed` case is one sequence that is run once, `row.chunk` tokens at a time: its run takes the next so many.
+    """
 
     row: Measurement
-    tokens: int  # of one run
-    flops: float  # of one run
-    setup_flops: float  # of `start`
+    flops: Callable[[int], float]  # of its first so many tokens
     memory_bytes: int  # estimated peak, beyond what the process has already
     start: Callable[[], Callable[..., object]]
+    streamed: bool = False
+
+    def measured(self, first: int, last: int, seconds: float, peak: PeakMemory, **values: Any) -> Measurement:
+        """The row of positions [first, last), which took so many seconds."""
+        flops = self.flops(last) - self.flops(first)
+        found = {
+            "status": "ok",
+            "seconds": seconds,
+            "tokens_per_second": self.row.batch * (last - first) / seconds,
+            "flops_per_second": flops / seconds if flops else None,
+            "peak_rss_bytes": peak.bytes,
+        }
+        return replace(self.row, **{**found, **values})
 
 
-@dataclass(frozen=True)
-class Stream(Case):
-    """One sequence that is run once, `row.chunk` tokens at a time: `start` returns the run of the next so many."""
+def measure(case: Case, s: Settings, deadline: float) -> Measurement:
+    """Run the case: warm-up, then `s.repeats` runs, or as many as end before the deadline. The median counts.
 
-    flops_to: Callable[[int], float]  # of its first so many tokens
-
-
-@dataclass(frozen=True)
-class Clocked(Case):
-    """Only a part of each run counts: the run returns its seconds."""
-
-    start: Callable[[], Callable[[], float]]
-
-
-def measure(
-    case: Case, device: torch.device, repeats: int, deadline: float, largest: Callable[[float], float] = float
-) -> Measurement:
-    """Run the case: warm-up, then `repeats` runs, or as many as end before the deadline.
-
-    `largest` is `Ranks.largest` where several ranks measure together: the slowest one's seconds count, on all.
+    Where several ranks measure together, the slowest one's seconds count, on all.
     """
+    largest = s.ranks.largest
     seconds: list[float] = []
     try:
-        with PeakMemory(device) as peak:
-            timed = case.start() if isinstance(case, Clocked) else partial(_timed, case.start(), device)
-            warm_up = largest(timed())
-            while len(seconds) < repeats and not largest(time.perf_counter() + warm_up > deadline):
-                seconds.append(largest(timed()))
+        with PeakMemory(s.device) as peak:
+            run = case.start()
+            warm_up = largest(_seconds(run, s.device))
+            while len(seconds) < s.repeats and not largest(time.perf_counter() + warm_up > deadline):
+                seconds.append(largest(_seconds(run, s.device)))
+            return case.measured(0, case.row.seq, statistics.median(seconds or [warm_up]), peak)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
         return replace(case.row, status="oom", reason="memory ran out")
-    median = statistics.median(seconds or [warm_up])
-    return replace(
-        case.row,
-        status="ok",
-        seconds=median,
-        tokens_per_second=case.tokens / median,
-        flops_per_second=case.flops / median if case.flops else None,
-        peak_rss_bytes=peak.bytes,
-    )
 
 
-def measure_stream(
-    case: Stream, device: torch.device, deadline: float, on_tokens: Callable[[int], None] | None
-) -> Iterator[Measurement]:
+def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: Callable[[int], None]) -> Iterator[Measurement]:
     """Run the sequence to its end: a row for each decade of positions as it is passed, and the whole one at last.
 
     At the deadline and at Ctrl-C the run ends as "stopped", with what was measured until then; so it does, as "oom",
     where memory runs out.
     """
-    row, total = case.row, case.row.seq
-    chunk = row.chunk or total
+    total, chunk = case.row.seq, case.row.chunk or case.row.seq
+    position, decade, status, reason = 0, FIRST_DECADE, "ok", None
     interrupted: KeyboardInterrupt | None = None
-    status, reason = "ok", None
-
-    def measured(first: int, last: int, seconds: float, cpu: float, **more: object) -> Measurement:
-        flops = case.flops_to(last) - case.flops_to(first)
-        rates = {"tokens_per_second": row.batch * (last - first) / seconds, "flops_per_second": flops / seconds}
-        values = {"status": "ok", "seconds": seconds, "cpu_seconds": cpu, "peak_rss_bytes": peak.bytes, **rates, **more}
-        return replace(row, **values)  # type: ignore[arg-type]
-
-    position, decade, passed = 0, FIRST_DECADE, (0, 0.0, 0.0)  # where and when the decade began: clock, threads
-    begin, threads = time.perf_counter(), time.process_time()
-    with PeakMemory(device) as peak:
+    with PeakMemory(s.device) as peak:
+        whole = part = _Clock(0)
         try:
             case.start()(chunk)  # warm-up
             run = case.start()
-            begin, threads = time.perf_counter(), time.process_time()
-            while position < total:
+            whole = part = _Clock(0)
+            while position < total and status == "ok":
                 # a chunk ends where a decade does, and the next one where it would have ended
                 size = min(chunk - position % chunk, min(decade, total) - position)
                 run(size)
-                synchronize(device)
+                _synchronize(s.device)
                 position += size
-                now, spent = time.perf_counter() - begin, time.process_time() - threads
-                if on_tokens:
-                    on_tokens(size)
+                on_tokens(size)
                 if total > FIRST_DECADE and position in (decade, total):
-                    first, *before = passed
-                    yield measured(first, position, now - before[0], spent - before[1], start=first, stop=position)
-                    passed, decade = (position, now, spent), decade * 10
-                if position < total and now + begin >= deadline:
+                    yield case.measured(
+                        part.position, position, peak=peak, start=part.position, stop=position, **part.spent()
+                    )
+                    part, decade = _Clock(position), decade * 10
+                if position < total and time.perf_counter() >= deadline:
                     status, reason = "stopped", f"the time is over after {position} tokens"
-                    break
         except KeyboardInterrupt as error:
             status, reason, interrupted = "stopped", f"interrupted after {position} tokens", error
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             status, reason = "oom", f"memory ran out after {position} tokens"
-        now, spent = time.perf_counter() - begin, time.process_time() - threads
-    if position:
-        part = {} if position == total else {"start": 0, "stop": position}
-        yield measured(0, position, now, spent, status=status, reason=reason, **part)
-    elif status == "oom":
-        yield replace(row, status=status, reason=reason)
+        if position:
+            reached = {} if position == total else {"start": 0, "stop": position}
+            yield case.measured(0, position, peak=peak, status=status, reason=reason, **reached, **whole.spent())
+        elif status == "oom":
+            yield replace(case.row, status=status, reason=reason)
     if interrupted:
         raise interrupted
 
 
-def _timed(run: Callable[[], object], device: torch.device) -> float:
+class _Clock:
+    """Started at a position: how long it has been since then, by the clock and for all threads."""
+
+    def __init__(self, position: int) -> None:
+        self.position, self._began, self._threads = position, time.perf_counter(), time.process_time()
+
+    def spent(self) -> dict[str, Any]:
+        return {"seconds": time.perf_counter() - self._began, "cpu_seconds": time.process_time() - self._threads}
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of one run, whose results are freed off the clock."""
-    synchronize(device)
+    _synchronize(device)
     begin = time.perf_counter()
     result = run()
-    synchronize(device)
+    _synchronize(device)
     seconds = time.perf_counter() - begin
     del result
     return seconds
 
 
-def synchronize(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class PeakMemory:
-    """The most memory in use since the block began, in `bytes`: resident memory of the process, or that of the GPU.
+    """The most memory in use since the block started, in `bytes`: resident memory of the process, or that of the GPU.
 
-    Linux can reset its own high-water mark (VmHWM). Where a container forbids that, a thread looks every few
-    milliseconds; where there is no /proc, `bytes` is None. After the block it stays what it was at its end.
+    Linux can reset its own high-water mark. Where a container forbids that, a thread looks every few milliseconds;
+    where the system does not say, `bytes` is None.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seen: int | None = None  # by the thread, or at the end
-        self.running = False
+        self.device, self.seen, self.done = device, 0, threading.Event()
         self.sampler: threading.Thread | None = None
-        self.done = threading.Event()
 
     def __enter__(self) -> PeakMemory:
-        self.running = True
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -210,37 +206,25 @@ class PeakMemory:
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
+            self.seen = resident_memory(self.device)
             self.sampler = threading.Thread(target=self._sample, daemon=True)
             self.sampler.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seen = self.bytes
-        self.running = False
-        if self.sampler:
-            self.done.set()
-            self.sampler.join()
+        self.done.set()
 
     @property
     def bytes(self) -> int | None:
-        if not self.running or self.sampler:
-            return self.seen
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        return self.seen or None if self.sampler else peak_memory(self.device)
 
     def _sample(self) -> None:
-        page = os.sysconf("SC_PAGE_SIZE")
-        with suppress(OSError):
-            while True:
-                resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
-                self.seen = max(self.seen or 0, resident)
-                if self.done.wait(0.005):
-                    return
+        while not self.done.wait(0.005):
+            self.seen = max(self.seen, resident_memory(self.device))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
+    """Also where a tensor would have more bytes than torch can count."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return "DefaultCPUAllocator" in str(error)
+    return "DefaultCPUAllocator" in str(error) or "calculation overflowed" in str(error)

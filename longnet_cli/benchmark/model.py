@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,32 +14,35 @@ from torch import Tensor, nn
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.pattern import attention_flops
-from longnet_cli.benchmark.attention import pattern_name
-from longnet_cli.benchmark.measurement import Case, Measurement, Stream
-from longnet_cli.benchmark.settings import Settings
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.loading import load_transformers
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model import LongNet
 from longnet_cli.model.config import parse_config
-from longnet_cli.model.net import LOGITS_LIMIT, Net, NetConfig
+from longnet_cli.model.net import LOGITS_LIMIT, Net
 from longnet_cli.model.weights import load_config
 from longnet_cli.presets import find_model, is_of_transformers
 from longnet_cli.runtime.chunks import open_stream
 from longnet_cli.runtime.device import DTYPES, precision
 from longnet_cli.training.gradients import backward
 
+from .measurement import Case, Measurement
+from .settings import Settings
+
 if TYPE_CHECKING:
     from longnet_cli.integrations.transformers_net import TransformersNet
 
+NetT = TypeVar("NetT", bound=Net)
+
 
 def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
-    """The forward of a shipped or saved model (`settings.model`), or of a random one, on random tokens."""
+    """The forward of a shipped or saved model (`s.model`), or of a random one, on random tokens."""
     net = _net(s, impl, seq)
-    chunk = s.chunk_for(seq) if impl == "dilated" and net.config.streams and s.streams(seq) else seq
+    streamed = impl == "dilated" and net.config.streams and s.streams(seq)
+    chunk = s.chunk_for(seq) if streamed else seq
 
     def start() -> Callable[..., object]:
-        model, ids = net.build(), net.tokens(chunk)
-        read = open_stream(model) if chunk < seq else model
+        model, ids = _with_weights(s, net), _tokens(s, net, chunk)
+        read = open_stream(model) if streamed else model
 
         def run(tokens: int = chunk) -> Tensor:
             with torch.inference_mode(), precision(s.dtype, s.device):
@@ -48,21 +50,20 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
         return run
 
-    row = net.row("model", direction)
-    if chunk == seq:
-        return Case(row, s.batch * seq, net.flops(seq), 0, net.memory(chunk), start)
-    cache = net.cache_bytes()
-    row = replace(row, chunk=chunk, cache_bytes=cache)
-    return Stream(row, s.batch * seq, net.flops(seq), 0, net.memory(chunk) + (cache or 0), start, net.flops)
+    cache = _cache_bytes(s, net) if streamed else None
+    row = _row(s, net, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
+    return Case(row, _flops(s, net, 1, 1), _memory(s, net, chunk) + (cache or 0), start, streamed)
 
 
 def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
-    """Loss and gradients of one sequence, by `settings.chunk` tokens if that is given: a step less its update."""
-    net = longnet(s, impl, seq)
+    """Loss and gradients of one sequence, by `s.chunk` tokens if that is given: a step less its update."""
+    net = _net(s, impl, seq)
+    if not isinstance(net, LongNet):
+        raise ConfigError(f"{s.model}: --op train measures LongNets; a model of transformers trains by itself")
     chunk = min(s.chunk or seq, seq)
 
     def start() -> Callable[[], object]:
-        model, ids = net.build().train(), net.tokens(seq)
+        model, ids = _with_weights(s, net).train(), _tokens(s, net, seq)
 
         def run() -> Tensor:
             model.zero_grad()
@@ -70,113 +71,48 @@ def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
         return run
 
-    passes = (3, 3.5) if chunk == seq else (4, 4.5)  # forwards that the step costs: of matrices, of attention
-    row = replace(net.row("train", "backward"), chunk=chunk if chunk < seq else None)
-    memory = net.memory(chunk) * 2 * net.config.num_layers
-    return Case(row, s.batch * seq, net.flops(seq, *passes), 0, memory, start)
+    again = chunk < seq  # then each chunk's forward is computed once more
+    row = _row(s, net, impl, direction, seq, chunk=chunk if again else None)
+    memory = _memory(s, net, chunk) * 2 * net.config.num_layers
+    return Case(row, _flops(s, net, 3 + again, 3.5 + again), memory, start)
 
 
-class _Net:
-    """The net of a row: `matrices`, the numbers that every token is multiplied by, and `parameters`, all there are."""
-
-    config: NetConfig
-    matrices: int
-    parameters: int
-
-    def __init__(self, s: Settings, impl: str, seq: int) -> None:
-        self.s, self.impl, self.seq = s, impl, seq
-
-    def build(self) -> Net:
-        raise NotImplementedError
-
-    def tokens(self, count: int) -> Tensor:
-        return torch.randint(self.config.vocab_size, (self.s.batch, count), device=self.s.device)
-
-    def flops(self, tokens: int, of_matrices: float = 1, of_attention: float = 1) -> float:
-        """Executed on the first so many tokens, in multiples of a forward's."""
-        c = self.config
-        if not tokens:
-            return 0
-        attended = attention_flops(c.pattern, c.num_heads, c.head_dim, tokens, True, self.s.batch)
-        return of_attention * c.num_layers * attended + of_matrices * 2 * self.s.batch * tokens * self.matrices
-
-    def memory(self, chunk: int) -> int:
-        """Bytes of the weights, one layer's activations and the logits."""
-        c, tokens = self.config, self.s.batch * chunk
-        logits = min(tokens * c.vocab_size, LOGITS_LIMIT)
-        return 4 * (tokens * (10 * c.dim + 2 * c.ffn_dim) + 2 * logits + self.parameters)
-
-    def cache_bytes(self) -> int | None:
-        """Of the rows of open segments, whatever the sequence; None where something else remembers."""
-        s, c = self.s, self.config
-        numbers = 2 * s.batch * c.num_layers * c.num_heads * c.head_dim * c.pattern.cache_rows
-        return numbers * DTYPES[s.dtype].itemsize
-
-    def row(self, op: str, direction: str) -> Measurement:
-        s, c = self.s, self.config
-        return Measurement(
-            op, self.impl, direction, self.seq,
-            heads=c.num_heads, head_dim=c.head_dim, batch=s.batch, causal=True, dtype=s.dtype, device=str(s.device),
-            kernel=select_kernel(s.device, DTYPES[s.dtype], c.head_dim).name, pattern=pattern_name(c.pattern),
-        )  # fmt: skip
+def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
+    """The net of a row, a LongNet on the meta device, a model of transformers with its weights."""
+    folder = find_model(s.model) if s.model is not None else None
+    if folder and is_of_transformers(folder):
+        return _transformers(s, impl, seq, folder)
+    if folder is None:
+        dim = s.heads * s.head_dim
+        shape = {"dim": dim, "num_layers": s.layers, "num_heads": s.heads, "ffn_dim": 4 * dim, "vocab_size": s.vocab}
+        where, own, config = "a model with random weights", None, {**shape, "position": "rope"}
+    else:
+        saved = load_config(folder)
+        where, own, config = str(s.model), saved.pattern, saved.model_dump()
+        if not saved.causal or not saved.vocab_size:
+            raise ConfigError(f"{where}: --op {s.op} runs causal language models")
+    pattern = s.pattern_for(seq, own)
+    levels = {"segment_lengths": pattern.segment_lengths, "dilation_rates": pattern.dilation_rates}
+    found = parse_config({**config, **levels}, where)  # levels that are asked for may not fit the model's positions
+    if impl == "dense":  # one segment, the sequence
+        found = found.model_copy(update={"segment_lengths": (seq,), "dilation_rates": (1,)})
+    with torch.device("meta"):
+        return LongNet(found)
 
 
-class _LongNet(_Net):
-    """A LongNet with the pattern that is asked for, else its own; its dense twin has one segment, the sequence."""
-
-    def __init__(self, s: Settings, impl: str, seq: int) -> None:
-        super().__init__(s, impl, seq)
-        c = _config(s, seq)
-        pattern = c.pattern if impl == "dilated" else Pattern((seq,), (1,))
-        levels = {"segment_lengths": pattern.segment_lengths, "dilation_rates": pattern.dilation_rates}
-        self.config: LongNetConfig = c.model_copy(update=levels)
-        self.matrices = c.num_layers * (4 * c.dim**2 + 2 * c.dim * c.ffn_dim) + c.dim * c.vocab_size
-        self.parameters = c.num_parameters()
-
-    def build(self) -> LongNet:
-        torch.manual_seed(0)
-        if self.s.model is None:
-            return LongNet(self.config).to(self.s.device)
-        saved = LongNet.from_pretrained(self.s.model, self.s.device)
-        with torch.device("meta"):
-            net = LongNet(self.config)
-        net.load_state_dict(saved.state_dict(), assign=True)
-        return net.eval()
-
-
-class _OfTransformers(_Net):
-    """A model of transformers, with the pattern that is asked for, else its own; its dense twin is as it comes."""
-
-    def __init__(self, s: Settings, impl: str, seq: int, folder: Path) -> None:
-        super().__init__(s, impl, seq)
-        own = "dilated_attention" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        pattern = s.pattern_for(seq) if s.asked or not own else None
-        if impl == "dilated":
-            self.net = _loaded(folder, "dilated", pattern, s.device)
-        else:
-            self.net = _loaded(folder, "dense", None, s.device)
-        self.config = self.net.config
-        output = self.net.model.get_output_embeddings()
-        if not self.config.causal or output is None:
-            raise ConfigError(f"{s.model}: --op model runs causal language models")
-        limit = self.config.max_tokens
-        if limit is not None and seq > limit:
-            raise ConfigError(f"{s.model}: --seq {seq}, and the model has {limit} positions")
-        self.parameters = sum(p.numel() for p in self.net.parameters())
-        tables = {module.weight for module in self.net.modules() if isinstance(module, nn.Embedding)}
-        self.matrices = sum(p.numel() for p in self.net.parameters() if p.dim() > 1 and p not in tables)
-        if output.weight in tables:  # tied: read by rows, and multiplied too
-            self.matrices += output.weight.numel()
-
-    def build(self) -> Net:
-        return self.net
-
-    def cache_bytes(self) -> int | None:
-        return super().cache_bytes() if self.net.config.memory == "segments" else None
-
-    def row(self, op: str, direction: str) -> Measurement:
-        row = super().row(op, direction)
-        return row if self.impl == "dilated" else replace(row, kernel="sdpa", pattern=None)
+def _transformers(s: Settings, impl: str, seq: int, folder: Path) -> TransformersNet:
+    """A model of transformers with the pattern that is asked for, else its own; its dense twin is as it comes."""
+    own = "dilated_attention" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if impl == "dense":
+        net = _loaded(folder, "dense", None, s.device)
+    else:
+        net = _loaded(folder, "dilated", None if own and s.pattern is None else s.pattern_for(seq), s.device)
+    if not net.config.causal or net.model.get_output_embeddings() is None:
+        raise ConfigError(f"{s.model}: --op model runs causal language models")
+    limit = net.config.max_tokens
+    if limit is not None and seq > limit:
+        raise ConfigError(f"{s.model}: --seq {seq}, and the model has {limit} positions")
+    return net
 
 
 @lru_cache(maxsize=1)  # the rows of one sequence length come as pairs, and each has its own attention
@@ -186,32 +122,58 @@ def _loaded(
     return load_transformers(folder, attention=attention, pattern=pattern, device=device)
 
 
-def longnet(s: Settings, impl: str, seq: int) -> _LongNet:
-    """The net of a row that trains one."""
-    net = _net(s, impl, seq)
-    if not isinstance(net, _LongNet):
-        raise ConfigError(f"{s.model}: --op train and loop measure LongNets; a model of transformers trains by itself")
-    return net
+def _with_weights(s: Settings, net: NetT) -> NetT:
+    """A LongNet's weights are read, or drawn, when its row is measured."""
+    if not isinstance(net, LongNet):
+        return net
+    if s.model is not None:
+        net.load_state_dict(LongNet.from_pretrained(s.model, s.device).state_dict(), assign=True)
+    else:
+        torch.manual_seed(0)
+        net.to_empty(device=s.device).init_weights()
+    return net.eval()
 
 
-def _net(s: Settings, impl: str, seq: int) -> _Net:
-    folder = find_model(str(s.model)) if s.model is not None else None
-    if folder and is_of_transformers(folder):
-        return _OfTransformers(s, impl, seq, folder)
-    return _LongNet(s, impl, seq)
+def _tokens(s: Settings, net: Net, count: int) -> Tensor:
+    return torch.randint(net.config.vocab_size, (s.batch, count), device=s.device)
 
 
-def _config(s: Settings, seq: int) -> LongNetConfig:
-    if s.model is None:
-        pattern, dim = s.pattern_for(seq), s.heads * s.head_dim
-        shape = {"dim": dim, "num_layers": s.layers, "num_heads": s.heads, "ffn_dim": 4 * dim, "vocab_size": s.vocab}
-        levels = {"segment_lengths": pattern.segment_lengths, "dilation_rates": pattern.dilation_rates}
-        return parse_config({**shape, **levels, "position": "rope"}, "a model with random weights")
-    config = load_config(find_model(str(s.model)))
-    if not config.causal or not config.vocab_size:
-        raise ConfigError(f"{s.model}: --op model runs causal language models")
-    if not s.asked:
-        return config
-    pattern = s.pattern_for(seq)
-    levels = {"segment_lengths": pattern.segment_lengths, "dilation_rates": pattern.dilation_rates}
-    return parse_config({**config.model_dump(), **levels}, str(s.model))  # it may not fit the model's positions
+def _flops(
+    s: Settings, net: LongNet | TransformersNet, of_matrices: float, of_attention: float
+) -> Callable[[int], float]:
+    """FLOPs executed on the first so many tokens, in multiples of a forward's."""
+    c, tables = net.config, {module.weight for module in net.modules() if isinstance(module, nn.Embedding)}
+    output = net.output or net.embedding if isinstance(net, LongNet) else net.model.get_output_embeddings()
+    assert output is not None
+    # what every token is multiplied by: a table is read by rows, but one that is tied is the output as well
+    matrices = {p for p in net.parameters() if p.dim() > 1} - tables | {output.weight}
+    numbers = sum(p.numel() for p in matrices)
+
+    def flops(tokens: int) -> float:
+        attended = attention_flops(c.pattern, c.num_heads, c.head_dim, tokens, True, s.batch)
+        return of_attention * c.num_layers * attended + of_matrices * 2 * s.batch * tokens * numbers
+
+    return flops
+
+
+def _memory(s: Settings, net: Net, chunk: int) -> int:
+    """Bytes of the weights, one layer's activations and the logits."""
+    c, tokens = net.config, s.batch * chunk
+    logits = min(tokens * c.vocab_size, LOGITS_LIMIT)
+    return 4 * (tokens * (10 * c.dim + 2 * c.ffn_dim) + 2 * logits + sum(p.numel() for p in net.parameters()))
+
+
+def _cache_bytes(s: Settings, net: Net) -> int | None:
+    """Of the rows of open segments, whatever the sequence; None where something else remembers."""
+    if getattr(net.config, "memory", "segments") != "segments":
+        return None
+    c = net.config
+    return 2 * s.batch * c.num_layers * c.num_heads * c.head_dim * c.pattern.cache_rows * DTYPES[s.dtype].itemsize
+
+
+def _row(s: Settings, net: Net, impl: str, direction: str, seq: int, **values: int | None) -> Measurement:
+    c = net.config
+    as_it_comes = impl == "dense" and not isinstance(net, LongNet)
+    kernel = "sdpa" if as_it_comes else select_kernel(s.device, DTYPES[s.dtype], c.head_dim).name
+    shape = {"heads": c.num_heads, "head_dim": c.head_dim, "kernel": kernel}
+    return Measurement.of(s, impl, direction, seq, None if as_it_comes else c.pattern, **shape, **values)

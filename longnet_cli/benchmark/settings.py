@@ -1,119 +1,159 @@
-"""What all rows of a benchmark have in common, and what it is where nobody says."""
+"""What is measured and in which shape: every option of a benchmark once, with its bounds and its default."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from longnet_cli.attention import Pattern
+from longnet_cli.configuration import validate
 from longnet_cli.errors import ConfigError
-from longnet_cli.runtime.device import DTYPES, check_kernel, resolve_dtype, select_device
+from longnet_cli.runtime.device import check_kernel, resolve_dtype, select_device
 from longnet_cli.runtime.ranks import Ranks
 
+OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # implementations and directions; defaults come first
+    "attention": (("dilated", "dense", "kernels"), ("forward", "backward")),
+    "model": (("dilated", "dense"), ("forward",)),
+    "train": (("dilated", "dense"), ("backward",)),
+    "exchange": (("dilated", "dense"), ("forward", "backward")),
+}
 LONG = 10**6  # tokens from which on a causal forward is streamed and the defaults are those of long sequences
 CHUNK = 1 << 16  # tokens of a streamed run
+LONGEST = 1 << 40  # tokens; with the most heads of the largest size, int64 still counts the numbers of a sequence
+
+Size = Annotated[int, Field(ge=1, le=1 << 32)]
+Tokens = Annotated[int, Field(ge=1, le=LONGEST)]
+Seconds = Annotated[float, Field(ge=0)]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """`pattern`: a Pattern, "paper", or "geometric" with its base and ratio; `asked`, whether somebody said so."""
+def _option(name: str) -> str:
+    """`head_dim` -> `--head-dim`, as errors call it."""
+    return f"--{name.replace('_', '-')}"
 
-    heads: int
-    head_dim: int
-    batch: int
-    causal: bool
-    pattern: Pattern | str
-    asked: bool
-    base: int
-    ratio: int
-    dtype: str
+
+class Settings(BaseModel):
+    """Immutable; `Settings.of(seq=[4096], heads=4)` fills in the rest. Errors name the options of `longnet bench`.
+
+    Every combination of `seq` (tokens), `direction` and `impl` is a case, in that order of nesting.
+
+    op: attention, of random queries, keys and values; model, tokens in and their loss out; train, tokens in and the
+        gradients out; exchange, keys and values between several `ranks`, which all measure and get the same rows.
+    impl: dilated (ours), dense (torch's), kernels (the kernel calls that dilated makes, without what it does between).
+    pattern: "paper", "geometric" (`base` times `ratio`), or levels; None is a saved model's own, or suits the length.
+    chunk: tokens at a time of longer causal sequences. A forward that is cut this way is streamed, see `streams`.
+    model: a name or a folder; otherwise the model has `layers`, `vocab` and random weights.
+    max_time: seconds for all rows. A streamed run ends there; no other run starts that is expected to overrun.
+    max_dense_time: seconds of a dense run beyond which it is skipped, estimated from the rate of shorter ones.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, alias_generator=_option)
+
+    seq: tuple[Tokens, ...]
+    op: Literal["attention", "model", "train", "exchange"] = "attention"
+    impl: tuple[str, ...]
+    direction: tuple[str, ...]
+    batch: Size = 1
+    heads: Annotated[int, Field(ge=1, le=1024)]  # Python goes through heads and layers one by one
+    head_dim: Annotated[int, Field(ge=1, le=2048)]
+    causal: bool = True
+    pattern: Pattern | str | None = None
+    base: Tokens
+    ratio: Annotated[int, Field(ge=2, le=LONGEST)] = 2
+    chunk: Annotated[int, Field(ge=1)] | None = None
+    model: str | None = None
+    layers: Annotated[int, Field(ge=1, le=256)] = 2
+    vocab: Size = 256
+    repeats: Annotated[int, Field(ge=1, le=10**6)] = 3
+    max_time: Seconds | None = None
+    max_dense_time: Seconds | None = None
+    dtype: Literal["fp32", "bf16", "fp16"]
     device: torch.device
-    chunk: int | None
-    layers: int
-    vocab: int
-    model: str | Path | None
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: Ranks = Ranks()
 
     @classmethod
-    def resolve(
-        cls,
-        seqs: Sequence[int],
-        *,
-        heads: int | None = None,
-        head_dim: int | None = None,
-        batch: int = 1,
-        causal: bool = True,
-        pattern: Pattern | str | None = None,
-        base: int | None = None,
-        ratio: int | None = None,
-        dtype: str = "auto",
-        device: str = "auto",
-        chunk: int | None = None,
-        layers: int | None = None,
-        vocab: int | None = None,
-        model: str | Path | None = None,
-        ranks: Ranks | None = None,
-    ) -> Settings:
-        """Fill in what is None: the paper's 12 heads of 64 and its pattern, or what suits long sequences.
+    def of(cls, **options: Any) -> Settings:
+        """The settings that these options ask for; None stands for the default. Raises ConfigError.
 
-        From a sequence of LONG tokens on the pattern is geometric, and on a CPU the shape is 2 heads of 32 from a
-        segment of 256, with which a billion tokens take two cores less than half an hour. A `base` or `ratio` asks for
-        a geometric pattern. Raises ConfigError.
+        The shape is the paper's 12 heads of 64, with its pattern. From a sequence of LONG tokens on, the pattern is
+        geometric, and a CPU gets 2 heads of 32 from a segment of 256: two cores read a billion tokens in half an hour.
         """
-        if isinstance(pattern, str) and pattern not in ("paper", "geometric"):
-            raise ConfigError(f"unknown pattern {pattern!r}: choose from paper, geometric")
-        if dtype not in ("auto", *DTYPES):
-            raise ConfigError(f"unknown dtype {dtype!r}: choose from auto, {', '.join(DTYPES)}")
-        where = select_device(device)
-        long = max(seqs) >= LONG
-        small = long and where.type == "cpu"
-        heads = heads if heads is not None else 2 if small else 12
-        head_dim = head_dim if head_dim is not None else 32 if small else 64
-        if base is not None or ratio is not None:
-            pattern = pattern or "geometric"
-            if pattern != "geometric":
-                raise ConfigError("base and ratio are of a geometric pattern, not of another")
-        base = base if base is not None else 256 if small else 2048
-        ratio = ratio if ratio is not None else 2
-        layers = layers if layers is not None else 2
-        vocab = vocab if vocab is not None else 256
-        asked = pattern is not None
-        pattern = pattern or ("geometric" if long else "paper")
-        if min(*seqs, heads, head_dim, batch, base, layers, vocab, 1 if chunk is None else chunk) < 1 or ratio < 2:
-            raise ConfigError(
-                "seq, heads, head_dim, batch, base, chunk, layers and vocab must be at least 1, ratio at least 2"
-            )
-        check_kernel(where, dtype, head_dim)
-        dtype = resolve_dtype(dtype, where)
-        return cls(
-            heads,
-            head_dim,
-            batch,
-            causal,
-            pattern,
-            asked,
-            base,
-            ratio,
-            dtype,
-            where,
-            chunk,
-            layers,
-            vocab,
-            model,
-            ranks or Ranks(),
-        )
+        given = {name: value for name, value in options.items() if value is not None}
+        device = select_device(given.get("device", "auto"))
+        impls, directions = OPS.get(given.get("op", "attention"), OPS["attention"])
+        small = device.type == "cpu" and max(given["seq"]) >= LONG
+        shape = {"heads": 2, "head_dim": 32, "base": 256} if small else {"heads": 12, "head_dim": 64, "base": 2048}
+        if given.keys() & {"base", "ratio"} and given.setdefault("pattern", "geometric") != "geometric":
+            raise ConfigError("--base and --ratio are of a geometric pattern, not of another")
+        own = [_option(name) for name in ("heads", "head_dim", "layers", "vocab") if name in given]
+        if "model" in given and own:
+            raise ConfigError(f"{', '.join(own)}: a saved model has its own, leave it out or leave out --model")
+        given["dtype"] = resolve_dtype(given.get("dtype", "auto"), device)
+        found = {"impl": impls[:2], "direction": directions[:1], **shape, **given, "device": device}
+        return validate(cls, {_option(name): value for name, value in found.items()}, "longnet bench")
 
-    def pattern_for(self, seq: int) -> Pattern:
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        """Refuse what cannot be measured, or what the rows would not show."""
+        impls, directions = OPS[self.op]
+        for option, names, known in (("--impl", self.impl, impls), ("--direction", self.direction, directions)):
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"{option} of --op {self.op} has no {unknown[0]!r}: choose from {', '.join(known)}")
+        if self._named not in ("paper", "geometric", "given"):
+            raise ValueError(f"--pattern: {self.pattern!r} is unknown: choose from paper, geometric")
+        net = self.op in ("model", "train")
+        if self.model is not None and not net:
+            raise ValueError(f"--op {self.op} has no model: --model is for --op model and train")
+        if net and not self.causal:
+            raise ValueError(f"--op {self.op} runs causal language models: --bidirectional is for the other ops")
+        if self.op == "exchange" and self.ranks.world == 1:
+            raise ValueError("--op exchange takes several processes: give --nproc 2 or more, or use torchrun")
+        if self.op != "exchange" and self.ranks.world > 1:
+            raise ValueError(f"--op {self.op} measures one process, not {self.ranks.world}")
+        for level in (level for seq in self.seq for level in self.pattern_for(seq).levels):
+            if max(level) >= 2 * LONGEST:
+                raise ValueError(
+                    f"a segment of {level[0]} tokens, dilated {level[1]} times, is longer than any sequence"
+                )
+        check_kernel(self.device, self.dtype, self.head_dim)
+        return self
+
+    def pattern_for(self, seq: int, own: Pattern | None = None) -> Pattern:
+        """The pattern that is asked for, else the model's `own`, else what suits `seq` tokens."""
         if isinstance(self.pattern, Pattern):
             return self.pattern
-        return Pattern.paper() if self.pattern == "paper" else Pattern.geometric(seq, self.base, self.ratio)
+        if self.pattern is None and own is not None:
+            return own
+        return Pattern.paper() if self._named == "paper" else Pattern.geometric(seq, self.base, self.ratio)
+
+    @property
+    def _named(self) -> str:
+        """paper or geometric; "given" for levels."""
+        if isinstance(self.pattern, Pattern):
+            return "given"
+        return self.pattern or ("geometric" if max(self.seq) >= LONG else "paper")
 
     def streams(self, seq: int) -> bool:
         """Whether a causal forward of `seq` tokens runs chunk by chunk: where a chunk is asked for, or it is long."""
         return self.causal and (seq > self.chunk if self.chunk else seq >= LONG)
 
     def chunk_for(self, seq: int) -> int:
+        """Tokens at a time of a streamed run."""
         return min(seq, self.chunk or CHUNK)
+
+    @property
+    def streamed_tokens(self) -> int:
+        """Tokens of all streamed runs."""
+        if self.op not in ("attention", "model") or "dilated" not in self.impl or "forward" not in self.direction:
+            return 0
+        return sum(seq for seq in self.seq if self.streams(seq))
+
+    def __str__(self) -> str:
+        """What all rows have in common: `1 x 12 heads x 64, causal, pattern paper`."""
+        if self.model is not None:
+            return f"{self.batch} x {self.model}"
+        shape = f"{self.batch} x {self.heads} heads x {self.head_dim}, {'causal' if self.causal else 'bidirectional'}"
+        layers = f", {self.layers} layers, vocabulary {self.vocab}" if self.op in ("model", "train") else ""
+        growth = f", base {self.base}, ratio {self.ratio}" if self._named == "geometric" else ""
+        return f"{shape}, pattern {self._named}{growth}{layers}"

@@ -100,7 +100,7 @@ def train(
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it waits until the run listens, and would kill before
     launch(nproc)
     from longnet_cli.errors import ConfigError
-    from longnet_cli.runtime.device import keep_freed_memory, matmul_peak
+    from longnet_cli.runtime.device import MatmulPeak, keep_freed_memory
     from longnet_cli.runtime.ranks import join, leave
     from longnet_cli.training.loop import CHECKPOINTS
     from longnet_cli.training.loop import train as run
@@ -182,7 +182,7 @@ def train(
                 initial=initial,
                 resume=resume,
                 ranks=ranks,
-                peak=matmul_peak(where, found.train.dtype),
+                peak=MatmulPeak(where, found.train.dtype),
                 on_begin=on_begin,
                 on_step=on_step,
                 on_note=say,

@@ -138,3 +138,19 @@ def matmul_peak(device: torch.device, dtype: str = "auto", seconds: float = 0.3)
             best = min(best, time.perf_counter() - start)
         times += 1
     return 2 * n**3 / best
+
+
+class MatmulPeak:
+    """The best `matmul_peak` so far, in `rate` (FLOP/s). A run that goes on looking can only find a higher one."""
+
+    EVERY = 30.0  # seconds between two looks: a hundredth of the time goes into them
+
+    def __init__(self, device: torch.device, dtype: str = "auto") -> None:
+        self.device, self.dtype = device, dtype
+        self.rate, self._looked = matmul_peak(device, dtype), time.monotonic()
+
+    def again(self) -> float:
+        """The rate, after another look where one is due; on a GPU there is none, whose memory is the run's by now."""
+        if self.device.type == "cpu" and time.monotonic() >= self._looked + self.EVERY:
+            self.rate, self._looked = max(self.rate, matmul_peak(self.device, self.dtype)), time.monotonic()
+        return self.rate

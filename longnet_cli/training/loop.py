@@ -27,7 +27,7 @@ from longnet_cli.errors import CheckpointError, ConfigError, DataError, LongNetE
 from longnet_cli.model import LongNet
 from longnet_cli.model.weights import save_pretrained
 from longnet_cli.runtime.chunks import Tokens
-from longnet_cli.runtime.device import check_kernel, peak_memory, random_state
+from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, random_state
 from longnet_cli.runtime.fsdp import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.signals import Signals, noted_signals
@@ -78,7 +78,7 @@ def train(
     initial: str | None = None,
     resume: str = "auto",
     ranks: Ranks | None = None,
-    peak: float | None = None,
+    peak: MatmulPeak | None = None,
     on_begin: Callable[[int, int], None] | None = None,
     on_step: OnStep | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -93,9 +93,8 @@ def train(
     `resume` is "auto" (from the newest undamaged checkpoint in `output`, where there is one), "never", or the path of
     a checkpoint or of a run. A resumed run is the uninterrupted one, bit by bit on a CPU with as many processes.
     `initial` names a model whose weights a new run starts from. Several `ranks` share each sequence, `train.chunk`
-    tokens each, and groups of them the sequences of a step; the first one writes. `peak` is what `matmul_peak` finds,
-    for the MFU. Prints nothing: `on_begin` gets the steps and tokens that are done already, `on_note` a line about each
-    damaged checkpoint.
+    tokens each, and groups of them the sequences of a step; the first one writes. `peak` is for the MFU. Prints
+    nothing: `on_begin` gets the steps and tokens that are done already, `on_note` a line about each damaged checkpoint.
 
     Raises ConfigError for a model, tokenizer or checkpoint that does not fit the recipe, DataError for too little data,
     CheckpointError when all checkpoints are damaged, LongNetError when the loss is no longer finite or jumps, or when
@@ -121,7 +120,7 @@ class _Run:
         device: torch.device,
         initial: str | None,
         ranks: Ranks,
-        peak: float | None,
+        peak: MatmulPeak | None,
         on_step: OnStep | None,
     ) -> None:
         self.recipe, self.output, self.device, self.ranks = recipe, output, device, ranks
@@ -358,12 +357,14 @@ class _Run:
         line = None
         if held_out or last or progress.step % train.log_every == 0:
             rate = learning_rate(progress.step - 1, train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
+            with self.log.paused():
+                peak = self.peak.again() * self.ranks.world if self.peak else None
             line = self.log.write(
                 progress.step,
                 rate,
                 stage.seq_len,
                 memory=peak_memory(self.device),
-                peak=self.peak * self.ranks.world if self.peak else None,
+                peak=peak,
                 held_out=held_out,
             )
             for tracker in self.trackers:

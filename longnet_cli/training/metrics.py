@@ -19,7 +19,8 @@ class Metrics:
     """Means over the steps since the last line: loss in nats a token, the gradient's norm before clipping.
 
     `mfu` is the share of the matrix product rate of all ranks that the net's FLOPs, forward and backward, make, over
-    documents as long as they are; None where that rate is unknown. `held_out_*` are None but at evaluations.
+    documents as long as they are; None where that rate is unknown, or lower than the run's own, as it was measured
+    under other work. `held_out_*` are None but at evaluations.
     """
 
     step: int
@@ -79,6 +80,7 @@ class MetricsLog:
     ) -> Metrics:
         """A line for the steps since the last one; `peak` is the matrix product rate of all ranks, in FLOP/s."""
         seconds = time.perf_counter() - self.began
+        share = self.flops / seconds / peak if peak else None
         line = Metrics(
             step=step,
             tokens=self.tokens,
@@ -88,7 +90,7 @@ class MetricsLog:
             tokens_per_second=self.new_tokens / seconds,
             seq_len=seq_len,
             peak_memory_bytes=memory,
-            mfu=self.flops / seconds / peak if peak else None,
+            mfu=share if share is not None and share <= 1 else None,
         )
         if held_out:
             loss = held_out.nll_sum / held_out.n_tokens
