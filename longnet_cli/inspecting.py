@@ -138,7 +138,7 @@ def _open(
         found.formats[opened.format] += 1
         _note_metadata(found, opened.where, opened.schema.metadata or {})
         name = choose_column(opened, column)
-        kind = token_type(opened, name)
+        kind = token_type(opened.schema, name)
         found.token_types[str(kind or "text")] += 1
         with _noting(found):
             types.check(opened, name)
