@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -17,11 +20,12 @@ from longnet_cli import __version__
 from longnet_cli.cli.bench import bench
 from longnet_cli.cli.data import data
 from longnet_cli.cli.encode import encode
+from longnet_cli.cli.output import printable
 from longnet_cli.cli.plot import plot
 from longnet_cli.cli.score import score
 from longnet_cli.cli.tokenize import tokenize
 from longnet_cli.cli.train import train
-from longnet_cli.errors import LongNetError, MemoryLimitError
+from longnet_cli.errors import InputWarning, LongNetError, MemoryLimitError
 
 EPILOG = (
     "Results go to stdout, everything else to stderr. Sizes: 1e9, 1_000_000, 32k (32 000), 64Ki (65 536). "
@@ -31,6 +35,8 @@ EPILOG = (
 
 # One function a command, in the order of a first day's work. Their modules import torch only when they run.
 COMMANDS: tuple[Callable[..., None], ...] = (tokenize, train, plot, score, encode, bench)
+
+_python_warning = warnings.showwarning
 
 app = typer.Typer(
     name="longnet",
@@ -71,6 +77,11 @@ def run(app: typer.Typer) -> NoReturn:
     by LONGNET_TRACEBACK=1.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        # A locale that is not set says ASCII, and means nothing: names and text are UTF-8, as in Python's UTF-8 mode.
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name == "ascii":
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         _invoke(app)
         code = 0
@@ -165,8 +176,16 @@ def _is_lost_rank(error: BaseException) -> bool:
     )
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Say a warning of ours in one line, as rank 0; a library's looks as Python makes it."""
+    if not issubclass(category, InputWarning):
+        _python_warning(message, category, *where, **more)
+    elif os.environ.get("RANK", "0") == "0" and sys.stderr:
+        print(f"longnet: note: {printable(str(message))}", file=sys.stderr)
+
+
 def _say(message: str) -> None:
-    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    line = printable(" ".join(part.strip() for part in message.splitlines() if part.strip()))
     if _is_rank():
         line = f"rank {os.environ.get('RANK')}: {line}"
     try:

@@ -115,14 +115,14 @@ class StoredIds:
         return ids if dtype is None else ids.astype(dtype, copy=False)
 
 
-def read_error(what: str, error: OSError) -> LongNetError:
+def read_error(what: str, error: OSError, problem: str = "cannot read") -> LongNetError:
     """The error of one line for a system call on an input that failed: full memory and full tables are not bad data."""
     reason = error.strerror or str(error)
     if error.errno == errno.ENOMEM:
         return MemoryLimitError(f"{what}: there is no memory to read it ({reason})")
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return LongNetError(f"{what}: {reason}: raise the limit (ulimit -n), or read fewer files at a time")
-    return DataError(f"{what}: cannot read: {reason}")
+    return DataError(f"{what}: {problem}: {reason}")
 
 
 def no_place(error: OSError) -> LongNetError:

@@ -58,7 +58,7 @@ def read_documents(
     DataError for missing, empty or damaged data and for inputs with different types of token.
     """
     types = TokenTypes()
-    _check_eos("", eos_id, vocab_size or (tokenizer.vocab_size if tokenizer else None))
+    check_eos("", eos_id, vocab_size or (tokenizer.vocab_size if tokenizer else None))
     for source in find_sources(inputs):
         opened = open_source(source, column)
         if isinstance(opened, Table):
@@ -88,7 +88,7 @@ def documents_of(
     _check_tokenizer(opened, tokenizer)
     if vocab_size is None:
         vocab_size = tokenizer.vocab_size if tokenizer else _metadata_int(opened, "longnet.vocab_size")
-    _check_eos(f"{opened.where}: ", eos_id, vocab_size)
+    check_eos(f"{opened.where}: ", eos_id, vocab_size)
     if kind in INTEGERS:
         if eos_id is None:
             eos_id = tokenizer.eos_id if tokenizer else _metadata_int(opened, "longnet.eos_id")
@@ -107,7 +107,7 @@ def refuse_column(opened: Text, column: str | None) -> None:
         )
 
 
-def _check_eos(where: str, eos_id: int | None, vocab_size: int | None) -> None:
+def check_eos(where: str, eos_id: int | None, vocab_size: int | None) -> None:
     """ConfigError for an end-of-text id that no token can be."""
     if eos_id is not None and not 0 <= eos_id < (vocab_size or 1 << 63):
         limit = f"a vocabulary of {vocab_size}" if vocab_size else "64 bits"
