@@ -15,7 +15,7 @@ from longnet_cli.data.inputs import Source, expand, once
 from longnet_cli.data.sources import check_eos, documents_of
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, LongNetError, refuse_web_address
+from longnet_cli.errors import ConfigError, DataError, refuse_web_address
 
 MAX_PROBLEMS = 1000  # whose lines are kept
 
@@ -179,10 +179,10 @@ def _count(found: Inspection, document: Document) -> None:
 
 @contextmanager
 def _noting(found: Inspection) -> Iterator[None]:
-    """Note what is wrong instead of stopping."""
+    """Note what is wrong with the data instead of stopping. Memory or descriptors that run out are another matter."""
     try:
         yield
-    except LongNetError as error:
+    except (ConfigError, DataError) as error:
         found.num_problems += 1
         if len(found.problems) < MAX_PROBLEMS:
             found.problems.append(" ".join(str(error).split()))
