@@ -1,5 +1,7 @@
 """What a user sees when something is wrong: one line, and an exit code that a script can test."""
 
+import re
+
 
 class LongNetError(Exception):
     """A failure with a message for the user: what is wrong, where, and what to do. Exit code 1."""
@@ -29,3 +31,13 @@ class MemoryLimitError(LongNetError):
     """The request cannot fit this machine; the message says what would. Exit code 5."""
 
     exit_code = 5
+
+
+class InputWarning(UserWarning):
+    """What a user should know of the inputs, and need not act on; a line on stderr."""
+
+
+def refuse_web_address(name: str) -> None:
+    """Raise ConfigError where the name of an input is an http:// or https:// address, saying what to do."""
+    if re.match(r"https?://", name, re.IGNORECASE):
+        raise ConfigError(f"{name}: web addresses are not read: download it first, or `curl -L URL | longnet ... -`")

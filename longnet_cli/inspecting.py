@@ -11,11 +11,11 @@ from typing import Any
 from longnet_cli.data.columns import TokenTypes, choose_column, token_type
 from longnet_cli.data.documents import BLOCK, Document
 from longnet_cli.data.formats import open_source
-from longnet_cli.data.inputs import Source, find_sources
-from longnet_cli.data.sources import documents_of
+from longnet_cli.data.inputs import Source, expand, once
+from longnet_cli.data.sources import check_eos, documents_of
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, LongNetError
+from longnet_cli.errors import ConfigError, DataError, refuse_web_address
 
 MAX_PROBLEMS = 1000  # whose lines are kept
 
@@ -98,23 +98,26 @@ def inspect(
     """Read every document of every input; a problem ends its document or its file, never the inspection.
 
     `tokenizer`, `vocab_size` and `eos_id` are as for `read_documents`. Text without a tokenizer counts a token a byte.
-    `on_progress` gets the tokens of each document. Raises ConfigError when no input is named.
+    `on_progress` gets the tokens of each document. Raises ConfigError when no input is named, or a web address, and for
+    an `eos_id` that is outside of the vocabulary.
     """
     if not inputs:
         raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
     found = Inspection()
     types = TokenTypes()
+    check_eos("", eos_id, vocab_size or (tokenizer.vocab_size if tokenizer else None))
+    sources: list[Source] = []
     for item in inputs:
-        sources: list[Source] = []
+        refuse_web_address(str(item))
         with _noting(found):
-            sources = find_sources([item])
-        for source in sources:
-            with _noting(found):
-                for document in _open(found, source, types, tokenizer, column, vocab_size, eos_id):
-                    with _noting(found):
-                        _count(found, document)
-                        if on_progress:
-                            on_progress(len(document))
+            sources += expand(str(item))
+    for source in once(sources):
+        with _noting(found):
+            for document in _open(found, source, types, tokenizer, column, vocab_size, eos_id):
+                with _noting(found):
+                    _count(found, document)
+                    if on_progress:
+                        on_progress(len(document))
     if not found.documents:
         found.n_bytes = None
     return found
@@ -138,7 +141,7 @@ def _open(
         found.formats[opened.format] += 1
         _note_metadata(found, opened.where, opened.schema.metadata or {})
         name = choose_column(opened, column)
-        kind = token_type(opened, name)
+        kind = token_type(opened.schema, name)
         found.token_types[str(kind or "text")] += 1
         with _noting(found):
             types.check(opened, name)
@@ -176,10 +179,10 @@ def _count(found: Inspection, document: Document) -> None:
 
 @contextmanager
 def _noting(found: Inspection) -> Iterator[None]:
-    """Note what is wrong instead of stopping."""
+    """Note what is wrong with the data instead of stopping. Memory or descriptors that run out are another matter."""
     try:
         yield
-    except LongNetError as error:
+    except (ConfigError, DataError) as error:
         found.num_problems += 1
         if len(found.problems) < MAX_PROBLEMS:
             found.problems.append(" ".join(str(error).split()))

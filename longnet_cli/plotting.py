@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longnet_cli.data.sinks import write_file
-from longnet_cli.errors import ConfigError, DataError, LongNetError
+from longnet_cli.errors import ConfigError, DataError, LongNetError, refuse_web_address
 
 # A panel: its title, and the keys of metrics.jsonl that it shows, with what to add to a run's name for each
 PANELS = (
@@ -60,6 +60,7 @@ def read_run(path: str | Path) -> Run:
     an end is still being written, and left out. Raises DataError for anything else that is no line of metrics, with
     its file and row.
     """
+    refuse_web_address(str(path))
     path = Path(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
     try:

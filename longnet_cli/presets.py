@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from longnet_cli.configuration import nearest
-from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
 
 MODEL_FILES = ("config.json", "model.safetensors")
 SHARDED = "model.safetensors.index.json"  # what transformers writes beside the shards of a large model
@@ -30,6 +30,7 @@ def find_model(name_or_path: str) -> Path:
 
     Raises ConfigError for a name that is not shipped, CheckpointError for a path that holds no complete model.
     """
+    refuse_web_address(name_or_path)
     if not _is_path(name_or_path):
         if name_or_path not in list_models():
             raise ConfigError(_unknown(name_or_path))

@@ -2,10 +2,10 @@
 
 import pyarrow as pa
 import pytest
-from test_sources import FORMATS, IDS, read, tokens, write_file
+from test_sources import FORMATS, IDS, read, tokens, write_file, write_parquet, write_stream
 
 from longnet_cli.data.sources import read_texts
-from longnet_cli.errors import ConfigError
+from longnet_cli.errors import ConfigError, DataError
 
 
 def test_the_column_can_be_chosen(tmp_path):
@@ -48,3 +48,29 @@ def test_text_and_streams_need_a_tokenizer(tmp_path):
             read(path, tokenizer=None)
     ids = read(FORMATS["file"](tmp_path), tokenizer=None)
     assert (tokens(ids), ids[0].n_bytes) == (IDS, None)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "doc_id"])
+@pytest.mark.parametrize("write", [write_file, write_stream, write_parquet])
+def test_a_name_of_several_columns_is_refused_where_it_is_used(tmp_path, write, name):
+    ids, doc_ids, others = pa.array([[1], [2]]), pa.array(["a", "b"]), pa.array([0, 1])
+    columns = {"input_ids": [ids, ids], "doc_id": [doc_ids, doc_ids]}[name]
+    rest = ids if name == "doc_id" else doc_ids
+    table = pa.Table.from_arrays([*columns, rest], names=[name, name, "input_ids" if name == "doc_id" else "doc_id"])
+    with pytest.raises(DataError, match=rf"x: several columns are named '{name}'"):
+        read(write(tmp_path / "x", table))
+    unused = pa.Table.from_arrays([ids, others, others], names=["input_ids", "n", "n"])
+    assert tokens(read(write(tmp_path / "y", unused))) == [[1], [2]]
+
+
+def test_a_column_of_plain_text_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    for reads in (read, lambda path, column: list(read_texts([path], column))):
+        with pytest.raises(ConfigError, match=r"a\.txt: column 'body' is asked for, and this is plain text"):
+            reads(tmp_path / "a.txt", column="body")
+
+
+def test_a_null_in_a_dictionary_is_named(tmp_path):
+    texts = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int8()), pa.array(["a", None]))
+    with pytest.raises(DataError, match="row 1: the value is null"):
+        read(write_file(tmp_path / "x.arrow", pa.table({"text": texts})))

@@ -1,7 +1,10 @@
 """Proves which files an input names, and in which order."""
 
+import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,13 @@ import pytest
 from test_sources import write_stream
 
 from longnet_cli.data.sources import read_texts
-from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.data.tables import reading
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.errors import ConfigError, DataError, InputWarning, MemoryLimitError
+from longnet_cli.inspecting import inspect
+from longnet_cli.plotting import read_run
+from longnet_cli.presets import find_model
+from longnet_cli.training.recipe import load_recipe
 
 
 def names(*inputs: Any) -> list[str]:
@@ -65,7 +74,7 @@ def test_an_output_below_an_input_is_no_input(tmp_path, run_longnet):
         assert json.loads((tmp_path / folder / "_manifest.json").read_text())["totals"]["documents"] == 2
 
 
-@pytest.mark.parametrize("text", ["[]", "{bad", '{"shards": 3}'])
+@pytest.mark.parametrize("text", ["[]", "{bad", '{"shards": 3}', "[" * 200_000])
 def test_a_damaged_manifest_is_named(tmp_path, text):
     (tmp_path / "_manifest.json").write_text(text)
     with pytest.raises(DataError, match=r"_manifest\.json: not what was written"):
@@ -101,4 +110,73 @@ def test_globs_and_lists(tmp_path, monkeypatch):
     assert names("[c].txt") == ["[c].txt"]
     Path("list.txt").write_text("# order matters\nb.txt\n\na1*.txt\n")
     assert names("@list.txt") == ["b.txt", "a1.txt", "a10.txt"]
-    assert names("b.txt", tmp_path / "b.txt") == ["b.txt", str(tmp_path / "b.txt")]
+
+
+def test_a_file_that_several_paths_reach_is_read_once(tmp_path, monkeypatch, run_longnet):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one")
+    Path("b.txt").symlink_to("a.txt")
+    os.link("a.txt", "c.txt")
+    Path("list").write_text("a.txt\n./a.txt\n")
+    for items in (["*.txt"], ["a.txt", tmp_path / "a.txt"], ["@list"], ["a.txt", "*.txt"], ["b.txt", "."]):
+        with pytest.warns(InputWarning, match="read once, though it is named more than once"):
+            found = names(*items)
+        assert sum(name in ("a.txt", "b.txt", "c.txt") for name in found) == 1
+    done = run_longnet("data", "inspect", "a.txt", "b.txt", "--format", "json")
+    assert json.loads(done.stdout)["documents"] == 1
+    assert done.stderr == "longnet: note: b.txt, which is a.txt, is read once, though it is named more than once\n"
+
+
+@pytest.mark.parametrize("address", ["http://example.org/a.txt", "https://example.org/*.arrow", "HTTPS://x"])
+def test_web_addresses_are_refused_wherever_an_input_is_named(tmp_path, address):
+    (tmp_path / "list").write_text(f"{address}\n")
+    ways = {
+        "input": lambda: names(address),
+        "list": lambda: names(f"@{tmp_path}/list"),
+        "inspect": lambda: inspect([address]),
+        "tokenizer": lambda: Tokenizer.load(address),
+        "model": lambda: find_model(address),
+        "recipe": lambda: load_recipe(address, {}),
+        "run": lambda: read_run(address),
+    }
+    for way, call in ways.items():
+        with pytest.raises(
+            ConfigError, match="web addresses are not read: download it first, or `curl -L URL"
+        ) as caught:
+            call()
+        assert str(caught.value).startswith(address), way
+
+
+def test_names_are_utf_8_whatever_the_locale(tmp_path, run_longnet):
+    (tmp_path / "é").mkdir()
+    (tmp_path / "é" / "ß.txt").write_text("x")
+    (tmp_path / "list").write_text("é/ß.txt\n")
+    plain = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    for item in ("é", "é/*.txt", "é/ß.txt", "@list"):
+        done = run_longnet("tokenize", item, "-o", "ü.jsonl", env=plain)
+        assert (done.returncode, done.stderr[-10:]) == (0, "> ü.jsonl\n"), done.stderr
+        assert json.loads((tmp_path / "ü.jsonl").read_text())["doc_id"] == "ß.txt"
+    done = run_longnet("data", "inspect", "é/none.txt", env=plain)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (3, "problem: é/none.txt: no such file or folder")
+
+
+def test_what_runs_out_is_not_bad_data(tmp_path, command_env):
+    """Descriptors and memory that run out are no damage: exit codes 1 and 5."""
+    for number in range(40):
+        write_stream(tmp_path / f"{number:02}.arrow", pa.table({"ids": [[1, 2]]}))
+    script = """if True:
+        import resource
+        from longnet_cli.data.sources import read_documents
+        resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
+        try:
+            list(read_documents(["."], None))
+        except Exception as error:
+            print(error.exit_code, error)
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=command_env, capture_output=True, text=True)
+    assert done.stdout.startswith("1 ")
+    assert "arrow: Too many open files: raise the limit (ulimit -n)" in done.stdout
+    with pytest.raises(MemoryLimitError, match="x: there is no memory to read it"), reading("x"):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+    with pytest.raises(MemoryLimitError, match="x: it needs more memory than there is"), reading("x"):
+        raise pa.ArrowMemoryError("malloc of size 1099511627776 failed")

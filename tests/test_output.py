@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.ipc as ipc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,7 @@ from longnet_cli.cli.output import (
     format_bytes,
     format_count,
     format_duration,
+    printable,
 )
 
 COLUMNS = ["op", "seq", "seconds", "status"]
@@ -174,3 +177,37 @@ def test_durations_and_counts_stay_short(value):
     assert len(format_duration(value)) <= 8
     assert len(format_count(value)) <= 6
     assert len(format_bytes(value)) <= 9
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, wörld, 漢字 👩‍🔬", "plain, wörld, 漢字 👩‍🔬"),
+        ("\x1b[31mred\x07\x7f\x9b", r"\x1b[31mred\x07\x7f\x9b"),
+        ("a\nb\tc\u2028d", r"a\x0ab\x09c\u2028d"),
+        ("\u202egnp.exe", r"\u202egnp.exe"),
+        ("\udcc3\udca9.txt", "é.txt"),  # a name as Python reads it where the locale is not UTF-8
+        ("\udcff\ud800", r"\xff\ud800"),
+    ],
+)
+def test_what_is_shown_has_no_control_character(text, shown):
+    assert printable(text) == shown
+
+
+def test_names_in_files_do_not_reach_the_terminal_raw(tmp_path, run_longnet):
+    """Names of files, columns and documents, keys, metadata, and the errors that name them."""
+    evil = "\x1b]0;x\x07"
+    (tmp_path / f"{evil}.jsonl").write_text(json.dumps({"doc_id": evil, "text": "abc"}) + "\n")
+    table = pa.table({"doc_id": [evil], "input_ids": [[1, 2, 3]], f"{evil}c": [1]})
+    with ipc.new_file(tmp_path / "x.arrow", table.replace_schema_metadata({f"longnet.{evil}": evil}).schema) as writer:
+        writer.write_table(table)
+    for words in (
+        ["data", "inspect", f"{evil}.jsonl", "x.arrow", f"no{evil}"],
+        ["data", "inspect", "x.arrow", "--column", evil],
+        ["score", "x.arrow", f"{evil}.jsonl"],
+        ["tokenize", f"{evil}.jsonl", "-o", f"{evil}.arrow"],
+        ["tokenize", f"{evil}.jsonl", "-o", f"{evil}.arrow", "--column", evil],
+    ):
+        done = run_longnet(*words)
+        assert "\\x1b" in done.stdout + done.stderr
+        assert not set(done.stdout + done.stderr) & {"\x1b", "\x07"}, words

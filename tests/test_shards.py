@@ -137,7 +137,14 @@ def test_a_damaged_finished_shard_is_refused(tmp_path, kind):
         write(tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"version": 1}', b'{"version": 99}', b"\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"[]", b"{}", b'{"version": 1}', b'{"version": 99}', b"\xff", b"[" * 200_000),
+        b'{"version": 1, "settings": {}, "shards": 3}',
+        b'{"version": 1, "settings": {}, "shards": [{"name": "x"}]}',
+    ],
+)
 def test_a_damaged_manifest_is_refused(tmp_path, content):
     (tmp_path / UNFINISHED).write_bytes(content)
     with pytest.raises(DataError, match=UNFINISHED):

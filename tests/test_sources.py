@@ -183,11 +183,11 @@ def test_stdin_text_and_a_redirected_file(tmp_path):
     script = (
         "from longnet_cli.data.sources import *\n"
         "document, *_ = read_documents(['-'], None)\n"
-        "print(document.doc_id, document.read().tolist(), document._parts[0].ids.flags.owndata)"
+        "print(document.doc_id, document.read().tolist(), type(document._parts[0].ids).__name__)"
     )
     with open(FORMATS["file"](tmp_path)) as file:
         done = subprocess.run([sys.executable, "-c", script], stdin=file, capture_output=True, text=True, check=True)
-    assert done.stdout == f"stdin:0 {IDS[0]} False\n"
+    assert done.stdout == f"stdin:0 {IDS[0]} StoredIds\n"
 
 
 def test_a_named_pipe_is_read_like_stdin(tmp_path):
@@ -454,11 +454,23 @@ def test_the_eos_id_can_be_given(tmp_path):
     assert tokens(read(path, eos_id=2)) == [[1], [256, 3], [4]]
     assert tokens(read(path)) == [[1, 2], [3, 2, 4]]
     assert tokens(read(path, tokenizer=None)) == [[1, 2, 256], [2, 4]]
-    assert tokens(read(path, tokenizer=None, eos_id=70_000)) == [[1, 2, 256, 3, 2, 4]]  # past what uint16 can hold
+    for eos_id in (257, 70_000):
+        with pytest.raises(
+            ConfigError, match=rf"x\.arrow: the end-of-text id {eos_id} .* does not fit a vocabulary of 257"
+        ):
+            read(path, tokenizer=None, eos_id=eos_id)
+    bare = write_file(tmp_path / "bare.arrow", flat.replace_schema_metadata(None))
+    assert tokens(read(bare, tokenizer=None, eos_id=70_000)) == [[1, 2, 256, 3, 2, 4]]  # past what uint16 can hold
+    with pytest.raises(ConfigError, match="does not fit a vocabulary of 257"):
+        read(bare, eos_id=257)
 
 
 def test_metadata_gives_the_vocabulary_when_nothing_else_does(tmp_path):
-    for size, problem in (("200", "token id 230 does not fit a vocabulary of 200"), ("2x", "not a number")):
+    for size, problem in (
+        ("200", "token id 230 does not fit a vocabulary of 200"),
+        ("2x", "not a number"),
+        ("9" * 5000, r"'9{37}\.\.\.', not a number"),
+    ):
         table = token_table(pa.list_(pa.int32())).replace_schema_metadata({"longnet.vocab_size": size})
         with pytest.raises(DataError, match=problem):
             tokens(read(write_file(tmp_path / "x.arrow", table), tokenizer=None))

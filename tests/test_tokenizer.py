@@ -108,6 +108,8 @@ def test_training_keeps_every_byte_and_the_size_asked_for():
     assert len(tokenizer.encode(CORPUS[0])) < len(CORPUS[0])
     with pytest.raises(ConfigError, match="257"):
         Tokenizer.train(CORPUS, 200)
+    with pytest.raises(ConfigError, match="a vocabulary of 1000000000000000000 ids cannot be trained: 16,777,216 are"):
+        Tokenizer.train(CORPUS, 10**18)
 
 
 def test_an_id_outside_the_vocabulary_has_no_byte_count():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -15,11 +18,12 @@ from longnet_cli import __version__
 from longnet_cli.cli.bench import bench
 from longnet_cli.cli.data import data
 from longnet_cli.cli.encode import encode
+from longnet_cli.cli.output import printable
 from longnet_cli.cli.plot import plot
 from longnet_cli.cli.score import score
 from longnet_cli.cli.tokenize import tokenize
 from longnet_cli.cli.train import train
-from longnet_cli.errors import LongNetError, MemoryLimitError
+from longnet_cli.errors import InputWarning, LongNetError, MemoryLimitError
 from longnet_cli.runtime.launch import LAUNCHED, LOST, started_by_torchrun, under_torchrun
 from longnet_cli.runtime.signals import unwind_on_signals
 
@@ -31,6 +35,8 @@ EPILOG = (
 
 # One function a command, in the order of a first day's work. Their modules import torch only when they run.
 COMMANDS: tuple[Callable[..., None], ...] = (tokenize, train, plot, score, encode, bench)
+
+_python_warning = warnings.showwarning
 
 app = typer.Typer(
     name="longnet",
@@ -70,6 +76,11 @@ def run(app: typer.Typer) -> NoReturn:
     A failure is one line `longnet: error: ...` on stderr. Only a bug is worth a traceback, and only when asked for
     by LONGNET_TRACEBACK=1.
     """
+    warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        # A locale that is not set says ASCII, and means nothing: names and text are UTF-8, as in Python's UTF-8 mode.
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name == "ascii":
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         if started_by_torchrun():
             from longnet_cli.runtime.watch import die_with_parent
@@ -159,8 +170,16 @@ def _is_lost_rank(error: BaseException) -> bool:
     )
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Say a warning of ours in one line, as rank 0; a library's looks as Python makes it."""
+    if not issubclass(category, InputWarning):
+        _python_warning(message, category, *where, **more)
+    elif os.environ.get("RANK", "0") == "0" and sys.stderr:
+        print(f"longnet: note: {printable(str(message))}", file=sys.stderr)
+
+
 def _say(message: str) -> None:
-    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    line = printable(" ".join(part.strip() for part in message.splitlines() if part.strip()))
     if under_torchrun():
         line = f"rank {os.environ.get('RANK')}: {line}"
     try:

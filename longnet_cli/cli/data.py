@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from longnet_cli.cli.options import ColumnOption, EosOption, Inputs, QuietOption
-from longnet_cli.cli.output import emit_json
+from longnet_cli.cli.output import emit_json, printable
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def inspect(
 
 def _print(found: Inspection) -> None:
     def row(name: str, value: object) -> None:
-        print(f"{name:<12} {'-' if value is None else value}")
+        print(printable(f"{name:<12} {'-' if value is None else value}"))
 
     row("documents", found.documents)
     row("tokens", found.tokens)
@@ -82,7 +82,7 @@ def _print(found: Inspection) -> None:
         print(f"{between:>27} {count:>12} {'#' * math.ceil(BAR * count / most)}".rstrip())
     print()
     for problem in found.problems:
-        print(f"problem: {problem}")
+        print(printable(f"problem: {problem}"))
     if found.num_problems > len(found.problems):
         print(f"... and {found.num_problems - len(found.problems)} more")
     if not found.num_problems:

@@ -10,8 +10,10 @@ import csv
 import io
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -98,7 +100,29 @@ class RowWriter:
         if column in self.human:
             return self.human[column](value)
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        return " ".join(text.replace("|", "\\|").split())
+        return printable(" ".join(text.replace("|", "\\|").split()))
+
+
+# Control characters, ends of lines, what turns the direction of writing, and halves of characters
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text from a file, its name or an error, safe to show: a control character becomes its escape, `\\x1b`.
+
+    Tables, errors, progress and whatever else people read goes through here; JSON has its own escapes.
+    """
+    with suppress(UnicodeEncodeError):
+        # Where the locale is not UTF-8, a name that is has come as bytes, which Python keeps as halves of characters.
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    return _UNPRINTABLE.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no text
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def format_count(count: float) -> str:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from longnet_cli.cli.output import format_count, format_duration
+from longnet_cli.cli.output import format_count, format_duration, printable
 
 RECENT = 60.0  # seconds
 Advance = Callable[..., None]
@@ -31,7 +31,7 @@ def progress(
     `advance` stand at the end of the line. Without a terminal a line comes every `every` seconds, so a quick job
     prints nothing.
     """
-    meter = _Meter(total, unit, start)
+    meter, description = _Meter(total, unit, start), printable(description)
     if quiet or not sys.stderr:
         yield meter.advance
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
@@ -81,7 +81,7 @@ class _Meter:
             parts.append(f"in {format_duration(elapsed)}")
         elif (left := self._left(self.total)) is not None:
             parts.append(f"{format_duration(left)} left")
-        return ", ".join(parts + [f"{name} {value}" for name, value in self.fields.items()])
+        return printable(", ".join(parts + [f"{name} {value}" for name, value in self.fields.items()]))
 
 
 def _lines(description: str, meter: _Meter, every: float) -> Advance:

@@ -29,7 +29,7 @@ from longnet_cli.cli.options import (
     size_option,
     sizes_option,
 )
-from longnet_cli.cli.output import emit_json, emit_jsonl
+from longnet_cli.cli.output import emit_json, emit_jsonl, printable
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def load_model(
             "they do not belong together"
         )
     if net.note and not quiet and sys.stderr:
-        print(f"{name}: {net.note}", file=sys.stderr)
+        print(printable(f"{name}: {net.note}"), file=sys.stderr)
     foreign = is_of_transformers(folder)
     return Loaded(net, words, (words.bos_id if foreign else words.eos_id) if words else None)
 
@@ -240,7 +240,7 @@ def _print_row(name: str, score: Score, context: int | None, *, header: bool = F
     if header:
         print(f"{'tokens':>12} {'ppl':>12} {'bpb':>8}{' context':>10}"[: None if context else 34] + "  document")
     numbers = f"{score.n_tokens:>12} {_number(score.ppl):>12} {_number(score.bpb):>8}"
-    print(numbers + (f" {context:>9}" if context else "") + f"  {' '.join(name.split())}", flush=True)
+    print(numbers + (f" {context:>9}" if context else "") + f"  {printable(' '.join(name.split()))}", flush=True)
 
 
 def _print_comparison(totals: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from longnet_cli.cli.options import Inputs, QuietOption, size_option
-from longnet_cli.cli.output import format_count
+from longnet_cli.cli.output import format_count, printable
 from longnet_cli.cli.progress import progress
 from longnet_cli.errors import ConfigError
 
@@ -96,4 +96,5 @@ def tokenize(
         f"vocabulary {result.tokenizer.vocab_size}",
     ]
     shards = f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
-    print(f"{', '.join(counts)} -> {'stdout' if output == '-' else output}{shards}", file=sys.stderr)
+    place = "stdout" if output == "-" else printable(output)
+    print(f"{', '.join(counts)} -> {place}{shards}", file=sys.stderr)

@@ -15,7 +15,7 @@ import typer
 from longnet_cli.cli.dry_run import Format, show
 from longnet_cli.cli.launch import launch
 from longnet_cli.cli.options import DeviceOption, NprocOption, QuietOption, size_option
-from longnet_cli.cli.output import format_bytes
+from longnet_cli.cli.output import format_bytes, printable
 from longnet_cli.cli.progress import Advance, progress
 from longnet_cli.runtime.launch import LAUNCHED
 
@@ -152,7 +152,7 @@ def train(
 
     def say(line: str) -> None:
         if ranks.first:
-            typer.echo(line, err=True)
+            typer.echo(printable(line), err=True)
 
     mesh = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
     say(f"training {found.model.num_parameters():,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")

@@ -9,19 +9,35 @@ INTEGERS = (
     *(pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()),
     *(pa.int8(), pa.int16(), pa.int32(), pa.int64()),
 )
-TEXTS = (pa.string(), pa.large_string())
+_TEXTS = (pa.string(), pa.large_string(), pa.string_view())
+_LISTS = (
+    *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
+    *(pa.types.is_list_view, pa.types.is_large_list_view),
+)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text, be it written out or as numbers of a dictionary (categorical)."""
+    return (kind.value_type if pa.types.is_dictionary(kind) else kind) in _TEXTS
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return lists and kind.value_type in INTEGERS
+    return any(test(kind) for test in _LISTS) and kind.value_type in INTEGERS
 
 
 def choose_column(table: Table, column: str | None, *, text_only: bool = False) -> str:
     """The column of documents: the one asked for, else the one list of ids, else the one flat or text column.
 
-    Raises ConfigError, listing the columns, when none or several would do.
+    Raises ConfigError, listing the columns, when none or several would do, DataError where its name is that of several.
     """
+    name = _choose(table, column, text_only)
+    for used in (name, "doc_id", "part"):
+        if table.schema.names.count(used) > 1:
+            raise DataError(f"{table.where}: several columns are named {used!r}: rename them, or leave the others out")
+    return name
+
+
+def _choose(table: Table, column: str | None, text_only: bool) -> str:
 
     def refuse(problem: str) -> ConfigError:
         columns = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
@@ -32,10 +48,10 @@ def choose_column(table: Table, column: str | None, *, text_only: bool = False) 
         if column not in kinds:
             raise refuse(f"there is no column {column!r}")
         kind = kinds[column]
-        if kind in TEXTS or (not text_only and (kind in INTEGERS or _is_list(kind))):
+        if is_text(kind) or (not text_only and (kind in INTEGERS or _is_list(kind))):
             return column
         raise refuse(f"column {column!r} does not hold {'text' if text_only else 'token ids or text'}")
-    flat = ["text"] if kinds.get("text") in TEXTS else []
+    flat = ["text"] if "text" in kinds and is_text(kinds["text"]) else []
     lists: list[str] = []
     if not text_only:
         lists = [name for name in TOKEN_COLUMNS if name in kinds and _is_list(kinds[name])]
@@ -57,7 +73,7 @@ class TokenTypes:
 
     def check(self, table: Table, column: str) -> None:
         """DataError when another input had another type; text has none."""
-        kind = token_type(table, column)
+        kind = token_type(table.schema, column)
         if kind is None or not table.typed:
             return
         self.first = self.first or (table.where, kind)
@@ -69,9 +85,9 @@ class TokenTypes:
             )
 
 
-def token_type(table: Table, column: str) -> pa.DataType | None:
-    """The type of the ids in a column, None for text."""
-    kind = table.schema.field(column).type
-    if kind in TEXTS:
-        return None
-    return kind.value_type if _is_list(kind) else kind
+def token_type(schema: pa.Schema, column: str) -> pa.DataType | None:
+    """The type of the ids in a column, None for text and for what no id can be of."""
+    kind = schema.field(column).type
+    if kind in INTEGERS:
+        return kind
+    return kind.value_type if _is_list(kind) else None

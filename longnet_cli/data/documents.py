@@ -1,4 +1,4 @@
-"""A document as token ids that stay where they are, in a mapped file if they can, read and checked slice by slice."""
+"""A document as token ids that stay where they are, in their file if they can, read and checked slice by slice."""
 
 import tempfile
 from bisect import bisect_right
@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.data.tables import one_line
+from longnet_cli.data.files import FileChangedError, StoredIds, no_place
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import DataError, LongNetError
+from longnet_cli.errors import DataError
 
 BLOCK = 1 << 18  # tokens looked at together by a pass over a document: 2 MB of int64 stay in the cache
 SPOOL_BYTES = 256 << 20  # ids of one document kept in memory; more of them go to a file in $TMPDIR
@@ -20,11 +20,12 @@ SPOOL_BYTES = 256 << 20  # ids of one document kept in memory; more of them go t
 class Part(NamedTuple):
     """Ids that lie together: a row, or a stretch of a flat column.
 
-    `ids` is (tokens,) of any integer type, a view; `valid` (tokens,) is false at nulls, None when there are none.
-    `row` is the file's row that holds the ids, or where `flat` the row of the first: there, every id is a row.
+    `ids` is (tokens,) of any integer type, a view of memory or of a file; `valid` (tokens,) is false at nulls, None
+    when there are none. `row` is the file's row that holds the ids, or where `flat` the row of the first: there, every
+    id is a row.
     """
 
-    ids: np.ndarray
+    ids: np.ndarray | StoredIds
     valid: pa.BooleanArray | None = None
     row: int | None = None
     flat: bool = False
@@ -34,7 +35,7 @@ class Document:
     """A document as (tokens,) token ids, which are checked when they are read, not before.
 
     `doc_id` names it, `where` says its file and first row. Nothing is copied until `read`, and opening a row of 1e9
-    mapped tokens touches none of them.
+    tokens in a file reads none of them.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class Document:
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The ids [start, stop), bounds as in a Python slice, as a (stop - start,) int64 copy of one's own.
 
-        Raises DataError, naming file, row and offset in the row, for an id that is null, negative or too large.
+        Raises DataError, naming file, row and offset in the row, for an id that is null, negative or too large, and,
+        naming file and row, for a file that has changed since it was opened.
         """
         start, stop, _ = slice(start, stop).indices(self._length)
         out = np.empty(max(0, stop - start), np.int64)
@@ -90,14 +92,19 @@ class Document:
         while done < len(out):
             part = self._parts[index]
             first = start + done - self._starts[index]
-            ids = part.ids[first : first + len(out) - done]
-            if len(ids):
-                bad = part.valid is not None and part.valid.slice(first, len(ids)).false_count
-                if bad or int(np.maximum.reduce(ids.view(self._unsigned))) > self._highest:
-                    raise self._refuse(part, first, ids)
-                out[done : done + len(ids)] = ids
-                done += len(ids)
-            index += 1
+            stored = part.ids[first : first + min(len(out) - done, BLOCK)]
+            if not len(stored):
+                index += 1
+                continue
+            try:
+                ids = np.asarray(stored)
+            except FileChangedError as error:
+                raise error.at((part.row or 0) + (first if part.flat else 0)) from None
+            bad = part.valid is not None and part.valid.slice(first, len(ids)).false_count
+            if bad or int(np.maximum.reduce(ids.view(self._unsigned))) > self._highest:
+                raise self._refuse(part, first, ids)
+            out[done : done + len(ids)] = ids
+            done += len(ids)
         return out
 
     @cached_property
@@ -134,8 +141,8 @@ class Document:
         return DataError(f"{where}: token id {ids[index]} does not fit a vocabulary of {self._limit or 1 << 63}")
 
 
-def collect(parts: Iterable[tuple[Part, bool]]) -> list[Part]:
-    """The parts of one document, of which the bool says whether they are mapped already.
+def collect(parts: Iterable[Part]) -> list[Part]:
+    """The parts of one document.
 
     Those in memory are moved to an unnamed temporary file whenever more than SPOOL_BYTES of them are followed by
     another, so that a document that comes through a pipe in pieces takes disk, not memory.
@@ -143,13 +150,13 @@ def collect(parts: Iterable[tuple[Part, bool]]) -> list[Part]:
     kept: list[Part] = []
     in_memory: list[int] = []
     size = 0
-    for part, mapped in parts:
+    for part in parts:
         if size > SPOOL_BYTES:
-            spooled = _spool([kept[index].ids for index in in_memory])
+            spooled = _spool([np.asarray(kept[index].ids) for index in in_memory])
             for index, ids in zip(in_memory, spooled, strict=True):
                 kept[index] = kept[index]._replace(ids=ids)
             in_memory, size = [], 0
-        if not mapped:
+        if isinstance(part.ids, np.ndarray):
             in_memory.append(len(kept))
             size += part.ids.nbytes
         kept.append(part)
@@ -165,7 +172,5 @@ def _spool(arrays: list[np.ndarray]) -> list[np.ndarray]:
             file.flush()
             joined = np.memmap(file, arrays[0].dtype, mode="r")
     except OSError as error:
-        raise LongNetError(
-            f"{tempfile.gettempdir()}: no place for a document larger than memory: {one_line(error)}; set TMPDIR"
-        ) from error
+        raise no_place(error) from error
     return np.split(joined, np.cumsum([len(array) for array in arrays])[:-1])

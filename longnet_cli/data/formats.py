@@ -4,23 +4,25 @@ A new format is one more case in `open_source`. Every failure is one line that n
 """
 
 import io
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.ipc as ipc
 
+from longnet_cli.data import arrow
+from longnet_cli.data.files import StoredFile, no_place
 from longnet_cli.data.inputs import Source, sniff
 from longnet_cli.data.jsonlines import open_json_lines
 from longnet_cli.data.tables import Pipe, Table, Text, reading
 from longnet_cli.errors import DataError
 
 PARQUET_BATCH_BYTES = 64 << 20
-INDEX_BYTES = 256 << 20  # an Arrow file's index is smaller: it takes 24 bytes a batch
-MAGIC = b"ARROW1\0\0"
+TEXT_BUFFER = 1 << 20  # bytes read together of a text
 REMOTE_BUFFER = 8 << 20  # bytes of one request to a store
 
 
@@ -34,31 +36,27 @@ def open_source(source: Source, column: str | None = None) -> Text | Table:
     if source.filesystem is not None:
         from longnet_cli.data.remote import open_remote  # 20 ms that local input need not pay
 
-        return _open_file(source, open_remote(source), None, column)
+        with reading(source.where):
+            return _open_file(source, io.BufferedReader(open_remote(source), REMOTE_BUFFER), None, column)
     with reading(source.where):
         # A named pipe, the shell's <(command), or a file of the kernel's (/proc), whose size is 0.
         if not source.path.is_file() or source.path.stat().st_size == 0:
             return _open_pipe(source, open(source.path, "rb"), column)
-        file = pa.memory_map(str(source.path))
-        mapped = file.read_buffer()
-        file.seek(0)
-    return _open_file(source, file, mapped, column)
+        file = StoredFile(source.path, source.where)
+        return _open_file(source, file, file, column)
 
 
-def _open_file(source: Source, file: Any, mapped: pa.Buffer | None, column: str | None) -> Text | Table:
-    """`file` is a pyarrow file that can seek, `mapped` its memory where it is mapped."""
-    with reading(source.where):
-        kind = sniff(file.read(8))
-        file.seek(0)
-        if kind == "text":
-            return _open_text(source, Pipe(io.BufferedReader(file)), column)
-        if kind == "parquet":
-            return _open_parquet(source, file)
-        index = ipc.open_file(file) if kind == "file" else None
-        stream = file if mapped else Pipe(pa.BufferedInputStream(file, REMOTE_BUFFER))
-        if index:
-            file.seek(8)
-        return _open_stream(source, stream, kind, mapped, index)
+def _open_file(source: Source, stream: Any, file: StoredFile | None, column: str | None) -> Text | Table:
+    """`stream` is a binary file that can seek; it is `file` where that is on this machine."""
+    kind = sniff(stream.read(8))
+    stream.seek(0)
+    if kind == "text":
+        return _open_text(source, Pipe(io.BufferedReader(file, TEXT_BUFFER) if file else stream), column)
+    if kind == "parquet":
+        return _open_parquet(source, stream)
+    if kind == "file":
+        return arrow.open_file(source.name, source.where, stream, file)
+    return arrow.open_stream(source.name, source.where, stream, file)
 
 
 def _open_pipe(source: Source, raw: Any, column: str | None) -> Text | Table:
@@ -69,9 +67,23 @@ def _open_pipe(source: Source, raw: Any, column: str | None) -> Text | Table:
             return _open_text(source, pipe, column)
         if kind == "parquet":  # its index is at its end
             return _open_parquet(source, pa.BufferReader(pipe.read()))
-        if kind == "file":
-            pipe.read(8)
-        return _open_stream(source, pipe, kind)
+        if kind == "stream":
+            return arrow.open_stream(source.name, source.where, pipe)
+        if arrow.is_sequential(pipe.peek(12)):
+            return arrow.open_pipe(source.name, source.where, pipe)
+        file = StoredFile(_copy(pipe), source.where)
+        return arrow.open_file(source.name, source.where, file, file)
+
+
+def _copy(pipe: Pipe) -> int:
+    """A descriptor of an unnamed temporary file with all that comes through a pipe."""
+    try:
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(pipe, copy, REMOTE_BUFFER)
+            copy.flush()
+            return os.dup(copy.fileno())
+    except OSError as error:
+        raise no_place(error) from error
 
 
 def _open_text(source: Source, pipe: Pipe, column: str | None) -> Text | Table:
@@ -93,82 +105,11 @@ def _open_text(source: Source, pipe: Pipe, column: str | None) -> Text | Table:
     )
 
 
-def _open_stream(
-    source: Source,
-    stream: Any,
-    kind: str,
-    mapped: pa.Buffer | None = None,
-    index: "ipc.RecordBatchFileReader | None" = None,
-) -> Table:
-    """An Arrow stream, or the stream that an IPC file is between its magic and its index.
-
-    Files are read as streams too: an index that lost or repeats a batch would be believed, but the stream tells.
-    """
-    where = source.where
-    reader = ipc.open_stream(stream)
-    _check_names(reader.schema)
-    if index is not None and not index.schema.equals(reader.schema, check_metadata=True):
-        raise DataError(f"{where}: the data is damaged or truncated (the file has two different schemas)")
-
-    def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
-        count = 0
-        while True:
-            with reading(f"{where}, batch {count}"):
-                before = stream.tell()
-                try:
-                    batch = reader.read_next_batch()
-                except StopIteration:
-                    break
-                _refuse_overlap(batch)
-            yield batch
-            count += 1
-        # pyarrow takes the end of the data for the end of the stream. Only a marker tells the two apart.
-        with reading(where):
-            if stream.tell() == before:
-                raise DataError(f"{where}: truncated after {count} batches: the end-of-stream marker is missing")
-            tail = stream.read(1 if kind == "stream" else INDEX_BYTES)
-            if kind == "stream":
-                if tail:
-                    raise DataError(f"{where}: more data follows the end of the Arrow stream; give one stream a file")
-                return
-            if not tail.endswith(b"ARROW1"):
-                raise DataError(f"{where}: truncated: the index at the end of the Arrow file is missing")
-            index_size = int.from_bytes(tail[-10:-6], "little")  # it stands before the magic
-            if not 0 <= len(tail) - 10 - index_size < 64:
-                raise DataError(f"{where}: more data follows the end of the Arrow file; give one file at a time")
-            listed = (index or ipc.open_file(pa.BufferReader(MAGIC + tail))).num_record_batches
-        if listed != count:
-            raise DataError(
-                f"{where}: the data is damaged or truncated ({count} batches were read, and its index lists {listed})"
-            )
-
-    return Table(source.name, where, reader.schema, batches, f"Arrow IPC {kind}", mapped)
-
-
-def _check_names(schema: pa.Schema) -> None:
-    """UnicodeDecodeError, which would else come when somebody looks at it, for a name that is not UTF-8."""
-    _ = schema.names
-
-
-def _refuse_overlap(batch: pa.RecordBatch) -> None:
-    """ValueError when two buffers share memory: one of their places in the file is wrong, and Arrow believes it."""
-    places = [
-        (buffer.address, buffer.size)
-        for column in batch.columns
-        for buffer in column.buffers()
-        if buffer is not None and buffer.size
-    ]
-    places.sort()
-    for (address, size), (following, _) in pairwise(places):
-        if address + size > following:
-            raise ValueError("two buffers overlap")
-
-
 def _open_parquet(source: Source, file: Any) -> Table:
     import pyarrow.parquet as pq  # 30 ms that Arrow input need not pay
 
     parquet = pq.ParquetFile(file, page_checksum_verification=True)
-    _check_names(parquet.schema_arrow)
+    _ = parquet.schema_arrow.names  # UnicodeDecodeError for one that is not UTF-8
     metadata = parquet.metadata
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     if sum(group.num_rows for group in groups) != metadata.num_rows:
@@ -179,7 +120,7 @@ def _open_parquet(source: Source, file: Any) -> Table:
         reader = parquet.iter_batches(batch_size=rows, columns=columns)
         index = seen = values = 0
         while True:
-            with reading(f"{source.where}, batch {index}"):
+            with reading(f"{source.where}, batch {index}", row=seen):
                 batch = next(reader, None)
                 if batch is None:
                     break

@@ -7,14 +7,17 @@ import os
 import re
 import stat
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.data.files import read_error
+from longnet_cli.errors import ConfigError, DataError, InputWarning, refuse_web_address
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -27,6 +30,7 @@ JSON_SUFFIXES = (".jsonl", ".ndjson")
 class Source:
     """One file to read, or stdin where `path` is None. `name` becomes the doc_id, `where` goes into messages.
 
+    Both are text, whatever the locale makes of the bytes of a path.
     `filesystem` is where the path is, None on this machine.
     """
 
@@ -37,17 +41,56 @@ class Source:
 
 
 def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
-    """Expand folders, globs, lists and URIs into files; a name that occurs twice becomes the whole path."""
+    """Expand folders, globs, lists and URIs into files; a name that occurs twice becomes the whole path.
+
+    A file that is reached more than once, be it by another name or through a link, is read once, where it stands first;
+    a warning names it.
+    """
     if not inputs:
         raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
     if sum(str(item) == "-" for item in inputs) > 1:
         raise ConfigError("stdin (-) can be read only once")
-    found = [source for item in inputs for source in _expand(str(item), in_list=False)]
+    found = once(source for item in inputs for source in expand(str(item)))
+    times = Counter(source.name for source in found)
+    return [source if times[source.name] == 1 else replace(source, name=source.where) for source in found]
+
+
+def once(sources: Iterable[Source]) -> list[Source]:
+    """The sources without those that are a file which an earlier one is, by device and inode."""
+    first: dict[object, Source] = {}
+    for source in sources:
+        key: object = source.where
+        if source.path is not None and source.filesystem is None:
+            with suppress(OSError):
+                found = source.path.stat()
+                key = found.st_dev, found.st_ino
+        earlier = first.setdefault(key, source)
+        if earlier is not source:
+            names = source.where if earlier.where == source.where else f"{source.where}, which is {earlier.where},"
+            warnings.warn(f"{names} is read once, though it is named more than once", InputWarning, stacklevel=2)
+    return list(first.values())
+
+
+def expand(item: str) -> list[Source]:
+    """The files that one input names."""
+    found = _expand(_as_text(item), in_list=False)
     for source in found:
         if not _is_utf8(source.where):
             raise DataError(f"{source.where!a}: the name is not UTF-8: rename it")
-    times = Counter(source.name for source in found)
-    return [source if times[source.name] == 1 else replace(source, name=source.where) for source in found]
+    return found
+
+
+def _as_text(path: str) -> str:
+    """The text that a path is in UTF-8, whatever the locale: of bytes that are not, each is a surrogate."""
+    try:
+        return os.fsencode(path).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # it is text, and the locale's encoding has not all of it
+        return path
+
+
+def _as_path(text: str) -> str:
+    """The opposite of `_as_text`, for the system."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
 def _is_utf8(name: str) -> bool:
@@ -71,25 +114,29 @@ def fingerprint(inputs: Sequence[str | Path]) -> str:
 def _expand(item: str, *, in_list: bool) -> list[Source]:
     if not item:  # in a script, a variable that is not set
         raise ConfigError("an input is empty: name a file, a folder, a glob, @list.txt, or - for stdin")
+    refuse_web_address(item)
     if item.startswith("file://"):
         item, in_list = unquote(item.removeprefix("file://")), True  # the URI of a name with @ is no list
     elif re.match(r"[a-z][a-z0-9+.-]*://", item):
         from longnet_cli.data.remote import find_remote  # 20 ms that local input need not pay
 
         return find_remote(item)
-    path = Path(item)
+    path = Path(_as_path(item))
     if item == "-":
         return [_stdin_source()]
     if path.is_dir():
-        return [Source(path / name, name, str(path / name)) for name in _folder_files(path)]
+        return [
+            Source(path / _as_path(name), name, _as_text(str(path / _as_path(name)))) for name in _folder_files(path)
+        ]
     if path.exists():
-        return [Source(path, path.name, item)]
+        return [Source(path, _as_text(path.name), item)]
     if item.startswith("@") and not in_list:
-        return _list_sources(Path(item[1:]))
+        return _list_sources(Path(_as_path(item[1:])))
     if glob.has_magic(item):
-        files = sorted((match for match in glob.glob(item, recursive=True) if os.path.isfile(match)), key=natural_order)
+        matches = filter(os.path.isfile, glob.glob(_as_path(item), recursive=True))
+        files = sorted(map(_as_text, matches), key=natural_order)
         if files:
-            return [Source(Path(file), Path(file).name, file) for file in files]
+            return [Source(Path(_as_path(file)), file.rpartition("/")[2], file) for file in files]
         raise DataError(f"{item}: no file matches")
     raise DataError(f"{item}: no such file or folder")
 
@@ -110,8 +157,10 @@ def _list_sources(path: Path) -> list[Source]:
     """One input a line, as typed on the command line; blank lines and # comments are skipped."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"@{path}: cannot read the list: {error}") from error
+    except OSError as error:
+        raise read_error(f"@{_as_text(str(path))}", error, "cannot read the list") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"@{_as_text(str(path))}: cannot read the list: {error}") from error
     items = [line for line in lines if line and not line.startswith("#")]
     if not items:
         raise DataError(f"@{path}: the list names no input")
@@ -126,13 +175,13 @@ def _folder_files(folder: Path) -> list[str]:
 
     def read(name: str, size: int | None) -> bytes:
         try:
-            with open(folder / name, "rb") as file:
+            with open(folder / _as_path(name), "rb") as file:
                 return file.read(size)
         except OSError as error:
-            raise DataError(f"{folder / name}: {error.strerror}") from error
+            raise read_error(_as_text(str(folder / _as_path(name))), error) from error
 
-    names = [file.relative_to(folder).as_posix() for file in found if file.is_file()]
-    return choose_files(str(folder), names, read)
+    names = [_as_text(file.relative_to(folder).as_posix()) for file in found if file.is_file()]
+    return choose_files(_as_text(str(folder)), names, read)
 
 
 def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> list[str]:
@@ -146,7 +195,7 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     if "state.json" in names:  # written by `datasets.save_to_disk`, beside caches that are no part of it
         try:
             shards = [str(entry["filename"]) for entry in json.loads(read("state.json", None))["_data_files"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             shards = []
         missing = next((shard for shard in shards if shard not in names), None)
         if missing:
@@ -158,7 +207,7 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     if "_manifest.json" in names:
         try:
             shards = [str(shard["name"]) for shard in json.loads(read("_manifest.json", None))["shards"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f"{folder}/_manifest.json: not what was written") from None
         if missing := next((shard for shard in shards if shard not in names), None):
             raise DataError(f"{folder}/{missing}: no such file, but {folder}/_manifest.json lists it")

@@ -10,9 +10,10 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.fs as fs
 
+from longnet_cli.data.files import read_error
 from longnet_cli.data.inputs import Source, choose_files, natural_order
 from longnet_cli.data.tables import one_line
-from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 
 
 def connect(uri: str) -> tuple[fs.FileSystem, str]:
@@ -91,7 +92,13 @@ def _telling(uri: str) -> Iterator[None]:
     """One line for whatever goes wrong between here and a store; its libraries raise exceptions of many kinds."""
     try:
         yield
-    except (ConfigError, DataError):
+    except LongNetError:
         raise
+    except MemoryError as error:
+        raise MemoryLimitError(f"{uri}: there is no memory to read it ({one_line(error)})") from error
+    except OSError as error:
+        if error.strerror:
+            raise read_error(uri, error) from error
+        raise DataError(f"{uri}: cannot read: {one_line(error)}") from error
     except Exception as error:
         raise DataError(f"{uri}: cannot read: {one_line(error)}") from error

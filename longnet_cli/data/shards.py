@@ -22,9 +22,11 @@ from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.ipc as ipc
 
+from longnet_cli.data import arrow
+from longnet_cli.data.files import StoredFile, read_error
 from longnet_cli.data.sinks import ShardWriter, sync_folder, write_file, writing
+from longnet_cli.data.tables import one_line
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 
 UNFINISHED = "_unfinished.json"
@@ -72,11 +74,14 @@ def read_manifest(folder: str | Path) -> Manifest | None:
             content = json.loads(path.read_bytes())
             if content["version"] != MANIFEST_VERSION:
                 raise DataError(f"{path}: version {content['version']} of the manifest is not known to this longnet")
-            return Manifest(content["settings"], name == FINISHED, content["shards"])
+            shards = [{**shard, "name": str(shard["name"]), "rows": int(shard["rows"])} for shard in content["shards"]]
+            return Manifest(dict(content["settings"]), name == FINISHED, shards)
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: not a manifest of shards ({error})") from error
+        except OSError as error:
+            raise read_error(str(path), error) from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(f"{path}: not a manifest of shards ({one_line(error)})") from error
     return None
 
 
@@ -245,11 +250,13 @@ class ShardFolder:
 def _check_shard(path: Path, schema: pa.Schema, rows: int) -> None:
     """Whether a finished shard still has its index, schema and rows; its data is not read."""
     try:
-        with pa.memory_map(str(path)) as file:
-            reader = ipc.open_file(file)
-            found = sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
-            if found != rows or not reader.schema.equals(schema, check_metadata=True):
-                raise ValueError(f"{found} rows instead of {rows}" if found != rows else "its schema is another")
-    except (OSError, ValueError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+        with StoredFile(path, str(path)) as file:
+            table = arrow.open_file(path.name, str(path), file, file)
+            found = sum(batch.num_rows for batch in table.read([]))
+        if found != rows or not table.schema.equals(schema, check_metadata=True):
+            raise ValueError(f"{found} rows instead of {rows}" if found != rows else "its schema is another")
+    except (OSError, ValueError, pa.ArrowException, DataError) as error:
+        if isinstance(error, OSError) and not isinstance(told := read_error(str(path), error), DataError):
+            raise told from error
+        reason = one_line(error).removeprefix(f"{path}, ").removeprefix(f"{path}: ")
         raise DataError(f"{path}: cannot resume: a finished shard is missing or damaged ({reason})") from error

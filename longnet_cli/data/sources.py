@@ -2,19 +2,20 @@
 
     inputs --find_sources--> Source --open_source--> Text | Table --> Text (read_texts) | Document (read_documents)
 
-Token columns are memory-mapped and sliced, never joined by Arrow: its 32-bit list offsets overflow at 2^31 tokens.
+Token columns stay in their file and are sliced, never joined by Arrow: its 32-bit list offsets overflow at 2^31 tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, groupby
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.data.columns import INTEGERS, TEXTS, TokenTypes, choose_column
+from longnet_cli.data.columns import INTEGERS, TokenTypes, choose_column, is_text
 from longnet_cli.data.documents import Document, Part, collect
+from longnet_cli.data.files import StoredIds
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.inputs import find_sources
 from longnet_cli.data.tables import Table, Text, reading
@@ -32,6 +33,7 @@ def read_texts(inputs: Sequence[str | Path], column: str | None = None) -> Itera
     for source in find_sources(inputs):
         opened = open_source(source, column)
         if isinstance(opened, Text):
+            refuse_column(opened, column)
             yield opened
         else:
             yield from _table_texts(opened, choose_column(opened, column, text_only=True))
@@ -56,6 +58,7 @@ def read_documents(
     DataError for missing, empty or damaged data and for inputs with different types of token.
     """
     types = TokenTypes()
+    check_eos("", eos_id, vocab_size or (tokenizer.vocab_size if tokenizer else None))
     for source in find_sources(inputs):
         opened = open_source(source, column)
         if isinstance(opened, Table):
@@ -73,17 +76,19 @@ def documents_of(
 ) -> Iterator[Document]:
     """Yield the documents of one opened input, as `read_documents` does."""
     if isinstance(opened, Text):
+        refuse_column(opened, column)
         yield _encode(opened, tokenizer, vocab_size)
         return
     name = choose_column(opened, column)
     kind = opened.schema.field(name).type
-    if kind in TEXTS:
+    if is_text(kind):
         for text in _table_texts(opened, name):
             yield _encode(text, tokenizer, vocab_size)
         return
     _check_tokenizer(opened, tokenizer)
     if vocab_size is None:
         vocab_size = tokenizer.vocab_size if tokenizer else _metadata_int(opened, "longnet.vocab_size")
+    check_eos(f"{opened.where}: ", eos_id, vocab_size)
     if kind in INTEGERS:
         if eos_id is None:
             eos_id = tokenizer.eos_id if tokenizer else _metadata_int(opened, "longnet.eos_id")
@@ -92,6 +97,21 @@ def documents_of(
         groups = _list_documents(opened, name)
     for doc_id, row, parts in groups:
         yield Document(doc_id, parts, tokenizer, opened.place(row), limit=vocab_size, place=opened.place)
+
+
+def refuse_column(opened: Text, column: str | None) -> None:
+    """ConfigError for a column that is asked for where there is only text."""
+    if column is not None:
+        raise ConfigError(
+            f"{opened.where}: column {column!r} is asked for, and this is plain text, which has no columns"
+        )
+
+
+def check_eos(where: str, eos_id: int | None, vocab_size: int | None) -> None:
+    """ConfigError for an end-of-text id that no token can be."""
+    if eos_id is not None and not 0 <= eos_id < (vocab_size or 1 << 63):
+        limit = f"a vocabulary of {vocab_size}" if vocab_size else "64 bits"
+        raise ConfigError(f"{where}the end-of-text id {eos_id} (--eos) does not fit {limit}")
 
 
 def _check_tokenizer(table: Table, tokenizer: Tokenizer | None) -> None:
@@ -105,9 +125,13 @@ def _check_tokenizer(table: Table, tokenizer: Tokenizer | None) -> None:
 
 def _metadata_int(table: Table, key: str) -> int | None:
     written = (table.schema.metadata or {}).get(key.encode())
-    if written is not None and not written.isdigit():
-        raise DataError(f"{table.where}: the data is damaged: {key} in its metadata is {written!r}, not a number")
-    return int(written) if written is not None else None
+    if written is None:
+        return None
+    if not written.isdigit() or len(written) > 18:  # of which int64 holds all
+        shown = written.decode("utf-8", "replace")
+        shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
+        raise DataError(f"{table.where}: the data is damaged: {key} in its metadata is {shown!r}, not a number of ids")
+    return int(written)
 
 
 class _Rows(NamedTuple):
@@ -134,9 +158,9 @@ class _Label(NamedTuple):
 
 def _batches(table: Table, name: str) -> Iterator[_Rows]:
     """Yield the columns of each batch, checked for damage and nulls."""
-    kinds = {field.name: _plain(field.type) for field in table.schema if field.name != name}
+    kinds = {field.name: field.type for field in table.schema if field.name != name}
     has_ids = "doc_id" in kinds
-    if has_ids and not (kinds["doc_id"] in (*TEXTS, pa.string_view()) or pa.types.is_integer(kinds["doc_id"])):
+    if has_ids and not (is_text(kinds["doc_id"]) or pa.types.is_integer(_plain(kinds["doc_id"]))):
         raise DataError(f"{table.where}: doc_id has type {kinds['doc_id']}: text or whole numbers are needed")
     has_parts = has_ids and "part" in kinds and pa.types.is_integer(kinds["part"])
     first = 0
@@ -163,14 +187,20 @@ def _values(table: Table, batch: pa.RecordBatch, name: str, index: int, first: i
     with reading(f"{table.where}, batch {index}"):
         column.validate(full=True)
         values = column.to_pylist()
-    _refuse_nulls(table, column, first, f", {name}")
+    _refuse_none(table, values, first, f", {name}")
     return values
 
 
-def _refuse_nulls(table: Table, column: pa.Array, first: int, what: str = "") -> None:
+def _refuse_nulls(table: Table, column: pa.Array, first: int) -> None:
     if column.null_count:
         row = first + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DataError(f"{table.place(row)}{what}: the value is null")
+        raise DataError(f"{table.place(row)}: the value is null")
+
+
+def _refuse_none(table: Table, values: list[Any], first: int, what: str = "") -> None:
+    """DataError for a null, be it in the column or in its dictionary."""
+    if None in values:
+        raise DataError(f"{table.place(first + values.index(None))}{what}: the value is null")
 
 
 def _documents(table: Table, rows: Iterator[tuple[_Label, Any]]) -> Iterator[tuple[str, int, Iterator[Any]]]:
@@ -199,7 +229,9 @@ def _table_texts(table: Table, name: str) -> Iterator[Text]:
     def rows() -> Iterator[tuple[_Label, str]]:
         for batch in _batches(table, name):
             for index, value in enumerate(batch.column):
-                yield batch.label(index), value.as_py()
+                text = value.as_py()
+                _refuse_none(table, [text], batch.first + index)
+                yield batch.label(index), text
 
     for doc_id, row, texts in _documents(table, rows()):
         yield Text(doc_id, "".join(texts), table.place(row))
@@ -208,24 +240,29 @@ def _table_texts(table: Table, name: str) -> Iterator[Text]:
 def _list_documents(table: Table, name: str) -> Iterator[tuple[str, int, list[Part]]]:
     """Yield (doc_id, first row, parts) of a list column."""
 
-    def rows() -> Iterator[tuple[_Label, tuple[Part, bool]]]:
+    def rows() -> Iterator[tuple[_Label, Part]]:
         for batch in _batches(table, name):
-            column = batch.column
-            if pa.types.is_fixed_size_list(column.type):
-                size = column.type.list_size
-                bounds = [(column.offset + index) * size for index in range(len(column) + 1)]
-            else:
-                bounds = column.offsets.to_numpy().tolist()
             # `values` ignores the column's own slice; the bounds are into all of it.
-            ids, valid = _views(column.values)
-            mapped = table.is_mapped(column.values)
-            for index in range(len(column)):
-                start, stop = bounds[index], bounds[index + 1]
+            ids, valid = _views(table, batch.column.values)
+            for index, (start, stop) in enumerate(_bounds(batch.column)):
                 present = valid.slice(start, stop - start) if valid is not None else None
-                yield batch.label(index), (Part(ids[start:stop], present, batch.first + index), mapped)
+                yield batch.label(index), Part(ids[start:stop], present, batch.first + index)
 
     for doc_id, row, found in _documents(table, rows()):
         yield doc_id, row, collect(found)
+
+
+def _bounds(column: pa.Array) -> Iterator[tuple[int, int]]:
+    """Where each list of a column starts and stops in its `values`."""
+    kind = column.type
+    if pa.types.is_fixed_size_list(kind):
+        places = range(column.offset * kind.list_size, (column.offset + len(column) + 1) * kind.list_size)
+        return pairwise(places[:: kind.list_size] if kind.list_size else [0] * (len(column) + 1))
+    starts = column.offsets.to_numpy().tolist()
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        sizes = column.sizes.to_numpy().tolist()
+        return ((start, start + size) for start, size in zip(starts, sizes, strict=True))
+    return pairwise(starts)
 
 
 def _flat_documents(table: Table, name: str, eos_id: int | None) -> Iterator[tuple[str, int, list[Part]]]:
@@ -236,18 +273,19 @@ def _flat_documents(table: Table, name: str, eos_id: int | None) -> Iterator[tup
             "documents: give a tokenizer that has one, or the id itself"
         )
 
-    def stretches() -> Iterator[tuple[int, tuple[Part, bool]]]:
+    def stretches() -> Iterator[tuple[int, Part]]:
         """Each stretch without an EOS id, after the number of EOS ids before it."""
         count = 0
         for first, column, _, _ in _batches(table, name):
-            all_ids, _ = _views(column)  # nulls have been refused
-            mapped = table.is_mapped(column)
+            all_ids, _ = _views(table, column)  # nulls have been refused
             for block in range(0, len(all_ids), FLAT_BLOCK):
                 ids = all_ids[block : block + FLAT_BLOCK]
                 begin = 0
-                for end in [*np.flatnonzero(ids == eos_id).tolist(), len(ids)]:
+                with reading(table.where, row=first + block):
+                    ends = np.flatnonzero(np.asarray(ids) == eos_id).tolist()
+                for end in [*ends, len(ids)]:
                     if end > begin:
-                        yield count, (Part(ids[begin:end], None, first + block + begin, flat=True), mapped)
+                        yield count, Part(ids[begin:end], None, first + block + begin, flat=True)
                     count += end < len(ids)
                     begin = end + 1
 
@@ -261,16 +299,18 @@ def _flat_documents(table: Table, name: str, eos_id: int | None) -> Iterator[tup
         raise DataError(f"{table.where}: column {name!r} holds nothing but end-of-text ids")
 
 
-def _views(values: pa.Array) -> tuple[np.ndarray, pa.BooleanArray | None]:
-    """The (tokens,) ids as a view of Arrow's memory, and where they are valid, None for everywhere."""
-    if not values.null_count:
-        return values.to_numpy(zero_copy_only=True), None
-    bitmap, data = values.buffers()
-    bare, valid = (
-        pa.Array.from_buffers(kind, len(values), [None, buffer], offset=values.offset)
-        for kind, buffer in ((values.type, data), (pa.bool_(), bitmap))
-    )
-    return bare.to_numpy(zero_copy_only=True), valid
+def _views(table: Table, values: pa.Array) -> tuple[np.ndarray | StoredIds, pa.BooleanArray | None]:
+    """The (tokens,) ids as a view of their file or of Arrow's memory, and where they are valid, None for everywhere."""
+    valid = None
+    if values.null_count:
+        bitmap, data = values.buffers()
+        bare, valid = (
+            pa.Array.from_buffers(kind, len(values), [None, buffer], offset=values.offset)
+            for kind, buffer in ((values.type, data), (pa.bool_(), bitmap))
+        )
+        values = bare
+    stored = table.stored(values)
+    return values.to_numpy(zero_copy_only=True) if stored is None else stored, valid
 
 
 def _encode(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> Document:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from longnet_cli.errors import DataError
+from longnet_cli.data.files import FileChangedError, StoredIds, read_error
+from longnet_cli.errors import DataError, MemoryLimitError
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
 
@@ -24,10 +25,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """An opened Arrow, Parquet or JSON Lines input; `read` yields batches that hold at least the columns it is given.
+    """An opened Arrow, Parquet or JSON Lines input.
 
-    `mapped` is the file's memory where it is mapped. `numbered` is how people name a row: rows count from 0, lines
-    from 1. JSON has no integer types: `typed` says whether the schema's were chosen by who wrote the file.
+    `read` yields batches that hold at least the columns it is given, the documents' column first. Of a file in which
+    ids lie as they are, they are not read: `stored` says where those of the batch that came last are, None for an array
+    that is in memory. `numbered` is how people name a row: rows count from 0, lines from 1. JSON has no integer types:
+    `typed` says whether the schema's were chosen by who wrote the file.
     """
 
     name: str
@@ -35,20 +38,13 @@ class Table:
     schema: pa.Schema
     read: Callable[[list[str]], Iterator[pa.RecordBatch]]
     format: str = "Arrow"
-    mapped: pa.Buffer | None = None
+    stored: Callable[[pa.Array], StoredIds | None] = lambda array: None
     numbered: str = "row"
     typed: bool = True
 
     def place(self, row: int) -> str:
         """The file and the row (from 0), for a message."""
         return f"{self.where}, {self.numbered} {row + (self.numbered == 'line')}"
-
-    def is_mapped(self, array: pa.Array) -> bool:
-        """Whether the last buffer of `array` lies in the mapped file, so that it costs no memory of ours."""
-        data = array.buffers()[-1]
-        if self.mapped is None or data is None:
-            return False
-        return 0 <= data.address - self.mapped.address < self.mapped.size
 
 
 class Pipe:
@@ -100,14 +96,24 @@ class Pipe:
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Turn what pyarrow or the system says about an input into one line that names it."""
+def reading(what: str, row: int | None = None) -> Iterator[None]:
+    """Turn what pyarrow or the system says about an input into one line that names it.
+
+    `row` is the first one that is read here, for a file that changes under the reader.
+    """
     try:
         yield
+    except FileChangedError as error:
+        raise error if row is None else error.at(row) from None
+    except MemoryError as error:  # pyarrow's own is one too; a damaged size may ask for any amount
+        reason = "it needs more memory than there is, or its data is damaged"
+        raise MemoryLimitError(f"{what}: {reason} ({one_line(error)})") from error
     # pyarrow raises more than its own: a name that is not UTF-8 is a ValueError, a size past 2^63 an OverflowError
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)) and error.strerror:
-            raise DataError(f"{what}: {error.strerror}") from error
+        if isinstance(error, OSError) and error.errno is not None and error.strerror:
+            if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
+                raise DataError(f"{what}: {error.strerror}") from error
+            raise read_error(what, error) from error
         raise DataError(f"{what}: the data is damaged or truncated ({one_line(error)})") from error
 
 

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longnet_cli.data.sinks import write_file
-from longnet_cli.errors import ConfigError
+from longnet_cli.errors import ConfigError, refuse_web_address
 from longnet_cli.presets import list_models, preset_dir
 
 END_OF_TEXT = "<|endoftext|>"
@@ -28,6 +28,7 @@ EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")
 PIECE = 1 << 16
 GROUP = 1 << 22
 LONGEST_PIECE = 1 << 20
+MOST_IDS = 1 << 24  # of a vocabulary to train, for each of which the library takes memory before it sees a text
 
 # Between a letter and one of these signs every byte-level pre-tokenizer starts a new word (GPT-2, cl100k, o200k,
 # Llama 3), so a text cut there gives the same tokens. Not before an apostrophe: o200k takes the 't of don't along.
@@ -88,6 +89,7 @@ class Tokenizer:
         """`bytes`, a tokenizer.json, a folder that holds one, or a shipped model's name; ConfigError otherwise."""
         if str(spec) == "bytes":
             return cls.bytes()
+        refuse_web_address(str(spec))
         path = Path(spec)
         if not path.exists() and str(spec) in list_models():
             path = preset_dir() / spec
@@ -97,10 +99,13 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Byte-level BPE of at most `vocab_size` ids: `<|endoftext|>` is 0, then the 256 bytes, then the merges.
 
-        ConfigError when `vocab_size` has no room for the bytes. A small corpus may give fewer ids than asked for.
+        ConfigError when `vocab_size` has no room for the bytes, or is over MOST_IDS. A small corpus may give fewer ids
+        than asked for.
         """
         if vocab_size < 257:
             raise ConfigError(f"a byte-level vocabulary needs 257 ids or more (256 bytes and {END_OF_TEXT})")
+        if vocab_size > MOST_IDS:
+            raise ConfigError(f"a vocabulary of {vocab_size} ids cannot be trained: {MOST_IDS:,} are the most")
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()

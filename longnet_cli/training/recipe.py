@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from longnet_cli.configuration import validate
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError
+from longnet_cli.errors import ConfigError, refuse_web_address
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.presets import preset_dir
 from longnet_cli.sizes import parse_size
@@ -253,6 +253,7 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: str) -> tuple[Any, str]:
+    refuse_web_address(path)
     file = Path(path) if "/" in path or path.endswith((".toml", ".json")) else preset_dir() / f"{path}.toml"
     form = "JSON" if file.suffix == ".json" else "TOML"
     try:

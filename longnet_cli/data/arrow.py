@@ -1,0 +1,370 @@
+"""Arrow IPC files and streams: whether every message is there, and batches whose ids stay on disk.
+
+    file: index -> its messages ┐
+    stream or pipe: as they come ┴--_Feed--> pyarrow's stream reader --> batches
+
+pyarrow reads every message. In a local file it gets, as the body of a batch, memory that is reserved and not filled.
+The addresses of the arrays in it say where each lies in the file: what is wanted is then filled in, and token ids are
+left out, to be read when they are wanted.
+"""
+
+import mmap
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc as ipc
+
+from longnet_cli.data.columns import token_type
+from longnet_cli.data.files import StoredFile, StoredIds
+from longnet_cli.data.tables import Table, reading
+from longnet_cli.errors import DataError
+
+MAGIC = b"ARROW1"  # at both ends of a file, padded to 8 bytes at its beginning
+INDEX_BYTES = 256 << 20  # an Arrow file's index is smaller: it takes 24 bytes a batch
+CONTINUATION = b"\xff\xff\xff\xff"  # begins a message; without it, the length does, as before Arrow 0.15
+PADDING = 64  # bytes between two messages of a file are fewer
+
+_SCHEMA, _BATCH = 1, 3  # of Arrow's MessageHeader
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
+
+
+class Message(NamedTuple):
+    """A message of Arrow's: its head with prefix and metadata, and its body.
+
+    The body is not filled where `place` says at which byte of the file it is. `size` is that of both in the file.
+    """
+
+    head: bytes
+    body: pa.Buffer
+    size: int
+    place: int | None = None
+
+
+class _Block(NamedTuple):
+    """A place in the index of a file: where a message is, and the sizes of its head and body."""
+
+    start: int
+    head: int
+    body: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.head + self.body
+
+
+def open_stream(name: str, where: str, stream: Any, file: StoredFile | None = None) -> Table:
+    """The table of an Arrow stream; `file` is the stream where that is a local file, in which bodies can stay."""
+
+    def messages() -> Iterator[Message]:
+        yield from _Messages(where, stream, file)
+        if stream.read(1):
+            raise DataError(f"{where}: more data follows the end of the Arrow stream; give one stream a file")
+
+    return _Batches(name, where, messages(), file).table("Arrow IPC stream")
+
+
+def open_pipe(name: str, where: str, pipe: Any) -> Table:
+    """The table of an Arrow file that comes through a pipe, as the stream between its magic and its index."""
+
+    def messages() -> Iterator[Message]:
+        pipe.read(8)
+        found = _Messages(where, pipe)
+        yield from found
+        tail = pipe.read(INDEX_BYTES)
+        if not tail.endswith(MAGIC):
+            raise DataError(f"{where}: truncated: the index at the end of the Arrow file is missing")
+        if not 0 <= len(tail) - 10 - int.from_bytes(tail[-10:-6], "little") < PADDING:
+            raise DataError(f"{where}: more data follows the end of the Arrow file; give one file at a time")
+        listed = ipc.open_file(pa.BufferReader(MAGIC + b"\0\0" + tail)).num_record_batches
+        if listed != found.batches:
+            raise ValueError(f"{found.batches} batches were read, and its index lists {listed}")
+
+    return _Batches(name, where, messages(), None).table("Arrow IPC file")
+
+
+def open_file(name: str, where: str, stream: Any, file: StoredFile | None = None) -> Table:
+    """The table of an Arrow file that can seek, by the index at its end, which must account for every byte."""
+    schema, blocks = _read_index(stream)
+    found = _Messages(where, stream, file if _describe(schema.head[8:]).native else None)
+
+    def messages() -> Iterator[Message]:
+        yield schema
+        for block in blocks:
+            stream.seek(block.start)
+            message = found.next()
+            if message is None or (message.size, message.body.size) != (block.head + block.body, block.body):
+                raise ValueError("its index and its batches do not agree")
+            yield message
+
+    return _Batches(name, where, messages(), file).table("Arrow IPC file")
+
+
+def is_sequential(head: bytes) -> bool:
+    """Whether an Arrow file, of which `head` are the first 12 bytes, is a stream after its magic. Polars' are not."""
+    return head[8:] == CONTINUATION
+
+
+class _Batches:
+    """The batches of messages, in order."""
+
+    def __init__(self, name: str, where: str, messages: Iterator[Message], file: StoredFile | None) -> None:
+        self.name, self.where, self.file = name, where, file
+        self.feed = _Feed(messages)
+        self.reader = ipc.open_stream(self.feed)
+        self.schema = self.reader.schema
+        _ = self.schema.names  # UnicodeDecodeError for one that is not UTF-8
+
+    def table(self, format: str) -> Table:
+        return Table(self.name, self.where, self.schema, self.read, format, self.stored)
+
+    def read(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Yield the batches; the ids of the first column are filled in only where pyarrow had to."""
+        count = rows = 0
+        while True:
+            with reading(f"{self.where}, batch {count}", row=rows):
+                try:
+                    batch = self.reader.read_next_batch()
+                    _refuse_overlap(batch)
+                    self._fill(batch, columns)
+                except StopIteration:
+                    return
+            yield batch
+            count += 1
+            rows += batch.num_rows
+
+    def stored(self, array: pa.Array) -> StoredIds | None:
+        """Where the ids of a column of the last batch, (tokens,) without nulls in mind, are in the file."""
+        place, body, data = self.feed.last.place, self.feed.last.body, array.buffers()[-1]
+        if self.file is None or place is None or data is None or not _is_within(data, body):
+            return None
+        dtype = np.dtype(array.type.to_pandas_dtype())
+        start = place + data.address - body.address + array.offset * dtype.itemsize
+        return StoredIds(self.file, start, dtype, len(array))
+
+    def _fill(self, batch: pa.RecordBatch, columns: Sequence[str]) -> None:
+        """Read into the reserved memory of the last message what the columns have in it."""
+        place, body = self.feed.last.place, self.feed.last.body
+        if self.file is None or place is None:
+            return
+        memory = memoryview(body)
+        for name in columns:
+            buffers = batch.column(name).buffers()
+            if name == columns[0] and token_type(self.schema, name) is not None:
+                buffers.pop()  # the ids
+            for buffer in buffers:
+                if buffer is None or not buffer.size:
+                    continue
+                if _is_within(buffer, body):
+                    start = buffer.address - body.address
+                    self.file.read_at(place + start, memory[start : start + buffer.size])
+                elif batch.num_rows:  # it was made from memory that is not filled
+                    raise ValueError("a buffer is not where it should be")
+
+
+class _Feed:
+    """Messages as a file object for pyarrow's stream reader; `last` is the one that it got last."""
+
+    closed = False
+
+    def __init__(self, messages: Iterator[Message]) -> None:
+        self._messages = messages
+        self._rest: list[pa.Buffer] = []
+        self.last = Message(b"", pa.py_buffer(b""), 0)
+
+    def read_buffer(self, size: int) -> pa.Buffer:
+        while not self._rest:
+            message = next(self._messages, None)
+            if message is None:
+                return pa.py_buffer(b"")
+            self.last = message
+            self._rest = [buffer for buffer in (pa.py_buffer(message.head), message.body) if buffer.size]
+        buffer = self._rest.pop(0)
+        if size < buffer.size:
+            self._rest.insert(0, buffer.slice(size))
+        return buffer.slice(0, size)
+
+    def read(self, size: int) -> bytes:
+        return bytes(self.read_buffer(size))
+
+    def readable(self) -> bool:
+        return True
+
+
+class _Messages:
+    """The messages of a stream up to the marker at its end; `batches` counts those of batches."""
+
+    def __init__(self, where: str, stream: Any, file: StoredFile | None = None) -> None:
+        """`stream` has `read`, short only at the end of the data; it is `file` where bodies of batches can stay."""
+        self.where, self.stream, self.file = where, stream, file
+        self.batches = 0
+
+    def __iter__(self) -> Iterator[Message]:
+        while message := self.next():
+            yield message
+
+    def next(self) -> Message | None:
+        """The next message, None for the end marker. DataError and ValueError where the data ends before it."""
+        prefix = mark = self.stream.read(4)
+        if not mark:
+            raise DataError(
+                f"{self.where}: truncated after {self.batches} batches: the end-of-stream marker is missing"
+            )
+        if mark == CONTINUATION:
+            mark = self.stream.read(4)
+            prefix += mark
+        size = int.from_bytes(mark, "little", signed=True)
+        if len(mark) < 4 or size < 0:
+            raise ValueError("what should be a message is none")
+        if size == 0:
+            return None
+        metadata = _read_whole(self.stream, size)
+        kind, body_size, native = _describe(metadata)
+        if kind == _SCHEMA and not native:
+            self.file = None  # pyarrow turns the bytes of each number, for which it must have them
+        self.batches += kind == _BATCH
+        head, size = CONTINUATION + mark + metadata, len(prefix) + size + body_size
+        if self.file is None or kind != _BATCH or not native or not body_size:
+            return Message(head, pa.py_buffer(_read_whole(self.stream, body_size)), size)
+        place = self.file.tell()
+        if body_size > self.file.size - place:
+            raise ValueError(f"{self.file.size - place} bytes are left of the {body_size} of a batch")
+        self.file.seek(place + body_size)
+        body = mmap.mmap(-1, body_size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+        return Message(head, pa.py_buffer(body), size, place)
+
+
+def _read_whole(stream: Any, size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) < size:
+        raise ValueError(f"{len(data)} bytes are left of the {size} of a message")
+    return data
+
+
+def _read_index(stream: Any) -> tuple[Message, list[_Block]]:
+    """The schema of a file as a message, and the blocks that its index lists: dictionaries, then batches.
+
+    ValueError where the index is missing, or a byte of the file belongs to two of its blocks, or to none.
+    """
+    stream.seek(0, 2)
+    size = stream.tell()
+    stream.seek(max(0, size - 10))
+    tail = stream.read(10)
+    index_size = int.from_bytes(tail[:4], "little", signed=True)
+    if not tail.endswith(MAGIC) or not 0 < index_size <= size - 18:
+        raise ValueError("truncated: the index at the end of the Arrow file is missing")
+    stop = size - 10 - index_size
+    stream.seek(stop)
+    index = _read_whole(stream, index_size)
+    listed = ipc.open_file(pa.BufferReader(MAGIC + b"\0\0" + index + tail))  # which verifies it
+    root = _root(index)
+    blocks = [block for slot in (2, 3) for block in _blocks(index, root, slot)]
+    ordered = sorted(blocks)
+    first = ordered[0].start if ordered else stop
+    if not 8 < first <= stop:
+        raise ValueError("its index lists a batch outside of the file")
+    stream.seek(8)
+    front = _read_whole(stream, first - 8)
+    schema = _front_schema(front)
+    if not listed.schema.equals(ipc.read_schema(pa.py_buffer(schema.head)), check_metadata=True):
+        raise ValueError("the file has two different schemas")
+    for block, following in pairwise([_Block(8, 0, schema.size), *ordered, _Block(stop, 0, 0)]):
+        if not block.stop <= following.start < block.stop + PADDING:
+            raise ValueError("its index has lost a batch, or lists one twice")
+        stream.seek(block.stop)
+        between = _read_whole(stream, following.start - block.stop)
+        if between.strip(b"\0") not in (b"", CONTINUATION if following.start == stop else b""):
+            raise ValueError("its index has lost a batch")
+    return schema, blocks
+
+
+def _front_schema(front: bytes) -> Message:
+    """The schema message of a file, from all that stands between its magic and its first block.
+
+    Polars leaves out the prefix that says how long a message is.
+    """
+    for prefix in (CONTINUATION, b""):
+        start = len(prefix) + 4
+        size = int.from_bytes(front[start - 4 : start], "little", signed=True)
+        if front.startswith(prefix) and size > 0 and 0 <= len(front) - start - size < PADDING:
+            return Message(CONTINUATION + front[start - 4 : start + size], pa.py_buffer(b""), start + size)
+    return Message(CONTINUATION + len(front).to_bytes(4, "little") + front, pa.py_buffer(b""), len(front))
+
+
+# --- the few places of Arrow's flatbuffers that pyarrow does not tell of ---------------------------------------------
+
+
+class _Description(NamedTuple):
+    """Of a message: its kind, the bytes of its body, and whether that has the values as they are in memory."""
+
+    kind: int
+    body: int
+    native: bool
+
+
+def _describe(metadata: bytes) -> _Description:
+    """What the metadata of a message says. ValueError for what points outside of it.
+
+    The rest is verified by pyarrow when it gets the message.
+    """
+    try:
+        root = _root(metadata)
+        kind, header, body = (_field(metadata, root, slot) for slot in (1, 2, 3))
+        found = _Description(
+            metadata[kind] if kind else 0, struct.unpack_from("<q", metadata, body)[0] if body else 0, False
+        )
+        if header and found.kind in (_SCHEMA, _BATCH):
+            table = header + struct.unpack_from("<I", metadata, header)[0]
+            if found.kind == _BATCH:
+                return found._replace(native=_field(metadata, table, 3) is None)  # compression
+            big = _field(metadata, table, 0)  # endianness
+            return found._replace(native=bool(big and metadata[big]) == (sys.byteorder == "big"))
+        return found
+    except (struct.error, IndexError):
+        raise ValueError("what should be a message is none") from None
+
+
+def _root(data: bytes) -> int:
+    return int(struct.unpack_from("<I", data)[0])
+
+
+def _field(data: bytes, table: int, slot: int) -> int | None:
+    """Where in `data` a field of a table is, None where it has its default."""
+    fields = table - struct.unpack_from("<i", data, table)[0]
+    entry = 4 + 2 * slot
+    if entry + 2 > struct.unpack_from("<H", data, fields)[0]:
+        return None
+    offset = struct.unpack_from("<H", data, fields + entry)[0]
+    return table + offset if offset else None
+
+
+def _blocks(index: bytes, root: int, slot: int) -> list[_Block]:
+    """The blocks in a field of a verified index."""
+    field = _field(index, root, slot)
+    if field is None:
+        return []
+    vector = field + struct.unpack_from("<I", index, field)[0]
+    count = struct.unpack_from("<I", index, vector)[0]
+    return [_Block(*struct.unpack_from("<qi4xq", index, vector + 4 + 24 * item)) for item in range(count)]
+
+
+def _is_within(buffer: pa.Buffer, memory: pa.Buffer) -> bool:
+    return 0 <= buffer.address - memory.address <= memory.size - buffer.size
+
+
+def _refuse_overlap(batch: pa.RecordBatch) -> None:
+    """ValueError when two buffers share memory: one of their places in the file is wrong, and Arrow believes it."""
+    places = [
+        (buffer.address, buffer.size)
+        for column in batch.columns
+        for buffer in column.buffers()
+        if buffer is not None and buffer.size
+    ]
+    places.sort()
+    for (address, size), (following, _) in pairwise(places):
+        if address + size > following:
+            raise ValueError("two buffers overlap")

@@ -1,0 +1,132 @@
+"""A local file that another program may shrink or write again: each read is of the file as it was opened, or an error.
+
+Nothing is mapped. A page of a map that the file no longer has ends the process with SIGBUS, whatever was checked
+before; a read past the end is short, and tells.
+"""
+
+import errno
+import io
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longnet_cli.errors import DataError, LongNetError, MemoryLimitError
+
+
+class FileChangedError(DataError):
+    """A file changed while it was read."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.where, self.reason = where, reason
+
+    def at(self, row: int) -> "FileChangedError":
+        """The same error, which also names the first row that is lost."""
+        return FileChangedError(f"{self.where}, row {row}", self.reason)
+
+
+class StoredFile(io.RawIOBase):
+    """A file for reading, by position (`read_at`) or as a raw binary file.
+
+    Size and modification time must be the same after each read as they were when the file was opened. A file that is
+    replaced by a rename is still there for whoever has it open, and no error.
+
+    Raises OSError when it cannot be opened. Reading raises FileChangedError, and DataError when the disk fails.
+    """
+
+    def __init__(self, file: str | Path | int, where: str) -> None:
+        """`file` is a path, or a descriptor that is to be closed with this; `where` is its name in messages."""
+        super().__init__()
+        self.where = where
+        self._handle = -1
+        self._handle = file if isinstance(file, int) else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        found = os.fstat(self._handle)
+        self.size, self._written = found.st_size, found.st_mtime_ns
+        self._position = 0
+
+    def read_at(self, offset: int, out: Any) -> None:
+        """Fill `out`, a contiguous array or memoryview, with the file's bytes from `offset` on."""
+        try:
+            count = os.preadv(self._handle, (out,), offset)
+            missing = out.nbytes - count
+            while missing and count:  # one call reads 2 GB at most
+                offset += count
+                count = os.preadv(self._handle, (memoryview(out).cast("B")[-missing:],), offset)
+                missing -= count
+            found = os.fstat(self._handle)
+        except OSError as error:
+            raise read_error(self.where, error) from error
+        if missing or found.st_mtime_ns != self._written or found.st_size != self.size:
+            size = found.st_size
+            how = f"it had {self.size} bytes and has {size}" if size != self.size else "it was written to"
+            raise FileChangedError(
+                self.where, f"the file changed while it was read ({how}): let its writer end, and start again"
+            )
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill `buffer` from the position on; less only at the end of the file."""
+        out = memoryview(buffer).cast("B")[: max(0, self.size - self._position)]
+        self.read_at(self._position, out)
+        self._position += len(out)
+        return len(out)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Close the file; also done when nothing refers to it any more."""
+        if not self.closed and self._handle >= 0:
+            os.close(self._handle)
+        super().close()
+
+
+class StoredIds:
+    """(tokens,) ids that lie in a file, as a view: a slice reads nothing, `np.asarray` reads all of it."""
+
+    __slots__ = ("_file", "_length", "_offset", "dtype")
+
+    def __init__(self, file: StoredFile, offset: int, dtype: np.dtype, length: int) -> None:
+        self._file, self._offset, self.dtype, self._length = file, offset, dtype, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: slice) -> "StoredIds":
+        start, stop, _ = index.indices(self._length)
+        return StoredIds(self._file, self._offset + start * self.dtype.itemsize, self.dtype, max(0, stop - start))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        ids = np.empty(self._length, self.dtype)
+        self._file.read_at(self._offset, ids)
+        return ids if dtype is None else ids.astype(dtype, copy=False)
+
+
+def read_error(what: str, error: OSError, problem: str = "cannot read") -> LongNetError:
+    """The error of one line for a system call on an input that failed: full memory and full tables are not bad data."""
+    reason = error.strerror or str(error)
+    if error.errno == errno.ENOMEM:
+        return MemoryLimitError(f"{what}: there is no memory to read it ({reason})")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return LongNetError(f"{what}: {reason}: raise the limit (ulimit -n), or read fewer files at a time")
+    return DataError(f"{what}: {problem}: {reason}")
+
+
+def no_place(error: OSError) -> LongNetError:
+    """The error of one line for a temporary file that cannot be written."""
+    return LongNetError(
+        f"{tempfile.gettempdir()}: no place for a document larger than memory: {error.strerror or error}; set TMPDIR"
+    )
