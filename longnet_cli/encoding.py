@@ -34,7 +34,7 @@ from longnet_cli.runtime.device import check_kernel, precision, resolve_dtype
 from longnet_cli.runtime.launch import Ranks
 from longnet_cli.runtime.layerwise import hidden_in_chunks
 from longnet_cli.runtime.ranks import Exchange, even_edges
-from longnet_cli.scoring import batches_by_length, check_length, read_sequence
+from longnet_cli.scoring import NotFiniteError, batches_by_length, check_length, read_sequence
 
 Pool = Literal["mean", "last", "first"]
 EmbeddingDtype = Literal["float32", "float16"]
@@ -77,7 +77,8 @@ def encode(
     `device` moves the model there; None leaves it where it is. `model_name` and `tokenizer_sha256` go into the schema's
     metadata. `on_progress` gets the number of tokens that each forward has encoded. Raises ConfigError for a model
     without a vocabulary; the reader, DataError for an empty document, ConfigError for one with more tokens than the
-    model has positions, MemoryLimitError for hidden states that do not fit.
+    model has positions, MemoryLimitError for hidden states that do not fit, NotFiniteError for a vector with NaN or an
+    infinity.
     """
     for name, value in (("span", span), ("chunk", chunk)):
         if value is not None and value < 1:
@@ -407,7 +408,16 @@ def _record_batch(schema: pa.Schema, rows: Sequence[_Row], normalize: bool) -> p
     if normalize:
         vectors = F.normalize(vectors, dim=-1)
     kind = schema.field("embedding").type
-    values = pa.array(vectors.cpu().numpy().astype(kind.value_type.to_pandas_dtype()).reshape(-1))
+    with np.errstate(over="ignore"):  # told of below
+        numbers = vectors.cpu().numpy().astype(kind.value_type.to_pandas_dtype())
+    finite = np.isfinite(numbers).all(axis=1)
+    if not finite.all():
+        row = rows[int(np.argmin(finite))]
+        raise NotFiniteError(
+            f"{row.document.where}: document {row.document.doc_id!r}: the vector of tokens {row.start} to "
+            f"{row.end - 1} is not finite: take --dtype bf16 or fp32, and --embedding-dtype float32"
+        )
+    values = pa.array(numbers.reshape(-1))
     return pa.record_batch(
         [
             pa.array([row.document.doc_id for row in rows], pa.string()),

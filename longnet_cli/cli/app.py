@@ -15,6 +15,7 @@ import typer
 
 from longnet_cli import __version__
 from longnet_cli.cli.bench import bench
+from longnet_cli.cli.command import Command
 from longnet_cli.cli.data import data
 from longnet_cli.cli.encode import encode
 from longnet_cli.cli.plot import plot
@@ -40,7 +41,7 @@ app = typer.Typer(
     epilog=EPILOG,
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.add_typer(data)
 
 
@@ -71,6 +72,7 @@ def run(app: typer.Typer) -> NoReturn:
     by LONGNET_TRACEBACK=1.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    _hold_standard_handles()
     try:
         _invoke(app)
         code = 0
@@ -97,6 +99,18 @@ def _invoke(app: typer.Typer) -> None:
     # A full disk or a closed pipe often shows only here: at interpreter shutdown nobody could turn it into a line.
     if sys.stdout and not sys.stdout.closed:
         sys.stdout.flush()
+
+
+def _hold_standard_handles() -> None:
+    """Open /dev/null in place of a closed stdin, stdout or stderr, for Python's own objects stay None.
+
+    Otherwise the next file that is opened would get its number, and what a library writes to stderr.
+    """
+    for handle in (0, 1, 2):
+        try:
+            os.fstat(handle)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any, Literal
 
@@ -21,12 +22,13 @@ from longnet_cli.cli.options import (
     NprocOption,
     QuietOption,
     SegmentLengthsOption,
+    TokenizerDiffersOption,
     TokenizerOption,
     read_pattern,
     size_option,
 )
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.score import load_model, start_ranks
+from longnet_cli.cli.score import load_model, refuse_overwriting, start_ranks
 from longnet_cli.errors import ConfigError
 
 
@@ -38,7 +40,8 @@ def encode(
             "--output",
             "-o",
             metavar="PATH",
-            help="A new folder for shards, one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout.",
+            help="A new folder for shards, one .arrow, .parquet or .jsonl file (which is replaced when the new one is "
+            "whole), or - for an Arrow stream on stdout.",
         ),
     ] = "-",
     model: ModelOption = DEFAULT_MODEL,
@@ -79,6 +82,7 @@ def encode(
         typer.Option("--resume", help="Go on where an earlier run with the same inputs and options left the folder."),
     ] = False,
     tokenizer: TokenizerOption = None,
+    tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
     eos: EosOption = None,
     attention: AttentionOption = "dilated",
@@ -95,6 +99,9 @@ def encode(
     """
     if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
+    refuse_overwriting("-o", [output], inputs, model, tokenizer)
+    if spill and not os.path.isdir(spill):
+        raise ConfigError(f"--spill {spill}: no such folder")
     start_ranks(nproc, inputs, model)
     from longnet_cli.data.inputs import fingerprint
     from longnet_cli.data.shards import run_to_resume
@@ -108,9 +115,8 @@ def encode(
         raise ConfigError(f"{output}: --shard-rows is for a folder of shards: a single file or stream has no parts")
     earlier = run_to_resume(output, resume=resume) if in_folder else None
 
-    net, words, bos = load_model(
-        model, tokenizer, device, dtype, attention, read_pattern(segment_lengths, dilation_rates), quiet
-    )
+    pattern = read_pattern(segment_lengths, dilation_rates)
+    net, words, bos = load_model(model, tokenizer, tokenizer_differs, device, dtype, attention, pattern, quiet)
     from longnet_cli.encoding import SHARD_ROWS, encode_to_folder
     from longnet_cli.encoding import encode as run
     from longnet_cli.runtime.launch import join, leave

@@ -24,6 +24,7 @@ from longnet_cli.cli.options import (
     NprocOption,
     QuietOption,
     SegmentLengthsOption,
+    TokenizerDiffersOption,
     TokenizerOption,
     read_pattern,
     size_option,
@@ -87,11 +88,13 @@ def score(
         typer.Option(
             "--token-logprobs",
             metavar="PATH",
-            help="Also write the log-probability of every token, in nats: NAME.arrow or NAME.parquet.",
+            help="Also write the log-probability of every token, in nats: NAME.arrow or NAME.parquet, which is "
+            "replaced when the new one is whole.",
         ),
     ] = None,
     chunk: ChunkOption = None,
     tokenizer: TokenizerOption = None,
+    tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
     eos: EosOption = None,
     format: Annotated[
@@ -109,16 +112,18 @@ def score(
 
     Every token is scored once. Across tokenizers, compare bpb, not ppl. A long document takes a LongNet no more memory.
     """
-    start_ranks(nproc, inputs, model)
-    from longnet_cli.data.sources import read_documents
     from longnet_cli.errors import ConfigError
-    from longnet_cli.measures import Total
 
     if token_logprobs == "-":
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
-    net, words, bos = load_model(
-        model, tokenizer, device, dtype, attention, read_pattern(segment_lengths, dilation_rates), quiet
-    )
+    if token_logprobs:
+        refuse_overwriting("--token-logprobs", [token_logprobs], inputs, model, tokenizer)
+    start_ranks(nproc, inputs, model)
+    from longnet_cli.data.sources import read_documents
+    from longnet_cli.measures import Total
+
+    pattern = read_pattern(segment_lengths, dilation_rates)
+    net, words, bos = load_model(model, tokenizer, tokenizer_differs, device, dtype, attention, pattern, quiet)
     from longnet_cli.runtime.launch import join, leave
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
@@ -152,6 +157,19 @@ def score(
     leave()
 
 
+def refuse_overwriting(
+    option: str, outputs: Sequence[str], inputs: Sequence[str], model: str, tokenizer: str | None
+) -> None:
+    """Raise ConfigError for an output that is an input, or a file of the model or the tokenizer."""
+    from longnet_cli.data import overwriting
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.presets import find_model
+
+    overwriting.refuse_overwriting(
+        option, outputs, inputs, [find_model(model), Tokenizer.find(tokenizer) if tokenizer else None]
+    )
+
+
 def start_ranks(nproc: int | None, inputs: list[str], model: str) -> None:
     """What --nproc asks for; several processes cannot share one stdin, nor a model of transformers."""
     if nproc is None and "RANK" not in os.environ:
@@ -180,6 +198,7 @@ class Loaded(NamedTuple):
 def load_model(
     name: str,
     tokenizer: str | None,
+    tokenizer_differs: bool,
     device: str,
     dtype: str,
     attention: Literal["dilated", "dense"] = "dilated",
@@ -189,17 +208,15 @@ def load_model(
     """The model that --model names, in float32 on --device, and --tokenizer or else its own.
 
     Says on stderr, unless `quiet`, what the user should know of how it reads documents.
-    Raises ConfigError for a tokenizer with ids that the model does not have, a model that reads no tokens, or an
-    attention kernel that cannot run in `dtype`.
+    Raises ConfigError for a tokenizer that is not the model's, unless `tokenizer_differs`, or has ids that the
+    model does not have, a model that reads no tokens, or an attention kernel that cannot run in `dtype`.
     """
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.errors import ConfigError
     from longnet_cli.presets import find_model, is_of_transformers
 
     folder = find_model(name)
-    own = folder / "tokenizer.json"
-    chosen = tokenizer or (own if own.exists() else None)
-    words = Tokenizer.load(chosen) if chosen else None
+    words = Tokenizer.of_model(folder, tokenizer, differs=tokenizer_differs)
 
     # torch takes a second: a wrong name has been told by now
     from longnet_cli.integrations.loading import load_net
@@ -212,8 +229,8 @@ def load_model(
         raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
     if words and words.vocab_size > net.config.vocab_size:
         raise ConfigError(
-            f"{chosen}: the tokenizer has {words.vocab_size} ids and the model {net.config.vocab_size}: "
-            "they do not belong together"
+            f"{tokenizer or folder / 'tokenizer.json'}: the tokenizer has {words.vocab_size} ids and the model "
+            f"{net.config.vocab_size}: they do not belong together"
         )
     if net.note and not quiet and sys.stderr:
         print(f"{name}: {net.note}", file=sys.stderr)

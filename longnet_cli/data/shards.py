@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
+from longnet_cli.configuration import parse, read_text
 from longnet_cli.data.sinks import ShardWriter, sync_folder, write_file, writing
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 
@@ -69,7 +70,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     for name in (UNFINISHED, FINISHED):
         path = Path(folder, name)
         try:
-            content = json.loads(path.read_bytes())
+            content = parse(read_text(path))
             if content["version"] != MANIFEST_VERSION:
                 raise DataError(f"{path}: version {content['version']} of the manifest is not known to this longnet")
             return Manifest(content["settings"], name == FINISHED, content["shards"])
