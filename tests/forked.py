@@ -97,7 +97,8 @@ def _run(args: list[str], cwd: str, out: str, err: str, closed: list[int]) -> No
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC if handle else os.O_RDONLY)
             os.dup2(file, handle)
             os.close(file)
-        streams = [open(handle, "w" if handle else "r", closefd=False) for handle in range(3)]  # noqa: SIM115
+        errors = (None, None, "backslashreplace")  # as Python opens its own
+        streams = [open(n, "w" if n else "r", closefd=False, errors=errors[n]) for n in range(3)]  # noqa: SIM115
         for handle in closed:
             os.close(handle)
             streams[handle] = None
