@@ -108,7 +108,8 @@ def test_numbers_that_are_not_finite_name_document_and_token(tmp_path: Path, chu
         NotFiniteError, match=r"z\.txt: document 'z.txt': the log-probability of token \d+ is not finite"
     ):
         list(score(net, documents(), bos=bos, chunk=chunk))
-    with pytest.raises(NotFiniteError, match=r"document 'z.txt': the vector of tokens 20 to 24 is not finite"):
+    # the segment of 16 tokens with the z in it: what attention masks is multiplied by 0, and 0 times NaN is NaN
+    with pytest.raises(NotFiniteError, match=r"document 'z.txt': the vector of tokens 15 to 19 is not finite"):
         encode(net, documents(), bos=bos, chunk=chunk, span=5).read_all()
     reader = encode(small(), documents(), bos=bos, chunk=chunk, span=5)
     assert np.isfinite(reader.read_all()["embedding"].combine_chunks().flatten()).all()
