@@ -18,11 +18,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+CPU_SECONDS = 10  # that a run may use: a hang, if it is not one that waits, however busy the machine is
 MEMORY = 12 << 30  # bytes of addresses that a run may have: what asks for more fails, instead of filling the machine
 
 
 class Done(NamedTuple):
-    """`code` is None where the run was killed for taking longer than it may, negative where a signal ended it."""
+    """`code` is None where the run was killed for taking longer than it may, negative where a signal ended it.
+
+    -SIGXCPU is that of one that used more than CPU_SECONDS.
+    """
 
     code: int | None
     stdout: str
@@ -47,7 +51,7 @@ class Forked:
         with self.server:
             self.server.stdin.close()
 
-    def run(self, args: list[str], cwd: Path, *, seconds: float = 10, closed: tuple[int, ...] = ()) -> Done:
+    def run(self, args: list[str], cwd: Path, *, seconds: float = 60, closed: tuple[int, ...] = ()) -> Done:
         """Run the command in a folder, stdin empty, with some of the handles 0, 1 and 2 `closed`."""
         job = [args, str(cwd), str(self.out), str(self.err), seconds, closed]
         self.server.stdin.write(json.dumps(job) + "\n")
@@ -93,6 +97,7 @@ def _run(args: list[str], cwd: str, out: str, err: str, closed: list[int]) -> No
         os.setpgid(0, 0)
         os.chdir(cwd)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
         for handle, path in enumerate((os.devnull, out, err)):
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC if handle else os.O_RDONLY)
             os.dup2(file, handle)

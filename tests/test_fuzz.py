@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,7 @@ def prepare(folder: Path, kind: str, case: Any) -> list[str]:
 
 def complaint(done: Done) -> str | None:
     """What is wrong with how a command ended, whatever it was asked; None for nothing."""
-    if done.code is None:
+    if done.code in (None, -signal.SIGXCPU):
         return "hangs"
     if done.code not in CODES:
         return "an exit code that is not documented"
