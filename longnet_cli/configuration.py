@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+import json
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from longnet_cli.errors import ConfigError
+from longnet_cli.sizes import MAX_SIZE
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class Table(BaseModel):
+    """A table of keys and values that a person wrote. It cannot be changed once it is checked.
+
+    Unknown keys are errors, and so are inf and nan, which JSON does not have, `true` where a number is due (Python
+    would take it for 1), numbers that an int64 cannot hold, and empty strings (in a script, a variable that is not
+    set).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _mean_what_they_say(cls, value: Any, info: ValidationInfo) -> Any:
+        switch = cls.model_fields[info.field_name or ""].annotation is bool
+        for item in _items(value):
+            if isinstance(item, bool) and not switch:
+                raise ValueError(f"{str(item).lower()} is not a number or a name")
+            if item == "":
+                raise ValueError("it is empty")
+            if isinstance(item, str) and not _is_text(item):
+                raise ValueError("it has a character that no file name or text has")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _fit(cls, value: Any) -> Any:
+        if any(isinstance(item, int) and abs(item) > MAX_SIZE for item in _items(value)):
+            raise ValueError("a number is out of range: it must be less than 2^63")
+        return value
 
 
 def validate(cls: type[ModelT], data: Mapping[str, Any], where: str) -> ModelT:
@@ -27,9 +63,54 @@ def validate(cls: type[ModelT], data: Mapping[str, Any], where: str) -> ModelT:
         raise ConfigError(f"{where}: {'; '.join(_lines(cls, error))}") from None
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises OSError, also for a pipe or a device, which might never end or even open; ValueError for other bytes.
+    """
+    path = Path(path)
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):  # reading a folder says it better
+        raise OSError(0, "a pipe or a device, not a file: save it to a file", str(path))
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+
+
+def parse(text: str, parser: Callable[..., Any] = json.loads, **options: Any) -> Any:
+    """What a JSON (or with `tomllib.loads` a TOML) text says; ValueError for one that does not, or nests too deeply."""
+    try:
+        return parser(text, **options)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+
+
+def digest(data: Any) -> str:
+    """SHA-256, in hex, of JSON data with sorted keys and no spaces: equal for files that say the same."""
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The one of `names` that `name` most likely stands for, None where nothing is close."""
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), None)
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """The values in a value: those of a list, or itself. Tables are checked by their own classes."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _items(item)
+    elif not isinstance(value, Mapping):
+        yield value
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string has no NUL and no half of a surrogate pair, which JSON can spell."""
+    try:
+        return bool(value.encode("utf-8", "surrogateescape")) and "\0" not in value
+    except UnicodeEncodeError:
+        return False
 
 
 def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:

@@ -30,6 +30,7 @@ from longnet_cli.runtime.chunks import default_chunk
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reading import AfterBos, Piece, Reader, Window, check_length
+from longnet_cli.scoring import NotFiniteError
 
 Pool = Literal["mean", "last", "first"]
 EmbeddingDtype = Literal["float32", "float16"]
@@ -100,7 +101,8 @@ def encode(
     documents, and every rank gets all rows.
 
     Raises ConfigError for a model without a vocabulary; the reader raises DataError for an empty document, ConfigError
-    for one with more tokens than the model has positions, MemoryLimitError for hidden states that do not fit.
+    for one with more tokens than the model has positions, MemoryLimitError for hidden states that do not fit,
+    NotFiniteError for a vector with NaN or an infinity.
     """
     if not model.config.vocab_size:
         raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
@@ -281,7 +283,16 @@ def _record_batch(schema: pa.Schema, rows: Sequence[_Row], normalize: bool) -> p
     if normalize:
         vectors = F.normalize(vectors, dim=-1)
     kind = schema.field("embedding").type
-    values = pa.array(vectors.cpu().numpy().astype(kind.value_type.to_pandas_dtype()).reshape(-1))
+    with np.errstate(over="ignore"):  # told of below
+        numbers = vectors.cpu().numpy().astype(kind.value_type.to_pandas_dtype())
+    finite = np.isfinite(numbers).all(axis=1)
+    if not finite.all():
+        row = rows[int(np.argmin(finite))]
+        raise NotFiniteError(
+            f"{row.document.where}: document {row.document.doc_id!r}: the vector of tokens {row.start} to "
+            f"{row.end - 1} is not finite: take --dtype bf16 or fp32, and --embedding-dtype float32"
+        )
+    values = pa.array(numbers.reshape(-1))
     return pa.record_batch(
         [
             pa.array([row.document.doc_id for row in rows], pa.string()),

@@ -6,7 +6,6 @@ Loads no torch, and matplotlib only for a picture.
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longnet_cli.configuration import parse, read_text
 from longnet_cli.data.sinks import write_file
 from longnet_cli.errors import ConfigError, DataError, LongNetError, refuse_web_address
 
@@ -53,6 +53,11 @@ class Panel(NamedTuple):
     curves: list[Curve]
 
 
+def metrics_file(path: str | Path) -> Path:
+    """The metrics.jsonl of a run that its folder names, or this file itself."""
+    return Path(path, "metrics.jsonl") if Path(path).is_dir() else Path(path)
+
+
 def read_run(path: str | Path) -> Run:
     """A run from its folder, or from its metrics.jsonl.
 
@@ -61,25 +66,24 @@ def read_run(path: str | Path) -> Run:
     its file and row.
     """
     refuse_web_address(str(path))
-    path = Path(path)
-    file = path / "metrics.jsonl" if path.is_dir() else path
+    path, file = Path(path), metrics_file(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}; expected the folder of a training run") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{file}: not metrics of a training run: not UTF-8") from None
+    except ValueError as error:
+        raise DataError(f"{file}: not metrics of a training run: {error}") from None
     lines: list[dict[str, Any]] = []
     rows = text.split("\n")
     for row, line in enumerate(rows, 1):
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
+            found = parse(line)
+        except ValueError as error:
             if row == len(rows):
                 break
-            raise DataError(f"{file}: row {row}: not JSON: {error.msg}") from None
+            raise DataError(f"{file}: row {row}: not JSON: {getattr(error, 'msg', error)}") from None
         step = found.get("step") if isinstance(found, dict) else None
         if not isinstance(step, int) or isinstance(step, bool):
             raise DataError(f"{file}: row {row}: not a line of metrics: it has no whole number 'step'")

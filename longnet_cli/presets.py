@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
-from longnet_cli.configuration import nearest
+from longnet_cli.configuration import nearest, parse, read_text
 from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
 
 MODEL_FILES = ("config.json", "model.safetensors")
 SHARDED = "model.safetensors.index.json"  # what transformers writes beside the shards of a large model
 PICKLED = "pytorch_model*.bin*"
+
+# Keys of model.safetensors' metadata: digests of what is saved together. Other tools drop them when they save.
+TENSORS_SHA256, CONFIG_SHA256 = "longnet.tensors_sha256", "longnet.config_sha256"
+TOKENIZER_SHA256 = "longnet.tokenizer_sha256"
 
 
 def preset_dir() -> Path:
@@ -38,10 +41,24 @@ def find_model(name_or_path: str) -> Path:
     return _complete(Path(name_or_path))
 
 
+def model_metadata(folder: Path) -> dict[str, str]:
+    """What the header of a model's model.safetensors says besides its tensors; nothing where it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / "model.safetensors"
+    try:
+        if not path.is_file():
+            return {}
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):  # loading the weights will say it
+        return {}
+
+
 def is_of_transformers(folder: Path) -> bool:
     """Whether a model's config.json is one of Hugging Face transformers; False where it cannot be read."""
     try:
-        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        data = parse(read_text(folder / "config.json"))
     except (OSError, ValueError):
         return False
     return isinstance(data, dict) and ("model_type" in data or "architectures" in data)
@@ -66,6 +83,9 @@ def _unknown(name: str) -> str:
 def _complete(folder: Path) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; expected a model")
+    for path in map(folder.joinpath, MODEL_FILES):
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: not a file: a folder, a pipe or a device")
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if (folder / SHARDED).is_file() and is_of_transformers(folder):
         missing = []

@@ -19,7 +19,7 @@ import torch
 
 from longnet_cli.data.sinks import ShardWriter
 from longnet_cli.data.sources import Document
-from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.errors import ConfigError, DataError, LongNetError
 from longnet_cli.measures import ByPosition, DocumentScore, Score
 from longnet_cli.model.net import Net
 from longnet_cli.runtime.device import precision
@@ -29,7 +29,12 @@ from longnet_cli.runtime.reading import AfterBos, Piece, Reader, Window, check_l
 # Called with (document, start, ids, log-probabilities): those of its tokens [start, start + n), (n,) int64 and float32
 OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
 
+ADVICE = "the model's weights are too large for its numbers, or damaged"
 LOGPROB_BATCH = 1 << 18  # tokens of a record batch of log-probabilities
+
+
+class NotFiniteError(LongNetError):
+    """The net computed NaN or an infinity; the message names the document and the token. Exit code 1."""
 
 
 def score(
@@ -70,7 +75,8 @@ def score(
     An empty document scores 0 tokens. `device` moves the model there; None leaves it where it is. `on_tokens` gets the
     log-probabilities of all tokens in order. `on_progress` gets the number of tokens that each forward has scored.
     Raises ConfigError for a model that cannot score, options that contradict each other and a document with more tokens
-    than the model has positions, DataError at the end when no document had a token to score.
+    than the model has positions, DataError at the end when no document had a token to score, NotFiniteError for a
+    log-probability that is NaN or infinite.
     """
     if not model.config.causal:
         raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
@@ -272,12 +278,19 @@ class _Scorer:
 
     def _add(self, piece: Piece[_Window], nll: np.ndarray) -> None:
         tally = piece.window.tally
+        first = piece.start + 1 - AfterBos(tally.document, self.bos).first
+        if not np.isfinite(nll).all():
+            token = first + int(np.argmin(np.isfinite(nll)))
+            advice = "--dtype fp16 overflows, take bf16 or fp32" if self.reader.dtype == "fp16" else ADVICE
+            raise NotFiniteError(
+                f"{tally.document.where}: document {tally.document.doc_id!r}: the log-probability of token {token} is "
+                f"not finite: {advice}"
+            )
         tally.nll_sum += float(nll.sum(dtype=np.float64))
         tally.n_tokens += len(nll)
         if tally.by_position:
             tally.by_position.add(piece.start - piece.window.start, nll)
         if self.on_tokens and len(nll):
-            first = piece.start + 1 - AfterBos(tally.document, self.bos).first
             self.on_tokens(tally.document, first, self._targets(piece), -nll)
 
     @staticmethod

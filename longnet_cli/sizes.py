@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 _SIZE = re.compile(r"(\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:e\+?(\d{1,2}))?(?:([kmgt])(i?))?", re.ASCII | re.IGNORECASE)
-_MAX_SIZE = 2**63 - 1  # what an int64 position can hold
+MAX_SIZE = 2**63 - 1  # what an int64 position can hold
 _SIZE_EXAMPLES = "write 1000000, 1_000_000, 1e6, 1M (10^6) or 64Ki (64 x 1024)"
 
 
@@ -28,7 +28,7 @@ def parse_size(text: str | int) -> int:
     size = Fraction(number.replace("_", "")) * 10 ** int(exponent or 0) * (1024 if binary else 1000) ** power
     if size.denominator != 1:
         raise ValueError(f"'{written}' is not a whole number")
-    if not 1 <= size <= _MAX_SIZE:
+    if not 1 <= size <= MAX_SIZE:
         raise ValueError(f"'{written}' is out of range: a size is at least 1 and less than 2^63")
     return int(size)
 

@@ -91,10 +91,10 @@ def tokenize(
                 schema, SMALL_BATCH_BYTES if small else BATCH_BYTES, lambda batch, **counts: writer.write(batch)
             )
             _run(texts, words, rows, eos=eos, prompt=to_stdout, on_progress=on_progress)
-        named = str(output).endswith(OUTPUT_SUFFIXES)  # nothing can stand beside a device or a named pipe
-        if named:
-            words.save(Path(output).with_suffix(".tokenizer.json"))
-        return _result(rows.totals, [Path(output)] if named else [], words)
+        beside = tokenizer_beside(output)
+        if beside:
+            words.save(beside)
+        return _result(rows.totals, [Path(output)] if beside else [], words)
     settings = {
         "inputs": fingerprint(inputs),
         "column": column,
@@ -109,6 +109,11 @@ def tokenize(
             rows = _Rows(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
             _run(islice(texts, folder.documents, None), words, rows, eos=eos, on_progress=on_progress)
     return _result(folder.totals, folder.paths, words)
+
+
+def tokenizer_beside(output: str | Path) -> Path | None:
+    """Where the tokenizer of one file is written; nothing can stand beside a stream, a device or a named pipe."""
+    return Path(output).with_suffix(".tokenizer.json") if str(output).endswith(OUTPUT_SUFFIXES) else None
 
 
 def text_bytes(inputs: Sequence[str | Path]) -> int | None:

@@ -269,6 +269,8 @@ def test_encode_does_not_write_to_a_terminal(command_env: dict[str, str], tmp_pa
 
 def test_failures_are_one_line_and_their_exit_code(run_all: RunAll, model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     pq.write_table(pa.table({"input_ids": [[1, 2], [3, 300]]}), tmp_path / "ids.parquet")
     pq.write_table(pa.table({"text": ["full", ""]}), tmp_path / "hole.parquet")
@@ -283,12 +285,17 @@ def test_failures_are_one_line_and_their_exit_code(run_all: RunAll, model: Path,
         (3, [*encode, "hole.parquet"], "row 1: document 'hole.parquet:1' is empty"),
         (2, ["encode", "hole.parquet", "-o", "out.arrow", "--model", "no-such-model"], "unknown model 'no-such-model'"),
         (2, [*encode, "hole.parquet", "--resume"], "out.arrow: only a folder of shards can be resumed"),
-        (2, ["encode", "hole.parquet", "-o", "."], ". exists and is not an empty folder"),
+        (2, ["encode", "hole.parquet", "-o", "taken"], "taken exists and is not an empty folder"),
         (2, [*score, "hole.parquet", "--column", "body"], "there is no column 'body'; its columns are text: string"),
-        (2, [*score, "hole.parquet", "--tokenizer", "large.json"], "the tokenizer has 265 ids and the model 257"),
+        (2, [*score, "hole.parquet", "--tokenizer", "large.json"], "large.json: not the tokenizer of the model"),
+        (
+            2,
+            [*score, "hole.parquet", "--tokenizer", "large.json", "--tokenizer-differs"],
+            "the tokenizer has 265 ids and the model 257",
+        ),
         (2, [*train, "hole.parquet"], "hole.parquet is a file, and -o names the folder of a run"),
         (2, [*train, "hole.parquet/run"], "hole.parquet is a file, and -o names the folder of a run"),
-        (2, [*train, ""], "-o is empty"),
+        (2, [*train, ""], "--output is empty"),
         (2, ["train", "no-such-recipe"], "no recipe 'no-such-recipe'. Shipped recipes: "),
         (2, ["train", "-o", "run"], "there is no run in run"),
     ]

@@ -60,6 +60,58 @@ def test_saving_replaces_and_leaves_no_temporary_file(tmp_path: Path, monkeypatc
         first.save_pretrained(tmp_path / "file" / "model")
 
 
+def test_equal_models_are_equal_files(tmp_path: Path) -> None:
+    net = LongNet(small())
+    for number in range(8):  # safetensors would put four keys of metadata in a random order
+        net.save_pretrained(tmp_path / str(number), tokenizer_json='{"version": "1.0"}')
+    assert len({(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(8)}) == 1
+
+
+def flip(folder: Path, name: str, place: int, bit: int = 1) -> None:
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[place] ^= bit
+    path.write_bytes(data)
+
+
+def test_no_flipped_byte_changes_the_weights_without_a_word(tmp_path: Path) -> None:
+    LongNet(small()).save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in range(start, len(whole), 97):
+        flip(tmp_path, "model.safetensors", place)
+        with pytest.raises(CheckpointError, match=r"the digest of its tensors|NaN or infinite"):
+            load_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").write_bytes(whole)
+    flip(tmp_path, "model.safetensors", start)
+    load_pretrained(tmp_path, verify=False)
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")  # which drops the digests
+    load_pretrained(tmp_path)
+
+
+def test_a_changed_configuration_is_told_unless_it_only_looks_different(tmp_path: Path) -> None:
+    LongNet(small()).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(data.items()))))
+    load_pretrained(tmp_path)
+    path.write_text(json.dumps(data | {"segment_lengths": [4, 16]}))
+    with pytest.raises(CheckpointError, match=r"config\.json: not what the weights were saved with"):
+        load_pretrained(tmp_path)
+    load_pretrained(tmp_path, verify=False).save_pretrained(tmp_path)
+    load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    net = LongNet(small())
+    with torch.no_grad():
+        net.layers[1].ffn.fc1.weight[3, 4] = value
+    net.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.ffn\.fc1\.weight has numbers that are NaN or infinite"):
+        load_pretrained(tmp_path)
+
+
 def damage(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -67,6 +119,11 @@ def damage(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], No
         save_file(tensors, folder / "model.safetensors")
 
     return apply
+
+
+def enlarge(folder: Path, **sizes: int) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(data | sizes))
 
 
 def truncate(folder: Path) -> None:
@@ -85,6 +142,14 @@ def truncate(folder: Path) -> None:
         (truncate, "damaged"),
         (damage(lambda t: t.pop("layers.1.ffn.fc1.bias")), "missing tensor layers.1.ffn.fc1.bias"),
         (damage(lambda t: [t.pop(k) for k in list(t) if "ffn" in k]), "and 13 more"),
+        (
+            damage(lambda t: t.update({"embedding.weight": t["embedding.weight"].int()})),
+            "embedding.weight is of type I32",
+        ),
+        (damage(lambda t: t.update({"embedding.weight": t["embedding.weight"].bool()})), "is of type BOOL"),
+        (damage(lambda t: t.update({"embedding.weight": t["embedding.weight"] + 1j})), "is of type C64"),
+        (lambda folder: enlarge(folder, num_layers=10**5), "it has 2 layers, its configuration needs 100000"),
+        (lambda folder: enlarge(folder, dim=2**40), "its configuration needs"),
         (damage(lambda t: t.update(extra=torch.zeros(1))), "unexpected tensor extra"),
         (damage(lambda t: t.update({"embedding.weight": torch.zeros(9, 16)})), "embedding.weight has shape (9, 16)"),
     ],

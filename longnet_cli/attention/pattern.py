@@ -25,6 +25,8 @@ from typing import Literal, NamedTuple
 HeadOffsets = Literal["modulo", "grouped"]
 Padding = Literal["exact", "zero_key"]
 
+MAX_LEVELS = 64  # more than any doubling of an int64; every layer computes every level
+
 BACKWARD_FLOPS = 2.5  # of the forward's: five matrix products to its two
 
 
@@ -58,6 +60,8 @@ class Pattern:
                 "segment_lengths and dilation_rates need one entry a level, "
                 f"got {len(self.segment_lengths)} and {len(self.dilation_rates)}"
             )
+        if len(self.segment_lengths) > MAX_LEVELS:
+            raise ValueError(f"a pattern has at most {MAX_LEVELS} levels, got {len(self.segment_lengths)}")
         if min(self.segment_lengths) < 1 or min(self.dilation_rates) < 1:
             raise ValueError(f"segment lengths and dilation rates must be at least 1, got {self}")
         if self.head_offsets not in ("modulo", "grouped"):

@@ -16,6 +16,7 @@ import typer
 
 from longnet_cli import __version__
 from longnet_cli.cli.bench import bench
+from longnet_cli.cli.command import Command
 from longnet_cli.cli.data import data
 from longnet_cli.cli.encode import encode
 from longnet_cli.cli.output import printable
@@ -46,7 +47,7 @@ app = typer.Typer(
     epilog=EPILOG,
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.add_typer(data)
 
 
@@ -81,6 +82,7 @@ def run(app: typer.Typer) -> NoReturn:
         # A locale that is not set says ASCII, and means nothing: names and text are UTF-8, as in Python's UTF-8 mode.
         if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name == "ascii":
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    _hold_standard_handles()
     try:
         if started_by_torchrun():
             from longnet_cli.runtime.watch import die_with_parent
@@ -113,6 +115,18 @@ def _invoke(app: typer.Typer) -> None:
     # A full disk or a closed pipe often shows only here: at interpreter shutdown nobody could turn it into a line.
     if sys.stdout and not sys.stdout.closed:
         sys.stdout.flush()
+
+
+def _hold_standard_handles() -> None:
+    """Open /dev/null in place of a closed stdin, stdout or stderr, for Python's own objects stay None.
+
+    Otherwise the next file that is opened would get its number, and what a library writes to stderr.
+    """
+    for handle in (0, 1, 2):
+        try:
+            os.fstat(handle)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _explain(error: BaseException) -> int:

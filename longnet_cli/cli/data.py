@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from longnet_cli.cli.command import Command
 from longnet_cli.cli.options import ColumnOption, EosOption, Inputs, QuietOption
 from longnet_cli.cli.output import emit_json, printable
 from longnet_cli.cli.progress import progress
@@ -25,7 +26,7 @@ def group() -> None:
     """Look at data before a model does."""
 
 
-@data.command()
+@data.command(cls=Command)
 def inspect(
     inputs: Inputs,
     tokenizer: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import nullcontext
 from typing import Annotated, Any, Literal
@@ -23,12 +24,13 @@ from longnet_cli.cli.options import (
     NprocOption,
     QuietOption,
     SegmentLengthsOption,
+    TokenizerDiffersOption,
     TokenizerOption,
     read_pattern,
     size_option,
 )
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.score import load_model
+from longnet_cli.cli.score import load_model, refuse_overwriting
 from longnet_cli.errors import ConfigError
 
 
@@ -40,7 +42,8 @@ def encode(
             "--output",
             "-o",
             metavar="PATH",
-            help="A new folder for shards, one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout.",
+            help="A new folder for shards, one .arrow, .parquet or .jsonl file (which is replaced when the new one is "
+            "whole), or - for an Arrow stream on stdout.",
         ),
     ] = "-",
     model: ModelOption = DEFAULT_MODEL,
@@ -81,6 +84,7 @@ def encode(
         typer.Option("--resume", help="Go on where an earlier run with the same inputs and options left the folder."),
     ] = False,
     tokenizer: TokenizerOption = None,
+    tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
     eos: EosOption = None,
     attention: AttentionOption = "dilated",
@@ -97,6 +101,9 @@ def encode(
     """
     if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
+    refuse_overwriting("-o", [output], inputs, model, tokenizer)
+    if spill and not os.path.isdir(spill):
+        raise ConfigError(f"--spill {spill}: no such folder")
     launch(nproc, inputs, model)
     from longnet_cli.data.inputs import fingerprint
     from longnet_cli.data.shards import run_to_resume
@@ -114,9 +121,8 @@ def encode(
 
     ranks, where = join(device)
     quiet = quiet or not ranks.first
-    net, words, bos = load_model(
-        model, tokenizer, where, dtype, attention, read_pattern(segment_lengths, dilation_rates), quiet
-    )
+    pattern = read_pattern(segment_lengths, dilation_rates)
+    net, words, bos = load_model(model, tokenizer, tokenizer_differs, where, dtype, attention, pattern, quiet)
     from longnet_cli.encoding import SHARD_ROWS, EncodeOptions, encode_to_folder
     from longnet_cli.encoding import encode as run
 

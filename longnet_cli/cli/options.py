@@ -91,6 +91,10 @@ TokenizerOption = Annotated[
         show_default="the model's own",
     ),
 ]
+TokenizerDiffersOption = Annotated[
+    bool,
+    typer.Option("--tokenizer-differs", help="Take --tokenizer though the model was trained with another one."),
+]
 ColumnOption = Annotated[
     str | None,
     typer.Option(

@@ -18,13 +18,20 @@ def plot(
     output: Annotated[
         str | None,
         typer.Option(
-            "--output", "-o", metavar="FILE.png", help="Draw a picture (.png, .svg, .pdf; needs the extra `plot`)."
+            "--output",
+            "-o",
+            metavar="FILE.png",
+            help="Draw a picture (.png, .svg, .pdf; needs the extra `plot`), in place of one that is there.",
         ),
     ] = None,
 ) -> None:
     """Draw loss, learning rate and speed of training runs: in the terminal, or with -o as a picture."""
-    from longnet_cli.plotting import draw_picture, draw_text, read_runs
+    from longnet_cli.plotting import draw_picture, draw_text, metrics_file, read_runs
 
+    if output:
+        from longnet_cli.data.overwriting import refuse_overwriting
+
+        refuse_overwriting("-o", [output], also=map(metrics_file, runs))
     found = read_runs(runs)
     if output:
         draw_picture(found, output)

@@ -24,6 +24,7 @@ from longnet_cli.cli.options import (
     NprocOption,
     QuietOption,
     SegmentLengthsOption,
+    TokenizerDiffersOption,
     TokenizerOption,
     read_pattern,
     size_option,
@@ -89,11 +90,13 @@ def score(
         typer.Option(
             "--token-logprobs",
             metavar="PATH",
-            help="Also write the log-probability of every token, in nats: NAME.arrow or NAME.parquet.",
+            help="Also write the log-probability of every token, in nats: NAME.arrow or NAME.parquet, which is "
+            "replaced when the new one is whole.",
         ),
     ] = None,
     chunk: ChunkOption = None,
     tokenizer: TokenizerOption = None,
+    tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
     eos: EosOption = None,
     format: Annotated[
@@ -111,20 +114,21 @@ def score(
 
     Every token is scored once. Across tokenizers, compare bpb, not ppl. A long document takes a LongNet no more memory.
     """
-    launch(nproc, inputs, model)
-    from longnet_cli.data.sources import read_documents
     from longnet_cli.errors import ConfigError
-    from longnet_cli.measures import Total
 
     if token_logprobs == "-":
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
+    if token_logprobs:
+        refuse_overwriting("--token-logprobs", [token_logprobs], inputs, model, tokenizer)
+    launch(nproc, inputs, model)
+    from longnet_cli.data.sources import read_documents
+    from longnet_cli.measures import Total
     from longnet_cli.runtime.ranks import join, leave
 
     ranks, where = join(device)
     quiet = quiet or not ranks.first
-    net, words, bos = load_model(
-        model, tokenizer, where, dtype, attention, read_pattern(segment_lengths, dilation_rates), quiet
-    )
+    pattern = read_pattern(segment_lengths, dilation_rates)
+    net, words, bos = load_model(model, tokenizer, tokenizer_differs, where, dtype, attention, pattern, quiet)
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
 
@@ -155,6 +159,19 @@ def score(
     leave()
 
 
+def refuse_overwriting(
+    option: str, outputs: Sequence[str], inputs: Sequence[str], model: str, tokenizer: str | None
+) -> None:
+    """Raise ConfigError for an output that is an input, or a file of the model or the tokenizer."""
+    from longnet_cli.data import overwriting
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.presets import find_model
+
+    overwriting.refuse_overwriting(
+        option, outputs, inputs, [find_model(model), Tokenizer.find(tokenizer) if tokenizer else None]
+    )
+
+
 class Loaded(NamedTuple):
     """A model, its tokenizer, and the id that it reads before each document; None for what there is not."""
 
@@ -166,6 +183,7 @@ class Loaded(NamedTuple):
 def load_model(
     name: str,
     tokenizer: str | None,
+    tokenizer_differs: bool,
     device: torch.device,
     dtype: str,
     attention: Literal["dilated", "dense"] = "dilated",
@@ -175,8 +193,8 @@ def load_model(
     """The model that --model names, in float32 on `device`, and --tokenizer or else its own.
 
     Says on stderr, unless `quiet`, what the user should know of how it reads documents.
-    Raises ConfigError for a tokenizer with ids that the model does not have, a model that reads no tokens, or an
-    attention kernel that cannot run in `dtype`.
+    Raises ConfigError for a tokenizer that is not the model's, unless `tokenizer_differs`, or has ids that the
+    model does not have, a model that reads no tokens, or an attention kernel that cannot run in `dtype`.
     """
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.errors import ConfigError
@@ -185,9 +203,7 @@ def load_model(
     from longnet_cli.runtime.device import check_kernel
 
     folder = find_model(name)
-    own = folder / "tokenizer.json"
-    chosen = tokenizer or (own if own.exists() else None)
-    words = Tokenizer.load(chosen) if chosen else None
+    words = Tokenizer.of_model(folder, tokenizer, differs=tokenizer_differs)
 
     net = load_net(folder, attention=attention, pattern=pattern, device=device)
     check_kernel(device, dtype, net.config.head_dim)
@@ -195,8 +211,8 @@ def load_model(
         raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
     if words and words.vocab_size > net.config.vocab_size:
         raise ConfigError(
-            f"{chosen}: the tokenizer has {words.vocab_size} ids and the model {net.config.vocab_size}: "
-            "they do not belong together"
+            f"{tokenizer or folder / 'tokenizer.json'}: the tokenizer has {words.vocab_size} ids and the model "
+            f"{net.config.vocab_size}: they do not belong together"
         )
     if net.note and not quiet and sys.stderr:
         print(printable(f"{name}: {net.note}"), file=sys.stderr)

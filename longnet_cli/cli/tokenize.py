@@ -21,7 +21,8 @@ def tokenize(
             "--output",
             "-o",
             metavar="PATH",
-            help="A new folder for shards and tokenizer.json, one .arrow, .parquet or .jsonl file, or - for stdout.",
+            help="A new folder for shards and tokenizer.json, one .arrow, .parquet or .jsonl file (which is replaced "
+            "when the new one is whole), or - for stdout.",
         ),
     ],
     tokenizer: Annotated[
@@ -60,13 +61,17 @@ def tokenize(
         raise ConfigError(
             "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
         )
+    from longnet_cli.data.overwriting import refuse_overwriting
     from longnet_cli.data.shards import read_manifest
     from longnet_cli.data.sinks import is_folder
-    from longnet_cli.tokenizing import SHARD_TOKENS, text_bytes
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.tokenizing import SHARD_TOKENS, text_bytes, tokenizer_beside
     from longnet_cli.tokenizing import tokenize as run
 
     if shard_tokens is not None and not is_folder(output):
         raise ConfigError(f"{output}: --shard-tokens is for a folder of shards: a single file or stream has no parts")
+    beside = tokenizer_beside(output)
+    refuse_overwriting("-o", [output, *([beside] if beside else [])], inputs, [Tokenizer.find(tokenizer)])
     earlier = read_manifest(output) if resume else None
     done = earlier.totals["bytes"] if earlier else 0
     with progress("tokenizing", total=text_bytes(inputs), unit="B", start=done, quiet=quiet) as advance:

@@ -40,6 +40,10 @@ def train(
         str | None,
         typer.Option("--tokenizer", metavar="bytes|FILE|MODEL", help="Tokenizer, in place of the recipe's."),
     ] = None,
+    tokenizer_differs: Annotated[
+        bool,
+        typer.Option("--tokenizer-differs", help="Start from --init though it was trained with another tokenizer."),
+    ] = False,
     seq_len: Annotated[
         int | None, size_option("--seq-len", help="Context in tokens: one stage in place of the recipe's.")
     ] = None,
@@ -102,7 +106,7 @@ def train(
     from longnet_cli.errors import ConfigError
     from longnet_cli.runtime.device import MatmulPeak, keep_freed_memory
     from longnet_cli.runtime.ranks import join, leave
-    from longnet_cli.training.loop import CHECKPOINTS
+    from longnet_cli.training.loop import CHECKPOINTS, refuse_overwriting
     from longnet_cli.training.loop import train as run
     from longnet_cli.training.recipe import load_recipe, parse_overrides
 
@@ -118,14 +122,13 @@ def train(
         overrides["train.stages"] = [{"seq_len": seq_len, "steps": steps}]
     if chunk is not None:
         overrides["train.chunk"] = chunk
-    if not output:  # in a script, a variable that is not set
-        raise ConfigError("-o is empty: name the folder of a run")
     folder = Path(output)
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
         raise ConfigError(f"{file} is a file, and -o names the folder of a run: name another")
+    own = None  # a recipe that the run itself wrote
     if recipe is None and resume != "never":
         runs = [folder] if resume == "auto" else [Path(resume), Path(resume).parent.parent]  # a run, or its checkpoint
-        recipe = next((str(run / "recipe.json") for run in runs if (run / "recipe.json").exists()), None)
+        recipe = own = next((str(run / "recipe.json") for run in runs if (run / "recipe.json").exists()), None)
     if recipe is None and not overrides:
         raise ConfigError(
             f"nothing to train: there is no run in {output}; name a recipe (`longnet train my-recipe.toml`) or --set "
@@ -135,6 +138,8 @@ def train(
     used = (folder / "model.safetensors").exists() and not (folder / CHECKPOINTS).exists()
     if used and not dry_run:
         raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
+    if not dry_run:
+        refuse_overwriting(folder, found, recipe if recipe != own else None, initial)
 
     ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
     if dry_run:
@@ -180,6 +185,7 @@ def train(
                 output,
                 device=where,
                 initial=initial,
+                tokenizer_differs=tokenizer_differs,
                 resume=resume,
                 ranks=ranks,
                 peak=MatmulPeak(where, found.train.dtype),

@@ -23,6 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from longnet_cli.configuration import parse, read_text
 from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, read_error
 from longnet_cli.data.sinks import ShardWriter, sync_folder, write_file, writing
@@ -71,7 +72,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     for name in (UNFINISHED, FINISHED):
         path = Path(folder, name)
         try:
-            content = json.loads(path.read_bytes())
+            content = parse(read_text(path))
             if content["version"] != MANIFEST_VERSION:
                 raise DataError(f"{path}: version {content['version']} of the manifest is not known to this longnet")
             shards = [{**shard, "name": str(shard["name"]), "rows": int(shard["rows"])} for shard in content["shards"]]

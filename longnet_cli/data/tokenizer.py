@@ -4,7 +4,6 @@ A document is never anything but text: `<|endoftext|>` written inside one is enc
 count of a document's tokens is the byte count of its text, and no document can forge a boundary.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,9 +15,10 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.data.sinks import write_file
-from longnet_cli.errors import ConfigError, refuse_web_address
-from longnet_cli.presets import list_models, preset_dir
+from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
+from longnet_cli.presets import TOKENIZER_SHA256, list_models, model_metadata, preset_dir
 
 END_OF_TEXT = "<|endoftext|>"
 EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")
@@ -75,9 +75,9 @@ class Tokenizer:
     def from_file(cls, path: str | Path) -> "Tokenizer":
         """Any tokenizer.json; ConfigError when it is missing or is not one."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            text = read_text(path)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"{path}: cannot read the tokenizer: {reason}") from error
         try:
             return cls(tokenizers.Tokenizer.from_str(text))
@@ -87,13 +87,48 @@ class Tokenizer:
     @classmethod
     def load(cls, spec: str | Path) -> "Tokenizer":
         """`bytes`, a tokenizer.json, a folder that holds one, or a shipped model's name; ConfigError otherwise."""
+        path = cls.find(spec)
+        return cls.from_file(path) if path else cls.bytes()
+
+    @staticmethod
+    def find(spec: str | Path) -> Path | None:
+        """The file that `load` reads; None for `bytes`, which is built in."""
         if str(spec) == "bytes":
-            return cls.bytes()
+            return None
         refuse_web_address(str(spec))
         path = Path(spec)
         if not path.exists() and str(spec) in list_models():
             path = preset_dir() / spec
-        return cls.from_file(path / "tokenizer.json" if path.is_dir() else path)
+        return path / "tokenizer.json" if path.is_dir() else path
+
+    @classmethod
+    def of_model(cls, folder: Path, spec: str | None = None, *, differs: bool = False) -> "Tokenizer | None":
+        """The tokenizer in a model's folder, or the one that `spec` names (see `load`); None where there is neither.
+
+        The ids of another tokenizer mean nothing to a model, so `spec` must name an equal one, unless it `differs` on
+        purpose. Raises CheckpointError for a tokenizer.json that is not the one the weights were saved with,
+        ConfigError for another tokenizer.
+        """
+        own, saved = folder / "tokenizer.json", model_metadata(folder).get(TOKENIZER_SHA256)
+        if spec and differs:
+            return cls.load(spec)
+        mine = cls.from_file(own) if own.exists() else None
+        if mine and saved and digest(parse(read_text(own))) != saved:
+            raise CheckpointError(
+                f"{own}: not the tokenizer that the model was saved with: put that back, or if this one is meant, add "
+                f"--tokenizer {own} --tokenizer-differs"
+            )
+        if not spec:
+            if saved and not mine:
+                raise CheckpointError(f"{own} is missing, which the model was saved with: put it back, or name it")
+            return mine
+        words = cls.load(spec)
+        if words.sha256 not in (known := {mine.sha256 if mine else saved, saved} - {None}) and known:
+            raise ConfigError(
+                f"{spec}: not the tokenizer of the model in {folder}, to which its ids mean other tokens; if that is "
+                "meant, add --tokenizer-differs"
+            )
+        return words
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -180,8 +215,7 @@ class Tokenizer:
     @cached_property
     def sha256(self) -> str:
         """Hex digest of the tokenizer's JSON with sorted keys and no spaces: equal for equal tokenizers."""
-        canonical = json.dumps(self._description, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return digest(self._description)
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json, whole or not at all."""

@@ -14,7 +14,6 @@ Nothing is downloaded, no code of a folder is run, no pickle is read.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from longnet_cli.attention import Pattern
+from longnet_cli.configuration import parse, read_text
 from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.integrations.transformers import pattern_of, use_dilated_attention
 from longnet_cli.model.net import FarProvider, Net
@@ -207,7 +207,7 @@ def load_transformers(
 def _architecture(folder: Path) -> tuple[Any, Any]:
     """(configuration, class) of a folder's model. Raises ConfigError."""
     try:
-        data = json.loads((folder / "config.json").read_text(encoding="utf-8"), object_hook=_without_attention)
+        data = parse(read_text(folder / "config.json"), object_hook=_without_attention)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/config.json: cannot be read: {' '.join(str(error).split())}") from None
     if "auto_map" in data:

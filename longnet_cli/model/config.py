@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from longnet_cli.attention import Pattern
-from longnet_cli.configuration import validate
+from longnet_cli.configuration import Table, validate
 
 # zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
 XPOS_MAX_SEGMENT = 65536
 
 
-class LongNetConfig(BaseModel):
+class LongNetConfig(Table):
     """Immutable. `vocab_size=0` is a net without embedding, to be fed with vectors (GigaPath, LongViT).
 
     Building it directly raises pydantic's ValidationError (a ValueError); `parse_config` raises ConfigError.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     vocab_size: int = Field(ge=0)
     dim: int = Field(gt=0)

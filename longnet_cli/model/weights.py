@@ -11,17 +11,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.errors import CheckpointError
 from longnet_cli.model.config import LongNetConfig, parse_config
+from longnet_cli.model.integrity import check_finite, check_header, tensor_digest
 from longnet_cli.model.positions import XPOS_GAMMA
-from longnet_cli.presets import find_model
+from longnet_cli.presets import CONFIG_SHA256, TENSORS_SHA256, TOKENIZER_SHA256, find_model
 
 if TYPE_CHECKING:
     from longnet_cli.model.longnet import LongNet
@@ -55,20 +57,26 @@ def save_pretrained(
     """Write a model directory; `tokenizer_json` is the text of a `tokenizers` file.
 
     Every file is written under a temporary name, then renamed, config.json last: a directory that has one is
-    complete. `state_dict` replaces the model's own where that is sharded. Tied embeddings are one tensor. Raises
-    CheckpointError where the directory cannot be written.
+    complete. Digests of the tensors and of the other files are in the metadata of model.safetensors.
+    `state_dict` replaces the model's own where that is sharded. Tied embeddings are one tensor. Raises CheckpointError
+    where the directory cannot be written.
     """
     folder = Path(directory)
     state = model.state_dict() if state_dict is None else state_dict
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    settings = model.config.model_dump(mode="json")
+    digests = {TENSORS_SHA256: tensor_digest(tensors), CONFIG_SHA256: digest(settings)}
+    if tokenizer_json is not None:
+        digests[TOKENIZER_SHA256] = digest(json.loads(tokenizer_json))
     names = [WEIGHTS, *([TOKENIZER] if tokenizer_json is not None else []), CONFIG]
     partial = {name: folder / f".{name}.{os.getpid()}.tmp" for name in names}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial[WEIGHTS], metadata={"format": "pt"})
+        save_file(tensors, partial[WEIGHTS], metadata={"format": "pt", **digests})
+        _sort_metadata(partial[WEIGHTS])
         if tokenizer_json is not None:
             partial[TOKENIZER].write_text(tokenizer_json, encoding="utf-8")
-        partial[CONFIG].write_text(json.dumps(model.config.model_dump(), indent=2) + "\n", encoding="utf-8")
+        partial[CONFIG].write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         shutil.copymode(partial[CONFIG], partial[WEIGHTS])  # safetensors lets nobody else read what it writes
         for name in names:
             _flush(partial[name])
@@ -84,36 +92,49 @@ def save_pretrained(
 def load_config(directory: str | PathLike[str]) -> LongNetConfig:
     """The configuration of a model directory. Raises CheckpointError (unreadable) or ConfigError (wrong)."""
     path = Path(directory) / CONFIG
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: not a model directory, {CONFIG} is missing") from None
-    except (OSError, ValueError) as error:  # ValueError: not JSON, not UTF-8
-        raise CheckpointError(f"{path}: cannot be read: {_one_line(error)}") from None
-    return parse_config(data, str(path))
+    return parse_config(_read_config(path), str(path))
 
 
 def load_pretrained(
-    name_or_dir: str | PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    name_or_dir: str | PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    verify: bool = True,
 ) -> LongNet:
     """A model from its directory, or by the name of one that ships, in eval mode; `dtype` None keeps the stored one.
 
-    A string without a slash is a name, never a folder; a `Path` is always a folder. Raises CheckpointError of one line
-    (a missing or damaged file, tensors missing, unexpected or of another shape), ConfigError for a wrong config.json
-    or an unknown name.
+    A string without a slash is a name, never a folder; a `Path` is always a folder. Where model.safetensors has the
+    digests of `save_pretrained`, its tensors and config.json must be what was saved; `verify=False` takes them as they
+    are. Raises CheckpointError of one line (a missing or damaged file, tensors missing, unexpected, of another shape,
+    of integers, or not finite), ConfigError for a wrong config.json or an unknown name.
     """
     folder = _resolve(name_or_dir)
     config = load_config(folder)
     path = folder / WEIGHTS
     if not path.is_file():
-        raise CheckpointError(f"{folder}: {WEIGHTS} is missing")
+        raise CheckpointError(f"{folder}: {WEIGHTS} is {'not a file' if path.exists() else 'missing'}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            saved = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            check_header(config, {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}, str(path))
+            model = _empty(config, {n: tuple(s.get_shape()) for n, s in slices.items()}, str(path))
+            stored = {name: file.get_tensor(name) for name in slices}
+            if verify and saved.get(CONFIG_SHA256, known := digest(_read_config(folder / CONFIG))) != known:
+                raise CheckpointError(
+                    f"{folder / CONFIG}: not what the weights were saved with: put that back, or if the change is "
+                    "meant, save it from Python: load_pretrained(folder, verify=False).save_pretrained(folder)"
+                )
+            if verify and TENSORS_SHA256 in saved and saved[TENSORS_SHA256] != tensor_digest(stored):
+                raise CheckpointError(f"{path}: damaged: the digest of its tensors is not the one it was saved with")
+            # a copy, not the mapped file, which another process might write to
+            tensors = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in stored.items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged or not a safetensors file: {_one_line(error)}") from None
-    tensors = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in tensors.items()}
-    return _build(config, tensors, str(path)).eval()
+    check_finite(tensors, str(path))
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
 
 
 def fingerprint(model: Net) -> str:
@@ -206,21 +227,36 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _build(config: LongNetConfig, tensors: dict[str, Tensor], where: str) -> LongNet:
     """A net that owns `tensors`, without ever drawing the random weights that they replace."""
+    model = _empty(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, where)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def _empty(config: LongNetConfig, shapes: Mapping[str, tuple[int, ...]], where: str) -> LongNet:
+    """A net without memory, for tensors of these names and shapes. Raises CheckpointError where they do not fit it."""
     from longnet_cli.model.longnet import LongNet
 
     with torch.device("meta"):
         model = LongNet(config)
     expected = model.state_dict()
-    if missing := [name for name in expected if name not in tensors]:
+    if missing := [name for name in expected if name not in shapes]:
         raise CheckpointError(f"{where}: {_names('missing', missing)}")
-    if unexpected := [name for name in tensors if name not in expected]:
+    if unexpected := [name for name in shapes if name not in expected]:
         raise CheckpointError(f"{where}: {_names('unexpected', unexpected)}")
-    for name, tensor in tensors.items():
-        found, needed = tuple(tensor.shape), tuple(expected[name].shape)
-        if found != needed:
+    for name, found in shapes.items():
+        if found != (needed := tuple(expected[name].shape)):
             raise CheckpointError(f"{where}: {name} has shape {found}, its configuration needs {needed}")
-    model.load_state_dict(tensors, assign=True)
     return model
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return parse(read_text(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: not a model directory, {CONFIG} is missing") from None
+    except (OSError, ValueError) as error:  # ValueError: not JSON, not UTF-8
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path}: cannot be read: {_one_line(reason)}") from None
 
 
 def _resolve(name_or_dir: str | PathLike[str]) -> Path:
@@ -235,10 +271,22 @@ def _names(what: str, names: Sequence[str]) -> str:
     return f"{what} {'tensor' if len(names) == 1 else 'tensors'} {shown}"
 
 
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata's keys in order, in place: safetensors writes them in a random one, and equal models are equal
+    files.
+    """
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
 def _flush(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longnet_cli.configuration import parse, read_text
 from longnet_cli.data.sinks import sync_folder
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.runtime.ranks import Ranks
@@ -161,7 +162,7 @@ def find_damage(checkpoint: Path) -> str | None:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What state.json says. Raises CheckpointError where it is not what was written, OSError where it is not there."""
     try:
-        data = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        data = parse(read_text(checkpoint / STATE))
         state, digest = data["state"], data["sha256"]
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{STATE} is not what was written") from None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
+from longnet_cli.data import overwriting
 from longnet_cli.data.shards import locked_folder
 from longnet_cli.data.sinks import write_file
 from longnet_cli.data.sources import read_documents
@@ -25,13 +26,14 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import Batch, TokenStream, TokenWindows
 from longnet_cli.errors import CheckpointError, ConfigError, DataError, LongNetError
 from longnet_cli.model import LongNet
-from longnet_cli.model.weights import save_pretrained
+from longnet_cli.model.weights import CONFIG, TOKENIZER, WEIGHTS, save_pretrained
+from longnet_cli.presets import find_model
 from longnet_cli.runtime.chunks import Tokens
 from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, random_state
 from longnet_cli.runtime.fsdp import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.signals import Signals, noted_signals
-from longnet_cli.scoring import Score
+from longnet_cli.scoring import NotFiniteError, Score
 
 from .checkpoint import STATE, Checkpoints, checkpoints_in, find_damage, newest_whole, read_state
 from .checks import check_ranks, check_vocabulary
@@ -47,6 +49,7 @@ from .tokens import StoredTokens
 from .trackers import Tracker, open_trackers
 
 OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
+MODEL_FILES = (WEIGHTS, TOKENIZER, CONFIG)
 CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
 
 
@@ -76,6 +79,7 @@ def train(
     *,
     device: torch.device | str = "cpu",
     initial: str | None = None,
+    tokenizer_differs: bool = False,
     resume: str = "auto",
     ranks: Ranks | None = None,
     peak: MatmulPeak | None = None,
@@ -92,16 +96,17 @@ def train(
 
     `resume` is "auto" (from the newest undamaged checkpoint in `output`, where there is one), "never", or the path of
     a checkpoint or of a run. A resumed run is the uninterrupted one, bit by bit on a CPU with as many processes.
-    `initial` names a model whose weights a new run starts from. Several `ranks` share each sequence, `train.chunk`
-    tokens each, and groups of them the sequences of a step; the first one writes. `peak` is for the MFU. Prints
-    nothing: `on_begin` gets the steps and tokens that are done already, `on_note` a line about each damaged checkpoint.
+    `initial` names a model whose weights a new run starts from; its tokenizer must be the recipe's, unless it
+    `tokenizer_differs`. Several `ranks` share each sequence, `train.chunk` tokens each, and groups of them the
+    sequences of a step; the first one writes. `peak` is for the MFU. Prints nothing: `on_begin` gets the steps and
+    tokens that are done already, `on_note` a line about each damaged checkpoint.
 
     Raises ConfigError for a model, tokenizer or checkpoint that does not fit the recipe, DataError for too little data,
     CheckpointError when all checkpoints are damaged, LongNetError when the loss is no longer finite or jumps, or when
     something cannot be written.
     """
     ranks = ranks or Ranks()
-    run = _Run(recipe, Path(output), torch.device(device), initial, ranks, peak, on_step)
+    run = _Run(recipe, Path(output), torch.device(device), initial, tokenizer_differs, ranks, peak, on_step)
     with locked_folder(run.output) if ranks.first else nullcontext():
         run.resume(resume, on_note or (lambda line: None))
         if on_begin:
@@ -119,6 +124,7 @@ class _Run:
         output: Path,
         device: torch.device,
         initial: str | None,
+        tokenizer_differs: bool,
         ranks: Ranks,
         peak: MatmulPeak | None,
         on_step: OnStep | None,
@@ -131,6 +137,8 @@ class _Run:
         self.eos_id = _eos(self.tokenizer)
         check_vocabulary(recipe, self.tokenizer)
         check_ranks(recipe, ranks)
+        if initial:
+            Tokenizer.of_model(find_model(initial), recipe.data.tokenizer, differs=tokenizer_differs)
         self.windows = _windows(recipe, self.tokenizer, self.eos_id, ranks)
         held_out, data = recipe.data.held_out, recipe.data
         size = recipe.model.vocab_size
@@ -375,16 +383,19 @@ class _Run:
     def _evaluate(self, stage: Stage) -> Score:
         """The held-out score; a lower loss than ever writes best/."""
         with whole_weights(self.model):
-            found = evaluate(
-                self.model,
-                self.held_out,
-                self.recipe,
-                eos_id=self.eos_id,
-                seq_len=stage.seq_len,
-                ranks=self.ranks,
-                on_part=self._look if not self.sharded else lambda: None,
-            )
-        loss = found.nll_sum / found.n_tokens
+            try:
+                found = evaluate(
+                    self.model,
+                    self.held_out,
+                    self.recipe,
+                    eos_id=self.eos_id,
+                    seq_len=stage.seq_len,
+                    ranks=self.ranks,
+                    on_part=self._look if not self.sharded else lambda: None,
+                )
+                loss = found.nll_sum / found.n_tokens
+            except NotFiniteError:
+                loss = math.nan
         if not math.isfinite(loss):
             raise LongNetError(
                 f"the held-out loss is not finite after step {self.progress.step}: lower optimizer.lr or lengthen "
@@ -412,6 +423,22 @@ class _Run:
         if self.ranks.first:
             save_pretrained(self.model, folder, self.tokenizer.to_json(), state)
         self.ranks.barrier()  # the end of another rank would end this one while it writes
+
+
+def refuse_overwriting(output: Path, recipe: Recipe, path: str | None, initial: str | None) -> None:
+    """Raise ConfigError where a run in `output` would write over its data, its recipe (in `path`) or `initial` model.
+
+    A recipe.json and a tokenizer.json beside metrics.jsonl are the run's own, which it goes on with.
+    """
+    data, again = recipe.data, (output / "metrics.jsonl").exists()
+    inputs = [*(item for source in (data.train or [], *(mix.inputs for mix in data.mix or [])) for item in source)]
+    files = [*(output / name for name in MODEL_FILES), *(output / BEST / name for name in MODEL_FILES)]
+    files += [output / "recipe.json", output / "metrics.jsonl", output / CHECKPOINTS]
+    also = [find_model(initial) if initial else None]
+    if not again:
+        also += [Path(path) if path else None, Tokenizer.find(data.tokenizer)]
+    for read in (inputs, data.held_out or []):
+        overwriting.refuse_overwriting("-o", files, read, also)
 
 
 def _windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
@@ -445,7 +472,7 @@ def _eos(tokenizer: Tokenizer) -> int:
 def _model(recipe: Recipe, initial: str | None) -> LongNet:
     if initial is None:
         return LongNet(recipe.model)
-    model = LongNet.from_pretrained(initial, dtype=torch.float32)
+    model = LongNet.from_pretrained(find_model(initial), dtype=torch.float32)
     if model.config != recipe.model:
         changed = [
             name

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from longnet_cli.configuration import parse
 from longnet_cli.data.sinks import write_file, writing
 from longnet_cli.scoring import Score
 
@@ -122,6 +123,7 @@ class MetricsLog:
 def _step_of(line: str) -> float:
     """The step of a line of metrics; a line that a kill cut short comes after every step."""
     try:
-        return json.loads(line)["step"]
+        step = parse(line)["step"]
+        return step if isinstance(step, int) else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from longnet_cli.configuration import validate
+from longnet_cli.configuration import Table, parse, read_text, validate
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, refuse_web_address
 from longnet_cli.model.config import LongNetConfig
@@ -27,20 +27,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[int, BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size), Field(gt=0)]
 
 
-class Section(BaseModel):
-    """A table of the recipe: unknown keys are errors, and so are inf and nan, which its JSON could not hold."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class MixedInputs(Section):
+class MixedInputs(Table):
     """One source of a mix: inputs as on any command line, and the share of the training windows that is cut from it."""
 
     inputs: list[str] = Field(min_length=1)
     weight: float = Field(gt=0)
 
 
-class DataRecipe(Section):
+class DataRecipe(Table):
     """Where tokens come from; `tokenizer` is `bytes`, a file or a folder.
 
     Either `train`, inputs as on any command line, or `[[data.mix]]`, a table for each of several sources. The weights
@@ -68,7 +62,7 @@ class DataRecipe(Section):
         return self.mix or [MixedInputs(inputs=self.train or [], weight=1)]
 
 
-class OptimizerRecipe(Section):
+class OptimizerRecipe(Table):
     """AdamW; weights decay, biases and norms do not. Defaults from the paper's Table 3.
 
     `name = "muon"` gives the matrices of the layers to torch's Muon (2.9 or newer), at the same learning rate, and
@@ -83,7 +77,7 @@ class OptimizerRecipe(Section):
     clip: float = Field(default=2.0, gt=0)  # of the gradient's norm
 
 
-class ScheduleRecipe(Section):
+class ScheduleRecipe(Table):
     """The learning rate rises linearly for `warmup_steps`, then falls to `final` times its peak at the last step.
 
     `polynomial` is fairseq's, and the paper's: what is left of the steps, to the `power`; `linear` is its power 1.
@@ -101,14 +95,14 @@ class ScheduleRecipe(Section):
         return self
 
 
-class Stage(Section):
+class Stage(Table):
     """`steps` optimizer steps at one context length; a run may grow its context stage by stage."""
 
     seq_len: Size
     steps: int = Field(gt=0)
 
 
-class TrainRecipe(Section):
+class TrainRecipe(Table):
     """An optimizer step sees `batch_tokens`, with the activations of at most `chunk` of them at a time.
 
     Short sequences share a forward; one longer than `chunk` goes chunk by chunk, at the price of one forward more, with
@@ -134,7 +128,7 @@ class TrainRecipe(Section):
     save_every: int = Field(default=500, gt=0)  # steps between checkpoints
     save_minutes: float | None = Field(default=None, gt=0)  # and at the latest after so long
     keep: int = Field(default=2, gt=0)  # newest checkpoints
-    track: list[Literal["tensorboard", "wandb"]] = []  # besides metrics.jsonl
+    track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
 
     @property
     def steps(self) -> int:
@@ -155,7 +149,7 @@ class TrainRecipe(Section):
         return max(1, self.batch_tokens // stage.seq_len)
 
 
-class ParallelRecipe(Section):
+class ParallelRecipe(Table):
     """How the processes of a torchrun job share the work: `sp` share a sequence, `dp` groups of them the sequences.
 
     By default all share a sequence. `shard = "full"` gives each process a part of the weights, gradients and optimizer
@@ -176,7 +170,7 @@ FREE_TO_CHANGE = {
 }
 
 
-class Recipe(Section):
+class Recipe(Table):
     """A whole training run."""
 
     model: LongNetConfig
@@ -246,8 +240,8 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise ConfigError(f"--set {setting}: write key=value, for example --set optimizer.lr=1e-3")
         try:
-            found[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+            found[key.strip()] = parse(f"value = {text}", tomllib.loads)["value"]
+        except ValueError:
             found[key.strip()] = text.strip()
     return found
 
@@ -257,7 +251,7 @@ def _read(path: str) -> tuple[Any, str]:
     file = Path(path) if "/" in path or path.endswith((".toml", ".json")) else preset_dir() / f"{path}.toml"
     form = "JSON" if file.suffix == ".json" else "TOML"
     try:
-        return (json if form == "JSON" else tomllib).loads(file.read_text(encoding="utf-8")), str(path)
+        return parse(read_text(file), json.loads if form == "JSON" else tomllib.loads), str(path)
     except FileNotFoundError:
         shipped = ", ".join(sorted(p.stem for p in preset_dir().glob("*.toml")))
         raise ConfigError(f"no recipe '{path}'. Shipped recipes: {shipped}; a path ends in .toml") from None

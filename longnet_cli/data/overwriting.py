@@ -1,0 +1,67 @@
+"""No command destroys what it reads: an output that is one of its inputs, under whatever name, is refused."""
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from longnet_cli.data.inputs import find_sources
+from longnet_cli.errors import ConfigError
+
+Identity = tuple[int, int]  # device and inode: the same for hard links, symbolic links and other spellings of a path
+
+
+def refuse_overwriting(
+    option: str,
+    outputs: Sequence[str | Path],
+    inputs: Sequence[str | Path] = (),
+    also: Iterable[str | Path | None] = (),
+) -> None:
+    """Raise ConfigError where writing to one of `outputs` would change or replace a file that the command reads.
+
+    An output that is a file is compared with each input, a folder with what lies anywhere in it; `-` is where stdout
+    leads. `inputs` are expanded as for reading; `also` are other files, or folders of models, whose own files count;
+    None is nothing. `option` is its name, for the message. Errors of `find_sources` are raised too.
+    """
+    places = {place: output for output in outputs if (place := _identity(output))}  # of those that exist
+    if not places:
+        return
+    folders = {place for place, output in places.items() if str(output) != "-" and Path(output).is_dir()}
+    for path in _read_files(inputs, also):
+        found = _identity(path)
+        if found not in places:
+            found = next(filter(folders.__contains__, _folders_of(os.path.realpath(path.parent))), None)
+        if found:
+            output = places[found]
+            shown = "stdout" if str(output) == "-" else f"{option} {output}"
+            what = f"holds {path}" if found in folders else f"is {path}"
+            raise ConfigError(f"{shown} {what}, which is read: name another output")
+
+
+def _read_files(inputs: Sequence[str | Path], also: Iterable[str | Path | None]) -> Iterator[Path]:
+    if inputs:
+        yield from (Path(str(item)[1:]) for item in inputs if str(item).startswith("@"))
+        yield from (source.path for source in find_sources(inputs) if source.path and not source.filesystem)
+    for path in also:
+        if path is None:
+            continue
+        if Path(path).is_dir():
+            yield from (entry for entry in Path(path).iterdir() if entry.is_file())
+        else:
+            yield Path(path)
+
+
+def _identity(path: str | Path) -> Identity | None:
+    """Of a file or folder; None for what is not there, and for pipes, terminals and devices, which keep nothing."""
+    try:
+        found = os.fstat(1) if str(path) == "-" else os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode) else None
+
+
+@lru_cache(maxsize=1024)
+def _folders_of(folder: str) -> tuple[Identity | None, ...]:
+    """A folder and all that it is in."""
+    return tuple(_identity(path) for path in (Path(folder), *Path(folder).parents))

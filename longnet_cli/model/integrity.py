@@ -1,0 +1,60 @@
+"""Whether tensors are what they should be: unchanged since they were saved, of numbers, finite, as many as expected."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from longnet_cli.errors import CheckpointError
+from longnet_cli.model.config import LongNetConfig
+
+_NUMBERS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that weights can have
+_SMALL = 1 << 24  # numbers of a net that is built in no time, whatever its shapes
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, over the names, types, shapes and bytes of tensors on the CPU, whatever their order in a file.
+
+    Each tensor is hashed by itself, on all cores, and then the hashes in the order of the names.
+    """
+
+    def one(name: str) -> bytes:
+        tensor = tensors[name]
+        head = f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode()
+        part = hashlib.sha256(head)
+        part.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        return part.digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return hashlib.sha256(b"".join(pool.map(one, sorted(tensors)))).hexdigest()
+
+
+def check_header(config: LongNetConfig, found: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> None:
+    """Compare the types and shapes in a file of safetensors with a configuration, before a net of any size is built.
+
+    Raises CheckpointError for weights that are no real numbers, and for a configuration of far more than there are.
+    """
+    for name, (dtype, _) in found.items():
+        if dtype not in _NUMBERS:
+            raise CheckpointError(f"{where}: {name} is of type {dtype}: weights are {', '.join(_NUMBERS)}")
+    layers = {name.split(".")[1] for name in found if name.startswith("layers.")}
+    if len(layers) != config.num_layers:
+        raise CheckpointError(f"{where}: it has {len(layers)} layers, its configuration needs {config.num_layers}")
+    numbers, needed = sum(math.prod(shape) for _, shape in found.values()), config.num_parameters()
+    if needed > 2 * numbers + _SMALL:
+        raise CheckpointError(f"{where}: it has {numbers:,} numbers, its configuration needs {needed:,}")
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise CheckpointError, which names the first tensor that has NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            low, high = torch.aminmax(tensor)  # one pass, no copy; NaN wins
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise CheckpointError(f"{where}: {name} has numbers that are NaN or infinite: the model is damaged")

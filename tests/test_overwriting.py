@@ -1,0 +1,115 @@
+"""Proves that no output option destroys what its command reads, under whatever name that is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from longnet_cli.data.overwriting import refuse_overwriting
+from longnet_cli.data.sources import read_documents
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.encoding import encode
+from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.scoring import NotFiniteError, score
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.arrow", "b.arrow", "folder/c.arrow", "model/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    os.link("a.arrow", "hard.arrow")
+    Path("soft.arrow").symlink_to("a.arrow")
+    Path("up").symlink_to(".")
+    Path("list").write_text("b.arrow\nfolder\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "output", ["a.arrow", "./a.arrow", "hard.arrow", "soft.arrow", "up/a.arrow", "folder/../a.arrow"]
+)
+@pytest.mark.parametrize("inputs", [["a.arrow"], ["b.arrow", "a*.arrow"], ["file://{}/a.arrow"], ["soft.arrow"]])
+def test_a_file_is_known_by_every_name(files: Path, output: str, inputs: list[str]) -> None:
+    inputs = [item.format(files) for item in inputs]
+    with pytest.raises(ConfigError, match=r"^-o .*arrow is .*arrow, which is read: name another output$"):
+        refuse_overwriting("-o", [output], inputs)
+    refuse_overwriting("-o", ["b.arrow.new", "new"], inputs)
+
+
+@pytest.mark.parametrize(
+    ("output", "inputs", "also"),
+    [
+        ("folder/c.arrow", ["@list"], []),
+        ("list", ["@list"], []),
+        ("folder", ["@list"], []),
+        ("up/folder", ["folder/c.arrow"], []),
+        (".", ["folder"], []),
+        ("model/config.json", ["a.arrow"], [Path("model")]),
+        ("b.arrow", ["a.arrow"], [None, Path("b.arrow")]),
+    ],
+)
+def test_lists_folders_and_models_count(files: Path, output: str, inputs: list[str], also: list[Path | None]) -> None:
+    with pytest.raises(ConfigError, match=r"^-o .* (is|holds) .*, which is read: name another output$"):
+        refuse_overwriting("-o", [output], inputs, also)
+
+
+def test_what_is_not_read_may_be_replaced(files: Path) -> None:
+    refuse_overwriting("-o", ["b.arrow", "model", "new", "/dev/null", "-"], ["a.arrow"])
+    refuse_overwriting("-o", ["folder"], ["a.arrow", "model/config.json"])
+
+
+def small() -> LongNet:
+    sizes = {"vocab_size": 300, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24}
+    return LongNet(LongNetConfig(**sizes, segment_lengths=(8, 16), dilation_rates=(1, 2), tie_embeddings=False)).eval()
+
+
+def test_the_tokenizer_of_a_model_is_asked_for_by_content(tmp_path: Path) -> None:
+    own, other = Tokenizer.train(["some text and more text"] * 9, 265), Tokenizer.bytes()
+    small().save_pretrained(tmp_path, own.to_json())
+    own.save(tmp_path / "copy.json")
+    found = Tokenizer.of_model(tmp_path)
+    assert found is not None
+    assert found.sha256 == own.sha256
+    assert Tokenizer.of_model(tmp_path, str(tmp_path / "copy.json"))
+    with pytest.raises(ConfigError, match=r"bytes: not the tokenizer of the model .*--tokenizer-differs"):
+        Tokenizer.of_model(tmp_path, "bytes")
+    assert Tokenizer.of_model(tmp_path, "bytes", differs=True).sha256 == other.sha256
+    other.save(tmp_path / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="not the tokenizer that the model was saved with"):
+        Tokenizer.of_model(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="is missing, which the model was saved with"):
+        Tokenizer.of_model(tmp_path)
+    with pytest.raises(ConfigError, match="not the tokenizer of the model"):
+        Tokenizer.of_model(tmp_path, "bytes")
+    assert Tokenizer.of_model(tmp_path, str(tmp_path / "copy.json"))
+
+
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_numbers_that_are_not_finite_name_document_and_token(tmp_path: Path, chunk: int) -> None:
+    net = small()
+    with torch.no_grad():
+        net.embedding.weight[ord("z")] = torch.inf
+    (tmp_path / "good.txt").write_text("good text")
+    (tmp_path / "z.txt").write_text("twelve letters, then z is read")
+    inputs, bos = [tmp_path / "good.txt", tmp_path / "z.txt"], Tokenizer.bytes().eos_id
+
+    def documents() -> list:
+        return list(read_documents(inputs, Tokenizer.bytes()))
+
+    net.embedding.weight.requires_grad_(False)
+    with pytest.raises(
+        NotFiniteError, match=r"z\.txt: document 'z.txt': the log-probability of token \d+ is not finite"
+    ):
+        list(score(net, documents(), bos=bos, chunk=chunk))
+    # the segment of 16 tokens with the z in it: what attention masks is multiplied by 0, and 0 times NaN is NaN
+    with pytest.raises(NotFiniteError, match=r"document 'z.txt': the vector of tokens 15 to 19 is not finite"):
+        encode(net, documents(), bos=bos, chunk=chunk, span=5).read_all()
+    reader = encode(small(), documents(), bos=bos, chunk=chunk, span=5)
+    assert np.isfinite(reader.read_all()["embedding"].combine_chunks().flatten()).all()
