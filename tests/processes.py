@@ -134,7 +134,7 @@ def kill_training(begin: Callable[[Path], subprocess.Popen], folder: Path, kills
 
 
 def contents_of_run(run: Path) -> dict[str, bytes]:
-    """The model, and the tensors of the last checkpoint: their order in its files is not always the same."""
+    """The model, and the tensors of the last checkpoint: after a resume, another of its files may hold one."""
     found = {"model.safetensors": (run / "model.safetensors").read_bytes()}
     for path in max((run / "checkpoints").glob("step-*")).glob("*.safetensors"):
         data = path.read_bytes()
@@ -142,7 +142,7 @@ def contents_of_run(run: Path) -> dict[str, bytes]:
         for name, facts in json.loads(data[8:end]).items():
             if name != "__metadata__":
                 first, last = facts["data_offsets"]
-                found[f"{path.name} {name} {facts['shape']}"] = data[end + first : end + last]
+                found[f"{name} {facts['shape']}"] = data[end + first : end + last]
     return found
 
 
