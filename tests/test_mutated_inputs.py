@@ -306,6 +306,25 @@ def test_an_arrow_file_with_two_schemas_is_refused(tmp_path):
         list(read_documents([path], None))
 
 
+@pytest.mark.parametrize("lost", ["first", "last", "twice"])
+def test_an_index_that_has_lost_or_repeats_a_batch_is_refused(tmp_path, lost):
+    """Its batches are three, and found by the index alone."""
+    data = bytearray(ipc_file(table({"input_ids": IDS}, INT32)))
+    blocks = re.search(rb"\x03\x00\x00\x00(.{72})", bytes(data[data.rindex(b"\xff\xff\xff\xff\0\0\0\0") :]), re.DOTALL)
+    start = data.rindex(blocks[0])
+    first, second, third = (blocks[1][place : place + 24] for place in (0, 24, 48))
+    count, kept = {
+        "first": (2, second + third + third),
+        "last": (2, first + second + third),
+        "twice": (3, first + first + third),
+    }[lost]
+    data[start : start + 76] = count.to_bytes(4, "little") + kept
+    (tmp_path / "x.arrow").write_bytes(data)
+    assert ipc.open_file(tmp_path / "x.arrow").read_all().num_rows in (3, 4, 5)  # pyarrow sees nothing
+    with pytest.raises(DataError, match=r"x\.arrow: .*its index has lost a batch"):
+        list(read_documents([tmp_path / "x.arrow"], None))
+
+
 def test_there_are_hundreds():
     assert sum(len(mutations(name)) for name in ORIGINALS) >= 1500
     expected = [item.expected for name in ORIGINALS for item in mutations(name)]

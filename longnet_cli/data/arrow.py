@@ -290,7 +290,8 @@ def _front_schema(front: bytes) -> Message:
     for prefix in (CONTINUATION, b""):
         start = len(prefix) + 4
         size = int.from_bytes(front[start - 4 : start], "little", signed=True)
-        if front.startswith(prefix) and size > 0 and 0 <= len(front) - start - size < PADDING:
+        rest = len(front) - start - size
+        if front.startswith(prefix) and size > 0 and rest >= 0 and (prefix or rest < PADDING):
             return Message(CONTINUATION + front[start - 4 : start + size], pa.py_buffer(b""), start + size)
     return Message(CONTINUATION + len(front).to_bytes(4, "little") + front, pa.py_buffer(b""), len(front))
 
