@@ -13,7 +13,7 @@ from .recipe import Recipe
 
 
 def check_memory(recipe: Recipe) -> None:
-    """Raise MemoryLimitError, before it is built, for a net whose weights alone are more than the host's free memory."""
+    """Raise MemoryLimitError, before it is built, for a net whose weights alone are more than the free memory."""
     needed, free = 4 * recipe.model.num_parameters(), free_memory(torch.device("cpu"))
     if free is not None and needed > free:
         raise MemoryLimitError(
