@@ -16,7 +16,7 @@ import torch
 
 from longnet_cli.data.shards import locked_folder
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError, LongNetError
+from longnet_cli.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 from longnet_cli.model import LongNet
 from longnet_cli.training import metrics
 from longnet_cli.training.checkpoint import checkpoints_in, read_state
@@ -143,6 +143,12 @@ def test_muon_takes_the_matrices_of_the_layers(corpus: Path, tmp_path: Path) -> 
     assert theirs | others == {id(p) for p in model.parameters()}
     assert not theirs & others
     assert train(found, tmp_path / "out").loss < 3
+
+
+@pytest.mark.parametrize("sizes", [{"model.dim": 2**40}, {"model.num_layers": 10**12}])
+def test_a_net_beyond_all_memory_is_refused_before_it_is_built(corpus: Path, tmp_path: Path, sizes: dict) -> None:
+    with pytest.raises(MemoryLimitError, match=r"the weights take .* GiB and .* GiB of memory are free"):
+        train(recipe(corpus, **sizes), tmp_path / "out")
 
 
 def test_a_diverging_run_says_where_and_keeps_the_last_weights(corpus: Path, tmp_path: Path) -> None:

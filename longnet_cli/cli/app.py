@@ -118,15 +118,17 @@ def _invoke(app: typer.Typer) -> None:
 
 
 def _hold_standard_handles() -> None:
-    """Open /dev/null in place of a closed stdin, stdout or stderr, for Python's own objects stay None.
+    """Open /dev/null in place of a closed stdin, stdout or stderr, whose objects in `sys` stay None.
 
-    Otherwise the next file that is opened would get its number, and what a library writes to stderr.
+    Otherwise the next file that is opened would get the number of, say, stderr, and what libraries write there.
     """
     for handle in (0, 1, 2):
         try:
             os.fstat(handle)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that is no text is shown as stderr shows it
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _explain(error: BaseException) -> int:

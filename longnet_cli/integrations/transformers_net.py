@@ -29,6 +29,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.configuration import parse, read_text
 from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.integrations.transformers import pattern_of, use_dilated_attention
+from longnet_cli.model.integrity import check_finite
 from longnet_cli.model.net import FarProvider, Net
 
 AttentionKind = Literal["dilated", "dense"]
@@ -196,6 +197,7 @@ def load_transformers(
     if wrong := sorted(report["mismatched_keys"]):
         name, found, needed = wrong[0]
         raise CheckpointError(f"{folder}: {name} has shape {tuple(found)}, its configuration needs {tuple(needed)}")
+    check_finite({name: parameter.detach() for name, parameter in model.named_parameters()}, str(folder))
     try:
         if attention == "dilated":
             use_dilated_attention(model, pattern)

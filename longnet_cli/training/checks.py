@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import torch
+
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError
+from longnet_cli.errors import ConfigError, MemoryLimitError
+from longnet_cli.runtime.device import free_memory
 from longnet_cli.runtime.ranks import Ranks, check_windows
 
 from .recipe import Recipe
+
+
+def check_memory(recipe: Recipe) -> None:
+    """Raise MemoryLimitError, before it is built, for a net whose weights alone are more than the free memory."""
+    needed, free = 4 * recipe.model.num_parameters(), free_memory(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise MemoryLimitError(
+            f"the weights take {needed / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB of memory are free: lower "
+            "model.dim or model.num_layers"
+        )
 
 
 def check_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> None:

@@ -36,7 +36,7 @@ from longnet_cli.runtime.signals import Signals, noted_signals
 from longnet_cli.scoring import NotFiniteError, Score
 
 from .checkpoint import STATE, Checkpoints, checkpoints_in, find_damage, newest_whole, read_state
-from .checks import check_ranks, check_vocabulary
+from .checks import check_memory, check_ranks, check_vocabulary
 from .estimate import executed_flops
 from .evaluation import evaluate
 from .gradients import backward
@@ -132,6 +132,7 @@ class _Run:
         self.recipe, self.output, self.device, self.ranks = recipe, output, device, ranks
         self.peak, self.on_step = peak, on_step
         self.signals = Signals(ranks)
+        check_memory(recipe)
         check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
         self.tokenizer = Tokenizer.load(recipe.data.tokenizer)
         self.eos_id = _eos(self.tokenizer)
