@@ -246,4 +246,4 @@ def test_a_name_that_is_no_text_is_shown_and_ends_nothing(run_longnet: Callable)
     done = run_longnet("data", "inspect", "\udcff.txt", env={"PYTHONIOENCODING": "utf-8"})
     assert done.returncode == 3
     assert "\\xff.txt: no such file" in done.stdout
-    assert "\\udcff.txt: no such file" in done.stderr
+    assert "\\xff.txt: no such file" in done.stderr
