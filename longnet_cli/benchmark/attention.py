@@ -120,7 +120,7 @@ def _kernels_alone(
     kernel, scale = select_kernel(s.device, q.dtype, s.head_dim), s.head_dim**-0.5
     plan = [(slice(0, s.batch), slice(0, q.shape[1]), branches(pattern, s.heads, 0, q.shape[1], s.causal, "exact", ()))]
     if dout is None:
-        calls = list(kernel_calls(plan, kernel, (q,), (k, v), ()))
+        calls = list(kernel_calls(plan, kernel, (q,), (k, v)))
 
         def forward() -> None:
             for branch, (q_,), (k_, v_) in calls:
@@ -128,7 +128,7 @@ def _kernels_alone(
 
         return forward
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device=s.device)[..., None]
-    backward_calls = list(kernel_calls(plan, kernel, (dout, q, out, lse), (k, v), ()))
+    backward_calls = list(kernel_calls(plan, kernel, (dout, q, out, lse), (k, v)))
 
     def backward() -> None:
         for branch, (dout_, q_, out_, lse_), (k_, v_) in backward_calls:
