@@ -18,7 +18,8 @@ from strategies import Choice, choices, cuts, split, turn
 from torch import Tensor
 
 from longnet_cli.attention import SINKS, FarKeys, KVCache, Pattern, Span, dilated_attention, far_keys
-from longnet_cli.attention.pattern import attention_flops, cached_rows, far_spans, lanes
+from longnet_cli.attention.merging import apart, strided_view
+from longnet_cli.attention.pattern import attention_flops, branches, cached_rows, far_spans, lanes
 from longnet_cli.attention.reference import _key_counts, dilated_attention_reference
 
 
@@ -48,6 +49,20 @@ def test_every_choice_equals_the_reference(choice: Choice, dtype: torch.dtype, t
     found = run(dilated_attention, inputs, choice.pattern, **options)
     expected = run(dilated_attention_reference, [x.double() for x in inputs], choice.pattern, **options)
     assert_close(found, expected, tolerance)
+
+
+@given(choice=choices())
+def test_gradients_are_added_to_views_without_overlap(choice: Choice) -> None:
+    """Where two numbers of a view are one place, a sum of several threads is wrong, now and then."""
+    places = torch.arange(choice.tokens * choice.kv_heads).view(1, choice.tokens, choice.kv_heads, 1)
+    start, kv_heads = choice.start, choice.kv_heads
+    spans = (Span(SINKS, 0, min(start, choice.pattern.sinks)),)
+    options = (choice.heads, start, choice.tokens, choice.causal, "exact", spans, 0, kv_heads)
+    for branch in branches(choice.pattern, *options):
+        view = strided_view(places, branch.keys)[0]
+        for into, part in apart(view, torch.zeros(view.shape), branch.keys):
+            assert into.shape == part.shape
+            assert into.unique().numel() == into.numel()
 
 
 @given(choice=choices(), sizes=cuts(), called=st.booleans())

@@ -148,13 +148,12 @@ class _Call(NamedTuple):
         bias = self.pattern.biases[level]
         for part in self._rectangles(_zones(self.pattern, level, w, self.causal), w, r, low, self.stop):
             queries, counts = self._queries(level, w, part.queries)
-            base = part.keys[0] // w * w
-            before = [rows_before(part.keys[0] - base, o, r) for o in offsets]
-            rows = [rows_before(part.keys[1] - base, o, r) - b for o, b in zip(offsets, before, strict=True)]
-            firsts = [base - self.start + o + b * r for o, b in zip(offsets, before, strict=True)]
+            firsts, rows = queries, counts
+            if part.keys != part.queries or self.pattern.queries == "all":
+                firsts, rows = self._tokens(level, w, part.keys)
             missing = [0] * self.num_heads  # rows that the whole segment lacks to be full
             if zero_keys and not self.causal:
-                missing = [-(-w // r) - rows_before(min(w, zero_keys - base), o, r) for o in offsets]
+                missing = [-(-w // r) - rows_before(min(w, zero_keys - part.keys[0] // w * w), o, r) for o in offsets]
             equal = [(*pair, zeros) if min(pair) else None for *pair, zeros in zip(counts, rows, missing, strict=True)]
             for heads in self._runs(r, equal, queries, firsts, kv_of):
                 yield Branch(
@@ -277,11 +276,16 @@ class _Call(NamedTuple):
         first, stop = queries
         if self.pattern.queries == "all":
             return [first - self.start] * self.num_heads, [stop - first] * self.num_heads
-        base, r = first // w * w, self.pattern.dilation_rates[level]
+        return self._tokens(level, w, queries)
+
+    def _tokens(self, level: int, w: int, positions: tuple[int, int]) -> tuple[list[int], list[int]]:
+        """The first row, a token of the shard, that a level keeps for each head, and how many there are."""
+        base, r = positions[0] // w * w, self.pattern.dilation_rates[level]
+        first, stop = positions[0] - base, positions[1] - base
         offsets = self.pattern.offsets(level, self.num_heads)
-        before = [rows_before(first - base, o, r) for o in offsets]
+        before = [rows_before(first, o, r) for o in offsets]
         firsts = [base - self.start + o + b * r for o, b in zip(offsets, before, strict=True)]
-        return firsts, [rows_before(stop - base, o, r) - b for o, b in zip(offsets, before, strict=True)]
+        return firsts, [rows_before(stop, o, r) - b for o, b in zip(offsets, before, strict=True)]
 
     def _query_rows(
         self, level: int, segments: int, w: int, heads: Heads, counts: Sequence[int], firsts: Sequence[int]

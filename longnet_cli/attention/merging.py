@@ -89,8 +89,9 @@ def merged_backward(
             for total, part in zip((dk_, dv_), parts, strict=True):
                 if fresh:
                     total.copy_(part)
-                else:
-                    _add(total, part, branch.keys)
+                    continue
+                for into, share in apart(total, part, branch.keys):
+                    into.add_(share)
     if on_far:
         on_far(dfar)
     return grads
@@ -112,16 +113,15 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, branch: Bra
     lse.copy_(total)
 
 
-def _add(total: Tensor, part: Tensor, keys: Rows) -> None:
-    """Add gradients (batch, heads, rows, D) of keys to the view of them, where no two numbers may be one place."""
+def apart(total: Tensor, part: Tensor, keys: Rows) -> Iterator[tuple[Tensor, Tensor]]:
+    """A view of keys (batch, heads, rows, D) and what to add to it, divided so that no two numbers are one place."""
     if keys.heads > 1 and keys.head_step == keys.skew == 0:  # all heads of the call read the same rows
         total, part = total[:, :1], part.sum(1, keepdim=True)
     rows = -(-keys.segment_step // keys.row_step)  # of one segment, at most
-    if keys.segments == 1 or keys.rows <= rows:
-        total.add_(part)
-        return
-    for begin in range(0, keys.rows, rows):  # segments look back over each other's rows: a segment's worth at a time
-        total[:, :, begin : begin + rows].add_(part[:, :, begin : begin + rows])
+    if keys.segments > 1 and keys.rows > rows:  # segments look back over each other's rows: one segment's at a time
+        yield from zip(total.split(rows, 2), part.split(rows, 2), strict=True)
+    else:
+        yield total, part
 
 
 def kernel_calls(

@@ -5,7 +5,8 @@ H heads, r dilation rate.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import operator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -59,26 +60,27 @@ def progressions(
     with the fewest views wins.
     """
 
-    def cover(step: int) -> list[Heads]:
-        found: list[Heads] = []
-        for residue in range(min(step, len(equal))):
-            run: list[int] = []
-            for head in range(residue, len(equal), step):
-                if run and not continues(run, head):
-                    found.append(Heads(len(run), run[0], step))
-                    run = []
-                if equal[head] is not None:
-                    run.append(head)
-            if run:
-                found.append(Heads(len(run), run[0], step))
-        return found
+    best: list[Heads] = []
+    for step in dict.fromkeys(steps):
+        found = [run for residue in range(min(step, len(equal))) for run in _runs(equal, even, residue, step)]
+        if not best or len(found) < len(best):
+            best = found
+        if len(best) <= 1:
+            break
+    return best
 
-    def continues(run: list[int], head: int) -> bool:
-        growth = [b - a for a, b in zip(even[run[-1]], even[head], strict=True)]
-        if len(run) == 1:
-            return equal[head] == equal[run[0]] and min(growth) >= 0
-        return equal[head] == equal[run[0]] and growth == [
-            b - a for a, b in zip(even[run[-2]], even[run[-1]], strict=True)
-        ]
 
-    return min((cover(step) for step in dict.fromkeys(steps)), key=len)
+def _runs(equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], first: int, step: int) -> Iterator[Heads]:
+    """Every head from `first` on, `step` apart, in as long runs as there are."""
+    begin, number = first, 0
+    growth: tuple[int, ...] = ()
+    for head in range(first, len(equal), step):
+        grown = tuple(map(operator.sub, even[head], even[head - step])) if number else ()
+        if number and equal[head] == equal[begin] and (grown == growth if number > 1 else min(grown) >= 0):
+            number, growth = number + 1, grown
+            continue
+        if number:
+            yield Heads(number, begin, step)
+        begin, number = head, int(equal[head] is not None)
+    if number:
+        yield Heads(number, begin, step)
