@@ -27,14 +27,14 @@ class SinkRows(NamedTuple):
     """Where the sinks of a shard are, and how far each segment's move.
 
     `firsts` are the tokens at which the documents begin whose sinks are seen by themselves; `outside` rows of the one
-    at token 0 lie before the shard, in the far keys `far`, in order. `documents` has, for each segment, the index of
-    its document, `distances` the tokens that its sinks move. `rows` has, for the token at which a document begins, its
-    first row among those that `spread` returns.
+    at token 0 lie before the shard, in the far keys `far`: (index, rows) of each, in order. `documents` has, for each
+    segment, the index of its document, `distances` the tokens that its sinks move. `rows` has, for the token at which
+    a document begins, its first row among those that `spread` returns.
     """
 
     firsts: tuple[int, ...]
     outside: int
-    far: tuple[int, ...]
+    far: tuple[tuple[int, int], ...]
     documents: tuple[int, ...]
     distances: tuple[int, ...]
     rows: dict[int, int]
@@ -45,7 +45,7 @@ class SinkRows(NamedTuple):
         for first in self.firsts:
             outside = self.outside if first == 0 else 0
             own = x[:, first : first + n - outside]
-            found.append(torch.cat([*(far[i] for i in self.far), own], 1) if outside else own)
+            found.append(torch.cat([*(far[i][:, :rows] for i, rows in self.far), own], 1) if outside else own)
         return torch.stack(found, 1)
 
     def spread(self, k: Tensor, v: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
@@ -63,9 +63,9 @@ class SinkRows(NamedTuple):
     def give_far(self, d: Tensor, dfar: Sequence[Tensor]) -> None:
         """Add gradients (B, documents, n, K, D) of what was collected to those of the far tensors."""
         at = 0
-        for index in self.far:
-            dfar[index].add_(d[:, 0, at : at + dfar[index].shape[1]])
-            at += dfar[index].shape[1]
+        for index, rows in self.far:
+            dfar[index][:, :rows].add_(d[:, 0, at : at + rows])
+            at += rows
 
     def give_own(self, d: Tensor, dx: Tensor) -> None:
         """Add gradients (B, documents, n, K, D) of what was collected to those of the shard."""
@@ -97,10 +97,11 @@ def sink_rows(
     if not distances:
         return None
     outside = min(n, start) if 0 in firsts else 0
-    far = sorted((i for i, span in enumerate(spans) if span.level == SINKS), key=lambda i: spans[i].start)
+    before = sorted((span.start, span.stop, i) for i, span in enumerate(spans) if outside and span.level == SINKS)
     at = 0
-    for index in far if outside else ():
-        at = spans[index].stop if spans[index].start == at else -1
-    if outside and at != outside:
+    for first, stop, _ in before:
+        at = stop if first == at else -1
+    if at != outside:
         raise ValueError(f"the sinks [0, {outside}) lie before the shard that starts at {start}: give them as far keys")
-    return SinkRows(tuple(firsts), outside, tuple(far) if outside else (), tuple(of_segment), tuple(distances), rows)
+    far = tuple((i, stop - first) for first, stop, i in before)
+    return SinkRows(tuple(firsts), outside, far, tuple(of_segment), tuple(distances), rows)
