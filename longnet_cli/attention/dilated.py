@@ -180,7 +180,7 @@ def plan_calls(
         raise ValueError("documents have their own lengths: no total or lengths beside them")
     if total is not None and (total < start + tokens or lengths is not None):
         raise ValueError(f"total={total} must hold the shard [{start}, {start + tokens}), and excludes lengths")
-    if lengths is not None and any(keys.start >= start for keys in far if keys.start < keys.stop):
+    if lengths is not None and any(keys.start >= start for keys in far):
         raise ValueError("far keys after the shard cannot be combined with lengths")
     spans = tuple(keys.span for keys in far)
     plan = []
