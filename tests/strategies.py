@@ -69,6 +69,75 @@ def problems(draw: st.DrawFn, lengths: bool = True) -> Problem:
     )
 
 
+@dataclass(frozen=True)
+class Choice(Problem):
+    """A problem whose pattern has options, with fewer key heads than query heads, and rotary positions or none."""
+
+    kv_heads: int = 1
+    rotary: bool = False
+
+    def qkv(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """q, k, v, dout; q and k rotated, if they are, for positions from `start` on."""
+        q, k, v, dout = self.tensors(4)
+        k, v = k[:, :, : self.kv_heads], v[:, :, : self.kv_heads]
+        if self.rotary:
+            q, k = (turn(x[:, None], torch.tensor([0]), self.start)[:, 0] for x in (q, k))
+        return [x.to(dtype) for x in (q, k, v, dout)]
+
+
+def turn(x: Tensor, distances: Tensor, start: int | None = None) -> Tensor:
+    """Rotate x (batch, segments, rows, heads, head_dim) by distances (segments,), and by its own places from `start`.
+
+    Pairs of features are complex numbers; scores depend on distances alone.
+    """
+    half = x.shape[-1] // 2
+    speed = 0.3 ** torch.arange(half, dtype=torch.float64)
+    places = distances[:, None].double() + (0 if start is None else torch.arange(start, start + x.shape[2]))
+    phase = (places[:, :, None, None] * speed).to(x.dtype)  # (segments, rows or 1, 1, half)
+    a, b = x.unflatten(-1, (half, 2)).unbind(-1)
+    return torch.stack([a * phase.cos() - b * phase.sin(), a * phase.sin() + b * phase.cos()], -1).flatten(-2)
+
+
+@st.composite
+def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
+    """Every option of a pattern, alone and together with the others."""
+    causal = draw(st.booleans()) if causal is None else causal
+    levels = draw(st.integers(1, 4))
+    overlap = draw(st.sampled_from(["repeat", "once"]))
+    widths, rates, backs = [draw(st.integers(1, 30))], [1], [draw(st.integers(0, 3))]
+    for _ in range(levels - 1):
+        grow = draw(st.integers(1, 4) if overlap == "once" else st.floats(1, 4))
+        widths.append(int(widths[-1] * grow))
+        rates.append(draw(st.integers(1, 9)))
+        least = -(-backs[-1] * widths[-2] // widths[-1]) if overlap == "once" else 0
+        backs.append(draw(st.integers(least, least + 2)))
+    plain = draw(st.integers(0, 3)) == 0  # in any order, at any first rate
+    if plain and overlap == "repeat":
+        rates[0] = draw(st.integers(1, 5))
+        order = draw(st.permutations(range(levels)))
+        widths, rates, backs = ([x[i] for i in order] for x in (widths, rates, backs))
+    free = (overlap == "once" or not causal) and not (plain and overlap == "repeat")
+    queries = draw(st.sampled_from(["dilated", "all"])) if free else "dilated"
+    sinks = 0 if plain and overlap == "repeat" else draw(st.integers(0, min(widths[0], 6)))
+    bias = draw(st.sampled_from([None, "log_rate"]) | st.tuples(*[st.floats(-2, 2)] * levels))
+    offsets = draw(st.sampled_from(["modulo", "grouped"]))
+    pattern = Pattern(tuple(widths), tuple(rates), offsets, tuple(backs), overlap, queries, sinks, bias)
+    batch, tokens, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 150)), draw(st.integers(1, 4))
+    return Choice(
+        pattern=pattern,
+        batch=batch,
+        tokens=tokens,
+        heads=kv_heads * draw(st.integers(1, 4)),
+        head_dim=draw(st.sampled_from([2, 4, 8])),
+        start=0 if sinks else draw(st.integers(0, 100)),
+        causal=causal,
+        lengths=draw(st.none() | st.tuples(*[st.integers(0, tokens)] * batch)),
+        seed=draw(st.integers(0, 2**31)),
+        kv_heads=kv_heads,
+        rotary=draw(st.booleans()),
+    )
+
+
 def cuts() -> st.SearchStrategy[list[int]]:
     """Sizes of the chunks of a sequence, taken in turn: single tokens, primes, one chunk, and mixtures."""
     return st.sampled_from([[1], [2], [7], [13], [64], [10**6]]) | st.lists(st.integers(1, 90), min_size=1, max_size=5)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from strategies import PAPER_64TH
+from strategies import PAPER_64TH, turn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import DilatedAttention, Pattern, Span, dilated_attention, far_keys
+from longnet_cli.attention.pattern import far_spans
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.positions import position_table
 
@@ -86,6 +87,24 @@ def test_compiled_equals_eager(options: dict) -> None:
 
 def test_far_keys_compiled() -> None:
     compare(with_far, torch.compile(with_far, backend="aot_eager", fullgraph=True), tensors(5, 50))
+
+
+@pytest.mark.parametrize("options", [{}, {"documents": [20, 60]}, {"lengths": [17, 80]}, {"causal": False}])
+@pytest.mark.parametrize("rotary", [True, False])
+def test_other_patterns_compiled(options: dict, rotary: bool) -> None:
+    """Every option of a pattern, shared key heads and, from outside too, sinks that are turned."""
+    pattern = Pattern((8, 32), (1, 4), look_back=1, overlap="once", queries="all", sinks=3, level_bias="log_rate")
+    turning = {"turn": turn} if rotary else {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dilated_attention(q.sin(), k[:, :, :2], v[:, :, :2] * 2, pattern, **options, **turning).cos()
+
+    def in_shards(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        far = [far_keys(k, v, pattern, span) for span in far_spans(pattern, 40, 80, True)]
+        return dilated_attention(q[:, 40:], k[:, 40:], v[:, 40:], pattern, start=40, far=far, **turning).cos()
+
+    for function in (attend, in_shards):
+        compare(function, torch.compile(function, backend="aot_eager", fullgraph=True), tensors(3, 80))
 
 
 def test_one_graph_for_all_lengths() -> None:

@@ -4,6 +4,16 @@ from . import compiled as compiled  # registers the operator that `dilated_atten
 from .cache import KVCache
 from .dilated import FarKeys, dilated_attention, far_keys
 from .module import DilatedAttention
-from .pattern import Level, Pattern, Span
+from .pattern import SINKS, Level, Pattern, Span
 
-__all__ = ["DilatedAttention", "FarKeys", "KVCache", "Level", "Pattern", "Span", "dilated_attention", "far_keys"]
+__all__ = [
+    "SINKS",
+    "DilatedAttention",
+    "FarKeys",
+    "KVCache",
+    "Level",
+    "Pattern",
+    "Span",
+    "dilated_attention",
+    "far_keys",
+]

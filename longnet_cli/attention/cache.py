@@ -1,19 +1,21 @@
-"""The keys and values that a causal sequence must remember: for each level, the rows of its open segment.
+"""The keys and values that a causal sequence must remember: for each level, the rows that later queries can still see.
 
-A level's later queries attend to the rows of their own segment alone, so nothing of a closed segment is ever read
-again. The whole memory of a sequence is `sum of ceil(w / r)` rows a head, whatever its length: 40,960 for a billion
-tokens of `Pattern.geometric(2**30)`.
+They are those of the level's open segment and of as many before it as it looks back; nothing else is ever read again,
+but for the sinks. The whole memory of a sequence is `sum of (1 + look_back) ceil(w / r)` rows a lane and the sinks,
+whatever its length: 40,960 rows a head for a billion tokens of `Pattern.geometric(2**30)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from .dilated import FarKeys, strided_view
-from .pattern import Pattern, common_span, rows_before, span_views
+from .dilated import FarKeys
+from .merging import strided_view
+from .pattern import SINKS, Pattern, Span, common_span, lanes, open_spans, span_rows, span_views
 
 
 class KVCache:
@@ -24,9 +26,10 @@ class KVCache:
             out = dilated_attention(q, k, v, pattern, start=cache.position, far=cache.far())
             cache.append(k, v)
 
-    `position` is the number of tokens so far, `nbytes` the bytes of all rows, allocated at once: batch * heads *
-    head_dim * 2 * sum ceil(w / r) numbers. `keep` gives every new segment new memory instead of writing over the old
-    one, so that far keys given out earlier stay true: a backward pass over all shards needs them.
+    `kv_heads` are those of k and v, as many as q's unless given. `position` is the number of tokens so far, `nbytes`
+    the bytes of all rows, allocated at once: batch * head_dim * 2 * `pattern.cached_rows` numbers. `keep` gives every
+    new segment new memory instead of writing over an old one, so that far keys given out earlier stay true: a backward
+    pass over all shards needs them.
     """
 
     def __init__(
@@ -36,55 +39,71 @@ class KVCache:
         num_heads: int,
         head_dim: int,
         *,
+        kv_heads: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         keep: bool = False,
     ) -> None:
-        self.pattern, self.num_heads, self.keep = pattern, num_heads, keep
+        self.pattern, self.num_heads, self.kv_heads, self.keep = pattern, num_heads, kv_heads or num_heads, keep
         self.position = 0
+
+        def rows(number: int, level: int) -> Tensor:  # k and v: (B, rows, lanes, H, D)
+            held = len(lanes(pattern, level, num_heads, self.kv_heads).offsets)
+            return torch.empty(2, batch, number, held, head_dim, dtype=dtype, device=device)
+
+        # of each level its segments, segment s in place s mod (1 + look_back); row j of a lane is its j-th in there
         self._levels = [
-            torch.empty(2, batch, -(-w // r), num_heads, head_dim, dtype=dtype, device=device)
-            for w, r in pattern.levels
-        ]  # k and v: (B, rows, H, D); row j of a head is its j-th in the open segment
+            [rows(-(-w // r), level) for _ in range(1 + back)]
+            for level, ((w, r), back) in enumerate(zip(pattern.levels, pattern.look_backs, strict=True))
+        ]
+        self._sinks = rows(pattern.sinks, SINKS)
 
     @property
     def nbytes(self) -> int:
-        return sum(rows.numel() * rows.element_size() for rows in self._levels)
+        return sum(x.numel() * x.element_size() for x in (*chain(*self._levels), self._sinks))
 
     def far(self) -> list[FarKeys]:
         """What the next shard attends to besides itself: views, valid until the next `append` (always, with `keep`)."""
         found = []
-        for level, (w, r) in enumerate(self.pattern.levels):
-            inside = self.position % w
-            rows = max(rows_before(inside, offset, r) for offset in self.pattern.offsets(level, self.num_heads))
-            if inside and rows:
-                k, v = self._levels[level][:, :, :rows]
-                found.append(FarKeys(level, self.position - inside, self.position, k, v))
+        for span in open_spans(self.pattern, self.position):
+            rows = max(span_rows(self.pattern, span, self.num_heads, self.kv_heads))
+            if rows:
+                found.append(FarKeys(*span, *self._rows(span)[:, :, :rows]))
         return found
 
     @torch.no_grad()
     def append(
         self, k: Tensor, v: Tensor, *, start: int | None = None, stop: int | None = None, others: Iterable[FarKeys] = ()
     ) -> None:
-        """Take in the next shard's keys and values (batch, tokens, heads, head_dim); gradients do not flow.
+        """Take in the next shard's keys and values (batch, tokens, key heads, head_dim); gradients do not flow.
 
         Where several hold shards of one chunk that ends at `stop`, each takes in its own, which begins at `start`, and
         the `others`' rows.
         """
         start = self.position if start is None else start
         stop = start + k.shape[1] if stop is None else stop
-        for level, (w, _) in enumerate(self.pattern.levels):
-            segment = stop // w * w  # the one that is open afterwards
-            if self.keep and segment > self.position:
-                self._levels[level] = torch.empty_like(self._levels[level])
-            rows = self._levels[level]
-            own = common_span(self.pattern, level, segment, start, start + k.shape[1])
-            for views in span_views(self.pattern, own, self.num_heads, start):
+        others = list(others)
+        for span in open_spans(self.pattern, stop):
+            w = self.pattern.segment_lengths[max(span.level, 0)]
+            segment = span.start // w * w
+            if self.keep and span.level != SINKS and segment >= self.position > 0:
+                places = self._levels[span.level]
+                places[segment // w % len(places)] = torch.empty_like(places[0])
+            rows = self._rows(span)
+            own = common_span(self.pattern, span.level, segment, start, start + k.shape[1])
+            for views in span_views(self.pattern, own, self.num_heads, start, self.kv_heads):
                 strided_view(rows[0], views.segment).copy_(strided_view(k, views.shard))
                 strided_view(rows[1], views.segment).copy_(strided_view(v, views.shard))
             for keys in others:
-                if keys.level == level and keys.start >= segment:
-                    for views in span_views(self.pattern, keys.span, self.num_heads, start):
+                if keys.level == span.level and segment <= keys.start < span.stop:
+                    for views in span_views(self.pattern, keys.span, self.num_heads, start, self.kv_heads):
                         strided_view(rows[0], views.segment).copy_(strided_view(keys.k, views.packed))
                         strided_view(rows[1], views.segment).copy_(strided_view(keys.v, views.packed))
         self.position = stop
+
+    def _rows(self, span: Span) -> Tensor:
+        """Where the rows of a span's segment are, (k and v, B, rows, lanes, D)."""
+        if span.level == SINKS:
+            return self._sinks
+        places = self._levels[span.level]
+        return places[span.start // self.pattern.segment_lengths[span.level] % len(places)]

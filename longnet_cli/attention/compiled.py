@@ -13,14 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dilated import FarKeys, Plan, merged_backward, merged_forward, plan_calls
+from .dilated import FarKeys, plan_calls
 from .kernels import Kernel, select_kernel
+from .merging import Plan, accumulator, merged_backward, merged_forward, unit_stride
 from .pattern import Padding, Pattern
+from .sinks import sink_rows
 
-# Far tensors are k and v of each, one after the other; spans are (level, start, stop) of each.
+# Far tensors are k and v of each, one after the other, then those of sinks that are turned; spans are (level, start,
+# stop) of each. An empty look_back or level_bias is none.
 _OPTIONS = (
     "Tensor[] far, Tensor? lengths, SymInt[] spans, SymInt[]? documents, int[] segment_lengths, int[] dilation_rates, "
-    "str head_offsets, bool causal, SymInt start, str padding, SymInt? total, float scale, str? kernel"
+    "str head_offsets, bool causal, SymInt start, str padding, SymInt? total, float scale, str? kernel, *, "
+    'int[] look_back=[], str overlap="repeat", str queries="dilated", int sinks=0, float[] level_bias=[]'
 )
 
 
@@ -41,13 +45,24 @@ def _prepare(
     total: int | None,
     scale: float,
     kernel: str | None,
+    *,
+    look_back: Sequence[int] = (),
+    overlap: Any = "repeat",
+    queries: Any = "dilated",
+    sinks: int = 0,
+    level_bias: Sequence[float] = (),
 ) -> tuple[Plan, float, Kernel]:
-    pattern = Pattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)
+    pattern = Pattern(
+        tuple(segment_lengths), tuple(dilation_rates), head_offsets, tuple(look_back) or 0, overlap, queries, sinks,
+        tuple(level_bias) if any(level_bias) else None,
+    )  # fmt: skip
     far_keys = [
         FarKeys(level, begin, end, k_, v_)
-        for level, begin, end, k_, v_ in zip(spans[::3], spans[1::3], spans[2::3], far[::2], far[1::2], strict=True)
+        for level, begin, end, k_, v_ in zip(spans[::3], spans[1::3], spans[2::3], far[::2], far[1::2], strict=False)
     ]
-    plan = plan_calls(q, k, v, pattern, causal, start, far_keys, lengths, documents, padding, total)
+    given = [keys.span for keys in far_keys]
+    turned = sink_rows(pattern, start, q.shape[1], documents, given) if len(far) > 2 * len(far_keys) else None
+    plan = plan_calls(q, k, v, pattern, causal, start, far_keys, lengths, documents, padding, total, turned)
     return plan, scale, select_kernel(q.device, q.dtype, q.shape[-1], kernel)
 
 
@@ -56,14 +71,16 @@ def _prepare(
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
 )
-def _forward(q: Tensor, k: Tensor, v: Tensor, far: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
-    return merged_forward(*_prepare(q, k, v, far, *options), q, k, v, far)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, far: Sequence[Tensor], *options: Any, **seen: Any
+) -> tuple[Tensor, Tensor]:
+    far = [unit_stride(x) for x in far]
+    return merged_forward(*_prepare(q, k, v, far, *options, **seen), q, k, v, lambda i: far[2 * i : 2 * i + 2])
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    lse = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse)
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
 @torch.library.custom_op(
@@ -72,27 +89,40 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> Tensor[]",
 )
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, far: Sequence[Tensor], *options: Any
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    far: Sequence[Tensor],
+    *options: Any,
+    **seen: Any,
 ) -> list[Tensor]:
-    return merged_backward(*_prepare(q, k, v, far, *options), dout, q, k, v, out, lse, far)
+    far = [unit_stride(x) for x in far]
+    grads = merged_backward(*_prepare(q, k, v, far, *options, **seen), dout, q, k, v, out, lse, far)
+    return [d.to(x.dtype) for d, x in zip(grads, (q, k, v, *far), strict=True)]
 
 
 @_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, far: Sequence[Tensor], *_: Any
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, far: Sequence[Tensor], *_: Any, **__: Any
 ) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in (q, k, v, *far)]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]
+) -> None:
     q, k, v, far, lengths, *ctx.options = inputs
+    ctx.seen = keyword_only_inputs
     ctx.save_for_backward(q, k, v, *output, lengths, *far)
 
 
 def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
     q, k, v, out, lse, lengths, *far = ctx.saved_tensors
     dq, dk, dv, *dfar = torch.ops.longnet.dilated_attention_backward(
-        dout, q, k, v, out, lse, far, lengths, *ctx.options
+        dout, q, k, v, out, lse, far, lengths, *ctx.options, **ctx.seen
     )
     # torch takes an empty list for one of tensors, and wants as many gradients
     return (dq, dk, dv, dfar, None, *([] if isinstance(x, list) and not x else None for x in ctx.options))

@@ -1,4 +1,4 @@
-"""Which rows take part: the geometry of dilated attention in pure integers (arXiv 2307.02486, Eq. 3-8, 11-15).
+"""What a query sees: the levels of dilated attention and their options (arXiv 2307.02486, Eq. 3-8, 11-15).
 
 A level (w, r) cuts the sequence into segments of w positions and keeps, for head h, every r-th position of a
 segment beginning at that head's offset. With w = 8, r = 2 and four heads, one segment looks like this:
@@ -9,25 +9,47 @@ segment beginning at that head's offset. With w = 8, r = 2 and four heads, one s
     head 2     x . x . x . x .      offset 2 mod 2 = 0
     head 3     . x . x . x . x
 
-Queries are kept exactly as keys are, so the kept rows of a segment attend to each other: a plain, dense, square
-attention. The classes here describe such calls as strided views of a shard (the positions [start, start + tokens) of
-one sequence), so that nothing is ever gathered or padded.
+In the paper queries are kept exactly as keys are, and the kept rows of a segment attend to each other. The other
+options of `Pattern` let a level look back over earlier segments, count each key once, ask from every row, and keep the
+first tokens of a document in sight.
+
+The rest of the geometry is in `rows` (what one strided view shows), `spans` (rows that lie outside a shard) and
+`branches` (the attention calls of a shard). All of it is pure integers, and all of it can be had from here.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from math import isfinite, log
+from typing import Literal, NamedTuple, get_args
+
+from .branches import BACKWARD_FLOPS as BACKWARD_FLOPS
+from .branches import Branch as Branch
+from .branches import Padding as Padding
+from .branches import attention_flops as attention_flops
+from .branches import branches as branches
+from .rows import Rows as Rows
+from .rows import rows_before as rows_before
+from .spans import SINKS as SINKS
+from .spans import Span as Span
+from .spans import SpanViews as SpanViews
+from .spans import cached_rows as cached_rows
+from .spans import common_span as common_span
+from .spans import far_spans as far_spans
+from .spans import lanes as lanes
+from .spans import open_spans as open_spans
+from .spans import span_positions as span_positions
+from .spans import span_rows as span_rows
+from .spans import span_views as span_views
 
 HeadOffsets = Literal["modulo", "grouped"]
-Padding = Literal["exact", "zero_key"]
+Overlap = Literal["repeat", "once"]
+Queries = Literal["dilated", "all"]
 
 MAX_LEVELS = 64  # more than any doubling of an int64; every layer computes every level
-
-BACKWARD_FLOPS = 2.5  # of the forward's: five matrix products to its two
 
 
 class Level(NamedTuple):
@@ -39,22 +61,35 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class Pattern:
-    """The levels of a dilated attention and the rule that gives each head its offset.
+    """The levels of an attention and what a query sees at each. The defaults are the paper's.
 
-    `head_offsets="modulo"` is the paper's (h mod r, Eq. 13-15); `"grouped"` is torchscale's (h // ceil(H / r)) and
-    belongs to weights trained with it. Raises ValueError for levels that no attention can have.
+    head_offsets: "modulo" is the paper's (h mod r, Eq. 13-15); "grouped" is torchscale's (h // ceil(H / r)) and belongs
+        to weights trained with it.
+    look_back: how many segments before its own a query sees, and after it where attention looks both ways; one number,
+        or one per level.
+    overlap: "repeat" counts a key once for every level that has it; with "once" a level leaves out the positions that
+        the level before it covers for the same query, so that levels tile the past, each more sparsely.
+    queries: "dilated" asks from the rows that a level keeps; "all" asks from every row.
+    sinks: so many first tokens of a document are seen by every query, once: at the first level where that covers
+        them, by themselves elsewhere. Other levels leave them out.
+    level_bias: added to the scores of a level: one number per level, or "log_rate" (log r: a kept key stands for r
+        keys). For models that were trained densely.
+
+    Raises ValueError for levels that no attention can have, and for options that do not go together.
     """
 
     segment_lengths: tuple[int, ...]
     dilation_rates: tuple[int, ...]
     head_offsets: HeadOffsets = "modulo"
+    look_back: int | Sequence[int] = 0  # kept as one number per level
+    overlap: Overlap = "repeat"
+    queries: Queries = "dilated"
+    sinks: int = 0
+    level_bias: Literal["log_rate"] | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("segment_lengths", "dilation_rates"):
-            try:
-                object.__setattr__(self, name, tuple(map(operator.index, getattr(self, name))))
-            except TypeError:
-                raise ValueError(f"{name} needs whole numbers, got {getattr(self, name)!r}") from None
+            self._set(name, _whole_numbers(name, getattr(self, name)))
         if not self.segment_lengths or len(self.segment_lengths) != len(self.dilation_rates):
             raise ValueError(
                 "segment_lengths and dilation_rates need one entry a level, "
@@ -63,9 +98,22 @@ class Pattern:
         if len(self.segment_lengths) > MAX_LEVELS:
             raise ValueError(f"a pattern has at most {MAX_LEVELS} levels, got {len(self.segment_lengths)}")
         if min(self.segment_lengths) < 1 or min(self.dilation_rates) < 1:
-            raise ValueError(f"segment lengths and dilation rates must be at least 1, got {self}")
-        if self.head_offsets not in ("modulo", "grouped"):
-            raise ValueError(f'head_offsets must be "modulo" or "grouped", got {self.head_offsets!r}')
+            raise ValueError(
+                "segment lengths and dilation rates must be at least 1, "
+                f"got {self.segment_lengths} and {self.dilation_rates}"
+            )
+        for name, choices in (("head_offsets", HeadOffsets), ("overlap", Overlap), ("queries", Queries)):
+            if getattr(self, name) not in get_args(choices):
+                allowed = " or ".join(f'"{choice}"' for choice in get_args(choices))
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+        levels = len(self.segment_lengths)
+        back = (self.look_back,) * levels if isinstance(self.look_back, int) else self.look_back
+        self._set("look_back", _whole_numbers("look_back", back))
+        if len(self.look_backs) != levels or min(self.look_backs) < 0:
+            raise ValueError(f"look_back needs one number from 0, or {levels}, one per level, got {self.look_backs}")
+        self._set("sinks", *_whole_numbers("sinks", [self.sinks]))
+        self._check_bias()
+        self._check_order()
 
     @classmethod
     def paper(cls) -> Pattern:
@@ -82,19 +130,74 @@ class Pattern:
             levels.append(Level(levels[-1].segment_length * ratio, levels[-1].dilation_rate * ratio))
         return cls(tuple(w for w, _ in levels), tuple(r for _, r in levels))
 
+    @classmethod
+    def window(cls, width: int, look_back: int = 1, sinks: int = 0) -> Pattern:
+        """Every key of the query's own segment of `width` tokens and of the `look_back` segments before it.
+
+        It slides in steps of `width`: a causal query sees from width * look_back to width * (1 + look_back) tokens, by
+        its place in its segment. A window as Mistral counts it, of W tokens for every query, has no such steps.
+        """
+        return cls((width,), (1,), look_back=look_back, sinks=sinks)
+
+    @classmethod
+    def nested(cls, length: int, base: int = 1024, ratio: int = 4, sinks: int = 0) -> Pattern:
+        """To train with: a window of `base` tokens, and levels that tile the past before it, to `length` and beyond.
+
+        Segments and rates grow by `ratio`; each level looks back one segment and every key counts once.
+        """
+        grown = cls.geometric(length, base, ratio)
+        return cls(grown.segment_lengths, grown.dilation_rates, look_back=1, overlap="once", sinks=sinks)
+
+    @classmethod
+    def pretrained(cls, width: int = 1024, sinks: int = 4) -> Pattern:
+        """For a model that was trained with dense attention: a window, and the sinks without which it fails.
+
+        The window's 2 * width tokens should not reach further than the length that the model was trained on.
+        """
+        return cls.window(width, sinks=sinks)
+
     @property
     def levels(self) -> tuple[Level, ...]:
         return tuple(Level(w, r) for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
 
     @property
+    def look_backs(self) -> tuple[int, ...]:
+        """`look_back`, one number per level."""
+        return self.look_back  # type: ignore[return-value]
+
+    @property
+    def biases(self) -> tuple[float, ...]:
+        """What is added to the scores of each level."""
+        if self.level_bias == "log_rate":
+            return tuple(log(r) for r in self.dilation_rates)
+        return tuple(self.level_bias or (0.0,) * len(self.dilation_rates))
+
+    @property
     def keys_per_query(self) -> float:
-        """Mean keys a query attends to in full segments, not causal: sum of w / r^2 (4267 for the paper)."""
-        return sum(w / r**2 for w, r in self.levels)
+        """Mean keys a query attends to, far from the ends, not causal: sum of w / r^2 (4267) for the paper.
+
+        A causal query has half of it, and all of the sinks.
+        """
+        return sum(map(self.level_keys, range(len(self.segment_lengths)))) + self.sinks
 
     @property
     def cache_rows(self) -> int:
-        """Rows of keys a decoder must keep for one head: sum of ceil(w / r) (11,606 for the paper)."""
-        return sum(-(-w // r) for w, r in self.levels)
+        """Rows of keys a decoder must keep for one head: sum of (1 + look_back) ceil(w / r) and sinks.
+
+        11,606 for the paper.
+        """
+        return sum(map(self.level_rows, range(len(self.segment_lengths)))) + self.sinks
+
+    def level_keys(self, level: int) -> float:
+        """Of `keys_per_query`, those of one level."""
+        covered = self._covered(level) - (self._covered(level - 1) if self.overlap == "once" and level else 0)
+        rate = self.dilation_rates[level]
+        return covered / rate / (rate if self.queries == "dilated" else 1)
+
+    def level_rows(self, level: int) -> int:
+        """Of `cache_rows`, those of one level."""
+        w, r = self.levels[level]
+        return (1 + self.look_backs[level]) * -(-w // r)
 
     def offsets(self, level: int, num_heads: int) -> tuple[int, ...]:
         """The offset of each head in a level, all below its dilation rate."""
@@ -102,242 +205,62 @@ class Pattern:
         group = -(-num_heads // r)
         return tuple(h % r if self.head_offsets == "modulo" else h // group for h in range(num_heads))
 
+    def refusal(self, causal: bool, padding: Padding) -> str | None:
+        """Why no attention can have this pattern with these options, in one line, or None."""
+        if causal and self.queries == "all" and self.overlap == "repeat" and max(self.dilation_rates) > 1:
+            return 'queries="all" needs overlap="once" in causal attention'
+        plain = (0,) * len(self.segment_lengths), "repeat", "dilated", 0, None
+        if padding == "zero_key" and plain != (
+            self.look_backs, self.overlap, self.queries, self.sinks, self.level_bias
+        ):  # fmt: skip
+            return 'padding="zero_key" goes with no look_back, overlap, queries, sinks or level_bias but the paper\'s'
+        return None
 
-def rows_before(position: int, offset: int, dilation_rate: int) -> int:
-    """How many rows of a segment lie before its position `position`: those at offset, offset + r, ..."""
-    return max(0, -((offset - position) // dilation_rate))
+    def _covered(self, level: int) -> int:
+        """Positions that a level covers for a query far from the ends, not causal."""
+        return (1 + 2 * self.look_backs[level]) * self.segment_lengths[level]
 
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
-class Rows(NamedTuple):
-    """Rows that one strided view of a (batch, tokens, heads, head_dim) tensor can show.
+    def _check_bias(self) -> None:
+        if self.level_bias is None or self.level_bias == "log_rate":
+            return
+        levels = len(self.segment_lengths)
+        try:
+            bias = tuple(map(float, self.level_bias))
+        except (TypeError, ValueError):
+            bias = ()
+        if len(bias) != levels or not all(map(isfinite, bias)):
+            raise ValueError(f'level_bias needs "log_rate" or {levels} numbers, one per level, got {self.level_bias!r}')
+        self._set("level_bias", bias)
 
-    Axis by axis: `segments` of them `segment_step` tokens apart; `heads` of them, `first_head` and then every
-    `head_step`-th; in each `rows` rows `row_step` tokens apart. The first row of the first head is token
-    `first_token`, that of each next head `skew` tokens later.
-    """
-
-    segments: int
-    segment_step: int
-    heads: int
-    first_head: int
-    head_step: int
-    rows: int
-    row_step: int
-    first_token: int
-    skew: int
-
-
-class Branch(NamedTuple):
-    """One attention call: query rows of the shard against key rows of the shard (near) or of far keys.
-
-    `far` is the index of the far keys, None for near ones. `zero_keys` keys with logit 0 and value 0 join the softmax
-    (`padding="zero_key"`). `first` marks the branches that reach every row of the shard before any other does.
-    """
-
-    queries: Rows
-    keys: Rows
-    causal: bool
-    far: int | None = None
-    zero_keys: int = 0
-    first: bool = False
-
-
-class Span(NamedTuple):
-    """Far keys of one level: its rows at positions [start, stop), which lie in one segment, outside the shard.
-
-    With start = stop it is none; such far keys still hold their maker's place in a graph.
-    """
-
-    level: int
-    start: int
-    stop: int
-
-
-@lru_cache(
-    maxsize=256
-)  # layers and repeated runs ask again; the chunks of a long sequence never do, and a plan is 40 KB
-def branches(
-    pattern: Pattern,
-    num_heads: int,
-    start: int,
-    tokens: int,
-    causal: bool,
-    padding: Padding,
-    spans: tuple[Span, ...],
-    total: int = 0,
-) -> tuple[Branch, ...]:
-    """Every attention call of a shard, near ones first, level by level.
-
-    `spans` are the far keys, in the order in which the caller holds them. `total` is the length of the whole sequence,
-    0 when it ends with the shard: only `padding="zero_key"` asks. Raises ValueError for far keys that the shard cannot
-    attend to.
-    """
-    covering = next((i for i, level in enumerate(pattern.levels) if level.dilation_rate == 1), None)
-    order = sorted(range(len(pattern.levels)), key=lambda i: i != covering)
-    found = [
-        branch._replace(first=i == covering)
-        for i in order
-        for branch in _near(pattern, i, num_heads, start, tokens, causal, padding, total or start + tokens)
-    ]
-    for index, span in enumerate(spans):
-        found.extend(_far(pattern, span, index, num_heads, start, tokens, causal))
-    return tuple(found)
+    def _check_order(self) -> None:
+        """What makes all parts of an attention rectangles of rows and keys."""
+        lengths, backs = self.segment_lengths, self.look_backs
+        asked = {"overlap": self.overlap == "once", "queries": self.queries == "all", "sinks": self.sinks != 0}
+        names = [f"{name}={getattr(self, name)!r}" for name, is_asked in asked.items() if is_asked]
+        if names and (any(a > b for a, b in pairwise(lengths)) or self.dilation_rates[0] > 1):
+            raise ValueError(
+                f"{', '.join(names)} needs levels in ascending segment length, the first at rate 1, "
+                f"got {lengths} at {self.dilation_rates}"
+            )
+        if not 0 <= self.sinks <= lengths[0]:
+            raise ValueError(f"sinks must be from 0 to the first segment length, {lengths[0]}, got {self.sinks}")
+        if self.overlap == "repeat":
+            return
+        for (inner, b), (outer, c) in pairwise(zip(lengths, backs, strict=True)):
+            if outer % inner:
+                raise ValueError(f'overlap="once" needs segments that nest, and {inner} does not divide {outer}')
+            if c * outer < b * inner:
+                raise ValueError(
+                    f'overlap="once" needs levels that look back at least as far as the one before: '
+                    f"{c} segments of {outer} are less than {b} of {inner}"
+                )
 
 
-def attention_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, batch: int = 1) -> int:
-    """Executed FLOPs of a forward: 4 * rows * keys * head_dim a head and segment over all branches; causal, half."""
-    found = branches(pattern, heads, 0, tokens, causal, "exact", ())
-    pairs = sum(b.queries.segments * b.queries.heads * b.queries.rows * b.keys.rows for b in found)
-    return 4 * head_dim * batch * pairs // (2 if causal else 1)
-
-
-def _near(
-    pattern: Pattern, level: int, num_heads: int, start: int, tokens: int, causal: bool, padding: Padding, total: int
-) -> Iterator[Branch]:
-    """Cut by its segments a shard is a partial one, a run of whole ones (one batched call) and a partial one."""
-    w, r = pattern.levels[level]
-    offsets = pattern.offsets(level, num_heads)
-    if padding == "zero_key":
-        w = min(w, total)  # torchscale cuts no segment longer than the sequence
-    position, stop = start, start + tokens
-    while position < stop:
-        inside = position % w
-        whole = (stop - position) // w if inside == 0 else 0
-        end = position + whole * w if whole else min(stop, position - inside + w)
-        length = w if whole else end - position  # positions of each segment that the shard has
-        before = [rows_before(inside, o, r) for o in offsets]
-        counts = [rows_before(inside + length, o, r) - b for o, b in zip(offsets, before, strict=True)]
-        firsts = [position - start - inside + o + b * r for o, b in zip(offsets, before, strict=True)]
-        missing = [0] * num_heads  # rows that the whole segment lacks to be full
-        if padding == "zero_key" and not causal:
-            missing = [-(-w // r) - rows_before(min(w, total - position + inside), o, r) for o in offsets]
-        for heads in _progressions(firsts, counts, [m + 1 for m in missing], (1, r, -(-num_heads // r))):
-            rows = Rows(max(whole, 1), w, *heads, counts[heads.first], r, firsts[heads.first], heads.skew(firsts))
-            yield Branch(rows, rows, causal, zero_keys=missing[heads.first])
-        position = end
-
-
-def _far(
-    pattern: Pattern, span: Span, index: int, num_heads: int, start: int, tokens: int, causal: bool
-) -> Iterator[Branch]:
-    """The shard's rows in the segment of `span` against all its far rows: one full, never causal, attention."""
-    w, r = pattern.levels[span.level]
-    segment = span.start // w * w
-    if span.start == span.stop:
-        return
-    if not segment <= span.start < span.stop <= segment + w:
-        raise ValueError(f"far keys [{span.start}, {span.stop}) of level ({w}, {r}) leave their segment")
-    if span.start < start + tokens and span.stop > start:
-        raise ValueError(f"far keys [{span.start}, {span.stop}) overlap the shard [{start}, {start + tokens})")
-    if causal and span.start >= start:
-        raise ValueError(f"far keys [{span.start}, {span.stop}) lie after a causal shard that starts at {start}")
-    begin, end = max(start, segment), min(start + tokens, segment + w)
-    if begin >= end:
-        return
-    offsets = pattern.offsets(span.level, num_heads)
-    before = [rows_before(begin - segment, o, r) for o in offsets]
-    counts = [rows_before(end - segment, o, r) - b for o, b in zip(offsets, before, strict=True)]
-    firsts = [segment - start + o + b * r for o, b in zip(offsets, before, strict=True)]
-    far_counts = span_rows(pattern, span, num_heads)
-    for heads in _progressions(firsts, counts, far_counts, (1, r, -(-num_heads // r))):
-        queries = Rows(1, w, *heads, counts[heads.first], r, firsts[heads.first], heads.skew(firsts))
-        keys = Rows(1, w, *heads, far_counts[heads.first], 1, 0, 0)  # packed from row 0
-        yield Branch(queries, keys, causal=False, far=index)
-
-
-def span_rows(pattern: Pattern, span: Span, num_heads: int) -> list[int]:
-    """How many rows of `span` each head has; heads differ by at most one."""
-    w, r = pattern.levels[span.level]
-    inside = span.start % w
-    stop = inside + span.stop - span.start
-    return [rows_before(stop, o, r) - rows_before(inside, o, r) for o in pattern.offsets(span.level, num_heads)]
-
-
-def span_positions(pattern: Pattern, span: Span, num_heads: int) -> list[range]:
-    """The positions that far keys of `span` hold, row by row, for each head."""
-    w, r = pattern.levels[span.level]
-    segment = span.start // w * w
-    offsets = pattern.offsets(span.level, num_heads)
-    firsts = [segment + o + rows_before(span.start - segment, o, r) * r for o in offsets]
-    counts = span_rows(pattern, span, num_heads)
-    return [range(first, first + count * r, r) for first, count in zip(firsts, counts, strict=True)]
-
-
-class SpanViews(NamedTuple):
-    """The rows of a span for some heads, as three views: in a shard, packed as far keys are, and in their segment.
-
-    Row j of a head is, packed, its j-th in the span, and in the segment's packed rows its j-th of the whole segment.
-    """
-
-    shard: Rows
-    packed: Rows
-    segment: Rows
-
-
-def span_views(pattern: Pattern, span: Span, num_heads: int, start: int) -> Iterator[SpanViews]:
-    """The rows of `span` in a shard that begins at position `start` and holds them; nothing for an empty span."""
-    w, r = pattern.levels[span.level]
-    if span.start >= span.stop:
-        return
-    segment = span.start // w * w
-    offsets = pattern.offsets(span.level, num_heads)
-    before = [rows_before(span.start - segment, o, r) for o in offsets]
-    counts = span_rows(pattern, span, num_heads)
-    firsts = [segment - start + o + b * r for o, b in zip(offsets, before, strict=True)]
-    # in its segment a view begins at one row for all its heads: they must agree on the rows before
-    for heads in _progressions(firsts, counts, [b + 1 for b in before], (1, r, -(-num_heads // r))):
-        number = counts[heads.first]
-        yield SpanViews(
-            Rows(1, w, *heads, number, r, firsts[heads.first], heads.skew(firsts)),
-            Rows(1, w, *heads, number, 1, 0, 0),
-            Rows(1, w, *heads, number, 1, before[heads.first], 0),
-        )
-
-
-def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: int) -> Span:
-    """What the segment that begins at `segment` and the positions [start, stop) have in common; it may be empty."""
-    w = pattern.segment_lengths[level]
-    return Span(level, max(segment, start), max(max(segment, start), min(segment + w, stop)))
-
-
-class _Heads(NamedTuple):
-    """Heads first, first + step, ...: an arithmetic progression of `number`."""
-
-    number: int
-    first: int
-    step: int
-
-    def skew(self, firsts: Sequence[int]) -> int:
-        return firsts[self.first + self.step] - firsts[self.first] if self.number > 1 else 0
-
-
-def _progressions(
-    firsts: Sequence[int], counts: Sequence[int], others: Sequence[int], steps: Sequence[int]
-) -> list[_Heads]:
-    """Cover all heads that have rows by few progressions in which one strided view shows every head.
-
-    Heads of one view need equal row counts, equal `others` (a second count, 0 for a head to leave out) and first rows
-    that grow evenly. Both offset rules make long runs of such
-    heads, either neighbours or a fixed step apart: the step with the fewest views wins.
-    """
-
-    def cover(step: int) -> list[_Heads]:
-        found: list[_Heads] = []
-        for residue in range(min(step, len(firsts))):
-            run: list[int] = []
-            for head in range(residue, len(firsts), step):
-                if run and not _continues(run, head):
-                    found.append(_Heads(len(run), run[0], step))
-                    run = []
-                if counts[head] and others[head]:
-                    run.append(head)
-            if run:
-                found.append(_Heads(len(run), run[0], step))
-        return found
-
-    def _continues(run: list[int], head: int) -> bool:
-        skew = firsts[head] - firsts[run[-1]]
-        even = skew >= 0 if len(run) == 1 else skew == firsts[run[-1]] - firsts[run[-2]]
-        return even and counts[head] == counts[run[0]] and others[head] == others[run[0]]
-
-    return min((cover(step) for step in dict.fromkeys(steps)), key=len)
+def _whole_numbers(name: str, numbers: object) -> tuple[int, ...]:
+    try:
+        return tuple(map(operator.index, numbers))  # type: ignore[call-overload]
+    except TypeError:
+        raise ValueError(f"{name} needs whole numbers, got {numbers!r}") from None

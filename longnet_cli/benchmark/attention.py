@@ -91,7 +91,7 @@ def _kernels_alone(
     kernel, scale = select_kernel(s.device, q.dtype, s.head_dim), s.head_dim**-0.5
     plan = [(slice(0, s.batch), slice(0, q.shape[1]), branches(pattern, s.heads, 0, q.shape[1], s.causal, "exact", ()))]
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device=s.device)[..., None]
-    calls = list(kernel_calls(plan, kernel, (q,) if dout is None else (q, out, lse, dout), (k, v), ()))
+    calls = list(kernel_calls(plan, kernel, (q,) if dout is None else (q, out, lse, dout), (k, v)))
 
     def run() -> None:
         for branch, (q_, *others), (k_, v_) in calls:

@@ -55,6 +55,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     """
     config = model.config
     if pattern is not None:
+        _refuse_options(pattern)
         config.dilated_attention = {
             "segment_lengths": list(pattern.segment_lengths),
             "dilation_rates": list(pattern.dilation_rates),
@@ -86,9 +87,19 @@ def pattern_of(config: Any) -> Pattern:
     if not isinstance(found, Mapping):
         raise ConfigError(f"dilated_attention in the model's config: a table of levels is needed, got {found!r}")
     try:
-        return Pattern(**found)
+        pattern = Pattern(**found)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"dilated_attention in the model's config: {error}") from None
+    _refuse_options(pattern)
+    return pattern
+
+
+def _refuse_options(pattern: Pattern) -> None:
+    """What attends to cached keys here knows a level's own segment alone."""
+    if pattern != Pattern(pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets):
+        raise ConfigError(
+            "models of transformers take patterns without look_back, overlap, queries, sinks and level_bias so far"
+        )
 
 
 def dilated_attention_forward(

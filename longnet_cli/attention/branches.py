@@ -1,0 +1,344 @@
+"""Every attention call of a shard: rectangles of query rows and key rows, as strided views. Pure integers.
+
+For a query at position p, level i covers the positions [lo_i, hi_i): its own segment and `look_back` ones before it
+(and after it, in attention that looks both ways). All queries of one block (a segment or, where a level leaves out
+what the one before it covers, a segment of that one) see the same keys. So a level is one causal square per segment
+and full rectangles, and those of whole segments lie evenly: one batched call each.
+
+    causal, look_back 1, overlap "once", w_1 = 2 w_0           keys ->
+                                                    queries    # 0 0
+    0  level 0: its own segment and the one before             | # 0 0
+    1  level 1: from lo_1 to lo_0                              v 1 # 0 0
+    #  both level 0                                              1 1 # 0 0
+
+A shard is the positions [start, start + tokens) of one sequence. What lies outside comes as far keys, packed rows of a
+span, or as sinks: each is one more rectangle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain
+from math import lcm
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from .rows import Heads, Rows, progressions, rows_before
+from .spans import SINKS, Span, lanes, level_of, sink_segments
+
+if TYPE_CHECKING:
+    from .pattern import Pattern
+
+Padding = Literal["exact", "zero_key"]
+
+BACKWARD_FLOPS = 2.5  # of the forward's: five matrix products to its two
+
+
+class Branch(NamedTuple):
+    """One attention call: query rows of the shard against key rows of the shard (near) or of far keys.
+
+    `queries` counts in query heads, `keys` in key heads, or in the lanes of far keys. `far` is the index of the far
+    keys, None for near ones. `zero_keys` keys with logit 0 and value 0 join the softmax (`padding="zero_key"`). `first`
+    marks the branches that reach every row of the shard before any other does. `bias` is added to all scores.
+    """
+
+    queries: Rows
+    keys: Rows
+    causal: bool
+    far: int | None = None
+    zero_keys: int = 0
+    first: bool = False
+    bias: float = 0.0
+
+
+class Turned(NamedTuple):
+    """Sinks that were turned for each of the `sink_segments`: packed, as far keys `far`, from row `row` on."""
+
+    far: int
+    row: int
+
+
+@lru_cache(
+    maxsize=256
+)  # layers and repeated runs ask again; the chunks of a long sequence never do, and a plan is 40 KB
+def branches(
+    pattern: Pattern,
+    num_heads: int,
+    start: int,
+    tokens: int,
+    causal: bool,
+    padding: Padding,
+    spans: tuple[Span, ...],
+    total: int = 0,
+    kv_heads: int = 0,
+    turned: Turned | None = None,
+) -> tuple[Branch, ...]:
+    """Every attention call of a shard, near ones first, level by level.
+
+    `spans` are the far keys, in the order in which the caller holds them. `total` is the length of the whole sequence,
+    0 when it ends with the shard: only `padding="zero_key"` asks. `kv_heads` 0 means `num_heads`. Sinks are the shard's
+    own first rows and the spans of level `SINKS`, unless they are `turned`. Raises ValueError for far keys that the
+    shard cannot attend to, and for sinks that nobody gives.
+    """
+    call = _Call(pattern, num_heads, kv_heads or num_heads, start, start + tokens, causal)
+    covering = next((i for i, r in enumerate(pattern.dilation_rates) if r == 1), None)
+    found: list[Branch] = []
+    for level in sorted(range(len(pattern.levels)), key=lambda i: i != covering):
+        zero_keys = (total or start + tokens) if padding == "zero_key" else 0
+        found += call.near(level, level == covering, zero_keys)
+    for index, span in enumerate(spans):
+        call.check(span)
+        if span.level != SINKS:
+            found += call.far(span, index)
+    found += call.sinks(spans, turned)
+    return tuple(found)
+
+
+def attention_flops(
+    pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, batch: int = 1, kv_heads: int = 0
+) -> int:
+    """Executed FLOPs of a forward: 4 * rows * keys * head_dim a head and segment over all branches; causal, half."""
+    found = branches(pattern, heads, 0, tokens, causal, "exact", (), 0, kv_heads)
+    pairs = sum(b.queries.segments * b.queries.heads * b.queries.rows * b.keys.rows * (2 - b.causal) for b in found)
+    return 2 * head_dim * batch * pairs
+
+
+class _Zone(NamedTuple):
+    """Queries of a block of each segment, and the keys they see; positions count from the segment's begin.
+
+    `square`: causal, of queries and keys of the same positions. `own`: the keys are those around the query itself.
+    """
+
+    first: int
+    length: int
+    low: int
+    high: int
+    square: bool
+    own: bool
+
+
+class _Rectangle(NamedTuple):
+    """Queries and keys at positions [first, stop), and the same again in `segments` segments."""
+
+    segments: int
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    square: bool
+    own: bool
+
+
+class _Call(NamedTuple):
+    """One shard, the positions [start, stop) of a sequence."""
+
+    pattern: Pattern
+    num_heads: int
+    kv_heads: int
+    start: int
+    stop: int
+    causal: bool
+
+    def near(self, level: int, covering: bool, zero_keys: int) -> Iterator[Branch]:
+        """A level's rows of the shard. `zero_keys`: length of the sequence whose segments have zero keys, or 0."""
+        w, r = level_of(self.pattern, level)
+        if zero_keys:
+            w = min(w, zero_keys)  # torchscale cuts no segment longer than the sequence
+        offsets = self.pattern.offsets(level, self.num_heads)
+        kv_of = [h * self.kv_heads // self.num_heads for h in range(self.num_heads)]
+        low = max(self.start, self.pattern.sinks) if level else self.start
+        bias = self.pattern.biases[level]
+        for part in self._rectangles(_zones(self.pattern, level, w, self.causal), w, r, low, self.stop):
+            queries, counts = self._queries(level, w, part.queries)
+            firsts, rows = queries, counts
+            if part.keys != part.queries or self.pattern.queries == "all":
+                firsts, rows = self._tokens(level, w, part.keys)
+            missing = [0] * self.num_heads  # rows that the whole segment lacks to be full
+            if zero_keys and not self.causal:
+                missing = [-(-w // r) - rows_before(min(w, zero_keys - part.keys[0] // w * w), o, r) for o in offsets]
+            equal = [(*pair, zeros) if min(pair) else None for *pair, zeros in zip(counts, rows, missing, strict=True)]
+            for heads in self._runs(r, equal, queries, firsts, kv_of):
+                yield Branch(
+                    self._query_rows(level, part.segments, w, heads, counts, queries),
+                    Rows(
+                        part.segments, w, *heads.of(kv_of), rows[heads.first], r, firsts[heads.first],
+                        heads.growth(firsts),
+                    ),
+                    part.square,
+                    zero_keys=missing[heads.first],
+                    first=covering and part.own,
+                    bias=bias,
+                )  # fmt: skip
+
+    def far(self, span: Span, index: int) -> Iterator[Branch]:
+        """The shard's rows that see rows of `span`: full, never causal, attention."""
+        w, r = level_of(self.pattern, span.level)
+        _, offsets, lane_of = lanes(self.pattern, span.level, self.num_heads, self.kv_heads)
+        inside, segment = span.start % w, span.start // w * w
+        low = max(span.start, self.pattern.sinks) if span.level else span.start
+        zones = [zone._replace(square=False, own=False) for zone in _zones(self.pattern, span.level, w, self.causal)]
+        for part in self._rectangles(zones, w, r, low, span.stop, apart=True):
+            queries, counts = self._queries(span.level, w, part.queries)
+            skipped = [rows_before(inside, o, r) for o in offsets]
+            firsts = [rows_before(part.keys[0] - segment, o, r) - b for o, b in zip(offsets, skipped, strict=True)]
+            stops = [rows_before(part.keys[1] - segment, o, r) - b for o, b in zip(offsets, skipped, strict=True)]
+            rows = [stop - first for first, stop in zip(firsts, stops, strict=True)]
+            pairs = [(count, rows[lane]) for count, lane in zip(counts, lane_of, strict=True)]
+            equal = [pair if min(pair) else None for pair in pairs]
+            of_head = [firsts[lane] for lane in lane_of]
+            for heads in self._runs(r, equal, queries, of_head, lane_of):
+                lane = lane_of[heads.first]
+                yield Branch(
+                    self._query_rows(span.level, 1, w, heads, counts, queries),
+                    Rows(1, w, *heads.of(lane_of), rows[lane], 1, firsts[lane], heads.growth(of_head)),
+                    causal=False,
+                    far=index,
+                    bias=self.pattern.biases[span.level],
+                )
+
+    def sinks(self, spans: Sequence[Span], turned: Turned | None) -> Iterator[Branch]:
+        """The queries whose first level covers no sinks, in any residue, against all sinks."""
+        w, n = self.pattern.segment_lengths[0], self.pattern.sinks
+        segments = sink_segments(self.pattern, self.start, self.stop)
+        if not segments:
+            return
+        begin = max(self.start, segments.start * w)
+        if turned:
+            for part in self._rectangles([_Zone(0, w, 0, w, True, False)], w, 1, begin, self.stop):
+                row = turned.row + (part.queries[0] // w - segments.start) * n
+                yield from self._sink_rows(part.segments, part.queries, Rows(0, n, 0, 0, 0, n, 1, row, 0), turned.far)
+            return
+        queries, own = (begin, self.stop), min(n, self.start)  # before the shard: [0, own)
+        given = [(index, span) for index, span in enumerate(spans) if span.level == SINKS]
+        if sum(span.stop - span.start for _, span in given) != own:
+            raise ValueError(
+                f"the sinks [0, {own}) lie before the shard that starts at {self.start}: give them as far keys"
+            )
+        if own < n:
+            yield from self._sink_rows(1, queries, Rows(0, w, 0, 0, 0, n - own, 1, own - self.start, 0), None)
+        for index, span in given:
+            keys = Rows(0, w, 0, 0, 0, span.stop - span.start, 1, 0, 0)
+            yield from self._sink_rows(1, queries, keys, index)
+
+    def check(self, span: Span) -> None:
+        """Raise ValueError for far keys that the shard cannot attend to."""
+        start, stop, where = span.start, span.stop, f"far keys [{span.start}, {span.stop})"
+        if start == stop:
+            return
+        if span.level == SINKS:
+            if not 0 <= start < stop <= min(self.pattern.sinks, self.start):
+                raise ValueError(f"{where} are not among the {self.pattern.sinks} sinks before {self.start}")
+            return
+        w, r = level_of(self.pattern, span.level)
+        if not start // w * w <= start < stop <= start // w * w + w:
+            raise ValueError(f"{where} of level ({w}, {r}) leave their segment")
+        if start < self.stop and stop > self.start:
+            raise ValueError(f"{where} overlap the shard [{self.start}, {self.stop})")
+        if self.causal and start >= self.start:
+            raise ValueError(f"{where} lie after a causal shard that starts at {self.start}")
+
+    def _rectangles(
+        self, zones: Iterable[_Zone], w: int, r: int, low: int, high: int, apart: bool = False
+    ) -> list[_Rectangle]:
+        """What the zones make of the shard's queries and keys in [low, high), own keys first.
+
+        Segments that are whole, and see all that they may, go together. What is left goes one by one; neighbours that
+        see the same keys are joined where their rows go on evenly. `apart`: keys are packed, so that none go together.
+        """
+        together: list[_Rectangle] = []
+        single: list[_Rectangle] = []
+        for zone in zones:
+            q, a, z = self.start - zone.first, low - zone.low, high - zone.high
+            # segments of which a query, or a key, is there
+            some = range(
+                max((q - zone.length) // w, (a + zone.low - zone.high) // w) + 1,
+                min((self.stop - 1 - zone.first) // w, (z + zone.high - 1 - zone.low) // w) + 1,
+            )
+            whole = range(max(-(-q // w), -(-a // w)), min((self.stop - zone.first - zone.length) // w, z // w) + 1)
+            left: Iterable[int] = some
+            if whole and not apart:
+                first = whole.start * w
+                queries = first + zone.first, first + zone.first + zone.length
+                keys = first + zone.low, first + zone.high
+                together.append(_Rectangle(len(whole), queries, keys, zone.square, zone.own))
+                left = chain(range(some.start, whole.start), range(whole.stop, some.stop))
+            for segment in left:
+                first = segment * w
+                queries = max(first + zone.first, self.start), min(first + zone.first + zone.length, self.stop)
+                keys = max(first + zone.low, low), min(first + zone.high, high)
+                if zone.square:  # which it stays, of what both have
+                    queries = keys = max(queries[0], keys[0]), min(queries[1], keys[1])
+                if queries[0] < queries[1] and keys[0] < keys[1]:
+                    single.append(_Rectangle(1, queries, keys, zone.square, zone.own))
+        even = self.pattern.queries == "all" or w % r == 0
+        return sorted([*together, *(_joined(single) if even else single)], key=lambda part: not part.own)
+
+    def _queries(self, level: int, w: int, queries: tuple[int, int]) -> tuple[list[int], list[int]]:
+        """Each head's first query row, a token of the shard, and how many there are."""
+        first, stop = queries
+        if self.pattern.queries == "all":
+            return [first - self.start] * self.num_heads, [stop - first] * self.num_heads
+        return self._tokens(level, w, queries)
+
+    def _tokens(self, level: int, w: int, positions: tuple[int, int]) -> tuple[list[int], list[int]]:
+        """The first row, a token of the shard, that a level keeps for each head, and how many there are."""
+        base, r = positions[0] // w * w, self.pattern.dilation_rates[level]
+        first, stop = positions[0] - base, positions[1] - base
+        offsets = self.pattern.offsets(level, self.num_heads)
+        before = [rows_before(first, o, r) for o in offsets]
+        firsts = [base - self.start + o + b * r for o, b in zip(offsets, before, strict=True)]
+        return firsts, [rows_before(stop, o, r) - b for o, b in zip(offsets, before, strict=True)]
+
+    def _query_rows(
+        self, level: int, segments: int, w: int, heads: Heads, counts: Sequence[int], firsts: Sequence[int]
+    ) -> Rows:
+        step = 1 if self.pattern.queries == "all" else self.pattern.dilation_rates[level]
+        return Rows(segments, w, *heads, counts[heads.first], step, firsts[heads.first], heads.growth(firsts))
+
+    def _runs(self, r: int, equal: Sequence[tuple[int, ...] | None], *even: Sequence[int]) -> list[Heads]:
+        group = self.num_heads // self.kv_heads
+        steps = (1, r, -(-self.num_heads // r), group, lcm(r, group))
+        return progressions(equal, list(zip(*even, strict=True)), steps)
+
+    def _sink_rows(self, segments: int, queries: tuple[int, int], keys: Rows, far: int | None) -> Iterator[Branch]:
+        w, (first, stop) = self.pattern.segment_lengths[0], queries
+        kv_of = [h * self.kv_heads // self.num_heads for h in range(self.num_heads)]
+        for heads in self._runs(1, [()] * self.num_heads, kv_of):
+            number, head, step = heads.of(kv_of)
+            yield Branch(
+                Rows(segments, w, *heads, stop - first, 1, first - self.start, 0),
+                keys._replace(segments=segments, heads=number, first_head=head, head_step=step),
+                causal=False,
+                far=far,
+            )
+
+
+def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Zone]:
+    """What the queries of a segment of w positions see at a level, the causal square of a segment with itself first."""
+    b = pattern.look_backs[level]
+    if pattern.overlap == "once" and level:
+        u, near = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]
+        zones = [_Zone(j, u, -b * w, j - near * u, False, False) for j in range(0, w, u)]
+        if not causal:
+            zones += [_Zone(j, u, j + (near + 1) * u, (b + 1) * w, False, False) for j in range(0, w, u)]
+    elif causal:
+        zones = [_Zone(0, w, 0, w, True, True), _Zone(0, w, -b * w, 0, False, False)]
+    else:
+        zones = [_Zone(0, w, -b * w, (b + 1) * w, False, True)]
+    if w % pattern.dilation_rates[level]:  # rows begin anew in every segment: no view shows those of two
+        zones = [
+            zone._replace(low=max(zone.low, s), high=min(zone.high, s + w), own=zone.own and s == 0)
+            for zone in zones
+            for s in range(zone.low // w * w, zone.high, w)
+        ]
+    return [zone for zone in zones if zone.low < zone.high]
+
+
+def _joined(parts: list[_Rectangle]) -> list[_Rectangle]:
+    found: list[_Rectangle] = []
+    for part in sorted(parts, key=lambda part: (part.square, part.own, part.keys, part.queries)):
+        last = found[-1] if found else part
+        same = (last.keys, last.square, last.own, last.queries[1]) == (part.keys, False, part.own, part.queries[0])
+        if same:
+            found[-1] = last._replace(queries=(last.queries[0], part.queries[1]))
+        else:
+            found.append(part)
+    return found

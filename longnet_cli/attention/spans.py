@@ -1,0 +1,175 @@
+"""Rows that lie outside a shard: which ones its queries see, which ones later queries can see, and where they are held.
+
+A span is one level's rows at consecutive positions of one segment. Sinks are spans too, of a level of their own.
+
+Query heads that share a key head and keep the same rows share one *lane*: a span holds every lane once. Where every
+query head has its own key head, lanes are heads; at rate 1, and for sinks, they are the key heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import lcm
+from typing import TYPE_CHECKING, NamedTuple
+
+from .rows import Rows, progressions, rows_before
+
+if TYPE_CHECKING:
+    from .pattern import Pattern
+
+SINKS = -1  # as the level of a span: the first positions of a document, as every query sees them
+
+
+class Span(NamedTuple):
+    """Far keys of one level: its rows at positions [start, stop), which lie in one segment, outside the shard.
+
+    With start = stop it is none; such far keys still hold their maker's place in a graph. Of level `SINKS`, positions
+    lie in [0, pattern.sinks).
+    """
+
+    level: int
+    start: int
+    stop: int
+
+
+class Lanes(NamedTuple):
+    """The distinct (key head, offset) pairs of a level, and which of them each query head reads."""
+
+    kv_heads: tuple[int, ...]
+    offsets: tuple[int, ...]
+    of_head: tuple[int, ...]
+
+
+def lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int = 0) -> Lanes:
+    """The lanes of a level for `num_heads` query heads on `kv_heads` key heads (0: as many)."""
+    group = num_heads // (kv_heads or num_heads)
+    offsets = (0,) * num_heads if level == SINKS else pattern.offsets(level, num_heads)
+    places: dict[tuple[int, int], int] = {}
+    of_head = [places.setdefault((h // group, offset), len(places)) for h, offset in enumerate(offsets)]
+    return Lanes(tuple(head for head, _ in places), tuple(offset for _, offset in places), tuple(of_head))
+
+
+def level_of(pattern: Pattern, level: int) -> tuple[int, int]:
+    """(segment length, dilation rate) of a span's level; sinks lie in one segment, at rate 1."""
+    if level == SINKS:
+        return pattern.segment_lengths[0], 1
+    return pattern.segment_lengths[level], pattern.dilation_rates[level]
+
+
+def cached_rows(pattern: Pattern, num_heads: int, kv_heads: int = 0) -> int:
+    """Rows of keys a decoder must keep, of all lanes: `pattern.cache_rows` for each head where none is shared."""
+    levels = range(len(pattern.segment_lengths))
+    rows = sum(pattern.level_rows(i) * len(lanes(pattern, i, num_heads, kv_heads).offsets) for i in levels)
+    return rows + pattern.sinks * (kv_heads or num_heads)
+
+
+def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int | None = None) -> list[Span]:
+    """What the queries of the shard [start, stop) see outside it, by segment; raw sinks last.
+
+    `total` is the length of the sequence, which attention that looks both ways needs.
+    """
+    found: list[Span] = []
+    for level, (w, b) in enumerate(zip(pattern.segment_lengths, pattern.look_backs, strict=True)):
+        first, last = start // w, (stop - 1) // w
+        low, until, after = max(0, first - b) * w, start, stop
+        if level:
+            low = max(low, pattern.sinks)
+        if pattern.overlap == "once" and level:
+            inner, near = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]
+            until = min(until, ((stop - 1) // inner - near) * inner)
+            after = max(after, (start // inner + near + 1) * inner)
+        found += _by_segment(level, w, low, until)
+        if not causal:
+            assert total is not None
+            found += _by_segment(level, w, after, min(total, (last + b + 1) * w))
+    if pattern.sinks and start and len(sink_segments(pattern, start, stop)):
+        found.append(Span(SINKS, 0, min(pattern.sinks, start)))
+    return found
+
+
+def open_spans(pattern: Pattern, stop: int) -> list[Span]:
+    """What later queries can see of the first `stop` positions of a causal sequence, by segment; raw sinks last."""
+    found: list[Span] = []
+    for level, (w, b) in enumerate(zip(pattern.segment_lengths, pattern.look_backs, strict=True)):
+        found += _by_segment(level, w, max(0, stop // w - b) * w, stop)
+    if pattern.sinks and stop:
+        found.append(Span(SINKS, 0, min(pattern.sinks, stop)))
+    return found
+
+
+def sink_segments(pattern: Pattern, start: int, stop: int) -> range:
+    """The segments of the first level in [start, stop) from which sinks are seen by themselves: it covers none."""
+    w, first = pattern.segment_lengths[0], pattern.look_backs[0] + 1
+    return range(max(start // w, first), (stop - 1) // w + 1) if pattern.sinks else range(0)
+
+
+def _by_segment(level: int, w: int, start: int, stop: int) -> list[Span]:
+    found = []
+    while start < stop:
+        end = min(stop, (start // w + 1) * w)
+        found.append(Span(level, start, end))
+        start = end
+    return found
+
+
+def span_rows(pattern: Pattern, span: Span, num_heads: int, kv_heads: int = 0) -> list[int]:
+    """How many rows of `span` each lane has; lanes differ by at most one."""
+    w, r = level_of(pattern, span.level)
+    inside = span.start % w
+    stop = inside + span.stop - span.start
+    offsets = lanes(pattern, span.level, num_heads, kv_heads).offsets
+    return [rows_before(stop, o, r) - rows_before(inside, o, r) for o in offsets]
+
+
+def span_positions(pattern: Pattern, span: Span, num_heads: int, kv_heads: int = 0) -> list[range]:
+    """The positions that far keys of `span` hold, row by row, for each lane."""
+    w, r = level_of(pattern, span.level)
+    segment = span.start // w * w
+    offsets = lanes(pattern, span.level, num_heads, kv_heads).offsets
+    firsts = [segment + o + rows_before(span.start - segment, o, r) * r for o in offsets]
+    counts = span_rows(pattern, span, num_heads, kv_heads)
+    return [range(first, first + count * r, r) for first, count in zip(firsts, counts, strict=True)]
+
+
+class SpanViews(NamedTuple):
+    """The rows of a span for some lanes, as three views: in a shard, packed as far keys are, and in their segment.
+
+    Row j of a lane is, packed, its j-th in the span, and in the segment's packed rows its j-th of the whole segment.
+    """
+
+    shard: Rows
+    packed: Rows
+    segment: Rows
+
+
+def span_views(pattern: Pattern, span: Span, num_heads: int, start: int, kv_heads: int = 0) -> Iterator[SpanViews]:
+    """The rows of `span` in a shard that begins at position `start` and holds them; nothing for an empty span."""
+    w, r = level_of(pattern, span.level)
+    if span.start >= span.stop:
+        return
+    segment = span.start // w * w
+    heads, offsets, _ = lanes(pattern, span.level, num_heads, kv_heads)
+    before = [rows_before(span.start - segment, o, r) for o in offsets]
+    counts = span_rows(pattern, span, num_heads, kv_heads)
+    firsts = [segment - start + o + b * r for o, b in zip(offsets, before, strict=True)]
+    # in its segment a view begins at one row for all its lanes: they must agree on the rows before
+    equal = [(count, b) if count else None for count, b in zip(counts, before, strict=True)]
+    even = list(zip(firsts, heads, strict=True))
+    group = num_heads // (kv_heads or num_heads)
+    steps = (1, r, -(-len(heads) // r), len(heads) // len({*heads}), lcm(r, group))
+    for run in progressions(equal, even, steps):
+        number, skew = counts[run.first], run.growth(firsts)
+        yield SpanViews(
+            Rows(1, w, *run.of(heads), number, r, firsts[run.first], skew),
+            Rows(1, w, *run, number, 1, 0, 0),
+            Rows(1, w, *run, number, 1, before[run.first], 0),
+        )
+
+
+def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: int) -> Span:
+    """What the segment that begins at `segment` and the positions [start, stop) have in common; it may be empty.
+
+    Of level `SINKS`, the segment is the first `pattern.sinks` positions.
+    """
+    end = pattern.sinks if level == SINKS else segment + pattern.segment_lengths[level]
+    return Span(level, max(segment, start), max(max(segment, start), min(end, stop)))
