@@ -22,8 +22,10 @@ RunLongnet = Callable[..., subprocess.CompletedProcess]
 
 
 def pytest_configure() -> None:
-    # A script's background job, `make test &`, starts with Ctrl-C ignored, which commands under test would inherit.
+    # A script's background job, `make test &`, starts with Ctrl-C ignored, and `nohup make test` with SIGHUP ignored:
+    # commands under test would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -80,7 +80,8 @@ def run(app: typer.Typer) -> NoReturn:
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         # A locale that is not set says ASCII, and means nothing: names and text are UTF-8, as in Python's UTF-8 mode.
-        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name == "ascii":
+        unset = "PYTHONIOENCODING" not in os.environ
+        if unset and isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name == "ascii":
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     _hold_standard_handles()
     try:
