@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from longnet_cli.cli.launch import launch
+from longnet_cli.cli.loading import load_model, refuse_overwriting
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
     AttentionOption,
@@ -30,7 +31,6 @@ from longnet_cli.cli.options import (
     size_option,
 )
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.score import load_model, refuse_overwriting
 from longnet_cli.errors import ConfigError
 
 
