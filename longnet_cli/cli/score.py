@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
 from longnet_cli.cli.launch import launch
 from longnet_cli.cli.loading import load_model, refuse_overwriting
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
+    OUTPUT,
     AttentionOption,
     ChunkOption,
     ColumnOption,
@@ -26,6 +25,7 @@ from longnet_cli.cli.options import (
     SegmentLengthsOption,
     TokenizerDiffersOption,
     TokenizerOption,
+    option,
     read_pattern,
     size_option,
     sizes_option,
@@ -37,72 +37,75 @@ if TYPE_CHECKING:
     from longnet_cli.measures import DocumentScore, Score, Total
 
 Format = Literal["text", "json", "jsonl"]
+MEASURE = "What to measure"
 
 
 def score(
     inputs: Inputs,
+    tokenizer: TokenizerOption = None,
+    tokenizer_differs: TokenizerDiffersOption = False,
+    column: ColumnOption = None,
+    eos: EosOption = None,
     model: ModelOption = DEFAULT_MODEL,
+    attention: AttentionOption = "dilated",
+    segment_lengths: SegmentLengthsOption = None,
+    dilation_rates: DilationRatesOption = None,
     ppl: Annotated[
         bool,
-        typer.Option(
-            "--ppl",
-            help="Perplexity and bits per byte: what is measured, with this word or without.",
-            show_default=False,
-        ),
+        option(MEASURE, "--ppl", None, "Measure perplexity and bits per byte, as without this word.", False),
     ] = True,
     context: Annotated[
         Sequence[int] | None,
         sizes_option(
+            MEASURE,
             "--context",
-            help="Tokens that a token may look back at: the text is scored in separate windows of this length. Several "
-            "are compared, on the same tokens.",
-            show_default="the whole document",
+            "Score the text in separate windows of this length. Several lengths are compared on the same tokens.",
+            "the whole document",
         ),
     ] = None,
     stride: Annotated[
         int | None,
         size_option(
+            MEASURE,
             "--stride",
-            help="Let windows overlap and score so many tokens at the end of each, which then have seen that much "
-            "less than the context or more.",
-            show_default="the context",
+            "Let windows overlap: score this many tokens at the end of each.",
+            "the context",
         ),
     ] = None,
     last: Annotated[
         int | None,
         size_option(
+            MEASURE,
             "--last",
-            help="Score only so many tokens at the end of each document, of those long enough for the longest context.",
-            show_default="all tokens",
+            "Score only this many tokens at the end of each document. Documents too short for the longest context "
+            "are left out.",
+            "all tokens",
         ),
     ] = None,
     by_position: Annotated[
         bool,
-        typer.Option("--by-position", help="Also the loss by tokens seen, and by place in the shortest segment."),
+        option(MEASURE, "--by-position", None, "Show the loss by tokens seen, and by place in the shortest segment."),
     ] = False,
+    format: Annotated[
+        Format,
+        option(
+            OUTPUT, "--format", "text|json|jsonl", "Print a table, one JSON value, or one line of JSON per document."
+        ),
+    ] = "text",
     token_logprobs: Annotated[
         str | None,
-        typer.Option(
+        option(
+            OUTPUT,
             "--token-logprobs",
-            metavar="PATH",
-            help="Also write the log-probability of every token, in nats: NAME.arrow or NAME.parquet, which is "
+            "FILE",
+            "Write the log-probability of every token, in nats, to an .arrow or .parquet file. An existing file is "
             "replaced when the new one is whole.",
         ),
     ] = None,
-    chunk: ChunkOption = None,
-    tokenizer: TokenizerOption = None,
-    tokenizer_differs: TokenizerDiffersOption = False,
-    column: ColumnOption = None,
-    eos: EosOption = None,
-    format: Annotated[
-        Format, typer.Option("--format", help="A table to read, one JSON value, or a line of JSON a document.")
-    ] = "text",
-    attention: AttentionOption = "dilated",
-    segment_lengths: SegmentLengthsOption = None,
-    dilation_rates: DilationRatesOption = None,
     nproc: NprocOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    chunk: ChunkOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Measure how well a model predicts text: perplexity (ppl) and bits per byte (bpb), lower is better.
@@ -117,6 +120,7 @@ def score(
         refuse_overwriting("--token-logprobs", [token_logprobs], inputs, model, tokenizer)
     launch(nproc, inputs, model)
     from longnet_cli.data.sources import read_documents
+    from longnet_cli.data.tokenizer import end_of_text
     from longnet_cli.measures import Total
     from longnet_cli.runtime.ranks import join, leave
 
@@ -127,7 +131,8 @@ def score(
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
 
-    documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
+    eos_id = end_of_text(eos, words)
+    documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos_id)
     tokens = write_token_logprobs(token_logprobs) if token_logprobs and ranks.first else nullcontext()
     with progress("scoring", total=None, quiet=quiet) as advance, tokens as on_tokens:
         scores = run(
