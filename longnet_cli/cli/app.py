@@ -34,7 +34,7 @@ EPILOG = (
     "129, 130 or 143 stopped, 141 closed pipe."
 )
 
-# One function a command, in the order of a first day's work. Their modules import torch only when they run.
+# One function per command, in the order of a first day's work. Their modules import torch only when they run.
 COMMANDS: tuple[Callable[..., None], ...] = (tokenize, train, plot, score, encode, bench)
 
 _python_warning = warnings.showwarning

@@ -151,7 +151,7 @@ def bench(
     )  # fmt: skip
 
     def say(line: str) -> None:
-        if not quiet and sys.stderr:  # else print would take stdout
+        if not quiet and sys.stderr:  # otherwise print would take stdout
             print(line, file=sys.stderr, flush=True)
 
     def announce(case: Case, seconds: float | None) -> None:

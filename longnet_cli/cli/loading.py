@@ -47,7 +47,7 @@ def load_model(
     pattern: Pattern | None = None,
     quiet: bool = False,
 ) -> Loaded:
-    """The model that --model names, in float32 on `device`, and --tokenizer or else its own.
+    """The model that --model names, in float32 on `device`, and --tokenizer, or its own without it.
 
     Says on stderr, unless `quiet`, what the user should know of how it reads documents.
     Raises ConfigError for a tokenizer that is not the model's, unless `tokenizer_differs`, or has ids that the

@@ -77,9 +77,9 @@ def sizes_option(panel: str, names: str, help: str, default: str | bool = True, 
     return option(panel, names, "SIZE,...", help, default, parser=_option_parser(parse_sizes), **more)
 
 
-def bare_or(value: str | None, bare: Any, otherwise: Any = None) -> Any:
-    """Return `bare` for an option without a value, `otherwise` where the option is not given, else its value."""
-    return otherwise if value is None else bare if value == BARE else value
+def bare_or(value: str | None, bare: Any, absent: Any = None) -> Any:
+    """Return `bare` for an option without a value, `absent` for one that is not given, and any other value itself."""
+    return absent if value is None else bare if value == BARE else value
 
 
 Inputs = Annotated[

@@ -52,7 +52,7 @@ def score(
     dilation_rates: DilationRatesOption = None,
     ppl: Annotated[
         bool,
-        option(MEASURE, "--ppl", None, "Measure perplexity and bits per byte, as without this word.", False),
+        option(MEASURE, "--ppl", None, "Measure perplexity and bits per byte. This is the default.", False),
     ] = True,
     context: Annotated[
         Sequence[int] | None,
@@ -210,7 +210,7 @@ def _print_comparison(totals: list[dict[str, Any]]) -> None:
 
 
 def _print_positions(total: dict[str, Any]) -> None:
-    """What `--by-position` asks for: nats a token."""
+    """What `--by-position` asks for: nats per token."""
     context = f", context {total['context']}" if total["context"] else ""
     for key, title in (("by_position", "tokens seen"), ("by_segment_position", "in segment")):
         if rows := total.get(key):

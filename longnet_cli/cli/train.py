@@ -134,7 +134,7 @@ def train(
 ) -> None:
     """Train a model by a recipe.
 
-    Where a run was stopped, the same command goes on, or `longnet train -o DIR`. It runs under torchrun, too.
+    A stopped run goes on with the same command, or with `longnet train -o DIR`. It runs under torchrun, too.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it waits until the run listens, and would kill before
     launch(nproc)
