@@ -21,7 +21,7 @@ from longnet_cli.data.inputs import find_sources, fingerprint, sniff
 from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_batch, token_schema
 from longnet_cli.data.sources import read_texts
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.tokenizer import Tokenizer, end_of_text
 from longnet_cli.errors import ConfigError
 
 SHARD_TOKENS = 1 << 27
@@ -56,7 +56,7 @@ def tokenize(
     train_vocab: int | None = None,
     column: str | None = None,
     shard_tokens: int = SHARD_TOKENS,
-    eos: bool = False,
+    eos: str | int | bool = False,
     resume: bool = False,
     on_progress: OnProgress | None = None,
 ) -> TokenizeResult:
@@ -64,10 +64,11 @@ def tokenize(
 
     `output` is a folder (see `data.shards`; with a `tokenizer.json`), one .arrow, .feather, .parquet or .jsonl file
     (with `NAME.tokenizer.json` beside it), or `-`: a stream on stdout, of small batches that do not wait for a slow
-    input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends the end-of-text id to every
-    document. `train_vocab` first trains a byte-level BPE of that size on the same inputs. `resume` goes on with a
-    folder that an earlier run with the same inputs and options left unfinished: byte for byte as if it had never
-    stopped, and without tokenizing again what is in finished shards.
+    input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends a token to every document:
+    one that it names, one with this id, or the tokenizer's own end of text (True). `train_vocab` first trains a
+    byte-level BPE of that size on the same inputs. `resume` goes on with a folder that an earlier run with the same
+    inputs and options left unfinished: byte for byte as if it had never stopped, and without tokenizing again what is
+    in finished shards.
 
     Raises ConfigError for options that do not fit together and for a folder that is in use, DataError for bad input,
     LongNetError when a write fails. Then a file is not left behind, a folder has its finished shards.
@@ -79,9 +80,9 @@ def tokenize(
         raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
     earlier = run_to_resume(output, resume=resume) if in_folder else None  # also said before training a tokenizer
     words = _tokenizer(inputs, tokenizer, train_vocab, column, Path(output) if earlier else None)
-    if eos and words.eos_id is None:
-        raise ConfigError("the tokenizer has no end-of-text id to append (--eos)")
-    schema = token_schema(vocab_size=words.vocab_size, eos_id=words.eos_id, tokenizer_sha256=words.sha256)
+    appended = end_of_text(eos, words)
+    eos_id = words.eos_id if appended is None else appended
+    schema = token_schema(vocab_size=words.vocab_size, eos_id=eos_id, tokenizer_sha256=words.sha256)
     texts = _apart(read_texts(inputs, column))
     if not in_folder:
         to_stdout = str(output) == "-"
@@ -90,7 +91,7 @@ def tokenize(
             rows = _Rows(
                 schema, SMALL_BATCH_BYTES if small else BATCH_BYTES, lambda batch, **counts: writer.write(batch)
             )
-            _run(texts, words, rows, eos=eos, prompt=to_stdout, on_progress=on_progress)
+            _run(texts, words, rows, eos_id=appended, prompt=to_stdout, on_progress=on_progress)
         beside = tokenizer_beside(output)
         if beside:
             words.save(beside)
@@ -100,14 +101,14 @@ def tokenize(
         "column": column,
         "tokenizer": words.sha256,
         "train_vocab": train_vocab,
-        "eos": eos,
+        "eos": appended is not None if appended in (None, words.eos_id) else str(appended),  # 1 would equal True
         "shard_tokens": shard_tokens,
     }
     with ShardFolder(output, schema, settings=settings, resume=resume) as folder:
         if not folder.finished:
             words.save(folder.folder / "tokenizer.json")
             rows = _Rows(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
-            _run(islice(texts, folder.documents, None), words, rows, eos=eos, on_progress=on_progress)
+            _run(islice(texts, folder.documents, None), words, rows, eos_id=appended, on_progress=on_progress)
     return _result(folder.totals, folder.paths, words)
 
 
@@ -166,12 +167,12 @@ def _run(
     tokenizer: Tokenizer,
     rows: "_Rows",
     *,
-    eos: bool,
+    eos_id: int | None,
     prompt: bool = False,
     on_progress: OnProgress | None,
 ) -> None:
     """Tokenize all texts into `rows`; `prompt` writes out each group when it is done."""
-    end_of_text = np.array([tokenizer.eos_id] if eos else [], np.int32)
+    ending = np.array([] if eos_id is None else [eos_id], np.int32)
 
     def report() -> None:
         if on_progress:
@@ -183,7 +184,7 @@ def _run(
         def end_documents(stop: int) -> None:
             nonlocal current
             for text in group[current:stop]:
-                rows.add(text.doc_id, end_of_text, 0)
+                rows.add(text.doc_id, ending, 0)
                 rows.end_document(text.doc_id)
             current = stop
 

@@ -26,6 +26,7 @@ from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_state
 from longnet_cli.training.loop import train
 from longnet_cli.training.recipe import Recipe, load_recipe
+from longnet_cli.training.start import prepare_run
 
 
 @pytest.fixture
@@ -215,7 +216,7 @@ def test_all_damaged(stopped: tuple[Recipe, Path, bytes]) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint is undamaged, of 2"):
         train(found, run)
     with pytest.raises(ConfigError, match="already holds a run"):
-        train(found, run, resume="never")
+        train(found, run, resume=False)
 
 
 def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path) -> None:
@@ -226,6 +227,10 @@ def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path)
         assert (tmp_path / name / "model.safetensors").read_bytes() == weights
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
         train(found, tmp_path / "c", resume=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"recipe\.toml: neither a run nor a checkpoint.* write --resume last"):
+        prepare_run(None, {}, run, resume="recipe.toml")
+    for resume, output in ((True, run), (str(run), tmp_path / "c"), (older, tmp_path / "c")):
+        assert prepare_run(None, {}, output, resume=resume) == found
     with pytest.raises(ConfigError, match="already holds a run"):  # whose later checkpoints would stay beside ours
         train(found, run, resume=str(older))
     with pytest.raises(ConfigError, match="already holds a run"):

@@ -98,7 +98,7 @@ def texts(tmp_path: Path) -> Path:
 def test_tokenize_writes_what_the_other_commands_read(run_longnet: RunLongnet, texts: Path, tmp_path: Path) -> None:
     done = run_longnet("tokenize", texts, "-o", "shards", "--shard-tokens", "10")
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == "3 documents, 63 tokens, 1.00 bytes a token, vocabulary 257 -> shards (3 shards)\n"
+    assert done.stderr == "3 documents, 63 tokens, 1.00 bytes per token, vocabulary 257 -> shards (3 shards)\n"
     tokenizer = Tokenizer.load(tmp_path / "shards")
     read = read_documents([tmp_path / "shards"], tokenizer)
     assert {document.doc_id: tokenizer.decode(document.tokens) for document in read} == TEXTS

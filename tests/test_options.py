@@ -1,27 +1,38 @@
 """Proves that options are read as documented, and that typer shows our sentence if not."""
 
+import re
 import subprocess
 import sys
+from typing import Annotated, Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from longnet_cli.cli.options import parse_device
+from longnet_cli.cli.app import app
+from longnet_cli.cli.command import BARE, Command
+from longnet_cli.cli.options import INPUT, Inputs, QuietOption, bare_or, option, parse_device
+from longnet_cli.cli.train import read_resume
+from longnet_cli.errors import ConfigError
+
+COMMANDS = ["tokenize", "train", "plot", "score", "encode", "bench", "data inspect"]
 
 SCRIPT = """
 import json, typer
 from collections.abc import Sequence
 from typing import Annotated
 from longnet_cli.cli.app import run
+from longnet_cli.cli.command import Command
 from longnet_cli.cli.options import *
 
 app = typer.Typer()
 
-@app.command()
+@app.command(cls=Command)
 def show(
     inputs: Inputs,
-    seq: Annotated[Sequence[int], sizes_option("--seq", help="Lengths.")] = (8192, 32768),
-    chunk: Annotated[int, size_option("--chunk", help="Tokens.")] = 65536,
-    limit: Annotated[int | None, size_option("--limit", help="Tokens.")] = None,
+    seq: Annotated[Sequence[int], sizes_option(INPUT, "--seq", "Lengths.")] = (8192, 32768),
+    chunk: Annotated[int, size_option(INPUT, "--chunk", "Tokens.")] = 65536,
+    limit: Annotated[int | None, size_option(INPUT, "--limit", "Tokens.")] = None,
     model: ModelOption = DEFAULT_MODEL,
     tokenizer: TokenizerOption = None,
     column: ColumnOption = None,
@@ -95,7 +106,85 @@ def test_a_wrong_option_is_exit_2_and_our_own_sentence(show, args, sentence):
     assert sentence in " ".join(result.stderr.replace("│", " ").split())
 
 
-def test_help_explains_sizes(show):
-    text = " ".join(show("--help").stdout.replace("│", " ").split())
-    assert "32k is 32000, 32Ki is 32768." in text
-    assert "auto|cpu|cuda[:i]" in text
+def command_of(name: str) -> Any:
+    found: Any = typer.main.get_command(app)
+    for word in name.split():
+        found = found.commands[word]
+    return found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_readable_in_80_columns(name: str) -> None:
+    done = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"})
+    lines = done.output.splitlines()
+    text = " ".join(done.output.replace("│", " ").split())
+    assert done.exit_code == 0
+    assert len(lines) < 100
+    assert max(map(len, lines)) <= 80
+    assert "…" not in text  # no name is cut
+    assert not re.search("<[a-z]|x>=", text)  # no `<bool>`, no `<list[str]>`, no range
+    assert "─ Options" not in text  # each has a panel
+    assert text.count("32k is 32000, 32Ki is 32768.") == ("SIZE" in text)
+    sentences = re.findall(r"[A-Z][^.]{9,}[.] ", text)
+    assert sorted(set(sentences)) == sorted(sentences), "a sentence twice"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_default_is_shown_once_however_often_help_is_asked_for(name: str) -> None:
+    for _ in range(2):
+        output = CliRunner().invoke(app, [*name.split(), "-h"], env={"COLUMNS": "300", "NO_COLOR": "1"}).output
+        assert max(line.count("(default: ") for line in output.splitlines()) <= 1
+        for shared, default in (("--device", "auto"), ("--model", "longnet-tiny"), ("--pool", "mean")):
+            row = next((line for line in output.splitlines() if re.search(rf"│ {shared} ", line)), None)
+            assert row is None or f"(default: {default})" in row or name == "bench"
+
+
+def test_an_option_of_several_commands_takes_the_same_values() -> None:
+    metavars: dict[str, set[str]] = {}
+    for name in COMMANDS:
+        for each in command_of(name).params:
+            metavars.setdefault(each.opts[0], set()).add(str(each.metavar).strip("[]"))
+    for name in ("--eos", "--column", "--tokenizer", "--model", "--device", "--nproc", "--chunk", "--segment-lengths"):
+        assert len(metavars[name]) == 1, name
+    assert metavars["--dtype"] == {"auto|fp32|bf16|fp16", "auto|fp32|bf16"}  # training has no fp16
+
+
+def parse(*args: str) -> Any:
+    """What a command with INPUT and an option whose value may be left out gets, or the ConfigError."""
+    small, got = typer.Typer(), []
+
+    @small.command(cls=Command)
+    def show(
+        inputs: Inputs,
+        end: Annotated[str | None, option(INPUT, "--end", "[TOKEN]", "End here.")] = None,
+        quiet: QuietOption = False,
+    ) -> None:
+        got.append((inputs, bare_or(end, True)))
+
+    failed = CliRunner().invoke(small, args).exception
+    return got[0] if got else failed
+
+
+def test_the_value_of_an_option_may_be_left_out() -> None:
+    assert parse("a") == (["a"], None)
+    assert parse("a", "--end") == (["a"], True)
+    assert parse("--end", "-q", "a") == parse("a", "--end", "--quiet") == (["a"], True)
+    assert parse("--end", "-") == (["-"], True)
+    assert parse("--end", "--", "a") == (["a"], True)
+    assert parse("a", "--end", "x") == parse("--end=x", "a") == (["a"], "x")
+    assert parse("a", "--", "--end") == (["a", "--end"], None)
+    error = parse("--end", "a")
+    assert (type(error), str(error)) == (
+        ConfigError,
+        "--end took 'a' as its value, and no INPUT is left: write --end last",
+    )
+    assert "--end is empty" in str(parse("a", "--end", ""))
+
+
+def test_old_spellings_name_the_new_ones() -> None:
+    assert "without --eos nothing is appended" in str(CliRunner().invoke(app, ["tokenize", "--no-eos"]).exception)
+    assert read_resume(BARE) == BARE
+    assert read_resume("./never") == "./never"
+    for old, new in (("auto", "is now --resume, which is the default"), ("never", "is now --no-resume")):
+        with pytest.raises(ConfigError, match=f"--resume {old} {new}"):
+            read_resume(old)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from longnet_cli.data import tokenizer as module
-from longnet_cli.data.tokenizer import END_OF_TEXT, Tokenizer
+from longnet_cli.data.tokenizer import END_OF_TEXT, Tokenizer, end_of_text
 from longnet_cli.errors import ConfigError
 
 CORPUS = [
@@ -124,3 +124,25 @@ def test_a_bad_tokenizer_file_is_one_line(tmp_path, content):
     with pytest.raises(ConfigError, match=r"tokenizer\.json") as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_the_end_of_text_is_named_by_token_or_id(trained: Tokenizer) -> None:
+    own = trained.eos_id
+    assert [end_of_text(name, trained) for name in (None, False, True, END_OF_TEXT, str(own), own)] == [
+        None,
+        None,
+        *[own] * 4,
+    ]
+    assert end_of_text("0", None) == end_of_text("+0", trained) == 0
+    assert end_of_text("a", trained) == trained.id_of("a") != trained.id_of("b")
+    bare = Tokenizer(tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
+    for name, tokenizer, message in (
+        ("</s>", trained, "--eos </s>: the tokenizer has no such token"),
+        ("a", None, "--eos a is no id, and there is no tokenizer"),
+        ("-1", None, "does not fit 64 bits"),
+        ("9" * 5000, None, "does not fit 64 bits"),
+        (str(trained.vocab_size), trained, f"does not fit a vocabulary of {trained.vocab_size}"),
+        (True, bare, "the tokenizer has no end-of-text token"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            end_of_text(name, tokenizer)

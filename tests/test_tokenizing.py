@@ -161,6 +161,11 @@ def test_eos_ends_every_document_also_an_empty_one(tmp_path):
         tokenize([tmp_path / "in.arrow"], tmp_path / f"{eos}.arrow", eos=eos)
         ids = ipc.open_file(tmp_path / f"{eos}.arrow").read_all()["input_ids"].to_pylist()
         assert ids == [[*text.encode()] + [256] * eos for text in ("one", "", "two")]
+    for eos in (10, "10", "Ċ"):  # as byte-level tokenizers write a newline
+        tokenize([tmp_path / "in.arrow"], tmp_path / "line.arrow", eos=eos)
+        written = ipc.open_file(tmp_path / "line.arrow").read_all()
+        assert written["input_ids"].to_pylist() == [[*text.encode(), 10] for text in ("one", "", "two")]
+        assert written.schema.metadata[b"longnet.eos_id"] == b"10"
 
 
 def test_parts_of_long_texts_and_any_grouping_give_the_same_ids(tmp_path, monkeypatch):

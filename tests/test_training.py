@@ -356,27 +356,30 @@ def test_the_command(corpus: Path, tmp_path: Path, run_longnet) -> None:
         stages = [{{ seq_len = 32, steps = 5 }}]
         """
     )
-    done = run_longnet("train", recipe_file, "-o", "run", "--set", "train.log_every=1")
+    done = run_longnet("train", recipe_file, "-o", "run", "--set", "train.log_every=1", "--dtype", "fp32")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "saved run after 5 steps" in done.stderr
     assert (tmp_path / "run/model.safetensors").exists()
     weights = (tmp_path / "run/model.safetensors").read_bytes()
-    again = run_longnet("train", "-o", "run")
+    assert json.loads((tmp_path / "run/recipe.json").read_text())["train"]["dtype"] == "fp32"
+    again = run_longnet("train", "-o", "run", "--resume")
     assert again.returncode == 0, again.stderr
     assert "all steps are done already" in again.stderr
     assert (tmp_path / "run/model.safetensors").read_bytes() == weights
-    never = run_longnet("train", recipe_file, "-o", "run", "--resume", "never")
+    never = run_longnet("train", recipe_file, "-o", "run", "--no-resume")
     assert (never.returncode, len(never.stderr.splitlines())) == (2, 2), never.stderr
     assert "already holds a run" in never.stderr
     elsewhere = run_longnet("train", "-o", "elsewhere", "--resume", "run")
     assert elsewhere.returncode == 0, elsewhere.stderr
     assert (tmp_path / "elsewhere/model.safetensors").read_bytes() == weights
     begun = run_longnet("train", "-o", "run", "--init", "./elsewhere")
-    assert "all steps are done already; --init is for the begin of a run" in begun.stderr
+    assert "all steps are done already; --init is for the start of a run" in begun.stderr
     shutil.rmtree(tmp_path / "elsewhere/checkpoints")
     model = run_longnet("train", recipe_file, "-o", "elsewhere", "--init", "./run")
     assert (model.returncode, "already holds a model" in model.stderr) == (2, True)
+    column = run_longnet("train", recipe_file, "-o", "run2", "--column", "words")
+    assert (column.returncode, "column 'words' is asked for" in column.stderr) == (2, True), column.stderr
     typo = run_longnet("train", recipe_file, "-o", "run2", "--set", "train.log_evry=1")
     assert typo.returncode == 2
     assert "did you mean 'train.log_every'?" in typo.stderr

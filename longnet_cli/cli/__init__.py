@@ -1,1 +1,1 @@
-"""What a person types: the app, options, output and one file a command. Importing this loads no torch."""
+"""What a person types: the app, options, output and one file per command. Importing this loads no torch."""

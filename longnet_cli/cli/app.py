@@ -16,7 +16,7 @@ import typer
 
 from longnet_cli import __version__
 from longnet_cli.cli.bench import bench
-from longnet_cli.cli.command import Command
+from longnet_cli.cli.command import Command, Group
 from longnet_cli.cli.data import data
 from longnet_cli.cli.encode import encode
 from longnet_cli.cli.output import printable
@@ -34,13 +34,14 @@ EPILOG = (
     "129, 130 or 143 stopped, 141 closed pipe."
 )
 
-# One function a command, in the order of a first day's work. Their modules import torch only when they run.
+# One function per command, in the order of a first day's work. Their modules import torch only when they run.
 COMMANDS: tuple[Callable[..., None], ...] = (tokenize, train, plot, score, encode, bench)
 
 _python_warning = warnings.showwarning
 
 app = typer.Typer(
     name="longnet",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # `run` is the one place that shows errors
     context_settings={"help_option_names": ["-h", "--help"]},

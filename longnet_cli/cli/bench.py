@@ -7,16 +7,20 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from longnet_cli.cli.launch import launch
 from longnet_cli.cli.options import (
+    COMPUTE,
+    OUTPUT,
+    PATTERN,
     DeviceOption,
     DtypeOption,
     NprocOption,
     QuietOption,
+    option,
     read_pattern,
     size_option,
     sizes_option,
@@ -40,75 +44,83 @@ _HUMAN = {
 _LONG_SECONDS, _LONG_BYTES = 10.0, 2**30  # rows beyond these are announced
 
 
-def _option(panel: str, name: str, metavar: str | None, help: str, default: str | bool = True, **more: Any) -> Any:
-    """An option in a panel of the help. Its bounds are the job's to check."""
-    return typer.Option(*name.split(), metavar=metavar, help=help, show_default=default, rich_help_panel=panel, **more)
-
-
-def _size(panel: str, name: str, help: str, default: str | bool = True, make: Callable[..., Any] = size_option) -> Any:
-    """A size. How one is written stands above all panels, once."""
-    option = make(name, help="", show_default=default, rich_help_panel=panel)
-    option.help = help
-    return option
-
-
 def _names(value: str | Sequence[str]) -> list[str]:
     """`dilated,dense` -> ["dilated", "dense"]; which names there are is the job's to know."""
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
 
 
-MEASURE, SHAPE, PATTERN, MODEL, LIMITS = "What to measure", "Shape", "Pattern", "Model (--op model, train)", "Limits"
-_sizes, _words = partial(_size, make=sizes_option), partial(_option, parser=_names)
+MEASURE, SHAPE, MODEL = "What to measure", "Shape", "Model (--op model, train)"
+_words = partial(option, parser=_names)
 
 
 def bench(
-    seq: Annotated[Sequence[int] | None, _sizes(MEASURE, "--seq", "Tokens.", "4Ki,8Ki,16Ki,32Ki")] = None,
-    op: Annotated[str, _option(MEASURE, "--op", "OP", "attention, model, train or exchange: see above.")] = "attention",
+    seq: Annotated[
+        Sequence[int] | None, sizes_option(MEASURE, "--seq", "Measure sequences of these lengths.", "4Ki,8Ki,16Ki,32Ki")
+    ] = None,
+    op: Annotated[str, option(MEASURE, "--op", "OP", "See above.")] = ("attention"),
     impl: Annotated[
         Sequence[str] | None,
         _words(
-            MEASURE, "--impl", "NAME,...", "dilated, dense, or kernels: dilated without its merge.", "dilated,dense"
+            MEASURE,
+            "--impl",
+            "NAME,...",
+            "Run dilated, dense or kernels (dilated without its merge).",
+            "dilated,dense",
         ),
     ] = None,
     direction: Annotated[
         Sequence[str] | None,
         _words(
-            MEASURE, "--direction", "NAME,...", "forward, or backward without it.", "of train, backward; else forward"
+            MEASURE,
+            "--direction",
+            "NAME,...",
+            "Run forward, or backward without it.",
+            "forward; of train, backward",
         ),
     ] = None,
-    heads: Annotated[int | None, _option(SHAPE, "--heads", "N", "Attention heads.", "12, or 2 (*)")] = None,
-    head_dim: Annotated[int | None, _option(SHAPE, "--head-dim", "N", "Size of a head.", "64, or 32 (*)")] = None,
-    batch: Annotated[int, _option(SHAPE, "--batch", "N", "Sequences at a time.")] = 1,
-    causal: Annotated[bool, _option(SHAPE, "--causal/--bidirectional", None, "Who sees whom.")] = True,
-    chunk: Annotated[
-        int | None, _size(SHAPE, "--chunk", "Tokens at a time.", "64Ki, from 1e6 causal tokens on")
+    repeats: Annotated[int, option(MEASURE, "--repeats", "N", "Repeat each row N times.")] = 3,
+    max_time: Annotated[
+        float | None,
+        option(MEASURE, "--max-time", "SECONDS", "Stop then.", "60 without --seq"),
     ] = None,
+    max_dense_time: Annotated[float, option(MEASURE, "--max-dense-time", "SECONDS", "Skip longer dense runs.")] = 60.0,
+    heads: Annotated[int | None, option(SHAPE, "--heads", "N", "Use N heads.", "12, or 2 *")] = None,
+    head_dim: Annotated[int | None, option(SHAPE, "--head-dim", "N", "Set their size.", "64, or 32 *")] = None,
+    batch: Annotated[int, option(SHAPE, "--batch", "N", "Run N sequences at a time.")] = 1,
+    causal: Annotated[bool, option(SHAPE, "--causal/--bidirectional", None, "Set who sees whom.", "causal")] = True,
     pattern: Annotated[
         str | None,
-        _option(
+        option(
             PATTERN,
             "--pattern",
             "NAME",
-            "paper, or geometric: --base times --ratio.",
-            "paper, geometric from 1e6 tokens on",
+            "Use paper, or geometric: --base times powers of --ratio.",
+            "paper; geometric from 1e6 tokens",
         ),
     ] = None,
-    base: Annotated[int | None, _size(PATTERN, "--base", "First segment length.", "2048, or 256 (*)")] = None,
-    ratio: Annotated[int | None, _option(PATTERN, "--ratio", "N", "Growth from level to level.", "2")] = None,
-    segment_lengths: Annotated[Sequence[int] | None, _sizes(PATTERN, "--segment-lengths", "Your own levels.")] = None,
-    dilation_rates: Annotated[Sequence[int] | None, _sizes(PATTERN, "--dilation-rates", "One per length.")] = None,
-    model: Annotated[str | None, _option(MODEL, "--model -m", "NAME|DIR", "A saved model.", "random weights")] = None,
-    layers: Annotated[int | None, _option(MODEL, "--layers", "N", "Of random weights.", "2")] = None,
-    vocab: Annotated[int | None, _size(MODEL, "--vocab", "Of random weights.", "256")] = None,
-    repeats: Annotated[int, _option(LIMITS, "--repeats", "N", "Runs of a row after its warm-up.")] = 3,
-    max_time: Annotated[
-        float | None, _option(LIMITS, "--max-time", "SECONDS", "The rest is stopped.", "60 without --seq, else none")
+    base: Annotated[
+        int | None, size_option(PATTERN, "--base", "Set the first segment length.", "2048, or 256 *")
     ] = None,
-    max_dense_time: Annotated[float, _option(LIMITS, "--max-dense-time", "SECONDS", "Skip longer dense runs.")] = 60.0,
+    ratio: Annotated[int | None, option(PATTERN, "--ratio", "N", "Set the growth per level.", "2")] = None,
+    segment_lengths: Annotated[
+        Sequence[int] | None, sizes_option(PATTERN, "--segment-lengths", "Set your own levels.")
+    ] = None,
+    dilation_rates: Annotated[
+        Sequence[int] | None, sizes_option(PATTERN, "--dilation-rates", "Set one rate per segment length.")
+    ] = None,
+    model: Annotated[
+        str | None, option(MODEL, "--model -m", "NAME|DIR", "Measure a saved model.", "random weights")
+    ] = None,
+    layers: Annotated[int | None, option(MODEL, "--layers", "N", "Give random weights N layers.", "2")] = None,
+    vocab: Annotated[int | None, size_option(MODEL, "--vocab", "Give random weights this vocabulary.", "256")] = None,
+    format: Annotated[RowFormat, option(OUTPUT, "--format", "md|json|jsonl|csv", "Print rows in this format.")] = "md",
     nproc: NprocOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    format: Annotated[RowFormat, typer.Option("--format", help="Rows on stdout.")] = "md",
+    chunk: Annotated[
+        int | None,
+        size_option(COMPUTE, "--chunk", "Compute this many tokens at a time.", "all; 64Ki from 1e6 causal tokens"),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Measure dilated attention against dense attention, row by row, up to a billion tokens: --seq 1e9.
@@ -116,10 +128,10 @@ def bench(
     --op attention is the operator alone; model, the forward of a model; train,
     its loss and gradients; exchange, what --nproc ranks send each other.
 
-    Rows that would not fit free memory or the time are skipped and say so.
-    Ctrl-C keeps the rows so far. Sizes: 32k is 32000, 32Ki is 32768.
+    Rows that would not fit the free memory or the time are skipped and say so.
+    Ctrl-C keeps the rows so far.
 
-    (*) on a CPU, where a sequence has 1e6 tokens or more.
+    * on a CPU, where a sequence has 1e6 tokens or more.
     """
     launch(nproc)
     from longnet_cli.benchmark import Measurement, Settings, machine
@@ -139,7 +151,7 @@ def bench(
     )  # fmt: skip
 
     def say(line: str) -> None:
-        if not quiet and sys.stderr:  # else print would take stdout
+        if not quiet and sys.stderr:  # otherwise print would take stdout
             print(line, file=sys.stderr, flush=True)
 
     def announce(case: Case, seconds: float | None) -> None:

@@ -1,20 +1,76 @@
-"""What holds for every command and every option alike, whichever they are: checked after parsing, before any work."""
+"""What holds for every command and every option alike: how help looks, values that may be left out, what is refused."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from typer.core import TyperCommand
+import typer
+from typer.core import TyperCommand, TyperGroup
 
 from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.sizes import MAX_SIZE
 
+OTHER = "Other"  # the last panel
+SIZES = "SIZE: 32k is 32000, 32Ki is 32768."
+BARE = "\0"  # in place of a value that was left out: no word of a command line can hold it
+
+# Options that are gone, and what to write now.
+GONE = {"--no-eos": "without --eos nothing is appended, so leave it out"}
+
+
+class Group(TyperGroup):
+    """A group of commands whose help names no type of a flag."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return all parameters, --help included."""
+        return _plain(super().get_params(ctx))
+
 
 class Command(TyperCommand):
-    """A command none of whose options is empty, NaN or beyond an int64, and whose result has somewhere to go."""
+    """A command none of whose options is empty, NaN or beyond an int64, and whose result has somewhere to go.
+
+    The value of an option may be left out where its metavar has brackets (`[PATH]`): it is BARE then.
+    """
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return all parameters, --help at the end of the last panel."""
+        params = _plain(super().get_params(ctx))
+        params[-1].rich_help_panel = OTHER
+        return params
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, each default behind its sentence, and how a SIZE is written, where one is asked for."""
+        params: list[Any] = list(self.params)
+        for parameter in params:
+            shown = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
+            if parameter.show_default and not isinstance(shown, bool) and shown is not None:
+                parameter.help = f"{parameter.help} (default: {shown})"
+            parameter.show_default = False
+        if any("SIZE" in str(parameter.metavar) for parameter in params):
+            self.epilog = SIZES
+        super().format_help(ctx, formatter)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words of a command line. Raises ConfigError for an option that is gone."""
+        options = [parameter for parameter in self.params if parameter.param_type_name == "option"]
+        optional = {name for option in options if str(option.metavar).startswith("[") for name in option.opts}
+        words = args[: args.index("--")] if "--" in args else args
+        for gone in {word.partition("=")[0] for word in words} & set(GONE):
+            raise ConfigError(f"{gone} is gone: {GONE[gone]}")
+        marked = list(_mark_bare(words, optional))
+        name, value = next((words[i : i + 2] for i, word in enumerate(marked) if word in optional), ("", ""))
+        try:
+            return super().parse_args(ctx, [*marked, *args[len(words) :]])
+        except typer.BadParameter as error:
+            missing: Any = error.param
+            if not name or missing is None or missing.param_type_name != "argument":
+                raise
+            raise ConfigError(
+                f"{name} took '{value}' as its value, and no {missing.metavar} is left: write {name} last"
+            ) from None
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Raises ConfigError for such an option, LongNetError for a closed stdout."""
@@ -25,6 +81,22 @@ class Command(TyperCommand):
         if sys.stdout is None and _prints(ctx.params):  # closed by `>&-`
             raise LongNetError("stdout is closed, and what this command finds goes there: nothing was done")
         return super().invoke(ctx)
+
+
+def _plain(params: list[Any]) -> list[Any]:
+    """Parameters whose help names no type where the metavar says enough: `<bool>` of a flag, `<list[str]>` of INPUT."""
+    for parameter in params:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+        elif parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: None
+    return params
+
+
+def _mark_bare(words: Sequence[str], optional: set[str]) -> Iterator[str]:
+    """Give the value BARE to each option of `optional` that another option or nothing follows."""
+    for word, following in zip(words, [*words[1:], "-"], strict=True):
+        yield f"{word}={BARE}" if word in optional and following.startswith("-") else word
 
 
 def _items(value: Any) -> Iterator[Any]:

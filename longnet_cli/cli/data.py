@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from longnet_cli.cli.command import Command
-from longnet_cli.cli.options import ColumnOption, EosOption, Inputs, QuietOption
+from longnet_cli.cli.command import Command, Group
+from longnet_cli.cli.options import INPUT, OUTPUT, ColumnOption, EosOption, Inputs, QuietOption, option
 from longnet_cli.cli.output import emit_json, printable
 from longnet_cli.cli.progress import progress
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Format = Literal["text", "json"]
 BAR = 40  # characters of the longest bar
 
-data = typer.Typer(name="data", no_args_is_help=True, help="Look at data before a model does.")
+data = typer.Typer(name="data", cls=Group, no_args_is_help=True, help="Look at data before a model does.")
 
 
 @data.callback()
@@ -31,26 +31,32 @@ def inspect(
     inputs: Inputs,
     tokenizer: Annotated[
         str | None,
-        typer.Option(
+        option(
+            INPUT,
             "--tokenizer",
-            metavar="bytes|FILE|MODEL",
-            help="Check the ids against a tokenizer.json, and count text in its tokens.",
-            show_default="text counts a token a byte",
+            "NAME|PATH",
+            "Check ids against a tokenizer, and count text in its tokens: bytes, a tokenizer.json, or that of a model.",
+            "bytes, for text",
         ),
     ] = None,
     column: ColumnOption = None,
     eos: EosOption = None,
-    format: Annotated[Format, typer.Option("--format", help="A table to read, or one JSON value.")] = "text",
+    format: Annotated[Format, option(OUTPUT, "--format", "text|json", "Print a table to read, or one JSON value.")] = (
+        "text"
+    ),
     quiet: QuietOption = False,
 ) -> None:
-    """Count documents and tokens, and find everything that is wrong: exit code 3 when something is."""
-    from longnet_cli.data.tokenizer import Tokenizer
+    """Count documents and tokens, and find everything that is wrong.
+
+    The exit code is 3 when something is.
+    """
+    from longnet_cli.data.tokenizer import Tokenizer, end_of_text
     from longnet_cli.errors import DataError
     from longnet_cli.inspecting import inspect as run
 
     words = Tokenizer.load(tokenizer) if tokenizer else None
     with progress("inspecting", total=None, quiet=quiet) as advance:
-        found = run(inputs, words, column=column, eos_id=eos, on_progress=advance)
+        found = run(inputs, words, column=column, eos_id=end_of_text(eos, words), on_progress=advance)
     if format == "json":
         emit_json(found.as_dict())
     else:

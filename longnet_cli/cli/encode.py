@@ -1,4 +1,4 @@
-"""`longnet encode`: a vector a document or a span of it, as Arrow or Parquet."""
+"""`longnet encode`: a vector per document or per span of it, as Arrow or Parquet."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import sys
 from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
-import typer
-
 from longnet_cli.cli.launch import launch
+from longnet_cli.cli.loading import load_model, refuse_overwriting
 from longnet_cli.cli.options import (
+    COMPUTE,
     DEFAULT_MODEL,
+    OUTPUT,
     AttentionOption,
     ChunkOption,
     ColumnOption,
@@ -23,81 +24,82 @@ from longnet_cli.cli.options import (
     ModelOption,
     NprocOption,
     QuietOption,
+    ResumeOption,
     SegmentLengthsOption,
     TokenizerDiffersOption,
     TokenizerOption,
+    option,
     read_pattern,
     size_option,
 )
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.score import load_model, refuse_overwriting
 from longnet_cli.errors import ConfigError
+
+VECTORS = "Vectors"
 
 
 def encode(
     inputs: Inputs,
-    output: Annotated[
-        str,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="PATH",
-            help="A new folder for shards, one .arrow, .parquet or .jsonl file (which is replaced when the new one is "
-            "whole), or - for an Arrow stream on stdout.",
-        ),
-    ] = "-",
-    model: ModelOption = DEFAULT_MODEL,
-    pool: Annotated[
-        Literal["mean", "last", "first"],
-        typer.Option("--pool", help="A document's vector: the mean over its tokens, or that of one token."),
-    ] = "mean",
-    normalize: Annotated[
-        bool, typer.Option("--normalize/--no-normalize", help="Scale every vector to length 1.")
-    ] = True,
-    span: Annotated[
-        int | None,
-        size_option(
-            "--span",
-            help="A vector for every so many tokens, each with the whole document as context.",
-            show_default="one vector a document",
-        ),
-    ] = None,
-    chunk: ChunkOption = None,
-    spill: Annotated[
-        str | None,
-        typer.Option(
-            "--spill",
-            metavar="FOLDER",
-            help="Keep a bidirectional model's hidden states on this disk, for documents longer than memory.",
-        ),
-    ] = None,
-    embedding_dtype: Annotated[
-        Literal["float32", "float16"],
-        typer.Option("--embedding-dtype", help="Type of the numbers written; float16 takes half the space."),
-    ] = "float32",
-    shard_rows: Annotated[
-        int | None,
-        size_option("--shard-rows", help="Begin a new shard after so many vectors.", show_default="16Ki"),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on where an earlier run with the same inputs and options left the folder."),
-    ] = False,
     tokenizer: TokenizerOption = None,
     tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
     eos: EosOption = None,
+    model: ModelOption = DEFAULT_MODEL,
     attention: AttentionOption = "dilated",
     segment_lengths: SegmentLengthsOption = None,
     dilation_rates: DilationRatesOption = None,
+    pool: Annotated[
+        Literal["mean", "last", "first"],
+        option(VECTORS, "--pool", "mean|last|first", "Take the mean over the tokens, or one token's vector."),
+    ] = "mean",
+    span: Annotated[
+        int | None,
+        size_option(
+            VECTORS,
+            "--span",
+            "Make one vector per this many tokens. Each has the whole document as context.",
+            "one per document",
+        ),
+    ] = None,
+    normalize: Annotated[
+        bool, option(VECTORS, "--normalize/--no-normalize", None, "Scale every vector to length 1.", "normalize")
+    ] = True,
+    output: Annotated[
+        str,
+        option(
+            OUTPUT,
+            "--output -o",
+            "PATH",
+            "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout. "
+            "An existing file is replaced when the new one is whole.",
+        ),
+    ] = "-",
+    embedding_dtype: Annotated[
+        Literal["float32", "float16"],
+        option(OUTPUT, "--embedding-dtype", "float32|float16", "Write numbers of this type."),
+    ] = "float32",
+    shard_rows: Annotated[
+        int | None, size_option(OUTPUT, "--shard-rows", "Start a new shard after this many vectors.", "16Ki")
+    ] = None,
+    resume: ResumeOption = False,
     nproc: NprocOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    chunk: ChunkOption = None,
+    spill: Annotated[
+        str | None,
+        option(
+            COMPUTE,
+            "--spill",
+            "DIR",
+            "Keep a bidirectional model's hidden states here, for documents longer than memory.",
+        ),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Turn each document, or each span of it, into one vector, for search or clustering.
 
-    Columns: doc_id, span, start, end, n_tokens, embedding; rows in input order, written as they are known.
+    The columns are doc_id, span, start, end, n_tokens and embedding. Rows come in input order, each when it is known.
     """
     if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
@@ -109,6 +111,7 @@ def encode(
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.sinks import ShardWriter, is_folder
     from longnet_cli.data.sources import read_documents
+    from longnet_cli.data.tokenizer import end_of_text
 
     in_folder = is_folder(output)
     if resume and not in_folder:
@@ -126,7 +129,8 @@ def encode(
     from longnet_cli.encoding import SHARD_ROWS, EncodeOptions, encode_to_folder
     from longnet_cli.encoding import encode as run
 
-    documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
+    eos_id = end_of_text(eos, words)
+    documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos_id)
     options = EncodeOptions(
         bos=bos,
         pool=pool,
@@ -151,7 +155,7 @@ def encode(
                 documents,
                 output,
                 options,
-                settings={"inputs": fingerprint(inputs), "column": column, "eos": eos},
+                settings={"inputs": fingerprint(inputs), "column": column, "eos": eos_id},
                 shard_rows=shard_rows or SHARD_ROWS,
                 resume=resume,
                 **reading,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from longnet_cli.cli.command import BARE, OTHER
 from longnet_cli.errors import ConfigError
 from longnet_cli.sizes import parse_size, parse_sizes
 
@@ -18,7 +19,8 @@ DEFAULT_MODEL = "longnet-tiny"
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
-_SIZE_HELP = "32k is 32000, 32Ki is 32768."
+# Panels of the help. A panel stands where its first option does.
+INPUT, MODEL, PATTERN, OUTPUT, COMPUTE = "Input", "Model", "Pattern", "Output", "Compute"
 
 
 def parse_device(text: str) -> str:
@@ -52,106 +54,115 @@ def _option_parser(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return parse_option
 
 
-def size_option(*names: str, help: str, **settings: Any) -> Any:
-    """`seq: Annotated[int, size_option("--seq", help="Tokens.")] = 4096`, or `int | None` with default None."""
-    return typer.Option(
-        *names, parser=_option_parser(parse_size), metavar="SIZE", help=f"{help} {_SIZE_HELP}", **settings
-    )
+def option(panel: str, names: str, metavar: str | None, help: str, default: str | bool = True, **more: Any) -> Any:
+    """`Annotated[str, option(MODEL, "--model -m", "NAME|DIR", "Use this model.")]`, in a panel of the help.
+
+    `default` says in words what holds without the option; True shows the default itself.
+    """
+    return typer.Option(*names.split(), metavar=metavar, help=help, show_default=default, rich_help_panel=panel, **more)
 
 
-def sizes_option(*names: str, help: str, **settings: Any) -> Any:
-    """`seq: Annotated[Sequence[int], sizes_option("--seq", help="...")] = (8192, 32768)`.
+def size_option(
+    panel: str, names: str, help: str, default: str | bool = True, *, metavar: str = "SIZE", **more: Any
+) -> Any:
+    """`Annotated[int, size_option(OUTPUT, "--seq", "Tokens.")] = 4096`, or `int | None` with default None."""
+    return option(panel, names, metavar, help, default, parser=_option_parser(parse_size), **more)
+
+
+def sizes_option(panel: str, names: str, help: str, default: str | bool = True, **more: Any) -> Any:
+    """`Annotated[Sequence[int], sizes_option(OUTPUT, "--seq", "Tokens.")] = (8192, 32768)`.
 
     Sequence, because typer reads `list[int]` as an option that is given once for each item.
     """
-    return typer.Option(
-        *names, parser=_option_parser(parse_sizes), metavar="SIZE,...", help=f"{help} {_SIZE_HELP}", **settings
-    )
+    return option(panel, names, "SIZE,...", help, default, parser=_option_parser(parse_sizes), **more)
+
+
+def bare_or(value: str | None, bare: Any, absent: Any = None) -> Any:
+    """Return `bare` for an option without a value, `absent` for one that is not given, and any other value itself."""
+    return absent if value is None else bare if value == BARE else value
 
 
 Inputs = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT",
-        help="Arrow, Parquet, JSON Lines or UTF-8 text: files, folders, globs, URIs (s3://...), @list (inputs in a "
-        "file, one a line), - for stdin.",
+        help="Read files, folders, globs, URIs (s3://...), @list (a file with one input per line), or - for stdin. "
+        "They hold Arrow, Parquet, JSON Lines or UTF-8 text.",
         show_default=False,
     ),
 ]
 ModelOption = Annotated[
-    str,
-    typer.Option("--model", "-m", metavar="NAME|DIR", help="A shipped model, or a folder (with a slash: ./my-run)."),
+    str, option(MODEL, "--model -m", "NAME|DIR", "Use a shipped model, or a folder (with a slash: ./my-run).")
 ]
 TokenizerOption = Annotated[
     str | None,
-    typer.Option(
+    option(
+        INPUT,
         "--tokenizer",
-        metavar="bytes|FILE|MODEL",
-        help="A tokenizer.json, that of a folder or of a shipped model, or one id for each byte.",
-        show_default="the model's own",
+        "NAME|PATH",
+        "Use bytes, a tokenizer.json, or the tokenizer of a model.",
+        "the model's",
     ),
 ]
 TokenizerDiffersOption = Annotated[
-    bool,
-    typer.Option("--tokenizer-differs", help="Take --tokenizer though the model was trained with another one."),
+    bool, option(INPUT, "--tokenizer-differs", None, "Accept a tokenizer that is not the model's.")
 ]
 ColumnOption = Annotated[
     str | None,
-    typer.Option(
-        "--column",
-        metavar="NAME",
-        help="Column to read.",
-        show_default="input_ids, tokens, token_ids or ids, else text",
+    option(INPUT, "--column", "NAME", "Read this column.", "input_ids, tokens, token_ids or ids, otherwise text"),
+]
+EosOption = Annotated[
+    str | None,
+    option(
+        INPUT,
+        "--eos",
+        "TOKEN|ID",
+        "End documents at this token, in a flat column of ids.",
+        "the tokenizer's, otherwise the file's",
     ),
 ]
 AttentionOption = Annotated[
     Literal["dilated", "dense"],
-    typer.Option("--attention", help="Of a model of transformers: dilated, or its own."),
+    option(
+        MODEL, "--attention", "dilated|dense", "Give a model of transformers dilated attention, or its own (dense)."
+    ),
 ]
 SegmentLengthsOption = Annotated[
     Sequence[int] | None,
     sizes_option(
+        PATTERN,
         "--segment-lengths",
-        help="Levels of a model of transformers, with --dilation-rates.",
-        show_default="those in its config.json",
+        "Set the levels of a model of transformers.",
+        "those in its config.json",
     ),
 ]
 DilationRatesOption = Annotated[
-    Sequence[int] | None, sizes_option("--dilation-rates", help="One for each segment length.")
+    Sequence[int] | None, sizes_option(PATTERN, "--dilation-rates", "Set one rate per segment length.")
+]
+ResumeOption = Annotated[
+    bool, option(OUTPUT, "--resume", None, "Go on with the run in the output folder. Give the same inputs and options.")
 ]
 DeviceOption = Annotated[
     str,
-    typer.Option(
-        "--device", parser=_option_parser(parse_device), metavar="auto|cpu|cuda[:i]", help="Where to compute."
+    option(
+        COMPUTE,
+        "--device",
+        "auto|cpu|cuda[:i]",
+        "Compute on this device.",
+        parser=_option_parser(parse_device),
     ),
 ]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the matrix products.")]
-EosOption = Annotated[
-    int | None,
-    typer.Option(
-        "--eos",
-        min=0,
-        metavar="ID",
-        help="The id that ends a document in a flat column of ids.",
-        show_default="the tokenizer's, or what the file says",
-    ),
+DtypeOption = Annotated[
+    Dtype, option(COMPUTE, "--dtype", "auto|fp32|bf16|fp16", "Compute matrix products in this precision.")
 ]
 ChunkOption = Annotated[
     int | None,
     size_option(
-        "--chunk",
-        help="Most tokens in memory at a time; it changes no number.",
-        show_default="what fits the model and the memory",
+        COMPUTE, "--chunk", "Hold at most this many tokens in memory. It changes no number.", "what fits the memory"
     ),
 ]
 NprocOption = Annotated[
     int | None,
-    typer.Option(
-        "--nproc",
-        min=1,
-        metavar="N",
-        help="Start N processes with torchrun, which share every sequence.",
-        show_default="this one",
-    ),
+    size_option(COMPUTE, "--nproc", "Start N processes, which share every sequence.", "this process", metavar="N"),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr; errors are still shown.")]
+QuietOption = Annotated[bool, option(OTHER, "--quiet -q", None, "Show no progress, only errors.")]

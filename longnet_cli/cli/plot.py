@@ -9,23 +9,25 @@ from typing import Annotated
 
 import typer
 
+from longnet_cli.cli.options import OUTPUT, option
+
 
 def plot(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN", help="Folders of training runs, or their metrics.jsonl.", show_default=False),
+        typer.Argument(metavar="RUN", help="Read the folder of a run, or its metrics.jsonl.", show_default=False),
     ],
     output: Annotated[
         str | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE.png",
-            help="Draw a picture (.png, .svg, .pdf; needs the extra `plot`), in place of one that is there.",
+        option(
+            OUTPUT,
+            "--output -o",
+            "FILE",
+            "Draw a picture instead: .png, .svg or .pdf. It replaces an existing file, and needs the extra `plot`.",
         ),
     ] = None,
 ) -> None:
-    """Draw loss, learning rate and speed of training runs: in the terminal, or with -o as a picture."""
+    """Draw loss, learning rate and speed of training runs, in the terminal or as a picture."""
     from longnet_cli.plotting import draw_picture, draw_text, metrics_file, read_runs
 
     if output:

@@ -1,4 +1,4 @@
-"""How far a long job is, on stderr: a bar on a terminal, else a plain line every half minute, for a log."""
+"""How far a long job is, on stderr: a bar on a terminal, otherwise a plain line every half minute."""
 
 from __future__ import annotations
 

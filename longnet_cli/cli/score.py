@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
-
-import typer
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from longnet_cli.cli.launch import launch
+from longnet_cli.cli.loading import load_model, refuse_overwriting
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
+    OUTPUT,
     AttentionOption,
     ChunkOption,
     ColumnOption,
@@ -26,6 +25,7 @@ from longnet_cli.cli.options import (
     SegmentLengthsOption,
     TokenizerDiffersOption,
     TokenizerOption,
+    option,
     read_pattern,
     size_option,
     sizes_option,
@@ -34,80 +34,78 @@ from longnet_cli.cli.output import emit_json, emit_jsonl, printable
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
-    import torch
-
-    from longnet_cli.attention import Pattern
-    from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.measures import DocumentScore, Score, Total
-    from longnet_cli.model.net import Net
 
 Format = Literal["text", "json", "jsonl"]
+MEASURE = "What to measure"
 
 
 def score(
     inputs: Inputs,
+    tokenizer: TokenizerOption = None,
+    tokenizer_differs: TokenizerDiffersOption = False,
+    column: ColumnOption = None,
+    eos: EosOption = None,
     model: ModelOption = DEFAULT_MODEL,
+    attention: AttentionOption = "dilated",
+    segment_lengths: SegmentLengthsOption = None,
+    dilation_rates: DilationRatesOption = None,
     ppl: Annotated[
         bool,
-        typer.Option(
-            "--ppl",
-            help="Perplexity and bits per byte: what is measured, with this word or without.",
-            show_default=False,
-        ),
+        option(MEASURE, "--ppl", None, "Measure perplexity and bits per byte. This is the default.", False),
     ] = True,
     context: Annotated[
         Sequence[int] | None,
         sizes_option(
+            MEASURE,
             "--context",
-            help="Tokens that a token may look back at: the text is scored in separate windows of this length. Several "
-            "are compared, on the same tokens.",
-            show_default="the whole document",
+            "Score the text in separate windows of this length. Several lengths are compared on the same tokens.",
+            "the whole document",
         ),
     ] = None,
     stride: Annotated[
         int | None,
         size_option(
+            MEASURE,
             "--stride",
-            help="Let windows overlap and score so many tokens at the end of each, which then have seen that much "
-            "less than the context or more.",
-            show_default="the context",
+            "Let windows overlap: score this many tokens at the end of each.",
+            "the context",
         ),
     ] = None,
     last: Annotated[
         int | None,
         size_option(
+            MEASURE,
             "--last",
-            help="Score only so many tokens at the end of each document, of those long enough for the longest context.",
-            show_default="all tokens",
+            "Score only this many tokens at the end of each document. Documents too short for the longest context "
+            "are left out.",
+            "all tokens",
         ),
     ] = None,
     by_position: Annotated[
         bool,
-        typer.Option("--by-position", help="Also the loss by tokens seen, and by place in the shortest segment."),
+        option(MEASURE, "--by-position", None, "Show the loss by tokens seen, and by place in the shortest segment."),
     ] = False,
+    format: Annotated[
+        Format,
+        option(
+            OUTPUT, "--format", "text|json|jsonl", "Print a table, one JSON value, or one line of JSON per document."
+        ),
+    ] = "text",
     token_logprobs: Annotated[
         str | None,
-        typer.Option(
+        option(
+            OUTPUT,
             "--token-logprobs",
-            metavar="PATH",
-            help="Also write the log-probability of every token, in nats: NAME.arrow or NAME.parquet, which is "
+            "FILE",
+            "Write the log-probability of every token, in nats, to an .arrow or .parquet file. An existing file is "
             "replaced when the new one is whole.",
         ),
     ] = None,
-    chunk: ChunkOption = None,
-    tokenizer: TokenizerOption = None,
-    tokenizer_differs: TokenizerDiffersOption = False,
-    column: ColumnOption = None,
-    eos: EosOption = None,
-    format: Annotated[
-        Format, typer.Option("--format", help="A table to read, one JSON value, or a line of JSON a document.")
-    ] = "text",
-    attention: AttentionOption = "dilated",
-    segment_lengths: SegmentLengthsOption = None,
-    dilation_rates: DilationRatesOption = None,
     nproc: NprocOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    chunk: ChunkOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Measure how well a model predicts text: perplexity (ppl) and bits per byte (bpb), lower is better.
@@ -122,6 +120,7 @@ def score(
         refuse_overwriting("--token-logprobs", [token_logprobs], inputs, model, tokenizer)
     launch(nproc, inputs, model)
     from longnet_cli.data.sources import read_documents
+    from longnet_cli.data.tokenizer import end_of_text
     from longnet_cli.measures import Total
     from longnet_cli.runtime.ranks import join, leave
 
@@ -132,7 +131,8 @@ def score(
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
 
-    documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos)
+    eos_id = end_of_text(eos, words)
+    documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos_id)
     tokens = write_token_logprobs(token_logprobs) if token_logprobs and ranks.first else nullcontext()
     with progress("scoring", total=None, quiet=quiet) as advance, tokens as on_tokens:
         scores = run(
@@ -157,67 +157,6 @@ def score(
             for _ in scores:
                 pass
     leave()
-
-
-def refuse_overwriting(
-    option: str, outputs: Sequence[str], inputs: Sequence[str], model: str, tokenizer: str | None
-) -> None:
-    """Raise ConfigError for an output that is an input, or a file of the model or the tokenizer."""
-    from longnet_cli.data import overwriting
-    from longnet_cli.data.tokenizer import Tokenizer
-    from longnet_cli.presets import find_model
-
-    overwriting.refuse_overwriting(
-        option, outputs, inputs, [find_model(model), Tokenizer.find(tokenizer) if tokenizer else None]
-    )
-
-
-class Loaded(NamedTuple):
-    """A model, its tokenizer, and the id that it reads before each document; None for what there is not."""
-
-    net: Net
-    words: Tokenizer | None
-    bos: int | None
-
-
-def load_model(
-    name: str,
-    tokenizer: str | None,
-    tokenizer_differs: bool,
-    device: torch.device,
-    dtype: str,
-    attention: Literal["dilated", "dense"] = "dilated",
-    pattern: Pattern | None = None,
-    quiet: bool = False,
-) -> Loaded:
-    """The model that --model names, in float32 on `device`, and --tokenizer or else its own.
-
-    Says on stderr, unless `quiet`, what the user should know of how it reads documents.
-    Raises ConfigError for a tokenizer that is not the model's, unless `tokenizer_differs`, or has ids that the
-    model does not have, a model that reads no tokens, or an attention kernel that cannot run in `dtype`.
-    """
-    from longnet_cli.data.tokenizer import Tokenizer
-    from longnet_cli.errors import ConfigError
-    from longnet_cli.integrations.loading import load_net
-    from longnet_cli.presets import find_model, is_of_transformers
-    from longnet_cli.runtime.device import check_kernel
-
-    folder = find_model(name)
-    words = Tokenizer.of_model(folder, tokenizer, differs=tokenizer_differs)
-
-    net = load_net(folder, attention=attention, pattern=pattern, device=device)
-    check_kernel(device, dtype, net.config.head_dim)
-    if not net.config.vocab_size:
-        raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
-    if words and words.vocab_size > net.config.vocab_size:
-        raise ConfigError(
-            f"{tokenizer or folder / 'tokenizer.json'}: the tokenizer has {words.vocab_size} ids and the model "
-            f"{net.config.vocab_size}: they do not belong together"
-        )
-    if net.note and not quiet and sys.stderr:
-        print(printable(f"{name}: {net.note}"), file=sys.stderr)
-    foreign = is_of_transformers(folder)
-    return Loaded(net, words, (words.bos_id if foreign else words.eos_id) if words else None)
 
 
 def _print(scores: Iterator[DocumentScore], format: Format, total: Total) -> None:
@@ -271,7 +210,7 @@ def _print_comparison(totals: list[dict[str, Any]]) -> None:
 
 
 def _print_positions(total: dict[str, Any]) -> None:
-    """What `--by-position` asks for: nats a token."""
+    """What `--by-position` asks for: nats per token."""
     context = f", context {total['context']}" if total["context"] else ""
     for key, title in (("by_position", "tokens seen"), ("by_segment_position", "in segment")):
         if rows := total.get(key):

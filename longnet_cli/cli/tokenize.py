@@ -5,57 +5,59 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import typer
-
-from longnet_cli.cli.options import Inputs, QuietOption, size_option
+from longnet_cli.cli.options import INPUT, OUTPUT, Inputs, QuietOption, ResumeOption, bare_or, option, size_option
 from longnet_cli.cli.output import format_count, printable
 from longnet_cli.cli.progress import progress
 from longnet_cli.errors import ConfigError
+
+TOKENS = "Tokens"
 
 
 def tokenize(
     inputs: Inputs,
     output: Annotated[
         str,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="PATH",
-            help="A new folder for shards and tokenizer.json, one .arrow, .parquet or .jsonl file (which is replaced "
-            "when the new one is whole), or - for stdout.",
+        option(
+            OUTPUT,
+            "--output -o",
+            "PATH",
+            "Write a new folder of shards and tokenizer.json, one .arrow, .parquet or .jsonl file, or - for stdout. "
+            "An existing file is replaced when the new one is whole.",
         ),
     ],
+    shard_tokens: Annotated[
+        int | None, size_option(OUTPUT, "--shard-tokens", "Start a new shard after this many tokens.", "128Mi")
+    ] = None,
+    resume: ResumeOption = False,
+    column: Annotated[str | None, option(INPUT, "--column", "NAME", "Read this column.", "text")] = None,
     tokenizer: Annotated[
         str,
-        typer.Option(
+        option(
+            TOKENS,
             "--tokenizer",
-            metavar="bytes|FILE|MODEL",
-            help="One id for each byte, a tokenizer.json, or that of a model: a folder, or a shipped model's name.",
+            "NAME|PATH",
+            "Use bytes (one id per byte), a tokenizer.json, or a model's.",
         ),
     ] = "bytes",
     train_vocab: Annotated[
         int | None,
-        size_option("--train-vocab", help="First train a byte-level BPE tokenizer with this many ids on the inputs."),
-    ] = None,
-    column: Annotated[
-        str | None, typer.Option("--column", metavar="NAME", help="Text column of a table.", show_default="text")
-    ] = None,
-    shard_tokens: Annotated[
-        int | None,
-        size_option("--shard-tokens", help="Begin a new shard after so many tokens.", show_default="128Mi"),
+        size_option(TOKENS, "--train-vocab", "First train a byte-level BPE tokenizer of this many ids on the inputs."),
     ] = None,
     eos: Annotated[
-        bool, typer.Option("--eos/--no-eos", help="Append the tokenizer's end-of-text id to every document.")
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on where an earlier run with the same inputs and options left the folder."),
-    ] = False,
+        str | None,
+        option(
+            TOKENS,
+            "--eos",
+            "[TOKEN|ID]",
+            "End documents with this token, or with the tokenizer's own if you name none.",
+            "nothing is appended",
+        ),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Turn text into token ids, once, so that training need not do it each time.
 
-    Every other command reads text too; tokenize what you read often.
+    Every other command reads text too. Tokenize what you read often.
     """
     if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a tokenizer is trained
         raise ConfigError(
@@ -88,7 +90,7 @@ def tokenize(
             train_vocab=train_vocab,
             column=column,
             shard_tokens=shard_tokens or SHARD_TOKENS,
-            eos=eos,
+            eos=bare_or(eos, True),
             resume=resume,
             on_progress=on_progress,
         )
@@ -97,7 +99,7 @@ def tokenize(
     counts = [
         f"{result.documents} document{'s' * (result.documents != 1)}",
         f"{format_count(result.tokens)} tokens",
-        f"{result.bytes / result.tokens:.2f} bytes a token" if result.tokens else "all of them empty",
+        f"{result.bytes / result.tokens:.2f} bytes per token" if result.tokens else "all of them empty",
         f"vocabulary {result.tokenizer.vocab_size}",
     ]
     shards = f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""

@@ -8,138 +8,160 @@ import shlex
 import signal
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from longnet_cli.cli.dry_run import Format, show
 from longnet_cli.cli.launch import launch
-from longnet_cli.cli.options import DeviceOption, NprocOption, QuietOption, size_option
+from longnet_cli.cli.options import (
+    COMPUTE,
+    INPUT,
+    OUTPUT,
+    DeviceOption,
+    NprocOption,
+    QuietOption,
+    bare_or,
+    option,
+    size_option,
+)
 from longnet_cli.cli.output import format_bytes, printable
 from longnet_cli.cli.progress import Advance, progress
+from longnet_cli.errors import ConfigError
 from longnet_cli.runtime.launch import LAUNCHED
 
 if TYPE_CHECKING:
     from longnet_cli.runtime.ranks import Ranks
     from longnet_cli.training.metrics import Metrics
 
+RECIPE = "Recipe"
+BY_RECIPE = "the recipe's"
+
+
+def read_resume(text: str) -> str:
+    """Return the value of --resume. Raises ConfigError for one that it no longer has."""
+    if text in ("auto", "never"):
+        now = {"auto": "--resume, which is the default", "never": "--no-resume"}[text]
+        raise ConfigError(f"--resume {text} is now {now} (a folder of this name is ./{text})")
+    return text
+
 
 def train(
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="RECIPE", help="A recipe (.toml), or the name of a shipped one.", show_default=False),
-    ] = None,
-    output: Annotated[
-        str, typer.Option("--output", "-o", metavar="DIR", help="Folder to write the model, its recipe and metrics to.")
-    ] = "runs/train",
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", metavar="INPUT", help="Training data, in place of the recipe's; may be repeated."),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option("--tokenizer", metavar="bytes|FILE|MODEL", help="Tokenizer, in place of the recipe's."),
-    ] = None,
-    tokenizer_differs: Annotated[
-        bool,
-        typer.Option("--tokenizer-differs", help="Start from --init though it was trained with another tokenizer."),
-    ] = False,
-    seq_len: Annotated[
-        int | None, size_option("--seq-len", help="Context in tokens: one stage in place of the recipe's.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps, together with --seq-len.")] = None,
-    chunk: Annotated[
-        int | None,
-        size_option(
-            "--chunk",
-            help="Tokens whose activations are in memory at a time; it changes no number.",
-            show_default="the recipe's train.chunk",
+        typer.Argument(
+            metavar="RECIPE", help="Train by this recipe: a .toml file, or a shipped one's name.", show_default=False
         ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any value of the recipe, e.g. optimizer.lr=1e-3; repeatable."),
+        option(RECIPE, "--set", "KEY=VALUE", "Set values of the recipe, one per --set: optimizer.lr=1e-3."),
     ] = None,
+    seq_len: Annotated[
+        int | None, size_option(RECIPE, "--seq-len", "Train in one stage, at this context length.")
+    ] = None,
+    steps: Annotated[int | None, size_option(RECIPE, "--steps", "Take N steps in that stage.", metavar="N")] = None,
     initial: Annotated[
-        str | None, typer.Option("--init", metavar="NAME|DIR", help="Start from this model's weights.")
+        str | None, option(RECIPE, "--init", "NAME|DIR", "Start from the weights of this model.")
     ] = None,
-    resume: Annotated[
-        str,
-        typer.Option(
-            "--resume",
-            metavar="auto|never|PATH",
-            help="Go on from the newest checkpoint in DIR, if there is one; never; or from the one at PATH.",
+    data: Annotated[
+        list[str] | None, option(INPUT, "--data", "INPUT", "Train on these inputs, one per --data.", BY_RECIPE)
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        option(
+            INPUT,
+            "--tokenizer",
+            "NAME|PATH",
+            "Use bytes, a tokenizer.json, or the tokenizer of a model.",
+            BY_RECIPE,
         ),
-    ] = "auto",
+    ] = None,
+    tokenizer_differs: Annotated[
+        bool, option(INPUT, "--tokenizer-differs", None, "Accept a tokenizer that is not that of the --init model.")
+    ] = False,
+    column: Annotated[str | None, option(INPUT, "--column", "NAME", "Read this column.", BY_RECIPE)] = None,
+    output: Annotated[
+        str, option(OUTPUT, "--output -o", "DIR", "Write checkpoints, metrics.jsonl and the model to this folder.")
+    ] = "runs/train",
+    resume: Annotated[
+        str | None,
+        option(
+            OUTPUT,
+            "--resume",
+            "[PATH]",
+            "Go on with the run in the output folder, or from PATH: another run, or a checkpoint.",
+            "the output folder's run, if any",
+            parser=read_resume,
+        ),
+    ] = None,
+    no_resume: Annotated[
+        bool, option(OUTPUT, "--no-resume", None, "Refuse an output folder that holds a run.")
+    ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print memory, FLOPs and time, and stop: exit code 5 where it does not fit."),
+        option(
+            OUTPUT, "--dry-run", None, "Print memory, FLOPs and time, and stop. The exit code is 5 if it does not fit."
+        ),
     ] = False,
-    format: Annotated[Format, typer.Option("--format", help="Of what --dry-run prints.")] = "text",
+    format: Annotated[Format, option(OUTPUT, "--format", "text|json", "Print --dry-run in this format.")] = "text",
     nproc: NprocOption = None,
-    sp: Annotated[
-        int | None,
-        typer.Option("--sp", min=1, metavar="N", help="Ranks that share a sequence.", show_default="all"),
-    ] = None,
+    sp: Annotated[int | None, size_option(COMPUTE, "--sp", "Let N ranks share a sequence.", "all", metavar="N")] = None,
     dp: Annotated[
         int | None,
-        typer.Option("--dp", min=1, metavar="N", help="Groups of them, each with other sequences.", show_default="1"),
+        size_option(COMPUTE, "--dp", "Make N groups of ranks, each with other sequences.", "1", metavar="N"),
     ] = None,
     shard: Annotated[
         str | None,
-        typer.Option(
+        option(
+            COMPUTE,
             "--shard",
-            metavar="none|full",
-            help="full: each rank keeps its share of weights and optimizer state (FSDP2).",
-            show_default="none",
+            "none|full",
+            "Give each rank all weights, or its share of them and of the optimizer state (full, FSDP2).",
+            "none",
         ),
     ] = None,
     device: DeviceOption = "auto",
+    dtype: Annotated[
+        str | None,
+        option(COMPUTE, "--dtype", "auto|fp32|bf16", "Compute matrix products in this precision.", BY_RECIPE),
+    ] = None,
+    chunk: Annotated[
+        int | None,
+        size_option(COMPUTE, "--chunk", "Hold the activations of this many tokens. It changes no number.", BY_RECIPE),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a model. Progress is on stderr; checkpoints, metrics.jsonl and the model are in the output folder.
+    """Train a model by a recipe.
 
-    The same command goes on where it was stopped, and so does `longnet train -o DIR` alone. Runs under torchrun too.
+    A stopped run goes on with the same command, or with `longnet train -o DIR`. It runs under torchrun, too.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it waits until the run listens, and would kill before
     launch(nproc)
-    from longnet_cli.errors import ConfigError
     from longnet_cli.runtime.device import MatmulPeak, keep_freed_memory
     from longnet_cli.runtime.ranks import join, leave
-    from longnet_cli.training.loop import CHECKPOINTS, refuse_overwriting
     from longnet_cli.training.loop import train as run
-    from longnet_cli.training.recipe import load_recipe, parse_overrides
+    from longnet_cli.training.recipe import parse_overrides
+    from longnet_cli.training.start import prepare_run
 
-    overrides: dict[str, Any] = parse_overrides(settings or [])
-    if data:
-        overrides["data.train"] = data
-    if tokenizer:
-        overrides["data.tokenizer"] = tokenizer
-    overrides |= {f"parallel.{key}": value for key, value in (("sp", sp), ("dp", dp), ("shard", shard)) if value}
     if (seq_len is None) != (steps is None):
         raise ConfigError("--seq-len and --steps make one stage together: give both")
-    if seq_len is not None:
-        overrides["train.stages"] = [{"seq_len": seq_len, "steps": steps}]
-    if chunk is not None:
-        overrides["train.chunk"] = chunk
-    folder = Path(output)
-    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
-        raise ConfigError(f"{file} is a file, and -o names the folder of a run: name another")
-    own = None  # a recipe that the run itself wrote
-    if recipe is None and resume != "never":
-        runs = [folder] if resume == "auto" else [Path(resume), Path(resume).parent.parent]  # a run, or its checkpoint
-        recipe = own = next((str(run / "recipe.json") for run in runs if (run / "recipe.json").exists()), None)
-    if recipe is None and not overrides:
-        raise ConfigError(
-            f"nothing to train: there is no run in {output}; name a recipe (`longnet train my-recipe.toml`) or --set "
-            "its values"
-        )
-    found = load_recipe(recipe, overrides)
-    used = (folder / "model.safetensors").exists() and not (folder / CHECKPOINTS).exists()
-    if used and not dry_run:
-        raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
-    if not dry_run:
-        refuse_overwriting(folder, found, recipe if recipe != own else None, initial)
+    if resume is not None and no_resume:
+        raise ConfigError("--resume and --no-resume exclude each other: give one")
+    flags = {
+        "data.train": data,
+        "data.tokenizer": tokenizer,
+        "data.column": column,
+        "parallel.sp": sp,
+        "parallel.dp": dp,
+        "parallel.shard": shard,
+        "train.stages": [{"seq_len": seq_len, "steps": steps}] if steps else None,
+        "train.dtype": dtype,
+        "train.chunk": chunk,
+    }
+    overrides = parse_overrides(settings or []) | {key: value for key, value in flags.items() if value}
+    going_on = not no_resume and bare_or(resume, True, True)
+    found = prepare_run(recipe, overrides, output, resume=going_on, initial=initial, writes=not dry_run)
 
     ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
     if dry_run:
@@ -171,7 +193,7 @@ def train(
             begun = True
             if step:
                 what = f"going on after step {step:,}" if step < found.train.steps else "all steps are done already"
-                say(f"{what}; --init is for the begin of a run, and did nothing" if initial else what)
+                say(f"{what}; --init is for the start of a run, and did nothing" if initial else what)
             advance = stack.enter_context(progress("training", total, start=tokens, quiet=quiet))
 
         def on_step(tokens: int, line: Metrics | None) -> None:
@@ -186,7 +208,7 @@ def train(
                 device=where,
                 initial=initial,
                 tokenizer_differs=tokenizer_differs,
-                resume=resume,
+                resume=going_on,
                 ranks=ranks,
                 peak=MatmulPeak(where, found.train.dtype),
                 on_begin=on_begin,
@@ -199,7 +221,7 @@ def train(
                 say(f"stopped, and saved in {output}: {_again(output, ranks)} goes on")
             raise
     leave()
-    loss = f", loss {result.loss:.4f} nats a token" if result.loss == result.loss else ""
+    loss = f", loss {result.loss:.4f} nats per token" if result.loss == result.loss else ""
     say(f"saved {result.output} after {result.steps:,} steps{loss}")
     use = "score it: longnet score --ppl" if found.model.causal else "use it: longnet encode"
     say(f"{use} --model {_path(output)} FILE")

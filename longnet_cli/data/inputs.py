@@ -56,8 +56,9 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
 
 
 def once(sources: Iterable[Source]) -> list[Source]:
-    """The sources without those that are a file which an earlier one is, by device and inode."""
+    """Return the sources without those that are a file which an earlier one is, by device and inode."""
     first: dict[object, Source] = {}
+    again: list[str] = []
     for source in sources:
         key: object = source.where
         if source.path is not None and source.filesystem is None:
@@ -66,8 +67,12 @@ def once(sources: Iterable[Source]) -> list[Source]:
                 key = found.st_dev, found.st_ino
         earlier = first.setdefault(key, source)
         if earlier is not source:
-            names = source.where if earlier.where == source.where else f"{source.where}, which is {earlier.where},"
-            warnings.warn(f"{names} is read once, though it is named more than once", InputWarning, stacklevel=2)
+            again.append(
+                source.where if earlier.where == source.where else f"{source.where}, which is {earlier.where},"
+            )
+    if again:
+        others = f" (and {len(again) - 1} more)" if again[1:] else ""
+        warnings.warn(f"{again[0]} is read once, though it is named more than once{others}", InputWarning, stacklevel=2)
     return list(first.values())
 
 

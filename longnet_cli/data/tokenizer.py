@@ -56,6 +56,10 @@ class Tokenizer:
         self.vocab_size = max(self._vocab.values(), default=-1) + 1
         self.eos_id: int | None = next((self._vocab[name] for name in EOS_NAMES if name in self._vocab), None)
 
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token, as tokenizer.json writes it; None where it is not in the vocabulary."""
+        return self._vocab.get(token)
+
     @property
     def bos_id(self) -> int | None:
         """The id that its own template puts before a text (Llama's, not GPT-2's), else the end-of-text id."""
@@ -288,3 +292,30 @@ def _pieces(text: str) -> Iterator[str]:
         start = end
     if start < len(text):
         yield text[start:]
+
+
+def end_of_text(written: str | int | bool | None, tokenizer: Tokenizer | None) -> int | None:
+    """Return the id that `--eos` names: a number, or a token of the tokenizer; True is the tokenizer's own, None none.
+
+    Raises ConfigError for a token that the tokenizer does not have, and for an id that does not fit its vocabulary.
+    """
+    if written is None or written is False:
+        return None
+    size = tokenizer.vocab_size if tokenizer else 1 << 63
+    if written is True:
+        found = tokenizer.eos_id if tokenizer else None
+        if found is None:
+            raise ConfigError("the tokenizer has no end-of-text token: name a token or an id (--eos)")
+        return found
+    if isinstance(written, int) or re.fullmatch(r"[-+]?[0-9]+", written):
+        found = int(written) if len(str(written)) < 20 else -1
+        if not 0 <= found < size:
+            limit = f"a vocabulary of {size}" if tokenizer else "64 bits"
+            raise ConfigError(f"the end-of-text id {written} (--eos) does not fit {limit}")
+        return found
+    if tokenizer is None:
+        raise ConfigError(f"--eos {written} is no id, and there is no tokenizer that has it as a token: give its id")
+    found = tokenizer.id_of(written)
+    if found is None:
+        raise ConfigError(f"--eos {written}: the tokenizer has no such token; name one of its tokens, or an id")
+    return found

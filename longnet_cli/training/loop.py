@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from longnet_cli.data import overwriting
 from longnet_cli.data.shards import locked_folder
 from longnet_cli.data.sinks import write_file
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import Batch, TokenStream, TokenWindows
-from longnet_cli.errors import CheckpointError, ConfigError, DataError, LongNetError
+from longnet_cli.errors import ConfigError, DataError, LongNetError
 from longnet_cli.model import LongNet
-from longnet_cli.model.weights import CONFIG, TOKENIZER, WEIGHTS, save_pretrained
+from longnet_cli.model.weights import save_pretrained
 from longnet_cli.presets import find_model
 from longnet_cli.runtime.chunks import Tokens
 from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, random_state
@@ -35,7 +34,7 @@ from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.signals import Signals, noted_signals
 from longnet_cli.scoring import NotFiniteError, Score
 
-from .checkpoint import STATE, Checkpoints, checkpoints_in, find_damage, newest_whole, read_state
+from .checkpoint import Checkpoints, read_state
 from .checks import check_memory, check_ranks, check_vocabulary
 from .estimate import executed_flops
 from .evaluation import evaluate
@@ -44,13 +43,12 @@ from .masking import mask_tokens
 from .metrics import Metrics, MetricsLog
 from .optimizer import build_optimizers, learning_rate
 from .recipe import Recipe, Stage
+from .start import BEST, CHECKPOINTS, RECIPE, Resume, find_checkpoint
 from .state import restore, run_tensors
 from .tokens import StoredTokens
 from .trackers import Tracker, open_trackers
 
 OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
-MODEL_FILES = (WEIGHTS, TOKENIZER, CONFIG)
-CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def train(
     device: torch.device | str = "cpu",
     initial: str | None = None,
     tokenizer_differs: bool = False,
-    resume: str = "auto",
+    resume: Resume = True,
     ranks: Ranks | None = None,
     peak: MatmulPeak | None = None,
     on_begin: Callable[[int, int], None] | None = None,
@@ -94,8 +92,9 @@ def train(
     and SIGUSR1 act between two chunks, where everything is as after the last whole step: the first three stop the run
     (KeyboardInterrupt or SystemExit are raised), the last one only saves.
 
-    `resume` is "auto" (from the newest undamaged checkpoint in `output`, where there is one), "never", or the path of
-    a checkpoint or of a run. A resumed run is the uninterrupted one, bit by bit on a CPU with as many processes.
+    `resume` is True (go on from the newest undamaged checkpoint in `output`, if any), False (refuse a folder that has
+    one), or the path of a checkpoint or a run. A resumed run is the uninterrupted one, bit by bit on a CPU with as many
+    processes.
     `initial` names a model whose weights a new run starts from; its tokenizer must be the recipe's, unless it
     `tokenizer_differs`. Several `ranks` share each sequence, `train.chunk` tokens each, and groups of them the
     sequences of a step; the first one writes. `peak` is for the MFU. Prints nothing: `on_begin` gets the steps and
@@ -167,20 +166,9 @@ class _Run:
         self.random = random_state(device)  # as of the last whole step
         self.saved_at = time.monotonic()
 
-    def resume(self, resume: str, on_note: Callable[[str], None]) -> None:
+    def resume(self, resume: Resume, on_note: Callable[[str], None]) -> None:
         """Take up a checkpoint, where there is one and `resume` does not forbid it; make the folder of the run."""
-        checkpoint = None
-        if resume not in ("auto", "never") and Path(resume).resolve() == self.output.resolve():
-            resume = "auto"
-        if resume == "auto":
-            checkpoint = newest_whole(self.output / CHECKPOINTS, self.ranks, on_note)
-        elif resume != "never":
-            checkpoint = _named_checkpoint(Path(resume), self.ranks, on_note)
-        log = None
-        if resume != "auto" and (newest := checkpoints_in(self.checkpoints.folder)[:1]):
-            if checkpoint is None or checkpoint.resolve() != newest[0].resolve():
-                raise ConfigError(f"{self.output} already holds a run: name another folder with -o, or remove it")
-            checkpoint = newest[0]
+        checkpoint, log = find_checkpoint(self.output, resume, self.ranks, on_note), None
         if checkpoint:
             state = read_state(checkpoint)
             if changed := self.recipe.changed_since(state["recipe"]):
@@ -201,7 +189,7 @@ class _Run:
             if self.progress.data:
                 self.windows[self._stage_of(self.progress.step)].resume(self.progress.data)
         if self.ranks.first:
-            write_file(self.output / "recipe.json", (self.recipe.model_dump_json(indent=2) + "\n").encode())
+            write_file(self.output / RECIPE, (self.recipe.model_dump_json(indent=2) + "\n").encode())
         self.log.resume(log, self.progress.reported)
         if self.ranks.first:
             settings = self.recipe.model_dump(mode="json")
@@ -426,22 +414,6 @@ class _Run:
         self.ranks.barrier()  # the end of another rank would end this one while it writes
 
 
-def refuse_overwriting(output: Path, recipe: Recipe, path: str | None, initial: str | None) -> None:
-    """Raise ConfigError where a run in `output` would write over its data, its recipe (in `path`) or `initial` model.
-
-    A recipe.json and a tokenizer.json beside metrics.jsonl are the run's own, which it goes on with.
-    """
-    data, again = recipe.data, (output / "metrics.jsonl").exists()
-    inputs = [*(item for source in (data.train or [], *(mix.inputs for mix in data.mix or [])) for item in source)]
-    files = [*(output / name for name in MODEL_FILES), *(output / BEST / name for name in MODEL_FILES)]
-    files += [output / "recipe.json", output / "metrics.jsonl", output / CHECKPOINTS]
-    also = [find_model(initial) if initial else None]
-    if not again:
-        also += [Path(path) if path else None, Tokenizer.find(data.tokenizer)]
-    for read in (inputs, data.held_out or []):
-        overwriting.refuse_overwriting("-o", files, read, also)
-
-
 def _windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
     """The training data, cut into the windows of each stage."""
     data, train = recipe.data, recipe.train
@@ -482,15 +454,3 @@ def _model(recipe: Recipe, initial: str | None) -> LongNet:
         ]
         raise ConfigError(f"{initial} differs from the recipe in model.{', model.'.join(changed)}")
     return model
-
-
-def _named_checkpoint(path: Path, ranks: Ranks, on_note: Callable[[str], None]) -> Path:
-    """The checkpoint that `--resume PATH` names: itself, or the newest of a run. Raises CheckpointError."""
-    if (path / STATE).exists():
-        if damage := find_damage(path):
-            raise CheckpointError(f"{path} is damaged: {damage}")
-        return path
-    found = newest_whole(path / CHECKPOINTS, ranks, on_note)
-    if found is None:
-        raise CheckpointError(f"{path}: neither a checkpoint ({STATE} is missing) nor a run with {CHECKPOINTS}/")
-    return found

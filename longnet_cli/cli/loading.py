@@ -1,0 +1,77 @@
+"""What `--model` and `--tokenizer` name: loaded for the commands that read with a model, and never written over."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from longnet_cli.cli.output import printable
+
+if TYPE_CHECKING:
+    import torch
+
+    from longnet_cli.attention import Pattern
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.model.net import Net
+
+
+def refuse_overwriting(
+    option: str, outputs: Sequence[str], inputs: Sequence[str], model: str, tokenizer: str | None
+) -> None:
+    """Raise ConfigError for an output that is an input, or a file of the model or the tokenizer."""
+    from longnet_cli.data import overwriting
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.presets import find_model
+
+    overwriting.refuse_overwriting(
+        option, outputs, inputs, [find_model(model), Tokenizer.find(tokenizer) if tokenizer else None]
+    )
+
+
+class Loaded(NamedTuple):
+    """A model, its tokenizer, and the id that it reads before each document; None for what there is not."""
+
+    net: Net
+    words: Tokenizer | None
+    bos: int | None
+
+
+def load_model(
+    name: str,
+    tokenizer: str | None,
+    tokenizer_differs: bool,
+    device: torch.device,
+    dtype: str,
+    attention: Literal["dilated", "dense"] = "dilated",
+    pattern: Pattern | None = None,
+    quiet: bool = False,
+) -> Loaded:
+    """The model that --model names, in float32 on `device`, and --tokenizer, or its own without it.
+
+    Says on stderr, unless `quiet`, what the user should know of how it reads documents.
+    Raises ConfigError for a tokenizer that is not the model's, unless `tokenizer_differs`, or has ids that the
+    model does not have, a model that reads no tokens, or an attention kernel that cannot run in `dtype`.
+    """
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.errors import ConfigError
+    from longnet_cli.integrations.loading import load_net
+    from longnet_cli.presets import find_model, is_of_transformers
+    from longnet_cli.runtime.device import check_kernel
+
+    folder = find_model(name)
+    words = Tokenizer.of_model(folder, tokenizer, differs=tokenizer_differs)
+
+    net = load_net(folder, attention=attention, pattern=pattern, device=device)
+    check_kernel(device, dtype, net.config.head_dim)
+    if not net.config.vocab_size:
+        raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
+    if words and words.vocab_size > net.config.vocab_size:
+        raise ConfigError(
+            f"{tokenizer or folder / 'tokenizer.json'}: the tokenizer has {words.vocab_size} ids and the model "
+            f"{net.config.vocab_size}: they do not belong together"
+        )
+    if net.note and not quiet and sys.stderr:
+        print(printable(f"{name}: {net.note}"), file=sys.stderr)
+    foreign = is_of_transformers(folder)
+    return Loaded(net, words, (words.bos_id if foreign else words.eos_id) if words else None)

@@ -1,0 +1,115 @@
+"""How a run starts: with which recipe, in which folder, from which checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from longnet_cli.data import overwriting
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.model.weights import CONFIG, TOKENIZER, WEIGHTS
+from longnet_cli.presets import find_model
+from longnet_cli.runtime.ranks import Ranks
+
+from .checkpoint import STATE, checkpoints_in, find_damage, newest_whole
+from .recipe import Recipe, load_recipe
+
+CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
+RECIPE = "recipe.json"
+MODEL_FILES = (WEIGHTS, TOKENIZER, CONFIG)
+
+# True goes on with the run in the output folder, if there is one; False refuses a folder that holds a run; a path
+# goes on from that checkpoint, or from the newest one of that run.
+Resume = bool | str | Path
+_LAST = "; if you mean the run in the output folder, write --resume last"
+
+
+def prepare_run(
+    recipe: str | None,
+    overrides: Mapping[str, Any],
+    output: str | Path,
+    *,
+    resume: Resume = True,
+    initial: str | None = None,
+    writes: bool = True,
+) -> Recipe:
+    """Return the recipe of a run in the folder `output`, with `overrides`; without `recipe`, that of the resumed run.
+
+    Raises ConfigError where there is no recipe, and, if the run `writes`, for a folder that holds a model but no run,
+    or whose files the run would read as data, recipe, tokenizer or `initial` model.
+    """
+    folder = Path(output)
+    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise ConfigError(f"{file} is a file, and -o names the folder of a run: name another")
+    own = _recipe_of_run(folder, resume) if recipe is None else None
+    if recipe is None and own is None and not isinstance(resume, bool):
+        raise ConfigError(f"--resume {resume}: neither a run nor a checkpoint{_LAST}")
+    if recipe is None and own is None and not overrides:
+        raise ConfigError(
+            f"nothing to train: there is no run in {output}; name a recipe (`longnet train my-recipe.toml`) or --set "
+            "its values"
+        )
+    found = load_recipe(recipe or own, overrides)
+    if writes:
+        if (folder / WEIGHTS).exists() and not (folder / CHECKPOINTS).exists():
+            raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
+        _refuse_overwriting(folder, found, recipe, initial)
+    return found
+
+
+def find_checkpoint(output: Path, resume: Resume, ranks: Ranks, on_note: Callable[[str], None]) -> Path | None:
+    """Return the checkpoint that a run in `output` goes on from; None for a run that starts from nothing.
+
+    `on_note` is told of each damaged checkpoint that is passed over. Raises ConfigError for a folder that holds another
+    run, CheckpointError where the path holds no checkpoint or all are damaged.
+    """
+    if not isinstance(resume, bool) and Path(resume).resolve() == output.resolve():
+        resume = True
+    if resume is True:
+        return newest_whole(output / CHECKPOINTS, ranks, on_note)
+    found = None if resume is False else _checkpoint_at(Path(resume), ranks, on_note)
+    for newest in checkpoints_in(output / CHECKPOINTS)[:1]:
+        if found is None or found.resolve() != newest.resolve():
+            raise ConfigError(f"{output} already holds a run: name another folder with -o, or remove it")
+        return newest
+    return found
+
+
+def _recipe_of_run(folder: Path, resume: Resume) -> str | None:
+    """The recipe that the resumed run has written."""
+    if resume is False:
+        return None
+    runs = [folder] if resume is True else [Path(resume), Path(resume).parent.parent]  # a run, or its checkpoint
+    return next((str(run / RECIPE) for run in runs if (run / RECIPE).exists()), None)
+
+
+def _checkpoint_at(path: Path, ranks: Ranks, on_note: Callable[[str], None]) -> Path:
+    """The checkpoint at a path: itself, or the newest of a run. Raises CheckpointError."""
+    if (path / STATE).exists():
+        if damage := find_damage(path):
+            raise CheckpointError(f"{path} is damaged: {damage}")
+        return path
+    found = newest_whole(path / CHECKPOINTS, ranks, on_note)
+    if found is None:
+        raise CheckpointError(
+            f"--resume {path}: neither a checkpoint ({STATE} is missing) nor a run with {CHECKPOINTS}/{_LAST}"
+        )
+    return found
+
+
+def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None, initial: str | None) -> None:
+    """Raise ConfigError where a run in `output` would write over its data, its recipe (in `path`) or `initial` model.
+
+    A recipe.json and a tokenizer.json beside metrics.jsonl are the run's own, which it goes on with.
+    """
+    data, again = recipe.data, (output / "metrics.jsonl").exists()
+    inputs = [*(item for source in (data.train or [], *(mix.inputs for mix in data.mix or [])) for item in source)]
+    files = [*(output / name for name in MODEL_FILES), *(output / BEST / name for name in MODEL_FILES)]
+    files += [output / RECIPE, output / "metrics.jsonl", output / CHECKPOINTS]
+    also = [find_model(initial) if initial else None]
+    if not again:
+        also += [Path(path) if path else None, Tokenizer.find(data.tokenizer)]
+    for read in (inputs, data.held_out or []):
+        overwriting.refuse_overwriting("-o", files, read, also)
