@@ -14,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longnet_cli.atomic import write_file
 from longnet_cli.configuration import parse, read_text
-from longnet_cli.data.sinks import write_file
 from longnet_cli.errors import ConfigError, DataError, LongNetError, refuse_web_address
 
 # A panel: its title, and the keys of metrics.jsonl that it shows, with what to add to a run's name for each

@@ -1,17 +1,12 @@
 """Results out: Arrow, Parquet or JSON Lines files that appear whole or not at all, and Arrow streams on stdout."""
 
-import errno
-import fcntl
 import io
 import json
 import math
 import os
-import re
-import secrets
-import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -20,107 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from longnet_cli.errors import ConfigError, LongNetError
+from longnet_cli.atomic import atomic_write, writing
+from longnet_cli.errors import ConfigError
 
 SHARD_VERSION = 1
 OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl")  # what names one file; any other name is a folder
 
 _JSON_ROWS = 1024  # as Python objects at a time, which take some 40 bytes a number
-
-
-@contextmanager
-def writing(what: str | Path) -> Iterator[None]:
-    """Turn a failed write (a full disk, a file too large) into a LongNetError that names what was being written.
-
-    A closed pipe stays what it is: the reader has what it wants.
-    """
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise LongNetError(f"{what}: cannot write: {error.strerror or error}") from error
-
-
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing under a temporary name in its folder; rename it when the block ends without an error.
-
-    Missing folders are made. A reader, or a crash, sees the old file or the whole new one; what a killed writer of the
-    same file left under its temporary name is removed. A device or a named pipe
-    is written to directly. Raises ConfigError when the path cannot be opened, LongNetError when the end of the file
-    cannot be written.
-    """
-    target = Path(path)
-    try:
-        direct = target.exists() and not stat.S_ISREG(target.stat().st_mode)
-        if not direct:
-            target = Path(os.path.realpath(path))  # not of the shell's >(command), whose name leads nowhere
-            target.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(target)
-        temporary, file = (target, open(target, "wb")) if direct else _new_temporary(target)  # noqa: SIM115
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise (LongNetError if full else ConfigError)(f"{path}: cannot write: {error.strerror}") from error
-    try:
-        yield file
-        with writing(path):
-            file.flush()
-            if not direct:
-                os.fsync(file.fileno())
-            file.close()
-            if not direct:
-                os.replace(temporary, target)
-                sync_folder(target.parent)
-    except BaseException:
-        with suppress(OSError):  # on a full disk closing fails once more, and leaves the file closed
-            file.close()
-        if not direct:
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def remove_leftovers(target: Path) -> None:
-    """Delete the temporary files of writers of `target` that were killed: a living one holds a lock on its own."""
-    leftover = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.tmp")
-    for name in filter(leftover.fullmatch, os.listdir(target.parent)):
-        with suppress(OSError), open(target.parent / name, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (target.parent / name).unlink()
-
-
-def _new_temporary(target: Path) -> tuple[Path, BinaryIO]:
-    """A new file beside `target`, open and locked, so that it is not taken for a leftover."""
-    while True:
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            file = open(temporary, "xb")  # noqa: SIM115 (its user closes it)
-            with suppress(OSError):  # a network file system without locks, on which no leftover can be locked either
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_nlink:  # else another writer removed it before it was locked
-                return temporary, file
-            file.close()
-        except FileExistsError:
-            continue
-        except BaseException:  # Ctrl-C and SIGTERM may come between any two lines
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-
-
-def write_file(path: str | Path, data: bytes) -> None:
-    """Write a whole small file, or leave the old one; errors as for `atomic_write`."""
-    with atomic_write(path) as file, writing(path):
-        file.write(data)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def is_folder(output: str | Path) -> bool:

@@ -15,8 +15,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from longnet_cli.atomic import write_file
 from longnet_cli.configuration import digest, parse, read_text
-from longnet_cli.data.sinks import write_file
 from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
 from longnet_cli.presets import TOKENIZER_SHA256, list_models, model_metadata, preset_dir
 

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
+from longnet_cli.atomic import locked_folder, write_file
 from longnet_cli.data import overwriting
-from longnet_cli.data.shards import locked_folder
-from longnet_cli.data.sinks import write_file
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import Batch, TokenStream, TokenWindows
