@@ -1,6 +1,6 @@
 """The `tokenize` job: text documents in, Arrow shards of token ids and a tokenizer.json out.
 
-    read_texts --in_two_threads--> Tokenizer.encode_parts -> _Rows -> ShardFolder or ShardWriter
+    read_texts --in_two_threads--> Tokenizer.encode_parts -> _Batches -> ShardFolder or ShardWriter
 
 Memory is that of the largest text that the reader gives and of one record batch, however large the corpus is.
 """
@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.data.feed import in_two_threads
+from longnet_cli.data.folders import sniff
 from longnet_cli.data.formats import Text
-from longnet_cli.data.inputs import find_sources, fingerprint, sniff
+from longnet_cli.data.inputs import find_sources, inputs_fingerprint
 from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_batch, token_schema
 from longnet_cli.data.sources import read_texts
@@ -87,7 +88,7 @@ def tokenize(
         to_stdout = str(output) == "-"
         with ShardWriter(output, schema) as writer:
             small = to_stdout or str(output).endswith(".jsonl")
-            rows = _Rows(
+            rows = _Batches(
                 schema, SMALL_BATCH_BYTES if small else BATCH_BYTES, lambda batch, **counts: writer.write(batch)
             )
             _run(texts, words, rows, eos=eos, prompt=to_stdout, on_progress=on_progress)
@@ -96,7 +97,7 @@ def tokenize(
             words.save(beside)
         return _result(rows.totals, [Path(output)] if beside else [], words)
     settings = {
-        "inputs": fingerprint(inputs),
+        "inputs": inputs_fingerprint(inputs),
         "column": column,
         "tokenizer": words.sha256,
         "train_vocab": train_vocab,
@@ -106,7 +107,7 @@ def tokenize(
     with ShardFolder(output, schema, settings=settings, resume=resume) as folder:
         if not folder.finished:
             words.save(folder.folder / "tokenizer.json")
-            rows = _Rows(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
+            rows = _Batches(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
             _run(islice(texts, folder.documents, None), words, rows, eos=eos, on_progress=on_progress)
     return _result(folder.totals, folder.paths, words)
 
@@ -164,7 +165,7 @@ def _apart(texts: Iterator[Text]) -> Iterator[Text]:
 def _run(
     texts: Iterator[Text],
     tokenizer: Tokenizer,
-    rows: "_Rows",
+    rows: "_Batches",
     *,
     eos: bool,
     prompt: bool = False,
@@ -203,7 +204,7 @@ def _run(
     rows.flush()
 
 
-class _Rows:
+class _Batches:
     """Collects ids into batches of whole documents. A document larger than a batch gets a batch for each part.
 
     `totals` counts documents, tokens and bytes, from those of an earlier run on. What is written depends only on the

@@ -12,10 +12,10 @@ import torch
 from longnet_cli.data.overwriting import refuse_overwriting
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.encoding import encode
-from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.encoding import EncodeOptions, encode
+from longnet_cli.errors import CheckpointError, ConfigError, NotFiniteError
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.scoring import NotFiniteError, score
+from longnet_cli.scoring import score
 
 
 @pytest.fixture
@@ -110,6 +110,6 @@ def test_numbers_that_are_not_finite_name_document_and_token(tmp_path: Path, chu
         list(score(net, documents(), bos=bos, chunk=chunk))
     # the segment of 16 tokens with the z in it: what attention masks is multiplied by 0, and 0 times NaN is NaN
     with pytest.raises(NotFiniteError, match=r"document 'z.txt': the vector of tokens 15 to 19 is not finite"):
-        encode(net, documents(), bos=bos, chunk=chunk, span=5).read_all()
-    reader = encode(small(), documents(), bos=bos, chunk=chunk, span=5)
+        encode(net, documents(), EncodeOptions(bos=bos, span=5), chunk=chunk).read_all()
+    reader = encode(small(), documents(), EncodeOptions(bos=bos, span=5), chunk=chunk)
     assert np.isfinite(reader.read_all()["embedding"].combine_chunks().flatten()).all()

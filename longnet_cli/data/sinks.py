@@ -1,8 +1,6 @@
 """Results out: Arrow, Parquet or JSON Lines files that appear whole or not at all, and Arrow streams on stdout."""
 
 import io
-import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +15,7 @@ import pyarrow.ipc as ipc
 
 from longnet_cli.atomic import atomic_write, writing
 from longnet_cli.errors import ConfigError
+from longnet_cli.finite_json import to_json
 
 SHARD_VERSION = 1
 OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl")  # what names one file; any other name is a folder
@@ -138,25 +137,10 @@ class _JsonLines:
     def write_batch(self, batch: pa.RecordBatch) -> None:
         for start in range(0, batch.num_rows, _JSON_ROWS):
             rows = batch.slice(start, _JSON_ROWS).to_pylist()
-            self._sink.write("".join(f"{_json_line(row)}\n" for row in rows).encode())
+            self._sink.write("".join(f"{to_json(row, ensure_ascii=False)}\n" for row in rows).encode())
 
     def close(self) -> None:
         """JSON Lines have no end to write."""
-
-
-def _json_line(row: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(row, allow_nan=False, ensure_ascii=False)
-    except ValueError:  # the rare row that has a number which JSON has not
-        return json.dumps(_finite(row), allow_nan=False, ensure_ascii=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
 def token_schema(*, vocab_size: int, eos_id: int | None, tokenizer_sha256: str | None) -> pa.Schema:

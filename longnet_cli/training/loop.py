@@ -23,7 +23,7 @@ from longnet_cli.data import overwriting
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import Batch, TokenStream, TokenWindows
-from longnet_cli.errors import CheckpointError, ConfigError, DataError, LongNetError
+from longnet_cli.errors import CheckpointError, ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.model import LongNet
 from longnet_cli.model.weights import CONFIG, TOKENIZER, WEIGHTS, save_pretrained
 from longnet_cli.presets import find_model
@@ -32,7 +32,7 @@ from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, ra
 from longnet_cli.runtime.fsdp import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.signals import Signals, noted_signals
-from longnet_cli.scoring import NotFiniteError, Score
+from longnet_cli.scoring import Score
 
 from .checkpoint import STATE, Checkpoints, checkpoints_in, find_damage, newest_whole, read_state
 from .checks import check_ranks, check_vocabulary
