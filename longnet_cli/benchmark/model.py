@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.pattern import attention_flops
 from longnet_cli.errors import ConfigError
-from longnet_cli.integrations.loading import load_transformers
+from longnet_cli.integrations.loading import load_net
 from longnet_cli.model import LongNet
 from longnet_cli.model.config import parse_config
 from longnet_cli.model.net import LOGITS_LIMIT, Net
@@ -119,7 +119,7 @@ def _transformers(s: Settings, impl: str, seq: int, folder: Path) -> Transformer
 def _loaded(
     folder: Path, attention: Literal["dilated", "dense"], pattern: Pattern | None, device: torch.device
 ) -> TransformersNet:
-    return load_transformers(folder, attention=attention, pattern=pattern, device=device)
+    return cast("TransformersNet", load_net(folder, attention=attention, pattern=pattern, device=device))
 
 
 def _with_weights(s: Settings, net: NetT) -> NetT:

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -50,14 +50,11 @@ class ShardWriter:
         self.rows = 0
 
     def __enter__(self) -> "ShardWriter":
-        self._file = _open_output(self.output)
-        self._sink = self._file.__enter__()
-        try:
+        with ExitStack() as stack:
+            self._sink = stack.enter_context(_open_output(self.output))
             with writing(self._name):
                 self._writer = self._open_writer()
-        except BaseException as error:
-            self._file.__exit__(type(error), error, error.__traceback__)
-            raise
+            self._file = stack.pop_all()
         return self
 
     def write(self, batch: pa.RecordBatch) -> None:
@@ -71,14 +68,11 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
-            try:
-                with writing(self._name):
-                    self._writer.close()
-                    self._sink.flush()
-            except BaseException as failure:
-                self._file.__exit__(type(failure), failure, failure.__traceback__)
-                raise
-        elif str(self.output) != "-":  # a Parquet writer closes itself later, into a file that is gone
+            with self._file, writing(self._name):
+                self._writer.close()
+                self._sink.flush()
+            return
+        if str(self.output) != "-":  # a Parquet writer closes itself later, into a file that is gone
             with suppress(Exception):
                 self._writer.close()
         self._file.__exit__(kind, error, traceback)

@@ -14,7 +14,7 @@ from longnet_cli.model.longnet import LongNet
 from longnet_cli.model.positions import XPOS_GAMMA
 from longnet_cli.model.weights import empty_net, list_names
 
-_LAYER = {
+_MODULES = {  # of a layer, then of the net: theirs and ours
     "self_attn_layer_norm": "attention_norm",
     "self_attn.q_proj": "attention.q",
     "self_attn.k_proj": "attention.k",
@@ -25,8 +25,10 @@ _LAYER = {
     "ffn.fc1": "ffn.fc1",
     "ffn.ffn_layernorm": "ffn.inner_norm",
     "ffn.fc2": "ffn.fc2",
+    "embed_tokens": "embedding",
+    "layer_norm": "final_norm",
+    "output_projection": "output",
 }
-_TOP = {"embed_tokens": "embedding", "layer_norm": "final_norm", "output_projection": "output"}
 _PREFIX = re.compile(r"(model|decoder|encoder)\.")
 _IGNORED = re.compile(r"(.*\.)?(xpos\.scale|version)")  # buffers that the configuration determines
 
@@ -45,7 +47,7 @@ def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> 
     if not config.vocab_size:
         state = {k: t for k, t in state.items() if k.startswith("encoder.")} or state
     state = _without_prefix(state)
-    places = {theirs: _from_torchscale_key(theirs) for theirs in state}
+    places = {theirs: _renamed(theirs, _MODULES) for theirs in state}
     if unknown := [theirs for theirs, ours in places.items() if ours is None]:
         raise CheckpointError(f"torchscale weights: {list_names('unexpected', unknown)}")
     tensors = {ours: state[theirs].detach().to(torch.float32) for theirs, ours in places.items() if ours is not None}
@@ -70,16 +72,8 @@ def to_torchscale(model: LongNet) -> dict[str, Tensor]:
     computes it with head_offsets="grouped", a bidirectional net with padding="zero_key", and has no position="rope".
     """
     config = model.config
-    layer = {ours: theirs for theirs, ours in _LAYER.items()}
-    top = {ours: theirs for theirs, ours in _TOP.items()}
-    state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        if module.startswith("layers."):
-            _, number, inner = module.split(".", 2)
-            state[f"layers.{number}.{layer[inner]}.{leaf}"] = tensor
-        else:
-            state[f"{top[module]}.{leaf}"] = tensor
+    modules = {ours: theirs for theirs, ours in _MODULES.items()}
+    state = {str(_renamed(name, modules)): tensor for name, tensor in model.state_dict().items()}
     if config.vocab_size and config.tie_embeddings:
         state["output_projection.weight"] = state["embed_tokens.weight"]
     if config.position == "xpos":
@@ -89,17 +83,10 @@ def to_torchscale(model: LongNet) -> dict[str, Tensor]:
     return state
 
 
-def _from_torchscale_key(key: str) -> str | None:
-    """Our name of one of torchscale's parameters (prefix removed), None where it has no place in this net."""
-    module, _, leaf = key.rpartition(".")
-    if leaf not in ("weight", "bias"):
-        return None
-    if module in _TOP:
-        return f"{_TOP[module]}.{leaf}"
-    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
-    if layer and layer[2] in _LAYER:
-        return f"layers.{layer[1]}.{_LAYER[layer[2]]}.{leaf}"
-    return None
+def _renamed(name: str, modules: Mapping[str, str]) -> str | None:
+    """The name of a parameter whose module has another one in `modules`; None where it has none."""
+    match = re.fullmatch(r"(layers\.\d+\.|)(.+)\.(weight|bias)", name)
+    return f"{match[1]}{modules[match[2]]}.{match[3]}" if match and match[2] in modules else None
 
 
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
