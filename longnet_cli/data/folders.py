@@ -18,33 +18,32 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     `names` are relative paths; `read(name, size)` gives a file's first bytes, all of them for None. Raises DataError
     when nothing is readable or a shard is missing, ConfigError for a data set of several splits.
     """
-    if "state.json" in names:  # written by `datasets.save_to_disk`, beside caches that are no part of it
+
+    def listed(index: str, key: str, name: str) -> list[str] | None:
+        """The shards that a file in the folder lists, None where it is not what was written."""
         try:
-            shards = [str(entry["filename"]) for entry in json.loads(read("state.json", None))["_data_files"]]
+            shards = [str(shard[name]) for shard in json.loads(read(index, None))[key]]
         except (ValueError, KeyError, TypeError, RecursionError):
-            shards = []
-        missing = next((shard for shard in shards if shard not in names), None)
-        if missing:
-            raise DataError(f"{folder}/{missing}: no such file, but {folder}/state.json lists it")
-        if shards:
-            return shards
+            return None
+        if missing := next((shard for shard in shards if shard not in names), None):
+            raise DataError(f"{folder}/{missing}: no such file, but {folder}/{index} lists it")
+        return shards
+
+    # written by `datasets.save_to_disk`, beside caches that are no part of it
+    if "state.json" in names and (shards := listed("state.json", "_data_files", "filename")):
+        return shards
     if "_unfinished.json" in names:  # of our own writer, which renames it when the last shard is there
         raise DataError(f"{folder}: the run that wrote this data did not end: finish it with its command and --resume")
     if "_manifest.json" in names:
-        try:
-            shards = [str(shard["name"]) for shard in json.loads(read("_manifest.json", None))["shards"]]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise DataError(f"{folder}/_manifest.json: not what was written") from None
-        if missing := next((shard for shard in shards if shard not in names), None):
-            raise DataError(f"{folder}/{missing}: no such file, but {folder}/_manifest.json lists it")
+        if (shards := listed("_manifest.json", "shards", "name")) is None:
+            raise DataError(f"{folder}/_manifest.json: not what was written")
         return shards
     if "dataset_dict.json" in names:
         splits = sorted({name.split("/")[0] for name in names if "/" in name})
         raise ConfigError(
             f"{folder} holds several splits of a data set: name one of {', '.join(f'{folder}/{s}' for s in splits)}"
         )
-    shown = (name for name in names if not any(map(is_hidden, name.split("/"))))
-    files = sorted(shown, key=natural_order)
+    files = sorted((name for name in names if not any(map(is_hidden, name.split("/")))), key=natural_order)
     written = _written_folders(names)
     files = [file for file in files if not file.startswith(written)] or files
     for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):

@@ -292,7 +292,7 @@ class _Run:
         loss = nll.item() / count
         norm = clip_gradients(self.model, recipe.optimizer.clip)
         self._refuse_divergence(loss, norm, windows, position)
-        rate = self._learning_rate()
+        rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -324,11 +324,8 @@ class _Run:
         ranks.sum(count)
         return ids, targets, max(1, int(count) // ranks.sp)  # the ranks of a group have the same tokens
 
-    def _learning_rate(self) -> float:
-        """Of the step that follows `progress.step`."""
-        return learning_rate(
-            self.progress.step, self.recipe.train.steps, self.recipe.optimizer.lr, self.recipe.schedule
-        )
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.recipe.train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
 
     def _refuse_divergence(self, loss: float, norm: float, windows: TokenWindows, position: dict[str, Any]) -> None:
         """Stop before a step that would spoil the weights; raises LongNetError."""
@@ -363,17 +360,10 @@ class _Run:
                 held_out = self._evaluate(stage)
         line = None
         if held_out or last or progress.step % train.log_every == 0:
-            rate = learning_rate(progress.step - 1, train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
+            rate, memory = self._learning_rate(progress.step - 1), peak_memory(self.device)
             with self.log.paused():
                 peak = self.peak.again() * self.ranks.world if self.peak else None
-            line = self.log.write(
-                progress.step,
-                rate,
-                stage.seq_len,
-                memory=peak_memory(self.device),
-                peak=peak,
-                held_out=held_out,
-            )
+            line = self.log.write(progress.step, rate, stage.seq_len, memory=memory, peak=peak, held_out=held_out)
             for tracker in self.trackers:
                 tracker.log(line.step, asdict(line))
         progress.reported = progress.step
