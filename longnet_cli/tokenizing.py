@@ -92,24 +92,26 @@ def tokenize(
                 schema, SMALL_BATCH_BYTES if small else BATCH_BYTES, lambda batch, **counts: writer.write(batch)
             )
             _run(texts, words, rows, eos=eos, prompt=to_stdout, on_progress=on_progress)
-        beside = tokenizer_beside(output)
-        if beside:
+        totals, shards = rows.totals, []
+        if beside := tokenizer_beside(output):
             words.save(beside)
-        return _result(rows.totals, [Path(output)] if beside else [], words)
-    settings = {
-        "inputs": inputs_fingerprint(inputs),
-        "column": column,
-        "tokenizer": words.sha256,
-        "train_vocab": train_vocab,
-        "eos": eos,
-        "shard_tokens": shard_tokens,
-    }
-    with ShardFolder(output, schema, settings=settings, resume=resume) as folder:
-        if not folder.finished:
-            words.save(folder.folder / "tokenizer.json")
-            rows = _Batches(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
-            _run(islice(texts, folder.documents, None), words, rows, eos=eos, on_progress=on_progress)
-    return _result(folder.totals, folder.paths, words)
+            shards = [Path(output)]
+    else:
+        settings = {
+            "inputs": inputs_fingerprint(inputs),
+            "column": column,
+            "tokenizer": words.sha256,
+            "train_vocab": train_vocab,
+            "eos": eos,
+            "shard_tokens": shard_tokens,
+        }
+        with ShardFolder(output, schema, settings=settings, resume=resume) as folder:
+            if not folder.finished:
+                words.save(folder.folder / "tokenizer.json")
+                rows = _Batches(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
+                _run(islice(texts, folder.documents, None), words, rows, eos=eos, on_progress=on_progress)
+        totals, shards = folder.totals, folder.paths
+    return TokenizeResult(totals["documents"], totals["tokens"], totals["bytes"], shards, words)
 
 
 def tokenizer_beside(output: str | Path) -> Path | None:
@@ -128,10 +130,6 @@ def text_bytes(inputs: Sequence[str | Path]) -> int | None:
                 return None
             total += source.path.stat().st_size
     return total
-
-
-def _result(totals: Counter[str], shards: list[Path], tokenizer: Tokenizer) -> TokenizeResult:
-    return TokenizeResult(totals["documents"], totals["tokens"], totals["bytes"], shards, tokenizer)
 
 
 def _tokenizer(
@@ -228,9 +226,7 @@ class _Batches:
         dtype = np.dtype(schema.field("input_ids").type.value_type.to_pandas_dtype())
         self._values = np.empty(max(1, batch_bytes // dtype.itemsize), dtype)
         self._used = 0  # values, those of the open document included
-        self._doc_ids: list[str] = []  # of the rows that have ended, and their
-        self._parts: list[int] = []
-        self._ends: list[int] = []
+        self._rows: list[tuple[str, int, int]] = []  # that have ended: doc_id, part, end of their values
         self._part = 0  # of the open document
         self._counts: Counter[str] = Counter()  # not yet written
         self._in_shard = 0  # tokens
@@ -258,28 +254,26 @@ class _Batches:
             self.flush()
             self._end_shard()
             self._in_shard = 0
-        elif len(self._ends) >= BATCH_ROWS:
+        elif len(self._rows) >= BATCH_ROWS:
             self.flush()
 
     def flush(self) -> None:
         """Write the rows that have ended; the open one moves to the front."""
-        if not self._ends:
+        if not self._rows:
             return
-        end = self._ends[-1]
-        batch = token_batch(self._schema, self._doc_ids, self._parts, self._ends, self._values[:end])
-        self._write(batch, **self._counts)
+        doc_ids, parts, ends = zip(*self._rows, strict=True)
+        end = ends[-1]
+        self._write(token_batch(self._schema, doc_ids, parts, ends, self._values[:end]), **self._counts)
         self._values[: self._used - end] = self._values[end : self._used].copy()
         self._used -= end
-        self._doc_ids, self._parts, self._ends = [], [], []
+        self._rows.clear()
         self._counts.clear()
 
     def _make_room(self, doc_id: str) -> None:
-        if not self._ends:  # the open document has filled a batch
+        if not self._rows:  # the open document has filled a batch
             self._end_row(doc_id)
             self._part += 1
         self.flush()
 
     def _end_row(self, doc_id: str) -> None:
-        self._doc_ids.append(doc_id)
-        self._parts.append(self._part)
-        self._ends.append(self._used)
+        self._rows.append((doc_id, self._part, self._used))

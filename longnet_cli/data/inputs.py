@@ -72,8 +72,10 @@ def expand(item: str) -> list[Source]:
     """The files that one input names."""
     found = _expand(_as_text(item), in_list=False)
     for source in found:
-        if not _is_utf8(source.where):
-            raise DataError(f"{source.where!a}: the name is not UTF-8: rename it")
+        try:
+            source.where.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{source.where!a}: the name is not UTF-8: rename it") from None
     return found
 
 
@@ -88,14 +90,6 @@ def _as_text(path: str) -> str:
 def _as_path(text: str) -> str:
     """The opposite of `_as_text`, for the system."""
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def inputs_fingerprint(inputs: Sequence[str | Path]) -> str:

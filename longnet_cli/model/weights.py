@@ -82,7 +82,7 @@ def load_pretrained(
     missing, unexpected, of another shape, of integers, or not finite), ConfigError for a wrong config.json or an
     unknown name.
     """
-    folder = _resolve(name_or_dir)
+    folder = find_model(name_or_dir) if isinstance(name_or_dir, str) else Path(name_or_dir)
     config = load_config(folder)
     path = folder / WEIGHTS
     if not path.is_file():
@@ -144,13 +144,6 @@ def _read_config(path: Path) -> Any:
     except (OSError, ValueError) as error:  # ValueError: not JSON, not UTF-8
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{path}: cannot be read: {_one_line(reason)}") from None
-
-
-def _resolve(name_or_dir: str | PathLike[str]) -> Path:
-    """A `Path` is a directory; a string is what a person types, where a bare name is that of a shipped model."""
-    if not isinstance(name_or_dir, str):
-        return Path(name_or_dir)
-    return find_model(name_or_dir)
 
 
 def list_names(what: str, names: Sequence[str]) -> str:
