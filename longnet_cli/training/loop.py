@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.atomic import locked_folder, write_file
 from longnet_cli.data import overwriting
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.sources import Document, read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import Batch, TokenStream, TokenWindows
 from longnet_cli.errors import CheckpointError, ConfigError, DataError, LongNetError, NotFiniteError
@@ -139,11 +139,8 @@ class _Run:
         if initial:
             Tokenizer.of_model(find_model(initial), recipe.data.tokenizer, differs=tokenizer_differs)
         self.windows = _windows(recipe, self.tokenizer, self.eos_id, ranks)
-        held_out, data = recipe.data.held_out, recipe.data
-        size = recipe.model.vocab_size
-        self.held_out = (
-            list(read_documents(held_out, self.tokenizer, column=data.column, vocab_size=size)) if held_out else []
-        )
+        held_out = recipe.data.held_out
+        self.held_out = _documents(recipe, self.tokenizer, held_out) if held_out else []
         if held_out and not any(map(len, self.held_out)):
             raise DataError(f"data.held_out, {', '.join(held_out)}: every document is empty")
         torch.manual_seed(recipe.train.seed)
@@ -430,14 +427,16 @@ def refuse_overwriting(output: Path, recipe: Recipe, path: str | None, initial: 
         overwriting.refuse_overwriting("-o", files, read, also)
 
 
+def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Sequence[str]) -> list[Document]:
+    found = read_documents(inputs, tokenizer, column=recipe.data.column, vocab_size=recipe.model.vocab_size)
+    return list(found)
+
+
 def _windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
     """The training data, cut into the windows of each stage."""
-    data, train = recipe.data, recipe.train
-    sources = []
-    for source in data.sources:
-        documents = read_documents(source.inputs, tokenizer, column=data.column, vocab_size=recipe.model.vocab_size)
-        sources.append(TokenStream(list(documents), eos_id))
-    weights = [source.weight for source in data.sources]
+    mix, train = recipe.data.sources, recipe.train
+    sources = [TokenStream(_documents(recipe, tokenizer, source.inputs), eos_id) for source in mix]
+    weights = [source.weight for source in mix]
     return [
         TokenWindows(
             sources,
