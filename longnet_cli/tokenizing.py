@@ -1,6 +1,6 @@
 """The `tokenize` job: text documents in, Arrow shards of token ids and a tokenizer.json out.
 
-    read_texts --in_two_threads--> Tokenizer.encode_parts -> _Batches -> ShardFolder or ShardWriter
+    read_texts --in_two_threads--> Tokenizer.encode_parts -> _BatchBuilder -> ShardFolder or ShardWriter
 
 Memory is that of the largest text that the reader gives and of one record batch, however large the corpus is.
 """
@@ -88,7 +88,7 @@ def tokenize(
         to_stdout = str(output) == "-"
         with ShardWriter(output, schema) as writer:
             small = to_stdout or str(output).endswith(".jsonl")
-            rows = _Batches(
+            rows = _BatchBuilder(
                 schema, SMALL_BATCH_BYTES if small else BATCH_BYTES, lambda batch, **counts: writer.write(batch)
             )
             _run(texts, words, rows, eos=eos, prompt=to_stdout, on_progress=on_progress)
@@ -108,7 +108,7 @@ def tokenize(
         with ShardFolder(output, schema, settings=settings, resume=resume) as folder:
             if not folder.finished:
                 words.save(folder.folder / "tokenizer.json")
-                rows = _Batches(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
+                rows = _BatchBuilder(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
                 _run(islice(texts, folder.documents, None), words, rows, eos=eos, on_progress=on_progress)
         totals, shards = folder.totals, folder.paths
     return TokenizeResult(totals["documents"], totals["tokens"], totals["bytes"], shards, words)
@@ -163,7 +163,7 @@ def _apart(texts: Iterator[Text]) -> Iterator[Text]:
 def _run(
     texts: Iterator[Text],
     tokenizer: Tokenizer,
-    rows: "_Batches",
+    rows: "_BatchBuilder",
     *,
     eos: bool,
     prompt: bool = False,
@@ -202,7 +202,7 @@ def _run(
     rows.flush()
 
 
-class _Batches:
+class _BatchBuilder:
     """Collects ids into batches of whole documents. A document larger than a batch gets a batch for each part.
 
     `totals` counts documents, tokens and bytes, from those of an earlier run on. What is written depends only on the

@@ -1,6 +1,7 @@
 """Proves that saved = loaded to the bit, that nothing half-written stays, and that a wrong file is told in one line."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def test_saved_is_loaded(tmp_path: Path, tied: bool) -> None:
 
 def test_saving_replaces_and_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = LongNet(small()), LongNet(small())
+    (tmp_path / ".model.safetensors.0123abcd.tmp").write_bytes(b"of one that was killed")
     first.save_pretrained(tmp_path)
 
     def fails(*_: object) -> None:
@@ -58,6 +60,21 @@ def test_saving_replaces_and_leaves_no_temporary_file(tmp_path: Path, monkeypatc
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write"):
         first.save_pretrained(tmp_path / "file" / "model")
+
+
+def test_a_directory_has_a_config_only_when_it_has_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename, named = os.replace, []
+
+    def interrupted(old: Path, new: Path) -> None:
+        if named:
+            raise KeyboardInterrupt
+        named.append(new)
+        rename(old, new)
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        LongNet(small()).save_pretrained(tmp_path, tokenizer_json='{"version": "1.0"}')
+    assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
 def test_equal_models_are_equal_files(tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ class Checkpoints:
         except Exception as error:  # whatever it is: a thread that died of it would leave the run without checkpoints
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            cause = error.__cause__ or error
+            reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
             self._error = LongNetError(f"{final}: cannot write the checkpoint: {reason}; the one before it is kept")
 
 
