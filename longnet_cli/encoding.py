@@ -23,14 +23,13 @@ from torch import Tensor
 
 from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.data.sources import Document
-from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.model.net import Net
-from longnet_cli.model.weights import fingerprint
+from longnet_cli.model.weights import model_fingerprint
 from longnet_cli.runtime.chunks import default_chunk
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reading import AfterBos, Piece, Reader, Window, check_length
-from longnet_cli.scoring import NotFiniteError
 
 Pool = Literal["mean", "last", "first"]
 EmbeddingDtype = Literal["float32", "float16"]
@@ -152,7 +151,7 @@ def encode_to_folder(
     dtype = resolve_dtype(dtype, device)
     decisive = {
         **settings,
-        "model": fingerprint(model),
+        "model": model_fingerprint(model),
         "kernel": check_kernel(device, dtype, model.config.head_dim),
         **asdict(options),
         "chunk": chunk,

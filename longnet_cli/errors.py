@@ -33,6 +33,10 @@ class MemoryLimitError(LongNetError):
     exit_code = 5
 
 
+class NotFiniteError(LongNetError):
+    """The net computed NaN or an infinity; the message names the document and the token. Exit code 1."""
+
+
 class InputWarning(UserWarning):
     """What a user should know of the inputs, and need not act on; a line on stderr."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -42,13 +42,7 @@ class Score:
 
     def as_dict(self) -> dict[str, float | int | None]:
         """The keys of the machine formats."""
-        return {
-            "nll_sum": self.nll_sum,
-            "n_tokens": self.n_tokens,
-            "n_bytes": self.n_bytes,
-            "ppl": self.ppl,
-            "bpb": self.bpb,
-        }
+        return {**asdict(self), "ppl": self.ppl, "bpb": self.bpb}
 
 
 @dataclass

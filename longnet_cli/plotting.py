@@ -14,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longnet_cli.atomic import write_file
 from longnet_cli.configuration import parse, read_text
-from longnet_cli.data.sinks import write_file
 from longnet_cli.errors import ConfigError, DataError, LongNetError, refuse_web_address
 
 # A panel: its title, and the keys of metrics.jsonl that it shows, with what to add to a run's name for each
@@ -145,22 +145,23 @@ def draw_picture(runs: Sequence[Run], output: str | Path) -> None:
     write_file(output, picture.getvalue())
 
 
-def draw_text(runs: Sequence[Run], width: int, *, height: int = 8, color: bool = False, braille: bool = True) -> str:
+def draw_text(runs: Sequence[Run], width: int, *, color: bool = False, braille: bool = True) -> str:
     """The panels in characters, lines of at most `width` (40 at least).
 
     Curves are told apart by their colour, or without `color` by a letter, a for the first. `braille`: draw with dots,
     eight to a character, where letters are not needed.
     """
-    return "\n".join(line for panel in panels(runs) for line in _panel(panel, max(width, 40), height, color, braille))
+    return "\n".join(line for panel in panels(runs) for line in _panel(panel, max(width, 40), color, braille))
 
 
 _BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # the bit of each dot, by row and column
 _COLORS = (36, 33, 35, 32, 34, 31)
 _MARGIN = 10  # characters of the numbers at the left
+_HEIGHT = 8  # lines of a panel
 
 
-def _panel(panel: Panel, width: int, height: int, color: bool, braille: bool) -> Iterator[str]:
-    columns = width - _MARGIN - 2
+def _panel(panel: Panel, width: int, color: bool, braille: bool) -> Iterator[str]:
+    columns, height = width - _MARGIN - 2, _HEIGHT
     points = [point for curve in panel.curves for point in curve.points]
     low, high = min(y for _, y in points), max(y for _, y in points)
     first, last = min(x for x, _ in points), max(x for x, _ in points)

@@ -19,7 +19,7 @@ import torch
 
 from longnet_cli.data.sinks import ShardWriter
 from longnet_cli.data.sources import Document
-from longnet_cli.errors import ConfigError, DataError, LongNetError
+from longnet_cli.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.measures import ByPosition, DocumentScore, Score
 from longnet_cli.model.net import Net
 from longnet_cli.runtime.device import precision
@@ -31,10 +31,6 @@ OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
 
 ADVICE = "the model's weights are too large for its numbers, or damaged"
 LOGPROB_BATCH = 1 << 18  # tokens of a record batch of log-probabilities
-
-
-class NotFiniteError(LongNetError):
-    """The net computed NaN or an infinity; the message names the document and the token. Exit code 1."""
 
 
 def score(

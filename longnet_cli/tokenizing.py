@@ -1,6 +1,6 @@
 """The `tokenize` job: text documents in, Arrow shards of token ids and a tokenizer.json out.
 
-    read_texts --in_two_threads--> Tokenizer.encode_parts -> _Rows -> ShardFolder or ShardWriter
+    read_texts --in_two_threads--> Tokenizer.encode_parts -> _BatchBuilder -> ShardFolder or ShardWriter
 
 Memory is that of the largest text that the reader gives and of one record batch, however large the corpus is.
 """
@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.data.feed import in_two_threads
+from longnet_cli.data.folders import sniff
 from longnet_cli.data.formats import Text
-from longnet_cli.data.inputs import find_sources, fingerprint, sniff
+from longnet_cli.data.inputs import find_sources, inputs_fingerprint
 from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_batch, token_schema
 from longnet_cli.data.sources import read_texts
@@ -88,28 +89,30 @@ def tokenize(
         to_stdout = str(output) == "-"
         with ShardWriter(output, schema) as writer:
             small = to_stdout or str(output).endswith(".jsonl")
-            rows = _Rows(
+            rows = _BatchBuilder(
                 schema, SMALL_BATCH_BYTES if small else BATCH_BYTES, lambda batch, **counts: writer.write(batch)
             )
             _run(texts, words, rows, eos_id=appended, prompt=to_stdout, on_progress=on_progress)
-        beside = tokenizer_beside(output)
-        if beside:
+        totals, shards = rows.totals, []
+        if beside := tokenizer_beside(output):
             words.save(beside)
-        return _result(rows.totals, [Path(output)] if beside else [], words)
-    settings = {
-        "inputs": fingerprint(inputs),
-        "column": column,
-        "tokenizer": words.sha256,
-        "train_vocab": train_vocab,
-        "eos": appended is not None if appended in (None, words.eos_id) else str(appended),  # 1 would equal True
-        "shard_tokens": shard_tokens,
-    }
-    with ShardFolder(output, schema, settings=settings, resume=resume) as folder:
-        if not folder.finished:
-            words.save(folder.folder / "tokenizer.json")
-            rows = _Rows(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
-            _run(islice(texts, folder.documents, None), words, rows, eos_id=appended, on_progress=on_progress)
-    return _result(folder.totals, folder.paths, words)
+            shards = [Path(output)]
+    else:
+        settings = {
+            "inputs": inputs_fingerprint(inputs),
+            "column": column,
+            "tokenizer": words.sha256,
+            "train_vocab": train_vocab,
+            "eos": appended is not None if appended in (None, words.eos_id) else str(appended),  # 1 would equal True
+            "shard_tokens": shard_tokens,
+        }
+        with ShardFolder(output, schema, settings=settings, resume=resume) as folder:
+            if not folder.finished:
+                words.save(folder.folder / "tokenizer.json")
+                rows = _BatchBuilder(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
+                _run(islice(texts, folder.documents, None), words, rows, eos_id=appended, on_progress=on_progress)
+        totals, shards = folder.totals, folder.paths
+    return TokenizeResult(totals["documents"], totals["tokens"], totals["bytes"], shards, words)
 
 
 def tokenizer_beside(output: str | Path) -> Path | None:
@@ -128,10 +131,6 @@ def text_bytes(inputs: Sequence[str | Path]) -> int | None:
                 return None
             total += source.path.stat().st_size
     return total
-
-
-def _result(totals: Counter[str], shards: list[Path], tokenizer: Tokenizer) -> TokenizeResult:
-    return TokenizeResult(totals["documents"], totals["tokens"], totals["bytes"], shards, tokenizer)
 
 
 def _tokenizer(
@@ -165,7 +164,7 @@ def _apart(texts: Iterator[Text]) -> Iterator[Text]:
 def _run(
     texts: Iterator[Text],
     tokenizer: Tokenizer,
-    rows: "_Rows",
+    rows: "_BatchBuilder",
     *,
     eos_id: int | None,
     prompt: bool = False,
@@ -204,7 +203,7 @@ def _run(
     rows.flush()
 
 
-class _Rows:
+class _BatchBuilder:
     """Collects ids into batches of whole documents. A document larger than a batch gets a batch for each part.
 
     `totals` counts documents, tokens and bytes, from those of an earlier run on. What is written depends only on the
@@ -228,9 +227,7 @@ class _Rows:
         dtype = np.dtype(schema.field("input_ids").type.value_type.to_pandas_dtype())
         self._values = np.empty(max(1, batch_bytes // dtype.itemsize), dtype)
         self._used = 0  # values, those of the open document included
-        self._doc_ids: list[str] = []  # of the rows that have ended, and their
-        self._parts: list[int] = []
-        self._ends: list[int] = []
+        self._rows: list[tuple[str, int, int]] = []  # that have ended: doc_id, part, end of their values
         self._part = 0  # of the open document
         self._counts: Counter[str] = Counter()  # not yet written
         self._in_shard = 0  # tokens
@@ -258,28 +255,26 @@ class _Rows:
             self.flush()
             self._end_shard()
             self._in_shard = 0
-        elif len(self._ends) >= BATCH_ROWS:
+        elif len(self._rows) >= BATCH_ROWS:
             self.flush()
 
     def flush(self) -> None:
         """Write the rows that have ended; the open one moves to the front."""
-        if not self._ends:
+        if not self._rows:
             return
-        end = self._ends[-1]
-        batch = token_batch(self._schema, self._doc_ids, self._parts, self._ends, self._values[:end])
-        self._write(batch, **self._counts)
+        doc_ids, parts, ends = zip(*self._rows, strict=True)
+        end = ends[-1]
+        self._write(token_batch(self._schema, doc_ids, parts, ends, self._values[:end]), **self._counts)
         self._values[: self._used - end] = self._values[end : self._used].copy()
         self._used -= end
-        self._doc_ids, self._parts, self._ends = [], [], []
+        self._rows.clear()
         self._counts.clear()
 
     def _make_room(self, doc_id: str) -> None:
-        if not self._ends:  # the open document has filled a batch
+        if not self._rows:  # the open document has filled a batch
             self._end_row(doc_id)
             self._part += 1
         self.flush()
 
     def _end_row(self, doc_id: str) -> None:
-        self._doc_ids.append(doc_id)
-        self._parts.append(self._part)
-        self._ends.append(self._used)
+        self._rows.append((doc_id, self._part, self._used))

@@ -13,9 +13,9 @@ from longnet_cli.data.overwriting import refuse_overwriting
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode
-from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.errors import CheckpointError, ConfigError, NotFiniteError
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.scoring import NotFiniteError, score
+from longnet_cli.scoring import score
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from longnet_cli.errors import ConfigError
-from longnet_cli.runtime.ranks import Ranks, check_windows, join
+from longnet_cli.runtime.ranks import Ranks, join
+from longnet_cli.training.checks import check_windows
 
 
 def test_a_mesh_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,10 +101,10 @@ def test_a_failure_is_one_line_that_names_the_uri(store):
             read(uri)
         assert str(caught.value).startswith(uri)
         assert "\n" not in str(caught.value)
-    found = find_sources(["store://bucket/x.parquet"])
+    (found,) = find_sources(["store://bucket/x.parquet"])
     (store / "x.parquet").unlink()
     with pytest.raises(DataError, match=r"^store://bucket/x.parquet: cannot read: "):
-        remote.open_remote(found[0])
+        remote.open_remote(found.filesystem, str(found.path), found.where)
 
 
 def test_file_uris_are_local_files(tmp_path):

@@ -16,7 +16,8 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 
-from longnet_cli.data.sinks import ShardWriter, atomic_write, token_batch, token_schema
+from longnet_cli.atomic import atomic_write
+from longnet_cli.data.sinks import ShardWriter, token_batch, token_schema
 from longnet_cli.errors import ConfigError, LongNetError
 
 SCHEMA = token_schema(vocab_size=257, eos_id=256, tokenizer_sha256="abc")
@@ -88,7 +89,7 @@ def test_a_signal_as_the_file_is_made_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("longnet_cli.data.sinks.fcntl.flock", interrupt)
+    monkeypatch.setattr("longnet_cli.atomic.fcntl.flock", interrupt)
     with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "x"):
         pass
     assert list(tmp_path.iterdir()) == []

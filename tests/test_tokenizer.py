@@ -61,8 +61,9 @@ def test_cutting_a_long_text_changes_no_token(trained, monkeypatch):
     monkeypatch.setattr(module, "GROUP", 50)
     assert len(list(module._pieces(text))) > 100
     assert trained.encode(text).tolist() == whole
-    batch = trained.encode_batch([text, "", text])
-    assert [ids.tolist() for ids in batch] == [whole, [], whole]
+    parts = list(trained.encode_parts([text, "", text]))
+    for owner, expected in enumerate((whole, [], whole)):
+        assert [token for index, ids, _ in parts if index == owner for token in ids.tolist()] == expected
 
 
 def test_a_tokenizer_whose_words_cross_the_cuts_is_not_cut(monkeypatch):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from longnet_cli.data.shards import locked_folder
+from longnet_cli.atomic import locked_folder
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 from longnet_cli.model import LongNet

@@ -1,6 +1,7 @@
 """Proves that saved = loaded to the bit, that nothing half-written stays, and that a wrong file is told in one line."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.model import LongNet, LongNetConfig, from_torchscale, to_torchscale
-from longnet_cli.model.weights import load_pretrained, save_pretrained
+from longnet_cli.model.weights import save_pretrained
 
 
 def small(**changes: object) -> LongNetConfig:
@@ -37,27 +38,43 @@ def test_saved_is_loaded(tmp_path: Path, tied: bool) -> None:
         assert torch.equal(again.state_dict()[name], tensor)
     assert not again.training
     assert all(parameter.requires_grad for parameter in again.parameters())
-    assert next(load_pretrained(tmp_path / "run", dtype=torch.bfloat16).parameters()).dtype is torch.bfloat16
+    assert next(LongNet.from_pretrained(tmp_path / "run", dtype=torch.bfloat16).parameters()).dtype is torch.bfloat16
 
 
 def test_saving_replaces_and_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = LongNet(small()), LongNet(small())
+    (tmp_path / ".model.safetensors.0123abcd.tmp").write_bytes(b"of one that was killed")
     first.save_pretrained(tmp_path)
 
     def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("longnet_cli.model.weights._flush", fails)
+    monkeypatch.setattr("os.fsync", fails)
     with pytest.raises(CheckpointError, match="No space left"):
         second.save_pretrained(tmp_path)
     monkeypatch.undo()
-    assert torch.equal(load_pretrained(tmp_path).embedding.weight, first.embedding.weight)
+    assert torch.equal(LongNet.from_pretrained(tmp_path).embedding.weight, first.embedding.weight)
     assert len(list(tmp_path.iterdir())) == 2
     save_pretrained(first, tmp_path, state_dict=second.state_dict())
-    assert torch.equal(load_pretrained(tmp_path).embedding.weight, second.embedding.weight)
+    assert torch.equal(LongNet.from_pretrained(tmp_path).embedding.weight, second.embedding.weight)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write"):
         first.save_pretrained(tmp_path / "file" / "model")
+
+
+def test_a_directory_has_a_config_only_when_it_has_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename, named = os.replace, []
+
+    def interrupted(old: Path, new: Path) -> None:
+        if named:
+            raise KeyboardInterrupt
+        named.append(new)
+        rename(old, new)
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        LongNet(small()).save_pretrained(tmp_path, tokenizer_json='{"version": "1.0"}')
+    assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
 def test_equal_models_are_equal_files(tmp_path: Path) -> None:
@@ -81,12 +98,12 @@ def test_no_flipped_byte_changes_the_weights_without_a_word(tmp_path: Path) -> N
     for place in range(start, len(whole), 97):
         flip(tmp_path, "model.safetensors", place)
         with pytest.raises(CheckpointError, match=r"the digest of its tensors|NaN or infinite"):
-            load_pretrained(tmp_path)
+            LongNet.from_pretrained(tmp_path)
         (tmp_path / "model.safetensors").write_bytes(whole)
     flip(tmp_path, "model.safetensors", start)
-    load_pretrained(tmp_path, verify=False)
+    LongNet.from_pretrained(tmp_path, verify=False)
     save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")  # which drops the digests
-    load_pretrained(tmp_path)
+    LongNet.from_pretrained(tmp_path)
 
 
 def test_a_changed_configuration_is_told_unless_it_only_looks_different(tmp_path: Path) -> None:
@@ -94,12 +111,12 @@ def test_a_changed_configuration_is_told_unless_it_only_looks_different(tmp_path
     path = tmp_path / "config.json"
     data = json.loads(path.read_text())
     path.write_text(json.dumps(dict(reversed(data.items()))))
-    load_pretrained(tmp_path)
+    LongNet.from_pretrained(tmp_path)
     path.write_text(json.dumps(data | {"segment_lengths": [4, 16]}))
     with pytest.raises(CheckpointError, match=r"config\.json: not what the weights were saved with"):
-        load_pretrained(tmp_path)
-    load_pretrained(tmp_path, verify=False).save_pretrained(tmp_path)
-    load_pretrained(tmp_path)
+        LongNet.from_pretrained(tmp_path)
+    LongNet.from_pretrained(tmp_path, verify=False).save_pretrained(tmp_path)
+    LongNet.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -109,7 +126,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
         net.layers[1].ffn.fc1.weight[3, 4] = value
     net.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"layers\.1\.ffn\.fc1\.weight has numbers that are NaN or infinite"):
-        load_pretrained(tmp_path)
+        LongNet.from_pretrained(tmp_path)
 
 
 def damage(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
@@ -158,7 +175,7 @@ def test_wrong_files_are_told_in_one_line(tmp_path: Path, spoil: Callable[[Path]
     LongNet(small()).save_pretrained(tmp_path)
     spoil(tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        load_pretrained(tmp_path)
+        LongNet.from_pretrained(tmp_path)
     text = str(caught.value)
     assert part in text
     assert str(tmp_path) in text
@@ -171,11 +188,11 @@ def test_wrong_configuration_and_unknown_name(tmp_path: Path) -> None:
     data["num_layer"] = data.pop("num_layers")
     (tmp_path / "config.json").write_text(json.dumps(data))
     with pytest.raises(ConfigError, match=r"config\.json: unknown key 'num_layer': did you mean 'num_layers'\?$"):
-        load_pretrained(tmp_path)
+        LongNet.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError):
-        load_pretrained(tmp_path / "nowhere")
+        LongNet.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="no-such-model"):
-        load_pretrained("no-such-model")
+        LongNet.from_pretrained("no-such-model")
 
 
 def as_torchscale(net: LongNet, prefix: str = "") -> dict[str, Tensor]:

@@ -6,16 +6,15 @@ import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from longnet_cli.attention import Pattern
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.pattern import attention_flops
 from longnet_cli.errors import ConfigError
-from longnet_cli.integrations.loading import load_transformers
+from longnet_cli.integrations.loading import load_net
 from longnet_cli.model import LongNet
 from longnet_cli.model.config import parse_config
 from longnet_cli.model.net import LOGITS_LIMIT, Net
@@ -103,10 +102,8 @@ def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
 def _transformers(s: Settings, impl: str, seq: int, folder: Path) -> TransformersNet:
     """A model of transformers with the pattern that is asked for, else its own; its dense twin is as it comes."""
     own = "dilated_attention" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if impl == "dense":
-        net = _loaded(folder, "dense", None, s.device)
-    else:
-        net = _loaded(folder, "dilated", None if own and s.pattern is None else s.pattern_for(seq), s.device)
+    pattern = None if impl == "dense" or (own and s.pattern is None) else s.pattern_for(seq)
+    net = cast("TransformersNet", _loaded(folder, attention=impl, pattern=pattern, device=s.device))
     if not net.config.causal or net.model.get_output_embeddings() is None:
         raise ConfigError(f"{s.model}: --op model runs causal language models")
     limit = net.config.max_tokens
@@ -115,11 +112,7 @@ def _transformers(s: Settings, impl: str, seq: int, folder: Path) -> Transformer
     return net
 
 
-@lru_cache(maxsize=1)  # the rows of one sequence length come as pairs, and each has its own attention
-def _loaded(
-    folder: Path, attention: Literal["dilated", "dense"], pattern: Pattern | None, device: torch.device
-) -> TransformersNet:
-    return load_transformers(folder, attention=attention, pattern=pattern, device=device)
+_loaded = lru_cache(maxsize=1)(load_net)  # rows of one length come as pairs, and each has its own attention
 
 
 def _with_weights(s: Settings, net: NetT) -> NetT:

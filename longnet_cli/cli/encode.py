@@ -107,7 +107,7 @@ def encode(
     if spill and not os.path.isdir(spill):
         raise ConfigError(f"--spill {spill}: no such folder")
     launch(nproc, inputs, model)
-    from longnet_cli.data.inputs import fingerprint
+    from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.sinks import ShardWriter, is_folder
     from longnet_cli.data.sources import read_documents
@@ -155,7 +155,7 @@ def encode(
                 documents,
                 output,
                 options,
-                settings={"inputs": fingerprint(inputs), "column": column, "eos": eos_id},
+                settings={"inputs": inputs_fingerprint(inputs), "column": column, "eos": eos_id},
                 shard_rows=shard_rows or SHARD_ROWS,
                 resume=resume,
                 **reading,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,18 +15,20 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, get_args
 
+from longnet_cli.finite_json import finite, to_json
+
 RowFormat = Literal["md", "json", "jsonl", "csv"]
 FORMATS: tuple[RowFormat, ...] = get_args(RowFormat)
 
 
 def emit_json(value: Any) -> None:
     """Write one JSON document, indented, to stdout."""
-    _write(_json(value, indent=2) + "\n")
+    _write(to_json(value, indent=2) + "\n")
 
 
 def emit_jsonl(value: Any) -> None:
     """Write one line of JSON to stdout."""
-    _write(_json(value) + "\n")
+    _write(to_json(value) + "\n")
 
 
 class RowWriter:
@@ -55,7 +55,7 @@ class RowWriter:
 
     def write(self, row: Mapping[str, Any]) -> None:
         assert row.keys() <= set(self.columns), f"no such column: {sorted(row.keys() - set(self.columns))}"
-        values = [_finite(row.get(column)) for column in self.columns]
+        values = [finite(row.get(column)) for column in self.columns]
         first = self.num_rows == 0
         self.num_rows += 1
         if self.format == "csv":
@@ -63,7 +63,7 @@ class RowWriter:
         elif self.format == "md":
             _write((self._markdown_head(values) if first else "") + self._markdown_line(values))
         else:
-            line = _json(dict(zip(self.columns, values, strict=True)))
+            line = to_json(dict(zip(self.columns, values, strict=True)))
             # the comma goes before the next row, so that a list may end at any time
             _write(line + "\n" if self.format == "jsonl" else ("[\n  " if first else ",\n  ") + line)
 
@@ -167,21 +167,6 @@ def _write(text: str) -> None:
     # looked up each time: a progress bar on the same terminal replaces sys.stdout while it is shown
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(_finite(value), allow_nan=False, indent=indent)
-
-
-def _finite(value: Any) -> Any:
-    """`value` with every float that JSON cannot write replaced by None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
 
 
 def _csv_line(values: Sequence[Any]) -> str:

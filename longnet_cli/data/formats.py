@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, no_place
-from longnet_cli.data.inputs import Source, sniff
+from longnet_cli.data.folders import sniff
+from longnet_cli.data.inputs import Source
 from longnet_cli.data.jsonlines import open_json_lines
 from longnet_cli.data.tables import Pipe, Table, Text, reading
 from longnet_cli.errors import DataError
@@ -37,13 +38,14 @@ def open_source(source: Source, column: str | None = None) -> Text | Table:
         from longnet_cli.data.remote import open_remote  # 20 ms that local input need not pay
 
         with reading(source.where):
-            return _open_file(source, io.BufferedReader(open_remote(source), REMOTE_BUFFER), None, column)
+            file = open_remote(source.filesystem, str(source.path), source.where)
+            return _open_file(source, io.BufferedReader(file, REMOTE_BUFFER), None, column)
     with reading(source.where):
         # A named pipe, the shell's <(command), or a file of the kernel's (/proc), whose size is 0.
         if not source.path.is_file() or source.path.stat().st_size == 0:
             return _open_pipe(source, open(source.path, "rb"), column)
-        file = StoredFile(source.path, source.where)
-        return _open_file(source, file, file, column)
+        stored = StoredFile(source.path, source.where)
+        return _open_file(source, stored, stored, column)
 
 
 def _open_file(source: Source, stream: Any, file: StoredFile | None, column: str | None) -> Text | Table:

@@ -2,14 +2,13 @@
 
 import glob
 import hashlib
-import json
 import os
 import re
 import stat
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +16,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from longnet_cli.data.files import read_error
+from longnet_cli.data.folders import choose_files, is_hidden, natural_order
 from longnet_cli.errors import ConfigError, DataError, InputWarning, refuse_web_address
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
-
-SHARD_SUFFIXES = (".arrow", ".feather", ".parquet")
-JSON_SUFFIXES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,10 @@ def expand(item: str) -> list[Source]:
     """The files that one input names."""
     found = _expand(_as_text(item), in_list=False)
     for source in found:
-        if not _is_utf8(source.where):
-            raise DataError(f"{source.where!a}: the name is not UTF-8: rename it")
+        try:
+            source.where.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{source.where!a}: the name is not UTF-8: rename it") from None
     return found
 
 
@@ -98,15 +97,7 @@ def _as_path(text: str) -> str:
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def fingerprint(inputs: Sequence[str | Path]) -> str:
+def inputs_fingerprint(inputs: Sequence[str | Path]) -> str:
     """What a resumed run must find again: the inputs' names, order and sizes (not of a pipe)."""
     digest = hashlib.sha256()
     sources = find_sources(inputs)
@@ -125,7 +116,8 @@ def _expand(item: str, *, in_list: bool) -> list[Source]:
     elif re.match(r"[a-z][a-z0-9+.-]*://", item):
         from longnet_cli.data.remote import find_remote  # 20 ms that local input need not pay
 
-        return find_remote(item)
+        filesystem, found = find_remote(item)
+        return [Source(Path(path), name, where, filesystem) for path, name, where in found]
     path = Path(_as_path(item))
     if item == "-":
         return [_stdin_source()]
@@ -175,7 +167,7 @@ def _list_sources(path: Path) -> list[Source]:
 def _folder_files(folder: Path) -> list[str]:
     found = []
     for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         found += [Path(root, name) for name in names]
 
     def read(name: str, size: int | None) -> bytes:
@@ -187,83 +179,3 @@ def _folder_files(folder: Path) -> list[str]:
 
     names = [_as_text(file.relative_to(folder).as_posix()) for file in found if file.is_file()]
     return choose_files(_as_text(str(folder)), names, read)
-
-
-def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> list[str]:
-    """Of all files below a folder the shards of a data set in its own order, or else every text, naturally sorted.
-
-    What `longnet` wrote below it, a data set or a run, is passed over where there is anything else: it may be what is
-    being written.
-    `names` are relative paths; `read(name, size)` gives a file's first bytes, all of them for None. Raises DataError
-    when nothing is readable or a shard is missing, ConfigError for a data set of several splits.
-    """
-    if "state.json" in names:  # written by `datasets.save_to_disk`, beside caches that are no part of it
-        try:
-            shards = [str(entry["filename"]) for entry in json.loads(read("state.json", None))["_data_files"]]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            shards = []
-        missing = next((shard for shard in shards if shard not in names), None)
-        if missing:
-            raise DataError(f"{folder}/{missing}: no such file, but {folder}/state.json lists it")
-        if shards:
-            return shards
-    if "_unfinished.json" in names:  # of our own writer, which renames it when the last shard is there
-        raise DataError(f"{folder}: the run that wrote this data did not end: finish it with its command and --resume")
-    if "_manifest.json" in names:
-        try:
-            shards = [str(shard["name"]) for shard in json.loads(read("_manifest.json", None))["shards"]]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise DataError(f"{folder}/_manifest.json: not what was written") from None
-        if missing := next((shard for shard in shards if shard not in names), None):
-            raise DataError(f"{folder}/{missing}: no such file, but {folder}/_manifest.json lists it")
-        return shards
-    if "dataset_dict.json" in names:
-        splits = sorted({name.split("/")[0] for name in names if "/" in name})
-        raise ConfigError(
-            f"{folder} holds several splits of a data set: name one of {', '.join(f'{folder}/{s}' for s in splits)}"
-        )
-    shown = (name for name in names if not any(map(_is_hidden, name.split("/"))))
-    files = sorted(shown, key=natural_order)
-    written = _written_folders(names)
-    files = [file for file in files if not file.startswith(written)] or files
-    for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
-        shards = [file for file in files if file.endswith(suffixes)]
-        if shards:
-            return [shard for shard in shards if "/" not in shard] or shards
-    chosen = [file for file in files if _looks_like_text(read(file, 8192))]
-    if not chosen:
-        raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines or text files)")
-    return chosen
-
-
-def _written_folders(names: Sequence[str]) -> tuple[str, ...]:
-    """Those of the files' folders, each with its slash, that hold a data set or a run of longnet's own."""
-    inside: dict[str, set[str]] = {}
-    for name in names:
-        folder, slash, file = name.rpartition("/")
-        inside.setdefault(folder + slash, set()).add(file)
-    marks = {"_unfinished.json"}, {"_manifest.json"}, {"recipe.json", "metrics.jsonl"}
-    return tuple(folder for folder, files in inside.items() if folder and any(mark <= files for mark in marks))
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__pycache__"
-
-
-def _looks_like_text(head: bytes) -> bool:
-    """Whether a file met in a folder is worth opening: images and empty `__init__.py` files are passed over."""
-    return bool(head) and (b"\0" not in head or sniff(head) != "text")
-
-
-def natural_order(name: str) -> list[str | int]:
-    """Sort key that puts part-2 before part-10."""
-    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
-
-
-def sniff(head: bytes) -> str:
-    """`file`, `stream` (Arrow IPC), `parquet` or `text`, from at least the first 8 bytes."""
-    if head.startswith(b"ARROW1\0\0"):
-        return "file"
-    if head.startswith(b"\xff\xff\xff\xff"):
-        return "stream"
-    return "parquet" if head.startswith(b"PAR1") else "text"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from longnet_cli.data.inputs import JSON_SUFFIXES, Source
+from longnet_cli.data.folders import JSON_SUFFIXES
+from longnet_cli.data.inputs import Source
 from longnet_cli.data.tables import TOKEN_COLUMNS, Pipe, Table, one_line
 from longnet_cli.errors import DataError
 

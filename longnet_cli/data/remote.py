@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.fs as fs
 
 from longnet_cli.data.files import read_error
-from longnet_cli.data.inputs import Source, choose_files, natural_order
+from longnet_cli.data.folders import choose_files, natural_order
 from longnet_cli.data.tables import one_line
 from longnet_cli.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 
@@ -37,8 +36,11 @@ def connect(uri: str) -> tuple[fs.FileSystem, str]:
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
 
-def find_remote(uri: str) -> list[Source]:
-    """The files that a URI names: one, those of a folder (as in a local folder), or those that a * or ** matches."""
+def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str]]]:
+    """The filesystem of a URI and the files that it names, each as its path there, its name and its own URI.
+
+    They are one, those of a folder (as in a local folder), or those that a * or ** matches.
+    """
     address, _, query = uri.partition("?")
     magic = re.search(r"[^/]*[*]", address)
     base = address[: magic.start()].rstrip("/") if magic else address
@@ -46,7 +48,7 @@ def find_remote(uri: str) -> list[Source]:
         filesystem, path = connect(f"{base}?{query}" if query else base)
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.File and not magic:
-            return [Source(Path(path), info.base_name, address, filesystem)]
+            return filesystem, [(path, info.base_name, address)]
         found = _files_below(filesystem, path) if info.type == fs.FileType.Directory else []
 
         def read(name: str, size: int | None) -> bytes:
@@ -62,14 +64,13 @@ def find_remote(uri: str) -> list[Source]:
             names = choose_files(base.rstrip("/"), found, read)
         else:
             raise DataError(f"{uri}: no such file or folder")
-    return [Source(Path(path, name), name, f"{base.rstrip('/')}/{name}", filesystem) for name in names]
+    return filesystem, [(f"{path}/{name}", name, f"{base.rstrip('/')}/{name}") for name in names]
 
 
-def open_remote(source: Source) -> Any:
-    """The file of a source, which can seek."""
-    assert source.filesystem is not None
-    with _telling(source.where):
-        return source.filesystem.open_input_file(str(source.path))
+def open_remote(filesystem: fs.FileSystem, path: str, where: str) -> Any:
+    """A file in a store, which can seek; `where` is its name in messages."""
+    with _telling(where):
+        return filesystem.open_input_file(path)
 
 
 def _files_below(filesystem: fs.FileSystem, path: str) -> list[str]:

@@ -8,14 +8,11 @@ The manifest is the one account of what is done. It is rewritten, atomically, af
 list is as good as not there, and is written again. How many documents the listed shards hold is where to go on.
 """
 
-import errno
-import fcntl
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,18 +20,17 @@ from typing import Any
 
 import pyarrow as pa
 
+from longnet_cli.atomic import is_temporary, locked_folder, remove_leftovers, sync_folder, write_file, writing
 from longnet_cli.configuration import parse, read_text
 from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, read_error
-from longnet_cli.data.sinks import ShardWriter, sync_folder, write_file, writing
+from longnet_cli.data.sinks import ShardWriter
 from longnet_cli.data.tables import one_line
-from longnet_cli.errors import ConfigError, DataError, LongNetError
+from longnet_cli.errors import ConfigError, DataError
 
 UNFINISHED = "_unfinished.json"
 FINISHED = "_manifest.json"
 MANIFEST_VERSION = 1
-
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # what atomic_write leaves behind when it is killed
 
 
 @dataclass
@@ -94,7 +90,7 @@ def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
     place = Path(folder)
     earlier = read_manifest(place)
     if earlier is None:
-        in_use = place.exists() and (not place.is_dir() or not all(map(_LEFTOVER.fullmatch, os.listdir(place))))
+        in_use = place.exists() and (not place.is_dir() or not all(map(is_temporary, os.listdir(place))))
         if in_use:
             raise ConfigError(f"{folder} exists and is not an empty folder: name a new one, or remove it first")
         return None
@@ -105,30 +101,6 @@ def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
             raise ConfigError(f"{folder} holds a finished data set: name a new folder, or remove it first")
         raise ConfigError(f"{folder} holds an unfinished data set: go on with --resume, or remove it first")
     return earlier
-
-
-@contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Make a folder and keep a second writer out; the lock ends with the process, however that ends.
-
-    Raises ConfigError where the folder cannot be made or another process has it, LongNetError for a full disk.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise (LongNetError if full else ConfigError)(f"{folder}: cannot write: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{folder}: another process is writing into this folder") from None
-        except OSError:
-            pass  # a network file system without locks
-        yield
-    finally:
-        os.close(handle)
 
 
 class ShardFolder:
@@ -223,15 +195,14 @@ class ShardFolder:
             self._lock.close()
 
     def _take_over(self) -> None:
-        """Start in an empty folder, or where the earlier run ended. Under the lock, temporary files are of the dead."""
+        """Start in an empty folder, or where the earlier run ended."""
         earlier = run_to_resume(self.folder, resume=self._resume)
         if earlier is not None:
             self._refuse_other_settings(earlier)
             for shard in earlier.shards:
                 _check_shard(self.folder / shard["name"], self.schema, shard["rows"])
             self._manifest = earlier
-        for name in filter(_LEFTOVER.fullmatch, os.listdir(self.folder)):
-            (self.folder / name).unlink()
+        remove_leftovers(self.folder)
         if not self._manifest.finished:
             write_file(self.folder / UNFINISHED, self._manifest.to_json())
 

@@ -134,7 +134,7 @@ def _metadata_int(table: Table, key: str) -> int | None:
     return int(written)
 
 
-class _Rows(NamedTuple):
+class _Columns(NamedTuple):
     """The columns of a batch that begins at row `first`; what a table lacks is None."""
 
     first: int
@@ -156,7 +156,7 @@ class _Label(NamedTuple):
     part: int | None
 
 
-def _batches(table: Table, name: str) -> Iterator[_Rows]:
+def _batches(table: Table, name: str) -> Iterator[_Columns]:
     """Yield the columns of each batch, checked for damage and nulls."""
     kinds = {field.name: field.type for field in table.schema if field.name != name}
     has_ids = "doc_id" in kinds
@@ -171,7 +171,7 @@ def _batches(table: Table, name: str) -> Iterator[_Rows]:
             column.validate(full=True)
         _refuse_nulls(table, column, first)
         doc_ids = [str(value) for value in _values(table, batch, "doc_id", index, first)] if has_ids else None
-        yield _Rows(first, column, doc_ids, _values(table, batch, "part", index, first) if has_parts else None)
+        yield _Columns(first, column, doc_ids, _values(table, batch, "part", index, first) if has_parts else None)
         first += batch.num_rows
     if first == 0:
         raise DataError(f"{table.where}: the table has 0 rows")

@@ -15,8 +15,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from longnet_cli.atomic import write_file
 from longnet_cli.configuration import digest, parse, read_text
-from longnet_cli.data.sinks import write_file
 from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
 from longnet_cli.presets import TOKENIZER_SHA256, list_models, model_metadata, preset_dir
 
@@ -159,14 +159,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """(tokens,) int32, without any special token added. Time is linear in the text's length."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text, over all cores."""
-        parts: list[list[np.ndarray]] = [[] for _ in texts]
-        for owner, ids, _ in self.encode_parts(texts):
-            parts[owner].append(ids)
-        return [np.concatenate(part) if part else np.empty(0, np.int32) for part in parts]
+        return np.concatenate([np.empty(0, np.int32), *(ids for _, ids, _ in self.encode_parts([text]))])
 
     def encode_parts(self, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray, int]]:
         """Yield (index of a text, (tokens,) int32, UTF-8 bytes): the parts of a text, in order, are its `encode`.

@@ -16,10 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from math import gcd, lcm
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from longnet_cli.data.documents import Document
 from longnet_cli.errors import ConfigError, DataError
 
 STATE_VERSION = 2
@@ -29,19 +30,10 @@ POOL_BLOCKS = 16  # blocks from all over the stream whose windows are shuffled t
 LONGEST_PERIOD = 10_000  # windows after which a mix may repeat: its table is made in some 10 ms
 
 
-class Readable(Protocol):
-    """What a stream needs of a document; `sources.Document` is one."""
-
-    @property
-    def where(self) -> str: ...
-    def __len__(self) -> int: ...
-    def read(self, start: int, stop: int) -> np.ndarray: ...  # (stop - start,) int64
-
-
 class TokenStream:
     """The tokens `eos doc eos doc ...` of one source, by position. Holds 8 bytes a document, and no token."""
 
-    def __init__(self, documents: Sequence[Readable], eos_id: int) -> None:
+    def __init__(self, documents: Sequence[Document], eos_id: int) -> None:
         self.documents, self.eos_id = documents, eos_id
         self.starts = np.zeros(len(documents) + 1, np.int64)  # of the eos before each document, and the end
         np.cumsum(np.fromiter((len(document) + 1 for document in documents), np.int64), out=self.starts[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
@@ -12,9 +12,6 @@ from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
 from longnet_cli.presets import is_of_transformers
-
-if TYPE_CHECKING:
-    from longnet_cli.integrations.transformers_net import TransformersNet
 
 
 def load_net(
@@ -26,26 +23,15 @@ def load_net(
 ) -> Net:
     """In float32, in eval mode. `attention` and `pattern` are for models of transformers: a LongNet has its own.
 
-    Raises ConfigError or CheckpointError, of one line that names the folder.
+    Raises ConfigError or CheckpointError, of one line that names the folder, also where transformers is not installed.
     """
-    if is_of_transformers(folder):
-        return load_transformers(folder, attention=attention, pattern=pattern, device=device)
-    if attention == "dense" or pattern is not None:
-        raise ConfigError(
-            f"{folder}: a LongNet has its pattern in its config.json: --attention, --segment-lengths and "
-            "--dilation-rates are for models of transformers"
-        )
-    return LongNet.from_pretrained(folder, device, torch.float32)
-
-
-def load_transformers(
-    folder: Path,
-    *,
-    attention: Literal["dilated", "dense"] = "dilated",
-    pattern: Pattern | None = None,
-    device: torch.device | str = "cpu",
-) -> TransformersNet:
-    """`transformers_net.load_transformers`, where transformers is installed. Raises ConfigError where it is not."""
+    if not is_of_transformers(folder):
+        if attention == "dense" or pattern is not None:
+            raise ConfigError(
+                f"{folder}: a LongNet has its pattern in its config.json: --attention, --segment-lengths and "
+                "--dilation-rates are for models of transformers"
+            )
+        return LongNet.from_pretrained(folder, device, torch.float32)
     try:
         from longnet_cli.integrations import transformers_net
     except ImportError as error:

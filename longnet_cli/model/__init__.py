@@ -2,6 +2,6 @@
 
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model.longnet import LongNet
-from longnet_cli.model.weights import from_torchscale, to_torchscale
+from longnet_cli.model.torchscale import from_torchscale, to_torchscale
 
 __all__ = ["LongNet", "LongNetConfig", "from_torchscale", "to_torchscale"]

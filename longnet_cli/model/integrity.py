@@ -14,8 +14,14 @@ from torch import Tensor
 from longnet_cli.errors import CheckpointError
 from longnet_cli.model.config import LongNetConfig
 
-_NUMBERS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that weights can have
+# The types that weights can have, and their names in a file of safetensors
+TYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _SMALL = 1 << 24  # numbers of a net that is built in no time, whatever its shapes
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order, which are its own memory where that is on the CPU and in this order."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -28,7 +34,7 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         head = f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode()
         part = hashlib.sha256(head)
-        part.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        part.update(tensor_bytes(tensor))
         return part.digest()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -41,8 +47,8 @@ def check_header(config: LongNetConfig, found: Mapping[str, tuple[str, tuple[int
     Raises CheckpointError for weights that are no real numbers, and for a configuration of far more than there are.
     """
     for name, (dtype, _) in found.items():
-        if dtype not in _NUMBERS:
-            raise CheckpointError(f"{where}: {name} is of type {dtype}: weights are {', '.join(_NUMBERS)}")
+        if dtype not in TYPE_NAMES.values():
+            raise CheckpointError(f"{where}: {name} is of type {dtype}: weights are {', '.join(TYPE_NAMES.values())}")
     layers = {name.split(".")[1] for name in found if name.startswith("layers.")}
     if len(layers) != config.num_layers:
         raise CheckpointError(f"{where}: it has {len(layers)} layers, its configuration needs {config.num_layers}")

@@ -25,6 +25,7 @@ from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model.net import FarProvider, Net
 from longnet_cli.model.positions import PositionTable, position_table, rotate
+from longnet_cli.model.weights import load_pretrained, save_pretrained
 
 
 class Attention(nn.Module):
@@ -218,17 +219,18 @@ class LongNet(Net):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_dir: str | PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        name_or_dir: str | PathLike[str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        verify: bool = True,
     ) -> LongNet:
         """A saved model, from its directory or by the name of one that ships; see weights.load_pretrained."""
-        from longnet_cli.model.weights import load_pretrained
-
-        return load_pretrained(name_or_dir, device, dtype)
+        return load_pretrained(cls, name_or_dir, device, dtype, verify=verify)
 
     def save_pretrained(self, directory: str | PathLike[str], tokenizer_json: str | None = None) -> None:
         """Write config.json, model.safetensors and tokenizer.json; see weights.save_pretrained."""
-        from longnet_cli.model.weights import save_pretrained
-
         save_pretrained(self, directory, tokenizer_json)
 
 

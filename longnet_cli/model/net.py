@@ -26,20 +26,15 @@ IGNORED = -100  # a target without loss
 class NetConfig(Protocol):
     """The facts. `model_dump_json` tells all that decides what the net computes, besides its weights."""
 
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    ffn_dim: int
+    causal: bool
+
     @property
     def head_dim(self) -> int: ...
-    @property
-    def ffn_dim(self) -> int: ...
-    @property
-    def causal(self) -> bool: ...
     @property
     def pattern(self) -> Pattern: ...
 

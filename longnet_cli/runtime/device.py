@@ -120,16 +120,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @torch.no_grad()
-def matmul_peak(device: torch.device, dtype: str = "auto", seconds: float = 0.3) -> float:
+def matmul_peak(device: torch.device, dtype: str = "auto") -> float:
     """FLOP/s of large square matrix products: what a job's own rate is held against, as its MFU.
 
-    The best of those that `seconds` hold, two at least, because other work on the machine only ever slows one.
+    The best of those of a third of a second, two at least, because other work on the machine only ever slows one.
     """
     n = 8192 if device.type == "cuda" else 1024
     x = torch.randn(n, n, device=device).to(DTYPES[resolve_dtype(dtype, device)])
     best, begin = float("inf"), time.perf_counter()
     times = 0
-    while times < 3 or time.perf_counter() < begin + seconds:
+    while times < 3 or time.perf_counter() < begin + 0.3:
         start = time.perf_counter()
         torch.mm(x, x)
         if device.type == "cuda":

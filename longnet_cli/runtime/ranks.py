@@ -121,21 +121,6 @@ def _watch(ranks: Ranks) -> None:
     unwind_on_signals()
 
 
-def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:
-    """Raise ConfigError where a step's `windows` of `seq_len` tokens cannot be shared, and say what would fit."""
-    if windows % ranks.dp:
-        fits = ", ".join(str(dp) for dp in range(1, windows + 1) if windows % dp == 0 and ranks.world % dp == 0)
-        raise ConfigError(
-            f"a step has {windows} windows of {seq_len} tokens, which {ranks.dp} groups of ranks cannot share alike: "
-            f"--dp {fits} would fit, or other train.batch_tokens"
-        )
-    if seq_len < ranks.sp:
-        raise ConfigError(
-            f"{ranks.sp} ranks cannot share a window of {seq_len} tokens: --sp {seq_len} or less would fit, or longer "
-            "windows"
-        )
-
-
 def leave() -> None:
     """End a job that went well: without it, a rank that is done first may break off the others' last collective."""
     if dist.is_initialized():

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longnet_cli.atomic import sync_folder, write_file
 from longnet_cli.configuration import parse, read_text
-from longnet_cli.data.sinks import sync_folder
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.runtime.ranks import Ranks
 
@@ -107,7 +107,8 @@ class Checkpoints:
         except Exception as error:  # whatever it is: a thread that died of it would leave the run without checkpoints
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            cause = error.__cause__ or error
+            reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
             self._error = LongNetError(f"{final}: cannot write the checkpoint: {reason}; the one before it is kept")
 
 
@@ -225,11 +226,7 @@ def _write_state(folder: Path, facts: Mapping[str, Any]) -> None:
     }
     state = json.loads(json.dumps({"version": STATE_VERSION, **facts, "files": files}))
     data = {"state": state, "sha256": hashlib.sha256(_canonical(state)).hexdigest()}
-    with (folder / STATE).open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(folder)
+    write_file(folder / STATE, json.dumps(data, indent=1).encode())  # which also flushes the folder
 
 
 def _canonical(state: Any) -> bytes:

@@ -7,7 +7,7 @@ import torch
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, MemoryLimitError
 from longnet_cli.runtime.device import free_memory
-from longnet_cli.runtime.ranks import Ranks, check_windows
+from longnet_cli.runtime.ranks import Ranks
 
 from .recipe import Recipe
 
@@ -50,4 +50,19 @@ def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
         raise ConfigError(
             "a bidirectional net over several ranks cannot keep the documents of a window apart: set "
             "train.across_documents = true, or give each rank its own windows (--dp)"
+        )
+
+
+def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:
+    """Raise ConfigError where a step's `windows` of `seq_len` tokens cannot be shared, and say what would fit."""
+    if windows % ranks.dp:
+        fits = ", ".join(str(dp) for dp in range(1, windows + 1) if windows % dp == 0 and ranks.world % dp == 0)
+        raise ConfigError(
+            f"a step has {windows} windows of {seq_len} tokens, which {ranks.dp} groups of ranks cannot share alike: "
+            f"--dp {fits} would fit, or other train.batch_tokens"
+        )
+    if seq_len < ranks.sp:
+        raise ConfigError(
+            f"{ranks.sp} ranks cannot share a window of {seq_len} tokens: --sp {seq_len} or less would fit, or longer "
+            "windows"
         )

@@ -245,14 +245,9 @@ def cut_segments(w: int, chunk: int, seq_len: int) -> int:
     return -(-ends * chunk // w)  # all of them, up to the last end
 
 
-def _rows(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
-    """Sequences of a step, of one group of ranks that share them."""
-    return max(1, recipe.train.windows(stage) // ranks.dp)
-
-
 def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
     """Tokens of one forward on one rank at most: as `gradients.backward` puts sequences side by side or cuts them."""
-    chunk, rows = recipe.train.chunk * ranks.sp, _rows(recipe, stage, ranks)
+    chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.train.windows(stage) // ranks.dp)
     if recipe.train.across_documents:
         rows = min(max(1, chunk // stage.seq_len), rows)
     return -(-min(chunk, rows * stage.seq_len) // ranks.sp)  # documents of several windows may fill a chunk

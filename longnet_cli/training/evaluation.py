@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,20 +40,17 @@ def evaluate(
     For the masked objective, windows of `seq_len` tokens of each document, of which the same ones are hidden every
     time. `on_part` is called on all ranks after each forward. The net's mode and random numbers are left as they were.
     """
+    reading: dict[str, Any] = {
+        "chunk": recipe.train.chunk,
+        "dtype": recipe.train.dtype,
+        "ranks": ranks.all_in_one(),
+        "on_progress": lambda tokens: on_part(),
+    }
     model.eval()
     try:
         if recipe.train.objective == "masked":
-            return _score_masked(model, documents, recipe, eos_id, seq_len, ranks, on_part)
-        found = score(
-            model,
-            documents,
-            bos=eos_id,
-            chunk=recipe.train.chunk,
-            dtype=recipe.train.dtype,
-            ranks=ranks.all_in_one(),
-            on_progress=lambda tokens: on_part(),
-        )
-        return reduce(add, (each.score for each in found))
+            return _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
+        return reduce(add, (each.score for each in score(model, documents, bos=eos_id, **reading)))
     finally:
         model.train()
 
@@ -65,51 +62,30 @@ class _MaskedWindow(Window):
     targets: Tensor
 
 
-class _Masked:
-    """The ids that a net sees in place of a window's."""
+def _masked_windows(
+    documents: Sequence[Document], recipe: Recipe, eos_id: int, seq_len: int
+) -> Iterator[_MaskedWindow]:
+    places = ((document, start) for document in documents for start in range(0, len(document), seq_len))
+    for turn, (document, start) in enumerate(places):
+        ids = torch.from_numpy(document.read(start, start + seq_len))[None]
+        seen, targets = mask_tokens(
+            ids, recipe.train.mask_rate, mask_id=recipe.model.vocab_size - 1, eos_id=eos_id, seeds=[(turn,)]
+        )
+        hidden = Document(document.doc_id, seen[0].numpy(), None, document.where)
+        yield _MaskedWindow(hidden, 0, len(hidden), 0, targets[0])
 
-    def __init__(self, seen: Tensor) -> None:
-        self.seen = seen
 
-    def read(self, start: int, stop: int, /) -> np.ndarray:
-        return self.seen[start:stop].numpy()
-
-
-def _score_masked(
-    model: LongNet,
-    documents: Sequence[Document],
-    recipe: Recipe,
-    eos_id: int,
-    seq_len: int,
-    ranks: Ranks,
-    on_part: Callable[[], None],
-) -> Score:
-    def windows() -> Iterator[_MaskedWindow]:
-        places = ((document, start) for document in documents for start in range(0, len(document), seq_len))
-        for turn, (document, start) in enumerate(places):
-            ids = torch.from_numpy(document.read(start, min(start + seq_len, len(document))))[None]
-            seen, targets = mask_tokens(
-                ids, recipe.train.mask_rate, mask_id=recipe.model.vocab_size - 1, eos_id=eos_id, seeds=[(turn,)]
-            )
-            yield _MaskedWindow(_Masked(seen[0]), 0, ids.shape[1], 0, targets[0])
-
-    reader = Reader(
-        model,
-        chunk=recipe.train.chunk,
-        dtype=recipe.train.dtype,
-        ranks=ranks.all_in_one(),
-        on_progress=lambda tokens: on_part(),
-    )
+def _score_masked(reader: Reader, windows: Iterator[_MaskedWindow]) -> Score:
     sums = torch.zeros(2, dtype=torch.float64, device=reader.device)  # nats, tokens
-    for pieces in reader.read(windows()):
+    for pieces in reader.read(windows):
         for piece in pieces:
             if piece.hidden is not None:
                 targets = piece.window.targets[piece.start : piece.stop].to(reader.device)
                 chosen = targets != IGNORED
-                with precision(recipe.train.dtype, reader.device):
-                    sums[0] += model.nll(piece.hidden[chosen], targets[chosen]).sum(dtype=torch.float64)
+                with precision(reader.dtype, reader.device):
+                    sums[0] += reader.model.nll(piece.hidden[chosen], targets[chosen]).sum(dtype=torch.float64)
                 sums[1] += chosen.sum()
-    ranks.sum(sums)
+    reader.ranks.sum(sums)
     if not sums[1]:
         raise DataError("none of the held-out tokens was drawn to be hidden: data.held_out needs more of them")
     return Score(sums[0].item(), int(sums[1].item()), None)

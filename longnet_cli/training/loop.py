@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from longnet_cli.data.shards import locked_folder
-from longnet_cli.data.sinks import write_file
-from longnet_cli.data.sources import read_documents
+from longnet_cli.atomic import locked_folder, write_file
+from longnet_cli.data.sources import Document, read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import Batch, TokenStream, TokenWindows
-from longnet_cli.errors import ConfigError, DataError, LongNetError
+from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.model import LongNet
 from longnet_cli.model.weights import save_pretrained
 from longnet_cli.presets import find_model
@@ -32,7 +31,7 @@ from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, ra
 from longnet_cli.runtime.fsdp import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.signals import Signals, noted_signals
-from longnet_cli.scoring import NotFiniteError, Score
+from longnet_cli.scoring import Score
 
 from .checkpoint import Checkpoints, read_state
 from .checks import check_memory, check_ranks, check_vocabulary
@@ -140,11 +139,8 @@ class _Run:
         if initial:
             Tokenizer.of_model(find_model(initial), recipe.data.tokenizer, differs=tokenizer_differs)
         self.windows = _windows(recipe, self.tokenizer, self.eos_id, ranks)
-        held_out, data = recipe.data.held_out, recipe.data
-        size = recipe.model.vocab_size
-        self.held_out = (
-            list(read_documents(held_out, self.tokenizer, column=data.column, vocab_size=size)) if held_out else []
-        )
+        held_out = recipe.data.held_out
+        self.held_out = _documents(recipe, self.tokenizer, held_out) if held_out else []
         if held_out and not any(map(len, self.held_out)):
             raise DataError(f"data.held_out, {', '.join(held_out)}: every document is empty")
         torch.manual_seed(recipe.train.seed)
@@ -282,7 +278,7 @@ class _Run:
         loss = nll.item() / count
         norm = clip_gradients(self.model, recipe.optimizer.clip)
         self._refuse_divergence(loss, norm, windows, position)
-        rate = self._learning_rate()
+        rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -314,11 +310,8 @@ class _Run:
         ranks.sum(count)
         return ids, targets, max(1, int(count) // ranks.sp)  # the ranks of a group have the same tokens
 
-    def _learning_rate(self) -> float:
-        """Of the step that follows `progress.step`."""
-        return learning_rate(
-            self.progress.step, self.recipe.train.steps, self.recipe.optimizer.lr, self.recipe.schedule
-        )
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.recipe.train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
 
     def _refuse_divergence(self, loss: float, norm: float, windows: TokenWindows, position: dict[str, Any]) -> None:
         """Stop before a step that would spoil the weights; raises LongNetError."""
@@ -353,17 +346,10 @@ class _Run:
                 held_out = self._evaluate(stage)
         line = None
         if held_out or last or progress.step % train.log_every == 0:
-            rate = learning_rate(progress.step - 1, train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
+            rate, memory = self._learning_rate(progress.step - 1), peak_memory(self.device)
             with self.log.paused():
                 peak = self.peak.again() * self.ranks.world if self.peak else None
-            line = self.log.write(
-                progress.step,
-                rate,
-                stage.seq_len,
-                memory=peak_memory(self.device),
-                peak=peak,
-                held_out=held_out,
-            )
+            line = self.log.write(progress.step, rate, stage.seq_len, memory=memory, peak=peak, held_out=held_out)
             for tracker in self.trackers:
                 tracker.log(line.step, asdict(line))
         progress.reported = progress.step
@@ -414,14 +400,16 @@ class _Run:
         self.ranks.barrier()  # the end of another rank would end this one while it writes
 
 
+def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Sequence[str]) -> list[Document]:
+    found = read_documents(inputs, tokenizer, column=recipe.data.column, vocab_size=recipe.model.vocab_size)
+    return list(found)
+
+
 def _windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
     """The training data, cut into the windows of each stage."""
-    data, train = recipe.data, recipe.train
-    sources = []
-    for source in data.sources:
-        documents = read_documents(source.inputs, tokenizer, column=data.column, vocab_size=recipe.model.vocab_size)
-        sources.append(TokenStream(list(documents), eos_id))
-    weights = [source.weight for source in data.sources]
+    mix, train = recipe.data.sources, recipe.train
+    sources = [TokenStream(_documents(recipe, tokenizer, source.inputs), eos_id) for source in mix]
+    weights = [source.weight for source in mix]
     return [
         TokenWindows(
             sources,

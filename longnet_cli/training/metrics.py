@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from longnet_cli.atomic import write_file, writing
 from longnet_cli.configuration import parse
-from longnet_cli.data.sinks import write_file, writing
 from longnet_cli.scoring import Score
 
 

@@ -1,0 +1,144 @@
+"""Files that are there whole or not at all, and folders with one writer: temporary names, locks, fsync, rename."""
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from longnet_cli.errors import ConfigError, LongNetError
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")  # the name of a file that is being written, with its last name
+
+
+@contextmanager
+def writing(what: str | Path) -> Iterator[None]:
+    """Turn a failed write (a full disk, a file too large) into a LongNetError that names what was being written.
+
+    A closed pipe stays what it is: the reader has what it wants.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise LongNetError(f"{what}: cannot write: {error.strerror or error}") from error
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing under a temporary name in its folder; rename it when the block ends without an error.
+
+    Missing folders are made. A reader, or a crash, sees the old file or the whole new one; what a killed writer of the
+    same file left under its temporary name is removed. A device or a named pipe is written to directly. Raises
+    ConfigError when the path cannot be opened, LongNetError when the end of the file cannot be written.
+    """
+    target = Path(path)
+    with _opening(path):
+        direct = target.exists() and not stat.S_ISREG(target.stat().st_mode)
+        if not direct:
+            target = Path(os.path.realpath(path))  # not of the shell's >(command), whose name leads nowhere
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target.parent, target.name)
+        temporary, file = (target, open(target, "wb")) if direct else _new_temporary(target)  # noqa: SIM115
+    try:
+        yield file
+        with writing(path):
+            file.flush()
+            if not direct:
+                os.fsync(file.fileno())
+            file.close()
+            if not direct:
+                os.replace(temporary, target)
+                sync_folder(target.parent)
+    except BaseException:
+        with suppress(OSError):  # on a full disk closing fails once more, and leaves the file closed
+            file.close()
+        if not direct:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file's name is one that `atomic_write` writes under."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_leftovers(folder: Path, target: str | None = None) -> None:
+    """Delete what killed writers left in a folder, of the file `target` or of all: a living one holds a lock on it."""
+    for name in os.listdir(folder):
+        match = _TEMPORARY.fullmatch(name)
+        if match and target in (None, match[1]):
+            with suppress(OSError), open(folder / name, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                (folder / name).unlink()
+
+
+def _new_temporary(target: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside `target`, open and locked, so that it is not taken for a leftover."""
+    while True:
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            file = open(temporary, "xb")  # noqa: SIM115 (its user closes it)
+            with suppress(OSError):  # a network file system without locks, on which no leftover can be locked either
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink:  # else another writer removed it before it was locked
+                return temporary, file
+            file.close()
+        except FileExistsError:
+            continue
+        except BaseException:  # Ctrl-C and SIGTERM may come between any two lines
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write a whole small file, or leave the old one; errors as for `atomic_write`."""
+    with atomic_write(path) as file, writing(path):
+        file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and keep a second writer out; the lock ends with the process, however that ends.
+
+    Raises ConfigError where the folder cannot be made or another process has it, LongNetError for a full disk.
+    """
+    with _opening(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another process is writing into this folder") from None
+        except OSError:
+            pass  # a network file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _opening(path: str | Path) -> Iterator[None]:
+    """A path that cannot be opened for writing is a wrong option, unless the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (LongNetError if full else ConfigError)(f"{path}: cannot write: {error.strerror}") from error

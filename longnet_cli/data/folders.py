@@ -1,0 +1,90 @@
+"""Which files of a folder, here or in a store, are its data: the shards of a data set in its order, or every text."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+
+from longnet_cli.errors import ConfigError, DataError
+
+SHARD_SUFFIXES = (".arrow", ".feather", ".parquet")
+JSON_SUFFIXES = (".jsonl", ".ndjson")
+
+
+def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> list[str]:
+    """Of all files below a folder the shards of a data set in its own order, or else every text, naturally sorted.
+
+    What `longnet` wrote below it, a data set or a run, is passed over where there is anything else: it may be what is
+    being written.
+    `names` are relative paths; `read(name, size)` gives a file's first bytes, all of them for None. Raises DataError
+    when nothing is readable or a shard is missing, ConfigError for a data set of several splits.
+    """
+
+    def listed(index: str, key: str, name: str) -> list[str] | None:
+        """The shards that a file in the folder lists, None where it is not what was written."""
+        try:
+            shards = [str(shard[name]) for shard in json.loads(read(index, None))[key]]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+        if missing := next((shard for shard in shards if shard not in names), None):
+            raise DataError(f"{folder}/{missing}: no such file, but {folder}/{index} lists it")
+        return shards
+
+    # written by `datasets.save_to_disk`, beside caches that are no part of it
+    if "state.json" in names and (shards := listed("state.json", "_data_files", "filename")):
+        return shards
+    if "_unfinished.json" in names:  # of our own writer, which renames it when the last shard is there
+        raise DataError(f"{folder}: the run that wrote this data did not end: finish it with its command and --resume")
+    if "_manifest.json" in names:
+        if (shards := listed("_manifest.json", "shards", "name")) is None:
+            raise DataError(f"{folder}/_manifest.json: not what was written")
+        return shards
+    if "dataset_dict.json" in names:
+        splits = sorted({name.split("/")[0] for name in names if "/" in name})
+        raise ConfigError(
+            f"{folder} holds several splits of a data set: name one of {', '.join(f'{folder}/{s}' for s in splits)}"
+        )
+    files = sorted((name for name in names if not any(map(is_hidden, name.split("/")))), key=natural_order)
+    written = _written_folders(names)
+    files = [file for file in files if not file.startswith(written)] or files
+    for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
+        shards = [file for file in files if file.endswith(suffixes)]
+        if shards:
+            return [shard for shard in shards if "/" not in shard] or shards
+    chosen = [file for file in files if _looks_like_text(read(file, 8192))]
+    if not chosen:
+        raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines or text files)")
+    return chosen
+
+
+def _written_folders(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the files' folders, each with its slash, that hold a data set or a run of longnet's own."""
+    inside: dict[str, set[str]] = {}
+    for name in names:
+        folder, slash, file = name.rpartition("/")
+        inside.setdefault(folder + slash, set()).add(file)
+    marks = {"_unfinished.json"}, {"_manifest.json"}, {"recipe.json", "metrics.jsonl"}
+    return tuple(folder for folder, files in inside.items() if folder and any(mark <= files for mark in marks))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is passed over."""
+    return name.startswith(".") or name == "__pycache__"
+
+
+def _looks_like_text(head: bytes) -> bool:
+    """Whether a file met in a folder is worth opening: images and empty `__init__.py` files are passed over."""
+    return bool(head) and (b"\0" not in head or sniff(head) != "text")
+
+
+def natural_order(name: str) -> list[str | int]:
+    """Sort key that puts part-2 before part-10."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
+def sniff(head: bytes) -> str:
+    """`file`, `stream` (Arrow IPC), `parquet` or `text`, from at least the first 8 bytes."""
+    if head.startswith(b"ARROW1\0\0"):
+        return "file"
+    if head.startswith(b"\xff\xff\xff\xff"):
+        return "stream"
+    return "parquet" if head.startswith(b"PAR1") else "text"
