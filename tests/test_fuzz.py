@@ -225,7 +225,7 @@ def test_nothing_bad_ends_in_a_traceback_hangs_or_changes_a_number(
 ) -> None:
     baseline = forked.run(["score", "t.txt", "-q", "--format", "json", "-m", "./model"], template)
     assert baseline.code == 0
-    read = {"t.txt", "a.jsonl", "recipe.toml", "recipe.json", "run/metrics.jsonl", "model/model.safetensors"}
+    read = {"t.txt", "recipe.toml", "recipe.json", "run/metrics.jsonl", "model/model.safetensors"}
 
     @settings(
         max_examples=EXAMPLES,
