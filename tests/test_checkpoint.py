@@ -310,7 +310,7 @@ def test_a_failure_in_the_background_is_raised(tmp_path: Path, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise ConfigError("checkpoints need another torch")
 
-    monkeypatch.setattr("longnet_cli.training.checkpoint._save_tensors", fail)
+    monkeypatch.setattr("longnet_cli.training.checkpoint.save_tensors", fail)
     checkpoints = Checkpoints(tmp_path, Ranks(), keep=2)
     checkpoints.save(1, {"a": torch.zeros(1)}, {})
     with pytest.raises(LongNetError, match="cannot write the checkpoint: checkpoints need another torch; the one"):
@@ -325,7 +325,7 @@ def kill_runs(start: Start, corpus: Path, folder: Path, kills: int, steps: int) 
 
 
 def test_killed_runs_end_with_the_same_bytes(start: Start, corpus: Path, tmp_path: Path) -> None:
-    kill_runs(start, corpus, tmp_path, 3, steps=60)
+    kill_runs(start, corpus, tmp_path, 3, steps=30)
 
 
 @pytest.mark.slow

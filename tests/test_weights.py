@@ -47,7 +47,7 @@ def test_saving_replaces_and_leaves_no_temporary_file(tmp_path: Path, monkeypatc
     def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("longnet_cli.model.weights._flush", fails)
+    monkeypatch.setattr("longnet_cli.model.weights.os.fsync", fails)
     with pytest.raises(CheckpointError, match="No space left"):
         second.save_pretrained(tmp_path)
     monkeypatch.undo()

@@ -139,7 +139,7 @@ class _Run:
         check_ranks(recipe, ranks)
         if initial:
             Tokenizer.of_model(find_model(initial), recipe.data.tokenizer, differs=tokenizer_differs)
-        self.windows = _windows(recipe, self.tokenizer, self.eos_id, ranks)
+        self.windows = make_windows(recipe, self.tokenizer, self.eos_id, ranks)
         held_out, data = recipe.data.held_out, recipe.data
         size = recipe.model.vocab_size
         self.held_out = (
@@ -441,7 +441,7 @@ def refuse_overwriting(output: Path, recipe: Recipe, path: str | None, initial: 
         overwriting.refuse_overwriting("-o", files, read, also)
 
 
-def _windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
+def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
     """The training data, cut into the windows of each stage."""
     data, train = recipe.data, recipe.train
     sources = []
