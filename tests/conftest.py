@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from forked import Command, Forked
 from hypothesis import settings
 from processes import Start
 
 ROOT = Path(__file__).parents[1]
 
 # "default" repeats the same examples, so that CI says the same twice; HYPOTHESIS_PROFILE=thorough hunts for new ones.
-settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
+settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
@@ -36,17 +37,31 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs a CUDA device")
 
 
-@pytest.fixture
-def command_env() -> dict[str, str]:
-    """The environment of a command under test: imports this checkout, and sees nothing of the caller's terminal."""
+def environment() -> dict[str, str]:
     hidden = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "LONGNET_TRACEBACK")
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     return env | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))}
 
 
 @pytest.fixture
-def run_longnet(tmp_path: Path, command_env: dict[str, str]) -> RunLongnet:
-    """`run_longnet("score", "-", input=...)` runs the real command in an empty folder; text=False for bytes."""
+def command_env() -> dict[str, str]:
+    """The environment of a command under test: imports this checkout, and sees nothing of the caller's terminal."""
+    return environment()
+
+
+@pytest.fixture(scope="session")
+def longnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The path of a program that is `longnet` and starts at once: see forked.py."""
+    with Forked(tmp_path_factory.mktemp("forked"), environment()) as forked:
+        yield forked.longnet
+
+
+@pytest.fixture
+def run_longnet(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> RunLongnet:
+    """`run_longnet("score", "-", input=...)` runs the command in an empty folder; text=False for bytes.
+
+    `fresh` is for what forked.py cannot do: for one, what Python reads when it starts.
+    """
 
     def run(
         *args: str | Path,
@@ -55,9 +70,10 @@ def run_longnet(tmp_path: Path, command_env: dict[str, str]) -> RunLongnet:
         text: bool = True,
         cwd: Path = tmp_path,
         timeout: float = 120,
+        fresh: bool = False,
     ) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, "-m", "longnet_cli", *map(str, args)],
+            [*([sys.executable, "-m", "longnet_cli"] if fresh else [longnet]), *map(str, args)],
             input=input if input is not None else ("" if text else b""),
             capture_output=True,
             text=text,
@@ -71,15 +87,19 @@ def run_longnet(tmp_path: Path, command_env: dict[str, str]) -> RunLongnet:
 
 
 @pytest.fixture
-def start(tmp_path: Path, command_env: dict[str, str]) -> Iterator[Start]:
-    """`start("tokenize", ...)` begins the real command; it is killed with the test."""
+def start(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> Iterator[Start]:
+    """`start("tokenize", ...)` starts the command; it is killed with the test. For `fresh`, see run_longnet."""
     begun: list[subprocess.Popen] = []
 
-    def run(*args: str | Path, **options) -> subprocess.Popen:
+    def run(*args: str | Path, fresh: bool = False, **options) -> subprocess.Popen:
         options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        words = [sys.executable, "-m", "longnet_cli", *map(str, args)]
-        begun.append(subprocess.Popen(words, env=command_env, cwd=tmp_path, **options))
-        return begun[-1]
+        options |= {"env": command_env, "cwd": tmp_path}
+        if fresh:
+            process = subprocess.Popen([sys.executable, "-m", "longnet_cli", *map(str, args)], **options)
+        else:
+            process = Command([longnet, *map(str, args)], **options)
+        begun.append(process)
+        return process
 
     yield run
     for process in begun:

@@ -1,48 +1,50 @@
-"""The command in processes forked from one that has imported torch: a run costs tenths of a second, not seconds.
+"""The command `longnet` for tests, forked from a process that has imported torch: a tenth of a second, not two.
 
-    with Forked() as forked:
-        done = forked.run(["score", "text.txt"], folder)
+    with Forked(folder, environment) as forked:
+        subprocess.run([forked.longnet, "score", "text.txt"])
 
-As a script it is that first process. It only imports: threads that had worked before a fork would be missing after it.
+`forked.longnet` is a program like any other, in a shell and in a pipe. It gives its arguments, folder, environment,
+handles and limits to the process that forks, passes signals on, and ends as the command ends. These differ from
+`python -m longnet_cli`, which is for tests of them: the process is not a child, has another command line and process
+group; what Python reads when it starts (PYTHON* variables, the locale) is that of the first process; and Python does
+not shut down, which takes longer than a command.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
-from typing import NamedTuple
 
-CPU_SECONDS = 10  # that a run may use: a hang, if it is not one that waits, however busy the machine is
-MEMORY = 12 << 30  # bytes of addresses that a run may have: what asks for more fails, instead of filling the machine
+LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE)
+SIGNALS = {number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+SIGNALS[signal.SIGUSR2] = signal.SIGKILL  # which nothing can pass on: see Command.kill
+HIGH = 512  # handles from here on are free
 
 
-class Done(NamedTuple):
-    """`code` is None where the run was killed for taking longer than it may, negative where a signal ended it.
+class Command(subprocess.Popen):
+    """`forked.longnet` that runs. Where it is killed, its command has ended when it has."""
 
-    -SIGXCPU is that of one that used more than CPU_SECONDS.
-    """
-
-    code: int | None
-    stdout: str
-    stderr: str
-    seconds: float
+    def kill(self) -> None:
+        self.send_signal(signal.SIGUSR2)
 
 
 class Forked:
-    def __init__(self, folder: Path) -> None:
-        self.out, self.err = folder / "stdout", folder / "stderr"
-        env = {name: value for name, value in os.environ.items() if not name.startswith("LONGNET_")}
-        root = str(Path(__file__).parents[1])
-        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "NO_COLOR": "1"}
-        self.server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-        )
+    """The process that forks, until the `with` block ends; `longnet` is the path of the program."""
+
+    def __init__(self, folder, environment: dict[str, str]) -> None:
+        python, place, self.longnet = sys.executable, folder / "socket", folder / "longnet"
+        self.longnet.write_text(f"#!/bin/sh\nexec '{python}' -I -S '{__file__}' ask '{place}' \"$@\"\n")
+        self.longnet.chmod(0o755)
+        command = [python, __file__, "serve", str(place)]
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self.server.stdout.readline()
 
     def __enter__(self) -> Forked:
         return self
@@ -51,73 +53,138 @@ class Forked:
         with self.server:
             self.server.stdin.close()
 
-    def run(self, args: list[str], cwd: Path, *, seconds: float = 60, closed: tuple[int, ...] = ()) -> Done:
-        """Run the command in a folder, stdin empty, with some of the handles 0, 1 and 2 `closed`."""
-        job = [args, str(cwd), str(self.out), str(self.err), seconds, closed]
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-        code, took = json.loads(self.server.stdout.readline())
-        return Done(code, *(path.read_text(errors="replace") for path in (self.out, self.err)), took)
+
+def ask(place: str, args: list[str]) -> int:
+    """Have the command run with what this process has; returns its exit code, or minus the signal that ended it."""
+    handles = [handle for handle in map(int, os.listdir("/proc/self/fd")) if is_open(handle)]
+    limits = [resource.getrlimit(limit) for limit in LIMITS]
+    job = {"args": args, "cwd": os.getcwd(), "environment": dict(os.environ), "handles": handles, "limits": limits}
+    process = None
+    for number in SIGNALS:
+        signal.signal(
+            number, lambda number, _: os.kill(process, SIGNALS[number]) if process else os._exit(128 + number)
+        )
+    server = socket.socket(socket.AF_UNIX)
+    server.connect(place)
+    socket.send_fds(server, [b"\n"], handles)
+    server.sendall(json.dumps(job).encode() + b"\n")
+    answers = server.makefile()
+    process = int(answers.readline())
+    return int(answers.readline())
 
 
-def _serve() -> None:
+def is_open(handle: int) -> bool:
+    try:
+        os.fstat(handle)
+    except OSError:
+        return False
+    return True
+
+
+def serve(place: str) -> None:
+    """Fork for every job, until stdin ends; returns in the child. It only imports: a fork keeps no other thread."""
+    import gc
+    import selectors
+
     import longnet_cli.benchmark
     import longnet_cli.encoding
     import longnet_cli.inspecting
     import longnet_cli.integrations.loading
     import longnet_cli.plotting
+    import longnet_cli.scoring
     import longnet_cli.tokenizing
     import longnet_cli.training.estimate
     import longnet_cli.training.loop  # noqa: F401
 
-    for line in sys.stdin:
-        args, cwd, out, err, seconds, closed = json.loads(line)
-        began = time.monotonic()
-        process = os.fork()
-        if process == 0:
-            _run(args, cwd, out, err, closed)
-        status = None
-        while status is None and time.monotonic() < began + seconds:
-            found, value = os.waitpid(process, os.WNOHANG)
-            status = value if found else None
-            if status is None:
-                time.sleep(0.002)
-        if status is None:
-            os.killpg(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-        code = None if status is None else os.waitstatus_to_exitcode(status)
-        print(json.dumps([code, time.monotonic() - began]), flush=True)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(place)
+    listener.listen(64)
+    waiting = selectors.DefaultSelector()
+    waiting.register(sys.stdin, selectors.EVENT_READ)
+    waiting.register(listener, selectors.EVENT_READ)
+    print("ready", flush=True)
+    running: dict[int, tuple[socket.socket, int]] = {}  # who asked for a process, and its pidfd
+    while True:
+        for key, _ in waiting.select():
+            if key.fileobj is sys.stdin:
+                for process in running:
+                    os.kill(process, signal.SIGKILL)
+                sys.exit()
+            elif key.fileobj is listener:
+                client, _ = listener.accept()
+                _, handles, _, _ = socket.recv_fds(client, 1, 32)
+                job = json.loads(client.makefile().readline())
+                process = os.fork()
+                if process == 0:
+                    become(job, handles)
+                    return
+                for handle in handles:
+                    os.close(handle)
+                client.sendall(f"{process}\n".encode())
+                running[process] = client, os.pidfd_open(process)
+                for file in running[process]:
+                    waiting.register(file, selectors.EVENT_READ, process)
+            elif key.data in running:  # it has ended, or the one who asked for it
+                client, handle = running.pop(key.data)
+                if key.fileobj is client:
+                    os.kill(key.data, signal.SIGKILL)
+                code = os.waitstatus_to_exitcode(os.waitpid(key.data, 0)[1])
+                with contextlib.suppress(BrokenPipeError):
+                    client.sendall(f"{code}\n".encode())
+                for file in (client, handle):
+                    waiting.unregister(file)
+                client.close()
+                os.close(handle)
 
 
-def _run(args: list[str], cwd: str, out: str, err: str, closed: list[int]) -> None:
-    from longnet_cli.cli.app import app, run
+def become(job: dict, handles: list[int]) -> None:
+    """Make this process what it would be if Python had just started."""
+    given = [fcntl.fcntl(handle, fcntl.F_DUPFD, HIGH) for handle in handles]
+    os.closerange(0, HIGH)
+    for source, handle in zip(given, job["handles"], strict=True):
+        os.dup2(source, handle)
+    os.closerange(HIGH, HIGH + 64)
+    streams = [None] * 3
+    for handle in {0, 1, 2}.intersection(job["handles"]):
+        by_line = handle == 2 or os.isatty(handle)
+        errors = "backslashreplace" if handle == 2 else None
+        mode = "w" if handle else "r"
+        streams[handle] = open(handle, mode, 1 if by_line else -1, errors=errors, closefd=False)  # noqa: SIM115
+    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = streams
+    sys.argv = ["longnet", *job["args"]]
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    os.chdir(job["cwd"])
+    for limit, value in zip(LIMITS, job["limits"], strict=True):
+        resource.setrlimit(limit, tuple(value))
 
-    code = 99  # of what `run` should have told of
+
+def run() -> int:
+    """The command; returns its exit code."""
+    from longnet_cli.cli.app import main
+
     try:
-        os.setpgid(0, 0)
-        os.chdir(cwd)
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
-        for handle, path in enumerate((os.devnull, out, err)):
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC if handle else os.O_RDONLY)
-            os.dup2(file, handle)
-            os.close(file)
-        errors = (None, None, "backslashreplace")  # as Python opens its own
-        streams = [open(n, "w" if n else "r", closefd=False, errors=errors[n]) for n in range(3)]  # noqa: SIM115
-        for handle in closed:
-            os.close(handle)
-            streams[handle] = None
-        sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = streams
-        sys.argv = ["longnet", *args]
-        run(app)
+        main()
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            if stream:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        os._exit(code)
+
+
+def end(code: int) -> None:
+    if code < 0:
+        with contextlib.suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    _serve()
+    if sys.argv[1] == "serve":
+        serve(sys.argv[2])
+        end(run())
+    end(ask(sys.argv[2], sys.argv[3:]))

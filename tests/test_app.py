@@ -14,7 +14,7 @@ import pytest
 HEAVY = ("torch", "numpy", "pyarrow", "tokenizers", "pydantic", "safetensors")
 
 SCRIPT = """
-import os, sys, time, typer
+import os, signal, sys, typer
 from longnet_cli.cli.app import run
 from longnet_cli.errors import *
 
@@ -189,7 +189,8 @@ def test_closed_pipe_is_exit_141_and_silent(shell, flush):
 
 def test_closed_pipe_that_shows_only_at_the_end(shell):
     # the one row waits in Python's buffer until the reader has gone
-    result = shell("print('row'); time.sleep(0.3)", "$ACT | true")
+    wait = "end = select.poll(); end.register(1, 0); end.poll()"
+    result = shell(f"import select; print('row'); {wait}", "$ACT | true")
     assert (result.returncode, result.stderr) == (141, "")
 
 
@@ -217,7 +218,7 @@ def test_signals_clean_up_and_have_their_exit_code(stop, tmp_path, signum, code)
 open(temporary, "w").close()
 try:
     print("ready", flush=True)
-    time.sleep(30)
+    signal.pause()
 finally:
     os.remove(temporary)"""
     assert stop(body, signum) == (code, "")
@@ -234,7 +235,7 @@ def test_a_second_sigterm_does_not_cut_the_clean_up_short(stop, tmp_path):
     cleaned = tmp_path / "cleaned"
     body = f"""try:
     print("ready", flush=True)
-    time.sleep(30)
+    signal.pause()
 finally:
     os.kill(os.getpid(), 15)
     open({str(cleaned)!r}, "w").close()"""

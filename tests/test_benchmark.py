@@ -12,7 +12,7 @@ from strategies import patterns
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.pattern import attention_flops
-from longnet_cli.attention.reference import _key_counts
+from longnet_cli.attention.reference import key_counts
 from longnet_cli.benchmark import Case, Measurement, Settings, bench, job, measurement
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.weights import load_config
@@ -30,7 +30,7 @@ def rows_of(seq: list[int], **options: object) -> list[Measurement]:
 def test_flops_count_every_pair_of_rows_that_meets(
     pattern: Pattern, heads: int, tokens: int, causal: bool, batch: int
 ) -> None:
-    pairs = int(_key_counts(pattern, heads, tokens, False, 0, "exact")[0].sum())  # by dense masks
+    pairs = int(key_counts(pattern, heads, tokens, False, 0, "exact")[0].sum())  # by dense masks
     expected = 4 * pairs * 16 * batch / (2 if causal else 1)
     assert attention_flops(pattern, heads, 16, tokens, causal, batch) == expected
 

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -316,7 +315,7 @@ def test_a_failure_in_the_background_is_raised(tmp_path: Path, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise ConfigError("checkpoints need another torch")
 
-    monkeypatch.setattr("longnet_cli.training.checkpoint._save_tensors", fail)
+    monkeypatch.setattr("longnet_cli.training.checkpoint.save_tensors", fail)
     checkpoints = Checkpoints(tmp_path, Ranks(), keep=2)
     checkpoints.save(1, {"a": torch.zeros(1)}, {})
     with pytest.raises(LongNetError, match="cannot write the checkpoint: checkpoints need another torch; the one"):
@@ -327,11 +326,11 @@ def kill_runs(start: Start, corpus: Path, folder: Path, kills: int, steps: int) 
     stages = [{"seq_len": 32, "steps": steps // 2}, {"seq_len": 100, "steps": steps // 2}]
     found = recipe(corpus, **{"train.stages": stages, "train.save_every": 3})
     (folder / "recipe.json").write_text(found.model_dump_json())
-    kill_training(lambda run: start("train", folder / "recipe.json", "-q", "-o", run), folder, kills)
+    kill_training(lambda run: start("train", folder / "recipe.json", "-q", "-o", run, fresh=True), folder, kills)
 
 
 def test_killed_runs_end_with_the_same_bytes(start: Start, corpus: Path, tmp_path: Path) -> None:
-    kill_runs(start, corpus, tmp_path, 3, steps=60)
+    kill_runs(start, corpus, tmp_path, 3, steps=30)
 
 
 @pytest.mark.slow
@@ -342,7 +341,7 @@ def test_thirty_kills(start: Start, corpus: Path, tmp_path: Path) -> None:
 def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path: Path) -> None:
     endless = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
     (tmp_path / "recipe.json").write_text(endless.model_dump_json())
-    process = start("train", tmp_path / "recipe.json", "-o", "run", stderr=subprocess.PIPE)
+    process = start("train", tmp_path / "recipe.json", "-o", "run", fresh=True)
     wait_for(lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints")))
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
@@ -359,7 +358,7 @@ def test_a_terminal_that_is_closed_saves(start: Start, corpus: Path, tmp_path: P
     (tmp_path / "recipe.json").write_text(endless.model_dump_json())
     ours, terminal = os.openpty()
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
-    process = start("train", tmp_path / "recipe.json", "-o", "run", start_new_session=True, **streams)
+    process = start("train", tmp_path / "recipe.json", "-o", "run", fresh=True, start_new_session=True, **streams)
     os.close(terminal)
     wait_for(lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints")))
     os.close(ours)
@@ -372,7 +371,7 @@ def test_a_terminal_that_is_closed_saves(start: Start, corpus: Path, tmp_path: P
 def test_a_signal_while_the_data_is_read_claims_no_checkpoint(start: Start, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(recipe(corpus).model_dump_json())
     os.mkfifo(tmp_path / "data")  # nobody writes to it: reading never ends
-    process = start("train", tmp_path / "recipe.json", "--data", tmp_path / "data", "-o", "run", stderr=subprocess.PIPE)
+    process = start("train", tmp_path / "recipe.json", "--data", tmp_path / "data", "-o", "run")
 
     def is_read() -> bool:
         with contextlib.suppress(OSError):  # a writer cannot open it before there is a reader

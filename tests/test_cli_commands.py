@@ -4,12 +4,9 @@ Whatever goes wrong is one line on stderr and the documented exit code; whatever
 """
 
 import json
-import os
-import pty
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,46 +25,6 @@ from longnet_cli.scoring import score
 
 SCORE_KEYS = {"nll_sum", "n_tokens", "n_bytes", "ppl", "bpb"}
 TEXTS = {"a.txt": "Call me Ishmael.", "b.txt": "Some years ago\nnever mind how long precisely\n", "c.txt": "é"}
-
-
-# Runs each command line in a child of its own, which need not import torch again: that takes longer than all the rest.
-FORKS = """
-import json, os, sys
-import longnet_cli.encoding
-from longnet_cli.cli.app import main
-
-codes = []
-for index, arguments in enumerate(json.loads(sys.argv[1])):
-    child = os.fork()
-    if child == 0:
-        for handle, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(f"{sys.argv[2]}/{index}.{name}", os.O_WRONLY | os.O_CREAT), handle)
-        sys.argv[1:] = arguments
-        main()
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(json.dumps(codes))
-"""
-
-RunAll = Callable[..., list[subprocess.CompletedProcess]]
-
-
-@pytest.fixture
-def run_all(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, command_env: dict[str, str]) -> RunAll:
-    """`run_longnet` of many commands that need a model: `run_all(["score", ...], ["encode", ...])`."""
-
-    def run(*commands: list[str | Path], text: bool = True) -> list[subprocess.CompletedProcess]:
-        folder = tmp_path_factory.mktemp("outputs")
-        lines = json.dumps([[str(word) for word in command] for command in commands])
-        program = [sys.executable, "-c", FORKS, lines, str(folder)]
-        done = subprocess.run(program, capture_output=True, text=True, env=command_env, cwd=tmp_path, check=True)
-        results = []
-        for index, code in enumerate(json.loads(done.stdout)):
-            outputs = [(folder / f"{index}.{name}").read_bytes() for name in ("stdout", "stderr")]
-            shown = [output.decode() for output in outputs] if text else outputs
-            results.append(subprocess.CompletedProcess(commands[index], code, *shown))
-        return results
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +83,12 @@ def test_tokenize_needs_an_output(run_longnet: RunLongnet, texts: Path) -> None:
 # --- score -----------------------------------------------------------------------------------------------
 
 
-def test_score_compares_contexts(run_all: RunAll, model: Path, texts: Path) -> None:
+def test_score_compares_contexts(run_longnet: RunLongnet, model: Path, texts: Path) -> None:
     command = ["score", texts, "--model", model, "--context", "4,8", "--device", "cpu", "--by-position"]
-    as_json, as_lines, as_text, refused = run_all(
-        [*command, "--format", "json"],
-        [*command, "--format", "jsonl"],
-        [*command, "--last", "6", "--stride", "3"],
-        [*command, "--token-logprobs", "x.arrow"],
-    )
+    as_json = run_longnet(*command, "--format", "json")
+    as_lines = run_longnet(*command, "--format", "jsonl")
+    as_text = run_longnet(*command, "--last", "6", "--stride", "3")
+    refused = run_longnet(*command, "--token-logprobs", "x.arrow")
     assert (as_json.returncode, as_json.stderr) == (0, "")
     value = json.loads(as_json.stdout)
     assert value["totals"][1] == value["total"]
@@ -155,12 +110,12 @@ def test_score_compares_contexts(run_all: RunAll, model: Path, texts: Path) -> N
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
 
 
-def test_score_formats_agree_with_the_library(run_all: RunAll, model: Path, texts: Path) -> None:
+def test_score_formats_agree_with_the_library(run_longnet: RunLongnet, model: Path, texts: Path) -> None:
     tokenizer = Tokenizer.load(model)
     documents = read_documents([texts], tokenizer)
     expected = list(score(LongNet.from_pretrained(model), documents, bos=tokenizer.eos_id, context=8))
     arguments = ["score", "--ppl", texts, "--model", model, "--context", "8", "--device", "cpu", "--format"]
-    as_json, as_lines, as_text = run_all(*([*arguments, format] for format in ("json", "jsonl", "text")))
+    as_json, as_lines, as_text = (run_longnet(*arguments, format) for format in ("json", "jsonl", "text"))
     assert [(done.returncode, done.stderr) for done in (as_json, as_lines, as_text)] == [(0, "")] * 3
 
     value = json.loads(as_json.stdout)
@@ -196,28 +151,17 @@ def test_stdin_a_file_and_its_shard_score_the_same(run_longnet: RunLongnet, mode
         assert [other[key] for key in SCORE_KEYS] == pytest.approx([file[key] for key in SCORE_KEYS], rel=1e-6)
 
 
-def test_a_reader_that_leaves_early_is_no_error(
-    command_env: dict[str, str], model: Path, texts: Path, tmp_path: Path
-) -> None:
-    many = tmp_path / "many.arrow"
-    table = pa.table({"doc_id": [str(n) for n in range(3000)], "text": ["x" * 20] * 3000})
-    with ipc.new_file(many, table.schema) as writer:
-        writer.write_table(table)
-    command = f"{shlex.quote(sys.executable)} -m longnet_cli score {many} --model {model} --format jsonl | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=command_env, check=False)
-    assert done.stderr == ""
-    assert json.loads(done.stdout)["doc_id"] == "0"
-
-
 # --- encode ----------------------------------------------------------------------------------------------
 
 
-def test_encode_pipes_into_any_arrow_reader(command_env: dict[str, str], model: Path, texts: Path) -> None:
+def test_encode_pipes_into_any_arrow_reader(
+    command_env: dict[str, str], longnet: Path, model: Path, texts: Path
+) -> None:
     """The vectors that a plain pyarrow program reads are the library's."""
     reader = "import json, sys, pyarrow as pa; table = pa.ipc.open_stream(sys.stdin.buffer).read_all(); "
     reader += "print(json.dumps(table.to_pylist()))"
     python = shlex.quote(sys.executable)
-    command = f"{python} -m longnet_cli encode {texts} -o - --model {model} | {python} -c '{reader}'"
+    command = f"{longnet} encode {texts} -o - --model {model} | {python} -c '{reader}'"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=command_env, check=True)
     assert done.stderr == ""
     tokenizer = Tokenizer.load(model)
@@ -233,11 +177,11 @@ def test_encode_pipes_into_any_arrow_reader(command_env: dict[str, str], model: 
 
 
 def test_encode_without_output_streams_and_to_a_name_writes_parquet(
-    run_all: RunAll, model: Path, texts: Path, tmp_path: Path
+    run_longnet: RunLongnet, model: Path, texts: Path, tmp_path: Path
 ) -> None:
     common = ["encode", texts, "--model", model]
     options = ["-o", "out.parquet", "--pool", "last", "--no-normalize", "--embedding-dtype", "float16"]
-    streamed, written = run_all(common, [*common, *options], text=False)
+    streamed, written = (run_longnet(*command, text=False) for command in (common, [*common, *options]))
     assert (streamed.returncode, streamed.stderr) == (0, b"")
     assert ipc.open_stream(streamed.stdout).read_all()["doc_id"].to_pylist() == list(TEXTS)
 
@@ -250,24 +194,10 @@ def test_encode_without_output_streams_and_to_a_name_writes_parquet(
     assert table.schema.metadata[b"longnet.tokenizer_sha256"] == Tokenizer.bytes().sha256.encode()
 
 
-def test_encode_does_not_write_to_a_terminal(command_env: dict[str, str], tmp_path: Path) -> None:
-    terminal, stdout = pty.openpty()
-    command = [sys.executable, "-m", "longnet_cli", "encode", "x.txt"]
-    try:
-        done = subprocess.run(
-            command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=command_env, cwd=tmp_path, check=False
-        )
-    finally:
-        os.close(stdout)
-        os.close(terminal)
-    assert done.returncode == 2
-    assert "-o embeddings.arrow" in done.stderr
-
-
 # --- what goes wrong -------------------------------------------------------------------------------------
 
 
-def test_failures_are_one_line_and_their_exit_code(run_all: RunAll, model: Path, tmp_path: Path) -> None:
+def test_failures_are_one_line_and_their_exit_code(run_longnet: RunLongnet, model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
@@ -300,7 +230,8 @@ def test_failures_are_one_line_and_their_exit_code(run_all: RunAll, model: Path,
         (2, ["train", "-o", "run"], "there is no run in run"),
     ]
     before = set(tmp_path.iterdir())
-    for (code, _, words), done in zip(cases, run_all(*(command for _, command, _ in cases)), strict=True):
+    for code, command, words in cases:
+        done = run_longnet(*command)
         assert (done.returncode, done.stdout) == (code, ""), done.stderr
         assert done.stderr.startswith("longnet: error: ")
         assert done.stderr.count("\n") == 1

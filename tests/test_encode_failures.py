@@ -11,7 +11,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow.ipc as ipc
@@ -75,30 +74,30 @@ def test_a_signal_leaves_finished_shards_and_no_others(
 
 
 def test_a_full_disk_keeps_finished_shards_and_room_lets_it_resume(
-    start: Start, corpus: Path, model: Path, tmp_path: Path, small_disk: Path
+    start: Start, run_longnet: RunLongnet, corpus: Path, model: Path, tmp_path: Path, small_disk: Path
 ) -> None:
     words = [*command(corpus, model), "-o"]
-    assert start(*words, "whole").wait() == 0
+    assert run_longnet(*words, "whole").returncode == 0
     whole, out = contents(tmp_path / "whole"), small_disk / "out"
     assert len(assert_full(start(*words, out), "No space left on device", out, whole)) >= 2
     subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
-    assert start(*words, out, "--resume").wait() == 0
+    assert run_longnet(*words, out, "--resume").returncode == 0
     assert contents(out) == whole
 
 
 def test_a_shard_too_large_for_the_file_system_is_one_line(
-    start: Start, corpus: Path, model: Path, tmp_path: Path, command_env: dict[str, str]
+    run_longnet: RunLongnet, longnet: Path, corpus: Path, model: Path, tmp_path: Path, command_env: dict[str, str]
 ) -> None:
     """The limit on file sizes, in KiB, which any user may set, does as a full disk does. The long document hits it."""
     words = [*command(corpus, model), "-o"]
-    assert start(*words, "whole").wait() == 0
+    assert run_longnet(*words, "whole").returncode == 0
     whole, out = contents(tmp_path / "whole"), tmp_path / "out"
-    limited = ["bash", "-c", f'ulimit -f 40; exec "{sys.executable}" -m longnet_cli "$@"', "bash", *words, out]
+    limited = ["bash", "-c", f'ulimit -f 40; exec {longnet} "$@"', "bash", *words, out]
     process = subprocess.Popen(
         list(map(str, limited)), env=command_env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert len(assert_full(process, "File too large", out, whole)) >= 3
-    assert start(*words, out, "--resume").wait() == 0
+    assert run_longnet(*words, out, "--resume").returncode == 0
     assert contents(out) == whole
 
 
@@ -114,9 +113,7 @@ def test_a_killed_spilled_encode(
     arguments = ["encode", text, "-m", f"{model}/", "--chunk", "512", "--spill", spill, "-o", out / "vectors.arrow"]
     words = [sys.executable, "-m", "longnet_cli", *map(str, arguments)]
     with subprocess.Popen(words, env=command_env, stderr=subprocess.PIPE) as job:
-        while job.poll() is None and str(spill) not in Path(f"/proc/{job.pid}/maps").read_text():
-            time.sleep(0.02)
-        time.sleep(0.2)
+        wait_for(lambda: job.poll() is not None or str(spill) in Path(f"/proc/{job.pid}/maps").read_text())
         assert job.poll() is None
         job.send_signal(kind)
         job.communicate(timeout=60)

@@ -72,8 +72,9 @@ def test_many_batches_keep_the_order(model: LongNet) -> None:
 
 
 @pytest.mark.parametrize("pool", ["mean", "last", "first"])
-@pytest.mark.parametrize("chunk", [1, 7, 64, 101])
-@pytest.mark.parametrize("span", [None, 1, 10, 64, 1000])
+@pytest.mark.parametrize(
+    ("chunk", "span"), [(1, 10), *((chunk, span) for chunk in (7, 101) for span in (None, 1, 10, 1000))]
+)
 def test_neither_chunk_nor_spill_changes_a_number(
     model: LongNet, tmp_path: Path, pool: str, chunk: int, span: int | None
 ) -> None:

@@ -29,7 +29,7 @@ from longnet_cli.training.estimate import (
     memory_by_kind,
     saved_bytes,
 )
-from longnet_cli.training.gradients import _forwards
+from longnet_cli.training.gradients import plan_forwards
 from longnet_cli.training.recipe import Recipe, load_recipe
 
 CPU = torch.device("cpu")
@@ -177,7 +177,7 @@ def test_documents_of_several_windows_fill_a_chunk() -> None:
     )
     ids = torch.zeros(4, 1000, dtype=torch.int64)
     ids[:, ::37] = 1
-    forwards = _forwards(document_starts(ids, 1), 1000, 1600)
+    forwards = plan_forwards(document_starts(ids, 1), 1000, 1600)
     largest = max(sum(stop - start for row in each.rows for _, start, stop in row) for each in forwards)
     assert 1500 < largest <= 1600
     assert packed == 1.6 * apart

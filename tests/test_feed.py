@@ -1,13 +1,12 @@
 """Proves that items read in one thread and worked on in another stay in order, in time and accounted for."""
 
-import itertools
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
+from processes import wait_for
 
 from longnet_cli.data import feed
 from longnet_cli.data.feed import in_two_threads
@@ -35,7 +34,7 @@ def test_the_reader_does_not_run_ahead():
 
     def work(group, check):
         nonlocal worst
-        time.sleep(0.001)
+        wait_for(lambda: read >= min(200, group[-1] + 5))
         worst = max(worst, read - group[-1])
 
     in_two_threads(items(), one, 5, work)
@@ -80,22 +79,26 @@ def test_a_failure_of_the_work_ends_the_reading():
 @pytest.mark.parametrize("endless", [False, True])
 def test_an_interruption_stops_the_work_at_its_next_check_and_waits_for_it(endless):
     """Be it that the reading waits for the work, or for its end."""
-    stopped = threading.Event()
+    stopped, taken = threading.Event(), 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        while endless or not taken:
+            taken += 1
+            yield 0
 
     def work(group, check):
-        time.sleep(0.1)
+        wait_for(lambda: taken > 3 or not endless)
         os.kill(os.getpid(), signal.SIGINT)
         try:
-            for _ in range(3000):
-                check()
-                time.sleep(0.01)
+            wait_for(lambda: check())
         except feed.StoppedError:
-            time.sleep(0.1)
+            stopped.wait(0.1)  # this takes a while, for which the reading must wait
             stopped.set()
             raise
 
     with pytest.raises(KeyboardInterrupt):
-        in_two_threads(itertools.repeat(0) if endless else iter([0]), one, 3, work)
+        in_two_threads(items(), one, 3, work)
     assert stopped.is_set()
 
 

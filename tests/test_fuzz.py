@@ -9,13 +9,13 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import typer
-from forked import Done, Forked
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -26,6 +26,8 @@ from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.training.recipe import Recipe
 
 EXAMPLES = 1000
+CPU_SECONDS = 10  # that a run may use: a hang, if it is not one that waits, however busy the machine is
+MEMORY = 12 << 30  # bytes of addresses that a run may have
 CODES = {0, 1, 2, 3, 4, 5}
 SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24}
 LEVELS = {"segment_lengths": [8, 16], "dilation_rates": [1, 2]}
@@ -75,6 +77,17 @@ COMMANDS: dict[str, list[str]] = {
     "data inspect": ["t.txt"],
 }
 FEW = {"--nproc": ["", "0", "-1", "x", "1.5", str(2**63)]}  # options that would start a thousand processes
+
+
+class Done(NamedTuple):
+    """`code` is None where a run took too long, and minus the signal where one ended it."""
+
+    code: int | None
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
 
 
 def options_of(command: str) -> list[tuple[str, bool]]:
@@ -150,12 +163,24 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Forked]:
-    with Forked(tmp_path_factory.mktemp("forked")) as running:
-        assert running.run(["tokenize", "t.txt", "-o", "a.arrow"], template, seconds=60).code == 0
-        os.link(template / "a.arrow", template / "link.arrow")
-        (template / "a.tokenizer.json").unlink()
-        yield running
+def run(longnet: Path, template: Path) -> Run:
+    """`run(["score", ...], folder)`, within limits: what hangs or asks for all memory fails."""
+
+    def run(args: list[str], folder: Path, closed: str = "") -> Done:
+        limited = f'ulimit -v {MEMORY >> 10}; ulimit -St {CPU_SECONDS}; exec "$@" {closed}'
+        words = ["bash", "-c", limited, "bash", longnet, *args]
+        env = {name: value for name, value in os.environ.items() if not name.startswith("LONGNET_")}
+        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
+        try:
+            done = subprocess.run(words, cwd=folder, env=env | {"NO_COLOR": "1"}, timeout=60, **options)
+        except subprocess.TimeoutExpired:
+            return Done(None, "", "")
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    assert run(["tokenize", "t.txt", "-o", "a.arrow"], template).code == 0
+    os.link(template / "a.arrow", template / "link.arrow")
+    (template / "a.tokenizer.json").unlink()
+    return run
 
 
 def prepare(folder: Path, kind: str, case: Any) -> list[str]:
@@ -220,10 +245,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_nothing_bad_ends_in_a_traceback_hangs_or_changes_a_number(
-    forked: Forked, template: Path, tmp_path: Path
-) -> None:
-    baseline = forked.run(["score", "t.txt", "-q", "--format", "json", "-m", "./model"], template)
+def test_nothing_bad_ends_in_a_traceback_hangs_or_changes_a_number(run: Run, template: Path, tmp_path: Path) -> None:
+    baseline = run(["score", "t.txt", "-q", "--format", "json", "-m", "./model"], template)
     assert baseline.code == 0
     read = {"t.txt", "recipe.toml", "recipe.json", "run/metrics.jsonl", "model/model.safetensors"}
 
@@ -243,7 +266,7 @@ def test_nothing_bad_ends_in_a_traceback_hangs_or_changes_a_number(
         os.link(folder / "a.arrow", folder / "link.arrow")
         command = prepare(folder, kind, case)
         before = contents(folder)
-        done = forked.run(command, folder)
+        done = run(command, folder)
         event(f"{kind}: exit code {done.code}")
         shown = f"{command} in a case of {kind}, {str(case)[:300]}: {done._replace(stdout=done.stdout[-300:])}"
         if wrong := complaint(done):
@@ -260,7 +283,7 @@ def test_nothing_bad_ends_in_a_traceback_hangs_or_changes_a_number(
 @pytest.mark.parametrize(
     "command", ["score t.txt -m ./model", "plot run", "data inspect t.txt", "encode t.txt -m ./model"]
 )
-def test_a_closed_stdout_is_told_before_any_work(forked: Forked, template: Path, command: str) -> None:
-    done = forked.run(command.split(), template, closed=(1,))
+def test_a_closed_stdout_is_told_before_any_work(run: Run, template: Path, command: str) -> None:
+    done = run(command.split(), template, closed=">&-")
     assert (done.code, done.stdout) == (1, "")
     assert done.stderr == "longnet: error: stdout is closed, and what this command finds goes there: nothing was done\n"

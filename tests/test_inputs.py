@@ -153,10 +153,10 @@ def test_names_are_utf_8_whatever_the_locale(tmp_path, run_longnet):
     (tmp_path / "list").write_text("é/ß.txt\n")
     plain = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
     for item in ("é", "é/*.txt", "é/ß.txt", "@list"):
-        done = run_longnet("tokenize", item, "-o", "ü.jsonl", env=plain)
+        done = run_longnet("tokenize", item, "-o", "ü.jsonl", env=plain, fresh=True)
         assert (done.returncode, done.stderr[-10:]) == (0, "> ü.jsonl\n"), done.stderr
         assert json.loads((tmp_path / "ü.jsonl").read_text())["doc_id"] == "ß.txt"
-    done = run_longnet("data", "inspect", "é/none.txt", env=plain)
+    done = run_longnet("data", "inspect", "é/none.txt", env=plain, fresh=True)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (3, "problem: é/none.txt: no such file or folder")
 
 

@@ -21,12 +21,9 @@ CPU, MATH = torch.device("cpu"), kernels.KERNELS["math"]
 @pytest.fixture(autouse=True)
 def _fresh_selection():
     """Selections are remembered for the life of a process; not from one test to the next."""
-    caches = (kernels._select, kernels._flash_attn_functions)
-    for cache in caches:
-        cache.cache_clear()
+    kernels.forget_selections()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    kernels.forget_selections()
 
 
 def strided(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

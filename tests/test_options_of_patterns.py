@@ -20,7 +20,7 @@ from torch import Tensor
 from longnet_cli.attention import SINKS, FarKeys, KVCache, Pattern, Span, dilated_attention, far_keys
 from longnet_cli.attention.merging import apart, strided_view
 from longnet_cli.attention.pattern import attention_flops, branches, cached_rows, far_spans, lanes
-from longnet_cli.attention.reference import _key_counts, dilated_attention_reference
+from longnet_cli.attention.reference import dilated_attention_reference, key_counts
 
 
 def run(function, inputs: list[Tensor], pattern: Pattern, **options) -> list[Tensor]:
@@ -156,7 +156,7 @@ def test_documents_in_a_row_equal_each_alone(choice: Choice, sizes: list[int]) -
 def test_flops_are_those_of_the_pairs_that_meet(choice: Choice) -> None:
     """Those of a causal square count half: the pairs that meet, less half of those of a row and itself."""
     pattern = replace(choice.pattern, level_bias=None)
-    counts = _key_counts(pattern, choice.heads, choice.tokens, choice.causal, 0, "exact")[0]
+    counts = key_counts(pattern, choice.heads, choice.tokens, choice.causal, 0, "exact")[0]
     pairs = counts.sum() - (counts.diagonal(0, 1, 2).sum() / 2 if choice.causal else 0)
     found = attention_flops(pattern, choice.heads, 8, choice.tokens, choice.causal, 2, choice.kv_heads)
     assert found == 2 * 4 * 8 * pairs
@@ -211,7 +211,7 @@ def test_sinks_are_seen_right_before_the_window_at_any_distance(causal: bool, mo
 def test_a_query_sees_what_the_table_says() -> None:
     """The far row of the evidence: a window of 1,024 and 4,096 further tokens at rate 4, scaled to a 64th."""
     pattern = Pattern((16, 16), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=2, level_bias="log_rate")
-    counts = _key_counts(replace(pattern, level_bias=None), 4, 256, True, 0, "exact")[0]
+    counts = key_counts(replace(pattern, level_bias=None), 4, 256, True, 0, "exact")[0]
     for head in range(4):
         near, far, sinks = range(112, 135), range(48 + head, 112, 4), range(2)
         assert counts[head, 134].nonzero().flatten().tolist() == sorted([*sinks, *far, *near])
@@ -234,7 +234,7 @@ def test_keys_per_query_are_those_in_the_middle(pattern: Pattern, causal: bool) 
     """Counted over a segment of the widest level, far from both ends; causal, half of them and all sinks."""
     w = max(pattern.segment_lengths)
     middle = slice(3 * w, 4 * w)
-    counts = _key_counts(pattern, max(pattern.dilation_rates), 6 * w, causal, 0, "exact")[0]
+    counts = key_counts(pattern, max(pattern.dilation_rates), 6 * w, causal, 0, "exact")[0]
     mean = counts[:, middle].sum(-1).mean().item()
     own = counts.diagonal(0, 1, 2)[:, middle].mean().item() / 2 if causal else 0  # half a row: itself
     expected = (pattern.keys_per_query - pattern.sinks) / (2 if causal else 1) + pattern.sinks

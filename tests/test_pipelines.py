@@ -145,11 +145,11 @@ def test_every_form_gives_the_same_tokens_scores_and_vectors(tmp_path: Path, ans
 
 
 @pytest.fixture
-def shell(tmp_path: Path, command_env: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
+def shell(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Runs a line of bash in which `longnet` is this checkout's."""
 
     def run(line: str, **options: Any) -> subprocess.CompletedProcess:
-        script = f'set -o pipefail; longnet() {{ "{sys.executable}" -m longnet_cli "$@"; }}; {line}'
+        script = f"set -o pipefail; PATH={longnet.parent}:$PATH; {line}"
         options = {"text": True, "timeout": 120, "stdin": subprocess.DEVNULL} | options
         return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=command_env, capture_output=True, **options)
 
@@ -243,10 +243,12 @@ def test_a_reader_that_leaves_is_no_error_to_tell(shell, model: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("command", ["tokenize x.txt -o -", "encode x.txt -o -", "encode x.txt"])
-def test_binary_is_not_written_to_a_terminal(command: str, command_env: dict[str, str], tmp_path: Path) -> None:
+def test_binary_is_not_written_to_a_terminal(
+    command: str, command_env: dict[str, str], longnet: Path, tmp_path: Path
+) -> None:
     terminal, stdout = pty.openpty()
     try:
-        words = [sys.executable, "-m", "longnet_cli", *command.split()]
+        words = [longnet, *command.split()]
         done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True, env=command_env, cwd=tmp_path)
     finally:
         os.close(stdout)

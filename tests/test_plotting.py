@@ -151,7 +151,7 @@ def test_the_command(run_longnet, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines())) == 50
     assert "\x1b" not in done.stdout
-    ascii_only = run_longnet("plot", "run", env={"PYTHONIOENCODING": "ascii"})
+    ascii_only = run_longnet("plot", "run", env={"PYTHONIOENCODING": "ascii"}, fresh=True)
     assert ascii_only.stdout.isascii()
     assert ascii_only.returncode == 0
     wrong = run_longnet("plot", "run", "nowhere")
@@ -163,7 +163,7 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path: Path, run_long
     (tmp_path / "hidden/matplotlib").mkdir(parents=True)
     (tmp_path / "hidden/matplotlib/__init__.py").write_text("raise ImportError('hidden')")
     path = os.pathsep.join([str(tmp_path / "hidden"), str(Path(__file__).parents[1])])
-    done = run_longnet("plot", "run", "-o", "curves.png", env={"PYTHONPATH": path})
+    done = run_longnet("plot", "run", "-o", "curves.png", env={"PYTHONPATH": path}, fresh=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "pip install 'longnet-cli[plot]'" in done.stderr
     assert not (tmp_path / "curves.png").exists()

@@ -18,7 +18,6 @@ with progress("scoring [x]", total=1000) as advance:
         advance(250, loss=f"{2 - step / 10:.2f}")
         print("row", step)
         sys.stdout.flush()
-        time.sleep(0.05)
 """
 COLOUR = re.compile(r"\x1b\[[0-9;]*[1-9][0-9;]*m")
 

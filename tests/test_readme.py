@@ -38,10 +38,10 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_shell_commands(checkout: Path, command_env: dict[str, str]) -> None:
+def test_shell_commands(checkout: Path, command_env: dict[str, str], longnet: Path) -> None:
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
     assert len(commands) >= 21
-    python = f'python() {{ "{sys.executable}" "$@"; }}; longnet() {{ python -m longnet_cli "$@"; }}'
+    python = f'PATH="{longnet.parent}:$PATH"; python() {{ "{sys.executable}" "$@"; }}'
     script = "\n".join(["set -euo pipefail", python, *commands])
     done = subprocess.run(
         ["bash", "-c", script], cwd=checkout, env=command_env, capture_output=True, text=True, check=False, timeout=600

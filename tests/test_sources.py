@@ -183,7 +183,7 @@ def test_stdin_text_and_a_redirected_file(tmp_path):
     script = (
         "from longnet_cli.data.sources import *\n"
         "document, *_ = read_documents(['-'], None)\n"
-        "print(document.doc_id, document.read().tolist(), type(document._parts[0].ids).__name__)"
+        "print(document.doc_id, document.read().tolist(), type(document.parts[0].ids).__name__)"
     )
     with open(FORMATS["file"](tmp_path)) as file:
         done = subprocess.run([sys.executable, "-c", script], stdin=file, capture_output=True, text=True, check=True)
@@ -241,7 +241,7 @@ def test_a_document_in_pieces_that_is_not_mapped_lives_on_disk(tmp_path, monkeyp
     ):
         documents = read(path)
         assert tokens(documents) == IDS
-        assert any(isinstance(part.ids, np.memmap) for part in documents[2]._parts) == on_disk
+        assert any(isinstance(part.ids, np.memmap) for part in documents[2].parts) == on_disk
 
 
 def test_a_disk_without_room_for_a_document_is_one_line(tmp_path, monkeypatch):

@@ -25,6 +25,11 @@ def trained() -> Tokenizer:
     return Tokenizer.train(CORPUS, 300)
 
 
+def library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer as its library has it."""
+    return tokenizers.Tokenizer.from_str(tokenizer.to_json())
+
+
 def test_byte_ids_are_the_bytes_themselves():
     tokenizer = Tokenizer.bytes()
     text = "aé漢\n\t🙂" + "".join(map(chr, range(1, 256)))
@@ -34,7 +39,7 @@ def test_byte_ids_are_the_bytes_themselves():
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
     assert tokenizer.token_bytes.tolist() == [1] * 256 + [0]
     # The library, asked itself, agrees with the shortcut.
-    assert tokenizer._inner.encode(text, add_special_tokens=False).ids == ids.tolist()
+    assert library(tokenizer).encode(text, add_special_tokens=False).ids == ids.tolist()
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,10 +61,10 @@ def test_end_of_text_inside_a_document_is_text(trained):
 
 def test_cutting_a_long_text_changes_no_token(trained, monkeypatch):
     text = "".join(CORPUS) * 3 + "abc123def456" * 40 + "don't (stop) \n\n  now " * 10 + "漢字、仮名。" * 20
-    whole = trained._inner.encode(text, add_special_tokens=False).ids
+    whole = library(trained).encode(text, add_special_tokens=False).ids
     monkeypatch.setattr(module, "PIECE", 7)
     monkeypatch.setattr(module, "GROUP", 50)
-    assert len(list(module._pieces(text))) > 100
+    assert len(list(module.cut_text(text))) > 100
     assert trained.encode(text).tolist() == whole
     parts = list(trained.encode_parts([text, "", text]))
     for owner, expected in enumerate((whole, [], whole)):
@@ -72,7 +77,8 @@ def test_a_tokenizer_whose_words_cross_the_cuts_is_not_cut(monkeypatch):
     inner = tokenizers.Tokenizer(models.BPE(vocab={**words, "a ": 5}, merges=[("a", " "), ("a ", "b")]))
     assert Tokenizer(inner).encode("bbbba b").tolist() == [1, 1, 1, 1, 3]
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
-    assert not Tokenizer(inner)._can_cut
+    text = "a b" * 9
+    assert Tokenizer(inner).encode(text).tolist() == inner.encode(text).ids
     assert Tokenizer(inner).token_bytes is None
     assert Tokenizer(inner).n_bytes(np.array([0])) is None
 
@@ -80,7 +86,7 @@ def test_a_tokenizer_whose_words_cross_the_cuts_is_not_cut(monkeypatch):
 @pytest.mark.parametrize("text", ["the cat sat " * 100_000, "漢" * 3_000_000, "ACGT" * 700_000 + " end", "a1" * 99_999])
 def test_pieces_are_bounded_whatever_the_text(text):
     # Encoding one piece takes more than linear time, so bounded pieces are what keeps a long text linear.
-    pieces = list(module._pieces(text))
+    pieces = list(module.cut_text(text))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= (module.LONGEST_PIECE if " " not in text[:9] and "1" not in text else 70_000)
 
@@ -96,7 +102,7 @@ def test_saved_is_loaded(trained, tmp_path):
 
 
 def test_truncation_and_padding_in_the_file_are_ignored(trained, tmp_path):
-    description = json.loads(trained._inner.to_str())
+    description = json.loads(trained.to_json())
     description["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     assert len(Tokenizer.load(tmp_path).encode("the cat sat on the mat, and more")) > 4

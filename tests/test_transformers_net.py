@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.ipc as ipc
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 from tokenizers.processors import TemplateProcessing
@@ -388,7 +389,7 @@ def test_what_a_tokenizer_puts_before_a_text() -> None:
     """Llama's template says so; without one it is the end of text."""
     words = Tokenizer.bytes()
     assert words.bos_id == words.eos_id == 256
-    inner = words._inner
+    inner = tokenizers.Tokenizer.from_str(words.to_json())
     inner.add_special_tokens(["<s>"])
     inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))])
     assert Tokenizer(inner).bos_id == 257

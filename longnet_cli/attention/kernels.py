@@ -230,6 +230,12 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name:
     return _select(device, dtype, head_dim, name)
 
 
+def forget_selections() -> None:
+    """Probe again what `select_kernel` has found: it remembers for the life of a process."""
+    _select.cache_clear()
+    _flash_attn_functions.cache_clear()
+
+
 @lru_cache(maxsize=256)
 def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None) -> Kernel:
     if name is not None:

@@ -41,7 +41,7 @@ def dilated_attention_reference(
                 out = out.index_put((torch.tensor(b), torch.arange(n)), alone[0])
         return out
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-    counts, zeros = _key_counts(pattern, q.shape[2], q.shape[1], causal, start, padding)
+    counts, zeros = key_counts(pattern, q.shape[2], q.shape[1], causal, start, padding)
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k)
     n, w, b = pattern.sinks, pattern.segment_lengths[0], pattern.look_backs[0]
     late = torch.arange(min((b + 1) * w, q.shape[1]), q.shape[1])  # queries whose first level covers no sinks
@@ -57,7 +57,7 @@ def dilated_attention_reference(
     return torch.einsum("bhnm,bmhd->bnhd", weights[..., :-1], v)
 
 
-def _key_counts(
+def key_counts(
     pattern: Pattern, heads: int, tokens: int, causal: bool, start: int, padding: Padding
 ) -> tuple[Tensor, Tensor]:
     """How often each query sees each key, (heads, tokens, tokens), and zero keys, (heads, tokens, 1).

@@ -57,12 +57,12 @@ class Document:
         self._n_bytes = n_bytes
         self._limit = limit
         self._place = place
-        self._parts = [Part(tokens)] if isinstance(tokens, np.ndarray) else tokens
+        self.parts = [Part(tokens)] if isinstance(tokens, np.ndarray) else tokens
         self._starts = [0]  # of each part, and the end
-        for part in self._parts:
+        for part in self.parts:
             self._starts.append(self._starts[-1] + len(part.ids))
         self._length = self._starts.pop()
-        dtype = self._parts[0].ids.dtype
+        dtype = self.parts[0].ids.dtype
         # Seen as unsigned a negative id is a huge one, so that one maximum tells both kinds of bad ids.
         self._unsigned = np.dtype(f"u{dtype.itemsize}")
         ceiling = min(np.iinfo(dtype).max, np.iinfo(np.int64).max)
@@ -90,7 +90,7 @@ class Document:
         index = bisect_right(self._starts, start) - 1
         done = 0
         while done < len(out):
-            part = self._parts[index]
+            part = self.parts[index]
             first = start + done - self._starts[index]
             stored = part.ids[first : first + min(len(out) - done, BLOCK)]
             if not len(stored):

@@ -154,7 +154,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        inner.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+        inner.train_from_iterator((piece for text in texts for piece in cut_text(text)), trainer)
         return cls(inner)
 
     def encode(self, text: str) -> np.ndarray:
@@ -260,7 +260,7 @@ class Tokenizer:
         pieces: list[str] = []
         size = 0
         for owner, text in enumerate(texts):
-            for piece in _pieces(text) if self._can_cut else [text]:
+            for piece in cut_text(text) if self._can_cut else [text]:
                 owners.append(owner)
                 pieces.append(piece)
                 size += len(piece)
@@ -271,7 +271,7 @@ class Tokenizer:
             yield owners, pieces
 
 
-def _pieces(text: str) -> Iterator[str]:
+def cut_text(text: str) -> Iterator[str]:
     """Cut a text where words start anyway, about every PIECE characters.
 
     One unbroken run of letters longer than LONGEST_PIECE is cut regardless, lest it take quadratic time.

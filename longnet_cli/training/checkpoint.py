@@ -94,7 +94,7 @@ class Checkpoints:
                     shutil.rmtree(leftover)
                 partial.mkdir()
             self.ranks.barrier()
-            _save_tensors(partial, tensors)
+            save_tensors(partial, tensors)
             if self.ranks.first:
                 _write_state(partial, facts)
                 if final.exists():  # damaged, or this would not be written anew
@@ -198,7 +198,7 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(f"{checkpoint}: {_cause(error)}") from None
 
 
-def _save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write and flush safetensors files; raises OSError."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageWriter

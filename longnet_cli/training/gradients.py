@@ -46,7 +46,7 @@ def backward(
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     chunk *= dist.get_world_size(group) if group else 1
-    forwards = list(_forwards(starts or [[0]] * tokens.shape[0], tokens.shape[1], chunk))
+    forwards = list(plan_forwards(starts or [[0]] * tokens.shape[0], tokens.shape[1], chunk))
     for index, forward in enumerate(forwards, 1):
         final = index == len(forwards)
         ids, wanted = Pieces(tokens, forward.rows), Pieces(targets, forward.rows)
@@ -100,7 +100,7 @@ class _Forward(NamedTuple):
     documents: list[int] | None
 
 
-def _forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> Iterator[_Forward]:
+def plan_forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> Iterator[_Forward]:
     """Cut windows of `length` tokens into forwards of at most `chunk` tokens, except where one document is longer.
 
     Windows that are one document go side by side, as rows; the documents of the others one after the other, in a row.

@@ -138,7 +138,7 @@ class _Run:
         check_ranks(recipe, ranks)
         if initial:
             Tokenizer.of_model(find_model(initial), recipe.data.tokenizer, differs=tokenizer_differs)
-        self.windows = _windows(recipe, self.tokenizer, self.eos_id, ranks)
+        self.windows = make_windows(recipe, self.tokenizer, self.eos_id, ranks)
         held_out = recipe.data.held_out
         self.held_out = _documents(recipe, self.tokenizer, held_out) if held_out else []
         if held_out and not any(map(len, self.held_out)):
@@ -405,7 +405,7 @@ def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Sequence[str]) -> l
     return list(found)
 
 
-def _windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
+def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
     """The training data, cut into the windows of each stage."""
     mix, train = recipe.data.sources, recipe.train
     sources = [TokenStream(_documents(recipe, tokenizer, source.inputs), eos_id) for source in mix]
