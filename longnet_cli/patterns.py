@@ -13,7 +13,7 @@ Where an option has one number per level, a slash stands between them. Sizes are
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ _CONSTRUCTORS = {
     "nested": _Constructor(Pattern.nested, "length", words=("base", "ratio")),
     "pretrained": _Constructor(Pattern.pretrained, "width", needed=False),
 }
+PATTERN_FIELDS = tuple(field.name for field in fields(Pattern))
 FORMS = "paper, geometric:LENGTH, window:WIDTH, nested:LENGTH, pretrained, or levels as 1Ki/1,4Ki/4"
 
 
@@ -202,8 +203,3 @@ def pattern_fields(pattern: Pattern) -> dict[str, Any]:
     levels = {name: getattr(pattern, name) for name in ("segment_lengths", "dilation_rates")}
     plain = Pattern(**levels)
     return levels | {n: getattr(pattern, n) for n in _OPTIONS if getattr(pattern, n) != getattr(plain, n)}
-
-
-def without_pattern(data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` without the keys that say a pattern."""
-    return {key: value for key, value in data.items() if key not in {*(f.name for f in fields(Pattern)), "pattern"}}

@@ -28,12 +28,24 @@ def parse_device(text: str) -> str:
     return text
 
 
-def read_pattern(segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None) -> Pattern | None:
-    """The levels of the two options, None where neither is given. Raises ConfigError."""
+def read_pattern(
+    segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None, pattern: str | None = None
+) -> Pattern | None:
+    """The pattern of --pattern, or the levels of the other two; None where none is given. Raises ConfigError."""
+    from longnet_cli.attention import Pattern
+    from longnet_cli.patterns import parse_pattern
+
+    if pattern is not None:
+        if segment_lengths is not None or dilation_rates is not None:
+            raise ConfigError(
+                "--pattern says the whole pattern, --segment-lengths and --dilation-rates list levels: give one"
+            )
+        try:
+            return parse_pattern(pattern)
+        except ValueError as error:
+            raise ConfigError(f"--pattern: {error}") from None
     if segment_lengths is None and dilation_rates is None:
         return None
-    from longnet_cli.attention import Pattern
-
     try:
         return Pattern(tuple(segment_lengths or ()), tuple(dilation_rates or ()))
     except ValueError as error:
@@ -108,12 +120,22 @@ AttentionOption = Annotated[
     Literal["dilated", "dense"],
     typer.Option("--attention", help="Of a model of transformers: dilated, or its own."),
 ]
+PatternOption = Annotated[
+    str | None,
+    typer.Option(
+        "--pattern",
+        metavar="PATTERN",
+        help="Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, nested:1Mi, pretrained, or levels as "
+        "1Ki/1,4Ki/4. `longnet pattern` shows what it is.",
+        show_default="the model's own",
+    ),
+]
 SegmentLengthsOption = Annotated[
     Sequence[int] | None,
     sizes_option(
         "--segment-lengths",
-        help="Levels of a model of transformers, with --dilation-rates.",
-        show_default="those in its config.json",
+        help="Levels in place of --pattern, with --dilation-rates.",
+        show_default="the model's own",
     ),
 ]
 DilationRatesOption = Annotated[

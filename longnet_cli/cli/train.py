@@ -14,7 +14,7 @@ import typer
 
 from longnet_cli.cli.dry_run import Format, show
 from longnet_cli.cli.launch import launch
-from longnet_cli.cli.options import DeviceOption, NprocOption, QuietOption, size_option
+from longnet_cli.cli.options import DeviceOption, NprocOption, PatternOption, QuietOption, read_pattern, size_option
 from longnet_cli.cli.output import format_bytes, printable
 from longnet_cli.cli.progress import Advance, progress
 from longnet_cli.runtime.launch import LAUNCHED
@@ -94,6 +94,7 @@ def train(
             show_default="none",
         ),
     ] = None,
+    pattern: PatternOption = None,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
@@ -113,6 +114,8 @@ def train(
     overrides: dict[str, Any] = parse_overrides(settings or [])
     if data:
         overrides["data.train"] = data
+    if read_pattern(None, None, pattern):
+        overrides["model.pattern"] = pattern
     if tokenizer:
         overrides["data.tokenizer"] = tokenizer
     overrides |= {f"parallel.{key}": value for key, value in (("sp", sp), ("dp", dp), ("shard", shard)) if value}

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longnet_cli.attention import FarKeys, dilated_attention
+from longnet_cli.attention import FarKeys, Pattern, dilated_attention
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model.net import FarProvider, Net
@@ -218,12 +218,17 @@ class LongNet(Net):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_dir: str | PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        name_or_dir: str | PathLike[str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        pattern: Pattern | None = None,
     ) -> LongNet:
         """A saved model, from its directory or by the name of one that ships; see weights.load_pretrained."""
         from longnet_cli.model.weights import load_pretrained
 
-        return load_pretrained(name_or_dir, device, dtype)
+        return load_pretrained(name_or_dir, device, dtype, pattern=pattern)
 
     def save_pretrained(self, directory: str | PathLike[str], tokenizer_json: str | None = None) -> None:
         """Write config.json, model.safetensors and tokenizer.json; see weights.save_pretrained."""

@@ -26,6 +26,7 @@ from longnet_cli.model.positions import XPOS_GAMMA
 from longnet_cli.presets import CONFIG_SHA256, TENSORS_SHA256, TOKENIZER_SHA256, find_model
 
 if TYPE_CHECKING:
+    from longnet_cli.attention import Pattern
     from longnet_cli.model.longnet import LongNet
     from longnet_cli.model.net import Net
 
@@ -89,10 +90,13 @@ def save_pretrained(
                 path.unlink()
 
 
-def load_config(directory: str | PathLike[str]) -> LongNetConfig:
-    """The configuration of a model directory. Raises CheckpointError (unreadable) or ConfigError (wrong)."""
+def load_config(directory: str | PathLike[str], pattern: Pattern | None = None) -> LongNetConfig:
+    """The configuration of a model directory, with another `pattern` if one is given.
+
+    Raises CheckpointError (unreadable) or ConfigError (wrong, or a pattern that the net cannot have).
+    """
     path = Path(directory) / CONFIG
-    return parse_config(_read_config(path), str(path))
+    return parse_config(_read_config(path), str(path), pattern)
 
 
 def load_pretrained(
@@ -100,17 +104,19 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     *,
+    pattern: Pattern | None = None,
     verify: bool = True,
 ) -> LongNet:
     """A model from its directory, or by the name of one that ships, in eval mode; `dtype` None keeps the stored one.
 
-    A string without a slash is a name, never a folder; a `Path` is always a folder. Where model.safetensors has the
+    A string without a slash is a name, never a folder; a `Path` is always a folder. `pattern` takes the place of the
+    model's own: the weights do not depend on it, what the net computes does. Where model.safetensors has the
     digests of `save_pretrained`, its tensors and config.json must be what was saved; `verify=False` takes them as they
     are. Raises CheckpointError of one line (a missing or damaged file, tensors missing, unexpected, of another shape,
     of integers, or not finite), ConfigError for a wrong config.json or an unknown name.
     """
     folder = _resolve(name_or_dir)
-    config = load_config(folder)
+    config = load_config(folder, pattern)
     path = folder / WEIGHTS
     if not path.is_file():
         raise CheckpointError(f"{folder}: {WEIGHTS} is {'not a file' if path.exists() else 'missing'}")
