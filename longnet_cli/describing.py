@@ -111,9 +111,9 @@ def find_subject(text: str) -> Subject:
             shipped = ", ".join(sorted({*recipes, *list_models()}))
             raise ConfigError(f"{error}; or a recipe or model, of which these are shipped: {shipped}") from None
     if text.endswith((".toml", ".json")) or (not path and text not in list_models()):
-        from longnet_cli.training.recipe import load_recipe
+        from longnet_cli.training.recipe import load_recipe  # any tokenizer: a pattern has no vocabulary
 
-        return _of_config(text, load_recipe(text, {}).model)
+        return _of_config(text, load_recipe(text, {"data.tokenizer": "bytes"}).model)
     folder = find_model(text)
     if not is_of_transformers(folder):
         from longnet_cli.model.weights import load_config

@@ -6,6 +6,8 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from longnet_cli.data.sinks import write_file
 from longnet_cli.describing import NOTHING, Subject, picture
 from longnet_cli.errors import ConfigError, LongNetError
@@ -17,7 +19,7 @@ _SIZE = 480  # rows and columns of a picture
 
 
 def draw_text(
-    subject: Subject, seq: int, *, causal: bool, size: int = 32, color: bool = False, blocks: bool = True
+    subject: Subject, seq: int, *, causal: bool, size: int = 24, color: bool = False, blocks: bool = True
 ) -> str:
     """The keys that queries see: `size` queries down, keys across, each cell with its first level.
 
@@ -73,7 +75,7 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path, *, c
         raise ConfigError(f"{output}: a picture's name ends in {', '.join(PICTURES)}")
     try:
         from matplotlib import colormaps
-        from matplotlib.colors import ListedColormap
+        from matplotlib.colors import ListedColormap, to_hex
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError:
@@ -82,12 +84,15 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path, *, c
         ) from None
     figure = Figure(figsize=(4.2 * len(subjects), 4.6), layout="constrained")
     for axes, subject in zip(figure.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True):
-        cells = picture(subject.pattern, seq, _SIZE, subject.heads, subject.causal if causal is None else causal)
+        looks_back = subject.causal is not False if causal is None else causal
+        cells = picture(subject.pattern, seq, _SIZE, subject.heads, looks_back)
         levels = len(subject.pattern.levels)
-        tones = colormaps["viridis"]
-        colors = ["white", *(tones(i / max(1, levels)) for i in range(levels)), "crimson"]
+        tones = [to_hex(colormaps["viridis"](i / max(1, levels))) for i in range(levels)]
+        colors = ["white", *tones, "crimson"]
         extent = (0, seq, seq, 0)
         axes.imshow(cells, cmap=ListedColormap(colors), vmin=-1, vmax=levels, interpolation="nearest", extent=extent)
+        if len(rows := np.flatnonzero((cells == levels).any(1))):  # a few tokens wide: no cell would show them
+            axes.vlines(0, rows[0] * seq / len(cells), seq, color="crimson", linewidth=5)
         axes.set_title(subject.name, fontsize=9)
         axes.set_xlabel("key")
         axes.set_ylabel("query")

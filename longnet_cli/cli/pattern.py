@@ -97,29 +97,30 @@ def pattern(
 
 def _print(found: Description) -> None:
     direction = "causal" if found.causal else "bidirectional"
-    print(printable(f"{found.name}: {direction}, {found.seq:,} tokens, {found.heads} heads\n"))
+    print(printable(f"{found.name}: {direction}, {found.seq:,} tokens, {found.heads} heads"))
+    print()
     print(
-        f"{'level':<7}{'segment':>14}{'rate':>9}{'look-back':>11}{'keys per query':>16}{'FLOPs':>7}{'cache rows':>12}"
+        f"{'level':<5}{'segment':>13}{'rate':>8}{'look-back':>11}{'keys per query':>16}{'FLOPs':>7}{'cache rows':>15}"
     )
     for index, level in enumerate(found.levels):
-        shape = f"{index:<7}{level.segment_length:>14,}{level.dilation_rate:>9,}{level.look_back:>11,}"
+        shape = f"{index:<5}{level.segment_length:>13,}{level.dilation_rate:>8,}{level.look_back:>11,}"
         print(shape + _costs(level, f"{level.flops_share:.0%}"))
     if found.sinks.keys_per_query:
-        print(f"{'sinks':<41}" + _costs(found.sinks, f"{found.sinks.flops / (found.total.flops or 1):.0%}"))
-    print(f"{'total':<41}" + _costs(found.total, format_count(found.total.flops)))
-    print(f"{'dense':<41}" + _costs(found.dense, format_count(found.dense.flops)))
+        print(f"{'sinks':<37}" + _costs(found.sinks, f"{found.sinks.flops / (found.total.flops or 1):.0%}"))
+    print(f"{'total':<37}" + _costs(found.total, format_count(found.total.flops)))
+    print(f"{'dense':<37}" + _costs(found.dense, format_count(found.dense.flops)))
     print()
-    print(f"nearest 64 tokens   {found.nearest_mean:.1f} seen on average, {found.nearest_least} at least")
+    print(f"of the nearest 64 tokens, a query sees {found.nearest_mean:.1f} on average, {found.nearest_least} at least")
     if found.reach is not None:
         what = "the past" if found.causal else "the sequence"
         reached = ", ".join(f"{_percent(share)} in {number}" for number, share in found.reach.items())
-        print(f"linked to           of {what}, within layers: {reached}")
+        print(f"of {what}, it is linked to {reached} layers")
 
 
 def _costs(costs: Costs | LevelCosts, flops: str) -> str:
     rows = "-" if costs.cache_rows is None else f"{costs.cache_rows:,}"
     keys = f"{costs.keys_per_query:,.0f}" if costs.keys_per_query >= 10 else f"{costs.keys_per_query:.3g}"
-    return f"{keys:>16}{flops:>7}{rows:>12}"
+    return f"{keys:>16}{flops:>7}{rows:>15}"
 
 
 def _percent(share: float) -> str:
