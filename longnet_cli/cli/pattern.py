@@ -70,6 +70,8 @@ def pattern(
     found = [replace(subject, heads=heads or subject.heads) for subject in found]
     length = seq or max(default_length(subject.pattern) for subject in found)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    if output:
+        draw_picture(found, length, output, causal=causal)
     rows = []
     for index, subject in enumerate(found):
         looks_back = subject.causal is not False if causal is None else causal
@@ -91,8 +93,6 @@ def pattern(
             print(f"\n{draw_text(subject, length, causal=looks_back, **marks)}\n{legend(subject, **marks)}")
     if format == "json":
         emit_json(rows)
-    if output:
-        draw_picture(found, length, output, causal=causal)
 
 
 def _print(found: Description) -> None:
