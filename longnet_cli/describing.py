@@ -27,6 +27,8 @@ NEAREST = 64  # tokens up to a query, itself among them
 LONGEST_REACH = 1 << 16  # tokens of a sequence whose links are followed
 _CELLS = 1 << 21  # of queries x keys, when links are followed
 _QUERIES = 1 << 11  # of which the nearest tokens are looked at
+LONGEST = 1 << 60  # tokens
+MOST_PARTS = 1 << 16
 NOTHING = -1  # in a picture, what no level shows
 
 
@@ -146,6 +148,7 @@ def describe(
     if refusal := pattern.refusal(causal, "exact"):
         raise ConfigError(f"{name or format_pattern(pattern)}: {refusal}")
     seq = seq or default_length(pattern)
+    _refuse_the_boundless(pattern, seq)
     half = 2 if causal else 1
     *flops, of_sinks = level_flops(pattern, heads, head_dim, seq, causal)
     total = sum(flops) + of_sinks
@@ -179,6 +182,20 @@ def describe(
         nearest_mean=mean,
         reach=reach(pattern, seq, heads, causal, layers) if seq <= LONGEST_REACH else None,
     )
+
+
+def _refuse_the_boundless(pattern: Pattern, seq: int) -> None:
+    """Raise ConfigError where positions leave int64, or the plan of a sequence has more parts than one can wait for."""
+    parts, inner = 0, pattern.segment_lengths[0]
+    for (w, r), back in zip(pattern.levels, pattern.look_backs, strict=True):
+        if max(seq, (back + 2) * w, r) > LONGEST:
+            raise ConfigError(f"{format_pattern(pattern)}, {seq} tokens: nothing is described beyond 2^60 tokens")
+        parts += (w // inner if pattern.overlap == "once" else 1) * (1 + back)
+        inner = w
+    if parts > MOST_PARTS:
+        raise ConfigError(
+            f"{format_pattern(pattern)}: its segments see each other in {parts} parts, too many to describe"
+        )
 
 
 def default_length(pattern: Pattern) -> int:

@@ -19,7 +19,7 @@ _SIZE = 480  # rows and columns of a picture
 
 
 def draw_text(
-    subject: Subject, seq: int, *, causal: bool, size: int = 24, color: bool = False, blocks: bool = True
+    subject: Subject, seq: int, *, causal: bool, size: int = 32, color: bool = False, blocks: bool = True
 ) -> str:
     """The keys that queries see: `size` queries down, keys across, each cell with its first level.
 
