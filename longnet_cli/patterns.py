@@ -88,7 +88,8 @@ def parse_pattern(text: str) -> Pattern:
         first, comma, _ = name.partition(",")
         if comma and first in _CONSTRUCTORS:
             raise ValueError(f"a colon follows the name: {text.replace(',', ':', 1)}")
-        raise ValueError(f"unknown pattern '{name}'{_nearest(name, _CONSTRUCTORS)}. Write {FORMS}")
+        hint = _nearest(name, _CONSTRUCTORS) or "."
+        raise ValueError(f"unknown pattern '{name}'{hint} Write {FORMS}")
     found = _CONSTRUCTORS[name]
     sizes, given = _read(name, rest.split(",") if colon else [], found.words)
     if found.sizes and found.needed and not sizes:

@@ -142,7 +142,7 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
         (["1Ki/1,4Ki/4,queries=all"], '1Ki/1,4Ki/4,queries=all: queries="all" needs overlap="once"'),
         (["paper", "--seq", "2e18"], "paper, 2000000000000000000 tokens: nothing is described beyond 2^60 tokens"),
         (["1Ki/1,1Gi/4,overlap=once"], "1Ki/1,1Gi/4,overlap=once: its segments see each other in 1048577 parts"),
-        (["window:8,look_back=1e9"], "window:8,look_back=1G: its segments see each other in 1000000001 parts"),
+        (["window:8,look_back=1e9"], "8/1,look_back=1G: its segments see each other in 1000000001 parts"),
         (["paper", "-o", "x.txt"], "x.txt: a picture's name ends in .png, .svg, .pdf"),
     ],
 )
