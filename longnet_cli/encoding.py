@@ -44,7 +44,7 @@ class EncodeOptions:
     `bos` (the tokenizer's end-of-text id) is put before each document of a causal model, as in scoring, and not pooled.
     `pool` takes the mean of the hidden states of a document's tokens, or the one of its last or first token;
     `normalize` then scales the vector to length 1. With `span` there is a row for every `span` tokens of a document.
-    `model_name` and `tokenizer_sha256` go into the schema's metadata.
+    `model_name`, `tokenizer_sha256` and `pattern` (a text of `longnet_cli.patterns`) go into the schema's metadata.
     """
 
     bos: int | None = None
@@ -54,6 +54,7 @@ class EncodeOptions:
     embedding_dtype: EmbeddingDtype = "float32"
     model_name: str | None = None
     tokenizer_sha256: str | None = None
+    pattern: str | None = None
 
     def __post_init__(self) -> None:
         if self.span is not None and self.span < 1:
@@ -70,6 +71,7 @@ class EncodeOptions:
             "longnet.pooling": self.pool,
             "longnet.normalized": "true" if self.normalize else "false",
             "longnet.tokenizer_sha256": self.tokenizer_sha256,
+            "longnet.pattern": self.pattern,
         }
         number = pa.float32() if self.embedding_dtype == "float32" else pa.float16()
         fields = [
@@ -151,6 +153,7 @@ def encode_to_folder(
     dtype = resolve_dtype(dtype, device)
     decisive = {
         **settings,
+        "pattern": options.pattern,  # told first where it differs: the model's digest does then, too
         "model": model_fingerprint(model),
         "kernel": check_kernel(device, dtype, model.config.head_dim),
         **asdict(options),

@@ -37,3 +37,14 @@ def parse_sizes(text: str | Sequence[int]) -> list[int]:
     """`8k,32k,1e6` -> [8000, 32000, 1000000], in the order written; ValueError as for `parse_size`."""
     items: Sequence[str | int] = text.split(",") if isinstance(text, str) else text
     return [parse_size(item) for item in items]
+
+
+def format_size(size: int) -> str:
+    """The shortest text that `parse_size` reads as `size`: 65536 -> `64Ki`, 1000000 -> `1M`, 1536 -> `1536`."""
+    found = [str(size)]
+    for unit, suffix in ((1000, ""), (1024, "i")):
+        for power, letter in enumerate("kMGT", 1):
+            count, rest = divmod(size, unit**power)
+            if count and not rest:
+                found.append(f"{count}{letter.upper() if suffix else letter}{suffix}")
+    return min(found, key=len)

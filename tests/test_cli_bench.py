@@ -75,7 +75,7 @@ def test_a_streamed_run_has_its_decades_and_says_what_it_is(bench: Bench) -> Non
     ]  # fmt: skip
     assert rows[0]["chunk"] == 65536
     assert rows[0]["cache_bytes"] == 2 * 2 * 8 * 4 * 32
-    assert "1 x 2 heads x 8, causal, pattern given" in result.stderr.splitlines()[0]
+    assert "1 x 2 heads x 8, causal, pattern 16/1,32/2" in result.stderr.splitlines()[0]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ VALUES = st.one_of(
 COMMANDS: dict[str, list[str]] = {
     "tokenize": ["t.txt", "-o", "out.arrow"],
     "train": ["recipe.toml", "-o", "new", "--dry-run", "-q"],
+    "pattern": ["paper", "--seq", "2Ki"],
     "plot": ["run"],
     "score": ["t.txt", "-m", "./model", "-q"],
     "encode": ["t.txt", "-m", "./model", "-o", "out.arrow", "-q"],

@@ -279,7 +279,7 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         ({"hidden_size": "many"}, "config.json: "),
         ({"architectures": ["BertModel"]}, "does not know the architecture BertModel"),
         ({"architectures": ["pipeline"]}, "does not know the architecture pipeline"),
-        ({}, "no dilated_attention in config.json: give --segment-lengths and --dilation-rates, or --attention dense"),
+        ({}, "no dilated_attention in config.json: give --pattern, or --attention dense"),
         ({"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}}, "one entry a level"),
         ({"dilated_attention": {"segment_lengths": "8", "dilation_rates": [1]}}, "segment_lengths needs whole numbers"),
         ({"dilated_attention": [8, 1]}, "dilated_attention in the model's config: a table of "),
@@ -334,13 +334,13 @@ def test_weights_that_are_refused(spoilt: Callable[..., Path], folder: Path) -> 
 
 def test_options_that_are_refused(folder: Path, encoder: Path, tmp_path: Path) -> None:
     text = folder / "text.txt"
-    assert "dense attention has no levels" in str(
+    assert "dense attention has no pattern" in str(
         refused("score", text, "--model", folder, "--attention", "dense", *OPTIONS)
     )
     shards = refused("encode", text, "--model", folder, *OPTIONS, "-o", tmp_path / "x.arrow", "--shard-rows", "5")
     assert "--shard-rows is for a folder of shards" in str(shards)
     assert "one entry a level" in str(refused("score", text, "--model", folder, "--segment-lengths", "8"))
-    assert "a LongNet has its pattern" in str(refused("score", text, "--attention", "dense"))
+    assert "--attention dense is for models of transformers" in str(refused("score", text, "--attention", "dense"))
     assert "in one process" in str(refused("score", text, "--model", folder, *OPTIONS, "--nproc", "2"))
     assert "bidirectional" in str(refused("score", text, "--model", encoder, *OPTIONS))
     (tmp_path / "long.txt").write_text("x" * 321)

@@ -1,10 +1,17 @@
-"""Dilated attention, exact in outputs and gradients, on any device. Knows nothing of the rest of longnet."""
+"""Dilated attention, exact in outputs and gradients, on any device. Knows nothing of the rest of longnet.
 
-from . import compiled as compiled  # registers the operator that `dilated_attention` is inside a compiled graph
-from .cache import KVCache
-from .dilated import FarKeys, dilated_attention, far_keys
-from .module import DilatedAttention
+What a pattern is comes without torch; torch is imported with the first name that computes.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .pattern import SINKS, Level, Pattern, Span
+
+if TYPE_CHECKING:
+    from .cache import KVCache
+    from .dilated import FarKeys, dilated_attention, far_keys
+    from .module import DilatedAttention
 
 __all__ = [
     "SINKS",
@@ -17,3 +24,19 @@ __all__ = [
     "dilated_attention",
     "far_keys",
 ]
+
+_MODULES = {
+    "DilatedAttention": "module",
+    "FarKeys": "dilated",
+    "KVCache": "cache",
+    "dilated_attention": "dilated",
+    "far_keys": "dilated",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(".compiled", __name__)  # registers the operator that `dilated_attention` is inside a compiled graph
+    found = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return found

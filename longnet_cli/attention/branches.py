@@ -98,9 +98,20 @@ def attention_flops(
     pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, batch: int = 1, kv_heads: int = 0
 ) -> int:
     """Executed FLOPs of a forward: 4 * rows * keys * head_dim a head and segment over all branches; causal, half."""
-    found = branches(pattern, heads, 0, tokens, causal, "exact", (), 0, kv_heads)
-    pairs = sum(b.queries.segments * b.queries.heads * b.queries.rows * b.keys.rows * (2 - b.causal) for b in found)
-    return 2 * head_dim * batch * pairs
+    return sum(level_flops(pattern, heads, head_dim, tokens, causal, batch, kv_heads))
+
+
+def level_flops(
+    pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, batch: int = 1, kv_heads: int = 0
+) -> list[int]:
+    """Of `attention_flops`, those of each level, and at last those of sinks that are seen by themselves."""
+    call = _Call(pattern, heads, kv_heads or heads, 0, tokens, causal)
+    parts = [*(call.near(level, False, 0) for level in range(len(pattern.levels))), call.sinks((), None)]
+    pairs = [
+        sum(b.queries.segments * b.queries.heads * b.queries.rows * b.keys.rows * (2 - b.causal) for b in part)
+        for part in parts
+    ]
+    return [2 * head_dim * batch * number for number in pairs]
 
 
 class _Zone(NamedTuple):

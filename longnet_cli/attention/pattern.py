@@ -31,6 +31,7 @@ from .branches import Branch as Branch
 from .branches import Padding as Padding
 from .branches import attention_flops as attention_flops
 from .branches import branches as branches
+from .branches import level_flops as level_flops
 from .rows import Rows as Rows
 from .rows import rows_before as rows_before
 from .spans import SINKS as SINKS

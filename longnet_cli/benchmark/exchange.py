@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longnet_cli.attention import Pattern
 from longnet_cli.model import LongNetConfig
+from longnet_cli.model.config import parse_config
 from longnet_cli.runtime.device import DTYPES
 from longnet_cli.runtime.exchange import Exchange, even_edges
 
@@ -74,8 +75,5 @@ def _all_gather(mine: Tensor, backward: bool, world: int) -> Callable[[], object
 
 
 def _config(s: Settings, pattern: Pattern) -> LongNetConfig:
-    return LongNetConfig(
-        vocab_size=0, dim=s.heads * s.head_dim, num_layers=1, num_heads=s.heads, ffn_dim=1, position="none",
-        causal=s.causal, segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates,
-        head_offsets=pattern.head_offsets,
-    )  # fmt: skip
+    shape = {"vocab_size": 0, "dim": s.heads * s.head_dim, "num_layers": 1, "num_heads": s.heads, "ffn_dim": 1}
+    return parse_config({**shape, "position": "none", "causal": s.causal}, "--pattern", pattern)

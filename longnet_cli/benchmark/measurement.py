@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from longnet_cli.attention import Pattern
+from longnet_cli.patterns import format_levels
 from longnet_cli.runtime.device import peak_memory, resident_memory
 
 from .settings import Settings
@@ -65,7 +66,7 @@ class Measurement:
     ) -> Measurement:
         """The row of a case before it is measured, with what all of them have and `values` of its own."""
         shared = {name: getattr(s, name) for name in ("heads", "head_dim", "batch", "causal", "dtype")}
-        levels = ",".join(f"{w}/{r}" for w, r in pattern.levels) if pattern else None  # 2048/1,4096/2
+        levels = format_levels(pattern) if pattern else None  # 2048/1,4096/2
         return cls(s.op, impl, direction, seq, **{**shared, "device": str(s.device), "pattern": levels, **values})
 
 

@@ -15,10 +15,11 @@ from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.pattern import attention_flops
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.loading import load_net
-from longnet_cli.model import LongNet
+from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.config import parse_config
 from longnet_cli.model.net import LOGITS_LIMIT, Net
 from longnet_cli.model.weights import load_config
+from longnet_cli.patterns import PATTERN_FIELDS
 from longnet_cli.presets import find_model, is_of_transformers
 from longnet_cli.runtime.chunks import open_stream
 from longnet_cli.runtime.device import DTYPES, precision
@@ -91,10 +92,10 @@ def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
         if not saved.causal or not saved.vocab_size:
             raise ConfigError(f"{where}: --op {s.op} runs causal language models")
     pattern = s.pattern_for(seq, own)
-    levels = {"segment_lengths": pattern.segment_lengths, "dilation_rates": pattern.dilation_rates}
-    found = parse_config({**config, **levels}, where)  # levels that are asked for may not fit the model's positions
+    found = parse_config(config, where, pattern)  # levels that are asked for may not fit the model's positions
     if impl == "dense":  # one segment, the sequence
-        found = found.model_copy(update={"segment_lengths": (seq,), "dilation_rates": (1,)})
+        plain = {name: field.default for name, field in LongNetConfig.model_fields.items() if name in PATTERN_FIELDS}
+        found = found.model_copy(update=plain | {"segment_lengths": (seq,), "dilation_rates": (1,)})
     with torch.device("meta"):
         return LongNet(found)
 

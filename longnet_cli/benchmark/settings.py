@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from longnet_cli.attention import Pattern
 from longnet_cli.configuration import validate
 from longnet_cli.errors import ConfigError
+from longnet_cli.patterns import format_pattern
 from longnet_cli.runtime.device import check_kernel, resolve_dtype, select_device
 from longnet_cli.runtime.ranks import Ranks
 
@@ -156,4 +157,5 @@ class Settings(BaseModel):
         shape = f"{self.batch} x {self.heads} heads x {self.head_dim}, {'causal' if self.causal else 'bidirectional'}"
         layers = f", {self.layers} layers, vocabulary {self.vocab}" if self.op in ("model", "train") else ""
         growth = f", base {self.base}, ratio {self.ratio}" if self._named == "geometric" else ""
-        return f"{shape}, pattern {self._named}{growth}{layers}"
+        pattern = format_pattern(self.pattern) if isinstance(self.pattern, Pattern) else self._named
+        return f"{shape}, pattern {pattern}{growth}{layers}"

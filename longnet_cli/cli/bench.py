@@ -9,8 +9,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from longnet_cli.cli.launch import launch
 from longnet_cli.cli.options import (
     COMPUTE,
@@ -93,8 +91,8 @@ def bench(
         option(
             PATTERN,
             "--pattern",
-            "NAME",
-            "Use paper, or geometric: --base times powers of --ratio.",
+            "PATTERN",
+            "Use a pattern, as window:1Ki,sinks=4, or geometric: --base times powers of --ratio.",
             "paper; geometric from 1e6 tokens",
         ),
     ] = None,
@@ -138,14 +136,15 @@ def bench(
     from longnet_cli.benchmark import bench as measure
     from longnet_cli.runtime.ranks import join, leave
 
-    levels = read_pattern(segment_lengths, dilation_rates)
-    if levels and pattern is not None:
-        raise typer.BadParameter("--pattern names levels, --segment-lengths and --dilation-rates list them: give one")
+    named = pattern if pattern in ("paper", "geometric") else None  # geometric alone suits the length of a sequence
+    levels = read_pattern(
+        segment_lengths, dilation_rates, None if named and not (segment_lengths or dilation_rates) else pattern
+    )
     ranks, where = join(device)
     quiet = quiet or not ranks.first
     settings = Settings.of(
         seq=seq or (4096, 8192, 16384, 32768), op=op, impl=impl, direction=direction, heads=heads, head_dim=head_dim,
-        batch=batch, causal=causal, chunk=chunk, pattern=levels or pattern, base=base, ratio=ratio, model=model,
+        batch=batch, causal=causal, chunk=chunk, pattern=levels or named, base=base, ratio=ratio, model=model,
         layers=layers, vocab=vocab, repeats=repeats, max_time=60 if max_time is None and seq is None else max_time,
         max_dense_time=max_dense_time, device=str(where), dtype=dtype, ranks=ranks,
     )  # fmt: skip

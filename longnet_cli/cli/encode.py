@@ -23,6 +23,7 @@ from longnet_cli.cli.options import (
     Inputs,
     ModelOption,
     NprocOption,
+    PatternOption,
     QuietOption,
     ResumeOption,
     SegmentLengthsOption,
@@ -46,6 +47,7 @@ def encode(
     eos: EosOption = None,
     model: ModelOption = DEFAULT_MODEL,
     attention: AttentionOption = "dilated",
+    pattern: PatternOption = None,
     segment_lengths: SegmentLengthsOption = None,
     dilation_rates: DilationRatesOption = None,
     pool: Annotated[
@@ -112,6 +114,7 @@ def encode(
     from longnet_cli.data.sinks import ShardWriter, is_folder
     from longnet_cli.data.sources import read_documents
     from longnet_cli.data.tokenizer import end_of_text
+    from longnet_cli.patterns import format_pattern
 
     in_folder = is_folder(output)
     if resume and not in_folder:
@@ -124,8 +127,8 @@ def encode(
 
     ranks, where = join(device)
     quiet = quiet or not ranks.first
-    pattern = read_pattern(segment_lengths, dilation_rates)
-    net, words, bos = load_model(model, tokenizer, tokenizer_differs, where, dtype, attention, pattern, quiet)
+    asked = read_pattern(segment_lengths, dilation_rates, pattern)
+    net, words, bos = load_model(model, tokenizer, tokenizer_differs, where, dtype, attention, asked, quiet)
     from longnet_cli.encoding import SHARD_ROWS, EncodeOptions, encode_to_folder
     from longnet_cli.encoding import encode as run
 
@@ -139,6 +142,7 @@ def encode(
         embedding_dtype=embedding_dtype,
         model_name=model,
         tokenizer_sha256=words.sha256 if words else None,
+        pattern="dense" if attention == "dense" else format_pattern(net.config.pattern),
     )
     done = earlier.totals["tokens"] if earlier else 0
     with progress("encoding", total=None, start=done, quiet=quiet) as advance:

@@ -30,12 +30,24 @@ def parse_device(text: str) -> str:
     return text
 
 
-def read_pattern(segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None) -> Pattern | None:
-    """The levels of the two options, None where neither is given. Raises ConfigError."""
+def read_pattern(
+    segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None, pattern: str | None = None
+) -> Pattern | None:
+    """The pattern of --pattern, or the levels of the other two; None where none is given. Raises ConfigError."""
+    from longnet_cli.attention import Pattern
+    from longnet_cli.patterns import parse_pattern
+
+    if pattern is not None:
+        if segment_lengths is not None or dilation_rates is not None:
+            raise ConfigError(
+                "--pattern says the whole pattern, --segment-lengths and --dilation-rates list levels: give one"
+            )
+        try:
+            return parse_pattern(pattern)
+        except ValueError as error:
+            raise ConfigError(f"--pattern: {error}") from None
     if segment_lengths is None and dilation_rates is None:
         return None
-    from longnet_cli.attention import Pattern
-
     try:
         return Pattern(tuple(segment_lengths or ()), tuple(dilation_rates or ()))
     except ValueError as error:
@@ -127,13 +139,24 @@ AttentionOption = Annotated[
         MODEL, "--attention", "dilated|dense", "Give a model of transformers dilated attention, or its own (dense)."
     ),
 ]
+PatternOption = Annotated[
+    str | None,
+    option(
+        PATTERN,
+        "--pattern",
+        "PATTERN",
+        "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, nested:1Mi, pretrained, or levels as "
+        "1Ki/1,4Ki/4. `longnet pattern` shows what it is.",
+        "the model's own",
+    ),
+]
 SegmentLengthsOption = Annotated[
     Sequence[int] | None,
     sizes_option(
         PATTERN,
         "--segment-lengths",
-        "Set the levels of a model of transformers.",
-        "those in its config.json",
+        "List levels in place of --pattern, with --dilation-rates.",
+        "the model's own",
     ),
 ]
 DilationRatesOption = Annotated[

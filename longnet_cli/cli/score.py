@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,6 +22,7 @@ from longnet_cli.cli.options import (
     Inputs,
     ModelOption,
     NprocOption,
+    PatternOption,
     QuietOption,
     SegmentLengthsOption,
     TokenizerDiffersOption,
@@ -48,6 +50,7 @@ def score(
     eos: EosOption = None,
     model: ModelOption = DEFAULT_MODEL,
     attention: AttentionOption = "dilated",
+    pattern: PatternOption = None,
     segment_lengths: SegmentLengthsOption = None,
     dilation_rates: DilationRatesOption = None,
     ppl: Annotated[
@@ -122,12 +125,16 @@ def score(
     from longnet_cli.data.sources import read_documents
     from longnet_cli.data.tokenizer import end_of_text
     from longnet_cli.measures import Total
+    from longnet_cli.patterns import format_pattern
     from longnet_cli.runtime.ranks import join, leave
 
     ranks, where = join(device)
     quiet = quiet or not ranks.first
-    pattern = read_pattern(segment_lengths, dilation_rates)
-    net, words, bos = load_model(model, tokenizer, tokenizer_differs, where, dtype, attention, pattern, quiet)
+    asked = read_pattern(segment_lengths, dilation_rates, pattern)
+    net, words, bos = load_model(model, tokenizer, tokenizer_differs, where, dtype, attention, asked, quiet)
+    seen = "dense" if attention == "dense" else format_pattern(net.config.pattern)
+    if asked and not quiet and sys.stderr:
+        print(f"pattern {seen}", file=sys.stderr)
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
 
@@ -152,14 +159,14 @@ def score(
             on_progress=advance,
         )
         if ranks.first:
-            _print(scores, format, Total(context or [None]))
+            _print(scores, format, Total(context or [None]), seen)
         else:
             for _ in scores:
                 pass
     leave()
 
 
-def _print(scores: Iterator[DocumentScore], format: Format, total: Total) -> None:
+def _print(scores: Iterator[DocumentScore], format: Format, total: Total, pattern: str) -> None:
     """Each document as soon as it is scored (except in the one value of json), and the total at last."""
     several = len(total.contexts) > 1
     rows = []
@@ -174,7 +181,7 @@ def _print(scores: Iterator[DocumentScore], format: Format, total: Total) -> Non
             emit_jsonl({"kind": "document", **values})
         else:
             rows.append(values)
-    totals = total.as_dicts()
+    totals = [{**values, "pattern": pattern} for values in total.as_dicts()]
     if format == "text":
         for score, context in zip(total.scores, total.contexts, strict=True):
             _print_row("total", score, context if several else None)

@@ -20,9 +20,11 @@ from longnet_cli.cli.options import (
     OUTPUT,
     DeviceOption,
     NprocOption,
+    PatternOption,
     QuietOption,
     bare_or,
     option,
+    read_pattern,
     size_option,
 )
 from longnet_cli.cli.output import format_bytes, printable
@@ -121,6 +123,7 @@ def train(
             "none",
         ),
     ] = None,
+    pattern: PatternOption = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
         str | None,
@@ -146,12 +149,14 @@ def train(
 
     if (seq_len is None) != (steps is None):
         raise ConfigError("--seq-len and --steps make one stage together: give both")
+    read_pattern(None, None, pattern)  # told as --pattern, not as the recipe's
     if resume is not None and no_resume:
         raise ConfigError("--resume and --no-resume exclude each other: give one")
     flags = {
         "data.train": data,
         "data.tokenizer": tokenizer,
         "data.column": column,
+        "model.pattern": pattern,
         "parallel.sp": sp,
         "parallel.dp": dp,
         "parallel.shard": shard,

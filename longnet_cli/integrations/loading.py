@@ -21,17 +21,17 @@ def load_net(
     pattern: Pattern | None = None,
     device: torch.device | str = "cpu",
 ) -> Net:
-    """In float32, in eval mode. `attention` and `pattern` are for models of transformers: a LongNet has its own.
+    """In float32, in eval mode. `pattern` takes the place of the model's own; `attention` is of those of transformers.
 
     Raises ConfigError or CheckpointError, of one line that names the folder, also where transformers is not installed.
     """
     if not is_of_transformers(folder):
-        if attention == "dense" or pattern is not None:
+        if attention == "dense":
             raise ConfigError(
-                f"{folder}: a LongNet has its pattern in its config.json: --attention, --segment-lengths and "
-                "--dilation-rates are for models of transformers"
+                f"{folder}: --attention dense is for models of transformers; a LongNet sees as much with one segment "
+                "that is long enough: --pattern 64Ki/1"
             )
-        return LongNet.from_pretrained(folder, device, torch.float32)
+        return LongNet.from_pretrained(folder, device, torch.float32, pattern=pattern)
     try:
         from longnet_cli.integrations import transformers_net
     except ImportError as error:

@@ -173,12 +173,9 @@ def load_transformers(
     hf.utils.logging.disable_progress_bar()
     config, architecture = _architecture(path)
     if attention == "dense" and pattern is not None:
-        raise ConfigError("dense attention has no levels: leave out --segment-lengths and --dilation-rates")
+        raise ConfigError("dense attention has no pattern: leave out --pattern, --segment-lengths and --dilation-rates")
     if attention == "dilated" and pattern is None and not getattr(config, "dilated_attention", None):
-        raise ConfigError(
-            f"{folder}: no dilated_attention in config.json: give --segment-lengths and --dilation-rates, "
-            "or --attention dense"
-        )
+        raise ConfigError(f"{folder}: no dilated_attention in config.json: give --pattern, or --attention dense")
     try:
         model, report = architecture.from_pretrained(
             path,

@@ -9,6 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from longnet_cli.attention import Pattern
 from longnet_cli.configuration import Table, validate
+from longnet_cli.patterns import PATTERN_FIELDS, parse_pattern, pattern_fields
 
 # zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
 XPOS_MAX_SEGMENT = 65536
@@ -17,6 +18,7 @@ XPOS_MAX_SEGMENT = 65536
 class LongNetConfig(Table):
     """Immutable. `vocab_size=0` is a net without embedding, to be fed with vectors (GigaPath, LongViT).
 
+    `pattern`, a `Pattern` or a text that `parse_pattern` reads, may be given in place of the fields that say it.
     Building it directly raises pydantic's ValidationError (a ValueError); `parse_config` raises ConfigError.
     """
 
@@ -62,6 +64,21 @@ class LongNetConfig(Table):
             causal=False,
             position="none",
         )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_pattern(cls, data: Any) -> Any:
+        """Put the fields of a pattern in the place of `pattern`."""
+        if not isinstance(data, Mapping) or "pattern" not in data:
+            return data
+        if given := [name for name in data if name in PATTERN_FIELDS]:
+            raise ValueError(f"pattern says the whole pattern: leave out {', '.join(given)}, or leave out pattern")
+        pattern = data["pattern"]
+        if isinstance(pattern, str):
+            pattern = parse_pattern(pattern)
+        elif not isinstance(pattern, Pattern):
+            raise ValueError(f'pattern needs a text, as "window:1Ki", got {pattern!r}')
+        return {name: value for name, value in data.items() if name != "pattern"} | pattern_fields(pattern)
 
     @model_validator(mode="after")
     def _check(self) -> LongNetConfig:
@@ -139,6 +156,12 @@ class LongNetConfig(Table):
         return embeddings + self.num_layers * (attention + ffn + 4 * d) + (2 * d if self.final_norm else 0)
 
 
-def parse_config(data: Mapping[str, Any], where: str) -> LongNetConfig:
-    """A configuration from parsed JSON or TOML; raises ConfigError of one line that begins with `where`."""
+def parse_config(data: Mapping[str, Any], where: str, pattern: Pattern | None = None) -> LongNetConfig:
+    """A configuration from parsed JSON or TOML; raises ConfigError of one line that begins with `where`.
+
+    `pattern` takes the place of the one in `data`.
+    """
+    if pattern is not None and isinstance(data, Mapping):
+        data = {name: value for name, value in data.items() if name not in {*PATTERN_FIELDS, "pattern"}}
+        data["pattern"] = pattern
     return validate(LongNetConfig, data, where)

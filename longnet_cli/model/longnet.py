@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longnet_cli.attention import FarKeys, dilated_attention
+from longnet_cli.attention import FarKeys, Pattern, dilated_attention
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model.net import FarProvider, Net
@@ -226,10 +226,11 @@ class LongNet(Net):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         *,
+        pattern: Pattern | None = None,
         verify: bool = True,
     ) -> LongNet:
         """A saved model, from its directory or by the name of one that ships; see weights.load_pretrained."""
-        return load_pretrained(cls, name_or_dir, device, dtype, verify=verify)
+        return load_pretrained(cls, name_or_dir, device, dtype, pattern=pattern, verify=verify)
 
     def save_pretrained(self, directory: str | PathLike[str], tokenizer_json: str | None = None) -> None:
         """Write config.json, model.safetensors and tokenizer.json; see weights.save_pretrained."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,9 @@ from longnet_cli.model.config import LongNetConfig, parse_config
 from longnet_cli.model.integrity import TYPE_NAMES, check_finite, check_header, tensor_bytes, tensor_digest
 from longnet_cli.model.net import Net
 from longnet_cli.presets import CONFIG_SHA256, TENSORS_SHA256, TOKENIZER_SHA256, find_model
+
+if TYPE_CHECKING:
+    from longnet_cli.attention import Pattern
 
 NetT = TypeVar("NetT", bound=Net)
 
@@ -60,10 +63,13 @@ def save_pretrained(
         raise CheckpointError(f"{folder}: cannot write the model: {_one_line(error.__cause__ or error)}") from None
 
 
-def load_config(directory: str | PathLike[str]) -> LongNetConfig:
-    """The configuration of a model directory. Raises CheckpointError (unreadable) or ConfigError (wrong)."""
+def load_config(directory: str | PathLike[str], pattern: Pattern | None = None) -> LongNetConfig:
+    """The configuration of a model directory, with another `pattern` if one is given.
+
+    Raises CheckpointError (unreadable) or ConfigError (wrong, or a pattern that the net cannot have).
+    """
     path = Path(directory) / CONFIG
-    return parse_config(_read_config(path), str(path))
+    return parse_config(_read_config(path), str(path), pattern)
 
 
 def load_pretrained(
@@ -72,18 +78,20 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     *,
+    pattern: Pattern | None = None,
     verify: bool = True,
 ) -> NetT:
     """A model, made by `build`, from its directory or by the name of one that ships, in eval mode.
 
     A string without a slash is a name, never a folder; a `Path` is always a folder. `dtype` None keeps the stored one.
-    Where model.safetensors has the digests of `save_pretrained`, its tensors and config.json must be what was saved;
+    `pattern` takes the place of the model's own: the weights do not depend on it, what the net computes does. Where
+    model.safetensors has the digests of `save_pretrained`, its tensors and config.json must be what was saved;
     `verify=False` takes them as they are. Raises CheckpointError of one line (a missing or damaged file, tensors
     missing, unexpected, of another shape, of integers, or not finite), ConfigError for a wrong config.json or an
     unknown name.
     """
     folder = find_model(name_or_dir) if isinstance(name_or_dir, str) else Path(name_or_dir)
-    config = load_config(folder)
+    config = load_config(folder, pattern)
     path = folder / WEIGHTS
     if not path.is_file():
         raise CheckpointError(f"{folder}: {WEIGHTS} is {'not a file' if path.exists() else 'missing'}")

@@ -14,6 +14,7 @@ from longnet_cli.configuration import Table, parse, read_text, validate
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, refuse_web_address
 from longnet_cli.model.config import LongNetConfig
+from longnet_cli.patterns import PATTERN_FIELDS
 from longnet_cli.presets import preset_dir
 from longnet_cli.sizes import parse_size
 
@@ -222,6 +223,9 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"--set {key}: '{parent}' is a value, not a table")
+        if key == "model.pattern":  # in place of the recipe's, however that says it
+            for field in PATTERN_FIELDS:
+                table.pop(field, None)
         table[name] = value
     model, source, train = (data.get(name) for name in ("model", "data", "train"))
     if isinstance(model, dict) and "vocab_size" not in model:

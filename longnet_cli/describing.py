@@ -1,0 +1,378 @@
+"""The `pattern` job: what a pattern is, before anyone trains with it. Loads no torch.
+
+Costs come from the operator's own plan. What a query sees is computed from the definition, position by position:
+
+    level i covers the keys [lo_i, hi_i) of a query; of those, a head sees the ones that the level keeps for it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from longnet_cli.attention import Pattern
+from longnet_cli.attention.pattern import level_flops
+from longnet_cli.configuration import parse, read_text
+from longnet_cli.errors import ConfigError
+from longnet_cli.patterns import format_levels, format_pattern, is_pattern, parse_pattern
+from longnet_cli.presets import find_model, is_of_transformers, list_models, preset_dir
+
+if TYPE_CHECKING:
+    from longnet_cli.model.config import LongNetConfig
+
+NEAREST = 64  # tokens up to a query, itself among them
+LONGEST_REACH = 1 << 16  # tokens of a sequence whose links are followed
+_CELLS = 1 << 21  # of queries x keys, when links are followed
+_QUERIES = 1 << 11  # of which the nearest tokens are looked at
+LONGEST = 1 << 60  # tokens
+MOST_PARTS = 1 << 16
+NOTHING = -1  # in a picture, what no level shows
+
+
+@dataclass(frozen=True)
+class LevelCosts:
+    """One level; `flops` are those of one layer's forward over the sequence, `cache_rows` of one head."""
+
+    segment_length: int
+    dilation_rate: int
+    look_back: int
+    keys_per_query: float
+    flops: int
+    flops_share: float
+    cache_rows: int | None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Keys that a query sees on average, far from the ends; FLOPs of one layer's forward; cache rows of one head."""
+
+    keys_per_query: float
+    flops: int
+    cache_rows: int | None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a pattern is for sequences of `seq` tokens.
+
+    `cache_rows` is None where attention looks both ways: nothing is remembered. `nearest_least` and `nearest_mean`: of
+    the 64 tokens up to a query, itself among them, those that a head sees. `reach` gives, for a number of layers, the
+    share of all tokens that a query may see, by whichever heads, within so many layers: over all queries but those in
+    the first quarter; None for sequences of more than 64Ki tokens.
+    """
+
+    name: str
+    pattern: str
+    levels: list[LevelCosts]
+    sinks: Costs
+    total: Costs
+    dense: Costs
+    seq: int
+    heads: int
+    head_dim: int
+    causal: bool
+    nearest_least: int
+    nearest_mean: float
+    reach: dict[int, float] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is described: a pattern, and of a recipe or a model also its shape."""
+
+    name: str
+    pattern: Pattern
+    heads: int = 12
+    head_dim: int = 64
+    layers: int | None = None
+    causal: bool | None = None
+
+
+def find_subject(text: str) -> Subject:
+    """The pattern that `text` writes, or that of the recipe or the model that it names.
+
+    Raises ConfigError of one line, CheckpointError for a model that cannot be read.
+    """
+    if is_pattern(text):
+        try:
+            return Subject(text, parse_pattern(text))
+        except ValueError as error:
+            raise ConfigError(f"{text}: {error}") from None
+    recipes = {path.stem for path in preset_dir().glob("*.toml")}
+    path = "/" in text or text.endswith((".toml", ".json"))
+    if not path and text not in {*recipes, *list_models()}:
+        try:
+            parse_pattern(text)
+        except ValueError as error:
+            shipped = ", ".join(sorted({*recipes, *list_models()}))
+            raise ConfigError(f"{error}; or a recipe or model, of which these are shipped: {shipped}") from None
+    if text.endswith((".toml", ".json")) or (not path and text not in list_models()):
+        from longnet_cli.training.recipe import load_recipe  # any tokenizer: a pattern has no vocabulary
+
+        return _of_config(text, load_recipe(text, {"data.tokenizer": "bytes"}).model)
+    folder = find_model(text)
+    if not is_of_transformers(folder):
+        from longnet_cli.model.weights import load_config
+
+        return _of_config(text, load_config(folder))
+    data = parse(read_text(folder / "config.json"))
+    try:
+        heads = int(data["num_attention_heads"])
+        pattern, size = Pattern(**data["dilated_attention"]), int(data.get("head_dim") or data["hidden_size"] // heads)
+        return Subject(text, pattern, heads, size, int(data["num_hidden_layers"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{folder}/config.json: no pattern (dilated_attention) that can be read: {error}") from None
+
+
+def _of_config(name: str, config: LongNetConfig) -> Subject:
+    return Subject(name, config.pattern, config.num_heads, config.head_dim, config.num_layers, config.causal)
+
+
+def describe(
+    pattern: Pattern,
+    *,
+    name: str | None = None,
+    seq: int | None = None,
+    heads: int = 12,
+    head_dim: int = 64,
+    layers: Sequence[int] = (1, 2, 4),
+    causal: bool = True,
+) -> Description:
+    """Describe a pattern. `seq` None is `default_length`. Raises ConfigError for one that no attention can have so."""
+    if refusal := pattern.refusal(causal, "exact"):
+        raise ConfigError(f"{name or format_pattern(pattern)}: {refusal}")
+    seq = seq or default_length(pattern)
+    _refuse_the_boundless(pattern, seq)
+    half = 2 if causal else 1
+    *flops, of_sinks = level_flops(pattern, heads, head_dim, seq, causal)
+    total = sum(flops) + of_sinks
+    levels = [
+        LevelCosts(
+            segment_length=w,
+            dilation_rate=r,
+            look_back=pattern.look_backs[level],
+            keys_per_query=pattern.level_keys(level) / half,
+            flops=flops[level],
+            flops_share=flops[level] / total if total else 0.0,
+            cache_rows=pattern.level_rows(level) if causal else None,
+        )
+        for level, (w, r) in enumerate(pattern.levels)
+    ]
+    keys = sum(level.keys_per_query for level in levels) + pattern.sinks
+    dense = sum(level_flops(Pattern((seq,), (1,)), heads, head_dim, seq, causal))
+    least, mean = _nearest(pattern, seq, heads, causal)
+    return Description(
+        name=name or format_pattern(pattern),
+        pattern=format_levels(pattern),
+        levels=levels,
+        sinks=Costs(pattern.sinks, of_sinks, pattern.sinks if causal else None),
+        total=Costs(keys, total, pattern.cache_rows if causal else None),
+        dense=Costs(seq / half, dense, seq if causal else None),
+        seq=seq,
+        heads=heads,
+        head_dim=head_dim,
+        causal=causal,
+        nearest_least=least,
+        nearest_mean=mean,
+        reach=reach(pattern, seq, heads, causal, layers) if seq <= LONGEST_REACH else None,
+    )
+
+
+def _refuse_the_boundless(pattern: Pattern, seq: int) -> None:
+    """Raise ConfigError where positions leave int64, or the plan of a sequence has more parts than one can wait for."""
+    parts, inner = 0, pattern.segment_lengths[0]
+    for (w, r), back in zip(pattern.levels, pattern.look_backs, strict=True):
+        if max(seq, (back + 2) * w, r) > LONGEST:
+            raise ConfigError(f"{format_pattern(pattern)}, {seq} tokens: nothing is described beyond 2^60 tokens")
+        parts += (w // inner if pattern.overlap == "once" else 1) * (1 + back)
+        inner = w
+    if parts > MOST_PARTS:
+        raise ConfigError(
+            f"{format_pattern(pattern)}: its segments see each other in {parts} parts, too many to describe"
+        )
+
+
+def default_length(pattern: Pattern) -> int:
+    """Tokens of a sequence that shows a pattern: its longest segment, and at least 32Ki."""
+    return max(1 << 15, *pattern.segment_lengths)
+
+
+def keys_seen(pattern: Pattern, level: int, queries: np.ndarray, seq: int, causal: bool) -> list[tuple[Any, Any]]:
+    """Where the keys of a level lie for queries at these positions: one interval [low, high), or two."""
+    w, b = pattern.segment_lengths[level], pattern.look_backs[level]
+    first = pattern.sinks if level else 0
+    low = np.maximum((queries // w - b) * w, first)
+    high = queries + 1 if causal else np.minimum((queries // w + b + 1) * w, seq)
+    if level and pattern.overlap == "once":
+        u, near = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]
+        before = (low, np.maximum(low, (queries // u - near) * u))
+        after = np.minimum(high, (queries // u + near + 1) * u)
+        return [before] if causal else [before, (np.maximum(after, first), high)]
+    return [(low, high)]
+
+
+def _sees_sinks(pattern: Pattern, queries: np.ndarray) -> np.ndarray:
+    """Whether queries see the sinks by themselves: their first level covers none."""
+    return (queries // pattern.segment_lengths[0] > pattern.look_backs[0]) & (pattern.sinks > 0)
+
+
+def keys_of_heads(
+    pattern: Pattern, queries: np.ndarray, keys: np.ndarray, seq: int, causal: bool, heads: int, chosen: Sequence[int]
+) -> np.ndarray:
+    """Which keys each of the `chosen` heads sees: at positions (queries,) and (queries, keys): booleans
+    (chosen, queries, keys).
+    """
+    q = queries[:, None]
+    found = np.zeros((len(chosen), *keys.shape), bool)
+    for level, (w, r) in enumerate(pattern.levels):
+        row, place = q % w % r, keys % w % r
+        covered = np.zeros(keys.shape, bool)
+        for low, high in keys_seen(pattern, level, q, seq, causal):
+            covered |= (keys >= low) & (keys < high)
+        offsets = pattern.offsets(level, heads)
+        for mine, head in zip(found, chosen, strict=True):
+            asks = (pattern.queries == "all") | (row == offsets[head])
+            mine |= asks & covered & (place == offsets[head])
+    return found | (_sees_sinks(pattern, q) & (keys >= 0) & (keys < pattern.sinks))
+
+
+def _nearest(pattern: Pattern, seq: int, heads: int, causal: bool) -> tuple[int, float]:
+    """The least and the mean number of the NEAREST tokens that a head's query sees.
+
+    Of long sequences, a sample of queries; for the least, also those where the last segments of each level begin.
+    """
+    start = min(NEAREST - 1, seq - 1)
+    drawn = _sample(start, seq, _QUERIES)
+    begins = [(seq - 1) // w * w - np.arange(4) * w for w in {*pattern.segment_lengths}]
+    others = np.unique(np.concatenate(begins)[:, None] + np.arange(NEAREST))
+    queries = np.concatenate([drawn, others[(others >= start) & (others < seq)]])
+    keys = queries[:, None] - np.arange(min(NEAREST, seq))
+    alike: dict[tuple[int, ...], list[int]] = {}  # heads that keep the same rows see the same
+    for head, offsets in enumerate(zip(*(pattern.offsets(i, heads) for i in range(len(pattern.levels))), strict=True)):
+        alike.setdefault(offsets, []).append(head)
+    first, times = [group[0] for group in alike.values()], [len(group) for group in alike.values()]
+    counts = np.concatenate(
+        [
+            keys_of_heads(pattern, queries, keys, seq, causal, heads, first[i : i + 16]).sum(2)
+            for i in range(0, len(first), 16)
+        ]
+    )
+    return int(counts.min()), float(np.average(counts[:, : len(drawn)].mean(1), weights=times))
+
+
+def _sample(start: int, stop: int, number: int) -> np.ndarray:
+    """At most so many positions in [start, stop), one drawn from each of as many equal parts; always the same ones."""
+    if stop - start <= number:
+        return np.arange(start, stop)
+    edges = start + (np.arange(number + 1, dtype=np.float64) * ((stop - start) / number)).astype(np.int64)
+    return np.random.default_rng(0).integers(edges[:-1], edges[1:])
+
+
+def reach(pattern: Pattern, seq: int, heads: int, causal: bool, layers: Sequence[int]) -> dict[int, float]:
+    """For each number of layers, the share of tokens that a query is linked to; of long sequences, of a sample.
+
+    Tokens before the query, and itself; all tokens where attention looks both ways.
+    """
+    queries = _sample(seq // 4, seq, max(16, _CELLS // seq))
+    reached = np.zeros((seq, len(queries)), bool)
+    reached[queries, np.arange(len(queries))] = True
+    past = float((queries + 1).sum()) if causal else float(seq * len(queries))
+    steps = list(_links(pattern, seq, heads, causal))
+    found: dict[int, float] = {}
+    share = 0.0
+    for layer in range(1, max(layers) + 1):
+        if share < 1.0:
+            reached = _one_layer(pattern, reached, steps)
+            before, share = share, float(reached.sum()) / past
+            if share == before:  # nothing new, nor ever
+                found |= {number: share for number in layers if number >= layer}
+                break
+        if layer in layers:
+            found[layer] = share
+    return found
+
+
+@dataclass(frozen=True)
+class _Link:
+    """Keys at some positions, each seen by those of the `asking` queries that are number [first, last)."""
+
+    asking: np.ndarray | slice
+    keys: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+
+def _links(pattern: Pattern, seq: int, heads: int, causal: bool) -> Iterator[_Link]:
+    """What each level adds, for each offset that a head has.
+
+    Where keys begin and end grows with the query: so the queries that see a key are neighbours among those that ask.
+    """
+    positions = np.arange(seq)
+    for level, (w, r) in enumerate(pattern.levels):
+        for offset in {*pattern.offsets(level, heads)}:
+            kept = np.flatnonzero(positions % w % r == offset)
+            asking = positions if pattern.queries == "all" else kept
+            for low, high in keys_seen(pattern, level, asking, seq, causal):
+                low = np.minimum(low, seq)
+                first = np.searchsorted(np.maximum(high, low), kept, "right")
+                last = np.searchsorted(low, kept, "right")
+                yield _Link(slice(None) if pattern.queries == "all" else asking, kept, first, last)
+
+
+def _one_layer(pattern: Pattern, reached: np.ndarray, steps: Sequence[_Link]) -> np.ndarray:
+    found = reached.copy()
+    counted: dict[int, np.ndarray] = {}
+    for link in steps:
+        key = -1 if isinstance(link.asking, slice) else id(link.asking)
+        if key not in counted:
+            sums = np.zeros((len(reached[link.asking]) + 1, reached.shape[1]), np.uint16)
+            np.cumsum(reached[link.asking], 0, out=sums[1:])  # 64Ki counts as 0, but then all are reached already
+            counted = {key: sums}
+        sums = counted[key]
+        found[link.keys] |= sums[link.last] != sums[link.first]
+    if pattern.sinks:
+        found[: pattern.sinks] |= reached[_sees_sinks(pattern, np.arange(len(reached)))].any(0)
+    return found
+
+
+def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = True) -> np.ndarray:
+    """Which level shows a query which keys: (rows, columns) of at most `size`, row = query, column = keys.
+
+    A cell stands for neighbours, and has the first level by which some head's query sees one of its keys, the number of
+    levels for sinks, NOTHING where none does.
+    """
+    size = min(size, seq)
+    edges = np.array([seq * i // size for i in range(size + 1)])
+    low, high = edges[:-1], edges[1:]
+    found = np.full((size, size), NOTHING)
+    for level, (w, r) in enumerate(pattern.levels):
+        offsets = {*pattern.offsets(level, heads)}
+        if int((high - low).min()) >= 2 * r:  # every cell has rows of every offset
+            offsets = {0}
+        for offset in offsets:
+            asking = low if pattern.queries == "all" else _next_kept(low, w, r, offset)
+            for begin, end in keys_seen(pattern, level, asking[:, None], seq, causal):
+                if causal and (level == 0 or pattern.overlap == "repeat"):
+                    end = np.maximum(end, np.where(asking < high, high, 0)[:, None])  # the cell's last query
+                key = _next_kept(np.maximum(low[None], begin), w, r, offset)
+                seen = (asking < high)[:, None] & (key < np.minimum(high[None], end))
+                found[seen & (found == NOTHING)] = level
+    if pattern.sinks:
+        seen = _sees_sinks(pattern, low)[:, None] & (low < pattern.sinks)[None]
+        found[seen & (found == NOTHING)] = len(pattern.levels)
+    return found
+
+
+def _next_kept(positions: np.ndarray, w: int, r: int, offset: int) -> np.ndarray:
+    """The first position from each on that a level keeps for a head."""
+    inside = positions % w
+    start = positions - inside
+    rows = np.maximum(0, -((offset - inside) // r))
+    found = start + offset + rows * r
+    return np.where(found < start + w, found, start + w + offset)

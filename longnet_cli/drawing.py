@@ -1,0 +1,108 @@
+"""Draws patterns: which keys each query sees, one colour per level, in characters or as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from longnet_cli.atomic import write_file
+from longnet_cli.describing import NOTHING, Subject, picture
+from longnet_cli.errors import ConfigError, LongNetError
+from longnet_cli.plotting import PICTURES
+from longnet_cli.sizes import format_size
+
+_COLORS = (36, 33, 35, 32, 34, 31)
+_SIZE = 480  # rows and columns of a picture
+
+
+def draw_text(
+    subject: Subject, seq: int, *, causal: bool, size: int = 32, color: bool = False, blocks: bool = True
+) -> str:
+    """The keys that queries see: `size` queries down, keys across, each cell with its first level.
+
+    With `color`, half blocks, two queries to a line; without, a digit or letter per level and s for sinks.
+    """
+    cells = picture(subject.pattern, seq, size, subject.heads, causal).tolist()
+    levels = len(subject.pattern.levels)
+    if not (color and blocks):
+        return "\n".join("".join(_letter(cell, levels) for cell in row).rstrip() for row in cells)
+    return "\n".join(
+        _half_blocks(*pair) for pair in zip(cells[::2], [*cells[1::2], [NOTHING] * len(cells)], strict=False)
+    )
+
+
+def legend(subject: Subject, *, color: bool = False, blocks: bool = True) -> str:
+    """What the marks of `draw_text` stand for."""
+    names = [f"level {i}" for i in range(len(subject.pattern.levels))] + ["sinks"] * (subject.pattern.sinks > 0)
+    levels = len(subject.pattern.levels)
+    if color and blocks:
+        return "  ".join(f"\x1b[{_COLORS[i % len(_COLORS)]}m\u2588\x1b[0m {name}" for i, name in enumerate(names))
+    return "  ".join(f"{_letter(i, levels)} {name}" for i, name in enumerate(names))
+
+
+def _letter(cell: int, levels: int) -> str:
+    if cell == NOTHING:
+        return " "
+    if cell == levels:
+        return "s"
+    return "0123456789abcdefghijklmnopqrtuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[min(cell, 60)]
+
+
+def _half_blocks(above: Sequence[int], below: Sequence[int]) -> str:
+    def cells() -> Iterator[str]:
+        for top, bottom in zip(above, below, strict=True):
+            if top == NOTHING and bottom == NOTHING:
+                yield " "
+            elif top == NOTHING:
+                yield f"\x1b[{_COLORS[bottom % len(_COLORS)]}m\u2584\x1b[0m"
+            else:
+                behind = f";{_COLORS[bottom % len(_COLORS)] + 10}" if bottom != NOTHING else ""
+                yield f"\x1b[{_COLORS[top % len(_COLORS)]}{behind}m\u2580\x1b[0m"
+
+    return "".join(cells()).rstrip()
+
+
+def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path, *, causal: bool | None = None) -> None:
+    """Write a picture with a panel per pattern, whole or not at all.
+
+    Raises ConfigError for a name that is none of PICTURES, LongNetError where matplotlib is not installed.
+    """
+    suffix = Path(output).suffix.lower()
+    if suffix not in PICTURES:
+        raise ConfigError(f"{output}: a picture's name ends in {', '.join(PICTURES)}")
+    try:
+        from matplotlib import colormaps
+        from matplotlib.colors import ListedColormap, to_hex
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError:
+        raise LongNetError(
+            "pictures need matplotlib: pip install 'longnet-cli[plot]'; without -o none is needed"
+        ) from None
+    figure = Figure(figsize=(4.2 * len(subjects), 4.6), layout="constrained")
+    for axes, subject in zip(figure.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True):
+        looks_back = subject.causal is not False if causal is None else causal
+        cells = picture(subject.pattern, seq, _SIZE, subject.heads, looks_back)
+        levels = len(subject.pattern.levels)
+        tones = [to_hex(colormaps["viridis"](i / max(1, levels))) for i in range(levels)]
+        colors = ["white", *tones, "crimson"]
+        extent = (0, seq, seq, 0)
+        axes.imshow(cells, cmap=ListedColormap(colors), vmin=-1, vmax=levels, interpolation="nearest", extent=extent)
+        if len(rows := np.flatnonzero((cells == levels).any(1))):  # a few tokens wide: no cell would show them
+            axes.vlines(0, rows[0] * seq / len(cells), seq, color="crimson", linewidth=5)
+        axes.set_title(subject.name, fontsize=9)
+        axes.set_xlabel("key")
+        axes.set_ylabel("query")
+        ticks = [seq * i // 4 for i in range(5)]
+        names = [format_size(tick) if tick else "0" for tick in ticks]
+        axes.set_xticks(ticks, names)
+        axes.set_yticks(ticks, names)
+        marks = [(f"{format_size(w)}, rate {r}", colors[i + 1]) for i, (w, r) in enumerate(subject.pattern.levels)]
+        marks += [("sinks", "crimson")] if subject.pattern.sinks else []
+        axes.legend(handles=[Patch(color=c, label=n) for n, c in marks], fontsize=7, loc="upper right", frameon=False)
+    found = io.BytesIO()
+    figure.savefig(found, format=suffix[1:], dpi=120)
+    write_file(output, found.getvalue())

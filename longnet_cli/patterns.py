@@ -1,0 +1,206 @@
+"""Patterns as a person writes them, on a command line and in a recipe, and as outputs record them.
+
+    paper                                    one of the constructors of `Pattern`, by its name
+    geometric:1e9,base=2048,ratio=2          with its size
+    window:1Ki,look_back=1,sinks=4           with options of `Pattern`, which go with every constructor
+    nested:1Mi,base=1Ki,ratio=4,sinks=4
+    pretrained
+    1Ki/1,4Ki/4,look_back=1/5,overlap=once   levels, each as segment length / dilation rate
+
+Where an option has one number per level, a slash stands between them. Sizes are written as everywhere (`sizes`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+from longnet_cli.attention import Pattern
+from longnet_cli.sizes import format_size, parse_size
+
+_LEVEL = re.compile(r"\.?\d[\w.+]*/\.?\d", re.ASCII)
+
+
+class _Constructor(NamedTuple):
+    """What makes a pattern of sizes and of words, and what it is told."""
+
+    make: Callable[..., Pattern]
+    sizes: str = ""  # what its size is called; nothing where it takes none
+    needed: bool = True  # whether the size has no default
+    words: tuple[str, ...] = ()  # besides the options of `Pattern`
+
+
+_CONSTRUCTORS = {
+    "paper": _Constructor(Pattern.paper),
+    "geometric": _Constructor(Pattern.geometric, "length", words=("base", "ratio")),
+    "window": _Constructor(Pattern.window, "width"),
+    "nested": _Constructor(Pattern.nested, "length", words=("base", "ratio")),
+    "pretrained": _Constructor(Pattern.pretrained, "width", needed=False),
+}
+PATTERN_FIELDS = tuple(field.name for field in fields(Pattern))
+FORMS = "paper, geometric:LENGTH, window:WIDTH, nested:LENGTH, pretrained, or levels as 1Ki/1,4Ki/4"
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else parse_size(text)
+
+
+def _counts(text: str) -> int | tuple[int, ...]:
+    found = tuple(map(_count, text.split("/")))
+    return found if len(found) > 1 else found[0]
+
+
+def _bias(text: str) -> str | tuple[float, ...]:
+    if text == "log_rate":
+        return text
+    try:
+        return tuple(map(float, text.split("/")))
+    except ValueError:
+        raise ValueError(f"log_rate or one number per level is needed, as 0/1.5, not '{text}'") from None
+
+
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "look_back": _counts,
+    "overlap": str,
+    "queries": str,
+    "sinks": _count,
+    "level_bias": _bias,
+    "head_offsets": str,
+}
+
+
+def is_pattern(text: str) -> bool:
+    """Whether `text` is meant as a pattern, rather than as a path or the name of something else."""
+    return bool(_LEVEL.match(text)) or re.split("[:,]", text, maxsplit=1)[0] in _CONSTRUCTORS
+
+
+def parse_pattern(text: str) -> Pattern:
+    """The pattern that `text` describes. Raises ValueError of one line, with the nearest name for an unknown one."""
+    text = text.strip()
+    if re.match(r"\.?\d", text):
+        levels, given = _read("a list of levels", text.split(","), ())
+        return replace(_of_levels(levels), **given)
+    name, colon, rest = (part.strip() for part in text.partition(":"))
+    if name not in _CONSTRUCTORS:
+        first, comma, _ = name.partition(",")
+        if comma and first in _CONSTRUCTORS:
+            raise ValueError(f"a colon follows the name: {text.replace(',', ':', 1)}")
+        hint = _nearest(name, _CONSTRUCTORS) or "."
+        raise ValueError(f"unknown pattern '{name}'{hint} Write {FORMS}")
+    found = _CONSTRUCTORS[name]
+    sizes, given = _read(name, rest.split(",") if colon else [], found.words)
+    if found.sizes and found.needed and not sizes:
+        raise ValueError(f"{name} needs a {found.sizes}, as {name}:64Ki")
+    if len(sizes) > bool(found.sizes):
+        takes = f"takes one {found.sizes}" if found.sizes else "takes no size"
+        raise ValueError(f"{name} {takes}, and '{sizes[-1]}' is one more{_nearest(sizes[-1], found.words, _OPTIONS)}")
+    made = found.make(*map(parse_size, sizes), **{word: given.pop(word) for word in found.words if word in given})
+    return replace(made, **given)
+
+
+def _read(name: str, items: Iterable[str], words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The sizes, or levels, that come first, and the options behind them."""
+    sizes: list[str] = []
+    given: dict[str, Any] = {}
+    for item in map(str.strip, items):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not item:
+            raise ValueError("something is missing beside a colon or a comma")
+        if not equals and given:
+            raise ValueError(f"'{item}' stands behind an option: sizes come first, and an option is key=value")
+        if not equals:
+            sizes.append(item)
+            continue
+        if key not in words and key not in _OPTIONS:
+            raise ValueError(f"{name} has no option '{key}'{_nearest(key, words, _OPTIONS)}")
+        if key in given:
+            raise ValueError(f"{key} is given twice")
+        try:
+            given[key] = _OPTIONS.get(key, parse_size)(value)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    return sizes, given
+
+
+def _of_levels(items: Sequence[str]) -> Pattern:
+    pairs = [item.split("/") for item in items]
+    for item, pair in zip(items, pairs, strict=True):
+        if len(pair) != 2:
+            raise ValueError(f"'{item}' is not a level: write segment length / dilation rate, as 4Ki/4")
+    return Pattern(tuple(parse_size(w) for w, _ in pairs), tuple(parse_size(r) for _, r in pairs))
+
+
+def _nearest(word: str, *names: Iterable[str]) -> str:
+    from longnet_cli.configuration import nearest
+
+    match = nearest(word, chain(*names))
+    return f": did you mean '{match}'?" if match else ""
+
+
+def format_pattern(pattern: Pattern) -> str:
+    """The shortest text that `parse_pattern` reads as `pattern`.
+
+    Never `pretrained`: what that stands for may change, and what an output says of itself must not.
+    """
+    found = [text + _options(made, pattern, ":" if text in _CONSTRUCTORS else ",") for text, made in _made(pattern)]
+    found.append(format_levels(pattern))
+    return min(filter(lambda text: _reads_as(text, pattern), found), key=len, default=found[-1])
+
+
+def format_levels(pattern: Pattern) -> str:
+    """The levels of a pattern, each as segment length / dilation rate, and its options: `2048/1,4096/2,look_back=1`."""
+    levels = ",".join(f"{w}/{r}" for w, r in pattern.levels)
+    return levels + _options(Pattern(pattern.segment_lengths, pattern.dilation_rates), pattern, ",")
+
+
+def _made(pattern: Pattern) -> Iterator[tuple[str, Pattern]]:
+    """What the constructors make of the same levels, in words."""
+    w, others = pattern.segment_lengths[0], pattern.levels[1:]
+    plain = ",".join(f"{format_size(w)}/{format_size(r)}" for w, r in pattern.levels)
+    candidates = ["paper", plain, f"window:{format_size(w)}"]
+    if others:
+        ratio = others[0].segment_length // w
+        for name, base_of, ratio_of in (("geometric", 2048, 2), ("nested", 1024, 4)):
+            base_word = f",base={format_size(w)}" if w != base_of else ""
+            ratio_word = f",ratio={format_size(ratio)}" if ratio != ratio_of else ""
+            length = min(pattern.segment_lengths[-1], 2**63 - 1)
+            candidates.append(f"{name}:{format_size(length)}{base_word}{ratio_word}")
+    for text in candidates:
+        try:
+            made = parse_pattern(text)
+        except ValueError:  # no such levels, or beyond what a size can say
+            continue
+        if made.levels == pattern.levels:
+            yield text, made
+
+
+def _options(made: Pattern, pattern: Pattern, separator: str) -> str:
+    """What has to be said of `pattern` beyond `made`."""
+    changed = {name: getattr(pattern, name) for name in _OPTIONS if getattr(pattern, name) != getattr(made, name)}
+    words = ",".join(f"{name}={_value(value)}" for name, value in changed.items())
+    return separator + words if words else ""
+
+
+def _value(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return format_size(value) if isinstance(value, int) else str(value)
+    if all(isinstance(item, int) for item in value) and len({*value}) == 1:
+        value = value[:1]
+    return "/".join(format_size(x) if isinstance(x, int) else repr(x).removesuffix(".0") for x in value)
+
+
+def _reads_as(text: str, pattern: Pattern) -> bool:
+    try:
+        return parse_pattern(text) == pattern
+    except ValueError:
+        return False
+
+
+def pattern_fields(pattern: Pattern) -> dict[str, Any]:
+    """The arguments that make a pattern: the levels, and those options that are not the paper's."""
+    levels = {name: getattr(pattern, name) for name in ("segment_lengths", "dilation_rates")}
+    plain = Pattern(**levels)
+    return levels | {n: getattr(pattern, n) for n in _OPTIONS if getattr(pattern, n) != getattr(plain, n)}
