@@ -117,9 +117,11 @@ class CausalStream:
         return [cache.far() for cache in self.caches] or [[] for _ in range(self.model.config.num_layers)]
 
     def _new_cache(self, k: Tensor) -> KVCache:
-        batch, _, heads, head_dim = k.shape
-        pattern = self.model.config.pattern
-        return KVCache(pattern, batch, heads, head_dim, dtype=k.dtype, device=k.device, keep=self.keep)
+        batch, _, kv_heads, head_dim = k.shape
+        pattern, heads = self.model.config.pattern, self.model.config.num_heads
+        return KVCache(
+            pattern, batch, heads, head_dim, kv_heads=kv_heads, dtype=k.dtype, device=k.device, keep=self.keep
+        )
 
 
 def backward_in_chunks(
