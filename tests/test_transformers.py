@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from strategies import PAPER_64TH
-from torch import Tensor
+from hypothesis import given
+from strategies import PAPER_64TH, Choice, choices, cuts, split, turn
+from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
@@ -24,12 +27,23 @@ from transformers.masking_utils import AttentionMaskInterface
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.reference import dilated_attention_reference
 from longnet_cli.errors import ConfigError
-from longnet_cli.integrations.transformers import dilated_mask, pattern_of, use_dilated_attention
+from longnet_cli.integrations.transformers import (
+    dilated_attention_forward,
+    dilated_mask,
+    pattern_of,
+    use_dilated_attention,
+)
 
 SIZES = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12}
 ROOM = {"max_position_embeddings": 1024}
 WIDE = {"intermediate_size": 64}
 NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+
+LEVELS = Pattern((8, 24, 60), (1, 3, 5))
+WINDOW = Pattern.window(16, sinks=3)
+FAR = Pattern((16, 16), (1, 4), "modulo", (1, 3), "once", "all", 4, "log_rate")  # a window, and a far level before it
+NESTED = Pattern.nested(128, base=8, ratio=4)
+BIASED = Pattern((8, 20), (1, 3), "grouped", look_back=1, sinks=2, level_bias=(0.5, -0.5))
 
 
 def llama(key_heads: int = 4, **changes: Any) -> hf.PreTrainedModel:
@@ -113,28 +127,124 @@ def reference(module, query, key, value, attention_mask, scaling=None, dropout=0
     """The dense-mask reference as an attention function of transformers."""
     if options.get("sliding_window") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal)
-    groups = query.shape[1] // key.shape[1]
-    q, k, v = (x.transpose(1, 2) for x in (query, *(x.repeat_interleave(groups, 1) for x in (key, value))))
-    causal = module.is_causal if is_causal is None else is_causal
-    pattern = pattern_of(module.config)
-    out = dilated_attention_reference(q, k, v, pattern, causal=causal, lengths=attention_mask, scale=scaling)
-    return out, None
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    given = {"causal": module.is_causal if is_causal is None else is_causal, "lengths": attention_mask}
+    given |= {"scale": scaling, "turn": getattr(module, "_dilated_turn", None)}
+    return dilated_attention_reference(q, k, v, pattern_of(module.config), **given), None
 
 
 hf.AttentionInterface.register("dilated_reference", reference)
 AttentionMaskInterface.register("dilated_reference", dilated_mask)
 
 
-@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("model", MODELS)
-def test_the_papers_pattern_is_the_dense_reference(model: Callable[[], hf.PreTrainedModel], padded: bool) -> None:
+def test_the_papers_pattern_is_the_dense_reference(model: Callable[[], hf.PreTrainedModel]) -> None:
     """At 1/64 scale over more than one of its widest segments; and it is not what dense attention gives."""
     net = use_dilated_attention(built(model), PAPER_64TH)
-    inputs = {"input_ids": ids(600)} | ({"attention_mask": right_padded(600)} if padded else {})
+    inputs = {"input_ids": ids(600), "attention_mask": right_padded(600)}
     expected = outputs_and_gradients(net, "dilated_reference", **inputs)
     assert_equal(outputs_and_gradients(net, "dilated", **inputs), expected)
     dense = outputs_and_gradients(net, "sdpa", **inputs)
     assert (dense["logits"] - expected["logits"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("model", "pattern"),
+    [*((llama, x) for x in (WINDOW, FAR, NESTED, BIASED)), *((x, FAR) for x in (qwen2, gpt2, bert, modernbert))],
+)
+def test_patterns_with_options_are_the_dense_reference(
+    model: Callable[[], hf.PreTrainedModel], pattern: Pattern
+) -> None:
+    net = use_dilated_attention(built(model), pattern)
+    inputs = {"input_ids": ids(150), "attention_mask": right_padded(150)}
+    expected = outputs_and_gradients(net, "dilated_reference", **inputs)
+    assert_equal(outputs_and_gradients(net, "dilated", **inputs), expected)
+
+
+def attention_module(choice: Choice) -> nn.Module:
+    """What a layer is to its attention function."""
+    module = nn.Module()
+    module.config = SimpleNamespace(dilated_attention=asdict(choice.pattern))
+    module.is_causal, module._dilated_turn = choice.causal, turn if choice.rotary else None
+    return module
+
+
+@given(choice=choices(causal=True), sizes=cuts())
+def test_any_pattern_with_cached_keys_is_the_dense_reference(choice: Choice, sizes: list[int]) -> None:
+    """The attention function, given all keys so far: outputs and gradients, with fewer key heads than query heads."""
+    choice = replace(choice, start=0)
+    module, results = attention_module(choice), []
+    for whole in (True, False):
+        *inputs, dout = (x.requires_grad_() for x in choice.qkv())
+        q, k, v = inputs
+        if whole:
+            moved = {"turn": turn} if choice.rotary else {}
+            out = dilated_attention_reference(q, k, v, choice.pattern, lengths=choice.lengths, **moved)
+        else:
+            outs, stop = [], 0
+            for size in split(choice.tokens, [max(size, choice.tokens // 6) for size in sizes]):
+                start, stop = stop, stop + size
+                heads_first = (x.transpose(1, 2) for x in (q[:, start:stop], k[:, :stop], v[:, :stop]))
+                lengths = torch.tensor(choice.lengths) if choice.lengths else None
+                lengths = None if lengths is None else (lengths - start).clamp(0, size)
+                outs.append(dilated_attention_forward(module, *heads_first, lengths)[0])
+            out = torch.cat(outs, 1)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, dout.detach(), materialize_grads=True)])
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert (found - expected).norm() <= 1e-12 * max(1.0, expected.norm().item())
+
+
+ROPES = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 256},
+    "linear": {"factor": 4.0},
+}
+
+
+def rotary(kind: str) -> hf.PreTrainedModel:
+    """One layer with a kind of rotary positions."""
+    sizes = SIZES | ROOM | WIDE | {"num_hidden_layers": 1, "pad_token_id": 0}
+    if kind == "partial":
+        return hf.PhiForCausalLM(hf.PhiConfig(**sizes))
+    if kind == "neighbours":
+        return hf.GlmForCausalLM(hf.GlmConfig(**sizes, num_key_value_heads=4, head_dim=8))
+    if kind == "none":
+        return hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**sizes, num_key_value_heads=4, no_rope_layers=[0]))
+    ropes = {"rope_parameters": {"rope_theta": 1e4, "rope_type": kind, **ROPES.get(kind, {})}}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, **ropes, num_key_value_heads=4))
+
+
+@pytest.mark.parametrize("kind", ["default", *ROPES, "partial", "neighbours", "none"])
+def test_sinks_are_seen_as_if_right_before_the_window(kind: str) -> None:
+    """So a token's only layer gives what dense attention gives where nothing but sinks and window is there."""
+    net = built(rotary, kind=kind)
+    tokens, last = ids(150), 140
+    window = (last // 16 - 1) * 16
+    expected = net(torch.cat([tokens[:, :3], tokens[:, window : last + 1]], 1)).logits[:, -1]
+    use_dilated_attention(net, WINDOW)
+    found = net(tokens[:, : last + 1]).logits[:, -1]
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    unmoved = next(module for module in net.modules() if hasattr(module, "_dilated_turn"))
+    unmoved._dilated_turn = None
+    near = (net(tokens[:, : last + 1]).logits[:, -1] - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert near == (kind == "none")
+
+
+def test_sinks_that_cannot_be_moved_are_refused() -> None:
+    """By name, and the model goes on with what it had."""
+    ropes = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    for net, message in (
+        (built(llama, rope_parameters=ropes), "LlamaForCausalLM has positions that depend on .*rope_type dynamic"),
+        (
+            built(llama, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}),
+            "in several dimensions",
+        ),
+        (hf.GPTJForCausalLM(hf.GPTJConfig(vocab_size=97, n_embd=48, n_layer=1, n_head=6, rotary_dim=4)), "of its own"),
+    ):
+        expected = net(ids(20)).logits
+        with pytest.raises(ConfigError, match=message):
+            use_dilated_attention(net, WINDOW)
+        assert torch.equal(net(ids(20)).logits, expected)
 
 
 @pytest.mark.parametrize("key_heads", [1, 12])
@@ -168,10 +278,10 @@ def test_masks_are_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [None if m is None else m.tolist() for m in seen] == [[90, 30]] * 2 + [None] * 2
 
 
-@pytest.mark.parametrize("model", CAUSAL)
-def test_a_cache_changes_nothing(model: Callable[[], hf.PreTrainedModel]) -> None:
+@pytest.mark.parametrize(("model", "pattern"), [(llama, LEVELS), (qwen2, FAR), (qwen3, NESTED), (gpt2, WINDOW)])
+def test_a_cache_changes_nothing(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
     """Prompt, single tokens and runs of them through a DynamicCache, across segments of every level: one pass."""
-    net = use_dilated_attention(built(model), Pattern((8, 24, 60), (1, 3, 5)))
+    net = use_dilated_attention(built(model), pattern)
     tokens = ids(140)
     expected = net(tokens, use_cache=False).logits
     name = "cache" if "cache" in inspect.signature(net.forward).parameters else "past_key_values"  # its older name
@@ -187,8 +297,9 @@ def test_a_cache_changes_nothing(model: Callable[[], hf.PreTrainedModel]) -> Non
     assert_equal(results[1], results[0])
 
 
-def test_generate_is_exact_with_and_without_the_cache() -> None:
-    net = use_dilated_attention(built(llama, eos_token_id=None), Pattern((8, 24, 60), (1, 3, 5)))
+@pytest.mark.parametrize("pattern", [LEVELS, WINDOW])
+def test_generate_is_exact_with_and_without_the_cache(pattern: Pattern) -> None:
+    net = use_dilated_attention(built(llama, eos_token_id=None), pattern)
     options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
     with_cache = net.generate(ids(30), **options)
     assert torch.equal(with_cache, net.generate(ids(30), use_cache=False, **options))
@@ -197,11 +308,11 @@ def test_generate_is_exact_with_and_without_the_cache() -> None:
         assert torch.equal(logits.argmax(-1), with_cache[:, end])
 
 
-@pytest.mark.parametrize("model", [llama, bert])
-def test_a_model_compiles_to_one_graph(model: Callable[[], hf.PreTrainedModel]) -> None:
+@pytest.mark.parametrize(("model", "pattern"), [(llama, FAR), (bert, PAPER_64TH)])
+def test_a_model_compiles_to_one_graph(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
     """Padded batches too: the true lengths are data of the graph."""
     torch._dynamo.reset()
-    net = use_dilated_attention(built(model), PAPER_64TH)
+    net = use_dilated_attention(built(model), pattern)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     options = {"use_cache": False} if model is llama else {}
     for mask in (torch.ones(2, 130, dtype=torch.int64), right_padded(130)):
@@ -214,11 +325,16 @@ def test_a_model_compiles_to_one_graph(model: Callable[[], hf.PreTrainedModel]) 
     torch._dynamo.reset()
 
 
-def test_the_pattern_is_saved_and_loaded(tmp_path: Path) -> None:
-    net = use_dilated_attention(built(llama), Pattern((8, 32), (1, 4), "grouped"))
+@pytest.mark.parametrize("pattern", [Pattern((8, 32), (1, 4), "grouped"), NESTED, BIASED, FAR])
+def test_the_pattern_is_saved_and_loaded(tmp_path: Path, pattern: Pattern) -> None:
+    net = use_dilated_attention(built(llama), pattern)
     net.save_pretrained(tmp_path)
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="dilated")
-    assert pattern_of(again.config) == Pattern((8, 32), (1, 4), "grouped")
+    assert pattern_of(again.config) == pattern
+    if pattern.sinks:
+        with pytest.raises(ConfigError, match=r"call use_dilated_attention\(model\) after loading"):
+            again(ids(100))
+        use_dilated_attention(again)
     assert torch.equal(again(ids(100)).logits, net(ids(100)).logits)
     plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not torch.allclose(plain(ids(100)).logits, net(ids(100)).logits, atol=1e-3)

@@ -25,9 +25,26 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
-from test_transformers import CAUSAL, MODELS, bert, built, gpt2, ids, llama, modernbert
+from test_transformers import (
+    BIASED,
+    CAUSAL,
+    FAR,
+    LEVELS,
+    MODELS,
+    NESTED,
+    WINDOW,
+    bert,
+    built,
+    gpt2,
+    ids,
+    llama,
+    modernbert,
+    qwen2,
+    qwen3,
+)
 
-from longnet_cli.attention import Pattern
+from longnet_cli.attention import SINKS, Pattern, Span
+from longnet_cli.attention.pattern import cached_rows
 from longnet_cli.cli.app import app
 from longnet_cli.data.sources import Document
 from longnet_cli.data.tokenizer import Tokenizer
@@ -39,7 +56,6 @@ from longnet_cli.integrations.transformers_net import TransformersNet, load_tran
 from longnet_cli.runtime.chunks import CausalStream, open_stream
 from longnet_cli.scoring import score
 
-LEVELS = Pattern((8, 24, 60), (1, 3, 5))
 OPTIONS = ["--segment-lengths", "8,24,60", "--dilation-rates", "1,3,5"]
 TEXT = "Far keys are one more branch, and branches merge. " * 6  # 300 tokens of a byte each
 SMALL = {"vocab_size": 257, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
@@ -51,9 +67,11 @@ def make_document(length: int, name: str = "a") -> Document:
     return Document(name, tokens, length, f"{name}.txt")
 
 
-def net_of(model: Callable[..., hf.PreTrainedModel], attention: str = "dilated", **changes) -> TransformersNet:
+def net_of(
+    model: Callable[..., hf.PreTrainedModel], attention: str = "dilated", pattern: Pattern = LEVELS, **changes
+) -> TransformersNet:
     found = built(model, **changes)
-    return TransformersNet(use_dilated_attention(found, LEVELS) if attention == "dilated" else found, attention)
+    return TransformersNet(use_dilated_attention(found, pattern) if attention == "dilated" else found, attention)
 
 
 def mixed() -> hf.PreTrainedModel:
@@ -87,16 +105,34 @@ def test_a_stream_with_the_cache_of_transformers_is_the_whole(
     assert_stream_is_whole(open_stream(net), net)
 
 
-@pytest.mark.parametrize("model", CAUSAL)
-def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel]) -> None:
-    """In chunks that segments of every level cut, single tokens among them; and it remembers open segments alone."""
-    net = net_of(model)
-    assert (net.config.memory, net.note) == ("segments", None)
+@pytest.mark.parametrize(
+    ("model", "pattern"),
+    [*((x, LEVELS) for x in CAUSAL), (llama, FAR), (qwen2, NESTED), (qwen3, BIASED), (gpt2, WINDOW)],
+)
+def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
+    """In chunks that cut segments of every level, single tokens too; it remembers only what can be seen later."""
+    net = net_of(model, pattern=pattern)
+    c = net.config
+    assert (c.memory, net.note, c.pattern) == ("segments", None, pattern)
     stream = open_stream(net)
     assert isinstance(stream, CausalStream)
     assert_stream_is_whole(stream, net)
-    numbers = 2 * 2 * net.config.num_layers * net.config.num_heads * net.config.head_dim * LEVELS.cache_rows
-    assert stream.cache_bytes == 4 * numbers
+    rows = cached_rows(pattern, c.num_heads, c.kv_heads)
+    assert stream.cache_bytes == 4 * 2 * 2 * c.num_layers * c.head_dim * rows
+
+
+def test_query_heads_that_share_a_key_head_share_its_rows() -> None:
+    """Nine query heads on three key heads, as SmolLM2 has: a third of the finest level and of the sinks."""
+    sizes = SMALL | {"hidden_size": 72, "num_attention_heads": 9, "num_hidden_layers": 1}
+    counted = {}
+    for key_heads in (3, 9):
+        config = hf.LlamaConfig(**sizes, num_key_value_heads=key_heads)
+        stream = CausalStream(TransformersNet(use_dilated_attention(hf.LlamaForCausalLM(config), FAR), "dilated"))
+        stream(ids(100, batch=1))
+        assert stream.cache_bytes == 4 * 2 * 8 * cached_rows(FAR, 9, key_heads)
+        counted[key_heads] = [(keys.span, keys.k[..., 0].numel()) for keys in stream.far()[0] if keys.level < 1]
+    assert counted[3] == [(Span(0, 80, 96), 16 * 3), (Span(0, 96, 100), 4 * 3), (Span(SINKS, 0, 4), 4 * 3)]
+    assert counted[9] == [(span, 3 * rows) for span, rows in counted[3]]
 
 
 @pytest.mark.parametrize("attention", ["dilated", "dense"])
@@ -134,14 +170,14 @@ def test_vectors_are_the_means_of_the_models_own_hidden_states(
 
 @pytest.mark.parametrize("model", MODELS)
 def test_saved_is_loaded(model: Callable[[], hf.PreTrainedModel], tmp_path: Path) -> None:
-    """Every architecture from its folder, its own class, its pattern; sharded weights too."""
-    saved = use_dilated_attention(built(model), LEVELS)
+    """Every architecture from its folder, its own class, its pattern with all options; sharded weights too."""
+    saved = use_dilated_attention(built(model), FAR)
     saved.save_pretrained(tmp_path, max_shard_size="40KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     net = load_net(tmp_path)
     assert isinstance(net, TransformersNet)
     assert type(net.model) is type(saved)
-    assert (net.config.pattern, net.config.causal) == (LEVELS, model in CAUSAL)
+    assert (net.config.pattern, net.config.causal) == (FAR, model in CAUSAL)
     with torch.no_grad():
         assert torch.equal(net(ids(70)), saved.base_model(ids(70)).last_hidden_state)
     other = load_net(tmp_path, pattern=Pattern((16,), (1,)))
@@ -246,7 +282,7 @@ def test_bench_compares_dense_and_dilated(folder: Path, tmp_path: Path) -> None:
     streamed = command(*arguments, "--seq", "128", *OPTIONS, "--chunk", "50", "--impl", "dilated")
     row = json.loads(streamed.stdout)
     assert (row["status"], row["chunk"]) == ("ok", 50)
-    assert row["cache_bytes"] == 4 * 2 * SMALL["num_hidden_layers"] * SMALL["hidden_size"] * LEVELS.cache_rows
+    assert row["cache_bytes"] == 4 * 2 * SMALL["num_hidden_layers"] * 8 * cached_rows(LEVELS, 6, 2)
     cached = TransformersNet(use_dilated_attention(mixed(), LEVELS), "dilated")
     cached.model.save_pretrained(tmp_path / "mixed")
     arguments[4] = tmp_path / "mixed"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.pattern import attention_flops
+from longnet_cli.attention.pattern import attention_flops, cached_rows
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.loading import load_net
 from longnet_cli.model import LongNet, LongNetConfig
@@ -162,7 +162,8 @@ def _cache_bytes(s: Settings, net: Net) -> int | None:
     if getattr(net.config, "memory", "segments") != "segments":
         return None
     c = net.config
-    return 2 * s.batch * c.num_layers * c.num_heads * c.head_dim * c.pattern.cache_rows * DTYPES[s.dtype].itemsize
+    rows = cached_rows(c.pattern, c.num_heads, getattr(c, "kv_heads", c.num_heads))
+    return 2 * s.batch * c.num_layers * c.head_dim * rows * DTYPES[s.dtype].itemsize
 
 
 def _row(s: Settings, net: Net, impl: str, direction: str, seq: int, **values: int | None) -> Measurement:

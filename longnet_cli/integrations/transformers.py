@@ -11,11 +11,15 @@ Importing this file registers the name, so that a model whose config holds the p
 The model keeps its projections, positions and heads, and hands over queries, keys and values. Causal decoders,
 bidirectional encoders and grouped-query heads are served; padding has to be on the right; generation reads a
 DynamicCache and is exact. Layers that the model itself limits to a sliding window stay as they are, on torch's sdpa.
+
+A pattern with sinks needs `use_dilated_attention` after loading, too: sinks are moved by the model's own positions
+(`transformers_rotary`), which a config does not tell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -31,10 +35,12 @@ from transformers.masking_utils import (
 
 from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention
 from longnet_cli.attention.module import true_lengths
-from longnet_cli.attention.pattern import span_positions
+from longnet_cli.attention.pattern import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.errors import ConfigError
+from longnet_cli.integrations.transformers_rotary import turns
 
 NAME = "dilated"
+_TURN = "_dilated_turn"  # of an attention module: what moves its sinks, or None
 
 # what a config may ask of attention that dilated attention does not do
 _REFUSED_CONFIG = {
@@ -50,26 +56,26 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     """Make all global attention layers of a model dilated, in place; its weights stay.
 
     `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it; None takes what is there.
-    Returns the model. Raises ConfigError where the model has no pattern, no layer that attends globally, or attention
-    of another kind.
+    With sinks, the model runs on a few tokens, to see how it turns its keys by position. Returns the model. Raises
+    ConfigError where the model has no pattern, no layer that attends globally, attention of another kind, or positions
+    by which sinks cannot be moved.
     """
     config = model.config
     if pattern is not None:
-        _refuse_options(pattern)
-        config.dilated_attention = {
-            "segment_lengths": list(pattern.segment_lengths),
-            "dilation_rates": list(pattern.dilation_rates),
-            "head_offsets": pattern.head_offsets,
-        }
-    pattern_of(config)
+        options = asdict(pattern)
+        config.dilated_attention = {key: list(x) if isinstance(x, tuple) else x for key, x in options.items()}
+    sinks = pattern_of(config).sinks
     kinds = getattr(config, "layer_types", None) or [
         "sliding_attention" if getattr(config, "sliding_window", 0) else ""
     ]
     if all(kind == "sliding_attention" for kind in kinds):
         raise ConfigError("every layer of this model has a sliding window: there is no global attention to replace")
+    found = turns(model) if sinks else {}
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:  # transformers only warns, and goes on with what there was
         raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
+    for module, turn in found.items():
+        setattr(module, _TURN, turn)
     return model
 
 
@@ -87,19 +93,9 @@ def pattern_of(config: Any) -> Pattern:
     if not isinstance(found, Mapping):
         raise ConfigError(f"dilated_attention in the model's config: a table of levels is needed, got {found!r}")
     try:
-        pattern = Pattern(**found)
+        return Pattern(**found)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"dilated_attention in the model's config: {error}") from None
-    _refuse_options(pattern)
-    return pattern
-
-
-def _refuse_options(pattern: Pattern) -> None:
-    """What attends to cached keys here knows a level's own segment alone."""
-    if pattern != Pattern(pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets):
-        raise ConfigError(
-            "models of transformers take patterns without look_back, overlap, queries, sinks and level_bias so far"
-        )
 
 
 def dilated_attention_forward(
@@ -135,6 +131,9 @@ def dilated_attention_forward(
         raise ValueError(
             f"dilated attention takes a padding mask (batch, tokens), not one of {tuple(attention_mask.shape)}"
         )
+    turn = getattr(module, _TURN, None)
+    if pattern.sinks and not hasattr(module, _TURN):
+        raise ConfigError("sinks are moved by a model's own positions: call use_dilated_attention(model) after loading")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if torch.is_autocast_enabled(query.device.type):  # as for sdpa: rotated q and k come in float32, v as projected
         kind = torch.get_autocast_dtype(query.device.type)
@@ -147,13 +146,11 @@ def dilated_attention_forward(
             f"in a {'causal' if causal else 'bidirectional'} layer"
         )
     far = _cached(k, v, pattern, q.shape[2], start) if start else []
-    groups = q.shape[2] // k.shape[2]
-    # a copy unless there is one key head or one query head for each: a strided view cannot repeat every head in turn
-    k, v = (x[:, start:, :, None].expand(-1, -1, -1, groups, -1).flatten(2, 3) for x in (k, v))
+    k, v = k[:, start:], v[:, start:]
     if provider := options.get("far"):
         start, far = options["start"], provider(module.layer_idx, k, v)
     out = dilated_attention(
-        q, k, v, pattern, causal=causal, start=start, far=far, lengths=attention_mask, scale=scaling
+        q, k, v, pattern, causal=causal, start=start, far=far, lengths=attention_mask, scale=scaling, turn=turn
     )
     return out, None
 
@@ -161,24 +158,30 @@ def dilated_attention_forward(
 def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) -> list[FarKeys]:
     """What the new tokens [start, L) attend to of the keys and values (B, L, H_kv, D) before them.
 
-    A level's rows are copied for the heads in which a new token takes part, 1 / r of them for one token; the rest of
-    the memory is never read.
+    Rows at rate 1 are views. Of a dilated level, rows are copied for the lanes in which a new token takes part, 1 / r
+    of them for one token unless every query asks; the rest of the memory is never read.
     """
     found = []
     batch, stop, key_heads, head_dim = k.shape
-    for level, (w, r) in enumerate(pattern.levels):
-        span = Span(level, start // w * w, start)
-        if span.start == start:
+    for span in far_spans(pattern, start, stop, True):
+        w, r = (1, 1) if span.level == SINKS else pattern.levels[span.level]
+        if r == 1:
+            found.append(FarKeys(*span, k[:, span.start : span.stop], v[:, span.start : span.stop]))
             continue
-        positions = span_positions(pattern, span, num_heads)
-        new = span_positions(pattern, Span(level, span.start, min(stop, span.start + w)), num_heads)
-        rows = max(len(p) for p in positions)
-        packed = k.new_empty(2, batch, num_heads, rows, head_dim)
-        for head, (before, after) in enumerate(zip(positions, new, strict=True)):
-            if before and len(after) > len(before):
+        positions = span_positions(pattern, span, num_heads, key_heads)
+        if not (rows := max(map(len, positions))):
+            continue
+        edge = (start // w + 1) * w  # two segments have new tokens of every lane that has any
+        new = [Span(span.level, start, min(stop, edge)), Span(span.level, edge, max(edge, min(stop, edge + w)))]
+        asked = [
+            any(counts) for counts in zip(*(span_rows(pattern, x, num_heads, key_heads) for x in new), strict=True)
+        ]
+        packed = k.new_empty(2, batch, len(positions), rows, head_dim)
+        for lane, head in enumerate(lanes(pattern, span.level, num_heads, key_heads).kv_heads):
+            if asked[lane] or pattern.queries == "all":
+                kept, places = slice(0, len(positions[lane])), positions[lane]
                 for i, x in enumerate((k, v)):
-                    kept = x[:, before.start : start : r, head * key_heads // num_heads]
-                    packed[i, :, head, : len(before)] = kept
+                    packed[i, :, lane, kept] = x[:, places.start : places.stop : r, head]
         found.append(FarKeys(*span, *packed.transpose(2, 3)))
     return found
 

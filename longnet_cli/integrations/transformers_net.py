@@ -29,13 +29,11 @@ from longnet_cli.attention import Pattern
 from longnet_cli.configuration import parse, read_text
 from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.integrations.transformers import pattern_of, use_dilated_attention
+from longnet_cli.integrations.transformers_rotary import ROPE_OF_LENGTH, rope_parameters
 from longnet_cli.model.integrity import check_finite
 from longnet_cli.model.net import FarProvider, Net
 
 AttentionKind = Literal["dilated", "dense"]
-
-# frequencies that depend on the longest sequence of a batch: a document's numbers would depend on its company
-_ROPE_OF_LENGTH = ("dynamic", "longrope")
 
 _CACHE_NAMES = ("cache", "past_key_values")  # what forward calls it, and called it before
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
@@ -57,6 +55,7 @@ class TransformersConfig(BaseModel):
     dim: int
     num_layers: int
     num_heads: int
+    kv_heads: int  # of keys and values, a divisor of num_heads
     head_dim: int
     ffn_dim: int
     causal: bool
@@ -250,9 +249,7 @@ def _facts(model: hf.PreTrainedModel, attention: AttentionKind) -> TransformersC
     sizes = [getattr(config, key, None) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
     if len(directions) != 1 or None in sizes or not isinstance(model.get_input_embeddings(), nn.Embedding):
         raise ConfigError(f"{name} is not a text Transformer with one kind of attention, causal or not")
-    ropes = getattr(config, "rope_parameters", None) or {}
-    kinds = {ropes.get("rope_type"), *(rope.get("rope_type") for rope in ropes.values() if isinstance(rope, dict))}
-    if changing := kinds & {*_ROPE_OF_LENGTH}:
+    if changing := {rope.get("rope_type") for rope in rope_parameters(config)} & {*ROPE_OF_LENGTH}:
         raise ConfigError(f"{name} has positions that depend on the sequence's length (rope_type {changing.pop()})")
     dim, num_layers, num_heads = map(int, filter(None, sizes))
     return TransformersConfig(
@@ -260,6 +257,7 @@ def _facts(model: hf.PreTrainedModel, attention: AttentionKind) -> TransformersC
         dim=dim,
         num_layers=num_layers,
         num_heads=num_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(config, "head_dim", None) or dim // num_heads,
         ffn_dim=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * dim,
         causal=directions.pop(),
