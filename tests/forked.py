@@ -114,15 +114,20 @@ def serve(place: str) -> None:
                 sys.exit()
             elif key.fileobj is listener:
                 client, _ = listener.accept()
-                _, handles, _, _ = socket.recv_fds(client, 1, 32)
-                job = json.loads(client.makefile().readline())
+                try:
+                    _, handles, _, _ = socket.recv_fds(client, 1, 32)
+                    job = json.loads(client.makefile().readline())
+                except (OSError, ValueError):  # it was killed before it had asked
+                    client.close()
+                    continue
                 process = os.fork()
                 if process == 0:
                     become(job, handles)
                     return
                 for handle in handles:
                     os.close(handle)
-                client.sendall(f"{process}\n".encode())
+                with contextlib.suppress(OSError):  # it may have been killed: then its socket is at its end
+                    client.sendall(f"{process}\n".encode())
                 running[process] = client, os.pidfd_open(process)
                 for file in running[process]:
                     waiting.register(file, selectors.EVENT_READ, process)
@@ -131,7 +136,7 @@ def serve(place: str) -> None:
                 if key.fileobj is client:
                     os.kill(key.data, signal.SIGKILL)
                 code = os.waitstatus_to_exitcode(os.waitpid(key.data, 0)[1])
-                with contextlib.suppress(BrokenPipeError):
+                with contextlib.suppress(OSError):
                     client.sendall(f"{code}\n".encode())
                 for file in (client, handle):
                     waiting.unregister(file)

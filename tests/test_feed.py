@@ -1,8 +1,10 @@
 """Proves that items read in one thread and worked on in another stay in order, in time and accounted for."""
 
+import itertools
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -79,26 +81,22 @@ def test_a_failure_of_the_work_ends_the_reading():
 @pytest.mark.parametrize("endless", [False, True])
 def test_an_interruption_stops_the_work_at_its_next_check_and_waits_for_it(endless):
     """Be it that the reading waits for the work, or for its end."""
-    stopped, taken = threading.Event(), 0
-
-    def items() -> Iterator[int]:
-        nonlocal taken
-        while endless or not taken:
-            taken += 1
-            yield 0
+    stopped = threading.Event()
 
     def work(group, check):
-        wait_for(lambda: taken > 3 or not endless)
+        time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
         try:
-            wait_for(lambda: check())
+            for _ in range(3000):
+                check()
+                time.sleep(0.01)
         except feed.StoppedError:
-            stopped.wait(0.1)  # this takes a while, for which the reading must wait
+            time.sleep(0.1)
             stopped.set()
             raise
 
     with pytest.raises(KeyboardInterrupt):
-        in_two_threads(items(), one, 3, work)
+        in_two_threads(itertools.repeat(0) if endless else iter([0]), one, 3, work)
     assert stopped.is_set()
 
 
