@@ -4,9 +4,9 @@
     hidden = net(tokens, lengths=[1000, 700])
 
 A causal decoder with dilated attention in every layer streams as a LongNet does: it gets its far keys from a
-`CausalStream`, and remembers the open segments alone. Where layers are dense or have a sliding window, the cache of
-transformers remembers, in memory that grows with the document. Other models read a document in one forward: what looks
-in both directions needs the end before the begin.
+`CausalStream`, and remembers only what later tokens can see. Where layers are dense or have a sliding window, the cache
+of transformers remembers, in memory that grows with the document. Other models read a document in one forward: what
+looks in both directions needs the end before the begin.
 
 Nothing is downloaded, no code of a folder is run, no pickle is read.
 """
