@@ -138,11 +138,6 @@ def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
     )
 
 
-def option_patterns(causal: bool) -> st.SearchStrategy[Pattern]:
-    """Patterns with every option that attention of this kind can have."""
-    return choices(causal).map(lambda choice: choice.pattern)
-
-
 def cuts() -> st.SearchStrategy[list[int]]:
     """Sizes of the chunks of a sequence, taken in turn: single tokens, primes, one chunk, and mixtures."""
     return st.sampled_from([[1], [2], [7], [13], [64], [10**6]]) | st.lists(st.integers(1, 90), min_size=1, max_size=5)

@@ -106,19 +106,3 @@ def test_nested_models_have_dotted_names() -> None:
             validate(Recipe, data, "r")
         assert str(caught.value).startswith(text)
         assert "\n" not in str(caught.value)
-
-
-def test_options_of_the_pattern_are_written_where_they_are_not_the_papers() -> None:
-    """An older version reads what it can, and the digests of saved models stay."""
-    plain = LongNetConfig(**PAPER)
-    options = {"look_back", "overlap", "queries", "sinks", "level_bias"}
-    assert not options & set(plain.model_dump())
-    window = LongNetConfig(**PAPER, position="rope", look_back=1, sinks=2, level_bias="log_rate")
-    assert options & set(window.model_dump()) == {"look_back", "sinks", "level_bias"}
-    assert LongNetConfig.model_validate_json(window.model_dump_json()) == window
-    assert window.pattern.look_backs == (1,) * len(window.segment_lengths)
-
-
-@pytest.mark.parametrize("changes", [{"look_back": 1}, {"sinks": 1}])
-def test_xpos_refuses_to_look_back(changes: dict[str, int]) -> None:
-    assert 'position="xpos" goes with no look_back and no sinks; use position="rope"' in message(**changes)

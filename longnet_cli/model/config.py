@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from longnet_cli.attention import Pattern
 from longnet_cli.configuration import Table, validate
@@ -30,11 +30,6 @@ class LongNetConfig(Table):
     segment_lengths: tuple[int, ...]
     dilation_rates: tuple[int, ...]
     head_offsets: Literal["modulo", "grouped"] = "modulo"
-    look_back: int | tuple[int, ...] = 0
-    overlap: Literal["repeat", "once"] = "repeat"
-    queries: Literal["dilated", "all"] = "dilated"
-    sinks: int = Field(default=0, ge=0)
-    level_bias: Literal["log_rate"] | tuple[float, ...] | None = None
     padding: Literal["exact", "zero_key"] = "exact"
     causal: bool = True
     position: Literal["xpos", "rope", "none"] = "xpos"
@@ -88,8 +83,7 @@ class LongNetConfig(Table):
             raise ValueError(f'position="{self.position}" needs an even head size, got {self.head_dim}')
         if self.padding == "zero_key" and self.causal:
             raise ValueError('padding="zero_key" is only for causal=false: a causal net never sees the zero keys')
-        if refusal := self.pattern.refusal(self.causal, self.padding):  # .pattern raises ValueError as well
-            raise ValueError(refusal)
+        _ = self.pattern  # raises ValueError for levels that no attention can have
         if self.position == "xpos":
             self._check_xpos()
         return self
@@ -99,8 +93,6 @@ class LongNetConfig(Table):
         longest = max(self.segment_lengths)
         if not self.causal:
             raise ValueError('position="xpos" is only for causal=true; use position="rope"')
-        if any(self.pattern.look_backs) or self.sinks:
-            raise ValueError('position="xpos" goes with no look_back and no sinks; use position="rope"')
         if longest > XPOS_MAX_SEGMENT:
             raise ValueError(
                 f'position="xpos" overflows float32 in segments longer than {XPOS_MAX_SEGMENT}, got {longest}; '
@@ -113,26 +105,8 @@ class LongNetConfig(Table):
 
     @property
     def pattern(self) -> Pattern:
-        """The levels of every layer's attention, and what a query sees at each."""
-        return Pattern(
-            self.segment_lengths,
-            self.dilation_rates,
-            self.head_offsets,
-            look_back=self.look_back,
-            overlap=self.overlap,
-            queries=self.queries,
-            sinks=self.sinks,
-            level_bias=self.level_bias,
-        )
-
-    @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out options of the pattern that are the paper's: older versions read what they can, digests stay."""
-        fields = handler(self)
-        for name in ("look_back", "overlap", "queries", "sinks", "level_bias"):
-            if fields.get(name) == type(self).model_fields[name].default:
-                fields.pop(name, None)
-        return fields
+        """The levels of every layer's attention."""
+        return Pattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
 
     @property
     def head_dim(self) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +24,8 @@ from longnet_cli.attention import FarKeys, Pattern, dilated_attention
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model.net import FarProvider, Net
-from longnet_cli.model.positions import PositionTable, position_table, rotate, sink_turn
+from longnet_cli.model.positions import PositionTable, position_table, rotate
 from longnet_cli.model.weights import load_pretrained, save_pretrained
-
-
-class Placement(NamedTuple):
-    """Where the tokens of a forward lie in their sequences: arguments of `dilated_attention`, see there."""
-
-    start: int = 0
-    lengths: Sequence[int] | Tensor | None = None
-    documents: Sequence[int] | None = None
-    total: int | None = None
 
 
 class Attention(nn.Module):
@@ -44,7 +34,7 @@ class Attention(nn.Module):
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.pattern, self.turn = config.pattern, sink_turn(config)
+        self.pattern = config.pattern
         # three matrices, not one: v as a view of a fused product would keep the unrotated q and k alive till backward
         self.q, self.k, self.v = (nn.Linear(config.dim, config.dim) for _ in range(3))
         self.inner_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
@@ -66,8 +56,11 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         table: PositionTable | None,
-        placement: Placement,
+        start: int,
+        lengths: Sequence[int] | Tensor | None,
+        documents: Sequence[int] | None,
         far: Callable[[Tensor, Tensor], Sequence[FarKeys]] | None,
+        total: int | None,
     ) -> Tensor:
         q, k, v = self.project(x, table)
         mixed = dilated_attention(
@@ -76,10 +69,12 @@ class Attention(nn.Module):
             v,
             self.pattern,
             causal=self.config.causal,
+            start=start,
             far=far(k, v) if far else None,
+            lengths=lengths,
+            documents=documents,
             padding=self.config.padding,
-            turn=self.turn,
-            **placement._asdict(),
+            total=total,
         )
         return self.out(self.inner_norm(mixed.flatten(-2)))  # (B, N, H, D) -> (B, N, dim)
 
@@ -117,10 +112,13 @@ class Block(nn.Module):
         self,
         x: Tensor,
         table: PositionTable | None,
-        placement: Placement,
+        start: int = 0,
+        lengths: Sequence[int] | Tensor | None = None,
+        documents: Sequence[int] | None = None,
         far: Callable[[Tensor, Tensor], Sequence[FarKeys]] | None = None,
+        total: int | None = None,
     ) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), table, placement, far))
+        x = x + self.dropout(self.attention(self.attention_norm(x), table, start, lengths, documents, far, total))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
@@ -181,9 +179,9 @@ class LongNet(Net):
         Raises ConfigError for tokens given to a net without embedding.
         """
         x = self.embed(tokens, embeddings)
-        table, placement = self.positions(x, start, documents), Placement(start, lengths, documents, total)
+        table = self.positions(x, start, documents)
         for index, layer in enumerate(self.layers):
-            x = layer(x, table, placement, _of_layer(far, index) if far else None)
+            x = layer(x, table, start, lengths, documents, _of_layer(far, index) if far else None, total)
         return self.final_norm(x)
 
     def embed(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:

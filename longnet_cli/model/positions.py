@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longnet_cli.attention.sinks import Turn
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
 
@@ -58,7 +57,7 @@ def position_table(
     half = config.head_dim // 2
     kind = torch.complex128 if dtype is torch.float64 else torch.complex64
     j = torch.arange(half, dtype=torch.float64, device=device)
-    frequencies = _frequencies(config, device)
+    frequencies = config.rope_theta ** (-j / half)  # (D/2,)
     log_zeta = torch.log((2 * j + XPOS_GAMMA * config.head_dim) / ((1 + XPOS_GAMMA) * config.head_dim))
     q = torch.empty(tokens, 1, half, dtype=kind, device=device)
     k = torch.empty_like(q) if xpos else q
@@ -85,29 +84,6 @@ def rotate(q: Tensor, k: Tensor, table: PositionTable | None) -> tuple[Tensor, T
     if table is None:
         return q, k
     return _turn(q, table.q), _turn(k, table.k)
-
-
-def sink_turn(config: LongNetConfig) -> Turn | None:
-    """Return what moves the keys of attention sinks, which are rotated already, to another distance.
-
-    None without sinks, or without positions: every segment then sees the sinks as they are.
-    """
-    if not config.sinks or config.position != "rope":
-        return None
-
-    def turn(keys: Tensor, distances: Tensor) -> Tensor:
-        """Keys (B, S, n, H, D) of segments that are `distances` (S,) further on."""
-        phase = (distances.double()[:, None] * _frequencies(config, keys.device)).remainder_(2 * math.pi)
-        factors = torch.polar(torch.ones_like(phase), phase)[:, None, None]  # (S, 1, 1, D/2)
-        return _turn(keys, factors if keys.dtype is torch.float64 else factors.to(torch.complex64))
-
-    return turn
-
-
-def _frequencies(config: LongNetConfig, device: torch.device | str) -> Tensor:
-    """(D/2,) float64 radians per token."""
-    half = config.head_dim // 2
-    return config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
 
 
 def _turn(x: Tensor, factors: Tensor) -> Tensor:

@@ -6,15 +6,14 @@
                          \\  |
     rank 2     [ shard 2 ]
 
-What travels is the rows of the segments that a rank's queries see outside its shard (`attention.pattern.far_spans`),
-sinks included: at most `sum of (1 + look_back) w / r`, whatever the length of the sequence.
+What travels is `sum over the levels wider than a shard of w / r` rows at most, whatever the length of the sequence.
 The backward is the same exchange turned around: gradients of far rows go back to the rank that made them, which adds
 them up in fp32. The net stays what it is on one device: it is handed far keys.
 
 Where the data comes from, and what to do with the parameters' gradients, is the caller's business. NCCL on GPUs, gloo
 on CPUs, the same code.
 
-B batch, H heads, K key heads, D head dim, P ranks.
+B batch, H heads, D head dim, P ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +30,7 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, Span
 from longnet_cli.attention.dilated import strided_view
-from longnet_cli.attention.pattern import SpanViews, far_spans, lanes, open_spans, span_rows, span_views
-from longnet_cli.attention.spans import level_of
+from longnet_cli.attention.pattern import SpanViews, common_span, span_rows, span_views
 from longnet_cli.model.net import NetConfig
 
 
@@ -46,7 +43,6 @@ class Parcel(NamedTuple):
     span: Span
     start: int
     rows: int
-    lanes: int
     attended: bool
 
 
@@ -68,10 +64,8 @@ class Exchange:
         rank: int | None = None,
         cuts: Sequence[int] = (),
         cached: bool = False,
-        kv_heads: int = 0,
     ) -> None:
         self.pattern, self.num_heads, self.causal = config.pattern, config.num_heads, config.causal
-        self.kv_heads = kv_heads or config.num_heads
         if not self.causal and len({*cuts} - {edges[0], edges[-1]}):
             raise ValueError("documents over several ranks are for causal nets")
         self.group, self.cached = group, cached
@@ -121,13 +115,12 @@ class Exchange:
         attended = [keys for keys, parcel in zip(got, parcels, strict=True) if parcel.attended]
         if not attended:
             # Nothing for this rank: yet the others wait for it in the backward, so it must stay in the graph.
-            held = lanes(self.pattern, 0, self.num_heads, self.kv_heads).kv_heads
-            k_, v_ = (x[:, :0, :1].expand(-1, -1, len(held), -1) for x in tensors[:2])
+            k_, v_ = (x[:, :0] for x in tensors[:2])
             attended = [FarKeys(0, self.start, self.start, k_, v_, there.land, back.nothing)]
         return attended, got
 
     def views(self, parcel: Parcel) -> Iterator[SpanViews]:
-        return span_views(self.pattern, parcel.span, self.num_heads, parcel.start, self.kv_heads)
+        return span_views(self.pattern, parcel.span, self.num_heads, parcel.start)
 
     def _document(self, position: int) -> tuple[int, int]:
         """Begin and end of the document that holds a position."""
@@ -135,7 +128,7 @@ class Exchange:
         return self.starts[index - 1], self.starts[index] if index < len(self.starts) else self.edges[-1]
 
     def _parcels(self, maker: int, reader: int) -> list[Parcel]:
-        """The rows of `maker` that the first document of `reader`'s shard sees, or that a later chunk will see."""
+        """The rows of `maker` in the segments that the first document of `reader`'s shard is in, or that stay open."""
         if maker == reader:
             return []
         first, last = self.edges[reader], self.edges[reader + 1]
@@ -144,25 +137,15 @@ class Exchange:
         attends = first < last and (maker < reader or not self.causal)
         # the maker's part of that document
         a, b = max(self.edges[maker], document) - document, min(self.edges[maker + 1], end) - document
-        seen, kept = [], []
-        if attends:
-            seen = far_spans(self.pattern, first - document, last - document, self.causal, end - document)
-        if self.cached:
-            kept = open_spans(self.pattern, self.edges[-1] - document)
-        whole = {self._segment(span): span for span in kept}  # a cache takes all of a segment
-        found = [(whole.pop(self._segment(span), span), True) for span in seen]
-        found += [(span, False) for span in whole.values()]
-        parcels = []
-        for wide, attended in sorted(found):
-            span = Span(wide.level, max(wide.start, a), max(wide.start, a, min(wide.stop, b)))
-            if span.start < span.stop and (rows := max(span_rows(self.pattern, span, self.num_heads, self.kv_heads))):
-                held = lanes(self.pattern, span.level, self.num_heads, self.kv_heads)
-                parcels.append(Parcel(span, self.edges[maker] - document, rows, len(held.offsets), attended))
-        return parcels
-
-    def _segment(self, span: Span) -> tuple[int, int]:
-        """The level and the number of the segment that a span lies in."""
-        return span.level, span.start // level_of(self.pattern, span.level)[0]
+        found = []
+        for level, (w, _) in enumerate(self.pattern.levels):
+            attended = {(first - document) // w * w, (last - 1 - document) // w * w} if attends else set()
+            open_at_end = {(self.edges[-1] - document) // w * w} if self.cached else set()
+            for segment in sorted(attended | open_at_end):
+                span = common_span(self.pattern, level, segment, a, b)
+                if span.start < span.stop and (rows := max(span_rows(self.pattern, span, self.num_heads))):
+                    found.append(Parcel(span, self.edges[maker] - document, rows, segment in attended))
+        return found
 
 
 class _Flight:
@@ -227,7 +210,7 @@ class _WayBack:
 
 
 class _AllToAll(torch.autograd.Function):
-    """(k, v) -> k and v of every parcel received, (B, rows, lanes, D) each; with none, two tensors without rows."""
+    """(k, v) -> k and v of every parcel received, (B, rows, H, D) each; with none, two tensors without rows."""
 
     @staticmethod
     def forward(
@@ -261,12 +244,12 @@ class _AllToAll(torch.autograd.Function):
 
 def _sizes(parcels: Sequence[Sequence[Parcel]], like: Tensor) -> list[int]:
     """Numbers that go to, or come from, each rank."""
-    each = 2 * like.shape[0] * like.shape[3]
-    return [each * sum(parcel.rows * parcel.lanes for parcel in found) for found in parcels]
+    each = 2 * like.shape[0] * like.shape[2] * like.shape[3]
+    return [each * sum(parcel.rows for parcel in found) for found in parcels]
 
 
 def _buffer(parcels: Sequence[Sequence[Parcel]], like: Tensor) -> tuple[Tensor, list[tuple[Tensor, Parcel]]]:
-    """One flat tensor for all parcels, rank by rank, and each one's place in it: (2, B, rows, lanes, D), k and v."""
+    """One flat tensor for all parcels, rank by rank, and each one's place in it: (2, B, rows, H, D), k and v."""
     flat = like.new_empty(sum(_sizes(parcels, like)))
     return flat, _places(parcels, flat, like)
 
@@ -274,8 +257,8 @@ def _buffer(parcels: Sequence[Sequence[Parcel]], like: Tensor) -> tuple[Tensor, 
 def _places(parcels: Sequence[Sequence[Parcel]], flat: Tensor, like: Tensor) -> list[tuple[Tensor, Parcel]]:
     places, offset = [], 0
     for parcel in (parcel for found in parcels for parcel in found):
-        shape = (2, like.shape[0], parcel.rows, parcel.lanes, like.shape[3])
-        size = prod(shape)
+        shape = (2, like.shape[0], parcel.rows, *like.shape[2:])
+        size = 2 * like.shape[0] * parcel.rows * like.shape[2] * like.shape[3]
         places.append((flat[offset : offset + size].view(shape), parcel))
         offset += size
     return places

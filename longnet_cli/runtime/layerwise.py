@@ -27,20 +27,10 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys
 from longnet_cli.attention.dilated import strided_view
-from longnet_cli.attention.pattern import (
-    SINKS,
-    Span,
-    common_span,
-    far_spans,
-    lanes,
-    rows_before,
-    span_rows,
-    span_views,
-)
-from longnet_cli.attention.spans import level_of
+from longnet_cli.attention.pattern import common_span, rows_before, span_views
 from longnet_cli.errors import ConfigError, MemoryLimitError
 from longnet_cli.model import LongNet
-from longnet_cli.model.longnet import Block, Placement
+from longnet_cli.model.longnet import Block
 from longnet_cli.runtime.device import DTYPES, free_memory, precision, resolve_dtype
 from longnet_cli.runtime.ranks import Ranks
 
@@ -77,7 +67,7 @@ class _Layers:
 
     def __init__(self, model: LongNet, tokens: int, chunk: int, dtype: str, ranks: Ranks) -> None:
         self.model, self.pattern, self.tokens, self.dtype = model, model.config.pattern, tokens, dtype
-        self.device, self.ranks, self.chunk = next(model.parameters()).device, ranks, chunk
+        self.device, self.ranks = next(model.parameters()).device, ranks
         self.chunks = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
         self.mine: list[tuple[int, int, slice, int]] = []  # start, stop, place in `hidden`, tokens of the turn
         held = 0
@@ -87,21 +77,13 @@ class _Layers:
             self.mine.append((start, stop, slice(held, held + stop - start), turn[-1][1] - turn[0][0]))
             held += stop - start
         self.held = held
-        # (level, start of a segment that some chunk sees outside itself) -> its rows in `collected`
-        self.places: dict[tuple[int, int], slice] = {}
-        self.made: list[list[tuple[int, int]]] = [[] for _ in self.chunks]  # those that each chunk has a part of
+        self.places: dict[tuple[int, int], slice] = {}  # (level, begin of a cut segment) -> its rows in `collected`
         self.rows = 0
-        seen = {
-            (s.level, self._segment(s)) for chunk in self.chunks for s in far_spans(self.pattern, *chunk, False, tokens)
-        }
-        for level, segment in sorted(seen):
-            w, r = level_of(self.pattern, level)
-            end = min(self.pattern.sinks if level == SINKS else segment + w, tokens)
-            count = -(-(end - segment) // r)
-            self.places[level, segment] = slice(self.rows, self.rows + count)
-            self.rows += count
-            for index in range(segment // chunk, (end - 1) // chunk + 1):
-                self.made[index].append((level, segment))
+        for level, (w, r) in enumerate(self.pattern.levels):
+            for segment in sorted({start // w * w for start, _ in self.chunks if start % w}):
+                count = -(-min(w, tokens - segment) // r)
+                self.places[level, segment] = slice(self.rows, self.rows + count)
+                self.rows += count
 
     @property
     def nbytes(self) -> int:
@@ -162,31 +144,41 @@ class _Layers:
     def _compute(self, layer: Block, x: Tensor, start: int, far: list[FarKeys], last: bool) -> Tensor:
         x = x.to(self.device)
         with precision(self.dtype, self.device):
-            placement = Placement(start, total=self.tokens)
-            x = layer(x, self.model.positions(x, start), placement, far=lambda k, v: far)
+            x = layer(x, self.model.positions(x, start), start, far=lambda k, v: far, total=self.tokens)
             return self.model.final_norm(x) if last else x
 
-    def _segment(self, span: Span) -> int:
-        w, _ = level_of(self.pattern, span.level)
-        return span.start // w * w
+    def _cut(self, start: int, stop: int) -> Iterator[tuple[int, int, slice]]:
+        """(level, segment, place) of the cut segments that a chunk has a part of: its first and its last, a level."""
+        for level, (w, _) in enumerate(self.pattern.levels):
+            for segment in sorted({start // w * w, (stop - 1) // w * w}):
+                if place := self.places.get((level, segment)):
+                    yield level, segment, place
 
     def _collect(self, collected: Tensor, start: int, k: Tensor, v: Tensor) -> None:
         tokens, heads = k.shape[1:3]
-        for level, segment in self.made[start // self.chunk]:
+        for level, segment, place in self._cut(start, start + tokens):
             span = common_span(self.pattern, level, segment, start, start + tokens)
             for views in span_views(self.pattern, span, heads, start):
-                for rows, x in zip(collected[:, :, self.places[level, segment]], (k, v), strict=True):
+                for rows, x in zip(collected[:, :, place], (k, v), strict=True):
                     strided_view(rows, views.segment).copy_(strided_view(x, views.shard))
 
     def _far(self, collected: Tensor, start: int, stop: int) -> list[FarKeys]:
-        """The rows that the chunk sees outside itself, before it and after it."""
-        found, heads = [], self.model.config.num_heads
-        for span in far_spans(self.pattern, start, stop, False, self.tokens):
-            segment, (_, r) = self._segment(span), level_of(self.pattern, span.level)
-            firsts = [rows_before(span.start - segment, o, r) for o in lanes(self.pattern, span.level, heads).offsets]
-            if count := max(span_rows(self.pattern, span, heads)):
-                rows = collected[:, :, self.places[span.level, segment]]
-                found.append(FarKeys(*span, *_from_row(rows, firsts, count).to(self.device)))
+        """The rows of the chunk's segments before it and after it."""
+        found = []
+        for level, segment, place in self._cut(start, stop):
+            w, r = self.pattern.levels[level]
+            end = min(segment + w, self.tokens)
+            offsets = self.pattern.offsets(level, self.model.config.num_heads)
+            rows = collected[:, :, place]
+            if segment < start:
+                count = max(rows_before(start - segment, o, r) for o in offsets)
+                if count:
+                    found.append(FarKeys(level, segment, start, *rows[:, :, :count].to(self.device)))
+            if stop < end:
+                firsts = [rows_before(stop - segment, o, r) for o in offsets]
+                count = max(rows_before(end - segment, o, r) - first for o, first in zip(offsets, firsts, strict=True))
+                if count:
+                    found.append(FarKeys(level, stop, end, *_from_row(rows, firsts, count).to(self.device)))
         return found
 
 
