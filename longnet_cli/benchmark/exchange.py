@@ -76,6 +76,5 @@ def _all_gather(mine: Tensor, backward: bool, world: int) -> Callable[[], object
 def _config(s: Settings, pattern: Pattern) -> LongNetConfig:
     return LongNetConfig(
         vocab_size=0, dim=s.heads * s.head_dim, num_layers=1, num_heads=s.heads, ffn_dim=1, position="none",
-        causal=s.causal, segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates,
-        head_offsets=pattern.head_offsets,
+        causal=s.causal, **vars(pattern),
     )  # fmt: skip

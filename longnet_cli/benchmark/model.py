@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -92,10 +93,11 @@ def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
         if not saved.causal or not saved.vocab_size:
             raise ConfigError(f"{where}: --op {s.op} runs causal language models")
     pattern = s.pattern_for(seq, own)
-    levels = {"segment_lengths": pattern.segment_lengths, "dilation_rates": pattern.dilation_rates}
-    found = parse_config({**config, **levels}, where)  # levels that are asked for may not fit the model's positions
+    if own:
+        pattern = replace(pattern, head_offsets=own.head_offsets)  # which the weights were trained with
+    found = parse_config({**config, **vars(pattern)}, where)  # what is asked for may not fit the model's positions
     if impl == "dense":  # one segment, the sequence
-        found = found.model_copy(update={"segment_lengths": (seq,), "dilation_rates": (1,)})
+        found = found.model_copy(update=vars(Pattern((seq,), (1,))))
     with torch.device("meta"):
         return LongNet(found)
 
