@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import torch
@@ -98,30 +99,37 @@ def turn(x: Tensor, distances: Tensor, start: int | None = None) -> Tensor:
     return torch.stack([a * phase.cos() - b * phase.sin(), a * phase.sin() + b * phase.cos()], -1).flatten(-2)
 
 
+def pattern_with_options(pick: random.Random, causal: bool) -> Pattern:
+    """Every option of a pattern, alone and together with the others."""
+    levels, overlap = pick.randint(1, 4), pick.choice(["repeat", "once"])
+    widths, rates, backs = [pick.randint(1, 30)], [1], [pick.randint(0, 3)]
+    for _ in range(levels - 1):
+        widths.append(int(widths[-1] * (pick.randint(1, 4) if overlap == "once" else pick.uniform(1, 4))))
+        rates.append(pick.randint(1, 9))
+        least = -(-backs[-1] * widths[-2] // widths[-1]) if overlap == "once" else 0
+        backs.append(pick.randint(least, least + 2))
+    plain = overlap == "repeat" and pick.randint(0, 3) == 0  # in any order, at any first rate
+    if plain:
+        rates[0] = pick.randint(1, 5)
+        order = pick.sample(range(levels), levels)
+        widths, rates, backs = ([x[i] for i in order] for x in (widths, rates, backs))
+    free = (overlap == "once" or not causal) and not plain
+    queries = pick.choice(["dilated", "all"]) if free else "dilated"
+    sinks = 0 if plain else pick.randint(0, min(widths[0], 6))
+    bias = pick.choice([None, "log_rate", [pick.uniform(-2, 2) for _ in widths]])
+    offsets = pick.choice(["modulo", "grouped"])
+    return Pattern(tuple(widths), tuple(rates), offsets, tuple(backs), overlap, queries, sinks, bias)
+
+
+def patterns_with_options(causal: bool) -> st.SearchStrategy[Pattern]:
+    return st.builds(pattern_with_options, st.randoms(use_true_random=False), st.just(causal))
+
+
 @st.composite
 def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
-    """Every option of a pattern, alone and together with the others."""
+    """Every option of a pattern, with any numbers of heads."""
     causal = draw(st.booleans()) if causal is None else causal
-    levels = draw(st.integers(1, 4))
-    overlap = draw(st.sampled_from(["repeat", "once"]))
-    widths, rates, backs = [draw(st.integers(1, 30))], [1], [draw(st.integers(0, 3))]
-    for _ in range(levels - 1):
-        grow = draw(st.integers(1, 4) if overlap == "once" else st.floats(1, 4))
-        widths.append(int(widths[-1] * grow))
-        rates.append(draw(st.integers(1, 9)))
-        least = -(-backs[-1] * widths[-2] // widths[-1]) if overlap == "once" else 0
-        backs.append(draw(st.integers(least, least + 2)))
-    plain = draw(st.integers(0, 3)) == 0  # in any order, at any first rate
-    if plain and overlap == "repeat":
-        rates[0] = draw(st.integers(1, 5))
-        order = draw(st.permutations(range(levels)))
-        widths, rates, backs = ([x[i] for i in order] for x in (widths, rates, backs))
-    free = (overlap == "once" or not causal) and not (plain and overlap == "repeat")
-    queries = draw(st.sampled_from(["dilated", "all"])) if free else "dilated"
-    sinks = 0 if plain and overlap == "repeat" else draw(st.integers(0, min(widths[0], 6)))
-    bias = draw(st.sampled_from([None, "log_rate"]) | st.tuples(*[st.floats(-2, 2)] * levels))
-    offsets = draw(st.sampled_from(["modulo", "grouped"]))
-    pattern = Pattern(tuple(widths), tuple(rates), offsets, tuple(backs), overlap, queries, sinks, bias)
+    pattern = draw(patterns_with_options(causal))
     batch, tokens, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 150)), draw(st.integers(1, 4))
     return Choice(
         pattern=pattern,
@@ -129,7 +137,7 @@ def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
         tokens=tokens,
         heads=kv_heads * draw(st.integers(1, 4)),
         head_dim=draw(st.sampled_from([2, 4, 8])),
-        start=0 if sinks else draw(st.integers(0, 100)),
+        start=0 if pattern.sinks else draw(st.integers(0, 100)),
         causal=causal,
         lengths=draw(st.none() | st.tuples(*[st.integers(0, tokens)] * batch)),
         seed=draw(st.integers(0, 2**31)),

@@ -77,11 +77,16 @@ class Stop:
         monkeypatch.setattr(Signals, "look", counted)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("optimizer", "pattern"), [("adamw", {}), ("muon", {"look_back": 1, "overlap": "once", "sinks": 2})]
+)
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, pattern: dict
 ) -> None:
-    found = recipe(corpus, **{"optimizer.name": optimizer})
+    model = {f"model.{key}": value for key, value in pattern.items()} | {
+        "model.position": "rope" if pattern else "xpos"
+    }
+    found = recipe(corpus, **{"optimizer.name": optimizer}, **model)
     with monkeypatch.context() as patch:
         counter = Stop(patch, -1)
         train(found, tmp_path / "whole")

@@ -13,7 +13,7 @@ import torch
 from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import PAPER_64TH, cuts, patterns, split
+from strategies import PAPER_64TH, cuts, patterns, patterns_with_options, split
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
@@ -23,6 +23,7 @@ from longnet_cli.runtime.chunks import CausalStream, backward_in_chunks, default
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 NESTED = Pattern((16, 32, 128), (1, 3, 8))  # xPos needs segments that nest
+CAUSAL = patterns() | patterns_with_options(causal=True)
 
 
 def net(pattern: Pattern, position: str = "rope", *, layers: int = 2, heads: int = 4, **more) -> LongNet:
@@ -34,10 +35,8 @@ def net(pattern: Pattern, position: str = "rope", *, layers: int = 2, heads: int
             num_layers=layers,
             num_heads=heads,
             ffn_dim=48,
-            segment_lengths=pattern.segment_lengths,
-            dilation_rates=pattern.dilation_rates,
-            head_offsets=pattern.head_offsets,
             position=position,
+            **vars(pattern),
             **more,
         )
     )
@@ -52,17 +51,26 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("position", ["rope", "xpos"])
+@pytest.mark.parametrize("positions", [["rope", "none"], ["xpos"]])
 @given(
-    pattern=patterns(),
+    pattern=CAUSAL,
     heads=st.integers(1, 6),
     batch=st.integers(1, 2),
     tokens=st.integers(1, 200),
     sizes=cuts(),
+    data=st.data(),
 )
 def test_any_chunks_give_the_logits_of_the_whole(
-    position: str, dtype: torch.dtype, pattern: Pattern, heads: int, batch: int, tokens: int, sizes: list[int]
+    positions: list[str],
+    dtype: torch.dtype,
+    pattern: Pattern,
+    heads: int,
+    batch: int,
+    tokens: int,
+    sizes: list[int],
+    data: st.DataObject,
 ) -> None:
+    position = data.draw(st.sampled_from(positions))
     model = net(NESTED if position == "xpos" else pattern, position, heads=heads).to(dtype)
     ids = draw(batch, tokens)
     with torch.no_grad():
@@ -79,11 +87,18 @@ def gradients(model: LongNet) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("position", ["rope", "xpos"])
-@given(pattern=patterns(), batch=st.integers(1, 2), tokens=st.integers(1, 200), chunk=st.integers(1, 120))
+@pytest.mark.parametrize("positions", [["rope", "none"], ["xpos"]])
+@given(pattern=CAUSAL, batch=st.integers(1, 2), tokens=st.integers(1, 200), chunk=st.integers(1, 120), data=st.data())
 def test_chunked_training_is_whole_training(
-    position: str, dtype: torch.dtype, pattern: Pattern, batch: int, tokens: int, chunk: int
+    positions: list[str],
+    dtype: torch.dtype,
+    pattern: Pattern,
+    batch: int,
+    tokens: int,
+    chunk: int,
+    data: st.DataObject,
 ) -> None:
+    position = data.draw(st.sampled_from(positions))
     model = net(NESTED if position == "xpos" else pattern, position).to(dtype)
     ids, targets = draw(batch, tokens), draw(batch, tokens, seed=1)
     targets[:, ::5] = -100

@@ -1,5 +1,7 @@
 """Proves that a wrong configuration is refused in one line that says what to do, and a right one counts its weights."""
 
+import json
+
 import pytest
 from pydantic import BaseModel, ConfigDict
 
@@ -62,6 +64,15 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"causal": False}, 'use position="rope"'),
         ({"segment_lengths": [2048, 131072], "dilation_rates": [1, 4]}, 'use position="rope"'),
         ({"segment_lengths": [2048, 5792], "dilation_rates": [1, 2]}, 'use position="rope"'),
+        ({"look_back": 1}, 'position="xpos" has no look_back: its keys are only seen from their own segment; use'),
+        ({"sinks": 4}, 'position="xpos" has no sinks: its keys are only seen from their own segment; use position="r'),
+        ({"look_back": [1]}, "look_back needs one number from 0, or 5, one per level, got (1,)"),
+        ({"look_back": [1, "x"]}, "look_back: must be one number, or one number per level"),
+        ({"level_bias": "rate"}, 'level_bias: must be "log_rate", or one number per level'),
+        ({"level_bias": [0.5]}, 'level_bias needs "log_rate" or 5 numbers, one per level, got (0.5,)'),
+        ({"queries": "all"}, 'queries="all" needs overlap="once" in causal attention'),
+        ({"sinks": 4, "causal": False, "position": "rope", "padding": "zero_key"}, 'padding="zero_key" goes with no'),
+        ({"sink": 4}, "unknown key 'sink': did you mean 'sinks'?"),
     ],
 )
 def test_refusals(changes: dict, part: str) -> None:
@@ -72,6 +83,21 @@ def test_rope_takes_what_xpos_refuses() -> None:
     gigapath = PAPER | {"segment_lengths": [1024, 5792, 2**20], "dilation_rates": [1, 2, 16], "causal": False}
     assert parse_config(gigapath | {"position": "rope"}, "here").position == "rope"
     assert parse_config(gigapath | {"position": "none", "padding": "zero_key"}, "here").padding == "zero_key"
+
+
+def test_options_of_a_pattern_are_written_where_they_differ_from_the_papers() -> None:
+    """A model without them has the config.json, and the digest of it, that it always had."""
+    plain = parse_config(PAPER, "config.json")
+    assert not {"look_back", "overlap", "queries", "sinks", "level_bias"} & plain.model_dump().keys()
+    assert LongNetConfig(**PAPER | vars(plain.pattern)) == plain
+    options = {"look_back": 1, "overlap": "once", "queries": "all", "sinks": 4, "level_bias": "log_rate"}
+    found = parse_config(PAPER | options | {"position": "rope", "dilation_rates": [1, 2, 4, 8, 16]}, "config.json")
+    assert found.pattern == Pattern(
+        found.segment_lengths, found.dilation_rates, "modulo", 1, "once", "all", 4, "log_rate"
+    )
+    assert found.model_dump(mode="json").items() >= options.items()
+    assert parse_config(json.loads(found.model_dump_json()), "again") == found
+    assert LongNetConfig(**found.model_dump() | vars(found.pattern)) == found
 
 
 def test_immutable() -> None:

@@ -17,17 +17,19 @@ from hypothesis import strategies as st
 from strategies import document_starts
 from torch.utils.flop_counter import FlopCounterMode
 
+from longnet_cli.attention import Pattern
+from longnet_cli.attention.pattern import open_spans
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime.device import MatmulPeak, precision
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training.estimate import (
-    cut_segments,
     estimate,
     executed_flops,
     flops_per_token,
     memory_by_kind,
     saved_bytes,
+    seen_segments,
 )
 from longnet_cli.training.gradients import plan_forwards
 from longnet_cli.training.recipe import Recipe, load_recipe
@@ -159,6 +161,10 @@ def test_what_a_chunk_and_a_cache_take() -> None:
     # that a cache has beside, of segments of 64
     assert small["cache"] == 2 * 64 * (4 * (4 * 128 + 64) + 8 * 128)
     assert large["cache"] == 2 * 64 * 4 * (128 + 64)
+    # three chunks look back at a segment of 64, one with gradients on their way; and four sinks
+    looking = MODEL | {"segment_lengths": (64,), "dilation_rates": (1,), "look_back": 1, "sinks": 4, "position": "rope"}
+    seen = memory_by_kind(recipe(looking, stages=[{"seq_len": 1024, "steps": 1}], chunk=256), CPU, Ranks())
+    assert seen["cache"] == 2 * 64 * (4 * (3 * 64 + 4) + 8 * (64 + 4))
     whole = memory_by_kind(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024), CPU, Ranks())
     assert whole["cache"] == 0
     two = Ranks(0, 2, 2)
@@ -183,9 +189,14 @@ def test_documents_of_several_windows_fill_a_chunk() -> None:
     assert packed == 1.6 * apart
 
 
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 400))
-def test_cut_segments(w: int, chunk: int, seq_len: int) -> None:
-    assert cut_segments(w, chunk, seq_len) == len({end // w for end in range(chunk, seq_len, chunk) if end % w})
+@given(st.integers(1, 60), st.integers(0, 4), st.integers(1, 60), st.integers(1, 400))
+def test_seen_segments(w: int, back: int, chunk: int, seq_len: int) -> None:
+    seen = {
+        span.start // w
+        for end in range(chunk, seq_len, chunk)
+        for span in open_spans(Pattern((w,), (1,), look_back=back), end)
+    }
+    assert seen_segments(w, back, chunk, seq_len) == len(seen)
 
 
 def test_the_last_chunk_alone_is_not_computed_again() -> None:

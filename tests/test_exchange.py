@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from strategies import PAPER_64TH, document_starts
+from strategies import PAPER_64TH, document_starts, pattern_with_options, turn
 from test_chunks import draw, net
 from test_windows import Document
 from torch import Tensor
@@ -74,9 +74,13 @@ def off(found: Tensor, expected: Tensor, floor: float) -> float:
 GRID = list(product([True, False], ["paper", "geometric"], ["modulo", "grouped"]))
 
 
-def random_pattern(pick: random.Random, kind: str | None = None, offsets: str | None = None) -> Pattern:
+def random_pattern(
+    pick: random.Random, kind: str | None = None, offsets: str | None = None, causal: bool = True
+) -> Pattern:
     offsets = offsets or pick.choice(["modulo", "grouped"])
-    kind = kind or pick.choice(["paper", "geometric", "any"])
+    kind = kind or pick.choice(["paper", "geometric", "any", "options", "options", "options"])
+    if kind == "options":
+        return pattern_with_options(pick, causal)
     if kind == "paper":
         return Pattern(PAPER_64TH.segment_lengths, PAPER_64TH.dilation_rates, offsets)
     if kind == "geometric":
@@ -91,7 +95,8 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
     for seed in range(problems):
         pick = random.Random(seed)  # the same on every rank
         causal, kind, offsets = GRID[seed] if seed < len(GRID) else (pick.random() < 0.5, None, None)
-        pattern, heads = random_pattern(pick, kind, offsets), pick.randint(1, 7)
+        pattern, kv_heads = random_pattern(pick, kind, offsets, causal), pick.randint(1, 4)
+        heads, rotary = kv_heads * pick.choice([1, 1, 2, 3]), {"turn": turn} if pick.random() < 0.5 else {}
         batch, tokens = pick.randint(1, 2), pick.randint(1, 400)
         edges = even_edges(0, tokens, world)
         if pick.random() < 0.5:  # uneven, some of them empty
@@ -100,8 +105,9 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
         documents = [b - a for a, b in zip(cuts, [*cuts[1:], tokens], strict=True)]
         generator = torch.Generator().manual_seed(seed)
         q, k, v, dout = torch.randn(4, batch, tokens, heads, 8, generator=generator, dtype=torch.float64).to(dtype)
+        k, v = k[:, :, :kv_heads], v[:, :, :kv_heads]
         whole = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = dilated_attention(*whole, pattern, causal=causal, documents=documents)
+        out = dilated_attention(*whole, pattern, causal=causal, documents=documents, **rotary)
         expected = [out.detach(), *torch.autograd.grad(out, whole, dout)]
 
         first, last = edges[rank], edges[rank + 1]
@@ -110,7 +116,7 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
         exchange = Exchange(config, edges, cuts=cuts)
         out = dilated_attention(
             *mine, pattern, causal=causal, start=exchange.start, documents=exchange.documents,
-            far=exchange(0, *mine[1:]),
+            far=exchange(0, *mine[1:]), **rotary,
         )  # fmt: skip
         found = [out.detach(), *torch.autograd.grad(out, mine, dout[:, first:last])]
         floor = 0.1 * max(x.double().norm().item() for x in expected)
@@ -198,6 +204,21 @@ def counted_traffic() -> None:
         traffic.append(total[0].item())
     assert traffic[0] == traffic[1]  # four times the tokens, the same bytes
 
+    for looking_back, rows in (
+        (Pattern.window(16, look_back=2, sinks=4), 2 * 16 + 4),
+        (Pattern.nested(64, 16), 16 + 64 // 4),
+    ):
+        model = net(looking_back, layers=layers)
+        for shard in (64, 256):  # of any length, in a sequence of any length
+            edges = even_edges(0, shard * world, world)
+            exchange = Exchange(model.config, edges)
+            calls.clear()
+            model(draw(1, shard), start=exchange.start, far=exchange).sum().backward()
+            assert len(calls) == 2 * layers
+            total = torch.tensor([sum(calls[:layers]), sum(calls[layers:])])
+            dist.all_reduce(total)
+            assert total.tolist() == [layers * each * rows * (world - 1)] * 2
+
     narrow = net(Pattern((16, 64), (1, 4)), layers=layers)
     calls.clear()
     exchange = Exchange(narrow.config, even_edges(0, 64 * world, world))
@@ -217,6 +238,12 @@ def test_a_mistaken_rank_is_noticed() -> None:
     exchange = Exchange(model.config, even_edges(0, 1000, 4), rank=2)
     assert all(not exchange.parcels[maker][reader] for maker in range(4) for reader in range(maker + 1))
     assert exchange.received == [row[2] for row in exchange.parcels]
+    # two query heads on each key head, which are neighbours: of level 0 a half travels, of others what they share
+    shapes = [(1, 250, kv_heads, 8) for kv_heads in (4, 2)]
+    window = Exchange(net(Pattern.window(300, sinks=4)).config, even_edges(0, 1000, 4), rank=1)
+    whole, shared = (sum(window.sizes(window.sent, shape)) for shape in shapes)
+    assert whole == 2 * shared > 0
+    assert exchange.sizes(exchange.sent, shapes[0]) == [0, 0, 0, 2 * 4 * 8 * sum(p.rows for p in exchange.sent[3])]
     with pytest.raises(ValueError, match="causal"):
         Exchange(net(PAPER_64TH, causal=False).config, [0, 10, 20], rank=0, cuts=[5])
 
@@ -314,7 +341,7 @@ def layer_by_layer_in_shards() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     for seed in range(6):
         pick = random.Random(seed)
-        model, chunk = net(random_pattern(pick), causal=False).double(), pick.randint(20, 80)
+        model, chunk = net(random_pattern(pick, causal=False), causal=False).double(), pick.randint(20, 80)
         tokens = chunk * world + pick.randint(1, 200)
         ids = draw(1, tokens, seed)
         with torch.no_grad():

@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import PAPER_64TH, document_starts
+from strategies import PAPER_64TH, document_starts, patterns_with_options
 from test_chunks import draw, error, gradients, net
 from torch import Tensor
 
+from longnet_cli.attention import Pattern
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import IGNORED
 from longnet_cli.training.gradients import backward
@@ -33,6 +34,7 @@ def alone(model: LongNet, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 @given(
+    pattern=st.just(PAPER_64TH) | patterns_with_options(causal=True),
     batch=st.integers(1, 4),
     tokens=st.integers(1, 150),
     ends=st.sets(st.integers(0, 149), max_size=8),
@@ -40,9 +42,9 @@ def alone(model: LongNet, tokens: Tensor, targets: Tensor) -> Tensor:
     every=st.integers(1, 5),
 )
 def test_documents_of_a_window_do_not_see_each_other(
-    batch: int, tokens: int, ends: set[int], chunk: int, every: int
+    pattern: Pattern, batch: int, tokens: int, ends: set[int], chunk: int, every: int
 ) -> None:
-    model = net(PAPER_64TH).double()
+    model = net(pattern).double()
     ids, targets = draw(batch, tokens).clamp_(max=EOS - 1), draw(batch, tokens, seed=1)
     targets[:, torch.arange(tokens) % every > 0] = IGNORED
     for i in ends:  # another cut in every row, none in some

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, Span, far_keys
+from longnet_cli.attention import SINKS, FarKeys, Pattern, Span, far_keys
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig, from_torchscale
 
@@ -140,6 +140,30 @@ def test_documents_in_a_row_are_what_they_would_be_alone(position: str) -> None:
     tokens = token_ids(2, sum(documents))
     alone = torch.cat([net(part) for part in tokens.split(documents, 1)], 1)
     torch.testing.assert_close(net(tokens, documents=documents), alone, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_sinks_are_seen_at_one_distance_however_far_the_rest_is() -> None:
+    """8,192 tokens, all but the sinks moved: every segment sees those right before its window."""
+    torch.manual_seed(0)
+    net, tokens = LongNet(small(position="rope", **vars(Pattern.window(64, sinks=4)))), token_ids(1, 8192)
+    sinks: list[tuple[Tensor, Tensor]] = []
+
+    def keep(layer: int, k: Tensor, v: Tensor) -> list[FarKeys]:
+        sinks.append((k, v))
+        return []
+
+    net(tokens[:, :4], far=keep)
+    hidden = [
+        net(tokens[:, 4:], start=start, far=lambda layer, k, v: [FarKeys(SINKS, 0, 4, *sinks[layer])])
+        for start in (2 * 64, 2 * 64 + 10**6, 2 * 64 + 10**8)
+    ]
+    for moved in hidden[1:]:
+        torch.testing.assert_close(moved, hidden[0], rtol=0, atol=1e-4)
+    # and they matter to every token: with other values there, all are others
+    other = [(k, v.flip(1)) for k, v in sinks]
+    seen = net(tokens[:, 4:], start=2 * 64, far=lambda layer, k, v: [FarKeys(SINKS, 0, 4, *other[layer])])
+    assert (seen - hidden[0]).abs().amax(-1).min() > 1e-2
 
 
 def test_rope_does_not_see_a_shift_by_whole_segments() -> None:

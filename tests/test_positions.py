@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
-from longnet_cli.model.positions import BLOCK, position_table, rotate
+from longnet_cli.model.positions import BLOCK, position_table, rotate, sink_turn
 
 
 def config(position: str, segments: tuple[int, ...] = (64, 256), head_dim: int = 16) -> LongNetConfig:
@@ -104,6 +104,19 @@ def test_types_are_kept_and_products_are_wide(dtype: torch.dtype) -> None:
     exact, _ = rotate(q.double(), q.double(), position_table(config("rope"), 1000, 8, "cpu", torch.float64))
     # one rounding to the type, none in between
     assert ((turned.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 4e-7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_key_turned_by_a_distance_is_one_that_far_on(dtype: torch.dtype) -> None:
+    q, distances = drawn(4, dtype), torch.tensor([0, -3, 1000, 10**9])
+    turn = sink_turn(config("rope"))
+    assert turn is not None
+    keys, _ = rotate(q, q, position_table(config("rope"), 5, 4, "cpu", dtype))
+    found = turn(keys[:, None].expand(-1, 4, -1, -1, -1), distances)
+    for moved, distance in zip(found.unbind(1), distances.tolist(), strict=True):
+        expected, _ = rotate(q, q, position_table(config("rope"), 5 + distance, 4, "cpu", dtype))
+        torch.testing.assert_close(moved, expected, rtol=0, atol=2e-6)  # float32 rounds both; phases of 1e9 are 1e-7
+    assert sink_turn(config("none")) is sink_turn(config("xpos")) is None
 
 
 def test_none_and_strided_views() -> None:

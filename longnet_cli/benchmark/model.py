@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -11,15 +12,15 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from longnet_cli.attention import Pattern
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.pattern import attention_flops, cached_rows
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.loading import load_net
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model import LongNet
 from longnet_cli.model.config import parse_config
 from longnet_cli.model.net import LOGITS_LIMIT, Net
 from longnet_cli.model.weights import load_config
-from longnet_cli.patterns import PATTERN_FIELDS
 from longnet_cli.presets import find_model, is_of_transformers
 from longnet_cli.runtime.chunks import open_stream
 from longnet_cli.runtime.device import DTYPES, precision
@@ -92,10 +93,11 @@ def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
         if not saved.causal or not saved.vocab_size:
             raise ConfigError(f"{where}: --op {s.op} runs causal language models")
     pattern = s.pattern_for(seq, own)
-    found = parse_config(config, where, pattern)  # levels that are asked for may not fit the model's positions
+    if own:
+        pattern = replace(pattern, head_offsets=own.head_offsets)  # which the weights were trained with
+    found = parse_config(config, where, pattern)  # what is asked for may not fit the model's positions
     if impl == "dense":  # one segment, the sequence
-        plain = {name: field.default for name, field in LongNetConfig.model_fields.items() if name in PATTERN_FIELDS}
-        found = found.model_copy(update=plain | {"segment_lengths": (seq,), "dilation_rates": (1,)})
+        found = found.model_copy(update=vars(Pattern((seq,), (1,))))
     with torch.device("meta"):
         return LongNet(found)
 

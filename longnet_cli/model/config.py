@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from longnet_cli.attention import Pattern
 from longnet_cli.configuration import Table, validate
@@ -14,11 +24,16 @@ from longnet_cli.patterns import PATTERN_FIELDS, parse_pattern, pattern_fields
 # zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
 XPOS_MAX_SEGMENT = 65536
 
+_OPTIONS = ("look_back", "overlap", "queries", "sinks", "level_bias")  # of a pattern, beyond its levels
+
 
 class LongNetConfig(Table):
     """Immutable. `vocab_size=0` is a net without embedding, to be fed with vectors (GigaPath, LongViT).
 
     `pattern`, a `Pattern` or a text that `parse_pattern` reads, may be given in place of the fields that say it.
+    The fields of `attention.Pattern` are fields here, with the same names, meanings and defaults. Those beyond levels
+    and offsets are not written at their defaults: such a config.json means the same to versions without them.
+
     Building it directly raises pydantic's ValidationError (a ValueError); `parse_config` raises ConfigError.
     """
 
@@ -30,6 +45,11 @@ class LongNetConfig(Table):
     segment_lengths: tuple[int, ...]
     dilation_rates: tuple[int, ...]
     head_offsets: Literal["modulo", "grouped"] = "modulo"
+    look_back: int | tuple[int, ...] = 0  # one number where all levels have the same
+    overlap: Literal["repeat", "once"] = "repeat"
+    queries: Literal["dilated", "all"] = "dilated"
+    sinks: int = 0
+    level_bias: Literal["log_rate"] | tuple[float, ...] | None = None
     padding: Literal["exact", "zero_key"] = "exact"
     causal: bool = True
     position: Literal["xpos", "rope", "none"] = "xpos"
@@ -75,6 +95,24 @@ class LongNetConfig(Table):
             raise ValueError(f'pattern needs a text, as "window:1Ki", got {pattern!r}')
         return {name: value for name, value in data.items() if name != "pattern"} | pattern_fields(pattern)
 
+    @field_validator("look_back", "level_bias", mode="wrap")
+    @classmethod
+    def _one_or_several(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """Refuse in one sentence what is neither; `look_back` becomes one number where it is the same at all levels."""
+        try:
+            found = check(value)
+        except ValidationError:
+            one = "one number" if info.field_name == "look_back" else '"log_rate"'
+            raise ValueError(f"must be {one}, or one number per level") from None
+        levels = len(info.data.get("segment_lengths", ()))
+        same = info.field_name == "look_back" and isinstance(found, tuple) and len(found) == levels
+        return found[0] if same and len({*found}) == 1 else found
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        defaults = {name: type(self).model_fields[name].default for name in _OPTIONS}
+        return {name: value for name, value in write(self).items() if value != defaults.get(name, ...)}
+
     @model_validator(mode="after")
     def _check(self) -> LongNetConfig:
         if self.dim % self.num_heads:
@@ -83,7 +121,8 @@ class LongNetConfig(Table):
             raise ValueError(f'position="{self.position}" needs an even head size, got {self.head_dim}')
         if self.padding == "zero_key" and self.causal:
             raise ValueError('padding="zero_key" is only for causal=false: a causal net never sees the zero keys')
-        _ = self.pattern  # raises ValueError for levels that no attention can have
+        if refusal := self.pattern.refusal(self.causal, self.padding):  # `pattern` itself raises ValueError
+            raise ValueError(refusal)
         if self.position == "xpos":
             self._check_xpos()
         return self
@@ -102,11 +141,16 @@ class LongNetConfig(Table):
             raise ValueError(
                 f'position="xpos" needs segments that nest, and {odd[0]} does not divide {longest}; use position="rope"'
             )
+        if any(self.pattern.look_backs) or self.sinks:
+            name = "sinks" if self.sinks else "look_back"
+            raise ValueError(
+                f'position="xpos" has no {name}: its keys are only seen from their own segment; use position="rope"'
+            )
 
     @property
     def pattern(self) -> Pattern:
-        """The levels of every layer's attention."""
-        return Pattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
+        """What a query sees in every layer."""
+        return Pattern(**{field.name: getattr(self, field.name) for field in fields(Pattern)})
 
     @property
     def head_dim(self) -> int:

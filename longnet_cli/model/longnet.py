@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from os import PathLike
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,17 @@ from longnet_cli.attention import FarKeys, Pattern, dilated_attention
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model.net import FarProvider, Net
-from longnet_cli.model.positions import PositionTable, position_table, rotate
+from longnet_cli.model.positions import PositionTable, position_table, rotate, sink_turn
 from longnet_cli.model.weights import load_pretrained, save_pretrained
+
+
+class Placement(NamedTuple):
+    """Where tokens stand: what `LongNet.forward` and `dilated_attention` say of these arguments."""
+
+    start: int = 0
+    lengths: Sequence[int] | Tensor | None = None
+    documents: Sequence[int] | None = None
+    total: int | None = None
 
 
 class Attention(nn.Module):
@@ -35,6 +45,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.pattern = config.pattern
+        self.turn = sink_turn(config)
         # three matrices, not one: v as a view of a fused product would keep the unrotated q and k alive till backward
         self.q, self.k, self.v = (nn.Linear(config.dim, config.dim) for _ in range(3))
         self.inner_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
@@ -56,11 +67,8 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         table: PositionTable | None,
-        start: int,
-        lengths: Sequence[int] | Tensor | None,
-        documents: Sequence[int] | None,
+        place: Placement,
         far: Callable[[Tensor, Tensor], Sequence[FarKeys]] | None,
-        total: int | None,
     ) -> Tensor:
         q, k, v = self.project(x, table)
         mixed = dilated_attention(
@@ -69,12 +77,10 @@ class Attention(nn.Module):
             v,
             self.pattern,
             causal=self.config.causal,
-            start=start,
             far=far(k, v) if far else None,
-            lengths=lengths,
-            documents=documents,
             padding=self.config.padding,
-            total=total,
+            turn=self.turn,
+            **place._asdict(),
         )
         return self.out(self.inner_norm(mixed.flatten(-2)))  # (B, N, H, D) -> (B, N, dim)
 
@@ -112,13 +118,10 @@ class Block(nn.Module):
         self,
         x: Tensor,
         table: PositionTable | None,
-        start: int = 0,
-        lengths: Sequence[int] | Tensor | None = None,
-        documents: Sequence[int] | None = None,
+        place: Placement,
         far: Callable[[Tensor, Tensor], Sequence[FarKeys]] | None = None,
-        total: int | None = None,
     ) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), table, start, lengths, documents, far, total))
+        x = x + self.dropout(self.attention(self.attention_norm(x), table, place, far))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
@@ -179,9 +182,9 @@ class LongNet(Net):
         Raises ConfigError for tokens given to a net without embedding.
         """
         x = self.embed(tokens, embeddings)
-        table = self.positions(x, start, documents)
+        table, place = self.positions(x, start, documents), Placement(start, lengths, documents, total)
         for index, layer in enumerate(self.layers):
-            x = layer(x, table, start, lengths, documents, _of_layer(far, index) if far else None, total)
+            x = layer(x, table, place, _of_layer(far, index) if far else None)
         return self.final_norm(x)
 
     def embed(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:

@@ -15,11 +15,13 @@ N tokens, H heads, D head dim.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from longnet_cli.attention.sinks import Turn
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
 
@@ -56,8 +58,8 @@ def position_table(
         )
     half = config.head_dim // 2
     kind = torch.complex128 if dtype is torch.float64 else torch.complex64
+    frequencies = _frequencies(config, device)
     j = torch.arange(half, dtype=torch.float64, device=device)
-    frequencies = config.rope_theta ** (-j / half)  # (D/2,)
     log_zeta = torch.log((2 * j + XPOS_GAMMA * config.head_dim) / ((1 + XPOS_GAMMA) * config.head_dim))
     q = torch.empty(tokens, 1, half, dtype=kind, device=device)
     k = torch.empty_like(q) if xpos else q
@@ -86,7 +88,27 @@ def rotate(q: Tensor, k: Tensor, table: PositionTable | None) -> tuple[Tensor, T
     return _turn(q, table.q), _turn(k, table.k)
 
 
+def sink_turn(config: LongNetConfig) -> Turn | None:
+    """What turns rotated keys (B, S, n, H, D) by S distances, for sinks; None where positions turn no keys.
+
+    xPos, which would scale them too, has no sinks (`LongNetConfig`).
+    """
+    return partial(_turn_by, config) if config.position == "rope" else None
+
+
+def _turn_by(config: LongNetConfig, k: Tensor, distances: Tensor) -> Tensor:
+    phase = (distances.double()[:, None] * _frequencies(config, k.device)).remainder_(2 * math.pi)  # (S, D/2)
+    factors = torch.polar(torch.ones_like(phase), phase)[:, None, None]
+    return _turn(k, factors if k.dtype is torch.float64 else factors.to(torch.complex64))
+
+
+def _frequencies(config: LongNetConfig, device: torch.device | str) -> Tensor:
+    """The phase of one position, for each pair of features, (D/2,) float64."""
+    half = config.head_dim // 2
+    return config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+
+
 def _turn(x: Tensor, factors: Tensor) -> Tensor:
     wide = x if x.dtype is torch.float64 else x.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (batch, tokens, H, D/2)
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (batch, ..., H, D/2)
     return torch.view_as_real(pairs * factors).flatten(-2).to(x.dtype)

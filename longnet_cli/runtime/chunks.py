@@ -22,7 +22,8 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, KVCache
 from longnet_cli.attention.dilated import strided_view
-from longnet_cli.attention.pattern import common_span, rows_before, span_views
+from longnet_cli.attention.pattern import common_span, lanes, open_spans, rows_before, span_views
+from longnet_cli.attention.spans import level_of
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import Net, NetConfig
@@ -117,9 +118,17 @@ class CausalStream:
         return [cache.far() for cache in self.caches] or [[] for _ in range(self.model.config.num_layers)]
 
     def _new_cache(self, k: Tensor) -> KVCache:
-        batch, _, heads, head_dim = k.shape
-        pattern = self.model.config.pattern
-        return KVCache(pattern, batch, heads, head_dim, dtype=k.dtype, device=k.device, keep=self.keep)
+        config, (batch, _, kv_heads, head_dim) = self.model.config, k.shape
+        return KVCache(
+            config.pattern,
+            batch,
+            config.num_heads,
+            head_dim,
+            kv_heads=kv_heads,
+            dtype=k.dtype,
+            device=k.device,
+            keep=self.keep,
+        )
 
 
 def backward_in_chunks(
@@ -223,8 +232,8 @@ class _Chunk:
 class _FarGradients:
     """Gradients on their way from the chunks that read far rows to the chunk that made them.
 
-    For each layer, level and segment one tensor (k and v, B, rows, H, D), packed as in KVCache. In a group every rank
-    has what its own shards left, and they add up when the chunk that made the rows asks for them.
+    For each layer, level and segment one tensor (k and v, B, rows, lanes, D), packed as in KVCache. In a group every
+    rank has what its own shards left, and they add up when the chunk that made the rows asks for them.
     """
 
     def __init__(self, config: LongNetConfig, group: dist.ProcessGroup | None) -> None:
@@ -249,26 +258,26 @@ class _FarGradients:
 
         The shard begins at `begin`. (k and v, B, n, H, D), or None for nothing.
         """
-        total = None
-        for level, (w, r) in enumerate(self.pattern.levels):
-            segment = stop // w * w  # still open at the chunk's end
-            key = (layer, level, segment)
-            if key not in self.sums:
+        total, sizes = None, (self.num_heads, k.shape[2])
+        for span in open_spans(self.pattern, stop):
+            key = (layer, span.level, span.start)
+            if key not in self.sums or span.stop <= start:
                 continue
-            rows = self.sums[key] if segment < start else self.sums.pop(key)  # no chunk before has rows of it
+            rows = self.sums[key] if span.start < start else self.sums.pop(key)  # no chunk before has rows of it
             if self.group is not None:
-                offsets = self.pattern.offsets(level, self.num_heads)
-                first = min(rows_before(max(start - segment, 0), offset, r) for offset in offsets)
-                last = max(rows_before(stop - segment, offset, r) for offset in offsets)
+                _, r = level_of(self.pattern, span.level)
+                offsets = lanes(self.pattern, span.level, *sizes).offsets
+                first = min(rows_before(max(start - span.start, 0), offset, r) for offset in offsets)
+                last = max(rows_before(span.stop - span.start, offset, r) for offset in offsets)
                 of_chunk = rows[:, :, first:last].contiguous()
                 dist.all_reduce(of_chunk, group=self.group)
                 rows[:, :, first:last] = of_chunk
             if total is None:
                 total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=rows.device)
-            span = common_span(self.pattern, level, segment, begin, begin + k.shape[1])
-            for views in span_views(self.pattern, span, self.num_heads, begin):
+            mine = common_span(self.pattern, span.level, span.start, begin, begin + k.shape[1])
+            for views in span_views(self.pattern, mine, self.num_heads, begin, k.shape[2]):
                 for into, out in zip(total, rows, strict=True):
                     strided_view(into, views.shard).add_(strided_view(out, views.segment))
             if self.group is not None and dist.get_rank(self.group):
-                rows[:, :, first:last] = 0  # one row of a head may be the chunk before's: it adds up once more there
+                rows[:, :, first:last] = 0  # one row of a lane may be the chunk before's: it adds up once more there
         return total

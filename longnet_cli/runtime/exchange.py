@@ -2,26 +2,28 @@
 
     rank 0     [ shard 0 ]
                     \\  \\                     a level wider than a shard: its rows go to the ranks whose shards
-    rank 1     [ shard 1 ] \\                  lie in the same segment, causal ones only to later ranks
-                         \\  |
+    rank 1     [ shard 1 ] \\                  lie in the same segment, or in one that looks back at it; causal ones
+                         \\  |                 only to later ranks; sinks go to all that do not see them near
     rank 2     [ shard 2 ]
 
-What travels is `sum over the levels wider than a shard of w / r` rows at most, whatever the length of the sequence.
+What a rank receives is what its queries see outside its shard: `sum of (1 + look_back) w / r` rows and the sinks at
+most, twice that where attention looks both ways, whatever the length of the sequence.
 The backward is the same exchange turned around: gradients of far rows go back to the rank that made them, which adds
 them up in fp32. The net stays what it is on one device: it is handed far keys.
 
 Where the data comes from, and what to do with the parameters' gradients, is the caller's business. NCCL on GPUs, gloo
 on CPUs, the same code.
 
-B batch, H heads, D head dim, P ranks.
+B batch, H heads of keys, D head dim, P ranks.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import partial
-from itertools import pairwise
+from functools import lru_cache, partial
+from itertools import chain, pairwise
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +32,8 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, Span
 from longnet_cli.attention.dilated import strided_view
-from longnet_cli.attention.pattern import SpanViews, common_span, span_rows, span_views
+from longnet_cli.attention.pattern import Pattern, SpanViews, far_spans, lanes, open_spans, span_rows, span_views
+from longnet_cli.attention.spans import level_of
 from longnet_cli.model.net import NetConfig
 
 
@@ -74,7 +77,8 @@ class Exchange:
         begin = 0 if cached else self.edges[0]  # a cached chunk goes on with a document that began at 0
         self.starts = sorted({begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])})
         ranks = range(len(edges) - 1)
-        self.parcels = [[self._parcels(maker, reader) for reader in ranks] for maker in ranks]
+        wanted = [self._wanted(reader) for reader in ranks]
+        self.parcels = [[self._parcels(maker, reader, wanted[reader]) for reader in ranks] for maker in ranks]
         self.sent = self.parcels[self.rank]
         self.received = [row[self.rank] for row in self.parcels]
         # the same on every rank: a collective is entered by all or by none
@@ -105,7 +109,7 @@ class Exchange:
         """(far keys that the shard attends to, all rows received)."""
         if not self.needed:
             return [], []
-        parcels = [parcel for parcels in self.received for parcel in parcels]
+        parcels = [*chain(*self.received)]
         there, back = _Flight(), _WayBack(self, k, [i for i, parcel in enumerate(parcels) if parcel.attended])
         tensors = _AllToAll.apply(self, there, back, k, v)
         got = [
@@ -115,37 +119,50 @@ class Exchange:
         attended = [keys for keys, parcel in zip(got, parcels, strict=True) if parcel.attended]
         if not attended:
             # Nothing for this rank: yet the others wait for it in the backward, so it must stay in the graph.
-            k_, v_ = (x[:, :0] for x in tensors[:2])
+            k_, v_ = tensors[-2:]
             attended = [FarKeys(0, self.start, self.start, k_, v_, there.land, back.nothing)]
         return attended, got
 
-    def views(self, parcel: Parcel) -> Iterator[SpanViews]:
-        return span_views(self.pattern, parcel.span, self.num_heads, parcel.start)
+    def views(self, parcel: Parcel, kv_heads: int) -> Iterator[SpanViews]:
+        return span_views(self.pattern, parcel.span, self.num_heads, parcel.start, kv_heads)
+
+    def shape(self, parcel: Parcel, like: Sequence[int]) -> tuple[int, ...]:
+        """That of a parcel's rows, k and v, where keys have the shape `like` (B, n, H, D): (2, B, rows, lanes, D)."""
+        return 2, like[0], parcel.rows, _lanes(self.pattern, parcel.span.level, self.num_heads, like[2]), like[3]
+
+    def sizes(self, parcels: Sequence[Sequence[Parcel]], like: Sequence[int]) -> list[int]:
+        """Numbers that go to, or come from, each rank."""
+        return [sum(prod(self.shape(parcel, like)) for parcel in found) for found in parcels]
 
     def _document(self, position: int) -> tuple[int, int]:
         """Begin and end of the document that holds a position."""
         index = bisect_right(self.starts, position)
         return self.starts[index - 1], self.starts[index] if index < len(self.starts) else self.edges[-1]
 
-    def _parcels(self, maker: int, reader: int) -> list[Parcel]:
-        """The rows of `maker` in the segments that the first document of `reader`'s shard is in, or that stay open."""
+    def _wanted(self, reader: int) -> list[tuple[Span, bool]]:
+        """What a rank keeps (False), then what the first document of its shard sees (True), from whoever made it."""
+        document, end = self._document(self.edges[reader])
+        start, stop = self.edges[reader] - document, min(self.edges[reader + 1], end) - document
+        kept = open_spans(self.pattern, self.edges[-1] - document) if self.cached else []
+        seen = far_spans(self.pattern, start, stop, self.causal, end - document) if start < stop else []
+        return [*((span, False) for span in kept), *((span, True) for span in seen)]
+
+    def _parcels(self, maker: int, reader: int, wanted: Sequence[tuple[Span, bool]]) -> list[Parcel]:
+        """Of what `reader` wants, the rows of `maker`."""
         if maker == reader:
             return []
-        first, last = self.edges[reader], self.edges[reader + 1]
-        document, end = self._document(first)
-        last = min(last, end)
-        attends = first < last and (maker < reader or not self.causal)
+        document, end = self._document(self.edges[reader])
         # the maker's part of that document
         a, b = max(self.edges[maker], document) - document, min(self.edges[maker + 1], end) - document
-        found = []
-        for level, (w, _) in enumerate(self.pattern.levels):
-            attended = {(first - document) // w * w, (last - 1 - document) // w * w} if attends else set()
-            open_at_end = {(self.edges[-1] - document) // w * w} if self.cached else set()
-            for segment in sorted(attended | open_at_end):
-                span = common_span(self.pattern, level, segment, a, b)
-                if span.start < span.stop and (rows := max(span_rows(self.pattern, span, self.num_heads))):
-                    found.append(Parcel(span, self.edges[maker] - document, rows, segment in attended))
-        return found
+        found: dict[tuple[int, int], Parcel] = {}
+        for span, attended in wanted:
+            part = Span(span.level, max(span.start, a), min(span.stop, b))
+            if part.start < part.stop and (rows := max(span_rows(self.pattern, part, self.num_heads))):
+                segment = part.start // level_of(self.pattern, span.level)[0]
+                # what is kept of a segment has all that is seen of it
+                parcel = found.get((span.level, segment), Parcel(part, self.edges[maker] - document, rows, attended))
+                found[span.level, segment] = parcel._replace(attended=attended)
+        return list(found.values())
 
 
 class _Flight:
@@ -184,7 +201,7 @@ class _WayBack:
 
     def depart(self) -> None:
         exchange, like = self.exchange, self.like
-        sent, rooms = _buffer(exchange.received, like)
+        sent, rooms = _buffer(exchange, exchange.received, like)
         for index, (room, _) in enumerate(rooms):
             if index in self.grads:
                 for into, grad in zip(room, self.grads[index], strict=True):
@@ -192,10 +209,9 @@ class _WayBack:
             else:
                 room.zero_()
         self.grads = {}
-        self.got, _ = _buffer(exchange.sent, like)
-        self.flight.start(
-            self.got, sent, (_sizes(exchange.sent, like), _sizes(exchange.received, like)), exchange.group
-        )
+        self.got, _ = _buffer(exchange, exchange.sent, like)
+        sizes = exchange.sizes(exchange.sent, like.shape), exchange.sizes(exchange.received, like.shape)
+        self.flight.start(self.got, sent, sizes, exchange.group)
 
     def land(self, grads: Sequence[Tensor]) -> Tensor:
         """What came back, flat; `grads`, of all rows received, leave now where no attention sent them before."""
@@ -210,24 +226,23 @@ class _WayBack:
 
 
 class _AllToAll(torch.autograd.Function):
-    """(k, v) -> k and v of every parcel received, (B, rows, H, D) each; with none, two tensors without rows."""
+    """(k, v) -> k and v of every parcel received, (B, rows, lanes, D) each, and two tensors of level 0 without rows."""
 
     @staticmethod
     def forward(
         ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, k: Tensor, v: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.exchange, ctx.back, ctx.shape, ctx.dtype = exchange, back, k.shape, k.dtype
-        sent, rooms = _buffer(exchange.sent, k)
+        sent, rooms = _buffer(exchange, exchange.sent, k)
         for room, parcel in rooms:
-            for views in exchange.views(parcel):
+            for views in exchange.views(parcel, k.shape[2]):
                 strided_view(room[0], views.packed).copy_(strided_view(k, views.shard))
                 strided_view(room[1], views.packed).copy_(strided_view(v, views.shard))
-        got, places = _buffer(exchange.received, k)
-        flight.start(got, sent, (_sizes(exchange.received, k), _sizes(exchange.sent, k)), exchange.group)
-        if not places:
-            empty = k.new_empty(k.shape[0], 0, *k.shape[2:])
-            return empty, empty.clone()
-        return tuple(x for room, _ in places for x in room)
+        got, places = _buffer(exchange, exchange.received, k)
+        sizes = exchange.sizes(exchange.received, k.shape), exchange.sizes(exchange.sent, k.shape)
+        flight.start(got, sent, sizes, exchange.group)
+        nothing = k.new_empty(exchange.shape(Parcel(Span(0, 0, 0), 0, 0, False), k.shape))
+        return tuple(x for room in (*(room for room, _ in places), nothing) for x in room)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -235,33 +250,35 @@ class _AllToAll(torch.autograd.Function):
         got = ctx.back.land(grads)
         wide = torch.float64 if ctx.dtype is torch.float64 else torch.float32
         dk, dv = (torch.zeros(ctx.shape, dtype=wide, device=got.device) for _ in range(2))
-        for room, parcel in _places(exchange.sent, got, grads[0]):
-            for views in exchange.views(parcel):
+        for room, parcel in _places(exchange, exchange.sent, got, ctx.shape):
+            for views in exchange.views(parcel, ctx.shape[2]):
                 strided_view(dk, views.shard).add_(strided_view(room[0], views.packed))
                 strided_view(dv, views.shard).add_(strided_view(room[1], views.packed))
         return None, None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
 
 
-def _sizes(parcels: Sequence[Sequence[Parcel]], like: Tensor) -> list[int]:
-    """Numbers that go to, or come from, each rank."""
-    each = 2 * like.shape[0] * like.shape[2] * like.shape[3]
-    return [each * sum(parcel.rows for parcel in found) for found in parcels]
+def _buffer(
+    exchange: Exchange, parcels: Sequence[Sequence[Parcel]], like: Tensor
+) -> tuple[Tensor, list[tuple[Tensor, Parcel]]]:
+    """One flat tensor for all parcels, rank by rank, and each one's place in it: (2, B, rows, lanes, D), k and v."""
+    flat = like.new_empty(sum(exchange.sizes(parcels, like.shape)))
+    return flat, _places(exchange, parcels, flat, like.shape)
 
 
-def _buffer(parcels: Sequence[Sequence[Parcel]], like: Tensor) -> tuple[Tensor, list[tuple[Tensor, Parcel]]]:
-    """One flat tensor for all parcels, rank by rank, and each one's place in it: (2, B, rows, H, D), k and v."""
-    flat = like.new_empty(sum(_sizes(parcels, like)))
-    return flat, _places(parcels, flat, like)
-
-
-def _places(parcels: Sequence[Sequence[Parcel]], flat: Tensor, like: Tensor) -> list[tuple[Tensor, Parcel]]:
+def _places(
+    exchange: Exchange, parcels: Sequence[Sequence[Parcel]], flat: Tensor, like: Sequence[int]
+) -> list[tuple[Tensor, Parcel]]:
     places, offset = [], 0
-    for parcel in (parcel for found in parcels for parcel in found):
-        shape = (2, like.shape[0], parcel.rows, *like.shape[2:])
-        size = 2 * like.shape[0] * parcel.rows * like.shape[2] * like.shape[3]
-        places.append((flat[offset : offset + size].view(shape), parcel))
-        offset += size
+    for parcel in chain(*parcels):
+        shape = exchange.shape(parcel, like)
+        places.append((flat[offset : offset + prod(shape)].view(shape), parcel))
+        offset += prod(shape)
     return places
+
+
+@lru_cache(maxsize=256)
+def _lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int) -> int:
+    return len(lanes(pattern, level, num_heads, kv_heads).offsets)
 
 
 def even_edges(start: int, tokens: int, ranks: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Bidirectional sequences longer than memory: layer by layer, chunk by chunk, exact.
 
-A layer makes two passes over the chunks. The first collects the keys and values of the segments that chunks cut; the
-second computes each chunk with its own keys and, as far keys, the collected rows before and after it. Hidden states
+A layer makes two passes over the chunks. The first collects the keys and values of the segments that a chunk sees
+outside itself; the second computes each chunk with its own keys and, as far keys, the collected rows. Hidden states
 wait between the layers in host memory, or in a file without a name (`spill`), which the system removes with the
 process, however that ends.
 
@@ -25,12 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys
+from longnet_cli.attention import SINKS, FarKeys, Span
 from longnet_cli.attention.dilated import strided_view
-from longnet_cli.attention.pattern import common_span, rows_before, span_views
+from longnet_cli.attention.pattern import common_span, far_spans, lanes, rows_before, span_rows, span_views
+from longnet_cli.attention.spans import level_of
 from longnet_cli.errors import ConfigError, MemoryLimitError
 from longnet_cli.model import LongNet
-from longnet_cli.model.longnet import Block
+from longnet_cli.model.longnet import Block, Placement
 from longnet_cli.runtime.device import DTYPES, free_memory, precision, resolve_dtype
 from longnet_cli.runtime.ranks import Ranks
 
@@ -63,7 +64,10 @@ def hidden_in_chunks(
 
 
 class _Layers:
-    """One net over one sequence: where the chunks and the segments that they cut lie."""
+    """One net over one sequence: where the chunks and the segments that they see outside themselves lie.
+
+    In a LongNet every query head has its own key head: all levels have H lanes.
+    """
 
     def __init__(self, model: LongNet, tokens: int, chunk: int, dtype: str, ranks: Ranks) -> None:
         self.model, self.pattern, self.tokens, self.dtype = model, model.config.pattern, tokens, dtype
@@ -77,13 +81,23 @@ class _Layers:
             self.mine.append((start, stop, slice(held, held + stop - start), turn[-1][1] - turn[0][0]))
             held += stop - start
         self.held = held
-        self.places: dict[tuple[int, int], slice] = {}  # (level, begin of a cut segment) -> its rows in `collected`
+        self.places: dict[tuple[int, int], slice] = {}  # (level, begin of a segment) -> its rows in `collected`
         self.rows = 0
-        for level, (w, r) in enumerate(self.pattern.levels):
-            for segment in sorted({start // w * w for start, _ in self.chunks if start % w}):
-                count = -(-min(w, tokens - segment) // r)
-                self.places[level, segment] = slice(self.rows, self.rows + count)
+        for span in (span for start, stop in self.chunks for span in self._spans(start, stop)):
+            key = (span.level, self._segment(span))
+            if key not in self.places:
+                whole = common_span(self.pattern, *key, key[1], tokens)
+                count = max(span_rows(self.pattern, whole, model.config.num_heads))
+                self.places[key] = slice(self.rows, self.rows + count)
                 self.rows += count
+
+    def _spans(self, start: int, stop: int) -> list[Span]:
+        """What a chunk sees outside itself."""
+        return far_spans(self.pattern, start, stop, False, self.tokens)
+
+    def _segment(self, span: Span) -> int:
+        w, _ = level_of(self.pattern, span.level)
+        return span.start // w * w
 
     @property
     def nbytes(self) -> int:
@@ -144,41 +158,33 @@ class _Layers:
     def _compute(self, layer: Block, x: Tensor, start: int, far: list[FarKeys], last: bool) -> Tensor:
         x = x.to(self.device)
         with precision(self.dtype, self.device):
-            x = layer(x, self.model.positions(x, start), start, far=lambda k, v: far, total=self.tokens)
+            place = Placement(start, total=self.tokens)
+            x = layer(x, self.model.positions(x, start), place, lambda k, v: far)
             return self.model.final_norm(x) if last else x
 
-    def _cut(self, start: int, stop: int) -> Iterator[tuple[int, int, slice]]:
-        """(level, segment, place) of the cut segments that a chunk has a part of: its first and its last, a level."""
-        for level, (w, _) in enumerate(self.pattern.levels):
-            for segment in sorted({start // w * w, (stop - 1) // w * w}):
-                if place := self.places.get((level, segment)):
-                    yield level, segment, place
-
     def _collect(self, collected: Tensor, start: int, k: Tensor, v: Tensor) -> None:
+        """Put the chunk's rows into all places that have some of them."""
         tokens, heads = k.shape[1:3]
-        for level, segment, place in self._cut(start, start + tokens):
-            span = common_span(self.pattern, level, segment, start, start + tokens)
-            for views in span_views(self.pattern, span, heads, start):
-                for rows, x in zip(collected[:, :, place], (k, v), strict=True):
-                    strided_view(rows, views.segment).copy_(strided_view(x, views.shard))
+        levels = [(level, w) for level, (w, _) in enumerate(self.pattern.levels)]
+        for level, w in [*levels, (SINKS, self.tokens)]:  # sinks lie in one segment, the sequence
+            for segment in range(start // w * w, start + tokens, w):
+                if place := self.places.get((level, segment)):
+                    span = common_span(self.pattern, level, segment, start, start + tokens)
+                    for views in span_views(self.pattern, span, heads, start):
+                        for rows, x in zip(collected[:, :, place], (k, v), strict=True):
+                            strided_view(rows, views.segment).copy_(strided_view(x, views.shard))
 
     def _far(self, collected: Tensor, start: int, stop: int) -> list[FarKeys]:
-        """The rows of the chunk's segments before it and after it."""
-        found = []
-        for level, segment, place in self._cut(start, stop):
-            w, r = self.pattern.levels[level]
-            end = min(segment + w, self.tokens)
-            offsets = self.pattern.offsets(level, self.model.config.num_heads)
-            rows = collected[:, :, place]
-            if segment < start:
-                count = max(rows_before(start - segment, o, r) for o in offsets)
-                if count:
-                    found.append(FarKeys(level, segment, start, *rows[:, :, :count].to(self.device)))
-            if stop < end:
-                firsts = [rows_before(stop - segment, o, r) for o in offsets]
-                count = max(rows_before(end - segment, o, r) - first for o, first in zip(offsets, firsts, strict=True))
-                if count:
-                    found.append(FarKeys(level, stop, end, *_from_row(rows, firsts, count).to(self.device)))
+        """The collected rows that the chunk sees."""
+        found, heads = [], self.model.config.num_heads
+        for span in self._spans(start, stop):
+            if count := max(span_rows(self.pattern, span, heads)):
+                segment = self._segment(span)
+                _, r = level_of(self.pattern, span.level)
+                offsets = lanes(self.pattern, span.level, heads).offsets
+                firsts = [rows_before(span.start - segment, offset, r) for offset in offsets]
+                rows = _from_row(collected[:, :, self.places[span.level, segment]], firsts, count)
+                found.append(FarKeys(*span, *rows.to(self.device)))
         return found
 
 

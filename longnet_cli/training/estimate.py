@@ -224,25 +224,30 @@ def saved_bytes(config: LongNetConfig, itemsize: int, device: str) -> int:
 def _cache_bytes(config: LongNetConfig, seq_len: int, chunk: int, itemsize: int, device: str) -> int:
     """Keys and values that chunks of one sequence keep for each other, and the gradients on their way back.
 
-    A level's segments that a chunk's end cuts are kept till the backward has passed them.
+    A level's segments that a later chunk sees are kept till the backward has passed them.
     """
     if seq_len <= chunk:
         return 0
-    kept = on_the_way = 0
-    for w, r in config.pattern.levels:
+    pattern = config.pattern
+    kept = on_the_way = min(pattern.sinks, seq_len)
+    for (w, r), back in zip(pattern.levels, pattern.look_backs, strict=True):
         rows = -(-(w if device == "cuda" else min(w, seq_len)) // r)  # a CPU's memory is taken when it is written
-        cut = cut_segments(w, chunk, seq_len)
-        kept += rows * max(cut, 1)
-        on_the_way += rows * bool(cut)
+        seen = seen_segments(w, back, chunk, seq_len)
+        kept += rows * max(seen, 1 + back if device == "cuda" else 1)
+        on_the_way += rows * min(seen, back + bool(chunk % w))
     return 2 * config.num_layers * config.dim * (itemsize * kept + (itemsize + 4) * on_the_way)
 
 
-def cut_segments(w: int, chunk: int, seq_len: int) -> int:
-    """Segments of w tokens inside which a chunk ends, in a sequence of `seq_len` that is cut by `chunk`."""
+def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:
+    """Segments of w tokens of which a later chunk sees a part, in a sequence of `seq_len` that is cut by `chunk`.
+
+    A chunk sees those inside which it starts, and `back` before its own.
+    """
     ends = -(-seq_len // chunk) - 1
-    if chunk >= w:  # no two ends in one segment; every so many-th lies where a segment does
-        return ends - ends // (w // math.gcd(w, chunk))
-    return -(-ends * chunk // w)  # all of them, up to the last end
+    if chunk >= (1 + back) * w:  # no segment for two ends; every so many-th end lies where a segment does
+        return ends * (1 + back) - ends // (w // math.gcd(w, chunk))
+    # all of them, from the first that the first end sees up to the last end
+    return -(-ends * chunk // w) - max(0, chunk // w - back) if ends else 0
 
 
 def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
