@@ -182,7 +182,7 @@ def test_any_pattern_with_cached_keys_is_the_dense_reference(choice: Choice, siz
             out = dilated_attention_reference(q, k, v, choice.pattern, lengths=choice.lengths, **moved)
         else:
             outs, stop = [], 0
-            for size in split(choice.tokens, [max(size, choice.tokens // 6) for size in sizes]):
+            for size in split(choice.tokens, [max(size, choice.tokens // 20) for size in sizes]):
                 start, stop = stop, stop + size
                 heads_first = (x.transpose(1, 2) for x in (q[:, start:stop], k[:, :stop], v[:, :stop]))
                 lengths = torch.tensor(choice.lengths) if choice.lengths else None
