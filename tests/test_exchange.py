@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -71,16 +72,19 @@ def off(found: Tensor, expected: Tensor, floor: float) -> float:
 
 
 # those that every number of ranks goes through; beyond them, anything
-GRID = list(product([True, False], ["paper", "geometric"], ["modulo", "grouped"]))
+GRID = list(product([True, False], ["paper", "geometric", "nested"], ["modulo", "grouped"]))
 
 
 def random_pattern(
     pick: random.Random, kind: str | None = None, offsets: str | None = None, causal: bool = True
 ) -> Pattern:
     offsets = offsets or pick.choice(["modulo", "grouped"])
-    kind = kind or pick.choice(["paper", "geometric", "any", "options", "options", "options"])
+    kind = kind or pick.choice(["paper", "geometric", "nested", "any", "options", "options"])
     if kind == "options":
         return pattern_with_options(pick, causal)
+    if kind == "nested":
+        found = Pattern.nested(pick.randint(1, 600), pick.randint(3, 32), pick.randint(2, 4), pick.choice([0, 3]))
+        return replace(found, head_offsets=offsets)
     if kind == "paper":
         return Pattern(PAPER_64TH.segment_lengths, PAPER_64TH.dilation_rates, offsets)
     if kind == "geometric":
