@@ -100,7 +100,7 @@ def open_spans(pattern: Pattern, stop: int) -> list[Span]:
 def sink_segments(pattern: Pattern, start: int, stop: int) -> range:
     """The segments of the first level in [start, stop) from which sinks are seen by themselves: it covers none."""
     w, first = pattern.segment_lengths[0], pattern.look_backs[0] + 1
-    return range(max(start // w, first), (stop - 1) // w + 1) if pattern.sinks else range(0)
+    return range(max(start // w, first), (stop - 1) // w + 1) if pattern.sinks and start < stop else range(0)
 
 
 def _by_segment(level: int, w: int, start: int, stop: int) -> list[Span]:
