@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from longnet_cli.attention import KVCache, Pattern
 from longnet_cli.attention.pattern import attention_flops
-from longnet_cli.attention.reference import _key_counts
+from longnet_cli.attention.reference import key_counts
 from longnet_cli.cli.app import app
 from longnet_cli.describing import NOTHING, describe, find_subject, keys_of_heads, picture, reach
 from longnet_cli.errors import ConfigError
@@ -45,7 +45,7 @@ def test_costs_are_the_counted_ones(pattern: Pattern, causal: bool) -> None:
     assert found.total.flops == attention_flops(pattern, heads, 8, seq, causal)
     assert found.dense.flops == attention_flops(Pattern((seq,), (1,)), heads, 8, seq, causal)
     assert sum(level.flops for level in found.levels) + found.sinks.flops == found.total.flops
-    counts = _key_counts(pattern, heads, seq, causal, 0, "exact")[0]
+    counts = key_counts(pattern, heads, seq, causal, 0, "exact")[0]
     if causal:  # a query and its own key make half a pair, as in the FLOPs of a causal square
         counts -= counts.diagonal(dim1=1, dim2=2).diag_embed() / 2
     inner = counts[:, 256:768].sum(-1).mean().item()
@@ -61,7 +61,7 @@ def test_costs_are_the_counted_ones(pattern: Pattern, causal: bool) -> None:
 @given(choices())
 def test_what_a_head_sees_is_what_the_reference_counts(choice: Choice) -> None:
     seq, places = choice.tokens, np.arange(choice.tokens)
-    counts = _key_counts(choice.pattern, choice.heads, seq, choice.causal, 0, "exact")[0].numpy() > 0
+    counts = key_counts(choice.pattern, choice.heads, seq, choice.causal, 0, "exact")[0].numpy() > 0
     keys = np.broadcast_to(places, (seq, seq))
     seen = keys_of_heads(choice.pattern, places, keys, seq, choice.causal, choice.heads, range(choice.heads))
     assert (seen == counts).all()

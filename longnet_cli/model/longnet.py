@@ -118,7 +118,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         table: PositionTable | None,
-        place: Placement,
+        place: Placement = Placement(),  # noqa: B008 (immutable)
         far: Callable[[Tensor, Tensor], Sequence[FarKeys]] | None = None,
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), table, place, far))
