@@ -79,7 +79,7 @@ def score(
     if not model.config.vocab_size:
         raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
     contexts: Sequence[int | None] = [context] if context is None or isinstance(context, int) else list(context)
-    given = [*(("context", each) for each in contexts), ("chunk", chunk), ("stride", stride), ("last", last)]
+    given = [*(("context", each) for each in contexts), ("stride", stride), ("last", last)]
     for name, value in given:
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be 1 or more, not {value}")

@@ -5,7 +5,11 @@ pytest tests/test_reading.py
 
 from __future__ import annotations
 
-from longnet_cli.runtime.reading import batches_by_length
+import pytest
+
+from longnet_cli.errors import ConfigError
+from longnet_cli.model import LongNet
+from longnet_cli.runtime.reading import Reader, batches_by_length
 
 
 def test_batches_by_length() -> None:
@@ -13,3 +17,10 @@ def test_batches_by_length() -> None:
     batches = list(batches_by_length(lengths, limit=50))
     assert batches == [[1], [5], [2, 3, 0, 4]]
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 50 for b in batches)
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_a_chunk_below_one_is_refused(chunk: int) -> None:
+    model = LongNet.from_pretrained("longnet-tiny")
+    with pytest.raises(ConfigError, match=f"chunk must be 1 or more, not {chunk}"):
+        Reader(model, chunk=chunk)

@@ -106,6 +106,9 @@ class Reader:
         ranks: Ranks | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
+        """Raise ConfigError for a chunk below 1."""
+        if chunk is not None and chunk < 1:
+            raise ConfigError(f"chunk must be 1 or more, not {chunk}")
         self.model, self.dtype, self.spill = model, dtype, spill
         self.ranks = ranks or Ranks()
         self.device = next(model.parameters()).device
