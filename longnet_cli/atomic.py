@@ -65,7 +65,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file's name is one that `atomic_write` writes under."""
+    """Return whether a file's name is one that `atomic_write` writes under."""
     return _TEMPORARY.fullmatch(name) is not None
 
 

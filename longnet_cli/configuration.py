@@ -106,7 +106,7 @@ def _items(value: Any) -> Iterator[Any]:
 
 
 def _is_text(value: str) -> bool:
-    """Whether a string has no NUL and no half of a surrogate pair, which JSON can spell."""
+    """Return whether a string has no NUL and no half of a surrogate pair, which JSON can spell."""
     try:
         return bool(value.encode("utf-8", "surrogateescape")) and "\0" not in value
     except UnicodeEncodeError:

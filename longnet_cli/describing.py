@@ -204,7 +204,7 @@ def default_length(pattern: Pattern) -> int:
 
 
 def keys_seen(pattern: Pattern, level: int, queries: np.ndarray, seq: int, causal: bool) -> list[tuple[Any, Any]]:
-    """Where the keys of a level lie for queries at these positions: one interval [low, high), or two."""
+    """Return where the keys of a level lie for queries at these positions: one interval [low, high), or two."""
     w, b = pattern.segment_lengths[level], pattern.look_backs[level]
     first = pattern.sinks if level else 0
     low = np.maximum((queries // w - b) * w, first)
@@ -218,14 +218,14 @@ def keys_seen(pattern: Pattern, level: int, queries: np.ndarray, seq: int, causa
 
 
 def _sees_sinks(pattern: Pattern, queries: np.ndarray) -> np.ndarray:
-    """Whether queries see the sinks by themselves: their first level covers none."""
+    """Return whether queries see the sinks by themselves: their first level covers none."""
     return (queries // pattern.segment_lengths[0] > pattern.look_backs[0]) & (pattern.sinks > 0)
 
 
 def keys_of_heads(
     pattern: Pattern, queries: np.ndarray, keys: np.ndarray, seq: int, causal: bool, heads: int, chosen: Sequence[int]
 ) -> np.ndarray:
-    """Which keys each of the `chosen` heads sees: at positions (queries,) and (queries, keys): booleans
+    """Return which keys each of the `chosen` heads sees: at positions (queries,) and (queries, keys): booleans
     (chosen, queries, keys).
     """
     q = queries[:, None]
@@ -309,7 +309,7 @@ class _Link:
 
 
 def _links(pattern: Pattern, seq: int, heads: int, causal: bool) -> Iterator[_Link]:
-    """What each level adds, for each offset that a head has.
+    """Return what each level adds, for each offset that a head has.
 
     Where keys begin and end grows with the query: so the queries that see a key are neighbours among those that ask.
     """
@@ -342,7 +342,7 @@ def _one_layer(pattern: Pattern, reached: np.ndarray, steps: Sequence[_Link]) ->
 
 
 def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = True) -> np.ndarray:
-    """Which level shows a query which keys: (rows, columns) of at most `size`, row = query, column = keys.
+    """Return which level shows a query which keys: (rows, columns) of at most `size`, row = query, column = keys.
 
     A cell stands for neighbours, and has the first level by which some head's query sees one of its keys, the number of
     levels for sinks, NOTHING where none does.

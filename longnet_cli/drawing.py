@@ -35,7 +35,7 @@ def draw_text(
 
 
 def legend(subject: Subject, *, color: bool = False, blocks: bool = True) -> str:
-    """What the marks of `draw_text` stand for."""
+    """Return what the marks of `draw_text` stand for."""
     names = [f"level {i}" for i in range(len(subject.pattern.levels))] + ["sinks"] * (subject.pattern.sinks > 0)
     levels = len(subject.pattern.levels)
     if color and blocks:

@@ -73,7 +73,7 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
 
 
 def is_pattern(text: str) -> bool:
-    """Whether `text` is meant as a pattern, rather than as a path or the name of something else."""
+    """Return whether `text` is meant as a pattern, rather than as a path or the name of something else."""
     return bool(_LEVEL.match(text)) or re.split("[:,]", text, maxsplit=1)[0] in _CONSTRUCTORS
 
 
@@ -157,7 +157,7 @@ def format_levels(pattern: Pattern) -> str:
 
 
 def _made(pattern: Pattern) -> Iterator[tuple[str, Pattern]]:
-    """What the constructors make of the same levels, in words."""
+    """Return what the constructors make of the same levels, in words."""
     w, others = pattern.segment_lengths[0], pattern.levels[1:]
     plain = ",".join(f"{format_size(w)}/{format_size(r)}" for w, r in pattern.levels)
     candidates = ["paper", plain, f"window:{format_size(w)}"]
@@ -178,7 +178,7 @@ def _made(pattern: Pattern) -> Iterator[tuple[str, Pattern]]:
 
 
 def _options(made: Pattern, pattern: Pattern, separator: str) -> str:
-    """What has to be said of `pattern` beyond `made`."""
+    """Return what has to be said of `pattern` beyond `made`."""
     changed = {name: getattr(pattern, name) for name in _OPTIONS if getattr(pattern, name) != getattr(made, name)}
     words = ",".join(f"{name}={_value(value)}" for name, value in changed.items())
     return separator + words if words else ""

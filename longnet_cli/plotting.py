@@ -106,7 +106,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
-    """What there is to draw; raises DataError for nothing."""
+    """Return what there is to draw; raises DataError for nothing."""
     found = []
     for title, keys in PANELS:
         curves = [Curve(run.name + more, run.curve(key)) for run in runs for key, more in keys]
@@ -211,7 +211,7 @@ def _letter(owner: int) -> str:
 
 
 def _place(value: float, low: float, high: float, count: int) -> int:
-    """Which of `count` places from low to high; the middle where all values are one."""
+    """Return which of `count` places from low to high; the middle where all values are one."""
     return round((value - low) / (high - low) * (count - 1)) if high > low else count // 2
 
 

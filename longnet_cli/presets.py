@@ -56,7 +56,7 @@ def model_metadata(folder: Path) -> dict[str, str]:
 
 
 def is_of_transformers(folder: Path) -> bool:
-    """Whether a model's config.json is one of Hugging Face transformers; False where it cannot be read."""
+    """Return whether a model's config.json is one of Hugging Face transformers; False where it cannot be read."""
     try:
         data = parse(read_text(folder / "config.json"))
     except (OSError, ValueError):

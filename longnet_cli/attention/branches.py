@@ -249,7 +249,7 @@ class _Call(NamedTuple):
     def _rectangles(
         self, zones: Iterable[_Zone], w: int, r: int, low: int, high: int, apart: bool = False
     ) -> list[_Rectangle]:
-        """What the zones make of the shard's queries and keys in [low, high), own keys first.
+        """Return what the zones make of the shard's queries and keys in [low, high), own keys first.
 
         Segments that are whole, and see all that they may, go together. What is left goes one by one; neighbours that
         see the same keys are joined where their rows go on evenly. `apart`: keys are packed, so that none go together.

@@ -102,7 +102,7 @@ class KVCache:
         self.position = stop
 
     def _rows(self, span: Span) -> Tensor:
-        """Where the rows of a span's segment are, (k and v, B, rows, lanes, D)."""
+        """Return where the rows of a span's segment are, (k and v, B, rows, lanes, D)."""
         if span.level == SINKS:
             return self._sinks
         places = self._levels[span.level]

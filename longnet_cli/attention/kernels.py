@@ -28,7 +28,7 @@ class Kernel:
     name = ""
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why this kernel cannot serve such tensors, or None."""
+        """Return why this kernel cannot serve such tensors, or None."""
         raise NotImplementedError
 
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:

@@ -168,7 +168,7 @@ class Pattern:
 
     @property
     def biases(self) -> tuple[float, ...]:
-        """What is added to the scores of each level."""
+        """Return what is added to the scores of each level."""
         if self.level_bias == "log_rate":
             return tuple(log(r) for r in self.dilation_rates)
         return tuple(self.level_bias or (0.0,) * len(self.dilation_rates))
@@ -207,7 +207,7 @@ class Pattern:
         return tuple(h % r if self.head_offsets == "modulo" else h // group for h in range(num_heads))
 
     def refusal(self, causal: bool, padding: Padding) -> str | None:
-        """Why no attention can have this pattern with these options, in one line, or None."""
+        """Return why no attention can have this pattern with these options, in one line, or None."""
         if causal and self.queries == "all" and self.overlap == "repeat" and max(self.dilation_rates) > 1:
             return 'queries="all" needs overlap="once" in causal attention'
         plain = (0,) * len(self.segment_lengths), "repeat", "dilated", 0, None
@@ -237,7 +237,7 @@ class Pattern:
         self._set("level_bias", bias)
 
     def _check_order(self) -> None:
-        """What makes all parts of an attention rectangles of rows and keys."""
+        """Return what makes all parts of an attention rectangles of rows and keys."""
         lengths, backs = self.segment_lengths, self.look_backs
         asked = {"overlap": self.overlap == "once", "queries": self.queries == "all", "sinks": self.sinks != 0}
         names = [f"{name}={getattr(self, name)!r}" for name, is_asked in asked.items() if is_asked]

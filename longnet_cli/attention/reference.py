@@ -60,7 +60,7 @@ def dilated_attention_reference(
 def key_counts(
     pattern: Pattern, heads: int, tokens: int, causal: bool, start: int, padding: Padding
 ) -> tuple[Tensor, Tensor]:
-    """How often each query sees each key, (heads, tokens, tokens), and zero keys, (heads, tokens, 1).
+    """Return how often each query sees each key, (heads, tokens, tokens), and zero keys, (heads, tokens, 1).
 
     A key that a level with a bias has counts e^bias times.
     """

@@ -37,7 +37,7 @@ class Heads(NamedTuple):
     step: int
 
     def growth(self, values: Sequence[int]) -> int:
-        """How much the value of each next head is larger, of values that grow evenly."""
+        """Return how much the value of each next head is larger, of values that grow evenly."""
         return values[self.first + self.step] - values[self.first] if self.number > 1 else 0
 
     def of(self, others: Sequence[int]) -> Heads:
@@ -46,7 +46,7 @@ class Heads(NamedTuple):
 
 
 def rows_before(position: int, offset: int, dilation_rate: int) -> int:
-    """How many rows of a segment lie before its position `position`: those at offset, offset + r, ..."""
+    """Return how many rows of a segment lie before its position `position`: those at offset, offset + r, ..."""
     return max(0, -((offset - position) // dilation_rate))
 
 

@@ -49,7 +49,7 @@ class SinkRows(NamedTuple):
         return torch.stack(found, 1)
 
     def spread(self, k: Tensor, v: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-        """What each segment sees, packed: (B, S n, K, D) of both, from the rows of each document."""
+        """Return what each segment sees, packed: (B, S n, K, D) of both, from the rows of each document."""
         of = torch.tensor(self.documents, device=k.device)
         turned = turn(k[:, of], torch.tensor(self.distances, device=k.device)).to(k.dtype)
         return turned.flatten(1, 2), v[:, of].flatten(1, 2)

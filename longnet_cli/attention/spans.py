@@ -64,7 +64,7 @@ def cached_rows(pattern: Pattern, num_heads: int, kv_heads: int = 0) -> int:
 
 
 def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int | None = None) -> list[Span]:
-    """What the queries of the shard [start, stop) see outside it, by segment; raw sinks last.
+    """Return what the queries of the shard [start, stop) see outside it, by segment; raw sinks last.
 
     `total` is the length of the sequence, which attention that looks both ways needs.
     """
@@ -113,7 +113,7 @@ def _by_segment(level: int, w: int, start: int, stop: int) -> list[Span]:
 
 
 def span_rows(pattern: Pattern, span: Span, num_heads: int, kv_heads: int = 0) -> list[int]:
-    """How many rows of `span` each lane has; lanes differ by at most one."""
+    """Return how many rows of `span` each lane has; lanes differ by at most one."""
     w, r = level_of(pattern, span.level)
     inside = span.start % w
     stop = inside + span.stop - span.start
@@ -167,7 +167,7 @@ def span_views(pattern: Pattern, span: Span, num_heads: int, start: int, kv_head
 
 
 def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: int) -> Span:
-    """What the segment that begins at `segment` and the positions [start, stop) have in common; it may be empty.
+    """Return what the segment that begins at `segment` and the positions [start, stop) have in common; it may be empty.
 
     Of level `SINKS`, the segment is the first `pattern.sinks` positions.
     """

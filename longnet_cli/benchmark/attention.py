@@ -105,7 +105,7 @@ def _kernels_alone(
 
 
 def _scratch_bytes(s: Settings, pattern: Pattern, tokens: int, backward: bool) -> int:
-    """What the largest kernel call of a dilated attention needs beside its arguments, which are views."""
+    """Return what the largest kernel call of a dilated attention needs beside its arguments, which are views."""
     kernel = select_kernel(s.device, DTYPES[s.dtype], s.head_dim)
     scores = kernel.name == "math"  # two matrices of scores; the flash kernels have (rows, head_dim) tensors alone
     largest = 0

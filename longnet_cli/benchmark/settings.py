@@ -151,7 +151,7 @@ class Settings(BaseModel):
         return sum(seq for seq in self.seq if self.streams(seq))
 
     def __str__(self) -> str:
-        """What all rows have in common: `1 x 12 heads x 64, causal, pattern paper`."""
+        """Return what all rows have in common: `1 x 12 heads x 64, causal, pattern paper`."""
         if self.model is not None:
             return f"{self.batch} x {self.model}"
         shape = f"{self.batch} x {self.heads} heads x {self.head_dim}, {'causal' if self.causal else 'bidirectional'}"

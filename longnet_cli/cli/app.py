@@ -181,7 +181,7 @@ def _let_the_first_speak(error: BaseException) -> None:
 
 
 def _is_lost_rank(error: BaseException) -> bool:
-    """Whether a collective broke off because its other end is gone: gloo and NCCL say so in words only."""
+    """Return whether a collective broke off because its other end is gone: gloo and NCCL say so in words only."""
     if type(error).__name__ == "DistBackendError":
         return True
     return isinstance(error, RuntimeError) and any(

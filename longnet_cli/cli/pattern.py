@@ -127,7 +127,7 @@ def _percent(share: float) -> str:
 
 
 def _has_blocks() -> bool:
-    """Whether stdout's encoding does."""
+    """Return whether stdout's encoding does."""
     try:
         "\u2580".encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:

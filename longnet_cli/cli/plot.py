@@ -43,7 +43,7 @@ def plot(
 
 
 def _has_braille() -> bool:
-    """Whether stdout's encoding does."""
+    """Return whether stdout's encoding does."""
     try:
         "\u2800".encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:

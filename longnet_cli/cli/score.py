@@ -217,7 +217,7 @@ def _print_comparison(totals: list[dict[str, Any]]) -> None:
 
 
 def _print_positions(total: dict[str, Any]) -> None:
-    """What `--by-position` asks for: nats per token."""
+    """Return what `--by-position` asks for: nats per token."""
     context = f", context {total['context']}" if total["context"] else ""
     for key, title in (("by_position", "tokens seen"), ("by_segment_position", "in segment")):
         if rows := total.get(key):

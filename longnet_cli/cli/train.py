@@ -250,7 +250,7 @@ def describe(line: Metrics) -> dict[str, str]:
 
 
 def _again(output: str, ranks: Ranks) -> str:
-    """What a person types to go on."""
+    """Return what a person types to go on."""
     if ranks.world == 1:
         return f"`longnet train -o {shlex.quote(output)}`"
     if LAUNCHED in os.environ:

@@ -138,7 +138,7 @@ class _Batches:
             rows += batch.num_rows
 
     def stored(self, array: pa.Array) -> StoredIds | None:
-        """Where the ids of a column of the last batch, (tokens,) without nulls in mind, are in the file."""
+        """Return where the ids of a column of the last batch, (tokens,) without nulls in mind, are in the file."""
         place, body, data = self.feed.last.place, self.feed.last.body, array.buffers()[-1]
         if self.file is None or place is None or data is None or not _is_within(data, body):
             return None
@@ -308,7 +308,7 @@ class _Description(NamedTuple):
 
 
 def _describe(metadata: bytes) -> _Description:
-    """What the metadata of a message says. ValueError for what points outside of it.
+    """Return what the metadata of a message says. ValueError for what points outside of it.
 
     The rest is verified by pyarrow when it gets the message.
     """
@@ -334,7 +334,7 @@ def _root(data: bytes) -> int:
 
 
 def _field(data: bytes, table: int, slot: int) -> int | None:
-    """Where in `data` a field of a table is, None where it has its default."""
+    """Return where in `data` a field of a table is, None where it has its default."""
     fields = table - struct.unpack_from("<i", data, table)[0]
     entry = 4 + 2 * slot
     if entry + 2 > struct.unpack_from("<H", data, fields)[0]:

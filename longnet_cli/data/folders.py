@@ -67,12 +67,12 @@ def _written_folders(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is passed over."""
+    """Return whether a file or folder of this name is passed over."""
     return name.startswith(".") or name == "__pycache__"
 
 
 def _looks_like_text(head: bytes) -> bool:
-    """Whether a file met in a folder is worth opening: images and empty `__init__.py` files are passed over."""
+    """Return whether a file met in a folder is worth opening: images and empty `__init__.py` files are passed over."""
     return bool(head) and (b"\0" not in head or sniff(head) != "text")
 
 

@@ -149,7 +149,7 @@ def _root(path: str, names: Sequence[str]) -> str:
 
 
 def _leaf_values(column: pa.Array) -> int:
-    """How many values Parquet counts in a column: an empty or missing list is one of them."""
+    """Return how many values Parquet counts in a column: an empty or missing list is one of them."""
     if not pa.types.is_nested(column.type):
         return len(column)
     return pc.sum(pc.max_element_wise(pc.list_value_length(column), 1)).as_py() or 0

@@ -98,7 +98,7 @@ def _as_path(text: str) -> str:
 
 
 def inputs_fingerprint(inputs: Sequence[str | Path]) -> str:
-    """What a resumed run must find again: the inputs' names, order and sizes (not of a pipe)."""
+    """Return what a resumed run must find again: the inputs' names, order and sizes (not of a pipe)."""
     digest = hashlib.sha256()
     sources = find_sources(inputs)
     for source in sources:

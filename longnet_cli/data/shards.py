@@ -145,7 +145,7 @@ class ShardFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the data set is complete."""
+        """Return whether the data set is complete."""
         return self._manifest.finished
 
     @property
@@ -220,7 +220,7 @@ class ShardFolder:
 
 
 def _check_shard(path: Path, schema: pa.Schema, rows: int) -> None:
-    """Whether a finished shard still has its index, schema and rows; its data is not read."""
+    """Return whether a finished shard still has its index, schema and rows; its data is not read."""
     try:
         with StoredFile(path, str(path)) as file:
             table = arrow.open_file(path.name, str(path), file, file)

@@ -24,7 +24,7 @@ _JSON_ROWS = 1024  # as Python objects at a time, which take some 40 bytes a num
 
 
 def is_folder(output: str | Path) -> bool:
-    """Whether an output names a folder of shards: neither `-` nor a file by its suffix, nor a pipe or a device.
+    """Return whether an output names a folder of shards: neither `-` nor a file by its suffix, nor a pipe or a device.
 
     Raises ConfigError for an empty name.
     """

@@ -253,7 +253,7 @@ def _list_documents(table: Table, name: str) -> Iterator[tuple[str, int, list[Pa
 
 
 def _bounds(column: pa.Array) -> Iterator[tuple[int, int]]:
-    """Where each list of a column starts and stops in its `values`."""
+    """Return where each list of a column starts and stops in its `values`."""
     kind = column.type
     if pa.types.is_fixed_size_list(kind):
         places = range(column.offset * kind.list_size, (column.offset + len(column) + 1) * kind.list_size)

@@ -242,7 +242,7 @@ class Tokenizer:
 
     @cached_property
     def _can_cut(self) -> bool:
-        """Whether this tokenizer really starts a new word at every cut, tried on one word for each sign."""
+        """Return whether this tokenizer really starts a new word at every cut, tried on one word for each sign."""
         words = self._inner.pre_tokenizer
         if words is None or self._description["normalizer"] is not None or self.token_bytes is None:
             return False

@@ -148,7 +148,7 @@ class _Epoch:
         self._pool, self._members = -1, np.empty(0, np.int64)
 
     def start(self, position: int) -> int:
-        """Where in the stream the window visited at `position` (0 .. windows - 1) starts."""
+        """Return where in the stream the window visited at `position` (0 .. windows - 1) starts."""
         pool, place = divmod(position, self.block * POOL_BLOCKS)
         if pool != self._pool:
             first = position - place
@@ -257,7 +257,7 @@ class TokenWindows:
         return {**self.identity, "step": step, **place, "where": stream.documents[index].where}
 
     def places(self, first: int, last: int) -> list[str]:
-        """Where the windows first .. last - 1 start: file and row, each once, in order."""
+        """Return where the windows first .. last - 1 start: file and row, each once, in order."""
         found: dict[str, None] = {}
         for n in range(first, last):
             source, _, start = self.locate(n)

@@ -156,7 +156,7 @@ def dilated_attention_forward(
 
 
 def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) -> list[FarKeys]:
-    """What the new tokens [start, L) attend to of the keys and values (B, L, H_kv, D) before them.
+    """Return what the new tokens [start, L) attend to of the keys and values (B, L, H_kv, D) before them.
 
     Rows at rate 1 are views. Of a dilated level, rows are copied for the lanes in which a new token takes part, 1 / r
     of them for one token unless every query asks; the rest of the memory is never read.

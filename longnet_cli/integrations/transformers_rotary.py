@@ -55,7 +55,7 @@ class Rotation:
 
 
 def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
-    """What turns the keys of each attention that looks at all tokens; None where nothing does.
+    """Return what turns the keys of each attention that looks at all tokens; None where nothing does.
 
     Runs `model` on a few tokens, twice. Raises ConfigError for positions that cannot be followed, by name.
     """

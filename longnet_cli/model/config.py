@@ -149,7 +149,7 @@ class LongNetConfig(Table):
 
     @property
     def pattern(self) -> Pattern:
-        """What a query sees in every layer."""
+        """Return what a query sees in every layer."""
         return Pattern(**{field.name: getattr(self, field.name) for field in fields(Pattern)})
 
     @property

@@ -188,7 +188,7 @@ class LongNet(Net):
         return self.final_norm(x)
 
     def embed(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
-        """What the first layer gets, (B, N, dim), from exactly one of the two inputs of `forward`."""
+        """Return what the first layer gets, (B, N, dim), from exactly one of the two inputs of `forward`."""
         if (tokens is None) == (embeddings is None):
             raise ValueError("give either tokens or embeddings")
         if embeddings is not None:

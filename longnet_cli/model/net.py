@@ -40,7 +40,7 @@ class NetConfig(Protocol):
 
     @property
     def streams(self) -> bool:
-        """Whether a sequence can go through in chunks; if not, it is one forward, however long."""
+        """Return whether a sequence can go through in chunks; if not, it is one forward, however long."""
 
     @property
     def max_tokens(self) -> int | None:
@@ -56,7 +56,7 @@ class Net(nn.Module):
     note: str | None = None  # what a user should know of how it reads documents, in one line
 
     def stream(self) -> Callable[..., Tensor] | None:
-        """What reads a causal sequence chunk by chunk, as a CausalStream; None where that is what does."""
+        """Return what reads a causal sequence chunk by chunk, as a CausalStream; None where that is what does."""
         return None
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def rotate(q: Tensor, k: Tensor, table: PositionTable | None) -> tuple[Tensor, T
 
 
 def sink_turn(config: LongNetConfig) -> Turn | None:
-    """What turns rotated keys (B, S, n, H, D) by S distances, for sinks; None where positions turn no keys.
+    """Return what turns rotated keys (B, S, n, H, D) by S distances, for sinks; None where positions turn no keys.
 
     xPos, which would scale them too, has no sinks (`LongNetConfig`).
     """

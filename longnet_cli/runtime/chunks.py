@@ -114,7 +114,7 @@ class CausalStream:
         return hidden
 
     def far(self) -> list[list[FarKeys]]:
-        """What the next chunk will attend to besides itself, layer by layer."""
+        """Return what the next chunk will attend to besides itself, layer by layer."""
         return [cache.far() for cache in self.caches] or [[] for _ in range(self.model.config.num_layers)]
 
     def _new_cache(self, k: Tensor) -> KVCache:
@@ -254,7 +254,7 @@ class _FarGradients:
         rows[1] += dv
 
     def of_shard(self, layer: int, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
-        """What later chunks add to the gradients of k and v (B, n, H, D) of a shard of the chunk [start, stop).
+        """Return what later chunks add to the gradients of k and v (B, n, H, D) of a shard of the chunk [start, stop).
 
         The shard begins at `begin`. (k and v, B, n, H, D), or None for nothing.
         """

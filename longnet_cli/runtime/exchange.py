@@ -214,7 +214,7 @@ class _WayBack:
         self.flight.start(self.got, sent, sizes, exchange.group)
 
     def land(self, grads: Sequence[Tensor]) -> Tensor:
-        """What came back, flat; `grads`, of all rows received, leave now where no attention sent them before."""
+        """Return what came back, flat; `grads`, of all rows received, leave now where no attention sent them before."""
         if self.got is None:
             pairs = zip(grads[::2], grads[1::2], strict=True)
             self.grads = {i: pair for i, pair in enumerate(pairs) if i < sum(map(len, self.exchange.received))}

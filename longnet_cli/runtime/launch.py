@@ -16,7 +16,7 @@ LOST = 69  # exit code of such a rank that lost another
 
 
 def under_torchrun() -> bool:
-    """Whether this process is one of several ranks."""
+    """Return whether this process is one of several ranks."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

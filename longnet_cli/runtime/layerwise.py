@@ -92,7 +92,7 @@ class _Layers:
                 self.rows += count
 
     def _spans(self, start: int, stop: int) -> list[Span]:
-        """What a chunk sees outside itself."""
+        """Return what a chunk sees outside itself."""
         return far_spans(self.pattern, start, stop, False, self.tokens)
 
     def _segment(self, span: Span) -> int:
@@ -101,7 +101,7 @@ class _Layers:
 
     @property
     def nbytes(self) -> int:
-        """What hidden states and collected rows take at most, in float32."""
+        """Return what hidden states and collected rows take at most, in float32."""
         return 4 * self.model.config.dim * (self.held + 2 * self.rows)
 
     def hidden(

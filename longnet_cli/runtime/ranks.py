@@ -41,7 +41,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes files and speaks."""
+        """Return whether this one writes files and speaks."""
         return self.rank == 0
 
     def all_in_one(self) -> Ranks:
@@ -56,7 +56,7 @@ class Ranks:
                 work.wait()
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so: all get the same answer."""
+        """Return whether any rank says so: all get the same answer."""
         return bool(self.largest(flag))
 
     def largest(self, value: float) -> float:
@@ -68,7 +68,7 @@ class Ranks:
         return found.item()
 
     def from_first(self, value: int) -> int:
-        """What rank 0 says, on all ranks; exact below 2^53."""
+        """Return what rank 0 says, on all ranks; exact below 2^53."""
         return int(self.largest(value if self.first else -math.inf))
 
     def barrier(self) -> None:

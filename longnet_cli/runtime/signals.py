@@ -66,7 +66,7 @@ class Signals:
             _leave_a_closed_terminal()
 
     def look(self) -> bool:
-        """Whether to save and go on. Raises KeyboardInterrupt (SIGINT) or SystemExit (others), on all ranks."""
+        """Return whether to save and go on. Raises KeyboardInterrupt (SIGINT) or SystemExit (others), on all ranks."""
         mine = self._asked
         asked = self.ranks.largest(_WEIGHT[mine])
         if mine and self._asked == mine:  # not one that came meanwhile: ranks wait for each other here

@@ -93,7 +93,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> Estimate:
-    """What training by `recipe` will take on this machine; measures its matrix products for a third of a second.
+    """Return what training by `recipe` will take on this machine; measures its matrix products for a third of a second.
 
     Raises ConfigError as `check_ranks` does.
     """
@@ -190,7 +190,7 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
 
 
 def activation_bytes(config: LongNetConfig, itemsize: int, device: str, again: bool = False) -> int:
-    """What a token leaves for the backward, in all layers, and what a layer's backward adds.
+    """Return what a token leaves for the backward, in all layers, and what a layer's backward adds.
 
     With `again`, all layers but one leave their input alone (`train.activation_checkpointing`). `itemsize` is that of
     the matrix products' type; the residual stream, norms and lse are float32. Counted from

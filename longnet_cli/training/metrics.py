@@ -62,7 +62,7 @@ class MetricsLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done meanwhile is not training, and does not count in its speed."""
+        """Return what is done meanwhile is not training, and does not count in its speed."""
         paused = time.perf_counter()
         try:
             yield
@@ -104,7 +104,7 @@ class MetricsLog:
         return line
 
     def state(self) -> dict[str, Any]:
-        """What a run that goes on needs, so that its lines are those of one never stopped (but for the rate)."""
+        """Return what a run that goes on needs, so that its lines are those of one never stopped (but for the rate)."""
         seconds = time.perf_counter() - self.began
         names = ("tokens", "lowest", "steps", "new_tokens", "flops", "loss", "grad_norm")
         return {"seconds": seconds, **{name: getattr(self, name) for name in names}}

@@ -57,7 +57,7 @@ class DataRecipe(Table):
 
     @property
     def sources(self) -> list[MixedInputs]:
-        """What `train` or `mix` says, as a mix of one or several; ConfigError where neither says anything."""
+        """Return what `train` or `mix` says, as a mix of one or several; ConfigError where neither says anything."""
         if self.train is None and self.mix is None:
             raise ConfigError("no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe")
         return self.mix or [MixedInputs(inputs=self.train or [], weight=1)]
@@ -137,7 +137,7 @@ class TrainRecipe(Table):
 
     @property
     def tokens(self) -> int:
-        """What all steps see together."""
+        """Return what all steps see together."""
         return sum(stage.steps * self.windows(stage) * stage.seq_len for stage in self.stages)
 
     @property

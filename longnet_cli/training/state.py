@@ -17,7 +17,7 @@ Optimizers = Sequence[torch.optim.Optimizer]
 
 
 def run_tensors(model: nn.Module, optimizers: Optimizers, random: Sequence[Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """What a checkpoint holds: `model.NAME`, `optimizer.NAME.KEY` and this rank's `random.RANK.INDEX`."""
+    """Return what a checkpoint holds: `model.NAME`, `optimizer.NAME.KEY` and this rank's `random.RANK.INDEX`."""
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     tensors |= {
         f"optimizer.{name}.{key}": value
@@ -48,7 +48,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizers: Optimizers, device: 
 
 
 def _state_of(p: Tensor, optimizers: Optimizers) -> dict[str, Tensor]:
-    """What the optimizer of a parameter keeps for it: a view, empty before the first step."""
+    """Return what the optimizer of a parameter keeps for it: a view, empty before the first step."""
     owner = next(o for o in optimizers if any(p is mine for group in o.param_groups for mine in group["params"]))
     return owner.state[p]
 
