@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -177,3 +178,17 @@ def _csv_line(values: Sequence[Any]) -> str:
 
 def _markdown_join(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |\n"
+
+
+def can_print(text: str) -> bool:
+    """Return whether stdout's encoding has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shows_color() -> bool:
+    """Return whether stdout is a terminal that shows colours and may (NO_COLOR)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from longnet_cli.cli.options import OUTPUT, option, size_option
-from longnet_cli.cli.output import emit_json, format_count, printable
+from longnet_cli.cli.output import can_print, emit_json, format_count, printable, shows_color
 
 if TYPE_CHECKING:
     from longnet_cli.describing import Costs, Description, LevelCosts
@@ -68,7 +67,7 @@ def pattern(
     found = [find_subject(text) for text in patterns]
     found = [replace(subject, heads=heads or subject.heads) for subject in found]
     length = seq or max(default_length(subject.pattern) for subject in found)
-    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    color = shows_color()
     if output:
         draw_picture(found, length, output, causal=causal)
     rows = []
@@ -88,7 +87,7 @@ def pattern(
             if index:
                 print()
             _print(description)
-            marks = {"color": color, "blocks": _has_blocks()}
+            marks = {"color": color, "blocks": can_print("\u2580")}
             print(f"\n{draw_text(subject, length, causal=looks_back, **marks)}\n{legend(subject, **marks)}")
     if format == "json":
         emit_json(rows)
@@ -124,12 +123,3 @@ def _costs(costs: Costs | LevelCosts, flops: str) -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.095 else f"{share:.1%}"
-
-
-def _has_blocks() -> bool:
-    """Return whether stdout's encoding does."""
-    try:
-        "\u2580".encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True

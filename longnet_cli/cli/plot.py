@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 from typing import Annotated
 
 import typer
 
 from longnet_cli.cli.options import OUTPUT, option
+from longnet_cli.cli.output import can_print, shows_color
 
 
 def plot(
@@ -38,14 +37,5 @@ def plot(
     if output:
         draw_picture(found, output)
         return
-    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    print(draw_text(found, shutil.get_terminal_size().columns, color=color, braille=_has_braille()))
-
-
-def _has_braille() -> bool:
-    """Return whether stdout's encoding does."""
-    try:
-        "\u2800".encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
+    color = shows_color()
+    print(draw_text(found, shutil.get_terminal_size().columns, color=color, braille=can_print("\u2800")))
