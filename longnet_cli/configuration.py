@@ -78,7 +78,7 @@ def read_text(path: str | Path) -> str:
 
 
 def parse(text: str, parser: Callable[..., Any] = json.loads, **options: Any) -> Any:
-    """What a JSON (or with `tomllib.loads` a TOML) text says; ValueError for one that does not, or nests too deeply."""
+    """Parse a JSON text (TOML with `tomllib.loads`). Raises ValueError where it is none, or nests too deeply."""
     try:
         return parser(text, **options)
     except RecursionError:

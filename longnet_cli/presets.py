@@ -42,7 +42,7 @@ def find_model(name_or_path: str) -> Path:
 
 
 def model_metadata(folder: Path) -> dict[str, str]:
-    """What the header of a model's model.safetensors says besides its tensors; nothing where it cannot be read."""
+    """Return the metadata in the header of a model's model.safetensors; nothing where it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / "model.safetensors"

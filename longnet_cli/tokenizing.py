@@ -116,7 +116,7 @@ def tokenize(
 
 
 def tokenizer_beside(output: str | Path) -> Path | None:
-    """Where the tokenizer of one file is written; nothing can stand beside a stream, a device or a named pipe."""
+    """Return where the tokenizer of one file is written; None beside a stream, a device or a named pipe."""
     return Path(output).with_suffix(".tokenizer.json") if str(output).endswith(OUTPUT_SUFFIXES) else None
 
 

@@ -323,7 +323,7 @@ class _Call(NamedTuple):
 
 
 def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Zone]:
-    """What the queries of a segment of w positions see at a level, the causal square of a segment with itself first."""
+    """Return what queries of a segment of w positions see at a level, the causal square of the segment first."""
     b = pattern.look_backs[level]
     if pattern.overlap == "once" and level:
         u, near = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]

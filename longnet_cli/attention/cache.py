@@ -63,7 +63,7 @@ class KVCache:
         return sum(x.numel() * x.element_size() for x in (*chain(*self._levels), self._sinks))
 
     def far(self) -> list[FarKeys]:
-        """What the next shard attends to besides itself: views, valid until the next `append` (always, with `keep`)."""
+        """Return what the next shard sees outside itself: views, valid until the next `append`, with `keep` always."""
         found = []
         for span in open_spans(self.pattern, self.position):
             rows = max(span_rows(self.pattern, span, self.num_heads, self.kv_heads))

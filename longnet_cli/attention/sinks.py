@@ -55,7 +55,7 @@ class SinkRows(NamedTuple):
         return turned.flatten(1, 2), v[:, of].flatten(1, 2)
 
     def gradients(self, k: Tensor, v: Tensor, turn: Turn, dk: Tensor, dv: Tensor) -> tuple[Tensor, ...]:
-        """Those of the rows of each document, given those of what `spread` returned for them."""
+        """Return the gradients of each document's rows, given those of what `spread` returned for them."""
         with torch.enable_grad():
             leaves = [x.detach().to(d.dtype).requires_grad_() for x, d in ((k, dk), (v, dv))]
             return torch.autograd.grad(self.spread(leaves[0], leaves[1], turn), leaves, (dk, dv))

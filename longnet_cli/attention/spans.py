@@ -88,7 +88,7 @@ def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int 
 
 
 def open_spans(pattern: Pattern, stop: int) -> list[Span]:
-    """What later queries can see of the first `stop` positions of a causal sequence, by segment; raw sinks last."""
+    """Return what later queries can see of a causal sequence's first `stop` positions, by segment; raw sinks last."""
     found: list[Span] = []
     for level, (w, b) in enumerate(zip(pattern.segment_lengths, pattern.look_backs, strict=True)):
         found += _by_segment(level, w, max(0, stop // w - b) * w, stop)

@@ -130,7 +130,7 @@ class _Bench:
 
 
 def machine(s: Settings) -> str:
-    """What a reader of the rows must know of the machine: its processor, cores, torch, kernel and the date (UTC)."""
+    """Describe the machine for a reader of the rows: its processor, cores, torch, kernel and the date (UTC)."""
     return ", ".join(
         [
             torch.cuda.get_device_name(s.device) if s.device.type == "cuda" else _cpu_name(),

@@ -136,7 +136,7 @@ class Settings(BaseModel):
         return self.pattern or ("geometric" if max(self.seq) >= LONG else "paper")
 
     def streams(self, seq: int) -> bool:
-        """Whether a causal forward of `seq` tokens runs chunk by chunk: where a chunk is asked for, or it is long."""
+        """Return whether a causal forward runs chunk by chunk: a chunk is asked for, or `seq` tokens are many."""
         return self.causal and (seq > self.chunk if self.chunk else seq >= LONG)
 
     def chunk_for(self, seq: int) -> int:

@@ -119,7 +119,7 @@ def _check(name: str, value: Any) -> None:
 
 
 def _prints(params: Mapping[str, Any]) -> bool:
-    """Whether the result goes to stdout: what has no --output, or - there; of `train`, the result of --dry-run."""
+    """Return whether the result goes to stdout: there is no --output, or it is -; of `train`, with --dry-run."""
     if "dry_run" in params:
         return bool(params["dry_run"])
     return params.get("output") in (None, "-")

@@ -105,7 +105,7 @@ def open_file(name: str, where: str, stream: Any, file: StoredFile | None = None
 
 
 def is_sequential(head: bytes) -> bool:
-    """Whether an Arrow file, of which `head` are the first 12 bytes, is a stream after its magic. Polars' are not."""
+    """Return whether an Arrow file, by its first 12 bytes, is a stream after its magic. Those of Polars are not."""
     return head[8:] == CONTINUATION
 
 

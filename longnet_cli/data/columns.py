@@ -17,7 +17,7 @@ _LISTS = (
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds text, be it written out or as numbers of a dictionary (categorical)."""
+    """Return whether a column of this type holds text, written out or as numbers of a dictionary (categorical)."""
     return (kind.value_type if pa.types.is_dictionary(kind) else kind) in _TEXTS
 
 

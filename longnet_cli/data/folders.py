@@ -57,7 +57,7 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
 
 
 def _written_folders(names: Sequence[str]) -> tuple[str, ...]:
-    """Those of the files' folders, each with its slash, that hold a data set or a run of longnet's own."""
+    """Return the files' folders, each with its slash, that hold a data set or a run of longnet's own."""
     inside: dict[str, set[str]] = {}
     for name in names:
         folder, slash, file = name.rpartition("/")

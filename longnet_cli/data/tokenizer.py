@@ -228,7 +228,7 @@ class Tokenizer:
 
     @cached_property
     def _is_bytes(self) -> bool:
-        """Whether ids are the text's bytes, which needs no library (and a 1e9-byte document none of its memory)."""
+        """Return whether ids are the text's bytes, which needs no library, and for a long document no memory of it."""
         model, pre = self._description["model"], self._description["pre_tokenizer"] or {}
         return (
             model["type"] == "BPE"

@@ -58,7 +58,7 @@ def default_chunk(config: NetConfig, device: torch.device) -> int:
 
 
 def open_stream(net: Net, group: dist.ProcessGroup | None = None) -> Callable[..., Tensor]:
-    """What takes a causal sequence in chunks (B, n) and gives their hidden states, what the whole would give there."""
+    """Return what reads a causal sequence in chunks (B, n) and gives the hidden states that the whole would give."""
     return net.stream() or CausalStream(net, group=group)
 
 

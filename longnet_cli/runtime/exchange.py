@@ -127,7 +127,7 @@ class Exchange:
         return span_views(self.pattern, parcel.span, self.num_heads, parcel.start, kv_heads)
 
     def shape(self, parcel: Parcel, like: Sequence[int]) -> tuple[int, ...]:
-        """That of a parcel's rows, k and v, where keys have the shape `like` (B, n, H, D): (2, B, rows, lanes, D)."""
+        """Return the shape of a parcel's k and v, (2, B, rows, lanes, D), for keys of the shape `like` (B, n, H, D)."""
         return 2, like[0], parcel.rows, _lanes(self.pattern, parcel.span.level, self.num_heads, like[2]), like[3]
 
     def sizes(self, parcels: Sequence[Sequence[Parcel]], like: Sequence[int]) -> list[int]:
@@ -140,7 +140,7 @@ class Exchange:
         return self.starts[index - 1], self.starts[index] if index < len(self.starts) else self.edges[-1]
 
     def _wanted(self, reader: int) -> list[tuple[Span, bool]]:
-        """What a rank keeps (False), then what the first document of its shard sees (True), from whoever made it."""
+        """Return what a rank keeps (False), then what the first document of its shard sees (True), whoever made it."""
         document, end = self._document(self.edges[reader])
         start, stop = self.edges[reader] - document, min(self.edges[reader + 1], end) - document
         kept = open_spans(self.pattern, self.edges[-1] - document) if self.cached else []

@@ -21,7 +21,7 @@ def under_torchrun() -> bool:
 
 
 def started_by_torchrun() -> bool:
-    """Whether the parent is a torchrun, of one process or more. Other launchers may leave RANK in any environment."""
+    """Return whether the parent is a torchrun, of any size. Other launchers may leave RANK in any environment."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 

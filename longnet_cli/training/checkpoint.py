@@ -144,7 +144,7 @@ def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) 
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, each of which is read and compared with its SHA-256; or None."""
+    """Read all files of a checkpoint, compare them with their SHA-256, and return what is wrong, or None."""
     try:
         state = read_state(checkpoint)
         for name, known in state["files"].items():
@@ -161,7 +161,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What state.json says. Raises CheckpointError where it is not what was written, OSError where it is not there."""
+    """Read state.json. Raises CheckpointError where it is not what was written, OSError where it is missing."""
     try:
         data = parse(read_text(checkpoint / STATE))
         state, digest = data["state"], data["sha256"]

@@ -59,7 +59,7 @@ class Estimate:
 
     @property
     def advice(self) -> str:
-        """What to change, where it does not fit: the chunk, or else what a shorter chunk does not make smaller."""
+        """Say what to change where it does not fit: the chunk, or what a shorter chunk does not make smaller."""
         if self.chunk_that_fits:
             return f"--chunk {self.chunk_that_fits} fits"
         if self.whole_windows:
