@@ -44,6 +44,28 @@ def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path: Path) -> 
     assert not module.is_held_out("json/decoder.py")
 
 
+def test_packages_become_long_documents_and_are_held_out_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = imported(ROOT / "examples/package_corpus.py")
+    names = [f"package{i}" for i in range(40)]
+    for name in (*names, "pip"):
+        for path in ("a/one.py", "a/two.py", "b/three.py"):
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / path).write_text("x = 1\n" * 30_000)
+        (tmp_path / name / "b/latin.py").write_bytes(b"# \xe9\n")
+    monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(tmp_path))
+    module.main(str(tmp_path / "out"))
+    found = {}
+    for split in ("train", "held_out"):
+        with (tmp_path / f"out/{split}.jsonl").open() as file:
+            found[split] = [json.loads(line) for line in file]
+    packages = {split: {row["id"].split("/")[0] for row in rows} for split, rows in found.items()}
+    assert packages["held_out"] == {name for name in names if module.is_held_out(name)}
+    assert packages["train"] == set(names) - packages["held_out"]
+    first, second = found["train"][:2]
+    assert (first["id"], second["id"]) == ("package0/a/one.py", "package0/b/three.py")
+    assert first["text"].startswith("# package0/a/one.py\nx = 1\n") and "# package0/a/two.py\n" in first["text"]
+
+
 def test_names_are_exchanged_where_they_stand_behind_a_form_feed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
     module = imported(ROOT / "examples/near_duplicates.py")

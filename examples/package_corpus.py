@@ -1,0 +1,76 @@
+"""Write the Python sources of installed packages as long documents: a corpus of long text that every machine has.
+
+    python examples/package_corpus.py runs/packages
+    longnet tokenize runs/packages/train.jsonl -o runs/packages/tokens --tokenizer longnet-tiny
+
+A document is about 300 kB: the files of neighbouring folders of one package, one after the other, each under a comment
+with its path. A package is held out whole when the hash of its name says so, one in sixteen. Which packages there are,
+and in which versions, depends on the environment: `train.jsonl` and `held_out.jsonl` name them in their ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+DOCUMENT_BYTES = 300_000
+SMALLEST_PACKAGE = 20_000  # bytes; a smaller one makes no long document
+COPIES = ("pip", "setuptools")  # left out: they hold copies of other packages and of the standard library
+
+
+def is_held_out(package: str) -> bool:
+    """Return whether a package (`numpy`) is kept from training."""
+    return hashlib.sha256(package.encode()).digest()[0] % 16 == 0
+
+
+def package_files(package: Path) -> Iterator[tuple[str, str]]:
+    """Yield (path inside site-packages, text) of a package's UTF-8 sources, folder by folder."""
+    for path in sorted(package.rglob("*.py"), key=lambda path: (path.parent.parts, path.name)):
+        try:
+            yield path.relative_to(package.parent).as_posix(), path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+
+
+def documents(package: Path) -> Iterator[tuple[str, str]]:
+    """Yield (id, text) of documents of at least DOCUMENT_BYTES, but for what is left at the end."""
+    parts: list[str] = []
+    size, first = 0, ""
+    for name, text in package_files(package):
+        if text.strip():
+            first = first or name
+            parts.append(f"# {name}\n{text.rstrip()}\n\n")
+            size += len(parts[-1])
+        if size >= DOCUMENT_BYTES:
+            yield first, "".join(parts)
+            parts, size, first = [], 0, ""
+    if parts:
+        yield first, "".join(parts)
+
+
+def packages() -> list[Path]:
+    """Return the folders of installed packages with enough source, sorted by name."""
+    site = Path(sysconfig.get_path("purelib"))
+    folders = (path for path in sorted(site.iterdir()) if path.is_dir() and path.name not in COPIES)
+    return [path for path in folders if sum(f.stat().st_size for f in path.rglob("*.py")) >= SMALLEST_PACKAGE]
+
+
+def main(folder: str) -> None:
+    output = Path(folder)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, held_out in (("train.jsonl", False), ("held_out.jsonl", True)):
+        count = size = 0
+        with (output / name).open("w", encoding="utf-8") as file:
+            for package in (package for package in packages() if is_held_out(package.name) is held_out):
+                for doc_id, text in documents(package):
+                    file.write(json.dumps({"id": doc_id, "text": text}) + "\n")
+                    count, size = count + 1, size + len(text)
+        print(f"{output / name}: {count} documents, {size / 1e6:.1f} MB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
