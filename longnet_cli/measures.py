@@ -1,4 +1,4 @@
-"""What scoring reports: sums of nats, their standard errors over documents, and the loss by position."""
+"""What scoring reports: sums of nats, their standard errors over documents, the loss by position and by recall."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -45,6 +45,11 @@ class Score:
         return {**asdict(self), "ppl": self.ppl, "bpb": self.bpb}
 
 
+Range = tuple[int | None, int | None]  # the first and the last of some whole numbers
+Row = dict[str, float | int | None]
+POWERS: Sequence[Range] = [(2**b, 2 ** (b + 1) - 1) for b in range(64)]
+
+
 @dataclass
 class ByPosition:
     """Nats and tokens by how much a prediction was made from, and by its place in the segments of the first level.
@@ -71,16 +76,38 @@ class ByPosition:
         self.inside += other.inside
         return self
 
-    def as_dict(self) -> dict[str, list[dict[str, float | int]]]:
+    def as_dict(self) -> dict[str, list[Row]]:
         """The keys of the machine formats: for each range that has tokens its first, last, count and mean nats."""
         starts = [-(-part * self.segment // 8) for part in range(9)]
         return {
-            "by_position": _rows(self.seen, [(2**b, 2 ** (b + 1) - 1) for b in range(64)]),
+            "by_position": _rows(self.seen, POWERS),
             "by_segment_position": _rows(self.inside, [(a, b - 1) for a, b in pairwise(starts)]),
         }
 
 
-def _rows(table: np.ndarray, ranges: Sequence[tuple[int, int]]) -> list[dict[str, float | int]]:
+@dataclass
+class ByRecall:
+    """Nats and tokens by how many tokens ago the document last had the same token after the same one.
+
+    `table` is (rows, 2) float64, nats and tokens: a row for tokens whose bigram is new, then one for distances of 1,
+    2..3, 4..7, ... tokens.
+    """
+
+    RANGES: ClassVar[Sequence[Range]] = [(None, None), *POWERS]
+    table: np.ndarray = field(default_factory=lambda: np.zeros((len(ByRecall.RANGES), 2)))
+
+    def add(self, distances: np.ndarray, nll: np.ndarray) -> None:
+        """Count the (n,) nats of tokens whose bigrams were last seen `distances` (n,) tokens ago, 0 for never."""
+        row = np.frexp(distances.astype(float))[1]  # 0 for 0, otherwise 1 + the exact floor of log2
+        self.table[:, 0] += np.bincount(row, nll, len(self.table))
+        self.table[:, 1] += np.bincount(row, minlength=len(self.table))
+
+    def as_dict(self) -> dict[str, list[Row]]:
+        """The key of the machine formats: rows as those of `ByPosition`, from None to None for new bigrams."""
+        return {"by_recall": _rows(self.table, self.RANGES)}
+
+
+def _rows(table: np.ndarray, ranges: Sequence[Range]) -> list[Row]:
     return [
         {"from": first, "to": last, "n_tokens": int(count), "nll": float(nats / count)}
         for (first, last), (nats, count) in zip(ranges, table, strict=True)
@@ -97,28 +124,57 @@ class DocumentScore:
     score: Score
     context: int | None = None
     by_position: ByPosition | None = None
+    by_recall: ByRecall | None = None
 
 
-class Total:
-    """The sum over documents that were scored once for each of `contexts`, with standard errors.
+class Clusters:
+    """The sums of some quantities over documents, and the standard errors of their ratios.
 
     Tokens of one document are correlated, so an error that takes them as independent is too small. Documents are taken
     as independent instead: for a ratio R = sum x / sum y over D documents, of nats x and tokens or bytes y, its
     standard error is sqrt(D / (D - 1) * sum (x - R y)^2) / sum y, the linearised one of a ratio over clusters (Cochran,
-    Sampling Techniques); that of ppl = exp R is ppl times it. None for fewer than two documents.
+    Sampling Techniques). None for fewer than two documents.
+    """
 
-    Contexts are compared document by document: ppl over that of the first context, with the error of this ratio, much
-    smaller than those of the two.
+    def __init__(self, size: int) -> None:
+        self.documents = 0
+        self.sums, self.spread = np.zeros(size), np.zeros((size, size))  # of products of deviations from the mean
+
+    def add(self, values: Sequence[float]) -> None:
+        """The (size,) quantities of the next document."""
+        deviation = values - self.sums / max(1, self.documents)
+        self.documents += 1
+        self.sums += values
+        self.spread += np.outer(deviation, values - self.sums / self.documents)
+
+    def error(self, numerator: np.ndarray, denominator: int) -> float | None:
+        """Return the standard error of sum x / sum y: x is the (size,) combination `numerator` of the quantities."""
+        if self.documents < 2 or not self.sums[denominator]:
+            return None
+        residual = numerator.copy()
+        residual[denominator] -= numerator @ self.sums / self.sums[denominator]
+        squares = max(0.0, float(residual @ self.spread @ residual))
+        return math.sqrt(squares * self.documents / (self.documents - 1)) / float(self.sums[denominator])
+
+
+BYTES, TOKENS = -2, -1  # where they stand among a document's quantities, behind the nats at each context
+
+
+class Total:
+    """The sum over documents that were scored once for each of `contexts`, with standard errors (see `Clusters`).
+
+    That of ppl = exp R is ppl times that of R. Contexts are compared document by document: ppl over that of the first
+    context, with the error of this ratio, much smaller than those of the two. So are the rows of `by_recall`, each
+    over the documents that have tokens in it.
     """
 
     def __init__(self, contexts: Sequence[int | None]) -> None:
         self.contexts = list(contexts)
         self.scores = [Score(0.0, 0, 0) for _ in contexts]
         self.positions: list[ByPosition | None] = [None] * len(self.contexts)
-        size = len(self.contexts) + 2  # nats for each context, tokens, bytes
-        self.documents = 0  # that have tokens
-        self.mean, self.spread = np.zeros(size), np.zeros((size, size))  # sum of products of deviations from the mean
-        self._waiting: list[float] = []
+        self.clusters = Clusters(len(self.contexts) + 2)  # of documents that have tokens
+        self.recall = [Clusters(len(self.contexts) + 2) for _ in ByRecall.RANGES]
+        self._waiting: list[DocumentScore] = []
 
     def add(self, document: DocumentScore) -> None:
         """The next result of `score`: a document's, for each context in turn."""
@@ -128,16 +184,16 @@ class Total:
             if self.positions[index] is None:
                 self.positions[index] = ByPosition(document.by_position.segment)
             self.positions[index] += document.by_position  # type: ignore[operator]
-        self._waiting.append(score.nll_sum)
+        self._waiting.append(document)
         if len(self._waiting) < len(self.contexts):
             return
-        values = np.array([*self._waiting, score.n_tokens, score.n_bytes or 0])
-        self._waiting = []
+        found, self._waiting = self._waiting, []
         if score.n_tokens:
-            self.documents += 1
-            deviation = values - self.mean
-            self.mean += deviation / self.documents
-            self.spread += np.outer(deviation, values - self.mean)
+            self.clusters.add([*(each.score.nll_sum for each in found), score.n_bytes or 0, score.n_tokens])
+        tables = [each.by_recall.table for each in found if each.by_recall]
+        for row, clusters in enumerate(self.recall if tables else ()):
+            if tokens := tables[0][row, 1]:
+                clusters.add([*(table[row, 0] for table in tables), 0, tokens])
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """For each context the keys of the machine formats."""
@@ -145,28 +201,38 @@ class Total:
 
     def _as_dict(self, index: int) -> dict[str, Any]:
         score, positions = self.scores[index], self.positions[index]
-        nats = np.eye(len(self.mean))[index]
+        nats = np.eye(len(self.contexts) + 2)[index]
         found = {
             **score.as_dict(),
             "context": self.contexts[index],
-            "n_docs": self.documents,
-            "ppl_se": _times(score.ppl, self._error(nats, -2)),
-            "bpb_se": None if score.bpb is None else _times(1 / math.log(2), self._error(nats, -1)),
+            "n_docs": self.clusters.documents,
+            "ppl_se": _times(score.ppl, self.clusters.error(nats, TOKENS)),
+            "bpb_se": None if score.bpb is None else _times(1 / math.log(2), self.clusters.error(nats, BYTES)),
+            **self._compare(self.clusters, index),
+            **(positions.as_dict() if positions else {}),
         }
-        if index:
-            more = nats - np.eye(len(self.mean))[0]
-            ratio = Score(score.nll_sum - self.scores[0].nll_sum, score.n_tokens, None).ppl
-            found |= {"ppl_ratio": ratio, "ppl_ratio_se": _times(ratio, self._error(more, -2))}
-        return found | (positions.as_dict() if positions else {})
+        recall = [
+            {
+                "from": first,
+                "to": last,
+                "n_tokens": int(row.sums[TOKENS]),
+                "n_docs": row.documents,
+                "nll": float(row.sums[index] / row.sums[TOKENS]),
+                "nll_se": row.error(nats, TOKENS),
+                **self._compare(row, index),
+            }
+            for (first, last), row in zip(ByRecall.RANGES, self.recall, strict=True)
+            if row.documents
+        ]
+        return found | ({"by_recall": recall} if recall else {})
 
-    def _error(self, numerator: np.ndarray, denominator: int) -> float | None:
-        """The standard error of sum x / sum y, x a combination of what is counted, y one of it."""
-        if self.documents < 2 or not self.mean[denominator]:
-            return None
-        residual = numerator.copy()
-        residual[denominator] -= numerator @ self.mean / self.mean[denominator]
-        squares = max(0.0, float(residual @ self.spread @ residual))
-        return math.sqrt(squares * self.documents / (self.documents - 1)) / (self.documents * self.mean[denominator])
+    def _compare(self, clusters: Clusters, index: int) -> dict[str, float | None]:
+        """The keys of ppl at a context over that at the first, which has none."""
+        if not index:
+            return {}
+        nats = np.eye(len(clusters.sums))[index] - np.eye(len(clusters.sums))[0]
+        ratio = Score(float(nats @ clusters.sums), int(clusters.sums[TOKENS]), None).ppl
+        return {"ppl_ratio": ratio, "ppl_ratio_se": _times(ratio, clusters.error(nats, TOKENS))}
 
 
 def _times(factor: float | None, error: float | None) -> float | None:

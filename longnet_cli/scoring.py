@@ -20,8 +20,9 @@ import torch
 from longnet_cli.data.sinks import ShardWriter
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError, NotFiniteError
-from longnet_cli.measures import ByPosition, DocumentScore, Score
+from longnet_cli.measures import ByPosition, ByRecall, DocumentScore, Score
 from longnet_cli.model.net import Net
+from longnet_cli.recall import Bigrams
 from longnet_cli.runtime.device import precision
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reading import AfterBos, Piece, Reader, Window, check_length
@@ -42,6 +43,7 @@ def score(
     stride: int | None = None,
     last: int | None = None,
     by_position: bool = False,
+    by_recall: bool = False,
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
@@ -61,8 +63,10 @@ def score(
     With a `stride` windows overlap: each is of `context` targets, of which only the last `stride` count, so that a
     token has seen more than `context - stride` before it, where its document has them. With `last` only so many tokens
     at the end of each document are scored, likewise from windows as long as the context; documents too short for that
-    are left out, and bytes are what `count_bytes` says of the scored ids (None: unknown). `by_position` also sums by
-    position in the window.
+    are left out, and bytes are what `count_bytes` says of the scored ids (None: unknown).
+
+    `by_position` also sums by position in the window, `by_recall` by how many tokens ago the document had the same
+    token after the same one, before the window too: `recall.Bigrams` has what memory that takes.
 
     `chunk`, `dtype` and `ranks` as in `runtime.reading.Reader`: memory does not depend on the document's length, and
     none of them changes a number beyond rounding. Several ranks need the same documents, and every rank gets all
@@ -95,7 +99,7 @@ def score(
         model.to(device)
     reader = Reader(model, chunk=chunk, dtype=dtype, ranks=ranks, on_progress=on_progress)
     cut = _Cut(0 if bos is not None else 1, contexts, stride, last)
-    return _Scorer(reader, bos, cut, by_position, count_bytes, on_tokens).run(documents)
+    return _Scorer(reader, bos, cut, by_position, by_recall, count_bytes, on_tokens).run(documents)
 
 
 def logprob_schema() -> pa.Schema:
@@ -181,12 +185,15 @@ class _Tally:
     expected: int
     n_bytes: int | None  # of what is scored
     by_position: ByPosition | None
+    by_recall: ByRecall | None
+    bigrams: Bigrams  # read for by_recall only
     nll_sum: float = 0.0
     n_tokens: int = 0
 
     def result(self) -> DocumentScore:
         score = Score(self.nll_sum, self.n_tokens, self.n_bytes if self.n_tokens else 0)
-        return DocumentScore(self.document.doc_id, self.document.where, score, self.context, self.by_position)
+        tables = self.by_position, self.by_recall
+        return DocumentScore(self.document.doc_id, self.document.where, score, self.context, *tables)
 
 
 @dataclass(frozen=True)
@@ -205,11 +212,13 @@ class _Scorer:
         bos: int | None,
         cut: _Cut,
         by_position: bool,
+        by_recall: bool,
         count_bytes: Callable[[np.ndarray], int | None] | None,
         on_tokens: OnTokens | None,
     ) -> None:
         self.reader, self.model, self.bos, self.cut = reader, reader.model, bos, cut
-        self.by_position, self.count_bytes, self.on_tokens = by_position, count_bytes, on_tokens
+        self.by_position, self.by_recall = by_position, by_recall
+        self.count_bytes, self.on_tokens = count_bytes, on_tokens
         self.open: deque[_Tally] = deque()  # documents whose windows are being read
 
     def run(self, documents: Iterable[Document]) -> Iterator[DocumentScore]:
@@ -235,7 +244,7 @@ class _Scorer:
                 continue
             ids = AfterBos(document, self.bos)
             for context in self.cut.contexts:
-                tally = self._tally(document, context)
+                tally = self._tally(document, context, Bigrams(ids))
                 self.open.append(tally)
                 if not tally.expected:
                     yield _Window(ids, 0, 0, 0, tally)
@@ -244,7 +253,7 @@ class _Scorer:
                     before = ids.first - 1  # from a target to its input
                     yield _Window(ids, start + before, stop + before, counted + before, tally)
 
-    def _tally(self, document: Document, context: int | None) -> _Tally:
+    def _tally(self, document: Document, context: int | None, bigrams: Bigrams) -> _Tally:
         expected = max(0, len(document) - self.cut.first)
         n_bytes = document.n_bytes if self.bos is not None else None  # those of the first token were not scored
         if self.cut.last:
@@ -252,7 +261,8 @@ class _Scorer:
             ids = document.read(len(document) - expected, len(document))
             n_bytes = self.count_bytes(ids) if self.count_bytes else None
         positions = ByPosition(min(self.model.config.pattern.segment_lengths)) if self.by_position else None
-        return _Tally(document, context, expected, n_bytes, positions)
+        recall = ByRecall() if self.by_recall else None
+        return _Tally(document, context, expected, n_bytes, positions, recall, bigrams)
 
     @torch.inference_mode()
     def _count(self, pieces: Sequence[Piece[_Window]]) -> None:
@@ -286,6 +296,8 @@ class _Scorer:
         tally.n_tokens += len(nll)
         if tally.by_position:
             tally.by_position.add(piece.start - piece.window.start, nll)
+        if tally.by_recall:
+            tally.by_recall.add(tally.bigrams.distances(piece.start + 1, piece.stop + 1), nll)
         if self.on_tokens and len(nll):
             self.on_tokens(tally.document, first, self._targets(piece), -nll)
 

@@ -89,6 +89,16 @@ def score(
         bool,
         option(MEASURE, "--by-position", None, "Show the loss by tokens seen, and by place in the shortest segment."),
     ] = False,
+    by_recall: Annotated[
+        bool,
+        option(
+            MEASURE,
+            "--by-recall",
+            None,
+            "Show the loss of tokens that the document has had before, after the same token, by how many tokens ago; "
+            "and of all others.",
+        ),
+    ] = False,
     format: Annotated[
         Format,
         option(
@@ -150,6 +160,7 @@ def score(
             stride=stride,
             last=last,
             by_position=by_position,
+            by_recall=by_recall,
             count_bytes=words.n_bytes if words else None,
             chunk=chunk,
             dtype=dtype,
@@ -172,9 +183,11 @@ def _print(scores: Iterator[DocumentScore], format: Format, total: Total, patter
     rows = []
     for index, document in enumerate(scores):
         total.add(document)
-        values = {"doc_id": document.doc_id, **document.score.as_dict()}
+        values: dict[str, Any] = {"doc_id": document.doc_id, **document.score.as_dict()}
         if several:
             values["context"] = document.context
+        if document.by_recall:
+            values |= document.by_recall.as_dict()
         if format == "text":
             _print_row(document.doc_id, document.score, document.context if several else None, header=index == 0)
         elif format == "jsonl":
@@ -188,7 +201,9 @@ def _print(scores: Iterator[DocumentScore], format: Format, total: Total, patter
         if several:
             _print_comparison(totals)
         for values in totals:
-            _print_positions(values)
+            _print_losses(values, totals[0]["context"])
+        if several or "by_recall" in totals[0]:
+            print(f"+- is a standard error, clustered by document ({totals[0]['n_docs']} documents)")
     elif format == "jsonl":
         for values in totals:
             emit_jsonl({"kind": "total", **values})
@@ -213,18 +228,24 @@ def _print_comparison(totals: list[dict[str, Any]]) -> None:
         keys = ("ppl", "ppl_se", "bpb", "bpb_se", "ppl_ratio", "ppl_ratio_se")
         numbers = [_number(row.get(key)).rjust(width) for key, width in zip(keys, (12, 8, 8, 8, 12, 8), strict=True)]
         print(f"{row['context']:>9} {' '.join(numbers)}")
-    print(f"+- is a standard error, clustered by document ({totals[0]['n_docs']} documents)")
 
 
-def _print_positions(total: dict[str, Any]) -> None:
-    """Return what `--by-position` asks for: nats per token."""
+def _print_losses(total: dict[str, Any], first: int | None) -> None:
+    """Show what `--by-position` and `--by-recall` ask for: nats per token, and ppl over that at context `first`."""
     context = f", context {total['context']}" if total["context"] else ""
-    for key, title in (("by_position", "tokens seen"), ("by_segment_position", "in segment")):
-        if rows := total.get(key):
-            print(f"\n{title:>20} {'tokens':>12} {'nats':>8}{context}")
-        for row in rows or ():
-            span = str(row["from"]) if row["from"] == row["to"] else f"{row['from']} .. {row['to']}"
-            print(f"{span:>20} {row['n_tokens']:>12} {_number(row['nll']):>8}")
+    tables = (("by_position", "tokens seen"), ("by_segment_position", "in segment"), ("by_recall", "said tokens ago"))
+    columns = (("nll", "nats", 8), ("nll_se", "+-", 8), ("ppl_ratio", f"ppl / {first}", 12), ("ppl_ratio_se", "+-", 8))
+    for key, title in tables:
+        rows = total.get(key) or ()
+        shown = [column for column in columns if any(column[0] in row for row in rows)]
+        if rows:
+            print(f"\n{title:>20} {'tokens':>12} {' '.join(name.rjust(width) for _, name, width in shown)}{context}")
+        for row in rows:
+            span = "new" if row["from"] is None else str(row["from"])
+            if row["from"] != row["to"]:
+                span += f" .. {row['to']}"
+            numbers = " ".join(_number(row[name]).rjust(width) for name, _, width in shown)
+            print(f"{span:>20} {row['n_tokens']:>12} {numbers}")
 
 
 def _number(value: float | None) -> str:
