@@ -82,7 +82,7 @@ def sequences(rng: np.random.Generator, count: int, tokens: int, distances: np.n
 
 
 def train(pattern: Pattern, args: argparse.Namespace, seed: int, longest: int) -> Recaller:
-    """Train on sequences that grow from SHORT to `longest` tokens, with distances of all sizes."""
+    """Train on sequences of SHORT to `longest` tokens, with distances of all sizes."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     sizes = {"num_layers": args.layers, "num_heads": args.heads, "dim": args.dim, "ffn_dim": 2 * args.dim}
@@ -93,8 +93,8 @@ def train(pattern: Pattern, args: argparse.Namespace, seed: int, longest: int) -
     optimizers = [muon, torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)]
     distances = np.unique(np.geomspace(4, longest, 100).astype(int))
     for step in range(args.steps):
-        done = step / args.steps  # a third short, a third growing, a third long
-        tokens = int(SHORT * (longest / SHORT) ** min(1.0, max(0.0, 3 * done - 1)))
+        done = step / args.steps  # a third of the steps short, then of any length up to one that grows
+        tokens = int(SHORT * (longest / SHORT) ** (min(1.0, max(0.0, 3 * done - 1)) * rng.random()))
         ids, rows, places, values = sequences(rng, max(1, args.batch_tokens // tokens), tokens, distances)
         logits = net.net.logits(net(torch.from_numpy(ids))[rows, places])
         loss = F.cross_entropy(logits, torch.from_numpy(values))
@@ -193,7 +193,7 @@ if __name__ == "__main__":
     parser.add_argument("-o", "--output", help="draw a picture into this file")
     parser.add_argument("--times", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 16, 64], help="of the reach")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--dim", type=int, default=64)

@@ -24,7 +24,7 @@ from longnet_cli.patterns import PATTERN_FIELDS
 from longnet_cli.training.recipe import load_recipe
 
 SHAPE = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope"}
-NESTED = "nested:32,base=8,queries=all,sinks=4,level_bias=log_rate"
+NESTED = "nested:32,base=8,sinks=4,level_bias=log_rate"
 STAGES = {"train.stages": [{"seq_len": 64, "steps": 1}]}
 CARRIED = set(PATTERN_FIELDS) <= set(LongNetConfig.model_fields)
 carried = pytest.mark.skipif(not CARRIED, reason="a LongNet has no fields for the options of a pattern yet")

@@ -144,10 +144,12 @@ class Pattern:
     def nested(cls, length: int, base: int = 1024, ratio: int = 4, sinks: int = 0) -> Pattern:
         """To train with: a window of `base` tokens, and levels that tile the past before it, to `length` and beyond.
 
-        Segments and rates grow by `ratio`; each level looks back one segment and every key counts once.
+        Segments and rates grow by `ratio`; each level looks back one segment, every key counts once, and every query
+        asks at every level. Where a rate is at most the number of heads, some head sees every position.
         """
         grown = cls.geometric(length, base, ratio)
-        return cls(grown.segment_lengths, grown.dilation_rates, look_back=1, overlap="once", sinks=sinks)
+        levels = grown.segment_lengths, grown.dilation_rates
+        return cls(*levels, look_back=1, overlap="once", queries="all", sinks=sinks)
 
     @classmethod
     def pretrained(cls, width: int = 1024, sinks: int = 4) -> Pattern:
