@@ -63,7 +63,8 @@ def test_packages_become_long_documents_and_are_held_out_whole(tmp_path: Path, m
     assert packages["train"] == set(names) - packages["held_out"]
     first, second = found["train"][:2]
     assert (first["id"], second["id"]) == ("package0/a/one.py", "package0/b/three.py")
-    assert first["text"].startswith("# package0/a/one.py\nx = 1\n") and "# package0/a/two.py\n" in first["text"]
+    assert first["text"].startswith("# package0/a/one.py\nx = 1\n")
+    assert "# package0/a/two.py\n" in first["text"]
 
 
 def test_names_are_exchanged_where_they_stand_behind_a_form_feed(monkeypatch: pytest.MonkeyPatch) -> None:
