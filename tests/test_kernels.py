@@ -74,6 +74,18 @@ def test_a_kernel_that_computes_wrongly_is_passed_over(monkeypatch: pytest.Monke
         kernels.select_kernel(CPU, torch.float32, 16, "cpu_flash")
 
 
+def test_a_kernel_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those whose first line is an assertion about the device, and gives no reason."""
+    monkeypatch.delenv("LONGNET_KERNEL", raising=False)
+
+    def forward(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(kernels.KERNELS["cpu_flash"], "forward", forward)
+    with pytest.warns(UserWarning, match="'cpu_flash' is passed over: AssertionError: no reason given"):
+        assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
+
+
 def test_probing_leaves_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     kernels.select_kernel(CPU, torch.float32, 24)
@@ -103,13 +115,27 @@ def test_aten_cuda_signatures() -> None:
     assert "scale" in {a.name for a in forward.arguments} & {a.name for a in backward.arguments}
 
 
+# What `_flash_attn_forward` and `_flash_attn_backward` of flash-attn 2.7.4 and 2.8.3 are: custom ops of torch
+FORWARD = (
+    "(Tensor q, Tensor k, Tensor v, float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
+    "SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool return_softmax) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+BACKWARD = (
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a6!)? dq, Tensor(a7!)? dk, "
+    "Tensor(a8!)? dv, float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
+    "SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None) "
+    "-> Tensor"
+)
+
+
 def flash_attn_like(version: str) -> types.ModuleType:
-    """flash_attn.flash_attn_interface with the package's signatures and layouts, computed by plain math."""
+    """flash_attn.flash_attn_interface with a release's signatures and layouts, computed by plain math."""
     module = types.ModuleType("flash_attn.flash_attn_interface")
 
     def compute(q, k, v, softmax_scale, causal):
         out, lse = MATH.forward(*(x.transpose(1, 2) for x in (q, k, v)), causal, softmax_scale)
-        return out.transpose(1, 2), lse.contiguous()
+        return out.transpose(1, 2).contiguous(), lse.contiguous()
 
     def compute_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal):
         assert softmax_lse.is_contiguous()
@@ -119,7 +145,7 @@ def flash_attn_like(version: str) -> types.ModuleType:
         ):
             total.copy_(part.transpose(1, 2))
 
-    if version == "2.6":
+    if version == "2.6.3":
 
         def _flash_attn_forward(
             q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax
@@ -137,42 +163,45 @@ def flash_attn_like(version: str) -> types.ModuleType:
 
     else:
 
-        def _flash_attn_forward(
-            q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-            return_softmax,
-        ):  # fmt: skip
-            assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
-            return (*compute(q, k, v, softmax_scale, causal), None, None)
+        @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=(), schema=FORWARD)
+        def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, left, right, softcap, slopes, softmax):
+            assert (dropout_p, left, right, softcap, slopes, softmax) == (0.0, -1, -1, 0.0, None, False)
+            out, lse = compute(q, k, v, softmax_scale, causal)
+            return out, lse, q.new_empty(0), torch.empty(2, dtype=torch.int64)
 
+        @torch.library.custom_op("flash_attn::_flash_attn_backward", mutates_args=("dq", "dk", "dv"), schema=BACKWARD)
         def _flash_attn_backward(
-            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
-            window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, left, right, softcap,
+            slopes, deterministic, rng_state=None,
         ):  # fmt: skip
-            assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
+            assert (dropout_p, left, right, softcap, slopes) == (0.0, -1, -1, 0.0, None)
             compute_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal)
+            return torch.empty_like(softmax_lse)
 
     module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
     return module
 
 
-@pytest.mark.parametrize("version", ["2.6", "2.8"])
+@pytest.mark.parametrize("version", ["2.6.3", "2.7.4", "2.8.3"])
 def test_flash_attn_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     package, interface = types.ModuleType("flash_attn"), flash_attn_like(version)
     package.flash_attn_interface = interface
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
     monkeypatch.setattr(kernels.FlashAttnKernel, "refusal", lambda *_: None)  # only the device is missing
-    q, k, v = (torch.randn(2, 50, 4, 8, requires_grad=True) for _ in range(3))
-    pattern = Pattern((8, 32), (1, 4))
-    out = dilated_attention(q, k, v, pattern, kernel="flash_attn")
-    expected = dilated_attention_reference(q, k, v, pattern)
-    torch.testing.assert_close(out, expected)
-    for a, b in zip(
-        torch.autograd.grad(out.square().sum(), (q, k, v)),
-        torch.autograd.grad(expected.square().sum(), (q, k, v)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
+    problem = torch.randn(4, 2, 50, 4, 8), Pattern((8, 32), (1, 4))
+    assert_equals_the_reference(*problem, kernel="flash_attn")
+
+
+def assert_equals_the_reference(tensors: Tensor, pattern: Pattern, **options) -> None:
+    *qkv, dout = tensors
+    results = []
+    for function, chosen in ((dilated_attention, options), (dilated_attention_reference, {})):
+        q, k, v = (x.clone().requires_grad_() for x in qkv)
+        out = function(q, k, v, pattern, **chosen)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), dout)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.gpu
