@@ -12,6 +12,7 @@ gives garbage silently, a fully masked row has no defined lse (no branch has one
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 import warnings
@@ -19,6 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 
@@ -127,8 +129,10 @@ class CudaFlashKernel(_CudaKernel):
     """The FlashAttention-2 inside torch (aten). Positional arguments are stable since 2.6, names are not."""
 
     name = "cuda_flash"
+    implementation: str | None = None  # of the aten operators; None: torch's own
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        _activate(self.implementation)
         rows, keys = q.shape[2], k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, rows, heads, head_dim)
         out, lse = torch.ops.aten._flash_attention_forward.default(
@@ -139,14 +143,96 @@ class CudaFlashKernel(_CudaKernel):
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        _activate(self.implementation)
         rows, keys = q.shape[2], k.shape[2]
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        no_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # read only with dropout
+        no_rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # read only with dropout
         grads = torch.ops.aten._flash_attention_backward.default(
             dout, q, k, v, out, lse.contiguous(), None, None, rows, keys, 0.0, causal, no_rng, no_rng[:0], scale=scale
         )
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
         return dq, dk, dv
+
+
+class ActivatedKernel(CudaFlashKernel):
+    """FlashAttention-3 or -4 in the place of aten's flash operators, for the whole process, as torch offers it."""
+
+    def __init__(self, name: str, module: str, majors: tuple[int, ...]) -> None:
+        self.name, self.implementation = name, name.upper()
+        self._module, self._majors = module, majors  # what torch imports; of the compute capability
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        found: list[str] = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
+        if self.implementation not in found:
+            return f"torch {torch.__version__} cannot activate it; 2.13 can"
+        if not _can_import(self._module):
+            return f"{self._module} cannot be imported"
+        refusal = super().refusal(device, dtype, head_dim)
+        if not refusal and torch.cuda.get_device_capability(device)[0] not in self._majors:
+            return f"it needs compute capability {' or '.join(f'{major}.x' for major in self._majors)}"
+        return refusal
+
+
+def _activate(implementation: str | None) -> None:
+    """Make aten's flash operators those of `implementation`; None: torch's own."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
+    if current() == implementation:
+        return
+    if implementation is None:
+        torch.nn.attention.restore_flash_attention_impl()
+    else:
+        torch.nn.attention.activate_flash_attention_impl(implementation)
+
+
+def _can_import(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, OSError, ValueError):  # a package above it is missing, or its binary does not load
+        return False
+
+
+class CudaEfficientKernel(_CudaKernel):
+    """The memory-efficient attention inside torch (aten): slower than flash, for fp32 and any head_dim.
+
+    It reads 16 bytes at a time: a head_dim that is no multiple of that is padded with zeros, which change no score.
+    """
+
+    name = "cuda_efficient"
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device.type != "cuda":
+            return "it runs on a CUDA device"
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it has no {dtype}"
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        rows, keys, head_dim = q.shape[2], k.shape[2], q.shape[3]
+        q, k, v = (_whole_lines(x).transpose(1, 2) for x in (q, k, v))
+        out, lse = torch.ops.aten._efficient_attention_forward.default(
+            q, k, v, None, None, None, rows, keys, 0.0, int(causal), True, scale=scale
+        )[:2]
+        return out.transpose(1, 2)[..., :head_dim], lse[..., :rows]  # lse has a multiple of 32 rows
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, keys, head_dim = q.shape[2], k.shape[2], q.shape[3]
+        dout, q, k, v, out = (_whole_lines(x).transpose(1, 2) for x in (dout, q, k, v, out))
+        lse = torch.nn.functional.pad(lse, (0, -rows % 32), value=float("inf"))  # as in the forward
+        no_rng = torch.empty((), dtype=torch.int64, device=q.device)  # read only with dropout
+        grads = torch.ops.aten._efficient_attention_backward.default(
+            dout, q, k, v, None, out, None, None, rows, keys, lse.contiguous(), 0.0, no_rng, no_rng, int(causal),
+            False, scale=scale,
+        )[:3]  # fmt: skip
+        dq, dk, dv = (x.transpose(1, 2)[..., :head_dim] for x in grads)
+        return dq, dk, dv
+
+
+def _whole_lines(x: Tensor) -> Tensor:
+    """x, its last dimension padded with zeros to a multiple of 16 bytes."""
+    missing = -x.shape[-1] % (16 // x.element_size())
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 class FlashAttnKernel(_CudaKernel):
@@ -221,7 +307,18 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-KERNELS: dict[str, Kernel] = {k.name: k for k in (FlashAttnKernel(), CudaFlashKernel(), CpuFlashKernel(), MathKernel())}
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        ActivatedKernel("fa4", "flash_attn.cute.interface", (9, 10)),
+        ActivatedKernel("fa3", "flash_attn_interface", (9,)),
+        FlashAttnKernel(),
+        CudaFlashKernel(),
+        CudaEfficientKernel(),
+        CpuFlashKernel(),
+        MathKernel(),
+    )
+}
 
 
 def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None = None) -> Kernel:
@@ -253,12 +350,26 @@ def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str |
         if kernel.refusal(device, dtype, head_dim) is None:
             failure = _probe(kernel.name, device, dtype, head_dim)
             if failure is None:
-                return kernel
+                break
             warnings.warn(f"attention kernel {kernel.name!r} is passed over: {failure}", stacklevel=2)
-    raise AssertionError("the math kernel serves everything")
+    if kernel.name == "math" and device.type == "cuda":
+        warnings.warn(
+            f"attention in {dtype} on {device} falls back to plain math, slow and with every score in memory: "
+            "use bf16, fp16 or fp32, or LONGNET_KERNEL=math to say that it is meant",
+            stacklevel=2,
+        )
+    return kernel
 
 
 def _probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return why a kernel does not compute here as plain math does, or None."""
+    failure = _failure(name, device, dtype, head_dim)
+    if failure and isinstance(KERNELS[name], ActivatedKernel):
+        _activate(None)  # nor may it serve others in this process
+    return failure
+
+
+def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Run a tiny forward and backward on strided views against plain math; why it failed, or None."""
     if name == "math":
         return None
