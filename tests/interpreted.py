@@ -18,7 +18,8 @@ from strategies import pattern_with_options, turn
 from torch import Tensor
 
 from longnet_cli.attention import SINKS, Pattern, Span, dilated_attention, far_keys, merging, one_pass
-from longnet_cli.attention.pattern import far_spans
+from longnet_cli.attention.merging import strided_view
+from longnet_cli.attention.pattern import Branch, Rows, far_spans
 from longnet_cli.attention.reference import dilated_attention_reference
 
 PAPER = Pattern((8, 16, 32, 64), (1, 2, 3, 6))  # r = 3 and 6 divide no w, as in the paper
@@ -146,6 +147,35 @@ def test_any_options(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     options = {"causal": causal, "kernel": pick.choice(["math", "cpu_flash"])}
     found = run(dilated_attention, inputs, pattern, **options)
     assert_close(found, by_torch(monkeypatch, inputs, pattern, **options), 1e-6)
+
+
+def test_gathered_rows() -> None:
+    """Of many documents, beside the views of others; keys may come more than once."""
+    draw = torch.Generator().manual_seed(0)
+    q, part = torch.zeros(2, 30, 3, 8), torch.randn(70, 8, generator=draw)
+    lse, view, view_lse = (torch.randn(n, generator=draw) for n in ((70,), (2, 3, 30, 8), (2, 3, 30)))
+    places = torch.randperm(180, generator=draw)[:70]
+    every = Rows(1, 30, 3, 0, 1, 30, 1, 0, 0)
+    branch = Branch(every, every, False, first=True)
+    for repeated in (False, True):
+        if repeated:
+            places = places % 50
+        merge, total = one_pass.Merge(q, True), one_pass.Total(q, 0)
+        total.add(strided_view(total.place, every)[:, 0], view.clone(), every, True)
+        total.add_rows(places, part, repeated)
+        expected = view.transpose(1, 2).reshape(-1, 8).index_add_(0, places, part)
+        torch.testing.assert_close(total.result().view(-1, 8), expected)
+        if not repeated:
+            merge.add(branch, [strided_view(place, every)[:, 0] for place in merge.places], view, view_lse)
+            merge.add_rows(places, part, lse, 0.5)
+            by_row = view_lse.transpose(1, 2).reshape(-1).clone()
+            sums = by_row.index_copy(0, places, torch.logaddexp(by_row[places], lse + 0.5))
+            weight = torch.zeros(180).index_copy_(0, places, (lse + 0.5 - sums[places]).exp())
+            parts = torch.zeros(180, 8).index_copy_(0, places, part)
+            out, found = merge.result()
+            torch.testing.assert_close(found.view(-1), sums)
+            rows = view.transpose(1, 2).reshape(-1, 8)
+            torch.testing.assert_close(out.view(-1, 8), torch.lerp(rows, parts, weight[:, None]))
 
 
 def test_what_computes_wrongly_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

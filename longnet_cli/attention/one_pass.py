@@ -17,6 +17,7 @@ B batch, N tokens of the shard, H heads (those of keys, for keys), D head_dim; p
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from math import inf, log
 from typing import Any, NamedTuple
 
@@ -31,14 +32,14 @@ _TILE = 4096  # numbers of a program: 32 fp32 registers a thread
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _PENDING = 16 << 20  # bytes of parts that may wait for their sum in any case
 
-# What a kernel knows of a part, a line of the cache: where it and its lse are and their strides (int64), `_Rows`
-# (int32), what is added to the lse and the log of its zero keys (fp32).
-_PIECE = struct.Struct("<8q11i2f12x")
+# What a kernel knows of a part, a line of the cache: where it and its lse are, their strides, and where `_inverse` of
+# gathered rows is (int64); `_Rows` (int32); what is added to the lse and the log of its zero keys (fp32).
+_PIECE = struct.Struct("<9q11i2f4x")
 _WORDS = tl.constexpr(_PIECE.size // 4)
 _FIRST, _LAST, _SEGMENTS, _SEGMENT_STEP, _ROWS, _ROW_STEP, _FIRST_HEAD, _HEADS, _HEAD_STEP, _SKEW, _AGAIN = (
-    tl.constexpr(word) for word in range(16, 27)
+    tl.constexpr(word) for word in range(18, 29)
 )
-_BIAS, _ZEROS = tl.constexpr(27), tl.constexpr(28)
+_BIAS, _ZEROS = tl.constexpr(29), tl.constexpr(30)
 
 
 class Merge:
@@ -51,6 +52,11 @@ class Merge:
 
     def add(self, branch: Branch, places: list[Tensor], part: Tensor, lse: Tensor) -> None:
         self._pieces.add(places[0], self.q.shape[2], part, lse, branch.bias, branch.zero_keys)
+
+    def add_rows(self, places: Tensor, part: Tensor, lse: Tensor, bias: float = 0.0, zero_keys: int = 0) -> None:
+        """Take the part (rows, D) and lse (rows,) of gathered rows, no two of one of the B N H `places`."""
+        batch, tokens, heads, _ = self.q.shape
+        self._pieces.add_rows(places, (batch * tokens, heads), part, lse, bias, zero_keys)
 
     def result(self) -> tuple[Tensor, Tensor]:
         out = torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
@@ -79,6 +85,17 @@ class Total:
             self._sum = part.as_strided(shape, (shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1))
             return
         self._pieces.add(place, shape[2], part)
+        if self._pieces.nbytes >= self._limit:
+            self._flush()
+
+    def add_rows(self, places: Tensor, part: Tensor, repeated: bool) -> None:
+        """Take the part (rows, D) of gathered rows, `repeated` if two may be of one of the B N H `places`."""
+        batch, tokens, heads, head_dim = self._like.shape
+        if repeated:  # which no pass over the sum finds
+            wide = self.result().float().view(-1, head_dim).index_add_(0, places, part.float())
+            self._sum = wide.to(self._like.dtype).view(self._like.shape)
+            return
+        self._pieces.add_rows(places, (batch * tokens, heads), part)
         if self._pieces.nbytes >= self._limit:
             self._flush()
 
@@ -130,13 +147,34 @@ class _Pieces:
 
     def __init__(self) -> None:
         self.number = self.nbytes = 0
-        self._held: list[tuple[Tensor, Tensor | None, _Rows, float, float]] = []
+        self._held: list[tuple[Tensor, Tensor | None, Tensor | None, _Rows, float, float]] = []
 
     def add(
         self, place: Tensor, heads: int, part: Tensor, lse: Tensor | None = None, bias: float = 0.0, zero_keys: int = 0
     ) -> None:
         part = part if part.stride(-1) == 1 else part.contiguous()
-        self._held.append((part, lse, _Rows.of(place, heads), bias, log(zero_keys) if zero_keys else -inf))
+        self._hold(part, lse, None, _Rows.of(place, heads), bias, zero_keys)
+
+    def add_rows(
+        self,
+        places: Tensor,
+        size: tuple[int, int],
+        part: Tensor,
+        lse: Tensor | None = None,
+        bias: float = 0.0,
+        zero_keys: int = 0,
+    ) -> None:
+        (total, heads), rows = size, len(places)
+        every = _Rows(0, total - 1, 1, 1, rows, 1, 0, heads, 1, 0, 1)
+        # whatever the head
+        part = part.as_strided((1, 1, *part.shape), (0, 0, *part.stride()))
+        lse = None if lse is None else lse.as_strided((1, 1, rows), (0, 0, *lse.stride()))
+        self._hold(part, lse, _inverse(places, total * heads), every, bias, zero_keys)
+
+    def _hold(
+        self, part: Tensor, lse: Tensor | None, inverse: Tensor | None, rows: _Rows, bias: float, zero_keys: int
+    ) -> None:
+        self._held.append((part, lse, inverse, rows, bias, log(zero_keys) if zero_keys else -inf))
         self.number += 1
         self.nbytes += part.numel() * part.element_size()
 
@@ -146,10 +184,11 @@ class _Pieces:
             return
         dtype = self._held[0][0].dtype if self._held else out.dtype
         table, alignment = bytearray(), 16  # bytes, of every row
-        for part, part_lse, rows, bias, zeros in self._held:
+        for part, part_lse, inverse, rows, bias, zeros in self._held:
             where = part.data_ptr(), *part.stride()[:3]
             where_lse = (0, 0, 0, 0) if part_lse is None else (part_lse.data_ptr(), *part_lse.stride())
-            table += _PIECE.pack(*where, *where_lse, *rows, bias, zeros)
+            where_inverse = 0 if inverse is None else inverse.data_ptr()
+            table += _PIECE.pack(*where, *where_lse, where_inverse, *rows, bias, zeros)
             for number in (where[0], *(stride * dtype.itemsize for stride in where[1:])):
                 alignment = min(alignment, number & -number or 16)
         on_host = torch.frombuffer(table or bytearray(_PIECE.size), dtype=torch.int32)
@@ -168,6 +207,14 @@ def _places(x: Tensor) -> Tensor:
     return torch.empty((*x.shape[:3], 1), device="meta")
 
 
+@lru_cache(maxsize=64)  # all layers of a step gather the same
+def _inverse(places: Tensor, size: int) -> Tensor:
+    """Return which gathered row is each of `size` places, (size,) int32, -1 for none."""
+    with torch.inference_mode(False):  # it outlives the mode of the caller
+        found = torch.full((size,), -1, dtype=torch.int32, device=places.device)
+        return found.index_copy_(0, places, torch.arange(len(places), dtype=torch.int32, device=places.device))
+
+
 def _is_whole(place: Tensor, part: Tensor, shape: torch.Size) -> bool:
     """Whether a part has all of a tensor (B, N, H, D), in its order."""
     dims = zip(place.shape, place.stride(), part.stride(), strict=True)
@@ -184,6 +231,12 @@ def _find(x, segments, segment_step, rows, row_step, again):
     inside = x - segment * segment_step
     row = inside // row_step
     return segment, row, (x >= 0) & (segment >= 0) & (row * row_step == inside) & (row < rows)
+
+
+@triton.jit
+def _find_gathered(inverse, tokens, head, heads, total):
+    row = tl.load(inverse.to(tl.pointer_type(tl.int32)) + tokens * heads + head, mask=tokens < total, other=-1)
+    return row * 0, row, row >= 0
 
 
 @triton.jit
@@ -224,9 +277,11 @@ def merge_parts(
             if (j * step == beyond) & (j < tl.load(piece + _HEADS)):
                 x = tokens - tl.load(piece + _FIRST) - j * tl.load(piece + _SKEW)
                 segments, segment_step = tl.load(piece + _SEGMENTS), tl.load(piece + _SEGMENT_STEP)
-                segment, row, held = _find(
-                    x, segments, segment_step, tl.load(piece + _ROWS), tl.load(piece + _ROW_STEP), 0
-                )
+                rows, row_step, inverse = tl.load(piece + _ROWS), tl.load(piece + _ROW_STEP), tl.load(where + 8)
+                if inverse == 0:
+                    segment, row, held = _find(x, segments, segment_step, rows, row_step, 0)
+                else:
+                    segment, row, held = _find_gathered(inverse, tokens, head, heads, total)
                 if tl.max(held.to(tl.int32), 0) > 0:
                     part_lse = tl.load(where + 4).to(tl.pointer_type(tl.float32))
                     at = segment.to(tl.int64) * tl.load(where + 5) + j * tl.load(where + 6)
@@ -279,9 +334,13 @@ def add_parts(
                 rows, row_step, times = tl.load(piece + _ROWS), tl.load(piece + _ROW_STEP), tl.load(piece + _AGAIN)
                 begin = tl.where(step == 0, 0, j)
                 stop = tl.where(step == 0, heads_of_piece, tl.minimum(j + 1, heads_of_piece))
+                inverse = tl.load(where + 8)
                 for k in range(begin, stop):
                     for again in range(times):
-                        segment, row, held = _find(x - k * skew, segments, segment_step, rows, row_step, again)
+                        if inverse == 0:
+                            segment, row, held = _find(x - k * skew, segments, segment_step, rows, row_step, again)
+                        else:
+                            segment, row, held = _find_gathered(inverse, tokens, head, heads, total)
                         if tl.max(held.to(tl.int32), 0) > 0:
                             added += _load_rows(where, segment, row, k, held, HEAD_DIM, WIDTH, PART, VECTOR)
                             touched |= held.to(tl.int32)
