@@ -15,10 +15,13 @@ import pytest
 import torch
 import triton.runtime.interpreter
 from strategies import pattern_with_options, turn
+from test_documents import PackedMath
 from torch import Tensor
 
 from longnet_cli.attention import SINKS, Pattern, Span, dilated_attention, far_keys, merging, one_pass
+from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.merging import strided_view
+from longnet_cli.attention.packing import Pack, Sequences
 from longnet_cli.attention.pattern import Branch, Rows, far_spans
 from longnet_cli.attention.reference import dilated_attention_reference
 
@@ -45,6 +48,7 @@ CASES = {
 }
 
 
+NOTHING = Sequences([], [], [])
 IN_BF16 = {"paper", "zero keys", "documents", "nested, sinks, shared key heads", "all queries, biases"}
 
 
@@ -149,6 +153,15 @@ def test_any_options(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     assert_close(found, by_torch(monkeypatch, inputs, pattern, **options), 1e-6)
 
 
+def test_packed_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a few calls of gathered rows; key heads that are shared come more than once."""
+    monkeypatch.setitem(KERNELS, "packed", PackedMath())
+    for pattern, kv_heads in ((PAPER, 3), (NESTED, 1)):
+        inputs, options = tensors(torch.float32, kv_heads=kv_heads), {"documents": (5, 17, 1, 22), "kernel": "packed"}
+        found = run(dilated_attention, inputs, pattern, **options)
+        assert_close(found, by_torch(monkeypatch, inputs, pattern, **options), 1e-6)
+
+
 def test_gathered_rows() -> None:
     """Of many documents, beside the views of others; keys may come more than once."""
     draw = torch.Generator().manual_seed(0)
@@ -160,14 +173,14 @@ def test_gathered_rows() -> None:
     for repeated in (False, True):
         if repeated:
             places = places % 50
-        merge, total = one_pass.Merge(q, True), one_pass.Total(q, 0)
+        merge, total = one_pass.Merge(q, True), one_pass.Total(q, 0, False)
         total.add(strided_view(total.place, every)[:, 0], view.clone(), every, True)
         total.add_rows(places, part, repeated)
         expected = view.transpose(1, 2).reshape(-1, 8).index_add_(0, places, part)
         torch.testing.assert_close(total.result().view(-1, 8), expected)
         if not repeated:
             merge.add(branch, [strided_view(place, every)[:, 0] for place in merge.places], view, view_lse)
-            merge.add_rows(places, part, lse, 0.5)
+            merge.add_rows(Pack(NOTHING, NOTHING, False, 0, 0.5), places, part, lse)
             by_row = view_lse.transpose(1, 2).reshape(-1).clone()
             sums = by_row.index_copy(0, places, torch.logaddexp(by_row[places], lse + 0.5))
             weight = torch.zeros(180).index_copy_(0, places, (lse + 0.5 - sums[places]).exp())

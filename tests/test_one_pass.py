@@ -109,11 +109,12 @@ def test_memory_of_a_backward(monkeypatch: pytest.MonkeyPatch, tokens: int, fuse
 
     monkeypatch.setattr(merging, "_fused", lambda q: one_pass if fused else None)
     monkeypatch.setattr(one_pass._Pieces, "launch", lambda *_, **__: None)  # which needs memory to read
+    kernel = KERNELS["cuda_flash"]
     with FakeTensorMode():
         q, k, v, out, dout = (torch.empty(1, tokens, 12, 64, dtype=torch.bfloat16) for _ in range(5))
         lse = torch.empty(1, tokens, 12)
-        plan = plan_calls(q, k, v, Pattern.paper(), True, 0, (), None, None, "exact", None)
+        plan = plan_calls(kernel, q, k, v, Pattern.paper(), True, 0, (), None, None, "exact", None)
         with Live(q, k, v, out, dout, lse) as live:
-            grads = merging.merged_backward(plan, 0.125, KERNELS["cuda_flash"], dout, q, k, v, out, lse, [])
+            grads = merging.merged_backward(plan, 0.125, kernel, dout, q, k, v, out, lse, [])
             grads = [d.to(q.dtype) for d in grads]
     assert live.most <= most * q.untyped_storage().nbytes()

@@ -23,11 +23,15 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
+from .packing import PackedRows
+
 
 class Kernel:
     """What every kernel offers. `max_batch` bounds the first dimension of a call; the caller splits around it."""
 
     name = ""
+    biased = False  # whether a bias (heads, rows, keys), -inf where a key is not seen, can be added to scores
+    packs = False  # whether it has `forward_packed` and `backward_packed`
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Return why this kernel cannot serve such tensors, or None."""
@@ -44,11 +48,33 @@ class Kernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError
 
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Sequences of q against those of k and v, all (rows, head_dim) -> out (rows, head_dim), lse (rows,)."""
+        raise NotImplementedError
+
+    def backward_packed(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        queries: PackedRows,
+        keys: PackedRows,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
 
 class MathKernel(Kernel):
     """Plain torch, anywhere, any dtype; computes in fp32 or wider. Also what the other kernels are probed against."""
 
     name = "math"
+    biased = True
     _MAX_SCORES = 1 << 26
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -57,33 +83,53 @@ class MathKernel(Kernel):
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
         return max(1, self._MAX_SCORES // (heads * rows * rows))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        scores = self._scores(q, k, causal, scale)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        scores = self._scores(q, k, causal, scale, bias)
         lse = scores.logsumexp(-1)
         return (scores - lse[..., None]).exp_() @ _wide(v), lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        scale: float,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dout, out = _wide(dout), _wide(out)
-        p = (self._scores(q, k, causal, scale) - lse[..., None]).exp_()
+        p = (self._scores(q, k, causal, scale, bias) - lse[..., None]).exp_()
         dv = p.mT @ dout
         ds = (dout @ _wide(v).mT).sub_((dout * out).sum(-1, keepdim=True)).mul_(p).mul_(scale)
         return ds @ _wide(k), ds.mT @ _wide(q), dv
 
-    def _scores(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    def _scores(self, q: Tensor, k: Tensor, causal: bool, scale: float, bias: Tensor | None) -> Tensor:
         scores = (_wide(q) @ _wide(k).mT).mul_(scale)
-        if causal:
+        if bias is not None:
+            scores += bias
+        elif causal:
             n = scores.shape[-1]
             scores.masked_fill_(torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1), float("-inf"))
         return scores
 
 
 class CpuFlashKernel(Kernel):
-    """torch's own flash attention for CPUs. Its backward accumulates in the input dtype, so it is given fp32."""
+    """torch's own flash attention for CPUs. Its backward accumulates in the input dtype, so it is given fp32.
+
+    A causal call of it computes the scores above the diagonal too, in blocks of 512 keys, and hides them. So a short
+    square goes in steps of a few rows, each against the keys up to its last row.
+    """
 
     name = "cpu_flash"
+    biased = True
     _MAX_ELEMENTS = 1 << 21  # bounds the scratch of one call: 8 MiB a tensor in fp32
+    _STEP = 128  # rows
+    _MAX_STEPS = 4, 8  # of a forward and of a backward, beyond which one call is as fast
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":
@@ -95,17 +141,74 @@ class CpuFlashKernel(Kernel):
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
         return max(1, self._MAX_ELEMENTS // (heads * rows * head_dim))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, causal, scale=scale)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        rows, mask = q.shape[2], None if bias is None else bias[None]
+        if not causal or (steps := self._steps(rows, bias is not None, self._MAX_STEPS[0])) == [rows]:
+            return op(q, k, v, 0.0, causal and bias is None, attn_mask=mask, scale=scale)
+        parts = [
+            op(x, k[:, :, :end], v[:, :, :end], 0.0, False, attn_mask=self._seen(x, end, bias), scale=scale)
+            for x, end in zip(q.split(self._STEP, 2), steps, strict=True)
+        ]
+        out, lse = (torch.cat(found, 2) for found in zip(*parts, strict=True))
+        return out, lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        scale: float,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-        return op(*(_wide(x) for x in (dout, q, k, v, out)), lse, 0.0, causal, scale=scale)
+        dout, q, k, v, out = (_wide(x) for x in (dout, q, k, v, out))
+        rows, mask = q.shape[2], None if bias is None else bias[None]
+        if not causal or (steps := self._steps(rows, bias is not None, self._MAX_STEPS[1])) == [rows]:
+            return op(dout, q, k, v, out, lse, 0.0, causal and bias is None, attn_mask=mask, scale=scale)
+        parts, dk, dv = [], None, None
+        # the last rows, which see all keys, come first: to their gradients the others are added
+        for end, *of_rows in reversed(
+            [*zip(steps, *(x.split(self._STEP, 2) for x in (dout, q, out, lse)), strict=True)]
+        ):
+            dout_, q_, out_, lse_ = of_rows
+            k_, v_, seen = k[:, :, :end], v[:, :, :end], self._seen(q_, end, bias)
+            part, *of_keys = op(dout_, q_, k_, v_, out_, lse_, 0.0, False, attn_mask=seen, scale=scale)
+            parts.append(part)
+            if dk is None or dv is None:
+                dk, dv = of_keys
+                continue
+            for total, d in zip((dk, dv), of_keys, strict=True):
+                total[:, :, :end] += d
+        assert dk is not None
+        assert dv is not None
+        return torch.cat(parts[::-1], 2), dk, dv
+
+    def _steps(self, rows: int, biased: bool, most: int) -> list[int]:
+        """Return where the steps of a causal square end; one step is the whole of it."""
+        ends = [*range(self._STEP, rows, self._STEP), rows]
+        return ends if biased or len(ends) <= most else [rows]
+
+    def _seen(self, q: Tensor, end: int, bias: Tensor | None) -> Tensor:
+        """Return what is added to the scores (1, 1 or heads, rows, end) of a step whose last row sees `end` keys."""
+        rows = q.shape[2]
+        if bias is not None:
+            return bias[None, :, end - rows : end, :end]
+        before = self._STEP * (max(self._MAX_STEPS) - 1)  # keys that all rows of the last step see
+        first = before + rows - end
+        return _triangle(self._STEP, before, q.dtype)[:, :, :rows, first : first + end]
 
 
 class _CudaKernel(Kernel):
+    """Packed sequences go through torch's own flash attention (aten), whichever kernel serves the views."""
+
+    packs = True
     _MAX_ELEMENTS = 1 << 31  # beyond it the backward addresses memory that is not there
     _MAX_SEGMENTS = 65_535  # the batch is a grid dimension
 
@@ -123,6 +226,39 @@ class _CudaKernel(Kernel):
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
         elements = heads * (-(-rows // 128) * 128) * max(head_dim, 32)
         return max(1, min(self._MAX_SEGMENTS, (self._MAX_ELEMENTS - 1) // elements))
+
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        _, q_edges, rows = queries
+        _, k_edges, most = keys
+        q, k, v = (x[:, None] for x in (q, k, v))  # (rows, heads, head_dim)
+        out, lse = torch.ops.aten._flash_attention_forward.default(
+            q, k, v, q_edges, k_edges, rows, most, 0.0, causal, False, scale=scale
+        )[:2]
+        return out[:, 0], lse[0]
+
+    def backward_packed(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        queries: PackedRows,
+        keys: PackedRows,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _, q_edges, rows = queries
+        _, k_edges, most = keys
+        dout, q, k, v, out = (x[:, None] for x in (dout, q, k, v, out))
+        no_rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # read only with dropout
+        dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
+            dout, q, k, v, out, lse[None], q_edges, k_edges, rows, most, 0.0, causal, no_rng, no_rng[:0], scale=scale
+        )
+        return dq[:, 0], dk[:, 0], dv[:, 0]
 
 
 class CudaFlashKernel(_CudaKernel):
@@ -198,6 +334,7 @@ class CudaEfficientKernel(_CudaKernel):
     """
 
     name = "cuda_efficient"
+    packs = False
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cuda":
@@ -300,6 +437,13 @@ def _call_by_name(function: Any, **arguments: Any) -> Any:
         parameters = inspect.signature(function).parameters.values()
         needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
     return function(**arguments, **{name: _FLASH_ATTN_DEFAULTS[name] for name in needed if name not in arguments})
+
+
+@lru_cache(maxsize=4)
+def _triangle(rows: int, before: int, dtype: torch.dtype) -> Tensor:
+    """A mask (1, 1, rows, before + rows), to be added to scores: row i sees the keys up to `before + i`."""
+    with torch.inference_mode(False):  # it outlives the mode of the caller
+        return torch.full((1, 1, rows, before + rows), float("-inf"), dtype=dtype).triu_(before + 1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .packing import Pack
 from .pattern import Branch, Rows
 
 _TILE = 4096  # numbers of a program: 32 fp32 registers a thread
@@ -53,10 +54,10 @@ class Merge:
     def add(self, branch: Branch, places: list[Tensor], part: Tensor, lse: Tensor) -> None:
         self._pieces.add(places[0], self.q.shape[2], part, lse, branch.bias, branch.zero_keys)
 
-    def add_rows(self, places: Tensor, part: Tensor, lse: Tensor, bias: float = 0.0, zero_keys: int = 0) -> None:
+    def add_rows(self, pack: Pack, places: Tensor, part: Tensor, lse: Tensor) -> None:
         """Take the part (rows, D) and lse (rows,) of gathered rows, no two of one of the B N H `places`."""
         batch, tokens, heads, _ = self.q.shape
-        self._pieces.add_rows(places, (batch * tokens, heads), part, lse, bias, zero_keys)
+        self._pieces.add_rows(places, (batch * tokens, heads), part, lse, pack.bias, pack.zero_keys)
 
     def result(self) -> tuple[Tensor, Tensor]:
         out = torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
@@ -72,7 +73,8 @@ class Total:
     call that shows all of `x`, laid out alike, becomes the sum itself.
     """
 
-    def __init__(self, x: Tensor, pending: int) -> None:
+    def __init__(self, x: Tensor, pending: int, written: bool) -> None:
+        """`written`: some part is fresh; it changes nothing here."""
         self.place = _places(x)
         self._like, self._pieces = x, _Pieces()
         self._sum: Tensor | None = None
@@ -174,6 +176,7 @@ class _Pieces:
     def _hold(
         self, part: Tensor, lse: Tensor | None, inverse: Tensor | None, rows: _Rows, bias: float, zero_keys: int
     ) -> None:
+        assert not self._held or self._held[0][0].dtype == part.dtype
         self._held.append((part, lse, inverse, rows, bias, log(zero_keys) if zero_keys else -inf))
         self.number += 1
         self.nbytes += part.numel() * part.element_size()
