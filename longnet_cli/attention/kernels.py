@@ -209,6 +209,7 @@ class _CudaKernel(Kernel):
     """Packed sequences go through torch's own flash attention (aten), whichever kernel serves the views."""
 
     packs = True
+    implementation: str | None = None  # of aten's flash operators; None: torch's own
     _MAX_ELEMENTS = 1 << 31  # beyond it the backward addresses memory that is not there
     _MAX_SEGMENTS = 65_535  # the batch is a grid dimension
 
@@ -230,6 +231,7 @@ class _CudaKernel(Kernel):
     def forward_packed(
         self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
+        _activate(self.implementation)
         _, q_edges, rows = queries
         _, k_edges, most = keys
         q, k, v = (x[:, None] for x in (q, k, v))  # (rows, heads, head_dim)
@@ -251,6 +253,7 @@ class _CudaKernel(Kernel):
         causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        _activate(self.implementation)
         _, q_edges, rows = queries
         _, k_edges, most = keys
         dout, q, k, v, out = (x[:, None] for x in (dout, q, k, v, out))
@@ -265,7 +268,6 @@ class CudaFlashKernel(_CudaKernel):
     """The FlashAttention-2 inside torch (aten). Positional arguments are stable since 2.6, names are not."""
 
     name = "cuda_flash"
-    implementation: str | None = None  # of the aten operators; None: torch's own
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         _activate(self.implementation)
