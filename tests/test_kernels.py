@@ -5,6 +5,7 @@ pytest tests/test_kernels.py       on a GPU: pytest -m gpu tests/test_kernels.py
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 
@@ -59,7 +60,9 @@ def test_the_cpu_gets_flash_and_the_environment_decides(monkeypatch: pytest.Monk
     assert kernels.select_kernel(CPU, torch.float32, 64).name == "math"
     assert kernels.select_kernel(CPU, torch.float32, 64, "cpu_flash").name == "cpu_flash"
     monkeypatch.setenv("LONGNET_KERNEL", "quick")
-    with pytest.raises(ValueError, match="choose from flash_attn, cuda_flash, cpu_flash, math"):
+    with pytest.raises(
+        ValueError, match="choose from fa4, fa3, flash_attn, cuda_flash, cuda_efficient, cpu_flash, math"
+    ):
         kernels.select_kernel(CPU, torch.float32, 64)
 
 
@@ -72,6 +75,18 @@ def test_a_kernel_that_computes_wrongly_is_passed_over(monkeypatch: pytest.Monke
         assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
     with pytest.raises(ValueError, match="cannot run here: its dq is off"):
         kernels.select_kernel(CPU, torch.float32, 16, "cpu_flash")
+
+
+def test_a_kernel_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those whose first line is an assertion about the device, and gives no reason."""
+    monkeypatch.delenv("LONGNET_KERNEL", raising=False)
+
+    def forward(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(kernels.KERNELS["cpu_flash"], "forward", forward)
+    with pytest.warns(UserWarning, match="'cpu_flash' is passed over: AssertionError: no reason given"):
+        assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
 
 
 def test_probing_leaves_the_random_state_alone() -> None:
@@ -103,13 +118,27 @@ def test_aten_cuda_signatures() -> None:
     assert "scale" in {a.name for a in forward.arguments} & {a.name for a in backward.arguments}
 
 
+# What `_flash_attn_forward` and `_flash_attn_backward` of flash-attn 2.7.4 and 2.8.3 are: custom ops of torch
+FORWARD = (
+    "(Tensor q, Tensor k, Tensor v, float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
+    "SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool return_softmax) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+BACKWARD = (
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a6!)? dq, Tensor(a7!)? dk, "
+    "Tensor(a8!)? dv, float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
+    "SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None) "
+    "-> Tensor"
+)
+
+
 def flash_attn_like(version: str) -> types.ModuleType:
-    """flash_attn.flash_attn_interface with the package's signatures and layouts, computed by plain math."""
+    """flash_attn.flash_attn_interface with a release's signatures and layouts, computed by plain math."""
     module = types.ModuleType("flash_attn.flash_attn_interface")
 
     def compute(q, k, v, softmax_scale, causal):
         out, lse = MATH.forward(*(x.transpose(1, 2) for x in (q, k, v)), causal, softmax_scale)
-        return out.transpose(1, 2), lse.contiguous()
+        return out.transpose(1, 2).contiguous(), lse.contiguous()
 
     def compute_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal):
         assert softmax_lse.is_contiguous()
@@ -119,7 +148,7 @@ def flash_attn_like(version: str) -> types.ModuleType:
         ):
             total.copy_(part.transpose(1, 2))
 
-    if version == "2.6":
+    if version == "2.6.3":
 
         def _flash_attn_forward(
             q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax
@@ -137,46 +166,168 @@ def flash_attn_like(version: str) -> types.ModuleType:
 
     else:
 
-        def _flash_attn_forward(
-            q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-            return_softmax,
-        ):  # fmt: skip
-            assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
-            return (*compute(q, k, v, softmax_scale, causal), None, None)
+        @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=(), schema=FORWARD)
+        def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, left, right, softcap, slopes, softmax):
+            assert (dropout_p, left, right, softcap, slopes, softmax) == (0.0, -1, -1, 0.0, None, False)
+            out, lse = compute(q, k, v, softmax_scale, causal)
+            return out, lse, q.new_empty(0), torch.empty(2, dtype=torch.int64)
 
+        @torch.library.custom_op("flash_attn::_flash_attn_backward", mutates_args=("dq", "dk", "dv"), schema=BACKWARD)
         def _flash_attn_backward(
-            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
-            window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, left, right, softcap,
+            slopes, deterministic, rng_state=None,
         ):  # fmt: skip
-            assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
+            assert (dropout_p, left, right, softcap, slopes) == (0.0, -1, -1, 0.0, None)
             compute_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal)
+            return torch.empty_like(softmax_lse)
 
     module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
     return module
 
 
-@pytest.mark.parametrize("version", ["2.6", "2.8"])
+@pytest.mark.parametrize("version", ["2.6.3", "2.7.4", "2.8.3"])
 def test_flash_attn_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     package, interface = types.ModuleType("flash_attn"), flash_attn_like(version)
     package.flash_attn_interface = interface
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
     monkeypatch.setattr(kernels.FlashAttnKernel, "refusal", lambda *_: None)  # only the device is missing
-    q, k, v = (torch.randn(2, 50, 4, 8, requires_grad=True) for _ in range(3))
-    pattern = Pattern((8, 32), (1, 4))
-    out = dilated_attention(q, k, v, pattern, kernel="flash_attn")
-    expected = dilated_attention_reference(q, k, v, pattern)
-    torch.testing.assert_close(out, expected)
-    for a, b in zip(
-        torch.autograd.grad(out.square().sum(), (q, k, v)),
-        torch.autograd.grad(expected.square().sum(), (q, k, v)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
+    problem = torch.randn(4, 2, 50, 4, 8), Pattern((8, 32), (1, 4))
+    assert_equals_the_reference(*problem, kernel="flash_attn")
+
+
+def assert_equals_the_reference(tensors: Tensor, pattern: Pattern, **options) -> None:
+    *qkv, dout = tensors
+    results = []
+    for function, chosen in ((dilated_attention, options), (dilated_attention_reference, {})):
+        q, k, v = (x.clone().requires_grad_() for x in qkv)
+        out = function(q, k, v, pattern, **chosen)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), dout)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def efficient_forward(
+    query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, custom_mask_type,
+    compute_log_sumexp=False, *, scale=None, seqlen_k=None, window_size=None,
+):  # fmt: skip
+    """aten's `_efficient_attention_forward`: its lse has a multiple of 32 rows, inf beyond those of the query."""
+    assert compute_log_sumexp
+    assert (max_seqlen_q, max_seqlen_k) == (query.shape[1], key.shape[1])
+    assert query.shape[-1] * query.element_size() % 16 == 0
+    out, lse = MATH.forward(*(x.transpose(1, 2) for x in (query, key, value)), custom_mask_type == 1, scale)
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
+    rng = torch.zeros((), dtype=torch.int64)
+    return out.transpose(1, 2).to(query.dtype).contiguous(), lse, rng, rng, max_seqlen_q, max_seqlen_k
+
+
+def efficient_backward(
+    grad_out_, query, key, value, bias, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, logsumexp,
+    dropout_p, philox_seed, philox_offset, custom_mask_type, bias_requires_grad, *, scale=None, num_splits_key=None,
+    window_size=None, shared_storage_dqdkdv=False,
+):  # fmt: skip
+    rows = query.shape[1]
+    assert (max_seqlen_q, max_seqlen_k) == (rows, key.shape[1])
+    assert logsumexp.shape[-1] == -(-rows // 32) * 32
+    assert logsumexp.is_contiguous()
+    assert logsumexp[..., rows:].isinf().all()
+    heads_first = [x.transpose(1, 2) for x in (grad_out_, query, key, value, out)]
+    grads = MATH.backward(*heads_first, logsumexp[..., :rows], custom_mask_type == 1, scale)
+    return *(x.transpose(1, 2).to(query.dtype) for x in grads), torch.empty(0)
+
+
+def flash_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, *_, scale=None, **__):
+    out, lse = MATH.forward(*(x.transpose(1, 2) for x in (query, key, value)), is_causal, scale)
+    rng = torch.zeros(2, dtype=torch.uint64)
+    return out.transpose(1, 2).to(query.dtype).contiguous(), lse.contiguous(), rng, rng, query.new_empty(0)
+
+
+def flash_backward(
+    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, *_,
+    scale=None, **__,
+):  # fmt: skip
+    heads_first = [x.transpose(1, 2) for x in (grad_out, query, key, value, out)]
+    return tuple(x.transpose(1, 2) for x in MATH.backward(*heads_first, logsumexp, is_causal, scale))
+
+
+@pytest.mark.parametrize("head_dim", [8, 5])
+def test_efficient_attention_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
+    """aten's own operators, which have no kernel for CPUs: here they have one. No head_dim is odd for them."""
+    monkeypatch.setattr(kernels.CudaEfficientKernel, "refusal", lambda *_: None)  # only the device is missing
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_efficient_attention_forward", efficient_forward, "CPU")
+    library.impl("_efficient_attention_backward", efficient_backward, "CPU")
+    problem = torch.randn(4, 2, 50, 4, head_dim), Pattern((8, 32), (1, 4))
+    assert_equals_the_reference(*problem, kernel="cuda_efficient")
+
+
+def test_efficient_attention_serves_what_flash_does_not() -> None:
+    cuda, efficient, flash = torch.device("cuda"), kernels.KERNELS["cuda_efficient"], kernels.KERNELS["cuda_flash"]
+    for dtype, head_dim in ((torch.float32, 64), (torch.float32, 5)):
+        assert flash.refusal(cuda, dtype, head_dim)
+        assert efficient.refusal(cuda, dtype, head_dim) is None
+    assert efficient.refusal(cuda, torch.bfloat16, 20) is None
+    assert "no torch.float64" in efficient.refusal(cuda, torch.float64, 64)
+
+
+def test_plain_math_on_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LONGNET_KERNEL", raising=False)
+    with pytest.warns(UserWarning, match="attention in torch.float64 on cuda falls back to plain math") as said:
+        assert kernels.select_kernel(torch.device("cuda"), torch.float64, 64).name == "math"
+    assert [str(warning.message).count("\n") for warning in said] == [0]
+    kernels.select_kernel(torch.device("cuda"), torch.float64, 64, "math")  # as was asked for: nothing to say
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.attention, "activate_flash_attention_impl"), reason="torch before 2.13")
+@pytest.mark.parametrize("name", ["fa3", "fa4"])
+def test_newer_flash_attention_takes_the_place_of_atens(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Registered with torch as FA3 and FA4 are; aten's flash operators have no kernel for CPUs of their own."""
+    registry = torch.nn.attention._registry
+    monkeypatch.setattr(registry, "_FLASH_ATTENTION_IMPLS", dict(registry._FLASH_ATTENTION_IMPLS))
+    monkeypatch.setattr(kernels.ActivatedKernel, "refusal", lambda *_: None)
+    monkeypatch.setattr(kernels.CudaFlashKernel, "refusal", lambda *_: None)
+
+    class Handle:
+        def __init__(self) -> None:
+            self.library = torch.library.Library("aten", "IMPL")
+            self.library.impl("_flash_attention_forward", flash_forward, "CPU")
+            self.library.impl("_flash_attention_backward", flash_backward, "CPU")
+
+        def remove(self) -> None:
+            self.library._destroy()
+
+    torch.nn.attention.register_flash_attention_impl(name.upper(), register_fn=Handle)
+    problem = torch.randn(4, 2, 50, 4, 8), Pattern((8, 32), (1, 4))
+    monkeypatch.setenv("LONGNET_KERNEL", name)
+    try:
+        assert_equals_the_reference(*problem)
+        assert torch.nn.attention.current_flash_attention_impl() == name.upper()
+        with pytest.raises(ValueError, match="'cuda_flash' cannot run here: NotImplementedError"):  # torch's own
+            dilated_attention(*problem[0][:3], problem[1], kernel="cuda_flash")
+        assert torch.nn.attention.current_flash_attention_impl() is None
+    finally:
+        kernels._activate(None)
+
+
+def test_what_cannot_be_activated_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = kernels.KERNELS["fa4"].refusal(torch.device("cuda"), torch.bfloat16, 64)
+    assert re.search(r"flash_attn.cute.interface cannot be imported|2.13 can", refusal)
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", list, raising=False)
+    assert "cannot activate it; 2.13 can" in kernels.KERNELS["fa3"].refusal(torch.device("cuda"), torch.bfloat16, 64)
+
+
+def test_what_fails_is_not_left_activated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others in the process would get it as well."""
+    left: list[str | None] = ["FA4"]
+    monkeypatch.setattr(kernels.ActivatedKernel, "refusal", lambda *_: None)
+    monkeypatch.setattr(kernels, "_activate", left.append)
+    with pytest.raises(ValueError, match="'fa4' cannot run here"):  # aten has no such operator for CPUs
+        kernels.select_kernel(CPU, torch.float32, 8, "fa4")
+    assert left[-1] is None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["cuda_flash", "flash_attn", "math"])
+@pytest.mark.parametrize("name", [name for name in kernels.KERNELS if name != "cpu_flash"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_on_a_gpu(name: str, causal: bool) -> None:
     device, dtype = torch.device("cuda"), torch.bfloat16

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Padding = Literal["exact", "zero_key"]
 
 BACKWARD_FLOPS = 2.5  # of the forward's: five matrix products to its two
+UNION_LIMIT = 1 << 24  # numbers in the table of a `Union`: 64 MiB in float32
 
 
 class Branch(NamedTuple):
@@ -39,7 +40,8 @@ class Branch(NamedTuple):
 
     `queries` counts in query heads, `keys` in key heads, or in the lanes of far keys. `far` is the index of the far
     keys, None for near ones. `zero_keys` keys with logit 0 and value 0 join the softmax (`padding="zero_key"`). `first`
-    marks the branches that reach every row of the shard before any other does. `bias` is added to all scores.
+    marks the branches that reach every row of the shard before any other does. `bias` is added to all scores. With a
+    `union` the call stands for all levels at once.
     """
 
     queries: Rows
@@ -49,6 +51,20 @@ class Branch(NamedTuple):
     zero_keys: int = 0
     first: bool = False
     bias: float = 0.0
+    union: Union | None = None
+
+
+class Union(NamedTuple):
+    """All levels of a sequence from position 0 on, near keys alone, as one softmax of `tokens` rows over as many keys.
+
+    A key that three of them show a query counts three times, so the log of that number is added to its score.
+    """
+
+    pattern: Pattern
+    num_heads: int
+    kv_heads: int
+    causal: bool
+    tokens: int
 
 
 class Turned(NamedTuple):
@@ -94,6 +110,36 @@ def branches(
     return tuple(found)
 
 
+@lru_cache(maxsize=256)
+def united(pattern: Pattern, num_heads: int, tokens: int, causal: bool, kv_heads: int) -> tuple[Branch, ...] | None:
+    """Every attention call of a sequence as the union of its levels, in place of `branches`, or None.
+
+    That is for a sequence in which some level shows every key to every query anyway, and only where this takes fewer
+    products than level by level. What it adds to scores is in `Union`.
+    """
+    whole = any(w >= tokens and r == 1 for w, r in pattern.levels)
+    if not whole or num_heads * _table_size(tokens) ** 2 > UNION_LIMIT:
+        return None
+    apart = branches(pattern, num_heads, 0, tokens, causal, "exact", (), 0, kv_heads)
+    if num_heads * tokens**2 * (2 - causal) >= sum(map(_pairs, apart)):
+        return None
+    call = _Call(pattern, num_heads, kv_heads, 0, tokens, causal)
+    union = Union(pattern, num_heads, kv_heads, causal, _table_size(tokens))
+    rows = Rows(0, pattern.segment_lengths[0], 0, 0, 0, tokens, 1, 0, 0)
+    calls = call._sink_rows(1, (0, tokens), rows, None)
+    return tuple(found._replace(causal=causal, first=True, union=union) for found in calls)
+
+
+def _table_size(tokens: int) -> int:
+    """Return the tokens that a table of counts is made for, so that sequences of all lengths share a few."""
+    return max(256, 1 << (tokens - 1).bit_length())
+
+
+def _pairs(branch: Branch) -> int:
+    """Return twice the scores of a branch; of a causal one half are none."""
+    return branch.queries.segments * branch.queries.heads * branch.queries.rows * branch.keys.rows * (2 - branch.causal)
+
+
 def attention_flops(
     pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, batch: int = 1, kv_heads: int = 0
 ) -> int:
@@ -107,11 +153,7 @@ def level_flops(
     """Of `attention_flops`, those of each level, and at last those of sinks that are seen by themselves."""
     call = _Call(pattern, heads, kv_heads or heads, 0, tokens, causal)
     parts = [*(call.near(level, False, 0) for level in range(len(pattern.levels))), call.sinks((), None)]
-    pairs = [
-        sum(b.queries.segments * b.queries.heads * b.queries.rows * b.keys.rows * (2 - b.causal) for b in part)
-        for part in parts
-    ]
-    return [2 * head_dim * batch * number for number in pairs]
+    return [2 * head_dim * batch * sum(map(_pairs, part)) for part in parts]
 
 
 class _Zone(NamedTuple):

@@ -62,8 +62,9 @@ def _prepare(
     ]
     given = [keys.span for keys in far_keys]
     turned = sink_rows(pattern, start, q.shape[1], documents, given) if len(far) > 2 * len(far_keys) else None
-    plan = plan_calls(q, k, v, pattern, causal, start, far_keys, lengths, documents, padding, total, turned)
-    return plan, scale, select_kernel(q.device, q.dtype, q.shape[-1], kernel)
+    chosen = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
+    plan = plan_calls(chosen, q, k, v, pattern, causal, start, far_keys, lengths, documents, padding, total, turned)
+    return plan, scale, chosen
 
 
 @torch.library.custom_op(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -20,13 +21,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .branches import Turned
+from .branches import Turned, united
 from .kernels import Kernel, select_kernel
 from .merging import Plan, merged_backward, merged_forward, unit_stride
 from .merging import kernel_calls as kernel_calls
 from .merging import strided_view as strided_view
 from .pattern import SINKS, Padding, Pattern, Span, branches, lanes, span_positions, span_rows
 from .sinks import SinkRows, Turn, sink_rows
+
+Place = tuple[int, int, int, int]  # rows [first, last) of a batch, tokens [begin, stop)
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -145,12 +148,13 @@ def dilated_attention(
         true_lengths = None if lengths is None else torch.as_tensor(lengths)
         options = (numbers, documents, *levels, causal, start, padding, total, scale, kernel)
         return torch.ops.longnet.dilated_attention(q, k, v, far_tensors, true_lengths, *options, **seen)[0]
-    plan = plan_calls(q, k, v, pattern, causal, start, far, lengths, documents, padding, total, found)
     chosen = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
+    plan = plan_calls(chosen, q, k, v, pattern, causal, start, far, lengths, documents, padding, total, found)
     return _DilatedAttention.apply(plan, scale, chosen, far, sinks, q, k, v, *far_tensors)
 
 
 def plan_calls(
+    kernel: Kernel,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -164,7 +168,7 @@ def plan_calls(
     total: int | None,
     sinks: SinkRows | None = None,
 ) -> Plan:
-    """Check the arguments of `dilated_attention` and divide its work; raises ValueError as it does.
+    """Check the arguments of `dilated_attention` and divide its work for a kernel; raises ValueError as it does.
 
     `sinks` that are turned come after the far keys.
     """
@@ -183,15 +187,42 @@ def plan_calls(
     if lengths is not None and any(keys.start >= start for keys in far):
         raise ValueError("far keys after the shard cannot be combined with lengths")
     spans = tuple(keys.span for keys in far)
-    plan = []
-    for rows, columns in _blocks(lengths, documents, batch, tokens):
+    blocks = tuple(_blocks(lengths, documents, batch, tokens))
+    turned = tuple(sinks.rows.items()) if sinks else ()
+    options = (causal, padding, spans, total or 0, turned, kernel.biased and padding == "exact", kernel.packs)
+    return _plan(pattern, heads, k.shape[2], batch, tokens, start, blocks, *options)
+
+
+@lru_cache(maxsize=4)  # all layers of a step ask for one plan, and that of a thousand documents is large
+def _plan(
+    pattern: Pattern,
+    heads: int,
+    kv_heads: int,
+    batch: int,
+    tokens: int,
+    start: int,
+    blocks: tuple[Place, ...],
+    causal: bool,
+    padding: Padding,
+    spans: tuple[Span, ...],
+    total: int,
+    turned: tuple[tuple[int, int], ...],
+    unions: bool,
+    packs: bool,
+) -> Plan:
+    """The calls of all blocks: `unions` of levels, where that is less work, and `packs`, where many calls are alike."""
+    plan, sinks = [], dict(turned)
+    for first, last, begin, stop in blocks:
         # only the first document may have begun before the shard
-        begin, outside = (start, spans) if columns.start == 0 else (0, ())
-        length = columns.stop - columns.start
-        turned = Turned(len(far), sinks.rows[columns.start]) if sinks and columns.start in sinks.rows else None
-        found = branches(pattern, heads, begin, length, causal, padding, outside, total or 0, k.shape[2], turned)
-        plan.append((rows, columns, found))
-    return plan
+        position, outside = (start, spans) if begin == 0 else (0, ())
+        seen = Turned(len(spans), sinks[begin]) if begin in sinks else None
+        found = None
+        if unions and position == 0 and not outside and not seen:
+            found = united(pattern, heads, stop - begin, causal, kv_heads)
+        if found is None:
+            found = branches(pattern, heads, position, stop - begin, causal, padding, outside, total, kv_heads, seen)
+        plan.append((slice(first, last), slice(begin, stop), found))
+    return Plan.of(plan, batch, tokens, heads, kv_heads, packs)
 
 
 class _Sinks(NamedTuple):
@@ -275,8 +306,8 @@ class _DilatedAttention(torch.autograd.Function):
 
 def _blocks(
     lengths: Sequence[int] | Tensor | None, documents: Sequence[int] | None, batch: int, tokens: int
-) -> Iterator[tuple[slice, slice]]:
-    """The batch as blocks (rows, columns) in which every row is one sequence that one set of calls can serve."""
+) -> Iterator[Place]:
+    """The batch as blocks in which every row is one sequence that one set of calls can serve."""
     if documents is not None:
         documents = _whole_numbers("documents", documents)
         if min(documents, default=0) < 1 or sum(documents) != tokens:
@@ -284,10 +315,10 @@ def _blocks(
         stop = 0
         for length in documents:
             start, stop = stop, stop + length
-            yield slice(0, batch), slice(start, stop)
+            yield 0, batch, start, stop
         return
     if lengths is None:
-        yield slice(0, batch), slice(0, tokens)
+        yield 0, batch, 0, tokens
         return
     found = _whole_numbers("lengths", lengths)
     if len(found) != batch or not all(0 <= n <= tokens for n in found):
@@ -296,7 +327,7 @@ def _blocks(
     for length, rows in groupby(range(batch), key=found.__getitem__):  # neighbours of equal length go together
         members = list(rows)
         if length:
-            yield slice(members[0], members[-1] + 1), slice(0, length)
+            yield members[0], members[-1] + 1, 0, length
 
 
 def _whole_numbers(name: str, numbers: Sequence[int] | Tensor) -> list[int]:

@@ -12,19 +12,50 @@ B batch, N tokens of the shard, H query heads, K key heads, D head_dim.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from math import log
+from dataclasses import dataclass
+from functools import lru_cache
+from math import exp, log
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .branches import Union, branches
 from .kernels import Kernel
+from .packing import Block, Pack, packed
 from .pattern import Branch, Rows
 
-# A block of a batch, rows and tokens, and the branches of the sequence that each of its rows is
-Plan = list[tuple[slice, slice, tuple[Branch, ...]]]
+if TYPE_CHECKING:
+    from . import one_pass
+
 Call = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
 FarTensors = Callable[[int], Sequence[Tensor]]  # key-like tensors of the far keys with an index, when they are there
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All calls: blocks of a batch as views, then packs of many.
+
+    `covered`: first branches, all of them views, reach every row. `squares`: and their keys are their queries.
+    """
+
+    blocks: Sequence[Block]
+    packs: Sequence[Pack] = ()
+    covered: bool = False
+    squares: bool = False
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block], batch: int, tokens: int, heads: int, kv_heads: int, packs: bool) -> Plan:
+        """`packs`: the kernel takes packed sequences."""
+        views, gathered = packed(blocks, tokens, heads, kv_heads) if packs else (blocks, [])
+        full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in blocks)
+        covered = not gathered and full == batch * tokens and all(found and found[0].first for *_, found in blocks)
+        even = all(branch.queries == branch.keys for *_, found in blocks for branch in found if branch.first)
+        return cls(views, gathered, covered, covered and even and heads == kv_heads)
 
 
 def merged_forward(
@@ -32,18 +63,15 @@ def merged_forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, LSE): (B, N, H, D) as q, and (B, N, H) in fp32 (fp64 for fp64). `far` gives k and v."""
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    dtype = accumulator(q.dtype)
-    full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in plan)
-    # no row needs a zero of ours
-    written = full == q.shape[0] * q.shape[1] and all(found and found[0].first for *_, found in plan)
-    out = (torch.empty if written else torch.zeros)(q.shape, dtype=dtype, device=q.device)
-    lse = torch.full(q.shape[:3], float("-inf"), dtype=dtype, device=q.device)
+    merge: Merge | one_pass.Merge = (fused.Merge if (fused := _fused(q)) else Merge)(q, plan.covered)
     with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
-        for branch, qs, ks in kernel_calls(plan, kernel, (q, out, lse[..., None]), (k, v), far):
-            (q_, out_, lse_), (k_, v_) = qs, ks
-            part, part_lse = kernel.forward(q_, k_, v_, branch.causal, scale)
-            _merge(out_, lse_, part, part_lse[..., None], branch)
-    return out.to(q.dtype), lse
+        for branch, (q_, *places), (k_, v_) in kernel_calls(plan.blocks, kernel, (q, *merge.places), (k, v), far):
+            merge.add(branch, places, *kernel.forward(q_, k_, v_, branch.causal, scale, *_bias(branch, q_)))
+        for pack in plan.packs:
+            queries, keys = pack.rows(q.device)
+            q_, k_, v_ = _rows(q)[queries.places], _rows(k)[keys.places], _rows(v)[keys.places]
+            merge.add_rows(pack, queries.places, *kernel.forward_packed(q_, k_, v_, queries, keys, pack.causal, scale))
+        return merge.result()
 
 
 def merged_backward(
@@ -59,58 +87,174 @@ def merged_backward(
     far: Sequence[Tensor],
     on_far: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> list[Tensor]:
-    """dq, dk, dv and the gradients of the far tensors (k, v, k, v, ...), all in fp32 or fp64.
+    """dq, dk, dv and the gradients of the far tensors (k, v, k, v, ...).
 
-    From the merged out and LSE. With `on_far`, far keys come first, and it is called once with their gradients, before
-    those of near keys are computed.
+    From the merged out and LSE. Those of far tensors are in fp32 or fp64, the first three as well or, where one pass
+    adds them, like q. With `on_far`, far keys come first, and it is called once with their gradients, before those of
+    near keys are computed.
     """
     dout, q, k, v = (unit_stride(x) for x in (dout, q, k, v))
-    dtype = accumulator(q.dtype)
-    grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v, *far)]
-    dq, dk, dv, *dfar = grads
-    tensors = (dout, q, out, lse[..., None], dq)
     far_first, shared_heads = on_far is not None, q.shape[2] != k.shape[2]
+    of_keys = plan.squares and not far_first
+    half = q.numel() * q.element_size() // 2
+    total = fused.Total if (fused := _fused(q)) else Total
+    totals = [
+        total(x, half, written) for x, written in ((q, plan.covered and not far_first), (k, of_keys), (v, of_keys))
+    ]
+    of_far = [Total(x) for x in far]
+    dfar = [total.place for total in of_far]
+    of_q, *of_near = totals
+    tensors = (dout, q, out, lse[..., None], of_q.place)
 
     def far_tensors(index: int) -> Sequence[Tensor]:
         return *far[2 * index : 2 * index + 2], *dfar[2 * index : 2 * index + 2]
 
     with torch.autocast(q.device.type, enabled=False):
-        calls: Iterable[Call] = kernel_calls(plan, kernel, tensors, (k, v, dk, dv), far_tensors)
+        near = (k, v, *(total.place for total in of_near))
+        calls: Iterable[Call] = kernel_calls(plan.blocks, kernel, tensors, near, far_tensors)
         for branch, qs, ks in sorted(calls, key=lambda call: call[0].far is None) if far_first else calls:
             if branch.far is None and on_far:
                 on_far(dfar)
                 on_far = None
-            (dout_, q_, out_, lse_, dq_), (k_, v_, dk_, dv_) = qs, ks
+            (dout_, q_, out_, lse_, place), (k_, v_, *places) = qs, ks
             lse_ = lse_[..., 0] - branch.bias if branch.bias else lse_[..., 0]
-            dq_part, *parts = kernel.backward(dout_, q_, k_, v_, out_, lse_, branch.causal, scale)
-            # what nothing was added to needs no sum
+            part, *parts = kernel.backward(dout_, q_, k_, v_, out_, lse_, branch.causal, scale, *_bias(branch, q_))
+            of_q.add(place, part, branch.queries, fresh=branch.first and not far_first)
             fresh = branch.first and branch.queries == branch.keys and not shared_heads
-            dq_.copy_(dq_part) if branch.first and not far_first else dq_.add_(dq_part)
-            for total, part in zip((dk_, dv_), parts, strict=True):
-                if fresh:
-                    total.copy_(part)
-                    continue
-                for into, share in apart(total, part, branch.keys):
-                    into.add_(share)
-    if on_far:
-        on_far(dfar)
-    return grads
+            into = of_near if branch.far is None else of_far[2 * branch.far : 2 * branch.far + 2]
+            for total, place, part in zip(into, places, parts, strict=True):
+                total.add(place, part, branch.keys, fresh)
+            del part, parts  # one pass may be over with them
+        if on_far:
+            on_far(dfar)
+        for pack in plan.packs:
+            queries, keys = pack.rows(q.device)
+            dout_, q_, out_, lse_ = (_rows(x)[queries.places] for x in (dout, q, out, lse[..., None]))
+            k_, v_ = (_rows(x)[keys.places] for x in (k, v))
+            of_pack = kernel.backward_packed(
+                dout_, q_, k_, v_, out_, lse_[..., 0] - pack.bias, queries, keys, pack.causal, scale
+            )
+            for total, rows, part in zip(totals, (queries, keys, keys), of_pack, strict=True):
+                total.add_rows(rows.places, part, repeated=rows is not queries)
+    return [*(total.result() for total in totals), *dfar]
 
 
-def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, branch: Branch) -> None:
-    """Fold one branch into the running out (.., rows, D) and lse (.., rows, 1), both views, in place."""
-    if branch.bias:
-        part_lse = part_lse + branch.bias
-    if branch.zero_keys:  # n keys with score 0 and value 0: a branch with out 0 and lse log n, folded in first
-        with_zeros = torch.logaddexp(part_lse, torch.full_like(part_lse, log(branch.zero_keys)))
-        part, part_lse = part * (part_lse - with_zeros).exp(), with_zeros
-    if branch.first:
-        out.copy_(part)
-        lse.copy_(part_lse)
-        return
-    total = torch.logaddexp(lse, part_lse)
-    out.lerp_(part.to(out.dtype), (part_lse - total).exp_())
-    lse.copy_(total)
+class Merge:
+    """The running out and LSE of all branches, in fp32 or fp64, by operators of torch."""
+
+    def __init__(self, q: Tensor, covered: bool) -> None:
+        """`covered`: first branches reach every row, so that no row needs a zero of ours."""
+        dtype = accumulator(q.dtype)
+        self._dtype = q.dtype
+        self._out = (torch.empty if covered else torch.zeros)(q.shape, dtype=dtype, device=q.device)
+        self._lse = torch.full(q.shape[:3], float("-inf"), dtype=dtype, device=q.device)
+        self.places = (self._out, self._lse[..., None])
+
+    def add(self, branch: Branch | Pack, places: Sequence[Tensor], part: Tensor, lse: Tensor) -> None:
+        """Fold one call into out (.., rows, D) and lse (.., rows, 1), its views of `places`, in place."""
+        (out, total), lse = places, lse[..., None]
+        if branch.bias:
+            lse = lse + branch.bias
+        if branch.zero_keys:  # n keys with score 0 and value 0: a branch with out 0 and lse log n, folded in first
+            with_zeros = torch.logaddexp(lse, torch.full_like(lse, log(branch.zero_keys)))
+            part, lse = part * (lse - with_zeros).exp(), with_zeros
+        if branch.first:
+            out.copy_(part)
+            total.copy_(lse)
+            return
+        sums = torch.logaddexp(total, lse)
+        out.lerp_(part.to(out.dtype), (lse - sums).exp_())
+        total.copy_(sums)
+
+    def add_rows(self, pack: Pack, places: Tensor, part: Tensor, lse: Tensor) -> None:
+        """Fold in one call (rows, D) of gathered rows, no two of one of the B N H `places`."""
+        gathered = [_rows(x)[places] for x in self.places]
+        self.add(pack, gathered, part, lse)
+        for x, rows in zip(self.places, gathered, strict=True):
+            _rows(x).index_copy_(0, places, rows)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        return self._out.to(self._dtype), self._lse
+
+
+class Total:
+    """The sum of all parts of a gradient, in fp32 or fp64, by operators of torch."""
+
+    def __init__(self, x: Tensor, pending: int = 0, written: bool = False) -> None:
+        """No part waits here, whatever may be `pending`. `written`: fresh parts reach every row."""
+        self.place = (torch.empty if written else torch.zeros)(x.shape, dtype=accumulator(x.dtype), device=x.device)
+
+    def add(self, place: Tensor, part: Tensor, rows: Rows, fresh: bool) -> None:
+        """Add the part of a call to its view of `place`; `fresh`: nothing was added there."""
+        if fresh:
+            place.copy_(part)
+            return
+        for into, share in apart(place, part, rows):
+            into.add_(share)
+
+    def add_rows(self, places: Tensor, part: Tensor, repeated: bool) -> None:
+        """Add the part (rows, D) of gathered rows, `repeated` or not, of some of the B N H `places`."""
+        _rows(self.place).index_add_(0, places, part.to(self.place.dtype))
+
+    def result(self) -> Tensor:
+        return self.place
+
+
+def _fused(x: Tensor) -> ModuleType | None:
+    """`one_pass`, where Triton serves such tensors; otherwise None, and operators of torch do."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: its kernels run anywhere, slowly
+    return _select(x.device, x.dtype, x.shape[-1], interpreted) if x.is_cuda or interpreted else None
+
+
+@lru_cache(maxsize=256)
+def _select(device: torch.device, dtype: torch.dtype, head_dim: int, interpreted: bool) -> ModuleType | None:
+    if dtype == torch.float64:
+        return None
+    try:
+        from . import one_pass
+    except ImportError:  # no Triton here
+        return None
+    failure = _probe(one_pass, device, dtype, head_dim)
+    if failure:
+        warnings.warn(f"branches are merged by operators of torch, not in one pass: {failure}", stacklevel=2)
+    return None if failure else one_pass
+
+
+def _probe(module: ModuleType, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Merge and add up two small branches both ways; why that failed, or None."""
+    every = Rows(2, 20, 3, 0, 1, 20, 1, 0, 0)
+    both = [Branch(every, every, True, first=True), Branch(x := Rows(2, 20, 3, 0, 1, 5, 4, 1, 1), x, True)]
+    draw = torch.Generator().manual_seed(0)
+    q = torch.zeros(1, 40, 3, head_dim, dtype=dtype, device=device)
+    parts = [
+        (
+            branch,
+            torch.randn(2, rows.rows, 3, head_dim, generator=draw).to(device, dtype).transpose(1, 2),
+            torch.randn(2, 3, rows.rows, generator=draw).to(device),
+        )
+        for branch in both
+        for rows in (branch.queries,)
+    ]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    try:
+        results = []
+        for merge, total in ((module.Merge(q, True), module.Total(q, 0, False)), (Merge(q, True), Total(q))):
+            for branch, part, lse in parts:
+                merge.add(branch, [strided_view(place, branch.queries)[0] for place in merge.places], part, lse)
+                total.add(strided_view(total.place, branch.keys)[0], part.clone(), branch.keys, branch.first)
+            results.append((*merge.result(), total.result()))
+        for what, found, expected in zip(("out", "lse", "sum"), *results, strict=True):
+            error = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+            if not error <= tolerance:
+                return f"its {what} is off by {error:.1e} on {device} in {dtype}"
+    except Exception as error:  # whatever keeps a compiler from compiling, or a kernel from running
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"
+    return None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, N, H, D) as (B N H, D), a view where it is contiguous."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def apart(total: Tensor, part: Tensor, keys: Rows) -> Iterator[tuple[Tensor, Tensor]]:
@@ -125,17 +269,17 @@ def apart(total: Tensor, part: Tensor, keys: Rows) -> Iterator[tuple[Tensor, Ten
 
 
 def kernel_calls(
-    plan: Plan,
+    blocks: Sequence[Block],
     kernel: Kernel,
     query_like: Sequence[Tensor],
     key_like: Sequence[Tensor],
     far: FarTensors | None = None,
 ) -> Iterator[Call]:
-    """Every kernel call of a plan, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.
+    """Every kernel call of some blocks, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.
 
     `far` gives as many tensors for each of the far keys as `key_like` has; it is called when the first call needs them.
     """
-    for run, columns, found in plan:
+    for run, columns, found in blocks:
         queries = [x[run, columns] for x in query_like]
         for branch in found:
             if branch.far is None:
@@ -149,6 +293,38 @@ def kernel_calls(
             limit = kernel.max_batch(branch.queries.heads, rows, query_like[0].shape[-1])
             for call in _batched(views, limit):
                 yield branch, call[: len(queries)], call[len(queries) :]
+
+
+def _bias(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
+    """Return what a kernel adds to the scores (heads, rows, keys) of a branch that is a union, nothing for others."""
+    if branch.union is None:
+        return ()
+    _, _, heads, first, step, rows, *_ = branch.queries
+    return (log_counts(branch.union, accumulator(q.dtype), q.device)[first :: max(step, 1)][:heads, :rows, :rows],)
+
+
+@lru_cache(maxsize=4)
+def log_counts(union: Union, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(H, tokens, tokens): the log of how often the levels show each key to each query; -inf for never."""
+    pattern, heads, kv_heads, causal, tokens = union
+    with torch.inference_mode(False):  # it outlives the mode of the caller
+        counts = torch.zeros(heads, tokens, tokens, dtype=dtype, device=device)
+        for branch in branches(pattern, heads, 0, tokens, causal, "exact", (), 0, kv_heads):
+            seen = counts.new_full((branch.queries.rows, branch.keys.rows), exp(branch.bias))
+            seen = seen.tril_() if branch.causal else seen
+            for segment in range(branch.queries.segments):
+                for index in range(branch.queries.heads):
+                    _, _, _, first, step, *_ = branch.queries
+                    of_head = counts[first + index * step]
+                    rows, keys = (_tokens(x, segment, index) for x in (branch.queries, branch.keys))
+                    of_head[rows, keys] += seen
+        return counts.log_()
+
+
+def _tokens(rows: Rows, segment: int, index: int) -> slice:
+    """The tokens of one segment and of the index-th head."""
+    first = rows.first_token + segment * rows.segment_step + index * rows.skew
+    return slice(first, first + (rows.rows - 1) * rows.row_step + 1, rows.row_step)
 
 
 def strided_view(x: Tensor, rows: Rows) -> Tensor:

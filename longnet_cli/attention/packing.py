@@ -1,0 +1,156 @@
+"""Few calls for many documents: rows of all of them, gathered, in one call of sequences of any lengths each.
+
+A branch of one document is a handful of sequences, one a segment and head; branches of other documents that are like it
+join it in one `Pack`, for kernels that take packed sequences (`Kernel.packs`). Large branches stay views, which copy
+nothing. Pure integers, but for `rows_of`.
+
+B batch, N tokens, H heads; a row is one of the B N H vectors of a tensor (B, N, H, D), and S sequences make a pack.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .branches import Branch
+from .rows import Rows
+
+LARGE = 1 << 26  # scores from which a call of its own is worth it: as much work for a GPU as starting one is for a CPU
+MAX_SEQUENCES = 1 << 14  # of a call: they are a dimension of a grid,
+MAX_ROWS = 6 << 20  # and a backward has 2^31 numbers for rows of up to 256, with 128 more for each sequence
+
+Block = tuple[slice, slice, tuple[Branch, ...]]  # rows and tokens of a batch, and the calls of each row
+
+
+class Sequences(NamedTuple):
+    """S sequences of rows: each the row `first`, and `count` in all, `step` apart."""
+
+    firsts: list[int]
+    steps: list[int]
+    counts: list[int]
+
+    def cut(self, begin: int, stop: int | None) -> Sequences:
+        return Sequences(*(numbers[begin:stop] for numbers in self))
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """One call: query rows against key rows, sequence by sequence. No query row is in it twice.
+
+    `causal`, `zero_keys` and `bias` are those of `Branch`; it is never `first`, and comes after all views.
+    """
+
+    queries: Sequences
+    keys: Sequences
+    causal: bool
+    zero_keys: int
+    bias: float
+    first: bool = False
+    _there: dict[torch.device, tuple[PackedRows, PackedRows]] = field(default_factory=dict)
+
+    def rows(self, device: torch.device) -> tuple[PackedRows, PackedRows]:
+        """Return where the rows of queries and of keys are, on a device; all layers ask for the same."""
+        if device not in self._there:
+            queries = rows_of(self.queries, device)
+            self._there[device] = queries, queries if self.keys == self.queries else rows_of(self.keys, device)
+        return self._there[device]
+
+
+class PackedRows(NamedTuple):
+    """`places` (rows,) int64 of rows among all B N H, the `edges` (S + 1,) int32 of sequences, and the longest one."""
+
+    places: Tensor
+    edges: Tensor
+    longest: int
+
+
+def rows_of(sequences: Sequences, device: torch.device) -> PackedRows:
+    """Make what a kernel needs of sequences; only three numbers each travel to the device, and nothing comes back."""
+    total, longest = sum(sequences.counts), max(sequences.counts)
+    firsts, steps, counts = (x.to(device, non_blocking=True) for x in torch.tensor(sequences, dtype=torch.int64))
+    edges = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    which = torch.repeat_interleave(counts, output_size=total)
+    inside = torch.arange(total, device=device) - edges[which]
+    return PackedRows(firsts[which] + steps[which] * inside, edges.to(torch.int32), longest)
+
+
+def packed(blocks: Sequence[Block], tokens: int, heads: int, kv_heads: int) -> tuple[list[Block], list[Pack]]:
+    """Divide the branches of several blocks of a batch (B, `tokens`) into those that stay views, and packs."""
+    if len(blocks) < 2:
+        return list(blocks), []
+    views: list[Block] = []
+    groups: dict[tuple[bool, int, float, int], tuple[Sequences, Sequences]] = defaultdict(
+        lambda: (Sequences([], [], []), Sequences([], [], []))
+    )
+    for rows, columns, found in blocks:
+        left = []
+        taken: dict[tuple[bool, int, float, int], list[_Taken]] = defaultdict(list)
+        for branch in found:
+            if (
+                branch.far is not None
+                or branch.queries.heads
+                * branch.queries.segments
+                * (branch.queries.rows * branch.keys.rows)
+                * (rows.stop - rows.start)
+                >= LARGE
+            ):
+                left.append(branch)
+                continue
+            mine, place = _Taken.of(branch.queries), 0
+            key = (branch.causal, branch.zero_keys, branch.bias, place)
+            while any(map(mine.meets, taken[key])):
+                place += 1
+                key = (*key[:3], place)
+            taken[key].append(mine)
+            for into, part, width in zip(groups[key], (branch.queries, branch.keys), (heads, kv_heads), strict=True):
+                for row in range(rows.start, rows.stop):
+                    _append(into, part, row * tokens + columns.start, width)
+        if left:
+            views.append((rows, columns, tuple(left)))
+    return views, [pack for key, (queries, keys) in groups.items() for pack in _calls(key, queries, keys)]
+
+
+class _Taken(NamedTuple):
+    """Heads and the range of tokens that a branch asks from."""
+
+    heads: frozenset[int]
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, rows: Rows) -> _Taken:
+        heads = frozenset(rows.first_head + i * rows.head_step for i in range(rows.heads))
+        last = (rows.segments - 1) * rows.segment_step + (rows.heads - 1) * rows.skew + (rows.rows - 1) * rows.row_step
+        return cls(heads, rows.first_token, rows.first_token + last)
+
+    def meets(self, other: _Taken) -> bool:
+        """Return whether both may ask from one row."""
+        return self.first <= other.last and other.first <= self.last and not self.heads.isdisjoint(other.heads)
+
+
+def _append(into: Sequences, rows: Rows, token: int, heads: int) -> None:
+    """Add the sequences of a view of tokens from `token` on, in a tensor of so many heads."""
+    for segment in range(rows.segments):
+        first = token + rows.first_token + segment * rows.segment_step
+        for head in range(rows.heads):
+            into.firsts.append((first + head * rows.skew) * heads + rows.first_head + head * rows.head_step)
+    number = rows.segments * rows.heads
+    into.steps.extend([rows.row_step * heads] * number)
+    into.counts.extend([rows.rows] * number)
+
+
+def _calls(key: tuple[bool, int, float, int], queries: Sequences, keys: Sequences) -> Iterator[Pack]:
+    """Cut a pack where it is more than one call takes."""
+    causal, zero_keys, bias, _ = key
+    begin, rows = 0, 0
+    for index, counts in enumerate(zip(queries.counts, keys.counts, strict=True)):
+        if index > begin and (index - begin >= MAX_SEQUENCES or rows + max(counts) > MAX_ROWS):
+            yield Pack(queries.cut(begin, index), keys.cut(begin, index), causal, zero_keys, bias)
+            begin, rows = index, 0
+        rows += max(counts)
+    yield Pack(queries.cut(begin, None), keys.cut(begin, None), causal, zero_keys, bias)

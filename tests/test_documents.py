@@ -1,0 +1,148 @@
+"""Many documents take few kernel calls, and each gets what it gets alone: as a union of levels, and packed.
+
+pytest tests/test_documents.py
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import PAPER_64TH, Choice, Problem, choices, cuts, problems, split, turn
+from test_dilated import assert_close, run
+from torch import Tensor
+
+from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention, far_keys
+from longnet_cli.attention.dilated import plan_calls
+from longnet_cli.attention.kernels import KERNELS, CudaFlashKernel, MathKernel
+from longnet_cli.attention.packing import PackedRows
+from longnet_cli.attention.reference import dilated_attention_reference
+
+
+class PackedMath(MathKernel):
+    """Plain math that takes packed sequences, one after the other, as a flash kernel takes them at once."""
+
+    biased, packs = False, True
+
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        parts = [self.forward(*x, causal, scale) for x in _sequences(queries, keys, (q,), (k, v))]
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs, 2)[0, 0], torch.cat(lses, 2)[0, 0]
+
+    def backward_packed(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: PackedRows,
+        keys: PackedRows, causal: bool, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        parts = []
+        for dout_, q_, out_, lse_, k_, v_ in _sequences(queries, keys, (dout, q, out, lse[:, None]), (k, v)):
+            parts.append(self.backward(dout_, q_, k_, v_, out_, lse_[..., 0], causal, scale))
+        dq, dk, dv = (torch.cat(found, 2)[0, 0] for found in zip(*parts, strict=True))
+        return dq, dk, dv
+
+
+def _sequences(queries: PackedRows, keys: PackedRows, of_q: tuple[Tensor, ...], of_k: tuple[Tensor, ...]):
+    """Each sequence's tensors (1, 1, rows, D)."""
+    for (a, b), (c, d) in zip(pairwise(queries.edges.tolist()), pairwise(keys.edges.tolist()), strict=True):
+        yield [*(x[None, None, a:b] for x in of_q), *(x[None, None, c:d] for x in of_k)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packed_math():
+    KERNELS["packed"] = PackedMath()
+    yield
+    del KERNELS["packed"]
+
+
+def each_alone(documents: list[int]):
+    def function(*qkv, **options) -> Tensor:
+        *qkv, pattern = qkv
+        parts = zip(*(x.split(documents, 1) for x in qkv), strict=True)
+        return torch.cat([dilated_attention_reference(*part, pattern, **options) for part in parts], dim=1)
+
+    return function
+
+
+@pytest.mark.parametrize("kernel", ["packed", "cpu_flash"])
+@settings(max_examples=20)
+@given(problem=problems(lengths=False), sizes=cuts())
+def test_documents_equal_the_reference(problem: Problem, sizes: list[int], kernel: str) -> None:
+    inputs, documents = problem.tensors(4), split(problem.tokens, sizes)
+    options = {"causal": problem.causal, "documents": documents, "kernel": kernel}
+    found = run(dilated_attention, inputs, problem.pattern, **options)
+    assert_close(found, run(each_alone(documents), inputs, problem.pattern, causal=problem.causal), 1e-12)
+
+
+@settings(max_examples=20)
+@given(problem=problems(), zero_keys=st.booleans())
+def test_padded_rows_equal_the_reference(problem: Problem, zero_keys: bool) -> None:
+    options = {"causal": problem.causal, "lengths": problem.lengths, "padding": "zero_key" if zero_keys else "exact"}
+    inputs = problem.tensors(4)
+    found = run(dilated_attention, inputs, problem.pattern, kernel="packed", **options)
+    assert_close(found, run(dilated_attention_reference, inputs, problem.pattern, **options), 1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["packed", "cpu_flash"])
+@settings(max_examples=20)
+@given(choice=choices(), sizes=cuts())
+def test_every_option_of_a_pattern(choice: Choice, sizes: list[int], kernel: str) -> None:
+    """Look-back, sinks, biases, shared key heads."""
+    inputs, documents = choice.qkv(), split(choice.tokens, sizes)
+    options = {"causal": choice.causal} | ({"turn": turn} if choice.rotary else {})
+    found = run(dilated_attention, inputs, choice.pattern, documents=documents, kernel=kernel, **options)
+    assert_close(found, run(each_alone(documents), inputs, choice.pattern, **options), 1e-12)
+
+
+def test_the_first_document_may_have_begun_before_the_shard() -> None:
+    pattern, documents, before = PAPER_64TH, [150, 40, 90, 20], 100
+    q, k, v, dout = Problem(pattern, 2, before + 300, 12, 4, 0, True, None, seed=5).tensors(4)
+    spans = [Span(level, before // w * w, before) for level, (w, _) in enumerate(pattern.levels) if before % w]
+
+    def shard(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kernel: str | None) -> Tensor:
+        first, *rest = (x.split([before, 300], 1) for x in (q, k, v))
+        far: list[FarKeys] = [far_keys(rest[0][0], rest[1][0], pattern, span) for span in spans]
+        own = first[1], rest[0][1], rest[1][1]
+        return dilated_attention(*own, pattern, start=before, far=far, documents=documents, kernel=kernel)
+
+    inputs = [q, k, v, dout[:, before:]]
+    found, alone = (run(shard, inputs, pattern, kernel=kernel) for kernel in ("packed", None))
+    assert_close(found, alone, 1e-12)
+
+
+def test_calls_on_a_gpu_hardly_grow_with_the_number_of_documents() -> None:
+    """The paper's pattern, a chunk of 16Ki tokens: 12 calls for one document, which copies nothing."""
+    x = torch.empty(1, 16384, 12, 64, dtype=torch.bfloat16, device="meta")
+    draw = random.Random(0)
+    for number, most in ((1, 12), (8, 24), (32, 24), (128, 24)):
+        cut = [0, *sorted(draw.sample(range(1, 16384), number - 1)), 16384]
+        assert calls(x, documents=[b - a for a, b in pairwise(cut)]) <= most
+    rows = torch.empty(262, 700, 12, 64, dtype=torch.bfloat16, device="meta")
+    assert calls(rows, causal=False, lengths=[draw.randint(300, 700) for _ in range(262)]) <= 24
+
+
+def calls(x: Tensor, causal: bool = True, lengths=None, documents=None) -> int:
+    plan = plan_calls(CudaFlashKernel(), x, x, x, Pattern.paper(), causal, 0, (), lengths, documents, "exact", None)
+    return sum(len(found) for *_, found in plan.blocks) + len(plan.packs)
+
+
+def test_a_document_that_fits_the_first_segment_is_one_call_on_a_cpu() -> None:
+    x = torch.empty(1, 2000, 6, 32)
+    options = (Pattern((1024, 4096), (1, 4)), True, 0, (), None, [300, 1024, 676], "exact", None)
+    plan = plan_calls(KERNELS["cpu_flash"], x, x, x, *options)
+    assert [len(found) for *_, found in plan.blocks] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [100, 129, 512, 700, 1030])
+def test_causal_squares_of_all_sizes(tokens: int, dtype: torch.dtype) -> None:
+    """They go in steps of rows, or as one call; with several levels and without."""
+    for pattern in (Pattern((2048,), (1,)), Pattern((1024, 2048), (1, 2))):
+        inputs = Problem(pattern, 1, tokens, 2, 8, 0, True, None, seed=tokens).tensors(4, dtype)
+        found = run(dilated_attention, inputs, pattern, kernel="cpu_flash")
+        expected = run(dilated_attention_reference, [x.double() for x in inputs], pattern)
+        assert_close(found, expected, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype])
