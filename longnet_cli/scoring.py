@@ -23,7 +23,7 @@ from longnet_cli.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.measures import ByPosition, ByRecall, DocumentScore, Score
 from longnet_cli.model.net import Net
 from longnet_cli.recall import Bigrams
-from longnet_cli.runtime.device import precision
+from longnet_cli.runtime.device import precision, to_device
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reading import AfterBos, Piece, Reader, Window, check_length
 
@@ -273,7 +273,8 @@ class _Scorer:
         mine = [(piece, place) for piece, place in zip(pieces, places, strict=True) if piece.hidden is not None]
         if mine:
             hidden = torch.cat([piece.hidden for piece, _ in mine if piece.hidden is not None])
-            targets = torch.from_numpy(np.concatenate([self._targets(piece) for piece, _ in mine])).to(device)
+            ids = np.concatenate([self._targets(piece) for piece, _ in mine])
+            targets = to_device(torch.from_numpy(ids), device)
             with precision(self.reader.dtype, device):
                 found = self.model.nll(hidden, targets)
             for (_, place), part in zip(mine, found.split([len(piece) for piece, _ in mine]), strict=True):

@@ -24,6 +24,7 @@ from strategies import PAPER_64TH, document_starts, pattern_with_options, turn
 from test_chunks import draw, net
 from test_windows import Document
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.data.windows import TokenStream, TokenWindows
@@ -236,12 +237,47 @@ def test_one_exchange_a_layer_and_its_bytes_are_the_formulas(world: int, tmp_pat
     run_ranks(world, tmp_path, counted_traffic)
 
 
+class Copies(TorchDispatchMode):
+    """Counts the operators that move rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in {getattr(torch.ops.aten, name) for name in MOVING}:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+MOVING = ("index_select", "index", "copy_", "clone", "cat", "gather", "index_add_", "_to_copy", "as_strided_copy")
+
+
+def counted_copies() -> None:
+    """16 levels, of which each reader gets rows of several makers: one gather each way, of k and of v."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = net(Pattern.geometric(1 << 12, 2), layers=1)
+    exchange = Exchange(model.config, even_edges(0, 64 * world, world))
+    k, v = torch.randn(2, 1, 64, 4, 8)
+    exchange.maps(k)
+    with Copies() as copies:
+        attended, _ = exchange.run(k, v)
+        attended[0].ready()
+    assert len(copies.found) <= 4, copies.found
+    assert rank == 0 or len(attended) == len({(keys.level, keys.start) for keys in attended}) < 7 * rank
+
+
+def test_packing_takes_four_copies_a_layer(tmp_path: Path) -> None:
+    run_ranks(3, tmp_path, counted_copies)
+
+
 def test_a_mistaken_rank_is_noticed() -> None:
     """Geometry needs no process: rows go to later ranks only, and every row that is needed is sent once."""
     model: LongNet = net(PAPER_64TH)
     exchange = Exchange(model.config, even_edges(0, 1000, 4), rank=2)
-    assert all(not exchange.parcels[maker][reader] for maker in range(4) for reader in range(maker + 1))
-    assert exchange.received == [row[2] for row in exchange.parcels]
+    each = [Exchange(model.config, even_edges(0, 1000, 4), rank=rank) for rank in range(4)]
+    assert all(not each[maker].sent[reader] for maker in range(4) for reader in range(maker + 1))
+    assert exchange.received == [maker.sent[2] for maker in each]
     # two query heads on each key head, which are neighbours: of level 0 a half travels, of others what they share
     shapes = [(1, 250, kv_heads, 8) for kv_heads in (4, 2)]
     window = Exchange(net(Pattern.window(300, sinks=4)).config, even_edges(0, 1000, 4), rank=1)

@@ -32,9 +32,9 @@ def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
     token = 2 * dtype.itemsize * s.batch * s.heads * s.head_dim  # bytes of its keys and values
     backward, pattern = direction == "backward", s.pattern_for(seq) if impl == "dilated" else None
     if pattern is not None:
-        plan = Exchange(_config(s, pattern), edges)
-        received = [sum(p.rows for made in plan.parcels for p in made[reader]) for reader in range(ranks.world)]
-        rows = max(received)
+        plans = [Exchange(_config(s, pattern), edges, rank=reader) for reader in range(ranks.world)]
+        rows = max(sum(parcel.rows for made in each.received for parcel in made) for each in plans)
+        plan = plans[ranks.rank]
         memory = token * (tokens + 2 * rows) * (3 if backward else 1)
     else:
         rows = tokens * (ranks.world - 1)

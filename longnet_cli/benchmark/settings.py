@@ -21,7 +21,7 @@ OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # implementations a
     "exchange": (("dilated", "dense"), ("forward", "backward")),
 }
 LONG = 10**6  # tokens from which on a causal forward is streamed and the defaults are those of long sequences
-CHUNK = 1 << 16  # tokens of a streamed run
+CHUNK, GPU_CHUNK = 1 << 16, 1 << 20  # tokens of a streamed run; of fewer, a GPU waits for the CPU
 LONGEST = 1 << 40  # tokens; with the most heads of the largest size, int64 still counts the numbers of a sequence
 
 Size = Annotated[int, Field(ge=1, le=1 << 32)]
@@ -141,7 +141,7 @@ class Settings(BaseModel):
 
     def chunk_for(self, seq: int) -> int:
         """Tokens at a time of a streamed run."""
-        return min(seq, self.chunk or CHUNK)
+        return min(seq, self.chunk or (GPU_CHUNK if self.device.type == "cuda" else CHUNK))
 
     @property
     def streamed_tokens(self) -> int:

@@ -117,7 +117,9 @@ def bench(
     dtype: DtypeOption = "auto",
     chunk: Annotated[
         int | None,
-        size_option(COMPUTE, "--chunk", "Compute this many tokens at a time.", "all; 64Ki from 1e6 causal tokens"),
+        size_option(
+            COMPUTE, "--chunk", "Compute this many tokens at a time.", "all; from 1e6 causal tokens 64Ki, 1Mi on a GPU"
+        ),
     ] = None,
     quiet: QuietOption = False,
 ) -> None:

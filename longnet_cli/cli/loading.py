@@ -57,11 +57,13 @@ def load_model(
     from longnet_cli.errors import ConfigError
     from longnet_cli.integrations.loading import load_net
     from longnet_cli.presets import find_model, is_of_transformers
-    from longnet_cli.runtime.device import check_kernel
+    from longnet_cli.runtime.device import check_kernel, keep_freed_memory
 
     folder = find_model(name)
     words = Tokenizer.of_model(folder, tokenizer, differs=tokenizer_differs)
 
+    if device.type == "cpu":
+        keep_freed_memory()
     net = load_net(folder, attention=attention, pattern=pattern, device=device)
     check_kernel(device, dtype, net.config.head_dim)
     if not net.config.vocab_size:

@@ -38,6 +38,21 @@ class Placement(NamedTuple):
     total: int | None = None
 
 
+class Norm(nn.LayerNorm):
+    """A layer norm that gives, under autocast, what the matrix products after it take: one cast for all of them.
+
+    Autocast itself would give them float32 to cast, each its own copy, and would widen what the norm reads.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(dtype)
+
+
 class Attention(nn.Module):
     """Queries, keys and values, dilated attention over them, and the way out."""
 
@@ -48,7 +63,7 @@ class Attention(nn.Module):
         self.turn = sink_turn(config)
         # three matrices, not one: v as a view of a fused product would keep the unrotated q and k alive till backward
         self.q, self.k, self.v = (nn.Linear(config.dim, config.dim) for _ in range(3))
-        self.inner_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
+        self.inner_norm = Norm(config.dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
         self.out = nn.Linear(config.dim, config.dim)
 
     def init_weights(self, gain: float) -> None:
@@ -91,7 +106,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.dim, config.ffn_dim)
-        self.inner_norm = nn.LayerNorm(config.ffn_dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
+        self.inner_norm = Norm(config.ffn_dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
         self.fc2 = nn.Linear(config.ffn_dim, config.dim)
 
     def init_weights(self, gain: float) -> None:
@@ -108,9 +123,9 @@ class Block(nn.Module):
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.dim, config.norm_eps)
+        self.attention_norm = Norm(config.dim, config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = nn.LayerNorm(config.dim, config.norm_eps)
+        self.ffn_norm = Norm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -182,6 +197,8 @@ class LongNet(Net):
         Raises ConfigError for tokens given to a net without embedding.
         """
         x = self.embed(tokens, embeddings)
+        if isinstance(lengths, Tensor) and not torch.compiler.is_compiling():
+            lengths = lengths.tolist()  # which waits for a GPU: once, not in every layer
         table, place = self.positions(x, start, documents), Placement(start, lengths, documents, total)
         for index, layer in enumerate(self.layers):
             x = layer(x, table, place, _of_layer(far, index) if far else None)

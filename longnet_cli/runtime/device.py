@@ -37,6 +37,11 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on `device`, where a GPU goes on computing while it travels."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def precision(dtype: str, device: torch.device) -> AbstractContextManager:
     """The autocast context of `--dtype`; fp32 computes as it is."""
     name = resolve_dtype(dtype, device)

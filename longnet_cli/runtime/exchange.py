@@ -20,19 +20,27 @@ B batch, H heads of keys, D head dim, P ranks.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import chain, pairwise
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, Span
-from longnet_cli.attention.dilated import strided_view
-from longnet_cli.attention.pattern import Pattern, SpanViews, far_spans, lanes, open_spans, span_rows, span_views
+from longnet_cli.attention.pattern import (
+    Pattern,
+    far_spans,
+    lanes,
+    open_spans,
+    rows_before,
+    span_positions,
+    span_rows,
+)
 from longnet_cli.attention.spans import level_of
 from longnet_cli.model.net import NetConfig
 
@@ -77,12 +85,16 @@ class Exchange:
         begin = 0 if cached else self.edges[0]  # a cached chunk goes on with a document that began at 0
         self.starts = sorted({begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])})
         ranks = range(len(edges) - 1)
+        self._open: dict[int, list[Span]] = {}  # of a document
+        self._counts: dict[Span, int] = {}  # rows of spans
+        self._levels: dict[int, tuple[int, int, set[int]]] = {}  # (w, r, offsets) of each
         wanted = [self._wanted(reader) for reader in ranks]
-        self.parcels = [[self._parcels(maker, reader, wanted[reader]) for reader in ranks] for maker in ranks]
-        self.sent = self.parcels[self.rank]
-        self.received = [row[self.rank] for row in self.parcels]
+        self.sent = [self._parcels(self.rank, reader, wanted[reader]) for reader in ranks]
+        self.received = [self._parcels(maker, self.rank, wanted[self.rank]) for maker in ranks]
+        self.joined = self._joined()
         # the same on every rank: a collective is entered by all or by none
-        self.needed = any(parcels for row in self.parcels for parcels in row)
+        self.needed = any(self._wants_others(reader, wanted[reader]) for reader in ranks)
+        self._maps: dict[tuple[int, int, int, torch.device], _Maps] = {}
 
     @property
     def start(self) -> int:
@@ -109,30 +121,36 @@ class Exchange:
         """(far keys that the shard attends to, all rows received)."""
         if not self.needed:
             return [], []
-        parcels = [*chain(*self.received)]
-        there, back = _Flight(), _WayBack(self, k, [i for i, parcel in enumerate(parcels) if parcel.attended])
+        there = _Flight()
+        back = _WayBack(self, k, [i for i, parcel in enumerate(self.joined) if parcel.attended])
         tensors = _AllToAll.apply(self, there, back, k, v)
         got = [
             FarKeys(*parcel.span, tensors[2 * i], tensors[2 * i + 1], there.land, partial(back.take, i))
-            for i, parcel in enumerate(parcels)
+            for i, parcel in enumerate(self.joined)
         ]
-        attended = [keys for keys, parcel in zip(got, parcels, strict=True) if parcel.attended]
+        attended = [keys for keys, parcel in zip(got, self.joined, strict=True) if parcel.attended]
         if not attended:
             # Nothing for this rank: yet the others wait for it in the backward, so it must stay in the graph.
             k_, v_ = tensors[-2:]
             attended = [FarKeys(0, self.start, self.start, k_, v_, there.land, back.nothing)]
         return attended, got
 
-    def views(self, parcel: Parcel, kv_heads: int) -> Iterator[SpanViews]:
-        return span_views(self.pattern, parcel.span, self.num_heads, parcel.start, kv_heads)
+    def maps(self, like: Tensor) -> _Maps:
+        """Where rows are, for keys like these (B, n, H, D); the same in all layers."""
+        batch, tokens, kv_heads, _ = like.shape
+        key = batch, tokens, kv_heads, like.device
+        if key not in self._maps:
+            self._maps[key] = _Maps.of(self, *key)
+        return self._maps[key]
 
-    def shape(self, parcel: Parcel, like: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of a parcel's k and v, (2, B, rows, lanes, D), for keys of the shape `like` (B, n, H, D)."""
-        return 2, like[0], parcel.rows, _lanes(self.pattern, parcel.span.level, self.num_heads, like[2]), like[3]
+    def lanes(self, parcel: Parcel, kv_heads: int) -> int:
+        return _lanes(self.pattern, parcel.span.level, self.num_heads, kv_heads)
 
     def sizes(self, parcels: Sequence[Sequence[Parcel]], like: Sequence[int]) -> list[int]:
-        """Numbers that go to, or come from, each rank."""
-        return [sum(prod(self.shape(parcel, like)) for parcel in found) for found in parcels]
+        """Numbers that go to, or come from, each rank: k and v of all rows, for keys of the shape (B, n, H, D)."""
+        batch, _, kv_heads, head_dim = like
+        numbers = 2 * batch * head_dim
+        return [numbers * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in found) for found in parcels]
 
     def _document(self, position: int) -> tuple[int, int]:
         """Begin and end of the document that holds a position."""
@@ -143,7 +161,9 @@ class Exchange:
         """Return what a rank keeps (False), then what the first document of its shard sees (True), whoever made it."""
         document, end = self._document(self.edges[reader])
         start, stop = self.edges[reader] - document, min(self.edges[reader + 1], end) - document
-        kept = open_spans(self.pattern, self.edges[-1] - document) if self.cached else []
+        if self.cached and document not in self._open:
+            self._open[document] = open_spans(self.pattern, self.edges[-1] - document)
+        kept = self._open.get(document, [])
         seen = far_spans(self.pattern, start, stop, self.causal, end - document) if start < stop else []
         return [*((span, False) for span in kept), *((span, True) for span in seen)]
 
@@ -156,13 +176,119 @@ class Exchange:
         a, b = max(self.edges[maker], document) - document, min(self.edges[maker + 1], end) - document
         found: dict[tuple[int, int], Parcel] = {}
         for span, attended in wanted:
+            if span.start >= b or span.stop <= a:
+                continue
             part = Span(span.level, max(span.start, a), min(span.stop, b))
-            if part.start < part.stop and (rows := max(span_rows(self.pattern, part, self.num_heads))):
+            if part.start < part.stop and (rows := self._rows(part)):
                 segment = part.start // level_of(self.pattern, span.level)[0]
                 # what is kept of a segment has all that is seen of it
                 parcel = found.get((span.level, segment), Parcel(part, self.edges[maker] - document, rows, attended))
                 found[span.level, segment] = parcel._replace(attended=attended)
         return list(found.values())
+
+    def _rows(self, span: Span) -> int:
+        """The rows of the lane that has most of them, `max(span_rows(...))`."""
+        level, start, stop = span
+        if start >= stop:
+            return 0
+        if (found := self._counts.get(span)) is not None:
+            return found
+        if level not in self._levels:
+            offsets = {*lanes(self.pattern, level, self.num_heads).offsets}
+            self._levels[level] = *level_of(self.pattern, level), offsets
+        w, r, offsets = self._levels[level]
+        inside, last = start % w, start % w + stop - start
+        most, rows = -(-(stop - start) // r), 0
+        for offset in offsets:
+            rows = max(rows, rows_before(last, offset, r) - rows_before(inside, offset, r))
+            if rows == most:
+                break
+        self._counts[span] = rows
+        return rows
+
+    def _joined(self) -> list[Parcel]:
+        """What is received, where spans of one segment that lie side by side, whoever made them, are one."""
+        found: list[Parcel] = []
+        begin, _ = self._document(self.edges[self.rank])
+        own = range(self.edges[self.rank] - begin, self.edges[self.rank + 1] - begin)
+        places: dict[tuple[int, int, bool], int] = {}  # of the last one of a segment
+        for parcel in chain(*self.received):
+            level, start, stop = parcel.span
+            key = level, start // level_of(self.pattern, level)[0], parcel.attended
+            other = found[places[key]] if key in places else parcel
+            around = len(own) > 0 and other.span.stop <= own.start and own.stop <= start
+            # between them there may be another rank so short that it has no row of this level
+            if other is not parcel and not around and not self._rows(Span(level, other.span.stop, start)):
+                span = Span(level, other.span.start, stop)
+                found[places[key]] = other._replace(span=span, rows=self._rows(span))
+            else:
+                places[key] = len(found)
+                found.append(parcel)
+        return found
+
+    def _wants_others(self, reader: int, wanted: Sequence[tuple[Span, bool]]) -> bool:
+        """Return whether `reader` gets a row from any other rank."""
+        document, _ = self._document(self.edges[reader])
+        first = max(0, self.edges[0] - document)  # what lies before is in caches
+        start, stop = self.edges[reader] - document, self.edges[reader + 1] - document
+        parts = (part for (level, a, z), _ in wanted for part in ((level, a, min(z, start)), (level, max(a, stop), z)))
+        return any(self._rows(Span(level, max(begin, first), end)) for level, begin, end in parts)
+
+
+class _Maps(NamedTuple):
+    """Rows of D numbers, as (rows,) int64 indices: of what is sent, in the shard; of what was received, and back.
+
+    `sent` are rows of k or v (B, n, H, D) in the order in which they leave. `joined` are, for each row of the joined
+    parcels (B, rows, lanes, D), one after the other, the row received that it is; `received` is the opposite, and one
+    past the end for a row that nobody reads.
+    """
+
+    sent: Tensor
+    joined: Tensor
+    received: Tensor
+
+    @classmethod
+    def of(cls, exchange: Exchange, batch: int, tokens: int, kv_heads: int, device: torch.device) -> _Maps:
+        pattern, heads = exchange.pattern, exchange.num_heads
+        sent = [np.empty(0, np.int64)]
+        for parcel in chain(*exchange.sent):
+            number = np.arange(batch)[:, None, None] * tokens
+            tokens_of, lane_heads = _tokens(pattern, parcel, heads, kv_heads)
+            # a lane with one row fewer sends some row, which nobody reads
+            sent.append(((number + np.minimum(tokens_of, tokens - 1)) * kv_heads + lane_heads).ravel())
+        places: list[np.ndarray] = []  # of each joined parcel, where its rows were received; -1: nobody reads it
+        begun = []
+        for parcel in exchange.joined:
+            places.append(np.full((batch, parcel.rows, exchange.lanes(parcel, kv_heads)), -1))
+            begun.append(np.zeros(places[-1].shape[2], np.int64))  # rows of each lane so far
+        first = 0
+        for parcel in chain(*exchange.received):
+            index = next(i for i, whole in enumerate(exchange.joined) if _holds(whole, parcel))
+            counts = np.array(span_rows(pattern, parcel.span, heads, kv_heads))
+            shape = batch, parcel.rows, len(counts)
+            rows = first + np.arange(batch * parcel.rows * len(counts)).reshape(shape)
+            first += rows.size
+            for lane, (at, count) in enumerate(zip(begun[index], counts, strict=True)):
+                places[index][:, at : at + count, lane] = rows[:, :count, lane]
+            begun[index] += counts
+        joined = np.concatenate([np.empty(0, np.int64), *(place.ravel() for place in places)])
+        received, read = np.full(first, len(joined)), np.flatnonzero(joined >= 0)
+        received[joined[read]] = read
+        found = np.concatenate(sent), np.maximum(joined, 0), received
+        return cls(*(torch.from_numpy(x).to(device) for x in found))
+
+
+def _tokens(pattern: Pattern, parcel: Parcel, num_heads: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens (rows, lanes) of its maker's shard that a parcel holds, and the key head of each lane."""
+    positions = span_positions(pattern, parcel.span, num_heads, kv_heads)
+    firsts, (_, rate) = np.array([p.start for p in positions]), level_of(pattern, parcel.span.level)
+    rows = firsts + rate * np.arange(parcel.rows)[:, None] - parcel.start
+    return rows, np.array(lanes(pattern, parcel.span.level, num_heads, kv_heads).kv_heads)
+
+
+def _holds(whole: Parcel, part: Parcel) -> bool:
+    (level, start, stop), (of, begin, end) = whole.span, part.span
+    return (level, whole.attended) == (of, part.attended) and start <= begin and end <= stop
 
 
 class _Flight:
@@ -171,23 +297,27 @@ class _Flight:
     def __init__(self) -> None:
         self.work: Any = None
         self.held: Tensor | None = None  # what is being sent must live until it has been
+        self.unpack: Callable[[], None] | None = None  # what was received
 
     def start(self, got: Tensor, sent: Tensor, sizes: tuple[list[int], list[int]], group: Any) -> None:
         self.held = sent
-        self.work = dist.all_to_all_single(got, sent, *sizes, group=group, async_op=True)
+        self.work = dist.all_to_all_single(got.view(-1), sent.view(-1), *sizes, group=group, async_op=True)
 
     def land(self) -> None:
         if self.work is not None:
             self.work.wait()
-        self.work = self.held = None
+        if self.unpack is not None:
+            self.unpack()
+        self.work = self.held = self.unpack = None
 
 
 class _WayBack:
     """The gradients of far rows: on their way to those who made them as soon as the attended ones are all known."""
 
     def __init__(self, exchange: Exchange, k: Tensor, attended: Sequence[int]) -> None:
-        self.exchange, self.attended, self.like = exchange, attended, k[:, :0].detach()
-        self.grads: dict[int, tuple[Tensor, Tensor]] = {}  # of the parcels received, by index
+        self.exchange, self.attended, self.like, self.maps = exchange, attended, k[:, :0].detach(), exchange.maps(k)
+        self.sizes = exchange.sizes(exchange.sent, k.shape), exchange.sizes(exchange.received, k.shape)
+        self.grads: dict[int, tuple[Tensor, Tensor]] = {}  # of the joined parcels, by index
         self.flight = _Flight()
         self.got: Tensor | None = None
 
@@ -201,23 +331,26 @@ class _WayBack:
 
     def depart(self) -> None:
         exchange, like = self.exchange, self.like
-        sent, rooms = _buffer(exchange, exchange.received, like)
-        for index, (room, _) in enumerate(rooms):
-            if index in self.grads:
-                for into, grad in zip(room, self.grads[index], strict=True):
-                    into.copy_(grad)
-            else:
-                room.zero_()
+        width = like.shape[3]
+        found: list[tuple[Tensor, Tensor]] = []
+        for index, parcel in enumerate(exchange.joined):
+            shape = like.shape[0], parcel.rows, exchange.lanes(parcel, like.shape[2]), width
+            none = like.new_zeros(1).expand(shape)
+            found.append(self.grads.get(index, (none, none)))
         self.grads = {}
-        self.got, _ = _buffer(exchange, exchange.sent, like)
-        sizes = exchange.sizes(exchange.sent, like.shape), exchange.sizes(exchange.received, like.shape)
-        self.flight.start(self.got, sent, sizes, exchange.group)
+        sent = like.new_empty(len(self.maps.received), 2, width)
+        if found:
+            for place, grads in enumerate(zip(*found, strict=True)):
+                flat = torch.cat([*(d.reshape(-1, width).to(like.dtype) for d in grads), like.new_zeros(1, width)])
+                sent[:, place] = flat[self.maps.received]
+        self.got = like.new_empty(len(self.maps.sent), 2, width)
+        self.flight.start(self.got, sent, self.sizes, exchange.group)
 
     def land(self, grads: Sequence[Tensor]) -> Tensor:
-        """Return what came back, flat; `grads`, of all rows received, leave now where no attention sent them before."""
+        """Return what came back, (rows sent, 2, D); `grads`, of all joined, leave now if no attention sent them."""
         if self.got is None:
             pairs = zip(grads[::2], grads[1::2], strict=True)
-            self.grads = {i: pair for i, pair in enumerate(pairs) if i < sum(map(len, self.exchange.received))}
+            self.grads = {i: pair for i, pair in enumerate(pairs) if i < len(self.exchange.joined)}
             self.depart()
         self.flight.land()
         got, self.got = self.got, None
@@ -226,54 +359,41 @@ class _WayBack:
 
 
 class _AllToAll(torch.autograd.Function):
-    """(k, v) -> k and v of every parcel received, (B, rows, lanes, D) each, and two tensors of level 0 without rows."""
+    """(k, v) -> k and v of every joined parcel, (B, rows, lanes, D) each, and two tensors of level 0 without rows."""
 
     @staticmethod
     def forward(
         ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, k: Tensor, v: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.exchange, ctx.back, ctx.shape, ctx.dtype = exchange, back, k.shape, k.dtype
-        sent, rooms = _buffer(exchange, exchange.sent, k)
-        for room, parcel in rooms:
-            for views in exchange.views(parcel, k.shape[2]):
-                strided_view(room[0], views.packed).copy_(strided_view(k, views.shard))
-                strided_view(room[1], views.packed).copy_(strided_view(v, views.shard))
-        got, places = _buffer(exchange, exchange.received, k)
-        sizes = exchange.sizes(exchange.received, k.shape), exchange.sizes(exchange.sent, k.shape)
-        flight.start(got, sent, sizes, exchange.group)
-        nothing = k.new_empty(exchange.shape(Parcel(Span(0, 0, 0), 0, 0, False), k.shape))
-        return tuple(x for room in (*(room for room, _ in places), nothing) for x in room)
+        ctx.back, ctx.shape, ctx.dtype = back, k.shape, k.dtype
+        maps, (batch, _, kv_heads, width) = back.maps, k.shape
+        sent = k.new_empty(len(maps.sent), 2, width)  # k and v of a row side by side: each rank's rows lie together
+        for place, x in enumerate((k, v)):
+            torch.index_select(x.reshape(-1, width), 0, maps.sent, out=sent[:, place])
+        got = k.new_empty(len(maps.received), 2, width)
+        joined = [k.new_empty(len(maps.joined), width) for _ in range(2)]
+
+        def unpack() -> None:  # into what autograd has seen as it is: `data`, which counts no change
+            for place, into in enumerate(joined):
+                torch.index_select(got[:, place], 0, maps.joined, out=into.data)
+
+        flight.unpack = unpack
+        flight.start(got, sent, back.sizes[::-1], exchange.group)
+        shapes = [(batch, parcel.rows, exchange.lanes(parcel, kv_heads), width) for parcel in exchange.joined]
+        parts = [x.split([prod(shape[:3]) for shape in shapes]) if shapes else () for x in joined]
+        pairs = [(k_.view(shape), v_.view(shape)) for k_, v_, shape in zip(*parts, shapes, strict=True)]
+        level = Parcel(Span(0, 0, 0), 0, 0, False)
+        nothing = k.new_empty(2, batch, 0, exchange.lanes(level, kv_heads), width)
+        return *chain(*pairs), *nothing
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        exchange = ctx.exchange
-        got = ctx.back.land(grads)
+        got, maps = ctx.back.land(grads), ctx.back.maps
         wide = torch.float64 if ctx.dtype is torch.float64 else torch.float32
         dk, dv = (torch.zeros(ctx.shape, dtype=wide, device=got.device) for _ in range(2))
-        for room, parcel in _places(exchange, exchange.sent, got, ctx.shape):
-            for views in exchange.views(parcel, ctx.shape[2]):
-                strided_view(dk, views.shard).add_(strided_view(room[0], views.packed))
-                strided_view(dv, views.shard).add_(strided_view(room[1], views.packed))
+        for place, d in enumerate((dk, dv)):
+            d.view(-1, ctx.shape[3]).index_add_(0, maps.sent, got[:, place].to(wide))
         return None, None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
-
-
-def _buffer(
-    exchange: Exchange, parcels: Sequence[Sequence[Parcel]], like: Tensor
-) -> tuple[Tensor, list[tuple[Tensor, Parcel]]]:
-    """One flat tensor for all parcels, rank by rank, and each one's place in it: (2, B, rows, lanes, D), k and v."""
-    flat = like.new_empty(sum(exchange.sizes(parcels, like.shape)))
-    return flat, _places(exchange, parcels, flat, like.shape)
-
-
-def _places(
-    exchange: Exchange, parcels: Sequence[Sequence[Parcel]], flat: Tensor, like: Sequence[int]
-) -> list[tuple[Tensor, Parcel]]:
-    places, offset = [], 0
-    for parcel in chain(*parcels):
-        shape = exchange.shape(parcel, like)
-        places.append((flat[offset : offset + prod(shape)].view(shape), parcel))
-        offset += prod(shape)
-    return places
 
 
 @lru_cache(maxsize=256)

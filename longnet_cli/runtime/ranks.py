@@ -101,18 +101,33 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
             _watch(Ranks())
         return Ranks(), where
     if where.type == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        where = _own_gpu(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(where)
     check_agent()
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
+    backend, own = ("nccl", where) if where.type == "cuda" else ("gloo", None)  # NCCL guesses its GPU if not told
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
     rank, group = dist.get_rank(), None
-    for first in range(0, world, sp):  # every process makes every group, in the same order
-        members = dist.new_group(list(range(first, first + sp)))
-        if first <= rank < first + sp and sp > 1:
-            group = members
+    if sp == world:
+        group = dist.group.WORLD  # another of the same ranks would be another communicator, of half a gigabyte on a GPU
+    elif sp > 1:
+        for first in range(0, world, sp):  # every process makes every group, in the same order
+            members = dist.new_group(list(range(first, first + sp)))
+            if first <= rank < first + sp:
+                group = members
     ranks = Ranks(rank, world, sp, group)
     _watch(ranks)
     return ranks, where
+
+
+def _own_gpu(local_rank: str) -> torch.device:
+    """Raise ConfigError for a LOCAL_RANK without a GPU of its own: NCCL would hang where two share one."""
+    found = torch.cuda.device_count()
+    if not local_rank.isdigit() or int(local_rank) >= found:
+        raise ConfigError(
+            f"LOCAL_RANK is {local_rank!r} and this machine has {found} CUDA devices, one for each process: start as "
+            "many with --nproc or torchrun, or take --device cpu"
+        )
+    return torch.device("cuda", int(local_rank))
 
 
 def _watch(ranks: Ranks) -> None:

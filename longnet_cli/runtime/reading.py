@@ -23,7 +23,7 @@ from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
 from longnet_cli.runtime.chunks import default_chunk, open_stream
-from longnet_cli.runtime.device import precision
+from longnet_cli.runtime.device import precision, to_device
 from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.layerwise import hidden_in_chunks
 from longnet_cli.runtime.ranks import Ranks
@@ -152,7 +152,7 @@ class Reader:
                 with precision(self.dtype, self.device):
                     # padding is on the right, where a causal net does not see it
                     more = {} if self.model.config.causal else {"lengths": lengths}
-                    found.update(zip(batch, self.model(padded.to(self.device), **more), strict=True))
+                    found.update(zip(batch, self.model(to_device(padded, self.device), **more), strict=True))
             self.on_progress(sum(windows[i].stop - windows[i].wanted for i in batch))
         return [
             Piece(w, w.wanted, w.stop, found[i][w.wanted - w.start : len(w)] if i in found else None)
@@ -163,7 +163,7 @@ class Reader:
         """Read a causal window chunk by chunk."""
         stream, ranks = open_stream(self.model, self.ranks.group), self.ranks
         for edges in self._chunks(window):
-            ids = self._ids(window, edges[ranks.rank], edges[ranks.rank + 1])[None].to(self.device)
+            ids = to_device(self._ids(window, edges[ranks.rank], edges[ranks.rank + 1])[None], self.device)
             inside = [edge - window.start for edge in edges]
             with torch.inference_mode(), precision(self.dtype, self.device):
                 hidden = stream(ids, edges=inside if ranks.group else None)
@@ -175,7 +175,7 @@ class Reader:
         chunks = list(self._chunks(window))
         if len(chunks) == 1 and ranks.group:
             exchange = Exchange(self.model.config, [edge - window.start for edge in chunks[0]], group=ranks.group)
-            ids = self._ids(window, *chunks[0][ranks.rank : ranks.rank + 2])[None].to(self.device)
+            ids = to_device(self._ids(window, *chunks[0][ranks.rank : ranks.rank + 2])[None], self.device)
             with torch.inference_mode(), precision(self.dtype, self.device):
                 hidden = self.model(ids, start=exchange.start, far=exchange, total=total)
             yield self._shared(window, chunks[0], hidden[0])

@@ -80,13 +80,13 @@ def _nll(
     far: FarProvider | None,
     dtype: str,
 ) -> Tensor:
-    """The sum of nll of one forward; only the tokens that have a target get logits."""
+    """The sum of nll of one forward; of a bidirectional net, only the tokens that have a target get logits."""
     with precision(dtype, ids.device):
-        with_target = targets != IGNORED
-        sparse = not with_target.all()  # asked before the forward: on a GPU the answer waits for what is queued
+        # asked before the forward: on a GPU the answer waits for what is queued. A causal net predicts every token.
+        chosen = None if model.config.causal else (targets != IGNORED).nonzero(as_tuple=True)
         hidden = model(ids, start=start, documents=documents, far=far)
-        if sparse:
-            hidden, targets = hidden[with_target], targets[with_target]
+        if chosen:
+            hidden, targets = hidden[chosen], targets[chosen]
         return model.nll(hidden, targets).sum(dtype=torch.float64)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from longnet_cli.data.windows import Batch
 from longnet_cli.runtime.chunks import Tokens
+from longnet_cli.runtime.device import to_device
 
 
 class _ReadTokens:
@@ -35,7 +36,7 @@ class StoredTokens(_ReadTokens):
         self.shape = (batch.shape[0], tokens)
 
     def read(self, row: int, start: int, stop: int) -> Tensor:
-        return torch.from_numpy(self.batch.read(row, self.first + start, self.first + stop)).to(self.device)
+        return to_device(torch.from_numpy(self.batch.read(row, self.first + start, self.first + stop)), self.device)
 
 
 class Pieces(_ReadTokens):
