@@ -27,7 +27,7 @@ def refuse_overwriting(
     from longnet_cli.presets import find_model
 
     overwriting.refuse_overwriting(
-        option, outputs, inputs, [find_model(model), Tokenizer.find(tokenizer) if tokenizer else None]
+        option, outputs, inputs, [find_model(model, files=True), Tokenizer.find(tokenizer) if tokenizer else None]
     )
 
 
@@ -58,21 +58,24 @@ def load_model(
     from longnet_cli.data.bos import document_start
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.errors import ConfigError
+    from longnet_cli.integrations.converting import unpacked
     from longnet_cli.integrations.loading import load_net
     from longnet_cli.presets import find_model
     from longnet_cli.runtime.device import DTYPES, check_kernel, resolve_dtype
 
-    folder = find_model(name)
-    words = Tokenizer.of_model(folder, tokenizer, differs=tokenizer_differs)
-    before = document_start(folder, words, bos)
-
-    net = load_net(folder, pattern=pattern, device=device, dtype=DTYPES[resolve_dtype(dtype, device)])
+    found, kind = find_model(name, files=True), resolve_dtype(dtype, device)
+    if found.is_file() and not quiet and sys.stderr:
+        print(printable(f"{name}: converted for this run; longnet convert does it once"), file=sys.stderr)
+    with unpacked(found, kind) as folder:
+        words = Tokenizer.of_model(folder, tokenizer, differs=tokenizer_differs)
+        before = document_start(folder, words, bos)
+        net = load_net(folder, pattern=pattern, device=device, dtype=DTYPES[kind])
     check_kernel(device, dtype, net.config.head_dim)
     if not net.config.vocab_size:
         raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
     if words and words.vocab_size > net.config.vocab_size:
         raise ConfigError(
-            f"{tokenizer or folder / 'tokenizer.json'}: the tokenizer has {words.vocab_size} ids and the model "
+            f"{tokenizer or found / 'tokenizer.json'}: the tokenizer has {words.vocab_size} ids and the model "
             f"{net.config.vocab_size}: they do not belong together"
         )
     if net.note and not quiet and sys.stderr:

@@ -104,7 +104,8 @@ Inputs = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    str, option(MODEL, "--model -m", "NAME|DIR", "Use a shipped model, or a folder (with a slash: ./my-run).")
+    str,
+    option(MODEL, "--model -m", "NAME|DIR", "Use a shipped model, a folder (with a slash: ./my-run), or a GGUF file."),
 ]
 TokenizerOption = Annotated[
     str | None,
