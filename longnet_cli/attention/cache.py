@@ -7,7 +7,7 @@ whatever its length: 40,960 rows a head for a billion tokens of `Pattern.geometr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import torch
@@ -100,6 +100,12 @@ class KVCache:
                         strided_view(rows[0], views.segment).copy_(strided_view(keys.k, views.packed))
                         strided_view(rows[1], views.segment).copy_(strided_view(keys.v, views.packed))
         self.position = stop
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Make row i of the batch what row `rows[i]` is, in new memory."""
+        index = torch.tensor(rows, device=self._sinks.device)
+        self._levels = [[x.index_select(1, index) for x in places] for places in self._levels]
+        self._sinks = self._sinks.index_select(1, index)
 
     def _rows(self, span: Span) -> Tensor:
         """Return where the rows of a span's segment are, (k and v, B, rows, lanes, D)."""
