@@ -19,6 +19,7 @@ from longnet_cli.cli.bench import bench
 from longnet_cli.cli.command import Command, Group
 from longnet_cli.cli.data import data
 from longnet_cli.cli.encode import encode
+from longnet_cli.cli.generate import generate
 from longnet_cli.cli.output import printable
 from longnet_cli.cli.pattern import pattern
 from longnet_cli.cli.plot import plot
@@ -36,7 +37,7 @@ EPILOG = (
 )
 
 # One function per command, in the order of a first day's work. Their modules import torch only when they run.
-COMMANDS: tuple[Callable[..., None], ...] = (tokenize, pattern, train, plot, score, encode, bench)
+COMMANDS: tuple[Callable[..., None], ...] = (tokenize, pattern, train, plot, score, encode, generate, bench)
 
 _python_warning = warnings.showwarning
 
