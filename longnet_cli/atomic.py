@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -102,6 +103,28 @@ def write_file(path: str | Path, data: bytes) -> None:
     """Write a whole small file, or leave the old one; errors as for `atomic_write`."""
     with atomic_write(path) as file, writing(path):
         file.write(data)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes the new folder `path` when the block ends without an error.
+
+    Raises ConfigError where there is something at `path`, other than an empty folder, or it cannot be made.
+    """
+    target = Path(os.path.abspath(path))
+    with _opening(path):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ConfigError(f"{path} exists and is not an empty folder: name a new one, or remove it first")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        temporary.mkdir()
+    try:
+        with writing(path):
+            yield temporary
+            os.replace(temporary, target)
+            sync_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -150,6 +150,9 @@ def describe(
     seq = seq or default_length(pattern)
     _refuse_the_boundless(pattern, seq)
     half = 2 if causal else 1
+    name, written = name or format_pattern(pattern), format_levels(pattern)
+    if pattern == Pattern.dense():
+        pattern = Pattern((seq,), (1,))  # of its one segment, what the sequence fills
     *flops, of_sinks = level_flops(pattern, heads, head_dim, seq, causal)
     total = sum(flops) + of_sinks
     levels = [
@@ -168,8 +171,8 @@ def describe(
     dense = sum(level_flops(Pattern((seq,), (1,)), heads, head_dim, seq, causal))
     least, mean = _nearest(pattern, seq, heads, causal)
     return Description(
-        name=name or format_pattern(pattern),
-        pattern=format_levels(pattern),
+        name=name,
+        pattern=written,
         levels=levels,
         sinks=Costs(pattern.sinks, of_sinks, pattern.sinks if causal else None),
         total=Costs(keys, total, pattern.cache_rows if causal else None),
@@ -200,7 +203,7 @@ def _refuse_the_boundless(pattern: Pattern, seq: int) -> None:
 
 def default_length(pattern: Pattern) -> int:
     """Tokens of a sequence that shows a pattern: its longest segment, and at least 32Ki."""
-    return max(1 << 15, *pattern.segment_lengths)
+    return 1 << 15 if pattern == Pattern.dense() else max(1 << 15, *pattern.segment_lengths)
 
 
 def keys_seen(pattern: Pattern, level: int, queries: np.ndarray, seq: int, causal: bool) -> list[tuple[Any, Any]]:

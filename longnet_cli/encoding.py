@@ -21,18 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.shards import ShardFolder, run_to_resume
-from longnet_cli.data.sources import Document
-from longnet_cli.errors import ConfigError, DataError, NotFiniteError
+from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.model.net import Net
 from longnet_cli.model.weights import model_fingerprint
 from longnet_cli.runtime.chunks import default_chunk
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.reading import AfterBos, Piece, Reader, Window, check_length
+from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length
 
 Pool = Literal["mean", "last", "first"]
 EmbeddingDtype = Literal["float32", "float16"]
+OnSkip = Callable[[Document, LongNetError], None]  # with a document that is left out, and why
 
 SHARD_ROWS = 1 << 14
 
@@ -41,13 +42,14 @@ SHARD_ROWS = 1 << 14
 class EncodeOptions:
     """What decides the rows of `encode`, besides the net and the documents.
 
-    `bos` (the tokenizer's end-of-text id) is put before each document of a causal model, as in scoring, and not pooled.
+    `bos` (the id of the tokenizer's end of text, or several) is put before each document of a causal model, as in
+    scoring, and not pooled.
     `pool` takes the mean of the hidden states of a document's tokens, or the one of its last or first token;
     `normalize` then scales the vector to length 1. With `span` there is a row for every `span` tokens of a document.
     `model_name`, `tokenizer_sha256` and `pattern` (a text of `longnet_cli.patterns`) go into the schema's metadata.
     """
 
-    bos: int | None = None
+    bos: Bos = None
     pool: Pool = "mean"
     normalize: bool = True
     span: int | None = None
@@ -90,27 +92,28 @@ def encode(
     documents: Iterable[Document],
     options: EncodeOptions,
     *,
+    known: Iterable[Document] = (),
     chunk: int | None = None,
     spill: str | Path | None = None,
     dtype: str = "auto",
     ranks: Ranks | None = None,
+    on_skip: OnSkip | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> pa.RecordBatchReader:
     """Read `documents` lazily and give each its rows, in order: a reader of record batches (`EncodeOptions.schema`).
 
-    `chunk`, `spill`, `dtype`, `ranks` and `on_progress` as in `runtime.reading.Reader`. Several ranks need the same
-    documents, and every rank gets all rows.
+    A document that is empty or that the model does not read for its length, or with ids that are none, ends the run, or
+    with `on_skip` is handed to it and left out. The `known` documents, those among all whose lengths cost nothing to
+    look at, are checked before anything else. `chunk`, `spill`, `dtype`, `ranks` and `on_progress` as in
+    `runtime.reading.Reader`. Several ranks need the same documents, and every rank gets all rows.
 
     Raises ConfigError for a model without a vocabulary; the reader raises DataError for an empty document, ConfigError
-    for one with more tokens than the model has positions, MemoryLimitError for hidden states that do not fit,
+    for one with more tokens than the model reads, MemoryLimitError for hidden states that do not fit,
     NotFiniteError for a vector with NaN or an infinity.
     """
-    if not model.config.vocab_size:
-        raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
-    schema = options.schema(model.config.dim)
     reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
-    rows = _Encoder(reader, options).run(documents)
-    return pa.RecordBatchReader.from_batches(schema, (_record_batch(schema, r, options.normalize) for r in rows if r))
+    encoder = _Encoder(reader, options)
+    return encoder.batches(encoder.checked(documents, known, on_skip))
 
 
 def encode_to_folder(
@@ -123,9 +126,11 @@ def encode_to_folder(
     shard_rows: int = SHARD_ROWS,
     resume: bool = False,
     chunk: int | None = None,
+    known: Iterable[Document] = (),
     spill: str | Path | None = None,
     dtype: str = "auto",
     ranks: Ranks | None = None,
+    on_skip: OnSkip | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ShardFolder | None:
     """Write what `encode` gives to `vectors-00000.arrow`, ... in the folder `output`, which is returned closed.
@@ -136,7 +141,8 @@ def encode_to_folder(
     run left unfinished, without encoding again what is in finished shards: byte for byte as if it had never stopped,
     on the same machine with as many threads. `settings` (JSON values) says what the documents are; with the model and
     the options it must be the earlier run's. Only `chunk`, where it is None, is taken from there: on a GPU the default
-    depends on the memory that is free.
+    depends on the memory that is free. A resumed run hands `on_skip` what the earlier one did, too; the manifest has
+    their number.
 
     Raises ConfigError for options and for a folder that is in use, DataError for an empty document or a damaged shard,
     LongNetError when a write fails. After an error the finished shards stay.
@@ -172,9 +178,18 @@ def encode_to_folder(
         if ranks.any(folder is not None and folder.finished):
             return folder
         done = int(ranks.largest(folder.documents if folder else 0))
-        reading: dict[str, Any] = {"chunk": chunk, "spill": spill, "dtype": dtype, "ranks": ranks}
-        for shard in _shards(islice(documents, done, None), shard_rows, options.span):
-            for batch in encode(model, shard, options, on_progress=on_progress, **reading):
+
+        def skip(document: Document, error: LongNetError) -> None:
+            if folder:
+                folder.skip()
+            if on_skip:
+                on_skip(document, error)
+
+        reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
+        encoder = _Encoder(reader, options)
+        taken = encoder.checked(documents, known, skip if on_skip else None)
+        for shard in _shards(islice(taken, done, None), shard_rows, options.span):
+            for batch in encoder.batches(shard):
                 begun = int(np.count_nonzero(batch["span"].to_numpy() == 0))  # and ended, in a whole shard
                 if folder:
                     folder.write(batch, documents=begun, tokens=int(batch["n_tokens"].to_numpy().sum()))
@@ -248,22 +263,41 @@ class _Encoder:
     """Documents in, rows of vectors out in the same order."""
 
     def __init__(self, reader: Reader, options: EncodeOptions) -> None:
+        if not reader.model.config.vocab_size:
+            raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
         self.reader, self.options = reader, options
         self.bos = options.bos if reader.model.config.causal else None
 
-    def run(self, documents: Iterable[Document]) -> Iterator[list[_Row]]:
+    def checked(
+        self, documents: Iterable[Document], known: Iterable[Document], on_skip: OnSkip | None
+    ) -> Iterator[Document]:
+        """The `documents`, each checked before it is yielded, and without `on_skip` all the `known` ones now."""
+        for document in known if on_skip is None else ():
+            self.check(document)
+        return checked(documents, self.check, on_skip)
+
+    def batches(self, documents: Iterable[Document]) -> pa.RecordBatchReader:
+        """Read checked documents and give each its rows, in order."""
+        schema, normalize = self.options.schema(self.reader.model.config.dim), self.options.normalize
+        found = (_record_batch(schema, rows, normalize) for rows in self._rows(documents) if rows)
+        return pa.RecordBatchReader.from_batches(schema, found)
+
+    def _rows(self, documents: Iterable[Document]) -> Iterator[list[_Row]]:
         for pieces in self.reader.read(map(self._window, documents)):
             with torch.inference_mode():
                 rows = [row for piece in pieces for row in piece.window.pooling.add(self._hidden(piece))]
                 yield self._of_all_ranks(rows)
 
-    def _window(self, document: Document) -> _Window:
+    def check(self, document: Document) -> None:
+        """Raise DataError for an empty document, ConfigError for one that the model does not read."""
         if not len(document):
             raise DataError(f"{document.where}: document {document.doc_id!r} is empty: there is nothing to encode")
-        ids = AfterBos(document, self.bos)
-        total = ids.first + len(document)
+        total = len(bos_ids(self.bos)) + len(document)
         check_length(self.reader.model, total, document.where, "encode it in shorter documents")
-        return _Window(ids, 0, total, ids.first, _Pooling(document, self.options))
+
+    def _window(self, document: Document) -> _Window:
+        ids = AfterBos(document, self.bos)
+        return _Window(ids, 0, ids.first + len(document), ids.first, _Pooling(document, self.options))
 
     def _hidden(self, piece: Piece[_Window]) -> Tensor:
         """The hidden states of a piece; zeros that take no memory for another rank's."""

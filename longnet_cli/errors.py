@@ -15,6 +15,14 @@ class ConfigError(LongNetError):
     exit_code = 2
 
 
+class TooLongError(ConfigError):
+    """A document with more tokens than a model reads; `why` is the message without what to do `instead`."""
+
+    def __init__(self, why: str, instead: str) -> None:
+        super().__init__(f"{why}: {instead}")
+        self.why = why
+
+
 class DataError(LongNetError):
     """Bad, truncated or unreadable input data; the message names file, row and offset. Exit code 3."""
 

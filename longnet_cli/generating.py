@@ -23,7 +23,7 @@ from longnet_cli.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.model.net import Net
 from longnet_cli.runtime.chunks import default_chunk, open_stream
 from longnet_cli.runtime.device import precision
-from longnet_cli.runtime.reading import AfterBos, check_length
+from longnet_cli.runtime.reading import AfterBos, Bos, check_length
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -44,7 +44,7 @@ def generate(
     model: Net,
     prompt: Document,
     *,
-    bos: int | None,
+    bos: Bos,
     words: Tokenizer | None,
     max_tokens: int = 256,
     temperature: float = 0.0,
@@ -76,7 +76,7 @@ def generate(
         raise DataError(
             f"{prompt.where}: the prompt is empty, and nothing stands before it: there is nothing to continue"
         )
-    check_length(model, total, prompt.where, "give a shorter prompt")
+    check_length(model, total, prompt.where, "give a shorter prompt", skips=False)
     if model.config.max_tokens is not None:
         max_tokens = min(max_tokens, model.config.max_tokens - total + 1)  # the last one is not read
     return _Generator(model, words, Sampler(temperature, top_p, seed), end_ids, stop, chunk, dtype, on_progress).run(

@@ -5,6 +5,7 @@
     window:1Ki,look_back=1,sinks=4           with options of `Pattern`, which go with every constructor
     nested:1Mi,base=1Ki,ratio=4,sinks=4
     pretrained
+    dense                                    every key, at any length
     1Ki/1,4Ki/4,look_back=1/5,overlap=once   levels, each as segment length / dilation rate
 
 Where an option has one number per level, a slash stands between them. Sizes are written as everywhere (`sizes`).
@@ -39,9 +40,10 @@ _CONSTRUCTORS = {
     "window": _Constructor(Pattern.window, "width"),
     "nested": _Constructor(Pattern.nested, "length", words=("base", "ratio")),
     "pretrained": _Constructor(Pattern.pretrained, "width", needed=False),
+    "dense": _Constructor(Pattern.dense),
 }
 PATTERN_FIELDS = tuple(field.name for field in fields(Pattern))
-FORMS = "paper, geometric:LENGTH, window:WIDTH, nested:LENGTH, pretrained, or levels as 1Ki/1,4Ki/4"
+FORMS = "paper, geometric:LENGTH, window:WIDTH, nested:LENGTH, pretrained, dense, or levels as 1Ki/1,4Ki/4"
 
 
 def _count(text: str) -> int:
@@ -160,7 +162,7 @@ def _made(pattern: Pattern) -> Iterator[tuple[str, Pattern]]:
     """Return what the constructors make of the same levels, in words."""
     w, others = pattern.segment_lengths[0], pattern.levels[1:]
     plain = ",".join(f"{format_size(w)}/{format_size(r)}" for w, r in pattern.levels)
-    candidates = ["paper", plain, f"window:{format_size(w)}"]
+    candidates = ["dense", "paper", plain, f"window:{format_size(w)}"]
     if others:
         ratio = others[0].segment_length // w
         for name, base_of, ratio_of in (("geometric", 2048, 2), ("nested", 1024, 4)):

@@ -28,17 +28,33 @@ def list_models() -> list[str]:
     return sorted(path.parent.name for path in preset_dir().glob("*/config.json"))
 
 
-def find_model(name_or_path: str) -> Path:
+def find_model(name_or_path: str, *, files: bool = False) -> Path:
     """The folder of a model. A name is looked up among the shipped models only, never in the current folder.
 
-    Raises ConfigError for a name that is not shipped, CheckpointError for a path that holds no complete model.
+    With `files` it may also be a GGUF file. Raises ConfigError for a name that is not shipped, CheckpointError for a
+    path that holds no complete model.
     """
     refuse_web_address(name_or_path)
+    if is_gguf(Path(name_or_path)):
+        if files:
+            return Path(name_or_path)
+        raise CheckpointError(
+            f"{name_or_path}: a GGUF file: make a folder of it, longnet convert {name_or_path} -o DIR"
+        )
     if not _is_path(name_or_path):
         if name_or_path not in list_models():
             raise ConfigError(_unknown(name_or_path))
         return _complete(preset_dir() / name_or_path)
     return _complete(Path(name_or_path))
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a model is a GGUF file, by its first bytes, rather than a folder."""
+    try:
+        with path.open("rb") as file:
+            return path.is_file() and file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def model_metadata(folder: Path) -> dict[str, str]:
@@ -56,7 +72,12 @@ def model_metadata(folder: Path) -> dict[str, str]:
 
 
 def is_of_transformers(folder: Path) -> bool:
-    """Return whether a model's config.json is one of Hugging Face transformers; False where it cannot be read."""
+    """Return whether a model's config.json is one of Hugging Face transformers; False where it cannot be read.
+
+    A GGUF file becomes one.
+    """
+    if folder.is_file():
+        return is_gguf(folder)
     try:
         data = parse(read_text(folder / "config.json"))
     except (OSError, ValueError):

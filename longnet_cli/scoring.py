@@ -17,17 +17,19 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.sinks import ShardWriter
-from longnet_cli.data.sources import Document
-from longnet_cli.errors import ConfigError, DataError, NotFiniteError
+from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.measures import ByPosition, DocumentScore, Score
 from longnet_cli.model.net import Net
 from longnet_cli.runtime.device import precision
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.reading import AfterBos, Piece, Reader, Window, check_length
+from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length
+from longnet_cli.sizes import format_size
 
 # Called with (document, start, ids, log-probabilities): those of its tokens [start, start + n), (n,) int64 and float32
 OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
+OnSkip = Callable[[Document, LongNetError], None]  # with a document that is left out, and why
 
 ADVICE = "the model's weights are too large for its numbers, or damaged"
 LOGPROB_BATCH = 1 << 18  # tokens of a record batch of log-probabilities
@@ -37,7 +39,8 @@ def score(
     model: Net,
     documents: Iterable[Document],
     *,
-    bos: int | None,
+    bos: Bos,
+    known: Iterable[Document] = (),
     context: int | Sequence[int] | None = None,
     stride: int | None = None,
     last: int | None = None,
@@ -47,16 +50,17 @@ def score(
     dtype: str = "auto",
     device: torch.device | str | None = None,
     ranks: Ranks | None = None,
+    on_skip: OnSkip | None = None,
     on_tokens: OnTokens | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[DocumentScore]:
     """Yield the score of each document, in order; every token is scored exactly once.
 
-    `bos` (the tokenizer's end-of-text id) is put before each document, so that its first token is scored too; with
-    None it is not, and the bytes of what was scored are unknown. Without `context` a document is one causal pass. With
-    it, a token sees at most `context` tokens before it: the document is cut into disjoint windows of that many
-    targets, and each window starts anew at position 0, with the token before its first target as its first input.
-    Several contexts give a document as many scores, in turn, of the same tokens.
+    `bos` (the id of the tokenizer's end of text, or several) is put before each document, so that its first token is
+    scored too; with None it is not, and the bytes of what was scored are unknown. Without `context` a document is one
+    causal pass. With it, a token sees at most `context` tokens before it: the document is cut into disjoint windows of
+    that many targets, and each window starts anew at position 0, with the token before its first target as its first
+    input. Several contexts give a document as many scores, in turn, of the same tokens.
 
     With a `stride` windows overlap: each is of `context` targets, of which only the last `stride` count, so that a
     token has seen more than `context - stride` before it, where its document has them. With `last` only so many tokens
@@ -68,10 +72,14 @@ def score(
     none of them changes a number beyond rounding. Several ranks need the same documents, and every rank gets all
     results.
 
+    A document that the model does not read for its length, or with ids that are none, ends the run, or with `on_skip`
+    is handed to it and left out. Lengths of the `known` documents, those among all that cost nothing to look at, are
+    checked before anything else.
+
     An empty document scores 0 tokens. `device` moves the model there; None leaves it where it is. `on_tokens` gets the
     log-probabilities of all tokens in order. `on_progress` gets the number of tokens that each forward has scored.
     Raises ConfigError for a model that cannot score, options that contradict each other and a document with more tokens
-    than the model has positions, DataError at the end when no document had a token to score, NotFiniteError for a
+    than the model reads, DataError at the end when no document had a token to score, NotFiniteError for a
     log-probability that is NaN or infinite.
     """
     if not model.config.causal:
@@ -94,8 +102,20 @@ def score(
     if device is not None:
         model.to(device)
     reader = Reader(model, chunk=chunk, dtype=dtype, ranks=ranks, on_progress=on_progress)
-    cut = _Cut(0 if bos is not None else 1, contexts, stride, last)
-    return _Scorer(reader, bos, cut, by_position, count_bytes, on_tokens).run(documents)
+    first = len(bos_ids(bos))
+    cut = _Cut(0 if first else 1, contexts, stride, last)
+
+    def check(document: Document) -> None:
+        more = max(0, first - 1)  # ids before the last one from which a target is predicted
+        fits = max(1, (model.config.max_tokens or 0) - more)
+        instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
+        check_length(model, cut.longest(len(document)) + more, document.where, instead)
+
+    if not on_skip:
+        for document in known:
+            check(document)
+    scorer = _Scorer(reader, bos, cut, by_position, count_bytes, on_tokens)
+    return scorer.run(checked(documents, check, on_skip))
 
 
 def logprob_schema() -> pa.Schema:
@@ -163,6 +183,12 @@ class _Cut:
             stop = min(counted + step, tokens)
             yield max(self.first, stop - size) if look_back else counted, stop, counted
 
+    def longest(self, tokens: int) -> int:
+        """Targets of the longest window of a document of so many tokens; 0 where it is left out."""
+        if self.last and tokens < self.least:
+            return 0
+        return max(0, min(tokens - self.first, max(each or tokens for each in self.contexts)))
+
     @property
     def least(self) -> int:
         """Tokens of a document whose `last` ones all get windows as long as every context."""
@@ -202,7 +228,7 @@ class _Scorer:
     def __init__(
         self,
         reader: Reader,
-        bos: int | None,
+        bos: Bos,
         cut: _Cut,
         by_position: bool,
         count_bytes: Callable[[np.ndarray], int | None] | None,
@@ -224,8 +250,8 @@ class _Scorer:
             if self.cut.last:
                 raise DataError(f"no token could be scored: no document has {self.cut.least} tokens")
             raise DataError(
-                "no token could be scored: every document is empty"
-                if self.bos is not None
+                "no token could be scored: every document is empty or left out"
+                if bos_ids(self.bos)
                 else "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
             )
 
@@ -240,13 +266,13 @@ class _Scorer:
                 if not tally.expected:
                     yield _Window(ids, 0, 0, 0, tally)
                 for start, stop, counted in self.cut.windows(len(document), context):
-                    check_length(self.model, stop - start, document.where, f"--context {self.model.config.max_tokens}")
                     before = ids.first - 1  # from a target to its input
-                    yield _Window(ids, start + before, stop + before, counted + before, tally)
+                    begin = start + before if start > self.cut.first else 0
+                    yield _Window(ids, begin, stop + before, counted + before, tally)
 
     def _tally(self, document: Document, context: int | None) -> _Tally:
         expected = max(0, len(document) - self.cut.first)
-        n_bytes = document.n_bytes if self.bos is not None else None  # those of the first token were not scored
+        n_bytes = document.n_bytes if bos_ids(self.bos) else None  # those of the first token were not scored
         if self.cut.last:
             expected = self.cut.last
             ids = document.read(len(document) - expected, len(document))

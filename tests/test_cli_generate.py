@@ -17,7 +17,7 @@ from conftest import RunLongnet
 from processes import Start
 
 from longnet_cli.data.chat import ChatTemplate
-from longnet_cli.data.ends import end_ids
+from longnet_cli.data.bos import document_end
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
@@ -173,9 +173,9 @@ def test_a_template_renders_as_transformers_does(model: Path) -> None:
 
 def test_the_ids_at_which_a_model_ends(tmp_path: Path) -> None:
     words = Tokenizer.bytes()
-    assert end_ids(tmp_path, words) == {256}
-    assert end_ids(tmp_path, None) == frozenset()
+    assert document_end(tmp_path, words) == {256}
+    assert document_end(tmp_path, None) == frozenset()
     (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 3}')
-    assert end_ids(tmp_path, words) == {3}
+    assert document_end(tmp_path, words) == {3}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    assert end_ids(tmp_path, words) == {1, 2}
+    assert document_end(tmp_path, words) == {1, 2}

@@ -126,10 +126,11 @@ def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[st
         assert sum(curve[-3:]) < sum(curve[:3]) - 0.4
     assert len(done.stdout.splitlines()) == 1 + steps + 1
     assert "dense / dilated = " in done.stdout.splitlines()[-1]
+    from longnet_cli.attention import Pattern
     from longnet_cli.integrations.loading import load_net
 
     assert load_net(output / "dilated").config.pattern.segment_lengths == (8, 16, 32, 64, 128)
-    assert load_net(output / "dense", attention="dense").config.memory == "cache"
+    assert load_net(output / "dense").config.pattern == Pattern.dense()
 
 
 def test_both_llamas_begin_with_the_same_weights() -> None:

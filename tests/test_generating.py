@@ -40,7 +40,7 @@ def foreign(pattern: Pattern, kind: str = "llama") -> Net:
     from longnet_cli.integrations.transformers_net import TransformersNet
 
     model = test_transformers.built(getattr(test_transformers, kind))
-    return TransformersNet(use_dilated_attention(model, pattern), "dilated")
+    return TransformersNet(use_dilated_attention(model, pattern))
 
 
 def prompt(length: int) -> Document:

@@ -47,7 +47,7 @@ def model() -> hf.PreTrainedModel:
 def test_nats_of_a_model_that_was_trained_densely(model: hf.PreTrainedModel, pattern: Pattern, nats: float) -> None:
     """Of the tokens from 2,048 to 4,096; the figures are those of another implementation. Dense attention: 2.9807."""
     ids = load_file(PROSE)["first"].numpy()[:4097].astype(np.int32)
-    net = TransformersNet(use_dilated_attention(model, pattern), "dilated")
+    net = TransformersNet(use_dilated_attention(model, pattern))
     logprobs: list[np.ndarray] = []
     document = Document("prose", ids[1:], 4096, "prose")
     list(score(net, [document], bos=int(ids[0]), dtype="fp32", on_tokens=lambda *token: logprobs.append(token[3])))

@@ -17,6 +17,8 @@ from .dilated import FarKeys
 from .merging import strided_view
 from .pattern import SINKS, Pattern, Span, common_span, lanes, open_spans, span_rows, span_views
 
+FIRST_ROWS = 1 << 14  # of a segment, allocated at once; more of them come as they are needed, in doublings
+
 
 class KVCache:
     """One attention's cache over a causal sequence that comes in shards of any sizes, one token included.
@@ -27,9 +29,10 @@ class KVCache:
             cache.append(k, v)
 
     `kv_heads` are those of k and v, as many as q's unless given. `position` is the number of tokens so far, `nbytes`
-    the bytes of all rows, allocated at once: batch * head_dim * 2 * `pattern.cached_rows` numbers. `keep` gives every
-    new segment new memory instead of writing over an old one, so that far keys given out earlier stay true: a backward
-    pass over all shards needs them.
+    the bytes of all rows: batch * head_dim * 2 * `pattern.cached_rows` numbers. Of a segment with more than FIRST_ROWS
+    rows, only so many are allocated at once, and the others when they come. `keep` gives every new segment new memory
+    instead of writing over an old one, so that far keys given out earlier stay true: a backward pass over all shards
+    needs them.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class KVCache:
 
         # of each level its segments, segment s in place s mod (1 + look_back); row j of a lane is its j-th in there
         self._levels = [
-            [rows(-(-w // r), level) for _ in range(1 + back)]
+            [rows(min(-(-w // r), FIRST_ROWS), level) for _ in range(1 + back)]
             for level, ((w, r), back) in enumerate(zip(pattern.levels, pattern.look_backs, strict=True))
         ]
         self._sinks = rows(pattern.sinks, SINKS)
@@ -89,7 +92,7 @@ class KVCache:
             if self.keep and span.level != SINKS and segment >= self.position > 0:
                 places = self._levels[span.level]
                 places[segment // w % len(places)] = torch.empty_like(places[0])
-            rows = self._rows(span)
+            rows = self._rows(span, grow=True)
             own = common_span(self.pattern, span.level, segment, start, start + k.shape[1])
             for views in span_views(self.pattern, own, self.num_heads, start, self.kv_heads):
                 strided_view(rows[0], views.segment).copy_(strided_view(k, views.shard))
@@ -107,9 +110,15 @@ class KVCache:
         self._levels = [[x.index_select(1, index) for x in places] for places in self._levels]
         self._sinks = self._sinks.index_select(1, index)
 
-    def _rows(self, span: Span) -> Tensor:
-        """Return where the rows of a span's segment are, (k and v, B, rows, lanes, D)."""
+    def _rows(self, span: Span, *, grow: bool = False) -> Tensor:
+        """Return where the rows of a span's segment are, (k and v, B, rows, lanes, D); `grow` makes room for all."""
         if span.level == SINKS:
             return self._sinks
-        places = self._levels[span.level]
-        return places[span.start // self.pattern.segment_lengths[span.level] % len(places)]
+        places, (w, r) = self._levels[span.level], self.pattern.levels[span.level]
+        place = span.start // w % len(places)
+        rows, have = places[place], places[place].shape[2]
+        if grow and have < (needed := max(span_rows(self.pattern, span, self.num_heads, self.kv_heads))):
+            wider = rows.new_empty(*rows.shape[:2], min(-(-w // r), max(needed, 2 * have)), *rows.shape[3:])
+            wider[:, :, :have] = rows
+            places[place] = wider
+        return places[place]

@@ -157,6 +157,11 @@ class Pattern:
         """
         return cls.window(width, sinks=sinks)
 
+    @classmethod
+    def dense(cls) -> Pattern:
+        """Every key, at any length: one segment at rate 1 that no sequence fills, in a cache that grows with it."""
+        return cls((1 << 40,), (1,))
+
     @property
     def levels(self) -> tuple[Level, ...]:
         return tuple(Level(w, r) for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))

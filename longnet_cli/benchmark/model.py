@@ -105,8 +105,10 @@ def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
 def _transformers(s: Settings, impl: str, seq: int, folder: Path) -> TransformersNet:
     """A model of transformers with the pattern that is asked for, else its own; its dense twin is as it comes."""
     own = "dilated_attention" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    pattern = None if impl == "dense" or (own and s.pattern is None) else s.pattern_for(seq)
-    net = cast("TransformersNet", _loaded(folder, attention=impl, pattern=pattern, device=s.device))
+    pattern = Pattern.dense() if impl == "dense" else None if own and s.pattern is None else s.pattern_for(seq)
+    net = cast("TransformersNet", _loaded(folder, pattern=pattern, device=s.device, dtype=DTYPES[s.dtype]))
+    if impl == "dense":
+        net = net.as_it_comes()
     if not net.config.causal or net.model.get_output_embeddings() is None:
         raise ConfigError(f"{s.model}: --op model runs causal language models")
     limit = net.config.max_tokens
@@ -156,7 +158,8 @@ def _memory(s: Settings, net: Net, chunk: int) -> int:
     """Bytes of the weights, one layer's activations and the logits."""
     c, tokens = net.config, s.batch * chunk
     logits = min(tokens * c.vocab_size, LOGITS_LIMIT)
-    return 4 * (tokens * (10 * c.dim + 2 * c.ffn_dim) + 2 * logits + sum(p.numel() for p in net.parameters()))
+    weights = sum(p.numel() * p.element_size() for p in net.parameters())
+    return 4 * (tokens * (10 * c.dim + 2 * c.ffn_dim) + 2 * logits) + weights
 
 
 def _cache_bytes(s: Settings, net: Net) -> int | None:

@@ -123,7 +123,7 @@ class Settings(BaseModel):
     def pattern_for(self, seq: int, own: Pattern | None = None) -> Pattern:
         """The pattern that is asked for, else the model's `own`, else what suits `seq` tokens."""
         if isinstance(self.pattern, Pattern):
-            return self.pattern
+            return Pattern((seq,), (1,)) if self.pattern == Pattern.dense() else self.pattern
         if self.pattern is None and own is not None:
             return own
         return Pattern.paper() if self._named == "paper" else Pattern.geometric(seq, self.base, self.ratio)

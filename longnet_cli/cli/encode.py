@@ -8,12 +8,12 @@ from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
 from longnet_cli.cli.launch import launch
-from longnet_cli.cli.loading import load_model, refuse_overwriting
+from longnet_cli.cli.loading import Skipped, load_model, refuse_overwriting
 from longnet_cli.cli.options import (
     COMPUTE,
     DEFAULT_MODEL,
     OUTPUT,
-    AttentionOption,
+    BosOption,
     ChunkOption,
     ColumnOption,
     DeviceOption,
@@ -27,6 +27,7 @@ from longnet_cli.cli.options import (
     QuietOption,
     ResumeOption,
     SegmentLengthsOption,
+    SkipBadOption,
     TokenizerDiffersOption,
     TokenizerOption,
     option,
@@ -45,8 +46,9 @@ def encode(
     tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
     eos: EosOption = None,
+    bos: BosOption = None,
+    skip_bad: SkipBadOption = False,
     model: ModelOption = DEFAULT_MODEL,
-    attention: AttentionOption = "dilated",
     pattern: PatternOption = None,
     segment_lengths: SegmentLengthsOption = None,
     dilation_rates: DilationRatesOption = None,
@@ -112,7 +114,7 @@ def encode(
     from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.sinks import ShardWriter, is_folder
-    from longnet_cli.data.sources import read_documents
+    from longnet_cli.data.sources import read_documents, stored_documents
     from longnet_cli.data.tokenizer import end_of_text
     from longnet_cli.patterns import format_pattern
 
@@ -128,29 +130,35 @@ def encode(
     ranks, where = join(device)
     quiet = quiet or not ranks.first
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
-    net, words, bos = load_model(model, tokenizer, tokenizer_differs, where, dtype, attention, asked, quiet)
+    net, words, before, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
     from longnet_cli.encoding import SHARD_ROWS, EncodeOptions, encode_to_folder
     from longnet_cli.encoding import encode as run
 
     eos_id = end_of_text(eos, words)
-    documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos_id)
+    reading: dict[str, Any] = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
+    documents = read_documents(inputs, words, **reading)
+    limited = net.config.max_tokens is not None and not skip_bad
+    known = stored_documents(inputs, words, **reading) if limited else ()
+    skipped = Skipped(quiet)
     options = EncodeOptions(
-        bos=bos,
+        bos=before,
         pool=pool,
         normalize=normalize,
         span=span,
         embedding_dtype=embedding_dtype,
         model_name=model,
         tokenizer_sha256=words.sha256 if words else None,
-        pattern="dense" if attention == "dense" else format_pattern(net.config.pattern),
+        pattern=format_pattern(net.config.pattern),
     )
     done = earlier.totals["tokens"] if earlier else 0
     with progress("encoding", total=None, start=done, quiet=quiet) as advance:
-        reading: dict[str, Any] = {
+        running: dict[str, Any] = {
+            "known": known,
             "chunk": chunk,
             "spill": spill,
             "dtype": dtype,
             "ranks": ranks,
+            "on_skip": skipped if skip_bad else None,
             "on_progress": advance,
         }
         if in_folder:
@@ -162,12 +170,13 @@ def encode(
                 settings={"inputs": inputs_fingerprint(inputs), "column": column, "eos": eos_id},
                 shard_rows=shard_rows or SHARD_ROWS,
                 resume=resume,
-                **reading,
+                **running,
             )
         else:
-            batches = run(net, documents, options, **reading)
+            batches = run(net, documents, options, **running)
             with ShardWriter(output, batches.schema) if ranks.first else nullcontext() as writer:
                 for batch in batches:
                     if writer:
                         writer.write(batch)
+    skipped.say()
     leave()

@@ -17,6 +17,7 @@ from longnet_cli.cli.options import (
     DEFAULT_MODEL,
     INPUT,
     OUTPUT,
+    BosOption,
     ChunkOption,
     ColumnOption,
     DeviceOption,
@@ -37,6 +38,7 @@ from longnet_cli.cli.output import emit_jsonl, format_duration, printable
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
+    from longnet_cli.data.chat import ChatTemplate
     from longnet_cli.data.documents import Document
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.generating import Step
@@ -72,6 +74,7 @@ def generate(
     tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
     eos: EosOption = None,
+    bos: BosOption = None,
     model: ModelOption = DEFAULT_MODEL,
     pattern: PatternOption = None,
     segment_lengths: SegmentLengthsOption = None,
@@ -119,34 +122,34 @@ def generate(
     if seed is not None and not 0 <= seed < 1 << 63:
         raise ConfigError(f"--seed {seed} is not a number from 0 to 2^63 - 1")
     sources = _sources(prompt, inputs)
-    from longnet_cli.data.ends import end_ids
     from longnet_cli.data.tokenizer import end_of_text
-    from longnet_cli.presets import find_model
     from longnet_cli.runtime.device import select_device
 
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
     where = select_device(device)
-    net, words, bos = load_model(model, tokenizer, tokenizer_differs, where, dtype, pattern=asked, quiet=quiet)
+    loaded = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet, chat=chat)
+    net, words = loaded.net, loaded.words
     from longnet_cli.generating import generate as run
 
-    if words is None and (chat or format == "text" or stop or prompt is not None):
+    if words is None and (format == "text" or stop or prompt is not None):
         raise ConfigError(f"{model}: there is no tokenizer: give --tokenizer, or ids as --input and --format jsonl")
-    folder = find_model(model)
     reading = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": end_of_text(eos, words)}
-    documents = _messages(sources, folder, words, column) if chat and words else _documents(sources, words, reading)
+    template = loaded.chat
+    documents = _messages(sources, template, column) if template else _documents(sources, words, reading)
+    before = None if chat and bos is None else loaded.bos  # a template begins as it likes
     seed = seed if seed is not None else _new_seed()
     for index, document in enumerate(documents):
         with progress("reading the prompt", total=len(document), quiet=quiet) as advance:
             steps = run(
                 net,
                 document,
-                bos=None if chat else bos,
+                bos=before,
                 words=words,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_p=1.0 if top_p is None else top_p,
                 seed=seed,
-                end_ids=end_ids(folder, words),
+                end_ids=loaded.ends,
                 stop=stop or (),
                 chunk=chunk,
                 dtype=dtype,
@@ -198,16 +201,14 @@ def _documents(sources: _Sources, words: Tokenizer | None, reading: dict[str, An
         yield from read_documents(sources.inputs, words, **reading)
 
 
-def _messages(sources: _Sources, folder: Path, words: Tokenizer, column: str | None) -> Iterator[Document]:
-    from longnet_cli.data.chat import ChatTemplate
+def _messages(sources: _Sources, template: ChatTemplate, column: str | None) -> Iterator[Document]:
     from longnet_cli.data.documents import Document
     from longnet_cli.data.sources import read_texts
     from longnet_cli.data.tables import Text
 
-    template = ChatTemplate(folder, words)
     given = [Text("prompt", sources.prompt, "PROMPT")] if sources.prompt is not None else None
     for text in given or read_texts(sources.inputs, column):
-        yield Document(text.doc_id, template.encode(text.text), None, text.where, limit=words.vocab_size)
+        yield Document(text.doc_id, template.encode(text.text), None, text.where, limit=template.words.vocab_size)
 
 
 def _new_seed() -> int:

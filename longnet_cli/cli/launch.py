@@ -17,7 +17,7 @@ def launch(nproc: int | None, inputs: Sequence[str] = (), model: str | None = No
     from longnet_cli.presets import find_model, is_of_transformers
 
     several = under_torchrun() or (nproc or 1) > 1
-    if model is not None and is_of_transformers(find_model(model)) and several:
+    if model is not None and is_of_transformers(find_model(model, files=True)) and several:
         raise ConfigError(f"{model}: a model of transformers runs in one process, without --nproc or torchrun")
     if "-" in inputs and several:
         raise ConfigError("stdin can be read by one process: save it to a file, which every rank reads for itself")

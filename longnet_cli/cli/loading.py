@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from longnet_cli.cli.output import printable
 
@@ -12,7 +13,10 @@ if TYPE_CHECKING:
     import torch
 
     from longnet_cli.attention import Pattern
+    from longnet_cli.data.chat import ChatTemplate
+    from longnet_cli.data.documents import Document
     from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.errors import LongNetError
     from longnet_cli.model.net import Net
 
 
@@ -25,16 +29,21 @@ def refuse_overwriting(
     from longnet_cli.presets import find_model
 
     overwriting.refuse_overwriting(
-        option, outputs, inputs, [find_model(model), Tokenizer.find(tokenizer) if tokenizer else None]
+        option, outputs, inputs, [find_model(model, files=True), Tokenizer.find(tokenizer) if tokenizer else None]
     )
 
 
 class Loaded(NamedTuple):
-    """A model, its tokenizer, and the id that it reads before each document; None for what there is not."""
+    """A model, its tokenizer, and what it reads before each document; None for what there is not.
+
+    `ends` are the ids at which the model's own texts end, `chat` its chat template where that is asked for.
+    """
 
     net: Net
     words: Tokenizer | None
-    bos: int | None
+    bos: int | tuple[int, ...] | None
+    ends: frozenset[int]
+    chat: ChatTemplate | None
 
 
 def load_model(
@@ -43,35 +52,69 @@ def load_model(
     tokenizer_differs: bool,
     device: torch.device,
     dtype: str,
-    attention: Literal["dilated", "dense"] = "dilated",
     pattern: Pattern | None = None,
+    bos: str | None = None,
     quiet: bool = False,
+    *,
+    chat: bool = False,
 ) -> Loaded:
-    """The model that --model names, in float32 on `device`, and --tokenizer, or its own without it.
+    """The model that --model names, for --dtype on `device`, and --tokenizer, or its own without it; `bos` is --bos.
 
     Says on stderr, unless `quiet`, what the user should know of how it reads documents.
     Raises ConfigError for a tokenizer that is not the model's, unless `tokenizer_differs`, or has ids that the
     model does not have, a model that reads no tokens, or an attention kernel that cannot run in `dtype`.
     """
+    from longnet_cli.data.bos import document_end, document_start
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.errors import ConfigError
+    from longnet_cli.integrations.converting import unpacked
     from longnet_cli.integrations.loading import load_net
-    from longnet_cli.presets import find_model, is_of_transformers
-    from longnet_cli.runtime.device import check_kernel
+    from longnet_cli.presets import find_model
+    from longnet_cli.runtime.device import DTYPES, check_kernel, resolve_dtype
 
-    folder = find_model(name)
-    words = Tokenizer.of_model(folder, tokenizer, differs=tokenizer_differs)
-
-    net = load_net(folder, attention=attention, pattern=pattern, device=device)
+    found, kind = find_model(name, files=True), resolve_dtype(dtype, device)
+    if found.is_file() and not quiet and sys.stderr:
+        print(printable(f"{name}: converted for this run; longnet convert does it once"), file=sys.stderr)
+    with unpacked(found, kind) as folder:
+        words = Tokenizer.of_model(folder, tokenizer, differs=tokenizer_differs)
+        before, ends = document_start(folder, words, bos), document_end(folder, words)
+        template = _template(folder, words) if chat else None
+        net = load_net(folder, pattern=pattern, device=device, dtype=DTYPES[kind])
     check_kernel(device, dtype, net.config.head_dim)
     if not net.config.vocab_size:
         raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
     if words and words.vocab_size > net.config.vocab_size:
         raise ConfigError(
-            f"{tokenizer or folder / 'tokenizer.json'}: the tokenizer has {words.vocab_size} ids and the model "
+            f"{tokenizer or found / 'tokenizer.json'}: the tokenizer has {words.vocab_size} ids and the model "
             f"{net.config.vocab_size}: they do not belong together"
         )
     if net.note and not quiet and sys.stderr:
         print(printable(f"{name}: {net.note}"), file=sys.stderr)
-    foreign = is_of_transformers(folder)
-    return Loaded(net, words, (words.bos_id if foreign else words.eos_id) if words else None)
+    return Loaded(net, words, before, ends, template)
+
+
+def _template(folder: Path, words: Tokenizer | None) -> ChatTemplate:
+    from longnet_cli.data.chat import ChatTemplate
+    from longnet_cli.errors import ConfigError
+
+    if words is None:
+        raise ConfigError(f"{folder}: there is no tokenizer, which --chat needs: give --tokenizer")
+    return ChatTemplate(folder, words)
+
+
+class Skipped:
+    """Tells on stderr of each document that --skip-bad leaves out, unless `quiet`, and counts them."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.number, self._quiet = 0, quiet
+
+    def __call__(self, document: Document, error: LongNetError) -> None:
+        self.number += 1
+        if not self._quiet and sys.stderr:
+            why = getattr(error, "why", str(error))
+            print(printable(f"longnet: note: left out: {why}"), file=sys.stderr)
+
+    def say(self) -> None:
+        """Say how many they were."""
+        if self.number and not self._quiet and sys.stderr:
+            print(f"longnet: note: {self.number} document{'s' * (self.number > 1)} left out", file=sys.stderr)

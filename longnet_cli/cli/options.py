@@ -104,7 +104,8 @@ Inputs = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    str, option(MODEL, "--model -m", "NAME|DIR", "Use a shipped model, or a folder (with a slash: ./my-run).")
+    str,
+    option(MODEL, "--model -m", "NAME|DIR", "Use a shipped model, a folder (with a slash: ./my-run), or a GGUF file."),
 ]
 TokenizerOption = Annotated[
     str | None,
@@ -133,10 +134,23 @@ EosOption = Annotated[
         "the tokenizer's, otherwise the file's",
     ),
 ]
-AttentionOption = Annotated[
-    Literal["dilated", "dense"],
+BosOption = Annotated[
+    str | None,
     option(
-        MODEL, "--attention", "dilated|dense", "Give a model of transformers dilated attention, or its own (dense)."
+        INPUT,
+        "--bos",
+        "none|TOKEN|ID",
+        "Put this before each document.",
+        "as the tokenizer's template or the model says",
+    ),
+]
+SkipBadOption = Annotated[
+    bool,
+    option(
+        INPUT,
+        "--skip-bad",
+        None,
+        "Leave out documents that the model cannot read, and count them.",
     ),
 ]
 PatternOption = Annotated[
@@ -145,7 +159,7 @@ PatternOption = Annotated[
         PATTERN,
         "--pattern",
         "PATTERN",
-        "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, nested:1Mi, pretrained, or levels as "
+        "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, nested:1Mi, pretrained, dense, or levels as "
         "1Ki/1,4Ki/4. `longnet pattern` shows what it is.",
         "the model's own",
     ),

@@ -8,11 +8,11 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from longnet_cli.cli.launch import launch
-from longnet_cli.cli.loading import load_model, refuse_overwriting
+from longnet_cli.cli.loading import Skipped, load_model, refuse_overwriting
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
     OUTPUT,
-    AttentionOption,
+    BosOption,
     ChunkOption,
     ColumnOption,
     DeviceOption,
@@ -25,6 +25,7 @@ from longnet_cli.cli.options import (
     PatternOption,
     QuietOption,
     SegmentLengthsOption,
+    SkipBadOption,
     TokenizerDiffersOption,
     TokenizerOption,
     option,
@@ -48,8 +49,9 @@ def score(
     tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
     eos: EosOption = None,
+    bos: BosOption = None,
+    skip_bad: SkipBadOption = False,
     model: ModelOption = DEFAULT_MODEL,
-    attention: AttentionOption = "dilated",
     pattern: PatternOption = None,
     segment_lengths: SegmentLengthsOption = None,
     dilation_rates: DilationRatesOption = None,
@@ -114,6 +116,7 @@ def score(
     """Measure how well a model predicts text: perplexity (ppl) and bits per byte (bpb), lower is better.
 
     Every token is scored once. Across tokenizers, compare bpb, not ppl. A long document takes a LongNet no more memory.
+    A model of transformers is dense, to the length it was trained on, unless a pattern is given.
     """
     from longnet_cli.errors import ConfigError
 
@@ -122,7 +125,7 @@ def score(
     if token_logprobs:
         refuse_overwriting("--token-logprobs", [token_logprobs], inputs, model, tokenizer)
     launch(nproc, inputs, model)
-    from longnet_cli.data.sources import read_documents
+    from longnet_cli.data.sources import read_documents, stored_documents
     from longnet_cli.data.tokenizer import end_of_text
     from longnet_cli.measures import Total
     from longnet_cli.patterns import format_pattern
@@ -131,21 +134,26 @@ def score(
     ranks, where = join(device)
     quiet = quiet or not ranks.first
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
-    net, words, bos = load_model(model, tokenizer, tokenizer_differs, where, dtype, attention, asked, quiet)
-    seen = "dense" if attention == "dense" else format_pattern(net.config.pattern)
+    net, words, before, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
+    seen = format_pattern(net.config.pattern)
     if asked and not quiet and sys.stderr:
         print(f"pattern {seen}", file=sys.stderr)
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
 
     eos_id = end_of_text(eos, words)
-    documents = read_documents(inputs, words, column=column, vocab_size=net.config.vocab_size, eos_id=eos_id)
+    reading: dict[str, Any] = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
+    documents = read_documents(inputs, words, **reading)
+    limited = net.config.max_tokens is not None and not skip_bad
+    known = stored_documents(inputs, words, **reading) if limited else ()
+    skipped = Skipped(quiet)
     tokens = write_token_logprobs(token_logprobs) if token_logprobs and ranks.first else nullcontext()
     with progress("scoring", total=None, quiet=quiet) as advance, tokens as on_tokens:
         scores = run(
             net,
             documents,
-            bos=bos,
+            bos=before,
+            known=known,
             context=context,
             stride=stride,
             last=last,
@@ -155,18 +163,20 @@ def score(
             dtype=dtype,
             device=where,
             ranks=ranks,
+            on_skip=skipped if skip_bad else None,
             on_tokens=on_tokens,
             on_progress=advance,
         )
         if ranks.first:
-            _print(scores, format, Total(context or [None]), seen)
+            _print(scores, format, Total(context or [None]), seen, skipped)
         else:
             for _ in scores:
                 pass
+    skipped.say()
     leave()
 
 
-def _print(scores: Iterator[DocumentScore], format: Format, total: Total, pattern: str) -> None:
+def _print(scores: Iterator[DocumentScore], format: Format, total: Total, pattern: str, skipped: Skipped) -> None:
     """Each document as soon as it is scored (except in the one value of json), and the total at last."""
     several = len(total.contexts) > 1
     rows = []
@@ -181,7 +191,7 @@ def _print(scores: Iterator[DocumentScore], format: Format, total: Total, patter
             emit_jsonl({"kind": "document", **values})
         else:
             rows.append(values)
-    totals = [{**values, "pattern": pattern} for values in total.as_dicts()]
+    totals = [{**values, "pattern": pattern, "n_skipped": skipped.number} for values in total.as_dicts()]
     if format == "text":
         for score, context in zip(total.scores, total.contexts, strict=True):
             _print_row("total", score, context if several else None)

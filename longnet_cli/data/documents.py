@@ -2,7 +2,7 @@
 
 import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from longnet_cli.data.files import FileChangedError, StoredIds, no_place
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import DataError
+from longnet_cli.errors import ConfigError, DataError, LongNetError
 
 BLOCK = 1 << 18  # tokens looked at together by a pass over a document: 2 MB of int64 stay in the cache
 SPOOL_BYTES = 256 << 20  # ids of one document kept in memory; more of them go to a file in $TMPDIR
@@ -139,6 +139,29 @@ class Document:
         if ids[index] < 0:
             return DataError(f"{where}: token id {ids[index]} is negative")
         return DataError(f"{where}: token id {ids[index]} does not fit a vocabulary of {self._limit or 1 << 63}")
+
+
+def checked(
+    documents: Iterable[Document],
+    check: Callable[[Document], None],
+    on_skip: Callable[[Document, LongNetError], None] | None = None,
+) -> Iterator[Document]:
+    """Yield the documents that `check` takes, and raise what it raises.
+
+    With `on_skip`, all ids of a document are read here too, and one that cannot be taken or read is handed to it
+    instead, with the ConfigError or DataError. A file that changes while it is read ends everything all the same.
+    """
+    for document in documents:
+        try:
+            check(document)
+            for start in range(0, len(document) if on_skip else 0, BLOCK):
+                document.read(start, start + BLOCK)
+        except (ConfigError, DataError) as error:
+            if on_skip is None or isinstance(error, FileChangedError):
+                raise
+            on_skip(document, error)
+        else:
+            yield document
 
 
 def collect(parts: Iterable[Part]) -> list[Part]:

@@ -38,17 +38,19 @@ class Manifest:
     """What a folder of shards says about itself.
 
     `settings` is whatever decides the bytes of the shards: inputs and options. `shards` has a dict a shard, in order:
-    `name`, `rows`, and the counts that were given to `ShardFolder.write`, `documents` among them.
+    `name`, `rows`, and the counts that were given to `ShardFolder.write`, `documents` among them. `skipped` documents
+    are in none, because they could not be read.
     """
 
     settings: dict[str, Any]
     finished: bool = False
     shards: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
 
     @property
     def totals(self) -> Counter[str]:
-        """`rows`, `documents` and the other counts, over all finished shards."""
-        totals: Counter[str] = Counter()
+        """`rows`, `documents` and the other counts, over all finished shards, and `skipped`."""
+        totals: Counter[str] = Counter({"skipped": self.skipped} if self.skipped else {})
         for shard in self.shards:
             totals.update({name: count for name, count in shard.items() if name != "name"})
         return totals
@@ -72,12 +74,13 @@ def read_manifest(folder: str | Path) -> Manifest | None:
             if content["version"] != MANIFEST_VERSION:
                 raise DataError(f"{path}: version {content['version']} of the manifest is not known to this longnet")
             shards = [{**shard, "name": str(shard["name"]), "rows": int(shard["rows"])} for shard in content["shards"]]
-            return Manifest(dict(content["settings"]), name == FINISHED, shards)
+            skipped = int(content["totals"].get("skipped", 0))
+            return Manifest(dict(content["settings"]), name == FINISHED, shards, skipped)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             raise read_error(str(path), error) from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: not a manifest of shards ({one_line(error)})") from error
     return None
 
@@ -132,6 +135,7 @@ class ShardFolder:
         self._open = ExitStack()  # holds the writer, so that an error discards its file
         self._writer: ShardWriter | None = None
         self._counts: Counter[str] = Counter()
+        self._skipped = 0
 
     @property
     def documents(self) -> int:
@@ -179,6 +183,10 @@ class ShardFolder:
         self._manifest.shards.append(shard)
         write_file(self.folder / UNFINISHED, self._manifest.to_json())
 
+    def skip(self) -> None:
+        """Count a document that is in no shard. A resumed run counts all of them again."""
+        self._skipped += 1
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -187,6 +195,9 @@ class ShardFolder:
                 self._open.__exit__(kind, error, traceback)
             elif not self._manifest.finished:
                 self.end_shard()
+                if self._skipped != self._manifest.skipped:
+                    self._manifest.skipped = self._skipped
+                    write_file(self.folder / UNFINISHED, self._manifest.to_json())
                 with writing(self.folder):
                     os.replace(self.folder / UNFINISHED, self.folder / FINISHED)
                     sync_folder(self.folder)

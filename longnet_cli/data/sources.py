@@ -5,6 +5,7 @@
 Token columns stay in their file and are sliced, never joined by Arrow: its 32-bit list offsets overflow at 2^31 tokens.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, pairwise
 from pathlib import Path
@@ -16,11 +17,12 @@ import pyarrow as pa
 from longnet_cli.data.columns import INTEGERS, TokenTypes, choose_column, is_text
 from longnet_cli.data.documents import Document, Part, collect
 from longnet_cli.data.files import StoredIds
+from longnet_cli.data.folders import sniff
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.inputs import find_sources
 from longnet_cli.data.tables import Table, Text, reading
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.errors import ConfigError, DataError, InputWarning
 
 FLAT_BLOCK = 1 << 22  # ids of a flat column in which the end of a document is looked for at a time
 
@@ -64,6 +66,32 @@ def read_documents(
         if isinstance(opened, Table):
             types.check(opened, choose_column(opened, column))
         yield from documents_of(opened, tokenizer, column=column, vocab_size=vocab_size, eos_id=eos_id)
+
+
+def stored_documents(
+    inputs: Sequence[str | Path],
+    tokenizer: Tokenizer | None,
+    *,
+    column: str | None = None,
+    vocab_size: int | None = None,
+    eos_id: int | None = None,
+) -> Iterator[Document]:
+    """Yield those documents of `read_documents` whose lengths are known at once, and which can be read again after it.
+
+    They are the token ids in Arrow and Parquet files on this machine: no text, no JSON, no pipe, no URI.
+    """
+    with warnings.catch_warnings():  # `read_documents` will say it
+        warnings.simplefilter("ignore", InputWarning)
+        sources = find_sources(inputs)
+    for source in sources:
+        if source.path is None or source.filesystem is not None or not source.path.is_file():
+            continue
+        with reading(source.where), open(source.path, "rb") as file:
+            if sniff(file.read(8)) == "text":
+                continue
+        opened = open_source(source, column)
+        if isinstance(opened, Table) and not is_text(opened.schema.field(choose_column(opened, column)).type):
+            yield from documents_of(opened, tokenizer, column=column, vocab_size=vocab_size, eos_id=eos_id)
 
 
 def documents_of(

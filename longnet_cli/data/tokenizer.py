@@ -63,10 +63,13 @@ class Tokenizer:
         """Return the id of a token, as tokenizer.json writes it; None where it is not in the vocabulary."""
         return self._vocab.get(token)
 
-    @property
-    def bos_id(self) -> int | None:
-        """The id that its own template puts before a text (Llama's, not GPT-2's), else the end-of-text id."""
-        return next(iter(self._inner.encode("").ids), self.eos_id)
+    @cached_property
+    def ids_before(self) -> tuple[int, ...]:
+        """The ids that its own template puts before a text: `<s>` of Llama's, nothing of GPT-2's."""
+        bare = self._inner.encode("a", add_special_tokens=False).ids
+        ids = self._inner.encode("a").ids
+        starts = (i for i in range(len(ids)) if bare and ids[i : i + len(bare)] == bare)
+        return tuple(ids[: next(starts, 0)])
 
     @classmethod
     def bytes(cls) -> "Tokenizer":
@@ -300,27 +303,38 @@ def cut_text(text: str) -> Iterator[str]:
 
 
 def end_of_text(written: str | int | bool | None, tokenizer: Tokenizer | None) -> int | None:
-    """Return the id that `--eos` names: a number, or a token of the tokenizer; True is the tokenizer's own, None none.
+    """Return the id that `--eos` names (see `token_id`); True is the tokenizer's own, None none.
 
-    Raises ConfigError for a token that the tokenizer does not have, and for an id that does not fit its vocabulary.
+    Raises ConfigError for a token or an id that is none.
     """
     if written is None or written is False:
         return None
-    size = tokenizer.vocab_size if tokenizer else 1 << 63
     if written is True:
         found = tokenizer.eos_id if tokenizer else None
         if found is None:
             raise ConfigError("the tokenizer has no end-of-text token: name a token or an id (--eos)")
         return found
+    return token_id("--eos", written, tokenizer)
+
+
+def token_id(option: str, written: str | int, tokenizer: Tokenizer | None) -> int:
+    """Return the id that an option names: a number, or a token of the tokenizer.
+
+    Raises ConfigError for a token that the tokenizer does not have, and for an id that does not fit its vocabulary.
+    """
+    size = tokenizer.vocab_size if tokenizer else 1 << 63
     if isinstance(written, int) or re.fullmatch(r"[-+]?[0-9]+", written):
-        found = int(written) if len(str(written)) < 20 else -1
-        if not 0 <= found < size:
+        number = int(written) if len(str(written)) < 20 else -1
+        if not 0 <= number < size:
             limit = f"a vocabulary of {size}" if tokenizer else "64 bits"
-            raise ConfigError(f"the end-of-text id {written} (--eos) does not fit {limit}")
-        return found
+            raise ConfigError(f"the {_MEANING[option]} id {written} ({option}) does not fit {limit}")
+        return number
     if tokenizer is None:
-        raise ConfigError(f"--eos {written} is no id, and there is no tokenizer that has it as a token: give its id")
+        raise ConfigError(f"{option} {written} is no id, and there is no tokenizer that has it as a token: give its id")
     found = tokenizer.id_of(written)
     if found is None:
-        raise ConfigError(f"--eos {written}: the tokenizer has no such token; name one of its tokens, or an id")
+        raise ConfigError(f"{option} {written}: the tokenizer has no such token; name one of its tokens, or an id")
     return found
+
+
+_MEANING = {"--eos": "end-of-text", "--bos": "begin-of-text"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -17,20 +16,17 @@ from longnet_cli.presets import is_of_transformers
 def load_net(
     folder: Path,
     *,
-    attention: Literal["dilated", "dense"] = "dilated",
     pattern: Pattern | None = None,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Net:
-    """In float32, in eval mode. `pattern` takes the place of the model's own; `attention` is of those of transformers.
+    """In eval mode, on `device`. `pattern` takes the place of the model's own.
+
+    The weights of a model of transformers are of type `dtype`; a LongNet's are float32, whatever it computes in.
 
     Raises ConfigError or CheckpointError, of one line that names the folder, also where transformers is not installed.
     """
     if not is_of_transformers(folder):
-        if attention == "dense":
-            raise ConfigError(
-                f"{folder}: --attention dense is for models of transformers; a LongNet sees as much with one segment "
-                "that is long enough: --pattern 64Ki/1"
-            )
         return LongNet.from_pretrained(folder, device, torch.float32, pattern=pattern)
     try:
         from longnet_cli.integrations import transformers_net
@@ -38,4 +34,4 @@ def load_net(
         raise ConfigError(
             f"{folder} is a model of transformers, which cannot be imported ({error}): pip install 'longnet-cli[hf]'"
         ) from None
-    return transformers_net.load_transformers(folder, attention=attention, pattern=pattern, device=device)
+    return transformers_net.load_transformers(folder, pattern=pattern, device=device, dtype=dtype)

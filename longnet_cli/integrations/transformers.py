@@ -39,10 +39,11 @@ from longnet_cli.attention.pattern import SINKS, far_spans, lanes, span_position
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.transformers_cache import LongNetCache as LongNetCache
 from longnet_cli.integrations.transformers_cache import Memory
-from longnet_cli.integrations.transformers_rotary import turns
+from longnet_cli.integrations.transformers_rotary import make_phases_exact, turns
 
 NAME = "dilated"
 _TURN = "_dilated_turn"  # of an attention module: what moves its sinks, or None
+_OWN = "_own_attention"  # of a model: the name of the attention that it had before
 
 # what a config may ask of attention that dilated attention does not do
 _REFUSED_CONFIG = {
@@ -58,7 +59,8 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     """Make all global attention layers of a model dilated, in place; its weights stay.
 
     `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it; None takes what is there.
-    With sinks, the model runs on a few tokens, to see how it turns its keys by position. Returns the model. Raises
+    With sinks, the model runs on a few tokens, to see how it turns its keys by position. Rotary phases are exact at any
+    position, where they can be made so (`transformers_rotary.make_phases_exact`). Returns the model. Raises
     ConfigError where the model has no pattern, no layer that attends globally, attention of another kind, or positions
     by which sinks cannot be moved.
     """
@@ -73,11 +75,23 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     if all(kind == "sliding_attention" for kind in kinds):
         raise ConfigError("every layer of this model has a sliding window: there is no global attention to replace")
     found = turns(model) if sinks else {}
+    if config._attn_implementation != NAME:
+        setattr(model, _OWN, config._attn_implementation)
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:  # transformers only warns, and goes on with what there was
         raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
     for module, turn in found.items():
         setattr(module, _TURN, turn)
+    make_phases_exact(model)
+    return model
+
+
+def use_own_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `use_dilated_attention`, in place: the attention that the model had, and no pattern in its config."""
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation(getattr(model, _OWN, "sdpa"))
+    if hasattr(model.config, "dilated_attention"):
+        del model.config.dilated_attention
     return model
 
 

@@ -1,12 +1,15 @@
 """A text model of transformers as a net that the jobs take: `score`, `encode` and `bench` run it like a LongNet.
 
-    net = load_transformers(folder, attention="dilated", pattern=Pattern((2048, 4096), (1, 2)))
+    net = load_transformers(folder, pattern=Pattern.pretrained())
     hidden = net(tokens, lengths=[1000, 700])
 
-A causal decoder with dilated attention in every layer streams as a LongNet does: it gets its far keys from a
-`CausalStream`, and remembers only what later tokens can see. Where layers are dense or have a sliding window, the cache
-of transformers remembers, in memory that grows with the document. Other models read a document in one forward: what
-looks in both directions needs the end before the begin.
+A causal decoder whose layers all take far keys streams as a LongNet does: it gets them from a `CausalStream`, and
+remembers only what later tokens can see, which under dense attention is everything. Where layers have a sliding window
+or an attention without a name, the cache of transformers remembers, in memory that grows with the document. Other
+models read a document in one forward: what looks in both directions needs the end before the begin.
+
+A folder that names no pattern, and for which none is asked, is dense as it was trained, and reads no more tokens than
+it was trained on.
 
 Nothing is downloaded, no code of a folder is run, no pickle is read.
 """
@@ -28,22 +31,30 @@ from torch import Tensor, nn
 from longnet_cli.attention import Pattern
 from longnet_cli.configuration import parse, read_text
 from longnet_cli.errors import CheckpointError, ConfigError
-from longnet_cli.integrations.transformers import pattern_of, use_dilated_attention
-from longnet_cli.integrations.transformers_rotary import ROPE_OF_LENGTH, rope_parameters
+from longnet_cli.integrations.transformers import (
+    NAME,
+    LongNetCache,
+    pattern_of,
+    use_dilated_attention,
+    use_own_attention,
+)
+from longnet_cli.integrations.transformers_rotary import (
+    FLOAT32_POSITIONS,
+    ROPE_OF_LENGTH,
+    make_phases_exact,
+    rope_parameters,
+)
 from longnet_cli.model.integrity import check_finite
 from longnet_cli.model.net import FarProvider, Net
 
-AttentionKind = Literal["dilated", "dense"]
-
 _CACHE_NAMES = ("cache", "past_key_values")  # what forward calls it, and called it before
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
+_GROWS = "it keeps all keys of a document, so that memory grows with it"
 _NOTES = {
     "segments": None,
-    "cache": "it keeps all keys of a document, so that memory grows with it: not all of its layers take far keys",
+    "cache": f"{_GROWS}: not all of its layers take far keys",
     "none": "it reads each document in one forward, whatever --chunk",
 }
-
-DENSE = Pattern((1 << 40,), (1,))  # what dense attention is: one segment, longer than any sequence
 
 
 class TransformersConfig(BaseModel):
@@ -60,7 +71,7 @@ class TransformersConfig(BaseModel):
     ffn_dim: int
     causal: bool
     memory: Literal["segments", "cache", "none"]  # what remembers a causal sequence between its chunks
-    max_tokens: int | None
+    max_tokens: int | None  # positions, where they are a table; of a dense net as trained, what it was trained on
     pattern: Pattern
     source: str
 
@@ -70,28 +81,51 @@ class TransformersConfig(BaseModel):
 
 
 class TransformersNet(Net):
-    """`model`, in eval mode, behind LongNet's interface. Raises ConfigError for one that is no text Transformer."""
+    """`model`, in eval mode and with the attention that it has, behind LongNet's interface.
 
-    def __init__(self, model: hf.PreTrainedModel, attention: AttentionKind) -> None:
+    `as_trained` limits it to sequences of the length that it was trained on. Raises ConfigError for a model that is no
+    text Transformer.
+    """
+
+    def __init__(self, model: hf.PreTrainedModel, *, as_trained: bool = False) -> None:
         super().__init__()
         self.model = model.eval()
-        self.config: TransformersConfig = _facts(model, attention)
+        dilated = model.config._attn_implementation == NAME
+        self.config: TransformersConfig = _facts(model, dilated, as_trained)
         self._accepted = frozenset(inspect.signature(model.base_model.forward).parameters)
         self._cache_name = next((name for name in _CACHE_NAMES if name in self._accepted), None)
         if self.config.causal:
             kinds = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
-            if attention == "dilated" and "position_ids" in self._accepted and self._far_keys_reach_every_layer():
+            if dilated and "position_ids" in self._accepted and self._far_keys_reach_every_layer():
                 self.config = self.config.model_copy(update={"memory": "segments"})
             elif self._cache_name and kinds <= _CACHED_LAYERS:
                 self.config = self.config.model_copy(update={"memory": "cache"})
+        if not make_phases_exact(model):
+            most = min(self.config.max_tokens or FLOAT32_POSITIONS, FLOAT32_POSITIONS)
+            self.config = self.config.model_copy(update={"max_tokens": most})
         self.note = _NOTES[self.config.memory]
+        if dilated and self.config.streams:  # a layer that gets no far keys from outside has a LongNetCache
+            self.note = _GROWS if self.config.pattern == Pattern.dense() else None
+        if as_trained and (limit := self.config.max_tokens):
+            self.note = f"no pattern is given: dense attention as it was trained, on up to {limit} tokens"
+            if not self.config.streams:
+                self.note += f"; {_NOTES['none']}"
+            if not _positions(model):
+                window = "pretrained" if limit >= 2048 else f"window:{max(4, limit // 2)},sinks=4"
+                self.choices = f"--pattern {window} (a window and 4 sinks) or --pattern dense (farther than trained)"
+
+    def as_it_comes(self) -> TransformersNet:
+        """The same model with transformers' own attention, in place: what dense attention is held against."""
+        return TransformersNet(use_own_attention(self.model))
 
     def stream(self) -> Callable[..., Tensor] | None:
-        """One whose memory is transformers' cache, where far keys are not enough."""
+        """One whose memory is a cache of transformers, or ours for it, where not every layer takes far keys."""
         if self.config.memory != "cache":
             return None
         assert self._cache_name
-        cache = {self._cache_name: hf.DynamicCache(config=self.model.config), "use_cache": True}
+        config = self.model.config
+        kept = LongNetCache(config) if config._attn_implementation == NAME else hf.DynamicCache(config=config)
+        cache = {self._cache_name: kept, "use_cache": True}
 
         @torch.no_grad()
         def read(tokens: Tensor, *, edges: Sequence[int] | None = None) -> Tensor:
@@ -157,29 +191,32 @@ class TransformersNet(Net):
 def load_transformers(
     folder: str | Path,
     *,
-    attention: AttentionKind = "dilated",
     pattern: Pattern | None = None,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> TransformersNet:
-    """The net in a folder that `save_pretrained` of transformers wrote, in float32, in eval mode.
+    """The net in a folder that `save_pretrained` of transformers wrote, its weights of type `dtype`, in eval mode.
 
-    `pattern` None takes the one in its config.json (`dilated_attention`). Raises ConfigError for an architecture that
-    this version of transformers or dilated attention does not know, a missing pattern, or code of the folder's own;
-    CheckpointError for missing or damaged weights.
+    Weights that are stored in that type are mapped from their files, not copied, and go from there to a GPU, tensor by
+    tensor. Others are converted, tensor by tensor.
+
+    `pattern` None takes the one in its config.json (`dilated_attention`), or without one dense attention, for no more
+    tokens than the model was trained on. Dense attention is the model's own wherever it cannot get far keys from
+    outside, and the same numbers elsewhere. Raises ConfigError for an architecture that this version of transformers or
+    dilated attention does not know, or code of the folder's own; CheckpointError for missing or damaged weights.
     """
     path = Path(folder)
     hf.utils.logging.set_verbosity_error()  # stderr is the command's, and its failures are one line
     hf.utils.logging.disable_progress_bar()
     config, architecture = _architecture(path)
-    if attention == "dense" and pattern is not None:
-        raise ConfigError("dense attention has no pattern: leave out --pattern, --segment-lengths and --dilation-rates")
-    if attention == "dilated" and pattern is None and not getattr(config, "dilated_attention", None):
-        raise ConfigError(f"{folder}: no dilated_attention in config.json: give --pattern, or --attention dense")
+    as_trained = pattern is None and not getattr(config, "dilated_attention", None)
+    if as_trained:
+        pattern = Pattern.dense()
     try:
         model, report = architecture.from_pretrained(
             path,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are told of below, by name
@@ -193,13 +230,25 @@ def load_transformers(
     if wrong := sorted(report["mismatched_keys"]):
         name, found, needed = wrong[0]
         raise CheckpointError(f"{folder}: {name} has shape {tuple(found)}, its configuration needs {tuple(needed)}")
+    model = model.to(device)
     check_finite({name: parameter.detach() for name, parameter in model.named_parameters()}, str(folder))
     try:
-        if attention == "dilated":
-            use_dilated_attention(model, pattern)
-        return TransformersNet(model.to(device), attention)
+        if pattern == Pattern.dense():
+            return _dense(model, as_trained)
+        return TransformersNet(use_dilated_attention(model, pattern))
     except (ConfigError, ValueError) as error:  # ValueError: transformers', for a class with attention of its own
         raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from None
+
+
+def _dense(model: hf.PreTrainedModel, as_trained: bool) -> TransformersNet:
+    """A net of dense attention: ours where that streams, which the cache of transformers does slower; else its own."""
+    try:
+        net = TransformersNet(use_dilated_attention(model, Pattern.dense()), as_trained=as_trained)
+        if net.config.memory == "segments":
+            return net
+    except (ConfigError, ValueError):  # what dilated attention does not serve (soft capping), its own does
+        pass
+    return TransformersNet(use_own_attention(model), as_trained=as_trained)
 
 
 def _architecture(folder: Path) -> tuple[Any, Any]:
@@ -239,7 +288,7 @@ def _positions(model: hf.PreTrainedModel) -> int | None:
     return limit
 
 
-def _facts(model: hf.PreTrainedModel, attention: AttentionKind) -> TransformersConfig:
+def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> TransformersConfig:
     config = model.config
     name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
@@ -262,7 +311,7 @@ def _facts(model: hf.PreTrainedModel, attention: AttentionKind) -> TransformersC
         ffn_dim=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * dim,
         causal=directions.pop(),
         memory="none",
-        max_tokens=_positions(model),
-        pattern=pattern_of(config) if attention == "dilated" else DENSE,
+        max_tokens=_positions(model) or (getattr(config, "max_position_embeddings", None) if as_trained else None),
+        pattern=pattern_of(config) if dilated else Pattern.dense(),
         source=config.to_json_string(use_diff=False),
     )

@@ -1,9 +1,12 @@
-"""How the models of transformers turn their keys by position, which sinks need (`attention.sinks`).
+"""How the models of transformers turn their keys by position: for sinks (`attention.sinks`), and for far positions.
 
 Nothing says where a model rotates, or which numbers of a head make a pair; so it is tried. One token attends to itself
 alone: its hidden states depend on no position but through a table of learned ones, and its keys at two positions
 differ by exactly one turn, in every layer. A layer whose keys are not turned (SmolLM3 has some) keeps its sinks as
 they are, which is exact, and so do all layers of a model with learned positions. What fits nothing is refused.
+
+Phases of transformers are float32: at position 10^6 the fastest pair is off by 0.06, at 10^8 by anything. Beyond the
+length that a model was trained on, `make_phases_exact` takes float64 ones, modulo 2 pi, as a LongNet does.
 
 B batch, S segments, n sinks, K key heads, D head_dim.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +33,92 @@ ROPE_OF_LENGTH = ("dynamic", "longrope")
 _PROBE, _KEYS = "dilated_probe", "_dilated_probe_keys"
 _POSITION, _DISTANCE = 3, 61  # of the tried keys: small, as phases are float32 in transformers
 _LEARNED = ("position_embeddings", "embed_positions", "wpe")  # what models call their tables
+
+
+FLOAT32_POSITIONS = 1 << 20  # as far as float32 phases are better than noise, where ours do not fit
+
+_EXACT = "_exact_phases"  # of a module that already has them
+
+
+def make_phases_exact(model: PreTrainedModel) -> bool:
+    """Let the modules that make a model's rotary phases make them in float64 beyond its trained length, in place.
+
+    Up to `max_position_embeddings` they give what they gave. Returns whether all rotations of the model are made so,
+    or it has none: False for those in several dimensions, in complex numbers, or of a length of their own.
+    """
+    makers = [
+        m for m in model.modules() if any(name.endswith("inv_freq") for name, _ in m.named_buffers(recurse=False))
+    ]
+    ropes = rope_parameters(model.config)
+    if not makers or {rope.get("rope_type") for rope in ropes} & {*ROPE_OF_LENGTH}:
+        return not ropes[0]
+    trained = getattr(model.config, "max_position_embeddings", None) or FLOAT32_POSITIONS
+    for maker in makers:
+        if getattr(maker, _EXACT, False):
+            continue
+        found = _ExactPhases.of(maker, trained, getattr(model.config, "layer_types", None) or [None])
+        if found is None:
+            return False
+        maker.register_forward_hook(found, with_kwargs=True)
+        setattr(maker, _EXACT, True)
+    return True
+
+
+class _ExactPhases:
+    """A forward hook on a module `(x, position_ids, ...) -> (cos, sin)`, each (B, N, columns)."""
+
+    def __init__(self, names: inspect.Signature, trained: int, tables: dict[Any, tuple[Tensor, float]]) -> None:
+        self.names, self.trained, self.tables = names, trained, tables
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, maker: nn.Module, trained: int, layer_types: Sequence[str | None]) -> _ExactPhases | None:
+        """Tried at a few positions: which frequency each column has, for each type of layer. None for what fits not."""
+        names = inspect.signature(maker.forward)
+        if not {"x", "position_ids"} <= names.parameters.keys():
+            return None
+        rates = [x for name, x in maker.named_buffers(recurse=False) if name.endswith("inv_freq") and x.dim() == 1]
+        by_type = "layer_type" in names.parameters
+        tables = {}
+        for kind in {*layer_types} if by_type else {None}:
+            places = torch.tensor([[0, 1, _POSITION, _DISTANCE]], device=rates[0].device) if rates else None
+            if places is None or places.is_meta:
+                return None
+            more = {"layer_type": kind} if by_type else {}
+            try:
+                made = maker.forward(x=rates[0].new_zeros(1, 1, 1, dtype=torch.float32), position_ids=places, **more)
+            except (
+                AttributeError,
+                LookupError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ):  # it takes positions of its own kind
+                return None
+            if not (isinstance(made, tuple) and len(made) == 2 and made[0].shape[:2] == places.shape):
+                return None
+            scale = made[0][0, 0, 0].item()
+            layouts = [y for x in rates for y in (torch.cat([x, x]), x.repeat_interleave(2), x)]
+            for columns in (y.double() for y in layouts if len(y) == made[0].shape[-1]):
+                phase = places[0].double()[:, None] * columns
+                if all(_equal(x[0], scale * y) for x, y in zip(made, (phase.cos(), phase.sin()), strict=True)):
+                    tables[kind] = columns.cpu(), scale
+                    break
+            else:
+                return None
+        return cls(names, trained, tables)
+
+    def __call__(
+        self, maker: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], made: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        given = self.names.bind(*args, **kwargs).arguments
+        positions = given["position_ids"]
+        columns, scale = self.tables[given.get("layer_type")]
+        phase = positions.double()[..., None] * columns.to(positions.device)
+        phase = phase.remainder(2 * math.pi)
+        own = (positions < self.trained)[..., None]
+        cos, sin = (scale * x for x in (phase.cos(), phase.sin()))
+        return torch.where(own, made[0], cos.to(made[0].dtype)), torch.where(own, made[1], sin.to(made[1].dtype))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class NetConfig(Protocol):
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens of the longest sequence that there are positions for; None for no limit."""
+        """Tokens of the longest sequence that it reads; None for no limit."""
 
     def model_dump_json(self) -> str: ...
 
@@ -54,6 +54,7 @@ class Net(nn.Module):
 
     config: NetConfig
     note: str | None = None  # what a user should know of how it reads documents, in one line
+    choices: str = ""  # what there is to choose where a sequence is too long, besides shorter ones
 
     def stream(self) -> Callable[..., Tensor] | None:
         """Return what reads a causal sequence chunk by chunk, as a CausalStream; None where that is what does."""

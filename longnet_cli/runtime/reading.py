@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longnet_cli.errors import ConfigError
+from longnet_cli.errors import ConfigError, TooLongError
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
 from longnet_cli.runtime.chunks import default_chunk, open_stream
@@ -35,20 +35,31 @@ class Ids(Protocol):
     def read(self, start: int, stop: int, /) -> np.ndarray: ...  # (stop - start,) int64
 
 
+# What a model reads before each document: nothing, one id, or several, as some templates of tokenizers have
+Bos = int | Sequence[int] | None
+
+
+def bos_ids(bos: Bos) -> tuple[int, ...]:
+    """The ids of a `Bos`, in order."""
+    return () if bos is None else (bos,) if isinstance(bos, int) else tuple(bos)
+
+
 @dataclass(frozen=True)
 class AfterBos:
-    """The ids that a model reads of a document: `bos`, unless it is None, then the document from `first` on."""
+    """The ids that a model reads of a document: those of `bos`, then the document's, from `first` on."""
 
     document: Ids
-    bos: int | None
+    bos: Bos
 
     @property
     def first(self) -> int:
-        return 0 if self.bos is None else 1
+        return len(bos_ids(self.bos))
 
     def read(self, start: int, stop: int, /) -> np.ndarray:
-        ids = self.document.read(max(0, start - self.first), stop - self.first)
-        return np.concatenate((np.array([self.bos]), ids)) if start < self.first else ids
+        if start >= self.first:
+            return self.document.read(start - self.first, stop - self.first)
+        before = np.array(bos_ids(self.bos)[start:stop], np.int64)
+        return np.concatenate((before, self.document.read(0, max(0, stop - self.first))))
 
 
 @dataclass(frozen=True)
@@ -233,11 +244,17 @@ def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]
         order = order[rows:]
 
 
-def check_length(model: Net, tokens: int, where: str, instead: str) -> None:
-    """Raise ConfigError where `model` has no positions for `tokens` of the document `where`: do this `instead`."""
+def check_length(model: Net, tokens: int, where: str, instead: str, *, skips: bool = True) -> None:
+    """Raise TooLongError where `model` does not read `tokens` of the document `where`: do this `instead`.
+
+    `skips` tells of --skip-bad, too.
+    """
     limit = model.config.max_tokens
     if limit is not None and tokens > limit:
-        raise ConfigError(f"{where}: {tokens} tokens, and the model has {limit} positions: {instead}")
+        has = f"was trained on {limit}" if model.choices else f"has {limit} positions"
+        instead += f", or give {model.choices}" if model.choices else ""
+        instead += "; --skip-bad leaves such documents out" if skips else ""
+        raise TooLongError(f"{where}: {tokens} tokens, and the model {has}", instead)
 
 
 class _Share:

@@ -1,0 +1,44 @@
+"""`longnet convert`: a model in a format of others, as an ordinary folder."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Literal
+
+import typer
+
+from longnet_cli.cli.options import OUTPUT, QuietOption, option
+from longnet_cli.cli.output import printable
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="Read this file: GGUF, as llama.cpp reads it.", show_default=False),
+    ],
+    output: Annotated[
+        str,
+        option(OUTPUT, "--output -o", "DIR", "Write the model and its tokenizer to this new folder."),
+    ],
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        option(
+            OUTPUT,
+            "--dtype",
+            "auto|fp32|bf16|fp16",
+            "Write weights of this type; fp32 holds exactly what the file says.",
+            "the file's own, bf16 where it is quantized",
+        ),
+    ] = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Turn a model's file into an ordinary folder of transformers, which any tool loads.
+
+    What the file holds is seen from its first bytes. Quantized weights are written out as plain numbers.
+    Needs the extra `gguf`: pip install 'longnet-cli[gguf]'.
+    """
+    from longnet_cli.integrations.converting import convert as run
+
+    what = run(source, output, dtype)
+    if not quiet and sys.stderr:
+        print(printable(f"{source}: {what} -> {output}"), file=sys.stderr)

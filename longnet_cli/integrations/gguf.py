@@ -1,0 +1,67 @@
+"""A model in a GGUF file, the format of llama.cpp, as an ordinary folder of transformers. Needs the extra `gguf`.
+
+transformers reads the file and undoes its quantization; what is written loads anywhere, without GGUF.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import redirect_stderr
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from longnet_cli.atomic import new_folder
+from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.model.integrity import check_finite
+
+_NEEDED = ("transformers", "gguf", "accelerate")
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # types that are not quantized
+
+
+def convert_gguf(path: Path, folder: Path, dtype: torch.dtype | None = None) -> str:
+    """Write the model and the tokenizer of a GGUF file to a new folder: safetensors and JSON, whole or not at all.
+
+    `dtype` is the type of the weights; None takes that of the file's, or bfloat16 where they are quantized. Returns
+    what was written: `LlamaForCausalLM, of F32, Q4_1 weights as bfloat16`. Raises ConfigError where a library is
+    missing or the folder is in use, CheckpointError for a file that transformers cannot read.
+    """
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        raise ConfigError(f"{path}: GGUF needs {', '.join(missing)}: pip install 'longnet-cli[gguf]'")
+    import gguf
+    import transformers as hf
+
+    hf.utils.logging.set_verbosity_error()
+    hf.utils.logging.disable_progress_bar()
+    with new_folder(folder) as place:
+        try:
+            kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+            wide = max(kinds & {"F16", "BF16"}, default="F32")
+            chosen = dtype or (_PLAIN[wide] if kinds <= _PLAIN.keys() else torch.bfloat16)
+            given = {"gguf_file": path.name, "local_files_only": True}
+            with redirect_stderr(io.StringIO()):  # a bar that nothing else turns off
+                model, report = hf.AutoModelForCausalLM.from_pretrained(
+                    path.parent, dtype=chosen, output_loading_info=True, **given
+                )
+            tokenizer = hf.AutoTokenizer.from_pretrained(path.parent, **given)
+        except Exception as error:  # readers of a foreign format raise as they like
+            raise CheckpointError(f"{path}: transformers cannot read it: {' '.join(str(error).split())}") from None
+        if names := sorted(report["missing_keys"]):
+            raise CheckpointError(f"{path}: weights are missing, {names[0]} among {len(names)}")
+        check_finite({name: parameter.detach() for name, parameter in model.named_parameters()}, str(path))
+        model.hf_quantizer = None  # the weights are plain now
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        _drop_tokens_beyond(place / "tokenizer.json", model.get_input_embeddings().num_embeddings)
+    return f"{type(model).__name__}, of {', '.join(sorted(kinds))} weights as {str(chosen).removeprefix('torch.')}"
+
+
+def _drop_tokens_beyond(path: Path, vocab_size: int) -> None:
+    """Remove the special tokens that a class of tokenizers has by default, and the model has no ids for."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < vocab_size]
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,195 @@
+"""Documents that a model does not read: refused before work starts where their lengths are known, or left out and
+counted; and what goes before each document.
+
+pytest tests/test_too_long.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+import torch
+from tokenizers.processors import TemplateProcessing
+from typer.testing import CliRunner, Result
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+
+import transformers as hf
+
+from longnet_cli.cli.app import app
+from longnet_cli.data.bos import document_start
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.errors import ConfigError, DataError, TooLongError
+
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "intermediate_size": 64,
+}
+LIMIT = 64  # tokens that the model was trained on, with the one before each document
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=LIMIT, bos_token_id=7)
+    hf.LlamaForCausalLM(config).save_pretrained(place)
+    Tokenizer.bytes().save(place / "tokenizer.json")
+    return place
+
+
+def run(*args: str | Path | int) -> Result:
+    return CliRunner().invoke(app, [*map(str, args)])
+
+
+def totals(*args: str | Path | int) -> dict:
+    result = run("score", *args, "--format", "json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["total"]
+
+
+def table(*lengths: int, column: str = "input_ids") -> pa.Table:
+    ids = pa.array([[i % 97 for i in range(n)] for n in lengths], pa.large_list(pa.int32()))
+    return pa.table({column: ids, "doc_id": [f"{n}-{i}" for i, n in enumerate(lengths)]})
+
+
+def test_dense_to_the_trained_length_and_refused_beyond(llama: Path, tmp_path: Path) -> None:
+    """The numbers are the model's own; one token more is refused in a line that says what there is to choose from."""
+    (tmp_path / "fits.txt").write_text("x" * LIMIT)
+    own = hf.LlamaForCausalLM.from_pretrained(llama)
+    ids = torch.tensor([[7, *b"x" * LIMIT]])
+    expected = torch.nn.functional.cross_entropy(own(ids[:, :-1]).logits[0], ids[0, 1:], reduction="sum").item()
+    assert totals(tmp_path / "fits.txt", "-m", llama)["nll_sum"] == pytest.approx(expected, rel=1e-5)
+
+    long = tmp_path / "long.txt"
+    long.write_text("x" * (LIMIT + 1))
+    result = run("score", tmp_path / "fits.txt", long, "-m", llama)
+    assert isinstance(result.exception, TooLongError)
+    assert result.exception.exit_code == 2
+    assert str(result.exception) == (
+        f"{long}: 65 tokens, and the model was trained on 64: score it in windows (--context 64 --stride 32), or give "
+        "--pattern window:32,sinks=4 (a window and 4 sinks) or --pattern dense (farther than trained); --skip-bad "
+        "leaves such documents out"
+    )
+    for choice in (["--context", 64, "--stride", 32], ["--pattern", "window:32,sinks=4"], ["--pattern", "dense"]):
+        assert totals(long, "-m", llama, *choice)["n_tokens"] == 65
+    refused = run("encode", long, "-m", llama, "-o", tmp_path / "out.arrow")  # here the last token is read as well
+    assert "66 tokens" in str(refused.exception)
+    assert not (tmp_path / "out.arrow").exists()
+
+
+@pytest.mark.parametrize("name", ["ids.parquet", "ids.arrow"])
+def test_lengths_that_are_known_are_checked_before_work_starts(llama: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "ids.parquet":
+        pq.write_table(table(5, 60, 70, 5), path)
+    else:
+        with ipc.new_file(path, table(5).schema) as file:
+            file.write_table(table(5, 60, 70, 5))
+    result = run("score", path, "-m", llama, "--chunk", 8, "--format", "jsonl")
+    assert isinstance(result.exception, TooLongError)
+    assert f"{path}, row 2: 70 tokens" in str(result.exception)
+    assert result.stdout == ""
+    assert isinstance(run("encode", path, "-m", llama, "-o", tmp_path / "out").exception, TooLongError)
+    assert totals(path, "-m", llama, "--context", LIMIT)["n_docs"] == 4
+
+
+def test_bad_documents_are_left_out_and_counted(llama: Path, tmp_path: Path) -> None:
+    """Too long, with an id that the model does not have, and for vectors empty; a resumed run counts them again."""
+    good, bad = table(5, 60), tmp_path / "bad.parquet"
+    rows = pa.concat_tables([good.slice(0, 1), table(70), good.slice(1)])
+    more = pa.table({"input_ids": pa.array([[1, 300], []], pa.large_list(pa.int32())), "doc_id": ["id", "empty"]})
+    pq.write_table(pa.concat_tables([rows, more]), bad)
+    pq.write_table(good, tmp_path / "good.parquet")
+
+    found, expected = totals(bad, "-m", llama, "--skip-bad"), totals(tmp_path / "good.parquet", "-m", llama)
+    assert (found["n_skipped"], expected["n_skipped"]) == (2, 0)
+    assert found["n_docs"] == expected["n_docs"] == 2
+    assert found["nll_sum"] == pytest.approx(expected["nll_sum"], rel=1e-6)
+    said = run("score", bad, "-m", llama, "--skip-bad").stderr.splitlines()
+    assert said[1:] == [
+        f"longnet: note: left out: {bad}, row 1: 70 tokens, and the model was trained on 64",
+        f"longnet: note: left out: {bad}, row 3, offset 1: token id 300 does not fit a vocabulary of 260",
+        "longnet: note: 2 documents left out",
+    ]
+    assert isinstance(run("score", bad, "-m", llama, "--context", 8).exception, DataError)
+
+    shards = ["encode", bad, "-m", llama, "-o", tmp_path / "out", "--shard-rows", 1, "--skip-bad"]
+    assert run(*shards).exit_code == 0
+    finished = tmp_path / "out" / "_manifest.json"
+    manifest = json.loads(finished.read_text())
+    assert manifest["totals"] == {"rows": 2, "documents": 2, "tokens": 65, "skipped": 3}
+    manifest["shards"].pop()
+    (tmp_path / "out" / "_unfinished.json").write_text(json.dumps(manifest))
+    finished.unlink()
+    assert run(*shards, "--resume").exit_code == 0
+    assert json.loads(finished.read_text())["totals"]["skipped"] == 3
+
+    pq.write_table(table(70, 80), bad)
+    nothing = run("score", bad, "-m", llama, "--skip-bad")
+    assert isinstance(nothing.exception, DataError)
+    assert "every document is empty or left out" in str(nothing.exception)
+
+
+def with_template(*before: str) -> Tokenizer:
+    inner = tokenizers.Tokenizer.from_str(Tokenizer.bytes().to_json())
+    inner.add_special_tokens(["<s>", "[gMASK]", "</s>"])
+    pairs = [(name, inner.token_to_id(name)) for name in {*before, "</s>"}]
+    inner.post_processor = TemplateProcessing(single=[*before, "$A", "</s>"], special_tokens=pairs)
+    return Tokenizer(inner)
+
+
+def test_what_goes_before_a_document(tmp_path: Path) -> None:
+    """The template's ids, else `add_bos_token`, else the configuration's id, else the end of text; or `--bos`."""
+
+    def found(words: Tokenizer | None, config: dict, settings: dict, bos: str | None = None) -> object:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        return document_start(tmp_path, words, bos)
+
+    bare, says = Tokenizer.bytes(), {"add_bos_token": True, "bos_token": {"content": "<s>"}}
+    assert found(with_template("<s>"), {"bos_token_id": 9}, {}) == 257
+    assert found(with_template("[gMASK]", "<s>"), {"bos_token_id": 9}, {}) == (258, 257)
+    assert found(with_template(), {"bos_token_id": 9}, says) == 257
+    assert found(with_template(), {"bos_token_id": 9}, says | {"add_bos_token": False}) == 9
+    assert found(None, {"bos_token_id": 9}, says) == 9
+    assert found(bare, {}, {}) == 256
+    assert found(bare, {"bos_token_id": 9}, {}, "none") is None
+    assert found(bare, {"bos_token_id": 9}, {}, "65") == 65
+    assert found(bare, {"bos_token_id": 9}, {}, "<|endoftext|>") == 256
+    with pytest.raises(ConfigError, match="--bos <s>: the tokenizer has no such token"):
+        found(bare, {}, {}, "<s>")
+    assert document_start(tmp_path.parent, bare) == 256  # a LongNet's
+
+
+def test_the_ids_before_a_document_are_read_and_not_scored(llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Branches merge.")
+    own = hf.LlamaForCausalLM.from_pretrained(llama)
+
+    def nats(*before: int) -> float:
+        ids = torch.tensor([[*before, *text.read_bytes()]])
+        logits = own(ids[:, :-1]).logits[0]
+        first = max(len(before), 1)
+        return torch.nn.functional.cross_entropy(logits[first - 1 :], ids[0, first:], reduction="sum").item()
+
+    assert totals(text, "-m", llama)["nll_sum"] == pytest.approx(nats(7), rel=1e-5)
+    assert totals(text, "-m", llama, "--bos", "<|endoftext|>")["nll_sum"] == pytest.approx(nats(256), rel=1e-5)
+    none = totals(text, "-m", llama, "--bos", "none")
+    assert none["n_tokens"] == len(text.read_bytes()) - 1
+    assert none["nll_sum"] == pytest.approx(nats(), rel=1e-5)
+    with_template("[gMASK]", "<s>").save(tmp_path / "tokenizer.json")
+    several = ["--tokenizer", tmp_path / "tokenizer.json", "--tokenizer-differs"]
+    found = totals(text, "-m", llama, *several)
+    assert found["n_tokens"] == len(text.read_bytes())
+    assert found["nll_sum"] == pytest.approx(nats(258, 257), rel=1e-5)
+    assert totals(text, "-m", llama, *several, "--context", 4, "--stride", 2)["n_tokens"] == found["n_tokens"]
