@@ -16,8 +16,8 @@ import torch
 from conftest import RunLongnet
 from processes import Start
 
-from longnet_cli.data.chat import ChatTemplate
 from longnet_cli.data.bos import document_end
+from longnet_cli.data.chat import ChatTemplate
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
@@ -109,6 +109,12 @@ def test_what_is_refused_is_one_line(run_longnet: RunLongnet, arguments: list[st
     assert done.stderr.startswith("longnet: error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_prompt_that_is_no_text_is_refused(run_longnet: RunLongnet) -> None:
+    done = run_longnet("generate", "\udcff", "-q")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "PROMPT is not UTF-8" in done.stderr
 
 
 def test_a_closed_pipe_and_ctrl_c_end_it(model: Path, start: Start) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -186,8 +186,10 @@ def _sources(prompt: str | None, inputs: list[str] | None) -> _Sources:
         raise ConfigError("PROMPT and --input are both given: give one")
     if prompt is None and not inputs and (sys.stdin is None or sys.stdin.isatty()):
         raise ConfigError("there is nothing to continue: give a text, --input FILE, or a text on stdin")
-    if prompt not in (None, "-") and sys.stderr and re.fullmatch(r"\S+", prompt or "") and Path(prompt or "").exists():
-        print(f"longnet: note: {printable(prompt or '')} is continued as text; --input reads the file", file=sys.stderr)
+    if prompt is not None and any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ConfigError("PROMPT is not UTF-8: give it as a file, with --input, in an encoding that is")
+    if prompt is not None and prompt != "-" and sys.stderr and os.path.exists(prompt):
+        print(f"longnet: note: {printable(prompt)} is continued as text; --input reads the file", file=sys.stderr)
     return _Sources(None if prompt == "-" else prompt, inputs or ["-"])
 
 
