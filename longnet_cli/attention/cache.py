@@ -60,6 +60,7 @@ class KVCache:
             for level, ((w, r), back) in enumerate(zip(pattern.levels, pattern.look_backs, strict=True))
         ]
         self._sinks = rows(pattern.sinks, SINKS)
+        self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as one segment after the other sees them
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +72,9 @@ class KVCache:
         for span in open_spans(self.pattern, self.position):
             rows = max(span_rows(self.pattern, span, self.num_heads, self.kv_heads))
             if rows:
-                found.append(FarKeys(*span, *self._rows(span)[:, :, :rows]))
+                whole = span.level == SINKS and self.position >= self.pattern.sinks
+                k, v = self._rows(span)[:, :, :rows]
+                found.append(FarKeys(*span, k, v, turned=self._turned if whole else None))
         return found
 
     @torch.no_grad()
@@ -109,6 +112,7 @@ class KVCache:
         index = torch.tensor(rows, device=self._sinks.device)
         self._levels = [[x.index_select(1, index) for x in places] for places in self._levels]
         self._sinks = self._sinks.index_select(1, index)
+        self._turned = {}
 
     def _rows(self, span: Span, *, grow: bool = False) -> Tensor:
         """Return where the rows of a span's segment are, (k and v, B, rows, lanes, D); `grow` makes room for all."""
