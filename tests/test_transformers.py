@@ -25,9 +25,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from longnet_cli.attention import Pattern
+from longnet_cli.attention.pattern import cached_rows
 from longnet_cli.attention.reference import dilated_attention_reference
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.transformers import (
+    LongNetCache,
     dilated_attention_forward,
     dilated_mask,
     pattern_of,
@@ -66,6 +68,11 @@ def gpt2(**changes: Any) -> hf.PreTrainedModel:
 
 def bert(**changes: Any) -> hf.PreTrainedModel:
     return hf.BertForMaskedLM(hf.BertConfig(**SIZES, **ROOM, **WIDE, **NO_DROPOUT, **changes))
+
+
+def mixed() -> hf.PreTrainedModel:
+    kinds = {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}
+    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES, **ROOM, **WIDE, **kinds, num_key_value_heads=6))
 
 
 def modernbert() -> hf.PreTrainedModel:
@@ -128,7 +135,8 @@ def reference(module, query, key, value, attention_mask, scaling=None, dropout=0
     if options.get("sliding_window") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    given = {"causal": module.is_causal if is_causal is None else is_causal, "lengths": attention_mask}
+    lengths = None if attention_mask is None else attention_mask[:, 1]
+    given = {"causal": module.is_causal if is_causal is None else is_causal, "lengths": lengths}
     given |= {"scale": scaling, "turn": getattr(module, "_dilated_turn", None)}
     return dilated_attention_reference(q, k, v, pattern_of(module.config), **given), None
 
@@ -185,9 +193,8 @@ def test_any_pattern_with_cached_keys_is_the_dense_reference(choice: Choice, siz
             for size in split(choice.tokens, [max(size, choice.tokens // 20) for size in sizes]):
                 start, stop = stop, stop + size
                 heads_first = (x.transpose(1, 2) for x in (q[:, start:stop], k[:, :stop], v[:, :stop]))
-                lengths = torch.tensor(choice.lengths) if choice.lengths else None
-                lengths = None if lengths is None else (lengths - start).clamp(0, size)
-                outs.append(dilated_attention_forward(module, *heads_first, lengths)[0])
+                columns = torch.tensor([[0, min(n, stop)] for n in choice.lengths]) if choice.lengths else None
+                outs.append(dilated_attention_forward(module, *heads_first, columns)[0])
             out = torch.cat(outs, 1)
         results.append([out.detach(), *torch.autograd.grad(out, inputs, dout.detach(), materialize_grads=True)])
     for found, expected in zip(results[1], results[0], strict=True):
@@ -262,8 +269,8 @@ def test_a_decoder_made_bidirectional() -> None:
     assert (causal["logits"] - expected["logits"]).abs().max() > 1e-2
 
 
-def test_masks_are_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the layers get of a padded batch is a number a row, not tokens x tokens."""
+def test_masks_are_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the layers get of a padded batch is two numbers a row, not tokens x tokens."""
     net = use_dilated_attention(built(llama), PAPER_64TH)
     seen = []
     original = hf.AttentionInterface._global_mapping["dilated"]
@@ -274,8 +281,9 @@ def test_masks_are_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(hf.AttentionInterface._global_mapping, "dilated", spy)
     net(ids(90), attention_mask=right_padded(90))
+    net(ids(90), attention_mask=right_padded(90).flip(1))
     net(ids(90))
-    assert [None if m is None else m.tolist() for m in seen] == [[90, 30]] * 2 + [None] * 2
+    assert [None if m is None else m.tolist() for m in seen[::2]] == [[[0, 90], [0, 30]], [[0, 90], [60, 90]], None]
 
 
 @pytest.mark.parametrize(("model", "pattern"), [(llama, LEVELS), (qwen2, FAR), (qwen3, NESTED), (gpt2, WINDOW)])
@@ -297,15 +305,59 @@ def test_a_cache_changes_nothing(model: Callable[[], hf.PreTrainedModel], patter
     assert_equal(results[1], results[0])
 
 
-@pytest.mark.parametrize("pattern", [LEVELS, WINDOW])
-def test_generate_is_exact_with_and_without_the_cache(pattern: Pattern) -> None:
-    net = use_dilated_attention(built(llama, eos_token_id=None), pattern)
+def left_padded(tokens: int) -> Tensor:
+    return right_padded(tokens).flip(1)
+
+
+@pytest.mark.parametrize(("model", "pattern"), [(llama, WINDOW), (qwen3, NESTED), (gpt2, LEVELS), (mixed, FAR)])
+def test_generate_is_exact_with_any_cache(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
+    """Token for token what one pass over all before it has as its best, for rows of different lengths too."""
+    net = use_dilated_attention(built(model), pattern)
+    net.generation_config.eos_token_id = None
     options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
-    with_cache = net.generate(ids(30), **options)
-    assert torch.equal(with_cache, net.generate(ids(30), use_cache=False, **options))
-    for end in range(30, 70):  # every token is the best of one pass over all before it
-        logits = net(with_cache[:, :end], use_cache=False).logits[:, -1]
-        assert torch.equal(logits.argmax(-1), with_cache[:, end])
+    for mask in (None, left_padded(30)):
+        padded = {} if mask is None else {"attention_mask": mask}
+        bounded = LongNetCache(net.config)
+        found = net.generate(ids(30), past_key_values=bounded, **padded, **options)
+        assert torch.equal(net.generate(ids(30), **padded, **options), found)
+        assert bounded.get_seq_length() == 69
+    in_chunks = {"past_key_values": LongNetCache(net.config), "prefill_chunk_size": 7}
+    assert torch.equal(net.generate(ids(30), attention_mask=left_padded(30), **in_chunks, **options), found)
+    alone = net.generate(ids(30)[1:, 20:], past_key_values=LongNetCache(net.config), **options)
+    assert torch.equal(found[1:, 20:], alone)
+    for sequence, prompt in ((found[:1], 30), (alone, 10)):
+        logits = net(sequence, use_cache=False).logits[:, prompt - 1 : -1]
+        assert torch.equal(logits.argmax(-1), sequence[:, prompt:])
+
+
+def test_a_bounded_cache_is_bounded_and_follows_beams() -> None:
+    net = use_dilated_attention(built(llama, eos_token_id=None), FAR)
+    options = {"attention_mask": left_padded(30), "max_new_tokens": 40, "pad_token_id": 0, "num_beams": 3}
+    cache = LongNetCache(net.config)
+    found = net.generate(ids(30), past_key_values=cache, num_return_sequences=2, **options)
+    assert torch.equal(found, net.generate(ids(30), num_return_sequences=2, **options))
+    layers = net.config.num_hidden_layers
+    assert cache.nbytes == 6 * layers * 4 * 2 * 8 * cached_rows(FAR, 12, 4)
+    cache.batch_select_indices(torch.tensor([4, 0]))
+    assert cache.nbytes == 2 * layers * 4 * 2 * 8 * cached_rows(FAR, 12, 4)
+
+
+def test_padding_on_both_sides_is_as_alone() -> None:
+    """Without a cache, gradients too; a row without a token harms nobody."""
+    net = use_dilated_attention(built(llama), FAR)
+    mask = torch.zeros(3, 60, dtype=torch.int64)
+    mask[0, 5:50] = mask[1, 5:60] = 1
+    padded = net(ids(60, 3), attention_mask=mask, use_cache=False).logits
+    results = []
+    for row, (first, stop) in enumerate([(5, 50), (5, 60)]):
+        alone = net(ids(60, 3)[row : row + 1, first:stop], use_cache=False).logits[0]
+        results += [
+            (x, *torch.autograd.grad(x.square().sum(), net.lm_head.weight, retain_graph=True))
+            for x in (padded[row, first:stop], alone)
+        ]
+    for found, expected in zip(results[::2], results[1::2], strict=True):
+        for x, y in zip(found, expected, strict=True):
+            assert (x - y).abs().max() <= 1e-4 * y.abs().max()
 
 
 @pytest.mark.parametrize(("model", "pattern"), [(llama, FAR), (bert, PAPER_64TH)])
@@ -377,7 +429,7 @@ PACKED = torch.cat([torch.arange(20), torch.arange(20)])[None].expand(2, -1)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"attention_mask": right_padded(40).flip(1)}, "padding on the right only, and row 1 "),
+        ({"attention_mask": (torch.arange(40) % 20 > 5).long().expand(2, -1)}, "row 0 has padding between its tokens"),
         ({"attention_mask": torch.ones(2, 1, 40, 40, dtype=torch.bool)}, r"not one of \(2, 1, 40, 40\)"),
         ({"position_ids": PACKED}, "position_ids that restart"),
     ],
@@ -389,12 +441,21 @@ def test_calls_that_are_refused(call: dict[str, Tensor], message: str) -> None:
 
 
 def test_caches_that_are_refused() -> None:
-    net = use_dilated_attention(built(llama), PAPER_64TH)
-    with pytest.raises(ValueError, match="generates with a DynamicCache"):
-        net.generate(ids(20), max_new_tokens=3, cache_implementation="static", pad_token_id=0)
-    padded = {"attention_mask": right_padded(20).flip(1), "max_new_tokens": 3, "pad_token_id": 0}
-    with pytest.raises(ValueError, match="padding on the right only"):
-        net.generate(ids(20), **padded)
+    net = use_dilated_attention(built(llama, eos_token_id=None), PAPER_64TH)
+    options = {"max_new_tokens": 3, "pad_token_id": 0}
+    with pytest.raises(ValueError, match="generates with a LongNetCache, with a DynamicCache"):
+        net.generate(ids(20), cache_implementation="static", **options)
+    for cache in (None, LongNetCache(net.config)):
+        with pytest.raises(ValueError, match=r"row 1 has padding between its tokens.*padding_side = .left"):
+            net.generate(ids(20), attention_mask=right_padded(20), past_key_values=cache, **options)
+    cache = LongNetCache(net.config)
+    net.generate(ids(20), past_key_values=cache, **options)
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="the padding of a batch changed"):
+        net(ids(1), attention_mask=left_padded(cache.get_seq_length() + 1), past_key_values=cache)
+    with pytest.raises(ValueError, match="a LongNetCache is for dilated attention"):
+        built(llama)(ids(9), past_key_values=LongNetCache(net.config))
 
 
 @pytest.mark.parametrize(

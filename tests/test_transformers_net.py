@@ -103,7 +103,7 @@ def test_a_stream_with_the_cache_of_transformers_is_the_whole(
 ) -> None:
     net = net_of(model, attention)
     assert net.config.memory == "cache"
-    assert "keeps all keys" in net.note
+    assert net.note is None if attention == "dilated" else "keeps all keys" in net.note  # a LongNetCache keeps few
     assert_stream_is_whole(open_stream(net), net)
 
 

@@ -7,7 +7,7 @@ whatever its length: 40,960 rows a head for a billion tokens of `Pattern.geometr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import torch
@@ -60,6 +60,7 @@ class KVCache:
             for level, ((w, r), back) in enumerate(zip(pattern.levels, pattern.look_backs, strict=True))
         ]
         self._sinks = rows(pattern.sinks, SINKS)
+        self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as one segment after the other sees them
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +72,9 @@ class KVCache:
         for span in open_spans(self.pattern, self.position):
             rows = max(span_rows(self.pattern, span, self.num_heads, self.kv_heads))
             if rows:
-                found.append(FarKeys(*span, *self._rows(span)[:, :, :rows]))
+                whole = span.level == SINKS and self.position >= self.pattern.sinks
+                k, v = self._rows(span)[:, :, :rows]
+                found.append(FarKeys(*span, k, v, turned=self._turned if whole else None))
         return found
 
     @torch.no_grad()
@@ -103,6 +106,13 @@ class KVCache:
                         strided_view(rows[0], views.segment).copy_(strided_view(keys.k, views.packed))
                         strided_view(rows[1], views.segment).copy_(strided_view(keys.v, views.packed))
         self.position = stop
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Make row i of the batch what row `rows[i]` is, in new memory."""
+        index = torch.tensor(rows, device=self._sinks.device)
+        self._levels = [[x.index_select(1, index) for x in places] for places in self._levels]
+        self._sinks = self._sinks.index_select(1, index)
+        self._turned = {}
 
     def _rows(self, span: Span, *, grow: bool = False) -> Tensor:
         """Return where the rows of a span's segment are, (k and v, B, rows, lanes, D); `grow` makes room for all."""

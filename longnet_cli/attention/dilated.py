@@ -45,6 +45,8 @@ class FarKeys:
 
     Of level `SINKS`, the positions are of the first `pattern.sinks`, and k is rotated for them as any other.
 
+    `turned` keeps what sinks were turned to last, for a caller whose k and v of all sinks stay the same in every call.
+
     `ready` is called before k and v are read, after near keys. `back` is called in the backward with the gradients of k
     and v, in fp32 or fp64, before those of near keys are computed; they flow into k and v as well. Both let a message
     travel while near keys are attended to.
@@ -57,6 +59,7 @@ class FarKeys:
     v: Tensor
     ready: Callable[[], object] | None = None
     back: Callable[[Tensor, Tensor], object] | None = None
+    turned: dict[tuple[int, ...], tuple[Tensor, ...]] | None = None
 
     @property
     def span(self) -> Span:
@@ -129,7 +132,7 @@ def dilated_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     spans = tuple(keys.span for keys in far)
     found = sink_rows(pattern, start, q.shape[1], documents, spans) if pattern.sinks and turn else None
-    sinks = _Sinks(found, turn, pattern.sinks) if found and turn else None
+    sinks = _Sinks(found, turn, pattern.sinks, _kept(found, far)) if found and turn else None
     if torch.compiler.is_compiling():  # one opaque operator (`compiled`): no graph follows the integers of a plan
         for keys in far:
             if keys.ready:
@@ -231,13 +234,26 @@ class _Sinks(NamedTuple):
     rows: SinkRows
     turn: Turn
     number: int
+    kept: dict[tuple[int, ...], tuple[Tensor, ...]] | None  # by distances
 
     def collect(self, k: Tensor, v: Tensor, far: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return self.rows.collect(k, far[::2], self.number), self.rows.collect(v, far[1::2], self.number)
 
     def turned(self, k: Tensor, v: Tensor, far: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """k and v as every segment sees them, packed."""
-        return tuple(unit_stride(x) for x in self.rows.spread(*self.collect(k, v, far), self.turn))
+        if self.kept is not None and self.rows.distances in self.kept:
+            return self.kept[self.rows.distances]
+        found = tuple(unit_stride(x) for x in self.rows.spread(*self.collect(k, v, far), self.turn))
+        if self.kept is not None:
+            self.kept.clear()
+            self.kept[self.rows.distances] = found
+        return found
+
+
+def _kept(sinks: SinkRows, far: Sequence[FarKeys]) -> dict[tuple[int, ...], tuple[Tensor, ...]] | None:
+    """Where turned sinks are kept: with the far keys that hold all sinks of the one document that has any here."""
+    holders = [keys for keys in far if keys.level == SINKS]
+    return holders[0].turned if len(holders) == 1 and sinks.firsts == (0,) else None
 
 
 class _DilatedAttention(torch.autograd.Function):

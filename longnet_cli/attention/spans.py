@@ -9,6 +9,7 @@ query head has its own key head, lanes are heads; at rate 1, and for sinks, they
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from math import lcm
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +41,7 @@ class Lanes(NamedTuple):
     of_head: tuple[int, ...]
 
 
+@lru_cache(maxsize=1 << 10)  # decoding asks several times per layer and token
 def lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int = 0) -> Lanes:
     """The lanes of a level for `num_heads` query heads on `kv_heads` key heads (0: as many)."""
     group = num_heads // (kv_heads or num_heads)

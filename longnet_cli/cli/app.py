@@ -20,6 +20,7 @@ from longnet_cli.cli.command import Command, Group
 from longnet_cli.cli.convert import convert
 from longnet_cli.cli.data import data
 from longnet_cli.cli.encode import encode
+from longnet_cli.cli.generate import generate
 from longnet_cli.cli.output import printable
 from longnet_cli.cli.pattern import pattern
 from longnet_cli.cli.plot import plot
@@ -37,7 +38,7 @@ EPILOG = (
 )
 
 # One function per command, in the order of a first day's work. Their modules import torch only when they run.
-COMMANDS: tuple[Callable[..., None], ...] = (tokenize, pattern, convert, train, plot, score, encode, bench)
+COMMANDS: tuple[Callable[..., None], ...] = (tokenize, pattern, convert, train, plot, score, encode, generate, bench)
 
 _python_warning = warnings.showwarning
 

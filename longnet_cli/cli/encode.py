@@ -130,7 +130,7 @@ def encode(
     ranks, where = join(device)
     quiet = quiet or not ranks.first
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
-    net, words, before = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
+    net, words, before, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
     from longnet_cli.encoding import SHARD_ROWS, EncodeOptions, encode_to_folder
     from longnet_cli.encoding import encode as run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from longnet_cli.cli.output import printable
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from longnet_cli.attention import Pattern
+    from longnet_cli.data.chat import ChatTemplate
     from longnet_cli.data.documents import Document
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.errors import LongNetError
@@ -32,11 +34,16 @@ def refuse_overwriting(
 
 
 class Loaded(NamedTuple):
-    """A model, its tokenizer, and what it reads before each document; None for what there is not."""
+    """A model, its tokenizer, and what it reads before each document; None for what there is not.
+
+    `ends` are the ids at which the model's own texts end, `chat` its chat template where that is asked for.
+    """
 
     net: Net
     words: Tokenizer | None
     bos: int | tuple[int, ...] | None
+    ends: frozenset[int]
+    chat: ChatTemplate | None
 
 
 def load_model(
@@ -48,6 +55,8 @@ def load_model(
     pattern: Pattern | None = None,
     bos: str | None = None,
     quiet: bool = False,
+    *,
+    chat: bool = False,
 ) -> Loaded:
     """The model that --model names, for --dtype on `device`, and --tokenizer, or its own without it; `bos` is --bos.
 
@@ -55,7 +64,7 @@ def load_model(
     Raises ConfigError for a tokenizer that is not the model's, unless `tokenizer_differs`, or has ids that the
     model does not have, a model that reads no tokens, or an attention kernel that cannot run in `dtype`.
     """
-    from longnet_cli.data.bos import document_start
+    from longnet_cli.data.bos import document_end, document_start
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.errors import ConfigError
     from longnet_cli.integrations.converting import unpacked
@@ -70,7 +79,8 @@ def load_model(
         keep_freed_memory()
     with unpacked(found, kind) as folder:
         words = Tokenizer.of_model(folder, tokenizer, differs=tokenizer_differs)
-        before = document_start(folder, words, bos)
+        before, ends = document_start(folder, words, bos), document_end(folder, words)
+        template = _template(folder, words) if chat else None
         net = load_net(folder, pattern=pattern, device=device, dtype=DTYPES[kind])
     check_kernel(device, dtype, net.config.head_dim)
     if not net.config.vocab_size:
@@ -82,7 +92,16 @@ def load_model(
         )
     if net.note and not quiet and sys.stderr:
         print(printable(f"{name}: {net.note}"), file=sys.stderr)
-    return Loaded(net, words, before)
+    return Loaded(net, words, before, ends, template)
+
+
+def _template(folder: Path, words: Tokenizer | None) -> ChatTemplate:
+    from longnet_cli.data.chat import ChatTemplate
+    from longnet_cli.errors import ConfigError
+
+    if words is None:
+        raise ConfigError(f"{folder}: there is no tokenizer, which --chat needs: give --tokenizer")
+    return ChatTemplate(folder, words)
 
 
 class Skipped:

@@ -144,7 +144,7 @@ def score(
     ranks, where = join(device)
     quiet = quiet or not ranks.first
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
-    net, words, before = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
+    net, words, before, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
     seen = format_pattern(net.config.pattern)
     if asked and not quiet and sys.stderr:
         print(f"pattern {seen}", file=sys.stderr)

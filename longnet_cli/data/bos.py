@@ -1,4 +1,7 @@
-"""What a model reads before each document: as its tokenizer and its configuration say, or as `--bos` does."""
+"""What a model reads before each document, and where its own texts end: as its tokenizer and its configuration say.
+
+`--bos` says the first otherwise.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,20 @@ def document_start(folder: Path, words: Tokenizer | None, written: str | None = 
             return found
     found = _table(folder / "config.json").get("bos_token_id")
     return found if isinstance(found, int) else end
+
+
+def document_end(folder: Path, words: Tokenizer | None) -> frozenset[int]:
+    """Return the ids at which the texts of the model in `folder` end; none where nothing says so.
+
+    They are the `eos_token_id` of a model of transformers, one or several, in generation_config.json, otherwise in
+    config.json. Without it, and for a LongNet, the end-of-text id of its tokenizer.
+    """
+    for name in ("generation_config.json", "config.json") if is_of_transformers(folder) else ():
+        found = _table(folder / name).get("eos_token_id")
+        ids = {x for x in (found if isinstance(found, list) else [found]) if isinstance(x, int)}
+        if ids:
+            return frozenset(ids)
+    return frozenset() if words is None or words.eos_id is None else frozenset({words.eos_id})
 
 
 def _table(path: Path) -> dict[str, Any]:

@@ -43,6 +43,9 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
+BYTE_OF = {character: byte for byte, character in enumerate(_byte_alphabet())}
+
+
 class Tokenizer:
     """Encodes and decodes; `vocab_size` is one more than the largest id. Make one with `load`, `bytes` or `train`."""
 
@@ -183,9 +186,18 @@ class Tokenizer:
                 ids = encoding.ids
                 yield owner, np.fromiter(ids, np.int32, len(ids)), len(piece.encode())
 
-    def decode(self, ids: np.ndarray) -> str:
-        """The text of (tokens,) ids, special tokens written out; a cut UTF-8 character becomes U+FFFD."""
-        return str(self._inner.decode(np.asarray(ids).tolist(), skip_special_tokens=False))
+    def decode(self, ids: np.ndarray, *, special: bool = True) -> str:
+        """The text of (tokens,) ids; a cut UTF-8 character becomes U+FFFD. `special` writes special tokens out."""
+        return str(self._inner.decode(np.asarray(ids).tolist(), skip_special_tokens=not special))
+
+    def token_of(self, token_id: int) -> str:
+        """A token as tokenizer.json writes it; empty for an id that has none. The inverse of `id_of`."""
+        return self._inner.id_to_token(token_id) or ""
+
+    @property
+    def added_tokens(self) -> list[dict[str, Any]]:
+        """The tokens beside the vocabulary, as tokenizer.json has them: `id`, `content`, `special`."""
+        return list(self._description["added_tokens"])
 
     @cached_property
     def token_bytes(self) -> np.ndarray | None:

@@ -9,8 +9,9 @@ Importing this file registers the name, so that a model whose config holds the p
     model = AutoModelForCausalLM.from_config(config, attn_implementation="dilated")
 
 The model keeps its projections, positions and heads, and hands over queries, keys and values. Causal decoders,
-bidirectional encoders and grouped-query heads are served; padding has to be on the right; generation reads a
-DynamicCache and is exact. Layers that the model itself limits to a sliding window stay as they are, on torch's sdpa.
+bidirectional encoders and grouped-query heads are served. A batch may be padded on either side, compiled on the right.
+Generation is exact, with a DynamicCache, or with a LongNetCache in bounded memory. Layers that the model itself limits
+to a sliding window stay as they are, on torch's sdpa.
 
 A pattern with sinks needs `use_dilated_attention` after loading, too: sinks are moved by the model's own positions
 (`transformers_rotary`), which a config does not tell.
@@ -18,9 +19,9 @@ A pattern with sinks needs `use_dilated_attention` after loading, too: sinks are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,10 @@ from transformers.masking_utils import (
 )
 
 from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention
-from longnet_cli.attention.module import true_lengths
 from longnet_cli.attention.pattern import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.errors import ConfigError
+from longnet_cli.integrations.transformers_cache import LongNetCache as LongNetCache
+from longnet_cli.integrations.transformers_cache import Memory
 from longnet_cli.integrations.transformers_rotary import make_phases_exact, turns
 
 NAME = "dilated"
@@ -141,7 +143,7 @@ def dilated_attention_forward(
             f"dilated attention has no dropout of attention weights, and the model's config asks for {dropout}: set "
             "attention_dropout, attn_pdrop or attention_probs_dropout_prob to 0"
         )
-    if attention_mask is not None and attention_mask.dim() != 1:
+    if attention_mask is not None and attention_mask.shape != (query.shape[0], 2):
         raise ValueError(
             f"dilated attention takes a padding mask (batch, tokens), not one of {tuple(attention_mask.shape)}"
         )
@@ -149,24 +151,84 @@ def dilated_attention_forward(
     if pattern.sinks and not hasattr(module, _TURN):
         raise ConfigError("sinks are moved by a model's own positions: call use_dilated_attention(model) after loading")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    memory = Memory.of(key)
     if torch.is_autocast_enabled(query.device.type):  # as for sdpa: rotated q and k come in float32, v as projected
         kind = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(kind) for x in (query, key, value))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    start = k.shape[1] - q.shape[1]
-    if start and (start < 0 or not causal):
+    before = memory.position if memory else k.shape[1] - q.shape[1]
+    if before and (before < 0 or not causal):
         raise ValueError(
             f"dilated attention is self-attention: {q.shape[1]} queries cannot attend to {k.shape[1]} keys "
             f"in a {'causal' if causal else 'bidirectional'} layer"
         )
-    far = _cached(k, v, pattern, q.shape[2], start) if start else []
-    k, v = k[:, start:], v[:, start:]
+    settings: dict[str, Any] = {"causal": causal, "scale": scaling, "turn": turn}
     if provider := options.get("far"):
-        start, far = options["start"], provider(module.layer_idx, k, v)
-    out = dilated_attention(
-        q, k, v, pattern, causal=causal, start=start, far=far, lengths=attention_mask, scale=scaling, turn=turn
-    )
-    return out, None
+        settings |= {"start": options["start"], "far": provider(module.layer_idx, k, v)}
+        return dilated_attention(q, k, v, pattern, **settings), None
+    out = None
+    for rows in _rows(attention_mask, before, q.shape[:2]):
+        skip, start = max(0, rows.first - before), max(0, before - rows.first)
+        some_q, some_k, some_v = (x if rows.members is None else x[rows.members] for x in (q, k, v))
+        cache = None
+        if memory:
+            some_k, some_v = some_k[:, skip:], some_v[:, skip:]
+            members = range(len(q)) if rows.members is None else rows.members
+            cache = memory.cache(rows.first, members, pattern, q.shape[2], some_k)
+            far = cache.far()
+        else:
+            some_k, some_v = some_k[:, rows.first :], some_v[:, rows.first :]
+            far = _cached(some_k, some_v, pattern, q.shape[2], start) if start else []
+            some_k, some_v = some_k[:, start:], some_v[:, start:]
+        settings |= {"start": start, "far": far, "lengths": rows.lengths}
+        found = dilated_attention(some_q[:, skip:], some_k, some_v, pattern, **settings)
+        if cache:
+            cache.append(some_k, some_v)
+        if rows.members is None:
+            out = found
+        else:
+            out = torch.zeros_like(q) if out is None else out
+            out[rows.members, skip:] = found
+    if memory:
+        memory.step(q.shape[1])
+    # no row has a token: zeros, with a gradient of zeros
+    return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) if out is None else out, None
+
+
+class _Rows(NamedTuple):
+    """Rows of a batch that begin at column `first`, and so stand at one position.
+
+    `members` None: all of them. `lengths`: of each, how many of its tokens in this call are true; None: all.
+    """
+
+    members: list[int] | None
+    first: int
+    lengths: Sequence[int] | Tensor | None
+
+
+def _rows(columns: Tensor | None, before: int, shape: Sequence[int]) -> Iterator[_Rows]:
+    """The rows of a batch of (batch, tokens) new tokens after `before` columns, by the column at which they begin.
+
+    `columns` as `dilated_mask` returns them. Rows without a token yet are left out.
+    """
+    batch, tokens = shape
+    if columns is None:
+        yield _Rows(None, 0, None)
+    elif torch.compiler.is_compiling():  # numbers are not known there: it takes padding on the right alone
+        stops = columns[:, 1]
+        yield _Rows(None, 0, stops.where(stops < 0, (stops - before).clamp(min=0)))
+    else:
+        found: dict[int, list[int]] = {}
+        spans = columns.tolist()
+        for row, (first, stop) in enumerate(spans):
+            if first < stop:
+                found.setdefault(first, []).append(row)
+        for first, members in found.items():
+            begin = max(first, before)
+            lengths = [max(0, spans[row][1] - begin) for row in members]
+            whole = all(n == before + tokens - begin for n in lengths)
+            alone = len(members) == batch and begin == before
+            yield _Rows(None if alone else members, first, None if whole else lengths)
 
 
 def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) -> list[FarKeys]:
@@ -211,10 +273,11 @@ def dilated_mask(
     local_size: int | None = None,
     **options: Any,
 ) -> Tensor | None:
-    """A mask function of transformers: the true lengths (B,) of the new tokens, or None; never an N x N mask.
+    """A mask function of transformers: columns [first, stop) of each row's tokens, (B, 2), or None; never N x N.
 
-    Sliding-window layers get the mask of their own that sdpa reads. Raises ValueError for padding that is not on the
-    right, for packed sequences and other masks of a model's own, and for caches that hold other than all keys so far.
+    Columns count from the first that is cached; the numbers are on the CPU. None: no padding. Sliding-window layers get
+    the mask of their own that sdpa reads. Raises ValueError for padding between tokens, for packed sequences and other
+    masks of a model's own, and for caches that hold other than all keys so far.
     """
     if local_size is not None:
         options |= {"mask_function": mask_function, "attention_mask": attention_mask, "local_size": local_size}
@@ -225,11 +288,35 @@ def dilated_mask(
             "restart (packed sequences); under torch.compile always pass it"
         )
     if kv_offset or q_offset + q_length != kv_length:
-        raise ValueError("dilated attention generates with a DynamicCache, or without one (use_cache=False)")
+        raise ValueError(
+            "dilated attention generates with a LongNetCache, with a DynamicCache, or without one (use_cache=False)"
+        )
     if attention_mask is None:
         return None
-    lengths = true_lengths(attention_mask.bool())  # -1: refused by the operator, in a compiled graph
-    return lengths.where(lengths < 0, (lengths - q_offset).clamp(min=0))
+    return _columns(attention_mask.bool())
+
+
+def _columns(tokens: Tensor) -> Tensor | None:
+    """Columns [first, stop) of each row's tokens, (B, 2), from a mask (B, L) that is True at them; None for all.
+
+    A row without a token begins at L. In a compiled graph, `stop` is -1 for padding that is not on the right, which its
+    attention call refuses.
+    """
+    counts, columns = tokens.sum(-1), torch.arange(tokens.shape[-1], device=tokens.device)
+    if torch.compiler.is_compiling():
+        right = (tokens == (columns < counts[:, None])).all(-1)
+        return torch.stack([torch.zeros_like(counts), counts.where(right, -1)], -1)
+    first = tokens.int().argmax(-1).where(counts > 0, tokens.shape[-1])
+    stop = first + counts
+    whole = (tokens == ((columns >= first[:, None]) & (columns < stop[:, None]))).all(-1)
+    found = torch.stack([first, stop, whole], -1).cpu()
+    if not found[:, 2].all():
+        row = int(found[:, 2].logical_not().nonzero()[0])
+        raise ValueError(
+            f"row {row} has padding between its tokens: pad on the left or on the right, and prompts of generate() on "
+            'the left (tokenizer.padding_side = "left")'
+        )
+    return None if counts.numel() and bool((found[:, 1] - found[:, 0] == tokens.shape[-1]).all()) else found[:, :2]
 
 
 AttentionInterface.register(NAME, dilated_attention_forward)

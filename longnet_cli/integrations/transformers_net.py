@@ -31,7 +31,13 @@ from torch import Tensor, nn
 from longnet_cli.attention import Pattern
 from longnet_cli.configuration import parse, read_text
 from longnet_cli.errors import CheckpointError, ConfigError
-from longnet_cli.integrations.transformers import NAME, pattern_of, use_dilated_attention, use_own_attention
+from longnet_cli.integrations.transformers import (
+    NAME,
+    LongNetCache,
+    pattern_of,
+    use_dilated_attention,
+    use_own_attention,
+)
 from longnet_cli.integrations.transformers_rotary import (
     FLOAT32_POSITIONS,
     ROPE_OF_LENGTH,
@@ -98,8 +104,8 @@ class TransformersNet(Net):
             most = min(self.config.max_tokens or FLOAT32_POSITIONS, FLOAT32_POSITIONS)
             self.config = self.config.model_copy(update={"max_tokens": most})
         self.note = _NOTES[self.config.memory]
-        if self.config.memory == "segments" and self.config.pattern == Pattern.dense():
-            self.note = _GROWS
+        if dilated and self.config.streams:  # a layer that gets no far keys from outside has a LongNetCache
+            self.note = _GROWS if self.config.pattern == Pattern.dense() else None
         if as_trained and (limit := self.config.max_tokens):
             self.note = f"no pattern is given: dense attention as it was trained, on up to {limit} tokens"
             if not self.config.streams:
@@ -113,11 +119,13 @@ class TransformersNet(Net):
         return TransformersNet(use_own_attention(self.model))
 
     def stream(self) -> Callable[..., Tensor] | None:
-        """One whose memory is transformers' cache, where far keys are not enough."""
+        """One whose memory is a cache of transformers, or ours for it, where not every layer takes far keys."""
         if self.config.memory != "cache":
             return None
         assert self._cache_name
-        cache = {self._cache_name: hf.DynamicCache(config=self.model.config), "use_cache": True}
+        config = self.model.config
+        kept = LongNetCache(config) if config._attn_implementation == NAME else hf.DynamicCache(config=config)
+        cache = {self._cache_name: kept, "use_cache": True}
 
         @torch.no_grad()
         def read(tokens: Tensor, *, edges: Sequence[int] | None = None) -> Tensor:

@@ -244,15 +244,17 @@ def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]
         order = order[rows:]
 
 
-def check_length(model: Net, tokens: int, where: str, instead: str) -> None:
-    """Raise TooLongError where `model` does not read `tokens` of the document `where`: do this `instead`."""
+def check_length(model: Net, tokens: int, where: str, instead: str, *, skips: bool = True) -> None:
+    """Raise TooLongError where `model` does not read `tokens` of the document `where`: do this `instead`.
+
+    `skips` tells of --skip-bad, too.
+    """
     limit = model.config.max_tokens
     if limit is not None and tokens > limit:
         has = f"was trained on {limit}" if model.choices else f"has {limit} positions"
         instead += f", or give {model.choices}" if model.choices else ""
-        raise TooLongError(
-            f"{where}: {tokens} tokens, and the model {has}", f"{instead}; --skip-bad leaves such documents out"
-        )
+        instead += "; --skip-bad leaves such documents out" if skips else ""
+        raise TooLongError(f"{where}: {tokens} tokens, and the model {has}", instead)
 
 
 class _Share:

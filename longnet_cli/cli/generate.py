@@ -1,0 +1,272 @@
+"""`longnet generate`: texts that a model continues, token by token."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from longnet_cli.cli.loading import load_model
+from longnet_cli.cli.options import (
+    DEFAULT_MODEL,
+    INPUT,
+    OUTPUT,
+    BosOption,
+    ChunkOption,
+    ColumnOption,
+    DeviceOption,
+    DilationRatesOption,
+    DtypeOption,
+    EosOption,
+    ModelOption,
+    PatternOption,
+    QuietOption,
+    SegmentLengthsOption,
+    TokenizerDiffersOption,
+    TokenizerOption,
+    option,
+    read_pattern,
+    size_option,
+)
+from longnet_cli.cli.output import emit_jsonl, format_duration, printable
+from longnet_cli.cli.progress import progress
+
+if TYPE_CHECKING:
+    from longnet_cli.data.chat import ChatTemplate
+    from longnet_cli.data.documents import Document
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.generating import Step
+
+Format = Literal["text", "jsonl"]
+SAMPLING = "How to choose tokens"
+
+
+def generate(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="Continue this text; - is the text on stdin, which is also read without PROMPT and --input.",
+            show_default=False,
+        ),
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        option(
+            INPUT,
+            "--input -i",
+            "INPUT",
+            "Continue each document of files, folders, globs, @list or - (stdin). Give it again for more.",
+            False,
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        option(INPUT, "--chat", None, "Put each prompt into the tokenizer's chat template, as a user's message."),
+    ] = False,
+    tokenizer: TokenizerOption = None,
+    tokenizer_differs: TokenizerDiffersOption = False,
+    column: ColumnOption = None,
+    eos: EosOption = None,
+    bos: BosOption = None,
+    model: ModelOption = DEFAULT_MODEL,
+    pattern: PatternOption = None,
+    segment_lengths: SegmentLengthsOption = None,
+    dilation_rates: DilationRatesOption = None,
+    max_tokens: Annotated[int, size_option(SAMPLING, "--max-tokens -n", "Generate at most this many tokens.")] = 256,
+    temperature: Annotated[
+        float,
+        option(
+            SAMPLING,
+            "--temperature",
+            "T",
+            "Draw tokens from softmax(logits / T). At 0, take the likeliest token each time.",
+        ),
+    ] = 0.0,
+    top_p: Annotated[
+        float | None,
+        option(SAMPLING, "--top-p", "P", "Draw only from the fewest tokens whose probabilities sum to P.", "from all"),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        option(SAMPLING, "--seed", "N", "Draw the same tokens as another run with this seed.", "a new one each run"),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        option(SAMPLING, "--stop", "TEXT", "End before this text. Give it again for more.", False),
+    ] = None,
+    format: Annotated[
+        Format,
+        option(OUTPUT, "--format", "text|jsonl", "Stream the text, or print one line of JSON per prompt."),
+    ] = "text",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    chunk: ChunkOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Continue texts of any length with a model, token by token; stdout gets the new text alone.
+
+    The likeliest token is taken each time, unless you give --temperature. A text ends at the model's end-of-text token,
+    at a --stop text, or after --max-tokens. A token costs the same time and memory at any position.
+    """
+    from longnet_cli.errors import ConfigError
+
+    if top_p is not None and not temperature:
+        raise ConfigError("--top-p draws tokens, and the temperature is 0: give --temperature, 1 for the model's own")
+    if seed is not None and not 0 <= seed < 1 << 63:
+        raise ConfigError(f"--seed {seed} is not a number from 0 to 2^63 - 1")
+    sources = _sources(prompt, inputs)
+    from longnet_cli.data.tokenizer import end_of_text
+    from longnet_cli.runtime.device import select_device
+
+    asked = read_pattern(segment_lengths, dilation_rates, pattern)
+    where = select_device(device)
+    loaded = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet, chat=chat)
+    net, words = loaded.net, loaded.words
+    from longnet_cli.generating import generate as run
+
+    if words is None and (format == "text" or stop or prompt is not None):
+        raise ConfigError(f"{model}: there is no tokenizer: give --tokenizer, or ids as --input and --format jsonl")
+    reading = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": end_of_text(eos, words)}
+    template = loaded.chat
+    documents = _messages(sources, template, column) if template else _documents(sources, words, reading)
+    before = None if chat and bos is None else loaded.bos  # a template begins as it likes
+    seed = seed if seed is not None else _new_seed()
+    for index, document in enumerate(documents):
+        with progress("reading the prompt", total=len(document), quiet=quiet) as advance:
+            steps = run(
+                net,
+                document,
+                bos=before,
+                words=words,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=1.0 if top_p is None else top_p,
+                seed=seed,
+                end_ids=loaded.ends,
+                stop=stop or (),
+                chunk=chunk,
+                dtype=dtype,
+                on_progress=advance,
+            )
+            first = next(steps)
+        printer = _Printer(document, seed if temperature else None, format)
+        if format == "text" and sources.several:
+            print(("\n" if index else "") + f"==> {printable(document.doc_id)} <==", flush=True)
+        printer.print(first)
+        for step in steps:
+            printer.print(step)
+        printer.end(quiet)
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """A text, or inputs as of every other command."""
+
+    prompt: str | None
+    inputs: list[str]
+
+    @property
+    def several(self) -> bool:
+        """Return whether the prompts need names, as there may be more than one."""
+        return self.prompt is None and self.inputs != ["-"]
+
+
+def _sources(prompt: str | None, inputs: list[str] | None) -> _Sources:
+    """What to continue. Raises ConfigError for none, or several kinds."""
+    from longnet_cli.errors import ConfigError
+
+    if prompt is not None and inputs:
+        raise ConfigError("PROMPT and --input are both given: give one")
+    if prompt is None and not inputs and (sys.stdin is None or sys.stdin.isatty()):
+        raise ConfigError("there is nothing to continue: give a text, --input FILE, or a text on stdin")
+    if prompt is not None and any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ConfigError("PROMPT is not UTF-8: give it as a file, with --input, in an encoding that is")
+    if prompt is not None and prompt != "-" and sys.stderr and os.path.exists(prompt):
+        print(f"longnet: note: {printable(prompt)} is continued as text; --input reads the file", file=sys.stderr)
+    return _Sources(None if prompt == "-" else prompt, inputs or ["-"])
+
+
+def _documents(sources: _Sources, words: Tokenizer | None, reading: dict[str, Any]) -> Iterator[Document]:
+    from longnet_cli.data.documents import Document
+    from longnet_cli.data.sources import read_documents
+
+    if sources.prompt is not None and words is not None:
+        yield Document("prompt", words.encode(sources.prompt), len(sources.prompt.encode()), "PROMPT")
+    else:
+        yield from read_documents(sources.inputs, words, **reading)
+
+
+def _messages(sources: _Sources, template: ChatTemplate, column: str | None) -> Iterator[Document]:
+    from longnet_cli.data.documents import Document
+    from longnet_cli.data.sources import read_texts
+    from longnet_cli.data.tables import Text
+
+    given = [Text("prompt", sources.prompt, "PROMPT")] if sources.prompt is not None else None
+    for text in given or read_texts(sources.inputs, column):
+        yield Document(text.doc_id, template.encode(text.text), None, text.where, limit=template.words.vocab_size)
+
+
+def _new_seed() -> int:
+    import secrets
+
+    return secrets.randbelow(1 << 32)
+
+
+class _Printer:
+    """Prints what continues one prompt: its text as it comes, or one line of JSON at the end."""
+
+    def __init__(self, document: Document, seed: int | None, format: Format) -> None:
+        self.document, self.seed, self.format = document, seed, format
+        self.steps: list[Step] = []
+        self.number, self.text_ends, self.reason = 0, "", ""
+        self.began = time.monotonic()
+
+    def print(self, step: Step) -> None:
+        """Take the next token."""
+        self.number += 1
+        self.reason = step.finish_reason or ""
+        if self.format == "jsonl":
+            self.steps.append(step)
+        elif step.text:
+            self.text_ends = step.text[-1]
+            sys.stdout.write(_shown(step.text) if sys.stdout.isatty() else step.text)
+            sys.stdout.flush()
+
+    def end(self, quiet: bool) -> None:
+        """Say that the text is whole; unless `quiet`, on stderr also how it went."""
+        if self.format == "jsonl":
+            emit_jsonl(
+                {
+                    "kind": "generation",
+                    "doc_id": self.document.doc_id,
+                    "n_prompt": len(self.document),
+                    "n_tokens": self.number,
+                    "text": "".join(step.text for step in self.steps),
+                    "tokens": [step.id for step in self.steps],
+                    "logprobs": [step.logprob for step in self.steps],
+                    "finish_reason": self.reason,
+                    "seed": self.seed,
+                }
+            )
+        elif self.text_ends != "\n":
+            print(flush=True)
+        if not quiet and sys.stderr:
+            each = (time.monotonic() - self.began) / max(1, self.number - 1)
+            drawn = "" if self.seed is None else f", seed {self.seed}"
+            print(
+                f"{len(self.document)} tokens read, {self.number} generated, {format_duration(each)} each "
+                f"({self.reason}{drawn})",
+                file=sys.stderr,
+            )
+
+
+def _shown(text: str) -> str:
+    """Text for a terminal, where control characters of a model must not act."""
+    return "".join(part if part in "\n\t" else printable(part) for part in re.split(r"([\n\t])", text))

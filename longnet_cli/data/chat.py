@@ -1,0 +1,123 @@
+"""A message as the prompt that a tokenizer's chat template makes of it.
+
+A template is a text of Jinja in the model's folder. It runs in Jinja's sandbox, which reads and changes nothing but
+what it is given here: messages and the names of special tokens. Special tokens come from the template alone: what looks
+like one in a message is encoded as its characters, as everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import numpy as np
+import tokenizers
+from jinja2 import ext, nodes, parser, sandbox
+
+from longnet_cli.configuration import parse, read_text
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.errors import ConfigError
+from longnet_cli.finite_json import to_json
+
+TEMPLATE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+
+
+class ChatTemplate:
+    """The chat template in a model's folder, for its tokenizer `words`.
+
+    Raises ConfigError where there is none, or one that cannot be read.
+    """
+
+    def __init__(self, folder: Path, words: Tokenizer) -> None:
+        self.where, self.words = str(folder), words
+        self._settings = _settings(folder / SETTINGS)
+        found = _template(folder, self._settings)
+        if found is None:
+            raise ConfigError(f"{folder}: no chat template ({TEMPLATE}, or chat_template in {SETTINGS}) for --chat")
+        environment = sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, indent=None: to_json(value, indent=indent, ensure_ascii=False)
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        try:
+            self._template = environment.from_string(found)
+        except jinja2.TemplateError as error:
+            raise self._error(error) from None
+        self._special = [added["content"] for added in words.added_tokens if added["special"]]
+        self._inner = tokenizers.Tokenizer.from_str(words.to_json())
+        self._inner.encode_special_tokens = False
+
+    def encode(self, message: str) -> np.ndarray:
+        """The prompt in which a user says `message` and an assistant is to answer: (tokens,) int64."""
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in message)
+        special = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)")
+        # broken by a mark in its middle, a special token of the message is one no more
+        rendered = self.render(special.sub(lambda found: found[0][:1] + mark + found[0][1:], message))
+        broken = "|".join(re.escape(text[:1] + mark + text[1:]) for text in self._special)
+        ids: list[int] = []
+        for part in re.split(f"({broken or '(?!)'})", rendered):
+            if mark in part:
+                ids += self.words.encode(part.replace(mark, "")).tolist()
+            else:
+                ids += self._inner.encode(part, add_special_tokens=False).ids
+        return np.array(ids, np.int64)
+
+    def render(self, message: str) -> str:
+        """The text of the prompt. Raises ConfigError for what the template refuses."""
+        names = {key: _name(self._settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        messages = [{"role": "user", "content": message}]
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=True, tools=None, documents=None, **names
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+            raise self._error(error) from None
+
+    def _error(self, error: Exception) -> ConfigError:
+        return ConfigError(f"{self.where}: the chat template fails: {' '.join(str(error).split())}")
+
+
+class _Generation(ext.Extension):
+    """`{% generation %}`, which marks an assistant's words for training: here its body, as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def parse(self, parser: parser.Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = parse(read_text(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The file of its own, otherwise the one in tokenizer_config.json; of several by name, the default."""
+    if (folder / TEMPLATE).exists():
+        try:
+            return read_text(folder / TEMPLATE)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder / TEMPLATE}: cannot be read: {' '.join(str(error).split())}") from None
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        found = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _name(token: Any) -> str:
+    """A special token as tokenizer_config.json writes it; empty where it has none."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else ""

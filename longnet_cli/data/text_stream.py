@@ -1,0 +1,100 @@
+"""Text out of tokens as they come: never half a character, and nothing past a text that ends it.
+
+id --TextStream--> whole characters --StopTexts--> what can be shown, and whether it ended
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+import numpy as np
+
+from longnet_cli.data.tokenizer import BYTE_OF, Tokenizer
+
+REPLACEMENT = "\ufffd"  # what a library shows for bytes that are no character, or not yet one
+LONGEST_WAIT = 64  # tokens that such bytes are waited for
+
+
+class TextStream:
+    """Ids one by one, as text: the parts together are the text of all ids, without special tokens.
+
+    Time per token does not depend on how many came before. Bytes that make no character become U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._bytes: dict[int, bytes] = {}  # of ids that came
+        self._shown: list[int] = []  # the last ids whose text is out, and the ids since: a decoder may join them
+        self._waiting: list[int] = []
+
+    def add(self, token_id: int) -> str:
+        """Return the characters that are whole with this id."""
+        if self._tokenizer.token_bytes is not None:
+            if token_id not in self._bytes:
+                self._bytes[token_id] = _bytes_of(self._tokenizer, token_id)
+            return self._decoder.decode(self._bytes[token_id])
+        self._waiting.append(token_id)
+        text = self._text()
+        return "" if text.endswith(REPLACEMENT) and len(self._waiting) < LONGEST_WAIT else self._out(text)
+
+    def end(self) -> str:
+        """Return what is left when no more ids come."""
+        if self._tokenizer.token_bytes is not None:
+            return self._decoder.decode(b"", final=True)
+        return self._out(self._text())
+
+    def _text(self) -> str:
+        def decode(ids: list[int]) -> str:
+            return self._tokenizer.decode(np.array(ids, np.int64), special=False)
+
+        return decode(self._shown + self._waiting)[len(decode(self._shown)) :]
+
+    def _out(self, text: str) -> str:
+        if text:  # otherwise nothing but special tokens came, which join nothing
+            self._shown = self._waiting
+        self._waiting = []
+        return text
+
+
+def _bytes_of(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """The UTF-8 bytes that an id of a byte-level tokenizer stands for; none for a special token, or no token."""
+    added = next((x for x in tokenizer.added_tokens if x["id"] == token_id), None)
+    if added:
+        return b"" if added["special"] else added["content"].encode()
+    token = tokenizer.token_of(token_id)
+    known = all(character in BYTE_OF for character in token)
+    return bytes(BYTE_OF[character] for character in token) if known else token.encode()
+
+
+class StopTexts:
+    """Text in, the same text out until the first of `texts` appears in it, in one part or over several."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+        self._held = ""  # what may be the start of a stop text
+        self.reached = False
+
+    def add(self, text: str) -> str:
+        """Return what is certain not to belong to a stop text."""
+        found = self._held + text
+        places = [place for place in (found.find(stop) for stop in self._texts) if place >= 0]
+        self.reached = bool(places)
+        if places:
+            self._held = ""
+            return found[: min(places)]
+        held = max((_common(found, stop) for stop in self._texts), default=0)
+        self._held = found[len(found) - held :]
+        return found[: len(found) - held]
+
+    def end(self) -> str:
+        """Return what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _common(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a beginning of `stop`."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)

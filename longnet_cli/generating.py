@@ -1,0 +1,193 @@
+"""The `generate` job: a prompt of any length goes in chunk by chunk, then tokens come out one by one.
+
+    prompt --chunks--> stream --last hidden--> logits --Sampler--> id --TextStream, StopTexts--> text
+                          ^                                         |
+                          +-----------------------------------------+
+
+The stream is the one that scoring reads long documents with: a new token is a chunk of one. Time and memory per token
+are those of what the pattern lets a token see, at any position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longnet_cli.data.documents import Document
+from longnet_cli.data.text_stream import StopTexts, TextStream
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.errors import ConfigError, DataError, NotFiniteError
+from longnet_cli.model.net import Net
+from longnet_cli.runtime.chunks import default_chunk, open_stream
+from longnet_cli.runtime.device import precision
+from longnet_cli.runtime.reading import AfterBos, Bos, check_length
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+class Step(NamedTuple):
+    """One new token: its id, the log-probability that the model gave it in nats, and the text that it completes.
+
+    `finish_reason` says why it is the last: an end-of-text id, a stop text, or the number of tokens; None: it is not.
+    """
+
+    id: int
+    logprob: float
+    text: str
+    finish_reason: FinishReason | None
+
+
+def generate(
+    model: Net,
+    prompt: Document,
+    *,
+    bos: Bos,
+    words: Tokenizer | None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    end_ids: Collection[int] = (),
+    stop: Sequence[str] = (),
+    chunk: int | None = None,
+    dtype: str = "auto",
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[Step]:
+    """Yield up to `max_tokens` tokens that continue `prompt`, after `bos`, each when it is known.
+
+    At `temperature` 0 each is the likeliest, the first of those that are equal. Otherwise it is drawn, with `seed`,
+    from the softmax of the logits over the temperature, cut to the fewest tokens whose probabilities sum to `top_p`.
+    It ends at one of `end_ids`, whose text is not shown, and where one of the texts `stop` appears, of which nothing is
+    shown. Texts are those of `words`, whole characters, and empty without it.
+
+    `chunk` and `dtype` as in `runtime.reading.Reader`. `on_progress` gets the number of tokens of the prompt that each
+    forward has read. Raises ConfigError for a model that cannot generate, options that fit nothing, and a prompt that
+    is longer than the model reads; DataError for one without a token; NotFiniteError for a logit that is NaN.
+    """
+    _check(model, words, max_tokens, temperature, top_p, stop)
+    if chunk is not None and chunk < 1:
+        raise ConfigError(f"chunk must be 1 or more, not {chunk}")
+    ids = AfterBos(prompt, bos)
+    total = ids.first + len(prompt)
+    if not total:
+        raise DataError(
+            f"{prompt.where}: the prompt is empty, and nothing stands before it: there is nothing to continue"
+        )
+    check_length(model, total, prompt.where, "give a shorter prompt", skips=False)
+    if model.config.max_tokens is not None:
+        max_tokens = min(max_tokens, model.config.max_tokens - total + 1)  # the last one is not read
+    return _Generator(model, words, Sampler(temperature, top_p, seed), end_ids, stop, chunk, dtype, on_progress).run(
+        ids, total, max_tokens
+    )
+
+
+class Sampler:
+    """Takes logits (vocab_size,), returns an id and its log-probability under the model, before temperature and top_p.
+
+    Random numbers are drawn on the CPU, one a token: a seed gives the same tokens on any device, up to rounding.
+    """
+
+    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+        self.temperature, self.top_p = temperature, top_p
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> tuple[int, float]:
+        """Raise NotFiniteError for NaN, or nothing but infinities."""
+        logits = logits.float()
+        logprobs = logits.log_softmax(-1)
+        index = self._draw(logits) if self.temperature else logits.argmax(-1)
+        found, logprob = int(index), float(logprobs[index])
+        if logprob != logprob:
+            raise NotFiniteError("the model's logits are not finite: its weights are too large, or damaged")
+        return found, logprob
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        scores = (logits - logits.max()) / self.temperature
+        probabilities, order = scores.softmax(-1).sort(descending=True, stable=True)
+        sums = probabilities.cpu().double().cumsum(-1)
+        kept = 1 + int((sums[:-1] < self.top_p).sum())  # the fewest that sum to top_p
+        point = torch.rand((), generator=self.generator, dtype=torch.float64) * sums[kept - 1]
+        return order[min(int(torch.searchsorted(sums, point, right=True)), kept - 1)]
+
+
+class _Generator:
+    """Reads one prompt and continues it."""
+
+    def __init__(
+        self,
+        model: Net,
+        words: Tokenizer | None,
+        sampler: Sampler,
+        end_ids: Collection[int],
+        stop: Sequence[str],
+        chunk: int | None,
+        dtype: str,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        self.model, self.sampler, self.end_ids, self.dtype = model, sampler, end_ids, dtype
+        self.device = next(model.parameters()).device
+        self.chunk = chunk or default_chunk(model.config, self.device)
+        self.on_progress = on_progress or (lambda tokens: None)
+        self.stream = open_stream(model)
+        self.texts = TextStream(words) if words else None
+        self.stops = StopTexts(stop)
+
+    def run(self, ids: AfterBos, total: int, max_tokens: int) -> Iterator[Step]:
+        logits = None
+        for start in range(0, total, self.chunk):
+            stop = min(start + self.chunk, total)
+            logits = self._read(torch.from_numpy(ids.read(start, stop)))
+            self.on_progress(stop - start)
+        assert logits is not None
+        for number in range(1, max_tokens + 1):
+            token, logprob = self.sampler(logits)
+            step = self._step(token, logprob, number == max_tokens)
+            yield step
+            if step.finish_reason:
+                return
+            logits = self._read(torch.tensor([token]))
+
+    @torch.inference_mode()
+    def _read(self, ids: Tensor) -> Tensor:
+        """The next ids (n,) -> logits (vocab_size,) after the last of them."""
+        with precision(self.dtype, self.device):
+            hidden = self.stream(ids.long()[None].to(self.device))
+            return self.model.logits(hidden[0, -1])
+
+    def _step(self, token: int, logprob: float, last: bool) -> Step:
+        ends = token in self.end_ids
+        text = self.stops.add(self.texts.add(token)) if self.texts and not ends else ""
+        reason: FinishReason | None = "length" if last else None
+        if ends:
+            reason = "eos"
+        elif self.stops.reached:
+            reason = "stop"
+        if self.texts and reason in ("eos", "length"):
+            text += self.stops.add(self.texts.end())
+            if self.stops.reached:
+                reason = "stop"
+            text += self.stops.end()
+        return Step(token, logprob, text, reason)
+
+
+def _check(
+    model: Net, words: Tokenizer | None, max_tokens: int, temperature: float, top_p: float, stop: Sequence[str]
+) -> None:
+    """Raise ConfigError for what `generate` cannot do."""
+    if not model.config.causal:
+        raise ConfigError("a bidirectional model does not say what comes next: it cannot generate")
+    if not model.config.vocab_size:
+        raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot generate tokens")
+    if not model.config.streams:
+        raise ConfigError("this model reads a text in one forward only, not token by token: it cannot generate")
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens must be 1 or more, not {max_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature must be 0 or more, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p must be more than 0 and at most 1, not {top_p}")
+    if "" in stop or (stop and not words):
+        raise ConfigError("a stop text needs characters, and a tokenizer")

@@ -1,0 +1,150 @@
+"""A cache for `generate()` of transformers that remembers what a pattern can still see, and nothing else.
+
+    model.generate(**inputs, past_key_values=LongNetCache(model.config))
+
+A layer's `update` hands its attention the new keys alone, and itself as the memory of all before them: dilated
+attention asks that for far keys, and puts the new ones in. Rows of a left-padded batch begin at different columns, so
+they stand at different positions: those that begin at one column share a KVCache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import transformers as hf
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from longnet_cli.attention import KVCache, Pattern
+
+_MEMORY = "_longnet_memory"  # of the keys that `update` returns
+
+
+class LongNetCache(hf.DynamicCache):
+    """The cache of a causal model with dilated attention, for a batch; `config` is the model's.
+
+    It takes chunks of any sizes, one token included, and its memory is `nbytes`, whatever the length. Layers with a
+    sliding window, or without attention, keep what a DynamicCache keeps for them. Rows can be reordered and repeated,
+    as beams need; it cannot be cropped, as assisted generation needs. Gradients do not flow into it.
+    """
+
+    def __init__(self, config: hf.PretrainedConfig) -> None:
+        super().__init__(config=config)
+        self.layers: list[Any] = [Memory() if type(layer) is DynamicLayer else layer for layer in self.layers]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the layers with dilated attention."""
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, Memory))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the layer attends to. Raises ValueError where a layer before was not dilated."""
+        if any(isinstance(layer, Memory) and layer.waits for layer in self.layers):
+            raise ValueError(
+                "a LongNetCache is for dilated attention: call use_dilated_attention(model, pattern) before"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+class _Part(NamedTuple):
+    """The rows of a batch that begin at one column."""
+
+    rows: list[int]
+    cache: KVCache
+
+
+class Memory(CacheLayerMixin):
+    """What one layer remembers: a KVCache for the rows of each first column; `position` columns so far.
+
+    `waits` tells that new keys were handed out, and that no attention has taken them in yet.
+    """
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        self.position, self.waits = 0, False
+        self._batch = 0
+        self._parts: dict[int, _Part] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.cache.nbytes for part in self._parts.values())
+
+    @staticmethod
+    def of(key_states: Tensor) -> Memory | None:
+        """The memory of keys that came out of `update`; None for any other."""
+        return getattr(key_states, _MEMORY, None)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        key_states = key_states.view_as(key_states)  # a tensor object of its own
+        setattr(key_states, _MEMORY, self)
+        self.waits, self._batch = True, key_states.shape[0]
+        return key_states, value_states
+
+    def cache(self, first: int, rows: Sequence[int], pattern: Pattern, num_heads: int, k: Tensor) -> KVCache:
+        """The cache of the `rows` that begin at column `first`, whose new keys are k (rows, n, K, D).
+
+        Raises ValueError where other rows began there.
+        """
+        if first not in self._parts:
+            options: dict[str, Any] = {"kv_heads": k.shape[2], "dtype": k.dtype, "device": k.device}
+            self._parts[first] = _Part([*rows], KVCache(pattern, len(k), num_heads, k.shape[3], **options))
+        part = self._parts[first]
+        if part.rows != [*rows] or part.cache.position != max(0, self.position - first):
+            raise ValueError("the padding of a batch changed while it was cached: pass the whole attention_mask")
+        return part.cache
+
+    def step(self, tokens: int) -> None:
+        """Count new columns, all of which are in the caches."""
+        self.position += tokens
+        self.waits = False
+
+    def get_seq_length(self) -> int:
+        return self.position
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.position + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its older name
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: the first keys tell what to make."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raise ValueError: what no later token can see is gone."""
+        if tokens_to_remove:
+            raise ValueError("a LongNetCache cannot be cropped: take a DynamicCache for assisted generation")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select([row for row in range(self._batch) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(torch.arange(self._batch)[indices.cpu()].tolist())
+
+    def _select(self, rows: list[int]) -> None:
+        """Make row i of the batch what row `rows[i]` is."""
+        if not self._parts:
+            return
+        for first, part in list(self._parts.items()):
+            places = {row: place for place, row in enumerate(part.rows)}
+            mine = [i for i, row in enumerate(rows) if row in places]
+            if mine:
+                part.cache.select([places[rows[i]] for i in mine])
+                self._parts[first] = _Part(mine, part.cache)
+            else:
+                del self._parts[first]
+        self._batch = len(rows)
