@@ -15,7 +15,7 @@ from longnet_cli.cli.options import INPUT, Inputs, QuietOption, bare_or, option,
 from longnet_cli.cli.train import read_resume
 from longnet_cli.errors import ConfigError
 
-COMMANDS = ["tokenize", "convert", "train", "plot", "score", "encode", "bench", "data inspect"]
+COMMANDS = ["tokenize", "convert", "train", "plot", "score", "encode", "generate", "bench", "data inspect"]
 
 SCRIPT = """
 import json, typer

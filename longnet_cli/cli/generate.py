@@ -99,7 +99,7 @@ def generate(
     ] = None,
     stop: Annotated[
         list[str] | None,
-        option(SAMPLING, "--stop", "TEXT", "End before this text. Give it again for more.", False),
+        option(SAMPLING, "--stop", "TEXT", "End before this text. Several may be given.", False),
     ] = None,
     format: Annotated[
         Format,
