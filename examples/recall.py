@@ -179,11 +179,11 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
         (line,) = axes.plot([*found], [np.mean(each) for each in found.values()], label=text)
         axes.plot(*np.array([(d, a) for d, each in found.items() for a in each]).T, "o", ms=3, color=line.get_color())
     axes.axvline(rows[0]["reach"], color="0.6", ls=":")
-    axes.text(rows[0]["reach"], 1.01, "reach of the first", ha="center", va="bottom", color="0.4")
+    axes.text(rows[0]["reach"], 1.01, " reach of the first", ha="left", va="bottom", color="0.4")
     axes.axhline(rows[0]["chance"], color="0.6", ls=":")
-    axes.set(xscale="log", xlabel="tokens between a key and its question", ylabel="share answered", ylim=(0, 1.08))
+    axes.set(xscale="log", xlabel="tokens between a key and its question", ylabel="share answered", ylim=(0, 1.3))
     axes.set_xscale("log", base=2)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper right")
     figure.savefig(path, dpi=120)
 
 
