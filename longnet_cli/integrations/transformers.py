@@ -64,8 +64,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     """
     config = model.config
     if pattern is not None:
-        options = asdict(pattern)
-        config.dilated_attention = {key: list(x) if isinstance(x, tuple) else x for key, x in options.items()}
+        write_pattern(config, pattern)
     sinks = pattern_of(config).sinks
     kinds = getattr(config, "layer_types", None) or [
         "sliding_attention" if getattr(config, "sliding_window", 0) else ""
@@ -91,6 +90,12 @@ def use_own_attention(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model.config, "dilated_attention"):
         del model.config.dilated_attention
     return model
+
+
+def write_pattern(config: Any, pattern: Pattern) -> None:
+    """Put a pattern into a config, in place: `config.dilated_attention`, which `pattern_of` reads."""
+    options = asdict(pattern)
+    config.dilated_attention = {key: list(x) if isinstance(x, tuple) else x for key, x in options.items()}
 
 
 def pattern_of(config: Any) -> Pattern:
@@ -126,7 +131,8 @@ def dilated_attention_forward(
     """An attention function of transformers: query (B, H, N, D), key and value (B, H_kv, L, D) -> (B, N, H, D).
 
     `attention_mask` is what `dilated_mask` returned. L > N are cached keys, those before the N new tokens. Without a
-    cache, a caller of the model may give it `start` and `far`, as a LongNet gets them: one shard of a longer sequence.
+    cache, a caller of the model may give it `start` and `far`, as a LongNet gets them: one shard of a longer sequence,
+    and `documents`, the lengths of those in it.
     Raises ConfigError for what a layer asks that dilated attention does not do, ValueError for masks and keys.
     """
     if options.get("sliding_window") is not None:
@@ -163,8 +169,19 @@ def dilated_attention_forward(
     k, v = k[:, start:], v[:, start:]
     if provider := options.get("far"):
         start, far = options["start"], provider(module.layer_idx, k, v)
+    documents = options.get("documents")
     out = dilated_attention(
-        q, k, v, pattern, causal=causal, start=start, far=far, lengths=attention_mask, scale=scaling, turn=turn
+        q,
+        k,
+        v,
+        pattern,
+        causal=causal,
+        start=start,
+        far=far,
+        lengths=attention_mask if documents is None else None,
+        documents=documents,
+        scale=scaling,
+        turn=turn,
     )
     return out, None
 
