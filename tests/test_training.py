@@ -84,18 +84,18 @@ def test_the_same_seed_trains_the_same_weights(corpus: Path, tmp_path: Path) -> 
 
 def test_it_starts_from_given_weights(corpus: Path, tmp_path: Path) -> None:
     first = train(recipe(corpus), tmp_path / "first")
-    again = train(recipe(corpus, **{"train.log_every": 1}), tmp_path / "again", initial=str(tmp_path / "first"))
+    again = train(recipe(corpus, **{"train.log_every": 1, "init": str(tmp_path / "first")}), tmp_path / "again")
     lines = (tmp_path / "again/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["loss"] < first.loss + 0.5
     assert again.steps == 40
     with pytest.raises(ConfigError, match=r"differs from the recipe in model\.ffn_dim"):
-        train(recipe(corpus, **{"model.ffn_dim": 64}), tmp_path / "other", initial=str(tmp_path / "first"))
+        train(recipe(corpus, **{"model.ffn_dim": 64, "init": str(tmp_path / "first")}), tmp_path / "other")
 
 
 def test_given_weights_are_trained_in_fp32(corpus: Path, tmp_path: Path) -> None:
     found = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 1}]})
     LongNet(found.model).to(torch.bfloat16).save_pretrained(tmp_path / "first", Tokenizer.bytes().to_json())
-    train(found, tmp_path / "out", initial=str(tmp_path / "first"))
+    train(found.model_copy(update={"init": str(tmp_path / "first")}), tmp_path / "out")
     assert {p.dtype for p in LongNet.from_pretrained(tmp_path / "out").parameters()} == {torch.float32}
 
 

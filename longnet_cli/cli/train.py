@@ -144,7 +144,7 @@ def train(
     from longnet_cli.runtime.device import MatmulPeak, keep_freed_memory
     from longnet_cli.runtime.ranks import join, leave
     from longnet_cli.training.loop import train as run
-    from longnet_cli.training.recipe import parse_overrides
+    from longnet_cli.training.recipe import PretrainedRecipe, parse_overrides
     from longnet_cli.training.start import prepare_run
 
     if (seq_len is None) != (steps is None):
@@ -153,6 +153,7 @@ def train(
     if resume is not None and no_resume:
         raise ConfigError("--resume and --no-resume exclude each other: give one")
     flags = {
+        "init": initial,
         "data.train": data,
         "data.tokenizer": tokenizer,
         "data.column": column,
@@ -166,7 +167,7 @@ def train(
     }
     overrides = parse_overrides(settings or []) | {key: value for key, value in flags.items() if value}
     going_on = not no_resume and bare_or(resume, True, True)
-    found = prepare_run(recipe, overrides, output, resume=going_on, initial=initial, writes=not dry_run)
+    found = prepare_run(recipe, overrides, output, resume=going_on, writes=not dry_run)
 
     ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
     if dry_run:
@@ -187,7 +188,8 @@ def train(
             typer.echo(printable(line), err=True)
 
     mesh = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
-    say(f"training {found.model.num_parameters():,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")
+    trained = found.model.trained if isinstance(found, PretrainedRecipe) else found.model.num_parameters()
+    say(f"training {trained:,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")
     with ExitStack() as stack:
         shown: dict[str, str] = {}
         begun = False  # before, there is nothing to save
@@ -198,7 +200,8 @@ def train(
             begun = True
             if step:
                 what = f"going on after step {step:,}" if step < found.train.steps else "all steps are done already"
-                say(f"{what}; --init is for the start of a run, and did nothing" if initial else what)
+                unused = initial and not isinstance(found, PretrainedRecipe)
+                say(f"{what}; --init is for the start of a run, and did nothing" if unused else what)
             advance = stack.enter_context(progress("training", total, start=tokens, quiet=quiet))
 
         def on_step(tokens: int, line: Metrics | None) -> None:
@@ -211,7 +214,6 @@ def train(
                 found,
                 output,
                 device=where,
-                initial=initial,
                 tokenizer_differs=tokenizer_differs,
                 resume=going_on,
                 ranks=ranks,

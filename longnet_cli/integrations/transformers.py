@@ -66,8 +66,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     """
     config = model.config
     if pattern is not None:
-        options = asdict(pattern)
-        config.dilated_attention = {key: list(x) if isinstance(x, tuple) else x for key, x in options.items()}
+        write_pattern(config, pattern)
     sinks = pattern_of(config).sinks
     kinds = getattr(config, "layer_types", None) or [
         "sliding_attention" if getattr(config, "sliding_window", 0) else ""
@@ -93,6 +92,12 @@ def use_own_attention(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model.config, "dilated_attention"):
         del model.config.dilated_attention
     return model
+
+
+def write_pattern(config: Any, pattern: Pattern) -> None:
+    """Put a pattern into a config, in place: `config.dilated_attention`, which `pattern_of` reads."""
+    options = asdict(pattern)
+    config.dilated_attention = {key: list(x) if isinstance(x, tuple) else x for key, x in options.items()}
 
 
 def pattern_of(config: Any) -> Pattern:
@@ -128,7 +133,8 @@ def dilated_attention_forward(
     """An attention function of transformers: query (B, H, N, D), key and value (B, H_kv, L, D) -> (B, N, H, D).
 
     `attention_mask` is what `dilated_mask` returned. L > N are cached keys, those before the N new tokens. Without a
-    cache, a caller of the model may give it `start` and `far`, as a LongNet gets them: one shard of a longer sequence.
+    cache, a caller of the model may give it `start` and `far`, as a LongNet gets them: one shard of a longer sequence,
+    and `documents`, the lengths of those in it.
     Raises ConfigError for what a layer asks that dilated attention does not do, ValueError for masks and keys.
     """
     if options.get("sliding_window") is not None:
@@ -163,9 +169,11 @@ def dilated_attention_forward(
             f"in a {'causal' if causal else 'bidirectional'} layer"
         )
     settings: dict[str, Any] = {"causal": causal, "scale": scaling, "turn": turn}
-    if provider := options.get("far"):
+    provider, documents = options.get("far"), options.get("documents")
+    if provider:
         settings |= {"start": options["start"], "far": provider(module.layer_idx, k, v)}
-        return dilated_attention(q, k, v, pattern, **settings), None
+    if provider or documents is not None:
+        return dilated_attention(q, k, v, pattern, documents=documents, **settings), None
     out = None
     for rows in _rows(attention_mask, before, q.shape[:2]):
         skip, start = max(0, rows.first - before), max(0, before - rows.first)

@@ -1,4 +1,4 @@
-"""A text model of transformers as a net that the jobs take: `score`, `encode` and `bench` run it like a LongNet.
+"""A text model of transformers as a net that the jobs take: `score`, `train` and the others run it like a LongNet.
 
     net = load_transformers(folder, pattern=Pattern.pretrained())
     hidden = net(tokens, lengths=[1000, 700])
@@ -17,27 +17,31 @@ Nothing is downloaded, no code of a folder is run, no pickle is read.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers as hf
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from longnet_cli.attention import Pattern
 from longnet_cli.configuration import parse, read_text
 from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.integrations.lora import State, add_lora, merged
 from longnet_cli.integrations.transformers import (
     NAME,
     LongNetCache,
     pattern_of,
     use_dilated_attention,
     use_own_attention,
+    write_pattern,
 )
+from longnet_cli.integrations.transformers_config import TransformersConfig
+from longnet_cli.integrations.transformers_folder import ADAPTER, write_folder
 from longnet_cli.integrations.transformers_rotary import (
     FLOAT32_POSITIONS,
     ROPE_OF_LENGTH,
@@ -47,6 +51,7 @@ from longnet_cli.integrations.transformers_rotary import (
 from longnet_cli.model.integrity import check_finite
 from longnet_cli.model.net import FarProvider, Net
 
+_NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")  # in its configuration
 _CACHE_NAMES = ("cache", "past_key_values")  # what forward calls it, and called it before
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
 _GROWS = "it keeps all keys of a document, so that memory grows with it"
@@ -55,29 +60,6 @@ _NOTES = {
     "cache": f"{_GROWS}: not all of its layers take far keys",
     "none": "it reads each document in one forward, whatever --chunk",
 }
-
-
-class TransformersConfig(BaseModel):
-    """The facts of `NetConfig`; `source` is the model's own configuration, as JSON."""
-
-    model_config = ConfigDict(frozen=True)
-
-    vocab_size: int
-    dim: int
-    num_layers: int
-    num_heads: int
-    kv_heads: int  # of keys and values, a divisor of num_heads
-    head_dim: int
-    ffn_dim: int
-    causal: bool
-    memory: Literal["segments", "cache", "none"]  # what remembers a causal sequence between its chunks
-    max_tokens: int | None  # positions, where they are a table; of a dense net as trained, what it was trained on
-    pattern: Pattern
-    source: str
-
-    @property
-    def streams(self) -> bool:
-        return self.memory != "none"
 
 
 class TransformersNet(Net):
@@ -90,6 +72,8 @@ class TransformersNet(Net):
     def __init__(self, model: hf.PreTrainedModel, *, as_trained: bool = False) -> None:
         super().__init__()
         self.model = model.eval()
+        self.folder: Path | None = None  # where it was loaded from: its tokenizer's files are there
+        self._save_adapter: Callable[[Path, State], None] | None = None  # of LoRA
         dilated = model.config._attn_implementation == NAME
         self.config: TransformersConfig = _facts(model, dilated, as_trained)
         self._accepted = frozenset(inspect.signature(model.base_model.forward).parameters)
@@ -140,11 +124,12 @@ class TransformersNet(Net):
         embeddings: Tensor | None = None,
         start: int = 0,
         lengths: Sequence[int] | None = None,
+        documents: Sequence[int] | None = None,
         far: FarProvider | None = None,
     ) -> Tensor:
         """Ids (B, N), or vectors (B, N, dim) in their place -> hidden (B, N, dim) after the final norm.
 
-        As `LongNet.forward`; `far` only where the net streams.
+        As `LongNet.forward`; `far` and `documents` only where far keys reach all layers.
         """
         options: dict[str, Any] = {}
         given = tokens if embeddings is None else embeddings
@@ -153,8 +138,14 @@ class TransformersNet(Net):
             places = torch.arange(given.shape[1], device=given.device)
             options["attention_mask"] = (places < torch.tensor(lengths, device=given.device)[:, None]).long()
         if far is not None:
-            positions = torch.arange(start, start + given.shape[1], device=given.device)[None]
-            options |= {"start": start, "far": far, "position_ids": positions}
+            options |= {"start": start, "far": far}
+        if documents is not None:  # a mask, since transformers would make one of positions that start anew
+            options |= {"documents": documents, "attention_mask": given.new_ones(given.shape[:2], dtype=torch.int64)}
+        if far is not None or documents is not None:
+            first, *others = documents or [given.shape[1]]
+            runs = [range(start, start + first), *map(range, others)]
+            positions = torch.cat([torch.arange(x.start, x.stop, device=given.device) for x in runs])
+            options["position_ids"] = positions[None]
         if "use_cache" in self._accepted:
             options["use_cache"] = False
         return self.model.base_model(input_ids=tokens, inputs_embeds=embeddings, **options).last_hidden_state
@@ -166,6 +157,40 @@ class TransformersNet(Net):
         if not self._plain_logits:
             raise ConfigError(f"{name} does more to its logits than multiply (soft capping, scales): it cannot score")
         return output(hidden)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return [*_layers(self.model, self.config.num_layers)]
+
+    def check_trainable(self) -> None:
+        """Raise ConfigError for a model through which the gradient of a long sequence cannot go.
+
+        To be called before training begins: what the output layer makes is tried in eval mode.
+        """
+        name = type(self.model).__name__
+        if not self.config.causal:
+            raise ConfigError(f"{name} looks in both directions: only causal decoders are trained")
+        if self.config.memory != "segments" or not self.blocks:
+            raise ConfigError(f"{name} cannot be trained: not all of its layers take far keys")
+        weight = next(self.parameters())
+        self.logits(weight.new_zeros(1, self.config.dim))
+
+    def add_lora(self, options: Mapping[str, Any]) -> None:
+        """Train matrices of LoRA alone, in place; `options` are the arguments of `lora.add_lora`."""
+        self._save_adapter = add_lora(self.model, **options)
+
+    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor]) -> None:
+        """Write a folder that transformers opens: the pattern in its config.json, and the tokenizer's files.
+
+        With LoRA, the weights are the merged ones, and the adapter is in a folder of its own inside.
+        """
+        own = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}  # a tied one once
+        inner = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        inner = {name: tensor for name, tensor in inner.items() if name in own}
+        if self._save_adapter:
+            self._save_adapter(folder / ADAPTER, inner)
+        weights = merged(self.model, inner)
+        write_folder(self.model, folder, weights, tokenizer_json, self.folder, dense=self.config.as_trained)
 
     @cached_property
     def _plain_logits(self) -> bool:
@@ -208,7 +233,7 @@ def load_transformers(
     path = Path(folder)
     hf.utils.logging.set_verbosity_error()  # stderr is the command's, and its failures are one line
     hf.utils.logging.disable_progress_bar()
-    config, architecture = _architecture(path)
+    config, architecture = read_architecture(path)
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
     if as_trained:
         pattern = Pattern.dense()
@@ -233,11 +258,39 @@ def load_transformers(
     model = model.to(device)
     check_finite({name: parameter.detach() for name, parameter in model.named_parameters()}, str(folder))
     try:
-        if pattern == Pattern.dense():
-            return _dense(model, as_trained)
-        return TransformersNet(use_dilated_attention(model, pattern))
+        dense = pattern == Pattern.dense()
+        net = _dense(model, as_trained) if dense else TransformersNet(use_dilated_attention(model, pattern))
+        net.folder = path
+        return net
     except (ConfigError, ValueError) as error:  # ValueError: transformers', for a class with attention of its own
         raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from None
+
+
+def read_facts(
+    folder: str | Path, pattern: Pattern | None = None, lora: Mapping[str, Any] | None = None
+) -> TransformersConfig:
+    """The facts of the model in a folder, as `load_transformers` has them, without its weights.
+
+    `trained` are the parameters, or with `lora`, arguments of `add_lora`, those of its matrices.
+
+    Whether its layers take far keys is tried only when it is loaded: `memory` says that they do, if it is causal.
+    Raises ConfigError and CheckpointError as that does.
+    """
+    config, architecture = read_architecture(Path(folder))
+    as_trained = pattern is None and not getattr(config, "dilated_attention", None)
+    try:
+        if not as_trained and pattern is not None:
+            write_pattern(config, pattern)
+        with torch.device("meta"):
+            model = architecture(config)
+            found = _facts(model, not as_trained, as_trained)
+            if lora is not None:
+                add_lora(model, **lora)
+                trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                found = found.model_copy(update={"trained": trained})
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from None
+    return found.model_copy(update={"memory": "segments"}) if found.causal else found
 
 
 def _dense(model: hf.PreTrainedModel, as_trained: bool) -> TransformersNet:
@@ -251,7 +304,7 @@ def _dense(model: hf.PreTrainedModel, as_trained: bool) -> TransformersNet:
     return TransformersNet(use_own_attention(model), as_trained=as_trained)
 
 
-def _architecture(folder: Path) -> tuple[Any, Any]:
+def read_architecture(folder: Path) -> tuple[Any, Any]:
     """(configuration, class) of a folder's model. Raises ConfigError."""
     try:
         data = parse(read_text(folder / "config.json"), object_hook=_without_attention)
@@ -288,6 +341,12 @@ def _positions(model: hf.PreTrainedModel) -> int | None:
     return limit
 
 
+def _layers(model: hf.PreTrainedModel, number: int) -> nn.ModuleList:
+    """The layers, first to last; nothing where they are not in one list."""
+    lists = (x for x in model.base_model.modules() if isinstance(x, nn.ModuleList))
+    return next((x for x in lists if len(x) == number), nn.ModuleList())
+
+
 def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> TransformersConfig:
     config = model.config
     name = type(model).__name__
@@ -301,6 +360,8 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
     if changing := {rope.get("rope_type") for rope in rope_parameters(config)} & {*ROPE_OF_LENGTH}:
         raise ConfigError(f"{name} has positions that depend on the sequence's length (rope_type {changing.pop()})")
     dim, num_layers, num_heads = map(int, filter(None, sizes))
+    parameters = sum(p.numel() for p in model.parameters())
+    settings = json.loads(config.to_json_string(use_diff=False))
     return TransformersConfig(
         vocab_size=model.get_input_embeddings().num_embeddings,
         dim=dim,
@@ -312,6 +373,10 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
         causal=directions.pop(),
         memory="none",
         max_tokens=_positions(model) or (getattr(config, "max_position_embeddings", None) if as_trained else None),
+        as_trained=as_trained,
         pattern=pattern_of(config) if dilated else Pattern.dense(),
-        source=config.to_json_string(use_diff=False),
+        parameters=parameters,
+        trained=parameters,
+        layer_weights=sum(p.numel() for p in _layers(model, num_layers).parameters() if p.dim() >= 2),
+        source=json.dumps({key: value for key, value in settings.items() if key not in _NOT_OF_THE_MODEL}),
     )

@@ -157,6 +157,19 @@ class LongNetConfig(Table):
         return self.dim // self.num_heads
 
     @property
+    def frozen(self) -> bool:
+        return False
+
+    @property
+    def kv_dim(self) -> int:
+        return self.dim
+
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in the matrices of all layers."""
+        return self.num_layers * (4 * self.dim**2 + 2 * self.dim * self.ffn_dim)
+
+    @property
     def streams(self) -> bool:
         """A sequence may come in chunks: one after the other, or layer by layer where it is seen in both directions."""
         return True

@@ -13,8 +13,9 @@ B batch, N tokens, H heads, D head dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -236,6 +237,13 @@ class LongNet(Net):
         if output is None:
             raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
         return F.linear(hidden, output.weight)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return [*self.layers]
+
+    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor]) -> None:
+        save_pretrained(self, folder, tokenizer_json, state)
 
     @classmethod
     def from_pretrained(

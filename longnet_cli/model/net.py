@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -35,6 +36,19 @@ class NetConfig(Protocol):
 
     @property
     def head_dim(self) -> int: ...
+
+    @property
+    def kv_dim(self) -> int:
+        """Numbers of a token's keys, and of its values, in a layer."""
+
+    @property
+    def frozen(self) -> bool:
+        """Return whether its own weights are not trained, but LoRA's beside them."""
+
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in the matrices of all layers."""
+
     @property
     def pattern(self) -> Pattern: ...
 
@@ -46,6 +60,7 @@ class NetConfig(Protocol):
     def max_tokens(self) -> int | None:
         """Tokens of the longest sequence that it reads; None for no limit."""
 
+    def num_parameters(self) -> int: ...
     def model_dump_json(self) -> str: ...
 
 
@@ -59,6 +74,21 @@ class Net(nn.Module):
     def stream(self) -> Callable[..., Tensor] | None:
         """Return what reads a causal sequence chunk by chunk, as a CausalStream; None where that is what does."""
         return None
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers, first to last: each gets hidden (B, N, dim) and returns it."""
+        raise NotImplementedError
+
+    def check_trainable(self) -> None:
+        """Raise ConfigError for a net through which the gradient of a long sequence cannot go; in eval mode."""
+
+    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor]) -> None:
+        """Write a model directory with the weights `state`, on the CPU; files get their names when they are whole.
+
+        Raises CheckpointError where it cannot be written.
+        """
+        raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden (..., dim) -> logits (..., vocab_size). Raises ConfigError for a net that has none."""

@@ -25,7 +25,6 @@ from longnet_cli.attention.dilated import strided_view
 from longnet_cli.attention.pattern import common_span, lanes, open_spans, rows_before, span_views
 from longnet_cli.attention.spans import level_of
 from longnet_cli.errors import ConfigError
-from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import Net, NetConfig
 from longnet_cli.runtime.device import free_memory, precision, random_state, set_random_state
 from longnet_cli.runtime.exchange import Exchange, even_edges
@@ -132,7 +131,7 @@ class CausalStream:
 
 
 def backward_in_chunks(
-    model: LongNet,
+    model: Net,
     tokens: Tokens,
     targets: Tokens,
     chunk: int,
@@ -145,7 +144,7 @@ def backward_in_chunks(
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
-    tokens, targets: (B, N) as for `LongNet.nll`, of which a chunk's are read at a time. Loss and gradients are those of
+    tokens, targets: (B, N) as for `Net.nll`, of which a chunk's are read at a time. Loss and gradients are those of
     one backward over all N tokens, with the activations of `chunk` tokens at a time and the far rows of the levels that
     chunks cut: a forward more than the whole backward takes. Gradients of far rows add up in fp32 (fp64 for fp64).
     `dtype` as in `runtime.device`.
@@ -184,7 +183,7 @@ def backward_in_chunks(
 class _Chunk:
     """The positions [start, stop) of a sequence, or with a group this rank's shard of them."""
 
-    def __init__(self, model: LongNet, start: int, stop: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, model: Net, start: int, stop: int, group: dist.ProcessGroup | None) -> None:
         self.model, self.start, self.stop = model, start, stop
         self.edges, self.exchange, self.mine = None, None, slice(start, stop)
         if group is not None:
@@ -220,8 +219,10 @@ class _Chunk:
         for layer, (k, v) in enumerate(made):
             found = gradients.of_shard(layer, self.start, self.stop, self.mine.start, k)
             if found is not None:
-                roots += [k, v]
-                grads += [d.to(k.dtype) for d in found]
+                for made_here, gradient in zip((k, v), found, strict=True):
+                    if made_here.requires_grad:  # otherwise no weight that is trained made it
+                        roots.append(made_here)
+                        grads.append(gradient.to(made_here.dtype))
         torch.autograd.backward(roots, grads)
         for layer, keys in enumerate(leaves):
             for x in keys:
@@ -236,7 +237,7 @@ class _FarGradients:
     rank has what its own shards left, and they add up when the chunk that made the rows asks for them.
     """
 
-    def __init__(self, config: LongNetConfig, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, config: NetConfig, group: dist.ProcessGroup | None) -> None:
         self.pattern, self.num_heads, self.group = config.pattern, config.num_heads, group
         self.sums: dict[tuple[int, int, int], Tensor] = {}
 

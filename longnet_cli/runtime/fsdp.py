@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from longnet_cli.model import LongNet
+from longnet_cli.model.net import Net
 from longnet_cli.runtime.ranks import Ranks
 
 if TYPE_CHECKING:  # half a second to import, which one process need not wait for
     from torch.distributed.fsdp import FSDPModule
 
 
-def shard_weights(model: LongNet, ranks: Ranks) -> None:
+def shard_weights(model: Net, ranks: Ranks) -> None:
     """Leave this rank its share of each parameter, in place; alone, nothing is done.
 
     All ranks must have the same weights, on the device they train on. Make the optimizers after it: they hold states
@@ -41,8 +41,8 @@ def shard_weights(model: LongNet, ranks: Ranks) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.world,), mesh_dim_names=("ranks",))
-    for part in (*model.layers, model):  # what no block has, the root has: tables and the final norm
-        fully_shard(part, mesh=mesh, reshard_after_forward=False)
+    for module in (*model.blocks, model):  # what no block has, the root has: tables and the final norm
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)
     for part in _parts(model):
         part.set_gradient_divide_factor(1.0)  # gradients add up over ranks: the loss is scaled by the tokens of all
         part.set_force_sum_reduction_for_comms(True)  # a sum by name: gloo has no scaled one

@@ -15,15 +15,17 @@ from typing import Any
 import torch
 
 from longnet_cli.attention.pattern import BACKWARD_FLOPS, attention_flops
+from longnet_cli.integrations.loading import saved_bytes as saved_bytes_of
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.model.net import LOGITS_LIMIT
+from longnet_cli.model.net import LOGITS_LIMIT, NetConfig
+from longnet_cli.presets import find_model
 from longnet_cli.runtime.chunks import SHORTEST_CHUNK
 from longnet_cli.runtime.device import free_memory, matmul_peak, resident_memory, resolve_dtype
 from longnet_cli.runtime.ranks import Ranks
 
 from .checks import check_ranks
 from .optimizer import build_optimizers
-from .recipe import OptimizerRecipe, Recipe, Stage
+from .recipe import OptimizerRecipe, PretrainedRecipe, Recipe, Stage
 
 EFFICIENCY = 0.4  # of the measured matmul peak that a training step is assumed to reach
 
@@ -144,18 +146,20 @@ def _load_all(device: torch.device) -> None:
         optimizer.step()
 
 
-def flops_per_token(config: LongNetConfig, seq_len: int, predicted: float = 1.0) -> float:
+def flops_per_token(config: NetConfig, seq_len: int, predicted: float = 1.0) -> float:
     """Those of `executed_flops`, a token of sequences of `seq_len`."""
     return executed_flops(config, [seq_len], predicted) / seq_len
 
 
-def executed_flops(config: LongNetConfig, documents: Sequence[int], predicted: float = 1.0) -> float:
+def executed_flops(config: NetConfig, documents: Sequence[int], predicted: float = 1.0) -> float:
     """FLOPs of a forward and a backward over documents of so many tokens each; a multiply and an add are two.
 
     Of the tokens the share `predicted` has logits.
     """
     attention = sum(_attention(config, length) for length in documents)
-    return 3 * (_layers(config) + predicted * _vocabulary(config)) * sum(documents) + (1 + BACKWARD_FLOPS) * attention
+    matrices = _layers(config) + predicted * _vocabulary(config)
+    passes = 2 if config.frozen else 3  # forward, gradients of what is computed, gradients of weights
+    return passes * matrices * sum(documents) + (1 + BACKWARD_FLOPS) * attention
 
 
 def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
@@ -164,29 +168,48 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
     A process alone copies its weights and moments for a checkpoint, which is turned into a file's bytes, a copy again,
     while it trains on. With a GPU these two are in the machine's own memory, and not counted.
     """
-    config, numbers = recipe.model, recipe.model.num_parameters()
-    matrices = config.num_layers * (4 * config.dim**2 + 2 * config.dim * config.ffn_dim)
+    config: NetConfig = recipe.model
+    numbers, trained = _weights(recipe)
+    matrices = config.layer_weights
     itemsize = 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
     copies = 0 if itemsize == 4 else itemsize * (matrices + config.vocab_size * config.dim)
-    moments = 8 * numbers - (4 * matrices if recipe.optimizer.name == "muon" else 0)
+    moments = 8 * trained - (4 * (trained if config.frozen else matrices) if recipe.optimizer.name == "muon" else 0)
     share = ranks.world if recipe.parallel.shard == "full" else 1  # a step holds weights and gradients whole besides
-    again = recipe.train.activation_checkpointing
     stages = []
     for stage in recipe.train.stages:
         tokens = _tokens_at_once(recipe, stage, ranks)
         logits = min(round(tokens * recipe.train.predicted) * config.vocab_size, LOGITS_LIMIT)
         stages.append(
             {
-                "activations": tokens * activation_bytes(config, itemsize, device.type, again),
+                "activations": tokens * _activations(recipe, itemsize, device.type),
                 "logits": logits * 12,  # float32: logarithms of the softmax, their gradient, that of the logits
                 "cache": _cache_bytes(config, stage.seq_len, recipe.train.chunk * ranks.sp, itemsize, device.type),
             }
         )
     largest = max(stages, key=lambda stage: sum(stage.values()))
-    shares = 4 * numbers // share if share > 1 else 0
-    kinds = {"weights": 4 * numbers + shares + copies, "gradients": 4 * numbers + shares, "optimizer": moments // share}
+    shares = [4 * n // share if share > 1 else 0 for n in (numbers, trained)]
+    kinds = {"weights": 4 * numbers + shares[0] + copies, "gradients": 4 * trained + shares[1]}
+    kinds["optimizer"] = moments // share
     alone = device.type == "cpu" and ranks.world == 1
-    return kinds | largest | {"checkpoint": 2 * (4 * numbers + moments) if alone else 0}
+    return kinds | largest | {"checkpoint": 2 * (4 * trained + moments) if alone else 0}
+
+
+def _weights(recipe: Recipe) -> tuple[int, int]:
+    """(numbers in memory, numbers that are trained)."""
+    config = recipe.model
+    if not isinstance(recipe, PretrainedRecipe):
+        return config.num_parameters(), config.num_parameters()
+    return config.num_parameters() + (recipe.model.trained if config.frozen else 0), recipe.model.trained
+
+
+def _activations(recipe: Recipe, itemsize: int, device: str) -> int:
+    """`activation_bytes` of the recipe's net."""
+    again, config = recipe.train.activation_checkpointing, recipe.model
+    if not isinstance(recipe, PretrainedRecipe):
+        return activation_bytes(config, itemsize, device, again)
+    layer, besides = saved_bytes_of(find_model(recipe.init), recipe.adapter, "fp32" if itemsize == 4 else "bf16")
+    widest = itemsize * (config.ffn_dim + 2 * config.dim)  # what a layer's backward adds
+    return besides + layer + (config.num_layers - 1) * (4 * config.dim if again else layer) + widest
 
 
 def activation_bytes(config: LongNetConfig, itemsize: int, device: str, again: bool = False) -> int:
@@ -221,7 +244,7 @@ def saved_bytes(config: LongNetConfig, itemsize: int, device: str) -> int:
     return attention + ffn + dropout
 
 
-def _cache_bytes(config: LongNetConfig, seq_len: int, chunk: int, itemsize: int, device: str) -> int:
+def _cache_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, device: str) -> int:
     """Keys and values that chunks of one sequence keep for each other, and the gradients on their way back.
 
     A level's segments that a later chunk sees are kept till the backward has passed them.
@@ -235,7 +258,7 @@ def _cache_bytes(config: LongNetConfig, seq_len: int, chunk: int, itemsize: int,
         seen = seen_segments(w, back, chunk, seq_len)
         kept += rows * max(seen, 1 + back if device == "cuda" else 1)
         on_the_way += rows * min(seen, back + bool(chunk % w))
-    return 2 * config.num_layers * config.dim * (itemsize * kept + (itemsize + 4) * on_the_way)
+    return 2 * config.num_layers * config.kv_dim * (itemsize * kept + (itemsize + 4) * on_the_way)
 
 
 def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:
@@ -270,16 +293,16 @@ def _computed_again(recipe: Recipe, stage: Stage, ranks: Ranks) -> float:
     return again
 
 
-def _layers(config: LongNetConfig) -> int:
+def _layers(config: NetConfig) -> int:
     """FLOPs of the matrices of all layers, a token, forward."""
-    return 2 * config.num_layers * (4 * config.dim**2 + 2 * config.dim * config.ffn_dim)
+    return 2 * config.layer_weights
 
 
-def _vocabulary(config: LongNetConfig) -> int:
+def _vocabulary(config: NetConfig) -> int:
     return 2 * config.dim * config.vocab_size
 
 
-def _attention(config: LongNetConfig, tokens: int) -> float:
+def _attention(config: NetConfig, tokens: int) -> float:
     """FLOPs of the attention of all layers, a document, forward."""
     c = config
     return c.num_layers * _of_a_layer(c.pattern, c.num_heads, c.head_dim, tokens, c.causal)

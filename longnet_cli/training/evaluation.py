@@ -13,8 +13,7 @@ from torch import Tensor
 
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import DataError
-from longnet_cli.model import LongNet
-from longnet_cli.model.net import IGNORED
+from longnet_cli.model.net import IGNORED, Net
 from longnet_cli.runtime.device import precision
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reading import Reader, Window
@@ -26,7 +25,7 @@ from .recipe import Recipe
 
 @torch.no_grad()
 def evaluate(
-    model: LongNet,
+    model: Net,
     documents: Sequence[Document],
     recipe: Recipe,
     *,

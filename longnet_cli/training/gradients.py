@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.model import LongNet
-from longnet_cli.model.net import IGNORED, FarProvider
+from longnet_cli.model.net import IGNORED, FarProvider, Net
 from longnet_cli.runtime.chunks import Tokens, backward_in_chunks
 from longnet_cli.runtime.device import precision
 from longnet_cli.runtime.exchange import Exchange, even_edges
@@ -21,7 +20,7 @@ from .tokens import Pieces
 
 
 def backward(
-    model: LongNet,
+    model: Net,
     tokens: Tokens,
     targets: Tokens,
     *,
@@ -34,7 +33,7 @@ def backward(
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
-    tokens, targets: (B, N) as for `LongNet.nll`, tensors or of `training.tokens`. At most `chunk` tokens' activations
+    tokens, targets: (B, N) as for `Net.nll`, tensors or of `training.tokens`. At most `chunk` tokens' activations
     exist at one time. `starts`: where documents start in each row, 0 first (`Batch.document_starts`). No token attends
     to another document, and positions count from the start of the document, or of the window where that is later.
     Without it a row is one document.
@@ -72,7 +71,7 @@ def backward(
 
 
 def _nll(
-    model: LongNet,
+    model: Net,
     ids: Tensor,
     targets: Tensor,
     start: int,

@@ -19,12 +19,14 @@ import torch
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.atomic import locked_folder, write_file
+from longnet_cli.data.bos import document_start
 from longnet_cli.data.sources import Document, read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import Batch, TokenStream, TokenWindows
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
+from longnet_cli.integrations.loading import load_trainable
 from longnet_cli.model import LongNet
-from longnet_cli.model.weights import save_pretrained
+from longnet_cli.model.net import Net
 from longnet_cli.presets import find_model
 from longnet_cli.runtime.chunks import Tokens
 from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, random_state
@@ -33,7 +35,7 @@ from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.signals import Signals, noted_signals
 from longnet_cli.scoring import Score
 
-from .checkpoint import Checkpoints, read_state
+from .checkpoint import Checkpoints, checkpoints_in, read_state
 from .checks import check_memory, check_ranks, check_vocabulary
 from .estimate import executed_flops
 from .evaluation import evaluate
@@ -41,9 +43,9 @@ from .gradients import backward
 from .masking import mask_tokens
 from .metrics import Metrics, MetricsLog
 from .optimizer import build_optimizers, learning_rate
-from .recipe import Recipe, Stage
+from .recipe import PretrainedRecipe, Recipe, Stage
 from .start import BEST, CHECKPOINTS, RECIPE, Resume, find_checkpoint
-from .state import restore, run_tensors
+from .state import frozen_digest, restore, run_tensors
 from .tokens import StoredTokens
 from .trackers import Tracker, open_trackers
 
@@ -75,7 +77,6 @@ def train(
     output: str | Path,
     *,
     device: torch.device | str = "cpu",
-    initial: str | None = None,
     tokenizer_differs: bool = False,
     resume: Resume = True,
     ranks: Ranks | None = None,
@@ -94,17 +95,17 @@ def train(
     `resume` is True (go on from the newest undamaged checkpoint in `output`, if any), False (refuse a folder that has
     one), or the path of a checkpoint or a run. A resumed run is the uninterrupted one, bit by bit on a CPU with as many
     processes.
-    `initial` names a model whose weights a new run starts from; its tokenizer must be the recipe's, unless it
-    `tokenizer_differs`. Several `ranks` share each sequence, `train.chunk` tokens each, and groups of them the
-    sequences of a step; the first one writes. `peak` is for the MFU. Prints nothing: `on_begin` gets the steps and
-    tokens that are done already, `on_note` a line about each damaged checkpoint.
+    The tokenizer of the model `recipe.init` must be the recipe's, unless it `tokenizer_differs`. Several `ranks` share
+    each sequence, `train.chunk` tokens each, and groups of them the sequences of a step; the first one writes. `peak`
+    is for the MFU. Prints nothing: `on_begin` gets the steps and tokens that are done already, `on_note` a line about
+    each damaged checkpoint.
 
     Raises ConfigError for a model, tokenizer or checkpoint that does not fit the recipe, DataError for too little data,
     CheckpointError when all checkpoints are damaged, LongNetError when the loss is no longer finite or jumps, or when
     something cannot be written.
     """
     ranks = ranks or Ranks()
-    run = _Run(recipe, Path(output), torch.device(device), initial, tokenizer_differs, ranks, peak, on_step)
+    run = _Run(recipe, Path(output), torch.device(device), tokenizer_differs, ranks, peak, on_step)
     with locked_folder(run.output) if ranks.first else nullcontext():
         run.resume(resume, on_note or (lambda line: None))
         if on_begin:
@@ -121,7 +122,6 @@ class _Run:
         recipe: Recipe,
         output: Path,
         device: torch.device,
-        initial: str | None,
         tokenizer_differs: bool,
         ranks: Ranks,
         peak: MatmulPeak | None,
@@ -133,9 +133,12 @@ class _Run:
         check_memory(recipe)
         check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
         self.tokenizer = Tokenizer.load(recipe.data.tokenizer)
-        self.eos_id = _eos(self.tokenizer)
+        self.eos_id = _before_documents(recipe, self.tokenizer)
         check_vocabulary(recipe, self.tokenizer)
         check_ranks(recipe, ranks)
+        initial = recipe.init
+        if not isinstance(recipe, PretrainedRecipe) and checkpoints_in(output / CHECKPOINTS):
+            initial = None  # a LongNet's weights are all in the checkpoint
         if initial:
             Tokenizer.of_model(find_model(initial), recipe.data.tokenizer, differs=tokenizer_differs)
         self.windows = make_windows(recipe, self.tokenizer, self.eos_id, ranks)
@@ -145,12 +148,13 @@ class _Run:
             raise DataError(f"data.held_out, {', '.join(held_out)}: every document is empty")
         torch.manual_seed(recipe.train.seed)
         self.model = _model(recipe, initial).to(device).train()
+        self.frozen = frozen_digest(self.model)
         self.sharded = recipe.parallel.shard == "full"
         if self.sharded:
             shard_weights(self.model, ranks)
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
         torch.manual_seed(recipe.train.seed + ranks.rank)  # all drew the same weights, and each drops out its own
-        for layer in self.model.layers:
+        for layer in self.model.blocks:
             if recipe.train.compile:
                 layer.forward = torch.compile(layer.forward)
             if recipe.train.activation_checkpointing:
@@ -177,6 +181,8 @@ class _Run:
                     f"{checkpoint} was made with another tokenizer than {self.recipe.data.tokenizer}: name the one of "
                     "its run with --tokenizer"
                 )
+            if state.get("frozen") != self.frozen:
+                raise ConfigError(f"{checkpoint} was made beside other weights than those in {self.recipe.init}")
             restore(checkpoint, self.model, self.optimizers, self.device, self.ranks)
             self.progress, log = Progress(**state["progress"]), state["log"]
             self.random = random_state(self.device)
@@ -232,6 +238,7 @@ class _Run:
             "log": self.log.state(),
             "recipe": self.recipe.model_dump(mode="json"),
             "tokenizer": self.tokenizer.sha256,
+            "frozen": self.frozen,
             "versions": {
                 "longnet": version("longnet-cli"),
                 "torch": torch.__version__,
@@ -396,7 +403,7 @@ class _Run:
     def _write_model(self, folder: Path) -> None:
         state = whole_state(self.model, self.ranks)
         if self.ranks.first:
-            save_pretrained(self.model, folder, self.tokenizer.to_json(), state)
+            self.model.save(folder, self.tokenizer.to_json(), state)
         self.ranks.barrier()  # the end of another rank would end this one while it writes
 
 
@@ -424,13 +431,22 @@ def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks
     ]
 
 
-def _eos(tokenizer: Tokenizer) -> int:
-    if tokenizer.eos_id is None:
+def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
+    """The id with which each document begins: end-of-text, or what a model of transformers was trained with."""
+    if not isinstance(recipe, PretrainedRecipe):
+        found: int | tuple[int, ...] | None = tokenizer.eos_id
+    else:
+        found = document_start(find_model(recipe.init), tokenizer)
+    if found is None:
         raise ConfigError("the tokenizer has no end-of-text token, which training puts between documents")
-    return tokenizer.eos_id
+    if not isinstance(found, int):
+        raise ConfigError(f"{recipe.init} begins a document with {len(found)} tokens, and training puts one there")
+    return found
 
 
-def _model(recipe: Recipe, initial: str | None) -> LongNet:
+def _model(recipe: Recipe, initial: str | None) -> Net:
+    if isinstance(recipe, PretrainedRecipe):
+        return load_trainable(find_model(recipe.init), recipe.model, recipe.adapter)
     if initial is None:
         return LongNet(recipe.model)
     model = LongNet.from_pretrained(find_model(initial), dtype=torch.float32)

@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
 
 from longnet_cli.errors import ConfigError
+from longnet_cli.model.net import Net
 from longnet_cli.runtime.fsdp import is_sharded
 
 from .recipe import OptimizerRecipe, ScheduleRecipe
 
 
-def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
     """Fused AdamW, and Muon for the matrices of the layers where the recipe asks for it; only matrices decay.
 
     Weights that are sharded over ranks (`runtime.fsdp`) must be so already. Raises ConfigError where torch has no
     Muon, or for Muon on them.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    tables = [p for name, p in named if p.dim() >= 2 and not name.startswith("layers.")]
-    matrices = [p for name, p in named if p.dim() >= 2 and name.startswith("layers.")]
-    vectors = [p for _, p in named if p.dim() < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    of_layers = {id(p) for block in model.blocks for p in block.parameters()}
+    tables = [p for p in trained if p.dim() >= 2 and id(p) not in of_layers]
+    matrices = [p for p in trained if p.dim() >= 2 and id(p) in of_layers]
+    vectors = [p for p in trained if p.dim() < 2]
     muon = recipe.name == "muon"
     if muon and not hasattr(torch.optim, "Muon"):
         raise ConfigError(f'optimizer.name = "muon" needs torch 2.9 or newer, this is {torch.__version__}')

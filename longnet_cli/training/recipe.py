@@ -10,12 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from longnet_cli.attention import Pattern
 from longnet_cli.configuration import Table, parse, read_text, validate
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, refuse_web_address
+from longnet_cli.errors import ConfigError, LongNetError, refuse_web_address
+from longnet_cli.integrations.loading import read_facts
+from longnet_cli.integrations.transformers_config import TransformersConfig
 from longnet_cli.model.config import LongNetConfig
-from longnet_cli.patterns import PATTERN_FIELDS
-from longnet_cli.presets import preset_dir
+from longnet_cli.patterns import PATTERN_FIELDS, parse_pattern
+from longnet_cli.presets import find_model, is_of_transformers, preset_dir
 from longnet_cli.sizes import parse_size
 
 if sys.version_info >= (3, 11):
@@ -163,17 +166,18 @@ class ParallelRecipe(Table):
 
 
 # What may differ between a checkpoint and the run that goes on from it: it changes no number beyond rounding. Of the
-# tokenizer, the place: its content is compared besides.
+# tokenizer and the initial model, the place: what they are is compared besides.
 FREE_TO_CHANGE = {
-    *("data.train", "data.mix", "data.held_out", "data.column", "data.tokenizer", "parallel"),
+    *("init", "data.train", "data.mix", "data.held_out", "data.column", "data.tokenizer", "parallel"),
     *("train.chunk", "train.activation_checkpointing", "train.compile", "train.loss_jump", "train.log_every"),
     *("train.evaluate_every", "train.save_every", "train.save_minutes", "train.keep", "train.track"),
 }
 
 
 class Recipe(Table):
-    """A whole training run."""
+    """A whole training run; `init` names a model whose weights it starts from."""
 
+    init: str | None = None
     model: LongNetConfig
     data: DataRecipe = DataRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
@@ -198,6 +202,41 @@ class Recipe(Table):
         return [key for key in _changed(saved, self.model_dump(mode="json"), "") if key not in FREE_TO_CHANGE]
 
 
+class LoraRecipe(Table):
+    """Matrices of `rank` beside those that are named in `target_modules`, else beside all of the layers (peft).
+
+    What they add is scaled by alpha / rank.
+    """
+
+    rank: int = Field(default=16, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | None = Field(default=None, min_length=1)
+
+
+class PretrainedRecipe(Recipe):
+    """One that trains the decoder of transformers in the folder `init`; of `[model]`, a person writes the pattern."""
+
+    init: str
+    model: TransformersConfig  # type: ignore[assignment] # what the jobs ask of either, `NetConfig` says
+    lora: LoraRecipe | None = None  # all weights are trained without it
+
+    @model_validator(mode="after")
+    def _windows_fit_the_model(self) -> PretrainedRecipe:
+        longest, most = max(stage.seq_len for stage in self.train.stages), self.model.max_tokens
+        if most is not None and longest > most:
+            choice = ': set model.pattern, as "pretrained" or "dense"' if self.model.as_trained else ""
+            raise ValueError(f"{self.init} reads up to {most} tokens, and train.stages needs {longest}{choice}")
+        if self.train.compile:
+            raise ValueError("train.compile is for a LongNet: leave it out")
+        return self
+
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """The arguments of `integrations.lora.add_lora`; None where all weights are trained."""
+        return self.lora.model_dump() if self.lora else None
+
+
 def _changed(old: Any, new: Any, path: str) -> Iterator[str]:
     if path not in FREE_TO_CHANGE and isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in {**old, **new}:
@@ -210,8 +249,9 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     """Read a recipe, apply `overrides` ({"optimizer.lr": 1e-3}) and check the whole.
 
     `path` is a TOML file, a run's recipe.json, the name of one that ships in models/, or None for overrides alone. A
-    model without `vocab_size` gets its tokenizer's, and with the masked objective one id more, the mask. Raises
-    ConfigError.
+    model without `vocab_size` gets its tokenizer's, and with the masked objective one id more, the mask. Where `init`
+    is a model of transformers, the facts of `[model]` are its own, and the tokenizer too, unless the recipe names one.
+    Raises ConfigError, and CheckpointError for an `init` that is no model.
     """
     data, where = _read(path) if path else ({}, "options")
     if not isinstance(data, dict):
@@ -227,6 +267,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
             for field in PATTERN_FIELDS:
                 table.pop(field, None)
         table[name] = value
+    if folder := _pretrained_folder(data):
+        return validate(PretrainedRecipe, data | _pretrained(data, folder, where), where)
     model, source, train = (data.get(name) for name in ("model", "data", "train"))
     if isinstance(model, dict) and "vocab_size" not in model:
         masked = isinstance(train, dict) and train.get("objective") == "masked"
@@ -234,6 +276,42 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         size = Tokenizer.load(str(name)).vocab_size + masked
         data = data | {"model": model | {"vocab_size": size}}
     return validate(Recipe, data, where)
+
+
+def _pretrained_folder(data: Mapping[str, Any]) -> Path | None:
+    """The folder of the model of transformers that `init` names; None for a LongNet, which may be gone meanwhile."""
+    initial, model = data.get("init"), data.get("model")
+    if not isinstance(initial, str):
+        return None
+    try:
+        folder = find_model(initial)
+    except LongNetError:
+        if isinstance(model, dict) and {"dim", "segment_lengths"} <= model.keys():
+            return None  # a run that goes on has its weights, and one that begins says so
+        raise
+    return folder if is_of_transformers(folder) else None
+
+
+def _pretrained(data: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    """The tables `model` and `data` of a recipe that trains the model of transformers in `folder`."""
+    model, source = data.get("model", {}), data.get("data", {})
+    if not isinstance(model, dict) or not isinstance(source, dict):
+        raise ConfigError(f"{where}: model and data are tables of keys and values")
+    written = model.get("pattern")
+    if "source" not in model:  # else a recipe of a run, which has all facts
+        if others := [name for name in model if name != "pattern"]:
+            raise ConfigError(
+                f"{where}: model.{others[0]}: {folder} is a model of transformers with sizes of its own: leave out "
+                "[model], or set model.pattern alone"
+            )
+    elif model.get("as_trained"):
+        written = None
+    try:
+        pattern = parse_pattern(written) if isinstance(written, str) else Pattern(**written) if written else None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: model.pattern: {error}") from None
+    lora = validate(LoraRecipe, data["lora"], f"{where}: lora").model_dump() if data.get("lora") is not None else None
+    return {"model": read_facts(folder, pattern, lora), "data": {"tokenizer": str(folder)} | source}
 
 
 def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:

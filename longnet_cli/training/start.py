@@ -32,13 +32,12 @@ def prepare_run(
     output: str | Path,
     *,
     resume: Resume = True,
-    initial: str | None = None,
     writes: bool = True,
 ) -> Recipe:
     """Return the recipe of a run in the folder `output`, with `overrides`; without `recipe`, that of the resumed run.
 
     Raises ConfigError where there is no recipe, and, if the run `writes`, for a folder that holds a model but no run,
-    or whose files the run would read as data, recipe, tokenizer or `initial` model.
+    or whose files the run would read as data, recipe, tokenizer or initial model.
     """
     folder = Path(output)
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
@@ -55,7 +54,7 @@ def prepare_run(
     if writes:
         if (folder / WEIGHTS).exists() and not (folder / CHECKPOINTS).exists():
             raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
-        _refuse_overwriting(folder, found, recipe, initial)
+        _refuse_overwriting(folder, found, recipe)
     return found
 
 
@@ -99,8 +98,8 @@ def _checkpoint_at(path: Path, ranks: Ranks, on_note: Callable[[str], None]) -> 
     return found
 
 
-def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None, initial: str | None) -> None:
-    """Raise ConfigError where a run in `output` would write over its data, its recipe (in `path`) or `initial` model.
+def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None) -> None:
+    """Raise ConfigError where a run in `output` would write over its data, its recipe (in `path`) or initial model.
 
     A recipe.json and a tokenizer.json beside metrics.jsonl are the run's own, which it goes on with.
     """
@@ -108,8 +107,9 @@ def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None, initial:
     inputs = [*(item for source in (data.train or [], *(mix.inputs for mix in data.mix or [])) for item in source)]
     files = [*(output / name for name in MODEL_FILES), *(output / BEST / name for name in MODEL_FILES)]
     files += [output / RECIPE, output / "metrics.jsonl", output / CHECKPOINTS]
-    also = [find_model(initial) if initial else None]
+    also: list[Path | None] = []
     if not again:
+        also += [find_model(recipe.init) if recipe.init else None]
         also += [Path(path) if path else None, Tokenizer.find(data.tokenizer)]
     for read in (inputs, data.held_out or []):
         overwriting.refuse_overwriting("-o", files, read, also)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from longnet_cli.model.integrity import tensor_digest
 from longnet_cli.runtime.device import random_state, set_random_state
 from longnet_cli.runtime.ranks import Ranks
 
@@ -17,15 +18,22 @@ Optimizers = Sequence[torch.optim.Optimizer]
 
 
 def run_tensors(model: nn.Module, optimizers: Optimizers, random: Sequence[Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Return what a checkpoint holds: `model.NAME`, `optimizer.NAME.KEY` and this rank's `random.RANK.INDEX`."""
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    """Return what a checkpoint holds: `model.NAME` and `optimizer.NAME.KEY` of what is trained, `random.RANK.INDEX`."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    tensors = {f"model.{name}": p.detach() for name, p in trained}
     tensors |= {
         f"optimizer.{name}.{key}": value
-        for name, p in model.named_parameters()
+        for name, p in trained
         for key, value in _state_of(p, optimizers).items()
         if isinstance(value, Tensor)
     }
     return tensors | {f"random.{ranks.rank}.{index}": state for index, state in enumerate(random)}
+
+
+def frozen_digest(model: nn.Module) -> str | None:
+    """A digest of the weights that are not trained, and so in no checkpoint; None where all are."""
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    return tensor_digest(frozen) if frozen else None
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizers: Optimizers, device: torch.device, ranks: Ranks) -> None:
@@ -36,6 +44,8 @@ def restore(checkpoint: Path, model: nn.Module, optimizers: Optimizers, device: 
     """
     names = tensor_names(checkpoint)
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         for key in _keys(names, f"optimizer.{name}."):
             value = torch.zeros_like(p.detach()) if key != "step" else torch.zeros((), device=p.device)
             _state_of(p, optimizers)[key] = value

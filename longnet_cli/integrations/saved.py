@@ -1,0 +1,68 @@
+"""What a model of transformers saves for its backward, counted on one and two of its layers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor
+
+from longnet_cli.attention import Pattern
+from longnet_cli.integrations.lora import add_lora
+from longnet_cli.integrations.transformers import use_dilated_attention
+from longnet_cli.integrations.transformers_net import read_architecture
+from longnet_cli.runtime.device import precision
+
+_TOKENS = 64
+
+
+def saved_bytes(folder: str | Path, lora: Mapping[str, Any] | None, dtype: str) -> tuple[int, int]:
+    """(bytes a layer, bytes besides) that a token leaves for the backward; `dtype` as in `runtime.device`.
+
+    Two layers of the model are made, in memory that is never written to, so that it costs none. What does not grow
+    with the tokens (weights, their casts) is left out.
+    """
+    return _counted(str(folder), json.dumps(lora), dtype)
+
+
+@lru_cache  # asked for every chunk that might fit
+def _counted(folder: str, lora: str, dtype: str) -> tuple[int, int]:
+    one, two = (_a_token(folder, layers, json.loads(lora), dtype) for layers in (1, 2))
+    return two - one, 2 * one - two
+
+
+def _a_token(folder: str, layers: int, lora: Mapping[str, Any] | None, dtype: str) -> int:
+    config, architecture = read_architecture(Path(folder))
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = kinds[:layers]
+    with torch.device("meta"):
+        model = architecture(config)
+    model = model.to_empty(device="cpu").train()
+    use_dilated_attention(model, Pattern.dense())
+    if lora is not None:
+        add_lora(model, **lora)
+    few, many = (_saved(model, tokens, dtype) for tokens in (_TOKENS, 2 * _TOKENS))
+    return (many - few) // _TOKENS
+
+
+def _saved(model: hf.PreTrainedModel, tokens: int, dtype: str) -> int:
+    """Bytes of all storages that a forward over so many tokens saves."""
+    found: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        found[x.untyped_storage().data_ptr()] = x  # kept alive, so that no other gets its place
+        return x
+
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    with precision(dtype, ids.device), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        del hidden
+    return sum(x.untyped_storage().nbytes() for x in found.values())

@@ -1,0 +1,66 @@
+"""Writes the folder of a model of transformers: its files get their names when all of them are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import transformers as hf
+from torch import Tensor
+
+from longnet_cli.atomic import sync_folder
+from longnet_cli.configuration import digest, parse, read_text
+from longnet_cli.errors import CheckpointError
+
+ADAPTER = "adapter"  # a folder inside: there, transformers would take the model itself for an adapter
+_CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
+# what may stand beside a tokenizer.json: what a library needs to make a tokenizer of it, and how a chat is written
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+def write_folder(
+    model: hf.PreTrainedModel,
+    folder: Path,
+    state: Mapping[str, Tensor],
+    tokenizer_json: str,
+    source: Path | None,
+    *,
+    dense: bool = False,
+) -> None:
+    """Write config.json, model.safetensors with the weights `state`, and the tokenizer, to `folder`.
+
+    `source` is the folder that the model came from: what stands beside its tokenizer is copied, where the tokenizer is
+    the same. `dense` leaves the pattern out of config.json. Raises CheckpointError where the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".saving-") as place:
+            made = Path(place)
+            model.save_pretrained(made, state_dict=dict(state), max_shard_size=1 << 62)
+            settings = json.loads((made / _CONFIG).read_text(encoding="utf-8"))
+            if dense:
+                settings.pop("dilated_attention", None)
+            (made / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            (made / _TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+            if source and _same_tokenizer(source / _TOKENIZER, tokenizer_json):
+                for name in (*_BESIDE, _TOKENIZER):
+                    if (source / name).is_file():
+                        shutil.copyfile(source / name, made / name)
+            for path in sorted(made.iterdir(), key=lambda path: path.name == _CONFIG):  # a folder with it is complete
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(path, folder / path.name)
+        sync_folder(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot write the model: {error.strerror or error}") from None
+
+
+def _same_tokenizer(path: Path, text: str) -> bool:
+    try:
+        return digest(parse(read_text(path))) == digest(json.loads(text))
+    except (OSError, ValueError):
+        return False
