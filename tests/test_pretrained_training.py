@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from longnet_cli.integrations.transformers_net import load_transformers
 from longnet_cli.runtime.chunks import backward_in_chunks
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training.checkpoint import checkpoints_in, tensor_names
-from longnet_cli.training.estimate import memory_by_kind
 from longnet_cli.training.gradients import backward
 from longnet_cli.training.loop import train
 from longnet_cli.training.recipe import PretrainedRecipe, Recipe, load_recipe
@@ -219,42 +217,22 @@ def test_what_does_not_fit_the_model_is_refused(
 
 
 @pytest.mark.slow
-def test_memory_grows_by_the_far_rows_that_a_dry_run_states(tmp_path: Path) -> None:
-    """From 16,384 to 65,536 tokens, by the peak of this process; a LongNet's runs are in test_estimate.py."""
-    sizes = SIZES | {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128}
-    torch.manual_seed(0)
-    hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)).save_pretrained(tmp_path / "llama")
-    net = load_transformers(tmp_path / "llama", pattern=Pattern.window(256, sinks=4))
-    peaks, stated = [], []
-    for tokens in (16384, 65536):
-        ids = torch.randint(257, (1, tokens))
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        backward_in_chunks(net, ids, ids, 512)
-        peaks.append(int(re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024)
-        changes = {"init": str(tmp_path / "llama"), "data.tokenizer": "bytes", "model.pattern": "window:256,sinks=4"}
-        found = load_recipe(None, changes | {"train.stages": [{"seq_len": tokens, "steps": 1}], "train.chunk": 512})
-        stated.append(memory_by_kind(found, torch.device("cpu"), Ranks())["cache"])
-    print(f"peaks {peaks}, stated {stated}, growth {peaks[1] - peaks[0]:,} of {stated[1] - stated[0]:,}")
-    assert peaks[1] - peaks[0] == pytest.approx(stated[1] - stated[0], rel=0.1)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, ["q_proj", "v_proj"]])
 def test_a_real_model_in_chunks(lora: list[str] | None) -> None:
     """SmolLM2-135M, which examples/real_model.py fetches; SMOLLM2 is its folder."""
     folder = Path(os.environ.get("SMOLLM2", "/tmp/smollm2"))
     if not folder.is_dir():
         pytest.skip("no SmolLM2: set SMOLLM2 to its folder")
-    net = load_transformers(folder, pattern=Pattern.window(128, sinks=4))
+    net = load_transformers(folder, pattern=Pattern.window(32, sinks=4))
     if lora:
         net.add_lora({"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": lora})
         for name, p in net.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.01)
-    text = "The quick brown fox jumps over the lazy dog, and nobody asks it why it lies there. " * 32
-    ids = torch.tensor([Tokenizer.load(folder).encode(text)[:513]])
+    text = "The quick brown fox jumps over the lazy dog, and nobody asks it why it lies there. " * 8
+    ids = torch.tensor([Tokenizer.load(folder).encode(text)[:129].tolist()])
     found = []
-    for chunk in (512, 160):
+    for chunk in (128, 40):
         net.zero_grad()
         backward_in_chunks(net, ids[:, :-1], ids[:, 1:], chunk)
         found.append(torch.cat([p.grad.flatten().double() for p in net.parameters() if p.requires_grad]))
