@@ -52,7 +52,7 @@ def saved_by_autograd(config: LongNetConfig, dtype: str, tokens: int = 256) -> i
     """Bytes of all storages that a forward saves for its backward, parameters and their casts left out."""
     net = LongNet(config)
     own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    sizes = {tuple(p.shape) for p in net.parameters() if p.dim() == 2}
+    sizes = {tuple(p.shape) for p in net.parameters()}
     found: dict[int, tuple[int, torch.Tensor]] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:

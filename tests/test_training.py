@@ -88,6 +88,10 @@ def test_it_starts_from_given_weights(corpus: Path, tmp_path: Path) -> None:
     lines = (tmp_path / "again/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["loss"] < first.loss + 0.5
     assert again.steps == 40
+    pattern = {"model.segment_lengths": [16], "model.dilation_rates": [1]}
+    other = train(recipe(corpus, **pattern, init=str(tmp_path / "first")), tmp_path / "other pattern")
+    assert other.loss != again.loss
+    assert other.loss < first.loss + 0.5
     with pytest.raises(ConfigError, match=r"differs from the recipe in model\.ffn_dim"):
         train(recipe(corpus, **{"model.ffn_dim": 64, "init": str(tmp_path / "first")}), tmp_path / "other")
 

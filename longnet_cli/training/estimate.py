@@ -230,14 +230,13 @@ def activation_bytes(config: LongNetConfig, itemsize: int, device: str, again: b
 def saved_bytes(config: LongNetConfig, itemsize: int, device: str) -> int:
     """Of `activation_bytes` those that a layer saves for its backward, a token."""
     d, f, s = config.dim, config.ffn_dim, itemsize
-    wide = s if device == "cpu" else 4  # autocast gives norms float32 inputs on a GPU, their own on a CPU
-    attention = 4 * d + 8  # its input, and mean and deviation of that
-    attention += s * d * (1 if s == 4 else 3)  # the normed input, which autocast casts for each of q, k and v
+    inner = 2 * s if device == "cpu" else 8  # mean and deviation of an inner norm: of its input's type on a CPU
+    attention = 4 * d + 8 + s * d  # its input, mean and deviation of that; the normed input
     attention += 4 * s * d + 4 * config.num_heads  # q, k, v, out; lse
-    ffn = 4 * d + 8 + s * d + s * f  # the same two, and the input of gelu
+    ffn = 4 * d + 8 + s * d + s * f  # the same, and the input of gelu
     if config.norm == "subln":
-        attention += s * d + 8 + (4 * d if wide != s else 0)  # the normed output; its wide input is a copy
-        ffn += wide * f + 8 + s * f  # the norm's input and output
+        attention += s * d + inner  # the normed output
+        ffn += 2 * s * f + inner  # the norm's input and output
     else:
         ffn += s * f  # the output of gelu
     dropout = 2 * d * (s if device == "cpu" else 1) if config.dropout else 0

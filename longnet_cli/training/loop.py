@@ -449,7 +449,8 @@ def _model(recipe: Recipe, initial: str | None) -> Net:
         return load_trainable(find_model(recipe.init), recipe.model, recipe.adapter)
     if initial is None:
         return LongNet(recipe.model)
-    model = LongNet.from_pretrained(find_model(initial), dtype=torch.float32)
+    # weights do not depend on what a query sees: training goes on with the recipe's pattern
+    model = LongNet.from_pretrained(find_model(initial), dtype=torch.float32, pattern=recipe.model.pattern)
     if model.config != recipe.model:
         changed = [
             name
