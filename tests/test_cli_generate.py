@@ -111,6 +111,11 @@ def test_what_is_refused_is_one_line(run_longnet: RunLongnet, arguments: list[st
     assert done.stderr.count("\n") == 1
 
 
+def test_without_a_word_the_prompt_is_stdin(run_longnet: RunLongnet) -> None:
+    done = run_longnet("generate", input="")
+    assert (done.returncode, done.stderr) == (3, "longnet: error: stdin: the file is empty (0 bytes)\n")
+
+
 def test_a_prompt_that_is_no_text_is_refused(run_longnet: RunLongnet) -> None:
     done = run_longnet("generate", "\udcff", "-q")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

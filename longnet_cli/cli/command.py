@@ -95,7 +95,7 @@ def _plain(params: list[Any]) -> list[Any]:
 
 def _mark_bare(words: Sequence[str], optional: set[str]) -> Iterator[str]:
     """Give the value BARE to each option of `optional` that another option or nothing follows."""
-    for word, following in zip(words, [*words[1:], "-"], strict=True):
+    for word, following in zip(words, [*words, "-"][1:], strict=True):
         yield f"{word}={BARE}" if word in optional and following.startswith("-") else word
 
 
