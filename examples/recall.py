@@ -202,6 +202,11 @@ if __name__ == "__main__":
     parser.add_argument("--batch-tokens", type=int, default=4096)
     args = parser.parse_args()
     rows = []
+    try:
+        for text in args.patterns:
+            parse_pattern(text)
+    except ValueError as error:
+        parser.error(str(error))
     for row in results(args):
         rows.append(row)
         print(json.dumps(row), flush=True)
