@@ -1,4 +1,4 @@
-"""`longnet convert`: a model in a format of others, as an ordinary folder."""
+"""`longnet convert`: a model of another kind, or with weights of another type, as an ordinary folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from longnet_cli.cli.output import printable
 def convert(
     source: Annotated[
         str,
-        typer.Argument(metavar="FILE", help="Read this file: GGUF, as llama.cpp reads it.", show_default=False),
+        typer.Argument(
+            metavar="MODEL",
+            help="Read this GGUF file, as of llama.cpp, or this LongNet, by name or folder.",
+            show_default=False,
+        ),
     ],
     output: Annotated[
         str,
@@ -32,10 +36,10 @@ def convert(
     ] = "auto",
     quiet: QuietOption = False,
 ) -> None:
-    """Turn a model's file into an ordinary folder of transformers, which any tool loads.
+    """Turn a GGUF file into a folder of transformers, which any tool loads, or write a LongNet in another type.
 
-    What the file holds is seen from its first bytes. Quantized weights are written out as plain numbers.
-    Needs the extra `gguf`: pip install 'longnet-cli[gguf]'.
+    What a file holds is seen from its first bytes. Quantized weights are written out as plain numbers.
+    GGUF needs an extra: pip install 'longnet-cli[gguf]'.
     """
     from longnet_cli.integrations.converting import convert as run
 

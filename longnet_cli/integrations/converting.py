@@ -1,4 +1,4 @@
-"""A model's file of another kind, as an ordinary folder. A new kind is one more case in `convert`."""
+"""A model of another kind, or with weights of another type, as an ordinary folder: a case in `convert` per kind."""
 
 from __future__ import annotations
 
@@ -7,20 +7,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from longnet_cli.errors import CheckpointError, refuse_web_address
-from longnet_cli.presets import is_gguf
+from longnet_cli.atomic import new_folder
+from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
+from longnet_cli.model import LongNet
+from longnet_cli.model.integrity import check_finite
+from longnet_cli.model.weights import TOKENIZER
+from longnet_cli.presets import find_model, is_gguf, is_of_transformers, list_models
 from longnet_cli.runtime.device import DTYPES
 
 
 def convert(source: str | Path, output: str | Path, dtype: str = "auto") -> str:
-    """Write the model in the file `source` to the new folder `output`, and say what was done in a few words.
+    """Write the model `source` to the new folder `output`, and say what was done in a few words.
 
+    `source` is a GGUF file, or the name or the folder of a LongNet, which is written with weights of another type.
     `dtype` is fp32, bf16, fp16 or auto: the file's own, bf16 where its weights are quantized. Raises CheckpointError
-    for a file that is of no kind that is known, or damaged, ConfigError for a folder that is in use and for libraries
-    that are missing.
+    for a file that is of no kind that is known, or damaged, ConfigError for a folder that is in use, for libraries
+    that are missing and for a LongNet without a type.
     """
     refuse_web_address(str(source))
     path = Path(source)
+    if path.is_dir() or str(source) in list_models():
+        return _with_weights_of(find_model(str(source)), Path(output), dtype)
     if is_gguf(path):
         from longnet_cli.integrations.gguf import convert_gguf
 
@@ -28,6 +35,22 @@ def convert(source: str | Path, output: str | Path, dtype: str = "auto") -> str:
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     raise CheckpointError(f"{path}: not a GGUF file, by its first bytes: no other kind is converted")
+
+
+def _with_weights_of(folder: Path, output: Path, dtype: str) -> str:
+    """Write a LongNet again, with weights of the type `dtype`."""
+    if is_of_transformers(folder):
+        raise ConfigError(f"{folder}: already a folder of transformers, which any tool loads")
+    if dtype not in DTYPES:
+        raise ConfigError(
+            f"{folder}: a LongNet is written with weights of another type: give --dtype, bf16 for half the size"
+        )
+    net = LongNet.from_pretrained(folder, dtype=DTYPES[dtype])
+    words = folder / TOKENIZER
+    with new_folder(output) as place:
+        check_finite(net.state_dict(), f"{folder} as {dtype}")
+        net.save_pretrained(place, words.read_text(encoding="utf-8") if words.is_file() else None)
+    return f"a LongNet of {net.config.num_parameters():,} parameters, as {str(DTYPES[dtype]).removeprefix('torch.')}"
 
 
 @contextmanager
