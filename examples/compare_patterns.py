@@ -1,0 +1,122 @@
+"""Compare patterns on a model you have, without training: what each costs in nats per token, keys, time and memory.
+
+    python examples/real_model.py runs/real
+    python examples/compare_patterns.py runs/real/smollm2 runs/real/prose/secA5.txt dense window:1Ki window:1Ki,sinks=4
+
+Words that are files are documents, all others are patterns. `dense` is scored in separate windows of the length that
+the model was trained on; every other pattern reads a document as one.
+
+It writes one line of JSON per pattern, document and decade of positions: `pattern, document, from, to` (positions
+before the token), `tokens, nats` (their sum), `keys` (of a query on average, over the whole document), `seconds` and
+`peak_bytes` (of the process that scored all documents with this pattern). The table on stderr has the nats per token
+of each document, and beside them the perplexity relative to the first pattern, with its standard error over documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longnet_cli.sizes import parse_size
+
+EDGES = [0, 10, 100, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000, 1_000_000, 10_000_000]
+Row = dict[str, Any]
+
+
+def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtype: str, chunk: int) -> list[Row]:
+    """The rows of a pattern: each document by decade."""
+    import torch
+
+    from longnet_cli.attention.branches import attention_flops
+    from longnet_cli.data.bos import document_start
+    from longnet_cli.data.documents import Document
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.integrations.loading import load_net
+    from longnet_cli.patterns import parse_pattern
+    from longnet_cli.runtime.device import peak_memory
+    from longnet_cli.scoring import score
+
+    words, held = Tokenizer.of_model(Path(folder)), {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    dense = pattern == "dense"
+    net = load_net(Path(folder), pattern=None if dense else parse_pattern(pattern), dtype=held)
+    context = net.config.max_tokens if dense else None
+    rows: list[Row] = []
+    for path in paths:
+        ids = np.asarray(words.encode(Path(path).read_text(encoding="utf-8", errors="replace")))[:limit]
+        document, logprobs, start = Document(Path(path).name, ids, len(ids), path), [], time.perf_counter()
+        scores = score(
+            net,
+            [document],
+            bos=document_start(Path(folder), words),
+            context=context,
+            chunk=chunk,
+            dtype=dtype,
+            on_tokens=lambda *token, found=logprobs: found.append(token[3]),
+        )
+        list(scores)
+        seconds, nats = time.perf_counter() - start, -np.concatenate(logprobs).astype(np.float64)
+        read = min(context or len(ids), len(ids))
+        keys = attention_flops(parse_pattern(pattern), 1, 1, read, True) / (4 * read)
+        common = {"pattern": pattern, "document": document.doc_id, "keys": round(keys), "seconds": round(seconds, 1)}
+        for first, last in pairwise(EDGES):
+            if len(part := nats[first:last]):
+                rows.append({**common, "from": first, "to": last, "tokens": len(part), "nats": part.sum()})
+        print(f"{pattern}, {document.doc_id}: {nats.mean():.4f} in {seconds:.0f} s", file=sys.stderr, flush=True)
+    peak = peak_memory(torch.device("cpu"))
+    return [{**row, "peak_bytes": peak} for row in rows]
+
+
+def table(rows: list[Row], patterns: list[str]) -> Iterator[str]:
+    """Lines of Markdown: a row per pattern, a column per document, and the perplexity relative to the first pattern."""
+    documents = list(dict.fromkeys(row["document"] for row in rows))
+    means = {(p, d): _mean(rows, p, d) for p in patterns for d in documents}
+    yield "| pattern | keys | " + " | ".join(documents) + " | ppl / first | +- |"
+    yield "|---" * (len(documents) + 4) + "|"
+    for p in patterns:
+        keys = max(row["keys"] for row in rows if row["pattern"] == p)
+        more = np.array([means[p, d] - means[patterns[0], d] for d in documents])
+        error = more.std(ddof=1) / math.sqrt(len(more)) if len(more) > 1 else math.nan
+        nats = " | ".join(f"{means[p, d]:.4f}" for d in documents)
+        yield f"| `{p}` | {keys:,} | {nats} | {math.exp(more.mean()):.4f} | {math.exp(more.mean()) * error:.4f} |"
+
+
+def _mean(rows: list[Row], pattern: str, document: str) -> float:
+    found = [row for row in rows if row["pattern"] == pattern and row["document"] == document]
+    return sum(row["nats"] for row in found) / sum(row["tokens"] for row in found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder of transformers")
+    parser.add_argument("words", nargs="+", metavar="FILE|PATTERN", help="documents and patterns")
+    parser.add_argument("--tokens", type=parse_size, help="read only so many tokens of each document")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--chunk", type=parse_size, default=4096, help="tokens that are in memory at once")
+    options = parser.parse_intermixed_args()
+    paths = [word for word in options.words if Path(word).is_file()]
+    patterns = [word for word in options.words if word not in paths]
+    if not paths or not patterns:
+        parser.error("give at least one file and one pattern")
+    rows: list[Row] = []
+    for pattern in patterns:
+        with get_context("spawn").Pool(1) as pool:  # a process of its own, so that its peak memory is the pattern's
+            arguments = (options.model, pattern, paths, options.tokens, options.dtype, options.chunk)
+            found = pool.apply(measure, arguments)
+        for row in found:
+            print(json.dumps(row), flush=True)
+        rows += found
+    print(*table(rows, patterns), sep="\n", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
