@@ -314,7 +314,8 @@ def test_wrong_calls_say_what_is_wrong(pattern: Pattern, call: dict, message: st
 def test_constructors() -> None:
     assert Pattern.window(1024) == Pattern((1024,), (1,), look_back=1)
     assert Pattern.window(1024).keys_per_query / 2 == 1536
-    assert Pattern.pretrained() == Pattern.window(1024, sinks=4)
+    assert Pattern.pretrained() == Pattern.window(1704, sinks=4)
+    assert Pattern.window(1704).keys_per_query / 2 + 4 == 2560
     nested = Pattern.nested(2**20)
     assert nested.segment_lengths == (1024, 4096, 16384, 65536, 262144, 1048576)
     assert nested.dilation_rates == (1, 4, 16, 64, 256, 1024)

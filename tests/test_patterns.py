@@ -36,7 +36,7 @@ READ = {
 WRITTEN = {
     "paper": Pattern.paper(),
     "geometric:1Gi": Pattern.geometric(10**9),
-    "window:1Ki,sinks=4": Pattern.pretrained(),
+    "window:1704,sinks=4": Pattern.pretrained(),
     "nested:1Mi,queries=dilated": Pattern(
         Pattern.nested(1 << 20).segment_lengths, (1, 4, 16, 64, 256, 1024), look_back=1, overlap="once"
     ),

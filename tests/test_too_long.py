@@ -87,6 +87,13 @@ def test_dense_to_the_trained_length_and_refused_beyond(llama: Path, tmp_path: P
     assert not (tmp_path / "out.arrow").exists()
 
 
+def test_a_window_that_reaches_farther_than_the_model_was_trained_is_named(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("x" * 100)
+    words = "its first level reaches 66 tokens back, and the model was trained on 64: window:32,sinks=4 stays within"
+    for pattern, named in (("window:33,sinks=4", True), ("window:32,sinks=4", False), ("dense", False)):
+        assert (words in run("score", tmp_path / "long.txt", "-m", llama, "--pattern", pattern).stderr) is named
+
+
 @pytest.mark.parametrize("name", ["ids.parquet", "ids.arrow"])
 def test_lengths_that_are_known_are_checked_before_work_starts(llama: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / name

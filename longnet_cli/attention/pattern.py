@@ -152,10 +152,11 @@ class Pattern:
         return cls(*levels, look_back=1, overlap="once", queries="all", sinks=sinks)
 
     @classmethod
-    def pretrained(cls, width: int = 1024, sinks: int = 4) -> Pattern:
+    def pretrained(cls, width: int = 1704, sinks: int = 4) -> Pattern:
         """For a model that was trained with dense attention: a window, and the sinks without which it fails.
 
-        The window's 2 * width tokens should not reach further than the length that the model was trained on.
+        A query sees 1.5 * width keys on average, 2,560 by default, and 2 * width at most: no more than the length that
+        the model was trained on. docs/your-model.md has what other patterns of that cost give.
         """
         return cls.window(width, sinks=sinks)
 

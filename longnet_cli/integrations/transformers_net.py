@@ -89,13 +89,15 @@ class TransformersNet(Net):
             self.config = self.config.model_copy(update={"max_tokens": most})
         self.note = _NOTES[self.config.memory]
         if dilated and self.config.streams:  # a layer that gets no far keys from outside has a LongNetCache
-            self.note = _GROWS if self.config.pattern == Pattern.dense() else None
+            self.note = _GROWS if self.config.pattern == Pattern.dense() else _too_wide(model, self.config.pattern)
         if as_trained and (limit := self.config.max_tokens):
             self.note = f"no pattern is given: dense attention as it was trained, on up to {limit} tokens"
             if not self.config.streams:
                 self.note += f"; {_NOTES['none']}"
             if not _positions(model):
-                window = "pretrained" if limit >= 2048 else f"window:{max(4, limit // 2)},sinks=4"
+                window = (
+                    "pretrained" if limit >= _reach(Pattern.pretrained()) else f"window:{max(4, limit // 2)},sinks=4"
+                )
                 self.choices = f"--pattern {window} (a window and 4 sinks) or --pattern dense (farther than trained)"
 
     def as_it_comes(self) -> TransformersNet:
@@ -328,6 +330,22 @@ def read_architecture(folder: Path) -> tuple[Any, Any]:
 def _without_attention(settings: dict[str, Any]) -> dict[str, Any]:
     """An attention that a file names would take the place of the one asked for, and may be code of a hub."""
     return {key: value for key, value in settings.items() if not key.startswith(("attn_impl", "_attn_impl"))}
+
+
+def _reach(pattern: Pattern) -> int:
+    """Return how many tokens back a query sees at most in the first level."""
+    return (1 + pattern.look_backs[0]) * pattern.segment_lengths[0]
+
+
+def _too_wide(model: hf.PreTrainedModel, pattern: Pattern) -> str | None:
+    """What to say where the first level shows distances that the model has never seen."""
+    trained = getattr(model.config, "max_position_embeddings", None)
+    if not trained or _reach(pattern) <= trained or _positions(model):
+        return None
+    return (
+        f"its first level reaches {_reach(pattern)} tokens back, and the model was trained on {trained}: "
+        f"window:{max(4, trained // 2)},sinks=4 stays within"
+    )
 
 
 def _positions(model: hf.PreTrainedModel) -> int | None:
