@@ -187,7 +187,7 @@ def show_training(text: str, machine: Row) -> tuple[list[str], list[str]]:
 def show_tests(path: Path) -> tuple[list[str], list[str]]:
     """Counts, failures by name, and why tests were skipped."""
     failures, skipped, passed = [], Counter[str](), 0
-    for case in ElementTree.parse(path).iter("testcase"):
+    for case in ElementTree.parse(path).iterfind(".//testcase[@name]"):  # one that was broken off has no name there
         outcome = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         message = ((outcome.get("message") if outcome is not None else None) or "").strip() or "no reason given"
         if outcome is None:
