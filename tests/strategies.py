@@ -93,10 +93,11 @@ def turn(x: Tensor, distances: Tensor, start: int | None = None) -> Tensor:
     """
     half = x.shape[-1] // 2
     speed = 0.3 ** torch.arange(half, dtype=torch.float64)
-    places = distances[:, None].double() + (0 if start is None else torch.arange(start, start + x.shape[2]))
-    phase = (places[:, :, None, None] * speed).to(x.dtype)  # (segments, rows or 1, 1, half)
+    places = distances[:, None].double().cpu() + (0 if start is None else torch.arange(start, start + x.shape[2]))
+    phase = (places[:, :, None, None] * speed).to(x.device)  # (segments, rows or 1, 1, half)
+    cos, sin = (each.to(x.dtype if x.dtype.itemsize > 2 else torch.float32) for each in (phase.cos(), phase.sin()))
     a, b = x.unflatten(-1, (half, 2)).unbind(-1)
-    return torch.stack([a * phase.cos() - b * phase.sin(), a * phase.sin() + b * phase.cos()], -1).flatten(-2)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
 def pattern_with_options(pick: random.Random, causal: bool) -> Pattern:

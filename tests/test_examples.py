@@ -1,5 +1,5 @@
-"""The scripts in examples/: the corpus of the shipped model, the Llama of transformers that is trained twice, and the
-encoder that finds edited copies of files.
+"""The scripts in examples/: the corpus of the shipped model, the Llama of transformers that is trained twice, the
+encoder that finds edited copies of files, and the report of a GPU.
 
 pytest tests/test_examples.py
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from longnet_cli.cli.app import app
@@ -142,3 +143,43 @@ def test_both_llamas_begin_with_the_same_weights() -> None:
         assert tensor.equal(dilated.state_dict()[name])
     assert dilated.config.dilated_attention["segment_lengths"] == [256, 512, 1024, 2048, 4096]
     assert dense.config._attn_implementation == "sdpa"
+
+
+def gpu_report(env: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "examples/gpu_report.py", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_report_of_a_gpu_is_whole(tmp_path: Path, command_env: dict[str, str]) -> None:
+    """On the CPU, in tiny sizes: every section, every figure, and the tests of a GPU themselves."""
+    done = gpu_report(command_env, "--small", "-o", tmp_path / "gpu.md")
+    report = (tmp_path / "gpu.md").read_text()
+    assert (done.returncode, done.stdout) == (0, ""), report
+    assert re.search(r"^Nothing failed\.$", report, re.MULTILINE)
+    parts = dict(part.split("\n", 1) for part in report.split("\n## ")[1:])
+    assert [*parts] == ["The machine", "Is it right?", "Attention", "A billion tokens", "Training longnet-125m"]
+    assert re.search(r"\n\| \*\*chosen\*\* \| cpu_flash \| cpu_flash \| cpu_flash \|\n", parts["The machine"])
+    passed, failed = map(int, re.findall(r"(\d+) (?:passed|failed)", parts["Is it right?"]))
+    assert passed >= 10
+    assert failed == 0
+    for title, rows in (("Attention", 4), ("A billion tokens", 1), ("Training longnet-125m", 2)):
+        assert parts[title].startswith("\n    longnet bench --device cpu ")
+        _, _, *lines = [line for line in parts[title].splitlines() if line.startswith("|")]
+        assert len(lines) == rows
+        cells = [cell.strip() for line in lines for cell in line.strip("|").split("|")]
+        assert title == "Training longnet-125m" or all(cells)
+        assert "- " not in parts[title].split("|---")[-1], "a row was not measured"
+
+
+def test_what_the_time_does_not_allow_is_named(tmp_path: Path, command_env: dict[str, str]) -> None:
+    done = gpu_report(command_env, "--small", "--minutes", "0", "-o", tmp_path / "gpu.md")
+    assert done.returncode == 1
+    assert (tmp_path / "gpu.md").read_text().count(": not run, the time was over") == 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_one_line(tmp_path: Path, command_env: dict[str, str]) -> None:
+    done = gpu_report(command_env, "-o", tmp_path / "gpu.md")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "there is no device 'cuda' here" in done.stderr
+    assert not (tmp_path / "gpu.md").exists()

@@ -1,6 +1,6 @@
 """Kernels: each one that runs here equals plain math; selection, forcing and probing; flash-attn's real signatures.
 
-pytest tests/test_kernels.py       on a GPU: pytest -m gpu tests/test_kernels.py
+pytest tests/test_kernels.py       on a GPU: tests/test_gpu.py
 """
 
 from __future__ import annotations
@@ -324,22 +324,3 @@ def test_what_fails_is_not_left_activated(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ValueError, match="'fa4' cannot run here"):  # aten has no such operator for CPUs
         kernels.select_kernel(CPU, torch.float32, 8, "fa4")
     assert left[-1] is None
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in kernels.KERNELS if name != "cpu_flash"])
-@pytest.mark.parametrize("causal", [True, False])
-def test_on_a_gpu(name: str, causal: bool) -> None:
-    device, dtype = torch.device("cuda"), torch.bfloat16
-    if kernels.KERNELS[name].refusal(device, dtype, 64):
-        pytest.skip(f"{name}: {kernels.KERNELS[name].refusal(device, dtype, 64)}")
-    pattern = Pattern((256, 512, 1024), (1, 2, 6))
-    q, k, v, dout = (torch.randn(2, 3000, 12, 64, device=device, dtype=dtype) for _ in range(4))
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out = dilated_attention(q, k, v, pattern, causal=causal, start=100, kernel=name)
-    found = [out, *torch.autograd.grad(out, (q, k, v), dout)]
-    wide = [x.detach().double().cpu().requires_grad_() for x in (q, k, v)]
-    expected_out = dilated_attention(*wide, pattern, causal=causal, start=100)
-    expected = [expected_out, *torch.autograd.grad(expected_out, wide, dout.double().cpu())]
-    for a, b in zip(found, expected, strict=True):
-        assert (a.double().cpu() - b).norm() <= 1e-2 * b.norm()

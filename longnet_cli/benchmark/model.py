@@ -17,13 +17,14 @@ from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.pattern import attention_flops, cached_rows
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.loading import load_net
-from longnet_cli.model import LongNet
+from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.config import parse_config
 from longnet_cli.model.net import LOGITS_LIMIT, Net
 from longnet_cli.model.weights import load_config
 from longnet_cli.presets import find_model, is_of_transformers
 from longnet_cli.runtime.chunks import open_stream
 from longnet_cli.runtime.device import DTYPES, precision
+from longnet_cli.training.estimate import activation_bytes, kept_bytes
 from longnet_cli.training.gradients import backward
 
 from .measurement import Case, Measurement
@@ -74,8 +75,7 @@ def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
     again = chunk < seq  # then each chunk's forward is computed once more
     row = _row(s, net, impl, direction, seq, chunk=chunk if again else None)
-    memory = _memory(s, net, chunk) * 2 * net.config.num_layers
-    return Case(row, _flops(s, net, 3 + again, 3.5 + again), memory, start)
+    return Case(row, _flops(s, net, 3 + again, 3.5 + again), _training_memory(s, net.config, seq, chunk), start)
 
 
 def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
@@ -160,6 +160,18 @@ def _memory(s: Settings, net: Net, chunk: int) -> int:
     logits = min(tokens * c.vocab_size, LOGITS_LIMIT)
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
     return 4 * (tokens * (10 * c.dim + 2 * c.ffn_dim) + 2 * logits) + weights
+
+
+def _training_memory(s: Settings, c: LongNetConfig, seq: int, chunk: int) -> int:
+    """Bytes of weights and gradients, of what a chunk leaves for its backward, and of what chunks keep for each other.
+
+    As `training.estimate` counts them.
+    """
+    tokens, itemsize = s.batch * chunk, DTYPES[s.dtype].itemsize
+    numbers = c.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
+    kept = s.batch * kept_bytes(c, seq, chunk, itemsize, s.device.type)
+    logits = 12 * min(tokens * c.vocab_size, LOGITS_LIMIT)
+    return numbers + tokens * activation_bytes(c, itemsize, s.device.type) + kept + logits
 
 
 def _cache_bytes(s: Settings, net: Net) -> int | None:

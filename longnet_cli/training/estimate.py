@@ -183,7 +183,7 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
             {
                 "activations": tokens * _activations(recipe, itemsize, device.type),
                 "logits": logits * 12,  # float32: logarithms of the softmax, their gradient, that of the logits
-                "cache": _cache_bytes(config, stage.seq_len, recipe.train.chunk * ranks.sp, itemsize, device.type),
+                "cache": kept_bytes(config, stage.seq_len, recipe.train.chunk * ranks.sp, itemsize, device.type),
             }
         )
     largest = max(stages, key=lambda stage: sum(stage.values()))
@@ -243,7 +243,7 @@ def saved_bytes(config: LongNetConfig, itemsize: int, device: str) -> int:
     return attention + ffn + dropout
 
 
-def _cache_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, device: str) -> int:
+def kept_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, device: str) -> int:
     """Keys and values that chunks of one sequence keep for each other, and the gradients on their way back.
 
     A level's segments that a later chunk sees are kept till the backward has passed them.

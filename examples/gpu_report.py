@@ -1,0 +1,374 @@
+"""Show in ten minutes that this machine's GPU computes what it should, and how fast: a report in Markdown.
+
+    make gpu                                     or python examples/gpu_report.py -o runs/gpu.md
+    python examples/gpu_report.py --small        tries this script on a CPU, in tiny sizes
+
+The report names the card and the versions, the kernels that work and why others do not, the outcome of `pytest -m gpu`,
+and the figures of `longnet bench`, each with its command. Every step is a process of its own, with a share of the time:
+one that fails, or takes too long, is a line in the report, and the others go on. Exit codes: 0, everything was right;
+1, a test or a step failed, and the report says which; 2, there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DTYPES = ("bf16", "fp16", "fp32")
+MODULES = {"longnet": ["-m", "longnet_cli"], "pytest": ["-m", "pytest"], "python": []}  # how Python runs a command
+START, GRACE = 25.0, 10.0  # seconds that a process may take to begin, and to end once it is asked to
+TRIED = "fp32 and not (compiled or math)"  # of the tests, with --small
+
+Row = dict[str, Any]
+TINY = ["--heads", "2", "--head-dim", "16", "--repeats", "1"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and what its output says in the report: lines of Markdown, and what of it failed."""
+
+    title: str
+    command: list[str]  # its first word is one of MODULES
+    weight: float  # its share of the time that is left, beside those of the steps to come
+    show: Callable[[str], tuple[list[str], list[str]]]
+    bounded: bool = False  # whether it takes --max-time
+
+    def run(self, seconds: float, env: dict[str, str]) -> tuple[list[str], list[str]]:
+        """Its part of the report, and its failures; it ends after so many seconds, and is killed soon after."""
+        command = [*self.command]
+        if self.bounded:
+            command += ["--max-time", f"{max(2.0, seconds - min(START, seconds / 2)):.0f}"]
+        shown = shlex.join(command)
+        argv = [sys.executable, *MODULES[command[0]], *command[1:]]
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            process = subprocess.Popen(argv, stdout=out, stderr=err, cwd=ROOT, env=env, start_new_session=True)
+            code = _wait(process, seconds)
+            out.seek(0)
+            err.seek(0)
+            found, said = out.read(), [line.strip() for line in err if line.strip()]
+        failures = []
+        if code is None:
+            failures.append(f"`{shown}` was ended after {seconds:.0f} s; below is what it had done until then")
+        elif code:
+            failures.append(f"`{shown}` ended with exit code {code}: {said[-1] if said else 'it said nothing'}")
+        try:
+            lines, wrong = self.show(found)
+        except (ValueError, KeyError, OSError, ElementTree.ParseError) as error:  # of a process that was killed
+            lines, wrong = [f"Nothing can be read of its output: {type(error).__name__}: {error}"], []
+        if wrong and code == 1:  # which the code says again
+            failures = []
+        return [f"    {shown}", "", *lines], failures + wrong
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """The exit code, or None where the process had to be ended, with all that it had started."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)  # pytest and bench keep what they have
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def table(head: str, rows: list[list[object]]) -> list[str]:
+    """Lines of a table; `head` is `a | b`, and None an empty cell."""
+    cells = [" | ".join("" if cell is None else str(cell).replace("|", "/") for cell in row) for row in rows]
+    return [f"| {head} |", f"{'|---' * len(head.split('|'))}|", *(f"| {line} |" for line in cells)]
+
+
+def scaled(value: float | None, unit: float, digits: int = 1) -> str | None:
+    return None if value is None else f"{value / unit:,.{digits}f}"
+
+
+def not_measured(rows: list[Row]) -> list[str]:
+    found = [f"- {row['impl']} {row['direction']}, {row['seq']:,} tokens: {row['status']}" for row in rows]
+    return ["", *(f"{line}, {row['reason']}" for line, row in zip(found, rows, strict=True))] if rows else []
+
+
+def rows_of(text: str) -> list[Row]:
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # the last one may be cut off
+
+
+def show_attention(text: str) -> tuple[list[str], list[str]]:
+    """One line for a length and a direction, with the three implementations beside each other."""
+    rows = rows_of(text)
+    seconds = {(row["seq"], row["direction"], row["impl"]): row for row in rows if row["status"] == "ok"}
+    lines: list[list[object]] = []
+    for seq, direction in dict.fromkeys((seq, direction) for seq, direction, _ in seconds):
+        dilated, kernels, dense = (seconds.get((seq, direction, impl), {}) for impl in ("dilated", "kernels", "dense"))
+        times = [each.get("seconds") for each in (dilated, kernels, dense)]
+        ratios = [b / a if a and b else None for a, b in ((times[1], times[0]), (times[0], times[2]))]
+        lines.append(
+            [
+                f"{seq:,}", direction, *(scaled(each, 1e-3, 2) for each in times),
+                *(scaled(each, 1, 2) for each in ratios),
+                *(scaled(each.get("flops_per_second"), 1e12) for each in (dilated, dense)),
+                scaled(dilated.get("tokens_per_second"), 1e6, 2), scaled(dilated.get("peak_rss_bytes"), 2**30, 2),
+            ]
+        )  # fmt: skip
+    head = (
+        "tokens | direction | dilated, ms | its kernel calls alone, ms | dense, ms | dilated / kernels | "
+        "dense / dilated | dilated, TFLOP/s | dense, TFLOP/s | dilated, M tokens/s | dilated, GiB"
+    )
+    facts = [f"One layer's attention, {of_all(rows)}; {rows[0]['pattern']}.", ""] if rows else []
+    return facts + table(head, lines) + not_measured([row for row in rows if row["status"] != "ok"]), []
+
+
+def of_all(rows: list[Row]) -> str:
+    row = rows[0]
+    return f"{row['batch']} x {row['heads']} heads x {row['head_dim']}, causal, {row['dtype']}, kernel {row['kernel']}"
+
+
+def show_stream(text: str) -> tuple[list[str], list[str]]:
+    """A line for each decade of positions, and one for the whole."""
+    rows = rows_of(text)
+    measured = [row for row in rows if row["seconds"]]
+    lines: list[list[object]] = [
+        [
+            f"{row['start'] or 0:,} to {row['stop'] or row['seq']:,}", scaled(row["seconds"], 1),
+            scaled(row["tokens_per_second"], 1e6, 2), scaled(row["flops_per_second"], 1e12),
+            scaled(row["peak_rss_bytes"], 2**30, 2), row["status"],
+        ]
+        for row in measured
+    ]  # fmt: skip
+    facts = []
+    if rows:
+        levels = f"{rows[0]['pattern'].count(',') + 1} levels"
+        facts = [f"One layer's attention, {of_all(rows)}, {levels}, {rows[0]['chunk'] or 0:,} tokens at a time.", ""]
+    head = "positions | seconds | M tokens/s | TFLOP/s | GiB | status"
+    return facts + table(head, lines) + not_measured([row for row in rows if row not in measured]), []
+
+
+def show_training(text: str, machine: Row) -> tuple[list[str], list[str]]:
+    """A line for a length, with the share of the matrix product rate."""
+    rows = rows_of(text)
+    lines: list[list[object]] = []
+    for row in (row for row in rows if row["status"] == "ok"):
+        peak = machine.get("matmul", {}).get(row["dtype"])
+        share = row["flops_per_second"] / peak if peak else None
+        lines.append(
+            [
+                f"{row['seq']:,}", scaled(row["seconds"], 1e-3), scaled(row["tokens_per_second"], 1e3),
+                scaled(row["flops_per_second"], 1e12), None if share is None else f"{100 * share:.0f} %",
+                scaled(row["peak_rss_bytes"], 2**30, 2),
+            ]
+        )  # fmt: skip
+    facts = [f"Loss and gradients of one sequence, {of_all(rows)}, without the optimizer's step.", ""] if rows else []
+    if machine:
+        facts[-1:] = ["MFU is the share that executed FLOPs have of the rate of large matrix products, above.", ""]
+    head = "tokens | ms | K tokens/s | TFLOP/s | MFU | GiB"
+    return facts + table(head, lines) + not_measured([row for row in rows if row["status"] != "ok"]), []
+
+
+def show_tests(path: Path) -> tuple[list[str], list[str]]:
+    """Counts, failures by name, and why tests were skipped."""
+    failures, skipped, passed = [], Counter[str](), 0
+    for case in ElementTree.parse(path).iterfind(".//testcase[@name]"):  # one that was broken off has no name there
+        outcome = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        message = ((outcome.get("message") if outcome is not None else None) or "").strip() or "no reason given"
+        if outcome is None:
+            passed += 1
+        elif outcome.tag == "skipped":
+            skipped[message] += 1
+        else:
+            failures.append(f"`{case.get('name')}`: {'; '.join(message.splitlines()[:4])}")
+    lines = [f"{passed} passed, {len(failures)} failed, {skipped.total()} skipped.", ""]
+    lines += [f"- failed: {line}" for line in failures]
+    lines += [f"- {count} skipped: {reason}" for reason, count in skipped.items()]
+    return lines, failures if passed or failures else ["no test ran"]
+
+
+def describe(device_name: str) -> Row:
+    """Card, versions, kernels and the rate of matrix products; what `--machine` prints."""
+    import torch
+
+    from longnet_cli.attention import kernels, merging
+    from longnet_cli.runtime import device as runtime
+
+    device = torch.device(device_name)
+    facts: dict[str, object] = {"device": "CPU"}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = _said_by(query).splitlines()
+        facts = {
+            "card": f"{torch.cuda.device_count()} x {card.name}",
+            "compute capability": f"{card.major}.{card.minor}",
+            "memory": f"{card.total_memory / 2**30:.1f} GiB, {(runtime.free_memory(device) or 0) / 2**30:.1f} GiB free",
+            "driver": driver[0] if driver else "unknown",
+            "CUDA of torch": torch.version.cuda,
+        }
+    facts["cores"] = os.cpu_count()
+    commit = _said_by(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]).strip()
+    facts["longnet"] = f"{importlib.metadata.version('longnet-cli')}{f', commit {commit}' if commit else ''}"
+    for name in ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4"):
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[name] = "not installed"
+    facts["Python"] = sys.version.split()[0]
+    facts["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    works: dict[str, dict[str, str]] = {}
+    with warnings.catch_warnings(record=True):  # they say again what the table does
+        warnings.simplefilter("always")
+        for name in kernels.KERNELS:
+            works[name] = {dtype: _kernel(name, dtype, device) for dtype in DTYPES}
+        works["**chosen**"] = {dtype: kernels.select_kernel(device, runtime.DTYPES[dtype], 64).name for dtype in DTYPES}
+    works["branches merge in one pass (Triton)"] = {}
+    for dtype in DTYPES:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            fused = merging._fused(torch.empty(1, 1, 1, 64, dtype=runtime.DTYPES[dtype], device=device))
+        reason = str(said[-1].message).rpartition("one pass: ")[2] if said else "no Triton for this device"
+        works["branches merge in one pass (Triton)"][dtype] = "works" if fused else reason
+    return {
+        "facts": facts,
+        "kernels": works,
+        "matmul": {dtype: runtime.matmul_peak(device, dtype) for dtype in ("bf16", "fp32")},
+    }
+
+
+def _kernel(name: str, dtype: str, device: Any) -> str:
+    from longnet_cli.attention import kernels
+    from longnet_cli.runtime.device import DTYPES as TYPES
+
+    try:
+        kernels.select_kernel(device, TYPES[dtype], 64, name)
+    except ValueError as refusal:
+        return str(refusal).partition("cannot run here: ")[2]
+    return "works"
+
+
+def _said_by(command: list[str]) -> str:
+    if not shutil.which(command[0]):
+        return ""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def show_machine(text: str, machine: Row) -> tuple[list[str], list[str]]:
+    """Fill `machine`, which the training step needs, and say what is there."""
+    machine.update(json.loads(text))
+    lines = table(" | ", [[name, value] for name, value in machine["facts"].items()])
+    lines += ["", "Kernels, for a head size of 64, each tried against plain math before its first use:", ""]
+    lines += table(
+        f"kernel | {' | '.join(DTYPES)}", [[name, *found.values()] for name, found in machine["kernels"].items()]
+    )
+    rates = ", ".join(f"{scaled(rate, 1e12, 2)} in {dtype}" for dtype, rate in machine["matmul"].items())
+    return [*lines, "", f"Large matrix products, TFLOP/s: {rates}."], []
+
+
+def steps(small: bool, folder: Path) -> list[Step]:
+    """What is run, in order."""
+    device, machine, junit = "cpu" if small else "cuda", Row(), folder / "tests.xml"
+    bench = ["longnet", "bench", "--device", device, "--format", "jsonl", "-q"]
+    attention = ["--seq", "256,512", *TINY] if small else ["--seq", "32Ki,128Ki,1Mi", "--chunk", "1Mi"]
+    attention += ["--impl", "dilated,kernels,dense", "--direction", "forward,backward", "--pattern", "paper"]
+    attention += ["--max-dense-time", "5"]
+    net = ["--layers", "1", "--vocab", "256", *TINY] if small else ["--layers", "12", "--vocab", "100277"]
+    lengths = "128,256" if small else "16Ki,64Ki,128Ki,256Ki,512Ki,1Mi"
+    stream = ["--seq", *(["8Ki", "--chunk", "2Ki", *TINY] if small else ["1e9"]), "--impl", "dilated"]
+    train = ["--op", "train", "--impl", "dilated", "--pattern", "paper", "--seq", lengths, *net]
+    tests = [
+        "pytest",
+        "-m",
+        "gpu",
+        "tests/test_gpu.py",
+        "-n",
+        "1",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={junit}",
+    ]
+    this = ["python", "examples/gpu_report.py", "--machine", *(["--small"] if small else [])]
+    return [
+        Step("The machine", this, 2, lambda text: show_machine(text, machine)),
+        Step("Is it right?", [*tests, *(["-k", TRIED] if small else [])], 6, lambda _: show_tests(junit)),
+        Step("Attention", [*bench, *attention], 3, show_attention, bounded=True),
+        Step("A billion tokens", [*bench, *stream], 2, show_stream, bounded=True),
+        Step("Training longnet-125m", [*bench, *train], 2, lambda text: show_training(text, machine), bounded=True),
+    ]
+
+
+def report(output: Path, small: bool, minutes: float) -> list[str]:
+    """Run all steps within the time, and write the report anew after each; what failed."""
+    begin = time.monotonic()
+    env = os.environ | ({"LONGNET_TEST_DEVICE": "cpu"} if small else {})
+    sections: list[str] = []
+    failures: list[str] = []
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        to_come = steps(small, Path(folder))
+        while to_come:
+            step, left = to_come[0], 60 * minutes - (time.monotonic() - begin)
+            seconds = left * step.weight / sum(each.weight for each in to_come) - GRACE
+            to_come.pop(0)
+            print(f"{step.title}: up to {max(0, seconds):.0f} s", file=sys.stderr, flush=True)
+            if seconds > 0:
+                lines, wrong = step.run(seconds, env)
+            else:
+                lines, wrong = [], ["not run, the time was over"]
+            failures += [f"{step.title}: {line}" for line in wrong]
+            sections += ["", f"## {step.title}", "", *lines]
+            spent = time.monotonic() - begin
+            rest = [f"Not run yet: {', '.join(each.title for each in to_come)}.", ""] if to_come else []
+            verdict = [f"- {line}" for line in failures] or ["Nothing failed."]
+            head = ["# On a GPU" if not small else "# On a CPU, in tiny sizes", "", *rest]
+            head += [
+                f"`make gpu`, {spent:.0f} s. What failed:" if failures else f"`make gpu`, {spent:.0f} s.",
+                "",
+                *verdict,
+            ]
+            output.write_text("\n".join([*head, *sections, ""]).replace(f"{folder}/", ""), encoding="utf-8")
+    return failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "runs/gpu.md", help="the report [runs/gpu.md]")
+    parser.add_argument("--minutes", type=float, default=10, help="for all of it [10]")
+    parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU, to try this script")
+    parser.add_argument("--machine", action="store_true", help="print what the machine is and has, as JSON, and stop")
+    args = parser.parse_args()
+    from longnet_cli.errors import ConfigError
+    from longnet_cli.runtime.device import select_device
+
+    try:
+        device = select_device("cpu" if args.small else "cuda")
+    except ConfigError as error:
+        print(f"gpu_report: {error}; --small tries this script without one", file=sys.stderr)
+        return 2
+    if args.machine:
+        print(json.dumps(describe(str(device))))
+        return 0
+    failures = report(args.output, args.small, args.minutes)
+    print(f"{args.output}: {f'{len(failures)} failures' if failures else 'nothing failed'}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

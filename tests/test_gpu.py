@@ -1,0 +1,291 @@
+"""What only a GPU can show, against float64 on the CPU: every kernel, dtype and way to merge on odd shapes and views;
+gradients whole, in chunks and compiled; streams; commands; and two ranks over NCCL, where there are two cards.
+
+pytest -m gpu tests/test_gpu.py       without a GPU, to try the tests: LONGNET_TEST_DEVICE=cpu
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import GPU, RunLongnet
+from strategies import PAPER_64TH, document_starts, turn
+from test_benchmark import rows_of
+from test_chunks import draw, error, gradients, net
+from test_gradients import EOS
+from test_launch import TORCHRUN, losses, prepare
+from torch import Tensor
+
+from longnet_cli.attention import Pattern, dilated_attention, far_keys, kernels, merging
+from longnet_cli.attention.pattern import far_spans
+from longnet_cli.runtime.chunks import CausalStream
+from longnet_cli.runtime.device import DTYPES, free_memory, precision
+from longnet_cli.runtime.layerwise import hidden_in_chunks
+from longnet_cli.training.gradients import backward
+
+pytestmark = pytest.mark.gpu
+
+DEVICE, CUDA = torch.device(GPU), GPU != "cpu"
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}  # of attention and its gradients
+OF_NETS = {"fp32": (1e-5, 1e-5), "bf16": (2e-2, 5e-2)}  # of hidden states, of gradients
+TOKENS, HALF = 700, 333
+GROUPED = Pattern(PAPER_64TH.segment_lengths, PAPER_64TH.dilation_rates, "grouped")
+NESTED = Pattern.nested(512, 32, 4, sinks=2)
+ALL = Pattern((32, 128), (1, 4), look_back=(1, 2), overlap="once", queries="all", sinks=3, level_bias="log_rate")
+BOTH_WAYS = Pattern((48, 160), (1, 3), "grouped", look_back=(2, 1))
+
+
+def in_halves(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, **options: Any) -> Tensor:
+    """The first half, then the second, which is given what it sees of the first as far keys."""
+    spans = far_spans(pattern, HALF, TOKENS, True)
+    far = [far_keys(k[:, :HALF], v[:, :HALF], pattern, span, num_heads=q.shape[2]) for span in spans]
+    first, second = ([x[:, part] for x in (q, k, v)] for part in (slice(HALF), slice(HALF, None)))
+    return torch.cat(
+        [
+            dilated_attention(*first, pattern, **options),
+            dilated_attention(*second, pattern, start=HALF, far=far, **options),
+        ],
+        1,
+    )
+
+
+# name -> pattern; shape and view of the tensors, options of `dilated_attention`
+CASES: dict[str, tuple[Pattern, dict[str, Any]]] = {
+    "paper": (PAPER_64TH, {"batch": 2}),
+    "a start within segments": (PAPER_64TH, {"start": 77}),
+    "bidirectional, grouped heads": (GROUPED, {"causal": False}),
+    "zero keys": (PAPER_64TH, {"causal": False, "padding": "zero_key"}),
+    "a padded batch": (PAPER_64TH, {"batch": 3, "causal": False, "lengths": (TOKENS, 0, HALF)}),
+    "documents": (PAPER_64TH, {"batch": 2, "documents": (5, 300, 1, 394)}),
+    "many documents": (PAPER_64TH, {"documents": (17,) * 41 + (3,)}),
+    "documents with sinks": (NESTED, {"documents": (5, 300, 1, 394), "turn": turn}),
+    "far keys": (PAPER_64TH, {"attend": in_halves}),
+    "far keys and sinks, shared key heads": (NESTED, {"kv_heads": 2, "attend": in_halves, "turn": turn}),
+    "a window and sinks": (Pattern.window(48, sinks=4), {"turn": turn}),
+    "all queries, biases, one key head": (ALL, {"kv_heads": 1}),
+    "a look both ways": (BOTH_WAYS, {"causal": False, "kv_heads": 3}),
+    "queries in no level": (Pattern((96, 80), (3, 5)), {}),
+    "head_dim 128": (PAPER_64TH, {"head_dim": 128}),
+    "head_dim 20": (PAPER_64TH, {"head_dim": 20}),
+    "one token": (PAPER_64TH, {"tokens": 1}),
+    "slices of one tensor": (PAPER_64TH, {"view": lambda x: torch.stack((x, x, x), 2)[:, :, 1]}),
+    "heads before tokens": (NESTED, {"view": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)}),
+    "features apart": (PAPER_64TH, {"view": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)}),
+    "every other token": (PAPER_64TH, {"view": lambda x: x.repeat_interleave(2, 1)[:, ::2]}),
+    "heads without a stride": (PAPER_64TH, {"view": lambda x: x[:, :, :1].expand_as(x)}),
+}
+
+
+def split_options(name: str) -> tuple[Pattern, dict[str, Any], dict[str, Any]]:
+    """(pattern, what the tensors are like, options of `dilated_attention`)."""
+    pattern, given = CASES[name]
+    like = {"batch": 1, "tokens": TOKENS, "heads": 6, "kv_heads": 6, "head_dim": 64, "view": Tensor.clone}
+    like["attend"] = dilated_attention
+    return (
+        pattern,
+        like | {k: v for k, v in given.items() if k in like},
+        {k: v for k, v in given.items() if k not in like},
+    )
+
+
+def run(
+    attend: Callable[..., Tensor], like: dict[str, Any], dtype: str, where: torch.device, wide: bool
+) -> list[Tensor]:
+    """out, dq, dk, dv, moved to the CPU in float64; numbers of `dtype`, computed with as they are or in float64."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for heads in (like["heads"], like["kv_heads"], like["kv_heads"], like["heads"]):
+        x = torch.randn(like["batch"], like["tokens"], heads, like["head_dim"], generator=generator).to(DTYPES[dtype])
+        inputs.append(like["view"]((x.double() if wide else x).to(where)))
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    out = attend(q, k, v)
+    assert out.dtype == q.dtype
+    return [x.detach().cpu().double() for x in (out, *torch.autograd.grad(out, (q, k, v), inputs[3]))]
+
+
+@lru_cache(maxsize=100)
+def exact_attention(name: str, dtype: str) -> list[Tensor]:
+    pattern, like, options = split_options(name)
+    attend = partial(dilated_attention, pattern=pattern, **options)
+    return run(attend, like, dtype, torch.device("cpu"), wide=True)
+
+
+@pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "operators of torch"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kernel", [name for name in kernels.KERNELS if name != "cpu_flash" or not CUDA])
+def test_attention(kernel: str, dtype: str, one_pass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        kernels.select_kernel(DEVICE, DTYPES[dtype], 64, kernel)
+    except ValueError as refusal:
+        pytest.skip(str(refusal))
+    if not one_pass:
+        monkeypatch.setattr(merging, "_fused", lambda x: None)
+    elif merging._fused(torch.empty(1, 1, 1, 64, dtype=DTYPES[dtype], device=DEVICE)) is None:
+        pytest.skip(f"nothing merges branches in one pass in {dtype} on {DEVICE}")
+    wrong = []
+    for name in CASES:
+        pattern, like, options = split_options(name)
+        if kernels.KERNELS[kernel].refusal(DEVICE, DTYPES[dtype], like["head_dim"]):
+            continue
+        attend = partial(like["attend"], pattern=pattern, kernel=kernel, **options)
+        found = run(attend, like, dtype, DEVICE, wide=False)
+        exact = exact_attention(name, dtype)
+        floor = 0.1 * max(x.norm().item() for x in exact)  # dq and dk of a single token are zero
+        for what, a, b in zip(("out", "dq", "dk", "dv"), found, exact, strict=True):
+            off = (a - b).norm().item() / max(b.norm().item(), floor)
+            if not off <= TOLERANCE[dtype]:
+                wrong.append(f"{name}: {what} is off by {off:.1e}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_what_is_fast_serves() -> None:
+    """Where a card has compute capability 8.0, nothing falls back to what is slower without anybody's notice."""
+    if CUDA and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("the card has no compute capability 8.0")
+    chosen = {dtype: kernels.select_kernel(DEVICE, DTYPES[dtype], 64).name for dtype in TOLERANCE}
+    flash = {"fa4", "fa3", "flash_attn", "cuda_flash"} if CUDA else {"cpu_flash"}
+    assert chosen["bf16"] in flash
+    assert chosen["fp16"] in flash
+    assert chosen["fp32"] == ("cuda_efficient" if CUDA else "cpu_flash")
+    if CUDA:
+        assert all(merging._fused(torch.empty(1, 1, 1, 64, dtype=DTYPES[dtype], device=DEVICE)) for dtype in TOLERANCE)
+
+
+def test_more_numbers_than_32_bits_count() -> None:
+    """The last segment of a long sequence is what it is alone: segments end there at every level."""
+    pattern, segments, shape = (Pattern.paper(), 86, (12, 64)) if CUDA else (PAPER_64TH, 3, (2, 8))
+    last = pattern.segment_lengths[-1]
+    numbers = segments * last * shape[0] * shape[1]
+    assert numbers > 2**31 or not CUDA
+    needed, free = 14 * 2 * numbers, free_memory(DEVICE) or 0
+    if needed > free:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
+    torch.manual_seed(0)
+    whole = [torch.randn(1, segments * last, *shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(4)]
+    results = []
+    for inputs in ([x[:, -last:].clone() for x in whole], whole):
+        q, k, v = (x.requires_grad_() for x in inputs[:3])
+        out = dilated_attention(q, k, v, pattern)
+        results.append([x.detach()[:, -last:].clone() for x in (out, *torch.autograd.grad(out, (q, k, v), inputs[3]))])
+    for found, expected in zip(*reversed(results), strict=True):
+        assert error(found, expected) <= TOLERANCE["bf16"]
+
+
+def windows(packed: bool) -> tuple[Tensor, Tensor, list[list[int]] | None]:
+    """Two windows, and where their documents start if they are packed."""
+    ids, targets = draw(2, 400).clamp_(max=EOS - 1), draw(2, 400, seed=1)
+    ids[0, [3, 90, 91, 300]] = EOS
+    return ids, targets, document_starts(ids, EOS) if packed else None
+
+
+@lru_cache(maxsize=2)
+def exact_step(packed: bool) -> list[Tensor]:
+    """The loss, and every parameter's gradient."""
+    ids, targets, starts = windows(packed)
+    model = net(PAPER_64TH).double()
+    return [backward(model, ids, targets, chunk=1000, starts=starts), *gradients(model)]
+
+
+def check_step(model: Any, dtype: str, chunk: int, packed: bool) -> None:
+    ids, targets, starts = windows(packed)
+    loss = backward(model, ids.to(DEVICE), targets.to(DEVICE), chunk=chunk, starts=starts, dtype=dtype)
+    exact_loss, *exact = exact_step(packed)
+    of_loss, of_gradients = OF_NETS[dtype]
+    assert error(loss.cpu(), exact_loss) <= of_loss
+    floor = 0.1 * max(x.norm().item() for x in exact)
+    for (name, _), a, b in zip(model.named_parameters(), gradients(model), exact, strict=True):
+        off = (a.cpu().double() - b).norm().item() / max(b.norm().item(), floor)
+        assert off <= of_gradients, f"{name} is off by {off:.1e}"
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["windows", "documents"])
+@pytest.mark.parametrize("chunk", [1000, 130], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("dtype", OF_NETS)
+def test_training_step(dtype: str, chunk: int, packed: bool) -> None:
+    check_step(net(PAPER_64TH).to(DEVICE), dtype, chunk, packed)
+
+
+@pytest.mark.parametrize("dtype", OF_NETS)
+def test_compiled_layers(dtype: str) -> None:
+    """As `train.compile` compiles them; Inductor's kernels on a GPU."""
+    torch._dynamo.reset()
+    model = net(PAPER_64TH).to(DEVICE)
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward, backend="inductor" if CUDA else "aot_eager")
+    check_step(model, dtype, 1000, packed=False)
+    torch._dynamo.reset()
+
+
+@lru_cache(maxsize=2)
+def exact_hidden(causal: bool, padding: str = "exact") -> Tensor:
+    with torch.no_grad():
+        return net(PAPER_64TH, causal=causal, padding=padding).double()(draw(1, 400))
+
+
+@pytest.mark.parametrize("dtype", OF_NETS)
+def test_stream(dtype: str) -> None:
+    """Chunks of any sizes, single tokens too, as in decoding."""
+    stream, ids = CausalStream(net(PAPER_64TH).to(DEVICE)), draw(1, 400).to(DEVICE)
+    with precision(dtype, DEVICE):
+        found = torch.cat([stream(part) for part in ids.split([1, 1, 62, 200, 1, 135], 1)], 1)
+    assert error(found.cpu(), exact_hidden(True)) <= OF_NETS[dtype][0]
+
+
+@pytest.mark.parametrize("spilled", [False, True], ids=["in memory", "spilled"])
+@pytest.mark.parametrize("padding", ["exact", "zero_key"])
+@pytest.mark.parametrize("dtype", OF_NETS)
+def test_layer_by_layer(dtype: str, padding: str, spilled: bool, tmp_path: Path) -> None:
+    model, ids = net(PAPER_64TH, causal=False, padding=padding).to(DEVICE), draw(1, 400).to(DEVICE)
+    spill = tmp_path if spilled else None
+    parts = hidden_in_chunks(model, lambda a, b: ids[:, a:b], 400, 70, spill=spill, dtype=dtype)
+    found = torch.cat([part.cpu() for part in parts], 1)
+    assert error(found, exact_hidden(False, padding)) <= OF_NETS[dtype][0]
+
+
+def test_commands(tmp_path: Path, run_longnet: RunLongnet) -> None:
+    """`train` and `score` in fp32 on both devices: the same losses, and the same nats of its model."""
+    prepare(tmp_path)
+    for device in ("cpu", GPU):
+        command = ["train", "recipe.toml", "-o", f"on-{device}", "--dtype", "fp32", "--device", device]
+        trained = run_longnet(*command, cwd=tmp_path, fresh=CUDA)
+        assert trained.returncode == 0, trained.stderr
+    assert losses(tmp_path / f"on-{GPU}") == pytest.approx(losses(tmp_path / "on-cpu"), rel=1e-3)
+    nats = []
+    for device in ("cpu", GPU):
+        command = ["score", "texts", "-m", "./on-cpu", "--chunk", "100", "--format", "json", "--dtype", "fp32"]
+        scored = run_longnet(*command, "--device", device, cwd=tmp_path, fresh=CUDA)
+        assert scored.returncode == 0, scored.stderr
+        nats.append(json.loads(scored.stdout)["total"]["nll_sum"])
+    assert nats[1] == pytest.approx(nats[0], rel=1e-5)
+
+
+def test_bench() -> None:
+    """A case of each kind, and the peak is that of the device."""
+    rows = rows_of(
+        [256], direction=["forward", "backward"], impl=["dilated", "dense", "kernels"], device=GPU, repeats=1
+    )
+    rows += rows_of([256], op="train", layers=1, heads=2, device=GPU, repeats=1)
+    assert {row.status for row in rows} == {"ok"}
+    assert all(row.peak_rss_bytes for row in rows)
+
+
+@pytest.mark.parametrize("mesh", [[], ["--dp", "2"], ["--shard", "full"]], ids=["sp2", "dp2", "sp2 sharded"])
+def test_two_ranks(mesh: list[str], tmp_path: Path, command_env: dict[str, str]) -> None:
+    """Two processes of torchrun over NCCL train as one does, in fp32."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two cards")
+    prepare(tmp_path)
+    for name, start, more in (("alone", [], []), ("both", TORCHRUN, mesh)):
+        command = [*start, "-m", "longnet_cli", "train", "recipe.toml", "-o", name, "--dtype", "fp32", "--device", GPU]
+        run = [sys.executable, *command, *more]
+        done = subprocess.run(run, cwd=tmp_path, env=command_env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
