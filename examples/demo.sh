@@ -19,7 +19,7 @@ for name in ast calendar pydoc random sysconfig stat http/server json/encoder js
 done
 five=("${held_out[@]:0:5}")
 
-say "1. How well does longnet-tiny (2 million parameters) predict Python that it has never seen?"
+say "1. How well does longnet-tiny (4 million parameters) predict Python that it has never seen?"
 show longnet score --ppl --quiet "${five[@]}"
 bytes=$(cat "${five[@]}" | wc -c)
 zipped=$(cat "${five[@]}" | gzip -9 | wc -c)

@@ -131,6 +131,12 @@ def test_an_override_takes_the_place_of_the_recipes_pattern() -> None:
     assert found.model.num_parameters() == own.model.num_parameters()
 
 
+def test_inputs_take_the_place_of_the_recipes_mix() -> None:
+    assert load_recipe("longnet-tiny", {"model.vocab_size": 257}).data.mix
+    found = load_recipe("longnet-tiny", {"model.vocab_size": 257, "data.train": ["mine"]})
+    assert [source.inputs for source in found.data.sources] == [["mine"]]
+
+
 def test_a_configuration_with_another_pattern(model: Path) -> None:
     assert load_config(model, Pattern((4,), (2,), "grouped")).pattern == Pattern((4,), (2,), "grouped")
     with pytest.raises(ConfigError, match='pattern needs a text, as "window:1Ki", got 7'):

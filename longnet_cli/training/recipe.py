@@ -245,6 +245,10 @@ def _changed(old: Any, new: Any, path: str) -> Iterator[str]:
         yield path
 
 
+# a value that is given takes the place of the recipe's, however that says it
+SAID_OTHERWISE = {"model.pattern": PATTERN_FIELDS, "data.train": ("mix",), "data.mix": ("train",)}
+
+
 def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     """Read a recipe, apply `overrides` ({"optimizer.lr": 1e-3}) and check the whole.
 
@@ -263,9 +267,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"--set {key}: '{parent}' is a value, not a table")
-        if key == "model.pattern":  # in place of the recipe's, however that says it
-            for field in PATTERN_FIELDS:
-                table.pop(field, None)
+        for other in SAID_OTHERWISE.get(key, ()):
+            table.pop(other, None)
         table[name] = value
     if folder := _pretrained_folder(data):
         return validate(PretrainedRecipe, data | _pretrained(data, folder, where), where)
