@@ -17,9 +17,11 @@ from test_dilated import assert_close, run
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention, far_keys
+from longnet_cli.attention.cuda_kernels import CudaFlashKernel
 from longnet_cli.attention.dilated import plan_calls
-from longnet_cli.attention.kernels import KERNELS, CudaFlashKernel, MathKernel
+from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.packing import PackedRows
+from longnet_cli.attention.plain_call import MathKernel
 from longnet_cli.attention.reference import dilated_attention_reference
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longnet_cli.attention import dilated
-from longnet_cli.attention.kernels import CudaFlashKernel
+from longnet_cli.attention.cuda_kernels import CudaFlashKernel
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime import chunks
 from longnet_cli.runtime.chunks import CausalStream, backward_in_chunks

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longnet_cli.attention import Pattern, dilated_attention, kernels
+from longnet_cli.attention import Pattern, cuda_kernels, dilated_attention, kernels
 from longnet_cli.attention.reference import dilated_attention_reference
 
 CPU, MATH = torch.device("cpu"), kernels.KERNELS["math"]
@@ -191,7 +191,7 @@ def test_flash_attn_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, versi
     package.flash_attn_interface = interface
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    monkeypatch.setattr(kernels.FlashAttnKernel, "refusal", lambda *_: None)  # only the device is missing
+    monkeypatch.setattr(cuda_kernels.FlashAttnKernel, "refusal", lambda *_: None)  # only the device is missing
     problem = torch.randn(4, 2, 50, 4, 8), Pattern((8, 32), (1, 4))
     assert_equals_the_reference(*problem, kernel="flash_attn")
 
@@ -253,7 +253,7 @@ def flash_backward(
 @pytest.mark.parametrize("head_dim", [8, 5])
 def test_efficient_attention_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
     """aten's own operators, which have no kernel for CPUs: here they have one. No head_dim is odd for them."""
-    monkeypatch.setattr(kernels.CudaEfficientKernel, "refusal", lambda *_: None)  # only the device is missing
+    monkeypatch.setattr(cuda_kernels.CudaEfficientKernel, "refusal", lambda *_: None)  # only the device is missing
     library = torch.library.Library("aten", "IMPL")
     library.impl("_efficient_attention_forward", efficient_forward, "CPU")
     library.impl("_efficient_attention_backward", efficient_backward, "CPU")
@@ -284,8 +284,8 @@ def test_newer_flash_attention_takes_the_place_of_atens(monkeypatch: pytest.Monk
     """Registered with torch as FA3 and FA4 are; aten's flash operators have no kernel for CPUs of their own."""
     registry = torch.nn.attention._registry
     monkeypatch.setattr(registry, "_FLASH_ATTENTION_IMPLS", dict(registry._FLASH_ATTENTION_IMPLS))
-    monkeypatch.setattr(kernels.ActivatedKernel, "refusal", lambda *_: None)
-    monkeypatch.setattr(kernels.CudaFlashKernel, "refusal", lambda *_: None)
+    monkeypatch.setattr(cuda_kernels.ActivatedKernel, "refusal", lambda *_: None)
+    monkeypatch.setattr(cuda_kernels.CudaFlashKernel, "refusal", lambda *_: None)
 
     class Handle:
         def __init__(self) -> None:
@@ -306,7 +306,7 @@ def test_newer_flash_attention_takes_the_place_of_atens(monkeypatch: pytest.Monk
             dilated_attention(*problem[0][:3], problem[1], kernel="cuda_flash")
         assert torch.nn.attention.current_flash_attention_impl() is None
     finally:
-        kernels._activate(None)
+        cuda_kernels.activate(None)
 
 
 def test_what_cannot_be_activated_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,8 +319,8 @@ def test_what_cannot_be_activated_says_why(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_fails_is_not_left_activated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others in the process would get it as well."""
     left: list[str | None] = ["FA4"]
-    monkeypatch.setattr(kernels.ActivatedKernel, "refusal", lambda *_: None)
-    monkeypatch.setattr(kernels, "_activate", left.append)
+    monkeypatch.setattr(cuda_kernels.ActivatedKernel, "refusal", lambda *_: None)
+    monkeypatch.setattr(kernels, "activate", left.append)
     with pytest.raises(ValueError, match="'fa4' cannot run here"):  # aten has no such operator for CPUs
         kernels.select_kernel(CPU, torch.float32, 8, "fa4")
     assert left[-1] is None
