@@ -16,7 +16,7 @@ from .plain_call import Kernel
 
 
 class CudaKernel(Kernel):
-    """Packed sequences go through torch's own flash attention (aten), whichever kernel serves the views."""
+    """Packed sequences go through torch's own flash attention (aten), whichever flash kernel serves the views."""
 
     packs = True
     implementation: str | None = None  # of aten's flash operators; None: torch's own
@@ -146,7 +146,6 @@ class CudaEfficientKernel(CudaKernel):
     """
 
     name = "cuda_efficient"
-    packs = False
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cuda":
@@ -176,6 +175,53 @@ class CudaEfficientKernel(CudaKernel):
         )[:3]  # fmt: skip
         dq, dk, dv = (x.transpose(1, 2)[..., :head_dim] for x in grads)
         return dq, dk, dv
+
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        rows, head_dim = q.shape
+        _, q_edges, longest = queries
+        _, k_edges, most = keys
+        q, k, v = (_whole_lines(x)[None, :, None] for x in (q, k, v))  # (1, rows, heads, head_dim)
+        out, lse = torch.ops.aten._efficient_attention_forward.default(
+            q, k, v, None, q_edges, k_edges, longest, most, 0.0, int(causal), True, scale=scale
+        )[:2]
+        return out[0, :, 0, :head_dim], lse.flatten()[_places_in_lse(queries, rows, lse.shape[2])]
+
+    def backward_packed(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        queries: PackedRows,
+        keys: PackedRows,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, head_dim = q.shape
+        _, q_edges, longest = queries
+        _, k_edges, most = keys
+        dout, q, k, v, out = (_whole_lines(x)[None, :, None] for x in (dout, q, k, v, out))
+        width = longest + -longest % 32
+        padded = lse.new_full((len(q_edges) - 1, 1, width), float("inf"))
+        padded.view(-1).index_copy_(0, _places_in_lse(queries, rows, width), lse)
+        no_rng = torch.empty((), dtype=torch.int64, device=q.device)  # read only with dropout
+        grads = torch.ops.aten._efficient_attention_backward.default(
+            dout, q, k, v, None, out, q_edges, k_edges, longest, most, padded, 0.0, no_rng, no_rng, int(causal),
+            False, scale=scale,
+        )[:3]  # fmt: skip
+        dq, dk, dv = (x[0, :, 0, :head_dim] for x in grads)
+        return dq, dk, dv
+
+
+def _places_in_lse(packed: PackedRows, rows: int, width: int) -> Tensor:
+    """Where each of the rows is in an lse (sequences, 1, width), which is padded beyond the rows of a sequence."""
+    _, edges, _ = packed
+    begins = torch.arange(0, (len(edges) - 1) * width, width, device=edges.device) - edges[:-1]
+    return torch.arange(rows, device=edges.device) + torch.repeat_interleave(begins, edges.diff(), output_size=rows)
 
 
 def _whole_lines(x: Tensor) -> Tensor:

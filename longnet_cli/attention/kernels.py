@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from functools import lru_cache
 
 import torch
@@ -20,6 +22,7 @@ from .cuda_kernels import (
     activate,
     flash_attn_functions,
 )
+from .packing import Sequences, rows_of
 from .plain_call import Kernel, MathKernel, wide
 
 
@@ -135,7 +138,7 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name:
     """The kernel for such tensors: the one named by `name` or LONGNET_KERNEL, else the first that works.
 
     Raises ValueError for a name that does not exist or cannot serve. A kernel that the machine should have but that
-    fails its probe is passed over with a warning.
+    fails its probe is passed over with a warning; one that fails with packed sequences alone does not pack.
     """
     name = name or os.environ.get("LONGNET_KERNEL") or None
     return _select(device, dtype, head_dim, name)
@@ -152,13 +155,14 @@ def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str |
     if name is not None:
         if name not in KERNELS:
             raise ValueError(f"unknown attention kernel {name!r}: choose from {', '.join(KERNELS)}")
-        refusal = KERNELS[name].refusal(device, dtype, head_dim) or _probe(name, device, dtype, head_dim)
+        kernel = KERNELS[name]
+        refusal = kernel.refusal(device, dtype, head_dim) or _probe(kernel, device, dtype, head_dim)
         if refusal:
             raise ValueError(f"attention kernel {name!r} cannot run here: {refusal}")
-        return KERNELS[name]
+        return _without_failing_packs(kernel, device, dtype, head_dim)
     for kernel in KERNELS.values():
         if kernel.refusal(device, dtype, head_dim) is None:
-            failure = _probe(kernel.name, device, dtype, head_dim)
+            failure = _probe(kernel, device, dtype, head_dim)
             if failure is None:
                 break
             warnings.warn(f"attention kernel {kernel.name!r} is passed over: {failure}", stacklevel=2)
@@ -168,41 +172,87 @@ def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str |
             "use bf16, fp16 or fp32, or LONGNET_KERNEL=math to say that it is meant",
             stacklevel=2,
         )
-    return kernel
+    return _without_failing_packs(kernel, device, dtype, head_dim)
 
 
-def _probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+Check = Callable[[Kernel, Tensor, float], Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]]
+
+
+def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Return why a kernel does not compute here as plain math does, or None."""
-    failure = _failure(name, device, dtype, head_dim)
-    if failure and isinstance(KERNELS[name], ActivatedKernel):
+    failure = None if kernel.name == "math" else _failure(_view_calls, kernel, device, dtype, head_dim)
+    if failure and isinstance(kernel, ActivatedKernel):
         activate(None)  # nor may it serve others in this process
     return failure
 
 
-def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Run a tiny forward and backward on strided views against plain math; why it failed, or None."""
-    if name == "math":
-        return None
+def _without_failing_packs(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
+    """The kernel, or where its packed calls fail here one that is like it and does not pack."""
+    failure = _failure(_packed_calls, kernel, device, dtype, head_dim) if kernel.packs else None
+    if not failure:
+        return kernel
+    warnings.warn(f"attention kernel {kernel.name!r} takes documents one by one: packed, {failure}", stacklevel=3)
+    kernel = copy(kernel)
+    kernel.packs = False
+    return kernel
+
+
+def _failure(check: Check, kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Run tiny calls, forward and backward, against plain math; why one failed, or None."""
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 3e-2)
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # the caller's would cast plain math
             # drawn from a generator of its own, so that probing never moves the caller's random state
             draw = torch.Generator().manual_seed(0)
             x = torch.randn(4, 2, 40, 2, head_dim, generator=draw, dtype=torch.float32).to(device, dtype)
-            q, k, v, dout = x[:, :, ::2].transpose(2, 3)  # (batch, heads, rows, head_dim), rows two tokens apart
-            scale = head_dim**-0.5
-            for causal in (False, True):
-                out, lse = KERNELS["math"].forward(q, k, v, causal, scale)
-                merged = (out.to(dtype), lse, causal, scale)
-                expected = (out, lse, *KERNELS["math"].backward(dout, q, k, v, *merged))
-                found = (
-                    *KERNELS[name].forward(q, k, v, causal, scale),
-                    *KERNELS[name].backward(dout, q, k, v, *merged),
-                )
-                for what, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+            for results in check(kernel, x, head_dim**-0.5):
+                for what, a, b in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
                     error = ((wide(a) - b).norm() / b.norm()).item()
                     if not error <= tolerance:
                         return f"its {what} is off by {error:.1e} on {device} in {dtype}"
     except Exception as error:  # a missing symbol, a changed signature, no kernel image, a failed assertion: all say no
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"
     return None
+
+
+def _view_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    """What a kernel and plain math make of strided views of x (4, batch, tokens, heads, head_dim)."""
+    q, k, v, dout = x[:, :, ::2].transpose(2, 3)  # (batch, heads, rows, head_dim), rows two tokens apart
+    for causal in (False, True):
+        out, lse, *grads = _plain((q, k, v, dout), causal, scale)
+        merged = (out.to(x.dtype), lse, causal, scale)
+        yield (
+            (*kernel.forward(q, k, v, causal, scale), *kernel.backward(dout, q, k, v, *merged)),
+            (out, lse, *grads),
+        )
+
+
+def _packed_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    """The same of sequences of several lengths, each with as many keys or with others."""
+    q, k, v, dout = x.flatten(1, 3)[:, :80]
+    for q_counts, k_counts in (([20, 3, 57], [20, 3, 57]), ([20, 3, 57], [1, 46, 33])):
+        causal = q_counts == k_counts
+        queries, keys = (
+            rows_of(Sequences([0] * len(counts), [1] * len(counts), counts), x.device)
+            for counts in (q_counts, k_counts)
+        )
+        each = zip(
+            *(t.split(n) for t, n in ((q, q_counts), (k, k_counts), (v, k_counts), (dout, q_counts))), strict=True
+        )
+        parts = [_plain((t[None, None] for t in tensors), causal, scale) for tensors in each]
+        out, lse, *grads = (torch.cat(found, 2)[0, 0] for found in zip(*parts, strict=True))
+        merged = (out.to(x.dtype), lse, queries, keys, causal, scale)
+        yield (
+            (
+                *kernel.forward_packed(q, k, v, queries, keys, causal, scale),
+                *kernel.backward_packed(dout, q, k, v, *merged),
+            ),
+            (out, lse, *grads),
+        )
+
+
+def _plain(inputs: Iterable[Tensor], causal: bool, scale: float) -> tuple[Tensor, ...]:
+    """out, lse, dq, dk and dv of q, k, v and dout by plain math; the gradients from an out in their dtype, as it is."""
+    q, k, v, dout = inputs
+    out, lse = KERNELS["math"].forward(q, k, v, causal, scale)
+    return out, lse, *KERNELS["math"].backward(dout, q, k, v, out.to(q.dtype), lse, causal, scale)
