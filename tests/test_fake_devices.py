@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from longnet_cli.attention import dilated
 from longnet_cli.attention.cuda_kernels import CudaFlashKernel
 from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model.net import IGNORED
 from longnet_cli.runtime import chunks
 from longnet_cli.runtime.chunks import CausalStream, backward_in_chunks
 from longnet_cli.runtime.layerwise import _Layers
@@ -82,6 +83,13 @@ def test_streaming_and_chunked_backward(options: dict) -> None:
         hidden = stream(ids(2, tokens))
         assert (hidden.device, hidden.shape) == (GPU, (2, tokens, 64))
     assert backward_in_chunks(model, ids(1, 150), ids(1, 150), 40).device == GPU
+
+
+def test_masked_targets_on_the_host_are_found_there() -> None:
+    """Asking a GPU which tokens are hidden would wait for it in every forward."""
+    targets = torch.full((2, 100), IGNORED)
+    targets[:, ::7] = 1
+    assert backward(net(causal=False), ids(2, 100), targets, chunk=100).device == GPU
 
 
 def test_padded_rows_and_layer_by_layer() -> None:
