@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from longnet_cli import scoring
 from longnet_cli.data.documents import Document
 from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.runtime import reading
 from longnet_cli.scoring import score
 from longnet_cli.training.loop import train
 from longnet_cli.training.recipe import load_recipe
@@ -66,6 +68,7 @@ def test_a_training_step_of_four_chunks_waits_once(tmp_path: Path) -> None:
 def test_scoring_asks_for_a_chunk_when_the_next_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     net = LongNet(LongNetConfig(**MODEL))
+    net(torch.zeros(1, 8, dtype=torch.int64))  # finds the attention kernel
     net.register_forward_hook(lambda *_: events.append("computed"))
 
     def to_host(x: Tensor) -> Callable[[], Tensor]:
@@ -76,12 +79,15 @@ def test_scoring_asks_for_a_chunk_when_the_next_is_on_its_way(monkeypatch: pytes
         return wait
 
     monkeypatch.setattr(scoring, "to_host", to_host)
+    read = reading.Reader._ids
+    monkeypatch.setattr(reading.Reader, "_ids", staticmethod(lambda *place: events.append("read") or read(*place)))
     documents = [Document("a", TOKENS[:255], None, "a"), Document("b", TOKENS[:60], None, "b")]
     with Asked() as asked:
         scores = list(score(net, documents, bos=256, chunk=64))
     assert [each.score.n_tokens for each in scores] == [255, 60]
     assert events == [
-        "computed", "computed", "waited", "computed", "waited", "computed", "waited", "waited",  # told at its end
-        "computed", "waited",
+        "read", "computed", "read", "computed", "waited", "read", "computed", "waited", "read", "computed", "waited",
+        "waited",  # at the end of a document
+        "read", "computed", "waited",
     ]  # fmt: skip
     assert asked.number == events.count("waited")  # and then, numpy for what has come
