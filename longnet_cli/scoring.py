@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.sinks import ShardWriter
@@ -23,7 +24,7 @@ from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteEr
 from longnet_cli.measures import ByPosition, ByRecall, DocumentScore, Score
 from longnet_cli.model.net import Net
 from longnet_cli.recall import Bigrams
-from longnet_cli.runtime.device import precision, to_device
+from longnet_cli.runtime.device import precision, to_device, to_host
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length
 from longnet_cli.sizes import format_size
@@ -249,8 +250,13 @@ class _Scorer:
 
     def run(self, documents: Iterable[Document]) -> Iterator[DocumentScore]:
         scored = 0
+        measured: deque[tuple[Sequence[Piece[_Window]], Callable[[], Tensor]]] = deque()
         for pieces in self.reader.read(self._windows(documents)):
-            self._count(pieces)
+            measured.append((pieces, self._measure(pieces)))
+            # within a window a device computes the next chunk while the host adds up the one before
+            ends = bool(pieces) and pieces[-1].stop == pieces[-1].window.stop
+            while len(measured) > (0 if ends else 1):
+                self._add_up(*measured.popleft())
             while self.open and self.open[0].n_tokens == self.open[0].expected:
                 tally = self.open.popleft()
                 scored += tally.n_tokens
@@ -291,8 +297,8 @@ class _Scorer:
         return _Tally(document, context, expected, n_bytes, positions, recall, bigrams)
 
     @torch.inference_mode()
-    def _count(self, pieces: Sequence[Piece[_Window]]) -> None:
-        """Add the nats of the pieces' targets to their documents."""
+    def _measure(self, pieces: Sequence[Piece[_Window]]) -> Callable[[], Tensor]:
+        """Return what waits for the nats of the pieces' targets, (tokens,), and gives them on the host."""
         device, ranks = self.reader.device, self.reader.ranks
         nll = torch.zeros(sum(map(len, pieces)), device=device)
         places = nll.split([len(piece) for piece in pieces])
@@ -306,7 +312,11 @@ class _Scorer:
             for (_, place), part in zip(mine, found.split([len(piece) for piece, _ in mine]), strict=True):
                 place.copy_(part)
         ranks.sum(nll)
-        for piece, part in zip(pieces, nll.cpu().split([len(piece) for piece in pieces]), strict=True):
+        return to_host(nll)
+
+    def _add_up(self, pieces: Sequence[Piece[_Window]], nll: Callable[[], Tensor]) -> None:
+        """Add the nats of the pieces' targets to their documents."""
+        for piece, part in zip(pieces, nll().split([len(piece) for piece in pieces]), strict=True):
             self._add(piece, part.numpy())
 
     def _add(self, piece: Piece[_Window], nll: np.ndarray) -> None:

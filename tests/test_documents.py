@@ -18,8 +18,9 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention, far_keys
 from longnet_cli.attention.dilated import plan_calls
-from longnet_cli.attention.kernels import KERNELS, CudaFlashKernel, MathKernel
+from longnet_cli.attention.kernels import KERNELS, forget_selections
 from longnet_cli.attention.packing import PackedRows
+from longnet_cli.attention.plain_call import MathKernel
 from longnet_cli.attention.reference import dilated_attention_reference
 
 
@@ -44,6 +45,21 @@ class PackedMath(MathKernel):
             parts.append(self.backward(dout_, q_, k_, v_, out_, lse_[..., 0], causal, scale))
         dq, dk, dv = (torch.cat(found, 2)[0, 0] for found in zip(*parts, strict=True))
         return dq, dk, dv
+
+
+class Unpacked(PackedMath):
+    """A kernel whose packed calls fail, as those of a build without them."""
+
+    name, wrong = "unpacked", "forward_packed"
+
+    def forward_packed(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.wrong == "forward_packed":
+            raise RuntimeError("no kernel image\nfor this device")
+        return super().forward_packed(*args, **kwargs)
+
+    def backward_packed(self, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = super().backward_packed(*args, **kwargs)
+        return dq, 1.1 * dk if self.wrong == "backward_packed" else dk, dv
 
 
 def _sequences(queries: PackedRows, keys: PackedRows, of_q: tuple[Tensor, ...], of_k: tuple[Tensor, ...]):
@@ -114,20 +130,39 @@ def test_the_first_document_may_have_begun_before_the_shard() -> None:
     assert_close(found, alone, 1e-12)
 
 
-def test_calls_on_a_gpu_hardly_grow_with_the_number_of_documents() -> None:
+@pytest.mark.parametrize("kernel", ["cuda_flash", "cuda_efficient"])
+def test_calls_on_a_gpu_hardly_grow_with_the_number_of_documents(kernel: str) -> None:
     """The paper's pattern, a chunk of 16Ki tokens: 12 calls for one document, which copies nothing."""
-    x = torch.empty(1, 16384, 12, 64, dtype=torch.bfloat16, device="meta")
+    x = torch.empty(1, 16384, 12, 64, device="meta")
     draw = random.Random(0)
     for number, most in ((1, 12), (8, 24), (32, 24), (128, 24)):
         cut = [0, *sorted(draw.sample(range(1, 16384), number - 1)), 16384]
-        assert calls(x, documents=[b - a for a, b in pairwise(cut)]) <= most
-    rows = torch.empty(262, 700, 12, 64, dtype=torch.bfloat16, device="meta")
-    assert calls(rows, causal=False, lengths=[draw.randint(300, 700) for _ in range(262)]) <= 24
+        assert calls(kernel, x, documents=[b - a for a, b in pairwise(cut)]) <= most
+    rows = torch.empty(262, 700, 12, 64, device="meta")
+    assert calls(kernel, rows, causal=False, lengths=[draw.randint(300, 700) for _ in range(262)]) <= 24
 
 
-def calls(x: Tensor, causal: bool = True, lengths=None, documents=None) -> int:
-    plan = plan_calls(CudaFlashKernel(), x, x, x, Pattern.paper(), causal, 0, (), lengths, documents, "exact", None)
+def calls(kernel: str, x: Tensor, causal: bool = True, lengths=None, documents=None) -> int:
+    plan = plan_calls(KERNELS[kernel], x, x, x, Pattern.paper(), causal, 0, (), lengths, documents, "exact", None)
     return sum(len(found) for *_, found in plan.blocks) + len(plan.packs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("forward_packed", "RuntimeError: no kernel image"), ("backward_packed", "its dk is off by 1.0e-01 on cpu")],
+)
+def test_a_kernel_whose_packed_calls_fail_does_not_pack(monkeypatch: pytest.MonkeyPatch, wrong: str, said: str) -> None:
+    kernel = Unpacked()
+    kernel.wrong = wrong
+    monkeypatch.setitem(KERNELS, "unpacked", kernel)
+    inputs, documents = Problem(PAPER_64TH, 1, 90, 6, 8, 0, True, None, seed=1).tensors(4), [30, 41, 19]
+    forget_selections()
+    with pytest.warns(UserWarning, match=f"'unpacked' takes documents one by one: packed, {said}") as warned:
+        found = run(dilated_attention, inputs, PAPER_64TH, documents=documents, kernel="unpacked")
+    forget_selections()
+    assert len(warned) == 1
+    assert kernel.packs  # elsewhere, or in another type, it may
+    assert_close(found, run(each_alone(documents), inputs, PAPER_64TH), 1e-12)
 
 
 def test_a_document_that_fits_the_first_segment_is_one_call_on_a_cpu() -> None:

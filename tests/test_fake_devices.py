@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longnet_cli.attention import dilated
-from longnet_cli.attention.kernels import CudaFlashKernel
+from longnet_cli.attention.cuda_kernels import CudaFlashKernel
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.runtime import chunks
+from longnet_cli.model.net import IGNORED
+from longnet_cli.runtime import chunks, layerwise
 from longnet_cli.runtime.chunks import CausalStream, backward_in_chunks
-from longnet_cli.runtime.layerwise import _Layers
+from longnet_cli.runtime.layerwise import _Layers, hidden_in_chunks
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training.gradients import backward
 from longnet_cli.training.optimizer import build_optimizers
@@ -82,6 +83,26 @@ def test_streaming_and_chunked_backward(options: dict) -> None:
         hidden = stream(ids(2, tokens))
         assert (hidden.device, hidden.shape) == (GPU, (2, tokens, 64))
     assert backward_in_chunks(model, ids(1, 150), ids(1, 150), 40).device == GPU
+
+
+def test_masked_targets_on_the_host_are_found_there() -> None:
+    """Asking a GPU which tokens are hidden would wait for it in every forward."""
+    targets = torch.full((2, 100), IGNORED)
+    targets[:, ::7] = 1
+    assert backward(net(causal=False), ids(2, 100), targets, chunk=100).device == GPU
+
+
+def test_layer_by_layer_on_the_device_reads_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is room, hidden states stay there, and so do the rows that chunks see of each other."""
+    made: list[torch.device] = []
+    monkeypatch.setattr(layerwise, "free_memory", lambda device: made.append(device) or 1 << 40)
+    parts = list(hidden_in_chunks(net(causal=False), ids_at, 150, 40))
+    assert [(part.device, part.shape[1]) for part in parts] == [(GPU, 40), (GPU, 40), (GPU, 40), (GPU, 30)]
+    assert made == [GPU]  # nobody asked how much of the host's is free
+
+
+def ids_at(start: int, stop: int) -> Tensor:
+    return ids(1, stop - start)
 
 
 def test_padded_rows_and_layer_by_layer() -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 import sys
 import types
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from longnet_cli.attention import Pattern, dilated_attention, kernels
+from longnet_cli.attention import Pattern, cuda_kernels, dilated_attention, kernels
+from longnet_cli.attention.packing import Sequences, rows_of
 from longnet_cli.attention.reference import dilated_attention_reference
 
 CPU, MATH = torch.device("cpu"), kernels.KERNELS["math"]
@@ -116,6 +118,30 @@ def test_aten_cuda_signatures() -> None:
     ]  # fmt: skip
     assert [str(a.type) for a in backward.arguments[12:14]] == ["Tensor", "Tensor"]
     assert "scale" in {a.name for a in forward.arguments} & {a.name for a in backward.arguments}
+    forward = torch.ops.aten._efficient_attention_forward.default._schema
+    backward = torch.ops.aten._efficient_attention_backward.default._schema
+    assert [a.name for a in forward.arguments[3:11]] == [
+        "bias", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "custom_mask_type",
+        "compute_log_sumexp",
+    ]  # fmt: skip
+    assert [a.name for a in backward.arguments[4:16]] == [
+        "bias", "out", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "logsumexp", "dropout_p",
+        "philox_seed", "philox_offset", "custom_mask_type", "bias_requires_grad",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cuda_flash", "cuda_efficient"])
+def test_packed_shapes(name: str) -> None:
+    """What torch itself says that its operators return, for sequences of 300, 1 and 70 rows."""
+    kernel, counts = kernels.KERNELS[name], ([300, 1, 70], [40, 200, 9])
+    queries, keys = (rows_of(Sequences([0] * 3, [1] * 3, x), torch.device("meta")) for x in counts)
+    q, dout, k, v = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (371, 371, 249, 249))
+    out, lse = kernel.forward_packed(q, k, v, queries, keys, False, 1.0)
+    assert (out.shape, lse.shape, lse.dtype) == ((371, 64), (371,), torch.float32)
+    if name == "cuda_efficient":
+        return  # what torch says of its backward forgets that it takes `out`
+    grads = kernel.backward_packed(dout, q, k, v, out, lse, queries, keys, False, 1.0)
+    assert [d.shape for d in grads] == [(371, 64), (249, 64), (249, 64)]
 
 
 # What `_flash_attn_forward` and `_flash_attn_backward` of flash-attn 2.7.4 and 2.8.3 are: custom ops of torch
@@ -191,9 +217,13 @@ def test_flash_attn_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, versi
     package.flash_attn_interface = interface
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    monkeypatch.setattr(kernels.FlashAttnKernel, "refusal", lambda *_: None)  # only the device is missing
+    monkeypatch.setattr(cuda_kernels.FlashAttnKernel, "refusal", lambda *_: None)  # only the device is missing
+    library = torch.library.Library("aten", "IMPL")  # which packs
+    library.impl("_flash_attention_forward", flash_forward, "CPU")
+    library.impl("_flash_attention_backward", flash_backward, "CPU")
     problem = torch.randn(4, 2, 50, 4, 8), Pattern((8, 32), (1, 4))
     assert_equals_the_reference(*problem, kernel="flash_attn")
+    assert_packs(*problem, kernel="flash_attn")
 
 
 def assert_equals_the_reference(tensors: Tensor, pattern: Pattern, **options) -> None:
@@ -207,18 +237,36 @@ def assert_equals_the_reference(tensors: Tensor, pattern: Pattern, **options) ->
         torch.testing.assert_close(found, expected)
 
 
+def assert_packs(tensors: Tensor, pattern: Pattern, kernel: str) -> None:
+    """Documents go packed, and each gets what it gets alone, its gradients too."""
+    documents = [17, 1, 32]
+    assert kernels.select_kernel(CPU, tensors.dtype, tensors.shape[-1], kernel).packs
+    *qkv, dout = tensors
+    q, k, v = (x.clone().requires_grad_() for x in qkv)
+    out = dilated_attention(q, k, v, pattern, documents=documents, kernel=kernel)
+    results = [out, *torch.autograd.grad(out, (q, k, v), dout)]
+    alone = [x.clone().requires_grad_() for x in qkv]
+    parts = zip(*(x.split(documents, 1) for x in alone), strict=True)
+    expected = torch.cat([dilated_attention_reference(*part, pattern) for part in parts], 1)
+    for found, wanted in zip(results, [expected, *torch.autograd.grad(expected, alone, dout)], strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def efficient_forward(
     query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, custom_mask_type,
     compute_log_sumexp=False, *, scale=None, seqlen_k=None, window_size=None,
 ):  # fmt: skip
-    """aten's `_efficient_attention_forward`: its lse has a multiple of 32 rows, inf beyond those of the query."""
+    """aten's `_efficient_attention_forward`: an lse has a multiple of 32 rows for each sequence, inf beyond its own."""
     assert compute_log_sumexp
-    assert (max_seqlen_q, max_seqlen_k) == (query.shape[1], key.shape[1])
     assert query.shape[-1] * query.element_size() % 16 == 0
-    out, lse = MATH.forward(*(x.transpose(1, 2) for x in (query, key, value)), custom_mask_type == 1, scale)
-    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
+    parts = []
+    for q, k, v in sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, (query,), (key, value)):
+        out, lse = MATH.forward(q, k, v, custom_mask_type == 1, scale)
+        parts.append((out, pad_lse(lse, max_seqlen_q + -max_seqlen_q % 32)))
+    outs, lses = zip(*parts, strict=True)
     rng = torch.zeros((), dtype=torch.int64)
-    return out.transpose(1, 2).to(query.dtype).contiguous(), lse, rng, rng, max_seqlen_q, max_seqlen_k
+    out = torch.cat(outs, 2).transpose(1, 2).to(query.dtype).contiguous()
+    return out, torch.cat(lses), rng, rng, max_seqlen_q, max_seqlen_k
 
 
 def efficient_backward(
@@ -226,39 +274,72 @@ def efficient_backward(
     dropout_p, philox_seed, philox_offset, custom_mask_type, bias_requires_grad, *, scale=None, num_splits_key=None,
     window_size=None, shared_storage_dqdkdv=False,
 ):  # fmt: skip
-    rows = query.shape[1]
-    assert (max_seqlen_q, max_seqlen_k) == (rows, key.shape[1])
-    assert logsumexp.shape[-1] == -(-rows // 32) * 32
+    number = query.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    assert logsumexp.shape == (number, query.shape[2], max_seqlen_q + -max_seqlen_q % 32)
     assert logsumexp.is_contiguous()
-    assert logsumexp[..., rows:].isinf().all()
-    heads_first = [x.transpose(1, 2) for x in (grad_out_, query, key, value, out)]
-    grads = MATH.backward(*heads_first, logsumexp[..., :rows], custom_mask_type == 1, scale)
-    return *(x.transpose(1, 2).to(query.dtype) for x in grads), torch.empty(0)
+    lengths, of_q, of_k = (max_seqlen_q, max_seqlen_k), (grad_out_, query, out), (key, value)
+    parts = []
+    each = sequences(cu_seqlens_q, cu_seqlens_k, *lengths, of_q, of_k)
+    for (dout, q, out_, k, v), lse in zip(each, logsumexp.split(query.shape[0]), strict=True):
+        assert lse[..., q.shape[2] :].isinf().all()
+        parts.append(MATH.backward(dout, q, k, v, out_, lse[..., : q.shape[2]], custom_mask_type == 1, scale))
+    grads = (torch.cat(found, 2).transpose(1, 2).to(query.dtype) for found in zip(*parts, strict=True))
+    return *grads, torch.empty(0)
 
 
 def flash_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, *_, scale=None, **__):
-    out, lse = MATH.forward(*(x.transpose(1, 2) for x in (query, key, value)), is_causal, scale)
+    """aten's `_flash_attention_forward`: packed, q is (rows, heads, head_dim) and the lse (heads, rows)."""
+    one = 0 if cum_seq_q is not None else slice(None)
+    heads_first = [x[None] if cum_seq_q is not None else x for x in (query, key, value)]
+    each = sequences(cum_seq_q, cum_seq_k, max_q, max_k, heads_first[:1], heads_first[1:])
+    out, lse = (
+        torch.cat(found, 2)[one] for found in zip(*(MATH.forward(*x, is_causal, scale) for x in each), strict=True)
+    )
     rng = torch.zeros(2, dtype=torch.uint64)
-    return out.transpose(1, 2).to(query.dtype).contiguous(), lse.contiguous(), rng, rng, query.new_empty(0)
+    return out.transpose(-3, -2).to(query.dtype).contiguous(), lse.contiguous(), rng, rng, query.new_empty(0)
 
 
 def flash_backward(
     grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, *_,
     scale=None, **__,
 ):  # fmt: skip
-    heads_first = [x.transpose(1, 2) for x in (grad_out, query, key, value, out)]
-    return tuple(x.transpose(1, 2) for x in MATH.backward(*heads_first, logsumexp, is_causal, scale))
+    one = 0 if cum_seq_q is not None else slice(None)
+    of_q = [x[None] if cum_seq_q is not None else x for x in (grad_out, query, out)]
+    of_q.append((logsumexp[None] if cum_seq_q is not None else logsumexp).transpose(1, 2)[..., None])
+    of_k = [x[None] if cum_seq_q is not None else x for x in (key, value)]
+    parts = [
+        MATH.backward(dout, q, k, v, out_, lse[..., 0], is_causal, scale)
+        for dout, q, out_, lse, k, v in sequences(cum_seq_q, cum_seq_k, max_q, max_k, of_q, of_k)
+    ]
+    return tuple(torch.cat(found, 2)[one].transpose(-3, -2) for found in zip(*parts, strict=True))
+
+
+def sequences(q_edges, k_edges, longest, most, of_q, of_k):
+    """Tensors (batch, rows, heads, ..) of each sequence, heads first; without edges the batch is all there is."""
+    if q_edges is None:
+        assert (longest, most) == (of_q[0].shape[1], of_k[0].shape[1])
+        yield [x.transpose(1, 2) for x in (*of_q, *of_k)]
+        return
+    assert q_edges.dtype == k_edges.dtype == torch.int32
+    assert (longest, most) == (q_edges.diff().max(), k_edges.diff().max())
+    for (a, b), (c, d) in zip(pairwise(q_edges.tolist()), pairwise(k_edges.tolist()), strict=True):
+        yield [*(x[:, a:b].transpose(1, 2) for x in of_q), *(x[:, c:d].transpose(1, 2) for x in of_k)]
+
+
+def pad_lse(lse: Tensor, rows: int) -> Tensor:
+    return torch.nn.functional.pad(lse, (0, rows - lse.shape[-1]), value=float("inf"))
 
 
 @pytest.mark.parametrize("head_dim", [8, 5])
 def test_efficient_attention_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
     """aten's own operators, which have no kernel for CPUs: here they have one. No head_dim is odd for them."""
-    monkeypatch.setattr(kernels.CudaEfficientKernel, "refusal", lambda *_: None)  # only the device is missing
+    monkeypatch.setattr(cuda_kernels.CudaEfficientKernel, "refusal", lambda *_: None)  # only the device is missing
     library = torch.library.Library("aten", "IMPL")
     library.impl("_efficient_attention_forward", efficient_forward, "CPU")
     library.impl("_efficient_attention_backward", efficient_backward, "CPU")
     problem = torch.randn(4, 2, 50, 4, head_dim), Pattern((8, 32), (1, 4))
     assert_equals_the_reference(*problem, kernel="cuda_efficient")
+    assert_packs(*problem, kernel="cuda_efficient")
 
 
 def test_efficient_attention_serves_what_flash_does_not() -> None:
@@ -284,8 +365,8 @@ def test_newer_flash_attention_takes_the_place_of_atens(monkeypatch: pytest.Monk
     """Registered with torch as FA3 and FA4 are; aten's flash operators have no kernel for CPUs of their own."""
     registry = torch.nn.attention._registry
     monkeypatch.setattr(registry, "_FLASH_ATTENTION_IMPLS", dict(registry._FLASH_ATTENTION_IMPLS))
-    monkeypatch.setattr(kernels.ActivatedKernel, "refusal", lambda *_: None)
-    monkeypatch.setattr(kernels.CudaFlashKernel, "refusal", lambda *_: None)
+    monkeypatch.setattr(cuda_kernels.ActivatedKernel, "refusal", lambda *_: None)
+    monkeypatch.setattr(cuda_kernels.CudaFlashKernel, "refusal", lambda *_: None)
 
     class Handle:
         def __init__(self) -> None:
@@ -301,12 +382,13 @@ def test_newer_flash_attention_takes_the_place_of_atens(monkeypatch: pytest.Monk
     monkeypatch.setenv("LONGNET_KERNEL", name)
     try:
         assert_equals_the_reference(*problem)
+        assert_packs(*problem, kernel=name)
         assert torch.nn.attention.current_flash_attention_impl() == name.upper()
         with pytest.raises(ValueError, match="'cuda_flash' cannot run here: NotImplementedError"):  # torch's own
             dilated_attention(*problem[0][:3], problem[1], kernel="cuda_flash")
         assert torch.nn.attention.current_flash_attention_impl() is None
     finally:
-        kernels._activate(None)
+        cuda_kernels.activate(None)
 
 
 def test_what_cannot_be_activated_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,8 +401,8 @@ def test_what_cannot_be_activated_says_why(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_fails_is_not_left_activated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others in the process would get it as well."""
     left: list[str | None] = ["FA4"]
-    monkeypatch.setattr(kernels.ActivatedKernel, "refusal", lambda *_: None)
-    monkeypatch.setattr(kernels, "_activate", left.append)
+    monkeypatch.setattr(cuda_kernels.ActivatedKernel, "refusal", lambda *_: None)
+    monkeypatch.setattr(kernels, "activate", left.append)
     with pytest.raises(ValueError, match="'fa4' cannot run here"):  # aten has no such operator for CPUs
         kernels.select_kernel(CPU, torch.float32, 8, "fa4")
     assert left[-1] is None

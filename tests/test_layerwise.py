@@ -17,7 +17,7 @@ from test_chunks import TOLERANCE, draw, error, net
 from longnet_cli.attention import Pattern
 from longnet_cli.errors import ConfigError, MemoryLimitError
 from longnet_cli.runtime import layerwise
-from longnet_cli.runtime.layerwise import hidden_in_chunks
+from longnet_cli.runtime.layerwise import fits_beside, hidden_in_chunks
 
 
 @pytest.mark.parametrize("spilled", [False, True])
@@ -76,6 +76,14 @@ def test_the_spill_file_has_no_name_and_ends_with_its_reader(tmp_path: Path) -> 
 
 def _maps(folder: Path) -> bool:
     return str(folder) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize(("free", "fits"), [(None, False), (1199, False), (1200, True)])
+def test_a_device_keeps_what_leaves_room_for_chunks(
+    monkeypatch: pytest.MonkeyPatch, free: int | None, fits: bool
+) -> None:
+    monkeypatch.setattr(layerwise, "free_memory", lambda device: free)
+    assert fits_beside(forward=100, size=1000, device=torch.device("cuda")) == fits
 
 
 def test_no_room_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from longnet_cli.errors import ConfigError
+from longnet_cli.runtime import ranks as module
 from longnet_cli.runtime.ranks import Ranks, _own_gpu, join
 from longnet_cli.training.checks import check_windows
 
@@ -29,3 +31,27 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(local_rank: str, monkeypa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1 if local_rank != "0" else 0)
     with pytest.raises(ConfigError, match=f"LOCAL_RANK is '{local_rank}'"):
         _own_gpu(local_rank)
+
+
+def test_hosts_agree_by_gloo_where_gpus_talk_by_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To agree on a signal between two chunks by NCCL, each would wait for what its GPU still computes."""
+    asked: list[str] = []
+
+    def begin(backend: str, **_: object) -> None:
+        asked.append(backend)
+        raise ConfigError("no GPU here")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(module, "select_device", torch.device)
+    monkeypatch.setattr(module, "check_agent", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", begin)
+    with pytest.raises(ConfigError, match="no GPU here"):
+        join("cuda")
+    backends = dist.distributed_c10d.BackendConfig(asked[0]).get_device_backend_map()
+    assert backends == {"cpu": "gloo", "cuda": "nccl"}
+    monkeypatch.setattr(dist, "all_reduce", lambda x, op: asked.append(x.device.type))
+    assert Ranks(0, 2).largest(3.0) == 3.0
+    assert asked[1:] == ["cpu"]

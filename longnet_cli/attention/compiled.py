@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .dilated import FarKeys, plan_calls
-from .kernels import Kernel, select_kernel
+from .kernels import select_kernel
 from .merging import Plan, accumulator, merged_backward, merged_forward, unit_stride
 from .pattern import Padding, Pattern
+from .plain_call import Kernel
 from .sinks import sink_rows
 
 # Far tensors are k and v of each, one after the other, then those of sinks that are turned; spans are (level, start,

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .branches import Turned, united
-from .kernels import Kernel, select_kernel
+from .kernels import select_kernel
 from .merging import Plan, merged_backward, merged_forward, unit_stride
 from .merging import kernel_calls as kernel_calls
 from .merging import strided_view as strided_view
 from .pattern import SINKS, Padding, Pattern, Span, branches, lanes, span_positions, span_rows
+from .plain_call import Kernel
 from .sinks import SinkRows, Turn, sink_rows
 
 Place = tuple[int, int, int, int]  # rows [first, last) of a batch, tokens [begin, stop)

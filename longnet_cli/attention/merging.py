@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from .branches import Union, branches
-from .kernels import Kernel
 from .packing import Block, Pack, packed
 from .pattern import Branch, Rows
+from .plain_call import Kernel
 
 if TYPE_CHECKING:
     from . import one_pass

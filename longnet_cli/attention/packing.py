@@ -21,8 +21,10 @@ from .branches import Branch
 from .rows import Rows
 
 LARGE = 1 << 26  # scores from which a call of its own is worth it: as much work for a GPU as starting one is for a CPU
-MAX_SEQUENCES = 1 << 14  # of a call: they are a dimension of a grid,
-MAX_ROWS = 6 << 20  # and a backward has 2^31 numbers for rows of up to 256, with 128 more for each sequence
+MAX_SEQUENCES = 1 << 14  # of a call: they are a dimension of a grid
+# if all sequences were as long as the longest one, as some kernels count their lse and what they have on the way; and
+# a backward has 2^31 numbers for rows of up to 256, with 128 more for each sequence
+MAX_ROWS = 6 << 20
 
 Block = tuple[slice, slice, tuple[Branch, ...]]  # rows and tokens of a batch, and the calls of each row
 
@@ -147,10 +149,10 @@ def _append(into: Sequences, rows: Rows, token: int, heads: int) -> None:
 def _calls(key: tuple[bool, int, float, int], queries: Sequences, keys: Sequences) -> Iterator[Pack]:
     """Cut a pack where it is more than one call takes."""
     causal, zero_keys, bias, _ = key
-    begin, rows = 0, 0
+    begin, longest = 0, 0
     for index, counts in enumerate(zip(queries.counts, keys.counts, strict=True)):
-        if index > begin and (index - begin >= MAX_SEQUENCES or rows + max(counts) > MAX_ROWS):
+        longest, count = max(longest, *counts), index - begin
+        if count and (count >= MAX_SEQUENCES or (count + 1) * longest > MAX_ROWS):
             yield Pack(queries.cut(begin, index), keys.cut(begin, index), causal, zero_keys, bias)
-            begin, rows = index, 0
-        rows += max(counts)
+            begin, longest = index, max(counts)
     yield Pack(queries.cut(begin, None), keys.cut(begin, None), causal, zero_keys, bias)

@@ -49,11 +49,15 @@ def default_chunk(config: NetConfig, device: torch.device) -> int:
 
     A power of two, so that segments mostly end with chunks.
     """
-    numbers = 10 * config.dim + 2 * config.ffn_dim  # of one layer and token, at their peak
     budget = CHUNK_BYTES
     if device.type == "cuda":
         budget = max(budget, (free_memory(device) or 0) // 8)
-    return max(SHORTEST_CHUNK, 1 << (budget // (4 * numbers)).bit_length() - 1)
+    return max(SHORTEST_CHUNK, 1 << (budget // forward_bytes(config, 1)).bit_length() - 1)
+
+
+def forward_bytes(config: NetConfig, tokens: int) -> int:
+    """Bytes of the activations of one layer at their peak, without gradients, in float32."""
+    return 4 * tokens * (10 * config.dim + 2 * config.ffn_dim)
 
 
 def open_stream(net: Net, group: dist.ProcessGroup | None = None) -> Callable[..., Tensor]:

@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
@@ -38,8 +38,22 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on `device`, where a GPU goes on computing while it travels."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """A tensor on `device`, where a GPU goes on computing while it travels."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
+
+
+def to_host(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Send a tensor to the CPU behind what its device is told to compute; what is returned waits for it there."""
+    if x.device.type != "cuda":
+        return x.cpu
+    there = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    arrived = torch.cuda.current_stream(x.device).record_event()
+
+    def wait() -> torch.Tensor:
+        arrived.synchronize()
+        return there
+
+    return wait
 
 
 def precision(dtype: str, device: torch.device) -> AbstractContextManager:

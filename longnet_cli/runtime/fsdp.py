@@ -69,10 +69,9 @@ def sum_gradients(model: nn.Module, ranks: Ranks, *more: Tensor) -> None:
     ranks.sum(*more, *ours)
 
 
-def clip_gradients(model: nn.Module, limit: float) -> float:
-    """Scale all gradients so that their norm is at most `limit`; the norm before, of the whole gradient."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return whole_tensor(norm).item()
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Scale all gradients so that their norm is at most `limit`; the norm before, of the whole gradient, ()."""
+    return whole_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
 
 
 @contextmanager

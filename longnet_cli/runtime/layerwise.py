@@ -2,8 +2,8 @@
 
 A layer makes two passes over the chunks. The first collects the keys and values of the segments that a chunk sees
 outside itself; the second computes each chunk with its own keys and, as far keys, the collected rows. Hidden states
-wait between the layers in host memory, or in a file without a name (`spill`), which the system removes with the
-process, however that ends.
+wait between the layers on a GPU that has the room, otherwise in host memory, or in a file without a name (`spill`),
+which the system removes with the process, however that ends.
 
 Several ranks take the chunks in turn, with the hidden states of their own; between the passes they add up what they
 collected.
@@ -17,6 +17,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import cast
@@ -32,7 +33,8 @@ from longnet_cli.attention.spans import level_of
 from longnet_cli.errors import ConfigError, MemoryLimitError
 from longnet_cli.model import LongNet
 from longnet_cli.model.longnet import Block, Placement
-from longnet_cli.runtime.device import DTYPES, free_memory, precision, resolve_dtype
+from longnet_cli.runtime.chunks import forward_bytes
+from longnet_cli.runtime.device import DTYPES, free_memory, precision, resolve_dtype, to_device
 from longnet_cli.runtime.ranks import Ranks
 
 ROWS_AT_A_TIME = 1 << 16  # of keys and values that ranks add up: what a device holds of them beside a chunk
@@ -52,7 +54,8 @@ def hidden_in_chunks(
     """Yield hidden (1, n, dim) after the final norm, chunk by chunk: what the whole sequence gives at once.
 
     read: (start, stop) -> ids (1, stop - start) on any device, read once.
-    spill: a folder on a disk for the hidden states and collected rows, which are kept in host memory without it.
+    spill: a folder on a disk for the hidden states and collected rows, which are kept in host memory without it; a GPU
+        with room for them keeps them itself.
     dtype: as in `runtime.device`.
     ranks: rank i of P yields chunks i, i + P, ... alone; all go through the iterator to its end.
     on_chunk: told the tokens of each chunk that one layer is done with, and of the other ranks' chunks of that turn.
@@ -60,7 +63,18 @@ def hidden_in_chunks(
     Raises MemoryLimitError before any work when neither memory nor, with `spill`, the disk has the room.
     """
     run = _Layers(model, tokens, chunk, dtype, ranks or Ranks())
-    yield from run.hidden(read, _Memory(spill, run.nbytes), on_chunk)
+    memory: Callable[..., Tensor]
+    if run.device.type != "cpu" and fits_beside(forward_bytes(model.config, chunk), run.nbytes, run.device):
+        memory = partial(torch.empty, device=run.device)
+    else:
+        memory = _Memory(spill, run.nbytes).tensor
+    yield from run.hidden(read, memory, on_chunk)
+
+
+def fits_beside(forward: int, size: int, device: torch.device) -> bool:
+    """Return whether a device has room for `size` bytes beside a chunk's `forward`, and as much again."""
+    free = free_memory(device)
+    return free is not None and size + 2 * forward <= free
 
 
 class _Layers:
@@ -105,17 +119,18 @@ class _Layers:
         return 4 * self.model.config.dim * (self.held + 2 * self.rows)
 
     def hidden(
-        self, read: Callable[[int, int], Tensor], memory: _Memory, on_chunk: Callable[[int], None] | None
+        self, read: Callable[[int, int], Tensor], memory: Callable[..., Tensor], on_chunk: Callable[[int], None] | None
     ) -> Iterator[Tensor]:
+        """`memory` gives a tensor of a shape and dtype, wherever it is."""
         config = self.model.config
-        hidden = memory.tensor(1, self.held, config.dim, dtype=next(self.model.parameters()).dtype)
+        hidden = memory(1, self.held, config.dim, dtype=next(self.model.parameters()).dtype)
         for start, stop, place, _ in self.mine:
             with torch.no_grad():
-                hidden[:, place] = self.model.embed(read(start, stop).to(self.device))
+                hidden[:, place] = self.model.embed(to_device(read(start, stop), self.device))
         collected: Tensor | None = None  # (2, 1, rows, H, D), k and v, of one layer after the other
         if self.rows:
             shape = (2, 1, self.rows, config.num_heads, config.head_dim)
-            collected = memory.tensor(*shape, dtype=self._dtype_of_keys())
+            collected = memory(*shape, dtype=self._dtype_of_keys())
         for index, layer in enumerate(cast(Iterable[Block], self.model.layers)):
             if collected is not None:
                 if self.ranks.world > 1:
@@ -192,8 +207,8 @@ def _from_row(rows: Tensor, firsts: list[int], count: int) -> Tensor:
     """`count` rows of (2, 1, rows, H, D) from each head's own first one; past the end, rows that nobody reads."""
     if min(firsts) == max(firsts):
         return rows[:, :, firsts[0] : firsts[0] + count]
-    index = torch.arange(count)[:, None] + torch.tensor(firsts)  # (count, H)
-    return rows[:, :, index.clamp_(max=rows.shape[2] - 1), torch.arange(len(firsts))]
+    index = (torch.arange(count)[:, None] + torch.tensor(firsts)).clamp_(max=rows.shape[2] - 1)  # (count, H)
+    return rows[:, :, to_device(index, rows.device), torch.arange(len(firsts), device=rows.device)]
 
 
 class _Memory:

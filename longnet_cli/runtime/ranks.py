@@ -49,7 +49,7 @@ class Ranks:
         return replace(self, sp=self.world, group=dist.group.WORLD if self.world > 1 else None)
 
     def sum(self, *tensors: torch.Tensor) -> None:
-        """Add up tensors over all ranks, in place."""
+        """Add up tensors, of the host or of the ranks' devices, over all ranks, in place."""
         if self.world > 1:
             works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
             for work in works:
@@ -60,10 +60,10 @@ class Ranks:
         return bool(self.largest(flag))
 
     def largest(self, value: float) -> float:
-        """The largest of all ranks' values."""
+        """The largest of all ranks' values. Only the hosts meet: no one waits for what a device still computes."""
         if self.world == 1:
             return value
-        found = torch.tensor([value], dtype=torch.float64, device=_device_of_backend())
+        found = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found.item()
 
@@ -83,8 +83,8 @@ class Ranks:
 def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) -> tuple[Ranks, torch.device]:
     """Meet the other processes that torchrun started; alone, there is nothing to do.
 
-    `sp` and `dp` default to all ranks in one sequence. NCCL on GPUs, one a process (LOCAL_RANK); gloo on CPUs. Raises
-    ConfigError, on every rank and before any work, for a mesh that is not the job's.
+    `sp` and `dp` default to all ranks in one sequence. NCCL between GPUs, one a process (LOCAL_RANK); gloo between
+    hosts. Raises ConfigError, on every rank and before any work, for a mesh that is not the job's.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     sp = sp if sp is not None else world // dp if dp and world % dp == 0 else world
@@ -104,7 +104,8 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
         where = _own_gpu(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(where)
     check_agent()
-    backend, own = ("nccl", where) if where.type == "cuda" else ("gloo", None)  # NCCL guesses its GPU if not told
+    # hosts agree on what to do next without their GPUs; NCCL guesses its GPU if not told
+    backend, own = ("cpu:gloo,cuda:nccl", where) if where.type == "cuda" else ("gloo", None)
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
     rank, group = dist.get_rank(), None
     if sp == world:
@@ -142,8 +143,3 @@ def leave() -> None:
         dist.barrier()
         dist.destroy_process_group()
     stop_watching()
-
-
-def _device_of_backend() -> torch.device:
-    nccl = dist.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

@@ -14,7 +14,7 @@ from torch import Tensor
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import DataError
 from longnet_cli.model.net import IGNORED, Net
-from longnet_cli.runtime.device import precision
+from longnet_cli.runtime.device import precision, to_device
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reading import Reader, Window
 from longnet_cli.scoring import Score, score
@@ -79,12 +79,15 @@ def _score_masked(reader: Reader, windows: Iterator[_MaskedWindow]) -> Score:
     for pieces in reader.read(windows):
         for piece in pieces:
             if piece.hidden is not None:
-                targets = piece.window.targets[piece.start : piece.stop].to(reader.device)
-                chosen = targets != IGNORED
+                targets = piece.window.targets[piece.start : piece.stop]  # on the host, which need not wait for them
+                chosen = (targets != IGNORED).nonzero().flatten()
+                hidden = piece.hidden[to_device(chosen, reader.device)]
                 with precision(reader.dtype, reader.device):
-                    sums[0] += reader.model.nll(piece.hidden[chosen], targets[chosen]).sum(dtype=torch.float64)
-                sums[1] += chosen.sum()
+                    nll = reader.model.nll(hidden, to_device(targets[chosen], reader.device))
+                sums[0] += nll.sum(dtype=torch.float64)
+                sums[1] += len(chosen)
     reader.ranks.sum(sums)
-    if not sums[1]:
+    nats, tokens = sums.tolist()
+    if not tokens:
         raise DataError("none of the held-out tokens was drawn to be hidden: data.held_out needs more of them")
-    return Score(sums[0].item(), int(sums[1].item()), None)
+    return Score(nats, int(tokens), None)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longnet_cli.model.net import IGNORED, FarProvider, Net
 from longnet_cli.runtime.chunks import Tokens, backward_in_chunks
-from longnet_cli.runtime.device import precision
+from longnet_cli.runtime.device import precision, to_device
 from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.fsdp import final_backward
 
@@ -33,10 +33,10 @@ def backward(
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
-    tokens, targets: (B, N) as for `Net.nll`, tensors or of `training.tokens`. At most `chunk` tokens' activations
-    exist at one time. `starts`: where documents start in each row, 0 first (`Batch.document_starts`). No token attends
-    to another document, and positions count from the start of the document, or of the window where that is later.
-    Without it a row is one document.
+    tokens, targets: (B, N) as for `Net.nll`, tensors or of `training.tokens`; targets may be on the host. At most
+    `chunk` tokens' activations exist at one time. `starts`: where documents start in each row, 0 first
+    (`Batch.document_starts`). No token attends to another document, and positions count from the start of the document,
+    or of the window where that is later. Without it a row is one document.
 
     The ranks of a `group` get the same tokens, of which each reads its slice, and share every sequence, `chunk` tokens
     each: each adds and returns its part, and the whole is the sum over them. `on_chunk` is called after each chunk.
@@ -81,12 +81,12 @@ def _nll(
 ) -> Tensor:
     """The sum of nll of one forward; of a bidirectional net, only the tokens that have a target get logits."""
     with precision(dtype, ids.device):
-        # asked before the forward: on a GPU the answer waits for what is queued. A causal net predicts every token.
+        # asked before the forward: of targets on a GPU the answer waits for what is queued. A causal net predicts all.
         chosen = None if model.config.causal else (targets != IGNORED).nonzero(as_tuple=True)
         hidden = model(ids, start=start, documents=documents, far=far)
         if chosen:
-            hidden, targets = hidden[chosen], targets[chosen]
-        return model.nll(hidden, targets).sum(dtype=torch.float64)
+            hidden, targets = hidden[tuple(to_device(index, ids.device) for index in chosen)], targets[chosen]
+        return model.nll(hidden, to_device(targets, ids.device)).sum(dtype=torch.float64)
 
 
 class _Forward(NamedTuple):

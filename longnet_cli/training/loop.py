@@ -29,7 +29,7 @@ from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
 from longnet_cli.presets import find_model
 from longnet_cli.runtime.chunks import Tokens
-from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, random_state
+from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, random_state, to_device
 from longnet_cli.runtime.fsdp import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.signals import Signals, noted_signals
@@ -282,8 +282,8 @@ class _Run:
             on_chunk=self._look if ranks.dp == 1 and not self.sharded else None,
         )
         sum_gradients(self.model, ranks, nll)
-        loss = nll.item() / count
         norm = clip_gradients(self.model, recipe.optimizer.clip)
+        loss, norm = torch.stack((nll / count, norm.double())).tolist()  # the one time a step waits for the device
         self._refuse_divergence(loss, norm, windows, position)
         rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
@@ -301,13 +301,16 @@ class _Run:
         return seen
 
     def _objective(self, batch: Batch, seed: int) -> tuple[Tokens, Tokens, int]:
-        """Windows of seq_len + 1 tokens -> ids and targets (rows, seq_len), and how many targets all ranks have."""
+        """Windows of seq_len + 1 tokens -> ids and targets (rows, seq_len), and how many targets all ranks have.
+
+        Tokens are hidden on the host, where targets then are: to ask which they are is to wait for nothing.
+        """
         train, ranks, (rows, length) = self.recipe.train, self.ranks, batch.shape
         if train.objective == "causal":
             stored = [StoredTokens(batch, first, length - 1, self.device) for first in (0, 1)]
             return stored[0], stored[1], rows * (length - 1) * ranks.dp
         ids, targets = mask_tokens(
-            StoredTokens(batch, 0, length - 1, self.device)[:, :],
+            StoredTokens(batch, 0, length - 1, torch.device("cpu"))[:, :],
             train.mask_rate,
             mask_id=self.recipe.model.vocab_size - 1,
             eos_id=self.eos_id,
@@ -315,7 +318,11 @@ class _Run:
         )
         count = (targets >= 0).sum()
         ranks.sum(count)
-        return ids, targets, max(1, int(count) // ranks.sp)  # the ranks of a group have the same tokens
+        return (
+            to_device(ids, self.device),
+            targets,
+            max(1, int(count) // ranks.sp),
+        )  # the ranks of a group have the same tokens
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.recipe.train.steps, self.recipe.optimizer.lr, self.recipe.schedule)

@@ -1,0 +1,115 @@
+"""One plain attention call, (q, k, v) -> (out, log-sum-exp), and its backward: what a kernel offers, and plain math.
+
+Shapes: q, out (batch, heads, rows, head_dim); k, v (batch, heads, keys, head_dim); lse (batch, heads, rows), natural
+log, fp32 (fp64 for fp64 inputs). All are strided views whose last stride is 1. A causal call has rows == keys.
+
+Each backward takes the *merged* out and lse of all branches, which makes the sum of the branches' gradients exact:
+the probabilities are exp(score - lse) and the correction is rowsum(dout * out), whatever keys the softmax ran over.
+
+Kernels have traps of their own, guarded by each: empty q or k kills the process on the CPU, a last stride other than 1
+gives garbage silently, a fully masked row has no defined lse (no branch has one), limits on batch and element counts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .packing import PackedRows
+
+
+class Kernel:
+    """What every kernel offers. `max_batch` bounds the first dimension of a call; the caller splits around it."""
+
+    name = ""
+    biased = False  # whether a bias (heads, rows, keys), -inf where a key is not seen, can be added to scores
+    packs = False  # whether it has `forward_packed` and `backward_packed`
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Return why this kernel cannot serve such tensors, or None."""
+        raise NotImplementedError
+
+    def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
+        raise NotImplementedError
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Sequences of q against those of k and v, all (rows, head_dim) -> out (rows, head_dim), lse (rows,)."""
+        raise NotImplementedError
+
+    def backward_packed(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        queries: PackedRows,
+        keys: PackedRows,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class MathKernel(Kernel):
+    """Plain torch, anywhere, any dtype; computes in fp32 or wider. Also what the other kernels are probed against."""
+
+    name = "math"
+    biased = True
+    _MAX_SCORES = 1 << 26
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        return None
+
+    def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
+        return max(1, self._MAX_SCORES // (heads * rows * rows))
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        scores = self._scores(q, k, causal, scale, bias)
+        lse = scores.logsumexp(-1)
+        return (scores - lse[..., None]).exp_() @ wide(v), lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        scale: float,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dout, out = wide(dout), wide(out)
+        p = (self._scores(q, k, causal, scale, bias) - lse[..., None]).exp_()
+        dv = p.mT @ dout
+        ds = (dout @ wide(v).mT).sub_((dout * out).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+        return ds @ wide(k), ds.mT @ wide(q), dv
+
+    def _scores(self, q: Tensor, k: Tensor, causal: bool, scale: float, bias: Tensor | None) -> Tensor:
+        scores = (wide(q) @ wide(k).mT).mul_(scale)
+        if bias is not None:
+            scores += bias
+        elif causal:
+            n = scores.shape[-1]
+            scores.masked_fill_(torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1), float("-inf"))
+        return scores
+
+
+def wide(x: Tensor) -> Tensor:
+    """fp32 at least; no copy where it is already."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
