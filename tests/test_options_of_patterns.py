@@ -320,6 +320,7 @@ def test_constructors() -> None:
     assert nested.segment_lengths == (1024, 4096, 16384, 65536, 262144, 1048576)
     assert nested.dilation_rates == (1, 4, 16, 64, 256, 1024)
     assert (nested.look_back, nested.overlap, nested.queries) == ((1,) * 6, "once", "all")
+    assert nested.biases == (0, -4, -4, -4, -4, -4)
     assert nested.cache_rows == 6 * 2 * 1024
 
 

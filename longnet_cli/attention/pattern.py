@@ -50,6 +50,7 @@ HeadOffsets = Literal["modulo", "grouped"]
 Overlap = Literal["repeat", "once"]
 Queries = Literal["dilated", "all"]
 
+FAR_BIAS = -4.0  # of `Pattern.nested`, in nats: e^-4, a fiftieth of a near key's weight
 MAX_LEVELS = 64  # more than any doubling of an int64; every layer computes every level
 
 
@@ -145,11 +146,13 @@ class Pattern:
         """To train with: a window of `base` tokens, and levels that tile the past before it, to `length` and beyond.
 
         Segments and rates grow by `ratio`; each level looks back one segment, every key counts once, and every query
-        asks at every level. Where a rate is at most the number of heads, some head sees every position.
+        asks at every level. Where a rate is at most the number of heads, some head sees every position. Far levels
+        start with little weight, by `FAR_BIAS`, so that a net learns from near keys first (docs/results.md).
         """
         grown = cls.geometric(length, base, ratio)
         levels = grown.segment_lengths, grown.dilation_rates
-        return cls(*levels, look_back=1, overlap="once", queries="all", sinks=sinks)
+        bias = (0.0, *(FAR_BIAS,) * (len(levels[0]) - 1))
+        return cls(*levels, look_back=1, overlap="once", queries="all", sinks=sinks, level_bias=bias)
 
     @classmethod
     def pretrained(cls, width: int = 1704, sinks: int = 4) -> Pattern:
