@@ -235,6 +235,11 @@ def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path)
         prepare_run(None, {}, run, resume="recipe.toml")
     for resume, output in ((True, run), (str(run), tmp_path / "c"), (older, tmp_path / "c")):
         assert prepare_run(None, {}, output, resume=resume) == found
+    unsaid = found.model_dump(mode="json", exclude={"train": {"chunk"}})
+    (tmp_path / "same.json").write_text(json.dumps(unsaid))
+    assert found.train.chunk != prepare_run(str(tmp_path / "same.json"), {}, tmp_path / "new").train.chunk
+    assert prepare_run(str(tmp_path / "same.json"), {}, run) == found  # it keeps its chunk
+    assert prepare_run(str(tmp_path / "same.json"), {"train.chunk": 77}, run).train.chunk == 77
     with pytest.raises(ConfigError, match="already holds a run"):  # whose later checkpoints would stay beside ours
         train(found, run, resume=str(older))
     with pytest.raises(ConfigError, match="already holds a run"):

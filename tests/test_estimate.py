@@ -30,6 +30,7 @@ from longnet_cli.training.estimate import (
     memory_by_kind,
     saved_bytes,
     seen_segments,
+    settle_chunk,
 )
 from longnet_cli.training.gradients import plan_forwards
 from longnet_cli.training.recipe import Recipe, load_recipe
@@ -265,6 +266,18 @@ def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.advice == "--chunk 4096 fits"
     assert estimate(with_chunk(4096), CPU).fits
     assert not estimate(with_chunk(4352), CPU).fits
+
+
+@pytest.mark.parametrize(("gib", "chunk"), [(0, 16384), (5, 16384), (24, 32768), (80, 131072), (1000, 131072)])
+def test_a_gpu_gets_the_longest_chunk_that_it_holds(monkeypatch: pytest.MonkeyPatch, gib: int, chunk: int) -> None:
+    monkeypatch.setattr("longnet_cli.training.estimate.free_memory", lambda device: gib << 30)
+    model = MODEL | {"dim": 768, "num_layers": 12, "num_heads": 12, "ffn_dim": 3072}
+    settings = {"dtype": "bf16", "stages": [{"seq_len": 1 << 20, "steps": 1}]}
+    gpu, found = torch.device("cuda"), recipe(model, **settings)
+    assert settle_chunk(found, gpu, Ranks()).train.chunk == chunk
+    assert settle_chunk(found, CPU, Ranks()) == found
+    named = recipe(model, chunk=1000, **settings)
+    assert settle_chunk(named, gpu, Ranks()) == named
 
 
 def test_no_chunk_cuts_a_bidirectional_window(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,7 @@ def train(
     launch(nproc)
     from longnet_cli.runtime.device import MatmulPeak, keep_freed_memory
     from longnet_cli.runtime.ranks import join, leave
+    from longnet_cli.training.estimate import estimate, settle_chunk
     from longnet_cli.training.loop import train as run
     from longnet_cli.training.recipe import PretrainedRecipe, parse_overrides
     from longnet_cli.training.start import prepare_run
@@ -170,9 +171,8 @@ def train(
     found = prepare_run(recipe, overrides, output, resume=going_on, writes=not dry_run)
 
     ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
+    found = settle_chunk(found, where, ranks)
     if dry_run:
-        from longnet_cli.training.estimate import estimate
-
         estimated = estimate(found, where, ranks)
         leave()
         if ranks.first:

@@ -27,6 +27,7 @@ from .checks import check_ranks
 from .optimizer import build_optimizers
 from .recipe import OptimizerRecipe, PretrainedRecipe, Recipe, Stage
 
+GPU_CHUNK = 1 << 17  # tokens: longer ones, if there is memory for them, leave a GPU no less idle
 EFFICIENCY = 0.4  # of the measured matmul peak that a training step is assumed to reach
 
 
@@ -94,6 +95,22 @@ class Estimate:
         }
 
 
+def settle_chunk(recipe: Recipe, device: torch.device, ranks: Ranks) -> Recipe:
+    """Return the recipe with a `train.chunk` that keeps a GPU busy, where it names none itself; all ranks call it.
+
+    The longest power of two up to `GPU_CHUNK` with which a fifth of the free memory is left; at least the default,
+    which is that of a CPU.
+    """
+    if device.type == "cpu" or recipe.names_chunk:
+        return recipe
+    chunk, free = GPU_CHUNK, free_memory(device) or 0
+    while chunk > recipe.train.chunk:
+        if sum(memory_by_kind(recipe.with_chunk(chunk), device, ranks).values()) <= 0.8 * free:
+            break
+        chunk //= 2
+    return recipe.with_chunk(int(ranks.smallest(chunk)))
+
+
 def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> Estimate:
     """Return what training by `recipe` will take on this machine; measures its matrix products for a third of a second.
 
@@ -111,8 +128,7 @@ def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -
     if free is not None and sum(memory.values()) - program > free:
         while fitting is None and chunk >= 2 * shortest:
             chunk = 1 << (chunk - 1).bit_length() - 1  # the power of two below
-            shorter = recipe.model_copy(update={"train": train.model_copy(update={"chunk": chunk})})
-            if sum(memory_by_kind(shorter, device, ranks).values()) <= free:
+            if sum(memory_by_kind(recipe.with_chunk(chunk), device, ranks).values()) <= free:
                 fitting = chunk
     tokens = [stage.steps * train.windows(stage) * stage.seq_len for stage in train.stages]
     plain = [flops_per_token(config, stage.seq_len, train.predicted) for stage in train.stages]

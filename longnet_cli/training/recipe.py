@@ -109,9 +109,10 @@ class Stage(Table):
 class TrainRecipe(Table):
     """An optimizer step sees `batch_tokens`, with the activations of at most `chunk` of them at a time.
 
-    Short sequences share a forward; one longer than `chunk` goes chunk by chunk, at the price of one forward more, with
-    the same loss and gradients. A token attends to earlier tokens of its own document, or `across_documents` to all
-    that come before it in its window.
+    Without a `chunk` a GPU takes the longest it holds, up to 128Ki (`estimate.settle_chunk`). Short sequences share
+    a forward; one longer than `chunk` goes chunk by chunk, at the price of one forward more, with the same loss and
+    gradients. A token attends to earlier tokens of its own document, or `across_documents` to all that come before it
+    in its window.
 
     The objective is the next token ("causal") or, for a bidirectional net, `mask_rate` of the tokens ("masked").
     """
@@ -196,6 +197,14 @@ class Recipe(Table):
                 f'{str(self.model.causal).lower()}: set train.objective = "{fitting}", or the other model'
             )
         return self
+
+    @property
+    def names_chunk(self) -> bool:
+        """Return whether `train.chunk` was given, and is not a default."""
+        return "chunk" in self.train.model_fields_set
+
+    def with_chunk(self, chunk: int) -> Recipe:
+        return self.model_copy(update={"train": self.train.model_copy(update={"chunk": chunk})})
 
     def changed_since(self, saved: Mapping[str, Any]) -> list[str]:
         """The keys (`optimizer.lr`) in which a saved recipe differs so that a run could not go on from it exactly."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from longnet_cli.configuration import parse, read_text
 from longnet_cli.data import overwriting
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import CheckpointError, ConfigError
@@ -36,13 +38,16 @@ def prepare_run(
 ) -> Recipe:
     """Return the recipe of a run in the folder `output`, with `overrides`; without `recipe`, that of the resumed run.
 
+    A resumed run keeps its chunk, unless another is named.
+
     Raises ConfigError where there is no recipe, and, if the run `writes`, for a folder that holds a model but no run,
     or whose files the run would read as data, recipe, tokenizer or initial model.
     """
     folder = Path(output)
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
         raise ConfigError(f"{file} is a file, and -o names the folder of a run: name another")
-    own = _recipe_of_run(folder, resume) if recipe is None else None
+    earlier = _recipe_of_run(folder, resume)
+    own = earlier if recipe is None else None
     if recipe is None and own is None and not isinstance(resume, bool):
         raise ConfigError(f"--resume {resume}: neither a run nor a checkpoint{_LAST}")
     if recipe is None and own is None and not overrides:
@@ -51,6 +56,8 @@ def prepare_run(
             "its values"
         )
     found = load_recipe(recipe or own, overrides)
+    if earlier and not found.names_chunk and (chunk := _chunk_of(earlier)):
+        found = found.with_chunk(chunk)
     if writes:
         if (folder / WEIGHTS).exists() and not (folder / CHECKPOINTS).exists():
             raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
@@ -82,6 +89,14 @@ def _recipe_of_run(folder: Path, resume: Resume) -> str | None:
         return None
     runs = [folder] if resume is True else [Path(resume), Path(resume).parent.parent]  # a run, or its checkpoint
     return next((str(run / RECIPE) for run in runs if (run / RECIPE).exists()), None)
+
+
+def _chunk_of(recipe: str) -> int | None:
+    """The chunk in the recipe.json of a run; it is not checked, as what it names may lie elsewhere by now."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        chunk = parse(read_text(Path(recipe)))["train"]["chunk"]
+        return chunk if isinstance(chunk, int) and chunk > 0 else None
+    return None
 
 
 def _checkpoint_at(path: Path, ranks: Ranks, on_note: Callable[[str], None]) -> Path:
