@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ TILED = {"look_back": 1, "overlap": "once"}
 EVEN = [
     Pattern((16, 32, 64), (1, 2, 4)),
     Pattern.window(16, sinks=4),
-    Pattern.nested(64, 16, 2, sinks=4),
+    replace(Pattern.nested(64, 16, 2, sinks=4), level_bias=None),  # so that a key counts 1
     Pattern((16, 64), (1, 4), **TILED, queries="all"),
 ]
 KEYS = {"name", "pattern", "levels", "sinks", "total", "dense", "seq", "heads", "head_dim", "causal", "nearest_least",
