@@ -16,6 +16,7 @@ from longnet_cli.attention.reference import key_counts
 from longnet_cli.benchmark import Case, Measurement, Settings, bench, job, measurement
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.weights import load_config
+from longnet_cli.patterns import format_levels
 from longnet_cli.presets import find_model
 
 TINY = {"heads": 3, "head_dim": 8, "repeats": 2}
@@ -297,7 +298,7 @@ def test_a_whole_model_is_measured_at_once_and_streamed() -> None:
     (tiny,) = rows_of([64], **shipped)
     config = load_config(find_model("longnet-tiny"))
     assert (tiny.status, tiny.heads, tiny.head_dim) == ("ok", config.num_heads, config.head_dim)
-    assert tiny.pattern == ",".join(f"{w}/{r}" for w, r in config.pattern.levels)
+    assert tiny.pattern == format_levels(config.pattern)
     (asked,) = rows_of([64], pattern=Pattern((8, 32), (1, 2)), **shipped)
     assert (asked.status, asked.pattern) == ("ok", "8/1,32/2")
 

@@ -250,7 +250,7 @@ class LongNet(Net):
         cls,
         name_or_dir: str | PathLike[str],
         device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = torch.float32,
         *,
         pattern: Pattern | None = None,
         verify: bool = True,

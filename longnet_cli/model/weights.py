@@ -76,14 +76,15 @@ def load_pretrained(
     build: Callable[[LongNetConfig], NetT],
     name_or_dir: str | PathLike[str],
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = torch.float32,
     *,
     pattern: Pattern | None = None,
     verify: bool = True,
 ) -> NetT:
     """A model, made by `build`, from its directory or by the name of one that ships, in eval mode.
 
-    A string without a slash is a name, never a folder; a `Path` is always a folder. `dtype` None keeps the stored one.
+    A string without a slash is a name, never a folder; a `Path` is always a folder. `dtype` is that of the
+    weights in memory, whatever they are stored in; None keeps the stored one.
     `pattern` takes the place of the model's own: the weights do not depend on it, what the net computes does. Where
     model.safetensors has the digests of `save_pretrained`, its tensors and config.json must be what was saved;
     `verify=False` takes them as they are. Raises CheckpointError of one line (a missing or damaged file, tensors
