@@ -54,14 +54,15 @@ class MappedMemory:
         Raises ValueError where there is no room left for it.
         """
         size = prod(shape) * dtype.itemsize
+        self._alive += 1  # first: garbage that is collected meanwhile gives its room back, and is not the last now
         if free := self._free[aligned(size)]:
             offset = free.pop()
-        else:
+        elif self._used + size <= len(self._map):
             offset, self._used = self._used, self._used + aligned(size)
-        if offset + size > len(self._map):
+        else:
+            self._alive -= 1
             raise ValueError(f"of {len(self._map)} mapped bytes none are left for {size} more")
         room = np.frombuffer(self._map, np.uint8, size, offset)  # which the tensor's storage holds
-        self._alive += 1
         weakref.finalize(room, self._give_back, offset, aligned(size))
         return torch.from_numpy(room).view(dtype).view(*shape)
 
