@@ -18,7 +18,8 @@ from longnet_cli.attention import KVCache, Pattern, dilated_attention
 def test_any_shards_with_their_cache_equal_the_whole(problem: Problem, sizes: list[int], keep: bool) -> None:
     q, k, v = problem.tensors(3)
     whole = dilated_attention(q, k, v, problem.pattern)
-    cache = KVCache(problem.pattern, problem.batch, problem.heads, problem.head_dim, dtype=q.dtype, keep=keep)
+    sizes_of = problem.pattern, problem.batch, problem.heads, problem.head_dim
+    cache = KVCache(*sizes_of, dtype=q.dtype, keep=problem.tokens if keep else 0)
     parts, seen = [], []
     for part in zip(*(x.split(split(problem.tokens, sizes), 1) for x in (q, k, v)), strict=True):
         seen.append((part, cache.position, cache.far()))
@@ -44,9 +45,9 @@ def test_its_bytes_are_the_formulas_and_do_not_grow() -> None:
 
 
 @pytest.mark.parametrize("pattern", [Pattern.dense(), Pattern((8, 96), (1, 2), look_back=1)])
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("keep", [0, 300])
 def test_rows_of_long_segments_come_when_they_are_needed(
-    pattern: Pattern, keep: bool, monkeypatch: pytest.MonkeyPatch
+    pattern: Pattern, keep: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("longnet_cli.attention.cache.FIRST_ROWS", 16)
     q, k, v = torch.randn(3, 1, 300, 4, 8, dtype=torch.float64)

@@ -29,9 +29,9 @@ from longnet_cli.training.estimate import (
     flops_per_token,
     memory_by_kind,
     saved_bytes,
-    seen_segments,
     settle_chunk,
 )
+from longnet_cli.training.far_bytes import seen_segments
 from longnet_cli.training.gradients import plan_forwards
 from longnet_cli.training.recipe import Recipe, load_recipe
 
@@ -45,6 +45,7 @@ LARGE = {"vocab_size": 8192, "dim": 128, "num_layers": 8, "num_heads": 4, "ffn_d
 
 
 def recipe(model: dict, **train: object) -> Recipe:
+    train = {key: value for key, value in train.items() if value is not None}
     sections = {"model": {key: list(x) if isinstance(x, tuple) else x for key, x in model.items()}, "train": train}
     return load_recipe(None, {f"{name}.{key}": x for name, section in sections.items() for key, x in section.items()})
 
@@ -139,6 +140,63 @@ def test_the_peak_of_the_papers_smallest_model(tmp_path: Path, command_env: dict
     assert_it_is_the_peak(settings, tmp_path, command_env, "longnet-125m")
 
 
+GROWTH = """
+import json, sys, threading, time
+from pathlib import Path
+import torch
+from longnet_cli.training.estimate import estimate
+from longnet_cli.training.loop import train
+from longnet_cli.training.recipe import load_recipe
+
+def anonymous():  # pages of a file that is mapped may be given back, and are not counted
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+def watch():
+    while not done.wait(0.005):
+        peaks.append(anonymous())
+
+recipe = load_recipe(None, json.loads(sys.argv[1]))
+found = estimate(recipe, torch.device("cpu"))
+done, peaks = threading.Event(), []
+watcher = threading.Thread(target=watch)
+watcher.start()
+train(recipe, sys.argv[2])
+done.set()
+watcher.join()
+print(json.dumps([found.memory["cache"], found.spilled, max(peaks)]))
+"""
+
+
+@pytest.mark.slow
+def test_memory_grows_by_the_far_rows_and_spilled_not_at_all(tmp_path: Path, command_env: dict[str, str]) -> None:
+    """Of a net that looks back one segment, from 16,384 to 65,536 tokens."""
+    data = tmp_path / "data.txt"
+    data.write_text("a line of text.\n" * 8192)
+    model = {"vocab_size": 259, "dim": 64, "num_layers": 4, "num_heads": 4, "ffn_dim": 64, "position": "rope",
+             "segment_lengths": [1024], "dilation_rates": [1], "look_back": 1, "sinks": 4}  # fmt: skip
+    found = {}
+    for spill in (None, str(tmp_path)):
+        for tokens in (16_384, 65_536):
+            settings = {f"model.{key}": value for key, value in model.items()} | {
+                "data.train": [str(data)], "train.chunk": 1024, "train.batch_tokens": tokens, "train.spill": spill,
+                "train.stages": [{"seq_len": tokens, "steps": 1}], "train.across_documents": True,
+            }  # fmt: skip
+            out = tmp_path / f"{tokens} {spill is None}"
+            done = subprocess.run(
+                [sys.executable, "-c", GROWTH, json.dumps(settings), out],
+                capture_output=True, text=True, env=command_env, check=True,
+            )  # fmt: skip
+            found[spill, tokens] = json.loads(done.stdout)
+    (before, _, least), (after, _, most) = found[None, 16_384], found[None, 65_536]
+    (_, _, flat), (cache, file, still_flat) = found[str(tmp_path), 16_384], found[str(tmp_path), 65_536]
+    print(f"stated {(after - before) / 1e6:.1f} MB, grown {(most - least) / 1e6:.1f} MB; spilled "
+          f"{(still_flat - flat) / 1e6:.1f} MB beside a file of {file / 1e6:.1f} MB")  # fmt: skip
+    assert most - least == pytest.approx(after - before, rel=0.1)
+    assert file + cache == after
+    assert still_flat - flat <= 0.05 * (after - before)
+
+
 def assert_it_is_the_peak(settings: dict, folder: Path, env: dict[str, str], name: str | None = None) -> None:
     """Of a run by the recipe `name` with `settings`, in a process of its own."""
     done = subprocess.run(
@@ -158,14 +216,19 @@ def test_what_a_chunk_and_a_cache_take() -> None:
                     for n in (128, 256))  # fmt: skip
     assert large["activations"] == 2 * small["activations"]
     assert large["logits"] == 2 * small["logits"]
-    # only segments of 256 are cut by chunks of 128: four of them kept, one with gradients on their way; and the rows
-    # that a cache has beside, of segments of 64
-    assert small["cache"] == 2 * 64 * (4 * (4 * 128 + 64) + 8 * 128)
-    assert large["cache"] == 2 * 64 * 4 * (128 + 64)
+    # only segments of 256 are cut by chunks of 128: four of them kept, the gradients of one on their way, and beside
+    # them what one layer makes of its keys and values
+    assert small["cache"] == 2 * 64 * 128 * (4 * 4 + 4 + 8)
+    assert large["cache"] == 0
     # three chunks look back at a segment of 64, one with gradients on their way; and four sinks
     looking = MODEL | {"segment_lengths": (64,), "dilation_rates": (1,), "look_back": 1, "sinks": 4, "position": "rope"}
-    seen = memory_by_kind(recipe(looking, stages=[{"seq_len": 1024, "steps": 1}], chunk=256), CPU, Ranks())
-    assert seen["cache"] == 2 * 64 * (4 * (3 * 64 + 4) + 8 * (64 + 4))
+    found = [
+        memory_by_kind(recipe(looking, stages=[{"seq_len": 1024, "steps": 1}], chunk=256, spill=spill), CPU, Ranks())
+        for spill in (None, "disk")
+    ]
+    passing = 2 * 64 * 8 * (64 + 4)
+    assert found[0]["cache"] == 2 * 64 * (4 * (3 * 64 + 4) + 4 * (64 + 4)) + passing
+    assert found[1] == found[0] | {"cache": passing}
     whole = memory_by_kind(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024), CPU, Ranks())
     assert whole["cache"] == 0
     two = Ranks(0, 2, 2)

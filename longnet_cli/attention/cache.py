@@ -7,7 +7,8 @@ whatever its length: 40,960 rows a head for a billion tokens of `Pattern.geometr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .dilated import FarKeys
 from .merging import strided_view
-from .pattern import SINKS, Pattern, Span, common_span, lanes, open_spans, span_rows, span_views
+from .pattern import SINKS, Pattern, Span, common_span, lanes, open_spans, segment_rows, span_rows, span_views
 
 FIRST_ROWS = 1 << 14  # of a segment, allocated at once; more of them come as they are needed, in doublings
 
@@ -30,9 +31,11 @@ class KVCache:
 
     `kv_heads` are those of k and v, as many as q's unless given. `position` is the number of tokens so far, `nbytes`
     the bytes of all rows: batch * head_dim * 2 * `pattern.cached_rows` numbers. Of a segment with more than FIRST_ROWS
-    rows, only so many are allocated at once, and the others when they come. `keep` gives every new segment new memory
-    instead of writing over an old one, so that far keys given out earlier stay true: a backward pass over all shards
-    needs them.
+    rows, only so many are allocated at once, and the others when they come.
+
+    `keep` is for a sequence of so many tokens at most: every segment gets memory of its own, once and for all its rows,
+    instead of that of an old one, so that far keys given out earlier stay true. A backward pass over all shards needs
+    them. `allocate` makes that memory where torch.empty would, of its arguments.
     """
 
     def __init__(
@@ -45,21 +48,18 @@ class KVCache:
         kv_heads: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        keep: bool = False,
+        keep: int = 0,
+        allocate: Callable[..., Tensor] = torch.empty,
     ) -> None:
         self.pattern, self.num_heads, self.kv_heads, self.keep = pattern, num_heads, kv_heads or num_heads, keep
         self.position = 0
-
-        def rows(number: int, level: int) -> Tensor:  # k and v: (B, rows, lanes, H, D)
-            held = len(lanes(pattern, level, num_heads, self.kv_heads).offsets)
-            return torch.empty(2, batch, number, held, head_dim, dtype=dtype, device=device)
-
+        self._sizes, self._allocate = (batch, head_dim), partial(allocate, dtype=dtype, device=device)
         # of each level its segments, segment s in place s mod (1 + look_back); row j of a lane is its j-th in there
         self._levels = [
-            [rows(min(-(-w // r), FIRST_ROWS), level) for _ in range(1 + back)]
+            [self._new_rows(0 if keep else min(-(-w // r), FIRST_ROWS), level) for _ in range(1 + back)]
             for level, ((w, r), back) in enumerate(zip(pattern.levels, pattern.look_backs, strict=True))
         ]
-        self._sinks = rows(pattern.sinks, SINKS)
+        self._sinks = self._new_rows(pattern.sinks, SINKS)
         self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as one segment after the other sees them
 
     @property
@@ -92,9 +92,10 @@ class KVCache:
         for span in open_spans(self.pattern, stop):
             w = self.pattern.segment_lengths[max(span.level, 0)]
             segment = span.start // w * w
-            if self.keep and span.level != SINKS and segment >= self.position > 0:
+            if self.keep and span.level != SINKS and segment >= self.position:
                 places = self._levels[span.level]
-                places[segment // w % len(places)] = torch.empty_like(places[0])
+                number = segment_rows(self.pattern, span.level, self.keep)
+                places[segment // w % len(places)] = self._new_rows(number, span.level)
             rows = self._rows(span, grow=True)
             own = common_span(self.pattern, span.level, segment, start, start + k.shape[1])
             for views in span_views(self.pattern, own, self.num_heads, start, self.kv_heads):
@@ -113,6 +114,11 @@ class KVCache:
         self._levels = [[x.index_select(1, index) for x in places] for places in self._levels]
         self._sinks = self._sinks.index_select(1, index)
         self._turned = {}
+
+    def _new_rows(self, number: int, level: int) -> Tensor:
+        """Make memory for so many rows, (k and v, B, rows, lanes, D)."""
+        (batch, head_dim), held = self._sizes, len(lanes(self.pattern, level, self.num_heads, self.kv_heads).offsets)
+        return self._allocate((2, batch, number, held, head_dim))
 
     def _rows(self, span: Span, *, grow: bool = False) -> Tensor:
         """Return where the rows of a span's segment are, (k and v, B, rows, lanes, D); `grow` makes room for all."""

@@ -42,6 +42,7 @@ from .spans import common_span as common_span
 from .spans import far_spans as far_spans
 from .spans import lanes as lanes
 from .spans import open_spans as open_spans
+from .spans import segment_rows as segment_rows
 from .spans import span_positions as span_positions
 from .spans import span_rows as span_rows
 from .spans import span_views as span_views

@@ -58,6 +58,14 @@ def level_of(pattern: Pattern, level: int) -> tuple[int, int]:
     return pattern.segment_lengths[level], pattern.dilation_rates[level]
 
 
+def segment_rows(pattern: Pattern, level: int, tokens: int) -> int:
+    """Rows that a lane has in a whole segment of a level, in a sequence of `tokens`; of `SINKS`, in all of them."""
+    if level == SINKS:
+        return pattern.sinks
+    w, r = level_of(pattern, level)
+    return -(-min(w, tokens) // r)
+
+
 def cached_rows(pattern: Pattern, num_heads: int, kv_heads: int = 0) -> int:
     """Rows of keys a decoder must keep, of all lanes: `pattern.cache_rows` for each head where none is shared."""
     levels = range(len(pattern.segment_lengths))

@@ -24,7 +24,8 @@ from longnet_cli.model.weights import load_config
 from longnet_cli.presets import find_model, is_of_transformers
 from longnet_cli.runtime.chunks import open_stream
 from longnet_cli.runtime.device import DTYPES, precision
-from longnet_cli.training.estimate import activation_bytes, kept_bytes
+from longnet_cli.training.estimate import activation_bytes
+from longnet_cli.training.far_bytes import far_bytes
 from longnet_cli.training.gradients import backward
 
 from .measurement import Case, Measurement
@@ -169,7 +170,7 @@ def _training_memory(s: Settings, c: LongNetConfig, seq: int, chunk: int) -> int
     """
     tokens, itemsize = s.batch * chunk, DTYPES[s.dtype].itemsize
     numbers = c.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
-    kept = s.batch * kept_bytes(c, seq, chunk, itemsize, s.device.type)
+    kept = s.batch * sum(far_bytes(c, seq, chunk, itemsize))
     logits = 12 * min(tokens * c.vocab_size, LOGITS_LIMIT)
     return numbers + tokens * activation_bytes(c, itemsize, s.device.type) + kept + logits
 

@@ -42,6 +42,8 @@ def _print(found: Estimate) -> None:
     for kind, size in found.memory.items():
         row(kind, format_bytes(size), "#" * round(BAR * size / found.peak))
     row("peak memory", format_bytes(found.peak), f"a process, {found.dtype}, chunks of {found.chunk:,} tokens")
+    if found.spilled:
+        row("spill file", format_bytes(found.spilled), "on a disk")
     if found.free is not None:
         row("free", format_bytes(found.free), "besides the program" if found.fits else "it does not fit")
     print()

@@ -133,6 +133,16 @@ def train(
         int | None,
         size_option(COMPUTE, "--chunk", "Hold the activations of this many tokens. It changes no number.", BY_RECIPE),
     ] = None,
+    spill: Annotated[
+        str | None,
+        option(
+            COMPUTE,
+            "--spill",
+            "DIR",
+            "Keep here, not in memory, what the chunks of a long sequence remember for each other.",
+            BY_RECIPE,
+        ),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train a model by a recipe.
@@ -165,6 +175,7 @@ def train(
         "train.stages": [{"seq_len": seq_len, "steps": steps}] if steps else None,
         "train.dtype": dtype,
         "train.chunk": chunk,
+        "train.spill": spill,
     }
     overrides = parse_overrides(settings or []) | {key: value for key, value in flags.items() if value}
     going_on = not no_resume and bare_or(resume, True, True)

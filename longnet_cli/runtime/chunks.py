@@ -21,13 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, KVCache
-from longnet_cli.attention.dilated import strided_view
-from longnet_cli.attention.pattern import common_span, lanes, open_spans, rows_before, span_views
-from longnet_cli.attention.spans import level_of
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.net import Net, NetConfig
 from longnet_cli.runtime.device import free_memory, precision, random_state, set_random_state
 from longnet_cli.runtime.exchange import Exchange, even_edges
+from longnet_cli.runtime.far_gradients import FarGradients
 from longnet_cli.runtime.fsdp import final_backward
 
 CHUNK_BYTES = 256 << 20  # of one chunk's activations on a CPU; on a GPU, an eighth of what is free
@@ -73,14 +71,22 @@ class CausalStream:
             hidden = stream(tokens)    # (B, n, dim), what the whole sequence would give there
 
     Without gradients. What it carries is a KVCache a layer, `cache_bytes` in all, whatever `position` it has reached.
-    `ranks` share every chunk: each gives its shard of it, with the chunk's `edges`, and has the whole cache. `keep` is
-    that of KVCache. Raises ConfigError for a bidirectional net.
+    `ranks` share every chunk: each gives its shard of it, with the chunk's `edges`, and has the whole cache. `keep` and
+    `allocate` are those of KVCache; what is allocated on another device than the net's goes there when a chunk comes.
+    Raises ConfigError for a bidirectional net.
     """
 
-    def __init__(self, model: Net, *, group: dist.ProcessGroup | None = None, keep: bool = False) -> None:
+    def __init__(
+        self,
+        model: Net,
+        *,
+        group: dist.ProcessGroup | None = None,
+        keep: int = 0,
+        allocate: Callable[..., Tensor] = torch.empty,
+    ) -> None:
         if not model.config.causal:
             raise ConfigError("a bidirectional model sees the whole sequence at once: it cannot be streamed")
-        self.model, self.group, self.keep = model, group, keep
+        self.model, self.group, self.keep, self.allocate = model, group, keep, allocate
         self.position = 0
         self.caches: list[KVCache] = []  # made by the first chunk, whose keys tell the type and the device
 
@@ -109,7 +115,7 @@ class CausalStream:
             near, others = exchange.run(k, v) if exchange else ([], [])
             stop = edges[-1] if edges else None
             pending.append(lambda: cache.append(k, v, start=start, stop=stop, others=others))
-            return [*cache.far(), *near]
+            return [*(_on(k.device, keys) for keys in cache.far()), *near]
 
         hidden = self.model(tokens, embeddings=embeddings, start=start, far=far)
         pending.pop()()
@@ -131,7 +137,12 @@ class CausalStream:
             dtype=k.dtype,
             device=k.device,
             keep=self.keep,
+            allocate=self.allocate,
         )
+
+
+def _on(device: torch.device, keys: FarKeys) -> FarKeys:
+    return keys if keys.k.device == device else replace(keys, k=keys.k.to(device), v=keys.v.to(device))
 
 
 def backward_in_chunks(
@@ -144,6 +155,7 @@ def backward_in_chunks(
     dtype: str = "fp32",
     group: dist.ProcessGroup | None = None,
     final: bool = True,
+    allocate: Callable[..., Tensor] = torch.empty,
     on_chunk: Callable[[], None] | None = None,
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
@@ -151,7 +163,8 @@ def backward_in_chunks(
     tokens, targets: (B, N) as for `Net.nll`, of which a chunk's are read at a time. Loss and gradients are those of
     one backward over all N tokens, with the activations of `chunk` tokens at a time and the far rows of the levels that
     chunks cut: a forward more than the whole backward takes. Gradients of far rows add up in fp32 (fp64 for fp64).
-    `dtype` as in `runtime.device`.
+    `dtype` as in `runtime.device`. `allocate` makes the memory of far rows and of these sums, as torch.empty does; what
+    it makes may be on the host, beside a net on a GPU (`runtime.mapped`).
 
     With a `group`, its ranks share every chunk, and each adds and returns its part. `final`: no other backward of the
     step follows, which sharded weights need to know (`runtime.fsdp`). `on_chunk` is called after each chunk,
@@ -159,7 +172,7 @@ def backward_in_chunks(
     """
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
-    stream = CausalStream(model, group=group, keep=True)
+    stream = CausalStream(model, group=group, keep=tokens.shape[1], allocate=allocate)
     edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
     chunks = [_Chunk(model, start, stop, group) for start, stop in pairwise(edges)]
     tape = []  # of each chunk: the random numbers its dropout drew, its far keys
@@ -171,7 +184,7 @@ def backward_in_chunks(
             on_chunk()
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)
-    gradients = _FarGradients(model.config, group)
+    gradients = FarGradients(model.config, tokens.shape[1], group, allocate)
     after: list[Tensor] = []
     while chunks:
         part, (state, far) = chunks.pop(), tape.pop()
@@ -200,7 +213,7 @@ class _Chunk:
         tokens: Tensor,
         targets: Tensor,
         far: list[list[FarKeys]],
-        gradients: _FarGradients,
+        gradients: FarGradients,
         scale: float,
         dtype: str,
     ) -> Tensor:
@@ -211,9 +224,7 @@ class _Chunk:
         def provide(layer: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
             if layer == len(made):  # else it is computed again, by activation checkpointing
                 made.append((k, v))
-                leaves.append(
-                    [replace(x, k=x.k.detach().requires_grad_(), v=x.v.detach().requires_grad_()) for x in far[layer]]
-                )
+                leaves.append([gradients.leaves(layer, x, k.device) for x in far[layer]])
             return [*leaves[layer], *(self.exchange(layer, k, v) if self.exchange else ())]
 
         with precision(dtype, tokens.device):
@@ -228,61 +239,4 @@ class _Chunk:
                         roots.append(made_here)
                         grads.append(gradient.to(made_here.dtype))
         torch.autograd.backward(roots, grads)
-        for layer, keys in enumerate(leaves):
-            for x in keys:
-                gradients.add(layer, x)
         return nll.detach()
-
-
-class _FarGradients:
-    """Gradients on their way from the chunks that read far rows to the chunk that made them.
-
-    For each layer, level and segment one tensor (k and v, B, rows, lanes, D), packed as in KVCache. In a group every
-    rank has what its own shards left, and they add up when the chunk that made the rows asks for them.
-    """
-
-    def __init__(self, config: NetConfig, group: dist.ProcessGroup | None) -> None:
-        self.pattern, self.num_heads, self.group = config.pattern, config.num_heads, group
-        self.sums: dict[tuple[int, int, int], Tensor] = {}
-
-    def add(self, layer: int, keys: FarKeys) -> None:
-        """Take the gradients that a chunk's backward left at its far keys."""
-        key = (layer, keys.level, keys.start)
-        dk, dv = keys.k.grad, keys.v.grad
-        assert dk is not None
-        assert dv is not None
-        if key not in self.sums:  # chunks come last first: the first to ask has the most rows
-            wide = torch.float64 if keys.k.dtype is torch.float64 else torch.float32
-            self.sums[key] = torch.zeros(2, *keys.k.shape, dtype=wide, device=keys.k.device)
-        rows = self.sums[key][:, :, : keys.k.shape[1]]
-        rows[0] += dk
-        rows[1] += dv
-
-    def of_shard(self, layer: int, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
-        """Return what later chunks add to the gradients of k and v (B, n, H, D) of a shard of the chunk [start, stop).
-
-        The shard begins at `begin`. (k and v, B, n, H, D), or None for nothing.
-        """
-        total, sizes = None, (self.num_heads, k.shape[2])
-        for span in open_spans(self.pattern, stop):
-            key = (layer, span.level, span.start)
-            if key not in self.sums or span.stop <= start:
-                continue
-            rows = self.sums[key] if span.start < start else self.sums.pop(key)  # no chunk before has rows of it
-            if self.group is not None:
-                _, r = level_of(self.pattern, span.level)
-                offsets = lanes(self.pattern, span.level, *sizes).offsets
-                first = min(rows_before(max(start - span.start, 0), offset, r) for offset in offsets)
-                last = max(rows_before(span.stop - span.start, offset, r) for offset in offsets)
-                of_chunk = rows[:, :, first:last].contiguous()
-                dist.all_reduce(of_chunk, group=self.group)
-                rows[:, :, first:last] = of_chunk
-            if total is None:
-                total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=rows.device)
-            mine = common_span(self.pattern, span.level, span.start, begin, begin + k.shape[1])
-            for views in span_views(self.pattern, mine, self.num_heads, begin, k.shape[2]):
-                for into, out in zip(total, rows, strict=True):
-                    strided_view(into, views.shard).add_(strided_view(out, views.segment))
-            if self.group is not None and dist.get_rank(self.group):
-                rows[:, :, first:last] = 0  # one row of a lane may be the chunk before's: it adds up once more there
-        return total

@@ -13,16 +13,11 @@ N tokens, H heads, D head dim.
 
 from __future__ import annotations
 
-import errno
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,11 +25,12 @@ from longnet_cli.attention import SINKS, FarKeys, Span
 from longnet_cli.attention.dilated import strided_view
 from longnet_cli.attention.pattern import common_span, far_spans, lanes, rows_before, span_rows, span_views
 from longnet_cli.attention.spans import level_of
-from longnet_cli.errors import ConfigError, MemoryLimitError
+from longnet_cli.errors import MemoryLimitError
 from longnet_cli.model import LongNet
 from longnet_cli.model.longnet import Block, Placement
 from longnet_cli.runtime.chunks import forward_bytes
 from longnet_cli.runtime.device import DTYPES, free_memory, precision, resolve_dtype, to_device
+from longnet_cli.runtime.mapped import MappedMemory, aligned
 from longnet_cli.runtime.ranks import Ranks
 
 ROWS_AT_A_TIME = 1 << 16  # of keys and values that ranks add up: what a device holds of them beside a chunk
@@ -63,18 +59,29 @@ def hidden_in_chunks(
     Raises MemoryLimitError before any work when neither memory nor, with `spill`, the disk has the room.
     """
     run = _Layers(model, tokens, chunk, dtype, ranks or Ranks())
-    memory: Callable[..., Tensor]
+    allocate: Callable[..., Tensor]
     if run.device.type != "cpu" and fits_beside(forward_bytes(model.config, chunk), run.nbytes, run.device):
-        memory = partial(torch.empty, device=run.device)
+        allocate = partial(torch.empty, device=run.device)
     else:
-        memory = _Memory(spill, run.nbytes).tensor
-    yield from run.hidden(read, memory, on_chunk)
+        if spill is None:
+            _check_memory(run.nbytes)
+        allocate = MappedMemory(run.nbytes, spill).empty
+    yield from run.hidden(read, allocate, on_chunk)
 
 
 def fits_beside(forward: int, size: int, device: torch.device) -> bool:
     """Return whether a device has room for `size` bytes beside a chunk's `forward`, and as much again."""
     free = free_memory(device)
     return free is not None and size + 2 * forward <= free
+
+
+def _check_memory(size: int) -> None:
+    free = free_memory(torch.device("cpu"))
+    if free is not None and size > free:
+        raise MemoryLimitError(
+            f"the hidden states take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free: "
+            "keep them on a disk, with --spill FOLDER"
+        )
 
 
 class _Layers:
@@ -115,22 +122,26 @@ class _Layers:
 
     @property
     def nbytes(self) -> int:
-        """Return what hidden states and collected rows take at most, in float32."""
-        return 4 * self.model.config.dim * (self.held + 2 * self.rows)
+        """Return what hidden states and collected rows take at most: no number is wider than a weight."""
+        numbers = next(self.model.parameters()).itemsize * self.model.config.dim
+        return sum(aligned(numbers * rows) for rows in (self.held, 2 * self.rows))
 
     def hidden(
-        self, read: Callable[[int, int], Tensor], memory: Callable[..., Tensor], on_chunk: Callable[[int], None] | None
+        self,
+        read: Callable[[int, int], Tensor],
+        allocate: Callable[..., Tensor],
+        on_chunk: Callable[[int], None] | None,
     ) -> Iterator[Tensor]:
-        """`memory` gives a tensor of a shape and dtype, wherever it is."""
+        """`allocate` gives a tensor of a shape and dtype, wherever it is."""
         config = self.model.config
-        hidden = memory(1, self.held, config.dim, dtype=next(self.model.parameters()).dtype)
+        hidden = allocate((1, self.held, config.dim), dtype=next(self.model.parameters()).dtype)
         for start, stop, place, _ in self.mine:
             with torch.no_grad():
                 hidden[:, place] = self.model.embed(to_device(read(start, stop), self.device))
         collected: Tensor | None = None  # (2, 1, rows, H, D), k and v, of one layer after the other
         if self.rows:
             shape = (2, 1, self.rows, config.num_heads, config.head_dim)
-            collected = memory(*shape, dtype=self._dtype_of_keys())
+            collected = allocate(shape, dtype=self._dtype_of_keys())
         for index, layer in enumerate(cast(Iterable[Block], self.model.layers)):
             if collected is not None:
                 if self.ranks.world > 1:
@@ -209,34 +220,3 @@ def _from_row(rows: Tensor, firsts: list[int], count: int) -> Tensor:
         return rows[:, :, firsts[0] : firsts[0] + count]
     index = (torch.arange(count)[:, None] + torch.tensor(firsts)).clamp_(max=rows.shape[2] - 1)  # (count, H)
     return rows[:, :, to_device(index, rows.device), torch.arange(len(firsts), device=rows.device)]
-
-
-class _Memory:
-    """Room for tensors larger than a chunk: host memory or, with a folder, one file in it that has no name."""
-
-    def __init__(self, folder: str | Path | None, size: int) -> None:
-        self.file = None
-        if folder is None:
-            free = free_memory(torch.device("cpu"))
-            if free is not None and size > free:
-                raise MemoryLimitError(
-                    f"the hidden states take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free: "
-                    "keep them on a disk, with --spill FOLDER"
-                )
-            return
-        try:
-            self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as its maps)
-            os.posix_fallocate(self.file.fileno(), 0, size)  # a write to a map of a full disk would kill the process
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            problem = f"{error.strerror}, {size / 2**30:.2f} GiB are needed" if full else f"{error.strerror}"
-            raise (MemoryLimitError if full else ConfigError)(f"--spill {folder}: {problem}") from error
-        self.offset = 0
-
-    def tensor(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        if self.file is None:
-            return torch.empty(shape, dtype=dtype)
-        size = prod(shape) * dtype.itemsize
-        mapped = np.memmap(self.file, np.uint8, "r+", self.offset, (size,))
-        self.offset += size
-        return torch.from_numpy(mapped).view(dtype).view(shape)

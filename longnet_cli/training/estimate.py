@@ -6,7 +6,6 @@ were held at one time, which is so whenever a step has more than one chunk.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +23,7 @@ from longnet_cli.runtime.device import free_memory, matmul_peak, resident_memory
 from longnet_cli.runtime.ranks import Ranks
 
 from .checks import check_ranks
+from .far_bytes import far_bytes
 from .optimizer import build_optimizers
 from .recipe import OptimizerRecipe, PretrainedRecipe, Recipe, Stage
 
@@ -50,6 +50,7 @@ class Estimate:
     dtype: str
     chunk: int
     chunk_that_fits: int | None
+    spilled: int  # bytes of the file of train.spill
     whole_windows: bool  # the net is bidirectional: a chunk cannot be shorter than a window
 
     @property
@@ -73,7 +74,7 @@ class Estimate:
             if kind not in ("program", "activations", "logits", "checkpoint")
         }
         if max(kept, key=kept.__getitem__) == "cache":
-            return "no chunk fits: choose shorter sequences (train.stages) or fewer levels longer than a chunk"
+            return "no chunk fits: keep what chunks remember on a disk (--spill DIR) or choose shorter sequences"
         return "no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device"
 
     def as_dict(self) -> dict[str, Any]:
@@ -92,6 +93,7 @@ class Estimate:
             "seconds": self.seconds,
             "dtype": self.dtype,
             "chunk": self.chunk,
+            "spill_bytes": self.spilled,
         }
 
 
@@ -147,6 +149,7 @@ def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -
         dtype=dtype,
         chunk=train.chunk,
         chunk_that_fits=fitting,
+        spilled=stored_bytes(recipe, device, ranks) if train.spill else 0,
         whole_windows=whole,
     )
 
@@ -194,12 +197,13 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
     stages = []
     for stage in recipe.train.stages:
         tokens = _tokens_at_once(recipe, stage, ranks)
+        far = far_bytes(config, stage.seq_len, recipe.train.chunk * ranks.sp, itemsize)
         logits = min(round(tokens * recipe.train.predicted) * config.vocab_size, LOGITS_LIMIT)
         stages.append(
             {
                 "activations": tokens * _activations(recipe, itemsize, device.type),
                 "logits": logits * 12,  # float32: logarithms of the softmax, their gradient, that of the logits
-                "cache": kept_bytes(config, stage.seq_len, recipe.train.chunk * ranks.sp, itemsize, device.type),
+                "cache": far.passing if recipe.train.spill else far.passing + far.stored,
             }
         )
     largest = max(stages, key=lambda stage: sum(stage.values()))
@@ -259,33 +263,11 @@ def saved_bytes(config: LongNetConfig, itemsize: int, device: str) -> int:
     return attention + ffn + dropout
 
 
-def kept_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, device: str) -> int:
-    """Keys and values that chunks of one sequence keep for each other, and the gradients on their way back.
-
-    A level's segments that a later chunk sees are kept till the backward has passed them.
-    """
-    if seq_len <= chunk:
-        return 0
-    pattern = config.pattern
-    kept = on_the_way = min(pattern.sinks, seq_len)
-    for (w, r), back in zip(pattern.levels, pattern.look_backs, strict=True):
-        rows = -(-(w if device == "cuda" else min(w, seq_len)) // r)  # a CPU's memory is taken when it is written
-        seen = seen_segments(w, back, chunk, seq_len)
-        kept += rows * max(seen, 1 + back if device == "cuda" else 1)
-        on_the_way += rows * min(seen, back + bool(chunk % w))
-    return 2 * config.num_layers * config.kv_dim * (itemsize * kept + (itemsize + 4) * on_the_way)
-
-
-def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:
-    """Segments of w tokens of which a later chunk sees a part, in a sequence of `seq_len` that is cut by `chunk`.
-
-    A chunk sees those inside which it starts, and `back` before its own.
-    """
-    ends = -(-seq_len // chunk) - 1
-    if chunk >= (1 + back) * w:  # no segment for two ends; every so many-th end lies where a segment does
-        return ends * (1 + back) - ends // (w // math.gcd(w, chunk))
-    # all of them, from the first that the first end sees up to the last end
-    return -(-ends * chunk // w) - max(0, chunk // w - back) if ends else 0
+def stored_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
+    """Return what one rank stores of far rows and their gradients, in memory or in the file of `train.spill`."""
+    itemsize = 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
+    chunk = recipe.train.chunk * ranks.sp
+    return max(far_bytes(recipe.model, stage.seq_len, chunk, itemsize).stored for stage in recipe.train.stages)
 
 
 def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:

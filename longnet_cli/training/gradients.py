@@ -29,6 +29,7 @@ def backward(
     dtype: str = "fp32",
     starts: Sequence[Sequence[int]] | None = None,
     group: dist.ProcessGroup | None = None,
+    allocate: Callable[..., Tensor] = torch.empty,
     on_chunk: Callable[[], None] | None = None,
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
@@ -39,7 +40,8 @@ def backward(
     or of the window where that is later. Without it a row is one document.
 
     The ranks of a `group` get the same tokens, of which each reads its slice, and share every sequence, `chunk` tokens
-    each: each adds and returns its part, and the whole is the sum over them. `on_chunk` is called after each chunk.
+    each: each adds and returns its part, and the whole is the sum over them. `allocate` is as in `backward_in_chunks`.
+    `on_chunk` is called after each chunk.
     Where weights are sharded (`runtime.fsdp`), one call is one step: its last backward sums the gradients over all
     ranks.
     """
@@ -51,7 +53,16 @@ def backward(
         ids, wanted = Pieces(tokens, forward.rows), Pieces(targets, forward.rows)
         if ids.shape[1] > chunk:
             total += backward_in_chunks(
-                model, ids, wanted, chunk, scale=scale, dtype=dtype, group=group, final=final, on_chunk=on_chunk
+                model,
+                ids,
+                wanted,
+                chunk,
+                scale=scale,
+                dtype=dtype,
+                group=group,
+                final=final,
+                allocate=allocate,
+                on_chunk=on_chunk,
             )
             continue
         shard, start, documents, far = slice(None), 0, forward.documents, None

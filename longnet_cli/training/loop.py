@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.atomic import locked_folder, write_file
@@ -31,13 +32,14 @@ from longnet_cli.presets import find_model
 from longnet_cli.runtime.chunks import Tokens
 from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, random_state, to_device
 from longnet_cli.runtime.fsdp import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
+from longnet_cli.runtime.mapped import MappedMemory
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.signals import Signals, noted_signals
 from longnet_cli.scoring import Score
 
 from .checkpoint import Checkpoints, checkpoints_in, read_state
 from .checks import check_memory, check_ranks, check_vocabulary
-from .estimate import executed_flops
+from .estimate import executed_flops, stored_bytes
 from .evaluation import evaluate
 from .gradients import backward
 from .masking import mask_tokens
@@ -136,6 +138,9 @@ class _Run:
         self.eos_id = _before_documents(recipe, self.tokenizer)
         check_vocabulary(recipe, self.tokenizer)
         check_ranks(recipe, ranks)
+        self.allocate: Callable[..., Tensor] = torch.empty
+        if recipe.train.spill or device.type == "cpu":
+            self.allocate = MappedMemory(stored_bytes(recipe, device, ranks), recipe.train.spill).empty
         initial = recipe.init
         if not isinstance(recipe, PretrainedRecipe) and checkpoints_in(output / CHECKPOINTS):
             initial = None  # a LongNet's weights are all in the checkpoint
@@ -278,6 +283,7 @@ class _Run:
             dtype=recipe.train.dtype,
             starts=starts,
             group=ranks.group,
+            allocate=self.allocate,
             # groups may differ in their number of chunks, and between chunks no weight is a share
             on_chunk=self._look if ranks.dp == 1 and not self.sharded else None,
         )

@@ -124,6 +124,7 @@ class TrainRecipe(Table):
     chunk: Size = 16384
     across_documents: bool = False
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    spill: str | None = None  # a folder for the rows that chunks of a sequence keep for each other, not in memory
     activation_checkpointing: bool = False  # compute each layer again in the backward: less memory, a forward more
     compile: bool = False  # each layer, with torch.compile
     seed: int = Field(default=0, ge=0, lt=2**62)
@@ -170,8 +171,8 @@ class ParallelRecipe(Table):
 # tokenizer and the initial model, the place: what they are is compared besides.
 FREE_TO_CHANGE = {
     *("init", "data.train", "data.mix", "data.held_out", "data.column", "data.tokenizer", "parallel"),
-    *("train.chunk", "train.activation_checkpointing", "train.compile", "train.loss_jump", "train.log_every"),
-    *("train.evaluate_every", "train.save_every", "train.save_minutes", "train.keep", "train.track"),
+    *("train.chunk", "train.spill", "train.activation_checkpointing", "train.compile", "train.loss_jump"),
+    *("train.log_every", "train.evaluate_every", "train.save_every", "train.save_minutes", "train.keep", "train.track"),
 }
 
 
