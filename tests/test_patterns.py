@@ -39,7 +39,7 @@ WRITTEN = {
     "window:1704,sinks=4": Pattern.pretrained(),
     "nested:1Mi,queries=dilated": Pattern(
         Pattern.nested(1 << 20).segment_lengths, (1, 4, 16, 64, 256, 1024), look_back=1, overlap="once",
-        level_bias=(0, -4, -4, -4, -4, -4),
+        level_bias=(0, -2, -2, -2, -2, -2),
     ),
     "4Ki/1,1Ki/4": Pattern((4096, 1024), (1, 4)),
     "1Ki/1,1Ki/4,look_back=1/5,overlap=once,queries=all,sinks=4,level_bias=log_rate": FAR,

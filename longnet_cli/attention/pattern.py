@@ -51,7 +51,7 @@ HeadOffsets = Literal["modulo", "grouped"]
 Overlap = Literal["repeat", "once"]
 Queries = Literal["dilated", "all"]
 
-FAR_BIAS = -4.0  # of `Pattern.nested`, in nats: e^-4, a fiftieth of a near key's weight
+FAR_BIAS = -2.0  # of `Pattern.nested`: a far key starts with e^-2, a seventh, of a near key's weight
 MAX_LEVELS = 64  # more than any doubling of an int64; every layer computes every level
 
 
