@@ -1,5 +1,5 @@
 """The scripts in examples/: the corpus of the shipped model, the Llama of transformers that is trained twice, the
-encoder that finds edited copies of files, and the report of a GPU.
+encoder that finds edited copies of files, patterns compared on a pretrained model, and the report of a GPU.
 
 pytest tests/test_examples.py
 """
@@ -19,6 +19,7 @@ import torch
 from typer.testing import CliRunner
 
 from longnet_cli.cli.app import app
+from longnet_cli.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -143,6 +144,40 @@ def test_both_llamas_begin_with_the_same_weights() -> None:
         assert tensor.equal(dilated.state_dict()[name])
     assert dilated.config.dilated_attention["segment_lengths"] == [256, 512, 1024, 2048, 4096]
     assert dense.config._attn_implementation == "sdpa"
+
+
+def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env: dict[str, str]) -> None:
+    """In windows of what the model was trained on, dense; a document as one otherwise. One process per pattern."""
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = hf.LlamaConfig(vocab_size=260, max_position_embeddings=64, bos_token_id=7, **sizes)
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    Tokenizer.bytes().save(tmp_path / "llama" / "tokenizer.json")
+    (tmp_path / "a.txt").write_text("some text " * 30)
+    (tmp_path / "b.txt").write_text("another text " * 30)
+    words = [
+        tmp_path / "llama",
+        tmp_path / "a.txt",
+        tmp_path / "b.txt",
+        "--tokens",
+        "200",
+        "dense",
+        "window:16,sinks=2",
+    ]
+    command = [sys.executable, ROOT / "examples/compare_patterns.py", *words]
+    done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["pattern"], row["document"], row["from"], row["tokens"]) for row in rows[3:8]] == [
+        ("dense", "b.txt", 0, 10), ("dense", "b.txt", 10, 90), ("dense", "b.txt", 100, 100),
+        ("window:16,sinks=2", "a.txt", 0, 10), ("window:16,sinks=2", "a.txt", 10, 90),
+    ]  # fmt: skip
+    (tmp_path / "first.txt").write_text(("some text " * 30)[:200])
+    alone = ["score", tmp_path / "first.txt", "--model", tmp_path / "llama", "--context", "64", "--format", "json"]
+    total = json.loads(CliRunner().invoke(app, [*map(str, alone)]).stdout)["total"]
+    assert sum(row["nats"] for row in rows[:3]) == pytest.approx(total["nll_sum"], rel=1e-6)
+    table = [line for line in done.stderr.splitlines() if line.startswith("| `")]
+    assert [line.split(" | ")[0] for line in table] == ["| `dense`", "| `window:16,sinks=2`"]
 
 
 def gpu_report(env: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess:
