@@ -35,6 +35,7 @@ EVEN = [
 ]
 KEYS = {"name", "pattern", "levels", "sinks", "total", "dense", "seq", "heads", "head_dim", "causal", "nearest_least",
         "nearest_mean", "reach"}  # fmt: skip
+TINY = "1024/1,16384/4,look_back=1,overlap=once,queries=all,level_bias=0/-4"  # of longnet-tiny
 ROW = {"segment_length", "dilation_rate", "look_back", "keys_per_query", "flops", "flops_share", "cache_rows"}
 
 
@@ -111,9 +112,9 @@ def test_json_has_the_keys_of_the_contract() -> None:
     result = CliRunner().invoke(app, ["pattern", "paper", "window:1Ki,sinks=4", "longnet-tiny", "--format", "json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
-    assert [row["pattern"] for row in rows[1:]] == ["1024/1,look_back=1,sinks=4", "1024/1,4096/2,16384/4"]
+    assert [row["pattern"] for row in rows[1:]] == ["1024/1,look_back=1,sinks=4", TINY]
     assert all(row.keys() == KEYS and all(level.keys() == ROW for level in row["levels"]) for row in rows)
-    assert (rows[2]["heads"], rows[2]["head_dim"], list(rows[2]["reach"])) == (6, 32, ["1", "2", "3", "4"])
+    assert (rows[2]["heads"], rows[2]["head_dim"], list(rows[2]["reach"])) == (4, 64, ["1", "2", "4"])
 
 
 @pytest.mark.parametrize("name", ["longnet-125m", "examples/small.toml", "./models/longnet-tiny"])

@@ -101,7 +101,7 @@ def steps(dtype: torch.dtype, dp: int) -> None:
             sum_gradients(model, ranks, part)
             assert off(part, loss, 0) <= TOLERANCE[dtype][0] * 10, what
             check_gradients(model, alone, dtype, what)
-            norms = [clip_gradients(x, 0.01) for x in (alone, model)]
+            norms = [clip_gradients(x, 0.01).item() for x in (alone, model)]
             assert norms[1] == pytest.approx(norms[0], rel=10 * TOLERANCE[dtype][1])
             for optimizer in optimizers:
                 optimizer.step()
