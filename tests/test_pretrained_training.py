@@ -25,8 +25,10 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.transformers_net import load_transformers
 from longnet_cli.runtime.chunks import backward_in_chunks
+from longnet_cli.runtime.mapped import MappedMemory
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training.checkpoint import checkpoints_in, tensor_names
+from longnet_cli.training.far_bytes import far_bytes
 from longnet_cli.training.gradients import backward
 from longnet_cli.training.loop import train
 from longnet_cli.training.recipe import PretrainedRecipe, Recipe, load_recipe
@@ -86,8 +88,10 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.mark.parametrize("lora", [None, ["q_proj", "down_proj"]])
 @pytest.mark.parametrize("pattern", [Pattern.dense(), Pattern.window(16, sinks=3), NESTED, Pattern((8, 32), (1, 2))])
-def test_the_gradient_in_chunks_is_the_whole_one(pattern: Pattern, lora: list[str] | None, llama: Path) -> None:
-    """With LoRA on queries alone, no weight that is trained makes the first layer's keys."""
+def test_the_gradient_in_chunks_is_the_whole_one(
+    pattern: Pattern, lora: list[str] | None, llama: Path, tmp_path: Path
+) -> None:
+    """With LoRA on queries alone, no weight that is trained makes the first layer's keys. Far rows are in a file."""
     net = load_transformers(llama, pattern=pattern)
     net.check_trainable()
     if lora:
@@ -98,10 +102,11 @@ def test_the_gradient_in_chunks_is_the_whole_one(pattern: Pattern, lora: list[st
             if "lora_B" in name:  # zeros, by which A would have no gradient
                 torch.nn.init.normal_(p)
     ids = torch.randint(257, (2, 101))
+    room = MappedMemory(ids.shape[0] * far_bytes(net.config, 100, 24, 4).stored, tmp_path)
     found = []
     for chunk in (100, 24):
         net.zero_grad()
-        nll = backward_in_chunks(net, ids[:, :-1], ids[:, 1:], chunk)
+        nll = backward_in_chunks(net, ids[:, :-1], ids[:, 1:], chunk, allocate=room.empty)
         found.append((nll, {name: p.grad.clone() for name, p in net.named_parameters() if p.requires_grad}))
     assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-6)
     for name, whole in found[0][1].items():
