@@ -195,6 +195,11 @@ def test_two_ranks_are_one(dp: int, shard: str, llama: Path, corpus: Path, tmp_p
     train_on(1, llama, corpus, tmp_path / "one", "none")
     run_ranks(2, tmp_path, train_on, dp, llama, corpus, tmp_path / "two", shard)
     assert_same(weights(tmp_path / "two"), weights(tmp_path / "one"), 2e-4)
+    one, two = (
+        [json.loads(line)["grad_norm"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=1e-3)  # AdamW does not see how large gradients are
 
 
 def test_a_model_without_a_pattern_trains_dense_as_far_as_it_was_trained(
