@@ -51,7 +51,7 @@ HeadOffsets = Literal["modulo", "grouped"]
 Overlap = Literal["repeat", "once"]
 Queries = Literal["dilated", "all"]
 
-FAR_BIAS = -2.0  # of `Pattern.nested`: a far key starts with e^-2, a seventh, of a near key's weight
+FAR_BIAS = -2.0  # of `Pattern.nested`: with equal scores, a far key has a seventh (e^-2) of a near key's weight
 MAX_LEVELS = 64  # more than any doubling of an int64; every layer computes every level
 
 
@@ -147,8 +147,8 @@ class Pattern:
         """To train with: a window of `base` tokens, and levels that tile the past before it, to `length` and beyond.
 
         Segments and rates grow by `ratio`; each level looks back one segment, every key counts once, and every query
-        asks at every level. Where a rate is at most the number of heads, some head sees every position. Far levels
-        start with little weight, by `FAR_BIAS`, so that a net learns from near keys first (docs/results.md).
+        asks at every level. Where a rate is at most the number of heads, some head sees every position. Far keys
+        have less weight than near ones, by `FAR_BIAS`: docs/results.md says what that gives and what it costs.
         """
         grown = cls.geometric(length, base, ratio)
         levels = grown.segment_lengths, grown.dilation_rates
