@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from longnet_cli.errors import LongNetError
+from longnet_cli.patterns import parse_pattern
 from longnet_cli.sizes import parse_size
 
 EDGES = [0, 10, 100, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000, 1_000_000, 10_000_000]
@@ -42,7 +44,6 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
     from longnet_cli.data.documents import Document
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.integrations.loading import load_net
-    from longnet_cli.patterns import parse_pattern
     from longnet_cli.runtime.device import peak_memory
     from longnet_cli.scoring import score
 
@@ -107,11 +108,21 @@ def main() -> None:
     patterns = [word for word in options.words if word not in paths]
     if not paths or not patterns:
         parser.error("give at least one file and one pattern")
+    if not (Path(options.model) / "config.json").is_file():
+        parser.error(f"{options.model}: not the folder of a model")
+    try:
+        for pattern in patterns:
+            parse_pattern(pattern)
+    except ValueError as error:
+        parser.error(str(error))
     rows: list[Row] = []
     for pattern in patterns:
         with get_context("spawn").Pool(1) as pool:  # a process of its own, so that its peak memory is the pattern's
             arguments = (options.model, pattern, paths, options.tokens, options.dtype, options.chunk)
-            found = pool.apply(measure, arguments)
+            try:
+                found = pool.apply(measure, arguments)
+            except LongNetError as error:
+                parser.exit(error.exit_code, f"compare_patterns: {error}\n")
         for row in found:
             print(json.dumps(row), flush=True)
         rows += found
