@@ -3,12 +3,13 @@
     python examples/real_model.py runs/real
     python examples/compare_patterns.py runs/real/smollm2 runs/real/prose/secA5.txt dense window:1Ki window:1Ki,sinks=4
 
-Words that are files are documents, all others are patterns. `dense` is scored in separate windows of the length that
-the model was trained on; every other pattern reads a document as one.
+Words that are files are documents, as text or as token ids in Arrow; all others are patterns. `dense` is scored in
+separate windows of the length that the model was trained on; every other pattern reads a document as one.
 
 It writes one line of JSON per pattern, document and decade of positions: `pattern, document, from, to` (positions
-before the token), `tokens, nats` (their sum), `keys` (of a query on average, over the whole document), `seconds` and
-`peak_bytes` (of the process that scored all documents with this pattern). The table on stderr has the nats per token
+before the token), `tokens, nats` (their sum) and `seconds` (of these tokens, but for the edges of chunks), `keys` (of a
+query on average, over the whole document) and `peak_bytes` (of the process that scored all documents with this
+pattern). The table on stderr has the nats per token
 of each document, and beside them the perplexity relative to the first pattern, with its standard error over documents.
 """
 
@@ -42,6 +43,7 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
     from longnet_cli.attention.branches import attention_flops
     from longnet_cli.data.bos import document_start
     from longnet_cli.data.documents import Document
+    from longnet_cli.data.sources import read_documents
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.integrations.loading import load_net
     from longnet_cli.runtime.device import peak_memory
@@ -52,27 +54,30 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
     net = load_net(Path(folder), pattern=None if dense else parse_pattern(pattern), dtype=held)
     context = net.config.max_tokens if dense else None
     rows: list[Row] = []
-    for path in paths:
-        ids = np.asarray(words.encode(Path(path).read_text(encoding="utf-8", errors="replace")))[:limit]
-        document, logprobs, start = Document(Path(path).name, ids, len(ids), path), [], time.perf_counter()
-        scores = score(
-            net,
-            [document],
-            bos=document_start(Path(folder), words),
-            context=context,
-            chunk=chunk,
-            dtype=dtype,
-            on_tokens=lambda *token, found=logprobs: found.append(token[3]),
-        )
-        list(scores)
-        seconds, nats = time.perf_counter() - start, -np.concatenate(logprobs).astype(np.float64)
+    for found in read_documents(paths, words):
+        ids = found.read(0, min(len(found), limit or len(found)))
+        name = Path(found.where).name
+        document = Document(name, ids, len(ids), name)
+        logprobs: list[np.ndarray] = []
+        ends, times = [0], [time.perf_counter()]
+
+        def keep(*tokens: Any, logprobs: Any = logprobs, ends: Any = ends, times: Any = times) -> None:
+            logprobs.append(tokens[3])
+            ends.append(ends[-1] + len(tokens[3]))
+            times.append(time.perf_counter())
+
+        bos = document_start(Path(folder), words)
+        list(score(net, [document], bos=bos, context=context, chunk=chunk, dtype=dtype, on_tokens=keep))
+        nats = -np.concatenate(logprobs).astype(np.float64)
         read = min(context or len(ids), len(ids))
         keys = attention_flops(parse_pattern(pattern), 1, 1, read, True) / (4 * read)
-        common = {"pattern": pattern, "document": document.doc_id, "keys": round(keys), "seconds": round(seconds, 1)}
+        common = {"pattern": pattern, "document": document.doc_id, "keys": round(keys)}
         for first, last in pairwise(EDGES):
             if len(part := nats[first:last]):
-                rows.append({**common, "from": first, "to": last, "tokens": len(part), "nats": part.sum()})
-        print(f"{pattern}, {document.doc_id}: {nats.mean():.4f} in {seconds:.0f} s", file=sys.stderr, flush=True)
+                seconds = float(np.diff(np.interp([first, first + len(part)], ends, times))[0])
+                measured = {"tokens": len(part), "nats": part.sum(), "seconds": round(seconds, 2)}
+                rows.append({**common, "from": first, "to": last, **measured})
+        print(f"{pattern}, {name}: {nats.mean():.4f} in {times[-1] - times[0]:.0f} s", file=sys.stderr, flush=True)
     peak = peak_memory(torch.device("cpu"))
     return [{**row, "peak_bytes": peak} for row in rows]
 
