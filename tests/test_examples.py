@@ -1,11 +1,13 @@
 """The scripts in examples/: the corpus of the shipped model, the Llama of transformers that is trained twice, the
-encoder that finds edited copies of files, patterns compared on a pretrained model, and the report of a GPU.
+encoder that finds edited copies of files, patterns compared on a pretrained model, pass keys in
+prose, and the report of a GPU.
 
 pytest tests/test_examples.py
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import re
@@ -14,12 +16,19 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from longnet_cli.cli.app import app
+from longnet_cli.data.documents import Document
+from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.windows import TokenStream, TokenWindows
+from longnet_cli.integrations.loading import load_net
+from longnet_cli.patterns import parse_pattern
+from longnet_cli.scoring import score
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,14 +155,20 @@ def test_both_llamas_begin_with_the_same_weights() -> None:
     assert dense.config._attn_implementation == "sdpa"
 
 
-def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env: dict[str, str]) -> None:
-    """In windows of what the model was trained on, dense; a document as one otherwise. One process per pattern."""
+def small_llama(folder: Path, tokens: int) -> Path:
+    """A Llama of bytes that reads `tokens` tokens, by its configuration."""
     hf = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = hf.LlamaConfig(vocab_size=260, max_position_embeddings=64, bos_token_id=7, **sizes)
-    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    Tokenizer.bytes().save(tmp_path / "llama" / "tokenizer.json")
+    config = hf.LlamaConfig(vocab_size=260, max_position_embeddings=tokens, bos_token_id=7, **sizes)
+    hf.LlamaForCausalLM(config).save_pretrained(folder)
+    Tokenizer.bytes().save(folder / "tokenizer.json")
+    return folder
+
+
+def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env: dict[str, str]) -> None:
+    """In windows of what the model was trained on, dense; a document as one otherwise. One process per pattern."""
+    small_llama(tmp_path / "llama", 64)
     (tmp_path / "a.txt").write_text("some text " * 30)
     (tmp_path / "b.txt").write_text("another text " * 30)
     words = [
@@ -178,6 +193,49 @@ def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env
     assert sum(row["nats"] for row in rows[:3]) == pytest.approx(total["nll_sum"], rel=1e-6)
     table = [line for line in done.stderr.splitlines() if line.startswith("| `")]
     assert [line.split(" | ")[0] for line in table] == ["| `dense`", "| `window:16,sinks=2`"]
+
+
+def test_pass_keys_are_asked_for_at_their_distances(tmp_path: Path) -> None:
+    """The log-probabilities are those that `score` gives the same tokens; dense attention reads the last 400."""
+    passkey = imported(ROOT / "examples/passkey.py")
+    model, text = small_llama(tmp_path / "llama", 400), tmp_path / "prose.txt"
+    text.write_text("All is well that ends well. " * 20)
+    names = {"model": str(model), "texts": [str(text)], "seed": 3, "documents": 1, "tokens": 1000, "keys": 2}
+    patterns, distances = ["window:64,sinks=4", "dense"], [150, 800]
+    args = argparse.Namespace(**names, patterns=patterns, distances=distances, dtype="fp32", chunk=128)
+    rows = list(passkey.ask(args))
+    assert [(row["pattern"], row["distance"], row["questions"]) for row in rows] == [
+        ("window:64,sinks=4", 150, 2), ("window:64,sinks=4", 800, 2), ("dense", 150, 2), ("dense", 800, 0),
+    ]  # fmt: skip
+    assert rows[-1]["nats"] is None
+
+    words = Tokenizer.of_model(model)
+    ids, answers = passkey.Writer(words, [str(text)], 3).document(1000, distances * 2)
+    for distance, start, stop in answers:
+        assert re.fullmatch(r" \d{5}", words.decode(ids[start:stop].tolist()))
+        np.testing.assert_array_equal(ids[start - distance : stop - distance], ids[start:stop])
+    for row, lost in zip(rows[:3], (0, 0, 601), strict=True):
+        pattern = None if row["pattern"] == "dense" else parse_pattern(row["pattern"])
+        found: list[np.ndarray] = []
+        document = Document("", ids[lost:], 1000 - lost, "")
+        list(score(load_net(model, pattern=pattern), [document], bos=7, on_tokens=lambda *t, to=found: to.append(t[3])))
+        asked = [(start - lost, stop - lost) for distance, start, stop in answers if distance == row["distance"]]
+        nats = np.mean([-np.concatenate(found)[start:stop].mean() for start, stop in asked])
+        assert row["nats"] == pytest.approx(nats, rel=1e-5)
+
+
+def test_documents_with_pass_keys_fill_training_windows(tmp_path: Path) -> None:
+    passkey = imported(ROOT / "examples/passkey.py")
+    model, text = small_llama(tmp_path / "llama", 400), tmp_path / "prose.txt"
+    text.write_text("All is well that ends well. " * 20)
+    output = tmp_path / "keys.arrow"
+    names = {"model": str(model), "texts": [str(text)], "seed": 0, "documents": 3, "tokens": 1600, "keys": 3}
+    passkey.make(argparse.Namespace(**names, output=str(output)))
+    documents = list(read_documents([output], Tokenizer.of_model(model)))
+    windows = TokenWindows([TokenStream(documents, 7)], 1600, 1, seed=0)
+    batches = [batch for (batch, _), _ in zip(windows, range(3), strict=False)]
+    assert sorted(batch.starts[0][1] for batch in batches) == [0, 1600, 3200]
+    assert {batch.document_starts(0, 1600) == [0] for batch in batches} == {True}
 
 
 def gpu_report(env: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess:

@@ -1,0 +1,175 @@
+"""Hide pass keys in prose and ask for them: how far back a model finds again what it has read.
+
+    python examples/real_model.py runs/real
+    python examples/passkey.py ask runs/real/smollm2 runs/real/prose/secA*.txt dense window:1Ki,sinks=4 > passkeys.jsonl
+    python examples/passkey.py make runs/real/smollm2 runs/real/prose/secI*.txt -o keys.arrow
+
+Sentences like "The pass key of the red fox is 48213." stand in prose. The document ends with the questions, "The pass
+key of the red fox is", each `distance` tokens after its sentence. A question is answered when every token of the number
+is the one that the model ranks first, given those before it: then greedy decoding gives the number.
+
+`ask` writes one line of JSON per pattern and distance: `pattern, distance, questions, right, nats` (per token of the
+numbers; null with `questions` 0 where the model reads less than that). `dense` reads the last tokens of a document, as
+many as the model was trained on. `make` writes documents to train on, with distances from an eighth of their
+length on, as Arrow with `input_ids`. Each fills a training window of `--tokens`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.errors import ConfigError, LongNetError
+from longnet_cli.patterns import parse_pattern
+from longnet_cli.sizes import parse_size
+
+COLORS = ["red", "blue", "green", "black", "white", "brown", "yellow", "silver", "golden", "purple"]
+ANIMALS = ["fox", "bear", "horse", "eagle", "whale", "tiger", "rabbit", "camel", "snake", "goose"]
+DISTANCES = [1000, 2000, 4000, 7000, 16_000, 32_000]
+
+Answer = tuple[int, int, int]  # distance, and the places [start, stop) of the number in the document
+
+
+class Writer:
+    """Makes documents of prose with sentences to remember, and the questions at the end."""
+
+    def __init__(self, words: Tokenizer, paths: list[str], seed: int) -> None:
+        texts = [words.encode(Path(path).read_text(encoding="utf-8", errors="replace")) for path in paths]
+        self.words, self.prose, self.rng = words, np.concatenate(texts), np.random.default_rng(seed)
+
+    def document(self, tokens: int, distances: list[int]) -> tuple[np.ndarray, list[Answer]]:
+        """Return the ids (tokens,) of a document and its answers: a question for each of `distances`, in any order."""
+        names = self.rng.permutation([f"{c} {a}" for c, a in product(COLORS, ANIMALS)])[: len(distances)]
+        questions, length = [], 0
+        for name, distance in zip(names, self.rng.permutation(distances), strict=True):
+            question = self.words.encode(f"\nThe pass key of the {name} is")
+            number = self.words.encode(f" {self.rng.integers(10_000, 100_000)}")
+            end = self.words.encode(".\n")
+            questions.append((length, int(distance), question, number, end))
+            length += len(question) + len(number) + len(end)
+        first = tokens - length  # of the questions
+        start = int(self.rng.integers(max(1, len(self.prose) - tokens)))
+        ids = np.resize(self.prose[start:], tokens)  # again from the start where there is too little of it
+        answers, free = [], 0
+        for place, distance, *parts in sorted(questions, key=lambda found: found[0] - found[1]):
+            sentence = np.concatenate(parts)
+            at = max(free, first + place - distance)
+            free = at + len(sentence)
+            ids[at:free] = sentence
+            ids[first + place : first + place + len(sentence)] = sentence
+            number = first + place + len(parts[0])
+            answers.append((distance, number, number + len(parts[1])))
+        if free > first:
+            raise ConfigError("so many pass keys do not fit: give more --tokens or fewer --keys")
+        return ids, answers
+
+
+def make(args: argparse.Namespace) -> None:
+    """Write documents of a window each, with pass keys at distances of all sizes."""
+    import pyarrow as pa
+
+    writer = Writer(Tokenizer.of_model(Path(args.model)), args.texts, args.seed)
+    distances = np.geomspace(args.tokens / 8, args.tokens * 0.9, args.keys).astype(int).tolist()
+    # An end-of-text id comes before each document. A window has its target beyond its end, hence the one token more.
+    sizes = [args.tokens - 1] * (args.documents - 1) + [args.tokens]
+    rows = [writer.document(size, distances)[0].astype(np.int32) for size in sizes]
+    table = pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))})
+    with pa.ipc.new_file(args.output, table.schema) as file:
+        file.write_table(table)
+
+
+def ask(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the rows of each pattern: the same questions for all."""
+    import torch
+
+    from longnet_cli.data.bos import document_start
+    from longnet_cli.data.documents import Document
+    from longnet_cli.integrations.loading import load_net
+    from longnet_cli.runtime.reading import AfterBos, Reader, Window
+
+    folder = Path(args.model)
+    words, dtype = Tokenizer.of_model(folder), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    for pattern in args.patterns:
+        net = load_net(folder, pattern=None if pattern == "dense" else parse_pattern(pattern), dtype=dtype)
+        writer = Writer(words, args.texts, args.seed)
+        found: dict[int, list[tuple[bool, float]]] = defaultdict(list)
+        for _ in range(args.documents):
+            ids, answers = writer.document(args.tokens, args.distances * args.keys)
+            before = AfterBos(Document("", np.zeros(0, np.int64), 0, ""), document_start(folder, words)).first
+            limit = (net.config.max_tokens or len(ids) + before) - before if pattern == "dense" else len(ids)
+            lost = max(0, len(ids) - limit)
+            document = Document("pass keys", ids[lost:], len(ids) - lost, "pass keys")
+            text = AfterBos(document, document_start(folder, words))
+            total = text.first + len(document)
+            first = min(start for _, start, _ in answers) - 1 - lost + text.first
+            reader = Reader(net, chunk=args.chunk, dtype=args.dtype)
+            pieces = [piece for group in reader.read([Window(text, 0, total, first)]) for piece in group]
+            hidden = torch.cat([piece.hidden for piece in pieces if piece.hidden is not None])
+            with torch.inference_mode():
+                logprobs = net.logits(hidden).float().log_softmax(-1)
+            for distance, start, stop in answers:
+                if start - distance < lost:
+                    continue
+                at = slice(start - 1 - lost + text.first - first, stop - 1 - lost + text.first - first)
+                targets = torch.from_numpy(ids[start:stop].astype(np.int64))
+                nats = -logprobs[at].gather(1, targets[:, None]).mean()
+                found[distance].append((bool((logprobs[at].argmax(-1) == targets).all()), float(nats)))
+            print(f"{pattern}: {sum(right for each in found.values() for right, _ in each)} right", file=sys.stderr)
+        for distance in args.distances:
+            rights = [right for right, _ in found[distance]]
+            nats = float(np.mean([each for _, each in found[distance]])) if rights else None
+            row = {"pattern": pattern, "distance": distance, "questions": len(rights), "right": sum(rights)}
+            yield {**row, "nats": nats}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    uses = parser.add_subparsers(dest="use", required=True)
+    for name, text in (("ask", "print what patterns find again"), ("make", "write documents to train on")):
+        use = uses.add_parser(name, help=text, description=text)
+        use.add_argument("model", help="a folder of transformers, whose tokenizer and weights are taken")
+        use.add_argument("words", nargs="+", metavar="FILE|PATTERN", help="texts of prose and, to ask, patterns")
+        use.add_argument("--documents", type=int, default=4)
+        use.add_argument("--seed", type=int, default=0)
+        if name == "ask":
+            use.add_argument("--tokens", type=parse_size, default=33_000, help="of each document")
+            use.add_argument("--keys", type=int, default=4, help="pass keys of each distance in a document")
+            use.add_argument("--distances", type=parse_size, nargs="+", default=DISTANCES)
+            use.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+            use.add_argument("--chunk", type=parse_size, default=4096, help="tokens that are in memory at once")
+        else:
+            use.add_argument("--tokens", type=parse_size, default=8192, help="of each document: the training window")
+            use.add_argument("--keys", type=int, default=16, help="pass keys in a document")
+            use.add_argument("-o", "--output", required=True, help="an Arrow file")
+    args = parser.parse_args()
+    args.texts = [word for word in args.words if Path(word).is_file()]
+    args.patterns = [word for word in args.words if word not in args.texts]
+    if not args.texts or bool(args.patterns) != (args.use == "ask"):
+        parser.error("give files of prose" + (" and patterns" if args.use == "ask" else ", each of which exists"))
+    if not (Path(args.model) / "config.json").is_file():
+        parser.error(f"{args.model}: not the folder of a model")
+    try:
+        for pattern in args.patterns:
+            parse_pattern(pattern)
+        if args.use == "make":
+            make(args)
+        else:
+            for row in ask(args):
+                print(json.dumps(row), flush=True)
+    except ValueError as error:
+        parser.error(str(error))
+    except LongNetError as error:
+        parser.exit(error.exit_code, f"passkey: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
