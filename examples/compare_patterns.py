@@ -7,10 +7,10 @@ Words that are files are documents, as text or as token ids in Arrow; all others
 separate windows of the length that the model was trained on; every other pattern reads a document as one.
 
 It writes one line of JSON per pattern, document and decade of positions: `pattern, document, from, to` (positions
-before the token), `tokens, nats` (their sum) and `seconds` (of these tokens, but for the edges of chunks), `keys` (of a
-query on average, over the whole document) and `peak_bytes` (of the process that scored all documents with this
-pattern). The table on stderr has the nats per token
-of each document, and beside them the perplexity relative to the first pattern, with its standard error over documents.
+before the token), `tokens, nats` (their sum) and `seconds` of CPU time (up to the edges of chunks), `keys` (of a query
+on average, over the whole document) and `peak_bytes` (of the process that scored all documents with this pattern). The
+table on stderr has the nats per token of each document, and beside them the perplexity relative to the first pattern,
+with its standard error over documents.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
         name = Path(found.where).name
         document = Document(name, ids, len(ids), name)
         logprobs: list[np.ndarray] = []
-        ends, times = [0], [time.perf_counter()]
+        ends, times = [0], [time.process_time()]
 
         def keep(*tokens: Any, logprobs: Any = logprobs, ends: Any = ends, times: Any = times) -> None:
             logprobs.append(tokens[3])
             ends.append(ends[-1] + len(tokens[3]))
-            times.append(time.perf_counter())
+            times.append(time.process_time())
 
         bos = document_start(Path(folder), words)
         list(score(net, [document], bos=bos, context=context, chunk=chunk, dtype=dtype, on_tokens=keep))
