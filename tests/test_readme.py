@@ -1,4 +1,5 @@
-"""What the README shows is run: every `sh` block in one shell, in order, and the Python blocks; recipes parse and load.
+"""What the README and docs/ show is run: `sh` blocks in order, Python and TOML blocks too.
+Commands in other blocks take too long to run: their options are looked up.
 
 pytest tests/test_readme.py
 """
@@ -6,23 +7,27 @@ pytest tests/test_readme.py
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+import typer.main
 
+from longnet_cli.cli.app import app
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.presets import list_models, preset_dir
 from longnet_cli.training.recipe import load_recipe, tomllib
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").rglob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -38,9 +43,9 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_shell_commands(checkout: Path, command_env: dict[str, str], longnet: Path) -> None:
-    commands = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
-    assert len(commands) >= 21
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")], ids=lambda page: page.stem)
+def test_shell_commands(page: Path, checkout: Path, command_env: dict[str, str], longnet: Path) -> None:
+    commands = [line for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
     python = f'PATH="{longnet.parent}:$PATH"; python() {{ "{sys.executable}" "$@"; }}'
     script = "\n".join(["set -euo pipefail", python, *commands])
     done = subprocess.run(
@@ -50,8 +55,34 @@ def test_shell_commands(checkout: Path, command_env: dict[str, str], longnet: Pa
     assert "Traceback" not in done.stderr
 
 
+def shown_commands(page: Path) -> list[list[str]]:
+    """The words of every `longnet` command in a code block or between backticks, options of others' tools left out."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^(?: {4})?(?:[A-Z_]+=\S+ )*(?:.*\| )?(longnet [a-z].*)$", text, re.MULTILINE)
+    found = []
+    for line in [*lines, *re.findall(r"`(longnet [a-z][^`\n]*)`", text)]:
+        words = shlex.split(re.split(r" (?:\||>|2>|&&|#) ?", line)[0], comments=True)
+        found.append(words[1:])
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_options_of_commands_exist(page: Path) -> None:
+    for words in shown_commands(page):
+        command: click.Command = typer.main.get_command(app)
+        rest = list(words)
+        while hasattr(command, "commands"):
+            name = rest.pop(0)
+            assert name in command.commands, f"{page.name}: longnet {' '.join(words)}"
+            command = command.commands[name]
+        names = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        for word in rest:
+            if word.startswith("-") and word != "-":
+                assert word.partition("=")[0] in names | {"--help"}, f"{page.name}: longnet {' '.join(words)}"
+
+
 def test_python_blocks(checkout: Path, command_env: dict[str, str]) -> None:
-    script = "\n".join(blocks("python"))
+    script = "\n".join(blocks(ROOT / "README.md", "python"))
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=checkout, env=command_env, capture_output=True, text=True, check=False
     )
@@ -60,9 +91,19 @@ def test_python_blocks(checkout: Path, command_env: dict[str, str]) -> None:
 
 
 def test_toml_block() -> None:
-    (block,) = blocks("toml")
+    (block,) = blocks(ROOT / "docs/training.md", "toml")
     mix = load_recipe("longnet-tiny", {"model.vocab_size": 257, "data": tomllib.loads(block)["data"]}).data.sources
     assert [source.weight for source in mix] == [7, 3]
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_every_shipped_recipe_loads() -> None:
