@@ -2,19 +2,23 @@
 #
 #   make demo    see it work        make test    run the tests
 #   make check   what CI checks     make clean   remove everything that was made here
+#   make matrix  run the tests with the oldest and the newest libraries that are allowed
 #   make gpu     check and time this machine's GPU, in ten minutes, and write runs/gpu.md
 
 PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test gpu lint check wheel-check clean
+.PHONY: demo test matrix gpu lint check wheel-check clean
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 test: .venv/.installed-dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+matrix: .venv/.installed-dev
+	tests/matrix.sh
 
 # Runs the tests marked `gpu` and `longnet bench`. Its exit codes: 1, something failed; 2, there is no GPU.
 gpu: .venv/.installed-dev
