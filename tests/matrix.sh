@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Run the default tests with the oldest and with the newest libraries that pyproject.toml allows, each in a virtual
+# environment under build/. It takes some 6 GB and half an hour per environment.
+#
+#   make matrix                     both
+#   tests/matrix.sh oldest          one of them
+#   PYTHON=3.14 tests/matrix.sh newest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+declare -A resolution=([oldest]=lowest-direct [newest]=highest)
+.venv/bin/python -m pip install --quiet 'uv>=0.5'
+for kind in ${@:-oldest newest}; do
+  environment=build/$kind
+  .venv/bin/uv venv --quiet --clear --python "${PYTHON:-.venv/bin/python}" "$environment"
+  .venv/bin/uv pip install --quiet --python "$environment" --resolution "${resolution[$kind]}" --editable '.[dev]'
+  "$environment/bin/python" -c 'import torch, transformers, pyarrow, platform as p
+print(*("python", p.python_version(), "torch", torch.__version__, "transformers", transformers.__version__, "pyarrow", pyarrow.__version__))'
+  OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest -q -n auto --maxprocesses 4 --dist worksteal | tail -n 30 || failed=1
+done
+exit "${failed:-0}"
