@@ -23,7 +23,7 @@ say "1. How well does longnet-tiny (4 million parameters) predict Python that it
 show longnet score --ppl --quiet "${five[@]}"
 bytes=$(cat "${five[@]}" | wc -c)
 zipped=$(cat "${five[@]}" | gzip -9 | wc -c)
-echo "bpb is bits a byte, lower is better: plain text has 8, and gzip -9 gets these files to" \
+echo "bpb is bits per byte, lower is better: plain text has 8, and gzip -9 gets these files to" \
   "$(awk -v z="$zipped" -v n="$bytes" 'BEGIN { printf "%.2f", z * 8 / n }')."
 
 say "2. What does long context buy? The same tokens, in windows of 512:"

@@ -282,7 +282,7 @@ def show_machine(text: str, machine: Row) -> tuple[list[str], list[str]]:
 
 
 def steps(small: bool, folder: Path) -> list[Step]:
-    """What is run, in order."""
+    """The commands to run, in order."""
     device, machine, junit = "cpu" if small else "cuda", Row(), folder / "tests.xml"
     bench = ["longnet", "bench", "--device", device, "--format", "jsonl", "-q"]
     attention = ["--seq", "256,512", *TINY] if small else ["--seq", "32Ki,128Ki,1Mi", "--chunk", "1Mi"]

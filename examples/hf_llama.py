@@ -76,7 +76,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train_step(model: hf.PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor, lr: float) -> float:
-    """The loss before the step, in nats a token."""
+    """The loss before the step, in nats per token."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     loss = model(ids, labels=ids, use_cache=False).loss

@@ -25,7 +25,7 @@ LEFT_OUT = (
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the file at this path inside the library (`json/decoder.py`) is kept from training."""
+    """Return True if the file at this path inside the library (`json/decoder.py`) is kept from training."""
     return hashlib.sha256(name.encode()).digest()[0] % 20 == 0
 
 

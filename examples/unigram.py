@@ -1,4 +1,4 @@
-"""What a model without context could reach at best, in nats a token: what a trained loss is to be held against.
+"""The best loss of a model without context, in nats per token, to compare a trained loss with.
 
     python examples/unigram.py runs/stdlib/tokens @runs/stdlib/held_out.txt
 

@@ -56,7 +56,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Description:
-    """What a pattern is for sequences of `seq` tokens.
+    """A description of a pattern for sequences of `seq` tokens.
 
     `cache_rows` is None where attention looks both ways: nothing is remembered. `nearest_least` and `nearest_mean`: of
     the 64 tokens up to a query, itself among them, those that a head sees. `reach` gives, for a number of layers, the
@@ -84,7 +84,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is described: a pattern, and of a recipe or a model also its shape."""
+    """A pattern to describe, with the shape of its recipe or model if it has one."""
 
     name: str
     pattern: Pattern

@@ -40,7 +40,7 @@ SHARD_ROWS = 1 << 14
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What decides the rows of `encode`, besides the net and the documents.
+    """The options that decide the rows of `encode`, besides the net and the documents.
 
     `bos` (the id of the tokenizer's end of text, or several) is put before each document of a causal model, as in
     scoring, and not pooled.

@@ -1,4 +1,4 @@
-"""What a user sees when something is wrong: one line, and an exit code that a script can test."""
+"""Errors that a user sees: one line, and an exit code that a script can test."""
 
 import re
 
@@ -46,7 +46,7 @@ class NotFiniteError(LongNetError):
 
 
 class InputWarning(UserWarning):
-    """What a user should know of the inputs, and need not act on; a line on stderr."""
+    """A line on stderr that the user should know of the inputs and need not act on."""
 
 
 def refuse_web_address(name: str) -> None:

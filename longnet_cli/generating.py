@@ -87,7 +87,7 @@ def generate(
 class Sampler:
     """Takes logits (vocab_size,), returns an id and its log-probability under the model, before temperature and top_p.
 
-    Random numbers are drawn on the CPU, one a token: a seed gives the same tokens on any device, up to rounding.
+    Random numbers are drawn on the CPU, one per token: a seed gives the same tokens on any device, up to rounding.
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int) -> None:

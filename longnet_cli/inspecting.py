@@ -22,7 +22,7 @@ MAX_PROBLEMS = 1000  # whose lines are kept
 
 @dataclass
 class Inspection:
-    """What the good documents hold, and a line for each problem (the first MAX_PROBLEMS of `num_problems`).
+    """The contents of the good documents, and a line for each problem (the first MAX_PROBLEMS of `num_problems`).
 
     `n_bytes` counts UTF-8 bytes, None where unknown; `low` and `high` are the smallest and largest id. `lengths` counts
     documents by their tokens: it has at most sqrt(2 x tokens) entries, so memory stays small. `formats`, `token_types`

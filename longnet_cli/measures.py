@@ -1,4 +1,4 @@
-"""What scoring reports: sums of nats, their standard errors over documents, the loss by position and by recall."""
+"""The results of scoring: sums of nats, their standard errors over documents, the loss by position and by recall."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Score:
-    """What some tokens cost: `nll_sum` in nats, over `n_tokens` scored tokens, which stand for `n_bytes` of UTF-8.
+    """The cost of some tokens: `nll_sum` in nats over `n_tokens` scored tokens, which stand for `n_bytes` of UTF-8.
 
     `n_bytes` is None where it is unknown. Scores add up.
     """
@@ -24,7 +24,7 @@ class Score:
 
     @property
     def ppl(self) -> float | None:
-        """Perplexity, exp(nats a token); None without tokens, or past what a float holds."""
+        """Perplexity, exp(nats per token); None without tokens, or past what a float holds."""
         try:
             return math.exp(self.nll_sum / self.n_tokens)
         except (ZeroDivisionError, OverflowError):

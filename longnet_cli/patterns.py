@@ -26,7 +26,7 @@ _LEVEL = re.compile(r"\.?\d[\w.+]*/\.?\d", re.ASCII)
 
 
 class _Constructor(NamedTuple):
-    """What makes a pattern of sizes and of words, and what it is told."""
+    """A constructor of patterns, with the sizes and the words that it takes."""
 
     make: Callable[..., Pattern]
     sizes: str = ""  # what its size is called; nothing where it takes none

@@ -20,9 +20,9 @@ from longnet_cli.errors import ConfigError, DataError, LongNetError, refuse_web_
 
 # A panel: its title, and the keys of metrics.jsonl that it shows, with what to add to a run's name for each
 PANELS = (
-    ("loss, nats a token", (("loss", ""), ("held_out_loss", " held out"))),
+    ("loss, nats per token", (("loss", ""), ("held_out_loss", " held out"))),
     ("learning rate", (("lr", ""),)),
-    ("tokens a second", (("tokens_per_second", ""),)),
+    ("tokens per second", (("tokens_per_second", ""),)),
 )
 PICTURES = (".png", ".svg", ".pdf")
 

@@ -1,4 +1,4 @@
-"""How long ago a document last said what it says now: for each token, where its bigram was seen before.
+"""Distances of recall: for each token, how long ago the document last had the same bigram.
 
 ids        a  b  c  a  b  b  c
 bigram        ab bc ca ab bb bc

@@ -169,7 +169,7 @@ def write_token_logprobs(path: str | Path) -> Iterator[OnTokens]:
 
 @dataclass(frozen=True)
 class _Cut:
-    """How documents are cut into windows; `first` is their first target, 1 where nothing precedes a document."""
+    """The cut of documents into windows; `first` is their first target, 1 where nothing precedes a document."""
 
     first: int
     contexts: Sequence[int | None]

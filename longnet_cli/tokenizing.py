@@ -37,7 +37,7 @@ OnProgress = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class TokenizeResult:
-    """What was written, by this run and the ones it resumed.
+    """The counts of what was written, by this run and the ones it resumed.
 
     `bytes` counts the texts' UTF-8 bytes; `shards` is empty when the output is stdout or a pipe.
     """
@@ -61,7 +61,7 @@ def tokenize(
     resume: bool = False,
     on_progress: OnProgress | None = None,
 ) -> TokenizeResult:
-    """Write the inputs' texts as token ids: a row a document, or several with `part` 0, 1, ... past 64 MB.
+    """Write the inputs' texts as token ids: a row per document, or several with `part` 0, 1, ... past 64 MB.
 
     `output` is a folder (see `data.shards`; with a `tokenizer.json`), one .arrow, .feather, .parquet or .jsonl file
     (with `NAME.tokenizer.json` beside it), or `-`: a stream on stdout, of small batches that do not wait for a slow

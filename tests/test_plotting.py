@@ -33,7 +33,7 @@ def test_curves_are_what_the_file_says(tmp_path: Path, monkeypatch: pytest.Monke
     assert read_run(tmp_path / "run/metrics.jsonl") == run
     monkeypatch.chdir(tmp_path / "run")
     assert read_run(".") == read_run("metrics.jsonl") == run
-    assert [panel.title for panel in panels([run])] == ["loss, nats a token", "learning rate", "tokens a second"]
+    assert [panel.title for panel in panels([run])] == ["loss, nats per token", "learning rate", "tokens per second"]
 
 
 def test_of_a_step_made_twice_the_later_line_counts(tmp_path: Path) -> None:

@@ -250,6 +250,6 @@ def test_a_real_model_in_chunks(lora: list[str] | None) -> None:
         losses.append(backward_in_chunks(net, ids[:, :-1], ids[:, 1:], chunk).item())
         found.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]))
     error = ((found[1] - found[0]).norm() / found[0].norm()).item()
-    print(f"{losses[0] / 256:.4f} nats a token, relative error {error:.1e}")
+    print(f"{losses[0] / 256:.4f} nats per token, relative error {error:.1e}")
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert error <= 1e-5

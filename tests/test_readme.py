@@ -6,6 +6,7 @@ pytest tests/test_readme.py
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import shutil
@@ -104,6 +105,15 @@ def test_links_lead_somewhere() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_docstrings_start_with_the_thing_itself() -> None:
+    """ "Return the rows ...", "A shard of ...": a reader of a list of them sees at once which one it is."""
+    for path in [*(ROOT / "longnet_cli").rglob("*.py"), *(ROOT / "examples").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                assert not re.match(r"(What|Whether|That|Which|Where|How|Who|When)\b", text), f"{path}: {text[:60]}"
 
 
 def test_every_shipped_recipe_loads() -> None:

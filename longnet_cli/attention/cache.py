@@ -2,7 +2,7 @@
 
 They are those of the level's open segment and of as many before it as it looks back; nothing else is ever read again,
 but for the sinks. The whole memory of a sequence is `sum of (1 + look_back) ceil(w / r)` rows a lane and the sinks,
-whatever its length: 40,960 rows a head for a billion tokens of `Pattern.geometric(2**30)`.
+whatever its length: 40,960 rows per head for a billion tokens of `Pattern.geometric(2**30)`.
 """
 
 from __future__ import annotations

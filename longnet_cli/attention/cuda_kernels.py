@@ -218,7 +218,7 @@ class CudaEfficientKernel(CudaKernel):
 
 
 def _places_in_lse(packed: PackedRows, rows: int, width: int) -> Tensor:
-    """Where each of the rows is in an lse (sequences, 1, width), which is padded beyond the rows of a sequence."""
+    """Return the places of all rows in an lse (sequences, 1, width), which is padded beyond the rows of a sequence."""
     _, edges, _ = packed
     begins = torch.arange(0, (len(edges) - 1) * width, width, device=edges.device) - edges[:-1]
     return torch.arange(rows, device=edges.device) + torch.repeat_interleave(begins, edges.diff(), output_size=rows)

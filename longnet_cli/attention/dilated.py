@@ -252,7 +252,7 @@ class _Sinks(NamedTuple):
 
 
 def _kept(sinks: SinkRows, far: Sequence[FarKeys]) -> dict[tuple[int, ...], tuple[Tensor, ...]] | None:
-    """Where turned sinks are kept: with the far keys that hold all sinks of the one document that has any here."""
+    """Return where turned sinks are kept: with the far keys that hold all sinks of the one document that has any."""
     holders = [keys for keys in far if keys.level == SINKS]
     return holders[0].turned if len(holders) == 1 and sinks.firsts == (0,) else None
 

@@ -1,4 +1,4 @@
-"""Which kernel computes a plain attention call here: all there are, the one for CPUs, and how one is chosen.
+"""The choice of the kernel for a plain attention call: all there are, the one for CPUs, and how one is chosen.
 
 What a kernel offers is in `plain_call`; those for GPUs are in `cuda_kernels`.
 """
@@ -216,7 +216,7 @@ def _failure(check: Check, kernel: Kernel, device: torch.device, dtype: torch.dt
 
 
 def _view_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    """What a kernel and plain math make of strided views of x (4, batch, tokens, heads, head_dim)."""
+    """Return what a kernel and plain math make of strided views of x (4, batch, tokens, heads, head_dim)."""
     q, k, v, dout = x[:, :, ::2].transpose(2, 3)  # (batch, heads, rows, head_dim), rows two tokens apart
     for causal in (False, True):
         out, lse, *grads = _plain((q, k, v, dout), causal, scale)

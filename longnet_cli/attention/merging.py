@@ -1,4 +1,4 @@
-"""How branches run and merge, and their exact gradients.
+"""Run branches and merge them, with exact gradients.
 
 Each branch is one plain attention call on strided views. Branches merge by their log-sum-exp in fp32:
 

@@ -106,7 +106,7 @@ class DilatedAttention(nn.Module):
         return self.out_proj(mixed.flatten(-2)), None
 
     def _nested(self, x: Tensor, is_causal: bool) -> Tensor:
-        """What nn.TransformerEncoder makes of a padded batch in eval mode: one tensor of rows of their own lengths."""
+        """Attend within the nested tensor that nn.TransformerEncoder makes of a padded batch in eval mode."""
         rows = [len(row) for row in x.unbind()]
         padded = x.to_padded_tensor(0.0)
         padding = torch.arange(padded.shape[1], device=x.device) >= torch.tensor(rows, device=x.device)[:, None]

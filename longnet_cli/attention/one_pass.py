@@ -132,7 +132,7 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(cls, place: Tensor, heads: int) -> _Rows:
-        """What `place` (segments, heads, rows, 1) shows of `_places` for `heads` heads: its strides say it."""
+        """Return what `place` (segments, heads, rows, 1) shows of `_places` for `heads` heads, by its strides."""
         segments, number, rows, _ = place.shape
         of_segment, of_head, of_row, _ = place.stride()
         first, first_head = divmod(int(place.storage_offset()), heads)
@@ -219,7 +219,7 @@ def _inverse(places: Tensor, size: int) -> Tensor:
 
 
 def _is_whole(place: Tensor, part: Tensor, shape: torch.Size) -> bool:
-    """Whether a part has all of a tensor (B, N, H, D), in its order."""
+    """Return True if a part has all of a tensor (B, N, H, D), in its order."""
     dims = zip(place.shape, place.stride(), part.stride(), strict=True)
     return part.numel() == shape.numel() and all(of_part == of * shape[3] for n, of, of_part in [*dims][:3] if n > 1)
 

@@ -1,4 +1,4 @@
-"""What a query sees: the levels of dilated attention and their options (arXiv 2307.02486, Eq. 3-8, 11-15).
+"""Patterns say what a query sees: the levels of dilated attention and their options (arXiv 2307.02486, Eq. 3-8, 11-15).
 
 A level (w, r) cuts the sequence into segments of w positions and keeps, for head h, every r-th position of a
 segment beginning at that head's offset. With w = 8, r = 2 and four heads, one segment looks like this:

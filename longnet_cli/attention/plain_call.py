@@ -19,7 +19,7 @@ from .packing import PackedRows
 
 
 class Kernel:
-    """What every kernel offers. `max_batch` bounds the first dimension of a call; the caller splits around it."""
+    """The interface of every kernel. `max_batch` bounds the first dimension of a call; the caller splits around it."""
 
     name = ""
     biased = False  # whether a bias (heads, rows, keys), -inf where a key is not seen, can be added to scores

@@ -83,7 +83,7 @@ def key_counts(
             asks = torch.ones_like(sampled) if pattern.queries == "all" else sampled
             seen = asks[:, None] & sampled[None, :] & may
             counts[head] += seen.double() * math.exp(pattern.biases[level])
-            if padding == "zero_key" and not causal:  # each segment is padded to ceil(w / r) rows a head
+            if padding == "zero_key" and not causal:  # each segment is padded to ceil(w / r) rows per head
                 zeros[head, :, 0] += asks * (-(-w // r) - seen.sum(-1))
     w, b = pattern.segment_lengths[0], pattern.look_backs[0]
     return counts + ((query // w > b) & (key < pattern.sinks)), zeros

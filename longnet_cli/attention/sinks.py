@@ -24,7 +24,7 @@ Turn = Callable[[Tensor, Tensor], Tensor]
 
 
 class SinkRows(NamedTuple):
-    """Where the sinks of a shard are, and how far each segment's move.
+    """The places of a shard's sinks, and how far each segment's move.
 
     `firsts` are the tokens at which the documents begin whose sinks are seen by themselves; `outside` rows of the one
     at token 0 lie before the shard, in the far keys `far`: (index, rows) of each, in order. `documents` has, for each

@@ -1,4 +1,4 @@
-"""What is measured and in which shape: every option of a benchmark once, with its bounds and its default."""
+"""Settings of a benchmark: every option once, with its bounds and its default."""
 
 from __future__ import annotations
 

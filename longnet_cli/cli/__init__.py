@@ -1,1 +1,1 @@
-"""What a person types: the app, options, output and one file per command. Importing this loads no torch."""
+"""The command line: the app, options, output and one file per command. Importing this loads no torch."""

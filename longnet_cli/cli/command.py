@@ -1,4 +1,4 @@
-"""What holds for every command and every option alike: how help looks, values that may be left out, what is refused."""
+"""Rules for every command and option: how help looks, values that may be left out, what is refused."""
 
 from __future__ import annotations
 

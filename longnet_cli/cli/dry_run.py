@@ -1,4 +1,4 @@
-"""What `longnet train --dry-run` prints: the estimate, as a table to read or one JSON value, and the refusal."""
+"""The output of `longnet train --dry-run`: the estimate, as a table to read or one JSON value, and the refusal."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _print(found: Estimate) -> None:
     if found.free is not None:
         row("free", format_bytes(found.free), "besides the program" if found.fits else "it does not fit")
     print()
-    row("FLOPs a token", format_count(found.flops_per_token), "forward and backward")
+    row("FLOPs per token", format_count(found.flops_per_token), "forward and backward")
     row("tokens", format_count(found.tokens), f"{format_count(found.flops)} FLOPs in all")
     peak = f"{EFFICIENCY:.0%} (assumed) of {format_count(found.matmul_peak)} FLOP/s (measured, {found.dtype})"
     years = found.seconds / YEAR

@@ -179,7 +179,7 @@ class _Sources:
 
 
 def _sources(prompt: str | None, inputs: list[str] | None) -> _Sources:
-    """What to continue. Raises ConfigError for none, or several kinds."""
+    """Return the prompts to continue. Raises ConfigError for none, or several kinds."""
     from longnet_cli.errors import ConfigError
 
     if prompt is not None and inputs:

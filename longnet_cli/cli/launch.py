@@ -1,4 +1,4 @@
-"""What every command with `--nproc` does first: refuse what several processes cannot do, and start them."""
+"""Start the processes of `--nproc`, after refusing what several processes cannot do."""
 
 from __future__ import annotations
 

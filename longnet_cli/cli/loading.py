@@ -1,4 +1,4 @@
-"""What `--model` and `--tokenizer` name: loaded for the commands that read with a model, and never written over."""
+"""Load what `--model` and `--tokenizer` name, for the commands that read with a model, and never written over."""
 
 from __future__ import annotations
 

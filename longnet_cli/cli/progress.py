@@ -1,4 +1,4 @@
-"""How far a long job is, on stderr: a bar on a terminal, otherwise a plain line every half minute."""
+"""Progress of a long job, on stderr: a bar on a terminal, otherwise a plain line every half minute."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class _Meter:
         self.done = start
         self.began = time.monotonic()
         self.fields: dict[str, object] = {}
-        self.marks = deque([(self.began, start)])  # (time, done), one a second, of the last minute
+        self.marks = deque([(self.began, start)])  # (time, done), one per second, of the last minute
 
     def advance(self, amount: int, **fields: object) -> None:
         self.done += amount

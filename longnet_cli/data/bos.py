@@ -1,4 +1,4 @@
-"""What a model reads before each document, and where its own texts end: as its tokenizer and its configuration say.
+"""Ids that a model reads before each document and ends its texts with, by its tokenizer and its configuration.
 
 `--bos` says the first otherwise.
 """

@@ -1,4 +1,4 @@
-"""Which column of a table holds the documents, and of what type their tokens are."""
+"""Choose the column of a table that holds the documents, and check the type of their tokens."""
 
 import pyarrow as pa
 
@@ -66,7 +66,7 @@ def _choose(table: Table, column: str | None, text_only: bool) -> str:
 
 
 class TokenTypes:
-    """That all inputs hold one type of token: int32 beside int64 is mostly two tokenizers, or a mistake."""
+    """Check that all inputs hold one type of token: int32 beside int64 is mostly two tokenizers, or a mistake."""
 
     def __init__(self) -> None:
         self.first: tuple[str, pa.DataType] | None = None

@@ -1,4 +1,4 @@
-"""Which files of a folder, here or in a store, are its data: the shards of a data set in its order, or every text."""
+"""Find the data files of a folder, here or in a store: the shards of a data set in its order, or every text."""
 
 import json
 import re

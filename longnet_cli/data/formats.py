@@ -1,4 +1,4 @@
-"""What is in a file: Arrow IPC file or stream, Parquet, JSON Lines or UTF-8 text, seen from its bytes, not its name.
+"""Open a file by its contents: Arrow IPC file or stream, Parquet, JSON Lines or UTF-8 text, whatever its name.
 
 A new format is one more case in `open_source`. Every failure is one line that names the file and the batch.
 """

@@ -1,4 +1,4 @@
-"""Which files an input names: a file, a folder, a glob, an @list or stdin, in a stable, natural order."""
+"""Find the files that an input names: a file, a folder, a glob, an @list or stdin, in a stable, natural order."""
 
 import glob
 import hashlib

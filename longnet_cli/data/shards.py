@@ -35,7 +35,7 @@ MANIFEST_VERSION = 1
 
 @dataclass
 class Manifest:
-    """What a folder of shards says about itself.
+    """The manifest of a folder of shards.
 
     `settings` is whatever decides the bytes of the shards: inputs and options. `shards` has a dict a shard, in order:
     `name`, `rows`, and the counts that were given to `ShardFolder.write`, `documents` among them. `skipped` documents

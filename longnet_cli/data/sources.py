@@ -177,7 +177,7 @@ class _Columns(NamedTuple):
 
 
 class _Label(NamedTuple):
-    """Where a row belongs: its number, its document, and its place in that one; what a table does not say is None."""
+    """The place of a row: its number, its document, and its part of it; None for what a table does not say."""
 
     row: int
     doc_id: str | None

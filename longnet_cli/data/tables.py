@@ -1,4 +1,4 @@
-"""What an opened input is: one text, or a table of batches; and a pipe that both can be read from."""
+"""Opened inputs: one text, or a table of batches; and a pipe that both can be read from."""
 
 import sys
 from collections.abc import Callable, Iterator

@@ -179,7 +179,7 @@ class Tokenizer:
                     yield owner, np.frombuffer(data, np.uint8).astype(np.int32), len(data)
             return
         for owners, pieces in self._groups(texts):
-            # No name for the encodings, which take 100 bytes a token: they go before the next group is encoded.
+            # No name for the encodings, which take 100 bytes per token: they go before the next group is encoded.
             for owner, piece, encoding in zip(
                 owners, pieces, self._inner.encode_batch_fast(pieces, add_special_tokens=False), strict=True
             ):
@@ -217,7 +217,7 @@ class Tokenizer:
         if lengths is None:
             return None
         total = 0
-        for start in range(0, len(ids), GROUP):  # blocks, as a lookup takes 8 bytes a token
+        for start in range(0, len(ids), GROUP):  # blocks, as a lookup takes 8 bytes per token
             block = ids[start : start + GROUP]
             if block.max() >= self.vocab_size:
                 return None

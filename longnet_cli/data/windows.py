@@ -31,7 +31,7 @@ LONGEST_PERIOD = 10_000  # windows after which a mix may repeat: its table is ma
 
 
 class TokenStream:
-    """The tokens `eos doc eos doc ...` of one source, by position. Holds 8 bytes a document, and no token."""
+    """The tokens `eos doc eos doc ...` of one source, by position. Holds 8 bytes per document, and no token."""
 
     def __init__(self, documents: Sequence[Document], eos_id: int) -> None:
         self.documents, self.eos_id = documents, eos_id
@@ -87,7 +87,7 @@ class Batch:
 
 
 class Mix:
-    """Which source window n comes from: after any n, each source had less than one window more or less than its share.
+    """A rule for the source of window n: after any n, each source had less than one window more or less than its share.
 
     The order repeats with a period, the sum of the weights as whole numbers in lowest terms (0.7 and 0.3: 10).
     """
@@ -130,7 +130,7 @@ class _Epoch:
 
     The windows are numbered along the stream and grouped in blocks of neighbours. The blocks are shuffled; then, in
     pools of POOL_BLOCKS, all windows of the pool. So a batch is drawn from all over the stream, while reads fall on
-    few places at a time, each of which is read from end to end. Memory: a number a block and a number a pool's window.
+    few places at a time, each read from end to end. Memory: a number per block and a number per window of a pool.
     """
 
     def __init__(self, key: tuple[int, int, int], stream_len: int, seq_len: int) -> None:

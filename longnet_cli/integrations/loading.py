@@ -59,7 +59,7 @@ def load_trainable(folder: Path, config: TransformersConfig, lora: Mapping[str, 
 
 
 def saved_bytes(folder: Path, lora: Mapping[str, Any] | None, dtype: str) -> tuple[int, int]:
-    """(bytes a layer, bytes besides) that a token leaves for the backward of a model of transformers."""
+    """(bytes per layer, bytes besides) that a token leaves for the backward of a model of transformers."""
     from longnet_cli.integrations import saved
 
     return saved.saved_bytes(folder, lora, dtype)

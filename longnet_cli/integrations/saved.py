@@ -1,4 +1,4 @@
-"""What a model of transformers saves for its backward, counted on one and two of its layers."""
+"""Bytes that a model of transformers saves for its backward, counted on one and two of its layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOKENS = 64
 
 
 def saved_bytes(folder: str | Path, lora: Mapping[str, Any] | None, dtype: str) -> tuple[int, int]:
-    """(bytes a layer, bytes besides) that a token leaves for the backward; `dtype` as in `runtime.device`.
+    """(bytes per layer, bytes besides) that a token leaves for the backward; `dtype` as in `runtime.device`.
 
     Two layers of the model are made, in memory that is never written to, so that it costs none. What does not grow
     with the tokens (weights, their casts) is left out.

@@ -58,7 +58,7 @@ class _Part(NamedTuple):
 
 
 class Memory(CacheLayerMixin):
-    """What one layer remembers: a KVCache for the rows of each first column; `position` columns so far.
+    """The cache of one layer: a KVCache for the rows of each first column; `position` columns so far.
 
     `waits` tells that new keys were handed out, and that no attention has taken them in yet.
     """

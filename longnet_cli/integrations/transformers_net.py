@@ -338,7 +338,7 @@ def _reach(pattern: Pattern) -> int:
 
 
 def _too_wide(model: hf.PreTrainedModel, pattern: Pattern) -> str | None:
-    """What to say where the first level shows distances that the model has never seen."""
+    """Return a warning for patterns whose first level shows distances that the model has never seen."""
     trained = getattr(model.config, "max_position_embeddings", None)
     if not trained or _reach(pattern) <= trained or _positions(model):
         return None

@@ -1,4 +1,4 @@
-"""What defines a LongNet: sizes, the attention pattern, positions and norms. This is `config.json` of a model."""
+"""The configuration of a LongNet, `config.json` of a model: sizes, the attention pattern, positions and norms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether tensors are what they should be: unchanged since they were saved, of numbers, finite, as many as expected."""
+"""Checks of saved tensors: unchanged since they were saved, numbers, finite, and as many as expected."""
 
 from __future__ import annotations
 

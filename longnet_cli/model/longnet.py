@@ -31,7 +31,7 @@ from longnet_cli.model.weights import load_pretrained, save_pretrained
 
 
 class Placement(NamedTuple):
-    """Where tokens stand: what `LongNet.forward` and `dilated_attention` say of these arguments."""
+    """The places of tokens, as `LongNet.forward` and `dilated_attention` describe these arguments."""
 
     start: int = 0
     lengths: Sequence[int] | Tensor | None = None

@@ -1,4 +1,4 @@
-"""What the jobs ask of a net, whoever made it: hidden states of a chunk, the loss of tokens, and a few facts.
+"""The net as jobs see it, whoever made it: hidden states of a chunk, the loss of tokens, and a few facts.
 
 `LongNet` is one, `integrations.transformers_net.TransformersNet` the other. B batch, N tokens, H heads, D head dim.
 """
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import FarKeys, Pattern
 
-# Called once a layer with (layer index, k, v): this shard's keys, rotated, and values, (B, N, H, D) both, in the
+# Called once per layer with (layer index, k, v): this shard's keys, rotated, and values, (B, N, H, D) both, in the
 # autograd graph. Returns the far keys that the shard attends to in that layer. It may keep k and v for later shards.
 FarProvider = Callable[[int, Tensor, Tensor], Sequence[FarKeys]]
 

@@ -1,1 +1,1 @@
-"""Where and how a net runs: devices and precision, chunks of sequences longer than memory, ranks that share them."""
+"""The runtime of a net: devices and precision, chunks of sequences longer than memory, ranks that share them."""

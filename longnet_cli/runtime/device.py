@@ -1,4 +1,4 @@
-"""Which device, precision and attention kernel a job computes with."""
+"""The device, the precision and the attention kernel that a job computes with."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Parcel(NamedTuple):
 
 
 class Exchange:
-    """Who sends which rows to whom, for shards with these `edges`; called once a layer, with that layer's keys.
+    """The rows that ranks send each other, for shards with these `edges`; called once per layer, with its keys.
 
     `edges` are P + 1 positions: rank i holds [edges[i], edges[i + 1]), which may be empty. `cuts` are the positions at
     which documents begin: rows never cross them, and spans count from the begin of their document. With `cached`, every
@@ -136,7 +136,7 @@ class Exchange:
         return attended, got
 
     def maps(self, like: Tensor) -> _Maps:
-        """Where rows are, for keys like these (B, n, H, D); the same in all layers."""
+        """Return where rows are, for keys like these (B, n, H, D); the same in all layers."""
         batch, tokens, kv_heads, _ = like.shape
         key = batch, tokens, kv_heads, like.device
         if key not in self._maps:
@@ -207,7 +207,7 @@ class Exchange:
         return rows
 
     def _joined(self) -> list[Parcel]:
-        """What is received, where spans of one segment that lie side by side, whoever made them, are one."""
+        """Return the spans to receive; neighbours of one segment are one span, whoever made them."""
         found: list[Parcel] = []
         begin, _ = self._document(self.edges[self.rank])
         own = range(self.edges[self.rank] - begin, self.edges[self.rank + 1] - begin)

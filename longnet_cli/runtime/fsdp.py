@@ -5,7 +5,7 @@
                   (one all-gather)              out (one reduce-scatter)
 
 Between steps a rank of P has 1/P of the weights, gradients and optimizer states. During a step it has the weights and
-their gradients whole: with AdamW in fp32 that is 8 + 12/P bytes a parameter at the peak, in place of 16. So a step has
+their gradients whole: with AdamW in fp32 that is 8 + 12/P bytes per parameter at the peak, not 16. So a step has
 one gather and one sum of each block however many chunks and documents it has, and ranks whose batches are cut into
 different numbers of forwards still meet in the same collectives.
 

@@ -83,7 +83,7 @@ class Ranks:
 def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) -> tuple[Ranks, torch.device]:
     """Meet the other processes that torchrun started; alone, there is nothing to do.
 
-    `sp` and `dp` default to all ranks in one sequence. NCCL between GPUs, one a process (LOCAL_RANK); gloo between
+    `sp` and `dp` default to all ranks in one sequence. NCCL between GPUs, one per process (LOCAL_RANK); gloo between
     hosts. Raises ConfigError, on every rank and before any work, for a mesh that is not the job's.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""What a recipe must satisfy besides its own fields: its tokenizer, and the ranks that share its work."""
+"""Checks of a recipe beyond its own fields: its tokenizer, and the ranks that share its work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe will take, before it starts: parameters, memory by kind, FLOPs, time. `longnet train --dry-run`.
+"""The estimate of `longnet train --dry-run`: parameters, memory by kind, FLOPs and time of a recipe.
 
 All but the time is arithmetic; nothing of the recipe's size is allocated. Memory is that of one rank, as if everything
 were held at one time, which is so whenever a step has more than one chunk.
@@ -279,7 +279,7 @@ def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
 
 
 def _computed_again(recipe: Recipe, stage: Stage, ranks: Ranks) -> float:
-    """FLOPs a token that the backward repeats: the layers of all chunks but the last, logits past their limit."""
+    """FLOPs per token that the backward repeats: the layers of all chunks but the last, logits past their limit."""
     config, chunk = recipe.model, recipe.train.chunk * ranks.sp
     share = (-(-stage.seq_len // chunk) - 1) * chunk / stage.seq_len
     layers = _layers(config) + _attention(config, stage.seq_len) / stage.seq_len

@@ -1,4 +1,4 @@
-"""How well a net in training predicts held-out documents, by the objective it is trained with."""
+"""The loss of a net in training on held-out documents, by the objective it is trained with."""
 
 from __future__ import annotations
 

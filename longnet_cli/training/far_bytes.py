@@ -1,4 +1,4 @@
-"""What chunks of a training sequence keep for each other, in bytes: rows that later ones see, and their gradients."""
+"""Bytes that chunks of a training sequence keep for each other: rows that later ones see, and their gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longnet_cli.runtime.mapped import aligned
 
 
 class FarBytes(NamedTuple):
-    """What chunks of one sequence keep for each other: `stored` is flat where it is spilled, `passing` is not.
+    """Bytes that chunks of one sequence keep for each other: `stored` is flat where it is spilled, `passing` is not.
 
     `stored`: keys and values that later chunks see, till the backward has passed them, and sums of their gradients, on
     their way back. `passing`: what one chunk and layer makes of its far rows beside those, and on a GPU copies of them.

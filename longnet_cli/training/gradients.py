@@ -101,7 +101,7 @@ def _nll(
 
 
 class _Forward(NamedTuple):
-    """What goes through the net at once: runs (row, start, stop) of the batch, as `Pieces` takes them.
+    """The tokens that go through the net at once: runs (row, start, stop) of the batch, as `Pieces` takes them.
 
     `documents` are their lengths where a row has several.
     """

@@ -56,7 +56,7 @@ OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did; `loss` is the last reported mean, nats a token, NaN where nothing was left to do."""
+    """The result of a run; `loss` is the last reported mean, nats per token, NaN where nothing was left to do."""
 
     steps: int
     tokens: int
@@ -66,7 +66,7 @@ class TrainResult:
 
 @dataclass
 class Progress:
-    """How far a run is, as of its last whole step: what state.json says besides the recipe."""
+    """The progress of a run at its last whole step: the part of state.json that is not the recipe."""
 
     step: int = 0
     reported: int = 0  # the last step whose line of metrics is written, with its evaluation

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, one line every few steps."""
+"""The report of a run: metrics.jsonl, one line every few steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from longnet_cli.scoring import Score
 
 @dataclass(frozen=True)
 class Metrics:
-    """Means over the steps since the last line: loss in nats a token, the gradient's norm before clipping.
+    """Means over the steps since the last line: loss in nats per token, the gradient's norm before clipping.
 
     `mfu` is the share of the matrix product rate of all ranks that the net's FLOPs, forward and backward, make, over
     documents as long as they are; None where that rate is unknown, or lower than the run's own, as it was measured

@@ -1,4 +1,4 @@
-"""What defines a training run: one TOML file, checked as a whole. Precedence: default < file < `--set` and flags."""
+"""The definition of a training run: one TOML file, checked as a whole. Order: default < file < `--set` and flags."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class MixedInputs(Table):
 
 
 class DataRecipe(Table):
-    """Where tokens come from; `tokenizer` is `bytes`, a file or a folder.
+    """The source of tokens; `tokenizer` is `bytes`, a file or a folder.
 
     Either `train`, inputs as on any command line, or `[[data.mix]]`, a table for each of several sources. The weights
     need not sum to 1: 0.7 and 0.3 are 7 and 3. A source that runs out begins anew, whatever the others do. A recipe
@@ -128,7 +128,7 @@ class TrainRecipe(Table):
     activation_checkpointing: bool = False  # compute each layer again in the backward: less memory, a forward more
     compile: bool = False  # each layer, with torch.compile
     seed: int = Field(default=0, ge=0, lt=2**62)
-    loss_jump: float = Field(default=5.0, gt=0)  # nats a token over the lowest mean so far at which a run stops
+    loss_jump: float = Field(default=5.0, gt=0)  # nats per token over the lowest mean so far at which a run stops
     log_every: int = Field(default=10, gt=0)
     evaluate_every: int = Field(default=500, gt=0)  # steps, where there is data.held_out
     save_every: int = Field(default=500, gt=0)  # steps between checkpoints
@@ -156,7 +156,7 @@ class TrainRecipe(Table):
 
 
 class ParallelRecipe(Table):
-    """How the processes of a torchrun job share the work: `sp` share a sequence, `dp` groups of them the sequences.
+    """The shares of processes in a torchrun job: `sp` share a sequence, and `dp` groups of them share the sequences.
 
     By default all share a sequence. `shard = "full"` gives each process a part of the weights, gradients and optimizer
     state (FSDP2), "none" all of them.

@@ -1,4 +1,4 @@
-"""How a run starts: with which recipe, in which folder, from which checkpoint."""
+"""The start of a run: its recipe, its folder, its checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run's metrics go besides metrics.jsonl: TensorBoard, Weights & Biases. Each is an extra to install."""
+"""Trackers that get a run's metrics besides metrics.jsonl: TensorBoard, Weights & Biases. Each is an extra."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from longnet_cli.errors import ConfigError
 
 
 class Tracker(Protocol):
-    """What every tracker offers."""
+    """The interface of every tracker."""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Take the metrics of a step; what is not a number is left out."""
