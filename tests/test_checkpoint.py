@@ -217,7 +217,7 @@ def test_all_damaged(stopped: tuple[Recipe, Path, bytes]) -> None:
     found, run, _ = stopped
     for path in checkpoints_in(run / "checkpoints"):
         (path / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no checkpoint is undamaged, of 2"):
+    with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
         train(found, run)
     with pytest.raises(ConfigError, match="already holds a run"):
         train(found, run, resume=False)

@@ -376,7 +376,7 @@ def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Zone]:
         zones = [_Zone(0, w, 0, w, True, True), _Zone(0, w, -b * w, 0, False, False)]
     else:
         zones = [_Zone(0, w, -b * w, (b + 1) * w, False, True)]
-    if w % pattern.dilation_rates[level]:  # rows begin anew in every segment: no view shows those of two
+    if w % pattern.dilation_rates[level]:  # rows start again in every segment: no view shows those of two
         zones = [
             zone._replace(low=max(zone.low, s), high=min(zone.high, s + w), own=zone.own and s == 0)
             for zone in zones

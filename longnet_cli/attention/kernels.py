@@ -135,7 +135,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None = None) -> Kernel:
-    """The kernel for such tensors: the one named by `name` or LONGNET_KERNEL, else the first that works.
+    """The kernel for such tensors: the one named by `name` or LONGNET_KERNEL, otherwise the first that works.
 
     Raises ValueError for a name that does not exist or cannot serve. A kernel that the machine should have but that
     fails its probe is passed over with a warning; one that fails with packed sequences alone does not pack.
@@ -169,7 +169,7 @@ def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str |
     if kernel.name == "math" and device.type == "cuda":
         warnings.warn(
             f"attention in {dtype} on {device} falls back to plain math, slow and with every score in memory: "
-            "use bf16, fp16 or fp32, or LONGNET_KERNEL=math to say that it is meant",
+            "use bf16, fp16 or fp32, or set LONGNET_KERNEL=math to accept that",
             stacklevel=2,
         )
     return _without_failing_packs(kernel, device, dtype, head_dim)

@@ -104,7 +104,7 @@ def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
 
 
 def _transformers(s: Settings, impl: str, seq: int, folder: Path) -> TransformersNet:
-    """A model of transformers with the pattern that is asked for, else its own; its dense twin is as it comes."""
+    """A model of transformers with the pattern that is asked for, otherwise its own; its dense twin is as it comes."""
     own = "dilated_attention" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     pattern = Pattern.dense() if impl == "dense" else None if own and s.pattern is None else s.pattern_for(seq)
     net = cast("TransformersNet", _loaded(folder, pattern=pattern, device=s.device, dtype=DTYPES[s.dtype]))

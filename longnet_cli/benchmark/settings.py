@@ -121,7 +121,7 @@ class Settings(BaseModel):
         return self
 
     def pattern_for(self, seq: int, own: Pattern | None = None) -> Pattern:
-        """The pattern that is asked for, else the model's `own`, else what suits `seq` tokens."""
+        """The pattern that is asked for, otherwise the model's `own`, otherwise what suits `seq` tokens."""
         if isinstance(self.pattern, Pattern):
             return Pattern((seq,), (1,)) if self.pattern == Pattern.dense() else self.pattern
         if self.pattern is None and own is not None:

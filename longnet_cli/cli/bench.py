@@ -85,7 +85,9 @@ def bench(
     heads: Annotated[int | None, option(SHAPE, "--heads", "N", "Use N heads.", "12, or 2 *")] = None,
     head_dim: Annotated[int | None, option(SHAPE, "--head-dim", "N", "Set their size.", "64, or 32 *")] = None,
     batch: Annotated[int, option(SHAPE, "--batch", "N", "Run N sequences at a time.")] = 1,
-    causal: Annotated[bool, option(SHAPE, "--causal/--bidirectional", None, "Set who sees whom.", "causal")] = True,
+    causal: Annotated[
+        bool, option(SHAPE, "--causal/--bidirectional", None, "Look back only, or both ways.", "causal")
+    ] = True,
     pattern: Annotated[
         str | None,
         option(

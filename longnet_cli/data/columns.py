@@ -26,7 +26,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def choose_column(table: Table, column: str | None, *, text_only: bool = False) -> str:
-    """The column of documents: the one asked for, else the one list of ids, else the one flat or text column.
+    """The column of documents: the one asked for, otherwise the one list of ids, otherwise the one flat or text column.
 
     Raises ConfigError, listing the columns, when none or several would do, DataError where its name is that of several.
     """

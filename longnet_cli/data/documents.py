@@ -80,7 +80,7 @@ class Document:
         return self.read()
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The ids [start, stop), bounds as in a Python slice, as a (stop - start,) int64 copy of one's own.
+        """The ids [start, stop), bounds as in a Python slice, as an (stop - start,) int64 copy.
 
         Raises DataError, naming file, row and offset in the row, for an id that is null, negative or too large, and,
         naming file and row, for a file that has changed since it was opened.

@@ -11,7 +11,7 @@ JSON_SUFFIXES = (".jsonl", ".ndjson")
 
 
 def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> list[str]:
-    """Of all files below a folder the shards of a data set in its own order, or else every text, naturally sorted.
+    """Of all files below a folder the shards of a data set in its own order, otherwise every text, naturally sorted.
 
     What `longnet` wrote below it, a data set or a run, is passed over where there is anything else: it may be what is
     being written.

@@ -89,7 +89,7 @@ def _copy(pipe: Pipe) -> int:
 
 
 def _open_text(source: Source, pipe: Pipe, column: str | None) -> Text | Table:
-    """JSON Lines, or else one document, byte for byte: no newline translation, no normalisation."""
+    """JSON Lines, otherwise one document, byte for byte: no newline translation, no normalisation."""
     table = open_json_lines(source, pipe, column)
     if table:
         return table

@@ -16,7 +16,7 @@ from longnet_cli.errors import ConfigError, DataError, LongNetError, MemoryLimit
 
 
 def connect(uri: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a URI and the path on it: pyarrow's own, else fsspec's.
+    """The filesystem of a URI and the path on it: pyarrow's own, otherwise fsspec's.
 
     Raises ConfigError when neither knows the scheme, saying what to install.
     """

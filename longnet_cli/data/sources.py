@@ -53,8 +53,8 @@ def read_documents(
 
     Text needs the tokenizer. A row is a document, and neighbouring rows of a file with one `doc_id` are one: a `part`
     column beside it must then count 0, 1, 2, .... A flat integer column is cut at `eos_id` (without it, the
-    tokenizer's, else the one in the file's metadata). `Document.read` checks ids against `vocab_size` (without it, the
-    tokenizer's, else the file's metadata).
+    tokenizer's, otherwise the one in the file's metadata). `Document.read` checks ids against `vocab_size`
+    (without it, the tokenizer's, otherwise the file's metadata).
 
     Raises ConfigError for a missing tokenizer or column or for another tokenizer than the one that made the tokens,
     DataError for missing, empty or damaged data and for inputs with different types of token.

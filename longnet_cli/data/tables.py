@@ -118,6 +118,6 @@ def reading(what: str, row: int | None = None) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message that says anything, else its type."""
+    """The first line of an error's message that says anything, otherwise its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

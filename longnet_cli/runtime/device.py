@@ -31,7 +31,7 @@ def select_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
-    """`--dtype`, where auto is bf16 on a GPU that has it, else fp32."""
+    """`--dtype`, where auto is bf16 on a GPU that has it, otherwise fp32."""
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
@@ -103,7 +103,7 @@ def set_random_state(state: Sequence[torch.Tensor], device: torch.device) -> Non
 
 
 def resident_memory(device: torch.device) -> int:
-    """Bytes that this process holds now: of the GPU's memory, or else of the machine's (0 where it does not say)."""
+    """Bytes that this process holds now: of the GPU's memory, otherwise of the machine's (0 where it does not say)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:

@@ -9,7 +9,7 @@ their gradients whole: with AdamW in fp32 that is 8 + 12/P bytes per parameter a
 one gather and one sum of each block however many chunks and documents it has, and ranks whose batches are cut into
 different numbers of forwards still meet in the same collectives.
 
-Every function here is for both kinds, and for one process; all ranks call it together. The net knows of nothing.
+Every function here is for both kinds, and for one process; all ranks call it together. The net does not know of them.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
 
 def whole_state(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """The state dict with whole tensors, for `save_pretrained(..., state_dict=)`: on the CPU of rank 0, else empty."""
+    """The state dict with whole tensors, for `save_pretrained(..., state_dict=)`: on rank 0's CPU, empty elsewhere."""
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         whole = whole_tensor(tensor)  # one at a time

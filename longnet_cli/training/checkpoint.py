@@ -138,7 +138,7 @@ def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) 
         return found[chosen]
     if found:
         raise CheckpointError(
-            f"{folder}: no checkpoint is undamaged, of {len(found)}; begin anew with -o and another folder"
+            f"{folder}: all {len(found)} checkpoints are damaged; start again with -o and another folder"
         )
     return None
 

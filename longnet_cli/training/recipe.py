@@ -42,7 +42,7 @@ class DataRecipe(Table):
     """The source of tokens; `tokenizer` is `bytes`, a file or a folder.
 
     Either `train`, inputs as on any command line, or `[[data.mix]]`, a table for each of several sources. The weights
-    need not sum to 1: 0.7 and 0.3 are 7 and 3. A source that runs out begins anew, whatever the others do. A recipe
+    need not sum to 1: 0.7 and 0.3 are 7 and 3. A source that runs out starts again; the others continue. A recipe
     may leave both out, as most shipped ones do: then `--data` must say.
     """
 
@@ -213,7 +213,7 @@ class Recipe(Table):
 
 
 class LoraRecipe(Table):
-    """Matrices of `rank` beside those that are named in `target_modules`, else beside all of the layers (peft).
+    """Matrices of `rank` beside those that are named in `target_modules`, otherwise beside all of the layers (peft).
 
     What they add is scaled by alpha / rank.
     """
