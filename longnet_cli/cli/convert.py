@@ -38,8 +38,7 @@ def convert(
 ) -> None:
     """Turn a GGUF file into a folder of transformers, which any tool loads, or write a LongNet in another type.
 
-    What a file holds is seen from its first bytes. Quantized weights are written out as plain numbers.
-    GGUF needs an extra: pip install 'longnet-cli[gguf]'.
+    The first bytes of a file tell its kind. Quantized weights become plain numbers. GGUF needs the extra `gguf`.
     """
     from longnet_cli.integrations.converting import convert as run
 

@@ -112,8 +112,9 @@ def generate(
 ) -> None:
     """Continue texts of any length with a model, token by token; stdout gets the new text alone.
 
-    The likeliest token is taken each time, unless you give --temperature. A text ends at the model's end-of-text token,
-    at a --stop text, or after --max-tokens. A token costs the same time and memory at any position.
+    The likeliest token is taken each time, unless you give --temperature.
+    A text ends at the model's end-of-text token, at a --stop text, or after --max-tokens.
+    A token costs the same time and memory at any position.
     """
     from longnet_cli.errors import ConfigError
 

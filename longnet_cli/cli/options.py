@@ -177,7 +177,7 @@ DilationRatesOption = Annotated[
     Sequence[int] | None, sizes_option(PATTERN, "--dilation-rates", "Set one rate per segment length.")
 ]
 ResumeOption = Annotated[
-    bool, option(OUTPUT, "--resume", None, "Go on with the run in the output folder. Give the same inputs and options.")
+    bool, option(OUTPUT, "--resume", None, "Continue the run in the output folder. Give the same inputs and options.")
 ]
 DeviceOption = Annotated[
     str,

@@ -92,7 +92,7 @@ def train(
             OUTPUT,
             "--resume",
             "[PATH]",
-            "Go on with the run in the output folder, or from PATH: another run, or a checkpoint.",
+            "Continue the run in the output folder, or from PATH: another run, or a checkpoint.",
             "the output folder's run, if any",
             parser=read_resume,
         ),
@@ -147,7 +147,7 @@ def train(
 ) -> None:
     """Train a model by a recipe.
 
-    A stopped run goes on with the same command, or with `longnet train -o DIR`. It runs under torchrun, too.
+    The same command continues a stopped run, and so does `longnet train -o DIR`. It runs under torchrun, too.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it waits until the run listens, and would kill before
     launch(nproc)
