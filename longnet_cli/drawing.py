@@ -80,7 +80,7 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path, *, c
         from matplotlib.patches import Patch
     except ImportError:
         raise LongNetError(
-            "pictures need matplotlib: pip install 'longnet-cli[plot]'; without -o none is needed"
+            "pictures need matplotlib: pip install 'longnet-cli[plot]'; leave out -o to draw in the terminal"
         ) from None
     figure = Figure(figsize=(4.2 * len(subjects), 4.6), layout="constrained")
     for axes, subject in zip(figure.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True):

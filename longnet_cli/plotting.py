@@ -128,7 +128,7 @@ def draw_picture(runs: Sequence[Run], output: str | Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise LongNetError(
-            "pictures need matplotlib: pip install 'longnet-cli[plot]'; without -o none is needed"
+            "pictures need matplotlib: pip install 'longnet-cli[plot]'; leave out -o to draw in the terminal"
         ) from None
     figure = Figure(figsize=(7, 2.4 * len(found) + 0.3), layout="constrained")
     for axes, panel in zip(figure.subplots(len(found), sharex=True, squeeze=False)[:, 0], found, strict=True):

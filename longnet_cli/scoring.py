@@ -97,13 +97,14 @@ def score(
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be 1 or more, not {value}")
     if not contexts or len(set(contexts)) < len(contexts):
-        raise ConfigError(f"contexts must differ from each other, not be {', '.join(map(str, contexts))}")
+        raise ConfigError(f"each context may be given once: {', '.join(map(str, contexts))}")
     if stride and (small := [each for each in contexts if each is None or each < stride]):
         raise ConfigError(
-            f"a stride of {stride} tokens needs a context" + (f" of as many, not {small[0]}" if small[0] else "")
+            f"a stride of {stride} tokens needs a context"
+            + (f" of {stride} or more, not {small[0]}" if small[0] else "")
         )
     if on_tokens and len(contexts) > 1:
-        raise ConfigError("log-probabilities of tokens are those of one context: give one")
+        raise ConfigError("log-probabilities of tokens need one context: give only one")
     if device is not None:
         model.to(device)
     reader = Reader(model, chunk=chunk, dtype=dtype, ranks=ranks, on_progress=on_progress)
@@ -263,7 +264,7 @@ class _Scorer:
                 yield tally.result()
         if scored == 0:
             if self.cut.last:
-                raise DataError(f"no token could be scored: no document has {self.cut.least} tokens")
+                raise DataError(f"no token could be scored: no document has {self.cut.least} tokens or more")
             raise DataError(
                 "no token could be scored: every document is empty or left out"
                 if bos_ids(self.bos)

@@ -231,7 +231,7 @@ def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path)
         assert (tmp_path / name / "model.safetensors").read_bytes() == weights
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
         train(found, tmp_path / "c", resume=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"recipe\.toml: neither a run nor a checkpoint.* write --resume last"):
+    with pytest.raises(ConfigError, match=r"recipe\.toml: neither a run nor a checkpoint.* put --resume at the end"):
         prepare_run(None, {}, run, resume="recipe.toml")
     for resume, output in ((True, run), (str(run), tmp_path / "c"), (older, tmp_path / "c")):
         assert prepare_run(None, {}, output, resume=resume) == found

@@ -96,7 +96,7 @@ def test_a_name_of_a_file_is_a_text_and_said_to_be_one(model: Path, run_longnet:
     ("arguments", "code", "message"),
     [
         (["x", "-i", "y.txt"], 2, "PROMPT and --input are both given"),
-        (["x", "--top-p", "0.9"], 2, "--top-p draws tokens, and the temperature is 0"),
+        (["x", "--top-p", "0.9"], 2, "--top-p needs a temperature above 0"),
         (["x", "--seed", "-1"], 2, "--seed -1 is not a number from 0"),
         (["x", "--temperature", "-1"], 2, "temperature must be 0 or more"),
         (["x", "--chat"], 2, "no chat template"),

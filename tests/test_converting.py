@@ -32,7 +32,7 @@ def test_a_longnet_is_written_with_other_weights(run_longnet: RunLongnet, tmp_pa
     [
         (["longnet-tiny"], 2, "give --dtype"),
         (["longnet-nosuch", "--dtype", "bf16"], 4, "no such file"),
-        (["llama", "--dtype", "bf16"], 2, "already a folder of transformers"),
+        (["llama", "--dtype", "bf16"], 2, "already a Hugging Face model folder"),
     ],
 )
 def test_what_is_not_converted(run_longnet: RunLongnet, tmp_path: Path, words: list[str], code: int, line: str) -> None:

@@ -73,7 +73,7 @@ def test_a_kernel_that_computes_wrongly_is_passed_over(monkeypatch: pytest.Monke
     flash = kernels.KERNELS["cpu_flash"]
     backward = flash.backward
     monkeypatch.setattr(flash, "backward", lambda *a: tuple(1.1 * x for x in backward(*a)))
-    with pytest.warns(UserWarning, match="'cpu_flash' is passed over: its dq is off"):
+    with pytest.warns(UserWarning, match="'cpu_flash' is not used: its dq is off"):
         assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
     with pytest.raises(ValueError, match="cannot run here: its dq is off"):
         kernels.select_kernel(CPU, torch.float32, 16, "cpu_flash")
@@ -87,7 +87,7 @@ def test_a_kernel_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError
 
     monkeypatch.setattr(kernels.KERNELS["cpu_flash"], "forward", forward)
-    with pytest.warns(UserWarning, match="'cpu_flash' is passed over: AssertionError: no reason given"):
+    with pytest.warns(UserWarning, match="'cpu_flash' is not used: AssertionError: no reason given"):
         assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
 
 

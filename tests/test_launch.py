@@ -217,7 +217,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     job.send_signal(signal.SIGTERM)  # to torchrun, which passes it on
     _, stderr = job.communicate(timeout=60)
     assert job.returncode != 0
-    assert f"going on after step {saved}\n" in stderr
+    assert f"continuing after step {saved}\n" in stderr
     assert f"stopped, and saved in {folder}/run: the same command goes on" in stderr
     assert "longnet: error" not in stderr
     steps = [json.loads(line)["step"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]

@@ -37,7 +37,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("inputs", [["a.arrow"], ["b.arrow", "a*.arrow"], ["file://{}/a.arrow"], ["soft.arrow"]])
 def test_a_file_is_known_by_every_name(files: Path, output: str, inputs: list[str]) -> None:
     inputs = [item.format(files) for item in inputs]
-    with pytest.raises(ConfigError, match=r"^-o .*arrow is .*arrow, which is read: name another output$"):
+    with pytest.raises(ConfigError, match=r"^-o .*arrow is .*arrow, which this command reads: name another output$"):
         refuse_overwriting("-o", [output], inputs)
     refuse_overwriting("-o", ["b.arrow.new", "new"], inputs)
 
@@ -55,7 +55,7 @@ def test_a_file_is_known_by_every_name(files: Path, output: str, inputs: list[st
     ],
 )
 def test_lists_folders_and_models_count(files: Path, output: str, inputs: list[str], also: list[Path | None]) -> None:
-    with pytest.raises(ConfigError, match=r"^-o .* (is|holds) .*, which is read: name another output$"):
+    with pytest.raises(ConfigError, match=r"^-o .* (is|holds) .*, which this command reads: name another output$"):
         refuse_overwriting("-o", [output], inputs, also)
 
 

@@ -86,8 +86,8 @@ def test_rows_before() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (((8, 16), (1,)), "one entry a level"),
-        (((), ()), "one entry a level"),
+        (((8, 16), (1,)), "one entry per level"),
+        (((), ()), "one entry per level"),
         (((0,), (1,)), "at least 1"),
         (((8,), (0,)), "at least 1"),
         (((8,), (1,), "blocked"), "head_offsets"),

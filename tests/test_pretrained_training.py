@@ -181,7 +181,7 @@ def test_lora_leaves_the_merged_model_and_the_adapter(llama: Path, corpus: Path,
     other = hf.AutoModelForCausalLM.from_pretrained(llama)
     torch.nn.init.normal_(other.lm_head.weight)
     other.save_pretrained(llama)
-    with pytest.raises(ConfigError, match="beside other weights"):
+    with pytest.raises(ConfigError, match="with other weights"):
         train(found, tmp_path / "run")
 
 

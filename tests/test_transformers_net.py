@@ -356,7 +356,7 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         ({"hidden_size": "many"}, "config.json: "),
         ({"architectures": ["BertModel"]}, "does not know the architecture BertModel"),
         ({"architectures": ["pipeline"]}, "does not know the architecture pipeline"),
-        ({"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}}, "one entry a level"),
+        ({"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}}, "one entry per level"),
         ({"dilated_attention": {"segment_lengths": "8", "dilation_rates": [1]}}, "segment_lengths needs whole numbers"),
         ({"dilated_attention": [8, 1]}, "dilated_attention in the model's config: a table of "),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type dynamic"),
@@ -410,7 +410,7 @@ def test_options_that_are_refused(folder: Path, encoder: Path, tmp_path: Path) -
     text = folder / "text.txt"
     shards = refused("encode", text, "--model", folder, *OPTIONS, "-o", tmp_path / "x.arrow", "--shard-rows", "5")
     assert "--shard-rows is for a folder of shards" in str(shards)
-    assert "one entry a level" in str(refused("score", text, "--model", folder, "--segment-lengths", "8"))
+    assert "one entry per level" in str(refused("score", text, "--model", folder, "--segment-lengths", "8"))
     assert "in one process" in str(refused("score", text, "--model", folder, *OPTIONS, "--nproc", "2"))
     assert "bidirectional" in str(refused("score", text, "--model", encoder, *OPTIONS))
     (tmp_path / "long.txt").write_text("x" * 321)

@@ -293,7 +293,7 @@ def test_a_state_far_into_a_run_is_reached_at_once():
         ({"seed": 1}, ConfigError, "seed 1, not 0"),
         ({"seq_len": 9}, ConfigError, "seq_len 9, not 8"),
         ({"weights": [1, 2]}, ConfigError, "weights"),
-        ({"tokens": [102]}, DataError, "goes on with its own data"),
+        ({"tokens": [102]}, DataError, "restore the data"),
     ],
 )
 def test_a_state_of_another_run_is_refused(change, error, message):

@@ -165,10 +165,10 @@ def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str |
             failure = _probe(kernel, device, dtype, head_dim)
             if failure is None:
                 break
-            warnings.warn(f"attention kernel {kernel.name!r} is passed over: {failure}", stacklevel=2)
+            warnings.warn(f"attention kernel {kernel.name!r} is not used: {failure}", stacklevel=2)
     if kernel.name == "math" and device.type == "cuda":
         warnings.warn(
-            f"attention in {dtype} on {device} falls back to plain math, slow and with every score in memory: "
+            f"attention in {dtype} on {device} falls back to plain math, slow and with all scores in memory: "
             "use bf16, fp16 or fp32, or set LONGNET_KERNEL=math to accept that",
             stacklevel=2,
         )

@@ -216,7 +216,7 @@ def _select(device: torch.device, dtype: torch.dtype, head_dim: int, interpreted
         return None
     failure = _probe(one_pass, device, dtype, head_dim)
     if failure:
-        warnings.warn(f"branches are merged by operators of torch, not in one pass: {failure}", stacklevel=2)
+        warnings.warn(f"branches merge by operators of torch, more slowly than in one pass: {failure}", stacklevel=2)
     return None if failure else one_pass
 
 

@@ -95,7 +95,7 @@ class Pattern:
             self._set(name, _whole_numbers(name, getattr(self, name)))
         if not self.segment_lengths or len(self.segment_lengths) != len(self.dilation_rates):
             raise ValueError(
-                "segment_lengths and dilation_rates need one entry a level, "
+                "segment_lengths and dilation_rates need one entry per level, "
                 f"got {len(self.segment_lengths)} and {len(self.dilation_rates)}"
             )
         if len(self.segment_lengths) > MAX_LEVELS:

@@ -114,7 +114,7 @@ class _Bench:
             reason = f"needs {_gib(case.memory_bytes)} of memory, {_gib(free)} are free"
             return share, replace(case.row, status="skipped", reason=reason)
         if over_time > 1:
-            reason = f"takes about {seconds:.3g} s and may take {allowed:.3g} s"
+            reason = f"would take about {seconds:.3g} s, and {allowed:.3g} s are allowed"
             return share, replace(case.row, status="skipped" if dense else "stopped", reason=reason)
         return share, None
 

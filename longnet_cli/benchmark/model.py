@@ -62,7 +62,7 @@ def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
     """Loss and gradients of one sequence, by `s.chunk` tokens if that is given: a step less its update."""
     net = _net(s, impl, seq)
     if not isinstance(net, LongNet):
-        raise ConfigError(f"{s.model}: --op train measures LongNets; a model of transformers trains by itself")
+        raise ConfigError(f"{s.model}: --op train measures LongNets; a Hugging Face model trains by itself")
     chunk = min(s.chunk or seq, seq)
 
     def start() -> Callable[[], object]:
@@ -80,7 +80,7 @@ def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
 
 def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
-    """The net of a row, a LongNet on the meta device, a model of transformers with its weights."""
+    """The net of a row, a LongNet on the meta device, a Hugging Face model with its weights."""
     folder = find_model(s.model) if s.model is not None else None
     if folder and is_of_transformers(folder):
         return _transformers(s, impl, seq, folder)
@@ -104,7 +104,7 @@ def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
 
 
 def _transformers(s: Settings, impl: str, seq: int, folder: Path) -> TransformersNet:
-    """A model of transformers with the pattern that is asked for, otherwise its own; its dense twin is as it comes."""
+    """A Hugging Face model with the pattern that is asked for, otherwise its own; its dense twin is as it comes."""
     own = "dilated_attention" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     pattern = Pattern.dense() if impl == "dense" else None if own and s.pattern is None else s.pattern_for(seq)
     net = cast("TransformersNet", _loaded(folder, pattern=pattern, device=s.device, dtype=DTYPES[s.dtype]))

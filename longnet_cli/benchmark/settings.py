@@ -102,7 +102,9 @@ class Settings(BaseModel):
             if unknown := [name for name in names if name not in known]:
                 raise ValueError(f"{option} of --op {self.op} has no {unknown[0]!r}: choose from {', '.join(known)}")
         if self._named not in ("paper", "geometric", "given"):
-            raise ValueError(f"--pattern: {self.pattern!r} is unknown: choose from paper, geometric")
+            raise ValueError(
+                f"--pattern: {self.pattern!r} is unknown: write paper, geometric, or another of `longnet pattern`"
+            )
         net = self.op in ("model", "train")
         if self.model is not None and not net:
             raise ValueError(f"--op {self.op} has no model: --model is for --op model and train")

@@ -55,7 +55,7 @@ def bench(
     seq: Annotated[
         Sequence[int] | None, sizes_option(MEASURE, "--seq", "Measure sequences of these lengths.", "4Ki,8Ki,16Ki,32Ki")
     ] = None,
-    op: Annotated[str, option(MEASURE, "--op", "OP", "See above.")] = ("attention"),
+    op: Annotated[str, option(MEASURE, "--op", "OP", "Measure attention, model, train or exchange.")] = ("attention"),
     impl: Annotated[
         Sequence[str] | None,
         _words(
@@ -72,18 +72,22 @@ def bench(
             MEASURE,
             "--direction",
             "NAME,...",
-            "Run forward, or backward without it.",
+            "Time the forward, or the backward alone.",
             "forward; of train, backward",
         ),
     ] = None,
     repeats: Annotated[int, option(MEASURE, "--repeats", "N", "Repeat each row N times.")] = 3,
     max_time: Annotated[
         float | None,
-        option(MEASURE, "--max-time", "SECONDS", "Stop then.", "60 without --seq"),
+        option(MEASURE, "--max-time", "SECONDS", "Stop after this many seconds.", "60 without --seq"),
     ] = None,
-    max_dense_time: Annotated[float, option(MEASURE, "--max-dense-time", "SECONDS", "Skip longer dense runs.")] = 60.0,
+    max_dense_time: Annotated[
+        float, option(MEASURE, "--max-dense-time", "SECONDS", "Skip dense runs that would take more seconds than this.")
+    ] = 60.0,
     heads: Annotated[int | None, option(SHAPE, "--heads", "N", "Use N heads.", "12, or 2 *")] = None,
-    head_dim: Annotated[int | None, option(SHAPE, "--head-dim", "N", "Set their size.", "64, or 32 *")] = None,
+    head_dim: Annotated[
+        int | None, option(SHAPE, "--head-dim", "N", "Set the size of each head.", "64, or 32 *")
+    ] = None,
     batch: Annotated[int, option(SHAPE, "--batch", "N", "Run N sequences at a time.")] = 1,
     causal: Annotated[
         bool, option(SHAPE, "--causal/--bidirectional", None, "Look back only, or both ways.", "causal")
@@ -111,8 +115,10 @@ def bench(
     model: Annotated[
         str | None, option(MODEL, "--model -m", "NAME|DIR", "Measure a saved model.", "random weights")
     ] = None,
-    layers: Annotated[int | None, option(MODEL, "--layers", "N", "Give random weights N layers.", "2")] = None,
-    vocab: Annotated[int | None, size_option(MODEL, "--vocab", "Give random weights this vocabulary.", "256")] = None,
+    layers: Annotated[int | None, option(MODEL, "--layers", "N", "Use N layers, with random weights.", "2")] = None,
+    vocab: Annotated[
+        int | None, size_option(MODEL, "--vocab", "Use a vocabulary of this size, with random weights.", "256")
+    ] = None,
     format: Annotated[RowFormat, option(OUTPUT, "--format", "md|json|jsonl|csv", "Print rows in this format.")] = "md",
     nproc: NprocOption = None,
     device: DeviceOption = "auto",
@@ -130,7 +136,7 @@ def bench(
     --op attention is the operator alone; model, the forward of a model; train,
     its loss and gradients; exchange, what --nproc ranks send each other.
 
-    Rows that would not fit the free memory or the time are skipped and say so.
+    Rows that would need too much memory or time are skipped and say so.
     Ctrl-C keeps the rows so far.
 
     * on a CPU, where a sequence has 1e6 tokens or more.

@@ -16,7 +16,7 @@ def convert(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Read this GGUF file, as of llama.cpp, or this LongNet, by name or folder.",
+            help="Read this GGUF file (the format of llama.cpp), or this LongNet, by name or folder.",
             show_default=False,
         ),
     ],
@@ -36,9 +36,9 @@ def convert(
     ] = "auto",
     quiet: QuietOption = False,
 ) -> None:
-    """Turn a GGUF file into a folder of transformers, which any tool loads, or write a LongNet in another type.
+    """Turn a GGUF file into a Hugging Face model folder, or change the number type of a LongNet.
 
-    The first bytes of a file tell its kind. Quantized weights become plain numbers. GGUF needs the extra `gguf`.
+    A file is recognized by its content. Quantized weights become plain numbers. GGUF needs the extra `gguf`.
     """
     from longnet_cli.integrations.converting import convert as run
 

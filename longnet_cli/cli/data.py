@@ -48,7 +48,7 @@ def inspect(
 ) -> None:
     """Count documents and tokens, and find everything that is wrong.
 
-    The exit code is 3 when something is.
+    The exit code is 3 if anything is wrong.
     """
     from longnet_cli.data.tokenizer import Tokenizer, end_of_text
     from longnet_cli.errors import DataError

@@ -103,7 +103,7 @@ def encode(
 ) -> None:
     """Turn each document, or each span of it, into one vector, for search or clustering.
 
-    The columns are doc_id, span, start, end, n_tokens and embedding. Rows come in input order, each when it is known.
+    The columns are doc_id, span, start, end, n_tokens and embedding. Rows come in input order.
     """
     if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")

@@ -52,7 +52,7 @@ def generate(
         str | None,
         typer.Argument(
             metavar="PROMPT",
-            help="Continue this text; - is the text on stdin, which is also read without PROMPT and --input.",
+            help="Continue this text. If it is -, or without PROMPT and --input, read stdin.",
             show_default=False,
         ),
     ] = None,
@@ -62,7 +62,7 @@ def generate(
             INPUT,
             "--input -i",
             "INPUT",
-            "Continue each document of files, folders, globs, @list or - (stdin). Give it again for more.",
+            "Continue each document of files, folders, globs, @list or - (stdin). You can repeat it.",
             False,
         ),
     ] = None,
@@ -95,11 +95,13 @@ def generate(
     ] = None,
     seed: Annotated[
         int | None,
-        option(SAMPLING, "--seed", "N", "Draw the same tokens as another run with this seed.", "a new one each run"),
+        option(
+            SAMPLING, "--seed", "N", "Seed the draws. Runs with the same seed give the same text.", "a new one each run"
+        ),
     ] = None,
     stop: Annotated[
         list[str] | None,
-        option(SAMPLING, "--stop", "TEXT", "End before this text. Several may be given.", False),
+        option(SAMPLING, "--stop", "TEXT", "End before this text. You can repeat it.", False),
     ] = None,
     format: Annotated[
         Format,
@@ -110,7 +112,7 @@ def generate(
     chunk: ChunkOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Continue texts of any length with a model, token by token; stdout gets the new text alone.
+    """Continue texts of any length with a model, token by token; only the new text goes to stdout.
 
     The likeliest token is taken each time, unless you give --temperature.
     A text ends at the model's end-of-text token, at a --stop text, or after --max-tokens.
@@ -119,7 +121,7 @@ def generate(
     from longnet_cli.errors import ConfigError
 
     if top_p is not None and not temperature:
-        raise ConfigError("--top-p draws tokens, and the temperature is 0: give --temperature, 1 for the model's own")
+        raise ConfigError("--top-p needs a temperature above 0: add --temperature 1 for the model's own probabilities")
     if seed is not None and not 0 <= seed < 1 << 63:
         raise ConfigError(f"--seed {seed} is not a number from 0 to 2^63 - 1")
     sources = _sources(prompt, inputs)
@@ -133,7 +135,9 @@ def generate(
     from longnet_cli.generating import generate as run
 
     if words is None and (format == "text" or stop or prompt is not None):
-        raise ConfigError(f"{model}: there is no tokenizer: give --tokenizer, or ids as --input and --format jsonl")
+        raise ConfigError(
+            f"{model}: there is no tokenizer: give --tokenizer, or token ids with --input and --format jsonl"
+        )
     reading = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": end_of_text(eos, words)}
     template = loaded.chat
     documents = _messages(sources, template, column) if template else _documents(sources, words, reading)
@@ -188,7 +192,7 @@ def _sources(prompt: str | None, inputs: list[str] | None) -> _Sources:
     if prompt is None and not inputs and (sys.stdin is None or sys.stdin.isatty()):
         raise ConfigError("there is nothing to continue: give a text, --input FILE, or a text on stdin")
     if prompt is not None and any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ConfigError("PROMPT is not UTF-8: give it as a file, with --input, in an encoding that is")
+        raise ConfigError("PROMPT is not UTF-8: save it as a UTF-8 file and give that with --input")
     if prompt is not None and prompt != "-" and sys.stderr and os.path.exists(prompt):
         print(f"longnet: note: {printable(prompt)} is continued as text; --input reads the file", file=sys.stderr)
     return _Sources(None if prompt == "-" else prompt, inputs or ["-"])

@@ -12,13 +12,13 @@ def launch(nproc: int | None, inputs: Sequence[str] = (), model: str | None = No
     """Run this command as `nproc` processes and end as they do; without --nproc, go on as this process.
 
     Raises ConfigError for a model that is not shipped, and under several processes for stdin, which they cannot share,
-    and a model of transformers; CheckpointError for a folder that holds no model.
+    and a Hugging Face model; CheckpointError for a folder that holds no model.
     """
     from longnet_cli.presets import find_model, is_of_transformers
 
     several = under_torchrun() or (nproc or 1) > 1
     if model is not None and is_of_transformers(find_model(model, files=True)) and several:
-        raise ConfigError(f"{model}: a model of transformers runs in one process, without --nproc or torchrun")
+        raise ConfigError(f"{model}: a Hugging Face model runs in one process, without --nproc or torchrun")
     if "-" in inputs and several:
         raise ConfigError("stdin can be read by one process: save it to a file, which every rank reads for itself")
     if nproc is not None:

@@ -113,7 +113,7 @@ TokenizerOption = Annotated[
         INPUT,
         "--tokenizer",
         "NAME|PATH",
-        "Use bytes, a tokenizer.json, or the tokenizer of a model.",
+        "Use bytes, a tokenizer.json, a folder that holds one, or the tokenizer of a model.",
         "the model's",
     ),
 ]
@@ -130,7 +130,7 @@ EosOption = Annotated[
         INPUT,
         "--eos",
         "TOKEN|ID",
-        "End documents at this token, in a flat column of ids.",
+        "Cut a flat column of ids into documents at this token.",
         "the tokenizer's, otherwise the file's",
     ),
 ]
@@ -140,8 +140,8 @@ BosOption = Annotated[
         INPUT,
         "--bos",
         "none|TOKEN|ID",
-        "Put this before each document.",
-        "as the tokenizer's template or the model says",
+        "Put this token before each document, or nothing.",
+        "what the tokenizer's template or the model says",
     ),
 ]
 SkipBadOption = Annotated[
@@ -159,8 +159,8 @@ PatternOption = Annotated[
         PATTERN,
         "--pattern",
         "PATTERN",
-        "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, nested:1Mi, pretrained, dense, or levels as "
-        "1Ki/1,4Ki/4. `longnet pattern` shows what it is.",
+        "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, nested:1Mi, pretrained, dense, or levels "
+        "such as 1Ki/1,4Ki/4. `longnet pattern PATTERN` describes one.",
         "the model's own",
     ),
 ]
@@ -169,15 +169,18 @@ SegmentLengthsOption = Annotated[
     sizes_option(
         PATTERN,
         "--segment-lengths",
-        "List levels in place of --pattern, with --dilation-rates.",
+        "List the segment length of each level, with --dilation-rates, instead of --pattern.",
         "the model's own",
     ),
 ]
 DilationRatesOption = Annotated[
-    Sequence[int] | None, sizes_option(PATTERN, "--dilation-rates", "Set one rate per segment length.")
+    Sequence[int] | None, sizes_option(PATTERN, "--dilation-rates", "List one dilation rate per segment length.")
 ]
 ResumeOption = Annotated[
-    bool, option(OUTPUT, "--resume", None, "Continue the run in the output folder. Give the same inputs and options.")
+    bool,
+    option(
+        OUTPUT, "--resume", None, "Continue an interrupted run in the output folder, with the same inputs and options."
+    ),
 ]
 DeviceOption = Annotated[
     str,
@@ -195,11 +198,14 @@ DtypeOption = Annotated[
 ChunkOption = Annotated[
     int | None,
     size_option(
-        COMPUTE, "--chunk", "Hold at most this many tokens in memory. It changes no number.", "what fits the memory"
+        COMPUTE,
+        "--chunk",
+        "Process this many tokens at a time. Fewer need less memory and change no result.",
+        "what fits the memory",
     ),
 ]
 NprocOption = Annotated[
     int | None,
-    size_option(COMPUTE, "--nproc", "Start N processes, which share every sequence.", "this process", metavar="N"),
+    size_option(COMPUTE, "--nproc", "Split every sequence over N processes.", "this process", metavar="N"),
 ]
 QuietOption = Annotated[bool, option(OTHER, "--quiet -q", None, "Show no progress, only errors.")]

@@ -89,7 +89,12 @@ def score(
     ] = None,
     by_position: Annotated[
         bool,
-        option(MEASURE, "--by-position", None, "Show the loss by tokens seen, and by place in the shortest segment."),
+        option(
+            MEASURE,
+            "--by-position",
+            None,
+            "Group the loss by the number of earlier tokens, and by place in the shortest segment.",
+        ),
     ] = False,
     by_recall: Annotated[
         bool,
@@ -97,8 +102,8 @@ def score(
             MEASURE,
             "--by-recall",
             None,
-            "Show the loss of tokens that the document has had before, after the same token, by how many tokens ago; "
-            "and of all others.",
+            "Group the loss by how many tokens ago the document last had the same two tokens in a row. Tokens without "
+            "such a place are one more group.",
         ),
     ] = False,
     format: Annotated[
@@ -125,8 +130,9 @@ def score(
 ) -> None:
     """Measure how well a model predicts text: perplexity (ppl) and bits per byte (bpb), lower is better.
 
-    Every token is scored once. Across tokenizers, compare bpb, not ppl. A long document takes a LongNet no more memory.
-    A model of transformers is dense, to the length it was trained on, unless a pattern is given.
+    Every token is scored once. Across tokenizers, compare bpb, not ppl.
+    A LongNet needs no more memory for a long document than for a short one.
+    Without --pattern, a Hugging Face model is dense and reads no more tokens than it was trained on.
     """
     from longnet_cli.errors import ConfigError
 

@@ -55,9 +55,9 @@ def tokenize(
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Turn text into token ids, once, so that training need not do it each time.
+    """Turn text into token ids once, to read them many times.
 
-    Every other command reads text too. Tokenize what you read often.
+    Every command also reads text. If you read the same data often, tokenize it once.
     """
     if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a tokenizer is trained
         raise ConfigError(

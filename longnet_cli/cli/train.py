@@ -108,10 +108,12 @@ def train(
     ] = False,
     format: Annotated[Format, option(OUTPUT, "--format", "text|json", "Print --dry-run in this format.")] = "text",
     nproc: NprocOption = None,
-    sp: Annotated[int | None, size_option(COMPUTE, "--sp", "Let N ranks share a sequence.", "all", metavar="N")] = None,
+    sp: Annotated[
+        int | None, size_option(COMPUTE, "--sp", "Split each sequence over N processes (ranks).", "all", metavar="N")
+    ] = None,
     dp: Annotated[
         int | None,
-        size_option(COMPUTE, "--dp", "Make N groups of ranks, each with other sequences.", "1", metavar="N"),
+        size_option(COMPUTE, "--dp", "Make N groups of ranks, each with its own sequences.", "1", metavar="N"),
     ] = None,
     shard: Annotated[
         str | None,
@@ -119,7 +121,7 @@ def train(
             COMPUTE,
             "--shard",
             "none|full",
-            "Give each rank all weights, or its share of them and of the optimizer state (full, FSDP2).",
+            "Keep all weights on every rank, or divide weights and optimizer state between ranks (full, FSDP2).",
             "none",
         ),
     ] = None,
@@ -139,7 +141,7 @@ def train(
             COMPUTE,
             "--spill",
             "DIR",
-            "Keep here, not in memory, what the chunks of a long sequence remember for each other.",
+            "Store here, not in memory, the keys and values that later chunks need.",
             BY_RECIPE,
         ),
     ] = None,
@@ -147,7 +149,7 @@ def train(
 ) -> None:
     """Train a model by a recipe.
 
-    The same command continues a stopped run, and so does `longnet train -o DIR`. It runs under torchrun, too.
+    The same command continues a stopped run, and so does `longnet train -o DIR`. You can also start it with torchrun.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it waits until the run listens, and would kill before
     launch(nproc)
@@ -210,9 +212,9 @@ def train(
             nonlocal advance, begun
             begun = True
             if step:
-                what = f"going on after step {step:,}" if step < found.train.steps else "all steps are done already"
+                what = f"continuing after step {step:,}" if step < found.train.steps else "all steps are done already"
                 unused = initial and not isinstance(found, PretrainedRecipe)
-                say(f"{what}; --init is for the start of a run, and did nothing" if unused else what)
+                say(f"{what}; --init is ignored, because this run has already started" if unused else what)
             advance = stack.enter_context(progress("training", total, start=tokens, quiet=quiet))
 
         def on_step(tokens: int, line: Metrics | None) -> None:

@@ -63,7 +63,9 @@ def open_stream(name: str, where: str, stream: Any, file: StoredFile | None = No
     def messages() -> Iterator[Message]:
         yield from _Messages(where, stream, file)
         if stream.read(1):
-            raise DataError(f"{where}: more data follows the end of the Arrow stream; give one stream a file")
+            raise DataError(
+                f"{where}: more data follows the end of the Arrow stream; put each stream into its own file"
+            )
 
     return _Batches(name, where, messages(), file).table("Arrow IPC stream")
 
@@ -219,7 +221,7 @@ class _Messages:
             prefix += mark
         size = int.from_bytes(mark, "little", signed=True)
         if len(mark) < 4 or size < 0:
-            raise ValueError("what should be a message is none")
+            raise ValueError("expected an Arrow message, found other data")
         if size == 0:
             return None
         metadata = _read_whole(self.stream, size)
@@ -326,7 +328,7 @@ def _describe(metadata: bytes) -> _Description:
             return found._replace(native=bool(big and metadata[big]) == (sys.byteorder == "big"))
         return found
     except (struct.error, IndexError):
-        raise ValueError("what should be a message is none") from None
+        raise ValueError("expected an Arrow message, found other data") from None
 
 
 def _root(data: bytes) -> int:

@@ -19,7 +19,7 @@ def document_start(folder: Path, words: Tokenizer | None, written: str | None = 
     """Return the id, or ids, that the model in `folder` reads before each document; None for nothing.
 
     `written` is `--bos`: none, a token of the tokenizer `words`, or an id. Without it, a LongNet reads the end-of-text
-    id, with which its documents ended in training. A model of transformers reads what its tokenizer's template puts
+    id, with which its documents ended in training. A Hugging Face model reads what its tokenizer's template puts
     before a text, otherwise `bos_token` where tokenizer_config.json says `add_bos_token`, otherwise the `bos_token_id`
     of config.json, otherwise the end-of-text id. Raises ConfigError for a token or an id that is none.
     """
@@ -44,7 +44,7 @@ def document_start(folder: Path, words: Tokenizer | None, written: str | None = 
 def document_end(folder: Path, words: Tokenizer | None) -> frozenset[int]:
     """Return the ids at which the texts of the model in `folder` end; none where nothing says so.
 
-    They are the `eos_token_id` of a model of transformers, one or several, in generation_config.json, otherwise in
+    They are the `eos_token_id` of a Hugging Face model, one or several, in generation_config.json, otherwise in
     config.json. Without it, and for a LongNet, the end-of-text id of its tokenizer.
     """
     for name in ("generation_config.json", "config.json") if is_of_transformers(folder) else ():

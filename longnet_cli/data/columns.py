@@ -61,7 +61,7 @@ def _choose(table: Table, column: str | None, text_only: bool) -> str:
         raise refuse(f"several columns may hold the documents ({', '.join(found)}): choose one (--column)")
     if not found:
         names = "text" if text_only else f"{', '.join(TOKEN_COLUMNS)} or text"
-        raise refuse(f"no column named {names} of a fitting type: choose one (--column)")
+        raise refuse(f"no column named {names} with text or integers: choose one (--column)")
     return found[0]
 
 
@@ -80,8 +80,8 @@ class TokenTypes:
         where, expected = self.first
         if kind != expected:
             raise DataError(
-                f"{table.where}: its tokens are {kind} and those of {where} are {expected}: are they of one data set? "
-                "if so, write them again with one type"
+                f"{table.where}: its tokens are {kind} and those of {where} are {expected}: all inputs need one "
+                "type: write one of them again"
             )
 
 

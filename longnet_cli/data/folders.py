@@ -36,7 +36,7 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
         raise DataError(f"{folder}: the run that wrote this data did not end: finish it with its command and --resume")
     if "_manifest.json" in names:
         if (shards := listed("_manifest.json", "shards", "name")) is None:
-            raise DataError(f"{folder}/_manifest.json: not what was written")
+            raise DataError(f"{folder}/_manifest.json: changed or damaged after it was written")
         return shards
     if "dataset_dict.json" in names:
         splits = sorted({name.split("/")[0] for name in names if "/" in name})

@@ -77,7 +77,7 @@ def _lines(pipe: Pipe, where: str) -> Iterator[bytes]:
         if not line.strip():
             blank = blank or number
         elif blank:
-            raise DataError(f"{where}, line {blank}: the line is empty: JSON Lines holds one object a line")
+            raise DataError(f"{where}, line {blank}: the line is empty: JSON Lines holds one object per line")
         else:
             yield line
 
@@ -122,11 +122,11 @@ def _cell(row: dict[str, Any], key: str, kind: pa.DataType) -> Any:
         try:
             ids = pa.array(value) if value else pa.array([], pa.int64())
         except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
-            raise ValueError(f"{key!r} holds what is no token id: {one_line(error)}") from error
+            raise ValueError(f"{key!r} holds something that is not a token id: {one_line(error)}") from error
         if pa.types.is_null(ids.type):
             ids = ids.cast(pa.int64())
         if ids.type != pa.int64():
-            raise ValueError(f"{key!r} holds what is no token id: {ids.type}")
+            raise ValueError(f"{key!r} holds something that is not a token id: {ids.type}")
         return ids
     if kind == pa.int64() and _is_id(value) and not isinstance(value, str) and abs(value) < 1 << 63:
         return value

@@ -36,7 +36,7 @@ def refuse_overwriting(
             output = places[found]
             shown = "stdout" if str(output) == "-" else f"{option} {output}"
             what = f"holds {path}" if found in folders else f"is {path}"
-            raise ConfigError(f"{shown} {what}, which is read: name another output")
+            raise ConfigError(f"{shown} {what}, which this command reads: name another output")
 
 
 def _read_files(inputs: Sequence[str | Path], also: Iterable[str | Path | None]) -> Iterator[Path]:

@@ -237,7 +237,7 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int) -> None:
             table = arrow.open_file(path.name, str(path), file, file)
             found = sum(batch.num_rows for batch in table.read([]))
         if found != rows or not table.schema.equals(schema, check_metadata=True):
-            raise ValueError(f"{found} rows instead of {rows}" if found != rows else "its schema is another")
+            raise ValueError(f"{found} rows instead of {rows}" if found != rows else "its schema differs")
     except (OSError, ValueError, pa.ArrowException, DataError) as error:
         if isinstance(error, OSError) and not isinstance(told := read_error(str(path), error), DataError):
             raise told from error

@@ -125,8 +125,8 @@ class Tokenizer:
         mine = cls.from_file(own) if own.exists() else None
         if mine and saved and digest(parse(read_text(own))) != saved:
             raise CheckpointError(
-                f"{own}: not the tokenizer that the model was saved with: put that back, or if this one is meant, add "
-                f"--tokenizer {own} --tokenizer-differs"
+                f"{own}: not the tokenizer that the model was saved with: put that one back, or add "
+                f"--tokenizer {own} --tokenizer-differs to use this one"
             )
         if not spec:
             if saved and not mine:
@@ -135,8 +135,8 @@ class Tokenizer:
         words = cls.load(spec)
         if words.sha256 not in (known := {mine.sha256 if mine else saved, saved} - {None}) and known:
             raise ConfigError(
-                f"{spec}: not the tokenizer of the model in {folder}, to which its ids mean other tokens; if that is "
-                "meant, add --tokenizer-differs"
+                f"{spec}: not the tokenizer of the model in {folder}, so its ids stand for other tokens: add "
+                "--tokenizer-differs to use it"
             )
         return words
 

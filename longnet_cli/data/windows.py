@@ -281,6 +281,6 @@ class TokenWindows:
                 continue
             saved = f"the data position was saved with {key} {state.get(key)}, not {mine}"
             if key == "tokens":
-                raise DataError(f"{saved}: a run goes on with its own data; begin another for other data (-o, --init)")
+                raise DataError(f"{saved}: restore the data, or start another run with -o and --init")
             raise ConfigError(saved)
         self.step = step

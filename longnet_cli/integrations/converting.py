@@ -40,11 +40,9 @@ def convert(source: str | Path, output: str | Path, dtype: str = "auto") -> str:
 def _with_weights_of(folder: Path, output: Path, dtype: str) -> str:
     """Write a LongNet again, with weights of the type `dtype`."""
     if is_of_transformers(folder):
-        raise ConfigError(f"{folder}: already a folder of transformers, which any tool loads")
+        raise ConfigError(f"{folder}: already a Hugging Face model folder, which any tool loads")
     if dtype not in DTYPES:
-        raise ConfigError(
-            f"{folder}: a LongNet is written with weights of another type: give --dtype, bf16 for half the size"
-        )
+        raise ConfigError(f"{folder}: give the type to convert the weights to: --dtype bf16 halves the size")
     net = LongNet.from_pretrained(folder, dtype=DTYPES[dtype])
     words = folder / TOKENIZER
     with new_folder(output) as place:

@@ -1,4 +1,4 @@
-"""A model in a GGUF file, the format of llama.cpp, as an ordinary folder of transformers. Needs the extra `gguf`.
+"""A model in a GGUF file, the format of llama.cpp, as an ordinary Hugging Face model folder. Needs the extra `gguf`.
 
 transformers reads the file and undoes its quantization; what is written loads anywhere, without GGUF.
 """

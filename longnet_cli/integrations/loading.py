@@ -26,7 +26,7 @@ def load_net(
 ) -> Net:
     """In eval mode, on `device`. `pattern` takes the place of the model's own.
 
-    The weights of a model of transformers are of type `dtype`; a LongNet's are float32, whatever it computes in.
+    The weights of a Hugging Face model are of type `dtype`; a LongNet's are float32, whatever it computes in.
 
     Raises ConfigError or CheckpointError, of one line that names the folder, also where transformers is not installed.
     """
@@ -38,12 +38,12 @@ def load_net(
 def read_facts(
     folder: Path, pattern: Pattern | None = None, lora: Mapping[str, Any] | None = None
 ) -> TransformersConfig:
-    """Those of a model of transformers, without its weights; raises as `load_net` does, and `lora.add_lora`."""
+    """Those of a Hugging Face model, without its weights; raises as `load_net` does, and `lora.add_lora`."""
     return _transformers_net(folder).read_facts(folder, pattern, lora)
 
 
 def load_trainable(folder: Path, config: TransformersConfig, lora: Mapping[str, Any] | None = None) -> Net:
-    """A model of transformers with these facts, to train: float32, on the CPU, of which the files are no part.
+    """A Hugging Face model with these facts, to train: float32, on the CPU, of which the files are no part.
 
     `lora` are the arguments of `lora.add_lora`, or None for training all weights.
     Raises as `load_net` does, and ConfigError where the gradient of a long sequence cannot go through it.
@@ -59,7 +59,7 @@ def load_trainable(folder: Path, config: TransformersConfig, lora: Mapping[str, 
 
 
 def saved_bytes(folder: Path, lora: Mapping[str, Any] | None, dtype: str) -> tuple[int, int]:
-    """(bytes per layer, bytes besides) that a token leaves for the backward of a model of transformers."""
+    """(bytes per layer, bytes besides) that a token leaves for the backward of a Hugging Face model."""
     from longnet_cli.integrations import saved
 
     return saved.saved_bytes(folder, lora, dtype)
@@ -70,6 +70,6 @@ def _transformers_net(folder: Path) -> ModuleType:
         from longnet_cli.integrations import transformers_net
     except ImportError as error:
         raise ConfigError(
-            f"{folder} is a model of transformers, which cannot be imported ({error}): pip install 'longnet-cli[hf]'"
+            f"{folder} is a Hugging Face model, which cannot be imported ({error}): pip install 'longnet-cli[hf]'"
         ) from None
     return transformers_net

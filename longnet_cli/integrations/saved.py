@@ -1,4 +1,4 @@
-"""Bytes that a model of transformers saves for its backward, counted on one and two of its layers."""
+"""Bytes that a Hugging Face model saves for its backward, counted on one and two of its layers."""
 
 from __future__ import annotations
 

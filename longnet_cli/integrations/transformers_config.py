@@ -1,4 +1,4 @@
-"""The facts of a model of transformers, which a recipe keeps; transformers itself is not imported."""
+"""The facts of a Hugging Face model, which a recipe keeps; transformers itself is not imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the folder of a model of transformers: its files get their names when all of them are whole."""
+"""Writes the folder of a Hugging Face model: its files get their names when all of them are whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A text model of transformers as a net that the jobs take: `score`, `train` and the others run it like a LongNet.
+"""A text Hugging Face model as a net that the jobs take: `score`, `train` and the others run it like a LongNet.
 
     net = load_transformers(folder, pattern=Pattern.pretrained())
     hidden = net(tokens, lengths=[1000, 700])

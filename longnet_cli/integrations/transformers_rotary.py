@@ -1,4 +1,4 @@
-"""The rotations of keys by position in models of transformers, for sinks (`attention.sinks`) and far positions.
+"""The rotations of keys by position in Hugging Face models, for sinks (`attention.sinks`) and far positions.
 
 Nothing says where a model rotates, or which numbers of a head make a pair; so it is tried. One token attends to itself
 alone: its hidden states depend on no position but through a table of learned ones, and its keys at two positions

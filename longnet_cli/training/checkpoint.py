@@ -132,7 +132,7 @@ def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) 
             if damage is None:
                 chosen = index
                 break
-            on_damaged(f"{path} is damaged ({damage}) and passed over")
+            on_damaged(f"{path} is damaged ({damage}); the one before it is used")
     chosen = ranks.from_first(chosen)
     if chosen < len(found):
         return found[chosen]
@@ -166,9 +166,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         data = parse(read_text(checkpoint / STATE))
         state, digest = data["state"], data["sha256"]
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{STATE} is not what was written") from None
+        raise CheckpointError(f"{STATE} was changed or damaged after it was written") from None
     if hashlib.sha256(_canonical(state)).hexdigest() != digest:
-        raise CheckpointError(f"{STATE} is not what was written")
+        raise CheckpointError(f"{STATE} was changed or damaged after it was written")
     if state.get("version") != STATE_VERSION:
         raise CheckpointError(f"{STATE} has version {state.get('version')}, not {STATE_VERSION}")
     return state

@@ -31,7 +31,7 @@ def check_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> None:
     if recipe.model.vocab_size < needed:
         what = "the tokens and the mask need" if masked else "the tokenizer needs"
         raise ConfigError(
-            f"model.vocab_size = {recipe.model.vocab_size} is less than {what}, {needed}: set that, or leave it out"
+            f"model.vocab_size = {recipe.model.vocab_size} is less than {what}, {needed}: set {needed}, or remove it"
         )
 
 
@@ -60,7 +60,7 @@ def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:
     if windows % ranks.dp:
         fits = ", ".join(str(dp) for dp in range(1, windows + 1) if windows % dp == 0 and ranks.world % dp == 0)
         raise ConfigError(
-            f"a step has {windows} windows of {seq_len} tokens, which {ranks.dp} groups of ranks cannot share alike: "
+            f"a step has {windows} windows of {seq_len} tokens, which {ranks.dp} groups of ranks cannot share equally: "
             f"--dp {fits} would fit, or other train.batch_tokens"
         )
     if seq_len < ranks.sp:

@@ -187,7 +187,7 @@ class _Run:
                     "its run with --tokenizer"
                 )
             if state.get("frozen") != self.frozen:
-                raise ConfigError(f"{checkpoint} was made beside other weights than those in {self.recipe.init}")
+                raise ConfigError(f"{checkpoint} was trained with other weights than those now in {self.recipe.init}")
             restore(checkpoint, self.model, self.optimizers, self.device, self.ranks)
             self.progress, log = Progress(**state["progress"]), state["log"]
             self.random = random_state(self.device)
@@ -445,7 +445,7 @@ def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks
 
 
 def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
-    """The id with which each document begins: end-of-text, or what a model of transformers was trained with."""
+    """The id with which each document begins: end-of-text, or what a Hugging Face model was trained with."""
     if not isinstance(recipe, PretrainedRecipe):
         found: int | tuple[int, ...] | None = tokenizer.eos_id
     else:

@@ -264,7 +264,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
 
     `path` is a TOML file, a run's recipe.json, the name of one that ships in models/, or None for overrides alone. A
     model without `vocab_size` gets its tokenizer's, and with the masked objective one id more, the mask. Where `init`
-    is a model of transformers, the facts of `[model]` are its own, and the tokenizer too, unless the recipe names one.
+    is a Hugging Face model, the facts of `[model]` are its own, and the tokenizer too, unless the recipe names one.
     Raises ConfigError, and CheckpointError for an `init` that is no model.
     """
     data, where = _read(path) if path else ({}, "options")
@@ -292,7 +292,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
 
 
 def _pretrained_folder(data: Mapping[str, Any]) -> Path | None:
-    """The folder of the model of transformers that `init` names; None for a LongNet, which may be gone meanwhile."""
+    """The folder of the Hugging Face model that `init` names; None for a LongNet, which may be gone meanwhile."""
     initial, model = data.get("init"), data.get("model")
     if not isinstance(initial, str):
         return None
@@ -306,7 +306,7 @@ def _pretrained_folder(data: Mapping[str, Any]) -> Path | None:
 
 
 def _pretrained(data: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
-    """The tables `model` and `data` of a recipe that trains the model of transformers in `folder`."""
+    """The tables `model` and `data` of a recipe that trains the Hugging Face model in `folder`."""
     model, source = data.get("model", {}), data.get("data", {})
     if not isinstance(model, dict) or not isinstance(source, dict):
         raise ConfigError(f"{where}: model and data are tables of keys and values")
@@ -314,7 +314,7 @@ def _pretrained(data: Mapping[str, Any], folder: Path, where: str) -> dict[str, 
     if "source" not in model:  # else a recipe of a run, which has all facts
         if others := [name for name in model if name != "pattern"]:
             raise ConfigError(
-                f"{where}: model.{others[0]}: {folder} is a model of transformers with sizes of its own: leave out "
+                f"{where}: model.{others[0]}: {folder} is a Hugging Face model with sizes of its own: leave out "
                 "[model], or set model.pattern alone"
             )
     elif model.get("as_trained"):

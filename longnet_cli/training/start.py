@@ -25,7 +25,7 @@ MODEL_FILES = (WEIGHTS, TOKENIZER, CONFIG)
 # True goes on with the run in the output folder, if there is one; False refuses a folder that holds a run; a path
 # goes on from that checkpoint, or from the newest one of that run.
 Resume = bool | str | Path
-_LAST = "; if you mean the run in the output folder, write --resume last"
+_LAST = "; to continue the run in the output folder, put --resume at the end"
 
 
 def prepare_run(
