@@ -20,8 +20,18 @@ import typer.main
 
 from longnet_cli.cli.app import app
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.model.config import LongNetConfig
 from longnet_cli.presets import list_models, preset_dir
-from longnet_cli.training.recipe import load_recipe, tomllib
+from longnet_cli.training.recipe import (
+    DataRecipe,
+    LoraRecipe,
+    OptimizerRecipe,
+    ParallelRecipe,
+    ScheduleRecipe,
+    TrainRecipe,
+    load_recipe,
+    tomllib,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").rglob("*.md"))]
@@ -95,6 +105,14 @@ def test_toml_block() -> None:
     (block,) = blocks(ROOT / "docs/training.md", "toml")
     mix = load_recipe("longnet-tiny", {"model.vocab_size": 257, "data": tomllib.loads(block)["data"]}).data.sources
     assert [source.weight for source in mix] == [7, 3]
+
+
+def test_every_key_of_a_recipe_is_explained() -> None:
+    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    tables = (DataRecipe, OptimizerRecipe, ScheduleRecipe, TrainRecipe, ParallelRecipe, LoraRecipe, LongNetConfig)
+    for table in tables:
+        for key in table.model_fields:
+            assert re.search(rf"`(lora\.)?{key}`", page), f"{table.__name__}.{key}"
 
 
 def test_links_lead_somewhere() -> None:
