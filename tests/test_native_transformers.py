@@ -289,3 +289,20 @@ def test_vectors_are_those_of_encode(causal: bool, tmp_path: Path) -> None:
         assert trained.requires_grad
     with pytest.raises(ValueError, match="text 1 is empty"):
         model.embed(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 1], [0, 0, 0]]))
+
+
+@pytest.mark.parametrize("net", ["sinks"], indirect=True)
+def test_an_adapter_of_peft_is_merged_into_a_longnet(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    before = model(ids(1, 30)).logits.detach()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q", "v"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+        expected = adapted.eval()(ids(1, 30)).logits
+        assert (expected - before).norm() > 0.01 * before.norm()
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        again = LongNet.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(again.logits(again(ids(1, 30))), expected)
