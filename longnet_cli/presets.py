@@ -11,6 +11,7 @@ from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
 MODEL_FILES = ("config.json", "model.safetensors")
 SHARDED = "model.safetensors.index.json"  # what transformers writes beside the shards of a large model
 PICKLED = "pytorch_model*.bin*"
+MODEL_TYPE = "longnet"  # in config.json of a LongNet; those that were saved before it was written have none
 
 # Keys of model.safetensors' metadata: digests of what is saved together. Other tools drop them when they save.
 TENSORS_SHA256, CONFIG_SHA256 = "longnet.tensors_sha256", "longnet.config_sha256"
@@ -72,9 +73,9 @@ def model_metadata(folder: Path) -> dict[str, str]:
 
 
 def is_of_transformers(folder: Path) -> bool:
-    """Return whether a model's config.json is one of Hugging Face transformers; False where it cannot be read.
+    """Return whether a model is one of Hugging Face transformers' own; False where its config.json cannot be read.
 
-    A GGUF file becomes one.
+    A LongNet is none, though transformers can open it. A GGUF file becomes one.
     """
     if folder.is_file():
         return is_gguf(folder)
@@ -82,7 +83,7 @@ def is_of_transformers(folder: Path) -> bool:
         data = parse(read_text(folder / "config.json"))
     except (OSError, ValueError):
         return False
-    return isinstance(data, dict) and ("model_type" in data or "architectures" in data)
+    return isinstance(data, dict) and data.get("model_type", data.get("architectures")) not in (None, MODEL_TYPE)
 
 
 def _is_path(text: str) -> bool:

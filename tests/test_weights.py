@@ -27,7 +27,10 @@ def test_saved_is_loaded(tmp_path: Path, tied: bool) -> None:
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "config.json",
         "model.safetensors",
+        "modules.json",
+        "sentence_bert_config.json",
         "tokenizer.json",
+        "tokenizer_config.json",
     ]
     assert (tmp_path / "run" / "config.json").read_text().startswith('{\n  "vocab_size": 29,\n')
     stored = load_file(tmp_path / "run" / "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from tempfile import TemporaryDirectory
 from longnet_cli.atomic import new_folder
 from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
 from longnet_cli.model import LongNet
+from longnet_cli.model.foreign import BESIDE_TOKENIZER, end_of_text
 from longnet_cli.model.integrity import check_finite
 from longnet_cli.model.weights import TOKENIZER
 from longnet_cli.presets import find_model, is_gguf, is_of_transformers, list_models
@@ -47,7 +49,11 @@ def _with_weights_of(folder: Path, output: Path, dtype: str) -> str:
     words = folder / TOKENIZER
     with new_folder(output) as place:
         check_finite(net.state_dict(), f"{folder} as {dtype}")
-        net.save_pretrained(place, words.read_text(encoding="utf-8") if words.is_file() else None)
+        text = words.read_text(encoding="utf-8") if words.is_file() else None
+        net.save_pretrained(place, text, end_of_text(folder))
+        for name in BESIDE_TOKENIZER:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, place / name)
     return f"a LongNet of {net.config.num_parameters():,} parameters, as {str(DTYPES[dtype]).removeprefix('torch.')}"
 
 

@@ -3,9 +3,10 @@
     from longnet_cli.integrations.transformers import use_dilated_attention
     use_dilated_attention(model, Pattern.paper())
 
-Importing this file registers the name, so that a model whose config holds the pattern needs nothing else:
+Importing this file registers the name, and with it the folders that are saved with a pattern (`transformers_auto`) and
+those of a LongNet itself (`transformers_longnet`), for all Auto classes. A new model needs its pattern and the name:
 
-    config.dilated_attention = {"segment_lengths": [2048, 4096], "dilation_rates": [1, 2]}
+    write_pattern(config, Pattern.paper())
     model = AutoModelForCausalLM.from_config(config, attn_implementation="dilated")
 
 The model keeps its projections, positions and heads, and hands over queries, keys and values. Causal decoders,
@@ -13,15 +14,15 @@ bidirectional encoders and grouped-query heads are served. A batch may be padded
 Generation is exact, with a DynamicCache, or with a LongNetCache in bounded memory. Layers that the model itself limits
 to a sliding window stay as they are, on torch's sdpa.
 
-A pattern with sinks needs `use_dilated_attention` after loading, too: sinks are moved by the model's own positions
-(`transformers_rotary`), which a config does not tell.
+Sinks are moved by the model's own positions (`transformers_rotary`), which a config does not tell: a model that is not
+loaded by AutoModel, AutoModelForCausalLM or AutoModelForMaskedLM needs `use_dilated_attention` after loading, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,13 @@ from transformers.masking_utils import (
 from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention
 from longnet_cli.attention.pattern import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.errors import ConfigError
+from longnet_cli.integrations.transformers_auto import NAME, mark, register, unmark
 from longnet_cli.integrations.transformers_cache import LongNetCache as LongNetCache
 from longnet_cli.integrations.transformers_cache import Memory
+from longnet_cli.integrations.transformers_longnet import LongNetPreTrainedModel  # which registers its own classes
+from longnet_cli.integrations.transformers_padding import columns_of, rows_of
 from longnet_cli.integrations.transformers_rotary import make_phases_exact, turns
 
-NAME = "dilated"
 _TURN = "_dilated_turn"  # of an attention module: what moves its sinks, or None
 _OWN = "_own_attention"  # of a model: the name of the attention that it had before
 
@@ -65,8 +68,11 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     by which sinks cannot be moved.
     """
     config = model.config
+    if isinstance(model, LongNetPreTrainedModel):
+        raise ConfigError("a LongNet has dilated attention of its own: its config says what a query sees")
     if pattern is not None:
         write_pattern(config, pattern)
+    mark(config)
     sinks = pattern_of(config).sinks
     kinds = getattr(config, "layer_types", None) or [
         "sliding_attention" if getattr(config, "sliding_window", 0) else ""
@@ -91,11 +97,16 @@ def use_own_attention(model: PreTrainedModel) -> PreTrainedModel:
         model.set_attn_implementation(getattr(model, _OWN, "sdpa"))
     if hasattr(model.config, "dilated_attention"):
         del model.config.dilated_attention
+    unmark(model.config)
     return model
 
 
 def write_pattern(config: Any, pattern: Pattern) -> None:
-    """Put a pattern into a config, in place: `config.dilated_attention`, which `pattern_of` reads."""
+    """Put a pattern into a config, in place: `config.dilated_attention`, which `pattern_of` reads.
+
+    A folder that is saved with it cannot be opened without this integration (`transformers_auto`).
+    """
+    mark(config)
     options = asdict(pattern)
     config.dilated_attention = {key: list(x) if isinstance(x, tuple) else x for key, x in options.items()}
 
@@ -141,6 +152,8 @@ def dilated_attention_forward(
         options |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     pattern = pattern_of(module.config)
+    if not torch.compiler.is_compiling():
+        mark(module.config)  # whoever put the pattern there, it is to be saved as one
     for name in _REFUSED_OPTIONS:
         if options.get(name) is not None and options[name] is not False:
             raise ConfigError(f"dilated attention has no {name}")
@@ -175,7 +188,7 @@ def dilated_attention_forward(
     if provider or documents is not None:
         return dilated_attention(q, k, v, pattern, documents=documents, **settings), None
     out = None
-    for rows in _rows(attention_mask, before, q.shape[:2]):
+    for rows in rows_of(attention_mask, before, q.shape[:2]):
         skip, start = max(0, rows.first - before), max(0, before - rows.first)
         some_q, some_k, some_v = (x if rows.members is None else x[rows.members] for x in (q, k, v))
         cache = None
@@ -201,42 +214,6 @@ def dilated_attention_forward(
         memory.step(q.shape[1])
     # no row has a token: zeros, with a gradient of zeros
     return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) if out is None else out, None
-
-
-class _Rows(NamedTuple):
-    """Rows of a batch that begin at column `first`, and so stand at one position.
-
-    `members` None: all of them. `lengths`: of each, how many of its tokens in this call are true; None: all.
-    """
-
-    members: list[int] | None
-    first: int
-    lengths: Sequence[int] | Tensor | None
-
-
-def _rows(columns: Tensor | None, before: int, shape: Sequence[int]) -> Iterator[_Rows]:
-    """The rows of a batch of (batch, tokens) new tokens after `before` columns, by the column at which they begin.
-
-    `columns` as `dilated_mask` returns them. Rows without a token yet are left out.
-    """
-    batch, tokens = shape
-    if columns is None:
-        yield _Rows(None, 0, None)
-    elif torch.compiler.is_compiling():  # numbers are not known there: it takes padding on the right alone
-        stops = columns[:, 1]
-        yield _Rows(None, 0, stops.where(stops < 0, (stops - before).clamp(min=0)))
-    else:
-        found: dict[int, list[int]] = {}
-        spans = columns.tolist()
-        for row, (first, stop) in enumerate(spans):
-            if first < stop:
-                found.setdefault(first, []).append(row)
-        for first, members in found.items():
-            begin = max(first, before)
-            lengths = [max(0, spans[row][1] - begin) for row in members]
-            whole = all(n == before + tokens - begin for n in lengths)
-            alone = len(members) == batch and begin == before
-            yield _Rows(None if alone else members, first, None if whole else lengths)
 
 
 def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) -> list[FarKeys]:
@@ -301,31 +278,9 @@ def dilated_mask(
         )
     if attention_mask is None:
         return None
-    return _columns(attention_mask.bool())
-
-
-def _columns(tokens: Tensor) -> Tensor | None:
-    """Columns [first, stop) of each row's tokens, (B, 2), from a mask (B, L) that is True at them; None for all.
-
-    A row without a token begins at L. In a compiled graph, `stop` is -1 for padding that is not on the right, which its
-    attention call refuses.
-    """
-    counts, columns = tokens.sum(-1), torch.arange(tokens.shape[-1], device=tokens.device)
-    if torch.compiler.is_compiling():
-        right = (tokens == (columns < counts[:, None])).all(-1)
-        return torch.stack([torch.zeros_like(counts), counts.where(right, -1)], -1)
-    first = tokens.int().argmax(-1).where(counts > 0, tokens.shape[-1])
-    stop = first + counts
-    whole = (tokens == ((columns >= first[:, None]) & (columns < stop[:, None]))).all(-1)
-    found = torch.stack([first, stop, whole], -1).cpu()
-    if not found[:, 2].all():
-        row = int(found[:, 2].logical_not().nonzero()[0])
-        raise ValueError(
-            f"row {row} has padding between its tokens: pad on the left or on the right, and prompts of generate() on "
-            'the left (tokenizer.padding_side = "left")'
-        )
-    return None if counts.numel() and bool((found[:, 1] - found[:, 0] == tokens.shape[-1]).all()) else found[:, :2]
+    return columns_of(attention_mask.bool())
 
 
 AttentionInterface.register(NAME, dilated_attention_forward)
 AttentionMaskInterface.register(NAME, dilated_mask)
+register(use_dilated_attention)

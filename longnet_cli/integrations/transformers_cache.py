@@ -9,7 +9,7 @@ they stand at different positions: those that begin at one column share a KVCach
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,9 @@ import transformers as hf
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from longnet_cli.attention import KVCache, Pattern
+from longnet_cli.attention import FarKeys, KVCache, Pattern
+from longnet_cli.integrations.transformers_padding import Rows
+from longnet_cli.model.net import FarProvider, NetConfig
 
 _MEMORY = "_longnet_memory"  # of the keys that `update` returns
 
@@ -86,8 +88,12 @@ class Memory(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         key_states = key_states.view_as(key_states)  # a tensor object of its own
         setattr(key_states, _MEMORY, self)
-        self.waits, self._batch = True, key_states.shape[0]
+        self.expect(key_states.shape[0])
         return key_states, value_states
+
+    def expect(self, batch: int) -> None:
+        """Be told of new keys of a batch of so many rows, which an attention is about to take in."""
+        self.waits, self._batch = True, batch
 
     def cache(self, first: int, rows: Sequence[int], pattern: Pattern, num_heads: int, k: Tensor) -> KVCache:
         """The cache of the `rows` that begin at column `first`, whose new keys are k (rows, n, K, D).
@@ -148,3 +154,38 @@ class Memory(CacheLayerMixin):
             else:
                 del self._parts[first]
         self._batch = len(rows)
+
+
+class Memories:
+    """The layers of a `LongNetCache`, for a batch whose new tokens go through a net, some rows after the others."""
+
+    def __init__(self, cache: Any, batch: int, config: NetConfig) -> None:
+        layers = getattr(cache, "layers", [])
+        if len(layers) != config.num_layers or not all(isinstance(layer, Memory) for layer in layers):
+            raise ValueError("a LongNet remembers in a LongNetCache(model.config): it takes no other cache")
+        self.layers: Sequence[Memory] = layers
+        self.config = config
+        self._pending: list[Callable[[], None]] = []
+        for layer in self.layers:
+            layer.expect(batch)
+
+    def of(self, rows: Rows) -> FarProvider:
+        """Return what gives these rows their far keys."""
+
+        def far(index: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
+            self.append()  # only now has the layer before read its far keys, which this may overwrite
+            members = range(len(k)) if rows.members is None else rows.members
+            cache = self.layers[index].cache(rows.first, members, self.config.pattern, self.config.num_heads, k)
+            self._pending.append(lambda: cache.append(k, v))
+            return cache.far()
+
+        return far
+
+    def append(self) -> None:
+        """Put the keys that wait into their cache."""
+        while self._pending:
+            self._pending.pop()()
+
+    def step(self, tokens: int) -> None:
+        for layer in self.layers:
+            layer.step(tokens)

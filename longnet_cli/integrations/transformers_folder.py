@@ -15,11 +15,11 @@ from torch import Tensor
 from longnet_cli.atomic import sync_folder
 from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.errors import CheckpointError
+from longnet_cli.integrations.transformers_auto import from_file
+from longnet_cli.model.foreign import BESIDE_TOKENIZER
 
 ADAPTER = "adapter"  # a folder inside: there, transformers would take the model itself for an adapter
 _CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
-# what may stand beside a tokenizer.json: what a library needs to make a tokenizer of it, and how a chat is written
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 def write_folder(
@@ -43,11 +43,12 @@ def write_folder(
             model.save_pretrained(made, state_dict=dict(state), max_shard_size=1 << 62)
             settings = json.loads((made / _CONFIG).read_text(encoding="utf-8"))
             if dense:
+                settings = from_file(settings)
                 settings.pop("dilated_attention", None)
             (made / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             (made / _TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
             if source and _same_tokenizer(source / _TOKENIZER, tokenizer_json):
-                for name in (*_BESIDE, _TOKENIZER):
+                for name in (*BESIDE_TOKENIZER, _TOKENIZER):
                     if (source / name).is_file():
                         shutil.copyfile(source / name, made / name)
             for path in sorted(made.iterdir(), key=lambda path: path.name == _CONFIG):  # a folder with it is complete

@@ -40,6 +40,7 @@ from longnet_cli.integrations.transformers import (
     use_own_attention,
     write_pattern,
 )
+from longnet_cli.integrations.transformers_auto import from_file
 from longnet_cli.integrations.transformers_config import TransformersConfig
 from longnet_cli.integrations.transformers_folder import ADAPTER, write_folder
 from longnet_cli.integrations.transformers_rotary import (
@@ -181,7 +182,7 @@ class TransformersNet(Net):
         """Train matrices of LoRA alone, in place; `options` are the arguments of `lora.add_lora`."""
         self._save_adapter = add_lora(self.model, **options)
 
-    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor]) -> None:
+    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None) -> None:
         """Write a folder that transformers opens: the pattern in its config.json, and the tokenizer's files.
 
         With LoRA, the weights are the merged ones, and the adapter is in a folder of its own inside.
@@ -309,7 +310,7 @@ def _dense(model: hf.PreTrainedModel, as_trained: bool) -> TransformersNet:
 def read_architecture(folder: Path) -> tuple[Any, Any]:
     """(configuration, class) of a folder's model. Raises ConfigError."""
     try:
-        data = parse(read_text(folder / "config.json"), object_hook=_without_attention)
+        data = from_file(parse(read_text(folder / "config.json"), object_hook=_without_attention))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/config.json: cannot be read: {' '.join(str(error).split())}") from None
     if "auto_map" in data:

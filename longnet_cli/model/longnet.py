@@ -242,8 +242,8 @@ class LongNet(Net):
     def blocks(self) -> Sequence[nn.Module]:
         return [*self.layers]
 
-    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor]) -> None:
-        save_pretrained(self, folder, tokenizer_json, state)
+    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None) -> None:
+        save_pretrained(self, folder, tokenizer_json, state, eos)
 
     @classmethod
     def from_pretrained(
@@ -258,9 +258,14 @@ class LongNet(Net):
         """A saved model, from its directory or by the name of one that ships; see weights.load_pretrained."""
         return load_pretrained(cls, name_or_dir, device, dtype, pattern=pattern, verify=verify)
 
-    def save_pretrained(self, directory: str | PathLike[str], tokenizer_json: str | None = None) -> None:
-        """Write config.json, model.safetensors and tokenizer.json; see weights.save_pretrained."""
-        save_pretrained(self, directory, tokenizer_json)
+    def save_pretrained(
+        self, directory: str | PathLike[str], tokenizer_json: str | None = None, eos: str | None = None
+    ) -> None:
+        """Write config.json, model.safetensors and tokenizer.json, with its end-of-text token `eos`.
+
+        See weights.save_pretrained.
+        """
+        save_pretrained(self, directory, tokenizer_json, eos=eos)
 
 
 def _of_layer(far: FarProvider, index: int) -> Callable[[Tensor, Tensor], Sequence[FarKeys]]:

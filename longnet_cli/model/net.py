@@ -83,9 +83,10 @@ class Net(nn.Module):
     def check_trainable(self) -> None:
         """Raise ConfigError for a net through which the gradient of a long sequence cannot go; in eval mode."""
 
-    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor]) -> None:
+    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None) -> None:
         """Write a model directory with the weights `state`, on the CPU; files get their names when they are whole.
 
+        `eos` is the token of the tokenizer that ends documents, where it is not the one that the model came with.
         Raises CheckpointError where it cannot be written.
         """
         raise NotImplementedError

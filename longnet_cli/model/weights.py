@@ -1,4 +1,4 @@
-"""Weights on disk: a model directory of config.json, model.safetensors and tokenizer.json."""
+"""Weights on disk: a model directory of config.json, model.safetensors, tokenizer.json, and what others read there."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from longnet_cli.atomic import atomic_write
 from longnet_cli.configuration import digest, parse, read_text
-from longnet_cli.errors import CheckpointError, LongNetError
+from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.model.config import LongNetConfig, parse_config
+from longnet_cli.model.foreign import foreign_files, foreign_keys, own_keys
 from longnet_cli.model.integrity import TYPE_NAMES, check_finite, check_header, tensor_bytes, tensor_digest
 from longnet_cli.model.net import Net
 from longnet_cli.presets import CONFIG_SHA256, TENSORS_SHA256, TOKENIZER_SHA256, find_model
@@ -35,8 +36,13 @@ def save_pretrained(
     directory: str | PathLike[str],
     tokenizer_json: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    eos: str | None = None,
+    foreign: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model directory; `tokenizer_json` is the text of a `tokenizers` file.
+
+    `eos` is the token of it that ends documents: `<|endoftext|>` where it has that, unless given. `foreign` are keys of
+    config.json for transformers, beside those in `model.foreign`, where also stands what others read here.
 
     Every file is written under a temporary name, then renamed, config.json last: a directory that has one is
     complete. Digests of the tensors and of the other files are in the metadata of model.safetensors.
@@ -50,7 +56,12 @@ def save_pretrained(
     digests = {TENSORS_SHA256: tensor_digest(tensors), CONFIG_SHA256: digest(settings)}
     if tokenizer_json is not None:
         digests[TOKENIZER_SHA256] = digest(json.loads(tokenizer_json))
-    texts = {CONFIG: json.dumps(settings, indent=2) + "\n", TOKENIZER: tokenizer_json}
+    keys = settings | foreign_keys(model.config, tokenizer_json, eos) | dict(foreign or {})
+    data = {CONFIG: keys, **foreign_files(tokenizer_json, eos)}
+    texts: dict[str, str | None] = {
+        name: json.dumps(found, indent=2, ensure_ascii=False) + "\n" for name, found in data.items()
+    }
+    texts[TOKENIZER] = tokenizer_json
     try:
         with ExitStack() as files:  # which get their names in the opposite order
             for name, text in texts.items():
@@ -69,7 +80,7 @@ def load_config(directory: str | PathLike[str], pattern: Pattern | None = None) 
     Raises CheckpointError (unreadable) or ConfigError (wrong, or a pattern that the net cannot have).
     """
     path = Path(directory) / CONFIG
-    return parse_config(_read_config(path), str(path), pattern)
+    return parse_config(_own_config(path), str(path), pattern)
 
 
 def load_pretrained(
@@ -103,7 +114,7 @@ def load_pretrained(
             check_header(config, {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}, str(path))
             model = empty_net(build, config, {n: tuple(s.get_shape()) for n, s in slices.items()}, str(path))
             stored = {name: file.get_tensor(name) for name in slices}
-            if verify and saved.get(CONFIG_SHA256, known := digest(_read_config(folder / CONFIG))) != known:
+            if verify and saved.get(CONFIG_SHA256, known := digest(_own_config(folder / CONFIG))) != known:
                 raise CheckpointError(
                     f"{folder / CONFIG}: not what the weights were saved with: put that back, or if the change is "
                     "meant, save it from Python: LongNet.from_pretrained(folder, verify=False).save_pretrained(folder)"
@@ -145,9 +156,12 @@ def empty_net(
     return model
 
 
-def _read_config(path: Path) -> Any:
+def _own_config(path: Path) -> Any:
+    """The keys of a config.json that define the net."""
     try:
-        return parse(read_text(path))
+        return own_keys(parse(read_text(path)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: not a model directory, {CONFIG} is missing") from None
     except (OSError, ValueError) as error:  # ValueError: not JSON, not UTF-8

@@ -416,7 +416,7 @@ class _Run:
     def _write_model(self, folder: Path) -> None:
         state = whole_state(self.model, self.ranks)
         if self.ranks.first:
-            self.model.save(folder, self.tokenizer.to_json(), state)
+            self.model.save(folder, self.tokenizer.to_json(), state, self.tokenizer.token_of(self.eos_id))
         self.ranks.barrier()  # the end of another rank would end this one while it writes
 
 

@@ -1,0 +1,301 @@
+"""A LongNet as a model of Hugging Face transformers, for the folders that `longnet train` and `save_pretrained` write.
+
+    import longnet_cli.integrations.transformers
+    model = AutoModelForCausalLM.from_pretrained("./my-model")
+    model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=20)
+
+The classes hold a LongNet's own layers under its own names, so that weights are one and the same file for both: a
+Trainer's checkpoint is a model of `longnet`, and the other way round. Weights that are missing are an error.
+
+B batch, N new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+
+from longnet_cli.errors import CheckpointError
+from longnet_cli.integrations.transformers_cache import LongNetCache, Memories
+from longnet_cli.integrations.transformers_longnet_config import LongNetHFConfig
+from longnet_cli.integrations.transformers_padding import columns_of, rows_of
+from longnet_cli.model import LongNet
+from longnet_cli.model.foreign import TRANSFORMERS_KEYS, architecture
+from longnet_cli.model.weights import list_names, save_pretrained
+from longnet_cli.presets import MODEL_TYPE
+from longnet_cli.runtime.chunks import CausalStream, default_chunk
+
+# what transformers calls a cache, in arguments and outputs; newer versions the first
+_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class LongNetPreTrainedModel(hf.PreTrainedModel):
+    """A LongNet's layers in a module of transformers; `net` is the LongNet of the same layers."""
+
+    config_class = LongNetHFConfig
+    base_model_prefix = "longnet"  # of no attribute: weights have a LongNet's own names
+    _no_split_modules = ("Block",)
+
+    def __init__(self, config: LongNetHFConfig) -> None:
+        super().__init__(config)
+        net = LongNet(config.longnet)
+        for name, child in net.named_children():
+            self.add_module(name, child)
+        self.__dict__["net"] = net  # no child: its layers are this module's
+        for module in self.modules():
+            module._is_hf_initialized = True  # by the LongNet: transformers would draw other weights
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """As in transformers. Raises CheckpointError for weights that are missing or unexpected."""
+        model, report = super().from_pretrained(*args, output_loading_info=True, **options)
+        for what, names in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"])):
+            if names:
+                raise CheckpointError(f"{model.name_or_path}: {list_names(what, sorted(names))}")
+        return (model, report) if output_loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        """Write the folder that `LongNet.save_pretrained` writes, in one file of weights, for one process to do.
+
+        Other `options` of transformers have no use here. Raises CheckpointError where it cannot be written.
+        """
+        if not is_main_process:
+            return
+        self.net.config = self.config.longnet  # a vocabulary may have been resized
+        foreign = {key: value for key, value in self.config.to_diff_dict().items() if key in TRANSFORMERS_KEYS}
+        foreign |= {"architectures": [architecture(self.net.config)]}
+        save_pretrained(self.net, save_directory, state_dict=state_dict, foreign=foreign)
+        if self.can_generate():
+            self.generation_config.save_pretrained(save_directory)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embedding = self.net.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The output matrix; None where it is the table of embeddings."""
+        return self.net.output
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.output = self.net.output = value
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw nothing: the LongNet has drawn all weights."""
+
+    def _hidden(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        cache: Any,
+        asked: dict[str, Any],
+    ) -> Tensor:
+        """Ids (B, N) or vectors (B, N, dim), after those in `cache` -> hidden (B, N, dim) after the final norm.
+
+        What stands at padding has no meaning. Raises ValueError for what a LongNet does not give or take.
+        """
+        for name in ("output_attentions", "output_hidden_states"):
+            if asked.get(name):
+                raise ValueError(f"a LongNet gives its last hidden states alone: no {name}")
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None:
+            raise ValueError("give either input_ids or inputs_embeds")
+        before = cache.get_seq_length() if cache is not None else 0
+        columns = _columns(attention_mask, position_ids, before + given.shape[1])
+        memory = None if cache is None else Memories(cache, given.shape[0], self.net.config)
+        out = None
+        for rows in rows_of(columns, before, given.shape[:2]):
+            skip, start = max(0, rows.first - before), max(0, before - rows.first)
+            some = (given if rows.members is None else given[rows.members])[:, skip:]
+            place = {"tokens": some} if input_ids is not None else {"embeddings": some}
+            far = memory.of(rows) if memory else None
+            found = self.net(**place, start=start, lengths=rows.lengths, far=far)
+            if memory:
+                memory.append()
+            if rows.members is None and not skip:
+                out = found
+            else:
+                out = found.new_zeros(*given.shape[:2], found.shape[-1]) if out is None else out
+                out[rows.members if rows.members is not None else slice(None), skip:] = found
+        if memory:
+            memory.step(given.shape[1])
+        if out is None:  # no row has a token
+            out = self.net.embed(input_ids, inputs_embeds) * 0
+        return out
+
+    def _cache(self, use_cache: bool | None, cache: Any, older: Any) -> Any:
+        """The cache that was given, under its newer or its older name, or a new one where it is to be used."""
+        found = older if cache is None else cache
+        if found is not None and not self.config.causal:
+            raise ValueError("a bidirectional LongNet reads a text at once: it has no cache")
+        if found is None and use_cache and self.config.causal:
+            return LongNetCache(self.config)
+        return found
+
+
+class LongNetModel(LongNetPreTrainedModel):
+    """Hidden states, for `AutoModel`; `embed` gives vectors of texts, for sentence-transformers."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **asked: Any,
+    ) -> Any:
+        """Return hidden states (B, N, dim) after the final norm."""
+        cache = self._cache(use_cache, cache, past_key_values)
+        hidden = self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, cache, asked)
+        return _output(BaseModelOutputWithPast(last_hidden_state=hidden, **{_CACHE: cache}), return_dict)
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Token ids (B, N) of texts -> vectors (B, dim) of length 1, as `longnet encode` makes them.
+
+        The mean of the hidden states of a text's tokens, read after the id that begins documents
+        (`config.bos_token_id`). Without gradients a causal net reads long texts chunk by chunk. Raises ValueError for
+        a text without a token.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        ids = input_ids.gather(1, (1 - mask).argsort(dim=1, stable=True))  # padding goes to the right
+        counts = mask.sum(1)
+        if not counts.all():
+            raise ValueError(f"text {int(counts.argmin())} is empty: there is nothing to embed")
+        bos = getattr(self.config, "bos_token_id", None) if self.config.causal else None
+        first = 0 if bos is None else 1
+        if first:
+            ids = F.pad(ids, (1, 0), value=bos)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        wanted = ((places >= first) & (places < first + counts[:, None]))[..., None]  # (B, 1 + N, 1)
+        parts: Iterable[Tensor]
+        if torch.is_grad_enabled() or not self.config.causal:
+            parts = [self.net(ids, lengths=(first + counts).tolist())]
+        else:
+            stream, chunk = CausalStream(self.net), default_chunk(self.net.config, ids.device)
+            parts = (stream(part) for part in ids.split(max(1, chunk // len(ids)), 1))
+        total, at = torch.zeros((), dtype=torch.float64, device=ids.device), 0
+        for hidden in parts:
+            total = total + hidden.masked_fill(~wanted[:, at : at + hidden.shape[1]], 0).sum(1, dtype=torch.float64)
+            at += hidden.shape[1]
+        return F.normalize((total / counts[:, None]).float(), dim=-1)
+
+
+class LongNetForCausalLM(LongNetPreTrainedModel, hf.GenerationMixin):
+    """Logits of the next token, and `generate()` with a `LongNetCache`."""
+
+    def __init__(self, config: LongNetHFConfig) -> None:
+        _refuse(config, "AutoModelForCausalLM", causal=True)
+        super().__init__(config)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Return that `forward` makes its own cache."""
+        return False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **asked: Any,
+    ) -> Any:
+        """Return logits (B, N, vocab_size), those of the last `logits_to_keep` tokens if it is not 0.
+
+        `labels` (B, N) give a loss, the mean over those that are not -100; they are shifted here.
+        """
+        cache = self._cache(use_cache, cache, past_key_values)
+        hidden = self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, cache, asked)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.net.logits(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **asked)
+        return _output(CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache}), return_dict)
+
+
+class LongNetForMaskedLM(LongNetPreTrainedModel):
+    """Logits of masked tokens, of a bidirectional net."""
+
+    def __init__(self, config: LongNetHFConfig) -> None:
+        _refuse(config, "AutoModelForMaskedLM", causal=False)
+        super().__init__(config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **asked: Any,
+    ) -> Any:
+        """Return logits (B, N, vocab_size); `labels` (B, N) give a loss, the mean over those that are not -100."""
+        logits = self.net.logits(self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, None, asked))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **asked)
+        return _output(MaskedLMOutput(loss=loss, logits=logits), return_dict)
+
+
+def _columns(attention_mask: Tensor | None, position_ids: Tensor | None, columns: int) -> Tensor | None:
+    """Columns [first, stop) of each row's tokens (`columns_of`). Raises ValueError for masks of another kind."""
+    if attention_mask is not None and tuple(attention_mask.shape[1:]) != (columns,):
+        raise ValueError(
+            f"attention_mask must say of all {columns} tokens so far which are padding, (batch, {columns}), not be of "
+            f"shape {tuple(attention_mask.shape)}"
+        )
+    if position_ids is not None and position_ids.shape[-1] > 1:
+        mask = None if attention_mask is None else attention_mask[:, -position_ids.shape[-1] :].bool()
+        goes_on = position_ids.diff(dim=-1) == 1
+        if mask is not None:
+            goes_on = goes_on | ~(mask[:, 1:] & mask[:, :-1])
+        if not goes_on.all():
+            raise ValueError("a LongNet counts positions itself: position_ids that restart (packed texts) are refused")
+    return None if attention_mask is None else columns_of(attention_mask.bool())
+
+
+def _refuse(config: LongNetHFConfig, asked: str, *, causal: bool) -> None:
+    if not config.vocab_size:
+        raise ValueError(f"this LongNet has no vocabulary: open it with AutoModel, not {asked}")
+    if config.causal is not causal:
+        is_, needed = ("causal", "CausalLM") if config.causal else ("bidirectional", "MaskedLM")
+        raise ValueError(f"this LongNet is {is_}: open it with AutoModelFor{needed}, not {asked}")
+
+
+def _output(found: Any, return_dict: bool | None) -> Any:
+    return found.to_tuple() if return_dict is False else found
+
+
+hf.AutoConfig.register(MODEL_TYPE, LongNetHFConfig)
+hf.AutoModel.register(LongNetHFConfig, LongNetModel)
+hf.AutoModelForCausalLM.register(LongNetHFConfig, LongNetForCausalLM)
+hf.AutoModelForMaskedLM.register(LongNetHFConfig, LongNetForMaskedLM)

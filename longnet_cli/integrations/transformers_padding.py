@@ -1,0 +1,71 @@
+"""Rows of a padded batch, by the column at which they begin: rows of one column stand at one position.
+
+B batch, N new tokens, L columns with those before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Rows of a batch that begin at column `first`, and so stand at one position.
+
+    `members` None: all of them. `lengths`: of each, how many of its tokens in this call are true; None: all.
+    """
+
+    members: list[int] | None
+    first: int
+    lengths: Sequence[int] | Tensor | None
+
+
+def rows_of(columns: Tensor | None, before: int, shape: Sequence[int]) -> Iterator[Rows]:
+    """The rows of a batch of (batch, tokens) new tokens after `before` columns, by the column at which they begin.
+
+    `columns` as `columns_of` returns them. Rows without a token yet are left out.
+    """
+    batch, tokens = shape
+    if columns is None:
+        yield Rows(None, 0, None)
+    elif torch.compiler.is_compiling():  # numbers are not known there: it takes padding on the right alone
+        stops = columns[:, 1]
+        yield Rows(None, 0, stops.where(stops < 0, (stops - before).clamp(min=0)))
+    else:
+        found: dict[int, list[int]] = {}
+        spans = columns.tolist()
+        for row, (first, stop) in enumerate(spans):
+            if first < stop:
+                found.setdefault(first, []).append(row)
+        for first, members in found.items():
+            begin = max(first, before)
+            lengths = [max(0, spans[row][1] - begin) for row in members]
+            whole = all(n == before + tokens - begin for n in lengths)
+            alone = len(members) == batch and begin == before
+            yield Rows(None if alone else members, first, None if whole else lengths)
+
+
+def columns_of(tokens: Tensor) -> Tensor | None:
+    """Columns [first, stop) of each row's tokens, (B, 2), from a mask (B, L) that is True at them; None for all.
+
+    A row without a token begins at L. In a compiled graph, `stop` is -1 for padding that is not on the right, which its
+    attention call refuses.
+    """
+    counts, columns = tokens.sum(-1), torch.arange(tokens.shape[-1], device=tokens.device)
+    if torch.compiler.is_compiling():
+        right = (tokens == (columns < counts[:, None])).all(-1)
+        return torch.stack([torch.zeros_like(counts), counts.where(right, -1)], -1)
+    first = tokens.int().argmax(-1).where(counts > 0, tokens.shape[-1])
+    stop = first + counts
+    whole = (tokens == ((columns >= first[:, None]) & (columns < stop[:, None]))).all(-1)
+    found = torch.stack([first, stop, whole], -1).cpu()
+    if not found[:, 2].all():
+        row = int(found[:, 2].logical_not().nonzero()[0])
+        raise ValueError(
+            f"row {row} has padding between its tokens: pad on the left or on the right, and prompts of generate() on "
+            'the left (tokenizer.padding_side = "left")'
+        )
+    return None if counts.numel() and bool((found[:, 1] - found[:, 0] == tokens.shape[-1]).all()) else found[:, :2]

@@ -1,0 +1,201 @@
+"""lm-eval's command, with the models of `longnet` among its own: a LongNet, or a model of transformers with a pattern.
+
+    python -m longnet_cli.lm_eval --model longnet --model_args pretrained=./my-model --tasks TASKS
+
+Everything is read as the commands of `longnet` read it, chunk by chunk where it is long: memory does not depend on the
+length of a document, and the log-likelihood of one is what `longnet score` says.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+
+from longnet_cli.data.bos import document_end, document_start
+from longnet_cli.data.documents import Document
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.errors import ConfigError, LongNetError
+from longnet_cli.generating import generate
+from longnet_cli.integrations.loading import load_net
+from longnet_cli.model.net import LOGITS_LIMIT
+from longnet_cli.patterns import parse_pattern
+from longnet_cli.presets import find_model
+from longnet_cli.runtime.device import DTYPES, precision, resolve_dtype
+from longnet_cli.runtime.reading import Piece, Reader, Window, bos_ids, check_length
+from longnet_cli.scoring import score
+
+_GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "seed")  # what a task may ask
+
+
+@register_model("longnet")
+class LongNetLM(TemplateLM):
+    """A model for lm-eval: `pretrained` is a folder with a slash in it, or the name of a model that ships.
+
+    `pattern` (a text of `longnet_cli.patterns`) takes the place of the model's own. `dtype` and `chunk` are those of
+    `runtime.reading.Reader`; batches are what fits a chunk, whatever the `batch_size`. With `max_length` the model sees
+    at most so many tokens: the last ones of a context, and documents in windows. Without it, it sees all of them; what
+    is longer than it reads is a ConfigError before any work. `add_bos_token` puts before each context what the model
+    reads before documents; what its tokenizer's template puts there, is there anyway.
+
+    Raises ConfigError and CheckpointError as the commands do.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        pattern: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        chunk: int | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        add_bos_token: bool = False,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+    ) -> None:
+        super().__init__()
+        folder = find_model(str(pretrained))
+        words = Tokenizer.of_model(folder)
+        if words is None:
+            raise ConfigError(f"{folder}: there is no tokenizer.json, without which texts cannot be read")
+        self.words = words
+        asked = device or "cuda"  # which is what lm-eval's command says on every machine
+        self._device = torch.device(asked if torch.cuda.is_available() or not asked.startswith("cuda") else "cpu")
+        self.options: dict[str, Any] = {"dtype": dtype, "chunk": chunk}
+        self.max_length, self.max_gen_toks = max_length, max_gen_toks
+        self.bos, self.ends = document_start(folder, words), document_end(folder, words)
+        self.before = bos_ids(self.bos) if add_bos_token else words.ids_before
+        weights = DTYPES[resolve_dtype(dtype, self._device)]
+        self.net = load_net(folder, pattern=_pattern(pattern), device=self._device, dtype=weights)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The digest of the tokenizer, for caches of requests."""
+        return self.words.sha256
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id before a text without a context. Raises ConfigError where nothing stands before a document."""
+        if not (ids := bos_ids(self.bos)):
+            raise ConfigError("the tokenizer has no token that begins a text, and lm-eval needs one before it")
+        return ids[-1]
+
+    @property
+    def eot_token_id(self) -> int:
+        return min(self.ends, default=self.prefix_token_id)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Return ids, after those that stand before a text unless `add_special_tokens` is False."""
+        ids = self.words.encode(string).tolist()
+        return ids if add_special_tokens is False else [*self.before, *ids]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each whole text, in nats, as `longnet score` adds it up."""
+        texts = [self._document(i, self.words.encode(text)) for i, (text,) in enumerate(r.args for r in requests)]
+        if not any(map(len, texts)):
+            return [0.0] * len(texts)
+        found = score(self.net, texts, bos=self.bos, known=texts, context=self.max_length, **self.options)
+        return [-each.score.nll_sum for each in found]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation after its context, and whether each of its ids was the likeliest."""
+        windows = [self._window(i, context, more) for i, (_, context, more) in enumerate(requests)]
+        sums, greedy = [0.0] * len(windows), [True] * len(windows)
+        for pieces in Reader(self.net, **self.options).read(windows):
+            for piece in pieces:
+                nats, likeliest = self._targets(piece)
+                sums[piece.window.index] += nats
+                greedy[piece.window.index] &= likeliest
+        return list(zip(sums, greedy, strict=True))
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context, up to a text in `until`, its own end or `max_gen_toks` tokens."""
+        return [self._generate(i, *request.args) for i, request in enumerate(requests)]
+
+    def _generate(self, index: int, context: str, asked: dict[str, Any]) -> str:
+        if unknown := [name for name in asked if name not in _GENERATION]:
+            raise ConfigError(f"generation has no {unknown[0]}: it knows {', '.join(_GENERATION)}")
+        until = asked.get("until") or ()
+        most = int(asked.get("max_gen_toks", self.max_gen_toks))
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        ids = ids[-max(1, self.max_length - most) :] if self.max_length else ids
+        steps = generate(
+            self.net,
+            self._document(index, np.array(ids)),
+            bos=None,
+            words=self.words,
+            max_tokens=most,
+            temperature=float(asked.get("temperature", 1.0)) if asked.get("do_sample") else 0.0,
+            top_p=float(asked.get("top_p", 1.0)),
+            seed=int(asked.get("seed", 0)),
+            end_ids=self.ends,
+            stop=[until] if isinstance(until, str) else [text for text in until if text],
+            **self.options,
+        )
+        return "".join(step.text for step in steps)
+
+    def _document(self, index: int, ids: np.ndarray) -> Document:
+        return Document(str(index), ids, None, f"request {index}", limit=self.net.config.vocab_size)
+
+    def _window(self, index: int, context: list[int], more: list[int]) -> _Continuation:
+        """What is read of a request: all ids but the last, of which those from the context's last on predict one."""
+        ids = np.array((context + more)[-(self.max_length + 1) :] if self.max_length else context + more)
+        read, wanted = len(ids) - 1, len(ids) - min(len(more), len(ids) - 1) - 1
+        instead = "give max_length, to see the last tokens alone"
+        check_length(self.net, read, f"request {index}", instead, skips=False)
+        return _Continuation(self._document(index, ids), 0, read, wanted, index)
+
+    @torch.inference_mode()
+    def _targets(self, piece: Piece[_Continuation]) -> tuple[float, bool]:
+        """The log-likelihood of the ids that a piece predicts, and whether each is the likeliest."""
+        total, likeliest = 0.0, True
+        if piece.hidden is None or not len(piece):
+            return total, likeliest
+        targets = torch.from_numpy(piece.window.ids.read(piece.start + 1, piece.stop + 1)).to(self._device)
+        size = max(1, LOGITS_LIMIT // self.net.config.vocab_size)
+        for hidden, wanted in zip(piece.hidden.split(size), targets.split(size), strict=True):
+            with precision(self.options["dtype"], self._device):
+                logits = self.net.logits(hidden)
+            total += float(logits.float().log_softmax(-1).gather(1, wanted[:, None]).sum(dtype=torch.float64))
+            likeliest &= bool((logits.argmax(-1) == wanted).all())
+        return total, likeliest
+
+
+@dataclass(frozen=True)
+class _Continuation(Window):
+    """A context and what follows it, of request `index`."""
+
+    index: int
+
+
+def _pattern(text: str | None) -> Any:
+    try:
+        return None if text is None else parse_pattern(text)
+    except ValueError as error:
+        raise ConfigError(f"pattern: {error}") from None
+
+
+def main(args: Iterable[str] | None = None) -> None:
+    """Run lm-eval's command; what `longnet` refuses is one line on stderr and its exit code."""
+    from lm_eval.__main__ import cli_evaluate
+
+    if args is not None:
+        sys.argv[1:] = args
+    try:
+        cli_evaluate()
+    except LongNetError as error:
+        print(f"longnet: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

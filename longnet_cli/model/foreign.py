@@ -1,0 +1,127 @@
+"""What other libraries read in a model directory, beside its weights and its tokenizer.json.
+
+transformers reads keys of config.json and tokenizer_config.json, sentence-transformers two small files. Their classes
+for a LongNet are in `integrations.transformers_longnet`; nothing here imports them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longnet_cli.configuration import parse, read_text
+from longnet_cli.errors import ConfigError
+from longnet_cli.model.net import NetConfig
+from longnet_cli.presets import MODEL_TYPE
+
+TOKENIZER_CONFIG, MODULES, SENTENCES = "tokenizer_config.json", "modules.json", "sentence_bert_config.json"
+# what may stand beside a tokenizer.json: what a library needs to make a tokenizer of it, and how a chat is written
+BESIDE_TOKENIZER = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
+
+# Keys that transformers writes into config.json, which say nothing of what a LongNet computes
+TRANSFORMERS_KEYS = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "experts_implementation",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+def own_keys(data: Any) -> Any:
+    """The keys of a LongNet's config.json that are no `TRANSFORMERS_KEYS`; what is no mapping comes back as it is.
+
+    Raises ConfigError for a configuration of another model.
+    """
+    if not isinstance(data, Mapping):
+        return data
+    kind = data.get("model_type", MODEL_TYPE)
+    if kind != MODEL_TYPE:
+        raise ConfigError(f"model_type {kind!r} is not that of a LongNet, {MODEL_TYPE!r}")
+    return {key: value for key, value in data.items() if key not in TRANSFORMERS_KEYS}
+
+
+def architecture(config: NetConfig) -> str:
+    """The name of the class that reads a model in transformers."""
+    if not config.vocab_size:
+        return "LongNetModel"
+    return "LongNetForCausalLM" if config.causal else "LongNetForMaskedLM"
+
+
+def foreign_keys(config: NetConfig, tokenizer_json: str | None, eos: str | None) -> dict[str, Any]:
+    """The keys of config.json for transformers: which class reads it, in which type, and the id that ends documents.
+
+    Weights are read as float32, as the commands do, whatever they are stored in. `eos` as in `foreign_files`.
+    """
+    keys: dict[str, Any] = {"model_type": MODEL_TYPE, "architectures": [architecture(config)], "dtype": "float32"}
+    found = _ids(tokenizer_json).get(eos or END_OF_TEXT)
+    return keys if found is None else keys | {"bos_token_id": found, "eos_token_id": found}
+
+
+def foreign_files(tokenizer_json: str | None, eos: str | None) -> dict[str, Any]:
+    """Name -> JSON data of the files that stand beside a tokenizer.json; none without one.
+
+    `eos` is the token that ends documents, and so stands before each; without it, END_OF_TEXT if the tokenizer has it.
+    """
+    if tokenizer_json is None:
+        return {}
+    eos = eos or (END_OF_TEXT if END_OF_TEXT in _ids(tokenizer_json) else None)
+    words: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+    # a text is nothing but text: a special token in it is encoded as its characters
+    options = {"split_special_tokens": True, **({"pad_token": eos} if eos else {})}
+    reading = {"text": {"method": "embed", "method_output_name": None}}
+    module = "sentence_transformers.base.modules.transformer.Transformer"
+    return {
+        TOKENIZER_CONFIG: words | ({"bos_token": eos, "eos_token": eos} if eos else {}),
+        SENTENCES: {
+            "modality_config": reading,
+            "module_output_name": "sentence_embedding",
+            "processor_kwargs": options,
+        },
+        MODULES: [{"idx": 0, "name": "0", "path": "", "type": module}],
+    }
+
+
+def end_of_text(folder: Path) -> str | None:
+    """The token that ends documents, as tokenizer_config.json in a folder has it; None where nothing says so."""
+    try:
+        data = parse(read_text(folder / TOKENIZER_CONFIG))
+    except (OSError, ValueError):
+        return None
+    token = data.get("eos_token") if isinstance(data, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _ids(tokenizer_json: str | None) -> dict[str, int]:
+    """The id of each token that a tokenizer.json lists, added ones included."""
+    data = json.loads(tokenizer_json) if tokenizer_json else {}
+    vocab = (data.get("model") or {}).get("vocab")
+    added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+    return (vocab if isinstance(vocab, dict) else {}) | added

@@ -1,0 +1,159 @@
+"""Folders of transformers models that were saved with a pattern: nothing runs them dense by mistake."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+
+import transformers as hf
+
+from longnet_cli.attention import Pattern
+from longnet_cli.errors import ConfigError
+from longnet_cli.integrations.loading import load_net, read_facts
+from longnet_cli.integrations.transformers import use_dilated_attention, use_own_attention, write_pattern
+from longnet_cli.integrations.transformers_auto import MODEL_TYPE, from_file
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SINKS = Pattern.window(8, sinks=2)
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**SMALL, num_key_value_heads=2, max_position_embeddings=128)
+    return hf.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    use_dilated_attention(llama(), SINKS).save_pretrained(tmp_path / "dilated")
+    return tmp_path / "dilated"
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(64, (2, 50), generator=torch.Generator().manual_seed(1))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("auto", ["AutoModelForCausalLM", "AutoModel", "LlamaForCausalLM"])
+def test_without_the_import_it_fails_and_with_it_it_works(auto: str, folder: Path, tmp_path: Path) -> None:
+    load = f"transformers.{auto}.from_pretrained({str(folder)!r})"
+    plain = [sys.executable, "-c", f"import transformers; {load}"]
+    done = subprocess.run(plain, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "import longnet_cli.integrations.transformers" in done.stderr
+    assert "ValueError: " in done.stderr
+    hf.LlamaForCausalLM(llama().config).save_pretrained(tmp_path / "dense")  # without a pattern any tool opens it
+    dense = load.replace(str(folder), str(tmp_path / "dense"))
+    done = subprocess.run([*plain[:2], f"import transformers; {dense}"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    code = f"import transformers, longnet_cli.integrations.transformers; print({load}.config._attn_implementation)"
+    done = subprocess.run([*plain[:2], code], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "dilated\n", done.stderr
+
+
+def test_what_does_not_know_the_type_names_the_import(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config_of(folder)["architectures"] == ["DilatedLlamaForCausalLM"]
+    monkeypatch.delitem(hf.CONFIG_MAPPING._extra_content, MODEL_TYPE)
+    with pytest.raises(ValueError, match=r"model type `import longnet_cli\.integrations\.transformers`"):
+        hf.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_auto_classes_give_the_model_that_was_saved(folder: Path) -> None:
+    expected = use_dilated_attention(llama(), SINKS)
+    dense = llama()(ids()).logits
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model) is hf.LlamaForCausalLM
+    assert torch.equal(model(ids()).logits, expected(ids()).logits)
+    assert (model(ids()).logits - dense).norm() > 0.01 * dense.norm()
+    inner = hf.AutoModel.from_pretrained(folder)
+    assert torch.equal(inner(ids()).last_hidden_state, expected.model(ids()).last_hidden_state)
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids())}
+    assert torch.equal(model.generate(ids(), **options), expected.generate(ids(), **options))
+    net = load_net(folder)  # the commands open it as before
+    assert net.config.pattern == SINKS
+    assert torch.equal(net.logits(net(ids())), expected(ids()).logits)
+    assert read_facts(folder).pattern == SINKS
+
+
+def test_what_was_opened_is_saved_as_it_was(folder: Path, tmp_path: Path) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    copies = [model, copy.deepcopy(model), hf.AutoModelForCausalLM.from_config(model.config)]
+    for i, each in enumerate(copies):
+        each.save_pretrained(tmp_path / str(i))
+        assert config_of(tmp_path / str(i)) == config_of(folder)
+    again = pickle.loads(pickle.dumps(model.config))
+    assert again == model.config
+    again.save_pretrained(tmp_path / "pickled")
+    assert config_of(tmp_path / "pickled")["model_type"] == MODEL_TYPE
+    own = from_file(config_of(folder))
+    assert (own["model_type"], own["architectures"]) == ("llama", ["LlamaForCausalLM"])
+    assert model.config.model_type == "llama"  # in memory it is what it is, for peft and others
+    use_own_attention(model).save_pretrained(tmp_path / "own")
+    assert config_of(tmp_path / "own") == {key: value for key, value in own.items() if key != "dilated_attention"} | {
+        "model_type": "llama"
+    }
+
+
+def test_whoever_put_a_pattern_there_it_is_saved_as_one(tmp_path: Path) -> None:
+    config = llama().config
+    write_pattern(config, SINKS)
+    config.save_pretrained(tmp_path / "a")
+    assert config_of(tmp_path / "a")["model_type"] == MODEL_TYPE
+    config = llama().config
+    config.dilated_attention = {"segment_lengths": [8, 16], "dilation_rates": [1, 2]}
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="dilated")
+    model(ids())
+    model.save_pretrained(tmp_path / "b")
+    assert config_of(tmp_path / "b")["model_type"] == MODEL_TYPE
+
+
+def test_a_dense_pattern_is_no_secret(tmp_path: Path) -> None:
+    use_dilated_attention(llama(), Pattern.dense()).save_pretrained(tmp_path)
+    assert config_of(tmp_path)["model_type"] == "llama"
+    assert hf.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_a_trainers_checkpoint_is_such_a_folder(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    data = [{"input_ids": row, "labels": row} for row in ids().tolist()]
+    options: dict[str, Any] = {"use_cpu": True, "report_to": "none", "max_steps": 1, "disable_tqdm": True}
+    trainer = hf.Trainer(
+        hf.AutoModelForCausalLM.from_pretrained(folder),
+        hf.TrainingArguments(output_dir=str(tmp_path / "run"), **options),
+        train_dataset=data,
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(ids()).logits, trainer.model.eval()(ids()).logits)
+    assert config_of(tmp_path / "saved")["model_type"] == MODEL_TYPE
+
+
+def test_encoders_open_as_such(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = hf.BertForMaskedLM(hf.BertConfig(**SMALL, max_position_embeddings=64, attention_probs_dropout_prob=0))
+    use_dilated_attention(model.eval(), Pattern((8, 16), (1, 2))).save_pretrained(tmp_path)
+    again = hf.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(ids()).logits, model(ids()).logits)
+
+
+def test_an_unknown_type_behind_it_is_named(folder: Path) -> None:
+    data = config_of(folder) | {"dilated_model_type": "nobody"}
+    (folder / "config.json").write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match="does not know the model type 'nobody'"):
+        hf.AutoConfig.from_pretrained(folder)

@@ -1,0 +1,308 @@
+"""A LongNet in transformers' own tools: Auto classes, generate(), pipeline, Trainer; numbers against the LongNet."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+
+import transformers as hf
+
+from longnet_cli.attention import Pattern
+from longnet_cli.data.documents import Document
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.encoding import EncodeOptions, encode
+from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.generating import generate
+from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model.foreign import TRANSFORMERS_KEYS
+
+BYTES = Tokenizer.bytes()
+CACHE = "cache" if "cache" in hf.modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+SHAPE = {"vocab_size": BYTES.vocab_size, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48}
+PAPER = {"segment_lengths": (8, 32), "dilation_rates": (1, 2)}
+ONCE = {"segment_lengths": (8, 32), "dilation_rates": (1, 2), "look_back": 1, "overlap": "once", "queries": "all"}
+CAUSAL = {
+    "xpos": PAPER,
+    "sinks": ONCE | {"sinks": 2, "position": "rope"},
+    "untied": PAPER | {"position": "rope", "tie_embeddings": False},
+}
+TEXTS = ["One text, which has some length, more than a segment.", "Two"]
+
+
+@pytest.fixture(params=CAUSAL)
+def net(request: pytest.FixtureRequest) -> LongNet:
+    torch.manual_seed(0)
+    return LongNet(LongNetConfig(**SHAPE, **CAUSAL[request.param])).eval()
+
+
+@pytest.fixture
+def folder(net: LongNet, tmp_path: Path) -> Path:
+    net.save_pretrained(tmp_path / "model", BYTES.to_json())
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def words(folder: Path) -> Any:
+    found = hf.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    found.pad_token = found.eos_token
+    return found
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_auto_classes_open_what_a_longnet_saves(net: LongNet, folder: Path) -> None:
+    config = hf.AutoConfig.from_pretrained(folder)
+    assert config.longnet == net.config
+    assert (config.hidden_size, config.num_hidden_layers, config.eos_token_id) == (32, 2, 256)
+    tokens = ids(2, 50)
+    hidden = net(tokens)
+    assert torch.equal(hf.AutoModel.from_pretrained(folder)(tokens).last_hidden_state, hidden)
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    found = model(tokens, labels=tokens)
+    assert torch.equal(found.logits, net.logits(hidden))
+    torch.testing.assert_close(found.loss, net.nll(hidden[:, :-1], tokens[:, 1:]).mean())
+    assert torch.equal(model(tokens, logits_to_keep=3).logits, found.logits[:, -3:])
+    assert torch.equal(model(inputs_embeds=net.embedding(tokens)).logits, found.logits)
+    assert torch.equal(model(tokens, return_dict=False)[0], found.logits)
+    words = hf.AutoTokenizer.from_pretrained(folder)
+    assert words(TEXTS[0])["input_ids"] == BYTES.encode(TEXTS[0]).tolist()
+    assert words.eos_token == "<|endoftext|>"
+
+
+def test_what_transformers_saves_is_a_longnet_again(net: LongNet, folder: Path, tmp_path: Path) -> None:
+    model, report = hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    model.save_pretrained(tmp_path / "again")
+    again = LongNet.from_pretrained(tmp_path / "again")
+    assert again.config == net.config
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in net.state_dict().items())
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (saved["model_type"], saved["eos_token_id"]) == ("longnet", 256)
+    model.config.save_pretrained(tmp_path / "again")  # the file alone, as transformers writes it
+    assert LongNet.from_pretrained(tmp_path / "again").config == net.config
+    torch.manual_seed(3)
+    drawn = hf.AutoModelForCausalLM.from_config(model.config)
+    torch.manual_seed(3)
+    assert torch.equal(drawn.embedding.weight, LongNet(net.config).embedding.weight)  # drawn once, as a LongNet
+
+
+def test_a_resized_vocabulary_is_saved(folder: Path, tmp_path: Path) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(300)
+    model.save_pretrained(tmp_path / "large")
+    large = LongNet.from_pretrained(tmp_path / "large").eval()
+    assert large.config.vocab_size == 300
+    with torch.no_grad():
+        assert torch.equal(model(ids(1, 20)).logits, large.logits(large(ids(1, 20))))
+
+
+def test_keys_that_transformers_writes_are_known_by_name_and_no_others(folder: Path) -> None:
+    assert {*hf.PretrainedConfig().to_dict()} <= TRANSFORMERS_KEYS
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | dict.fromkeys(TRANSFORMERS_KEYS - {"model_type"})))
+    LongNet.from_pretrained(folder)
+    path.write_text(json.dumps({key: value for key, value in data.items() if key not in TRANSFORMERS_KEYS}))
+    LongNet.from_pretrained(folder)  # as it was saved before transformers was told of it
+    with pytest.raises(ValueError, match="model_type"):
+        hf.AutoConfig.from_pretrained(folder)
+    path.write_text(json.dumps(data | {"sink": 1}))
+    for load in (LongNet.from_pretrained, hf.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ConfigError, match="unknown key 'sink': did you mean 'sinks'"):
+            load(folder)
+    path.write_text(json.dumps(data | {"model_type": "llama"}))
+    with pytest.raises(ConfigError, match=r"config\.json: model_type 'llama' is not that of a LongNet"):
+        LongNet.from_pretrained(folder)
+
+
+def test_weights_that_are_missing_are_an_error(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    removed = weights.pop("layers.1.attention.q.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"missing tensor layers\.1\.attention\.q\.weight"):
+        hf.AutoModelForCausalLM.from_pretrained(folder)
+    surplus = weights | {"layers.1.attention.q.weight": removed, "other": removed.clone()}
+    save_file(surplus, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="unexpected tensor other"):
+        hf.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_come_out_alone(net: LongNet, folder: Path, side: str) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    rows = [ids(1, 43)[0], ids(1, 9)[0], ids(1, 43)[0][:0]]
+    padded = torch.zeros(3, 43, dtype=torch.int64)
+    mask = torch.zeros_like(padded)
+    for i, row in enumerate(rows):
+        place = slice(43 - len(row), None) if side == "left" else slice(0, len(row))
+        padded[i, place], mask[i, place] = row, 1
+    found = model(padded, attention_mask=mask).logits
+    for i, row in enumerate(rows[:2]):
+        torch.testing.assert_close(found[i][mask[i].bool()], net.logits(net(row[None]))[0])
+
+
+def test_it_generates_what_the_command_generates(net: LongNet, folder: Path, words: Any) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    options = {"max_new_tokens": 40, "do_sample": False}
+    inputs = words(TEXTS, padding=True, return_tensors="pt")
+    found = model.generate(**inputs, **options, pad_token_id=256, return_dict_in_generate=True)
+    assert isinstance(found[CACHE], LongNetCache)
+    for i, text in enumerate(TEXTS):
+        prompt = Document("0", BYTES.encode(text), None, "test")
+        steps = list(generate(net, prompt, bos=None, words=BYTES, max_tokens=40, end_ids={256}))
+        new = found.sequences[i, inputs["input_ids"].shape[1] :].tolist()
+        assert new[: len(steps)] == [step.id for step in steps]
+    plain = model.generate(**inputs, **options, pad_token_id=256, use_cache=False)
+    assert torch.equal(found.sequences, plain)
+    beams = [
+        model.generate(**inputs, max_new_tokens=12, num_beams=3, do_sample=False, pad_token_id=256, use_cache=use)
+        for use in (True, False)
+    ]
+    assert torch.equal(*beams)
+    own = LongNetCache(model.config)
+    assert torch.equal(model.generate(**inputs, **options, pad_token_id=256, **{CACHE: own}), plain)
+    size = own.nbytes
+    model.generate(
+        **inputs,
+        max_new_tokens=90,
+        do_sample=False,
+        pad_token_id=256,
+        **{CACHE: (more := LongNetCache(model.config))},
+    )
+    assert more.nbytes == size  # of what later tokens can see, and no more
+    with pytest.raises(ValueError, match="takes no other cache"):
+        model(ids(1, 5), past_key_values=hf.DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize("net", ["sinks"], indirect=True)
+def test_pipeline_writes_text(folder: Path) -> None:
+    pipe = hf.pipeline("text-generation", model=str(folder), device="cpu")
+    found = pipe(TEXTS[0], max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
+    prompt = Document("0", BYTES.encode(TEXTS[0]), None, "test")
+    model = LongNet.from_pretrained(folder)
+    assert found == "".join(x.text for x in generate(model, prompt, bos=None, words=BYTES, max_tokens=5, end_ids={256}))
+
+
+@pytest.mark.parametrize("net", ["untied"], indirect=True)
+def test_a_trainer_trains_and_resumes(net: LongNet, folder: Path, tmp_path: Path) -> None:
+    """The first loss is the LongNet's; its checkpoint is a LongNet; a resumed run ends where a whole one does."""
+    pytest.importorskip("accelerate")
+    tokens = ids(1, 40)
+    data = [{"input_ids": row, "labels": row} for row in tokens.tolist()] * 8
+
+    def train(name: str, steps: int, resume: bool | str = False) -> hf.Trainer:
+        model = hf.AutoModelForCausalLM.from_pretrained(folder)
+        options: dict[str, Any] = {
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 1,
+            "save_steps": 2,
+        }
+        options |= {"use_cpu": True, "report_to": "none", "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+        arguments = hf.TrainingArguments(output_dir=str(tmp_path / name), disable_tqdm=True, **options)
+        trainer = hf.Trainer(model, arguments, train_dataset=data)
+        arguments.max_steps = steps
+        trainer.train(resume_from_checkpoint=resume or None)
+        return trainer
+
+    whole = train("whole", 4)
+    train("part", 2)
+    resumed = train("part", 4, resume=str(tmp_path / "part" / "checkpoint-2"))
+    again = LongNet.from_pretrained(tmp_path / "part" / "checkpoint-4")
+    for name, x in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], x)
+        assert torch.equal(resumed.model.state_dict()[name], again.state_dict()[name])
+    losses = [row["loss"] for row in whole.state.log_history if "loss" in row]
+    with torch.no_grad():
+        expected = net.nll(net(tokens)[:, :-1], tokens[:, 1:]).mean()
+    assert float(losses[0]) == pytest.approx(float(expected), abs=1e-5)
+    assert losses == sorted(losses, reverse=True)
+
+
+@torch.no_grad()
+def test_a_bidirectional_net_fills_masks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = LongNet(LongNetConfig(**SHAPE, **PAPER, causal=False, position="rope")).eval()
+    net.save_pretrained(tmp_path, BYTES.to_json())
+    model = hf.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    tokens, mask = ids(2, 40), torch.ones(2, 40, dtype=torch.int64)
+    mask[1, :11] = 0
+    found = model(tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100))
+    alone = net.logits(net(tokens[1:, 11:]))
+    torch.testing.assert_close(found.logits[1:, 11:], alone)
+    assert found.loss > 0
+    with pytest.raises(ValueError, match="bidirectional: open it with AutoModelForMaskedLM"):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_causal_net_and_one_without_vocabulary_say_what_opens_them(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="causal: open it with AutoModelForCausalLM"):
+        hf.AutoModelForMaskedLM.from_pretrained(folder)
+    LongNet(LongNetConfig(**SHAPE | {"vocab_size": 0}, **PAPER)).save_pretrained(tmp_path / "vectors")
+    with pytest.raises(ValueError, match="no vocabulary: open it with AutoModel"):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path / "vectors")
+    hidden = hf.AutoModel.from_pretrained(tmp_path / "vectors")(inputs_embeds=torch.zeros(1, 5, 32)).last_hidden_state
+    assert hidden.shape == (1, 5, 32)
+
+
+def test_what_a_longnet_does_not_do_is_refused(folder: Path) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    tokens = ids(1, 10)
+    with pytest.raises(ValueError, match="no output_hidden_states"):
+        model(tokens, output_hidden_states=True)
+    with pytest.raises(ValueError, match="packed texts"):
+        model(tokens, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6]]))
+    with pytest.raises(ValueError, match="attention_mask must say of all 10 tokens"):
+        model(tokens, attention_mask=torch.ones(1, 9))
+    with pytest.raises(ConfigError, match="dilated attention of its own"):
+        use_dilated_attention(model, Pattern.window(8))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_vectors_are_those_of_encode(causal: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = PAPER | {"position": "rope", "causal": causal}
+    net = LongNet(LongNetConfig(**SHAPE, **shape)).eval()
+    net.save_pretrained(tmp_path, BYTES.to_json())
+    documents = [Document(str(i), BYTES.encode(text), None, "test") for i, text in enumerate(TEXTS)]
+    expected = encode(net, documents, EncodeOptions(bos=256)).read_all()["embedding"].to_pylist()
+    model, words = hf.AutoModel.from_pretrained(tmp_path), hf.AutoTokenizer.from_pretrained(tmp_path)
+    words.pad_token = words.eos_token
+    for side in ("left", "right"):
+        inputs = words(TEXTS, padding=True, padding_side=side, return_tensors="pt")
+        trained = model.embed(**inputs)
+        with torch.no_grad():
+            found = model.embed(**inputs)
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-6)
+        torch.testing.assert_close(trained, found, rtol=0, atol=1e-6)
+        assert trained.requires_grad
+    with pytest.raises(ValueError, match="text 1 is empty"):
+        model.embed(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 1], [0, 0, 0]]))
+
+
+@pytest.mark.parametrize("net", ["sinks"], indirect=True)
+def test_an_adapter_of_peft_is_merged_into_a_longnet(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    before = model(ids(1, 30)).logits.detach()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q", "v"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+        expected = adapted.eval()(ids(1, 30)).logits
+        assert (expected - before).norm() > 0.01 * before.norm()
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        again = LongNet.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(again.logits(again(ids(1, 30))), expected)

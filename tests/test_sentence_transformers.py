@@ -1,0 +1,65 @@
+"""A saved LongNet in the real sentence-transformers (extra `sentence-transformers`), against `encode`."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sentence_transformers", reason="not installed: pip install 'longnet-cli[sentence-transformers]'")
+
+import torch
+from sentence_transformers import SentenceTransformer
+
+import longnet_cli.integrations.transformers
+from longnet_cli.data.documents import Document
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.encoding import EncodeOptions, encode
+from longnet_cli.integrations.loading import load_net
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.presets import find_model
+
+assert longnet_cli.integrations.transformers  # which registers what SentenceTransformer opens
+TEXTS = ["def f(x):\n    return x\n", "A text with <|endoftext|> written in it.", "long " * 400, "\u00e9\U0001f600"]
+
+
+def vectors(folder: Path, texts: list[str]) -> np.ndarray:
+    """What `longnet encode` writes."""
+    words = Tokenizer.of_model(folder)
+    assert words is not None
+    documents = [Document(str(i), words.encode(text), None, "test") for i, text in enumerate(texts)]
+    rows = encode(load_net(folder), documents, EncodeOptions(bos=words.eos_id)).read_all()
+    return np.array(rows["embedding"].to_pylist(), np.float32)
+
+
+def test_a_shipped_model_gives_the_vectors_of_encode() -> None:
+    folder = find_model("longnet-tiny")
+    model = SentenceTransformer(str(folder), device="cpu")
+    found = model.encode(TEXTS, batch_size=3)
+    assert found.shape == (len(TEXTS), 256)
+    assert model.get_embedding_dimension() == 256
+    assert np.abs(found - vectors(folder, TEXTS)).max() < 1e-6
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_it_is_trained_and_saved_as_a_model_of_both(causal: bool, tmp_path: Path) -> None:
+    words = Tokenizer.bytes()
+    torch.manual_seed(0)
+    shape = {"vocab_size": words.vocab_size, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48}
+    levels = {"segment_lengths": (16, 64), "dilation_rates": (1, 2)}
+    config = LongNetConfig(**shape, **levels, causal=causal, position="rope")
+    LongNet(config).save_pretrained(tmp_path / "first", words.to_json())
+    model = SentenceTransformer(str(tmp_path / "first"), device="cpu")
+    texts = TEXTS[:2]
+    features = model.preprocess(texts)
+    one, other = model(features)["sentence_embedding"]
+    loss = one @ other
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    assert float(np.dot(*model.encode(texts))) < loss.item()
+    model.save_pretrained(str(tmp_path / "second"))
+    again = SentenceTransformer(str(tmp_path / "second"), device="cpu")
+    assert np.array_equal(again.encode(texts), model.encode(texts))
+    assert np.abs(vectors(tmp_path / "second", texts) - model.encode(texts)).max() < 1e-6
