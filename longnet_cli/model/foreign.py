@@ -1,4 +1,4 @@
-"""What other libraries read in a model directory, beside its weights and its tokenizer.json.
+"""Files that other libraries read in a model directory, beside its weights and its tokenizer.json.
 
 transformers reads keys of config.json and tokenizer_config.json, sentence-transformers two small files. Their classes
 for a LongNet are in `integrations.transformers_longnet`; nothing here imports them.
