@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,15 +23,18 @@ from torch import Tensor
 
 from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.shards import ShardFolder, run_to_resume
+from longnet_cli.data.vectors import Vectors
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
+from longnet_cli.model.config import SlideConfig
 from longnet_cli.model.net import Net
 from longnet_cli.model.weights import model_fingerprint
 from longnet_cli.runtime.chunks import default_chunk
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length
+from longnet_cli.runtime.tiles import check_vectors, rows_of_tiles
 
-Pool = Literal["mean", "last", "first"]
+Pool = Literal["mean", "last", "first", "cls"]
 EmbeddingDtype = Literal["float32", "float16"]
 OnSkip = Callable[[Document, LongNetError], None]  # with a document that is left out, and why
 
@@ -44,8 +47,10 @@ class EncodeOptions:
 
     `bos` (the id of the tokenizer's end of text, or several) is put before each document of a causal model, as in
     scoring, and not pooled.
-    `pool` takes the mean of the hidden states of a document's tokens, or the one of its last or first token;
-    `normalize` then scales the vector to length 1. With `span` there is a row for every `span` tokens of a document.
+    `pool` takes the mean of the hidden states of a document's tokens, the one of its last or first token, or that of
+    the CLS which a slide encoder puts before them; `normalize` then scales the vector to length 1. With `span` there is
+    a row for every `span` tokens of a document.
+    `tile_size` is the side of a tile in the pixels of its coordinates, before what the document or the model says.
     `model_name`, `tokenizer_sha256` and `pattern` (a text of `longnet_cli.patterns`) go into the schema's metadata.
     """
 
@@ -54,6 +59,7 @@ class EncodeOptions:
     normalize: bool = True
     span: int | None = None
     embedding_dtype: EmbeddingDtype = "float32"
+    tile_size: int | None = None
     model_name: str | None = None
     tokenizer_sha256: str | None = None
     pattern: str | None = None
@@ -61,6 +67,8 @@ class EncodeOptions:
     def __post_init__(self) -> None:
         if self.span is not None and self.span < 1:
             raise ConfigError(f"span must be 1 or more, not {self.span}")
+        if self.span is not None and self.pool == "cls":
+            raise ConfigError("a span has no CLS of its own: take the mean of its tiles (--pool mean)")
 
     def schema(self, dim: int) -> pa.Schema:
         """Return the schema of embeddings of size `dim`.
@@ -102,13 +110,14 @@ def encode(
 ) -> pa.RecordBatchReader:
     """Read `documents` lazily and give each its rows, in order: a reader of record batches (`EncodeOptions.schema`).
 
+    A model that reads vectors takes documents of `data.vectors`, whose vectors are the tokens of what is said here.
     A document that is empty or that the model does not read for its length, or with ids that are none, ends the run, or
     with `on_skip` is handed to it and left out. The `known` documents, those among all whose lengths cost nothing to
     look at, are checked before anything else. `chunk`, `spill`, `dtype`, `ranks` and `on_progress` as in
     `runtime.reading.Reader`. Several ranks need the same documents, and every rank gets all rows.
 
-    Raises ConfigError for a model without a vocabulary; the reader raises DataError for an empty document, ConfigError
-    for one with more tokens than the model reads, MemoryLimitError for hidden states that do not fit,
+    Raises ConfigError for options that the model does not have; the reader raises DataError for an empty document,
+    ConfigError for one with more tokens than the model reads, MemoryLimitError for hidden states that do not fit,
     NotFiniteError for a vector with NaN or an infinity.
     """
     reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
@@ -252,6 +261,17 @@ class _Pooling:
                 self.state = None
 
 
+class _Cls(_Pooling):
+    """One document's hidden states in, from CLS on; the row of CLS out."""
+
+    def add(self, hidden: Tensor) -> Iterator[_Row]:
+        if self.state is None:
+            self.state = hidden[0]
+        self.position += len(hidden)
+        if self.position == len(self.document) + 1:
+            yield _Row(self.document, 0, 0, len(self.document), self.state.float())
+
+
 @dataclass(frozen=True)
 class _Window(Window):
     """A whole document, and the pooling that takes its hidden states."""
@@ -263,8 +283,11 @@ class _Encoder:
     """Documents in, rows of vectors out in the same order."""
 
     def __init__(self, reader: Reader, options: EncodeOptions) -> None:
-        if not reader.model.config.vocab_size:
-            raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
+        net = reader.model
+        if options.pool == "cls" and not net.has_cls:
+            raise ConfigError("this model has no CLS: take the mean (--pool mean), or the first or last vector")
+        if options.tile_size and not (isinstance(net.config, SlideConfig) and net.config.grid):
+            raise ConfigError("this model has no grid of tiles: leave out --tile-size")
         self.reader, self.options = reader, options
         self.bos = options.bos if reader.model.config.causal else None
 
@@ -279,7 +302,8 @@ class _Encoder:
     def batches(self, documents: Iterable[Document]) -> pa.RecordBatchReader:
         """Read checked documents and give each its rows, in order."""
         schema, normalize = self.options.schema(self.reader.model.config.dim), self.options.normalize
-        found = (_record_batch(schema, rows, normalize) for rows in self._rows(documents) if rows)
+        head = torch.inference_mode()(self.reader.model.head)
+        found = (_record_batch(schema, rows, head, normalize) for rows in self._rows(documents) if rows)
         return pa.RecordBatchReader.from_batches(schema, found)
 
     def _rows(self, documents: Iterable[Document]) -> Iterator[list[_Row]]:
@@ -292,12 +316,18 @@ class _Encoder:
         """Raise DataError for an empty document, ConfigError for one that the model does not read."""
         if not len(document):
             raise DataError(f"{document.where}: document {document.doc_id!r} is empty: there is nothing to encode")
+        if self.reader.model.row_size is not None:
+            check_vectors(self.reader.model, cast(Vectors, document), self.options.tile_size)
+            return
         total = len(bos_ids(self.bos)) + len(document)
         check_length(self.reader.model, total, document.where, "encode it in shorter documents")
 
     def _window(self, document: Document) -> _Window:
-        ids = AfterBos(document, self.bos)
-        return _Window(ids, 0, ids.first + len(document), ids.first, _Pooling(document, self.options))
+        tiles = rows_of_tiles(self.reader.model, cast(Vectors, document), self.options.tile_size)
+        ids = tiles or AfterBos(document, self.bos)
+        whole = self.options.pool == "cls"
+        pooling = (_Cls if whole else _Pooling)(document, self.options)
+        return _Window(ids, 0, ids.first + len(document), 0 if whole else ids.first, pooling)
 
     def _hidden(self, piece: Piece[_Window]) -> Tensor:
         """The hidden states of a piece; zeros that take no memory for another rank's."""
@@ -314,8 +344,10 @@ class _Encoder:
         return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]
 
 
-def _record_batch(schema: pa.Schema, rows: Sequence[_Row], normalize: bool) -> pa.RecordBatch:
-    vectors = torch.stack([row.vector for row in rows])  # (rows, dim)
+def _record_batch(
+    schema: pa.Schema, rows: Sequence[_Row], head: Callable[[Tensor], Tensor], normalize: bool
+) -> pa.RecordBatch:
+    vectors = head(torch.stack([row.vector for row in rows]))  # (rows, dim)
     if normalize:
         vectors = F.normalize(vectors, dim=-1)
     kind = schema.field("embedding").type
