@@ -46,6 +46,11 @@ def vectors(path: Path) -> dict[str, np.ndarray]:
     return dict(zip(table["doc_id"].to_pylist(), map(np.array, table["embedding"].to_pylist()), strict=True))
 
 
+def layers(path: Path) -> dict[str, np.ndarray]:
+    table = ipc.open_file(path).read_all()
+    return dict(zip(table["doc_id"].to_pylist(), map(np.array, table["layers"].to_pylist()), strict=True))
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     build().save_pretrained(tmp_path / "model")
@@ -53,13 +58,12 @@ def model(tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-def expected(pool: str = "cls", **changes: object) -> dict[str, np.ndarray]:
-    encoder = build(**changes)
+def expected(pool: str = "cls", **options: object) -> dict[str, np.ndarray]:
     found = {}
     for seed, (name, count) in enumerate(SLIDES.items()):
         x, at = slide(count, seed)
-        found[name] = encoder(x[None], at[None] if encoder.config.grid else None, pool=pool)[0].numpy()
-    return found
+        found[name] = build()(x[None], at[None], pool=pool, **options)
+    return {name: x[..., 0, :].numpy() for name, x in found.items()}
 
 
 def same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], atol: float = 1e-5) -> None:
@@ -82,11 +86,23 @@ def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) ->
         file["coords"].attrs["patch_size_level0"] = 256
     for source in ("slide.parquet", "slide.h5", "-"):
         for pool, name in (("cls", "cls"), ("mean", "pooled")):
-            words = ["--model", tmp_path / "model", "--pool", pool, "--no-normalize", "-o", tmp_path / "out.arrow"]
+            words = [
+                "--all-layers",
+                "--model",
+                tmp_path / "model",
+                "--pool",
+                pool,
+                "--no-normalize",
+                "-o",
+                tmp_path / "out.arrow",
+            ]
             path = source if source == "-" else tmp_path / source
             done = run_longnet("encode", path, *words, input=stream(table) if source == "-" else b"", text=False)
             assert done.returncode == 0, done.stderr
             same(vectors(tmp_path / "out.arrow"), {"slide": wanted[name].numpy()}, 1e-4)
+            if pool == "cls":
+                found = layers(tmp_path / "out.arrow")["slide"]
+                np.testing.assert_allclose(found, wanted["cls_of_layers"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("words", [[], ["--chunk", "37"], ["--chunk", "37", "--spill", "."], ["--chunk", "100"]])
@@ -104,6 +120,17 @@ def test_chunks_and_batches_are_each_slide_alone(
     assert table.schema.metadata[b"longnet.pooling"] == pool.encode()
 
 
+@pytest.mark.parametrize("chunk", ["37", "1Ki"])
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_all_layers(run_longnet: RunLongnet, tmp_path: Path, model: Path, pool: str, chunk: str) -> None:
+    ipc_file(slides(), tmp_path / "slides.arrow")
+    options = ["--model", model, "--pool", pool, "--no-normalize", "--all-layers", "-o", tmp_path / "out.arrow"]
+    done = run_longnet("encode", tmp_path / "slides.arrow", *options, "--chunk", chunk)
+    assert done.returncode == 0, done.stderr
+    same(vectors(tmp_path / "out.arrow"), expected(pool))
+    same(layers(tmp_path / "out.arrow"), expected(pool, all_layers=True))
+
+
 def test_the_default_is_cls_scaled_to_length_one(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
     done = run_longnet(
         "encode", "-", "--model", model, "-o", tmp_path / "out.arrow", input=stream(slides()), text=False
@@ -115,10 +142,11 @@ def test_the_default_is_cls_scaled_to_length_one(run_longnet: RunLongnet, tmp_pa
 def test_two_ranks_are_one(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
     pq.write_table(slides(), tmp_path / "slides.parquet")
     # of chunks of 40 tokens, the longest slide takes two turns, layer by layer; others, one forward of both ranks
-    options = ["--model", model, "--chunk", "40", "--no-normalize", "-o", tmp_path / "out.arrow", "--nproc", "2"]
-    done = run_longnet("encode", tmp_path / "slides.parquet", *options, timeout=300)
+    options = ["--model", model, "--chunk", "40", "--no-normalize", "--all-layers", "--nproc", "2"]
+    done = run_longnet("encode", tmp_path / "slides.parquet", *options, "-o", tmp_path / "out.arrow", timeout=300)
     assert done.returncode == 0, done.stderr
     same(vectors(tmp_path / "out.arrow"), expected())
+    same(layers(tmp_path / "out.arrow"), expected(all_layers=True))
 
 
 def test_a_resumed_run_is_one_that_was_not_stopped(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
@@ -230,6 +258,7 @@ BAD[100, 3] = torch.nan
         ({}, ["--bos", "0", "--tokenizer", "bytes"], 2, "leave out --tokenizer, --bos"),
         ({}, ["--tokenizer", "bytes", "--tokenizer-differs"], 2, "leave out --tokenizer, --tokenizer-differs"),
         ({}, ["--span", "8", "--pool", "cls"], 2, "a span has no CLS of its own"),
+        ({}, ["--span", "8", "--all-layers"], 2, "leave out --span, or --all-layers"),
         ({}, ["--column", "coords"], 2, "column 'coords' does not hold vectors"),
     ],
 )

@@ -75,6 +75,15 @@ def encode(
     normalize: Annotated[
         bool, option(VECTORS, "--normalize/--no-normalize", None, "Scale every vector to length 1.", "normalize")
     ] = True,
+    all_layers: Annotated[
+        bool,
+        option(
+            VECTORS,
+            "--all-layers",
+            None,
+            "Add the column layers: such a vector of the first layer's input and of each layer.",
+        ),
+    ] = False,
     tile_size: Annotated[
         int | None,
         size_option(
@@ -173,6 +182,7 @@ def encode(
         normalize=normalize,
         span=span,
         embedding_dtype=embedding_dtype,
+        all_layers=all_layers,
         tile_size=tile_size,
         model_name=model,
         tokenizer_sha256=words.sha256 if words else None,

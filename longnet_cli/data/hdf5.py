@@ -81,7 +81,7 @@ def _rows(content: Any, key: str, h5py: Any) -> _Rows | None:
     dataset = content[key]
     if dataset.is_virtual or dataset.external or dataset.dtype.kind not in "fiu":
         return None
-    shape = dataset.shape or ()
+    shape: tuple[int, ...] = dataset.shape or ()
     fits = len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
     return _Rows(dataset) if fits and shape[-1] else None
 
