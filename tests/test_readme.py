@@ -50,6 +50,30 @@ def test_shell_commands(checkout: Path, command_env: dict[str, str], longnet: Pa
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_blocks_of_vectors(checkout: Path, command_env: dict[str, str], longnet: Path) -> None:
+    """What docs/vectors.md shows is run, in order."""
+    text = (ROOT / "docs/vectors.md").read_text(encoding="utf-8")
+    shell = f'PATH="{longnet.parent}:$PATH"; python() {{ "{sys.executable}" "$@"; }}'
+    lines = ["set -euo pipefail", shell]
+    for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        lines.append(block if language == "sh" else f"python - <<'END'\n{block}END")
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)],
+        cwd=checkout,
+        env=command_env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    neighbours = [line.split() for line in done.stdout.splitlines()]
+    assert len(neighbours) == 6
+    assert all(line[0].split("-")[0] == line[1].split("-")[0] == line[3].split("-")[0] for line in neighbours)
+
+
 def test_python_blocks(checkout: Path, command_env: dict[str, str]) -> None:
     script = "\n".join(blocks("python"))
     done = subprocess.run(
