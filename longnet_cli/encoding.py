@@ -62,7 +62,7 @@ class EncodeOptions:
     normalize: bool = True
     span: int | None = None
     embedding_dtype: EmbeddingDtype = "float32"
-    all_layers: bool = False
+    all_layers: bool | None = None  # not False: the settings of folders begun without it stay what they were
     tile_size: int | None = None
     model_name: str | None = None
     tokenizer_sha256: str | None = None

@@ -14,7 +14,7 @@ import pytest
 
 from longnet_cli.data import documents
 from longnet_cli.data.vectors import Vectors, read_vectors
-from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.errors import ConfigError, DataError, MemoryLimitError
 
 WIDTH, FLOAT = 5, pa.float32()
 RNG = np.random.default_rng(0)
@@ -163,6 +163,29 @@ def test_hdf5_that_is_not_one_of_tiles(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ConfigError, match=r"pip install 'longnet-cli\[h5\]'"):
         [*read_vectors([path])]
+
+
+def test_damaged_hdf5_is_one_line(tmp_path: Path) -> None:
+    """Whatever byte is another one, it is read, or refused in one line."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "whole.h5", "w") as file:
+        file["features"], file["coords"] = SLIDES["a"], PLACES["a"]
+        file["coords"].attrs["patch_size"] = 256
+    whole, refused = (tmp_path / "whole.h5").read_bytes(), 0
+    random = np.random.default_rng(0)
+    for index in range(150):
+        data = bytearray(whole)
+        data[random.integers(8, len(data))] = random.integers(256)
+        path = tmp_path / f"{index}.h5"
+        path.write_bytes(data)
+        line = None
+        try:
+            [x.read() for x in read_vectors([path])]
+        except (DataError, ConfigError, MemoryLimitError) as error:
+            line = str(error)
+            refused += 1
+        assert line is None or (line.startswith(str(path)) and "\n" not in line)
+    assert refused
 
 
 def change(**columns: object) -> pa.Table:

@@ -182,7 +182,7 @@ def encode(
         normalize=normalize,
         span=span,
         embedding_dtype=embedding_dtype,
-        all_layers=all_layers,
+        all_layers=all_layers or None,
         tile_size=tile_size,
         model_name=model,
         tokenizer_sha256=words.sha256 if words else None,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.data.tables import Table, reading
+from longnet_cli.data.tables import Table, one_line, reading
 from longnet_cli.errors import ConfigError, DataError
 
 BATCH_BYTES = 16 << 20
@@ -25,10 +26,11 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
         import h5py
     except ImportError:
         raise ConfigError(f"{where}: HDF5 files need h5py: pip install 'longnet-cli[h5]'") from None
-    content = h5py.File(file, "r")
-    found = {key: rows for key in content if (rows := _rows(content, key, h5py))}
-    columns = [pa.field(key, rows.type) for key, rows in found.items()]
-    size = _tile_size(found["coords"].dataset.attrs) if "coords" in found else None
+    with _reading(where):
+        content = h5py.File(file, "r")
+        found = {key: rows for key in content if (rows := _rows(content, key, h5py))}
+        columns = [pa.field(key, rows.type) for key, rows in found.items()]
+        size = _tile_size(found["coords"].dataset.attrs) if "coords" in found else None
     metadata = {"longnet.tile_size": f"{size:g}"} if size else {}
     schema = pa.schema([*columns, pa.field("slide_id", pa.string())], metadata=metadata)
     slide = str(PurePosixPath(name).with_suffix(""))
@@ -43,12 +45,22 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
         step = max(1, BATCH_BYTES // max(1, sum(rows.nbytes for rows in wanted.values())))
         for start in range(0, total, step):
             stop = min(start + step, total)
-            with reading(f"{where}, rows {start} to {stop - 1}", row=start):
+            with _reading(f"{where}, rows {start} to {stop - 1}", row=start):
                 arrays = {key: rows.read(start, stop) for key, rows in wanted.items()}
             arrays["slide_id"] = pa.array([slide] * (stop - start), pa.string())
             yield pa.record_batch([arrays[key] for key in names], names=names)
 
     return Table(name, where, schema, read, "HDF5")
+
+
+@contextmanager
+def _reading(what: str, row: int | None = None) -> Iterator[None]:
+    """Do as `tables.reading`, also for what h5py raises of a damaged file besides."""
+    with reading(what, row):
+        try:
+            yield
+        except (KeyError, RuntimeError, AttributeError) as error:
+            raise ValueError(one_line(error)) from error
 
 
 class _Rows:
