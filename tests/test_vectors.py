@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from longnet_cli.data import documents
-from longnet_cli.data.vectors import Vectors, read_vectors
+from longnet_cli.data.vector_sources import read_vectors
+from longnet_cli.data.vectors import Vectors
 from longnet_cli.errors import ConfigError, DataError, MemoryLimitError
 
 WIDTH, FLOAT = 5, pa.float32()
@@ -235,6 +236,15 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, table: pa.Table, line: str) -
         assert line in str(caught.value)
         assert str(caught.value).startswith(str(path))
         assert "\n" not in str(caught.value)
+
+
+def test_coordinates_that_are_not_wanted_are_not_looked_at(tmp_path: Path) -> None:
+    table = change(x=["a", "b", "c"]).replace_schema_metadata({"longnet.tile_size": "-3"})
+    with pytest.raises(DataError, match="in its metadata is no size of a tile"):
+        [*read_vectors([write(table, tmp_path / "s.arrow")])]
+    table = change(x=["a", "b", "c"], features=pa.array([[], [[1.0]], [[2.0, 3.0]]]))
+    found = [*read_vectors([write(table, tmp_path / "s.arrow")], coords=False)]
+    assert [(len(x), x.width, x.coords) for x in found] == [(1, 1, None), (1, 2, None)]
 
 
 def test_text_is_refused(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def encode(
     from longnet_cli.data.sinks import ShardWriter, is_folder
     from longnet_cli.data.sources import read_documents, stored_documents
     from longnet_cli.data.tokenizer import end_of_text
-    from longnet_cli.data.vectors import read_vectors
+    from longnet_cli.data.vector_sources import read_vectors
     from longnet_cli.patterns import format_pattern
 
     in_folder = is_folder(output)
@@ -167,12 +167,14 @@ def encode(
             raise ConfigError(f"{model} reads vectors, which have no tokens: leave out {', '.join(given)}")
     from longnet_cli.encoding import SHARD_ROWS, EncodeOptions, encode_to_folder
     from longnet_cli.encoding import encode as run
+    from longnet_cli.model import SlideConfig
 
     eos_id = end_of_text(eos, words)
     reading: dict[str, Any] = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
     documents: Iterator[Any] = read_documents(inputs, words, **reading)
     if net.row_size is not None:
-        documents = read_vectors(inputs, column)
+        in_grid = isinstance(net.config, SlideConfig) and net.config.grid > 0
+        documents = read_vectors(inputs, column, coords=in_grid)
     limited = net.config.max_tokens is not None and not skip_bad
     known = stored_documents(inputs, words, **reading) if limited else ()
     skipped = Skipped(quiet)
