@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,15 +23,20 @@ from torch import Tensor
 
 from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.shards import ShardFolder, run_to_resume
+from longnet_cli.data.vectors import Vectors
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
+from longnet_cli.model import LongNet
+from longnet_cli.model.config import SlideConfig
 from longnet_cli.model.net import Net
 from longnet_cli.model.weights import model_fingerprint
 from longnet_cli.runtime.chunks import default_chunk
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
+from longnet_cli.runtime.layers import LayerStates
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length
+from longnet_cli.runtime.tiles import check_vectors, rows_of_tiles
 
-Pool = Literal["mean", "last", "first"]
+Pool = Literal["mean", "last", "first", "cls"]
 EmbeddingDtype = Literal["float32", "float16"]
 OnSkip = Callable[[Document, LongNetError], None]  # with a document that is left out, and why
 
@@ -44,8 +49,11 @@ class EncodeOptions:
 
     `bos` (the id of the tokenizer's end of text, or several) is put before each document of a causal model, as in
     scoring, and not pooled.
-    `pool` takes the mean of the hidden states of a document's tokens, or the one of its last or first token;
-    `normalize` then scales the vector to length 1. With `span` there is a row for every `span` tokens of a document.
+    `pool` takes the mean of the hidden states of a document's tokens, the one of its last or first token, or that of
+    the CLS which a slide encoder puts before them; `normalize` then scales the vector to length 1. With `span` there is
+    a row for every `span` tokens of a document.
+    `all_layers` adds the column `layers`: the same of what the first layer gets, and of each layer's output.
+    `tile_size` is the side of a tile in the pixels of its coordinates, before what the document or the model says.
     `model_name`, `tokenizer_sha256` and `pattern` (a text of `longnet_cli.patterns`) go into the schema's metadata.
     """
 
@@ -54,6 +62,8 @@ class EncodeOptions:
     normalize: bool = True
     span: int | None = None
     embedding_dtype: EmbeddingDtype = "float32"
+    all_layers: bool | None = None  # not False: the settings of folders begun without it stay what they were
+    tile_size: int | None = None
     model_name: str | None = None
     tokenizer_sha256: str | None = None
     pattern: str | None = None
@@ -61,6 +71,10 @@ class EncodeOptions:
     def __post_init__(self) -> None:
         if self.span is not None and self.span < 1:
             raise ConfigError(f"span must be 1 or more, not {self.span}")
+        if self.span is not None and self.pool == "cls":
+            raise ConfigError("a span has no CLS of its own: take the mean of its tiles (--pool mean)")
+        if self.span is not None and self.all_layers:
+            raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
 
     def schema(self, dim: int) -> pa.Schema:
         """Return the schema of embeddings of size `dim`.
@@ -102,13 +116,14 @@ def encode(
 ) -> pa.RecordBatchReader:
     """Read `documents` lazily and give each its rows, in order: a reader of record batches (`EncodeOptions.schema`).
 
+    A model that reads vectors takes documents of `data.vectors`, whose vectors are the tokens of what is said here.
     A document that is empty or that the model does not read for its length, or with ids that are none, ends the run, or
     with `on_skip` is handed to it and left out. The `known` documents, those among all whose lengths cost nothing to
     look at, are checked before anything else. `chunk`, `spill`, `dtype`, `ranks` and `on_progress` as in
     `runtime.reading.Reader`. Several ranks need the same documents, and every rank gets all rows.
 
-    Raises ConfigError for a model without a vocabulary; the reader raises DataError for an empty document, ConfigError
-    for one with more tokens than the model reads, MemoryLimitError for hidden states that do not fit,
+    Raises ConfigError for options that the model does not have; the reader raises DataError for an empty document,
+    ConfigError for one with more tokens than the model reads, MemoryLimitError for hidden states that do not fit,
     NotFiniteError for a vector with NaN or an infinity.
     """
     reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
@@ -171,9 +186,7 @@ def encode_to_folder(
     with ExitStack() as stack:
         folder = None
         if ranks.first:
-            shards = ShardFolder(
-                output, options.schema(model.config.dim), settings=decisive, name="vectors", resume=resume
-            )
+            shards = ShardFolder(output, _schema(options, model), settings=decisive, name="vectors", resume=resume)
             folder = stack.enter_context(shards)
         if ranks.any(folder is not None and folder.finished):
             return folder
@@ -223,6 +236,7 @@ class _Row:
     start: int
     end: int
     vector: Tensor
+    layers: Tensor | None = None  # (num_layers + 1, dim), where they are wanted
 
 
 class _Pooling:
@@ -232,6 +246,7 @@ class _Pooling:
         self.document, self.pool = document, options.pool
         self.length = options.span or len(document)
         self.position = 0
+        self.layers: Callable[[], Tensor | None] = lambda: None
         self.state: Tensor | None = None  # of the span that is open: the sum so far (float64), or its first or last one
 
     def add(self, hidden: Tensor) -> Iterator[_Row]:
@@ -248,8 +263,19 @@ class _Pooling:
                 self.state = part[-1 if self.pool == "last" else 0]
             if self.position == end:
                 vector = self.state / (end - start) if self.pool == "mean" else self.state
-                yield _Row(self.document, index, start, end, vector.float())
+                yield _Row(self.document, index, start, end, vector.float(), self.layers())
                 self.state = None
+
+
+class _Cls(_Pooling):
+    """One document's hidden states in, from CLS on; the row of CLS out."""
+
+    def add(self, hidden: Tensor) -> Iterator[_Row]:
+        if self.state is None:
+            self.state = hidden[0]
+        self.position += len(hidden)
+        if self.position == len(self.document) + 1:
+            yield _Row(self.document, 0, 0, len(self.document), self.state.float(), self.layers())
 
 
 @dataclass(frozen=True)
@@ -263,8 +289,13 @@ class _Encoder:
     """Documents in, rows of vectors out in the same order."""
 
     def __init__(self, reader: Reader, options: EncodeOptions) -> None:
-        if not reader.model.config.vocab_size:
-            raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
+        net = reader.model
+        if options.pool == "cls" and not net.has_cls:
+            raise ConfigError("this model has no CLS: take the mean (--pool mean), or the first or last vector")
+        if options.tile_size and not (isinstance(net.config, SlideConfig) and net.config.grid):
+            raise ConfigError("this model has no grid of tiles: leave out --tile-size")
+        if options.all_layers and not isinstance(net, LongNet):
+            raise ConfigError("the layers of a model of transformers are not listened to: leave out --all-layers")
         self.reader, self.options = reader, options
         self.bos = options.bos if reader.model.config.causal else None
 
@@ -278,26 +309,48 @@ class _Encoder:
 
     def batches(self, documents: Iterable[Document]) -> pa.RecordBatchReader:
         """Read checked documents and give each its rows, in order."""
-        schema, normalize = self.options.schema(self.reader.model.config.dim), self.options.normalize
-        found = (_record_batch(schema, rows, normalize) for rows in self._rows(documents) if rows)
+        schema, normalize = _schema(self.options, self.reader.model), self.options.normalize
+        head = torch.inference_mode()(self.reader.model.head)
+        found = (_record_batch(schema, rows, head, normalize) for rows in self._rows(documents) if rows)
         return pa.RecordBatchReader.from_batches(schema, found)
 
     def _rows(self, documents: Iterable[Document]) -> Iterator[list[_Row]]:
-        for pieces in self.reader.read(map(self._window, documents)):
+        windows = map(self._window, documents)
+        for pieces in self._layer_by_layer(windows) if self.options.all_layers else self.reader.read(windows):
             with torch.inference_mode():
                 rows = [row for piece in pieces for row in piece.window.pooling.add(self._hidden(piece))]
                 yield self._of_all_ranks(rows)
+
+    def _layer_by_layer(self, windows: Iterable[_Window]) -> Iterator[list[Piece[_Window]]]:
+        """Read one document after the other, and hand its pooling what its layers make of it."""
+        with LayerStates(cast(LongNet, self.reader.model)) as states:
+            for window in windows:
+                first, stop = {
+                    "cls": (0, 1),
+                    "mean": (window.wanted, window.stop),
+                    "first": (window.wanted, window.wanted + 1),
+                    "last": (window.stop - 1, window.stop),
+                }[self.options.pool]
+                states.begin(first, stop)
+                window.pooling.layers = states.mean
+                yield from self.reader.read([window])
 
     def check(self, document: Document) -> None:
         """Raise DataError for an empty document, ConfigError for one that the model does not read."""
         if not len(document):
             raise DataError(f"{document.where}: document {document.doc_id!r} is empty: there is nothing to encode")
+        if self.reader.model.row_size is not None:
+            check_vectors(self.reader.model, cast(Vectors, document), self.options.tile_size)
+            return
         total = len(bos_ids(self.bos)) + len(document)
         check_length(self.reader.model, total, document.where, "encode it in shorter documents")
 
     def _window(self, document: Document) -> _Window:
-        ids = AfterBos(document, self.bos)
-        return _Window(ids, 0, ids.first + len(document), ids.first, _Pooling(document, self.options))
+        tiles = rows_of_tiles(self.reader.model, cast(Vectors, document), self.options.tile_size)
+        ids = tiles or AfterBos(document, self.bos)
+        whole = self.options.pool == "cls"
+        pooling = (_Cls if whole else _Pooling)(document, self.options)
+        return _Window(ids, 0, ids.first + len(document), 0 if whole else ids.first, pooling)
 
     def _hidden(self, piece: Piece[_Window]) -> Tensor:
         """The hidden states of a piece; zeros that take no memory for another rank's."""
@@ -310,25 +363,28 @@ class _Encoder:
         if self.reader.ranks.world == 1 or not rows:
             return rows
         vectors = torch.stack([row.vector for row in rows])
-        self.reader.ranks.sum(vectors)
+        self.reader.ranks.sum(vectors, *(row.layers for row in rows if row.layers is not None))
         return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]
 
 
-def _record_batch(schema: pa.Schema, rows: Sequence[_Row], normalize: bool) -> pa.RecordBatch:
-    vectors = torch.stack([row.vector for row in rows])  # (rows, dim)
-    if normalize:
-        vectors = F.normalize(vectors, dim=-1)
-    kind = schema.field("embedding").type
-    with np.errstate(over="ignore"):  # told of below
-        numbers = vectors.cpu().numpy().astype(kind.value_type.to_pandas_dtype())
-    finite = np.isfinite(numbers).all(axis=1)
-    if not finite.all():
-        row = rows[int(np.argmin(finite))]
-        raise NotFiniteError(
-            f"{row.document.where}: document {row.document.doc_id!r}: the vector of tokens {row.start} to "
-            f"{row.end - 1} is not finite: take --dtype bf16 or fp32, and --embedding-dtype float32"
-        )
-    values = pa.array(numbers.reshape(-1))
+def _schema(options: EncodeOptions, model: Net) -> pa.Schema:
+    """Return the schema of what `model` gives, with the column `layers` where it is wanted."""
+    schema = options.schema(model.config.dim)
+    if options.all_layers:
+        kind = pa.list_(schema.field("embedding").type, model.config.num_layers + 1)
+        schema = schema.append(pa.field("layers", kind))
+    return schema
+
+
+def _record_batch(
+    schema: pa.Schema, rows: Sequence[_Row], head: Callable[[Tensor], Tensor], normalize: bool
+) -> pa.RecordBatch:
+    found = [torch.stack([row.vector for row in rows])]  # (rows, dim)
+    if rows[0].layers is not None:
+        found.append(torch.stack([cast(Tensor, row.layers) for row in rows]))  # (rows, num_layers + 1, dim)
+    arrays = [_array(schema.field("embedding").type, rows, head(vectors), normalize) for vectors in found]
+    if rows[0].layers is not None:
+        arrays[1] = pa.FixedSizeListArray.from_arrays(arrays[1], schema.field("layers").type.list_size)
     return pa.record_batch(
         [
             pa.array([row.document.doc_id for row in rows], pa.string()),
@@ -336,7 +392,23 @@ def _record_batch(schema: pa.Schema, rows: Sequence[_Row], normalize: bool) -> p
             pa.array([row.start for row in rows], pa.int64()),
             pa.array([row.end for row in rows], pa.int64()),
             pa.array([row.end - row.start for row in rows], pa.int64()),
-            pa.FixedSizeListArray.from_arrays(values, kind.list_size),
+            *arrays,
         ],
         schema=schema,
     )
+
+
+def _array(kind: pa.DataType, rows: Sequence[_Row], vectors: Tensor, normalize: bool) -> pa.Array:
+    """Vectors (rows, dim), or (rows, n, dim), as all of them one after the other. Raises NotFiniteError."""
+    if normalize:
+        vectors = F.normalize(vectors, dim=-1)
+    with np.errstate(over="ignore"):  # told of below
+        numbers = vectors.cpu().numpy().astype(kind.value_type.to_pandas_dtype())
+    finite = np.isfinite(numbers).reshape(len(rows), -1).all(axis=1)
+    if not finite.all():
+        row = rows[int(np.argmin(finite))]
+        raise NotFiniteError(
+            f"{row.document.where}: document {row.document.doc_id!r}: the vector of tokens {row.start} to "
+            f"{row.end - 1} is not finite: take --dtype bf16 or fp32, and --embedding-dtype float32"
+        )
+    return pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), kind.list_size)

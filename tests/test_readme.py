@@ -34,7 +34,7 @@ from longnet_cli.training.recipe import (
 )
 
 ROOT = Path(__file__).parents[1]
-TESTED_ELSEWHERE = {"clients.md"}  # by a slow test of their own: they need what the tests do not install
+TESTED_ELSEWHERE = {"clients.md", "vectors.md"}  # by slow tests of their own: they need what the tests do not install
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").rglob("*.md"))]
 
 
@@ -95,6 +95,30 @@ def test_options_of_commands_exist(page: Path) -> None:
         for word in rest:
             if word.startswith("-") and word != "-":
                 assert word.partition("=")[0] in names | {"--help"}, f"{page.name}: longnet {' '.join(words)}"
+
+
+@pytest.mark.slow
+def test_blocks_of_vectors(checkout: Path, command_env: dict[str, str], longnet: Path) -> None:
+    """What docs/vectors.md shows is run, in order."""
+    text = (ROOT / "docs/vectors.md").read_text(encoding="utf-8")
+    shell = f'PATH="{longnet.parent}:$PATH"; python() {{ "{sys.executable}" "$@"; }}'
+    lines = ["set -euo pipefail", shell]
+    for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        lines.append(block if language == "sh" else f"python - <<'END'\n{block}END")
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)],
+        cwd=checkout,
+        env=command_env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    neighbours = [line.split() for line in done.stdout.splitlines()]
+    assert len(neighbours) == 6
+    assert all(line[0].split("-")[0] == line[1].split("-")[0] == line[3].split("-")[0] for line in neighbours)
 
 
 def test_python_blocks(checkout: Path, command_env: dict[str, str]) -> None:

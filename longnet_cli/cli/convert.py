@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import typer
 
-from longnet_cli.cli.options import OUTPUT, QuietOption, option
+from longnet_cli.cli.options import OUTPUT, QuietOption, option, size_option, sizes_option
 from longnet_cli.cli.output import printable
+
+OFFICIAL = "Official checkpoints"
 
 
 def convert(
@@ -16,7 +19,8 @@ def convert(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Read this GGUF file (the format of llama.cpp), or this LongNet, by name or folder.",
+            help="Read this GGUF file (the format of llama.cpp), this checkpoint of an official LongNet "
+            "(slide_encoder.pth, safetensors), or this LongNet, by name or folder.",
             show_default=False,
         ),
     ],
@@ -34,14 +38,37 @@ def convert(
             "the file's own, bf16 where it is quantized",
         ),
     ] = "auto",
+    heads: Annotated[
+        int | None, size_option(OFFICIAL, "--heads", "Set the heads.", "the official model's", metavar="N")
+    ] = None,
+    segment_lengths: Annotated[
+        Sequence[int] | None,
+        sizes_option(OFFICIAL, "--segment-lengths", "List the segment lengths.", "the official model's"),
+    ] = None,
+    dilation_rates: Annotated[
+        Sequence[int] | None,
+        sizes_option(OFFICIAL, "--dilation-rates", "Set one rate per segment length.", "the official model's"),
+    ] = None,
+    padding: Annotated[
+        Literal["zero_key", "exact"] | None,
+        option(
+            OFFICIAL,
+            "--padding",
+            "zero_key|exact",
+            "Let keys of zeros fill up ragged segments of an encoder, as in its training, or not.",
+            "zero_key",
+        ),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Turn a GGUF file into a Hugging Face model folder, or change the number type of a LongNet.
+    """Turn a GGUF file into a Hugging Face model folder, an official checkpoint into a LongNet, or change its type.
 
+    A checkpoint is that of Prov-GigaPath's slide encoder, a LongNet of torchscale, or a LongViT's encoder.
     A file is recognized by its content. Quantized weights become plain numbers. GGUF needs the extra `gguf`.
     """
     from longnet_cli.integrations.converting import convert as run
 
-    what = run(source, output, dtype)
+    given = {"heads": heads, "segment_lengths": segment_lengths, "dilation_rates": dilation_rates, "padding": padding}
+    what = run(source, output, dtype, **given)
     if not quiet and sys.stderr:
         print(printable(f"{source}: {what} -> {output}"), file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
@@ -53,9 +54,15 @@ def encode(
     segment_lengths: SegmentLengthsOption = None,
     dilation_rates: DilationRatesOption = None,
     pool: Annotated[
-        Literal["mean", "last", "first"],
-        option(VECTORS, "--pool", "mean|last|first", "Take the mean over the tokens, or one token's vector."),
-    ] = "mean",
+        Literal["mean", "last", "first", "cls"] | None,
+        option(
+            VECTORS,
+            "--pool",
+            "mean|last|first|cls",
+            "Take the mean over the tokens, one token's vector, or that of a slide encoder's CLS.",
+            "mean; cls of a slide encoder",
+        ),
+    ] = None,
     span: Annotated[
         int | None,
         size_option(
@@ -68,6 +75,24 @@ def encode(
     normalize: Annotated[
         bool, option(VECTORS, "--normalize/--no-normalize", None, "Scale every vector to length 1.", "normalize")
     ] = True,
+    all_layers: Annotated[
+        bool,
+        option(
+            VECTORS,
+            "--all-layers",
+            None,
+            "Add the column layers: such a vector of the first layer's input and of each layer.",
+        ),
+    ] = False,
+    tile_size: Annotated[
+        int | None,
+        size_option(
+            VECTORS,
+            "--tile-size",
+            "Set the side of a slide's tiles, in the units of their coordinates.",
+            "the file's, otherwise the model's",
+        ),
+    ] = None,
     output: Annotated[
         str,
         option(
@@ -103,6 +128,8 @@ def encode(
 ) -> None:
     """Turn each document, or each span of it, into one vector, for search or clustering.
 
+    A slide encoder, or a model without a vocabulary, reads documents of vectors: a column features, embedding or
+    embeddings in Arrow, Parquet or HDF5 files (which need the extra `h5`).
     The columns are doc_id, span, start, end, n_tokens and embedding. Rows come in input order.
     """
     if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a model is loaded
@@ -116,6 +143,7 @@ def encode(
     from longnet_cli.data.sinks import ShardWriter, is_folder
     from longnet_cli.data.sources import read_documents, stored_documents
     from longnet_cli.data.tokenizer import end_of_text
+    from longnet_cli.data.vector_sources import read_vectors
     from longnet_cli.patterns import format_pattern
 
     in_folder = is_folder(output)
@@ -130,22 +158,34 @@ def encode(
     ranks, where = join(device)
     quiet = quiet or not ranks.first
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
-    net, words, before, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
+    net, words, before, *_ = load_model(
+        model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet, vectors=True
+    )
+    if net.row_size is not None:
+        of_tokens = {"--tokenizer": tokenizer, "--tokenizer-differs": tokenizer_differs, "--eos": eos, "--bos": bos}
+        if given := [name for name, value in of_tokens.items() if value]:
+            raise ConfigError(f"{model} reads vectors, which have no tokens: leave out {', '.join(given)}")
     from longnet_cli.encoding import SHARD_ROWS, EncodeOptions, encode_to_folder
     from longnet_cli.encoding import encode as run
+    from longnet_cli.model import SlideConfig
 
     eos_id = end_of_text(eos, words)
     reading: dict[str, Any] = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
-    documents = read_documents(inputs, words, **reading)
+    documents: Iterator[Any] = read_documents(inputs, words, **reading)
+    if net.row_size is not None:
+        in_grid = isinstance(net.config, SlideConfig) and net.config.grid > 0
+        documents = read_vectors(inputs, column, coords=in_grid)
     limited = net.config.max_tokens is not None and not skip_bad
     known = stored_documents(inputs, words, **reading) if limited else ()
     skipped = Skipped(quiet)
     options = EncodeOptions(
         bos=before,
-        pool=pool,
+        pool=pool or ("cls" if net.has_cls and span is None else "mean"),
         normalize=normalize,
         span=span,
         embedding_dtype=embedding_dtype,
+        all_layers=all_layers or None,
+        tile_size=tile_size,
         model_name=model,
         tokenizer_sha256=words.sha256 if words else None,
         pattern=format_pattern(net.config.pattern),

@@ -57,12 +57,14 @@ def load_model(
     quiet: bool = False,
     *,
     chat: bool = False,
+    vectors: bool = False,
 ) -> Loaded:
     """The model that --model names, for --dtype on `device`, and --tokenizer, or its own without it; `bos` is --bos.
 
     Says on stderr, unless `quiet`, what the user should know of how it reads documents.
     Raises ConfigError for a tokenizer that is not the model's, unless `tokenizer_differs`, or has ids that the
-    model does not have, a model that reads no tokens, or an attention kernel that cannot run in `dtype`.
+    model does not have, a model that reads `vectors` where these are not taken, or an attention kernel that cannot run
+    in `dtype`.
     """
     from longnet_cli.data.bos import document_end, document_start
     from longnet_cli.data.tokenizer import Tokenizer
@@ -84,7 +86,9 @@ def load_model(
         net = load_net(folder, pattern=pattern, device=device, dtype=DTYPES[kind])
     check_kernel(device, dtype, net.config.head_dim)
     if not net.config.vocab_size:
-        raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
+        if not vectors:
+            raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
+        words = before = None
     if words and words.vocab_size > net.config.vocab_size:
         raise ConfigError(
             f"{tokenizer or found / 'tokenizer.json'}: the tokenizer has {words.vocab_size} ids and the model "

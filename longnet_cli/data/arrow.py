@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from longnet_cli.data.columns import token_type
+from longnet_cli.data.columns import stays_in_file
 from longnet_cli.data.files import StoredFile, StoredIds
 from longnet_cli.data.tables import Table, reading
 from longnet_cli.errors import DataError
@@ -156,8 +156,8 @@ class _Batches:
         memory = memoryview(body)
         for name in columns:
             buffers = batch.column(name).buffers()
-            if name == columns[0] and token_type(self.schema, name) is not None:
-                buffers.pop()  # the ids
+            if name == columns[0] and stays_in_file(self.schema, name):
+                buffers.pop()  # the ids, or numbers of vectors
             for buffer in buffers:
                 if buffer is None or not buffer.size:
                     continue

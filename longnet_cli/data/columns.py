@@ -9,6 +9,7 @@ INTEGERS = (
     *(pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()),
     *(pa.int8(), pa.int16(), pa.int32(), pa.int64()),
 )
+FLOATS = (pa.float16(), pa.float32(), pa.float64())
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view())
 _LISTS = (
     *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
@@ -91,3 +92,19 @@ def token_type(schema: pa.Schema, column: str) -> pa.DataType | None:
     if kind in INTEGERS:
         return kind
     return kind.value_type if _is_list(kind) else None
+
+
+def is_vector(kind: pa.DataType) -> bool:
+    """Return whether each value of a column of this type is a vector: a list of floating-point numbers."""
+    return any(test(kind) for test in _LISTS[:3]) and kind.value_type in FLOATS
+
+
+def is_vectors(kind: pa.DataType) -> bool:
+    """Return whether each value of a column of this type is a list of vectors."""
+    return any(test(kind) for test in _LISTS[:3]) and is_vector(kind.value_type)
+
+
+def stays_in_file(schema: pa.Schema, column: str) -> bool:
+    """Return whether the numbers of a column, token ids or vectors, are read only when they are wanted."""
+    kind = schema.field(column).type
+    return token_type(schema, column) is not None or is_vector(kind) or is_vectors(kind)

@@ -38,6 +38,8 @@ class Document:
     tokens in a file reads none of them.
     """
 
+    block = BLOCK
+
     def __init__(
         self,
         doc_id: str,
@@ -154,8 +156,8 @@ def checked(
     for document in documents:
         try:
             check(document)
-            for start in range(0, len(document) if on_skip else 0, BLOCK):
-                document.read(start, start + BLOCK)
+            for start in range(0, len(document) if on_skip else 0, document.block):
+                document.read(start, start + document.block)
         except (ConfigError, DataError) as error:
             if on_skip is None or isinstance(error, FileChangedError):
                 raise

@@ -8,6 +8,7 @@ from longnet_cli.errors import ConfigError, DataError
 
 SHARD_SUFFIXES = (".arrow", ".feather", ".parquet")
 JSON_SUFFIXES = (".jsonl", ".ndjson")
+HDF5_SUFFIXES = (".h5", ".hdf5")
 
 
 def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> list[str]:
@@ -51,8 +52,9 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
         if shards:
             return [shard for shard in shards if "/" not in shard] or shards
     chosen = [file for file in files if _looks_like_text(read(file, 8192))]
+    chosen = chosen or [file for file in files if file.endswith(HDF5_SUFFIXES)]  # last: among text, they are its data
     if not chosen:
-        raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines or text files)")
+        raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines, text or HDF5 files)")
     return chosen
 
 
@@ -73,7 +75,7 @@ def is_hidden(name: str) -> bool:
 
 def _looks_like_text(head: bytes) -> bool:
     """Return whether a file met in a folder is worth opening: images and empty `__init__.py` files are passed over."""
-    return bool(head) and (b"\0" not in head or sniff(head) != "text")
+    return bool(head) and (b"\0" not in head or sniff(head) not in ("text", "hdf5"))
 
 
 def natural_order(name: str) -> list[str | int]:
@@ -82,9 +84,11 @@ def natural_order(name: str) -> list[str | int]:
 
 
 def sniff(head: bytes) -> str:
-    """`file`, `stream` (Arrow IPC), `parquet` or `text`, from at least the first 8 bytes."""
+    """`file`, `stream` (Arrow IPC), `parquet`, `hdf5` or `text`, from at least the first 8 bytes."""
     if head.startswith(b"ARROW1\0\0"):
         return "file"
     if head.startswith(b"\xff\xff\xff\xff"):
         return "stream"
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "hdf5"
     return "parquet" if head.startswith(b"PAR1") else "text"

@@ -1,4 +1,4 @@
-"""Open a file by its contents: Arrow IPC file or stream, Parquet, JSON Lines or UTF-8 text, whatever its name.
+"""Open a file by its contents: Arrow IPC file or stream, Parquet, HDF5, JSON Lines or UTF-8 text, whatever its name.
 
 A new format is one more case in `open_source`. Every failure is one line that names the file and the batch.
 """
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, no_place
 from longnet_cli.data.folders import sniff
+from longnet_cli.data.hdf5 import open_hdf5
 from longnet_cli.data.inputs import Source
 from longnet_cli.data.jsonlines import open_json_lines
 from longnet_cli.data.tables import Pipe, Table, Text, reading
@@ -56,6 +57,8 @@ def _open_file(source: Source, stream: Any, file: StoredFile | None, column: str
         return _open_text(source, Pipe(io.BufferedReader(file, TEXT_BUFFER) if file else stream), column)
     if kind == "parquet":
         return _open_parquet(source, stream)
+    if kind == "hdf5":
+        return open_hdf5(source.name, source.where, stream)
     if kind == "file":
         return arrow.open_file(source.name, source.where, stream, file)
     return arrow.open_stream(source.name, source.where, stream, file)
@@ -71,9 +74,11 @@ def _open_pipe(source: Source, raw: Any, column: str | None) -> Text | Table:
             return _open_parquet(source, pa.BufferReader(pipe.read()))
         if kind == "stream":
             return arrow.open_stream(source.name, source.where, pipe)
-        if arrow.is_sequential(pipe.peek(12)):
+        if kind == "file" and arrow.is_sequential(pipe.peek(12)):
             return arrow.open_pipe(source.name, source.where, pipe)
         file = StoredFile(_copy(pipe), source.where)
+        if kind == "hdf5":
+            return open_hdf5(source.name, source.where, file)
         return arrow.open_file(source.name, source.where, file, file)
 
 
@@ -152,4 +157,5 @@ def _leaf_values(column: pa.Array) -> int:
     """Return how many values Parquet counts in a column: an empty or missing list is one of them."""
     if not pa.types.is_nested(column.type):
         return len(column)
-    return pc.sum(pc.max_element_wise(pc.list_value_length(column), 1)).as_py() or 0
+    lengths = pc.fill_null(pc.list_value_length(column), 0)
+    return (pc.sum(pc.equal(lengths, 0)).as_py() or 0) + _leaf_values(column.flatten())

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from longnet_cli.atomic import new_folder
 from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
-from longnet_cli.model import LongNet
+from longnet_cli.integrations.loading import native_net
+from longnet_cli.integrations.official import Given, convert_official, is_checkpoint
 from longnet_cli.model.foreign import BESIDE_TOKENIZER, end_of_text
 from longnet_cli.model.integrity import check_finite
 from longnet_cli.model.weights import TOKENIZER
@@ -18,16 +20,23 @@ from longnet_cli.presets import find_model, is_gguf, is_of_transformers, list_mo
 from longnet_cli.runtime.device import DTYPES
 
 
-def convert(source: str | Path, output: str | Path, dtype: str = "auto") -> str:
+def convert(source: str | Path, output: str | Path, dtype: str = "auto", **given: Any) -> str:
     """Write the model `source` to the new folder `output`, and say what was done in a few words.
 
-    `source` is a GGUF file, or the name or the folder of a LongNet, which is written with weights of another type.
+    `source` is a GGUF file, a checkpoint of the official implementation, or the name or the folder of a LongNet, which
+    is written with weights of another type. What a checkpoint does not say is `given`, as in `official.Given`.
     `dtype` is fp32, bf16, fp16 or auto: the file's own, bf16 where its weights are quantized. Raises CheckpointError
     for a file that is of no kind that is known, or damaged, ConfigError for a folder that is in use, for libraries
     that are missing and for a LongNet without a type.
     """
     refuse_web_address(str(source))
     path = Path(source)
+    given = {name: value for name, value in given.items() if value is not None}
+    if path.is_file() and is_checkpoint(path):
+        return convert_official(path, Path(output), DTYPES.get(dtype), Given(**given))
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{source}: {names}: only for a checkpoint of the official implementation")
     if path.is_dir() or str(source) in list_models():
         return _with_weights_of(find_model(str(source)), Path(output), dtype)
     if is_gguf(path):
@@ -36,7 +45,7 @@ def convert(source: str | Path, output: str | Path, dtype: str = "auto") -> str:
         return convert_gguf(path, Path(output), DTYPES.get(dtype))
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    raise CheckpointError(f"{path}: not a GGUF file, by its first bytes: no other kind is converted")
+    raise CheckpointError(f"{path}: by its first bytes neither a GGUF file nor a checkpoint (PyTorch, safetensors)")
 
 
 def _with_weights_of(folder: Path, output: Path, dtype: str) -> str:
@@ -45,12 +54,12 @@ def _with_weights_of(folder: Path, output: Path, dtype: str) -> str:
         raise ConfigError(f"{folder}: already a Hugging Face model folder, which any tool loads")
     if dtype not in DTYPES:
         raise ConfigError(f"{folder}: give the type to convert the weights to: --dtype bf16 halves the size")
-    net = LongNet.from_pretrained(folder, dtype=DTYPES[dtype])
+    net = native_net(folder).from_pretrained(folder, dtype=DTYPES[dtype])
     words = folder / TOKENIZER
     with new_folder(output) as place:
         check_finite(net.state_dict(), f"{folder} as {dtype}")
-        text = words.read_text(encoding="utf-8") if words.is_file() else None
-        net.save_pretrained(place, text, end_of_text(folder))
+        texts = (words.read_text(encoding="utf-8"), end_of_text(folder)) if words.is_file() else ()
+        net.save_pretrained(place, *texts)
         for name in BESIDE_TOKENIZER:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, place / name)

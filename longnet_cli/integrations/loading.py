@@ -12,8 +12,10 @@ import torch
 from longnet_cli.attention import Pattern
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.transformers_config import TransformersConfig
-from longnet_cli.model import LongNet
+from longnet_cli.model import LongNet, SlideConfig
 from longnet_cli.model.net import Net
+from longnet_cli.model.slide import VectorNet
+from longnet_cli.model.weights import load_config
 from longnet_cli.presets import is_of_transformers
 
 
@@ -31,8 +33,13 @@ def load_net(
     Raises ConfigError or CheckpointError, of one line that names the folder, also where transformers is not installed.
     """
     if not is_of_transformers(folder):
-        return LongNet.from_pretrained(folder, device, torch.float32, pattern=pattern)
+        return native_net(folder).from_pretrained(folder, device, torch.float32, pattern=pattern)
     return _transformers_net(folder).load_transformers(folder, pattern=pattern, device=device, dtype=dtype)
+
+
+def native_net(folder: Path) -> type[LongNet]:
+    """The class of the net in a folder of ours: a slide encoder's reads vectors. Raises as `load_config` does."""
+    return VectorNet if isinstance(load_config(folder), SlideConfig) else LongNet
 
 
 def read_facts(

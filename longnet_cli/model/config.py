@@ -187,12 +187,43 @@ class LongNetConfig(Table):
         return embeddings + self.num_layers * (attention + ffn + 4 * d) + (2 * d if self.final_norm else 0)
 
 
+class SlideConfig(LongNetConfig):
+    """The configuration of a SlideEncoder: a LongNet, the vectors that it reads, and where these lie.
+
+    Each vector has `in_features` numbers. A tile at pixel (x, y) lies in the cell (x // tile_size, y // tile_size) of
+    a `grid` x `grid` square, which gives its position. `grid=0` reads vectors without coordinates, in their order.
+    The defaults are those of Prov-GigaPath; `SlideConfig.gigapath()` has its sizes, too.
+    """
+
+    vocab_size: Literal[0] = 0
+    head_offsets: Literal["modulo", "grouped"] = "grouped"
+    padding: Literal["exact", "zero_key"] = "zero_key"
+    causal: bool = False
+    position: Literal["rope", "none"] = "none"
+    in_features: int = Field(default=1536, gt=0)
+    grid: int = Field(default=1000, ge=0, le=1 << 24)  # cells are float32 numbers in the rows that the net reads
+    tile_size: int = Field(default=256, gt=0)
+
+    @model_validator(mode="after")
+    def _check_slide(self) -> SlideConfig:
+        if self.causal:
+            raise ValueError("a slide encoder sees all tiles at once: causal must be false")
+        if self.grid and self.dim % 4:
+            raise ValueError(f"positions in two dimensions need a dim that 4 divides, not {self.dim}; grid=0 has none")
+        return self
+
+    def num_parameters(self) -> int:
+        """Trainable numbers: also those of the projection, CLS and the last norm."""
+        return super().num_parameters() + (self.in_features + 1) * self.dim + 3 * self.dim
+
+
 def parse_config(data: Mapping[str, Any], where: str, pattern: Pattern | None = None) -> LongNetConfig:
     """A configuration from parsed JSON or TOML; raises ConfigError of one line that begins with `where`.
 
-    `pattern` takes the place of the one in `data`.
+    One with `in_features` is a SlideConfig. `pattern` takes the place of the one in `data`.
     """
     if pattern is not None and isinstance(data, Mapping):
         data = {name: value for name, value in data.items() if name not in {*PATTERN_FIELDS, "pattern"}}
         data["pattern"] = pattern
-    return validate(LongNetConfig, data, where)
+    slides = isinstance(data, Mapping) and "in_features" in data
+    return validate(SlideConfig if slides else LongNetConfig, data, where)

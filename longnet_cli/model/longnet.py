@@ -211,9 +211,16 @@ class LongNet(Net):
             raise ValueError("give either tokens or embeddings")
         if embeddings is not None:
             return embeddings
-        if self.embedding is None:
+        assert tokens is not None
+        if self.embedding is not None:
+            return self.embedding(tokens)
+        if not tokens.is_floating_point():
             raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
-        return self.embedding(tokens)
+        return tokens.to(next(self.parameters()).dtype)  # rows of vectors, by whoever reads rows of any kind
+
+    @property
+    def row_size(self) -> int | None:
+        return None if self.config.vocab_size else self.config.dim
 
     def positions(self, x: Tensor, start: int, documents: Sequence[int] | None = None) -> PositionTable | None:
         """The table for hidden (B, N, dim) that begin at position `start`; one serves all layers.

@@ -70,6 +70,16 @@ class Net(nn.Module):
     config: NetConfig
     note: str | None = None  # what a user should know of how it reads documents, in one line
     choices: str = ""  # what there is to choose where a sequence is too long, besides shorter ones
+    has_cls: bool = False  # whether a row of its own, CLS, comes before each sequence
+
+    @property
+    def row_size(self) -> int | None:
+        """Numbers of each vector that it reads in the place of a token id; None where it reads ids."""
+        return None
+
+    def head(self, pooled: Tensor) -> Tensor:
+        """Return pooled hidden states (..., dim) as they are handed out, after the net's own last step."""
+        return pooled
 
     def stream(self) -> Callable[..., Tensor] | None:
         """Return what reads a causal sequence chunk by chunk, as a CausalStream; None where that is what does."""

@@ -14,7 +14,7 @@ from longnet_cli.model.longnet import LongNet
 from longnet_cli.model.positions import XPOS_GAMMA
 from longnet_cli.model.weights import empty_net, list_names
 
-_MODULES = {  # of a layer, then of the net: theirs and ours
+MODULES = {  # of a layer, then of the net: theirs and ours
     "self_attn_layer_norm": "attention_norm",
     "self_attn.q_proj": "attention.q",
     "self_attn.k_proj": "attention.k",
@@ -30,7 +30,7 @@ _MODULES = {  # of a layer, then of the net: theirs and ours
     "output_projection": "output",
 }
 _PREFIX = re.compile(r"(model|decoder|encoder)\.")
-_IGNORED = re.compile(r"(.*\.)?(xpos\.scale|version)")  # buffers that the configuration determines
+IGNORED = re.compile(r"(.*\.)?(xpos\.scale|version)")  # buffers that the configuration determines
 
 
 def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> LongNet:
@@ -43,11 +43,11 @@ def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> 
     place here or another shape, or an output projection that is not the embedding though `config.tie_embeddings` says
     so.
     """
-    state = {k: t for k, t in state_dict.items() if not _IGNORED.fullmatch(k)}
+    state = {k: t for k, t in state_dict.items() if not IGNORED.fullmatch(k)}
     if not config.vocab_size:
         state = {k: t for k, t in state.items() if k.startswith("encoder.")} or state
     state = _without_prefix(state)
-    places = {theirs: _renamed(theirs, _MODULES) for theirs in state}
+    places = {theirs: renamed(theirs) for theirs in state}
     if unknown := [theirs for theirs, ours in places.items() if ours is None]:
         raise CheckpointError(f"torchscale weights: {list_names('unexpected', unknown)}")
     tensors = {ours: state[theirs].detach().to(torch.float32) for theirs, ours in places.items() if ours is not None}
@@ -72,8 +72,8 @@ def to_torchscale(model: LongNet) -> dict[str, Tensor]:
     computes it with head_offsets="grouped", a bidirectional net with padding="zero_key", and has no position="rope".
     """
     config = model.config
-    modules = {ours: theirs for theirs, ours in _MODULES.items()}
-    state = {str(_renamed(name, modules)): tensor for name, tensor in model.state_dict().items()}
+    modules = {ours: theirs for theirs, ours in MODULES.items()}
+    state = {str(renamed(name, modules)): tensor for name, tensor in model.state_dict().items()}
     if config.vocab_size and config.tie_embeddings:
         state["output_projection.weight"] = state["embed_tokens.weight"]
     if config.position == "xpos":
@@ -83,7 +83,7 @@ def to_torchscale(model: LongNet) -> dict[str, Tensor]:
     return state
 
 
-def _renamed(name: str, modules: Mapping[str, str]) -> str | None:
+def renamed(name: str, modules: Mapping[str, str] = MODULES) -> str | None:
     """The name of a parameter whose module has another one in `modules`; None where it has none."""
     match = re.fullmatch(r"(layers\.\d+\.|)(.+)\.(weight|bias)", name)
     return f"{match[1]}{modules[match[2]]}.{match[3]}" if match and match[2] in modules else None

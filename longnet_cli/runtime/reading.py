@@ -30,9 +30,9 @@ from longnet_cli.runtime.ranks import Ranks
 
 
 class Ids(Protocol):
-    """A sequence of token ids, of which any run can be read."""
+    """A sequence of token ids, or of the vectors that a net reads in their place, of which any run can be read."""
 
-    def read(self, start: int, stop: int, /) -> np.ndarray: ...  # (stop - start,) int64
+    def read(self, start: int, stop: int, /) -> np.ndarray: ...  # (stop - start,) int64, or (stop - start, n) float32
 
 
 # What a model reads before each document: nothing, one id, or several, as some templates of tokenizers have
@@ -157,9 +157,8 @@ class Reader:
         for turn, batch in enumerate(batches_by_length([len(window) for window in windows], self.chunk)):
             if turn % self.ranks.world == self.ranks.rank:
                 lengths = [len(windows[i]) for i in batch]
-                padded = torch.zeros(len(batch), lengths[0], dtype=torch.int64)
-                for row, i in zip(padded, batch, strict=True):
-                    row[: len(windows[i])] = self._ids(windows[i], windows[i].start, windows[i].stop)
+                read = [self._ids(windows[i], windows[i].start, windows[i].stop) for i in batch]
+                padded = torch.nn.utils.rnn.pad_sequence(read, batch_first=True)
                 with precision(self.dtype, self.device):
                     # padding is on the right, where a causal net does not see it
                     more = {} if self.model.config.causal else {"lengths": lengths}

@@ -1,0 +1,111 @@
+"""HDF5 files of tile features, as TRIDENT and CLAM write them, as tables: a dataset is a column, a file one slide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from longnet_cli.data.tables import Table, one_line, reading
+from longnet_cli.errors import ConfigError, DataError
+
+BATCH_BYTES = 16 << 20
+
+
+def open_hdf5(name: str, where: str, file: Any) -> Table:
+    """The table of an HDF5 `file` that can seek: its datasets of rows of numbers, and the file's name as `slide_id`.
+
+    The side of a tile, from the attributes of `coords`, goes into the schema's metadata as `longnet.tile_size`. What
+    lies outside the file, behind a link or as a virtual dataset, is not read. Raises ConfigError without h5py.
+    """
+    try:
+        import h5py
+    except ImportError:
+        raise ConfigError(f"{where}: HDF5 files need h5py: pip install 'longnet-cli[h5]'") from None
+    with _reading(where):
+        content = h5py.File(file, "r")
+        found = {key: rows for key in content if (rows := _rows(content, key, h5py))}
+        columns = [pa.field(key, rows.type) for key, rows in found.items()]
+        size = _tile_size(found["coords"].dataset.attrs) if "coords" in found else None
+    metadata = {"longnet.tile_size": f"{size:g}"} if size else {}
+    schema = pa.schema([*columns, pa.field("slide_id", pa.string())], metadata=metadata)
+    slide = str(PurePosixPath(name).with_suffix(""))
+
+    def read(names: list[str]) -> Iterator[pa.RecordBatch]:
+        wanted = {key: found[key] for key in names if key in found}
+        counts = {key: rows.count for key, rows in wanted.items()}
+        if len({*counts.values()}) > 1:
+            said = ", ".join(f"{key} {count}" for key, count in counts.items())
+            raise DataError(f"{where}: its datasets have different numbers of rows: {said}")
+        total = next(iter(counts.values()), 0)
+        step = max(1, BATCH_BYTES // max(1, sum(rows.nbytes for rows in wanted.values())))
+        for start in range(0, total, step):
+            stop = min(start + step, total)
+            with _reading(f"{where}, rows {start} to {stop - 1}", row=start):
+                arrays = {key: rows.read(start, stop) for key, rows in wanted.items()}
+            arrays["slide_id"] = pa.array([slide] * (stop - start), pa.string())
+            yield pa.record_batch([arrays[key] for key in names], names=names)
+
+    return Table(name, where, schema, read, "HDF5")
+
+
+@contextmanager
+def _reading(what: str, row: int | None = None) -> Iterator[None]:
+    """Do as `tables.reading`, also for what h5py raises of a damaged file besides."""
+    with reading(what, row):
+        try:
+            yield
+        except (KeyError, RuntimeError, AttributeError) as error:
+            raise ValueError(one_line(error)) from error
+
+
+class _Rows:
+    """A dataset of rows of numbers; a batch of one around them counts for nothing."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.batched = len(dataset.shape) == 3
+        self.count, self.width = dataset.shape[-2:]
+        self.dtype = dataset.dtype.newbyteorder("=")
+
+    @property
+    def type(self) -> pa.DataType:
+        return pa.list_(pa.from_numpy_dtype(self.dtype), self.width)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a row."""
+        return self.width * self.dtype.itemsize
+
+    def read(self, start: int, stop: int) -> pa.Array:
+        rows = self.dataset[0, start:stop] if self.batched else self.dataset[start:stop]
+        return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows, self.dtype).ravel()), self.width)
+
+
+def _rows(content: Any, key: str, h5py: Any) -> _Rows | None:
+    """The rows of numbers under a name of an HDF5 file; None where there is something else, or it lies elsewhere."""
+    if not isinstance(content.get(key, getlink=True), h5py.HardLink) or not isinstance(content[key], h5py.Dataset):
+        return None
+    dataset = content[key]
+    if dataset.is_virtual or dataset.external or dataset.dtype.kind not in "fiu":
+        return None
+    shape: tuple[int, ...] = dataset.shape or ()
+    fits = len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
+    return _Rows(dataset) if fits and shape[-1] else None
+
+
+def _tile_size(attributes: Any) -> float | None:
+    """The side of a tile in the pixels that coordinates count: TRIDENT says it, CLAM in pixels of a smaller image."""
+
+    def number(name: str) -> float | None:
+        value = np.asarray(attributes[name]).reshape(-1) if name in attributes else np.empty(0)
+        return float(value[0]) if value.size and value.dtype.kind in "fiu" and value[0] > 0 else None
+
+    if size := number("patch_size_level0"):
+        return size
+    size = number("patch_size")
+    return size * (number("downsample") or 1.0) if size else None

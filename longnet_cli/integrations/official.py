@@ -1,0 +1,309 @@
+"""Checkpoints of the official implementations, as folders of ours.
+
+Read are Prov-GigaPath's slide encoder, torchscale's LongNet encoders and decoders, and the encoder of a LongViT. Names
+and shapes say which it is, and how large. What they do not say (heads, segment lengths) is the official model's, or it
+is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import pickle
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from longnet_cli.atomic import new_folder, write_file
+from longnet_cli.configuration import validate
+from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.model import LongNet, LongNetConfig, SlideConfig
+from longnet_cli.model.integrity import TYPE_NAMES, check_finite
+from longnet_cli.model.slide import VectorNet
+from longnet_cli.model.torchscale import IGNORED, MODULES, renamed
+from longnet_cli.model.weights import list_names
+
+_INSIDE = ("model", "module", "state_dict", "teacher")  # where checkpoints of training keep the state dict
+_SHARED = re.compile(r"(module|model|backbone|slide_encoder|encoder|decoder)\.")
+_SLIDE = {"cls_token": "cls", "patch_embed.proj.weight": "project.weight", "patch_embed.proj.bias": "project.bias"}
+_SLIDE |= {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}
+_RATES = (1, 2, 4, 8, 16)
+_LONGVIT = {  # positions, of patches of 32 pixels -> segment lengths
+    1024: (64, 128, 256, 512, 1024),
+    16384: (1024, 2048, 4096, 8192, 16384),
+    65536: (1024, 4096, 8192, 16384, 65536),
+    262144: (1024, 4096, 16384, 65536, 262144),
+    1048576: (1024, 4096, 32768, 262144, 1048576),
+}
+
+CARD = """# {what}
+
+Converted by `longnet convert` from `{name}`, SHA-256
+`{sha256}`.
+
+- {parameters:,} parameters: {layers} layers of {dim}, {heads} heads.
+- The file does not say the heads and the pattern. They are {origin}: {heads} heads, segment lengths {lengths},
+  dilation rates {rates}.
+- {padding}
+{left_out}"""
+_ZERO_KEY = """padding is "zero_key", as the weights were trained: keys of zeros join the softmax wherever a sequence
+  does not fill a segment. `--padding exact` leaves them out; the vectors differ."""
+_EXACT = 'padding is "exact": no keys but those of the sequence.'
+
+
+@dataclass(frozen=True)
+class Given:
+    """Values that a checkpoint does not hold, from the user; None for the official model's."""
+
+    heads: int | None = None
+    segment_lengths: Sequence[int] | None = None
+    dilation_rates: Sequence[int] | None = None
+    padding: Literal["exact", "zero_key"] | None = None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a file looks like one of `torch.save` or of safetensors, by its first bytes."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError:
+        return False
+    return head.startswith((b"PK\x03\x04", b"\x80")) or head[8:] == b"{"
+
+
+def convert_official(path: Path, output: Path, dtype: torch.dtype | None, given: Given) -> str:
+    """Write the net in the checkpoint `path` to the new folder `output`, and say what it is in a few words.
+
+    `dtype` is that of the weights, None for the file's own. Raises CheckpointError for a file that is no plain state
+    dict, or whose tensors are not those of a net that is known, naming what is missing, left over or misshapen;
+    ConfigError for what has to be `given`, and for a folder that is in use.
+    """
+    state = read_state_dict(path)
+    found = _Found(path, state, given)
+    net = found.build()
+    kinds = Counter(tensor.dtype for tensor in state.values() if tensor.dtype in TYPE_NAMES)
+    net = net.to(dtype or kinds.most_common(1)[0][0])
+    check_finite(net.state_dict(), str(path))
+    with new_folder(output) as place:
+        net.save_pretrained(place)
+        write_file(place / "README.md", found.card().encode())
+    left_out = f"; left out: {_listed(found.left_out)}" if found.left_out else ""
+    return f"{found.what} of {net.config.num_parameters():,} parameters{left_out}"
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, without the prefixes that all names share. Nothing in it is run.
+
+    Raises CheckpointError for what is no plain state dict.
+    """
+    with path.open("rb") as file:
+        pickled = file.read(9)[8:] != b"{"
+    try:
+        found: Any
+        if pickled:  # a Namespace, as of the options of a run, is data
+            with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+                warnings.simplefilter("ignore")  # of a protocol that it may not know: then it fails
+                found = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            found = load_file(path)
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        asks = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {asks[1]}, and nothing is run" if asks else "damaged, or of another kind"
+        raise CheckpointError(
+            f"{path}: not a plain state dict ({reason}): save its state_dict(), or safetensors"
+        ) from None
+    except Exception as error:  # a damaged pickle may fail in any way
+        raise CheckpointError(f"{path}: damaged or not a checkpoint ({' '.join(str(error).split())[:80]})") from None
+    for name in _INSIDE:
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    if not isinstance(found, Mapping) or not found:
+        raise CheckpointError(f"{path}: not a plain state dict: it holds {type(found).__name__}, not tensors by name")
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: not a plain state dict: {name} is of type {type(tensor).__name__}")
+    state = dict(found)
+    if any(name.startswith("backbone.") for name in state):  # of a student or a teacher, beside its head
+        state = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
+    while (match := _SHARED.match(next(iter(state)))) and all(name.startswith(match[0]) for name in state):
+        state = {name.removeprefix(match[0]): tensor for name, tensor in state.items()}
+    return state
+
+
+class _Found:
+    """The contents of a state dict: the kind of net, and its sizes."""
+
+    def __init__(self, path: Path, state: Mapping[str, Tensor], given: Given) -> None:
+        self.path, self.given = path, given
+        patches, places = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+        images = patches is not None and patches.ndim == 4
+        self.slide = not images and (patches is not None or "cls_token" in state)
+        self.prefix = "encoder." if self.slide or images else ""
+        self.left_out: list[str] = []
+        if images:  # an image's patches and their places are not ours to compute
+            self.left_out = [name for name in state if not name.startswith(self.prefix)]
+        self.scales = [t for name, t in state.items() if name.endswith("xpos.scale")]
+        self.state = {n: t for n, t in state.items() if not IGNORED.fullmatch(n) and n not in self.left_out}
+        self.decoder = f"{self.prefix}output_projection.weight" in self.state or bool(self.scales)
+        if self.slide:
+            self.what = "a slide encoder as Prov-GigaPath's"
+        elif self.prefix:
+            self.what = "the encoder of a LongViT"
+        else:
+            self.what = f"a LongNet {'decoder' if self.decoder else 'encoder'} of torchscale"
+        self.config = self._config(places.shape[1] if places is not None and places.ndim == 3 else 0)
+
+    def build(self) -> LongNet:
+        """Return the net with its weights; they are float32 until it is cast."""
+        kind = VectorNet if self.slide else LongNet
+        with torch.device("meta"):
+            net = kind(self.config)
+        names = {theirs: ours for theirs in self.state if (ours := self._ours(theirs))}
+        expected = {self._theirs(ours): tuple(tensor.shape) for ours, tensor in net.state_dict().items()}
+        state = dict(self.state)
+        if self.config.vocab_size and self.config.tie_embeddings:
+            state.pop("output_projection.weight", None)
+        problems = []
+        if missing := [name for name in expected if name not in state]:
+            problems.append(list_names("missing", missing))
+        if surplus := [name for name in state if name not in expected]:
+            problems.append(list_names("unexpected", surplus))
+        for name, needed in expected.items():
+            if name == "cls_token":
+                needed = (1, 1, *needed)
+            if name in state and tuple(state[name].shape) != needed:
+                problems.append(f"{name} has shape {tuple(state[name].shape)}, the others need {needed}")
+        if problems:
+            shown = problems[:4] + [f"{len(problems) - 4} more shapes differ"] * (len(problems) > 4)
+            raise CheckpointError(f"{self.path}: {self.what}: {'; '.join(shown)}")
+        weights = {names[theirs]: tensor.to(torch.float32) for theirs, tensor in state.items()}
+        if self.slide:
+            weights["cls"] = weights["cls"].flatten()
+        net.load_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, assign=True)
+        return net.eval()
+
+    def card(self) -> str:
+        """Return README.md of the folder."""
+        config, given = self.config, self.given
+        ours = (given.heads, given.segment_lengths, given.dilation_rates)
+        origin = "those that were given" if None not in ours else "the official model's"
+        if None in ours and any(value is not None for value in ours):
+            origin = "the official model's, where they were not given"
+        return CARD.format(
+            what=self.what[0].upper() + self.what[1:],
+            name=self.path.name,
+            sha256=_sha256(self.path),
+            parameters=config.num_parameters(),
+            layers=config.num_layers,
+            dim=config.dim,
+            heads=config.num_heads,
+            origin=origin,
+            lengths=", ".join(map(str, config.segment_lengths)),
+            rates=", ".join(map(str, config.dilation_rates)),
+            padding=_ZERO_KEY if config.padding == "zero_key" else _EXACT,
+            left_out=f"- Left out, because a LongNet has no place for it: {_listed(self.left_out)}.\n"
+            if self.left_out
+            else "",
+        )
+
+    def _config(self, positions: int) -> LongNetConfig:
+        """Return the configuration, by names and shapes, what is given, and what the official model has."""
+        dim, ffn = self._size("self_attn.q_proj.weight"), self._size("ffn.fc1.weight")
+        layers = {int(match[1]) for name in self.state if (match := re.match(rf"{self.prefix}layers\.(\d+)\.", name))}
+        data: dict[str, Any] = {
+            "vocab_size": 0,
+            "dim": dim,
+            "ffn_dim": ffn,
+            "num_layers": max(layers) + 1,
+            "norm": "subln" if any(".inner_attn_ln." in name for name in self.state) else "pre",
+            "final_norm": f"{self.prefix}layer_norm.weight" in self.state,
+            "head_offsets": "grouped",
+            "causal": self.decoder,
+            "position": "xpos" if self.scales else "none",
+            "padding": self.given.padding or ("exact" if self.decoder else "zero_key"),
+        }
+        if data["norm"] == "pre" and not data["final_norm"] and not self.prefix:
+            raise CheckpointError(
+                f"{self.path}: a net without norms inside and at its end, as with deepnorm, is not read"
+            )
+        heads: int = 16
+        lengths: Sequence[int] = _LONGVIT.get(positions, _LONGVIT[1024])
+        rates: Sequence[int] = _RATES
+        if self.slide:
+            patches = self.state.get("patch_embed.proj.weight")
+            data["in_features"] = 1536 if patches is None else patches.shape[-1]
+            lengths = SlideConfig.gigapath().segment_lengths
+        elif not self.prefix:
+            heads, lengths, rates = self._of_torchscale(dim)
+            if table := self._shape("embed_tokens.weight"):
+                data["vocab_size"] = table[0]
+                data["tie_embeddings"] = self._is_tied()
+        data["num_heads"] = self.given.heads or heads
+        data["segment_lengths"] = tuple(self.given.segment_lengths or lengths)
+        data["dilation_rates"] = tuple(self.given.dilation_rates or rates)
+        return validate(SlideConfig if self.slide else LongNetConfig, data, str(self.path))
+
+    def _of_torchscale(self, dim: int) -> tuple[int, Sequence[int], Sequence[int]]:
+        """Heads, where xPos's scales say them, and what has to be given for any other net."""
+        given = self.given
+        heads = given.heads or (dim // (2 * len(self.scales[0])) if self.scales else 0)
+        wanted = {
+            "--heads": heads,
+            "--segment-lengths": given.segment_lengths,
+            "--dilation-rates": given.dilation_rates,
+        }
+        if missing := [name for name, value in wanted.items() if not value]:
+            raise ConfigError(
+                f"{self.path}: {self.what}, and no file says the pattern of one: give {', '.join(missing)}"
+            )
+        return heads, given.segment_lengths or (), given.dilation_rates or ()
+
+    def _is_tied(self) -> bool:
+        output, table = self.state.get("output_projection.weight"), self.state["embed_tokens.weight"]
+        return output is None or torch.equal(output, table)
+
+    def _size(self, name: str) -> int:
+        """Rows of the matrices of this name, in most layers."""
+        pattern = re.compile(rf"{self.prefix}layers\.\d+\.{re.escape(name)}")
+        sizes = Counter(t.shape[0] for n, t in self.state.items() if pattern.fullmatch(n) and t.ndim == 2)
+        if not sizes:
+            known = "a slide encoder of Prov-GigaPath, a LongNet of torchscale, or a LongViT"
+            raise CheckpointError(
+                f"{self.path}: not {known}: it has no {self.prefix}layers.0.{name}, "
+                f"but {list_names('the', [*self.state])}"
+            )
+        return sizes.most_common(1)[0][0]
+
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        return tuple(self.state[name].shape) if name in self.state else None
+
+    def _ours(self, theirs: str) -> str | None:
+        if self.slide and theirs in _SLIDE:
+            return _SLIDE[theirs]
+        return renamed(theirs.removeprefix(self.prefix)) if theirs.startswith(self.prefix) else None
+
+    def _theirs(self, ours: str) -> str:
+        if self.slide and ours in (names := {ours: theirs for theirs, ours in _SLIDE.items()}):
+            return names[ours]
+        return f"{self.prefix}{renamed(ours, {ours: theirs for theirs, ours in MODULES.items()})}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return list_names("", names).strip()
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()

@@ -1,0 +1,206 @@
+"""The slide encoder: vectors of tiles, and where the tiles lie, in; one vector out. Prov-GigaPath's is one.
+
+    features -> projection -> + position of the tile's cell -> [CLS, tiles] -> LongNet -> CLS, or the mean -> norm
+
+`VectorNet` is the LongNet in it, as the jobs read it: chunk by chunk, over ranks. `SlideEncoder` is what people call.
+Positions are computed for the tiles that are there; nothing has the size of the grid.
+
+B batch, N tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longnet_cli.attention import Pattern
+from longnet_cli.errors import ConfigError
+from longnet_cli.model.config import LongNetConfig, SlideConfig
+from longnet_cli.model.longnet import LongNet, Placement
+from longnet_cli.model.weights import load_pretrained, save_pretrained
+
+SlidePool = Literal["cls", "mean"]
+
+HEAD_EPS = 1e-6  # of the last norm; the others have the configuration's
+CLS_CELL = -1.0  # in both places of a row's cell: that row is CLS, and its numbers are not read
+
+
+class VectorNet(LongNet):
+    """A LongNet whose tokens are rows (B, N, in_features + 2): a vector, then the two numbers of its cell.
+
+    The row of CLS has the cell (-1, -1). Without a grid, other cells say nothing.
+    """
+
+    has_cls = True
+    config: SlideConfig
+
+    def __init__(self, config: LongNetConfig) -> None:
+        """Raise ConfigError for a configuration that is no SlideConfig."""
+        if not isinstance(config, SlideConfig):
+            raise ConfigError("not the configuration of a slide encoder: it has no in_features")
+        super().__init__(config)
+        self.project = nn.Linear(config.in_features, config.dim)
+        self.cls = nn.Parameter(torch.empty(config.dim))
+        self.norm = nn.LayerNorm(config.dim, HEAD_EPS)
+        if not self.cls.is_meta:
+            nn.init.xavier_uniform_(self.project.weight)
+            nn.init.zeros_(self.project.bias)
+            nn.init.normal_(self.cls, std=0.02)
+
+    @property
+    def row_size(self) -> int | None:
+        return self.config.in_features
+
+    def embed(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
+        """Rows (B, N, in_features + 2) -> what the first layer gets, (B, N, dim).
+
+        In the type of the weights, also under autocast: once for a sequence, and the same in chunks as in one forward.
+        """
+        if tokens is None or embeddings is not None:
+            return super().embed(tokens, embeddings)
+        with torch.autocast(tokens.device.type, enabled=False):
+            features, cells = tokens.split([self.config.in_features, 2], -1)
+            x = self.project(features.to(self.project.weight.dtype))
+            if self.config.grid:
+                x = x + grid_positions(cells, self.config.dim).to(x.dtype)
+            return torch.where(cells[..., :1] == CLS_CELL, self.cls, x)
+
+    def head(self, pooled: Tensor) -> Tensor:
+        return self.norm(pooled.to(self.norm.weight.dtype))
+
+
+class SlideEncoder(nn.Module):
+    """Reads the tiles of a slide and gives one vector; initialised at random, float32.
+
+        encoder = SlideEncoder.from_pretrained("./gigapath")
+        vectors = encoder(features, coords)      # (B, N, in_features), (B, N, 2) in pixels -> (B, dim)
+
+    Prov-GigaPath's weights were trained with `padding="zero_key"`: keys of zeros join the softmax wherever a slide does
+    not fill a segment. `"exact"` leaves them out, and the vectors differ.
+    """
+
+    def __init__(self, config: SlideConfig) -> None:
+        super().__init__()
+        self.net = VectorNet(config)
+
+    @property
+    def config(self) -> SlideConfig:
+        return self.net.config
+
+    def forward(
+        self,
+        features: Tensor,
+        coords: Tensor | None = None,
+        *,
+        lengths: Sequence[int] | Tensor | None = None,
+        pool: SlidePool = "cls",
+        all_layers: bool = False,
+    ) -> Tensor:
+        """Features (B, N, in_features), and coords (B, N, 2) in pixels -> (B, dim).
+
+        `lengths` gives the number of tiles of each right-padded row, at least 1: each slide comes out as it would
+        alone. `pool` takes the hidden state of CLS or the mean over the tiles; the last norm follows. `all_layers`
+        gives (num_layers + 1, B, dim): of what the first layer gets, then of each layer's output. As in Prov-GigaPath,
+        that of the last layer is without the encoder's own norm, so it is not the vector that is given without it.
+        A net without a grid takes no coords. Raises ValueError for shapes, lengths, and tiles outside the grid.
+        """
+        if pool not in ("cls", "mean"):
+            raise ValueError(f'pool must be "cls" or "mean", got {pool!r}')
+        batch, tiles, _ = features.shape
+        counts = torch.full((batch,), tiles) if lengths is None else torch.as_tensor(lengths).cpu()
+        if counts.shape != (batch,) or not tiles or counts.min() < 1 or counts.max() > tiles:
+            raise ValueError(f"lengths must be {batch} numbers of 1 to {tiles}, got {counts.tolist()}")
+        rows = self._rows(features, coords, counts)
+        whole = None if lengths is None else (counts + 1).tolist()
+        if not all_layers:
+            return self.net.head(_pooled(self.net(rows, lengths=whole), counts, pool))
+        x = self.net.embed(rows)
+        found, place = [self.net.head(_pooled(x, counts, pool))], Placement(lengths=whole)
+        table = self.net.positions(x, 0)
+        for layer in self.net.layers:
+            x = layer(x, table, place)
+            found.append(self.net.head(_pooled(x, counts, pool)))
+        return torch.stack(found)
+
+    def _rows(self, features: Tensor, coords: Tensor | None, counts: Tensor) -> Tensor:
+        """Return what the net reads, (B, 1 + N, in_features + 2)."""
+        batch, tiles, size = features.shape
+        if size != self.config.in_features:
+            raise ValueError(f"features have {size} numbers, the model reads {self.config.in_features}")
+        wide = torch.float64 if features.dtype is torch.float64 else torch.float32
+        cells = features.new_zeros(batch, tiles, 2, dtype=torch.float64)
+        if self.config.grid:
+            if coords is None or coords.shape != (batch, tiles, 2):
+                shape = "none" if coords is None else tuple(coords.shape)
+                raise ValueError(f"coords must have the shape {(batch, tiles, 2)}, got {shape}")
+            real = torch.arange(tiles)[None] < counts[:, None]  # padding may lie anywhere
+            there = torch.where(real[..., None].to(coords.device), coords, coords.new_zeros(()))
+            cells = grid_cells(there, self.config.tile_size)
+            if outside := outside_grid(cells.flatten(0, 1), self.config.grid):
+                raise ValueError(f"slide {outside[0] // tiles}, tile {outside[0] % tiles}: {outside[1]}")
+        elif coords is not None:
+            raise ValueError("this model has no grid: it takes no coords")
+        rows = torch.cat([features.to(wide), cells.to(features.device, wide)], -1)
+        return F.pad(rows, (0, 0, 1, 0), value=CLS_CELL)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_dir: str | PathLike[str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        *,
+        pattern: Pattern | None = None,
+        padding: Literal["exact", "zero_key"] | None = None,
+        verify: bool = True,
+    ) -> SlideEncoder:
+        """A saved encoder, from its directory; see weights.load_pretrained. `padding` takes the place of its own."""
+        net = load_pretrained(VectorNet, name_or_dir, device, dtype, pattern=pattern, verify=verify)
+        config = net.config if padding is None else SlideConfig(**{**dict(net.config), "padding": padding})
+        with torch.device("meta"):
+            encoder = cls(config)
+        encoder.net.load_state_dict(net.state_dict(), assign=True)
+        return encoder.eval()
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write config.json and model.safetensors; see weights.save_pretrained."""
+        save_pretrained(self.net, directory)
+
+
+def grid_cells(coords: Tensor, tile_size: float) -> Tensor:
+    """Pixels (..., 2) -> the cells that they lie in, (..., 2) float64 whole numbers."""
+    return torch.floor(coords.double() / tile_size)
+
+
+def outside_grid(cells: Tensor, grid: int) -> tuple[int, str] | None:
+    """The index of the first of the cells (N, 2) that lies outside the grid, and a sentence; None where all are in."""
+    bad = ~((cells >= 0) & (cells < grid)).all(-1)
+    if not bad.any():
+        return None
+    index = int(bad.nonzero()[0])
+    first, second = cells[index].tolist()
+    return index, f"its cell ({first:.0f}, {second:.0f}) is outside the grid of {grid} x {grid}"
+
+
+def grid_positions(cells: Tensor, dim: int) -> Tensor:
+    """Cells (..., 2) -> their positions (..., dim), float32: half of the numbers for each of the two, the second first.
+
+    A half is [sin, cos] of c / 10000^(i / (dim / 4)), for i in 0, ..., dim / 4 - 1.
+    """
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, device=cells.device, dtype=torch.float64) / (dim // 4))
+    phases = cells.flip(-1).double()[..., None] * frequencies  # (..., 2, dim / 4)
+    return torch.cat([phases.sin(), phases.cos()], -1).flatten(-2).float()
+
+
+def _pooled(x: Tensor, counts: Tensor, pool: SlidePool) -> Tensor:
+    """Hidden (B, 1 + N, dim) of CLS and tiles -> (B, dim)."""
+    if pool == "cls":
+        return x[:, 0]
+    real = torch.arange(x.shape[1] - 1) < counts[:, None]
+    tiles = torch.where(real[..., None].to(x.device), x[:, 1:], x.new_zeros(()))  # padding may be NaN
+    return tiles.sum(1, dtype=torch.float64) / counts[:, None].to(x.device)

@@ -1,0 +1,174 @@
+"""The slide encoder is Prov-GigaPath's (goldens), each slide of a batch comes out as alone, and it saves and loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from longnet_cli.errors import ConfigError
+from longnet_cli.model import LongNet, LongNetConfig, SlideConfig, SlideEncoder, from_torchscale
+from longnet_cli.model.slide import grid_cells, grid_positions
+from longnet_cli.runtime.layerwise import hidden_in_chunks
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "slide_encoder_zero_key.safetensors"
+SIZES = {"dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 64, "in_features": 6, "grid": 50}
+LEVELS = {"segment_lengths": (16, 48, 96), "dilation_rates": (1, 2, 5)}
+
+
+def small(**changes: object) -> SlideConfig:
+    return SlideConfig(**{**SIZES, **LEVELS, **changes})
+
+
+def build(**changes: object) -> SlideEncoder:
+    torch.manual_seed(0)
+    return SlideEncoder(small(**changes)).eval()
+
+
+def slide(tiles: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Features (tiles, 6), and coords (tiles, 2) of different cells."""
+    random = torch.Generator().manual_seed(seed)
+    cells = torch.randperm(2500, generator=random)[:tiles]
+    coords = torch.stack([cells // 50, cells % 50], -1) * 256 + torch.randint(0, 256, (tiles, 2), generator=random)
+    return torch.randn(tiles, 6, generator=random), coords
+
+
+def golden() -> tuple[SlideEncoder, dict[str, Tensor]]:
+    """Put it together by hand; `longnet convert` is tested in test_official.py."""
+    if not GOLDEN.is_file():
+        pytest.skip(f"the golden tensors are not beside this checkout: {GOLDEN}")
+    with safe_open(GOLDEN, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        theirs = json.loads(file.metadata()["config"])
+    theirs.pop("final_norm_eps")
+    config = SlideConfig(**theirs)
+    state = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+    inner = from_torchscale(
+        state, LongNetConfig(**{name: getattr(config, name) for name in LongNetConfig.model_fields})
+    )
+    weights = inner.state_dict() | {
+        "cls": state["cls_token"].flatten(),
+        **{f"project.{kind}": state[f"patch_embed.proj.{kind}"] for kind in ("weight", "bias")},
+        **{f"norm.{kind}": state[f"norm.{kind}"] for kind in ("weight", "bias")},
+    }
+    encoder = SlideEncoder(config)
+    encoder.net.load_state_dict(weights)
+    return encoder.eval(), tensors
+
+
+@torch.no_grad()
+def test_golden() -> None:
+    encoder, wanted = golden()
+    features, coords = wanted["features"][None], wanted["coords"][None]
+    close = {"rtol": 0, "atol": 1e-5}
+    torch.testing.assert_close(encoder(features, coords)[0], wanted["cls"], **close)
+    torch.testing.assert_close(encoder(features, coords, pool="mean")[0], wanted["pooled"], **close)
+    layers = encoder(features, coords, all_layers=True)
+    torch.testing.assert_close(layers[:, 0], wanted["cls_of_layers"], **close)
+
+
+@pytest.mark.parametrize("padding", ["zero_key", "exact"])
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@torch.no_grad()
+def test_a_padded_batch_is_each_slide_alone(padding: str, pool: str) -> None:
+    encoder, lengths = build(padding=padding), [70, 131, 1]
+    features, coords = torch.full((3, 131, 6), torch.nan), torch.full((3, 131, 2), -7.0)  # padding may be anything
+    alone = []
+    for row, tiles in enumerate(lengths):
+        x, at = slide(tiles, row)
+        features[row, :tiles], coords[row, :tiles] = x, at.float()
+        alone.append(encoder(x[None], at[None], pool=pool, all_layers=True)[:, 0])
+        torch.testing.assert_close(encoder(x[None], at[None], pool=pool)[0], encoder(x[None], at[None], pool=pool)[0])
+    together = encoder(features, coords, lengths=lengths, pool=pool, all_layers=True)
+    torch.testing.assert_close(together, torch.stack(alone, 1), rtol=0, atol=1e-5)
+    one = encoder(features, coords, lengths=torch.tensor(lengths), pool=pool)
+    torch.testing.assert_close(one[0], encoder(*(x[None] for x in slide(70, 0)), pool=pool)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"padding": "exact"}, {"grid": 0, "position": "rope"}])
+@torch.no_grad()
+def test_chunks_are_the_whole(changes: dict) -> None:
+    encoder, (features, coords) = build(**changes), slide(203)
+    where = None if encoder.config.grid == 0 else coords[None]
+    rows = encoder._rows(features[None], where, torch.tensor([203]))
+    whole = encoder.net(rows)
+    found = torch.cat([*hidden_in_chunks(encoder.net, lambda start, stop: rows[:, start:stop], 204, 37)], 1)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+
+
+def test_positions_are_those_of_the_table() -> None:
+    """The official table, as its definition says, for a grid that is small enough to hold it."""
+    grid, dim = 7, 16
+    steps = torch.arange(dim // 4, dtype=torch.float64)
+    table = []
+    for index in range(grid * grid):
+        halves = [c / 10000 ** (steps / (dim // 4)) for c in (index % grid, index // grid)]
+        table.append(torch.cat([part for half in halves for part in (half.sin(), half.cos())]))
+    cells = torch.tensor([[first, second] for first in range(grid) for second in range(grid)])
+    torch.testing.assert_close(grid_positions(cells.float(), dim), torch.stack(table).float())
+
+
+def test_cells_are_exact_at_their_edges() -> None:
+    coords = torch.tensor([[0, 255], [256, 511], [512, 2**40 * 256 - 1]])
+    assert grid_cells(coords, 256).tolist() == [[0, 0], [1, 1], [2, 2**40 - 1]]
+    assert grid_cells(torch.tensor([[-1.0, 0.5]]), 256).tolist() == [[-1, 0]]
+
+
+@torch.no_grad()
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    encoder, (features, coords) = build(), slide(40)
+    encoder.save_pretrained(tmp_path)
+    inputs = features[None], coords[None]
+    assert torch.equal(SlideEncoder.from_pretrained(tmp_path)(*inputs), encoder(*inputs))
+    exact = SlideEncoder.from_pretrained(tmp_path, padding="exact")
+    assert exact.config.padding == "exact"
+    assert torch.equal(exact(*inputs), build(padding="exact")(*inputs))
+    assert not torch.allclose(exact(*inputs), encoder(*inputs))
+    LongNet(LongNetConfig(**{name: getattr(small(), name) for name in LongNetConfig.model_fields})).save_pretrained(
+        tmp_path / "other"
+    )
+    with pytest.raises(ConfigError, match="no in_features"):
+        SlideEncoder.from_pretrained(tmp_path / "other")
+
+
+def test_it_trains() -> None:
+    """Gradients reach every weight, and those of a padded batch are finite."""
+    encoder = build().train()
+    features, coords = slide(30)
+    encoder(features.repeat(2, 1, 1), coords.repeat(2, 1, 1), lengths=[30, 9], pool="mean").square().sum().backward()
+    encoder(features[None], coords[None]).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.zeros(1, 4, 5)}, "features have 5 numbers, the model reads 6"),
+        ({"coords": None}, r"coords must have the shape \(1, 4, 2\), got none"),
+        ({"coords": torch.zeros(1, 3, 2)}, r"coords must have the shape \(1, 4, 2\), got \(1, 3, 2\)"),
+        ({"coords": torch.tensor([[[0, 0], [256, 0], [0, 12800], [0, 0]]])}, "slide 0, tile 2: its cell .0, 50. is"),
+        ({"lengths": [5]}, "lengths must be 1 numbers of 1 to 4"),
+        ({"lengths": [0]}, "lengths must be 1 numbers of 1 to 4"),
+        ({"pool": "last"}, "pool must be"),
+    ],
+)
+def test_what_is_refused(change: dict, message: str) -> None:
+    inputs = {"features": torch.zeros(1, 4, 6), "coords": torch.zeros(1, 4, 2), **change}
+    with pytest.raises(ValueError, match=message):
+        build()(**inputs)
+
+
+def test_configurations_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="a dim that 4 divides"):
+        small(dim=34, num_heads=2)
+    with pytest.raises(ValueError, match="causal"):
+        small(causal=True)
+    assert SlideConfig.gigapath().num_parameters() == 86_330_880
+    with torch.device("meta"):
+        assert sum(p.numel() for p in SlideEncoder(SlideConfig.gigapath()).parameters()) == 86_330_880
