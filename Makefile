@@ -2,13 +2,14 @@
 #
 #   make demo    see it work        make test    run the tests
 #   make check   what CI checks     make clean   remove everything that was made here
+#   make docs    build the documentation as a site, build/site
 #   make gpu     check and time this machine's GPU, in ten minutes, and write runs/gpu.md
 
 PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test gpu lint check wheel-check clean
+.PHONY: demo test gpu docs lint check wheel-check clean
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
@@ -19,6 +20,9 @@ test: .venv/.installed-dev
 # Runs the tests marked `gpu` and `longnet bench`. Its exit codes: 1, something failed; 2, there is no GPU.
 gpu: .venv/.installed-dev
 	$(BIN)/python examples/gpu_report.py -o runs/gpu.md
+
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
@@ -58,3 +62,7 @@ clean:
 	@echo "Installing longnet, its libraries and the test tools into .venv: some minutes the first time."
 	$(PIP) --editable '.[dev]'
 	@touch .venv/.installed $@
+
+.venv/.installed-docs: pyproject.toml | .venv/bin/python
+	$(PIP) --editable '.[docs]'
+	@touch $@
