@@ -21,8 +21,9 @@ test: .venv/.installed-dev
 gpu: .venv/.installed-dev
 	$(BIN)/python examples/gpu_report.py -o runs/gpu.md
 
+# Not --quiet, with which mkdocs counts no warning.
 docs: .venv/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
