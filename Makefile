@@ -3,13 +3,14 @@
 #   make demo    see it work        make test    run the tests
 #   make check   what CI checks     make clean   remove everything that was made here
 #   make matrix  run the tests with the oldest and the newest libraries that are allowed
+#   make docs    build the documentation as a site, build/site
 #   make gpu     check and time this machine's GPU, in ten minutes, and write runs/gpu.md
 
 PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test matrix gpu lint check wheel-check clean
+.PHONY: demo test matrix gpu docs lint check wheel-check clean
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
@@ -23,6 +24,10 @@ matrix: .venv/.installed-dev
 # Runs the tests marked `gpu` and `longnet bench`. Its exit codes: 1, something failed; 2, there is no GPU.
 gpu: .venv/.installed-dev
 	$(BIN)/python examples/gpu_report.py -o runs/gpu.md
+
+# Not --quiet, with which mkdocs counts no warning.
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
@@ -62,3 +67,7 @@ clean:
 	@echo "Installing longnet, its libraries and the test tools into .venv: some minutes the first time."
 	$(PIP) --editable '.[dev]'
 	@touch .venv/.installed $@
+
+.venv/.installed-docs: pyproject.toml | .venv/bin/python
+	$(PIP) --editable '.[docs]'
+	@touch $@

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from longnet_cli.atomic import write_file
 from longnet_cli.describing import NOTHING, Subject, picture
-from longnet_cli.errors import ConfigError, LongNetError
-from longnet_cli.plotting import PICTURES
+from longnet_cli.plotting import new_figure, save_figure
 from longnet_cli.sizes import format_size
 
 _COLORS = (36, 33, 35, 32, 34, 31)
@@ -68,21 +65,13 @@ def _half_blocks(above: Sequence[int], below: Sequence[int]) -> str:
 def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path, *, causal: bool | None = None) -> None:
     """Write a picture with a panel per pattern, whole or not at all.
 
-    Raises ConfigError for a name that is none of PICTURES, LongNetError where matplotlib is not installed.
+    Raises what `plotting.new_figure` raises.
     """
-    suffix = Path(output).suffix.lower()
-    if suffix not in PICTURES:
-        raise ConfigError(f"{output}: a picture's name ends in {', '.join(PICTURES)}")
-    try:
-        from matplotlib import colormaps
-        from matplotlib.colors import ListedColormap, to_hex
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError:
-        raise LongNetError(
-            "pictures need matplotlib: pip install 'longnet-cli[plot]'; leave out -o to draw in the terminal"
-        ) from None
-    figure = Figure(figsize=(4.2 * len(subjects), 4.6), layout="constrained")
+    figure = new_figure(output, 4.2 * len(subjects), 4.6)
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, to_hex
+    from matplotlib.patches import Patch
+
     for axes, subject in zip(figure.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True):
         looks_back = subject.causal is not False if causal is None else causal
         cells = picture(subject.pattern, seq, _SIZE, subject.heads, looks_back)
@@ -103,6 +92,4 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path, *, c
         marks = [(f"{format_size(w)}, rate {r}", colors[i + 1]) for i, (w, r) in enumerate(subject.pattern.levels)]
         marks += [("sinks", "crimson")] if subject.pattern.sinks else []
         axes.legend(handles=[Patch(color=c, label=n) for n, c in marks], fontsize=7, loc="upper right", frameon=False)
-    found = io.BytesIO()
-    figure.savefig(found, format=suffix[1:], dpi=120)
-    write_file(output, found.getvalue())
+    save_figure(figure, output, dpi=120)

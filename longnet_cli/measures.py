@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -71,18 +72,15 @@ class ByPosition:
             table[:, 0] += np.bincount(place, nll, len(table))
             table[:, 1] += np.bincount(place, minlength=len(table))
 
-    def __iadd__(self, other: ByPosition) -> ByPosition:
-        self.seen += other.seen
-        self.inside += other.inside
-        return self
+    def tables(self) -> dict[str, tuple[np.ndarray, Sequence[Range]]]:
+        """Return both tables and the ranges of their rows, by their keys in the machine formats."""
+        starts = [-(-part * self.segment // 8) for part in range(9)]
+        inside = [(a, b - 1) for a, b in pairwise(starts)]
+        return {"by_position": (self.seen, POWERS), "by_segment_position": (self.inside, inside)}
 
     def as_dict(self) -> dict[str, list[Row]]:
         """The keys of the machine formats: for each range that has tokens its first, last, count and mean nats."""
-        starts = [-(-part * self.segment // 8) for part in range(9)]
-        return {
-            "by_position": _rows(self.seen, POWERS),
-            "by_segment_position": _rows(self.inside, [(a, b - 1) for a, b in pairwise(starts)]),
-        }
+        return {key: _rows(table, ranges) for key, (table, ranges) in self.tables().items()}
 
 
 @dataclass
@@ -165,13 +163,14 @@ class Total:
 
     That of ppl = exp R is ppl times that of R. Contexts are compared document by document: ppl over that of the first
     context, with the error of this ratio, much smaller than those of the two. So are the rows of `by_recall`, each
-    over the documents that have tokens in it.
+    over the documents that have tokens in it. Rows by position hold other tokens at each context, so these are not
+    compared.
     """
 
     def __init__(self, contexts: Sequence[int | None]) -> None:
         self.contexts = list(contexts)
         self.scores = [Score(0.0, 0, 0) for _ in contexts]
-        self.positions: list[ByPosition | None] = [None] * len(self.contexts)
+        self.places: list[dict[str, tuple[Sequence[Range], list[Clusters]]]] = [{} for _ in contexts]  # by position
         self.clusters = Clusters(len(self.contexts) + 2)  # of documents that have tokens
         self.recall = [Clusters(len(self.contexts) + 2) for _ in ByRecall.RANGES]
         self._waiting: list[DocumentScore] = []
@@ -180,10 +179,10 @@ class Total:
         """The next result of `score`: a document's, for each context in turn."""
         index, score = len(self._waiting), document.score
         self.scores[index] += score
-        if document.by_position:
-            if self.positions[index] is None:
-                self.positions[index] = ByPosition(document.by_position.segment)
-            self.positions[index] += document.by_position  # type: ignore[operator]
+        for key, (table, ranges) in (document.by_position.tables() if document.by_position else {}).items():
+            _, clusters = self.places[index].setdefault(key, (ranges, [Clusters(2) for _ in ranges]))
+            for row in np.flatnonzero(table[:, 1]):
+                clusters[row].add(table[row])
         self._waiting.append(document)
         if len(self._waiting) < len(self.contexts):
             return
@@ -191,40 +190,28 @@ class Total:
         if score.n_tokens:
             self.clusters.add([*(each.score.nll_sum for each in found), score.n_bytes or 0, score.n_tokens])
         tables = [each.by_recall.table for each in found if each.by_recall]
-        for row, clusters in enumerate(self.recall if tables else ()):
-            if tokens := tables[0][row, 1]:
-                clusters.add([*(table[row, 0] for table in tables), 0, tokens])
+        for row in np.flatnonzero(tables[0][:, 1]) if tables else ():
+            self.recall[row].add([*(table[row, 0] for table in tables), 0, tables[0][row, 1]])
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """For each context the keys of the machine formats."""
         return [self._as_dict(index) for index in range(len(self.contexts))]
 
     def _as_dict(self, index: int) -> dict[str, Any]:
-        score, positions = self.scores[index], self.positions[index]
-        nats = np.eye(len(self.contexts) + 2)[index]
-        found = {
+        score, nats = self.scores[index], np.eye(len(self.contexts) + 2)[index]
+        tables = {key: _cluster_rows(*found, 0) for key, found in self.places[index].items()}
+        if any(row.documents for row in self.recall):
+            compare = partial(self._compare, index=index)
+            tables["by_recall"] = _cluster_rows(ByRecall.RANGES, self.recall, index, compare)
+        return {
             **score.as_dict(),
             "context": self.contexts[index],
             "n_docs": self.clusters.documents,
             "ppl_se": _times(score.ppl, self.clusters.error(nats, TOKENS)),
             "bpb_se": None if score.bpb is None else _times(1 / math.log(2), self.clusters.error(nats, BYTES)),
             **self._compare(self.clusters, index),
-            **(positions.as_dict() if positions else {}),
+            **tables,
         }
-        recall = [
-            {
-                "from": first,
-                "to": last,
-                "n_tokens": int(row.sums[TOKENS]),
-                "n_docs": row.documents,
-                "nll": float(row.sums[index] / row.sums[TOKENS]),
-                "nll_se": row.error(nats, TOKENS),
-                **self._compare(row, index),
-            }
-            for (first, last), row in zip(ByRecall.RANGES, self.recall, strict=True)
-            if row.documents
-        ]
-        return found | ({"by_recall": recall} if recall else {})
 
     def _compare(self, clusters: Clusters, index: int) -> dict[str, float | None]:
         """The keys of ppl at a context over that at the first, which has none."""
@@ -233,6 +220,28 @@ class Total:
         nats = np.eye(len(clusters.sums))[index] - np.eye(len(clusters.sums))[0]
         ratio = Score(float(nats @ clusters.sums), int(clusters.sums[TOKENS]), None).ppl
         return {"ppl_ratio": ratio, "ppl_ratio_se": _times(ratio, clusters.error(nats, TOKENS))}
+
+
+def _cluster_rows(
+    ranges: Sequence[Range],
+    rows: Sequence[Clusters],
+    index: int,
+    more: Callable[[Clusters], dict[str, float | None]] = lambda row: {},
+) -> list[Row]:
+    """The rows that have tokens, with documents and standard errors: the nats are the quantity `index` of each."""
+    return [
+        {
+            "from": first,
+            "to": last,
+            "n_tokens": int(row.sums[TOKENS]),
+            "n_docs": row.documents,
+            "nll": float(row.sums[index] / row.sums[TOKENS]),
+            "nll_se": row.error(np.eye(len(row.sums))[index], TOKENS),
+            **more(row),
+        }
+        for (first, last), row in zip(ranges, rows, strict=True)
+        if row.documents
+    ]
 
 
 def _times(factor: float | None, error: float | None) -> float | None:

@@ -17,7 +17,7 @@ from longnet_cli.data.tables import reading
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, InputWarning, MemoryLimitError
 from longnet_cli.inspecting import inspect
-from longnet_cli.plotting import read_run
+from longnet_cli.plotting import read
 from longnet_cli.presets import find_model
 from longnet_cli.training.recipe import load_recipe
 
@@ -137,7 +137,7 @@ def test_web_addresses_are_refused_wherever_an_input_is_named(tmp_path, address)
         "tokenizer": lambda: Tokenizer.load(address),
         "model": lambda: find_model(address),
         "recipe": lambda: load_recipe(address, {}),
-        "run": lambda: read_run(address),
+        "run": lambda: read(address),
     }
     for way, call in ways.items():
         with pytest.raises(

@@ -164,6 +164,27 @@ def test_standard_errors_are_those_of_clusters(sums: np.ndarray) -> None:
     assert second["ppl_ratio_se"] / second["ppl_ratio"] < 0.5 * second["ppl_se"] / second["ppl"]
 
 
+def test_rows_by_position_have_standard_errors() -> None:
+    draw = np.random.default_rng(1)
+    total, rows = Total([8]), []
+    for length in draw.integers(3, 20, 40):  # none comes into the second segment
+        nats = draw.normal(3, 1, length)
+        table = ByPosition(20)
+        table.add(0, nats)
+        rows.append([(nats[7:15].sum(), len(nats[7:15])), (nats[:3].sum(), 3)])
+        total.add(DocumentScore("", "", Score(float(nats.sum()), len(nats), None), 8, by_position=table))
+    (found,) = total.as_dicts()
+    for row, (x, y) in (
+        (found["by_position"][3], np.array([first for first, _ in rows]).T),
+        (found["by_segment_position"][0], np.array([second for _, second in rows]).T),
+    ):
+        x, y = x[y > 0], y[y > 0]
+        assert (row["n_docs"], row["n_tokens"]) == (len(y), y.sum())
+        assert row["nll"] == pytest.approx(x.sum() / y.sum())
+        assert row["nll_se"] == pytest.approx(ratio_error(x, y))
+    assert (found["by_position"][3]["from"], found["by_segment_position"][0]["to"]) == (8, 2)
+
+
 def test_few_and_empty_documents(sums: np.ndarray) -> None:
     empty = np.zeros((3, 4))
     assert total_of(np.concatenate((empty, sums)))[0] == total_of(sums)[0]

@@ -1,4 +1,4 @@
-"""Curves of runs: read with every mistake named, drawn in characters that fit anywhere, and as a picture.
+"""Curves of runs, benchmarks and scores: every mistake is named, and they fit any terminal and become pictures.
 
 pytest tests/test_plotting.py
 """
@@ -15,8 +15,23 @@ from pathlib import Path
 
 import pytest
 
+from longnet_cli import plotting
 from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.plotting import Run, draw_picture, draw_text, panels, read_run, read_runs
+from longnet_cli.plotting import Curve, Point, panels, read, read_all
+from longnet_cli.plotting.runs import Run
+
+
+def draw_text(runs: list[Run], width: int, **options: bool) -> str:
+    return plotting.draw_text(panels(runs), width, **options)
+
+
+def draw_picture(runs: list[Run], output: Path) -> None:
+    plotting.draw_picture(panels(runs), output)
+
+
+def curve(run: Run, key: str) -> list[tuple[float, float]]:
+    (found,) = panels([run], [key])
+    return [(x, y) for x, y, _ in found.curves[0].points]
 
 
 def write_run(folder: Path, steps: range | list[int] = range(10, 110, 10), **more: float) -> Path:
@@ -27,13 +42,14 @@ def write_run(folder: Path, steps: range | list[int] = range(10, 110, 10), **mor
 
 
 def test_curves_are_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = read_run(write_run(tmp_path / "run"))
+    run = read(write_run(tmp_path / "run"))
     assert run.name == "run"
-    assert run.curve("loss") == [(n, 100 / n) for n in range(10, 110, 10)]
-    assert read_run(tmp_path / "run/metrics.jsonl") == run
+    assert curve(run, "loss") == [(n, 100 / n) for n in range(10, 110, 10)]
+    assert read(tmp_path / "run/metrics.jsonl") == run
     monkeypatch.chdir(tmp_path / "run")
-    assert read_run(".") == read_run("metrics.jsonl") == run
-    assert [panel.title for panel in panels([run])] == ["loss, nats per token", "learning rate", "tokens per second"]
+    assert read(".") == read("metrics.jsonl") == run
+    assert [panel.key for panel in panels([run])] == ["loss", "lr", "tokens_per_second"]
+    assert [panel.key for panel in panels([run], ["lr", "loss"])] == ["lr", "loss"]
 
 
 def test_of_a_step_made_twice_the_later_line_counts(tmp_path: Path) -> None:
@@ -41,22 +57,20 @@ def test_of_a_step_made_twice_the_later_line_counts(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [10, 20, 30, 40])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "loss": 7.0}\n')
-    assert read_run(folder).curve("loss") == [(10, 10.0), (20, 5.0), (30, 7.0)]
+    assert curve(read(folder), "loss") == [(10, 10.0), (20, 5.0), (30, 7.0)]
 
 
 def test_missing_values_are_gaps(tmp_path: Path) -> None:
     (tmp_path / "run.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": 3, "held_out_loss": 4}\n')
-    (panel,) = panels([read_run(tmp_path / "run.jsonl")])
-    assert [(curve.name, curve.points) for curve in panel.curves] == [
-        ("run.jsonl", [(2, 3)]), ("run.jsonl held out", [(2, 4)]),
-    ]  # fmt: skip
+    (panel,) = panels([read(tmp_path / "run.jsonl")])
+    assert panel.curves == [Curve("run", [Point(2, 3)]), Curve("run held out", [Point(2, 4)])]
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
     paths = [write_run(tmp_path / "a/run"), write_run(tmp_path / "b/run"), write_run(tmp_path / "other")]
-    assert [run.name for run in read_runs(paths)] == [str(paths[0]), str(paths[1]), "other"]
+    assert [run.name for run in read_all(paths)] == [str(paths[0]), str(paths[1]), "other"]
 
 
 def test_a_picture_shows_a_curve_of_one_point(tmp_path: Path) -> None:
@@ -86,7 +100,7 @@ def test_what_is_no_metrics_is_named(tmp_path: Path, text: str | None, message: 
     if text is not None:
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=re.escape(str(file))) as error:
-        read_run(file)
+        read(file)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -95,13 +109,13 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 110, "lo')
-    assert read_run(folder).lines[-1]["step"] == 100
+    assert read(folder).rows[-1]["step"] == 100
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 @pytest.mark.parametrize("braille", [True, False])
 def test_a_falling_curve_falls_and_fits(tmp_path: Path, width: int, braille: bool) -> None:
-    text = draw_text([read_run(write_run(tmp_path / "run"))], width, braille=braille)
+    text = draw_text([read(write_run(tmp_path / "run"))], width, braille=braille)
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
     rows = [line.partition("|")[2] for line in lines[1:9]]
@@ -115,7 +129,7 @@ def test_a_falling_curve_falls_and_fits(tmp_path: Path, width: int, braille: boo
 
 
 def test_runs_are_told_apart_without_colour(tmp_path: Path) -> None:
-    runs = [read_run(write_run(tmp_path / name, range(1, size))) for name, size in (("one", 5), ("two", 50))]
+    runs = [read(write_run(tmp_path / name, range(1, size))) for name, size in (("one", 5), ("two", 50))]
     text = draw_text(runs, 60)
     assert text.isascii()
     assert "a one: 25 at step 4" in text
@@ -127,14 +141,14 @@ def test_runs_are_told_apart_without_colour(tmp_path: Path) -> None:
 def test_one_point_and_a_flat_line(tmp_path: Path, points: int) -> None:
     folder = write_run(tmp_path / "run", list(range(1, points + 1)), loss=2.0, tokens_per_second=12345.6)
     for braille in (True, False):
-        lines = draw_text([read_run(folder)], 40, braille=braille).splitlines()
+        lines = draw_text([read(folder)], 40, braille=braille).splitlines()
         assert [line.split()[0] for line in lines[1:9] if line.partition("|")[2]] == ["2"]  # labelled once, beside it
         assert [line.split()[0] for line in lines if "12,346 |" in line] == ["12,346"]
 
 
 def test_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    runs = [read_run(write_run(tmp_path / name)) for name in ("one", "two")]
+    runs = [read(write_run(tmp_path / name)) for name in ("one", "two")]
     draw_picture(runs, tmp_path / "curves.png")
     picture = (tmp_path / "curves.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"

@@ -48,6 +48,7 @@ def checkout(tmp_path: Path) -> Path:
     hf = pytest.importorskip("transformers")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
     sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = hf.LlamaConfig(**sizes, num_attention_heads=4, bos_token_id=256, eos_token_id=256)
     hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "my-llama")

@@ -6,7 +6,6 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from longnet_cli.cli.launch import launch
@@ -18,6 +17,7 @@ from longnet_cli.cli.options import (
     DtypeOption,
     NprocOption,
     QuietOption,
+    names_option,
     option,
     read_pattern,
     size_option,
@@ -42,13 +42,7 @@ _HUMAN = {
 _LONG_SECONDS, _LONG_BYTES = 10.0, 2**30  # rows beyond these are announced
 
 
-def _names(value: str | Sequence[str]) -> list[str]:
-    """`dilated,dense` -> ["dilated", "dense"]; which names there are is the job's to know."""
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
-
-
 MEASURE, SHAPE, MODEL = "What to measure", "Shape", "Model (--op model, train)"
-_words = partial(option, parser=_names)
 
 
 def bench(
@@ -58,20 +52,18 @@ def bench(
     op: Annotated[str, option(MEASURE, "--op", "OP", "Measure attention, model, train or exchange.")] = ("attention"),
     impl: Annotated[
         Sequence[str] | None,
-        _words(
+        names_option(
             MEASURE,
             "--impl",
-            "NAME,...",
             "Run dilated, dense or kernels (dilated without its merge).",
             "dilated,dense",
         ),
     ] = None,
     direction: Annotated[
         Sequence[str] | None,
-        _words(
+        names_option(
             MEASURE,
             "--direction",
-            "NAME,...",
             "Time the forward, or the backward alone.",
             "forward; of train, backward",
         ),

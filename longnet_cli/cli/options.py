@@ -89,6 +89,16 @@ def sizes_option(panel: str, names: str, help: str, default: str | bool = True, 
     return option(panel, names, "SIZE,...", help, default, parser=_option_parser(parse_sizes), **more)
 
 
+def names_option(panel: str, names: str, help: str, default: str | bool = True, **more: Any) -> Any:
+    """`Annotated[Sequence[str], names_option(OUTPUT, "--show", "Draw these.")]`; the job knows which there are."""
+    return option(panel, names, "NAME,...", help, default, parser=_split, **more)
+
+
+def _split(value: str | Sequence[str]) -> list[str]:
+    """`dilated,dense` -> ["dilated", "dense"]."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+
+
 def bare_or(value: str | None, bare: Any, absent: Any = None) -> Any:
     """Return `bare` for an option without a value, `absent` for one that is not given, and any other value itself."""
     return absent if value is None else bare if value == BARE else value

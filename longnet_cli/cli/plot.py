@@ -1,21 +1,38 @@
-"""`longnet plot`: the curves of training runs, in the terminal or as a picture."""
+"""`longnet plot`: what runs, benchmarks and scores have measured, in the terminal or as a picture."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from longnet_cli.cli.options import OUTPUT, option
-from longnet_cli.cli.output import can_print, shows_color
+from longnet_cli.cli.options import OUTPUT, names_option, option
+from longnet_cli.cli.output import can_print, printable, shows_color
 
 
 def plot(
-    runs: Annotated[
+    files: Annotated[
         list[str],
-        typer.Argument(metavar="RUN", help="Read the folder of a run, or its metrics.jsonl.", show_default=False),
+        typer.Argument(
+            metavar="FILE",
+            help="Read the folder of a run or its metrics.jsonl, a file of `bench --format jsonl` or of "
+            "`score --format json`, or - for stdin. The content says which.",
+            show_default=False,
+        ),
     ],
+    show: Annotated[
+        Sequence[str] | None,
+        names_option(
+            OUTPUT,
+            "--show",
+            "Draw these alone, in this order, by their names in the files: loss, lr or tokens_per_second of runs; "
+            "seconds, seconds_per_token or peak_rss_bytes of bench; ppl, ppl_ratio, by_position, by_segment_position "
+            "or by_recall of score.",
+            "all that the files have",
+        ),
+    ] = None,
     output: Annotated[
         str | None,
         option(
@@ -26,16 +43,22 @@ def plot(
         ),
     ] = None,
 ) -> None:
-    """Draw loss, learning rate and speed of training runs, in the terminal or as a picture."""
-    from longnet_cli.plotting import draw_picture, draw_text, metrics_file, read_runs
+    """Draw training runs, benchmarks and scores as curves, in the terminal or as a picture.
+
+    Runs: loss, learning rate and speed by step. Benchmarks: time and memory
+    by length, a curve for each implementation. Scores: perplexity by context,
+    loss by position and by recall, with standard errors.
+    """
+    from longnet_cli.plotting import draw_picture, draw_text, metrics_file, panels, read_all
 
     if output:
         from longnet_cli.data.overwriting import refuse_overwriting
 
-        refuse_overwriting("-o", [output], also=map(metrics_file, runs))
-    found = read_runs(runs)
+        refuse_overwriting("-o", [output], also=[metrics_file(file) for file in files if file != "-"])
+    found = panels(read_all(files), show or ())
     if output:
         draw_picture(found, output)
         return
+    found = [panel._replace(curves=[c._replace(name=printable(c.name)) for c in panel.curves]) for panel in found]
     color = shows_color()
     print(draw_text(found, shutil.get_terminal_size().columns, color=color, braille=can_print("\u2800")))

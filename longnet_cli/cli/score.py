@@ -218,7 +218,7 @@ def _print(scores: Iterator[DocumentScore], format: Format, total: Total, patter
             _print_comparison(totals)
         for values in totals:
             _print_losses(values, totals[0]["context"])
-        if several or "by_recall" in totals[0]:
+        if several or totals[0].keys() & {"by_position", "by_recall"}:
             print(f"+- is a standard error, clustered by document ({totals[0]['n_docs']} documents)")
     elif format == "jsonl":
         for values in totals:
