@@ -118,7 +118,7 @@ class LongNetLM(TemplateLM):
         return list(zip(sums, greedy, strict=True))
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return what the model writes after each context, up to a text in `until`, its end or `max_gen_toks` tokens."""
+        """Return what the model writes after each context, to a text in `until`, its end, or `max_gen_toks` tokens."""
         return [self._generate(i, *request.args) for i, request in enumerate(requests)]
 
     def _generate(self, index: int, context: str, asked: dict[str, Any]) -> str:
@@ -147,7 +147,7 @@ class LongNetLM(TemplateLM):
         return Document(str(index), ids, None, f"request {index}", limit=self.net.config.vocab_size)
 
     def _window(self, index: int, context: list[int], more: list[int]) -> _Continuation:
-        """The part of a request that is read: all ids but the last, of which those from the context's last on predict."""
+        """Return the part of a request to read: all ids but the last; from the context's last on, each predicts one."""
         ids = np.array((context + more)[-(self.max_length + 1) :] if self.max_length else context + more)
         read, wanted = len(ids) - 1, len(ids) - min(len(more), len(ids) - 1) - 1
         instead = "give max_length, to see the last tokens alone"
