@@ -145,7 +145,7 @@ def test_a_trainers_checkpoint_is_such_a_folder(folder: Path, tmp_path: Path) ->
 
 def test_encoders_open_as_such(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = hf.BertForMaskedLM(hf.BertConfig(**SMALL, max_position_embeddings=64, attention_probs_dropout_prob=0))
+    model = hf.BertForMaskedLM(hf.BertConfig(**SMALL, max_position_embeddings=64, attention_probs_dropout_prob=0.0))
     use_dilated_attention(model.eval(), Pattern((8, 16), (1, 2))).save_pretrained(tmp_path)
     again = hf.AutoModelForMaskedLM.from_pretrained(tmp_path)
     with torch.no_grad():

@@ -199,7 +199,7 @@ def test_a_trainer_trains_and_resumes(net: LongNet, folder: Path, tmp_path: Path
     """The first loss is the LongNet's; its checkpoint is a LongNet; a resumed run ends where a whole one does."""
     pytest.importorskip("accelerate")
     tokens = ids(1, 40)
-    data = [{"input_ids": row, "labels": row} for row in tokens.tolist()] * 8
+    data = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in tokens.tolist()] * 8
 
     def train(name: str, steps: int, resume: bool | str = False) -> hf.Trainer:
         model = hf.AutoModelForCausalLM.from_pretrained(folder)

@@ -24,6 +24,7 @@ END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
 # Keys that transformers writes into config.json, which say nothing of what a LongNet computes
 TRANSFORMERS_KEYS = frozenset(
     {
+        "_commit_hash",
         "_name_or_path",
         "architectures",
         "attn_implementation",
