@@ -23,6 +23,6 @@ def test_every_block_runs(tmp_path: Path, command_env: dict[str, str], longnet: 
     env = command_env | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     for language, code in blocks:
         command = ["bash", "-c", python + code] if language == "sh" else [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, code + done.stderr
         assert "lm_eval" not in code or "bits_per_byte" in done.stdout

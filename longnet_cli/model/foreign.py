@@ -13,6 +13,7 @@ from typing import Any
 
 from longnet_cli.configuration import parse, read_text
 from longnet_cli.errors import ConfigError
+from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model.net import NetConfig
 from longnet_cli.presets import MODEL_TYPE
 
@@ -74,8 +75,11 @@ def architecture(config: NetConfig) -> str:
 def foreign_keys(config: NetConfig, tokenizer_json: str | None, eos: str | None) -> dict[str, Any]:
     """The keys of config.json for transformers: which class reads it, in which type, and the id that ends documents.
 
-    Weights are read as float32, as the commands do, whatever they are stored in. `eos` as in `foreign_files`.
+    Weights are read as float32, as the commands do, whatever they are stored in. `eos` as in `foreign_files`. None for
+    a net that is more than a LongNet, which transformers has no class for.
     """
+    if type(config) is not LongNetConfig:
+        return {}
     keys: dict[str, Any] = {"model_type": MODEL_TYPE, "architectures": [architecture(config)], "dtype": "float32"}
     found = _ids(tokenizer_json).get(eos or END_OF_TEXT)
     return keys if found is None else keys | {"bos_token_id": found, "eos_token_id": found}

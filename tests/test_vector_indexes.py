@@ -1,0 +1,54 @@
+"""What `encode` writes, in indexes of vectors: faiss and usearch find the neighbours that a matrix product finds."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from longnet_cli.data.documents import Document
+from longnet_cli.data.sinks import ShardWriter
+from longnet_cli.encoding import EncodeOptions, encode
+from longnet_cli.model import LongNet, LongNetConfig
+
+SHAPE = {"vocab_size": 257, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48}
+
+
+@pytest.fixture
+def vectors(tmp_path: Path) -> np.ndarray:
+    """(40, 32) float32, a view of the column `embedding` of a file that is mapped."""
+    torch.manual_seed(0)
+    net = LongNet(LongNetConfig(**SHAPE, segment_lengths=(16, 64), dilation_rates=(1, 2)))
+    drawn = np.random.default_rng(0)
+    documents = [Document(str(i), drawn.integers(256, size=30), None, "test") for i in range(40)]
+    batches = encode(net, documents, EncodeOptions(bos=256))
+    with ShardWriter(tmp_path / "vectors.arrow", batches.schema) as writer:
+        for batch in batches:
+            writer.write(batch)
+    with pa.memory_map(str(tmp_path / "vectors.arrow")) as source:
+        column = pa.ipc.open_file(source).read_all()["embedding"].combine_chunks()
+    return column.values.to_numpy().reshape(-1, 32)
+
+
+def nearest(vectors: np.ndarray) -> Any:
+    return np.argsort(-vectors @ vectors.T, axis=1, kind="stable")[:, :5]
+
+
+def test_faiss(vectors: np.ndarray) -> None:
+    faiss = pytest.importorskip("faiss")
+    index = faiss.IndexFlatIP(32)
+    index.add(vectors)
+    scores, found = index.search(vectors, 5)
+    assert np.array_equal(found, nearest(vectors))
+    assert np.abs(scores - np.take_along_axis(vectors @ vectors.T, found, 1)).max() < 1e-6
+
+
+def test_usearch(vectors: np.ndarray) -> None:
+    usearch = pytest.importorskip("usearch.index")
+    index = usearch.Index(ndim=32, metric="ip", dtype="f32")
+    index.add(np.arange(len(vectors)), vectors)
+    found = index.search(vectors, 5, exact=True)
+    assert np.array_equal(found.keys, nearest(vectors))
+    assert np.abs(1 - found.distances - np.take_along_axis(vectors @ vectors.T, nearest(vectors), 1)).max() < 1e-6
