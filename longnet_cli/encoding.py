@@ -339,11 +339,15 @@ class _Encoder:
         """Raise DataError for an empty document, ConfigError for one that the model does not read."""
         if not len(document):
             raise DataError(f"{document.where}: document {document.doc_id!r} is empty: there is nothing to encode")
-        if self.reader.model.row_size is not None:
-            check_vectors(self.reader.model, cast(Vectors, document), self.options.tile_size)
+        net, has_vectors = self.reader.model, isinstance(document, Vectors)
+        if has_vectors != (net.row_size is not None):
+            kinds = ("token ids", "vectors") if has_vectors else ("vectors", "token ids")
+            raise ConfigError(f"{document.where}: the model reads {kinds[0]}, and this document holds {kinds[1]}")
+        if has_vectors:
+            check_vectors(net, cast(Vectors, document), self.options.tile_size)
             return
         total = len(bos_ids(self.bos)) + len(document)
-        check_length(self.reader.model, total, document.where, "encode it in shorter documents")
+        check_length(net, total, document.where, "encode it in shorter documents")
 
     def _window(self, document: Document) -> _Window:
         tiles = rows_of_tiles(self.reader.model, cast(Vectors, document), self.options.tile_size)

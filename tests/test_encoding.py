@@ -158,9 +158,10 @@ def test_an_empty_document_is_named(model: LongNet) -> None:
         reader.read_all()
 
 
-def test_a_model_without_vocabulary_is_refused() -> None:
-    with pytest.raises(ConfigError, match="vocab_size 0"):
-        encode(LongNet(CONFIG.model_copy(update={"vocab_size": 0})), [], EncodeOptions(bos=None))
+def test_a_model_without_vocabulary_reads_no_tokens() -> None:
+    net = LongNet(CONFIG.model_copy(update={"vocab_size": 0}))
+    with pytest.raises(ConfigError, match="the model reads vectors, and this document holds token ids"):
+        encode(net, [make_document(5, "a")], EncodeOptions(bos=None)).read_all()
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
