@@ -11,11 +11,13 @@ say() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
 show() { printf '$ %s\n' "$*"; "$@"; }
 
 # Files of this machine's own Python that longnet-tiny was not trained on: held out by a hash of their path.
-cd "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
+cd "$work"
+ln -s "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" python
+ln -s "$repo/README.md" "$repo/examples" .
 held_out=()
 for name in ast calendar pydoc random sysconfig stat http/server json/encoder json/tool tkinter/filedialog \
   multiprocessing/__init__ encodings/idna idlelib/pyparse; do
-  if [[ -f $name.py ]]; then held_out+=("$name.py"); fi
+  if [[ -f python/$name.py ]]; then held_out+=("python/$name.py"); fi
 done
 five=("${held_out[@]:0:5}")
 
@@ -30,11 +32,11 @@ say "2. What does long context buy? The same tokens, in windows of 512:"
 show longnet score --ppl --quiet --context 512 "${five[@]}"
 
 say "3. English is not Python, and it shows:"
-show longnet score --ppl --quiet "$repo/README.md"
+show longnet score --ppl --quiet README.md
 
 say "4. A vector for every file, and each file's nearest neighbours:"
-show longnet encode --quiet "${held_out[@]}" -o "$work/vectors.arrow"
-show python "$repo/examples/nearest.py" "$work/vectors.arrow"
+show longnet encode --quiet "${held_out[@]}" -o vectors.arrow
+show python examples/nearest.py vectors.arrow
 
 say "5. Why it scales: the paper's dilated attention beside dense attention, on this machine, now."
 show longnet bench --quiet --seq 4Ki,8Ki,16Ki --repeats 1

@@ -87,7 +87,7 @@ def test_contexts_are_a_curve_with_errors() -> None:
     tiny, blocks = found["ppl"].curves
     assert tiny == Curve("longnet-tiny", [Point(row["context"], row["ppl"], row["ppl_se"]) for row in totals])
     assert (blocks.name, [point.error for point in blocks.points]) == ("dense-in-blocks-of-1Ki", [None, None])
-    assert [(y, error) for _, y, error in found["ppl_ratio"].curves[0].points][:2] == [(1, None), (0.8232, 0.0128)]
+    assert [(y, error) for _, y, error in found["ppl_ratio"].curves[0].points][:2] == [(1, 0), (0.8232, 0.0128)]
 
 
 def test_what_is_new_stands_behind_all_distances() -> None:

@@ -47,7 +47,11 @@ class Scores:
                     raise DataError(f"{where}: not a score: its total has other types")
                 found.append(total)
         if found and found[0].get("context") is not None:
-            found[0] = {"ppl_ratio": 1.0, **found[0]}  # a first context is the measure of the others
+            found[0] = {
+                "ppl_ratio": 1.0,
+                "ppl_ratio_se": 0.0,
+                **found[0],
+            }  # a first context is the measure of the others
         return cls(name, found)
 
     def panels(self, several: bool) -> Iterator[Panel]:
