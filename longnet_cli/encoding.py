@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet_cli.data.documents import Document, checked
-from longnet_cli.data.shards import ShardFolder, run_to_resume
+from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.model.net import Net
-from longnet_cli.model.weights import model_fingerprint
+from longnet_cli.model.weights import model_digest
 from longnet_cli.runtime.chunks import default_chunk
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.ranks import Ranks
@@ -62,14 +62,15 @@ class EncodeOptions:
         if self.span is not None and self.span < 1:
             raise ConfigError(f"span must be 1 or more, not {self.span}")
 
-    def schema(self, dim: int) -> pa.Schema:
-        """Return the schema of embeddings of size `dim`.
+    def schema(self, dim: int, model_sha256: str | None = None) -> pa.Schema:
+        """Return the schema of embeddings of size `dim` by the model of this digest.
 
         A vector stands for the tokens [start, end) of document `doc_id`. The metadata keys are `longnet.*`; what is
         not known is left out.
         """
         known = {
             "longnet.model": self.model_name,
+            "longnet.model_sha256": model_sha256,
             "longnet.pooling": self.pool,
             "longnet.normalized": "true" if self.normalize else "false",
             "longnet.tokenizer_sha256": self.tokenizer_sha256,
@@ -112,7 +113,7 @@ def encode(
     NotFiniteError for a vector with NaN or an infinity.
     """
     reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
-    encoder = _Encoder(reader, options)
+    encoder = _Encoder(reader, options, options.schema(model.config.dim, model_digest(model)))
     return encoder.batches(encoder.checked(documents, known, on_skip))
 
 
@@ -124,6 +125,7 @@ def encode_to_folder(
     *,
     settings: Mapping[str, Any],
     shard_rows: int = SHARD_ROWS,
+    shard_format: ShardFormat = "arrow",
     resume: bool = False,
     chunk: int | None = None,
     known: Iterable[Document] = (),
@@ -133,7 +135,7 @@ def encode_to_folder(
     on_skip: OnSkip | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ShardFolder | None:
-    """Write what `encode` gives to `vectors-00000.arrow`, ... in the folder `output`, which is returned closed.
+    """Write what `encode` gives to `vectors-00000.arrow`, ... (or .parquet) in the folder `output`, returned closed.
 
     Of several `ranks` the first one writes; the others, which see no folder, get None.
 
@@ -157,10 +159,11 @@ def encode_to_folder(
         chunk = int(ranks.smallest(found or default_chunk(model.config, device)))
         chunk = int(ranks.largest(found or 0)) or chunk  # the earlier run's, which the first one knows
     dtype = resolve_dtype(dtype, device)
+    digest = model_digest(model)
     decisive = {
         **settings,
         "pattern": options.pattern,  # told first where it differs: the model's digest does then, too
-        "model": model_fingerprint(model),
+        "model": digest[:16],
         "kernel": check_kernel(device, dtype, model.config.head_dim),
         **asdict(options),
         "chunk": chunk,
@@ -168,12 +171,11 @@ def encode_to_folder(
         "shard_rows": shard_rows,
         **({"ranks": ranks.world} if ranks.world > 1 else {}),  # they add up in another order
     }
+    schema = options.schema(model.config.dim, digest)
     with ExitStack() as stack:
         folder = None
         if ranks.first:
-            shards = ShardFolder(
-                output, options.schema(model.config.dim), settings=decisive, name="vectors", resume=resume
-            )
+            shards = ShardFolder(output, schema, settings=decisive, name="vectors", format=shard_format, resume=resume)
             folder = stack.enter_context(shards)
         if ranks.any(folder is not None and folder.finished):
             return folder
@@ -186,7 +188,7 @@ def encode_to_folder(
                 on_skip(document, error)
 
         reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
-        encoder = _Encoder(reader, options)
+        encoder = _Encoder(reader, options, schema)
         taken = encoder.checked(documents, known, skip if on_skip else None)
         for shard in _shards(islice(taken, done, None), shard_rows, options.span):
             for batch in encoder.batches(shard):
@@ -262,10 +264,10 @@ class _Window(Window):
 class _Encoder:
     """Documents in, rows of vectors out in the same order."""
 
-    def __init__(self, reader: Reader, options: EncodeOptions) -> None:
+    def __init__(self, reader: Reader, options: EncodeOptions, schema: pa.Schema) -> None:
         if not reader.model.config.vocab_size:
             raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
-        self.reader, self.options = reader, options
+        self.reader, self.options, self.schema = reader, options, schema
         self.bos = options.bos if reader.model.config.causal else None
 
     def checked(
@@ -278,7 +280,7 @@ class _Encoder:
 
     def batches(self, documents: Iterable[Document]) -> pa.RecordBatchReader:
         """Read checked documents and give each its rows, in order."""
-        schema, normalize = self.options.schema(self.reader.model.config.dim), self.options.normalize
+        schema, normalize = self.schema, self.options.normalize
         found = (_record_batch(schema, rows, normalize) for rows in self._rows(documents) if rows)
         return pa.RecordBatchReader.from_batches(schema, found)
 

@@ -1,4 +1,4 @@
-"""The `tokenize` job: text documents in, Arrow shards of token ids and a tokenizer.json out.
+"""The `tokenize` job: text documents in, shards of token ids out, with the tokenizer that made them.
 
     read_texts --in_two_threads--> Tokenizer.encode_parts -> _BatchBuilder -> ShardFolder or ShardWriter
 
@@ -19,7 +19,7 @@ from longnet_cli.data.feed import in_two_threads
 from longnet_cli.data.folders import sniff
 from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import find_sources, inputs_fingerprint
-from longnet_cli.data.shards import ShardFolder, run_to_resume
+from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_batch, token_schema
 from longnet_cli.data.sources import read_texts
 from longnet_cli.data.tokenizer import Tokenizer, end_of_text
@@ -57,17 +57,18 @@ def tokenize(
     train_vocab: int | None = None,
     column: str | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    shard_format: ShardFormat = "arrow",
     eos: str | int | bool = False,
     resume: bool = False,
     on_progress: OnProgress | None = None,
 ) -> TokenizeResult:
     """Write the inputs' texts as token ids: a row a document, or several with `part` 0, 1, ... past 64 MB.
 
-    `output` is a folder (see `data.shards`; with a `tokenizer.json`), one .arrow, .feather, .parquet or .jsonl file
-    (with `NAME.tokenizer.json` beside it), or `-`: a stream on stdout, of small batches that do not wait for a slow
-    input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends a token to every document:
-    one that it names, one with this id, or the tokenizer's own end of text (True). `train_vocab` first trains a
-    byte-level BPE of that size on the same inputs. `resume` goes on with a folder that an earlier run with the same
+    `output` is a folder (see `data.shards`; its manifest keeps the tokenizer), one .arrow, .feather, .parquet or .jsonl
+    file (with `NAME.tokenizer.json` beside it), or `-`: a stream on stdout, of small batches that do not wait for a
+    slow input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends a token to every
+    document: one that it names, one with this id, or the tokenizer's own end of text (True). `train_vocab` first trains
+    a byte-level BPE of that size on the same inputs. `resume` goes on with a folder that an earlier run with the same
     inputs and options left unfinished: byte for byte as if it had never stopped, and without tokenizing again what is
     in finished shards.
 
@@ -80,9 +81,10 @@ def tokenize(
     if resume and not in_folder:
         raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
     earlier = run_to_resume(output, resume=resume) if in_folder else None  # also said before training a tokenizer
-    words = _tokenizer(inputs, tokenizer, train_vocab, column, Path(output) if earlier else None)
+    words = _tokenizer(inputs, tokenizer, train_vocab, column, earlier.tokenizer if earlier else None)
     appended = end_of_text(eos, words)
-    eos_id = words.eos_id if appended is None else appended
+    own, eos_id = words.eos_id, words.eos_id if appended is None else appended
+    words = words.with_eos(eos_id)
     schema = token_schema(vocab_size=words.vocab_size, eos_id=eos_id, tokenizer_sha256=words.sha256)
     texts = _apart(read_texts(inputs, column))
     if not in_folder:
@@ -103,12 +105,14 @@ def tokenize(
             "column": column,
             "tokenizer": words.sha256,
             "train_vocab": train_vocab,
-            "eos": appended is not None if appended in (None, words.eos_id) else str(appended),  # 1 would equal True
+            "eos": appended is not None if appended in (None, own) else str(appended),  # 1 would equal True
             "shard_tokens": shard_tokens,
         }
-        with ShardFolder(output, schema, settings=settings, resume=resume) as folder:
+        kept = words.description
+        with ShardFolder(
+            output, schema, settings=settings, format=shard_format, tokenizer=kept, resume=resume
+        ) as folder:
             if not folder.finished:
-                words.save(folder.folder / "tokenizer.json")
                 rows = _BatchBuilder(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
                 _run(islice(texts, folder.documents, None), words, rows, eos_id=appended, on_progress=on_progress)
         totals, shards = folder.totals, folder.paths
@@ -138,15 +142,15 @@ def _tokenizer(
     tokenizer: str | Path | Tokenizer,
     train_vocab: int | None,
     column: str | None,
-    earlier: Path | None,
+    earlier: dict[str, str] | None,
 ) -> Tokenizer:
-    """The tokenizer given, or the one that an earlier run in the folder `earlier` has trained, or a trained one."""
+    """The tokenizer given, or the one that an `earlier` run has trained (`Tokenizer.description`), or a trained one."""
     if train_vocab is None:
         return tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
     if tokenizer != "bytes":
         raise ConfigError("give a tokenizer or train one, not both")
     if earlier is not None:
-        return Tokenizer.load(earlier)
+        return Tokenizer.from_description(earlier)
     if any(str(item) == "-" for item in inputs):
         raise ConfigError("training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file")
     return Tokenizer.train((text.text for text in read_texts(inputs, column)), train_vocab)

@@ -12,7 +12,8 @@ import pyarrow.ipc as ipc
 import pytest
 import torch
 
-from longnet_cli.data.shards import ShardFolder, read_manifest
+from longnet_cli.data.manifest import read_manifest
+from longnet_cli.data.shards import ShardFolder
 from longnet_cli.data.sources import Document
 from longnet_cli.encoding import EncodeOptions, encode, encode_to_folder
 from longnet_cli.errors import ConfigError, DataError

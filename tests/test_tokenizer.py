@@ -1,6 +1,7 @@
 """Proves that the tokenizer is lossless, counts bytes exactly, and that cutting long texts does not change tokens."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,7 +150,39 @@ def test_the_end_of_text_is_named_by_token_or_id(trained: Tokenizer) -> None:
         ("-1", None, "does not fit 64 bits"),
         ("9" * 5000, None, "does not fit 64 bits"),
         (str(trained.vocab_size), trained, f"does not fit a vocabulary of {trained.vocab_size}"),
-        (True, bare, "the tokenizer has no end-of-text token"),
+        (True, bare, r"no end-of-text token: neither tokenizer_config\.json \(eos_token or sep_token\).*\[SEP\]"),
     ):
         with pytest.raises(ConfigError, match=message):
             end_of_text(name, tokenizer)
+
+
+def test_the_end_of_text_is_what_tokenizer_config_says(tmp_path: Path) -> None:
+    inner = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    names = ["<|im_end|>", "<|endoftext|>", "[SEP]", "<|eot_id|>", "<|end\u2581of\u2581sentence|>", "STOP"]
+    inner.add_special_tokens(names)
+    inner.save(str(tmp_path / "tokenizer.json"))
+
+    def end(settings: object) -> str:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        words = Tokenizer.load(tmp_path)
+        assert words.sha256 == Tokenizer.from_file(tmp_path / "tokenizer.json").sha256
+        return words.token_of(words.eos_id)
+
+    for name in names:
+        assert end({"eos_token": name}) == end({"eos_token": {"content": name, "lstrip": False}}) == name
+    assert end({"eos_token": None, "sep_token": "[SEP]"}) == "[SEP]"
+    assert end({"eos_token": "</s>"}) == end({}) == end([]) == "<|endoftext|>"  # the first known one that is there
+    copy = tmp_path / "copy.json"
+    inner.save(str(copy))
+    assert end({"eos_token": "STOP"}) == "STOP"
+    assert Tokenizer.of_model(tmp_path, str(copy)).eos_id == inner.token_to_id("STOP")  # equal: the model's own
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: cannot be read"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["[SEP]", "<|im_end|>", "<|eot_id|>", "<|end\u2581of\u2581sentence|>"])
+def test_the_end_of_text_is_known_by_its_usual_names(name: str) -> None:
+    inner = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    inner.add_special_tokens([name])
+    assert Tokenizer(inner).eos_id == 1

@@ -24,6 +24,7 @@ import transformers as hf
 
 from longnet_cli.cli.app import app
 from longnet_cli.data.bos import document_start
+from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, TooLongError
 
@@ -132,14 +133,14 @@ def test_bad_documents_are_left_out_and_counted(llama: Path, tmp_path: Path) -> 
 
     shards = ["encode", bad, "-m", llama, "-o", tmp_path / "out", "--shard-rows", 1, "--skip-bad"]
     assert run(*shards).exit_code == 0
-    finished = tmp_path / "out" / "_manifest.json"
-    manifest = json.loads(finished.read_text())
+    finished = tmp_path / "out" / "_manifest.arrow"
+    manifest = json.loads(read_manifest(tmp_path / "out").to_json())
     assert manifest["totals"] == {"rows": 2, "documents": 2, "tokens": 65, "skipped": 3}
     manifest["shards"].pop()
     (tmp_path / "out" / "_unfinished.json").write_text(json.dumps(manifest))
     finished.unlink()
     assert run(*shards, "--resume").exit_code == 0
-    assert json.loads(finished.read_text())["totals"]["skipped"] == 3
+    assert read_manifest(tmp_path / "out").totals["skipped"] == 3
 
     pq.write_table(table(70, 80), bad)
     nothing = run("score", bad, "-m", llama, "--skip-bad")

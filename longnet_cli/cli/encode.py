@@ -27,6 +27,7 @@ from longnet_cli.cli.options import (
     QuietOption,
     ResumeOption,
     SegmentLengthsOption,
+    ShardFormatOption,
     SkipBadOption,
     TokenizerDiffersOption,
     TokenizerOption,
@@ -85,6 +86,7 @@ def encode(
     shard_rows: Annotated[
         int | None, size_option(OUTPUT, "--shard-rows", "Start a new shard after this many vectors.", "16Ki")
     ] = None,
+    shard_format: ShardFormatOption = "arrow",
     resume: ResumeOption = False,
     nproc: NprocOption = None,
     device: DeviceOption = "auto",
@@ -123,6 +125,8 @@ def encode(
         raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
     if shard_rows is not None and not in_folder:
         raise ConfigError(f"{output}: --shard-rows is for a folder of shards: a single file or stream has no parts")
+    if shard_format != "arrow" and not in_folder:
+        raise ConfigError(f"{output}: --shard-format is for a folder of shards: one file is what its name says")
     earlier = run_to_resume(output, resume=resume) if in_folder else None
 
     from longnet_cli.runtime.ranks import join, leave
@@ -169,6 +173,7 @@ def encode(
                 options,
                 settings={"inputs": inputs_fingerprint(inputs), "column": column, "eos": eos_id},
                 shard_rows=shard_rows or SHARD_ROWS,
+                shard_format=shard_format,
                 resume=resume,
                 **running,
             )

@@ -176,6 +176,10 @@ SegmentLengthsOption = Annotated[
 DilationRatesOption = Annotated[
     Sequence[int] | None, sizes_option(PATTERN, "--dilation-rates", "Set one rate per segment length.")
 ]
+ShardFormatOption = Annotated[
+    Literal["arrow", "parquet"],
+    option(OUTPUT, "--shard-format", "arrow|parquet", "Write the shards of a folder in this format."),
+]
 ResumeOption = Annotated[
     bool, option(OUTPUT, "--resume", None, "Go on with the run in the output folder. Give the same inputs and options.")
 ]

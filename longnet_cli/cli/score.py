@@ -145,9 +145,9 @@ def score(
     quiet = quiet or not ranks.first
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
     net, words, before, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
-    seen = format_pattern(net.config.pattern)
     if asked and not quiet and sys.stderr:
-        print(f"pattern {seen}", file=sys.stderr)
+        print(f"pattern {format_pattern(net.config.pattern)}", file=sys.stderr)
+    from longnet_cli.model.weights import model_origin
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
 
@@ -157,7 +157,8 @@ def score(
     limited = net.config.max_tokens is not None and not skip_bad
     known = stored_documents(inputs, words, **reading) if limited else ()
     skipped = Skipped(quiet)
-    tokens = write_token_logprobs(token_logprobs) if token_logprobs and ranks.first else nullcontext()
+    origin = model_origin(net, model, words.sha256 if words else None) if ranks.first else {}
+    tokens = write_token_logprobs(token_logprobs, origin) if token_logprobs and ranks.first else nullcontext()
     with progress("scoring", total=None, quiet=quiet) as advance, tokens as on_tokens:
         scores = run(
             net,
@@ -179,7 +180,7 @@ def score(
             on_progress=advance,
         )
         if ranks.first:
-            _print(scores, format, Total(context or [None]), seen, skipped)
+            _print(scores, format, Total(context or [None]), origin, skipped)
         else:
             for _ in scores:
                 pass
@@ -187,7 +188,9 @@ def score(
     leave()
 
 
-def _print(scores: Iterator[DocumentScore], format: Format, total: Total, pattern: str, skipped: Skipped) -> None:
+def _print(
+    scores: Iterator[DocumentScore], format: Format, total: Total, origin: dict[str, str], skipped: Skipped
+) -> None:
     """Each document as soon as it is scored (except in the one value of json), and the total at last."""
     several = len(total.contexts) > 1
     rows = []
@@ -204,7 +207,8 @@ def _print(scores: Iterator[DocumentScore], format: Format, total: Total, patter
             emit_jsonl({"kind": "document", **values})
         else:
             rows.append(values)
-    totals = [{**values, "pattern": pattern, "n_skipped": skipped.number} for values in total.as_dicts()]
+    known = {key.removeprefix("longnet."): value for key, value in origin.items()}
+    totals = [{**values, **known, "n_skipped": skipped.number} for values in total.as_dicts()]
     if format == "text":
         for score, context in zip(total.scores, total.contexts, strict=True):
             _print_row("total", score, context if several else None)

@@ -17,12 +17,12 @@ import numpy as np
 import tokenizers
 from jinja2 import ext, nodes, parser, sandbox
 
-from longnet_cli.configuration import parse, read_text
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.configuration import read_text
+from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, read_settings, special_token
 from longnet_cli.errors import ConfigError
 from longnet_cli.finite_json import to_json
 
-TEMPLATE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
 
 
 class ChatTemplate:
@@ -33,7 +33,7 @@ class ChatTemplate:
 
     def __init__(self, folder: Path, words: Tokenizer) -> None:
         self.where, self.words = str(folder), words
-        self._settings = _settings(folder / SETTINGS)
+        self._settings = read_settings(folder / SETTINGS)
         found = _template(folder, self._settings)
         if found is None:
             raise ConfigError(f"{folder}: no chat template ({TEMPLATE}, or chat_template in {SETTINGS}) for --chat")
@@ -67,7 +67,9 @@ class ChatTemplate:
 
     def render(self, message: str) -> str:
         """The text of the prompt. Raises ConfigError for what the template refuses."""
-        names = {key: _name(self._settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        names = {
+            key: special_token(self._settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
         messages = [{"role": "user", "content": message}]
         try:
             return self._template.render(
@@ -94,16 +96,6 @@ def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        found = parse(read_text(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    return found if isinstance(found, dict) else {}
-
-
 def _template(folder: Path, settings: dict[str, Any]) -> str | None:
     """The file of its own, otherwise the one in tokenizer_config.json; of several by name, the default."""
     if (folder / TEMPLATE).exists():
@@ -115,9 +107,3 @@ def _template(folder: Path, settings: dict[str, Any]) -> str | None:
     if isinstance(found, list):
         found = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}.get("default")
     return found if isinstance(found, str) else None
-
-
-def _name(token: Any) -> str:
-    """A special token as tokenizer_config.json writes it; empty where it has none."""
-    found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else ""

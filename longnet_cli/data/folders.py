@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 
+from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
 from longnet_cli.errors import ConfigError, DataError
 
 SHARD_SUFFIXES = (".arrow", ".feather", ".parquet")
@@ -22,7 +23,7 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     def listed(index: str, key: str, name: str) -> list[str] | None:
         """The shards that a file in the folder lists, None where it is not what was written."""
         try:
-            shards = [str(shard[name]) for shard in json.loads(read(index, None))[key]]
+            shards = [str(shard[name]) for shard in json.loads(manifest_text(index, read(index, None)))[key]]
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
         if missing := next((shard for shard in shards if shard not in names), None):
@@ -32,11 +33,11 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     # written by `datasets.save_to_disk`, beside caches that are no part of it
     if "state.json" in names and (shards := listed("state.json", "_data_files", "filename")):
         return shards
-    if "_unfinished.json" in names:  # of our own writer, which renames it when the last shard is there
+    if UNFINISHED in names:  # of our own writer, until the last shard is there
         raise DataError(f"{folder}: the run that wrote this data did not end: finish it with its command and --resume")
-    if "_manifest.json" in names:
-        if (shards := listed("_manifest.json", "shards", "name")) is None:
-            raise DataError(f"{folder}/_manifest.json: not what was written")
+    if manifest := manifest_in(names):
+        if (shards := listed(manifest, "shards", "name")) is None:
+            raise DataError(f"{folder}/{manifest}: not what was written")
         return shards
     if "dataset_dict.json" in names:
         splits = sorted({name.split("/")[0] for name in names if "/" in name})
@@ -62,7 +63,7 @@ def _written_folders(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         folder, slash, file = name.rpartition("/")
         inside.setdefault(folder + slash, set()).add(file)
-    marks = {"_unfinished.json"}, {"_manifest.json"}, {"recipe.json", "metrics.jsonl"}
+    marks = *({name} for name in (UNFINISHED, *FINISHED)), {"recipe.json", "metrics.jsonl"}
     return tuple(folder for folder, files in inside.items() if folder and any(mark <= files for mark in marks))
 
 

@@ -20,6 +20,7 @@ from longnet_cli.data.files import StoredIds
 from longnet_cli.data.folders import sniff
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.inputs import find_sources
+from longnet_cli.data.manifest import is_manifest
 from longnet_cli.data.tables import Table, Text, reading
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, InputWarning
@@ -201,7 +202,7 @@ def _batches(table: Table, name: str) -> Iterator[_Columns]:
         doc_ids = [str(value) for value in _values(table, batch, "doc_id", index, first)] if has_ids else None
         yield _Columns(first, column, doc_ids, _values(table, batch, "part", index, first) if has_parts else None)
         first += batch.num_rows
-    if first == 0:
+    if first == 0 and not is_manifest(table.schema):
         raise DataError(f"{table.where}: the table has 0 rows")
 
 
@@ -323,7 +324,7 @@ def _flat_documents(table: Table, name: str, eos_id: int | None) -> Iterator[tup
         row = parts[0].row
         assert row is not None
         yield f"{table.name}:{index}", row, parts
-    if index < 0:
+    if index < 0 and not is_manifest(table.schema):
         raise DataError(f"{table.where}: column {name!r} holds nothing but end-of-text ids")
 
 

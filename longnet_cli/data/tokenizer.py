@@ -5,8 +5,10 @@ count of a document's tokens is the byte count of its text, and no document can 
 """
 
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,20 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longnet_cli.atomic import write_file
 from longnet_cli.configuration import digest, parse, read_text
+from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
 from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
 from longnet_cli.presets import TOKENIZER_SHA256, list_models, model_metadata, preset_dir
 
 END_OF_TEXT = "<|endoftext|>"
-EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")
+TOKENIZER = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenizer.json
+
+# What ends a text: as SETTINGS says, a model that masks tokens having `sep_token` alone; otherwise the first of these.
+EOS_KEYS = ("eos_token", "sep_token")
+EOS_NAMES = (
+    *(END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>"),
+    *("<|eot_id|>", "<|im_end|>", "<|end\u2581of\u2581sentence|>", "[SEP]"),
+)
 
 # One call of the library is slower than linear in its text (4 MB cost 8 times 1 MB), and keeps some 100 bytes a
 # token, so a text goes through it in pieces of PIECE characters, and pieces in groups of GROUP.
@@ -47,9 +58,13 @@ BYTE_OF = {character: byte for byte, character in enumerate(_byte_alphabet())}
 
 
 class Tokenizer:
-    """Encodes and decodes; `vocab_size` is one more than the largest id. Make one with `load`, `bytes` or `train`."""
+    """Encodes and decodes; `vocab_size` is one more than the largest id. Make one with `load`, `bytes` or `train`.
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+    `eos_id` is the id of its end-of-text token, None where it has none.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None) -> None:
+        """`settings` are those of a tokenizer_config.json, which may name the end-of-text token."""
         # A tokenizer.json may say "truncate to 512 tokens" or "pad": neither is true of a document.
         inner.no_truncation()
         inner.no_padding()
@@ -57,11 +72,25 @@ class Tokenizer:
         self._inner = inner
         self._vocab: dict[str, int] = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocab.values(), default=-1) + 1
-        self.eos_id: int | None = next((self._vocab[name] for name in EOS_NAMES if name in self._vocab), None)
+        named = [special_token((settings or {}).get(key)) for key in EOS_KEYS]
+        self.eos_id: int | None = next(
+            (self._vocab[name] for name in (*named, *EOS_NAMES) if name in self._vocab), None
+        )
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token, as tokenizer.json writes it; None where it is not in the vocabulary."""
         return self._vocab.get(token)
+
+    def with_eos(self, written: str | int | None) -> "Tokenizer":
+        """Return the same tokenizer with the end-of-text token that `--eos` names, a token or an id; None changes none.
+
+        Raises ConfigError for a token or an id that it does not have.
+        """
+        if written is None:
+            return self
+        found = copy(self)
+        found.eos_id = token_id("--eos", written, self)
+        return found
 
     @cached_property
     def ids_before(self) -> tuple[int, ...]:
@@ -83,20 +112,39 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
-        """Any tokenizer.json; ConfigError when it is missing or is not one."""
+        """A tokenizer.json, with what a tokenizer_config.json beside it says, or the one in the manifest of a data set.
+
+        Raises ConfigError where it is missing or none.
+        """
+        settings: dict[str, Any] = {}
         try:
-            text = read_text(path)
+            if Path(path).name in FINISHED:
+                kept = getattr(read_manifest(Path(path).parent), "tokenizer", None) or {}
+                text, settings = kept.get("json", ""), kept
+            else:
+                text = read_text(path)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"{path}: cannot read the tokenizer: {reason}") from error
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
+            inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"{path}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
+        if Path(path).name == TOKENIZER:
+            settings = read_settings(Path(path).with_name(SETTINGS))
+        return cls(inner, settings)
+
+    @classmethod
+    def from_description(cls, kept: Mapping[str, str]) -> "Tokenizer":
+        """The tokenizer that `description` was of."""
+        return cls(tokenizers.Tokenizer.from_str(kept["json"]), kept)
 
     @classmethod
     def load(cls, spec: str | Path) -> "Tokenizer":
-        """`bytes`, a tokenizer.json, a folder that holds one, or a shipped model's name; ConfigError otherwise."""
+        """`bytes`, a tokenizer.json, a folder that holds one, as of a model or a data set, or a shipped model's name.
+
+        Raises ConfigError for anything else.
+        """
         path = cls.find(spec)
         return cls.from_file(path) if path else cls.bytes()
 
@@ -109,7 +157,10 @@ class Tokenizer:
         path = Path(spec)
         if not path.exists() and str(spec) in list_models():
             path = preset_dir() / spec
-        return path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_dir():
+            return path
+        manifest = None if (path / TOKENIZER).exists() else manifest_in(os.listdir(path))
+        return path / (manifest or TOKENIZER)
 
     @classmethod
     def of_model(cls, folder: Path, spec: str | None = None, *, differs: bool = False) -> "Tokenizer | None":
@@ -138,7 +189,7 @@ class Tokenizer:
                 f"{spec}: not the tokenizer of the model in {folder}, to which its ids mean other tokens; if that is "
                 "meant, add --tokenizer-differs"
             )
-        return words
+        return mine or words
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -233,6 +284,18 @@ class Tokenizer:
         """Write a tokenizer.json, whole or not at all."""
         write_file(path, self.to_json().encode())
 
+    def save_settings(self, folder: str | Path) -> None:
+        """Write a tokenizer_config.json, which names the end-of-text token, to a folder that gets a tokenizer.json."""
+        found = {"tokenizer_class": "PreTrainedTokenizerFast", **self.description}
+        del found["json"]
+        write_file(Path(folder) / SETTINGS, (json.dumps(found, indent=2) + "\n").encode())
+
+    @property
+    def description(self) -> dict[str, str]:
+        """What the manifest of a data set keeps: the text of its tokenizer.json, and its end-of-text token."""
+        ending = "" if self.eos_id is None else self.token_of(self.eos_id)
+        return {"json": self.to_json(), **({"eos_token": ending} if ending else {})}
+
     def to_json(self) -> str:
         """The text of its tokenizer.json."""
         return self._inner.to_str(pretty=True)
@@ -312,9 +375,32 @@ def end_of_text(written: str | int | bool | None, tokenizer: Tokenizer | None) -
     if written is True:
         found = tokenizer.eos_id if tokenizer else None
         if found is None:
-            raise ConfigError("the tokenizer has no end-of-text token: name a token or an id (--eos)")
+            raise ConfigError(f"{NO_END}: name a token or an id (--eos)")
         return found
     return token_id("--eos", written, tokenizer)
+
+
+NO_END = (
+    f"the tokenizer has no end-of-text token: neither {SETTINGS} ({' or '.join(EOS_KEYS)}) names one of its tokens, "
+    f"nor is any of {' '.join(EOS_NAMES)} among them"
+)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return what a tokenizer_config.json says, nothing where there is none. Raises ConfigError for a damaged one."""
+    try:
+        found = parse(read_text(path))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def special_token(written: Any) -> str:
+    """Return a special token as tokenizer_config.json writes it, a text or a table; empty where it has none."""
+    found = written.get("content") if isinstance(written, dict) else written
+    return found if isinstance(found, str) else ""
 
 
 def token_id(option: str, written: str | int, tokenizer: Tokenizer | None) -> int:
