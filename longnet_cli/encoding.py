@@ -62,8 +62,8 @@ class EncodeOptions:
         if self.span is not None and self.span < 1:
             raise ConfigError(f"span must be 1 or more, not {self.span}")
 
-    def schema(self, dim: int, model_sha256: str | None = None) -> pa.Schema:
-        """Return the schema of embeddings of size `dim` by the model of this digest.
+    def schema(self, dim: int, model_sha256: str | None = None, kept: Sequence[pa.Field] = ()) -> pa.Schema:
+        """Return the schema of embeddings of size `dim` by the model of this digest, and of what is `kept` beside them.
 
         A vector stands for the tokens [start, end) of document `doc_id`. The metadata keys are `longnet.*`; what is
         not known is left out.
@@ -85,6 +85,9 @@ class EncodeOptions:
             pa.field("n_tokens", pa.int64()),
             pa.field("embedding", pa.list_(number, dim)),
         ]
+        if taken := {field.name for field in fields} & {field.name for field in kept}:
+            raise ConfigError(f"--keep {min(taken)}: the output has a column of this name")
+        fields += kept
         return pa.schema(fields, metadata={key: value for key, value in known.items() if value is not None})
 
 
@@ -94,27 +97,30 @@ def encode(
     options: EncodeOptions,
     *,
     known: Iterable[Document] = (),
+    kept: Sequence[pa.Field] = (),
     chunk: int | None = None,
     spill: str | Path | None = None,
     dtype: str = "auto",
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
+    on_empty: Callable[[Document], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> pa.RecordBatchReader:
     """Read `documents` lazily and give each its rows, in order: a reader of record batches (`EncodeOptions.schema`).
 
-    A document that is empty or that the model does not read for its length, or with ids that are none, ends the run, or
-    with `on_skip` is handed to it and left out. The `known` documents, those among all whose lengths cost nothing to
-    look at, are checked before anything else. `chunk`, `spill`, `dtype`, `ranks` and `on_progress` as in
+    A document that the model does not read for its length, or with ids that are none, ends the run, or
+    with `on_skip` is handed to it and left out. One that is empty has no rows, and is handed to `on_empty`. The `known`
+    documents, those among all whose lengths cost nothing to look at, are checked before anything else. `kept` are
+    columns of what documents carry along (`first_kept`). `chunk`, `spill`, `dtype`, `ranks` and `on_progress` as in
     `runtime.reading.Reader`. Several ranks need the same documents, and every rank gets all rows.
 
-    Raises ConfigError for a model without a vocabulary; the reader raises DataError for an empty document, ConfigError
-    for one with more tokens than the model reads, MemoryLimitError for hidden states that do not fit,
+    Raises ConfigError for a model without a vocabulary; the reader raises DataError where no document has rows,
+    ConfigError for one with more tokens than the model reads, MemoryLimitError for hidden states that do not fit,
     NotFiniteError for a vector with NaN or an infinity.
     """
     reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
-    encoder = _Encoder(reader, options, options.schema(model.config.dim, model_digest(model)))
-    return encoder.batches(encoder.checked(documents, known, on_skip))
+    encoder = _Encoder(reader, options, options.schema(model.config.dim, model_digest(model), kept))
+    return encoder.batches(encoder.checked(documents, known, on_skip, on_empty))
 
 
 def encode_to_folder(
@@ -129,10 +135,12 @@ def encode_to_folder(
     resume: bool = False,
     chunk: int | None = None,
     known: Iterable[Document] = (),
+    kept: Sequence[pa.Field] = (),
     spill: str | Path | None = None,
     dtype: str = "auto",
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
+    on_empty: Callable[[Document], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ShardFolder | None:
     """Write what `encode` gives to `vectors-00000.arrow`, ... (or .parquet) in the folder `output`, returned closed.
@@ -146,7 +154,7 @@ def encode_to_folder(
     depends on the memory that is free. A resumed run hands `on_skip` what the earlier one did, too; the manifest has
     their number.
 
-    Raises ConfigError for options and for a folder that is in use, DataError for an empty document or a damaged shard,
+    Raises ConfigError for options and for a folder that is in use, DataError for no document or a damaged shard,
     LongNetError when a write fails. After an error the finished shards stay.
     """
     if shard_rows < 1:
@@ -166,12 +174,13 @@ def encode_to_folder(
         "model": digest[:16],
         "kernel": check_kernel(device, dtype, model.config.head_dim),
         **asdict(options),
+        **({"keep": [f"{field.name}: {field.type}" for field in kept]} if kept else {}),
         "chunk": chunk,
         "dtype": dtype,
         "shard_rows": shard_rows,
         **({"ranks": ranks.world} if ranks.world > 1 else {}),  # they add up in another order
     }
-    schema = options.schema(model.config.dim, digest)
+    schema = options.schema(model.config.dim, digest, kept)
     with ExitStack() as stack:
         folder = None
         if ranks.first:
@@ -189,7 +198,14 @@ def encode_to_folder(
 
         reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
         encoder = _Encoder(reader, options, schema)
-        taken = encoder.checked(documents, known, skip if on_skip else None)
+
+        def pass_over(document: Document) -> None:
+            if folder:
+                folder.skip("empty")
+            if on_empty:
+                on_empty(document)
+
+        taken = encoder.checked(documents, known, skip if on_skip else None, pass_over)
         for shard in _shards(islice(taken, done, None), shard_rows, options.span):
             for batch in encoder.batches(shard):
                 begun = int(np.count_nonzero(batch["span"].to_numpy() == 0))  # and ended, in a whole shard
@@ -271,12 +287,31 @@ class _Encoder:
         self.bos = options.bos if reader.model.config.causal else None
 
     def checked(
-        self, documents: Iterable[Document], known: Iterable[Document], on_skip: OnSkip | None
+        self,
+        documents: Iterable[Document],
+        known: Iterable[Document],
+        on_skip: OnSkip | None,
+        on_empty: Callable[[Document], None] | None,
     ) -> Iterator[Document]:
-        """The `documents`, each checked before it is yielded, and without `on_skip` all the `known` ones now."""
+        """The `documents`, each checked before it is yielded, and without `on_skip` all the `known` ones now.
+
+        Those that are empty are left out. Raises DataError at the end where none is left.
+        """
         for document in known if on_skip is None else ():
             self.check(document)
-        return checked(documents, self.check, on_skip)
+
+        def with_tokens() -> Iterator[Document]:
+            found = False
+            for document in checked(documents, self.check, on_skip):
+                if len(document):
+                    found = True
+                    yield document
+                elif on_empty:
+                    on_empty(document)
+            if not found:
+                raise DataError("there is nothing to encode: every document is empty or left out")
+
+        return with_tokens()
 
     def batches(self, documents: Iterable[Document]) -> pa.RecordBatchReader:
         """Read checked documents and give each its rows, in order."""
@@ -291,9 +326,7 @@ class _Encoder:
                 yield self._of_all_ranks(rows)
 
     def check(self, document: Document) -> None:
-        """Raise DataError for an empty document, ConfigError for one that the model does not read."""
-        if not len(document):
-            raise DataError(f"{document.where}: document {document.doc_id!r} is empty: there is nothing to encode")
+        """Raise ConfigError for a document that the model does not read."""
         total = len(bos_ids(self.bos)) + len(document)
         check_length(self.reader.model, total, document.where, "encode it in shorter documents")
 
@@ -339,6 +372,21 @@ def _record_batch(schema: pa.Schema, rows: Sequence[_Row], normalize: bool) -> p
             pa.array([row.end for row in rows], pa.int64()),
             pa.array([row.end - row.start for row in rows], pa.int64()),
             pa.FixedSizeListArray.from_arrays(values, kind.list_size),
+            *(_kept_column(rows, field) for field in list(schema)[6:]),
         ],
         schema=schema,
     )
+
+
+def _kept_column(rows: Sequence[_Row], field: pa.Field) -> pa.Array:
+    """What the rows' documents carry along. Raises DataError for a value that is not of the column's type."""
+    values = []
+    for row in rows:
+        value = row.document.kept[field.name]
+        try:
+            values.append(value if value.type == field.type else value.cast(field.type))
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{row.document.where}: {field.name!r} is {value.type}, and {field.type} in the first document"
+            ) from error
+    return pa.array(values, field.type)

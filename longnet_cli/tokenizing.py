@@ -2,7 +2,7 @@
 
     read_texts --in_two_threads--> Tokenizer.encode_parts -> _BatchBuilder -> ShardFolder or ShardWriter
 
-Memory is that of the largest text that the reader gives and of one record batch, however large the corpus is.
+Memory is that of the largest row of text and of one record batch, however large a file of text or the corpus is.
 """
 
 from collections import Counter
@@ -11,10 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from longnet_cli.data.compressed import compression
 from longnet_cli.data.feed import in_two_threads
 from longnet_cli.data.folders import sniff
 from longnet_cli.data.formats import Text
@@ -56,6 +58,7 @@ def tokenize(
     tokenizer: str | Path | Tokenizer = "bytes",
     train_vocab: int | None = None,
     column: str | None = None,
+    id_column: str | None = None,
     shard_tokens: int = SHARD_TOKENS,
     shard_format: ShardFormat = "arrow",
     eos: str | int | bool = False,
@@ -86,7 +89,7 @@ def tokenize(
     own, eos_id = words.eos_id, words.eos_id if appended is None else appended
     words = words.with_eos(eos_id)
     schema = token_schema(vocab_size=words.vocab_size, eos_id=eos_id, tokenizer_sha256=words.sha256)
-    texts = _apart(read_texts(inputs, column))
+    texts = _apart(read_texts(inputs, column, id_column=id_column))
     if not in_folder:
         to_stdout = str(output) == "-"
         with ShardWriter(output, schema) as writer:
@@ -103,6 +106,7 @@ def tokenize(
         settings = {
             "inputs": inputs_fingerprint(inputs),
             "column": column,
+            **({"id_column": id_column} if id_column else {}),
             "tokenizer": words.sha256,
             "train_vocab": train_vocab,
             "eos": appended is not None if appended in (None, own) else str(appended),  # 1 would equal True
@@ -125,13 +129,14 @@ def tokenizer_beside(output: str | Path) -> Path | None:
 
 
 def text_bytes(inputs: Sequence[str | Path]) -> int | None:
-    """The size of the inputs, where all are files of text: how many bytes `on_progress` will get to; else None."""
+    """The size of the inputs, where all are plain files of text: how many bytes `on_progress` gets to; else None."""
     total = 0
     for source in find_sources(inputs):
         if source.path is None or not source.path.is_file():
             return None
         with suppress(OSError), open(source.path, "rb") as file:  # reading it will say what is wrong with it
-            if sniff(file.read(8)) != "text":
+            head = file.read(8)
+            if sniff(head) != "text" or compression(head):
                 return None
             total += source.path.stat().st_size
     return total
@@ -153,7 +158,7 @@ def _tokenizer(
         return Tokenizer.from_description(earlier)
     if any(str(item) == "-" for item in inputs):
         raise ConfigError("training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file")
-    return Tokenizer.train((text.text for text in read_texts(inputs, column)), train_vocab)
+    return Tokenizer.train((part for text in read_texts(inputs, column) for part in text.parts), train_vocab)
 
 
 def _apart(texts: Iterator[Text]) -> Iterator[Text]:
@@ -163,6 +168,13 @@ def _apart(texts: Iterator[Text]) -> Iterator[Text]:
         repeats = repeats + 1 if text.doc_id == last else 0
         last = text.doc_id
         yield replace(text, doc_id=f"{text.doc_id}#{repeats}") if repeats else text
+
+
+class _Piece(NamedTuple):
+    """A piece of a document's text, or its end, None."""
+
+    doc_id: str
+    text: str | None
 
 
 def _run(
@@ -181,17 +193,24 @@ def _run(
         if on_progress:
             on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
 
-    def work(group: Sequence[Text], check: Callable[[], None]) -> None:
+    def pieces() -> Iterator[_Piece]:
+        for text in texts:
+            for piece in tokenizer.pieces(text.parts):
+                yield _Piece(text.doc_id, piece)
+            yield _Piece(text.doc_id, None)
+
+    def work(group: Sequence[_Piece], check: Callable[[], None]) -> None:
         current, reported = 0, rows.totals["bytes"]
 
         def end_documents(stop: int) -> None:
             nonlocal current
-            for text in group[current:stop]:
-                rows.add(text.doc_id, ending, 0)
-                rows.end_document(text.doc_id)
+            for piece in group[current:stop]:
+                if piece.text is None:
+                    rows.add(piece.doc_id, ending, 0)
+                    rows.end_document(piece.doc_id)
             current = stop
 
-        for index, ids, size in tokenizer.encode_parts([text.text for text in group]):
+        for index, ids, size in tokenizer.encode_parts([piece.text or "" for piece in group]):
             check()
             end_documents(index)
             rows.add(group[index].doc_id, ids, size)
@@ -203,7 +222,7 @@ def _run(
             rows.flush()
         report()
 
-    in_two_threads(texts, lambda text: len(text.text), TEXT_CHARS, work, abandon=prompt)
+    in_two_threads(pieces(), lambda piece: len(piece.text or ""), TEXT_CHARS, work, abandon=prompt)
     rows.flush()
 
 

@@ -126,7 +126,7 @@ def test_what_is_in_finished_shards_is_not_tokenized_again(corpus, tmp_path, mon
         (tmp_path / "whole/_unfinished.json").write_text(json.dumps(state))
         seen.clear()
         again = tokenize([corpus], tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True, resume=True)
-        assert seen == list(TEXTS.values())[finished:]
+        assert [text for text in seen if text] == list(TEXTS.values())[finished:]
         assert (again.documents, again.tokens, again.bytes) == (whole.documents, whole.tokens, whole.bytes)
         assert contents(tmp_path / "whole") == expected
     seen.clear()

@@ -90,7 +90,7 @@ def test_the_recipe_names_the_end_of_text(corpus: Path, tmp_path: Path) -> None:
     bare = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
     bare.save(str(tmp_path / "words/tokenizer.json"))
     with pytest.raises(ConfigError, match=r"<\|im_end\|>.*; training puts it between documents: .*data\.eos"):
-        train(recipe(corpus, **settings, **{"data.train": [str(tmp_path / "missing")]}), tmp_path / "none")
+        train(recipe(corpus, **settings | {"data.train": [str(tmp_path / "missing")]}), tmp_path / "none")
 
 
 def test_accumulation_changes_nothing(corpus: Path, tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from longnet_cli.cli.options import (
     DilationRatesOption,
     DtypeOption,
     EosOption,
+    IdColumnOption,
     Inputs,
+    KeepOption,
     ModelOption,
     NprocOption,
     PatternOption,
@@ -46,6 +48,8 @@ def encode(
     tokenizer: TokenizerOption = None,
     tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
+    id_column: IdColumnOption = None,
+    keep: KeepOption = None,
     eos: EosOption = None,
     bos: BosOption = None,
     skip_bad: SkipBadOption = False,
@@ -109,10 +113,11 @@ def encode(
     """
     if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
-    refuse_overwriting("-o", [output], inputs, model, tokenizer)
+    refuse_overwriting("-o", [output], inputs, model, tokenizer, skip_bad)
     if spill and not os.path.isdir(spill):
         raise ConfigError(f"--spill {spill}: no such folder")
     launch(nproc, inputs, model)
+    from longnet_cli.data.documents import first_kept
     from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.sinks import ShardWriter, is_folder
@@ -139,8 +144,12 @@ def encode(
     from longnet_cli.encoding import encode as run
 
     eos_id = end_of_text(eos, words)
-    reading: dict[str, Any] = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
-    documents = read_documents(inputs, words, **reading)
+    columns: dict[str, Any] = {"column": column, "id_column": id_column, "keep": tuple(keep or ())}
+    reading = {**columns, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
+    documents = read_documents(inputs, words, **reading, skip_bad=skip_bad)
+    kept: list[Any] = []
+    if keep:  # which waits for the first document
+        kept, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
     known = stored_documents(inputs, words, **reading) if limited else ()
     skipped = Skipped(quiet)
@@ -158,11 +167,13 @@ def encode(
     with progress("encoding", total=None, start=done, quiet=quiet) as advance:
         running: dict[str, Any] = {
             "known": known,
+            "kept": kept,
             "chunk": chunk,
             "spill": spill,
             "dtype": dtype,
             "ranks": ranks,
             "on_skip": skipped if skip_bad else None,
+            "on_empty": skipped.pass_over,
             "on_progress": advance,
         }
         if in_folder:
@@ -171,7 +182,12 @@ def encode(
                 documents,
                 output,
                 options,
-                settings={"inputs": inputs_fingerprint(inputs), "column": column, "eos": eos_id},
+                settings={
+                    "inputs": inputs_fingerprint(inputs),
+                    "column": column,
+                    **({"id_column": id_column} if id_column else {}),
+                    "eos": eos_id,
+                },
                 shard_rows=shard_rows or SHARD_ROWS,
                 shard_format=shard_format,
                 resume=resume,
@@ -183,5 +199,5 @@ def encode(
                 for batch in batches:
                     if writer:
                         writer.write(batch)
-    skipped.say()
     leave()
+    skipped.end(ranks.first)

@@ -19,7 +19,9 @@ from longnet_cli.cli.options import (
     DilationRatesOption,
     DtypeOption,
     EosOption,
+    IdColumnOption,
     Inputs,
+    KeepOption,
     ModelOption,
     NprocOption,
     PatternOption,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 Format = Literal["text", "json", "jsonl"]
 MEASURE = "What to measure"
+ROW_KEYS = {"kind", "doc_id", "context", "nll_sum", "n_tokens", "n_bytes", "ppl", "bpb", "by_position", "by_recall"}
 
 
 def score(
@@ -48,6 +51,8 @@ def score(
     tokenizer: TokenizerOption = None,
     tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
+    id_column: IdColumnOption = None,
+    keep: KeepOption = None,
     eos: EosOption = None,
     bos: BosOption = None,
     skip_bad: SkipBadOption = False,
@@ -130,10 +135,14 @@ def score(
     """
     from longnet_cli.errors import ConfigError
 
+    if keep and format == "text":
+        raise ConfigError("--keep carries columns to rows of JSON: give --format jsonl or json")
+    if keep and (taken := sorted({*keep} & ROW_KEYS)):
+        raise ConfigError(f"--keep {taken[0]}: the output has a key of this name")
     if token_logprobs == "-":
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
     if token_logprobs:
-        refuse_overwriting("--token-logprobs", [token_logprobs], inputs, model, tokenizer)
+        refuse_overwriting("--token-logprobs", [token_logprobs], inputs, model, tokenizer, skip_bad)
     launch(nproc, inputs, model)
     from longnet_cli.data.sources import read_documents, stored_documents
     from longnet_cli.data.tokenizer import end_of_text
@@ -152,8 +161,9 @@ def score(
     from longnet_cli.scoring import write_token_logprobs
 
     eos_id = end_of_text(eos, words)
-    reading: dict[str, Any] = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
-    documents = read_documents(inputs, words, **reading)
+    columns: dict[str, Any] = {"column": column, "id_column": id_column, "keep": tuple(keep or ())}
+    reading = {**columns, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
+    documents = read_documents(inputs, words, **reading, skip_bad=skip_bad)
     limited = net.config.max_tokens is not None and not skip_bad
     known = stored_documents(inputs, words, **reading) if limited else ()
     skipped = Skipped(quiet)
@@ -184,8 +194,8 @@ def score(
         else:
             for _ in scores:
                 pass
-    skipped.say()
     leave()
+    skipped.end(ranks.first)
 
 
 def _print(
@@ -201,13 +211,14 @@ def _print(
             values["context"] = document.context
         if document.by_recall:
             values |= document.by_recall.as_dict()
+        values |= document.kept
         if format == "text":
             _print_row(document.doc_id, document.score, document.context if several else None, header=index == 0)
         elif format == "jsonl":
             emit_jsonl({"kind": "document", **values})
         else:
             rows.append(values)
-    known = {key.removeprefix("longnet."): value for key, value in origin.items()}
+    known = {key.removeprefix("longnet."): value for key, value in origin.items() if key != "longnet.model"}
     totals = [{**values, **known, "n_skipped": skipped.number} for values in total.as_dicts()]
     if format == "text":
         for score, context in zip(total.scores, total.contexts, strict=True):

@@ -8,6 +8,7 @@ from typing import Annotated
 from longnet_cli.cli.options import (
     INPUT,
     OUTPUT,
+    IdColumnOption,
     Inputs,
     QuietOption,
     ResumeOption,
@@ -41,6 +42,7 @@ def tokenize(
     shard_format: ShardFormatOption = "arrow",
     resume: ResumeOption = False,
     column: Annotated[str | None, option(INPUT, "--column", "NAME", "Read this column.", "text")] = None,
+    id_column: IdColumnOption = None,
     tokenizer: Annotated[
         str,
         option(
@@ -102,6 +104,7 @@ def tokenize(
             tokenizer=tokenizer,
             train_vocab=train_vocab,
             column=column,
+            id_column=id_column,
             shard_tokens=shard_tokens or SHARD_TOKENS,
             shard_format=shard_format,
             eos=bare_or(eos, True),

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 
+from longnet_cli.data.compressed import SUFFIXES, bare_name, compression
 from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
 from longnet_cli.errors import ConfigError, DataError
 
@@ -48,10 +49,10 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     written = _written_folders(names)
     files = [file for file in files if not file.startswith(written)] or files
     for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
-        shards = [file for file in files if file.endswith(suffixes)]
+        shards = [file for file in files if bare_name(file).endswith(suffixes)]
         if shards:
             return [shard for shard in shards if "/" not in shard] or shards
-    chosen = [file for file in files if _looks_like_text(read(file, 8192))]
+    chosen = [file for file in files if _looks_like_text(file, read(file, 8192))]
     if not chosen:
         raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines or text files)")
     return chosen
@@ -72,14 +73,22 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__pycache__"
 
 
-def _looks_like_text(head: bytes) -> bool:
-    """Return whether a file met in a folder is worth opening: images and empty `__init__.py` files are passed over."""
+def _looks_like_text(name: str, head: bytes) -> bool:
+    """Return whether a file met in a folder is worth opening: images and empty `__init__.py` files are passed over.
+
+    Of what is compressed, an archive of many files is no text.
+    """
+    if compression(head):
+        return name.endswith(SUFFIXES) and not bare_name(name).endswith(".tar")
     return bool(head) and (b"\0" not in head or sniff(head) != "text")
 
 
 def natural_order(name: str) -> list[str | int]:
     """Sort key that puts part-2 before part-10."""
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
+ARROW_KINDS = ("file", "stream", "parquet")  # of `sniff`: tables, whose columns have types
 
 
 def sniff(head: bytes) -> str:

@@ -35,19 +35,22 @@ class Manifest:
 
     `settings` is whatever decides the bytes of the shards: inputs and options. `shards` has a dict a shard, in order:
     `name`, `rows`, and the counts that were given to `ShardFolder.write`, `documents` among them. `skipped` documents
-    are in none, because they could not be read. `tokenizer` is what `Tokenizer.description` returns.
+    are in none, because they could not be read, and `empty` ones, because there is nothing in them. `tokenizer` is what
+    `Tokenizer.description` returns.
     """
 
     settings: dict[str, Any]
     finished: bool = False
     shards: list[dict[str, Any]] = field(default_factory=list)
     skipped: int = 0
+    empty: int = 0
     tokenizer: dict[str, str] | None = None
 
     @property
     def totals(self) -> Counter[str]:
-        """`rows`, `documents` and the other counts, over all finished shards, and `skipped`."""
-        totals: Counter[str] = Counter({"skipped": self.skipped} if self.skipped else {})
+        """`rows`, `documents` and the other counts, over all finished shards, and `skipped` and `empty`, unless 0."""
+        others = {"skipped": self.skipped, "empty": self.empty}
+        totals = Counter({name: count for name, count in others.items() if count})
         for shard in self.shards:
             totals.update({name: count for name, count in shard.items() if name != "name"})
         return totals
@@ -79,10 +82,10 @@ def read_manifest(folder: str | Path) -> Manifest | None:
             if content["version"] != MANIFEST_VERSION:
                 raise DataError(f"{path}: version {content['version']} of the manifest is not known to this longnet")
             shards = [{**shard, "name": str(shard["name"]), "rows": int(shard["rows"])} for shard in content["shards"]]
-            skipped = int(content["totals"].get("skipped", 0))
+            skipped, empty = (int(content["totals"].get(name, 0)) for name in ("skipped", "empty"))
             tokenizer = content.get("tokenizer")
             return Manifest(
-                dict(content["settings"]), name != UNFINISHED, shards, skipped, tokenizer and dict(tokenizer)
+                dict(content["settings"]), name != UNFINISHED, shards, skipped, empty, tokenizer and dict(tokenizer)
             )
         except (FileNotFoundError, NotADirectoryError):
             continue

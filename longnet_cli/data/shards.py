@@ -85,7 +85,7 @@ class ShardFolder:
         self._open = ExitStack()  # holds the writer, so that an error discards its file
         self._writer: ShardWriter | None = None
         self._counts: Counter[str] = Counter()
-        self._skipped = 0
+        self._left_out: Counter[str] = Counter()
 
     @property
     def documents(self) -> int:
@@ -133,9 +133,9 @@ class ShardFolder:
         self._manifest.shards.append(shard)
         self._say()
 
-    def skip(self) -> None:
+    def skip(self, why: Literal["skipped", "empty"] = "skipped") -> None:
         """Count a document that is in no shard. A resumed run counts all of them again."""
-        self._skipped += 1
+        self._left_out[why] += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -145,7 +145,7 @@ class ShardFolder:
                 self._open.__exit__(kind, error, traceback)
             elif not self._manifest.finished:
                 self.end_shard()
-                self._manifest.skipped = self._skipped
+                self._manifest.skipped, self._manifest.empty = self._left_out["skipped"], self._left_out["empty"]
                 self._manifest.write_finished(self.folder, self.schema, self._suffix)
                 with writing(self.folder):
                     os.remove(self.folder / UNFINISHED)
@@ -192,6 +192,10 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int) -> None:
 
                 parquet = pq.ParquetFile(file)
                 found, written = parquet.metadata.num_rows, parquet.schema_arrow
+                pq.ParquetWriter(again := pa.BufferOutputStream(), schema).close()
+                schema = pq.read_schema(
+                    pa.BufferReader(again.getvalue())
+                )  # Parquet names the items of lists its own way
             else:
                 table = arrow.open_file(path.name, str(path), file, file)
                 found, written = sum(batch.num_rows for batch in table.read([])), table.schema

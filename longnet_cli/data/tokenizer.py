@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,10 @@ BYTE_OF = {character: byte for byte, character in enumerate(_byte_alphabet())}
 class Tokenizer:
     """Encodes and decodes; `vocab_size` is one more than the largest id. Make one with `load`, `bytes` or `train`.
 
-    `eos_id` is the id of its end-of-text token, None where it has none.
+    `eos_id` is the id of its end-of-text token, None where it has none; `folder` is where its tokenizer.json is.
     """
+
+    folder: Path | None = None
 
     def __init__(self, inner: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None) -> None:
         """`settings` are those of a tokenizer_config.json, which may name the end-of-text token."""
@@ -130,9 +133,11 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"{path}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
-        if Path(path).name == TOKENIZER:
-            settings = read_settings(Path(path).with_name(SETTINGS))
-        return cls(inner, settings)
+        if Path(path).name != TOKENIZER:
+            return cls(inner, settings)
+        found = cls(inner, read_settings(Path(path).with_name(SETTINGS)))
+        found.folder = Path(path).parent
+        return found
 
     @classmethod
     def from_description(cls, kept: Mapping[str, str]) -> "Tokenizer":
@@ -211,7 +216,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        inner.train_from_iterator((piece for text in texts for piece in cut_text(text)), trainer)
+        inner.train_from_iterator((piece for text in texts for piece in cut_text([text])), trainer)
         return cls(inner)
 
     def encode(self, text: str) -> np.ndarray:
@@ -236,6 +241,29 @@ class Tokenizer:
             ):
                 ids = encoding.ids
                 yield owner, np.fromiter(ids, np.int32, len(ids)), len(piece.encode())
+
+    def pieces(self, parts: Iterable[str]) -> Iterator[str]:
+        """Cut a text, which comes in parts, into pieces whose tokens together are those of the text.
+
+        Few tokenizers need the whole text at once: it is then the one piece.
+        """
+        if self._is_bytes:
+            return (part for part in parts if part)
+        return cut_text(parts) if self._can_cut else filter(None, ("".join(parts),))
+
+    def encode_long(self, parts: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
+        """Yield ((tokens,) int32, UTF-8 bytes) of a text that comes in parts, which are together its `encode`.
+
+        Memory is that of GROUP characters and of a part.
+        """
+        pieces: list[str] = []
+        for piece in chain(self.pieces(parts), (None,)):
+            if piece is not None:
+                pieces.append(piece)
+            if pieces and (piece is None or sum(map(len, pieces)) >= GROUP):
+                found = [(ids, size) for _, ids, size in self.encode_parts(pieces)]
+                yield np.concatenate([ids for ids, _ in found]), sum(size for _, size in found)
+                pieces = []
 
     def decode(self, ids: np.ndarray, *, special: bool = True) -> str:
         """The text of (tokens,) ids; a cut UTF-8 character becomes U+FFFD. `special` writes special tokens out."""
@@ -338,7 +366,7 @@ class Tokenizer:
         pieces: list[str] = []
         size = 0
         for owner, text in enumerate(texts):
-            for piece in cut_text(text) if self._can_cut else [text]:
+            for piece in self.pieces([text]):
                 owners.append(owner)
                 pieces.append(piece)
                 size += len(piece)
@@ -349,18 +377,23 @@ class Tokenizer:
             yield owners, pieces
 
 
-def cut_text(text: str) -> Iterator[str]:
-    """Cut a text where words start anyway, about every PIECE characters.
+def cut_text(parts: Iterable[str]) -> Iterator[str]:
+    """Cut a text, which comes in parts, where words start anyway, about every PIECE characters.
 
-    One unbroken run of letters longer than LONGEST_PIECE is cut regardless, lest it take quadratic time.
+    One unbroken run of letters longer than LONGEST_PIECE is cut regardless, lest it take quadratic time. The pieces do
+    not depend on the parts.
     """
-    start = 0
-    while len(text) - start > PIECE:
-        limit = start + LONGEST_PIECE
-        match = _CUT.search(text, start + PIECE, limit)
-        end = match.start() if match else min(limit, len(text))
-        yield text[start:end]
-        start = end
+    text, start = "", 0
+    for part in chain(parts, (None,)):
+        if part is not None:
+            text, start = text[start:] + part, 0
+        # where the next piece ends is seen in LONGEST_PIECE characters, or in what is left of the text
+        while len(text) - start > (PIECE if part is None else LONGEST_PIECE):
+            limit = start + LONGEST_PIECE
+            match = _CUT.search(text, start + PIECE, limit)
+            end = match.start() if match else min(limit, len(text))
+            yield text[start:end]
+            start = end
     if start < len(text):
         yield text[start:]
 
