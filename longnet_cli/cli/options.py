@@ -134,13 +134,13 @@ ColumnOption = Annotated[
         INPUT,
         "--column",
         "NAME",
-        "Read this column, which may be inside of others: doc.body.",
+        "Read this column, or doc.body in doc.",
         "input_ids, tokens, token_ids or ids, otherwise text",
     ),
 ]
 IdColumnOption = Annotated[
     str | None,
-    option(INPUT, "--id-column", "NAME", "Take the documents' names from this column.", "doc_id, otherwise id"),
+    option(INPUT, "--id-column", "NAME", "Name documents by this column.", "doc_id, otherwise id"),
 ]
 KeepOption = Annotated[
     Sequence[str] | None,
@@ -148,7 +148,7 @@ KeepOption = Annotated[
         INPUT,
         "--keep",
         "COLUMN,...",
-        "Carry these columns along, to the rows of the output.",
+        "Carry these columns to the output.",
         parser=_option_parser(parse_names),
     ),
 ]
@@ -178,7 +178,7 @@ SkipBadOption = Annotated[
         INPUT,
         "--skip-bad",
         None,
-        "Leave out files, rows and documents that cannot be read, and count them. The exit code is then 6.",
+        "Leave out what cannot be read: exit code 6.",
     ),
 ]
 PatternOption = Annotated[
@@ -206,7 +206,7 @@ DilationRatesOption = Annotated[
 ]
 ShardFormatOption = Annotated[
     Literal["arrow", "parquet"],
-    option(OUTPUT, "--shard-format", "arrow|parquet", "Write the shards of a folder in this format."),
+    option(OUTPUT, "--shard-format", "arrow|parquet", "Write shards of this format."),
 ]
 ResumeOption = Annotated[
     bool, option(OUTPUT, "--resume", None, "Go on with the run in the output folder. Give the same inputs and options.")
