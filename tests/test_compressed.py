@@ -134,7 +134,7 @@ UNPACKED = 1 << 30
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["text", "jsonl"])
 def test_a_megabyte_that_unpacks_to_a_gigabyte_streams(form: str, tmp_path: Path) -> None:
-    """`tokenize` to a Parquet file of ids, in 1 GiB of memory besides the program."""
+    """In 3 GiB of data at most, most of which a program of Arrow reserves and does not use."""
     line = b"some words, and some more of them.\n" * 1000
     if form == "jsonl":
         line = json.dumps({"text": line.decode()}).encode() + b"\n"
