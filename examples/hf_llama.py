@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import torch
 import transformers as hf
 
 from longnet_cli.attention import Pattern
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import use_dilated_attention
 
 END_OF_TEXT = 0  # its id, where `longnet tokenize --train-vocab` made the vocabulary
@@ -33,7 +33,7 @@ LR, WARMUP = 1e-3, 0.1  # the highest rate, and the part of the steps that lead 
 def tokenize_stdlib(output: Path) -> Path:
     """The training part of the standard library as Arrow shards, with a vocabulary of its own, made once."""
     tokens = output / "tokens"
-    if not (tokens / "_manifest.json").exists():  # which says that all is there
+    if not (tokens / "_manifest.arrow").exists():  # which says that all is there
         script = Path(__file__).parent / "stdlib_corpus.py"
         subprocess.run([sys.executable, script, output / "lists"], check=True)
         longnet = [sys.executable, "-m", "longnet_cli", "tokenize", f"@{output}/lists/train.txt"]
@@ -114,7 +114,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     tokens = args.tokens or tokenize_stdlib(args.output)
     stream = read_stream(tokens)
-    vocab = len(json.loads((tokens / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
+    words = Tokenizer.load(tokens)
+    vocab = words.vocab_size
     models = {name: build(vocab, args.context, args.seed, name == "dilated") for name in ("dense", "dilated")}
     optimizers = {
         name: torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
@@ -136,7 +137,7 @@ def main() -> None:
             print(f"step {step + 1}: dense {rows[-2]['loss']:.4f}, dilated {rows[-1]['loss']:.4f}", file=sys.stderr)
     for name, model in models.items():
         model.save_pretrained(args.output / name)
-        shutil.copy(tokens / "tokenizer.json", args.output / name)
+        words.save(args.output / name / "tokenizer.json")
     print_table(rows, args.steps)
 
 

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet_cli.data.documents import Document, checked
-from longnet_cli.data.shards import ShardFolder, run_to_resume
+from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.vectors import Vectors
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.model import LongNet
 from longnet_cli.model.config import SlideConfig
 from longnet_cli.model.net import Net
-from longnet_cli.model.weights import model_fingerprint
+from longnet_cli.model.weights import model_digest
 from longnet_cli.runtime.chunks import default_chunk
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.layers import LayerStates
@@ -76,14 +76,15 @@ class EncodeOptions:
         if self.span is not None and self.all_layers:
             raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
 
-    def schema(self, dim: int) -> pa.Schema:
-        """Return the schema of embeddings of size `dim`.
+    def schema(self, dim: int, model_sha256: str | None = None, kept: Sequence[pa.Field] = ()) -> pa.Schema:
+        """Return the schema of embeddings of size `dim` by the model of this digest, and of what is `kept` beside them.
 
         A vector stands for the tokens [start, end) of document `doc_id`. The metadata keys are `longnet.*`; what is
         not known is left out.
         """
         known = {
             "longnet.model": self.model_name,
+            "longnet.model_sha256": model_sha256,
             "longnet.pooling": self.pool,
             "longnet.normalized": "true" if self.normalize else "false",
             "longnet.tokenizer_sha256": self.tokenizer_sha256,
@@ -98,6 +99,9 @@ class EncodeOptions:
             pa.field("n_tokens", pa.int64()),
             pa.field("embedding", pa.list_(number, dim)),
         ]
+        if taken := {field.name for field in fields} & {field.name for field in kept}:
+            raise ConfigError(f"--keep {min(taken)}: the output has a column of this name")
+        fields += kept
         return pa.schema(fields, metadata={key: value for key, value in known.items() if value is not None})
 
 
@@ -107,28 +111,31 @@ def encode(
     options: EncodeOptions,
     *,
     known: Iterable[Document] = (),
+    kept: Sequence[pa.Field] = (),
     chunk: int | None = None,
     spill: str | Path | None = None,
     dtype: str = "auto",
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
+    on_empty: Callable[[Document], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> pa.RecordBatchReader:
     """Read `documents` lazily and give each its rows, in order: a reader of record batches (`EncodeOptions.schema`).
 
     A model that reads vectors takes documents of `data.vectors`, whose vectors are the tokens of what is said here.
-    A document that is empty or that the model does not read for its length, or with ids that are none, ends the run, or
-    with `on_skip` is handed to it and left out. The `known` documents, those among all whose lengths cost nothing to
-    look at, are checked before anything else. `chunk`, `spill`, `dtype`, `ranks` and `on_progress` as in
+    A document that the model does not read for its length, or with ids that are none, ends the run, or
+    with `on_skip` is handed to it and left out. One that is empty has no rows, and is handed to `on_empty`. The `known`
+    documents, those among all whose lengths cost nothing to look at, are checked before anything else. `kept` are
+    columns of what documents carry along (`first_kept`). `chunk`, `spill`, `dtype`, `ranks` and `on_progress` as in
     `runtime.reading.Reader`. Several ranks need the same documents, and every rank gets all rows.
 
-    Raises ConfigError for options that the model does not have; the reader raises DataError for an empty document,
+    Raises ConfigError for options that the model does not have; the reader raises DataError where no document has rows,
     ConfigError for one with more tokens than the model reads, MemoryLimitError for hidden states that do not fit,
     NotFiniteError for a vector with NaN or an infinity.
     """
     reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
-    encoder = _Encoder(reader, options)
-    return encoder.batches(encoder.checked(documents, known, on_skip))
+    encoder = _Encoder(reader, options, _schema(options, model, model_digest(model), kept))
+    return encoder.batches(encoder.checked(documents, known, on_skip, on_empty))
 
 
 def encode_to_folder(
@@ -139,16 +146,19 @@ def encode_to_folder(
     *,
     settings: Mapping[str, Any],
     shard_rows: int = SHARD_ROWS,
+    shard_format: ShardFormat = "arrow",
     resume: bool = False,
     chunk: int | None = None,
     known: Iterable[Document] = (),
+    kept: Sequence[pa.Field] = (),
     spill: str | Path | None = None,
     dtype: str = "auto",
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
+    on_empty: Callable[[Document], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ShardFolder | None:
-    """Write what `encode` gives to `vectors-00000.arrow`, ... in the folder `output`, which is returned closed.
+    """Write what `encode` gives to `vectors-00000.arrow`, ... (or .parquet) in the folder `output`, returned closed.
 
     Of several `ranks` the first one writes; the others, which see no folder, get None.
 
@@ -159,7 +169,7 @@ def encode_to_folder(
     depends on the memory that is free. A resumed run hands `on_skip` what the earlier one did, too; the manifest has
     their number.
 
-    Raises ConfigError for options and for a folder that is in use, DataError for an empty document or a damaged shard,
+    Raises ConfigError for options and for a folder that is in use, DataError for no document or a damaged shard,
     LongNetError when a write fails. After an error the finished shards stay.
     """
     if shard_rows < 1:
@@ -172,21 +182,24 @@ def encode_to_folder(
         chunk = int(ranks.smallest(found or default_chunk(model.config, device)))
         chunk = int(ranks.largest(found or 0)) or chunk  # the earlier run's, which the first one knows
     dtype = resolve_dtype(dtype, device)
+    digest = model_digest(model)
     decisive = {
         **settings,
         "pattern": options.pattern,  # told first where it differs: the model's digest does then, too
-        "model": model_fingerprint(model),
+        "model": digest[:16],
         "kernel": check_kernel(device, dtype, model.config.head_dim),
         **asdict(options),
+        **({"keep": [f"{field.name}: {field.type}" for field in kept]} if kept else {}),
         "chunk": chunk,
         "dtype": dtype,
         "shard_rows": shard_rows,
         **({"ranks": ranks.world} if ranks.world > 1 else {}),  # they add up in another order
     }
+    schema = _schema(options, model, digest, kept)
     with ExitStack() as stack:
         folder = None
         if ranks.first:
-            shards = ShardFolder(output, _schema(options, model), settings=decisive, name="vectors", resume=resume)
+            shards = ShardFolder(output, schema, settings=decisive, name="vectors", format=shard_format, resume=resume)
             folder = stack.enter_context(shards)
         if ranks.any(folder is not None and folder.finished):
             return folder
@@ -199,8 +212,15 @@ def encode_to_folder(
                 on_skip(document, error)
 
         reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
-        encoder = _Encoder(reader, options)
-        taken = encoder.checked(documents, known, skip if on_skip else None)
+        encoder = _Encoder(reader, options, schema)
+
+        def pass_over(document: Document) -> None:
+            if folder:
+                folder.skip("empty")
+            if on_empty:
+                on_empty(document)
+
+        taken = encoder.checked(documents, known, skip if on_skip else None, pass_over)
         for shard in _shards(islice(taken, done, None), shard_rows, options.span):
             for batch in encoder.batches(shard):
                 begun = int(np.count_nonzero(batch["span"].to_numpy() == 0))  # and ended, in a whole shard
@@ -288,28 +308,47 @@ class _Window(Window):
 class _Encoder:
     """Documents in, rows of vectors out in the same order."""
 
-    def __init__(self, reader: Reader, options: EncodeOptions) -> None:
+    def __init__(self, reader: Reader, options: EncodeOptions, schema: pa.Schema) -> None:
         net = reader.model
         if options.pool == "cls" and not net.has_cls:
             raise ConfigError("this model has no CLS: take the mean (--pool mean), or the first or last vector")
         if options.tile_size and not (isinstance(net.config, SlideConfig) and net.config.grid):
             raise ConfigError("this model has no grid of tiles: leave out --tile-size")
         if options.all_layers and not isinstance(net, LongNet):
-            raise ConfigError("the layers of a model of transformers are not listened to: leave out --all-layers")
-        self.reader, self.options = reader, options
+            raise ConfigError("the layers of a Hugging Face model are not listened to: leave out --all-layers")
+        self.reader, self.options, self.schema = reader, options, schema
         self.bos = options.bos if reader.model.config.causal else None
 
     def checked(
-        self, documents: Iterable[Document], known: Iterable[Document], on_skip: OnSkip | None
+        self,
+        documents: Iterable[Document],
+        known: Iterable[Document],
+        on_skip: OnSkip | None,
+        on_empty: Callable[[Document], None] | None,
     ) -> Iterator[Document]:
-        """The `documents`, each checked before it is yielded, and without `on_skip` all the `known` ones now."""
+        """The `documents`, each checked before it is yielded, and without `on_skip` all the `known` ones now.
+
+        Those that are empty are left out. Raises DataError at the end where none is left.
+        """
         for document in known if on_skip is None else ():
             self.check(document)
-        return checked(documents, self.check, on_skip)
+
+        def with_tokens() -> Iterator[Document]:
+            found = False
+            for document in checked(documents, self.check, on_skip):
+                if len(document):
+                    found = True
+                    yield document
+                elif on_empty:
+                    on_empty(document)
+            if not found:
+                raise DataError("there is nothing to encode: every document is empty or left out")
+
+        return with_tokens()
 
     def batches(self, documents: Iterable[Document]) -> pa.RecordBatchReader:
         """Read checked documents and give each its rows, in order."""
-        schema, normalize = _schema(self.options, self.reader.model), self.options.normalize
+        schema, normalize = self.schema, self.options.normalize
         head = torch.inference_mode()(self.reader.model.head)
         found = (_record_batch(schema, rows, head, normalize) for rows in self._rows(documents) if rows)
         return pa.RecordBatchReader.from_batches(schema, found)
@@ -336,9 +375,7 @@ class _Encoder:
                 yield from self.reader.read([window])
 
     def check(self, document: Document) -> None:
-        """Raise DataError for an empty document, ConfigError for one that the model does not read."""
-        if not len(document):
-            raise DataError(f"{document.where}: document {document.doc_id!r} is empty: there is nothing to encode")
+        """Raise ConfigError for a document that the model does not read."""
         net, has_vectors = self.reader.model, isinstance(document, Vectors)
         if has_vectors != (net.row_size is not None):
             kinds = ("token ids", "vectors") if has_vectors else ("vectors", "token ids")
@@ -371,12 +408,12 @@ class _Encoder:
         return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]
 
 
-def _schema(options: EncodeOptions, model: Net) -> pa.Schema:
-    """Return the schema of what `model` gives, with the column `layers` where it is wanted."""
-    schema = options.schema(model.config.dim)
+def _schema(options: EncodeOptions, model: Net, digest: str, kept: Sequence[pa.Field]) -> pa.Schema:
+    """Return the schema of what `model` gives, with the column `layers` after `embedding` if it is asked for."""
+    schema = options.schema(model.config.dim, digest, kept)
     if options.all_layers:
         kind = pa.list_(schema.field("embedding").type, model.config.num_layers + 1)
-        schema = schema.append(pa.field("layers", kind))
+        schema = schema.insert(schema.get_field_index("embedding") + 1, pa.field("layers", kind))
     return schema
 
 
@@ -397,6 +434,7 @@ def _record_batch(
             pa.array([row.end for row in rows], pa.int64()),
             pa.array([row.end - row.start for row in rows], pa.int64()),
             *arrays,
+            *(_kept_column(rows, field) for field in list(schema)[5 + len(arrays) :]),
         ],
         schema=schema,
     )
@@ -416,3 +454,17 @@ def _array(kind: pa.DataType, rows: Sequence[_Row], vectors: Tensor, normalize: 
             f"{row.end - 1} is not finite: take --dtype bf16 or fp32, and --embedding-dtype float32"
         )
     return pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), kind.list_size)
+
+
+def _kept_column(rows: Sequence[_Row], field: pa.Field) -> pa.Array:
+    """Return what the rows' documents carry along. Raises DataError for a value that is not of the column's type."""
+    values = []
+    for row in rows:
+        value = row.document.kept[field.name]
+        try:
+            values.append(value if value.type == field.type else value.cast(field.type))
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{row.document.where}: {field.name!r} is {value.type}, and {field.type} in the first document"
+            ) from error
+    return pa.array(values, field.type)

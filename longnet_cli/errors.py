@@ -45,6 +45,9 @@ class NotFiniteError(LongNetError):
     """The net computed NaN or an infinity; the message names the document and the token. Exit code 1."""
 
 
+LEFT_OUT = 6  # exit code of a run that is done, but for inputs that it could not read and was told to leave out
+
+
 class InputWarning(UserWarning):
     """A line on stderr that the user should know of the inputs and need not act on."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longnet_cli.data.columns import TokenTypes, choose_column, token_type
+from longnet_cli.data.columns import TokenTypes, Wanted, choose_columns, token_type
 from longnet_cli.data.documents import BLOCK, Document
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.inputs import Source, expand, once
@@ -91,19 +91,20 @@ def inspect(
     tokenizer: Tokenizer | None = None,
     *,
     column: str | None = None,
+    id_column: str | None = None,
     vocab_size: int | None = None,
     eos_id: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Inspection:
     """Read every document of every input; a problem ends its document or its file, never the inspection.
 
-    `tokenizer`, `vocab_size` and `eos_id` are as for `read_documents`. Text without a tokenizer counts a token a byte.
-    `on_progress` gets the tokens of each document. Raises ConfigError when no input is named, or a web address, and for
-    an `eos_id` that is outside of the vocabulary.
+    `tokenizer`, the columns, `vocab_size` and `eos_id` are as for `read_documents`. Text without a tokenizer counts a
+    token a byte. `on_progress` gets the tokens of each document. Raises ConfigError when no input is named, or a web
+    address, and for an `eos_id` that is outside of the vocabulary.
     """
     if not inputs:
         raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
-    found = Inspection()
+    found, wanted = Inspection(), Wanted(column, id_column)
     types = TokenTypes()
     check_eos("", eos_id, vocab_size or (tokenizer.vocab_size if tokenizer else None))
     sources: list[Source] = []
@@ -113,7 +114,7 @@ def inspect(
             sources += expand(str(item))
     for source in once(sources):
         with _noting(found):
-            for document in _open(found, source, types, tokenizer, column, vocab_size, eos_id):
+            for document in _open(found, source, types, tokenizer, wanted, vocab_size, eos_id):
                 with _noting(found):
                     _count(found, document)
                     if on_progress:
@@ -128,25 +129,25 @@ def _open(
     source: Source,
     types: TokenTypes,
     tokenizer: Tokenizer | None,
-    column: str | None,
+    wanted: Wanted,
     vocab_size: int | None,
     eos_id: int | None,
 ) -> Iterator[Document]:
     """Note what kind of file a source is; yield its documents."""
-    opened = open_source(source, column)
+    opened = open_source(source, wanted)
     kind = None
     if isinstance(opened, Text):
         found.formats["text"] += 1
     else:
         found.formats[opened.format] += 1
         _note_metadata(found, opened.where, opened.schema.metadata or {})
-        name = choose_column(opened, column)
-        kind = token_type(opened.schema, name)
+        columns = choose_columns(opened, wanted)
+        kind = token_type(columns.type)
         found.token_types[str(kind or "text")] += 1
         with _noting(found):
-            types.check(opened, name)
+            types.check(opened, columns)
     words = tokenizer if tokenizer or kind is not None else Tokenizer.bytes()
-    yield from documents_of(opened, words, column=column, vocab_size=vocab_size, eos_id=eos_id)
+    yield from documents_of(opened, words, wanted, vocab_size=vocab_size, eos_id=eos_id)
 
 
 def _note_metadata(found: Inspection, where: str, metadata: dict[bytes, bytes]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -123,6 +123,7 @@ class DocumentScore:
     context: int | None = None
     by_position: ByPosition | None = None
     by_recall: ByRecall | None = None
+    kept: Mapping[str, Any] = field(default_factory=dict)  # values of columns that are carried along
 
 
 class Clusters:

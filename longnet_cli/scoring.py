@@ -8,7 +8,7 @@ A window is a range of the document's tokens to predict; its inputs are the toke
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,10 +124,10 @@ def score(
     return scorer.run(checked(documents, check, on_skip))
 
 
-def logprob_schema() -> pa.Schema:
+def logprob_schema(metadata: Mapping[str, str] | None = None) -> pa.Schema:
     """A row is a stretch of a document: its tokens from `start` on, and the log-probability of each, in nats.
 
-    A long document takes several rows, `part` 0, 1, 2 ... of one doc_id.
+    A long document takes several rows, `part` 0, 1, 2 ... of one doc_id. `metadata` is `weights.model_origin`.
     """
     fields = [
         pa.field("doc_id", pa.string()),
@@ -136,17 +136,17 @@ def logprob_schema() -> pa.Schema:
         pa.field("input_ids", pa.large_list(pa.int32()), nullable=False),
         pa.field("logprobs", pa.large_list(pa.float32()), nullable=False),
     ]
-    return pa.schema(fields)
+    return pa.schema(fields, metadata=dict(metadata or {}))
 
 
 @contextmanager
-def write_token_logprobs(path: str | Path) -> Iterator[OnTokens]:
+def write_token_logprobs(path: str | Path, metadata: Mapping[str, str] | None = None) -> Iterator[OnTokens]:
     """Open a file for the log-probabilities of tokens (see `logprob_schema`), as the `on_tokens` of `score`."""
     rows: list[tuple[str, int, int, np.ndarray, np.ndarray]] = []
     size = part = 0
     last: Document | None = None
 
-    with ShardWriter(path, logprob_schema()) as writer:
+    with ShardWriter(path, logprob_schema(metadata)) as writer:
 
         def flush() -> None:
             nonlocal rows, size
@@ -221,7 +221,8 @@ class _Tally:
     def result(self) -> DocumentScore:
         score = Score(self.nll_sum, self.n_tokens, self.n_bytes if self.n_tokens else 0)
         tables = self.by_position, self.by_recall
-        return DocumentScore(self.document.doc_id, self.document.where, score, self.context, *tables)
+        kept = {name: value.as_py() for name, value in self.document.kept.items()}
+        return DocumentScore(self.document.doc_id, self.document.where, score, self.context, *tables, kept)
 
 
 @dataclass(frozen=True)

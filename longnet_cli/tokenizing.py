@@ -1,8 +1,8 @@
-"""The `tokenize` job: text documents in, Arrow shards of token ids and a tokenizer.json out.
+"""The `tokenize` job: text documents in, shards of token ids out, with the tokenizer that made them.
 
     read_texts --in_two_threads--> Tokenizer.encode_parts -> _BatchBuilder -> ShardFolder or ShardWriter
 
-Memory is that of the largest text that the reader gives and of one record batch, however large the corpus is.
+Memory is that of the largest row of text and of one record batch, however large a file of text or the corpus is.
 """
 
 from collections import Counter
@@ -11,15 +11,17 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from longnet_cli.data.compressed import compression
 from longnet_cli.data.feed import in_two_threads
 from longnet_cli.data.folders import sniff
 from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import find_sources, inputs_fingerprint
-from longnet_cli.data.shards import ShardFolder, run_to_resume
+from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_batch, token_schema
 from longnet_cli.data.sources import read_texts
 from longnet_cli.data.tokenizer import Tokenizer, end_of_text
@@ -56,18 +58,20 @@ def tokenize(
     tokenizer: str | Path | Tokenizer = "bytes",
     train_vocab: int | None = None,
     column: str | None = None,
+    id_column: str | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    shard_format: ShardFormat = "arrow",
     eos: str | int | bool = False,
     resume: bool = False,
     on_progress: OnProgress | None = None,
 ) -> TokenizeResult:
     """Write the inputs' texts as token ids: a row per document, or several with `part` 0, 1, ... past 64 MB.
 
-    `output` is a folder (see `data.shards`; with a `tokenizer.json`), one .arrow, .feather, .parquet or .jsonl file
-    (with `NAME.tokenizer.json` beside it), or `-`: a stream on stdout, of small batches that do not wait for a slow
-    input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends a token to every document:
-    one that it names, one with this id, or the tokenizer's own end of text (True). `train_vocab` first trains a
-    byte-level BPE of that size on the same inputs. `resume` goes on with a folder that an earlier run with the same
+    `output` is a folder (see `data.shards`; its manifest keeps the tokenizer), one .arrow, .feather, .parquet or .jsonl
+    file (with `NAME.tokenizer.json` beside it), or `-`: a stream on stdout, of small batches that do not wait for a
+    slow input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends a token to every
+    document: one that it names, one with this id, or the tokenizer's own end of text (True). `train_vocab` first trains
+    a byte-level BPE of that size on the same inputs. `resume` goes on with a folder that an earlier run with the same
     inputs and options left unfinished: byte for byte as if it had never stopped, and without tokenizing again what is
     in finished shards.
 
@@ -80,11 +84,12 @@ def tokenize(
     if resume and not in_folder:
         raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
     earlier = run_to_resume(output, resume=resume) if in_folder else None  # also said before training a tokenizer
-    words = _tokenizer(inputs, tokenizer, train_vocab, column, Path(output) if earlier else None)
+    words = _tokenizer(inputs, tokenizer, train_vocab, column, earlier.tokenizer if earlier else None)
     appended = end_of_text(eos, words)
-    eos_id = words.eos_id if appended is None else appended
+    own, eos_id = words.eos_id, words.eos_id if appended is None else appended
+    words = words.with_eos(eos_id)
     schema = token_schema(vocab_size=words.vocab_size, eos_id=eos_id, tokenizer_sha256=words.sha256)
-    texts = _apart(read_texts(inputs, column))
+    texts = _apart(read_texts(inputs, column, id_column=id_column))
     if not in_folder:
         to_stdout = str(output) == "-"
         with ShardWriter(output, schema) as writer:
@@ -101,14 +106,17 @@ def tokenize(
         settings = {
             "inputs": inputs_fingerprint(inputs),
             "column": column,
+            **({"id_column": id_column} if id_column else {}),
             "tokenizer": words.sha256,
             "train_vocab": train_vocab,
-            "eos": appended is not None if appended in (None, words.eos_id) else str(appended),  # 1 would equal True
+            "eos": appended is not None if appended in (None, own) else str(appended),  # 1 would equal True
             "shard_tokens": shard_tokens,
         }
-        with ShardFolder(output, schema, settings=settings, resume=resume) as folder:
+        kept = words.description
+        with ShardFolder(
+            output, schema, settings=settings, format=shard_format, tokenizer=kept, resume=resume
+        ) as folder:
             if not folder.finished:
-                words.save(folder.folder / "tokenizer.json")
                 rows = _BatchBuilder(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
                 _run(islice(texts, folder.documents, None), words, rows, eos_id=appended, on_progress=on_progress)
         totals, shards = folder.totals, folder.paths
@@ -121,13 +129,14 @@ def tokenizer_beside(output: str | Path) -> Path | None:
 
 
 def text_bytes(inputs: Sequence[str | Path]) -> int | None:
-    """The size of the inputs, where all are files of text: how many bytes `on_progress` will get to; else None."""
+    """The size of the inputs, where all are plain files of text: how many bytes `on_progress` gets to; else None."""
     total = 0
     for source in find_sources(inputs):
         if source.path is None or not source.path.is_file():
             return None
         with suppress(OSError), open(source.path, "rb") as file:  # reading it will say what is wrong with it
-            if sniff(file.read(8)) != "text":
+            head = file.read(8)
+            if sniff(head) != "text" or compression(head):
                 return None
             total += source.path.stat().st_size
     return total
@@ -138,18 +147,18 @@ def _tokenizer(
     tokenizer: str | Path | Tokenizer,
     train_vocab: int | None,
     column: str | None,
-    earlier: Path | None,
+    earlier: dict[str, str] | None,
 ) -> Tokenizer:
-    """The tokenizer given, or the one that an earlier run in the folder `earlier` has trained, or a trained one."""
+    """The tokenizer given, or the one that an `earlier` run has trained (`Tokenizer.description`), or a trained one."""
     if train_vocab is None:
         return tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
     if tokenizer != "bytes":
         raise ConfigError("give a tokenizer or train one, not both")
     if earlier is not None:
-        return Tokenizer.load(earlier)
+        return Tokenizer.from_description(earlier)
     if any(str(item) == "-" for item in inputs):
         raise ConfigError("training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file")
-    return Tokenizer.train((text.text for text in read_texts(inputs, column)), train_vocab)
+    return Tokenizer.train((part for text in read_texts(inputs, column) for part in text.parts), train_vocab)
 
 
 def _apart(texts: Iterator[Text]) -> Iterator[Text]:
@@ -159,6 +168,13 @@ def _apart(texts: Iterator[Text]) -> Iterator[Text]:
         repeats = repeats + 1 if text.doc_id == last else 0
         last = text.doc_id
         yield replace(text, doc_id=f"{text.doc_id}#{repeats}") if repeats else text
+
+
+class _Piece(NamedTuple):
+    """A piece of a document's text, or its end, None."""
+
+    doc_id: str
+    text: str | None
 
 
 def _run(
@@ -177,17 +193,24 @@ def _run(
         if on_progress:
             on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
 
-    def work(group: Sequence[Text], check: Callable[[], None]) -> None:
+    def pieces() -> Iterator[_Piece]:
+        for text in texts:
+            for piece in tokenizer.pieces(text.parts):
+                yield _Piece(text.doc_id, piece)
+            yield _Piece(text.doc_id, None)
+
+    def work(group: Sequence[_Piece], check: Callable[[], None]) -> None:
         current, reported = 0, rows.totals["bytes"]
 
         def end_documents(stop: int) -> None:
             nonlocal current
-            for text in group[current:stop]:
-                rows.add(text.doc_id, ending, 0)
-                rows.end_document(text.doc_id)
+            for piece in group[current:stop]:
+                if piece.text is None:
+                    rows.add(piece.doc_id, ending, 0)
+                    rows.end_document(piece.doc_id)
             current = stop
 
-        for index, ids, size in tokenizer.encode_parts([text.text for text in group]):
+        for index, ids, size in tokenizer.encode_parts([piece.text or "" for piece in group]):
             check()
             end_documents(index)
             rows.add(group[index].doc_id, ids, size)
@@ -199,7 +222,7 @@ def _run(
             rows.flush()
         report()
 
-    in_two_threads(texts, lambda text: len(text.text), TEXT_CHARS, work, abandon=prompt)
+    in_two_threads(pieces(), lambda piece: len(piece.text or ""), TEXT_CHARS, work, abandon=prompt)
     rows.flush()
 
 

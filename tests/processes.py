@@ -49,7 +49,7 @@ def kill_and_resume(start: Start, command: list[str | Path], folder: Path, kills
     assert process.wait() == 0
     seconds, writing = time.monotonic() - began, time.monotonic() - writing
     whole = contents(folder / "whole")
-    shards = {name for name in whole if name.endswith(".arrow")}
+    shards = {name for name in whole if name.endswith(".arrow")} - {"_manifest.arrow"}
     chance = random.Random(1)
     killed = in_the_middle = 0
     for attempt in range(50):
@@ -74,7 +74,7 @@ def kill_and_resume(start: Start, command: list[str | Path], folder: Path, kills
                 found = contents(place) if place.exists() else {}
                 finished = shards & found.keys()
                 in_the_middle += 0 < len(finished) < len(shards)
-                assert "_manifest.json" not in found or finished == shards
+                assert "_manifest.arrow" not in found or finished == shards
                 assert all(found[name] == whole[name] for name in finished)
         if enough:
             return
@@ -157,6 +157,6 @@ def assert_full(process: subprocess.Popen, reason: str, folder: Path, whole: dic
     found = contents(folder)
     shards = [name for name in found if name.endswith(".arrow")]
     assert all(found[name] == whole[name] for name in shards)
-    assert "_manifest.json" not in found
+    assert "_manifest.arrow" not in found
     assert not [name for name in found if name.endswith(".tmp")]
     return shards

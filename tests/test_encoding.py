@@ -3,6 +3,7 @@ out is the Arrow table that DESIGN.md promises."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pyarrow.ipc as ipc
 import pytest
 import torch
 
-from longnet_cli.data.shards import ShardFolder, read_manifest
+from longnet_cli.data.manifest import read_manifest
+from longnet_cli.data.shards import ShardFolder
 from longnet_cli.data.sources import Document
 from longnet_cli.encoding import EncodeOptions, encode, encode_to_folder
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model.weights import model_digest
 
 BOS = 256
 SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32}
@@ -133,6 +136,7 @@ def test_schema_and_metadata_are_the_contract(model: LongNet, embedding_dtype: s
     assert reader.schema.equals(pa.schema(fields | {"embedding": pa.list_(number, 16)}))
     assert reader.schema.metadata == {
         b"longnet.model": b"tiny",
+        b"longnet.model_sha256": model_digest(model).encode(),
         b"longnet.pooling": b"last",
         b"longnet.normalized": b"false",
         b"longnet.tokenizer_sha256": b"ab12",
@@ -151,11 +155,14 @@ def test_a_document_may_come_without_bos(model: LongNet) -> None:
     np.testing.assert_allclose(vectors(table)[0], expected, atol=1e-5)
 
 
-def test_an_empty_document_is_named(model: LongNet) -> None:
+def test_an_empty_document_has_no_vector(model: LongNet) -> None:
     """A zero vector would look like an answer."""
-    reader = encode(model, [make_document(5), make_document(0, "hollow")], EncodeOptions(bos=BOS))
-    with pytest.raises(DataError, match=r"hollow\.txt: document 'hollow' is empty"):
-        reader.read_all()
+    documents, empty = [make_document(5), make_document(0, "hollow"), make_document(7, "b")], []
+    table = encode(model, documents, EncodeOptions(bos=BOS), on_empty=empty.append).read_all()
+    assert table["doc_id"].to_pylist() == ["a", "b"]
+    assert [document.doc_id for document in empty] == ["hollow"]
+    with pytest.raises(DataError, match="nothing to encode: every document is empty"):
+        encode(model, [make_document(0, "hollow")], EncodeOptions(bos=BOS)).read_all()
 
 
 def test_a_model_without_vocabulary_reads_no_tokens() -> None:
@@ -276,7 +283,12 @@ def test_a_default_chunk_is_that_of_the_run_before(tmp_path: Path, monkeypatch: 
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_an_empty_document_leaves_the_shards_before_it(model: LongNet, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="'hollow' is empty"):
-        write(model, tmp_path, [*DOCUMENTS[:7], make_document(0, "hollow")])
-    assert sorted(contents(tmp_path)) == ["_unfinished.json", "vectors-00000.arrow", "vectors-00001.arrow"]
+def test_empty_documents_are_counted_and_change_no_shard(model: LongNet, tmp_path: Path) -> None:
+    write(model, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        write(model, tmp_path / "out", chain([make_document(0, "hollow")], stopped_at(7)))
+    write(model, tmp_path / "out", [make_document(0, "hollow"), *DOCUMENTS, make_document(0, "void")], resume=True)
+    found, whole = contents(tmp_path / "out"), contents(tmp_path / "whole")
+    assert found.pop("_manifest.arrow") != whole.pop("_manifest.arrow")
+    assert found == whole
+    assert read_manifest(tmp_path / "out").totals["empty"] == 2

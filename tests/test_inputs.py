@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from test_sources import write_stream
 
+from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.sources import read_texts
 from longnet_cli.data.tables import reading
 from longnet_cli.data.tokenizer import Tokenizer
@@ -50,7 +51,8 @@ def test_shards_in_a_folder_are_read_alone_and_in_their_order(tmp_path):
 
 def test_what_longnet_wrote_below_a_folder_is_passed_over_beside_anything_else(tmp_path):
     for folder, files in {
-        "tokens": ("_manifest.json", "tokens-00000.arrow"),
+        "tokens": ("_manifest.arrow", "tokens-00000.arrow"),
+        "older": ("_manifest.json", "tokens-00000.arrow"),
         "vectors": ("_unfinished.json", "tokenizer.json"),
         "run": ("recipe.json", "metrics.jsonl"),
     }.items():
@@ -58,7 +60,10 @@ def test_what_longnet_wrote_below_a_folder_is_passed_over_beside_anything_else(t
         for file in files:
             (tmp_path / folder / file).write_text("{}")
     write_stream(tmp_path / "tokens/tokens-00000.arrow", pa.table({"text": ["x"], "doc_id": ["t"]}))
+    (tmp_path / "older/tokens-00000.arrow").unlink()
+    (tmp_path / "tokens/_manifest.arrow").unlink()  # not a manifest, but a mark
     assert names(tmp_path) == ["t"]  # there is nothing else
+    (tmp_path / "tokens/_manifest.arrow").touch()
     (tmp_path / "a.txt").write_text("x")
     assert names(tmp_path) == ["a.txt"]
 
@@ -71,13 +76,14 @@ def test_an_output_below_an_input_is_no_input(tmp_path, run_longnet):
     again = run_longnet("encode", ".", "-o", "vectors", "--shard-rows", "1", "--resume")
     assert again.returncode == 0, again.stderr
     for folder in ("tokens", "vectors"):
-        assert json.loads((tmp_path / folder / "_manifest.json").read_text())["totals"]["documents"] == 2
+        assert read_manifest(tmp_path / folder).totals["documents"] == 2
 
 
 @pytest.mark.parametrize("text", ["[]", "{bad", '{"shards": 3}', "[" * 200_000])
-def test_a_damaged_manifest_is_named(tmp_path, text):
-    (tmp_path / "_manifest.json").write_text(text)
-    with pytest.raises(DataError, match=r"_manifest\.json: changed or damaged after it was written"):
+@pytest.mark.parametrize("name", ["_manifest.json", "_manifest.arrow", "_manifest.parquet"])
+def test_a_damaged_manifest_is_named(tmp_path, text, name):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}: changed or damaged after it was written"):
         names(tmp_path)
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from longnet_cli.attention import Pattern
 from longnet_cli.cli.app import app
+from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
@@ -82,8 +83,7 @@ def test_score_and_encode_take_a_pattern_and_record_it(model: Path, text: Path, 
 def test_a_folder_of_vectors_is_resumed_with_its_pattern(model: Path, text: Path, tmp_path: Path) -> None:
     command = ["encode", text, "--model", model, "-o", tmp_path / "vectors"]
     assert run(*command, "--pattern", "16/1").exit_code == 0
-    manifest = json.loads((tmp_path / "vectors/_manifest.json").read_text())
-    assert manifest["settings"]["pattern"] == "16/1"
+    assert read_manifest(tmp_path / "vectors").settings["pattern"] == "16/1"
     assert run(*command, "--pattern", "16/1", "--resume").exit_code == 0
     assert "pattern was '16/1' and is now '8/1,32/2'" in refused(*command, "--resume")
 

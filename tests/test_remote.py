@@ -88,14 +88,14 @@ def test_folders_and_globs_are_as_on_a_disk(store):
 
 def test_a_failure_is_one_line_that_names_the_uri(store):
     (store / "bad.arrow").write_bytes((store / "part-2.arrow").read_bytes()[:-3])
-    (store / "empty.txt").touch()
+    (store / "empty.arrow").touch()
     (store / "no").mkdir()
     for uri, problem in [
         ("store://bucket/nope.arrow", "no such file or folder"),
         ("store://bucket/*.csv", "no file matches"),
         ("store://bucket/no", "no such file or folder"),
         ("store://bucket/bad.arrow", "damaged or truncated"),
-        ("store://bucket/empty.txt", "the file is empty"),
+        ("store://bucket/empty.arrow", "the file is empty"),
     ]:
         with pytest.raises(DataError, match=problem) as caught:
             read(uri)

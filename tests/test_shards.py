@@ -1,6 +1,5 @@
 """Proves that a folder of shards is whole or says that it is not, and resumes anywhere to the same bytes."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,10 +9,12 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 
-from longnet_cli.data import shards
 from longnet_cli.data.inputs import find_sources
-from longnet_cli.data.shards import FINISHED, UNFINISHED, ShardFolder, read_manifest
+from longnet_cli.data.manifest import UNFINISHED, read_manifest
+from longnet_cli.data.shards import ShardFolder
 from longnet_cli.errors import ConfigError, DataError
+
+FINISHED = "_manifest.arrow"
 
 # Rows of embeddings, to show that nothing here knows of tokens: a document has several.
 SCHEMA = pa.schema([("doc_id", pa.string()), ("embedding", pa.list_(pa.float32(), 2))], metadata={"longnet.model": "m"})
@@ -50,9 +51,8 @@ def test_a_finished_folder_holds_its_shards_and_a_manifest_of_them(tmp_path):
     assert [path.name for path in folder.paths] == names
     assert folder.finished
     assert dict(folder.totals) == {"rows": 21, "documents": 7, "tokens": 70}
-    manifest = json.loads((folder.folder / FINISHED).read_bytes())
-    assert manifest["totals"] == dict(folder.totals)
-    assert manifest["shards"][3] == {"name": names[3], "rows": 3, "documents": 1, "tokens": 10}
+    assert (found := read_manifest(folder.folder)).totals == folder.totals
+    assert found.shards[3] == {"name": names[3], "rows": 3, "documents": 1, "tokens": 10}
     tables = [ipc.open_file(path).read_all() for path in folder.paths]
     assert pa.concat_tables(tables)["doc_id"].to_pylist() == [str(row // 3) for row in range(21)]
 
@@ -161,7 +161,7 @@ def test_a_second_writer_is_refused(tmp_path):
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert "another process is writing" in done.stdout
     write(tmp_path / "other")  # the lock is gone with the writer
-    assert shards.read_manifest(tmp_path / "other").finished
+    assert read_manifest(tmp_path / "other").finished
 
 
 def test_a_reader_takes_no_half_of_a_data_set(tmp_path):
@@ -174,3 +174,29 @@ def test_a_reader_takes_no_half_of_a_data_set(tmp_path):
     folder.paths[1].unlink()
     with pytest.raises(DataError, match=r"vectors-00001\.arrow: no such file"):
         find_sources([tmp_path / "out"])
+
+
+def test_a_finished_folder_of_parquet_resumes_too(tmp_path):
+    def run(place: Path, fail_at: int | None = None, resume: bool = False) -> None:
+        with ShardFolder(place, SCHEMA, settings=SETTINGS, format="parquet", resume=resume) as folder:
+            for document in range(folder.documents, 5):
+                if document == fail_at:
+                    raise KeyboardInterrupt
+                folder.write(rows(document), documents=1)
+                folder.end_shard()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", fail_at=3)
+    with pytest.raises(ConfigError, match="shard_format was 'parquet' and is now None"):
+        write(tmp_path / "out", resume=True)
+    run(tmp_path / "out", resume=True)
+    run(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    names = ["_manifest.parquet", *(f"shard-0000{index}.parquet" for index in range(5))]
+    assert sorted(os.listdir(tmp_path / "out")) == names
+    assert [source.name for source in find_sources([tmp_path / "out"])] == names[1:]
+    assert read_manifest(tmp_path / "out").totals["rows"] == 15
+    os.truncate(tmp_path / "out/shard-00001.parquet", 100)
+    (tmp_path / "out/_unfinished.json").write_text(read_manifest(tmp_path / "out").to_json())
+    with pytest.raises(DataError, match=r"shard-00001\.parquet: cannot resume"):
+        run(tmp_path / "out", resume=True)

@@ -204,7 +204,9 @@ def test_text_files_are_read_byte_for_byte(tmp_path):
     assert tokens(documents) == IDS
     assert [document.doc_id for document in documents] == ["0.txt", "1.txt", "2.txt"]
     (tmp_path / "crlf.txt").write_bytes("\ufeffa\r\nb".encode())
-    assert next(read_texts([tmp_path / "crlf.txt"])).text == "\ufeffa\r\nb"
+    assert next(read_texts([tmp_path / "crlf.txt"])).text == "a\r\nb"  # a mark is no text
+    (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf")
+    assert [document.read().tolist() for document in read(tmp_path / "empty.txt")] == [[]]
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

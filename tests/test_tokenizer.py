@@ -1,6 +1,7 @@
 """Proves that the tokenizer is lossless, counts bytes exactly, and that cutting long texts does not change tokens."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_cutting_a_long_text_changes_no_token(trained, monkeypatch):
     whole = library(trained).encode(text, add_special_tokens=False).ids
     monkeypatch.setattr(module, "PIECE", 7)
     monkeypatch.setattr(module, "GROUP", 50)
-    assert len(list(module.cut_text(text))) > 100
+    assert len(list(module.cut_text([text]))) > 100
     assert trained.encode(text).tolist() == whole
     parts = list(trained.encode_parts([text, "", text]))
     for owner, expected in enumerate((whole, [], whole)):
@@ -86,7 +87,7 @@ def test_a_tokenizer_whose_words_cross_the_cuts_is_not_cut(monkeypatch):
 @pytest.mark.parametrize("text", ["the cat sat " * 100_000, "漢" * 3_000_000, "ACGT" * 700_000 + " end", "a1" * 99_999])
 def test_pieces_are_bounded_whatever_the_text(text):
     # Encoding one piece takes more than linear time, so bounded pieces are what keeps a long text linear.
-    pieces = list(module.cut_text(text))
+    pieces = list(module.cut_text([text]))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= (module.LONGEST_PIECE if " " not in text[:9] and "1" not in text else 70_000)
 
@@ -149,7 +150,58 @@ def test_the_end_of_text_is_named_by_token_or_id(trained: Tokenizer) -> None:
         ("-1", None, "does not fit 64 bits"),
         ("9" * 5000, None, "does not fit 64 bits"),
         (str(trained.vocab_size), trained, f"does not fit a vocabulary of {trained.vocab_size}"),
-        (True, bare, "the tokenizer has no end-of-text token"),
+        (True, bare, r"no end-of-text token: neither tokenizer_config\.json \(eos_token or sep_token\).*\[SEP\]"),
     ):
         with pytest.raises(ConfigError, match=message):
             end_of_text(name, tokenizer)
+
+
+def test_the_end_of_text_is_what_tokenizer_config_says(tmp_path: Path) -> None:
+    inner = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    names = ["<|im_end|>", "<|endoftext|>", "[SEP]", "<|eot_id|>", "<|end\u2581of\u2581sentence|>", "STOP"]
+    inner.add_special_tokens(names)
+    inner.save(str(tmp_path / "tokenizer.json"))
+
+    def end(settings: object) -> str:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        words = Tokenizer.load(tmp_path)
+        assert words.sha256 == Tokenizer.from_file(tmp_path / "tokenizer.json").sha256
+        return words.token_of(words.eos_id)
+
+    for name in names:
+        assert end({"eos_token": name}) == end({"eos_token": {"content": name, "lstrip": False}}) == name
+    assert end({"eos_token": None, "sep_token": "[SEP]"}) == "[SEP]"
+    assert end({"eos_token": "</s>"}) == end({}) == end([]) == "<|endoftext|>"  # the first known one that is there
+    copy = tmp_path / "copy.json"
+    inner.save(str(copy))
+    assert end({"eos_token": "STOP"}) == "STOP"
+    assert Tokenizer.of_model(tmp_path, str(copy)).eos_id == inner.token_to_id("STOP")  # equal: the model's own
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: cannot be read"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["[SEP]", "<|im_end|>", "<|eot_id|>", "<|end\u2581of\u2581sentence|>"])
+def test_the_end_of_text_is_known_by_its_usual_names(name: str) -> None:
+    inner = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    inner.add_special_tokens([name])
+    assert Tokenizer(inner).eos_id == 1
+
+
+@settings(max_examples=20)
+@given(st.text(alphabet="ab ,\u6f22", max_size=400), st.lists(st.integers(1, 90), min_size=1, max_size=5))
+def test_a_text_that_comes_in_parts_is_cut_as_the_whole(text: str, sizes: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE", 7)
+        patch.setattr(module, "LONGEST_PIECE", 30)
+        patch.setattr(module, "GROUP", 50)
+        parts, start = [], 0
+        while start < len(text):
+            size = sizes[len(parts) % len(sizes)]
+            parts.append(text[start : start + size])
+            start += size
+        assert list(module.cut_text(parts)) == list(module.cut_text([text]))
+        for words in (Tokenizer.bytes(), Tokenizer.load("longnet-tiny")):
+            found = list(words.encode_long(parts))
+            assert [x for ids, _ in found for x in ids.tolist()] == words.encode(text).tolist()
+            assert sum(size for _, size in found) == len(text.encode())

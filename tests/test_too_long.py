@@ -24,6 +24,7 @@ import transformers as hf
 
 from longnet_cli.cli.app import app
 from longnet_cli.data.bos import document_start
+from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, TooLongError
 
@@ -51,9 +52,9 @@ def run(*args: str | Path | int) -> Result:
     return CliRunner().invoke(app, [*map(str, args)])
 
 
-def totals(*args: str | Path | int) -> dict:
+def totals(*args: str | Path | int, code: int = 0) -> dict:
     result = run("score", *args, "--format", "json")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == code, result.output
     return json.loads(result.stdout)["total"]
 
 
@@ -111,14 +112,14 @@ def test_lengths_that_are_known_are_checked_before_work_starts(llama: Path, tmp_
 
 
 def test_bad_documents_are_left_out_and_counted(llama: Path, tmp_path: Path) -> None:
-    """Too long, with an id that the model does not have, and for vectors empty; a resumed run counts them again."""
+    """Too long, or with an id that the model does not have; one has no vector. A resumed run counts them again."""
     good, bad = table(5, 60), tmp_path / "bad.parquet"
     rows = pa.concat_tables([good.slice(0, 1), table(70), good.slice(1)])
     more = pa.table({"input_ids": pa.array([[1, 300], []], pa.large_list(pa.int32())), "doc_id": ["id", "empty"]})
     pq.write_table(pa.concat_tables([rows, more]), bad)
     pq.write_table(good, tmp_path / "good.parquet")
 
-    found, expected = totals(bad, "-m", llama, "--skip-bad"), totals(tmp_path / "good.parquet", "-m", llama)
+    found, expected = totals(bad, "-m", llama, "--skip-bad", code=6), totals(tmp_path / "good.parquet", "-m", llama)
     assert (found["n_skipped"], expected["n_skipped"]) == (2, 0)
     assert found["n_docs"] == expected["n_docs"] == 2
     assert found["nll_sum"] == pytest.approx(expected["nll_sum"], rel=1e-6)
@@ -131,15 +132,15 @@ def test_bad_documents_are_left_out_and_counted(llama: Path, tmp_path: Path) -> 
     assert isinstance(run("score", bad, "-m", llama, "--context", 8).exception, DataError)
 
     shards = ["encode", bad, "-m", llama, "-o", tmp_path / "out", "--shard-rows", 1, "--skip-bad"]
-    assert run(*shards).exit_code == 0
-    finished = tmp_path / "out" / "_manifest.json"
-    manifest = json.loads(finished.read_text())
-    assert manifest["totals"] == {"rows": 2, "documents": 2, "tokens": 65, "skipped": 3}
+    assert run(*shards).exit_code == 6
+    finished = tmp_path / "out" / "_manifest.arrow"
+    manifest = json.loads(read_manifest(tmp_path / "out").to_json())
+    assert manifest["totals"] == {"rows": 2, "documents": 2, "tokens": 65, "skipped": 2, "empty": 1}
     manifest["shards"].pop()
     (tmp_path / "out" / "_unfinished.json").write_text(json.dumps(manifest))
     finished.unlink()
-    assert run(*shards, "--resume").exit_code == 0
-    assert json.loads(finished.read_text())["totals"]["skipped"] == 3
+    assert run(*shards, "--resume").exit_code == 6
+    assert read_manifest(tmp_path / "out").totals["skipped"] == 2
 
     pq.write_table(table(70, 80), bad)
     nothing = run("score", bad, "-m", llama, "--skip-bad")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import torch
 
 from longnet_cli.atomic import locked_folder
@@ -66,6 +67,30 @@ def test_it_learns_and_leaves_a_model(corpus: Path, tmp_path: Path) -> None:
     assert model.config.vocab_size == 257  # the byte tokenizer's
     assert (tmp_path / "out/tokenizer.json").exists()
     assert Recipe.model_validate_json((tmp_path / "out/recipe.json").read_text()) == recipe(corpus)
+
+
+def test_the_recipe_names_the_end_of_text(corpus: Path, tmp_path: Path) -> None:
+    inner = tokenizers.Tokenizer.from_str(Tokenizer.bytes().to_json())
+    inner.add_special_tokens(["STOP"])
+    (tmp_path / "words").mkdir()
+    inner.save(str(tmp_path / "words/tokenizer.json"))
+    (tmp_path / "short.jsonl").write_text('{"text": "a dog"}\n{"text": "a fox"}\n' * 30)
+    settings = {"data.tokenizer": str(tmp_path / "words"), "data.train": [str(tmp_path / "short.jsonl")]}
+    settings["train.stages"] = [{"seq_len": 32, "steps": 1}]
+    seen = {}
+    for name, eos in (("own", None), ("named", "STOP"), ("by-id", 257)):
+        found = recipe(corpus, **settings, **({"data.eos": eos} if eos else {}))
+        seen[name] = train(found, tmp_path / name).loss
+        assert Tokenizer.of_model(tmp_path / name).eos_id == (257 if eos else 256)  # as a command reads the model
+    assert seen["named"] == seen["by-id"] != seen["own"]
+    saved = json.loads(recipe(corpus, **settings).model_dump_json())
+    assert recipe(corpus, **settings, **{"data.eos": "STOP"}).changed_since(saved) == ["data.eos"]
+    with pytest.raises(ConfigError, match="--eos </s>: the tokenizer has no such token"):
+        train(recipe(corpus, **settings, **{"data.eos": "</s>"}), tmp_path / "wrong")
+    bare = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
+    bare.save(str(tmp_path / "words/tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"<\|im_end\|>.*; training puts it between documents: .*data\.eos"):
+        train(recipe(corpus, **settings | {"data.train": [str(tmp_path / "missing")]}), tmp_path / "none")
 
 
 def test_accumulation_changes_nothing(corpus: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from longnet_cli.runtime.signals import unwind_on_signals
 EPILOG = (
     "Results go to stdout, everything else to stderr. Sizes: 1e9, 1_000_000, 32k (32 000), 64Ki (65 536). "
     "Exit codes: 0 ok, 1 failure, 2 usage or configuration, 3 bad data, 4 checkpoint, 5 does not fit in memory, "
-    "129, 130 or 143 stopped, 141 closed pipe."
+    "6 done but for what --skip-bad left out, 129, 130 or 143 stopped, 141 closed pipe."
 )
 
 # One function per command, in the order of a first day's work. Their modules import torch only when they run.

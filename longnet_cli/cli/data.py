@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from longnet_cli.cli.command import Command, Group
-from longnet_cli.cli.options import INPUT, OUTPUT, ColumnOption, EosOption, Inputs, QuietOption, option
+from longnet_cli.cli.options import INPUT, OUTPUT, ColumnOption, EosOption, IdColumnOption, Inputs, QuietOption, option
 from longnet_cli.cli.output import emit_json, printable
 from longnet_cli.cli.progress import progress
 
@@ -40,6 +40,7 @@ def inspect(
         ),
     ] = None,
     column: ColumnOption = None,
+    id_column: IdColumnOption = None,
     eos: EosOption = None,
     format: Annotated[Format, option(OUTPUT, "--format", "text|json", "Print a table to read, or one JSON value.")] = (
         "text"
@@ -56,7 +57,8 @@ def inspect(
 
     words = Tokenizer.load(tokenizer) if tokenizer else None
     with progress("inspecting", total=None, quiet=quiet) as advance:
-        found = run(inputs, words, column=column, eos_id=end_of_text(eos, words), on_progress=advance)
+        ending = end_of_text(eos, words)
+        found = run(inputs, words, column=column, id_column=id_column, eos_id=ending, on_progress=advance)
     if format == "json":
         emit_json(found.as_dict())
     else:

@@ -21,13 +21,16 @@ from longnet_cli.cli.options import (
     DilationRatesOption,
     DtypeOption,
     EosOption,
+    IdColumnOption,
     Inputs,
+    KeepOption,
     ModelOption,
     NprocOption,
     PatternOption,
     QuietOption,
     ResumeOption,
     SegmentLengthsOption,
+    ShardFormatOption,
     SkipBadOption,
     TokenizerDiffersOption,
     TokenizerOption,
@@ -46,6 +49,8 @@ def encode(
     tokenizer: TokenizerOption = None,
     tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
+    id_column: IdColumnOption = None,
+    keep: KeepOption = None,
     eos: EosOption = None,
     bos: BosOption = None,
     skip_bad: SkipBadOption = False,
@@ -110,6 +115,7 @@ def encode(
     shard_rows: Annotated[
         int | None, size_option(OUTPUT, "--shard-rows", "Start a new shard after this many vectors.", "16Ki")
     ] = None,
+    shard_format: ShardFormatOption = "arrow",
     resume: ResumeOption = False,
     nproc: NprocOption = None,
     device: DeviceOption = "auto",
@@ -134,10 +140,11 @@ def encode(
     """
     if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
-    refuse_overwriting("-o", [output], inputs, model, tokenizer)
+    refuse_overwriting("-o", [output], inputs, model, tokenizer, skip_bad)
     if spill and not os.path.isdir(spill):
         raise ConfigError(f"--spill {spill}: no such folder")
     launch(nproc, inputs, model)
+    from longnet_cli.data.documents import first_kept
     from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.sinks import ShardWriter, is_folder
@@ -151,6 +158,8 @@ def encode(
         raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
     if shard_rows is not None and not in_folder:
         raise ConfigError(f"{output}: --shard-rows is for a folder of shards: a single file or stream has no parts")
+    if shard_format != "arrow" and not in_folder:
+        raise ConfigError(f"{output}: --shard-format is for a folder of shards: one file is what its name says")
     earlier = run_to_resume(output, resume=resume) if in_folder else None
 
     from longnet_cli.runtime.ranks import join, leave
@@ -162,7 +171,13 @@ def encode(
         model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet, vectors=True
     )
     if net.row_size is not None:
-        of_tokens = {"--tokenizer": tokenizer, "--tokenizer-differs": tokenizer_differs, "--eos": eos, "--bos": bos}
+        of_tokens: dict[str, Any] = {
+            "--tokenizer": tokenizer,
+            "--tokenizer-differs": tokenizer_differs,
+            "--eos": eos,
+            "--bos": bos,
+            "--keep": keep,
+        }
         if given := [name for name, value in of_tokens.items() if value]:
             raise ConfigError(f"{model} reads vectors, which have no tokens: leave out {', '.join(given)}")
     from longnet_cli.encoding import SHARD_ROWS, EncodeOptions, encode_to_folder
@@ -170,11 +185,15 @@ def encode(
     from longnet_cli.model import SlideConfig
 
     eos_id = end_of_text(eos, words)
-    reading: dict[str, Any] = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
-    documents: Iterator[Any] = read_documents(inputs, words, **reading)
+    columns: dict[str, Any] = {"column": column, "id_column": id_column, "keep": tuple(keep or ())}
+    reading = {**columns, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
+    documents: Iterator[Any] = read_documents(inputs, words, **reading, skip_bad=skip_bad)
     if net.row_size is not None:
         in_grid = isinstance(net.config, SlideConfig) and net.config.grid > 0
-        documents = read_vectors(inputs, column, coords=in_grid)
+        documents = read_vectors(inputs, column, id_column, coords=in_grid)
+    kept: list[Any] = []
+    if keep:  # which waits for the first document
+        kept, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
     known = stored_documents(inputs, words, **reading) if limited else ()
     skipped = Skipped(quiet)
@@ -194,11 +213,13 @@ def encode(
     with progress("encoding", total=None, start=done, quiet=quiet) as advance:
         running: dict[str, Any] = {
             "known": known,
+            "kept": kept,
             "chunk": chunk,
             "spill": spill,
             "dtype": dtype,
             "ranks": ranks,
             "on_skip": skipped if skip_bad else None,
+            "on_empty": skipped.pass_over,
             "on_progress": advance,
         }
         if in_folder:
@@ -207,8 +228,14 @@ def encode(
                 documents,
                 output,
                 options,
-                settings={"inputs": inputs_fingerprint(inputs), "column": column, "eos": eos_id},
+                settings={
+                    "inputs": inputs_fingerprint(inputs),
+                    "column": column,
+                    **({"id_column": id_column} if id_column else {}),
+                    "eos": eos_id,
+                },
                 shard_rows=shard_rows or SHARD_ROWS,
+                shard_format=shard_format,
                 resume=resume,
                 **running,
             )
@@ -218,5 +245,5 @@ def encode(
                 for batch in batches:
                     if writer:
                         writer.write(batch)
-    skipped.say()
     leave()
+    skipped.end(ranks.first)

@@ -215,7 +215,9 @@ def _messages(sources: _Sources, template: ChatTemplate, column: str | None) -> 
 
     given = [Text("prompt", sources.prompt, "PROMPT")] if sources.prompt is not None else None
     for text in given or read_texts(sources.inputs, column):
-        yield Document(text.doc_id, template.encode(text.text), None, text.where, limit=template.words.vocab_size)
+        yield Document(
+            text.doc_id, template.encode("".join(text.parts)), None, text.where, limit=template.words.vocab_size
+        )
 
 
 def _new_seed() -> int:

@@ -19,7 +19,7 @@ def launch(nproc: int | None, inputs: Sequence[str] = (), model: str | None = No
     several = under_torchrun() or (nproc or 1) > 1
     if model is not None and is_of_transformers(find_model(model, files=True)) and several:
         raise ConfigError(f"{model}: a Hugging Face model runs in one process, without --nproc or torchrun")
-    if "-" in inputs and several:
+    if {"-", "@-"} & {*inputs} and several:
         raise ConfigError("stdin can be read by one process: save it to a file, which every rank reads for itself")
     if nproc is not None:
         start_ranks(nproc)

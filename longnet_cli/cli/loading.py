@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import typer
+
 from longnet_cli.cli.output import printable
+from longnet_cli.errors import LEFT_OUT
 
 if TYPE_CHECKING:
     import torch
@@ -21,16 +24,15 @@ if TYPE_CHECKING:
 
 
 def refuse_overwriting(
-    option: str, outputs: Sequence[str], inputs: Sequence[str], model: str, tokenizer: str | None
+    option: str, outputs: Sequence[str], inputs: Sequence[str], model: str, tokenizer: str | None, skip_bad: bool
 ) -> None:
     """Raise ConfigError for an output that is an input, or a file of the model or the tokenizer."""
     from longnet_cli.data import overwriting
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.presets import find_model
 
-    overwriting.refuse_overwriting(
-        option, outputs, inputs, [find_model(model, files=True), Tokenizer.find(tokenizer) if tokenizer else None]
-    )
+    also = [find_model(model, files=True), Tokenizer.find(tokenizer) if tokenizer else None]
+    overwriting.refuse_overwriting(option, outputs, inputs, also, skip_bad=skip_bad)
 
 
 class Loaded(NamedTuple):
@@ -109,18 +111,28 @@ def _template(folder: Path, words: Tokenizer | None) -> ChatTemplate:
 
 
 class Skipped:
-    """Tells on stderr of each document that --skip-bad leaves out, unless `quiet`, and counts them."""
+    """Tells on stderr of what --skip-bad leaves out, and how many documents are empty, unless `quiet`; counts them."""
 
     def __init__(self, quiet: bool) -> None:
-        self.number, self._quiet = 0, quiet
+        self.number, self.empty, self._quiet = 0, 0, quiet
 
     def __call__(self, document: Document, error: LongNetError) -> None:
+        """Take a document, a row or a file that is left out, and why."""
         self.number += 1
-        if not self._quiet and sys.stderr:
-            why = getattr(error, "why", str(error))
-            print(printable(f"longnet: note: left out: {why}"), file=sys.stderr)
+        self._say(f"left out: {getattr(error, 'why', str(error))}")
 
-    def say(self) -> None:
-        """Say how many they were."""
-        if self.number and not self._quiet and sys.stderr:
-            print(f"longnet: note: {self.number} document{'s' * (self.number > 1)} left out", file=sys.stderr)
+    def pass_over(self, document: Document) -> None:
+        """Take a document in which there is nothing."""
+        self.empty += 1
+
+    def end(self, first: bool) -> None:
+        """Say how many they were, and end with exit code 6 where one was left out and this is the `first` rank."""
+        for number, what in ((self.empty, "empty"), (self.number, "left out")):
+            if number:
+                self._say(f"{number} document{'s' * (number > 1)} {what}")
+        if self.number and first:
+            raise typer.Exit(LEFT_OUT)
+
+    def _say(self, line: str) -> None:
+        if not self._quiet and sys.stderr:
+            print(printable(f"longnet: note: {line}"), file=sys.stderr)

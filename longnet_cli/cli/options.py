@@ -66,6 +66,14 @@ def _option_parser(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return parse_option
 
 
+def parse_names(text: str) -> tuple[str, ...]:
+    """`title,meta.url`: names with commas between them, each once."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"'{text}' is no list of names: write each once, with commas between them")
+    return names
+
+
 def option(panel: str, names: str, metavar: str | None, help: str, default: str | bool = True, **more: Any) -> Any:
     """`Annotated[str, option(MODEL, "--model -m", "NAME|DIR", "Use this model.")]`, in a panel of the help.
 
@@ -132,7 +140,27 @@ TokenizerDiffersOption = Annotated[
 ]
 ColumnOption = Annotated[
     str | None,
-    option(INPUT, "--column", "NAME", "Read this column.", "input_ids, tokens, token_ids or ids, otherwise text"),
+    option(
+        INPUT,
+        "--column",
+        "NAME",
+        "Read this column, or doc.body in doc.",
+        "input_ids, tokens, token_ids or ids, otherwise text",
+    ),
+]
+IdColumnOption = Annotated[
+    str | None,
+    option(INPUT, "--id-column", "NAME", "Name documents by this column.", "doc_id, otherwise id"),
+]
+KeepOption = Annotated[
+    Sequence[str] | None,
+    option(
+        INPUT,
+        "--keep",
+        "COLUMN,...",
+        "Carry these columns to the output.",
+        parser=_option_parser(parse_names),
+    ),
 ]
 EosOption = Annotated[
     str | None,
@@ -160,7 +188,7 @@ SkipBadOption = Annotated[
         INPUT,
         "--skip-bad",
         None,
-        "Leave out documents that the model cannot read, and count them.",
+        "Leave out what cannot be read: exit code 6.",
     ),
 ]
 PatternOption = Annotated[
@@ -185,6 +213,10 @@ SegmentLengthsOption = Annotated[
 ]
 DilationRatesOption = Annotated[
     Sequence[int] | None, sizes_option(PATTERN, "--dilation-rates", "List one dilation rate per segment length.")
+]
+ShardFormatOption = Annotated[
+    Literal["arrow", "parquet"],
+    option(OUTPUT, "--shard-format", "arrow|parquet", "Write shards of this format."),
 ]
 ResumeOption = Annotated[
     bool,

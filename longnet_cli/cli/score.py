@@ -19,7 +19,9 @@ from longnet_cli.cli.options import (
     DilationRatesOption,
     DtypeOption,
     EosOption,
+    IdColumnOption,
     Inputs,
+    KeepOption,
     ModelOption,
     NprocOption,
     PatternOption,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 Format = Literal["text", "json", "jsonl"]
 MEASURE = "What to measure"
+ROW_KEYS = {"kind", "doc_id", "context", "nll_sum", "n_tokens", "n_bytes", "ppl", "bpb", "by_position", "by_recall"}
 
 
 def score(
@@ -48,6 +51,8 @@ def score(
     tokenizer: TokenizerOption = None,
     tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
+    id_column: IdColumnOption = None,
+    keep: KeepOption = None,
     eos: EosOption = None,
     bos: BosOption = None,
     skip_bad: SkipBadOption = False,
@@ -136,10 +141,14 @@ def score(
     """
     from longnet_cli.errors import ConfigError
 
+    if keep and format == "text":
+        raise ConfigError("--keep carries columns to rows of JSON: give --format jsonl or json")
+    if keep and (taken := sorted({*keep} & ROW_KEYS)):
+        raise ConfigError(f"--keep {taken[0]}: the output has a key of this name")
     if token_logprobs == "-":
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
     if token_logprobs:
-        refuse_overwriting("--token-logprobs", [token_logprobs], inputs, model, tokenizer)
+        refuse_overwriting("--token-logprobs", [token_logprobs], inputs, model, tokenizer, skip_bad)
     launch(nproc, inputs, model)
     from longnet_cli.data.sources import read_documents, stored_documents
     from longnet_cli.data.tokenizer import end_of_text
@@ -151,19 +160,21 @@ def score(
     quiet = quiet or not ranks.first
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
     net, words, before, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
-    seen = format_pattern(net.config.pattern)
     if asked and not quiet and sys.stderr:
-        print(f"pattern {seen}", file=sys.stderr)
+        print(f"pattern {format_pattern(net.config.pattern)}", file=sys.stderr)
+    from longnet_cli.model.weights import model_origin
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
 
     eos_id = end_of_text(eos, words)
-    reading: dict[str, Any] = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
-    documents = read_documents(inputs, words, **reading)
+    columns: dict[str, Any] = {"column": column, "id_column": id_column, "keep": tuple(keep or ())}
+    reading = {**columns, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
+    documents = read_documents(inputs, words, **reading, skip_bad=skip_bad)
     limited = net.config.max_tokens is not None and not skip_bad
     known = stored_documents(inputs, words, **reading) if limited else ()
     skipped = Skipped(quiet)
-    tokens = write_token_logprobs(token_logprobs) if token_logprobs and ranks.first else nullcontext()
+    origin = model_origin(net, model, words.sha256 if words else None) if ranks.first else {}
+    tokens = write_token_logprobs(token_logprobs, origin) if token_logprobs and ranks.first else nullcontext()
     with progress("scoring", total=None, quiet=quiet) as advance, tokens as on_tokens:
         scores = run(
             net,
@@ -185,15 +196,17 @@ def score(
             on_progress=advance,
         )
         if ranks.first:
-            _print(scores, format, Total(context or [None]), seen, skipped)
+            _print(scores, format, Total(context or [None]), origin, skipped)
         else:
             for _ in scores:
                 pass
-    skipped.say()
     leave()
+    skipped.end(ranks.first)
 
 
-def _print(scores: Iterator[DocumentScore], format: Format, total: Total, pattern: str, skipped: Skipped) -> None:
+def _print(
+    scores: Iterator[DocumentScore], format: Format, total: Total, origin: dict[str, str], skipped: Skipped
+) -> None:
     """Each document as soon as it is scored (except in the one value of json), and the total at last."""
     several = len(total.contexts) > 1
     rows = []
@@ -204,13 +217,15 @@ def _print(scores: Iterator[DocumentScore], format: Format, total: Total, patter
             values["context"] = document.context
         if document.by_recall:
             values |= document.by_recall.as_dict()
+        values |= document.kept
         if format == "text":
             _print_row(document.doc_id, document.score, document.context if several else None, header=index == 0)
         elif format == "jsonl":
             emit_jsonl({"kind": "document", **values})
         else:
             rows.append(values)
-    totals = [{**values, "pattern": pattern, "n_skipped": skipped.number} for values in total.as_dicts()]
+    known = {key.removeprefix("longnet."): value for key, value in origin.items() if key != "longnet.model"}
+    totals = [{**values, **known, "n_skipped": skipped.number} for values in total.as_dicts()]
     if format == "text":
         for score, context in zip(total.scores, total.contexts, strict=True):
             _print_row("total", score, context if several else None)

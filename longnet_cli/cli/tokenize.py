@@ -5,7 +5,18 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-from longnet_cli.cli.options import INPUT, OUTPUT, Inputs, QuietOption, ResumeOption, bare_or, option, size_option
+from longnet_cli.cli.options import (
+    INPUT,
+    OUTPUT,
+    IdColumnOption,
+    Inputs,
+    QuietOption,
+    ResumeOption,
+    ShardFormatOption,
+    bare_or,
+    option,
+    size_option,
+)
 from longnet_cli.cli.output import format_count, printable
 from longnet_cli.cli.progress import progress
 from longnet_cli.errors import ConfigError
@@ -21,15 +32,17 @@ def tokenize(
             OUTPUT,
             "--output -o",
             "PATH",
-            "Write a new folder of shards and tokenizer.json, one .arrow, .parquet or .jsonl file, or - for stdout. "
+            "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for stdout, with the tokenizer. "
             "An existing file is replaced when the new one is whole.",
         ),
     ],
     shard_tokens: Annotated[
         int | None, size_option(OUTPUT, "--shard-tokens", "Start a new shard after this many tokens.", "128Mi")
     ] = None,
+    shard_format: ShardFormatOption = "arrow",
     resume: ResumeOption = False,
     column: Annotated[str | None, option(INPUT, "--column", "NAME", "Read this column.", "text")] = None,
+    id_column: IdColumnOption = None,
     tokenizer: Annotated[
         str,
         option(
@@ -63,8 +76,8 @@ def tokenize(
         raise ConfigError(
             "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
         )
+    from longnet_cli.data.manifest import read_manifest
     from longnet_cli.data.overwriting import refuse_overwriting
-    from longnet_cli.data.shards import read_manifest
     from longnet_cli.data.sinks import is_folder
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.tokenizing import SHARD_TOKENS, text_bytes, tokenizer_beside
@@ -72,6 +85,8 @@ def tokenize(
 
     if shard_tokens is not None and not is_folder(output):
         raise ConfigError(f"{output}: --shard-tokens is for a folder of shards: a single file or stream has no parts")
+    if shard_format != "arrow" and not is_folder(output):
+        raise ConfigError(f"{output}: --shard-format is for a folder of shards: one file is what its name says")
     beside = tokenizer_beside(output)
     refuse_overwriting("-o", [output, *([beside] if beside else [])], inputs, [Tokenizer.find(tokenizer)])
     earlier = read_manifest(output) if resume else None
@@ -89,7 +104,9 @@ def tokenize(
             tokenizer=tokenizer,
             train_vocab=train_vocab,
             column=column,
+            id_column=id_column,
             shard_tokens=shard_tokens or SHARD_TOKENS,
+            shard_format=shard_format,
             eos=bare_or(eos, True),
             resume=resume,
             on_progress=on_progress,

@@ -83,6 +83,12 @@ def train(
         bool, option(INPUT, "--tokenizer-differs", None, "Accept a tokenizer that is not that of the --init model.")
     ] = False,
     column: Annotated[str | None, option(INPUT, "--column", "NAME", "Read this column.", BY_RECIPE)] = None,
+    eos: Annotated[
+        str | None,
+        option(
+            INPUT, "--eos", "TOKEN|ID", "Put this token between documents.", "the recipe's, otherwise the tokenizer's"
+        ),
+    ] = None,
     output: Annotated[
         str, option(OUTPUT, "--output -o", "DIR", "Write checkpoints, metrics.jsonl and the model to this folder.")
     ] = "runs/train",
@@ -170,6 +176,7 @@ def train(
         "data.train": data,
         "data.tokenizer": tokenizer,
         "data.column": column,
+        "data.eos": eos,
         "model.pattern": pattern,
         "parallel.sp": sp,
         "parallel.dp": dp,

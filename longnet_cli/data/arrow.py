@@ -21,7 +21,7 @@ import pyarrow.ipc as ipc
 
 from longnet_cli.data.columns import stays_in_file
 from longnet_cli.data.files import StoredFile, StoredIds
-from longnet_cli.data.tables import Table, reading
+from longnet_cli.data.tables import Table, find_column, reading
 from longnet_cli.errors import DataError
 
 MAGIC = b"ARROW1"  # at both ends of a file, padded to 8 bytes at its beginning
@@ -154,9 +154,11 @@ class _Batches:
         if self.file is None or place is None:
             return
         memory = memoryview(body)
-        for name in columns:
-            buffers = batch.column(name).buffers()
-            if name == columns[0] and stays_in_file(self.schema, name):
+        for index, column in enumerate(columns):
+            found = find_column(self.schema, column)
+            assert found is not None
+            buffers = batch.column(found.root).buffers()
+            if index == 0 and not found.fields and stays_in_file(found.type):
                 buffers.pop()  # the ids, or numbers of vectors
             for buffer in buffers:
                 if buffer is None or not buffer.size:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longnet_cli.configuration import parse, read_text
-from longnet_cli.data.tokenizer import Tokenizer, token_id
+from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, special_token, token_id
 from longnet_cli.presets import is_of_transformers
 
 NONE = "none"
@@ -30,11 +30,9 @@ def document_start(folder: Path, words: Tokenizer | None, written: str | None = 
         return end
     if words and (ids := words.ids_before):
         return ids if ids[1:] else ids[0]
-    settings = _table(folder / "tokenizer_config.json")
-    token = settings.get("bos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if words and settings.get("add_bos_token") is True and isinstance(token, str):
-        found = words.id_of(token)
+    settings = _table(folder / SETTINGS)
+    if words and settings.get("add_bos_token") is True:
+        found = words.id_of(special_token(settings.get("bos_token")))
         if found is not None:
             return found
     found = _table(folder / "config.json").get("bos_token_id")

@@ -1,4 +1,4 @@
-"""A message as the prompt that a tokenizer's chat template makes of it.
+"""Messages as the text that a tokenizer's chat template makes of them: a prompt, or a whole chat.
 
 A template is a text of Jinja in the model's folder. It runs in Jinja's sandbox, which reads and changes nothing but
 what it is given here: messages and the names of special tokens. Special tokens come from the template alone: what looks
@@ -8,6 +8,7 @@ like one in a message is encoded as its characters, as everywhere.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,12 +18,12 @@ import numpy as np
 import tokenizers
 from jinja2 import ext, nodes, parser, sandbox
 
-from longnet_cli.configuration import parse, read_text
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.configuration import read_text
+from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, read_settings, special_token
 from longnet_cli.errors import ConfigError
 from longnet_cli.finite_json import to_json
 
-TEMPLATE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
 
 
 class ChatTemplate:
@@ -33,10 +34,10 @@ class ChatTemplate:
 
     def __init__(self, folder: Path, words: Tokenizer) -> None:
         self.where, self.words = str(folder), words
-        self._settings = _settings(folder / SETTINGS)
+        self._settings = read_settings(folder / SETTINGS)
         found = _template(folder, self._settings)
         if found is None:
-            raise ConfigError(f"{folder}: no chat template ({TEMPLATE}, or chat_template in {SETTINGS}) for --chat")
+            raise ConfigError(f"{folder}: no chat template ({TEMPLATE}, or chat_template in {SETTINGS}) for chats")
         environment = sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
@@ -52,10 +53,27 @@ class ChatTemplate:
 
     def encode(self, message: str) -> np.ndarray:
         """The prompt in which a user says `message` and an assistant is to answer: (tokens,) int64."""
-        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in message)
+        return self._encode([{"role": "user", "content": message}], prompt=True)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
+        """A chat of messages, each with a `role` and its `content`, from beginning to end: (tokens,) int64.
+
+        The `bos_token` that a template may put at its beginning is left out: who reads a document puts its own there.
+        """
+        ids = self._encode(messages, prompt=False)
+        first = self.words.id_of(special_token(self._settings.get("bos_token")))
+        return ids[1:] if first is not None and len(ids) and ids[0] == first else ids
+
+    def _encode(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> np.ndarray:
+        said = "".join(text for message in messages for text in message.values())
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
         special = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)")
         # broken by a mark in its middle, a special token of the message is one no more
-        rendered = self.render(special.sub(lambda found: found[0][:1] + mark + found[0][1:], message))
+        marked = [
+            {key: special.sub(lambda found: found[0][:1] + mark + found[0][1:], text) for key, text in message.items()}
+            for message in messages
+        ]
+        rendered = self._render(marked, prompt=prompt)
         broken = "|".join(re.escape(text[:1] + mark + text[1:]) for text in self._special)
         ids: list[int] = []
         for part in re.split(f"({broken or '(?!)'})", rendered):
@@ -67,11 +85,15 @@ class ChatTemplate:
 
     def render(self, message: str) -> str:
         """The text of the prompt. Raises ConfigError for what the template refuses."""
-        names = {key: _name(self._settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        messages = [{"role": "user", "content": message}]
+        return self._render([{"role": "user", "content": message}], prompt=True)
+
+    def _render(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> str:
+        names = {
+            key: special_token(self._settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=True, tools=None, documents=None, **names
+                messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **names
             )
         except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
             raise self._error(error) from None
@@ -94,16 +116,6 @@ def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        found = parse(read_text(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    return found if isinstance(found, dict) else {}
-
-
 def _template(folder: Path, settings: dict[str, Any]) -> str | None:
     """The file of its own, otherwise the one in tokenizer_config.json; of several by name, the default."""
     if (folder / TEMPLATE).exists():
@@ -115,9 +127,3 @@ def _template(folder: Path, settings: dict[str, Any]) -> str | None:
     if isinstance(found, list):
         found = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}.get("default")
     return found if isinstance(found, str) else None
-
-
-def _name(token: Any) -> str:
-    """A special token as tokenizer_config.json writes it; empty where it has none."""
-    found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else ""

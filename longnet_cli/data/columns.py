@@ -1,8 +1,11 @@
-"""Choose the column of a table that holds the documents, and check the type of their tokens."""
+"""Choose the columns of a table: documents, their names and what is carried along; and check the type of tokens."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 
-from longnet_cli.data.tables import TOKEN_COLUMNS, Table
+from longnet_cli.data.tables import CHAT_COLUMN, TOKEN_COLUMNS, Table, find_column
 from longnet_cli.errors import ConfigError, DataError
 
 INTEGERS = (
@@ -17,6 +20,59 @@ _LISTS = (
 )
 
 
+ID_COLUMNS = ("doc_id", "id")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The columns that are asked for by name: of documents, of their names, to be carried along. None is the usual one.
+
+    A dot leads into a column of structs: `doc.body`.
+    """
+
+    column: str | None = None
+    id_column: str | None = None
+    keep: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in (self.column, self.id_column, *self.keep) if name is not None]
+
+
+USUAL = Wanted()
+
+
+class Columns(NamedTuple):
+    """The columns of a table that are read, None for what there is not; `type` is that of the documents' column.
+
+    Neighbouring rows that are equal in `doc_id` are one document, whose rows `part` counts.
+    """
+
+    documents: str
+    type: pa.DataType
+    doc_id: str | None
+    part: str | None
+    keep: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Each once, the documents' column first."""
+        found = [name for name in (self.documents, self.doc_id, self.part, *self.keep) if name is not None]
+        return list(dict.fromkeys(found))
+
+
+def is_chat(kind: pa.DataType) -> bool:
+    """Return whether a column of this type holds chats: lists of messages, which have a `role` and a `content`."""
+    if not any(test(kind) for test in _LISTS):
+        return False
+    message = kind.value_type
+    if pa.types.is_map(message):  # as JSON Lines are read
+        return True
+    return pa.types.is_struct(message) and all(
+        message.get_field_index(name) >= 0 and is_text(message.field(name).type) for name in ("role", "content")
+    )
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Return whether a column of this type holds text, written out or as numbers of a dictionary (categorical)."""
     return (kind.value_type if pa.types.is_dictionary(kind) else kind) in _TEXTS
@@ -26,43 +82,72 @@ def _is_list(kind: pa.DataType) -> bool:
     return any(test(kind) for test in _LISTS) and kind.value_type in INTEGERS
 
 
-def choose_column(table: Table, column: str | None, *, text_only: bool = False) -> str:
-    """The column of documents: the one asked for, otherwise the one list of ids, otherwise the one flat or text column.
+def choose_columns(table: Table, wanted: Wanted, *, text_only: bool = False) -> Columns:
+    """Choose the columns to read. Documents are in the one asked for, otherwise in the list of ids, or a flat column.
 
-    Raises ConfigError, listing the columns, when none or several would do, DataError where its name is that of several.
+    Names of documents are in the column asked for, else in `doc_id`, else in `id`. Raises ConfigError, listing the
+    columns, when none or several would do, DataError where its name is that of several, or of a type that is no name.
     """
-    name = _choose(table, column, text_only)
-    for used in (name, "doc_id", "part"):
+    documents = _choose(table, wanted.column, text_only)
+    kind = _type(table, documents)
+    others = [name for name in ID_COLUMNS if name in table.schema.names and name != documents]
+    if others[:1] == ["id"] and not _is_name(_type(table, "id")):
+        others = []  # no name of ours
+    doc_id = wanted.id_column or next(iter(others), None)
+    if doc_id is not None and not _is_name(found := _type(table, doc_id)):
+        raise DataError(f"{table.where}: {doc_id} has type {found}: text or whole numbers are needed")
+    flat = kind in INTEGERS
+    if flat and (asked := [wanted.id_column] * (wanted.id_column is not None) + list(wanted.keep)):
+        raise ConfigError(
+            f"{table.where}: column {documents!r} is one stream of ids, in which a document has no row for {asked[0]!r}"
+        )
+    counts = doc_id is not None and "part" in table.schema.names and pa.types.is_integer(_type(table, "part"))
+    for name in wanted.keep:
+        _type(table, name)
+    chosen = Columns(documents, kind, None if flat else doc_id, "part" if counts and not flat else None, wanted.keep)
+    for used in (*chosen.names, "doc_id", "part"):
         if table.schema.names.count(used) > 1:
             raise DataError(f"{table.where}: several columns are named {used!r}: rename them, or leave the others out")
-    return name
+    return chosen
+
+
+def _is_name(kind: pa.DataType) -> bool:
+    return is_text(kind) or pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind)
+
+
+def _type(table: Table, name: str) -> pa.DataType:
+    """The type of a column. Raises ConfigError where there is none of this name."""
+    place = find_column(table.schema, name)
+    if place is None:
+        raise _refusal(table, f"there is no column {name!r}")
+    return place.type
+
+
+def _refusal(table: Table, problem: str) -> ConfigError:
+    columns = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
+    return ConfigError(f"{table.where}: {problem}; its columns are {columns}")
 
 
 def _choose(table: Table, column: str | None, text_only: bool) -> str:
-
-    def refuse(problem: str) -> ConfigError:
-        columns = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
-        return ConfigError(f"{table.where}: {problem}; its columns are {columns}")
-
     kinds = {field.name: field.type for field in table.schema}
     if column is not None:
-        if column not in kinds:
-            raise refuse(f"there is no column {column!r}")
-        kind = kinds[column]
-        if is_text(kind) or (not text_only and (kind in INTEGERS or _is_list(kind))):
+        kind = _type(table, column)
+        if is_text(kind) or (not text_only and (kind in INTEGERS or _is_list(kind) or is_chat(kind))):
             return column
-        raise refuse(f"column {column!r} does not hold {'text' if text_only else 'token ids or text'}")
+        raise _refusal(table, f"column {column!r} does not hold {'text' if text_only else 'token ids or text'}")
     flat = ["text"] if "text" in kinds and is_text(kinds["text"]) else []
     lists: list[str] = []
     if not text_only:
         lists = [name for name in TOKEN_COLUMNS if name in kinds and _is_list(kinds[name])]
         flat += [name for name in TOKEN_COLUMNS if kinds.get(name) in INTEGERS]
+        if not flat and CHAT_COLUMN in kinds and is_chat(kinds[CHAT_COLUMN]):
+            flat = [CHAT_COLUMN]
     found = lists or flat
     if len(found) > 1:
-        raise refuse(f"several columns may hold the documents ({', '.join(found)}): choose one (--column)")
+        raise _refusal(table, f"several columns may hold the documents ({', '.join(found)}): choose one (--column)")
     if not found:
-        names = "text" if text_only else f"{', '.join(TOKEN_COLUMNS)} or text"
-        raise refuse(f"no column named {names} with text or integers: choose one (--column)")
+        names = "text" if text_only else f"{', '.join(TOKEN_COLUMNS)}, text or {CHAT_COLUMN}"
+        raise _refusal(table, f"no column named {names} with text, integers or chats: choose one (--column)")
     return found[0]
 
 
@@ -72,9 +157,9 @@ class TokenTypes:
     def __init__(self) -> None:
         self.first: tuple[str, pa.DataType] | None = None
 
-    def check(self, table: Table, column: str) -> None:
+    def check(self, table: Table, columns: Columns) -> None:
         """DataError when another input had another type; text has none."""
-        kind = token_type(table.schema, column)
+        kind = token_type(columns.type)
         if kind is None or not table.typed:
             return
         self.first = self.first or (table.where, kind)
@@ -86,9 +171,8 @@ class TokenTypes:
             )
 
 
-def token_type(schema: pa.Schema, column: str) -> pa.DataType | None:
-    """The type of the ids in a column, None for text and for what no id can be of."""
-    kind = schema.field(column).type
+def token_type(kind: pa.DataType) -> pa.DataType | None:
+    """The type of the ids in a column of this type, None for text and for what no id can be of."""
     if kind in INTEGERS:
         return kind
     return kind.value_type if _is_list(kind) else None
@@ -104,7 +188,6 @@ def is_vectors(kind: pa.DataType) -> bool:
     return any(test(kind) for test in _LISTS[:3]) and is_vector(kind.value_type)
 
 
-def stays_in_file(schema: pa.Schema, column: str) -> bool:
-    """Return whether the numbers of a column, token ids or vectors, are read only when they are wanted."""
-    kind = schema.field(column).type
-    return token_type(schema, column) is not None or is_vector(kind) or is_vectors(kind)
+def stays_in_file(kind: pa.DataType) -> bool:
+    """Return whether the numbers of a column of this type, token ids or vectors, are read only when they are wanted."""
+    return token_type(kind) is not None or is_vector(kind) or is_vectors(kind)

@@ -2,8 +2,9 @@
 
 import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -49,12 +50,14 @@ class Document:
         *,
         limit: int | None = None,
         place: Callable[[int], str] | None = None,
+        kept: Mapping[str, pa.Scalar] | None = None,
     ) -> None:
         """`tokens` is an integer array, or the parts whose rows `place` can name.
 
-        `n_bytes` is the size of its UTF-8 text, or a tokenizer that can tell. Ids must be less than `limit`.
+        `n_bytes` is the size of its UTF-8 text, or a tokenizer that can tell. Ids must be less than `limit`. `kept` are
+        the values of columns that are carried along.
         """
-        self.doc_id = doc_id
+        self.doc_id, self.kept = doc_id, kept or {}
         self.where = where
         self._n_bytes = n_bytes
         self._limit = limit
@@ -143,6 +146,14 @@ class Document:
         return DataError(f"{where}: token id {ids[index]} does not fit a vocabulary of {self._limit or 1 << 63}")
 
 
+class Unread(Document):
+    """Stands, without tokens, for a file or a row that could not be read: `error` says why."""
+
+    def __init__(self, error: DataError) -> None:
+        super().__init__("", np.empty(0, np.int64), 0, str(error))
+        self.error = error
+
+
 def checked(
     documents: Iterable[Document],
     check: Callable[[Document], None],
@@ -155,6 +166,8 @@ def checked(
     """
     for document in documents:
         try:
+            if isinstance(document, Unread):
+                raise document.error
             check(document)
             for start in range(0, len(document) if on_skip else 0, document.block):
                 document.read(start, start + document.block)
@@ -164,6 +177,18 @@ def checked(
             on_skip(document, error)
         else:
             yield document
+
+
+def first_kept(documents: Iterable[Document]) -> tuple[list[pa.Field], Iterator[Document]]:
+    """Return the columns of what the first document carries along, and all documents."""
+    found: list[Document] = []
+    remaining = iter(documents)
+    for document in remaining:
+        found.append(document)
+        if not isinstance(document, Unread):
+            break
+    kept = found[-1].kept if found else {}
+    return [pa.field(name, value.type) for name, value in kept.items()], chain(found, remaining)
 
 
 def collect(parts: Iterable[Part]) -> list[Part]:

@@ -4,6 +4,8 @@ import json
 import re
 from collections.abc import Callable, Sequence
 
+from longnet_cli.data.compressed import SUFFIXES, bare_name, compression
+from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
 from longnet_cli.errors import ConfigError, DataError
 
 SHARD_SUFFIXES = (".arrow", ".feather", ".parquet")
@@ -23,7 +25,7 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     def listed(index: str, key: str, name: str) -> list[str] | None:
         """The shards that a file in the folder lists, None where it is not what was written."""
         try:
-            shards = [str(shard[name]) for shard in json.loads(read(index, None))[key]]
+            shards = [str(shard[name]) for shard in json.loads(manifest_text(index, read(index, None)))[key]]
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
         if missing := next((shard for shard in shards if shard not in names), None):
@@ -33,11 +35,11 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     # written by `datasets.save_to_disk`, beside caches that are no part of it
     if "state.json" in names and (shards := listed("state.json", "_data_files", "filename")):
         return shards
-    if "_unfinished.json" in names:  # of our own writer, which renames it when the last shard is there
+    if UNFINISHED in names:  # of our own writer, until the last shard is there
         raise DataError(f"{folder}: the run that wrote this data did not end: finish it with its command and --resume")
-    if "_manifest.json" in names:
-        if (shards := listed("_manifest.json", "shards", "name")) is None:
-            raise DataError(f"{folder}/_manifest.json: changed or damaged after it was written")
+    if manifest := manifest_in(names):
+        if (shards := listed(manifest, "shards", "name")) is None:
+            raise DataError(f"{folder}/{manifest}: changed or damaged after it was written")
         return shards
     if "dataset_dict.json" in names:
         splits = sorted({name.split("/")[0] for name in names if "/" in name})
@@ -48,10 +50,10 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     written = _written_folders(names)
     files = [file for file in files if not file.startswith(written)] or files
     for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
-        shards = [file for file in files if file.endswith(suffixes)]
+        shards = [file for file in files if bare_name(file).endswith(suffixes)]
         if shards:
             return [shard for shard in shards if "/" not in shard] or shards
-    chosen = [file for file in files if _looks_like_text(read(file, 8192))]
+    chosen = [file for file in files if _looks_like_text(file, read(file, 8192))]
     chosen = chosen or [file for file in files if file.endswith(HDF5_SUFFIXES)]  # last: among text, they are its data
     if not chosen:
         raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines, text or HDF5 files)")
@@ -64,7 +66,7 @@ def _written_folders(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         folder, slash, file = name.rpartition("/")
         inside.setdefault(folder + slash, set()).add(file)
-    marks = {"_unfinished.json"}, {"_manifest.json"}, {"recipe.json", "metrics.jsonl"}
+    marks = *({name} for name in (UNFINISHED, *FINISHED)), {"recipe.json", "metrics.jsonl"}
     return tuple(folder for folder, files in inside.items() if folder and any(mark <= files for mark in marks))
 
 
@@ -73,14 +75,22 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__pycache__"
 
 
-def _looks_like_text(head: bytes) -> bool:
-    """Return whether a file met in a folder is worth opening: images and empty `__init__.py` files are passed over."""
+def _looks_like_text(name: str, head: bytes) -> bool:
+    """Return whether a file met in a folder is worth opening: images and empty `__init__.py` files are not.
+
+    Of what is compressed, an archive of many files is no text.
+    """
+    if compression(head):
+        return name.endswith(SUFFIXES) and not bare_name(name).endswith(".tar")
     return bool(head) and (b"\0" not in head or sniff(head) not in ("text", "hdf5"))
 
 
 def natural_order(name: str) -> list[str | int]:
     """Sort key that puts part-2 before part-10."""
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
+ARROW_KINDS = ("file", "stream", "parquet")  # of `sniff`: tables, whose columns have types
 
 
 def sniff(head: bytes) -> str:

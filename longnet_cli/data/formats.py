@@ -1,8 +1,10 @@
 """Open a file by its contents: Arrow IPC file or stream, Parquet, HDF5, JSON Lines or UTF-8 text, whatever its name.
 
-A new format is one more case in `open_source`. Every failure is one line that names the file and the batch.
+Any of them may be compressed: then it is what it unpacks to, read as from a pipe. A new format is one more case in
+`_open_file` and `_open_pipe`. Every failure is one line that names the file and the batch.
 """
 
+import codecs
 import io
 import os
 import shutil
@@ -15,46 +17,54 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from longnet_cli.data import arrow
+from longnet_cli.data.columns import USUAL, Wanted
+from longnet_cli.data.compressed import bare_name, compression, unpack
 from longnet_cli.data.files import StoredFile, no_place
-from longnet_cli.data.folders import sniff
+from longnet_cli.data.folders import JSON_SUFFIXES, SHARD_SUFFIXES, sniff
 from longnet_cli.data.hdf5 import open_hdf5
 from longnet_cli.data.inputs import Source
 from longnet_cli.data.jsonlines import open_json_lines
-from longnet_cli.data.tables import Pipe, Table, Text, reading
+from longnet_cli.data.tables import Pipe, Table, Text, pick, reading
 from longnet_cli.errors import DataError
 
 PARQUET_BATCH_BYTES = 64 << 20
 TEXT_BUFFER = 1 << 20  # bytes read together of a text
+TEXT_PART = 16 << 20  # bytes of a text that are held together; what is longer goes through in parts
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 REMOTE_BUFFER = 8 << 20  # bytes of one request to a store
 
 
-def open_source(source: Source, column: str | None = None) -> Text | Table:
-    """Open one input; `column` is the one asked for, by which JSON Lines of other keys are known as such.
+def open_source(source: Source, wanted: Wanted = USUAL) -> Text | Table:
+    """Open one input; the columns `wanted` are those by which JSON Lines of other keys are known as such.
 
     Raises DataError for what is missing, empty, damaged, or neither a table nor UTF-8 text.
     """
     if source.path is None:
-        return _open_pipe(source, sys.stdin.buffer, column)
+        return _open_pipe(source, sys.stdin.buffer, wanted)
     if source.filesystem is not None:
         from longnet_cli.data.remote import open_remote  # 20 ms that local input need not pay
 
         with reading(source.where):
             file = open_remote(source.filesystem, str(source.path), source.where)
-            return _open_file(source, io.BufferedReader(file, REMOTE_BUFFER), None, column)
+            return _open_file(source, io.BufferedReader(file, REMOTE_BUFFER), None, wanted)
     with reading(source.where):
         # A named pipe, the shell's <(command), or a file of the kernel's (/proc), whose size is 0.
         if not source.path.is_file() or source.path.stat().st_size == 0:
-            return _open_pipe(source, open(source.path, "rb"), column)
+            return _open_pipe(source, open(source.path, "rb"), wanted)
         stored = StoredFile(source.path, source.where)
-        return _open_file(source, stored, stored, column)
+        return _open_file(source, stored, stored, wanted)
 
 
-def _open_file(source: Source, stream: Any, file: StoredFile | None, column: str | None) -> Text | Table:
+def _open_file(source: Source, stream: Any, file: StoredFile | None, wanted: Wanted) -> Text | Table:
     """`stream` is a binary file that can seek; it is `file` where that is on this machine."""
-    kind = sniff(stream.read(8))
+    head = stream.read(8)
+    kind = sniff(head)
     stream.seek(0)
     if kind == "text":
-        return _open_text(source, Pipe(io.BufferedReader(file, TEXT_BUFFER) if file else stream), column)
+        pipe = Pipe(io.BufferedReader(file, TEXT_BUFFER) if file else stream)
+        if packed := compression(head):
+            return _open_pipe(source, unpack(packed, pipe, source.where), wanted, unpacked=True)
+        return _open_text(source, pipe, wanted)
     if kind == "parquet":
         return _open_parquet(source, stream)
     if kind == "hdf5":
@@ -64,12 +74,15 @@ def _open_file(source: Source, stream: Any, file: StoredFile | None, column: str
     return arrow.open_stream(source.name, source.where, stream, file)
 
 
-def _open_pipe(source: Source, raw: Any, column: str | None) -> Text | Table:
+def _open_pipe(source: Source, raw: Any, wanted: Wanted, *, unpacked: bool = False) -> Text | Table:
+    """`unpacked` says that what comes was compressed: a file may unpack to itself, for ever."""
     pipe = Pipe(raw)
     with reading(source.where):
         kind = sniff(pipe.peek(8))
+        if not unpacked and (packed := compression(pipe.peek(8))):
+            return _open_pipe(source, unpack(packed, pipe, source.where), wanted, unpacked=True)
         if kind == "text":
-            return _open_text(source, pipe, column)
+            return _open_text(source, pipe, wanted)
         if kind == "parquet":  # its index is at its end
             return _open_parquet(source, pa.BufferReader(pipe.read()))
         if kind == "stream":
@@ -93,23 +106,45 @@ def _copy(pipe: Pipe) -> int:
         raise no_place(error) from error
 
 
-def _open_text(source: Source, pipe: Pipe, column: str | None) -> Text | Table:
+def _open_text(source: Source, pipe: Pipe, wanted: Wanted) -> Text | Table:
     """JSON Lines, otherwise one document, byte for byte: no newline translation, no normalisation."""
-    table = open_json_lines(source, pipe, column)
+    table = open_json_lines(source, pipe, wanted)
     if table:
         return table
-    data = pipe.read()
-    if not data:
-        raise DataError(f"{source.where}: the file is empty (0 bytes)")
-    bad = data.find(b"\0")
-    if bad < 0:
+    parts = _decoded(pipe, source.where)
+    first = next(parts, None)
+    if first is None:
+        is_file = source.path is not None and (source.filesystem is not None or source.path.is_file())
+        if not is_file or bare_name(source.name).endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
+            raise DataError(f"{source.where}: the file is empty (0 bytes)")
+        return Text(source.name, "", source.where)  # a document like others, with nothing in it
+    return Text(source.name, first, source.where, rest=parts)
+
+
+def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
+    """The text in a pipe, in parts of TEXT_PART bytes. Raises DataError for what is not UTF-8, or has a NUL."""
+
+    def read(size: int) -> bytes:
+        with reading(where):
+            return pipe.read(size)
+
+    position, data = 0, read(TEXT_PART)
+    if data.startswith(BYTE_ORDER_MARK):
+        position, data = len(BYTE_ORDER_MARK), data[len(BYTE_ORDER_MARK) :] + read(len(BYTE_ORDER_MARK))
+        if not data:
+            yield ""
+    while data:
+        following = read(TEXT_PART)
+        bad = data.find(b"\0")
         try:
-            return Text(source.name, data.decode("utf-8"), source.where)
+            text, used = codecs.utf_8_decode(data, "strict", not following)
         except UnicodeDecodeError as error:
-            bad = error.start
-    raise DataError(
-        f"{source.where}: neither Arrow, Parquet nor UTF-8 text: the byte at offset {bad} is 0x{data[bad]:02x}"
-    )
+            bad = error.start if bad < 0 else min(bad, error.start)
+        if bad >= 0:
+            what = f"the byte at offset {position + bad} is 0x{data[bad]:02x}"
+            raise DataError(f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}")
+        yield text
+        position, data = position + used, data[used:] + following
 
 
 def _open_parquet(source: Source, file: Any) -> Table:
@@ -131,12 +166,13 @@ def _open_parquet(source: Source, file: Any) -> Table:
                 batch = next(reader, None)
                 if batch is None:
                     break
-                values += _leaf_values(batch.column(columns[0]))
+                values += _leaf_values(pick(batch, columns[0]))
             yield batch
             index += 1
             seen += batch.num_rows
         paths = (metadata.schema.column(leaf).path for leaf in range(metadata.num_columns))
-        leaves = [leaf for leaf, path in enumerate(paths) if _root(path, parquet.schema_arrow.names) == columns[0]]
+        names = [*parquet.schema_arrow.names, columns[0]]
+        leaves = [leaf for leaf, path in enumerate(paths) if _root(path, names) == columns[0]]
         expected = sum(group.column(leaves[0]).num_values for group in groups)
         # A page that is damaged may hold fewer values than its column says, which Parquet's reader does not mind.
         if (seen, values) != (metadata.num_rows, expected):

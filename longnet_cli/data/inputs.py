@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 from urllib.parse import unquote
 
 from longnet_cli.data.files import read_error
@@ -37,17 +38,17 @@ class Source:
     filesystem: "FileSystem | None" = None
 
 
-def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
+def find_sources(inputs: Sequence[str | Path], missing: list[DataError] | None = None) -> list[Source]:
     """Expand folders, globs, lists and URIs into files; a name that occurs twice becomes the whole path.
 
     A file that is reached more than once, be it by another name or through a link, is read once, where it stands first;
-    a warning names it.
+    a warning names it. The DataError of an input that cannot be found is added to `missing`, or raised without it.
     """
     if not inputs:
         raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
-    if sum(str(item) == "-" for item in inputs) > 1:
+    if sum(str(item) in ("-", "@-") for item in inputs) > 1:
         raise ConfigError("stdin (-) can be read only once")
-    found = once(source for item in inputs for source in expand(str(item)))
+    found = once(source for item in inputs for source in expand(str(item), missing))
     times = Counter(source.name for source in found)
     return [source if times[source.name] == 1 else replace(source, name=source.where) for source in found]
 
@@ -73,14 +74,30 @@ def once(sources: Iterable[Source]) -> list[Source]:
     return list(first.values())
 
 
-def expand(item: str) -> list[Source]:
-    """The files that one input names."""
-    found = _expand(_as_text(item), in_list=False)
-    for source in found:
+def expand(item: str, missing: list[DataError] | None = None) -> list[Source]:
+    """The files that one input names; `missing` as for `find_sources`."""
+    found = []
+    for source in _expand_all([_as_text(item)], missing, in_list=False):
         try:
             source.where.encode()
+            found.append(source)
         except UnicodeEncodeError:
-            raise DataError(f"{source.where!a}: the name is not UTF-8: rename it") from None
+            error = DataError(f"{source.where!a}: the name is not UTF-8: rename it")
+            if missing is None:
+                raise error from None
+            missing.append(error)
+    return found
+
+
+def _expand_all(items: Iterable[str], missing: list[DataError] | None, *, in_list: bool) -> list[Source]:
+    found: list[Source] = []
+    for item in items:
+        try:
+            found += _expand(item, missing, in_list=in_list)
+        except DataError as error:
+            if missing is None:
+                raise
+            missing.append(error)
     return found
 
 
@@ -100,14 +117,14 @@ def _as_path(text: str) -> str:
 def inputs_fingerprint(inputs: Sequence[str | Path]) -> str:
     """Return what a resumed run must find again: the inputs' names, order and sizes (not of a pipe)."""
     digest = hashlib.sha256()
-    sources = find_sources(inputs)
+    sources = find_sources(inputs, [])  # what is missing is said by who reads
     for source in sources:
         size = source.path.stat().st_size if source.path is not None and source.path.is_file() else None
         digest.update(f"{source.name}\0{size}\0".encode("utf-8", "surrogateescape"))
     return f"{len(sources)} file{'s' * (len(sources) != 1)}, {digest.hexdigest()[:16]}"
 
 
-def _expand(item: str, *, in_list: bool) -> list[Source]:
+def _expand(item: str, missing: list[DataError] | None, *, in_list: bool) -> list[Source]:
     if not item:  # in a script, a variable that is not set
         raise ConfigError("an input is empty: name a file, a folder, a glob, @list.txt, or - for stdin")
     refuse_web_address(item)
@@ -128,7 +145,7 @@ def _expand(item: str, *, in_list: bool) -> list[Source]:
     if path.exists():
         return [Source(path, _as_text(path.name), item)]
     if item.startswith("@") and not in_list:
-        return _list_sources(Path(_as_path(item[1:])))
+        return _expand_all(_listed(item[1:]), missing, in_list=True)
     if glob.has_magic(item):
         matches = filter(os.path.isfile, glob.glob(_as_path(item), recursive=True))
         files = sorted(map(_as_text, matches), key=natural_order)
@@ -150,18 +167,35 @@ def _stdin_source() -> Source:
     return Source(Path("/dev/stdin") if regular else None, "stdin", "stdin")
 
 
-def _list_sources(path: Path) -> list[Source]:
-    """One input a line, as typed on the command line; blank lines and # comments are skipped."""
+@lru_cache(maxsize=1)
+def _read_once(stream: TextIO) -> bytes:
+    """All bytes of stdin, which is asked for whenever inputs are expanded."""
+    return stream.buffer.read()
+
+
+def _listed(name: str) -> list[str]:
+    """The inputs that a list holds, stdin for `-`: as typed on the command line, one a line, or each ended by a NUL.
+
+    Between lines, blank ones and # comments are skipped; between NULs, as `find -print0` writes them, all is a name.
+    """
+    where = f"@{name}"
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        data = _read_once(sys.stdin) if name == "-" else Path(_as_path(name)).read_bytes()
     except OSError as error:
-        raise read_error(f"@{_as_text(str(path))}", error, "cannot read the list") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"@{_as_text(str(path))}: cannot read the list: {error}") from error
-    items = [line for line in lines if line and not line.startswith("#")]
+        raise read_error(where, error, "cannot read the list") from error
+    except AttributeError:
+        raise DataError("stdin is closed") from None
+    if b"\0" in data:
+        items = [_as_text(os.fsdecode(item)) for item in data.split(b"\0") if item]
+    else:
+        try:
+            lines = data.decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: cannot read the list: {error}") from error
+        items = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     if not items:
-        raise DataError(f"@{path}: the list names no input")
-    return [source for item in items for source in _expand(item, in_list=True)]
+        raise DataError(f"{where}: the list names no input")
+    return items
 
 
 def _folder_files(folder: Path) -> list[str]:

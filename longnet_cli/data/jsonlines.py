@@ -3,31 +3,38 @@
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import repeat
 from typing import Any
 
 import pyarrow as pa
 
+from longnet_cli.data.columns import ID_COLUMNS, Wanted
+from longnet_cli.data.compressed import bare_name
 from longnet_cli.data.folders import JSON_SUFFIXES
 from longnet_cli.data.inputs import Source
-from longnet_cli.data.tables import TOKEN_COLUMNS, Pipe, Table, one_line
+from longnet_cli.data.tables import CHAT_COLUMN, TOKEN_COLUMNS, Pipe, Table, one_line
 from longnet_cli.errors import DataError
 
 BATCH_BYTES = 4 << 20  # of lines that become one batch
+LOOK_AHEAD = 1 << 20  # bytes of lines that say of what types the values are which are carried along
 PATIENCE = 0.5  # seconds that a line from a slow producer waits for others
 
 _OBJECT = re.compile(rb'(\xef\xbb\xbf)?\{[ \t]*"')  # a Python dict, a pretty-printed .json and a CSS rule differ
 _TEXT, _IDS = pa.large_string(), pa.large_list(pa.int64())
+_CHAT = pa.list_(pa.map_(pa.string(), pa.string()))  # of messages, whatever keys they have
 
 
-def open_json_lines(source: Source, pipe: Pipe, column: str | None) -> Table | None:
+def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
     """The table of a JSON Lines input, None (and nothing is read) when the input is plain text.
 
     JSON Lines is what begins with a line that is an object with a `text`, a list of ids under one of TOKEN_COLUMNS,
-    or `column`. The first line decides which keys are columns; `id` counts as doc_id. DataError for a file that is
-    named .jsonl or .ndjson and begins otherwise.
+    `messages`, or the column `wanted`. The first line decides which keys are columns; the first lines, of which type
+    those are that are carried along. DataError for a file that is named .jsonl or .ndjson and begins otherwise.
     """
-    named = source.name.endswith(JSON_SUFFIXES)
+    column = wanted.column
+    named = bare_name(source.name).endswith(JSON_SUFFIXES)
     line = pipe.readline() if named or _OBJECT.match(pipe.peek(32)) else b""
     pipe.unread(line)
     try:
@@ -36,54 +43,91 @@ def open_json_lines(source: Source, pipe: Pipe, column: str | None) -> Table | N
         first, problem = {}, str(error)
     else:
         problem = f"no key {column!r}" if column else f"no key text, {', '.join(TOKEN_COLUMNS)}"
-    fields = {key: kind for key, value in first.items() if (kind := _column_type(key, value))}
-    if not fields.keys() & ({column} if column else {"text", *TOKEN_COLUMNS}):
+    names = [*first, *(name for name in wanted.names if name not in first)]
+    fields = {name: kind for name in names if (kind := _column_type(name, _value(first, name), wanted.id_column))}
+    if not fields.keys() & ({column} if column else {"text", CHAT_COLUMN, *TOKEN_COLUMNS}):
         if named and line:
             raise DataError(f"{source.where}, line 1: not JSON Lines of documents: {problem}")
         return None
-    keys = {name: name for name in fields}
-    if "id" in keys and "doc_id" not in keys:
-        keys["doc_id"] = "id"
-        fields["doc_id"] = fields.pop("id")
+    fields |= _kept_types(pipe, source.where, [name for name in wanted.keep if name not in (*fields, column)])
     schema = pa.schema(list(fields.items()))
+    bad: dict[int, str] = {}
 
     def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
-        wanted = [(keys[name], schema.field(name).type) for name in columns]
-        kept = pa.schema([schema.field(name) for name in columns])
+        chosen = pa.schema([schema.field(name) for name in columns])
         rows: list[list[Any]] = []
         size, begun = 0, time.monotonic()
-        for number, row in enumerate(_lines(pipe, source.where), start=1):
+        for number, row in enumerate(_lines(pipe)):
             try:
                 value = _parse(row)
-                rows.append([_cell(value, key, kind) for key, kind in wanted])
+                rows.append([_cell(value, field.name, field.type, field.name in wanted.keep) for field in chosen])
             except ValueError as error:
-                cut = "" if row.endswith(b"\n") else " (the last line is not whole: is the input truncated?)"
-                raise DataError(f"{source.where}, line {number}: {error}{cut}") from error
+                cut = "" if row.endswith(b"\n") or not row else " (the last line is not whole: is the input truncated?)"
+                bad[number] = f"{error}{cut}"
+                rows.append([None] * len(columns))
             size += len(row)
-            if size >= BATCH_BYTES or time.monotonic() - begun > PATIENCE:
-                yield _batch(rows, kept)
+            if bad or size >= BATCH_BYTES or time.monotonic() - begun > PATIENCE:
+                yield _batch(rows, chosen)
                 rows, size, begun = [], 0, time.monotonic()
         if rows:
-            yield _batch(rows, kept)
+            yield _batch(rows, chosen)
 
-    return Table(source.name, source.where, schema, batches, "JSON Lines", numbered="line", typed=False)
+    return Table(source.name, source.where, schema, batches, "JSON Lines", numbered="line", typed=False, bad=bad)
 
 
-def _lines(pipe: Pipe, where: str) -> Iterator[bytes]:
-    """Lines; blank ones may only stand at the end, so that line numbers are row numbers."""
-    blank = number = 0
+def _lines(pipe: Pipe) -> Iterator[bytes]:
+    """Lines, of which the blank ones at the end are left out, so that line numbers are row numbers."""
+    blank = 0
     while line := pipe.readline():
-        number += 1
         if not line.strip():
-            blank = blank or number
-        elif blank:
-            raise DataError(f"{where}, line {blank}: the line is empty: JSON Lines holds one object per line")
-        else:
-            yield line
+            blank += 1
+            continue
+        yield from repeat(b"", blank)
+        yield line
+        blank = 0
+
+
+def _kept_types(pipe: Pipe, where: str, names: Sequence[str]) -> dict[str, pa.DataType]:
+    """The types of what is carried along, by the first lines, which stay in the pipe. DataError where they differ."""
+    if not names:
+        return {}
+    lines: list[bytes] = []
+    begun = time.monotonic()
+    while sum(map(len, lines)) < LOOK_AHEAD and (line := pipe.readline()):
+        lines.append(line)
+        if time.monotonic() - begun > PATIENCE:
+            break
+    pipe.unread(b"".join(lines))
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    for line in lines:
+        with suppress(ValueError):
+            row = _parse(line)
+            for name in names:
+                found[name].append(_value(row, name))
+    types = {}
+    for name, values in found.items():
+        try:
+            kind = pa.array(values).type
+        except (pa.ArrowException, OverflowError, TypeError) as error:
+            raise DataError(f"{where}: the values of {name!r} are not of one type: {one_line(error)}") from None
+        types[name] = _TEXT if pa.types.is_null(kind) else kind
+    return types
+
+
+def _value(row: dict[str, Any], name: str) -> Any:
+    """The value of a key, which may lead into objects (`doc.body`); None where there is none."""
+    if name in row or "." not in name:
+        return row.get(name)
+    value: Any = row
+    for step in name.split("."):
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
 
 
 def _parse(line: bytes) -> dict[str, Any]:
     """The object of one line; ValueError says what is wrong with it in one line."""
+    if not line:
+        raise ValueError("the line is empty: JSON Lines holds one object a line")
     try:
         value = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
@@ -97,8 +141,8 @@ def _parse(line: bytes) -> dict[str, Any]:
     return value
 
 
-def _column_type(key: str, value: Any) -> pa.DataType | None:
-    if key in ("doc_id", "id") and _is_id(value):
+def _column_type(key: str, value: Any, id_column: str | None) -> pa.DataType | None:
+    if key in (*ID_COLUMNS, id_column) and _is_id(value):
         return pa.string()
     if key == "part" and _is_id(value) and not isinstance(value, str):
         return pa.int64()
@@ -106,6 +150,8 @@ def _column_type(key: str, value: Any) -> pa.DataType | None:
         return _TEXT
     if isinstance(value, list) and all(isinstance(item, int) or item is None for item in value):
         return _IDS
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
+        return _CHAT
     return None
 
 
@@ -113,10 +159,15 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
-def _cell(row: dict[str, Any], key: str, kind: pa.DataType) -> Any:
-    """The value of a key as what `_batch` takes for a column of `kind`; ValueError when it is something else."""
-    value = row.get(key)
+def _cell(row: dict[str, Any], key: str, kind: pa.DataType, kept: bool) -> Any:
+    """The value of a key as what `_batch` takes for a column of `kind`; ValueError when it is something else.
+
+    One that is only `kept` may be missing.
+    """
+    value = _value(row, key)
     if value is None:
+        if kept:
+            return None
         raise ValueError(f"{key!r} is null" if key in row else f"there is no {key!r}")
     if kind == _IDS and isinstance(value, list):
         try:
@@ -128,6 +179,8 @@ def _cell(row: dict[str, Any], key: str, kind: pa.DataType) -> Any:
         if ids.type != pa.int64():
             raise ValueError(f"{key!r} holds something that is not a token id: {ids.type}")
         return ids
+    if kind == _CHAT and isinstance(value, list):
+        return [_message(item, key) for item in value]
     if kind == pa.int64() and _is_id(value) and not isinstance(value, str) and abs(value) < 1 << 63:
         return value
     if kind == pa.string() and _is_id(value):
@@ -138,8 +191,31 @@ def _cell(row: dict[str, Any], key: str, kind: pa.DataType) -> Any:
         except UnicodeEncodeError as error:
             raise ValueError(f"{key!r} holds half of a surrogate pair at character {error.start}") from error
         return value
-    wanted = {_TEXT: "text", _IDS: "a list of token ids", pa.string(): "text or an integer"}.get(kind, "an integer")
+    if kept:
+        try:
+            found = pa.array([value], kind if pa.types.is_nested(kind) else None)
+            if found.type == kind or (pa.types.is_integer(found.type) and pa.types.is_floating(kind)):
+                return found.cast(kind)[0].as_py()
+        except (pa.ArrowException, OverflowError, ValueError, TypeError):
+            pass
+        raise ValueError(f"{key!r} is not {kind}, as it is in the first lines")
+    wanted = {
+        _TEXT: "text",
+        _IDS: "a list of token ids",
+        _CHAT: "a list of messages",
+        pa.string(): "text or an integer",
+    }.get(kind, "an integer")
     raise ValueError(f"{key!r} is not {wanted}")
+
+
+def _message(message: Any, key: str) -> list[tuple[str, str]]:
+    """The keys and texts of a message of a chat, without what is null; ValueError for one that is none."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{key!r} holds what is no message, with a role and a content")
+    found = {name: text for name, text in message.items() if text is not None}
+    if other := next((name for name, text in found.items() if not isinstance(text, str)), None):
+        raise ValueError(f"{key!r} holds a message whose {other!r} is no text")
+    return list(found.items())
 
 
 def _batch(rows: list[list[Any]], schema: pa.Schema) -> pa.RecordBatch:
@@ -147,10 +223,12 @@ def _batch(rows: list[list[Any]], schema: pa.Schema) -> pa.RecordBatch:
     for index, field in enumerate(schema):
         cells = [row[index] for row in rows]
         if field.type == _IDS:
-            offsets = [0]
-            for cell in cells:
+            offsets, missing = [0], pa.array([cell is None for cell in cells])
+            found = [pa.array([], pa.int64()) if cell is None else cell for cell in cells]
+            for cell in found:
                 offsets.append(offsets[-1] + len(cell))
-            arrays.append(pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.concat_arrays(cells)))
+            ids = pa.concat_arrays(found)
+            arrays.append(pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), ids, mask=missing))
         else:
             arrays.append(pa.array(cells, field.type))
     return pa.record_batch(arrays, schema=schema)

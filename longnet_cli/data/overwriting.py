@@ -17,18 +17,20 @@ def refuse_overwriting(
     outputs: Sequence[str | Path],
     inputs: Sequence[str | Path] = (),
     also: Iterable[str | Path | None] = (),
+    *,
+    skip_bad: bool = False,
 ) -> None:
     """Raise ConfigError where writing to one of `outputs` would change or replace a file that the command reads.
 
     An output that is a file is compared with each input, a folder with what lies anywhere in it; `-` is where stdout
     leads. `inputs` are expanded as for reading; `also` are other files, or folders of models, whose own files count;
-    None is nothing. `option` is its name, for the message. Errors of `find_sources` are raised too.
+    None is nothing. `option` is its name, for the message. Errors of `find_sources` are raised too, unless `skip_bad`.
     """
     places = {place: output for output in outputs if (place := _identity(output))}  # of those that exist
     if not places:
         return
     folders = {place for place, output in places.items() if str(output) != "-" and Path(output).is_dir()}
-    for path in _read_files(inputs, also):
+    for path in _read_files(inputs, also, skip_bad):
         found = _identity(path)
         if found not in places:
             found = next(filter(folders.__contains__, _folders_of(os.path.realpath(path.parent))), None)
@@ -39,10 +41,11 @@ def refuse_overwriting(
             raise ConfigError(f"{shown} {what}, which this command reads: name another output")
 
 
-def _read_files(inputs: Sequence[str | Path], also: Iterable[str | Path | None]) -> Iterator[Path]:
+def _read_files(inputs: Sequence[str | Path], also: Iterable[str | Path | None], skip_bad: bool) -> Iterator[Path]:
     if inputs:
         yield from (Path(str(item)[1:]) for item in inputs if str(item).startswith("@"))
-        yield from (source.path for source in find_sources(inputs) if source.path and not source.filesystem)
+        sources = find_sources(inputs, [] if skip_bad else None)
+        yield from (source.path for source in sources if source.path and not source.filesystem)
     for path in also:
         if path is None:
             continue

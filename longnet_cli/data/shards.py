@@ -2,7 +2,7 @@
 
     shard-00000.arrow ...   finished shards, each under its name only when it is whole
     _unfinished.json        a manifest of them, as long as more are to come; readers should refuse the folder
-    _manifest.json          the same file under its last name: the data set is complete
+    _manifest.arrow         in its place when the data set is complete (see `data.manifest`)
 
 The manifest is the one account of what is done. It is rewritten, atomically, after each shard: a shard that it does not
 list is as good as not there, and is written again. How many documents the listed shards hold is where to go on.
@@ -13,76 +13,21 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from longnet_cli.atomic import is_temporary, locked_folder, remove_leftovers, sync_folder, write_file, writing
-from longnet_cli.configuration import parse, read_text
 from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, read_error
+from longnet_cli.data.manifest import UNFINISHED, Manifest, read_manifest
 from longnet_cli.data.sinks import ShardWriter
 from longnet_cli.data.tables import one_line
 from longnet_cli.errors import ConfigError, DataError
 
-UNFINISHED = "_unfinished.json"
-FINISHED = "_manifest.json"
-MANIFEST_VERSION = 1
-
-
-@dataclass
-class Manifest:
-    """The manifest of a folder of shards.
-
-    `settings` is whatever decides the bytes of the shards: inputs and options. `shards` has a dict a shard, in order:
-    `name`, `rows`, and the counts that were given to `ShardFolder.write`, `documents` among them. `skipped` documents
-    are in none, because they could not be read.
-    """
-
-    settings: dict[str, Any]
-    finished: bool = False
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    skipped: int = 0
-
-    @property
-    def totals(self) -> Counter[str]:
-        """`rows`, `documents` and the other counts, over all finished shards, and `skipped`."""
-        totals: Counter[str] = Counter({"skipped": self.skipped} if self.skipped else {})
-        for shard in self.shards:
-            totals.update({name: count for name, count in shard.items() if name != "name"})
-        return totals
-
-    def to_json(self) -> bytes:
-        content = {
-            "version": MANIFEST_VERSION,
-            "settings": self.settings,
-            "totals": dict(self.totals),
-            "shards": self.shards,
-        }
-        return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def read_manifest(folder: str | Path) -> Manifest | None:
-    """The manifest of a folder of shards, None where there is none; DataError for one that cannot be read."""
-    for name in (UNFINISHED, FINISHED):
-        path = Path(folder, name)
-        try:
-            content = parse(read_text(path))
-            if content["version"] != MANIFEST_VERSION:
-                raise DataError(f"{path}: version {content['version']} of the manifest is not known to this longnet")
-            shards = [{**shard, "name": str(shard["name"]), "rows": int(shard["rows"])} for shard in content["shards"]]
-            skipped = int(content["totals"].get("skipped", 0))
-            return Manifest(dict(content["settings"]), name == FINISHED, shards, skipped)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise read_error(str(path), error) from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{path}: not a manifest of shards ({one_line(error)})") from error
-    return None
+ShardFormat = Literal["arrow", "parquet"]
 
 
 def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
@@ -107,7 +52,7 @@ def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
 
 
 class ShardFolder:
-    """A context manager that writes record batches of one schema to `NAME-00000.arrow` ... in a folder.
+    """A context manager that writes record batches of one schema to `NAME-00000.arrow` ... (or .parquet) in a folder.
 
     The folder must be new or empty. With `resume` it may be one that an earlier run with the same `settings` did not
     finish, or did: then `documents` says how many documents to skip, and `finished` that there is nothing to do. Shards
@@ -125,17 +70,22 @@ class ShardFolder:
         *,
         settings: Mapping[str, Any],
         name: str = "shard",
+        format: ShardFormat = "arrow",
+        tokenizer: dict[str, str] | None = None,
         resume: bool = False,
     ) -> None:
+        """`tokenizer` is kept in the manifest. `format` is one of the settings, unless it is the default."""
         self.folder = Path(folder)
         self.schema = schema
         self._name = name
+        self._suffix = f".{format}"
         self._resume = resume
-        self._manifest = Manifest(json.loads(json.dumps(settings)))  # as it will be read back
+        decisive = {**settings, **({"shard_format": format} if format != "arrow" else {})}
+        self._manifest = Manifest(json.loads(json.dumps(decisive)), tokenizer=tokenizer)  # as it will be read back
         self._open = ExitStack()  # holds the writer, so that an error discards its file
         self._writer: ShardWriter | None = None
         self._counts: Counter[str] = Counter()
-        self._skipped = 0
+        self._left_out: Counter[str] = Counter()
 
     @property
     def documents(self) -> int:
@@ -181,11 +131,11 @@ class ShardFolder:
         self._writer, self._counts = None, Counter()
         self._open.close()  # now it has its name
         self._manifest.shards.append(shard)
-        write_file(self.folder / UNFINISHED, self._manifest.to_json())
+        self._say()
 
-    def skip(self) -> None:
+    def skip(self, why: Literal["skipped", "empty"] = "skipped") -> None:
         """Count a document that is in no shard. A resumed run counts all of them again."""
-        self._skipped += 1
+        self._left_out[why] += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -195,11 +145,10 @@ class ShardFolder:
                 self._open.__exit__(kind, error, traceback)
             elif not self._manifest.finished:
                 self.end_shard()
-                if self._skipped != self._manifest.skipped:
-                    self._manifest.skipped = self._skipped
-                    write_file(self.folder / UNFINISHED, self._manifest.to_json())
+                self._manifest.skipped, self._manifest.empty = self._left_out["skipped"], self._left_out["empty"]
+                self._manifest.write_finished(self.folder, self.schema, self._suffix)
                 with writing(self.folder):
-                    os.replace(self.folder / UNFINISHED, self.folder / FINISHED)
+                    os.remove(self.folder / UNFINISHED)
                     sync_folder(self.folder)
                 self._manifest.finished = True
         finally:
@@ -215,7 +164,11 @@ class ShardFolder:
             self._manifest = earlier
         remove_leftovers(self.folder)
         if not self._manifest.finished:
-            write_file(self.folder / UNFINISHED, self._manifest.to_json())
+            self._say()
+
+    def _say(self) -> None:
+        """Write what is done so far."""
+        write_file(self.folder / UNFINISHED, self._manifest.to_json().encode())
 
     def _refuse_other_settings(self, earlier: Manifest) -> None:
         old, new = earlier.settings, self._manifest.settings
@@ -227,16 +180,26 @@ class ShardFolder:
                 )
 
     def _next_path(self) -> Path:
-        return self.folder / f"{self._name}-{len(self._manifest.shards):05d}.arrow"
+        return self.folder / f"{self._name}-{len(self._manifest.shards):05d}{self._suffix}"
 
 
 def _check_shard(path: Path, schema: pa.Schema, rows: int) -> None:
-    """Return whether a finished shard still has its index, schema and rows; its data is not read."""
+    """Raise DataError unless a finished shard still has its index, schema and rows; its data is not read."""
     try:
         with StoredFile(path, str(path)) as file:
-            table = arrow.open_file(path.name, str(path), file, file)
-            found = sum(batch.num_rows for batch in table.read([]))
-        if found != rows or not table.schema.equals(schema, check_metadata=True):
+            if path.suffix == ".parquet":
+                import pyarrow.parquet as pq  # 30 ms that IPC output need not pay
+
+                parquet = pq.ParquetFile(file)
+                found, written = parquet.metadata.num_rows, parquet.schema_arrow
+                pq.ParquetWriter(again := pa.BufferOutputStream(), schema).close()
+                schema = pq.read_schema(
+                    pa.BufferReader(again.getvalue())
+                )  # Parquet names the items of lists its own way
+            else:
+                table = arrow.open_file(path.name, str(path), file, file)
+                found, written = sum(batch.num_rows for batch in table.read([])), table.schema
+        if found != rows or not written.equals(schema, check_metadata=True):
             raise ValueError(f"{found} rows instead of {rows}" if found != rows else "its schema differs")
     except (OSError, ValueError, pa.ArrowException, DataError) as error:
         if isinstance(error, OSError) and not isinstance(told := read_error(str(path), error), DataError):

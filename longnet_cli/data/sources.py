@@ -6,20 +6,32 @@ Token columns stay in their file and are sliced, never joined by Arrow: its 32-b
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from itertools import chain, groupby, pairwise
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.data.columns import INTEGERS, TokenTypes, choose_column, is_text
-from longnet_cli.data.documents import Document, Part, collect
-from longnet_cli.data.files import StoredIds
-from longnet_cli.data.folders import sniff
+from longnet_cli.data.columns import (
+    INTEGERS,
+    USUAL,
+    Columns,
+    TokenTypes,
+    Wanted,
+    choose_columns,
+    is_chat,
+    is_text,
+    token_type,
+)
+from longnet_cli.data.documents import Document, Part, Unread, collect
+from longnet_cli.data.files import FileChangedError, StoredIds
+from longnet_cli.data.folders import ARROW_KINDS, sniff
 from longnet_cli.data.formats import open_source
-from longnet_cli.data.inputs import find_sources
+from longnet_cli.data.inputs import Source, find_sources
+from longnet_cli.data.manifest import is_manifest
+from longnet_cli.data.rows import Group, Label, group_rows, read_batches
 from longnet_cli.data.tables import Table, Text, reading
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, InputWarning
@@ -27,18 +39,26 @@ from longnet_cli.errors import ConfigError, DataError, InputWarning
 FLAT_BLOCK = 1 << 22  # ids of a flat column in which the end of a document is looked for at a time
 
 
-def read_texts(inputs: Sequence[str | Path], column: str | None = None) -> Iterator[Text]:
-    """Yield the documents of text files and of text columns, in order; one file is held in memory at a time.
+def read_texts(
+    inputs: Sequence[str | Path], column: str | None = None, *, id_column: str | None = None, skip_bad: bool = False
+) -> Iterator[Text]:
+    """Yield the documents of text files and of text columns, in order; of a long file, memory holds a part at a time.
 
-    Raises ConfigError for a table without a text column, DataError for missing, empty or damaged data.
+    Raises ConfigError for a table without a text column, DataError for missing, empty or damaged data; with `skip_bad`
+    there is a Text with that `error` in place of each file and row that cannot be read. For columns, see `Wanted`.
     """
-    for source in find_sources(inputs):
-        opened = open_source(source, column)
+    wanted = Wanted(column, id_column)
+
+    def texts(source: Source) -> Iterator[Text]:
+        opened = open_source(source, wanted)
         if isinstance(opened, Text):
-            refuse_column(opened, column)
+            refuse_columns(opened, wanted)
             yield opened
         else:
-            yield from _table_texts(opened, choose_column(opened, column, text_only=True))
+            yield from _table_texts(opened, choose_columns(opened, wanted, text_only=True), skip_bad)
+
+    for found in _each(inputs, texts, skip_bad):
+        yield Text("", "", str(found), error=found) if isinstance(found, DataError) else found
 
 
 def read_documents(
@@ -46,26 +66,54 @@ def read_documents(
     tokenizer: Tokenizer | None,
     *,
     column: str | None = None,
+    id_column: str | None = None,
+    keep: Sequence[str] = (),
     vocab_size: int | None = None,
     eos_id: int | None = None,
+    skip_bad: bool = False,
 ) -> Iterator[Document]:
     """Yield the documents of every input, in order, as token ids.
 
-    Text needs the tokenizer. A row is a document, and neighbouring rows of a file with one `doc_id` are one: a `part`
-    column beside it must then count 0, 1, 2, .... A flat integer column is cut at `eos_id` (without it, the
-    tokenizer's, otherwise the one in the file's metadata). `Document.read` checks ids against `vocab_size`
-    (without it, the tokenizer's, otherwise the file's metadata).
+    Text needs the tokenizer, and chats (`messages`) its chat template. A row is a document, and neighbouring rows of a
+    file with one `doc_id` or `id` are one: a `part` column beside it must then count 0, 1, 2, .... A flat integer
+    column is cut at `eos_id` (without it, the tokenizer's, otherwise the one in the file's metadata). `Document.read`
+    checks ids against `vocab_size` (without it, the tokenizer's, otherwise the file's metadata). For columns, see
+    `Wanted`.
 
     Raises ConfigError for a missing tokenizer or column or for another tokenizer than the one that made the tokens,
-    DataError for missing, empty or damaged data and for inputs with different types of token.
+    DataError for missing, empty or damaged data and for inputs with different types of token. With `skip_bad` there is
+    an `Unread` document in place of each file and row for which it would be a DataError.
     """
-    types = TokenTypes()
+    wanted, types = Wanted(column, id_column, tuple(keep)), TokenTypes()
     check_eos("", eos_id, vocab_size or (tokenizer.vocab_size if tokenizer else None))
-    for source in find_sources(inputs):
-        opened = open_source(source, column)
+
+    def documents(source: Source) -> Iterator[Document]:
+        opened = open_source(source, wanted)
         if isinstance(opened, Table):
-            types.check(opened, choose_column(opened, column))
-        yield from documents_of(opened, tokenizer, column=column, vocab_size=vocab_size, eos_id=eos_id)
+            types.check(opened, choose_columns(opened, wanted))
+        yield from documents_of(opened, tokenizer, wanted, vocab_size=vocab_size, eos_id=eos_id, skip_bad=skip_bad)
+
+    for found in _each(inputs, documents, skip_bad):
+        yield Unread(found) if isinstance(found, DataError) else found
+
+
+Item = TypeVar("Item")
+
+
+def _each(
+    inputs: Sequence[str | Path], read: Callable[[Source], Iterator[Item]], skip_bad: bool
+) -> Iterator[Item | DataError]:
+    """Yield what is read of each source, and with `skip_bad` the error in place of what cannot be read."""
+    missing: list[DataError] = []
+    sources = find_sources(inputs, missing if skip_bad else None)
+    yield from missing
+    for source in sources:
+        try:
+            yield from read(source)
+        except DataError as error:
+            if not skip_bad or isinstance(error, FileChangedError):
+                raise
+            yield error
 
 
 def stored_documents(
@@ -73,6 +121,8 @@ def stored_documents(
     tokenizer: Tokenizer | None,
     *,
     column: str | None = None,
+    id_column: str | None = None,
+    keep: Sequence[str] = (),
     vocab_size: int | None = None,
     eos_id: int | None = None,
 ) -> Iterator[Document]:
@@ -80,6 +130,7 @@ def stored_documents(
 
     They are the token ids in Arrow and Parquet files on this machine: no text, no JSON, no pipe, no URI.
     """
+    wanted = Wanted(column, id_column, tuple(keep))
     with warnings.catch_warnings():  # `read_documents` will say it
         warnings.simplefilter("ignore", InputWarning)
         sources = find_sources(inputs)
@@ -87,51 +138,65 @@ def stored_documents(
         if source.path is None or source.filesystem is not None or not source.path.is_file():
             continue
         with reading(source.where), open(source.path, "rb") as file:
-            if sniff(file.read(8)) == "text":
+            if sniff(file.read(8)) not in ARROW_KINDS:
                 continue
-        opened = open_source(source, column)
-        if isinstance(opened, Table) and not is_text(opened.schema.field(choose_column(opened, column)).type):
-            yield from documents_of(opened, tokenizer, column=column, vocab_size=vocab_size, eos_id=eos_id)
+        opened = open_source(source, wanted)
+        if isinstance(opened, Table) and token_type(choose_columns(opened, wanted).type) is not None:
+            yield from documents_of(opened, tokenizer, wanted, vocab_size=vocab_size, eos_id=eos_id)
 
 
 def documents_of(
     opened: Text | Table,
     tokenizer: Tokenizer | None,
+    wanted: Wanted = USUAL,
     *,
-    column: str | None = None,
     vocab_size: int | None = None,
     eos_id: int | None = None,
+    skip_bad: bool = False,
 ) -> Iterator[Document]:
     """Yield the documents of one opened input, as `read_documents` does."""
     if isinstance(opened, Text):
-        refuse_column(opened, column)
+        refuse_columns(opened, wanted)
         yield _encode(opened, tokenizer, vocab_size)
         return
-    name = choose_column(opened, column)
-    kind = opened.schema.field(name).type
-    if is_text(kind):
-        for text in _table_texts(opened, name):
+    columns = choose_columns(opened, wanted)
+    if is_text(columns.type):
+        for text in _table_texts(opened, columns, skip_bad):
             yield _encode(text, tokenizer, vocab_size)
+        return
+    if is_chat(columns.type):
+        yield from _chats(opened, columns, tokenizer, vocab_size, skip_bad)
         return
     _check_tokenizer(opened, tokenizer)
     if vocab_size is None:
         vocab_size = tokenizer.vocab_size if tokenizer else _metadata_int(opened, "longnet.vocab_size")
     check_eos(f"{opened.where}: ", eos_id, vocab_size)
-    if kind in INTEGERS:
+    if columns.type in INTEGERS:
         if eos_id is None:
             eos_id = tokenizer.eos_id if tokenizer else _metadata_int(opened, "longnet.eos_id")
-        groups = _flat_documents(opened, name, eos_id)
+        groups = _flat_documents(opened, columns, eos_id)
     else:
-        groups = _list_documents(opened, name)
-    for doc_id, row, parts in groups:
-        yield Document(doc_id, parts, tokenizer, opened.place(row), limit=vocab_size, place=opened.place)
+        groups = _list_documents(opened, columns, skip_bad)
+    for group in groups:
+        if group.error is not None:
+            yield Unread(group.error)
+            continue
+        yield Document(
+            group.doc_id,
+            collect(group.values),
+            tokenizer,
+            opened.place(group.row),
+            limit=vocab_size,
+            place=opened.place,
+            kept=group.kept,
+        )
 
 
-def refuse_column(opened: Text, column: str | None) -> None:
+def refuse_columns(opened: Text, wanted: Wanted) -> None:
     """ConfigError for a column that is asked for where there is only text."""
-    if column is not None:
+    if wanted.names:
         raise ConfigError(
-            f"{opened.where}: column {column!r} is asked for, and this is plain text, which has no columns"
+            f"{opened.where}: column {wanted.names[0]!r} is asked for, and this is plain text, which has no columns"
         )
 
 
@@ -162,122 +227,62 @@ def _metadata_int(table: Table, key: str) -> int | None:
     return int(written)
 
 
-class _Columns(NamedTuple):
-    """The columns of a batch that begins at row `first`; what a table lacks is None."""
-
-    first: int
-    column: pa.Array
-    doc_ids: list[str] | None
-    parts: list[int] | None
-
-    def label(self, index: int) -> "_Label":
-        return _Label(
-            self.first + index, self.doc_ids[index] if self.doc_ids else None, self.parts[index] if self.parts else None
-        )
-
-
-class _Label(NamedTuple):
-    """The place of a row: its number, its document, and its part of it; None for what a table does not say."""
-
-    row: int
-    doc_id: str | None
-    part: int | None
-
-
-def _batches(table: Table, name: str) -> Iterator[_Columns]:
-    """Yield the columns of each batch, checked for damage and nulls."""
-    kinds = {field.name: field.type for field in table.schema if field.name != name}
-    has_ids = "doc_id" in kinds
-    if has_ids and not (is_text(kinds["doc_id"]) or pa.types.is_integer(_plain(kinds["doc_id"]))):
-        raise DataError(f"{table.where}: doc_id has type {kinds['doc_id']}: text or whole numbers are needed")
-    has_parts = has_ids and "part" in kinds and pa.types.is_integer(kinds["part"])
-    first = 0
-    for index, batch in enumerate(table.read([name] + ["doc_id"] * has_ids + ["part"] * has_parts)):
-        column = batch.column(name)
-        with reading(f"{table.where}, batch {index}"):
-            # List offsets that point outside the data would crash, not raise. This looks at no token.
-            column.validate(full=True)
-        _refuse_nulls(table, column, first)
-        doc_ids = [str(value) for value in _values(table, batch, "doc_id", index, first)] if has_ids else None
-        yield _Columns(first, column, doc_ids, _values(table, batch, "part", index, first) if has_parts else None)
-        first += batch.num_rows
-    if first == 0:
-        raise DataError(f"{table.where}: the table has 0 rows")
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type of the values of a column, be they written out or as numbers of a dictionary."""
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _values(table: Table, batch: pa.RecordBatch, name: str, index: int, first: int) -> list[Any]:
-    column = batch.column(name)
-    with reading(f"{table.where}, batch {index}"):
-        column.validate(full=True)
-        values = column.to_pylist()
-    _refuse_none(table, values, first, f", {name}")
-    return values
-
-
-def _refuse_nulls(table: Table, column: pa.Array, first: int) -> None:
-    if column.null_count:
-        row = first + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DataError(f"{table.place(row)}: the value is null")
-
-
-def _refuse_none(table: Table, values: list[Any], first: int, what: str = "") -> None:
-    """DataError for a null, be it in the column or in its dictionary."""
-    if None in values:
-        raise DataError(f"{table.place(first + values.index(None))}{what}: the value is null")
-
-
-def _documents(table: Table, rows: Iterator[tuple[_Label, Any]]) -> Iterator[tuple[str, int, Iterator[Any]]]:
-    """Group (label, value) into (doc_id, first row, values).
-
-    Neighbours that share a doc_id are one document, whose parts must be 0, 1, 2, ... where they are known.
-    """
-
-    def values(doc_id: str, members: Iterator[tuple[_Label, Any]]) -> Iterator[Any]:
-        for expected, (label, value) in enumerate(members):
-            if label.part is not None and label.part != expected:
-                raise DataError(
-                    f"{table.place(label.row)}: part {label.part} of document {doc_id!r} stands where part {expected} "
-                    "should: rows are missing, repeated or out of order"
-                )
-            yield value
-
-    for key, members in groupby(rows, key=lambda row: row[0].row if row[0].doc_id is None else row[0].doc_id):
-        head = next(members)
-        first = head[0].row
-        doc_id = key if isinstance(key, str) else f"{table.name}:{first}"
-        yield doc_id, first, values(doc_id, chain((head,), members))  # noqa: B031 (used once, before the next group)
-
-
-def _table_texts(table: Table, name: str) -> Iterator[Text]:
-    def rows() -> Iterator[tuple[_Label, str]]:
-        for batch in _batches(table, name):
+def _table_texts(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Text]:
+    def rows() -> Iterator[tuple[Label, str]]:
+        for batch in read_batches(table, columns, skip_bad):
             for index, value in enumerate(batch.column):
-                text = value.as_py()
-                _refuse_none(table, [text], batch.first + index)
-                yield batch.label(index), text
+                yield batch.label(index), value.as_py()
 
-    for doc_id, row, texts in _documents(table, rows()):
-        yield Text(doc_id, "".join(texts), table.place(row))
+    for group in group_rows(table, rows()):
+        text = "" if group.error else "".join(group.values)
+        yield Text(group.doc_id, text, table.place(group.row), group.kept, group.error)
 
 
-def _list_documents(table: Table, name: str) -> Iterator[tuple[str, int, list[Part]]]:
-    """Yield (doc_id, first row, parts) of a list column."""
+def _chats(
+    table: Table, columns: Columns, tokenizer: Tokenizer | None, limit: int | None, skip_bad: bool
+) -> Iterator[Document]:
+    """Yield the documents of a column of chats: the tokens of what the tokenizer's template makes of the messages."""
+    if tokenizer is None or tokenizer.folder is None:
+        raise ConfigError(
+            f"{table.where}: {columns.documents!r} holds chats, which need the chat template of a tokenizer: give a "
+            "folder with a tokenizer.json and its template (--tokenizer, or --model)"
+        )
+    from longnet_cli.data.chat import ChatTemplate  # with Jinja, which other data need not pay for
 
-    def rows() -> Iterator[tuple[_Label, Part]]:
-        for batch in _batches(table, name):
+    template = ChatTemplate(tokenizer.folder, tokenizer)
+
+    def rows() -> Iterator[tuple[Label, list[dict[str, str]]]]:
+        for batch in read_batches(table, columns, skip_bad):
+            for index, value in enumerate(batch.column):
+                messages = [dict(message) for message in value.as_py() or ()]
+                yield batch.label(index), [{k: v for k, v in each.items() if isinstance(v, str)} for each in messages]
+
+    for group in group_rows(table, rows()):
+        place, error = table.place(group.row), group.error
+        if error is None:
+            try:
+                ids = template.encode_chat([message for messages in group.values for message in messages])
+                yield Document(group.doc_id, ids, tokenizer, place, limit=limit, kept=group.kept)
+                continue
+            except ConfigError as refused:  # by the template, of these messages
+                error = DataError(f"{place}: {refused}")
+        if not skip_bad:
+            raise error
+        yield Unread(error)
+
+
+def _list_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Group]:
+    """Yield the documents of a list column, of which the values are their parts."""
+
+    def rows() -> Iterator[tuple[Label, Part]]:
+        for batch in read_batches(table, columns, skip_bad):
             # `values` ignores the column's own slice; the bounds are into all of it.
             ids, valid = _views(table, batch.column.values)
             for index, (start, stop) in enumerate(_bounds(batch.column)):
                 present = valid.slice(start, stop - start) if valid is not None else None
                 yield batch.label(index), Part(ids[start:stop], present, batch.first + index)
 
-    for doc_id, row, found in _documents(table, rows()):
-        yield doc_id, row, collect(found)
+    yield from group_rows(table, rows())
 
 
 def _bounds(column: pa.Array) -> Iterator[tuple[int, int]]:
@@ -293,19 +298,21 @@ def _bounds(column: pa.Array) -> Iterator[tuple[int, int]]:
     return pairwise(starts)
 
 
-def _flat_documents(table: Table, name: str, eos_id: int | None) -> Iterator[tuple[str, int, list[Part]]]:
-    """Yield (doc_id, first row, parts) of a flat column: what lies between EOS ids, nothing where two are adjacent."""
+def _flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterator[Group]:
+    """Yield the documents of a flat column: what lies between EOS ids, nothing where two are adjacent."""
+    name = columns.documents
     if eos_id is None:
         raise ConfigError(
             f"{table.where}: column {name!r} is one stream of ids, which only an end-of-text id can cut into "
-            "documents: give a tokenizer that has one, or the id itself"
+            "documents: give a tokenizer that has one, or the token or id itself (--eos)"
         )
 
     def stretches() -> Iterator[tuple[int, Part]]:
         """Each stretch without an EOS id, after the number of EOS ids before it."""
         count = 0
-        for first, column, _, _ in _batches(table, name):
-            all_ids, _ = _views(table, column)  # nulls have been refused
+        for batch in read_batches(table, columns, skip_bad=False):
+            first = batch.first
+            all_ids, _ = _views(table, batch.column)  # nulls have been refused
             for block in range(0, len(all_ids), FLAT_BLOCK):
                 ids = all_ids[block : block + FLAT_BLOCK]
                 begin = 0
@@ -322,8 +329,8 @@ def _flat_documents(table: Table, name: str, eos_id: int | None) -> Iterator[tup
         parts = collect(part for _, part in members)
         row = parts[0].row
         assert row is not None
-        yield f"{table.name}:{index}", row, parts
-    if index < 0:
+        yield Group(f"{table.name}:{index}", row, parts, {}, None)
+    if index < 0 and not is_manifest(table.schema):
         raise DataError(f"{table.where}: column {name!r} holds nothing but end-of-text ids")
 
 
@@ -342,7 +349,17 @@ def _views(table: Table, values: pa.Array) -> tuple[np.ndarray | StoredIds, pa.B
 
 
 def _encode(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> Document:
+    if text.error is not None:
+        return Unread(text.error)
     if tokenizer is None:
         raise ConfigError(f"{text.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)")
-    tokens = tokenizer.encode(text.text)
-    return Document(text.doc_id, tokens, len(text.text.encode()), text.where, limit=limit)
+    n_bytes = 0
+
+    def parts() -> Iterator[Part]:
+        nonlocal n_bytes
+        for ids, size in tokenizer.encode_long(text.parts):
+            n_bytes += size
+            yield Part(ids)
+
+    found = collect(parts()) or [Part(np.empty(0, np.int32))]
+    return Document(text.doc_id, found, n_bytes, text.where, limit=limit, kept=text.kept)

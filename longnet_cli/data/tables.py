@@ -1,36 +1,52 @@
 """Opened inputs: one text, or a table of batches; and a pipe that both can be read from."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from longnet_cli.data.files import FileChangedError, StoredIds, read_error
 from longnet_cli.errors import DataError, MemoryLimitError
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
+CHAT_COLUMN = "messages"
 
 
 @dataclass(frozen=True)
 class Text:
-    """A document as text; `where` is "file" or "file, row 3" (rows count from 0)."""
+    """A document as text; `where` is "file" or "file, row 3" (rows count from 0).
+
+    Of a long one, `text` is its beginning, and `rest` what follows, which can be read once, before the next document.
+    `kept` are the values of the columns that are carried along, None for null. `error` is why it could not be read.
+    """
 
     doc_id: str
     text: str
     where: str
+    kept: Mapping[str, pa.Scalar] = field(default_factory=dict)
+    error: DataError | None = None
+    rest: Iterable[str] = ()
+
+    @property
+    def parts(self) -> Iterator[str]:
+        """All of it, in pieces."""
+        return chain((self.text,), self.rest)
 
 
 @dataclass(frozen=True)
 class Table:
     """An opened Arrow, Parquet or JSON Lines input.
 
-    `read` yields batches that hold at least the columns it is given, the documents' column first. Of a file in which
-    ids lie as they are, they are not read: `stored` says where those of the batch that came last are, None for an array
-    that is in memory. `numbered` is how people name a row: rows count from 0, lines from 1. JSON has no integer types:
-    `typed` says whether the schema's were chosen by who wrote the file.
+    `read` yields batches that hold at least the columns it is given, the documents' column first (see `pick`). Of a
+    file in which ids lie as they are, they are not read: `stored` says where those of the batch that came last are,
+    None for an array that is in memory. `numbered` is how people name a row: rows count from 0, lines from 1. JSON has
+    no integer types: `typed` says whether the schema's were chosen by who wrote the file. `bad` says what is wrong with
+    rows whose values are null for that.
     """
 
     name: str
@@ -41,10 +57,46 @@ class Table:
     stored: Callable[[pa.Array], StoredIds | None] = lambda array: None
     numbered: str = "row"
     typed: bool = True
+    bad: dict[int, str] = field(default_factory=dict)
 
     def place(self, row: int) -> str:
         """The file and the row (from 0), for a message."""
         return f"{self.where}, {self.numbered} {row + (self.numbered == 'line')}"
+
+
+class Place(NamedTuple):
+    """The place of a column: in the column `root` of its table, the fields of structs that lead to it; and its type."""
+
+    root: str
+    fields: list[str]
+    type: pa.DataType
+
+
+def find_column(schema: pa.Schema, name: str) -> Place | None:
+    """Return where a column is, which may be inside of others: `doc.body`. None where there is none of that name."""
+    kinds = {field.name: field.type for field in schema}
+    steps = name.split(".")
+    for cut in range(len(steps), 0, -1):  # a name may have dots of its own
+        kind, rest = kinds.get(".".join(steps[:cut])), steps[cut:]
+        for step in rest:
+            if kind is None or not pa.types.is_struct(kind) or kind.get_field_index(step) < 0:
+                kind = None
+                break
+            kind = kind.field(step).type
+        if kind is not None:
+            return Place(".".join(steps[:cut]), rest, kind)
+    return None
+
+
+def pick(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """Return a column of a batch, wherever it is; null where what it is in is null. ValueError where it is damaged."""
+    place = find_column(batch.schema, name)
+    if place is None:
+        raise ValueError(f"column {name!r} is missing in a batch")
+    column = batch.column(place.root)
+    # List offsets that point outside the data would crash, not raise. This looks at no token.
+    column.validate(full=True)
+    return pc.struct_field(column, place.fields) if place.fields else column
 
 
 class Pipe:
@@ -93,6 +145,9 @@ class Pipe:
 
     def readable(self) -> bool:
         return True
+
+    def close(self) -> None:
+        """The file below is closed by who has opened it."""
 
 
 @contextmanager

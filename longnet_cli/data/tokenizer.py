@@ -5,9 +5,12 @@ count of a document's tokens is the byte count of its text, and no document can 
 """
 
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,20 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longnet_cli.atomic import write_file
 from longnet_cli.configuration import digest, parse, read_text
+from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
 from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
 from longnet_cli.presets import TOKENIZER_SHA256, list_models, model_metadata, preset_dir
 
 END_OF_TEXT = "<|endoftext|>"
-EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")
+TOKENIZER = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenizer.json
+
+# What ends a text: as SETTINGS says, a model that masks tokens having `sep_token` alone; otherwise the first of these.
+EOS_KEYS = ("eos_token", "sep_token")
+EOS_NAMES = (
+    *(END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>"),
+    *("<|eot_id|>", "<|im_end|>", "<|end\u2581of\u2581sentence|>", "[SEP]"),
+)
 
 # One call of the library is slower than linear in its text (4 MB cost 8 times 1 MB), and keeps some 100 bytes a
 # token, so a text goes through it in pieces of PIECE characters, and pieces in groups of GROUP.
@@ -47,9 +59,15 @@ BYTE_OF = {character: byte for byte, character in enumerate(_byte_alphabet())}
 
 
 class Tokenizer:
-    """Encodes and decodes; `vocab_size` is one more than the largest id. Make one with `load`, `bytes` or `train`."""
+    """Encodes and decodes; `vocab_size` is one more than the largest id. Make one with `load`, `bytes` or `train`.
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+    `eos_id` is the id of its end-of-text token, None where it has none; `folder` is where its tokenizer.json is.
+    """
+
+    folder: Path | None = None
+
+    def __init__(self, inner: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None) -> None:
+        """`settings` are those of a tokenizer_config.json, which may name the end-of-text token."""
         # A tokenizer.json may say "truncate to 512 tokens" or "pad": neither is true of a document.
         inner.no_truncation()
         inner.no_padding()
@@ -57,11 +75,25 @@ class Tokenizer:
         self._inner = inner
         self._vocab: dict[str, int] = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocab.values(), default=-1) + 1
-        self.eos_id: int | None = next((self._vocab[name] for name in EOS_NAMES if name in self._vocab), None)
+        named = [special_token((settings or {}).get(key)) for key in EOS_KEYS]
+        self.eos_id: int | None = next(
+            (self._vocab[name] for name in (*named, *EOS_NAMES) if name in self._vocab), None
+        )
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token, as tokenizer.json writes it; None where it is not in the vocabulary."""
         return self._vocab.get(token)
+
+    def with_eos(self, written: str | int | None) -> "Tokenizer":
+        """Return the same tokenizer with the end-of-text token that `--eos` names, a token or an id; None changes none.
+
+        Raises ConfigError for a token or an id that it does not have.
+        """
+        if written is None:
+            return self
+        found = copy(self)
+        found.eos_id = token_id("--eos", written, self)
+        return found
 
     @cached_property
     def ids_before(self) -> tuple[int, ...]:
@@ -83,20 +115,41 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
-        """Any tokenizer.json; ConfigError when it is missing or is not one."""
+        """A tokenizer.json, with what a tokenizer_config.json beside it says, or the one in the manifest of a data set.
+
+        Raises ConfigError where it is missing or none.
+        """
+        settings: dict[str, Any] = {}
         try:
-            text = read_text(path)
+            if Path(path).name in FINISHED:
+                kept = getattr(read_manifest(Path(path).parent), "tokenizer", None) or {}
+                text, settings = kept.get("json", ""), kept
+            else:
+                text = read_text(path)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"{path}: cannot read the tokenizer: {reason}") from error
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
+            inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"{path}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
+        if Path(path).name != TOKENIZER:
+            return cls(inner, settings)
+        found = cls(inner, read_settings(Path(path).with_name(SETTINGS)))
+        found.folder = Path(path).parent
+        return found
+
+    @classmethod
+    def from_description(cls, kept: Mapping[str, str]) -> "Tokenizer":
+        """The tokenizer that `description` was of."""
+        return cls(tokenizers.Tokenizer.from_str(kept["json"]), kept)
 
     @classmethod
     def load(cls, spec: str | Path) -> "Tokenizer":
-        """`bytes`, a tokenizer.json, a folder that holds one, or a shipped model's name; ConfigError otherwise."""
+        """`bytes`, a tokenizer.json, a folder that holds one, as of a model or a data set, or a shipped model's name.
+
+        Raises ConfigError for anything else.
+        """
         path = cls.find(spec)
         return cls.from_file(path) if path else cls.bytes()
 
@@ -109,7 +162,10 @@ class Tokenizer:
         path = Path(spec)
         if not path.exists() and str(spec) in list_models():
             path = preset_dir() / spec
-        return path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_dir():
+            return path
+        manifest = None if (path / TOKENIZER).exists() else manifest_in(os.listdir(path))
+        return path / (manifest or TOKENIZER)
 
     @classmethod
     def of_model(cls, folder: Path, spec: str | None = None, *, differs: bool = False) -> "Tokenizer | None":
@@ -138,7 +194,7 @@ class Tokenizer:
                 f"{spec}: not the tokenizer of the model in {folder}, so its ids stand for other tokens: add "
                 "--tokenizer-differs to use it"
             )
-        return words
+        return mine or words
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -160,7 +216,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        inner.train_from_iterator((piece for text in texts for piece in cut_text(text)), trainer)
+        inner.train_from_iterator((piece for text in texts for piece in cut_text([text])), trainer)
         return cls(inner)
 
     def encode(self, text: str) -> np.ndarray:
@@ -185,6 +241,29 @@ class Tokenizer:
             ):
                 ids = encoding.ids
                 yield owner, np.fromiter(ids, np.int32, len(ids)), len(piece.encode())
+
+    def pieces(self, parts: Iterable[str]) -> Iterator[str]:
+        """Cut a text, which comes in parts, into pieces whose tokens together are those of the text.
+
+        Few tokenizers need the whole text at once: it is then the one piece.
+        """
+        if self._is_bytes:
+            return (part for part in parts if part)
+        return cut_text(parts) if self._can_cut else filter(None, ("".join(parts),))
+
+    def encode_long(self, parts: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
+        """Yield ((tokens,) int32, UTF-8 bytes) of a text that comes in parts, which are together its `encode`.
+
+        Memory is that of GROUP characters and of a part.
+        """
+        pieces: list[str] = []
+        for piece in chain(self.pieces(parts), (None,)):
+            if piece is not None:
+                pieces.append(piece)
+            if pieces and (piece is None or sum(map(len, pieces)) >= GROUP):
+                found = [(ids, size) for _, ids, size in self.encode_parts(pieces)]
+                yield np.concatenate([ids for ids, _ in found]), sum(size for _, size in found)
+                pieces = []
 
     def decode(self, ids: np.ndarray, *, special: bool = True) -> str:
         """The text of (tokens,) ids; a cut UTF-8 character becomes U+FFFD. `special` writes special tokens out."""
@@ -233,6 +312,18 @@ class Tokenizer:
         """Write a tokenizer.json, whole or not at all."""
         write_file(path, self.to_json().encode())
 
+    def save_settings(self, folder: str | Path) -> None:
+        """Write a tokenizer_config.json, which names the end-of-text token, to a folder that gets a tokenizer.json."""
+        found = {"tokenizer_class": "PreTrainedTokenizerFast", **self.description}
+        del found["json"]
+        write_file(Path(folder) / SETTINGS, (json.dumps(found, indent=2) + "\n").encode())
+
+    @property
+    def description(self) -> dict[str, str]:
+        """Return what the manifest of a data set keeps: the text of its tokenizer.json, and its end-of-text token."""
+        ending = "" if self.eos_id is None else self.token_of(self.eos_id)
+        return {"json": self.to_json(), **({"eos_token": ending} if ending else {})}
+
     def to_json(self) -> str:
         """The text of its tokenizer.json."""
         return self._inner.to_str(pretty=True)
@@ -275,7 +366,7 @@ class Tokenizer:
         pieces: list[str] = []
         size = 0
         for owner, text in enumerate(texts):
-            for piece in cut_text(text) if self._can_cut else [text]:
+            for piece in self.pieces([text]):
                 owners.append(owner)
                 pieces.append(piece)
                 size += len(piece)
@@ -286,18 +377,23 @@ class Tokenizer:
             yield owners, pieces
 
 
-def cut_text(text: str) -> Iterator[str]:
-    """Cut a text where words start anyway, about every PIECE characters.
+def cut_text(parts: Iterable[str]) -> Iterator[str]:
+    """Cut a text, which comes in parts, where words start anyway, about every PIECE characters.
 
-    One unbroken run of letters longer than LONGEST_PIECE is cut regardless, lest it take quadratic time.
+    One unbroken run of letters longer than LONGEST_PIECE is cut regardless, lest it take quadratic time. The pieces do
+    not depend on the parts.
     """
-    start = 0
-    while len(text) - start > PIECE:
-        limit = start + LONGEST_PIECE
-        match = _CUT.search(text, start + PIECE, limit)
-        end = match.start() if match else min(limit, len(text))
-        yield text[start:end]
-        start = end
+    text, start = "", 0
+    for part in chain(parts, (None,)):
+        if part is not None:
+            text, start = text[start:] + part, 0
+        # where the next piece ends is seen in LONGEST_PIECE characters, or in what is left of the text
+        while len(text) - start > (PIECE if part is None else LONGEST_PIECE):
+            limit = start + LONGEST_PIECE
+            match = _CUT.search(text, start + PIECE, limit)
+            end = match.start() if match else min(limit, len(text))
+            yield text[start:end]
+            start = end
     if start < len(text):
         yield text[start:]
 
@@ -312,9 +408,32 @@ def end_of_text(written: str | int | bool | None, tokenizer: Tokenizer | None) -
     if written is True:
         found = tokenizer.eos_id if tokenizer else None
         if found is None:
-            raise ConfigError("the tokenizer has no end-of-text token: name a token or an id (--eos)")
+            raise ConfigError(f"{NO_END}: name a token or an id (--eos)")
         return found
     return token_id("--eos", written, tokenizer)
+
+
+NO_END = (
+    f"the tokenizer has no end-of-text token: neither {SETTINGS} ({' or '.join(EOS_KEYS)}) names one of its tokens, "
+    f"nor is any of {' '.join(EOS_NAMES)} among them"
+)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return what a tokenizer_config.json says, nothing where there is none. Raises ConfigError for a damaged one."""
+    try:
+        found = parse(read_text(path))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def special_token(written: Any) -> str:
+    """Return a special token as tokenizer_config.json writes it, a text or a table; empty where it has none."""
+    found = written.get("content") if isinstance(written, dict) else written
+    return found if isinstance(found, str) else ""
 
 
 def token_id(option: str, written: str | int, tokenizer: Tokenizer | None) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.data.columns import FLOATS, INTEGERS, is_text, is_vector, is_vectors
+from longnet_cli.data.columns import FLOATS, INTEGERS, Wanted, is_text, is_vector, is_vectors
 from longnet_cli.data.documents import Part, collect
 from longnet_cli.data.files import StoredIds
 from longnet_cli.data.formats import open_source
@@ -29,23 +29,26 @@ COORDS: tuple[tuple[str, ...], ...] = (("coords",), ("x", "y"))
 TILE_SIZE = b"longnet.tile_size"  # in a schema's metadata: pixels of a tile, in the units of its coordinates
 
 
-def read_vectors(inputs: Sequence[str | Path], column: str | None = None, *, coords: bool = True) -> Iterator[Vectors]:
+def read_vectors(
+    inputs: Sequence[str | Path], column: str | None = None, id_column: str | None = None, *, coords: bool = True
+) -> Iterator[Vectors]:
     """Yield the documents of every input, in order, as vectors.
 
-    A row is a vector, and neighbours with one `slide_id` or `doc_id` are a document (a table without such a column is
-    one); a `part` column beside it must then count 0, 1, 2, .... Or a row is a document, a list of vectors. Coordinates
-    are in a column `coords` of pairs, or in `x` and `y`; without `coords` nobody looks at them.
+    A row is a vector, and neighbours with one `id_column` (without it `slide_id` or `doc_id`) are a document (a table
+    without such a column is one); a `part` column beside it must then count 0, 1, 2, .... Or a row is a document,
+    a list of vectors. Coordinates are in a column `coords` of pairs, or in `x` and `y`; without `coords` they are not
+    read.
 
     Raises ConfigError for a missing column, DataError for text and for missing, empty or damaged data.
     """
     for source in find_sources(inputs):
-        opened = open_source(source, column)
+        opened = open_source(source, Wanted(column, id_column))
         if isinstance(opened, Text):
             raise DataError(
                 f"{opened.where}: this is text, and the model reads vectors: give Arrow, Parquet or HDF5 files with a "
                 f"column {', '.join(VECTOR_COLUMNS)}"
             )
-        yield from _documents(opened, _choose(opened, column, coords))
+        yield from _documents(opened, _choose(opened, column, id_column, coords))
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,16 @@ class _Layout:
         return [self.name, *filter(None, [self.doc_id]), *["part"] * self.part, *self.coords]
 
 
-def _choose(table: Table, column: str | None, places: bool) -> _Layout:
+def _choose(table: Table, column: str | None, id_column: str | None, places: bool) -> _Layout:
     kinds = {field.name: field.type for field in table.schema}
 
     def refuse(problem: str) -> ConfigError:
         columns = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
         return ConfigError(f"{table.where}: {problem}; its columns are {columns}")
 
-    if column is not None and column not in kinds:
-        raise refuse(f"there is no column {column!r}")
+    for name in (column, id_column):
+        if name is not None and name not in kinds:
+            raise refuse(f"there is no column {name!r}")
     names = [column] if column is not None else [name for name in VECTOR_COLUMNS if name in kinds]
     found = [name for name in names if is_vector(kinds[name]) or is_vectors(kinds[name])]
     if len(found) > 1:
@@ -80,7 +84,7 @@ def _choose(table: Table, column: str | None, places: bool) -> _Layout:
     if not found:
         wanted = f"column {column!r} does not hold" if column else f"no column named {', '.join(VECTOR_COLUMNS)} holds"
         raise refuse(f"{wanted} vectors, lists of float16, float32 or float64, which the model reads")
-    doc_id = next((name for name in ID_COLUMNS if name in kinds), None)
+    doc_id = id_column or next((name for name in ID_COLUMNS if name in kinds), None)
     coords = next((names for names in COORDS if places and {*names} <= kinds.keys()), ())
     part = doc_id is not None and "part" in kinds and pa.types.is_integer(kinds["part"])
     layout = _Layout(found[0], is_vectors(kinds[found[0]]), doc_id, part, coords, _tile_size(table))

@@ -21,6 +21,7 @@ from longnet_cli.model.config import LongNetConfig, parse_config
 from longnet_cli.model.foreign import foreign_files, foreign_keys, own_keys
 from longnet_cli.model.integrity import TYPE_NAMES, check_finite, check_header, tensor_bytes, tensor_digest
 from longnet_cli.model.net import Net
+from longnet_cli.patterns import format_pattern
 from longnet_cli.presets import CONFIG_SHA256, TENSORS_SHA256, TOKENIZER_SHA256, find_model
 
 if TYPE_CHECKING:
@@ -130,13 +131,27 @@ def load_pretrained(
     return model.eval()
 
 
-def model_fingerprint(model: Net) -> str:
-    """A digest of configuration and weights, 16 hex digits: equal for models that compute the same."""
+def model_digest(model: Net) -> str:
+    """A SHA-256 of configuration and weights, 64 hex digits: equal for models that compute the same."""
     digest = hashlib.sha256(model.config.model_dump_json().encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0".encode())
         digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def model_origin(model: Net, name: str | None, tokenizer_sha256: str | None) -> dict[str, str]:
+    """The metadata of what a model made: `longnet.model` (its name), `model_sha256`, `tokenizer_sha256`, `pattern`.
+
+    What is not known is left out.
+    """
+    known = {
+        "longnet.model": name,
+        "longnet.model_sha256": model_digest(model),
+        "longnet.tokenizer_sha256": tokenizer_sha256,
+        "longnet.pattern": format_pattern(model.config.pattern),
+    }
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def empty_net(

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from longnet_cli.atomic import locked_folder, write_file
 from longnet_cli.data.bos import document_start
 from longnet_cli.data.sources import Document, read_documents
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.tokenizer import NO_END, Tokenizer
 from longnet_cli.data.windows import Batch, TokenStream, TokenWindows
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.integrations.loading import load_trainable
@@ -134,7 +134,7 @@ class _Run:
         self.signals = Signals(ranks)
         check_memory(recipe)
         check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
-        self.tokenizer = Tokenizer.load(recipe.data.tokenizer)
+        self.tokenizer = Tokenizer.load(recipe.data.tokenizer).with_eos(recipe.data.eos)
         self.eos_id = _before_documents(recipe, self.tokenizer)
         check_vocabulary(recipe, self.tokenizer)
         check_ranks(recipe, ranks)
@@ -446,12 +446,12 @@ def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks
 
 def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
     """The id with which each document begins: end-of-text, or what a Hugging Face model was trained with."""
-    if not isinstance(recipe, PretrainedRecipe):
+    if not isinstance(recipe, PretrainedRecipe) or recipe.data.eos is not None:
         found: int | tuple[int, ...] | None = tokenizer.eos_id
     else:
         found = document_start(find_model(recipe.init), tokenizer)
     if found is None:
-        raise ConfigError("the tokenizer has no end-of-text token, which training puts between documents")
+        raise ConfigError(f"{NO_END}; training puts it between documents: name a token or an id (--eos, data.eos)")
     if not isinstance(found, int):
         raise ConfigError(f"{recipe.init} begins a document with {len(found)} tokens, and training puts one there")
     return found

@@ -39,7 +39,7 @@ class MixedInputs(Table):
 
 
 class DataRecipe(Table):
-    """The source of tokens; `tokenizer` is `bytes`, a file or a folder.
+    """The source of tokens; `tokenizer` is `bytes`, a file or a folder, `eos` its end-of-text token or the id of it.
 
     Either `train`, inputs as on any command line, or `[[data.mix]]`, a table for each of several sources. The weights
     need not sum to 1: 0.7 and 0.3 are 7 and 3. A source that runs out starts again; the others continue. A recipe
@@ -49,6 +49,9 @@ class DataRecipe(Table):
     train: list[str] | None = Field(default=None, min_length=1)
     mix: list[MixedInputs] | None = Field(default=None, min_length=1)
     tokenizer: str = "bytes"
+    eos: str | int | None = (
+        None  # put between documents, which a flat column is cut at; otherwise as the tokenizer says
+    )
     column: str | None = None
     held_out: list[str] | None = Field(default=None, min_length=1)  # inputs, never trained on, to evaluate with
 
