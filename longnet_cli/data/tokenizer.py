@@ -312,12 +312,6 @@ class Tokenizer:
         """Write a tokenizer.json, whole or not at all."""
         write_file(path, self.to_json().encode())
 
-    def save_settings(self, folder: str | Path) -> None:
-        """Write a tokenizer_config.json, which names the end-of-text token, to a folder that gets a tokenizer.json."""
-        found = {"tokenizer_class": "PreTrainedTokenizerFast", **self.description}
-        del found["json"]
-        write_file(Path(folder) / SETTINGS, (json.dumps(found, indent=2) + "\n").encode())
-
     @property
     def description(self) -> dict[str, str]:
         """Return what the manifest of a data set keeps: the text of its tokenizer.json, and its end-of-text token."""
