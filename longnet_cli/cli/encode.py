@@ -129,7 +129,8 @@ def encode(
     """Turn each document, or each span of it, into one vector, for search or clustering.
 
     A slide encoder, and a model without a vocabulary, reads documents of vectors: rows of a column features, embedding
-    or embeddings, in Arrow, Parquet or HDF5 files (pip install 'longnet-cli[h5]').
+    or embeddings, in Arrow, Parquet or HDF5 files (HDF5 needs the extra h5).
+
     The columns are doc_id, span, start, end, n_tokens and embedding. Rows come in input order, each when it is known.
     """
     if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a model is loaded
