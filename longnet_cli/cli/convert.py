@@ -66,7 +66,7 @@ def convert(
     Any tool loads the folder of a GGUF file. A checkpoint is Prov-GigaPath's slide encoder, a LongNet of torchscale, or
     a LongViT, whose encoder is taken. A LongNet is written with weights of another type.
     What a file holds is seen from its first bytes. Quantized weights are written out as plain numbers.
-    GGUF needs an extra: pip install 'longnet-cli[gguf]'.
+    GGUF needs the extra gguf.
     """
     from longnet_cli.integrations.converting import convert as run
 
