@@ -35,7 +35,7 @@ def convert(
             "--dtype",
             "auto|fp32|bf16|fp16",
             "Write weights of this type; fp32 holds exactly what the file says.",
-            "the file's own, bf16 where it is quantized",
+            "the file's own, bf16 if quantized; required for a LongNet",
         ),
     ] = "auto",
     heads: Annotated[
@@ -55,7 +55,7 @@ def convert(
             OFFICIAL,
             "--padding",
             "zero_key|exact",
-            "Let keys of zeros fill up ragged segments of an encoder, as in its training, or not.",
+            "Fill ragged segments of an encoder with keys of zeros, as in its training, or not (exact).",
             "zero_key",
         ),
     ] = None,

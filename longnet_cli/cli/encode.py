@@ -64,7 +64,7 @@ def encode(
             VECTORS,
             "--pool",
             "mean|last|first|cls",
-            "Take the mean over the tokens, one token's vector, or that of a slide encoder's CLS.",
+            "Take the mean over the tokens, the last or first token's vector, or a slide encoder's CLS.",
             "mean; cls of a slide encoder",
         ),
     ] = None,
@@ -135,7 +135,7 @@ def encode(
     """Turn each document, or each span of it, into one vector, for search or clustering.
 
     A slide encoder, or a model without a vocabulary, reads documents of vectors: a column features, embedding or
-    embeddings in Arrow, Parquet or HDF5 files (which need the extra `h5`).
+    embeddings in Arrow, Parquet or HDF5 files (HDF5 needs the extra `h5`).
     The columns are doc_id, span, start, end, n_tokens and embedding. Rows come in input order.
     """
     if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a model is loaded

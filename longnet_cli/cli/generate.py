@@ -52,7 +52,7 @@ def generate(
         str | None,
         typer.Argument(
             metavar="PROMPT",
-            help="Continue this text. If it is -, or without PROMPT and --input, read stdin.",
+            help="Continue this text. If it is -, or if you give neither PROMPT nor --input, read stdin.",
             show_default=False,
         ),
     ] = None,
@@ -116,7 +116,7 @@ def generate(
 
     The likeliest token is taken each time, unless you give --temperature.
     A text ends at the model's end-of-text token, at a --stop text, or after --max-tokens.
-    A token costs the same time and memory at any position.
+    With a LongNet or a window, a token costs the same time and memory at any position.
     """
     from longnet_cli.errors import ConfigError
 

@@ -144,7 +144,7 @@ ColumnOption = Annotated[
         INPUT,
         "--column",
         "NAME",
-        "Read this column, or doc.body in doc.",
+        "Read this column, or a field of a struct: doc.body.",
         "input_ids, tokens, token_ids or ids, otherwise text",
     ),
 ]
