@@ -32,7 +32,9 @@ def main() -> None:
     model = arguments.model
 
     def encoded(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        return encode_batches(batches, model=model)
+        for batch in encode_batches(batches, model=model):
+            vectors = batch["embedding"].cast(pa.list_(pa.float32()))  # Spark has no lists of a fixed size
+            yield batch.set_column(batch.schema.get_field_index("embedding"), "embedding", vectors)
 
     spark = SparkSession.builder.appName("longnet encode").getOrCreate()
     spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", "256")

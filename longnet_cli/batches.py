@@ -1,7 +1,7 @@
 """Vectors and scores of Arrow record batches, for engines that run a function over many: Ray Data, Spark and others.
 
     dataset.map_batches(encode_batches, batch_format="pyarrow")        Ray Data: a table in, a table out
-    frame.mapInArrow(encode_batches, schema)                           Spark: an iterator in, an iterator out
+    frame.mapInArrow(score_batches, schema)                            Spark: an iterator in, an iterator out
 
 A process loads a model on its first call and keeps it. A row is a document, and each batch is read as if it were all
 there is: so it does not matter which process gets which batch.
