@@ -43,6 +43,10 @@ OnSkip = Callable[[Document, LongNetError], None]  # with a document that is lef
 SHARD_ROWS = 1 << 14
 
 
+class NothingToEncodeError(DataError):
+    """Among the documents there is no token to encode."""
+
+
 @dataclass(frozen=True)
 class EncodeOptions:
     """The options that decide the rows of `encode`, besides the net and the documents.
@@ -342,7 +346,7 @@ class _Encoder:
                 elif on_empty:
                     on_empty(document)
             if not found:
-                raise DataError("there is nothing to encode: every document is empty or left out")
+                raise NothingToEncodeError("there is nothing to encode: every document is empty or left out")
 
         return with_tokens()
 

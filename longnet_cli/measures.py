@@ -141,10 +141,17 @@ class Clusters:
 
     def add(self, values: Sequence[float]) -> None:
         """The (size,) quantities of the next document."""
-        deviation = values - self.sums / max(1, self.documents)
-        self.documents += 1
-        self.sums += values
-        self.spread += np.outer(deviation, values - self.sums / self.documents)
+        self.extend(np.array([values], float))
+
+    def extend(self, values: np.ndarray) -> None:
+        """The (documents, size) float64 quantities of the next ones (Chan, Golub and LeVeque's update)."""
+        if not len(values):
+            return
+        before, mean = self.documents, values.mean(0)
+        shift, inside = mean - self.sums / max(1, before), values - mean
+        self.documents += len(values)
+        self.sums += values.sum(0)
+        self.spread += inside.T @ inside + np.outer(shift, shift) * (before * len(values) / self.documents)
 
     def error(self, numerator: np.ndarray, denominator: int) -> float | None:
         """Return the standard error of sum x / sum y: x is the (size,) combination `numerator` of the quantities."""

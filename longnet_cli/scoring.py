@@ -31,10 +31,16 @@ from longnet_cli.sizes import format_size
 
 # Called with (document, start, ids, log-probabilities): those of its tokens [start, start + n), (n,) int64 and float32
 OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
+# Called with (document, context, nats): those of its next tokens at that context, (n,) float32; of no token, n is 0
+OnNats = Callable[[Document, int | None, np.ndarray], None]
 OnSkip = Callable[[Document, LongNetError], None]  # with a document that is left out, and why
 
 ADVICE = "the model's weights are too large for its numbers, or damaged"
 LOGPROB_BATCH = 1 << 18  # tokens of a record batch of log-probabilities
+
+
+class NothingToScoreError(DataError):
+    """Among the documents there is no token to score."""
 
 
 def score(
@@ -55,6 +61,7 @@ def score(
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
     on_tokens: OnTokens | None = None,
+    on_nats: OnNats | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[DocumentScore]:
     """Yield the score of each document, in order; every token is scored exactly once.
@@ -82,9 +89,10 @@ def score(
     checked before anything else.
 
     An empty document scores 0 tokens. `device` moves the model there; None leaves it where it is. `on_tokens` gets the
-    log-probabilities of all tokens in order. `on_progress` gets the number of tokens that each forward has scored.
+    log-probabilities of all tokens in order, `on_nats` their negatives at each context, those of a document before its
+    score. `on_progress` gets the number of tokens that each forward has scored.
     Raises ConfigError for a model that cannot score, options that contradict each other and a document with more tokens
-    than the model reads, DataError at the end when no document had a token to score, NotFiniteError for a
+    than the model reads, NothingToScoreError at the end when no document had a token to score, NotFiniteError for a
     log-probability that is NaN or infinite.
     """
     if not model.config.causal:
@@ -120,7 +128,7 @@ def score(
     if not on_skip:
         for document in known:
             check(document)
-    scorer = _Scorer(reader, bos, cut, by_position, by_recall, count_bytes, on_tokens)
+    scorer = _Scorer(reader, bos, cut, by_position, by_recall, count_bytes, on_tokens, on_nats)
     return scorer.run(checked(documents, check, on_skip))
 
 
@@ -244,10 +252,11 @@ class _Scorer:
         by_recall: bool,
         count_bytes: Callable[[np.ndarray], int | None] | None,
         on_tokens: OnTokens | None,
+        on_nats: OnNats | None,
     ) -> None:
         self.reader, self.model, self.bos, self.cut = reader, reader.model, bos, cut
         self.by_position, self.by_recall = by_position, by_recall
-        self.count_bytes, self.on_tokens = count_bytes, on_tokens
+        self.count_bytes, self.on_tokens, self.on_nats = count_bytes, on_tokens, on_nats
         self.open: deque[_Tally] = deque()  # documents whose windows are being read
 
     def run(self, documents: Iterable[Document]) -> Iterator[DocumentScore]:
@@ -265,8 +274,8 @@ class _Scorer:
                 yield tally.result()
         if scored == 0:
             if self.cut.last:
-                raise DataError(f"no token could be scored: no document has {self.cut.least} tokens or more")
-            raise DataError(
+                raise NothingToScoreError(f"no token could be scored: no document has {self.cut.least} tokens or more")
+            raise NothingToScoreError(
                 "no token could be scored: every document is empty or left out"
                 if bos_ids(self.bos)
                 else "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
@@ -337,6 +346,8 @@ class _Scorer:
             tally.by_position.add(piece.start - piece.window.start, nll)
         if tally.by_recall:
             tally.by_recall.add(tally.bigrams.distances(piece.start + 1, piece.stop + 1), nll)
+        if self.on_nats:
+            self.on_nats(tally.document, tally.context, nll)
         if self.on_tokens and len(nll):
             self.on_tokens(tally.document, first, self._targets(piece), -nll)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -16,11 +15,9 @@ if TYPE_CHECKING:
     import torch
 
     from longnet_cli.attention import Pattern
-    from longnet_cli.data.chat import ChatTemplate
     from longnet_cli.data.documents import Document
-    from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.errors import LongNetError
-    from longnet_cli.model.net import Net
+    from longnet_cli.opening import Loaded
 
 
 def refuse_overwriting(
@@ -33,19 +30,6 @@ def refuse_overwriting(
 
     also = [find_model(model, files=True), Tokenizer.find(tokenizer) if tokenizer else None]
     overwriting.refuse_overwriting(option, outputs, inputs, also, skip_bad=skip_bad)
-
-
-class Loaded(NamedTuple):
-    """A model, its tokenizer, and what it reads before each document; None for what there is not.
-
-    `ends` are the ids at which the model's own texts end, `chat` its chat template where that is asked for.
-    """
-
-    net: Net
-    words: Tokenizer | None
-    bos: int | tuple[int, ...] | None
-    ends: frozenset[int]
-    chat: ChatTemplate | None
 
 
 def load_model(
@@ -61,53 +45,16 @@ def load_model(
     chat: bool = False,
     vectors: bool = False,
 ) -> Loaded:
-    """The model that --model names, for --dtype on `device`, and --tokenizer, or its own without it; `bos` is --bos.
+    """Load what `opening.load_model` does, and raise what it raises; what it says goes to stderr, unless `quiet`."""
+    from longnet_cli import opening
 
-    Says on stderr, unless `quiet`, what the user should know of how it reads documents.
-    Raises ConfigError for a tokenizer that is not the model's, unless `tokenizer_differs`, or has ids that the
-    model does not have, a model that reads `vectors` where these are not taken, or an attention kernel that cannot run
-    in `dtype`.
-    """
-    from longnet_cli.data.bos import document_end, document_start
-    from longnet_cli.data.tokenizer import Tokenizer
-    from longnet_cli.errors import ConfigError
-    from longnet_cli.integrations.converting import unpacked
-    from longnet_cli.integrations.loading import load_net
-    from longnet_cli.presets import find_model
-    from longnet_cli.runtime.device import DTYPES, check_kernel, keep_freed_memory, resolve_dtype
+    def say(line: str) -> None:
+        if not quiet and sys.stderr:
+            print(printable(line), file=sys.stderr)
 
-    found, kind = find_model(name, files=True), resolve_dtype(dtype, device)
-    if found.is_file() and not quiet and sys.stderr:
-        print(printable(f"{name}: converted for this run; longnet convert does it once"), file=sys.stderr)
-    if device.type == "cpu":
-        keep_freed_memory()
-    with unpacked(found, kind) as folder:
-        words = Tokenizer.of_model(folder, tokenizer, differs=tokenizer_differs)
-        before, ends = document_start(folder, words, bos), document_end(folder, words)
-        template = _template(folder, words) if chat else None
-        net = load_net(folder, pattern=pattern, device=device, dtype=DTYPES[kind])
-    check_kernel(device, dtype, net.config.head_dim)
-    if not net.config.vocab_size:
-        if not vectors:
-            raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
-        words = before = None
-    if words and words.vocab_size > net.config.vocab_size:
-        raise ConfigError(
-            f"{tokenizer or found / 'tokenizer.json'}: the tokenizer has {words.vocab_size} ids and the model "
-            f"{net.config.vocab_size}: they do not belong together"
-        )
-    if net.note and not quiet and sys.stderr:
-        print(printable(f"{name}: {net.note}"), file=sys.stderr)
-    return Loaded(net, words, before, ends, template)
-
-
-def _template(folder: Path, words: Tokenizer | None) -> ChatTemplate:
-    from longnet_cli.data.chat import ChatTemplate
-    from longnet_cli.errors import ConfigError
-
-    if words is None:
-        raise ConfigError(f"{folder}: there is no tokenizer, which --chat needs: give --tokenizer")
-    return ChatTemplate(folder, words)
+    return opening.load_model(
+        name, tokenizer, tokenizer_differs, device, dtype, pattern, bos, chat=chat, vectors=vectors, say=say
+    )
 
 
 class Skipped:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from longnet_cli.cli import gains
 from longnet_cli.cli.launch import launch
 from longnet_cli.cli.loading import Skipped, load_model, refuse_overwriting
 from longnet_cli.cli.options import (
@@ -26,6 +27,7 @@ from longnet_cli.cli.options import (
     NprocOption,
     PatternOption,
     QuietOption,
+    ResumeOption,
     SegmentLengthsOption,
     SkipBadOption,
     TokenizerDiffersOption,
@@ -127,6 +129,21 @@ def score(
             "replaced when the new one is whole.",
         ),
     ] = None,
+    output: Annotated[
+        str | None,
+        option(
+            OUTPUT,
+            "--output -o",
+            "PATH",
+            "Write a row per document instead, with what it gains from the longest context: to a new folder of shards, "
+            "one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout.",
+            "print the scores",
+        ),
+    ] = None,
+    shard_tokens: Annotated[
+        int | None, size_option(OUTPUT, "--shard-tokens", "Start a new shard after this many tokens.", "4Mi")
+    ] = None,
+    resume: ResumeOption = False,
     nproc: NprocOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -141,7 +158,7 @@ def score(
     """
     from longnet_cli.errors import ConfigError
 
-    if keep and format == "text":
+    if keep and format == "text" and output is None:
         raise ConfigError("--keep carries columns to rows of JSON: give --format jsonl or json")
     if keep and (taken := sorted({*keep} & ROW_KEYS)):
         raise ConfigError(f"--keep {taken[0]}: the output has a key of this name")
@@ -149,7 +166,17 @@ def score(
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
     if token_logprobs:
         refuse_overwriting("--token-logprobs", [token_logprobs], inputs, model, tokenizer, skip_bad)
+    if output is not None:
+        refuse_overwriting("-o", [output], inputs, model, tokenizer, skip_bad)
+    printing: dict[str, Any] = {
+        "--by-position": by_position,
+        "--by-recall": by_recall,
+        "--token-logprobs": token_logprobs,
+    }
+    printing |= {"--keep": keep, f"--format {format}": format != "text"}
+    done = gains.check(output, resume=resume, shard_tokens=shard_tokens, others=printing)
     launch(nproc, inputs, model)
+    from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.sources import read_documents, stored_documents
     from longnet_cli.data.tokenizer import end_of_text
     from longnet_cli.measures import Total
@@ -162,6 +189,7 @@ def score(
     net, words, before, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
     if asked and not quiet and sys.stderr:
         print(f"pattern {format_pattern(net.config.pattern)}", file=sys.stderr)
+    from longnet_cli.gains import GainOptions
     from longnet_cli.model.weights import model_origin
     from longnet_cli.scoring import score as run
     from longnet_cli.scoring import write_token_logprobs
@@ -173,33 +201,50 @@ def score(
     limited = net.config.max_tokens is not None and not skip_bad
     known = stored_documents(inputs, words, **reading) if limited else ()
     skipped = Skipped(quiet)
-    origin = model_origin(net, model, words.sha256 if words else None) if ranks.first else {}
+    origin = model_origin(net, model, words.sha256 if words else None) if ranks.first and output is None else {}
     tokens = write_token_logprobs(token_logprobs, origin) if token_logprobs and ranks.first else nullcontext()
-    with progress("scoring", total=None, quiet=quiet) as advance, tokens as on_tokens:
-        scores = run(
-            net,
-            documents,
-            bos=before,
-            known=known,
-            context=context,
-            stride=stride,
-            last=last,
-            by_position=by_position,
-            by_recall=by_recall,
-            count_bytes=words.n_bytes if words else None,
-            chunk=chunk,
-            dtype=dtype,
-            device=where,
-            ranks=ranks,
-            on_skip=skipped if skip_bad else None,
-            on_tokens=on_tokens,
-            on_progress=advance,
-        )
-        if ranks.first:
-            _print(scores, format, Total(context or [None]), origin, skipped)
+    with progress("scoring", total=None, start=done, quiet=quiet) as advance, tokens as on_tokens:
+        running: dict[str, Any] = {
+            "known": known,
+            "count_bytes": words.n_bytes if words else None,
+            "chunk": chunk,
+            "dtype": dtype,
+            "ranks": ranks,
+            "on_skip": skipped if skip_bad else None,
+            "on_progress": advance,
+        }
+        if output is not None:
+            options = GainOptions(
+                bos=before,
+                context=tuple(context) if context else None,
+                stride=stride,
+                last=last,
+                model_name=model,
+                tokenizer_sha256=words.sha256 if words else None,
+                pattern=format_pattern(net.config.pattern),
+            )
+            settings = {"inputs": inputs_fingerprint(inputs), "column": column, "id_column": id_column, "eos": eos_id}
+            running |= {"settings": settings, "shard_tokens": shard_tokens, "resume": resume}
+            gains.write(net, documents, output, options, **running)
         else:
-            for _ in scores:
-                pass
+            scores = run(
+                net,
+                documents,
+                bos=before,
+                context=context,
+                stride=stride,
+                last=last,
+                by_position=by_position,
+                by_recall=by_recall,
+                device=where,
+                on_tokens=on_tokens,
+                **running,
+            )
+            if ranks.first:
+                _print(scores, format, Total(context or [None]), origin, skipped)
+            else:
+                for _ in scores:
+                    pass
     leave()
     skipped.end(ranks.first)
 

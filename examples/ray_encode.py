@@ -1,0 +1,72 @@
+"""Encode a corpus of Parquet shards on a cluster, with Ray Data: a worker for each device, shards in, shards out.
+
+    pip install 'longnet-cli[ray]'
+    python examples/ray_encode.py corpus/ vectors/ --workers 2
+
+A local cluster starts by itself; RAY_ADDRESS joins one that runs. A worker has a GPU where the cluster has any,
+otherwise a CPU. A worker that dies is started again, and reads its batch again.
+
+A row is a document, with a column `doc_id` or `id`, and `text` or `input_ids`. The columns of the output are those of
+`longnet encode`; other engines take `encode_batches` and `score_batches` in the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from longnet_cli.batches import encode_batches
+
+SHARD_ROWS = 1 << 14
+
+
+class Encoder:
+    """A worker: it loads the model with the first table that it gets."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return encode_batches(table, **self.options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Encode Parquet shards with Ray Data.")
+    parser.add_argument("source", help="a Parquet file, or a folder of them")
+    parser.add_argument("output", help="a new folder")
+    parser.add_argument("--model", default="longnet-tiny")
+    parser.add_argument("--keep", nargs="*", default=[], metavar="COLUMN", help="carry these columns along")
+    parser.add_argument("--workers", type=int, help="by default, one for each device of the cluster")
+    parser.add_argument("--batch-rows", type=int, default=256, help="documents that a worker gets at a time")
+    arguments = parser.parse_args()
+    if Path(arguments.output).exists():
+        parser.error(f"{arguments.output} exists: name a new folder")
+
+    if "RAY_ADDRESS" in os.environ:
+        ray.init()
+    else:
+        ray.init(num_cpus=(arguments.workers or os.cpu_count() or 1) + 1)  # one to read and to write
+    found = ray.cluster_resources()
+    gpus = int(found.get("GPU", 0))
+    workers = arguments.workers or gpus or max(1, int(found["CPU"]) - 1)
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    documents = ray.data.read_parquet(arguments.source)
+    # Ray joins small files to one block, which one worker would get
+    vectors = documents.repartition(target_num_rows_per_block=arguments.batch_rows).map_batches(
+        Encoder,
+        fn_constructor_kwargs={"model": arguments.model, "keep": tuple(arguments.keep)},
+        batch_format="pyarrow",
+        batch_size=arguments.batch_rows,
+        num_gpus=1 if gpus else 0,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+    )
+    vectors.write_parquet(os.path.abspath(arguments.output), min_rows_per_file=SHARD_ROWS)
+
+
+if __name__ == "__main__":
+    main()

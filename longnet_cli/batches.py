@@ -1,0 +1,216 @@
+"""Vectors and scores of Arrow record batches, for engines that run a function over many: Ray Data, Spark and others.
+
+    dataset.map_batches(encode_batches, batch_format="pyarrow")        Ray Data: a table in, a table out
+    frame.mapInArrow(encode, schema)                                   Spark: an iterator in, an iterator out
+
+A process loads a model on its first call and keeps it. A row is a document, and each batch is read as if it were all
+there is: so it does not matter which process gets which batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, Wanted, choose_columns
+from longnet_cli.data.documents import Document
+from longnet_cli.data.sources import documents_of
+from longnet_cli.data.tables import Table
+from longnet_cli.encoding import EmbeddingDtype, EncodeOptions, NothingToEncodeError, Pool, encode
+from longnet_cli.errors import ConfigError, DataError, LongNetError
+from longnet_cli.gains import GainOptions, gains
+from longnet_cli.opening import Loaded, load_model
+from longnet_cli.patterns import format_pattern, parse_pattern
+from longnet_cli.runtime.device import select_device
+from longnet_cli.scoring import NothingToScoreError, OnSkip
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The way that documents are read from batches, and the model: the options of `longnet encode` and `longnet score`.
+
+    `id_column` names the documents, without it `doc_id`, otherwise `id`; `column` holds them, text or lists of token
+    ids. The columns of `keep` are carried along to the rows of the output. With `skip_bad` a document that the model
+    cannot read has no rows.
+    """
+
+    model: str = "longnet-tiny"
+    tokenizer: str | None = None
+    pattern: str | None = None
+    bos: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    chunk: int | None = None
+    column: str | None = None
+    id_column: str | None = None
+    keep: tuple[str, ...] = ()
+    skip_bad: bool = False
+
+    def load(self) -> Loaded:
+        """Return the model and its tokenizer, which this process has loaded once. Raises what `load_model` does."""
+        return _load(self.model, self.tokenizer, self.pattern, self.bos, self.device, self.dtype)
+
+    def origin(self) -> dict[str, Any]:
+        """Return what the options of both jobs say of the model."""
+        loaded = self.load()
+        return {
+            "bos": loaded.bos,
+            "model_name": self.model,
+            "tokenizer_sha256": loaded.words.sha256 if loaded.words else None,
+            "pattern": format_pattern(loaded.net.config.pattern),
+        }
+
+
+def encode_batches(
+    batches: Any,
+    *,
+    pool: Pool = "mean",
+    span: int | None = None,
+    normalize: bool = True,
+    embedding_dtype: EmbeddingDtype = "float32",
+    **reading: Any,
+) -> Any:
+    """Return the rows of `longnet encode` for the documents of a table, or lazily of record batches, as it is given.
+
+    The columns are those of `EncodeOptions.schema`, then those of `keep`. The options are those of `EncodeOptions` and
+    of `Reading`. An empty document has no rows.
+
+    Raises ConfigError for options, for a batch without names of its documents or without the column, DataError for bad
+    values, and what `encode` raises; TypeError for an option that there is not.
+    """
+    how = Reading(**reading)
+
+    def run(documents: Iterator[Document], on_skip: OnSkip | None) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+        chosen = EncodeOptions(
+            pool=pool, span=span, normalize=normalize, embedding_dtype=embedding_dtype, **how.origin()
+        )
+        net, index = how.load().net, -1
+        reader = encode(net, documents, chosen, chunk=how.chunk, dtype=how.dtype, on_skip=on_skip)
+        with suppress(NothingToEncodeError):  # there may be tokens in other batches
+            for batch in reader:
+                indices = index + np.cumsum(batch["span"].to_numpy() == 0)
+                index = int(indices[-1])
+                yield batch, indices
+        yield pa.RecordBatch.from_pylist([], reader.schema), np.empty(0, int)
+
+    return _mapped(batches, how, run, empty=False)
+
+
+def score_batches(
+    batches: Any, *, context: int | Sequence[int] | None = None, stride: int | None = None, **reading: Any
+) -> Any:
+    """Return the rows of `longnet score -o` for the documents of a table, or lazily of record batches, as it is given.
+
+    The columns are those of `GainOptions.schema`, then those of `keep`. The options are `context`, several of them for
+    what a document gains from the longest, `stride`, and those of `Reading`.
+
+    Raises ConfigError for options, for a batch without names of its documents or without the column, DataError for bad
+    values, and what `score` raises; TypeError for an option that there is not.
+    """
+    how = Reading(**reading)
+    contexts = None if context is None else (context,) if isinstance(context, int) else tuple(context)
+
+    def run(documents: Iterator[Document], on_skip: OnSkip | None) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+        chosen, net, index = GainOptions(context=contexts, stride=stride, **how.origin()), how.load().net, 0
+        with suppress(NothingToScoreError):  # there may be tokens in other batches
+            for batch in gains(net, documents, chosen, chunk=how.chunk, dtype=how.dtype, on_skip=on_skip):
+                yield batch, np.arange(index, index + batch.num_rows)
+                index += batch.num_rows
+
+    return _mapped(batches, how, run, empty=True)
+
+
+@cache
+def _load(model: str, tokenizer: str | None, pattern: str | None, bos: str | None, device: str, dtype: str) -> Loaded:
+    try:
+        asked = parse_pattern(pattern) if pattern is not None else None
+    except ValueError as error:
+        raise ConfigError(f"pattern: {error}") from None
+    return load_model(model, tokenizer, False, select_device(device), dtype, asked, bos)
+
+
+# Of documents: their rows, and which document, of those that are not left out, each row is of
+Run = Callable[[Iterator[Document], OnSkip | None], Iterator[tuple[pa.RecordBatch, np.ndarray]]]
+
+
+def _mapped(batches: Any, how: Reading, run: Run, *, empty: bool) -> Any:
+    """Return what `run` gives: a table for a table, batches for batches; `empty`: also for documents without tokens."""
+    if isinstance(batches, pa.Table):
+        return pa.Table.from_batches(_Batch(batches, "table", how).rows(run, empty))
+    tables = (pa.Table.from_batches([batch]) for batch in batches)
+    found = (_Batch(table, f"batch {index}", how).rows(run, empty) for index, table in enumerate(tables))
+    return (rows for batch in found for rows in batch if rows.num_rows)
+
+
+class _Batch:
+    """A table whose rows are documents. Raises ConfigError and DataError for one that cannot be read so."""
+
+    def __init__(self, table: pa.Table, where: str, how: Reading) -> None:
+        self.table, self.where, self.how = table, where, how
+        self.names = table.schema.names
+        wanted = [how.id_column] if how.id_column else ID_COLUMNS
+        self.id_column = next((name for name in wanted if name in self.names), "")
+        if not self.id_column:
+            raise ConfigError(
+                f"{where}: there is no column {' or '.join(map(repr, wanted))} that names the documents: choose one "
+                f"(id_column); its columns are {', '.join(self.names)}"
+            )
+        for name in how.keep:
+            if name not in self.names:
+                raise ConfigError(f"{where}: there is no column {name!r}; its columns are {', '.join(self.names)}")
+        self.doc_ids = table[self.id_column].cast(pa.string())
+        if self.doc_ids.null_count:
+            row = self.doc_ids.is_null().to_pylist().index(True)
+            raise DataError(f"{where}, row {row}, {self.id_column}: the value is null")
+        if "part" in self.names and pa.types.is_integer(table.schema.field("part").type):
+            parts = table["part"].to_pylist()
+            row = next((row for row, part in enumerate(parts) if part), None)
+            if row is not None:
+                raise DataError(
+                    f"{where}, row {row}: part {parts[row]} of document {self.doc_ids[row].as_py()!r}: in batches a "
+                    "row is a document: join its parts, or read the files themselves (longnet encode, longnet score)"
+                )
+
+    def rows(self, run: Run, empty: bool) -> Iterator[pa.RecordBatch]:
+        """The rows of all documents, as the last batch those of none."""
+        taken: list[int] = []
+
+        def documents() -> Iterator[Document]:
+            for row, document in enumerate(self.documents() if len(self.table) else ()):
+                if len(document) or empty:
+                    taken.append(row)
+                    yield document
+
+        def skip(document: Document, error: LongNetError) -> None:
+            taken.pop()  # it was the last one
+
+        for batch, indices in run(documents(), skip if self.how.skip_bad else None):
+            places = pa.array(np.array(taken, int)[indices])
+            columns = [self.doc_ids, *(self.table[name] for name in self.how.keep)]
+            if clash := set(batch.schema.names) & set(self.how.keep):
+                raise ConfigError(f"keep {min(clash)}: the output has a column of this name")
+            doc_ids, *kept = (column.take(places).combine_chunks() for column in columns)
+            fields = [self.table.schema.field(name) for name in self.how.keep]
+            schema = pa.schema([*batch.schema, *fields], metadata=batch.schema.metadata)
+            yield pa.record_batch([doc_ids, *batch.columns[1:], *kept], schema=schema)
+
+    def documents(self) -> Iterator[Document]:
+        """The document of each row."""
+        own = [index for index, name in enumerate(self.names) if name not in (self.id_column, "doc_id", "part")]
+        table = self.table.select(own)
+        found = Table(self.where, self.where, table.schema, lambda names: iter(table.select(names).to_batches()))
+        wanted = Wanted(self.how.column)
+        columns = choose_columns(found, wanted)
+        if columns.type in INTEGERS:
+            raise ConfigError(
+                f"{self.where}: column {columns.documents!r} has one id per row: in batches a row is a document, a "
+                "list of ids or a text"
+            )
+        loaded = self.how.load()
+        return documents_of(found, loaded.words, wanted, vocab_size=loaded.net.config.vocab_size)

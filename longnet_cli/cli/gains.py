@@ -1,0 +1,76 @@
+"""The output of `longnet score -o`: a row per document, in a file or a folder of shards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from longnet_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longnet_cli.data.documents import Document
+    from longnet_cli.gains import GainOptions
+    from longnet_cli.model.net import Net
+    from longnet_cli.runtime.ranks import Ranks
+
+
+def check(output: str | None, *, resume: bool, shard_tokens: int | None, others: Mapping[str, Any]) -> int:
+    """Refuse what cannot be written, before a model is loaded; return the tokens that an earlier run has scored.
+
+    `others` are options that print, by name, with what is given of them. Raises ConfigError.
+    """
+    if output is None:
+        if given := [name for name, value in (("--resume", resume), ("--shard-tokens", shard_tokens)) if value]:
+            raise ConfigError(f"{given[0]} is for a folder of rows: name it (-o FOLDER)")
+        return 0
+    if given := [name for name, value in others.items() if value]:
+        raise ConfigError(f"{given[0]} is for scores that are printed, and -o writes rows: leave one out")
+    if output == "-" and sys.stdout and sys.stdout.isatty():
+        raise ConfigError("the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them")
+    from longnet_cli.data.shards import run_to_resume
+    from longnet_cli.data.sinks import is_folder
+
+    if not is_folder(output):
+        for name, value in (("--resume", resume), ("--shard-tokens", shard_tokens)):
+            if value:
+                raise ConfigError(f"{output}: {name} is for a folder of shards: a single file or stream has no parts")
+        return 0
+    earlier = run_to_resume(output, resume=resume)
+    return earlier.totals["tokens"] if earlier else 0
+
+
+def write(
+    net: Net,
+    documents: Iterable[Document],
+    output: str,
+    options: GainOptions,
+    *,
+    settings: Mapping[str, Any],
+    shard_tokens: int | None,
+    resume: bool,
+    ranks: Ranks,
+    **running: Any,
+) -> None:
+    """Write a row per document to `output`: the first of the `ranks` does; `running` as in `gains.gains`."""
+    from longnet_cli.data.sinks import ShardWriter, is_folder
+    from longnet_cli.gains import SHARD_TOKENS, gains, gains_to_folder
+
+    running["ranks"] = ranks
+    if is_folder(output):
+        gains_to_folder(
+            net,
+            documents,
+            output,
+            options,
+            settings=settings,
+            shard_tokens=shard_tokens or SHARD_TOKENS,
+            resume=resume,
+            **running,
+        )
+        return
+    with ShardWriter(output, options.schema()) if ranks.first else nullcontext() as writer:
+        for batch in gains(net, documents, options, **running):
+            if writer and batch.num_rows:
+                writer.write(batch)

@@ -1,0 +1,299 @@
+"""The `gains` job: a row per document of what its tokens cost at each context, and what the longest one gains.
+
+    documents --score--> nats of each token, context by context --_Gain--> rows --> Arrow batches
+
+Into a folder, documents are cut into shards first, and each shard is scored as if it were all there is: so a run that
+is resumed writes the bytes of one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from longnet_cli.data.documents import SPOOL_BYTES, Document
+from longnet_cli.data.files import no_place
+from longnet_cli.data.shards import ShardFolder, run_to_resume
+from longnet_cli.errors import ConfigError, LongNetError
+from longnet_cli.measures import Clusters, DocumentScore
+from longnet_cli.model.net import Net
+from longnet_cli.model.weights import model_digest
+from longnet_cli.runtime.chunks import default_chunk
+from longnet_cli.runtime.device import check_kernel, resolve_dtype
+from longnet_cli.runtime.ranks import Ranks
+from longnet_cli.runtime.reading import Bos
+from longnet_cli.scoring import NothingToScoreError, OnSkip, score
+
+BLOCK_TOKENS = 128  # neighbours that gain together: blocks are taken as independent
+MANY_NATS = 2.0  # of a token that gains much: exp(2) is 7 times as likely
+SHARD_TOKENS = 1 << 22
+BATCH_ROWS = 1 << 12
+
+
+@dataclass(frozen=True)
+class GainOptions:
+    """The options that decide the rows of `gains`, besides the net and the documents.
+
+    `bos`, `context`, `stride` and `last` as in `scoring.score`; contexts are put in ascending order. Two or more give
+    the columns of a gain, that of the longest over the shortest. `model_name`, `tokenizer_sha256` and `pattern` (a text
+    of `longnet_cli.patterns`) go into the schema's metadata.
+    """
+
+    bos: Bos = None
+    context: tuple[int, ...] | None = None
+    stride: int | None = None
+    last: int | None = None
+    model_name: str | None = None
+    tokenizer_sha256: str | None = None
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.context is not None:
+            object.__setattr__(self, "context", tuple(sorted(self.context)))
+
+    @property
+    def compares(self) -> bool:
+        """Return whether there is a gain: that of the longest context over the shortest."""
+        return len(self.context or ()) > 1
+
+    @property
+    def nats(self) -> list[str]:
+        """The names of the columns of nats per token, one for each context."""
+        return [f"nats_{context}" for context in self.context] if self.context else ["nats"]
+
+    def schema(self) -> pa.Schema:
+        """Return the schema of the rows.
+
+        `n_tokens` are scored, the same at each context. Nats are means over them, null for none. `gain` is the
+        difference, `gain_se` its standard error over blocks of 128 tokens (null for fewer than two), `gain_share` the
+        share of tokens that gain more than 2 nats. The metadata keys are `longnet.*`; what is not known is left out.
+        """
+        known = {
+            "longnet.model": self.model_name,
+            "longnet.tokenizer_sha256": self.tokenizer_sha256,
+            "longnet.pattern": self.pattern,
+        }
+        fields = [
+            pa.field("doc_id", pa.string()),
+            pa.field("n_tokens", pa.int64()),
+            pa.field("n_bytes", pa.int64()),
+            *(pa.field(name, pa.float64()) for name in self.nats),
+            *(pa.field(name, pa.float64()) for name in ("gain", "gain_se", "gain_share") if self.compares),
+        ]
+        return pa.schema(fields, metadata={key: value for key, value in known.items() if value is not None})
+
+
+def gains(model: Net, documents: Iterable[Document], options: GainOptions, **running: Any) -> Iterator[pa.RecordBatch]:
+    """Read `documents` lazily and give each its row, in order, in record batches of `options.schema()`.
+
+    `running` are the arguments of `scoring.score` that change no number (`chunk`, `dtype`, `device`, `ranks`,
+    `on_progress`), `known`, `count_bytes` and `on_skip`; what it raises is raised here. Of a document the nats at one
+    context are kept until those at the other come, 4 bytes a token, in a file in $TMPDIR where they are many.
+    """
+    schema = options.schema()
+    rows: list[dict[str, Any]] = []
+    nothing: NothingToScoreError | None = None
+    try:
+        for row in _rows(model, documents, options, running):
+            rows.append(row)
+            if len(rows) == BATCH_ROWS:
+                yield pa.RecordBatch.from_pylist(rows, schema)
+                rows = []
+    except NothingToScoreError as error:  # raised behind the rows, which say so one by one
+        nothing = error
+    yield pa.RecordBatch.from_pylist(rows, schema)
+    if nothing:
+        raise nothing
+
+
+def gains_to_folder(
+    model: Net,
+    documents: Iterable[Document],
+    output: str | Path,
+    options: GainOptions,
+    *,
+    settings: Mapping[str, Any],
+    shard_tokens: int = SHARD_TOKENS,
+    resume: bool = False,
+    chunk: int | None = None,
+    known: Iterable[Document] = (),
+    dtype: str = "auto",
+    ranks: Ranks | None = None,
+    on_skip: OnSkip | None = None,
+    **running: Any,
+) -> ShardFolder | None:
+    """Write what `gains` gives to `gains-00000.arrow`, ... in the folder `output`, which is returned closed.
+
+    A shard ends with the document that brings it to `shard_tokens`. Otherwise as `encoding.encode_to_folder`: of
+    several `ranks` the first one writes and the others get None; `resume` goes on with a folder that an earlier run
+    with the same `settings`, model and options left unfinished.
+
+    Raises ConfigError for options and for a folder that is in use, DataError for a damaged shard, LongNetError when a
+    write fails, and what `score` raises. After an error the finished shards stay.
+    """
+    if shard_tokens < 1:
+        raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
+    ranks = ranks or Ranks()
+    earlier = run_to_resume(output, resume=resume) if ranks.first else None
+    device = next(model.parameters()).device
+    if chunk is None:
+        found = earlier.settings.get("chunk") if earlier else None
+        chunk = int(ranks.smallest(found or default_chunk(model.config, device)))
+        chunk = int(ranks.largest(found or 0)) or chunk  # the earlier run's, which the first one knows
+    dtype = resolve_dtype(dtype, device)
+    decisive = {
+        **settings,
+        "pattern": options.pattern,  # told first where it differs: the model's digest does then, too
+        "model": model_digest(model)[:16],
+        "kernel": check_kernel(device, dtype, model.config.head_dim),
+        **asdict(options),
+        "chunk": chunk,
+        "dtype": dtype,
+        "shard_tokens": shard_tokens,
+        **({"ranks": ranks.world} if ranks.world > 1 else {}),  # they add up in another order
+    }
+    running |= {"chunk": chunk, "dtype": dtype, "ranks": ranks}
+    with ExitStack() as stack:
+        folder = None
+        if ranks.first:
+            shards = ShardFolder(output, options.schema(), settings=decisive, name="gains", resume=resume)
+            folder = stack.enter_context(shards)
+        if ranks.any(folder is not None and folder.finished):
+            return folder
+        done = int(ranks.largest(folder.documents if folder else 0))
+        scored = int(ranks.largest(folder.totals["tokens"] if folder else 0))
+        remaining = islice(documents, done, None)
+        for first in remaining:
+            shard = _Shard(chain([first], remaining), shard_tokens, on_skip)
+            found = gains(model, shard, options, known=known, on_skip=shard.skip if on_skip else None, **running)
+            known = ()  # they have been checked
+            with suppress(NothingToScoreError):  # there may be some in others
+                for batch in found:
+                    tokens = int(batch["n_tokens"].to_numpy().sum())
+                    scored += tokens
+                    if folder:  # the last batch comes when all documents of the shard have been read
+                        folder.write(batch, tokens=tokens, **shard.counts())
+            if folder:
+                folder.end_shard()
+        if not scored:
+            raise NothingToScoreError("no token could be scored: every document is empty, too short or left out")
+        if folder:
+            for _ in range(folder.totals["left_out"]):  # by this run and by those it resumes
+                folder.skip()
+    return folder
+
+
+class _Shard:
+    """The next of some documents, until they have `tokens`; counts them, and those that are left out."""
+
+    def __init__(self, documents: Iterator[Document], tokens: int, on_skip: OnSkip | None) -> None:
+        self._documents, self._tokens, self._on_skip = documents, tokens, on_skip
+        self._found: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Document]:
+        tokens = 0
+        for document in self._documents:
+            self._found["documents"] += 1
+            yield document
+            tokens += len(document) + 1
+            if tokens >= self._tokens:
+                return
+
+    def skip(self, document: Document, error: LongNetError) -> None:
+        self._found["left_out"] += 1
+        if self._on_skip:
+            self._on_skip(document, error)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many there were since the last call."""
+        found, self._found = dict(self._found), Counter()
+        return found
+
+
+def _rows(
+    model: Net, documents: Iterable[Document], options: GainOptions, running: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    begun: deque[_Gain] = deque()  # of documents whose scores are to come
+
+    def on_nats(document: Document, context: int | None, nats: np.ndarray) -> None:
+        if not begun or begun[-1].document is not document:
+            begun.append(_Gain(document))
+        if context == contexts[0]:
+            begun[-1].keep(nats)
+        elif context == contexts[-1]:
+            begun[-1].compare(nats)
+
+    contexts = options.context or (None,)
+    chosen: dict[str, Any] = {
+        "bos": options.bos,
+        "context": options.context,
+        "stride": options.stride,
+        "last": options.last,
+        "on_nats": on_nats if options.compares else None,
+    }
+    scores = score(model, documents, **chosen, **running)
+    while found := list(islice(scores, len(contexts))):
+        yield _row(options, found, begun.popleft() if options.compares else None)
+
+
+def _row(options: GainOptions, found: Sequence[DocumentScore], gain: _Gain | None) -> dict[str, Any]:
+    """The row of a document, from its scores at all contexts; what it lacks is null."""
+    score = found[0].score
+    row: dict[str, Any] = {"doc_id": found[0].doc_id, "n_tokens": score.n_tokens, "n_bytes": score.n_bytes}
+    if score.n_tokens:
+        row |= {name: each.score.nll_sum / score.n_tokens for name, each in zip(options.nats, found, strict=True)}
+        row |= gain.as_dict() if gain else {}
+    return row
+
+
+class _Gain:
+    """Takes the nats of a document's tokens at the shortest context, then at the longest, in order, in pieces."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self._kept: Any = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 (float32 nats, closed at the end)
+        self._read = 0  # bytes of them
+        self._open = np.empty(0)  # gains in a block that is not full
+        self._blocks = Clusters(2)  # their gains, and their tokens
+        self._many = 0
+
+    def keep(self, nats: np.ndarray) -> None:
+        """Take the next (n,) float32 nats at the shortest context. Raises LongNetError where they find no place."""
+        try:
+            self._kept.write(nats.tobytes())
+        except OSError as error:
+            raise no_place(error) from error
+
+    def compare(self, nats: np.ndarray) -> None:
+        """Take the next (n,) float32 nats at the longest context."""
+        self._kept.seek(self._read)
+        kept = np.frombuffer(self._kept.read(nats.nbytes), np.float32)
+        self._read += nats.nbytes
+        gained = kept.astype(np.float64) - nats
+        self._many += int(np.count_nonzero(gained > MANY_NATS))
+        gained = np.concatenate((self._open, gained))
+        whole = len(gained) // BLOCK_TOKENS * BLOCK_TOKENS
+        self._end_blocks(gained[:whole].reshape(-1, BLOCK_TOKENS))
+        self._open = gained[whole:]
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Return the columns of the gain, when all tokens have been compared."""
+        self._kept.close()
+        if len(self._open):
+            self._end_blocks(self._open[None])
+        total, tokens = self._blocks.sums
+        error = self._blocks.error(np.array([1.0, 0.0]), 1)
+        return {"gain": float(total / tokens), "gain_se": error, "gain_share": self._many / float(tokens)}
+
+    def _end_blocks(self, gained: np.ndarray) -> None:
+        """Add up (blocks, tokens of each)."""
+        self._blocks.extend(np.stack((gained.sum(1), np.full(len(gained), float(gained.shape[1]))), axis=1))

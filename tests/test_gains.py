@@ -1,0 +1,161 @@
+"""Proves that a row of `score -o` is what `score` says of each token: means, the gain, its error and the share of many;
+and that a run that is killed and resumed writes the bytes of one that was not."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import RunLongnet
+
+from longnet_cli.data.shards import read_manifest
+from longnet_cli.data.sources import Document
+from longnet_cli.errors import DataError
+from longnet_cli.gains import BLOCK_TOKENS, GainOptions, gains, gains_to_folder
+from longnet_cli.measures import Clusters
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.scoring import NothingToScoreError, score
+
+BOS = 256
+CONFIG = LongNetConfig(
+    vocab_size=257, dim=16, num_layers=2, num_heads=2, ffn_dim=32, segment_lengths=(8, 32), dilation_rates=(1, 2)
+)
+OPTIONS = GainOptions(bos=BOS, context=(400, 16))
+
+
+@pytest.fixture(scope="module")
+def model() -> LongNet:
+    torch.manual_seed(0)
+    net = LongNet(CONFIG).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(3)  # so that some tokens gain more than 2 nats
+    return net
+
+
+def make_document(length: int, name: str = "a") -> Document:
+    return Document(name, np.random.default_rng(length).integers(0, 256, length), length, f"{name}.txt")
+
+
+def nats(model: LongNet, document: Document, context: int) -> np.ndarray:
+    """Of each token, float64 of the float32 that scoring tells token by token."""
+    found: list[np.ndarray] = []
+    list(
+        score(model, [document], bos=BOS, context=context, on_tokens=lambda d, s, i, logprobs: found.append(-logprobs))
+    )
+    return np.concatenate(found).astype(float)
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_a_row_is_what_the_tokens_say(model: LongNet, chunk: int | None) -> None:
+    documents = [make_document(length, str(length)) for length in (1, 300, 0, 1000, 128)]
+    table = pa.Table.from_batches(gains(model, documents, OPTIONS, chunk=chunk))
+    assert table.schema == OPTIONS.schema()
+    assert table["doc_id"].to_pylist() == ["1", "300", "0", "1000", "128"]
+    shares = []
+    for document, row in zip(documents, table.to_pylist(), strict=True):
+        n = len(document)
+        assert (row["n_tokens"], row["n_bytes"]) == (n, n)
+        if not n:
+            assert {row[name] for name in ("nats_16", "nats_400", "gain", "gain_se", "gain_share")} == {None}
+            continue
+        short, long = nats(model, document, 16), nats(model, document, 400)
+        gained = short - long
+        expected = [short.mean(), long.mean(), gained.mean(), (gained > 2).mean()]
+        got = [row[name] for name in ("nats_16", "nats_400", "gain", "gain_share")]
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+        shares.append(row["gain_share"])
+        blocks = [gained[start : start + BLOCK_TOKENS] for start in range(0, n, BLOCK_TOKENS)]
+        if len(blocks) < 2:
+            assert row["gain_se"] is None
+            continue
+        residuals = [block.sum() - gained.mean() * len(block) for block in blocks]
+        error = np.sqrt(len(blocks) / (len(blocks) - 1) * np.square(residuals).sum()) / n
+        assert row["gain_se"] == pytest.approx(error, rel=1e-4)
+    assert max(shares) > 0
+
+
+def test_one_context_has_no_gain(model: LongNet) -> None:
+    table = pa.Table.from_batches(gains(model, [make_document(50)], GainOptions(bos=BOS)))
+    assert table.column_names == ["doc_id", "n_tokens", "n_bytes", "nats"]
+
+
+def test_clusters_of_many_are_those_of_each() -> None:
+    values = np.random.default_rng(0).normal(5, 1, (100, 3))
+    one, many = Clusters(3), Clusters(3)
+    for row in values:
+        one.add(row)
+    for part in np.split(values, [1, 1, 30]):
+        many.extend(part)
+    assert many.documents == 100
+    np.testing.assert_allclose(many.spread, one.spread)
+    np.testing.assert_allclose(many.spread, 99 * np.cov(values.T))
+
+
+def test_a_resumed_folder_has_the_same_bytes(model: LongNet, tmp_path: Path) -> None:
+    documents = [make_document(length, str(length)) for length in (100, 0, 0, 300, 20, 500, 0, 30)]
+    bad = Document("bad", np.array([999]), 1, "bad.txt", limit=257)
+    documents[3:3] = [bad]
+    options = {"settings": {}, "shard_tokens": 150, "on_skip": lambda document, error: None}
+
+    def write(name: str, found: list[Document], resume: bool = False) -> None:
+        gains_to_folder(model, iter(found), tmp_path / name, OPTIONS, resume=resume, **options)
+
+    def stopping() -> list[Document]:
+        yield from documents[:6]
+        raise DataError("stop")
+
+    write("whole", documents)
+    with pytest.raises(DataError, match="stop"):
+        write("cut", stopping())
+    assert 0 < read_manifest(tmp_path / "cut").totals["documents"] < len(documents)
+    write("cut", documents, resume=True)
+    whole, cut = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
+    assert whole == cut
+    manifest = read_manifest(tmp_path / "whole")
+    assert (manifest.skipped, manifest.totals["documents"], manifest.totals["rows"]) == (1, 9, 8)
+
+
+def test_nothing_to_score_is_said_at_the_end(model: LongNet, tmp_path: Path) -> None:
+    with pytest.raises(NothingToScoreError):
+        gains_to_folder(model, [make_document(0)], tmp_path / "out", OPTIONS, settings={})
+
+
+def test_the_command_writes_what_it_prints(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    for name, size in (("a.txt", 30), ("b.txt", 400)):
+        (tmp_path / name).write_text("one two three, " * size)
+    words = ("a.txt", "b.txt", "--context", "64,1Ki", "-q")
+    done = run_longnet("score", *words, "-o", "gains.parquet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    rows = pq.read_table(tmp_path / "gains.parquet").to_pylist()
+    printed = [json.loads(line) for line in run_longnet("score", *words, "--format", "jsonl").stdout.splitlines()]
+    documents = [row for row in printed if row["kind"] == "document"]
+    for row, (short, long) in zip(rows, zip(documents[::2], documents[1::2], strict=True), strict=True):
+        assert row["doc_id"] == short["doc_id"]
+        assert row["nats_64"] == pytest.approx(short["nll_sum"] / short["n_tokens"])
+        assert row["nats_1024"] == pytest.approx(long["nll_sum"] / long["n_tokens"])
+        assert row["gain"] == pytest.approx(row["nats_64"] - row["nats_1024"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--resume"], "--resume is for a folder of rows"),
+        (["-o", "x.parquet", "--resume"], "--resume is for a folder of shards"),
+        (["-o", "x", "--by-recall"], "--by-recall is for scores that are printed"),
+        (["-o", "x", "--format", "json"], "--format json is for scores that are printed"),
+        (["-o", "a.txt"], "a.txt, which is read"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(
+    run_longnet: RunLongnet, tmp_path: Path, words: list[str], said: str
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    done = run_longnet("score", "a.txt", *words)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.txt"}
