@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from longnet_cli.errors import LongNetError
+from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.patterns import parse_pattern
 from longnet_cli.sizes import parse_size
 
@@ -52,6 +52,8 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
     words, held = Tokenizer.of_model(Path(folder)), {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     dense = pattern == "dense"
     net = load_net(Path(folder), pattern=None if dense else parse_pattern(pattern), dtype=held)
+    if dense and not net.config.as_trained:
+        raise ConfigError(f"{folder} has a pattern of its own: dense is for a model without one")
     context = net.config.max_tokens if dense else None
     rows: list[Row] = []
     for found in read_documents(paths, words):

@@ -100,6 +100,8 @@ def ask(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     words, dtype = Tokenizer.of_model(folder), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     for pattern in args.patterns:
         net = load_net(folder, pattern=None if pattern == "dense" else parse_pattern(pattern), dtype=dtype)
+        if pattern == "dense" and not net.config.as_trained:
+            raise ConfigError(f"{folder} has a pattern of its own: dense is for a model without one")
         writer = Writer(words, args.texts, args.seed)
         found: dict[int, list[tuple[bool, float]]] = defaultdict(list)
         for _ in range(args.documents):

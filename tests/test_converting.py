@@ -30,7 +30,7 @@ def test_a_longnet_is_written_with_other_weights(run_longnet: RunLongnet, tmp_pa
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
-        (["longnet-tiny"], 2, "give --dtype"),
+        (["longnet-tiny"], 2, "give the type"),
         (["longnet-nosuch", "--dtype", "bf16"], 4, "no such file"),
         (["llama", "--dtype", "bf16"], 2, "already a Hugging Face model folder"),
     ],

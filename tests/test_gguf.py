@@ -147,7 +147,7 @@ def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("not a model")
     cases = (
         ("cut.gguf", "transformers cannot read it"),
-        ("text.txt", "not a GGUF file"),
+        ("text.txt", "neither a GGUF file nor a checkpoint"),
         ("none.gguf", "no such file"),
     )
     for name, message in cases:

@@ -209,7 +209,7 @@ def test_few_and_empty_documents(sums: np.ndarray) -> None:
         ({"context": [8, 4], "stride": 6}, "a stride of 6 tokens needs a context of 6 or more, not 4"),
         ({"stride": 6}, "a stride of 6 tokens needs a context"),
         ({"last": 0}, "last must be 1 or more"),
-        ({"context": [8, 4], "on_tokens": print}, "those of one context"),
+        ({"context": [8, 4], "on_tokens": print}, "need one context"),
     ],
 )
 def test_options_that_contradict_each_other(model: LongNet, options: dict, message: str) -> None:

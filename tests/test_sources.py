@@ -382,7 +382,7 @@ def test_text_that_does_not_fit_the_model_is_an_error(tmp_path):
         tokens(read(tmp_path / "a.txt", vocab_size=128))
 
 
-@pytest.mark.parametrize(("data", "offset"), [(b"abc\xff", 3), (b"ab\0c", 2), (b"\xff\xfea\0", 3), (b"PK\3\4\0\0", 4)])
+@pytest.mark.parametrize(("data", "offset"), [(b"abc\xff", 3), (b"ab\0c", 2), (b"\xff\xfea\0", 0), (b"PK\3\4\0\0", 4)])
 def test_what_is_not_text_is_an_error_that_names_the_byte(tmp_path, data, offset):
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(DataError, match=rf"a\.txt: neither Arrow, Parquet nor UTF-8 text.* offset {offset} ") as caught:
@@ -391,11 +391,11 @@ def test_what_is_not_text_is_an_error_that_names_the_byte(tmp_path, data, offset
 
 
 def test_nothing_to_read_is_an_error(tmp_path):
-    (tmp_path / "empty.txt").touch()
+    (tmp_path / "empty.arrow").touch()
     (tmp_path / "folder").mkdir()
     no_rows = write_file(tmp_path / "x.arrow", token_table(pa.list_(pa.int32())).slice(0, 0))
     for item, problem in [
-        (tmp_path / "empty.txt", "empty"),
+        (tmp_path / "empty.arrow", "empty"),
         (tmp_path / "missing.txt", "no such file"),
         (tmp_path / "*.csv", "no file matches"),
         (tmp_path / "folder", "nothing readable"),

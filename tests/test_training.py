@@ -403,7 +403,7 @@ def test_the_command(corpus: Path, tmp_path: Path, run_longnet) -> None:
     assert elsewhere.returncode == 0, elsewhere.stderr
     assert (tmp_path / "elsewhere/model.safetensors").read_bytes() == weights
     begun = run_longnet("train", "-o", "run", "--init", "./elsewhere")
-    assert "all steps are done already; --init is for the start of a run" in begun.stderr
+    assert "all steps are done already; --init is ignored" in begun.stderr
     shutil.rmtree(tmp_path / "elsewhere/checkpoints")
     model = run_longnet("train", recipe_file, "-o", "elsewhere", "--init", "./run")
     assert (model.returncode, "already holds a model" in model.stderr) == (2, True)

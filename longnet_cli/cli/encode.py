@@ -64,8 +64,8 @@ def encode(
             VECTORS,
             "--pool",
             "mean|last|first|cls",
-            "Take the mean over the tokens, the last or first token's vector, or a slide encoder's CLS.",
-            "mean; cls of a slide encoder",
+            "Take the mean over the tokens, the last or first token's vector, or a slide encoder's CLS, which is its default.",
+            "mean",
         ),
     ] = None,
     span: Annotated[

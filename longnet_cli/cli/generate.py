@@ -62,7 +62,7 @@ def generate(
             INPUT,
             "--input -i",
             "INPUT",
-            "Continue each document of files, folders, globs, @list or - (stdin). You can repeat it.",
+            "Continue each document of files, folders, globs, @list or - (stdin). Repeat it for more.",
             False,
         ),
     ] = None,

@@ -191,7 +191,7 @@ def _root(path: str, names: Sequence[str]) -> str:
 
 def _leaf_values(column: pa.Array) -> int:
     """Return how many values Parquet counts in a column: an empty or missing list is one of them."""
-    if not pa.types.is_nested(column.type):
+    if not pa.types.is_nested(column.type) or pa.types.is_struct(column.type):
         return len(column)
     lengths = pc.fill_null(pc.list_value_length(column), 0)
     return (pc.sum(pc.equal(lengths, 0)).as_py() or 0) + _leaf_values(column.flatten())
