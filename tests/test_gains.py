@@ -147,7 +147,7 @@ def test_the_command_writes_what_it_prints(run_longnet: RunLongnet, tmp_path: Pa
         (["-o", "x.parquet", "--resume"], "--resume is for a folder of shards"),
         (["-o", "x", "--by-recall"], "--by-recall is for scores that are printed"),
         (["-o", "x", "--format", "json"], "--format json is for scores that are printed"),
-        (["-o", "a.txt"], "a.txt, which is read"),
+        (["-o", "a.txt"], "a.txt, which this command reads"),
     ],
 )
 def test_what_cannot_be_written_is_refused(

@@ -64,7 +64,7 @@ def encode(
             VECTORS,
             "--pool",
             "mean|last|first|cls",
-            "Take the mean over the tokens, the last or first token's vector, or a slide encoder's CLS, which is its default.",
+            "Take the mean over the tokens, the last or first token's vector, or a slide encoder's CLS (its default).",
             "mean",
         ),
     ] = None,
