@@ -30,7 +30,7 @@ REFERENCE = {
         "longnet_cli.patterns": ("parse_pattern", "format_pattern"),
     },
     "Models": {
-        "longnet_cli.model": ("LongNet", "LongNetConfig", "from_torchscale", "to_torchscale"),
+        "longnet_cli.model": ("LongNet", "LongNetConfig", "SlideEncoder", "from_torchscale", "to_torchscale"),
         "longnet_cli.integrations.transformers": ("use_dilated_attention",),
         "longnet_cli.integrations.transformers_cache": ("LongNetCache",),
     },
@@ -40,6 +40,7 @@ REFERENCE = {
         "longnet_cli.scoring": ("score",),
         "longnet_cli.measures": ("Score", "DocumentScore", "Total"),
         "longnet_cli.encoding": ("encode",),
+        "longnet_cli.batches": ("encode_batches", "score_batches"),
         "longnet_cli.generating": ("generate",),
         "longnet_cli.benchmark": ("bench", "Settings", "Measurement"),
         "longnet_cli.plotting": ("read", "panels", "draw_text", "draw_picture"),
