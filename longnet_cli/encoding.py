@@ -29,7 +29,7 @@ from longnet_cli.model import LongNet
 from longnet_cli.model.config import SlideConfig
 from longnet_cli.model.net import Net
 from longnet_cli.model.weights import model_digest
-from longnet_cli.runtime.chunks import default_chunk
+from longnet_cli.runtime.chunks import same_chunk
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.layers import LayerStates
 from longnet_cli.runtime.ranks import Ranks
@@ -182,9 +182,7 @@ def encode_to_folder(
     earlier = run_to_resume(output, resume=resume) if ranks.first else None
     device = next(model.parameters()).device
     if chunk is None:
-        found = earlier.settings.get("chunk") if earlier else None
-        chunk = int(ranks.smallest(found or default_chunk(model.config, device)))
-        chunk = int(ranks.largest(found or 0)) or chunk  # the earlier run's, which the first one knows
+        chunk = same_chunk(model.config, device, ranks, earlier.settings.get("chunk") if earlier else None)
     dtype = resolve_dtype(dtype, device)
     digest = model_digest(model)
     decisive = {

@@ -27,6 +27,7 @@ from longnet_cli.runtime.device import free_memory, precision, random_state, set
 from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.far_gradients import FarGradients
 from longnet_cli.runtime.fsdp import final_backward
+from longnet_cli.runtime.ranks import Ranks
 
 CHUNK_BYTES = 256 << 20  # of one chunk's activations on a CPU; on a GPU, an eighth of what is free
 SHORTEST_CHUNK = 256  # below it, calls cost more than what they compute
@@ -51,6 +52,13 @@ def default_chunk(config: NetConfig, device: torch.device) -> int:
     if device.type == "cuda":
         budget = max(budget, (free_memory(device) or 0) // 8)
     return max(SHORTEST_CHUNK, 1 << (budget // forward_bytes(config, 1)).bit_length() - 1)
+
+
+def same_chunk(config: NetConfig, device: torch.device, ranks: Ranks, earlier: int | None) -> int:
+    """Return a chunk that is the same on all `ranks`: that of an `earlier` run, which the first of them knows, or the
+    smallest of their defaults."""
+    chunk = int(ranks.smallest(earlier or default_chunk(config, device)))
+    return int(ranks.largest(earlier or 0)) or chunk
 
 
 def forward_bytes(config: NetConfig, tokens: int) -> int:
