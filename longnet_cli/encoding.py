@@ -2,8 +2,8 @@
 
     documents --Reader--> hidden states --_Pooling--> rows --> Arrow batches
 
-Into a folder, documents are cut into shards first, and each shard is encoded as if it were all there is: so a run that
-is resumed pads and adds up as one that was never stopped.
+Documents are cut into portions first, and each portion is encoded as if it were all there is: so a run that is resumed,
+or shared by many processes, pads and adds up as one that was never stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet_cli.data.documents import Document, checked
+from longnet_cli.data.portions import Portion, portions
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.vectors import Vectors
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
@@ -30,10 +31,11 @@ from longnet_cli.model.config import SlideConfig
 from longnet_cli.model.net import Net
 from longnet_cli.model.weights import model_digest
 from longnet_cli.runtime.chunks import same_chunk
+from longnet_cli.runtime.dealing import BATCHES, deal
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.layers import LayerStates
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length
+from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length, share_reader
 from longnet_cli.runtime.tiles import check_vectors, rows_of_tiles
 
 Pool = Literal["mean", "last", "first", "cls"]
@@ -79,6 +81,10 @@ class EncodeOptions:
             raise ConfigError("a span has no CLS of its own: take the mean of its tiles (--pool mean)")
         if self.span is not None and self.all_layers:
             raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
+
+    def rows_of(self, document: Document) -> int:
+        """Return how many rows a document has."""
+        return -(-len(document) // self.span) if self.span else 1
 
     def schema(self, dim: int, model_sha256: str | None = None, kept: Sequence[pa.Field] = ()) -> pa.Schema:
         """Return the schema of embeddings of size `dim` by the model of this digest, and of what is `kept` beside them.
@@ -131,15 +137,19 @@ def encode(
     with `on_skip` is handed to it and left out. One that is empty has no rows, and is handed to `on_empty`. The `known`
     documents, those among all whose lengths cost nothing to look at, are checked before anything else. `kept` are
     columns of what documents carry along (`first_kept`). `chunk`, `spill`, `dtype`, `ranks` and `on_progress` as in
-    `runtime.reading.Reader`. Several ranks need the same documents, and every rank gets all rows.
+    `runtime.reading.Reader`. Several ranks need the same documents. Those that share each document get all rows; of
+    several groups with documents of their own, rank 0 does and the others get none.
 
     Raises ConfigError for options that the model does not have; the reader raises DataError where no document has rows,
     ConfigError for one with more tokens than the model reads, MemoryLimitError for hidden states that do not fit,
     NotFiniteError for a vector with NaN or an infinity.
     """
-    reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
+    ranks = ranks or Ranks()
+    reader = share_reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
     encoder = _Encoder(reader, options, _schema(options, model, model_digest(model), kept))
-    return encoder.batches(encoder.checked(documents, known, on_skip, on_empty))
+    parts = portions(encoder.checked(documents, known, on_skip, on_empty), reader.portion)
+    dealt = deal(parts, encoder.batches, ranks, BATCHES, encoder.tell_progress)
+    return pa.RecordBatchReader.from_batches(encoder.schema, (batch for _, found in dealt for batch in found))
 
 
 def encode_to_folder(
@@ -195,7 +205,7 @@ def encode_to_folder(
         "chunk": chunk,
         "dtype": dtype,
         "shard_rows": shard_rows,
-        **({"ranks": ranks.world} if ranks.world > 1 else {}),  # they add up in another order
+        **({"ranks": ranks.sp} if ranks.sp > 1 else {}),  # they add up in another order
     }
     schema = _schema(options, model, digest, kept)
     with ExitStack() as stack:
@@ -213,7 +223,7 @@ def encode_to_folder(
             if on_skip:
                 on_skip(document, error)
 
-        reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
+        reader = share_reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
         encoder = _Encoder(reader, options, schema)
 
         def pass_over(document: Document) -> None:
@@ -223,30 +233,15 @@ def encode_to_folder(
                 on_empty(document)
 
         taken = encoder.checked(documents, known, skip if on_skip else None, pass_over)
-        for shard in _shards(islice(taken, done, None), shard_rows, options.span):
-            for batch in encoder.batches(shard):
-                begun = int(np.count_nonzero(batch["span"].to_numpy() == 0))  # and ended, in a whole shard
+        parts = portions(islice(taken, done, None), reader.portion, shard=shard_rows, size_of=options.rows_of)
+        for part, batches in deal(parts, encoder.batches, ranks, BATCHES, encoder.tell_progress):
+            for batch in batches:
+                begun = int(np.count_nonzero(batch["span"].to_numpy() == 0))  # and ended, in a whole portion
                 if folder:
                     folder.write(batch, documents=begun, tokens=int(batch["n_tokens"].to_numpy().sum()))
-            if folder:
+            if folder and part.ends_shard:
                 folder.end_shard()
     return folder
-
-
-def _shards(documents: Iterable[Document], rows: int, span: int | None) -> Iterator[Iterator[Document]]:
-    """Cut documents into shards, each to be used up before the next."""
-    remaining = iter(documents)
-
-    def shard(first: Document) -> Iterator[Document]:
-        count = 0
-        for document in chain([first], remaining):
-            yield document
-            count += -(-len(document) // span) if span else 1
-            if count >= rows:
-                return
-
-    for first in remaining:
-        yield shard(first)
 
 
 @dataclass(frozen=True)
@@ -354,6 +349,10 @@ class _Encoder:
         head = torch.inference_mode()(self.reader.model.head)
         found = (_record_batch(schema, rows, head, normalize) for rows in self._rows(documents) if rows)
         return pa.RecordBatchReader.from_batches(schema, found)
+
+    def tell_progress(self, portion: Portion[Document]) -> None:
+        """Tell of tokens that another group of ranks has read."""
+        self.reader.on_progress(portion.length)
 
     def _rows(self, documents: Iterable[Document]) -> Iterator[list[_Row]]:
         windows = map(self._window, documents)

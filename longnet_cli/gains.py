@@ -2,18 +2,18 @@
 
     documents --score--> nats of each token, context by context --_Gain--> rows --> Arrow batches
 
-Into a folder, documents are cut into shards first, and each shard is scored as if it were all there is: so a run that
-is resumed writes the bytes of one that was never stopped.
+Documents are cut into portions first, and each portion is scored as if it were all there is: so a run that is resumed,
+or shared by many processes, writes the bytes of one that was never stopped.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,18 @@ import pyarrow as pa
 
 from longnet_cli.data.documents import SPOOL_BYTES, Document
 from longnet_cli.data.files import no_place
+from longnet_cli.data.portions import portions
 from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.measures import Clusters, DocumentScore
 from longnet_cli.model.net import Net
 from longnet_cli.model.weights import model_digest
 from longnet_cli.runtime.chunks import same_chunk
+from longnet_cli.runtime.dealing import BATCHES, deal
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.reading import Bos
-from longnet_cli.scoring import NothingToScoreError, OnSkip, score
+from longnet_cli.runtime.reading import Bos, Reader, share_reader
+from longnet_cli.scoring import NothingToScoreError, OnSkip, ScoreOptions, Scorer
 
 BLOCK_TOKENS = 128  # neighbours that gain together: blocks are taken as independent
 MANY_NATS = 2.0  # of a token that gains much: exp(2) is 7 times as likely
@@ -92,27 +94,39 @@ class GainOptions:
         return pa.schema(fields, metadata={key: value for key, value in known.items() if value is not None})
 
 
-def gains(model: Net, documents: Iterable[Document], options: GainOptions, **running: Any) -> Iterator[pa.RecordBatch]:
+def gains(
+    model: Net,
+    documents: Iterable[Document],
+    options: GainOptions,
+    *,
+    known: Iterable[Document] = (),
+    count_bytes: Callable[[np.ndarray], int | None] | None = None,
+    ranks: Ranks | None = None,
+    on_skip: OnSkip | None = None,
+    **running: Any,
+) -> Iterator[pa.RecordBatch]:
     """Read `documents` lazily and give each its row, in order, in record batches of `options.schema()`.
 
-    `running` are the arguments of `scoring.score` that change no number (`chunk`, `dtype`, `device`, `ranks`,
-    `on_progress`), `known`, `count_bytes` and `on_skip`; what it raises is raised here. Of a document the nats at one
-    context are kept until those at the other come, 4 bytes a token, in a file in $TMPDIR where they are many.
+    The other arguments are those of `scoring.score`, `running` what its Reader takes (`chunk`, `dtype`, `on_progress`);
+    what it raises is raised here. Of a document the nats at one context are kept until those at the other come, 4 bytes
+    a token, in a file in $TMPDIR where they are many.
     """
-    schema = options.schema()
-    rows: list[dict[str, Any]] = []
-    nothing: NothingToScoreError | None = None
-    try:
-        for row in _rows(model, documents, options, running):
-            rows.append(row)
-            if len(rows) == BATCH_ROWS:
-                yield pa.RecordBatch.from_pylist(rows, schema)
-                rows = []
-    except NothingToScoreError as error:  # raised behind the rows, which say so one by one
-        nothing = error
-    yield pa.RecordBatch.from_pylist(rows, schema)
-    if nothing:
-        raise nothing
+    ranks = ranks or Ranks()
+    scorer = _GainScorer(share_reader(model, ranks=ranks, **running), options, count_bytes)
+    parts = portions(scorer.checked(documents, known, on_skip), scorer.reader.portion)
+    waiting: list[pa.RecordBatch] = []
+    scored = 0
+    for _, found in deal(parts, scorer.batches, ranks, BATCHES, scorer.tell_progress):
+        for batch in found:
+            scored += _tokens(batch)
+            waiting.append(batch)
+            if sum(map(len, waiting)) >= BATCH_ROWS:
+                yield _joined(waiting)
+                waiting = []
+    if waiting:
+        yield _joined(waiting)
+    if not scored and (ranks.first or ranks.dp == 1):  # behind the rows, which say so one by one
+        raise scorer.nothing()
 
 
 def gains_to_folder(
@@ -126,6 +140,7 @@ def gains_to_folder(
     resume: bool = False,
     chunk: int | None = None,
     known: Iterable[Document] = (),
+    count_bytes: Callable[[np.ndarray], int | None] | None = None,
     dtype: str = "auto",
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
@@ -157,9 +172,10 @@ def gains_to_folder(
         "chunk": chunk,
         "dtype": dtype,
         "shard_tokens": shard_tokens,
-        **({"ranks": ranks.world} if ranks.world > 1 else {}),  # they add up in another order
+        **({"ranks": ranks.sp} if ranks.sp > 1 else {}),  # they add up in another order
     }
-    running |= {"chunk": chunk, "dtype": dtype, "ranks": ranks}
+    reader = share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **running)
+    scorer = _GainScorer(reader, options, count_bytes)
     with ExitStack() as stack:
         folder = None
         if ranks.first:
@@ -169,78 +185,65 @@ def gains_to_folder(
             return folder
         done = int(ranks.largest(folder.documents if folder else 0))
         scored = int(ranks.largest(folder.totals["tokens"] if folder else 0))
-        remaining = islice(documents, done, None)
-        for first in remaining:
-            shard = _Shard(chain([first], remaining), shard_tokens, on_skip)
-            found = gains(model, shard, options, known=known, on_skip=shard.skip if on_skip else None, **running)
-            known = ()  # they have been checked
-            with suppress(NothingToScoreError):  # there may be some in others
-                for batch in found:
-                    tokens = int(batch["n_tokens"].to_numpy().sum())
-                    scored += tokens
-                    if folder:  # the last batch comes when all documents of the shard have been read
-                        folder.write(batch, tokens=tokens, **shard.counts())
+
+        def skip(document: Document, error: LongNetError) -> None:
             if folder:
-                folder.end_shard()
-        if not scored:
-            raise NothingToScoreError("no token could be scored: every document is empty, too short or left out")
-        if folder:
-            for _ in range(folder.totals["left_out"]):  # by this run and by those it resumes
                 folder.skip()
+            if on_skip:
+                on_skip(document, error)
+
+        taken = scorer.checked(documents, known, skip if on_skip else None)
+        parts = portions(
+            islice(taken, done, None), reader.portion, shard=shard_tokens, size_of=lambda document: len(document) + 1
+        )
+        for part, found in deal(parts, scorer.batches, ranks, BATCHES, scorer.tell_progress):
+            for batch in found:  # one, which comes when all documents of the portion have been read
+                scored += _tokens(batch)
+                if folder:
+                    folder.write(batch, tokens=_tokens(batch), documents=part.items)
+            if folder and part.ends_shard:
+                folder.end_shard()
+        if not scored and (ranks.first or ranks.dp == 1):
+            raise NothingToScoreError("no token could be scored: every document is empty, too short or left out")
     return folder
 
 
-class _Shard:
-    """The next of some documents, until they have `tokens`; counts them, and those that are left out."""
-
-    def __init__(self, documents: Iterator[Document], tokens: int, on_skip: OnSkip | None) -> None:
-        self._documents, self._tokens, self._on_skip = documents, tokens, on_skip
-        self._found: Counter[str] = Counter()
-
-    def __iter__(self) -> Iterator[Document]:
-        tokens = 0
-        for document in self._documents:
-            self._found["documents"] += 1
-            yield document
-            tokens += len(document) + 1
-            if tokens >= self._tokens:
-                return
-
-    def skip(self, document: Document, error: LongNetError) -> None:
-        self._found["left_out"] += 1
-        if self._on_skip:
-            self._on_skip(document, error)
-
-    def counts(self) -> dict[str, int]:
-        """Return how many there were since the last call."""
-        found, self._found = dict(self._found), Counter()
-        return found
+def _tokens(batch: pa.RecordBatch) -> int:
+    return int(batch["n_tokens"].to_numpy().sum())
 
 
-def _rows(
-    model: Net, documents: Iterable[Document], options: GainOptions, running: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
-    begun: deque[_Gain] = deque()  # of documents whose scores are to come
+def _joined(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    return (pa.Table.from_batches(batches).combine_chunks().to_batches() or batches)[0]  # of no rows, no batch
 
-    def on_nats(document: Document, context: int | None, nats: np.ndarray) -> None:
-        if not begun or begun[-1].document is not document:
-            begun.append(_Gain(document))
-        if context == contexts[0]:
-            begun[-1].keep(nats)
-        elif context == contexts[-1]:
-            begun[-1].compare(nats)
 
-    contexts = options.context or (None,)
-    chosen: dict[str, Any] = {
-        "bos": options.bos,
-        "context": options.context,
-        "stride": options.stride,
-        "last": options.last,
-        "on_nats": on_nats if options.compares else None,
-    }
-    scores = score(model, documents, **chosen, **running)
-    while found := list(islice(scores, len(contexts))):
-        yield _row(options, found, begun.popleft() if options.compares else None)
+class _GainScorer:
+    """Documents in, a batch of their rows out, on the ranks of one group."""
+
+    def __init__(
+        self, reader: Reader, options: GainOptions, count_bytes: Callable[[np.ndarray], int | None] | None
+    ) -> None:
+        self.reader, self.options = reader, options
+        self.contexts = options.context or (None,)
+        chosen = ScoreOptions(options.bos, options.context, options.stride, options.last, count_bytes=count_bytes)
+        self.scorer = Scorer(reader, chosen, on_nats=self._on_nats if options.compares else None)
+        self.checked, self.nothing = self.scorer.checked, self.scorer.nothing
+        self.tell_progress = self.scorer.tell_progress
+        self.open: deque[_Gain] = deque()  # of documents whose scores are to come
+
+    def batches(self, documents: Iterable[Document]) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of checked documents, in order."""
+        scores, rows = self.scorer.run(documents), []
+        while found := list(islice(scores, len(self.contexts))):
+            rows.append(_row(self.options, found, self.open.popleft() if self.options.compares else None))
+        yield pa.RecordBatch.from_pylist(rows, self.options.schema())
+
+    def _on_nats(self, document: Document, context: int | None, nats: np.ndarray) -> None:
+        if not self.open or self.open[-1].document is not document:
+            self.open.append(_Gain(document))
+        if context == self.contexts[0]:
+            self.open[-1].keep(nats)
+        elif context == self.contexts[-1]:
+            self.open[-1].compare(nats)
 
 
 def _row(options: GainOptions, found: Sequence[DocumentScore], gain: _Gain | None) -> dict[str, Any]:

@@ -7,11 +7,13 @@ A window is a range of the document's tokens to predict; its inputs are the toke
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,14 +21,17 @@ import torch
 from torch import Tensor
 
 from longnet_cli.data.documents import Document, checked
+from longnet_cli.data.portions import Portion, portions
 from longnet_cli.data.sinks import ShardWriter
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
+from longnet_cli.finite_json import to_json
 from longnet_cli.measures import ByPosition, ByRecall, DocumentScore, Score
 from longnet_cli.model.net import Net
 from longnet_cli.recall import Bigrams
+from longnet_cli.runtime.dealing import Parcel, deal
 from longnet_cli.runtime.device import precision, to_device, to_host
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length
+from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length, share_reader
 from longnet_cli.sizes import format_size
 
 # Called with (document, start, ids, log-probabilities): those of its tokens [start, start + n), (n,) int64 and float32
@@ -81,8 +86,8 @@ def score(
     token after the same one, before the window too: `recall.Bigrams` has what memory that takes.
 
     `chunk`, `dtype` and `ranks` as in `runtime.reading.Reader`: memory does not depend on the document's length, and
-    none of them changes a number beyond rounding. Several ranks need the same documents, and every rank gets all
-    results.
+    none of them changes a number beyond rounding. Several ranks need the same documents. Those that share each document
+    get all results; of several groups with documents of their own, rank 0 does and the others get none.
 
     A document that the model does not read for its length, or with ids that are none, ends the run, or with `on_skip`
     is handed to it and left out. Lengths of the `known` documents, those among all that cost nothing to look at, are
@@ -95,41 +100,29 @@ def score(
     than the model reads, NothingToScoreError at the end when no document had a token to score, NotFiniteError for a
     log-probability that is NaN or infinite.
     """
-    if not model.config.causal:
-        raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
-    if not model.config.vocab_size:
-        raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
-    contexts: Sequence[int | None] = [context] if context is None or isinstance(context, int) else list(context)
-    given = [*(("context", each) for each in contexts), ("stride", stride), ("last", last)]
-    for name, value in given:
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be 1 or more, not {value}")
-    if not contexts or len(set(contexts)) < len(contexts):
-        raise ConfigError(f"each context may be given once: {', '.join(map(str, contexts))}")
-    if stride and (small := [each for each in contexts if each is None or each < stride]):
-        raise ConfigError(
-            f"a stride of {stride} tokens needs a context"
-            + (f" of {stride} or more, not {small[0]}" if small[0] else "")
-        )
-    if on_tokens and len(contexts) > 1:
+    options = ScoreOptions(bos, context, stride, last, by_position, by_recall, count_bytes)
+    ranks = ranks or Ranks()
+    if on_tokens and len(options.contexts) > 1:
         raise ConfigError("log-probabilities of tokens need one context: give only one")
+    if on_tokens and ranks.dp > 1:
+        raise ConfigError("log-probabilities of tokens are written by one group of ranks: leave out --dp")
     if device is not None:
         model.to(device)
-    reader = Reader(model, chunk=chunk, dtype=dtype, ranks=ranks, on_progress=on_progress)
-    first = len(bos_ids(bos))
-    cut = _Cut(0 if first else 1, contexts, stride, last)
+    reader = share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, on_progress=on_progress)
+    scorer = Scorer(reader, options, on_tokens=on_tokens, on_nats=on_nats)
+    taken = scorer.checked(documents, known, on_skip)
 
-    def check(document: Document) -> None:
-        more = max(0, first - 1)  # ids before the last one from which a target is predicted
-        fits = max(1, (model.config.max_tokens or 0) - more)
-        instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
-        check_length(model, cut.longest(len(document)) + more, document.where, instead)
+    def run() -> Iterator[DocumentScore]:
+        scored = 0
+        parts = portions(taken, reader.portion)
+        for _, found in deal(parts, scorer.run, ranks, Parcel(_pack, _unpack), scorer.tell_progress):
+            for each in found:
+                scored += each.score.n_tokens
+                yield each
+        if not scored and (ranks.first or ranks.dp == 1):
+            raise scorer.nothing()
 
-    if not on_skip:
-        for document in known:
-            check(document)
-    scorer = _Scorer(reader, bos, cut, by_position, by_recall, count_bytes, on_tokens, on_nats)
-    return scorer.run(checked(documents, check, on_skip))
+    return run()
 
 
 def logprob_schema(metadata: Mapping[str, str] | None = None) -> pa.Schema:
@@ -174,6 +167,40 @@ def write_token_logprobs(path: str | Path, metadata: Mapping[str, str] | None = 
 
         yield on_tokens
         flush()
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """The options that decide the numbers of `score`, which explains them.
+
+    Raises ConfigError for those that contradict each other.
+    """
+
+    bos: Bos = None
+    context: int | Sequence[int] | None = None
+    stride: int | None = None
+    last: int | None = None
+    by_position: bool = False
+    by_recall: bool = False
+    count_bytes: Callable[[np.ndarray], int | None] | None = None
+
+    @property
+    def contexts(self) -> Sequence[int | None]:
+        one = self.context is None or isinstance(self.context, int)
+        return [cast("int | None", self.context)] if one else list(cast(Sequence[int], self.context))
+
+    def __post_init__(self) -> None:
+        contexts, stride = self.contexts, self.stride
+        for name, value in [*(("context", each) for each in contexts), ("stride", stride), ("last", self.last)]:
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be 1 or more, not {value}")
+        if not contexts or len(set(contexts)) < len(contexts):
+            raise ConfigError(f"each context may be given once: {', '.join(map(str, contexts))}")
+        if stride and (small := [each for each in contexts if each is None or each < stride]):
+            raise ConfigError(
+                f"a stride of {stride} tokens needs a context"
+                + (f" of {stride} or more, not {small[0]}" if small[0] else "")
+            )
 
 
 @dataclass(frozen=True)
@@ -240,27 +267,41 @@ class _Window(Window):
     tally: _Tally
 
 
-class _Scorer:
-    """Documents in, scores out in the same order."""
+class Scorer:
+    """Documents in, scores out in the same order, on the ranks of one group.
+
+    Raises ConfigError for a model that cannot score.
+    """
 
     def __init__(
-        self,
-        reader: Reader,
-        bos: Bos,
-        cut: _Cut,
-        by_position: bool,
-        by_recall: bool,
-        count_bytes: Callable[[np.ndarray], int | None] | None,
-        on_tokens: OnTokens | None,
-        on_nats: OnNats | None,
+        self, reader: Reader, options: ScoreOptions, *, on_tokens: OnTokens | None = None, on_nats: OnNats | None = None
     ) -> None:
-        self.reader, self.model, self.bos, self.cut = reader, reader.model, bos, cut
-        self.by_position, self.by_recall = by_position, by_recall
-        self.count_bytes, self.on_tokens, self.on_nats = count_bytes, on_tokens, on_nats
+        if not reader.model.config.causal:
+            raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
+        if not reader.model.config.vocab_size:
+            raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
+        self.reader, self.model, self.options, self.bos = reader, reader.model, options, options.bos
+        self.cut = _Cut(0 if bos_ids(self.bos) else 1, options.contexts, options.stride, options.last)
+        self.on_tokens, self.on_nats = on_tokens, on_nats
         self.open: deque[_Tally] = deque()  # documents whose windows are being read
 
+    def checked(
+        self, documents: Iterable[Document], known: Iterable[Document] = (), on_skip: OnSkip | None = None
+    ) -> Iterator[Document]:
+        """The `documents`, each checked before it is yielded, and without `on_skip` all the `known` ones now."""
+        for document in known if on_skip is None else ():
+            self._check(document)
+        return checked(documents, self._check, on_skip)
+
+    def _check(self, document: Document) -> None:
+        """Raise ConfigError for a document that the model does not read."""
+        more = max(0, len(bos_ids(self.bos)) - 1)  # ids before the last one from which a target is predicted
+        fits = max(1, (self.model.config.max_tokens or 0) - more)
+        instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
+        check_length(self.model, self.cut.longest(len(document)) + more, document.where, instead)
+
     def run(self, documents: Iterable[Document]) -> Iterator[DocumentScore]:
-        scored = 0
+        """Yield the score of each checked document at each context, in order."""
         measured: deque[tuple[Sequence[Piece[_Window]], Callable[[], Tensor]]] = deque()
         for pieces in self.reader.read(self._windows(documents)):
             measured.append((pieces, self._measure(pieces)))
@@ -269,17 +310,21 @@ class _Scorer:
             while len(measured) > (0 if ends else 1):
                 self._add_up(*measured.popleft())
             while self.open and self.open[0].n_tokens == self.open[0].expected:
-                tally = self.open.popleft()
-                scored += tally.n_tokens
-                yield tally.result()
-        if scored == 0:
-            if self.cut.last:
-                raise NothingToScoreError(f"no token could be scored: no document has {self.cut.least} tokens or more")
-            raise NothingToScoreError(
-                "no token could be scored: every document is empty or left out"
-                if bos_ids(self.bos)
-                else "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
-            )
+                yield self.open.popleft().result()
+
+    def tell_progress(self, portion: Portion[Document]) -> None:
+        """Tell of tokens that another group of ranks has scored."""
+        self.reader.on_progress(portion.length * len(self.cut.contexts))
+
+    def nothing(self) -> NothingToScoreError:
+        """Return the error for documents without a token to score."""
+        if self.cut.last:
+            return NothingToScoreError(f"no token could be scored: no document has {self.cut.least} tokens or more")
+        return NothingToScoreError(
+            "no token could be scored: every document is empty or left out"
+            if bos_ids(self.bos)
+            else "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
+        )
 
     def _windows(self, documents: Iterable[Document]) -> Iterator[_Window]:
         for document in documents:
@@ -302,9 +347,9 @@ class _Scorer:
         if self.cut.last:
             expected = self.cut.last
             ids = document.read(len(document) - expected, len(document))
-            n_bytes = self.count_bytes(ids) if self.count_bytes else None
-        positions = ByPosition(min(self.model.config.pattern.segment_lengths)) if self.by_position else None
-        recall = ByRecall() if self.by_recall else None
+            n_bytes = self.options.count_bytes(ids) if self.options.count_bytes else None
+        positions = ByPosition(min(self.model.config.pattern.segment_lengths)) if self.options.by_position else None
+        recall = ByRecall() if self.options.by_recall else None
         return _Tally(document, context, expected, n_bytes, positions, recall, bigrams)
 
     @torch.inference_mode()
@@ -354,3 +399,30 @@ class _Scorer:
     @staticmethod
     def _targets(piece: Piece[_Window]) -> np.ndarray:
         return piece.window.ids.read(piece.start + 1, piece.stop + 1)
+
+
+def _pack(found: Iterable[DocumentScore]) -> bytes:
+    """Scores as JSON, in which floats stay what they are; values that are carried along become what is printed."""
+    rows = []
+    for each in found:
+        positions = each.by_position and [each.by_position.segment, each.by_position.seen, each.by_position.inside]
+        recall = each.by_recall and [each.by_recall.table]
+        tables = [
+            [item.tolist() if isinstance(item, np.ndarray) else item for item in kept or ()]
+            for kept in (positions, recall)
+        ]
+        rows.append([each.doc_id, each.where, *astuple(each.score), each.context, *tables, dict(each.kept)])
+    return to_json(rows).encode()
+
+
+def _unpack(data: bytes) -> Iterator[DocumentScore]:
+    for doc_id, where, nll_sum, n_tokens, n_bytes, context, positions, recall, kept in json.loads(data):
+        yield DocumentScore(
+            doc_id,
+            where,
+            Score(nll_sum, n_tokens, n_bytes),
+            context,
+            ByPosition(positions[0], *map(np.array, positions[1:])) if positions else None,
+            ByRecall(np.array(recall[0])) if recall else None,
+            kept,
+        )

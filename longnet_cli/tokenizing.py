@@ -1,17 +1,20 @@
 """The `tokenize` job: text documents in, shards of token ids out, with the tokenizer that made them.
 
     read_texts --in_two_threads--> Tokenizer.encode_parts -> _BatchBuilder -> ShardFolder or ShardWriter
+                  or `deal`
 
 Memory is that of the largest row of text and of one record batch, however large a file of text or the corpus is.
 """
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +24,15 @@ from longnet_cli.data.feed import in_two_threads
 from longnet_cli.data.folders import sniff
 from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import find_sources, inputs_fingerprint
+from longnet_cli.data.portions import portions
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_batch, token_schema
 from longnet_cli.data.sources import read_texts
 from longnet_cli.data.tokenizer import Tokenizer, end_of_text
 from longnet_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longnet_cli.runtime.ranks import Ranks
 
 SHARD_TOKENS = 1 << 27
 BATCH_BYTES = 64 << 20  # of token ids in a record batch of a file
@@ -63,8 +70,9 @@ def tokenize(
     shard_format: ShardFormat = "arrow",
     eos: str | int | bool = False,
     resume: bool = False,
+    ranks: Ranks | None = None,
     on_progress: OnProgress | None = None,
-) -> TokenizeResult:
+) -> TokenizeResult | None:
     """Write the inputs' texts as token ids: a row per document, or several with `part` 0, 1, ... past 64 MB.
 
     `output` is a folder (see `data.shards`; its manifest keeps the tokenizer), one .arrow, .feather, .parquet or .jsonl
@@ -73,7 +81,7 @@ def tokenize(
     document: one that it names, one with this id, or the tokenizer's own end of text (True). `train_vocab` first trains
     a byte-level BPE of that size on the same inputs. `resume` goes on with a folder that an earlier run with the same
     inputs and options left unfinished: byte for byte as if it had never stopped, and without tokenizing again what is
-    in finished shards.
+    in finished shards. Several `ranks` share the work: rank 0 writes the same bytes, and the others get None.
 
     Raises ConfigError for options that do not fit together and for a folder that is in use, DataError for bad input,
     LongNetError when a write fails. Then a file is not left behind, a folder has its finished shards.
@@ -83,44 +91,54 @@ def tokenize(
     in_folder = is_folder(output)
     if resume and not in_folder:
         raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
-    earlier = run_to_resume(output, resume=resume) if in_folder else None  # also said before training a tokenizer
+    first = ranks is None or ranks.first
+    if train_vocab is not None and ranks is not None and ranks.world > 1:
+        raise ConfigError("a tokenizer is trained by one process: train it first, without --dp")
+    # also said before training a tokenizer
+    earlier = run_to_resume(output, resume=resume) if in_folder and first else None
     words = _tokenizer(inputs, tokenizer, train_vocab, column, earlier.tokenizer if earlier else None)
     appended = end_of_text(eos, words)
     own, eos_id = words.eos_id, words.eos_id if appended is None else appended
     words = words.with_eos(eos_id)
     schema = token_schema(vocab_size=words.vocab_size, eos_id=eos_id, tokenizer_sha256=words.sha256)
     texts = _apart(read_texts(inputs, column, id_column=id_column))
-    if not in_folder:
-        to_stdout = str(output) == "-"
-        with ShardWriter(output, schema) as writer:
-            small = to_stdout or str(output).endswith(".jsonl")
+    with ExitStack() as stack:
+        folder: ShardFolder | None = None
+        rows: _BatchBuilder | None = None
+        if in_folder and first:
+            settings = {
+                "inputs": inputs_fingerprint(inputs),
+                "column": column,
+                **({"id_column": id_column} if id_column else {}),
+                "tokenizer": words.sha256,
+                "train_vocab": train_vocab,
+                "eos": appended is not None if appended in (None, own) else str(appended),  # 1 would equal True
+                "shard_tokens": shard_tokens,
+            }
+            kept = words.description
+            folder = stack.enter_context(
+                ShardFolder(output, schema, settings=settings, format=shard_format, tokenizer=kept, resume=resume)
+            )
+            rows = _BatchBuilder(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
+        elif first:
+            writer = stack.enter_context(ShardWriter(output, schema))
+            small = str(output) == "-" or str(output).endswith(".jsonl")
             rows = _BatchBuilder(
                 schema, SMALL_BATCH_BYTES if small else BATCH_BYTES, lambda batch, **counts: writer.write(batch)
             )
-            _run(texts, words, rows, eos_id=appended, prompt=to_stdout, on_progress=on_progress)
-        totals, shards = rows.totals, []
-        if beside := tokenizer_beside(output):
-            words.save(beside)
-            shards = [Path(output)]
-    else:
-        settings = {
-            "inputs": inputs_fingerprint(inputs),
-            "column": column,
-            **({"id_column": id_column} if id_column else {}),
-            "tokenizer": words.sha256,
-            "train_vocab": train_vocab,
-            "eos": appended is not None if appended in (None, own) else str(appended),  # 1 would equal True
-            "shard_tokens": shard_tokens,
-        }
-        kept = words.description
-        with ShardFolder(
-            output, schema, settings=settings, format=shard_format, tokenizer=kept, resume=resume
-        ) as folder:
-            if not folder.finished:
-                rows = _BatchBuilder(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
-                _run(islice(texts, folder.documents, None), words, rows, eos_id=appended, on_progress=on_progress)
-        totals, shards = folder.totals, folder.paths
-    return TokenizeResult(totals["documents"], totals["tokens"], totals["bytes"], shards, words)
+        finished, done = bool(folder and folder.finished), folder.documents if folder else 0
+        if ranks:
+            finished, done = ranks.any(finished), ranks.from_first(done)
+        if not finished:
+            prompt, remaining = str(output) == "-", islice(texts, done, None)
+            _run(remaining, words, rows, ranks, eos_id=appended, prompt=prompt, on_progress=on_progress)
+    if rows is None:
+        return None
+    shards = folder.paths if folder else []
+    if beside := tokenizer_beside(output):
+        words.save(beside)
+        shards = [Path(output)]
+    return TokenizeResult(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"], shards, words)
 
 
 def tokenizer_beside(output: str | Path) -> Path | None:
@@ -176,22 +194,31 @@ class _Piece(NamedTuple):
     doc_id: str
     text: str | None
 
+    def __len__(self) -> int:
+        return len(self.text or "")
+
+
+class _Encoded(NamedTuple):
+    """The next (n,) int32 ids of a document, of `size` bytes of its text; `ends`: they are the last."""
+
+    doc_id: str
+    ids: np.ndarray
+    size: int
+    ends: bool
+
 
 def _run(
     texts: Iterator[Text],
     tokenizer: Tokenizer,
-    rows: "_BatchBuilder",
+    rows: _BatchBuilder | None,
+    ranks: Ranks | None,
     *,
     eos_id: int | None,
     prompt: bool = False,
     on_progress: OnProgress | None,
 ) -> None:
-    """Tokenize all texts into `rows`; `prompt` writes out each group when it is done."""
+    """Tokenize all texts into the `rows` of rank 0; `prompt` writes out each group when it is done."""
     ending = np.array([] if eos_id is None else [eos_id], np.int32)
-
-    def report() -> None:
-        if on_progress:
-            on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
 
     def pieces() -> Iterator[_Piece]:
         for text in texts:
@@ -199,31 +226,70 @@ def _run(
                 yield _Piece(text.doc_id, piece)
             yield _Piece(text.doc_id, None)
 
-    def work(group: Sequence[_Piece], check: Callable[[], None]) -> None:
-        current, reported = 0, rows.totals["bytes"]
+    def encode(group: Iterable[_Piece]) -> Iterator[_Encoded]:
+        given = list(group)
+        current = 0
+        for index, ids, size in tokenizer.encode_parts([piece.text or "" for piece in given]):
+            yield from ends(given[current:index])
+            yield _Encoded(given[index].doc_id, ids, size, False)
+            current = index
+        yield from ends(given[current:])
 
-        def end_documents(stop: int) -> None:
-            nonlocal current
-            for piece in group[current:stop]:
-                if piece.text is None:
-                    rows.add(piece.doc_id, ending, 0)
-                    rows.end_document(piece.doc_id)
-            current = stop
+    def ends(passed: Sequence[_Piece]) -> Iterator[_Encoded]:
+        return (_Encoded(piece.doc_id, ending, 0, True) for piece in passed if piece.text is None)
 
-        for index, ids, size in tokenizer.encode_parts([piece.text or "" for piece in group]):
+    def take(found: Iterable[_Encoded], rows: _BatchBuilder, check: Callable[[], None] = lambda: None) -> None:
+        reported = rows.totals["bytes"]
+        for encoded in found:
             check()
-            end_documents(index)
-            rows.add(group[index].doc_id, ids, size)
+            rows.add(encoded.doc_id, encoded.ids, encoded.size)
+            if encoded.ends:
+                rows.end_document(encoded.doc_id)
             if rows.totals["bytes"] - reported >= TEXT_CHARS:  # a long text is many parts
-                report()
+                report(rows)
                 reported = rows.totals["bytes"]
-        end_documents(len(group))
         if prompt:
             rows.flush()
-        report()
+        report(rows)
 
-    in_two_threads(pieces(), lambda piece: len(piece.text or ""), TEXT_CHARS, work, abandon=prompt)
-    rows.flush()
+    def report(rows: _BatchBuilder) -> None:
+        if on_progress:
+            on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
+
+    if rows and (ranks is None or ranks.world == 1):
+        in_two_threads(pieces(), len, TEXT_CHARS, lambda group, check: take(encode(group), rows, check), abandon=prompt)
+    elif ranks:
+        from longnet_cli.runtime.dealing import Parcel, deal  # torch, which one process need not load
+
+        for _, found in deal(portions(pieces(), TEXT_CHARS), encode, ranks, Parcel(_pack, _unpack)):
+            take(found, cast(_BatchBuilder, rows))  # of rank 0: the others are given nothing
+    if rows:
+        rows.flush()
+
+
+def _pack(found: Iterable[_Encoded]) -> bytes:
+    """Encoded pieces as a stream of one record batch."""
+    doc_ids, ids, sizes, ends = zip(*found, strict=True)
+    offsets = np.cumsum([0, *map(len, ids)])
+    columns = {
+        "doc_id": pa.array(doc_ids, pa.string()),
+        "ids": pa.LargeListArray.from_arrays(offsets, np.concatenate(ids)),
+        "size": sizes,
+        "ends": ends,
+    }
+    from longnet_cli.runtime.dealing import BATCHES
+
+    return BATCHES.pack([pa.record_batch(columns)])
+
+
+def _unpack(data: bytes) -> Iterator[_Encoded]:
+    from longnet_cli.runtime.dealing import BATCHES
+
+    for batch in BATCHES.unpack(data):
+        doc_ids, ids, sizes, ends = batch.columns
+        offsets, values = ids.offsets.to_numpy(), ids.values.to_numpy()
+        for row, (start, stop) in enumerate(pairwise(offsets)):
+            yield _Encoded(doc_ids[row].as_py(), values[start:stop], sizes[row].as_py(), ends[row].as_py())
 
 
 class _BatchBuilder:

@@ -52,6 +52,6 @@ def test_hosts_agree_by_gloo_where_gpus_talk_by_nccl(monkeypatch: pytest.MonkeyP
         join("cuda")
     backends = dist.distributed_c10d.BackendConfig(asked[0]).get_device_backend_map()
     assert backends == {"cpu": "gloo", "cuda": "nccl"}
-    monkeypatch.setattr(dist, "all_reduce", lambda x, op: asked.append(x.device.type))
+    monkeypatch.setattr(dist, "all_reduce", lambda x, op, group: asked.append(x.device.type))
     assert Ranks(0, 2).largest(3.0) == 3.0
     assert asked[1:] == ["cpu"]

@@ -184,7 +184,7 @@ def _let_the_first_speak(error: BaseException) -> None:
 
 def _is_lost_rank(error: BaseException) -> bool:
     """Return whether a collective broke off because its other end is gone: gloo and NCCL say so in words only."""
-    if type(error).__name__ == "DistBackendError":
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return True
     return isinstance(error, RuntimeError) and any(
         sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")

@@ -19,6 +19,7 @@ from longnet_cli.cli.options import (
     ColumnOption,
     DeviceOption,
     DilationRatesOption,
+    DpOption,
     DtypeOption,
     EosOption,
     IdColumnOption,
@@ -32,6 +33,7 @@ from longnet_cli.cli.options import (
     SegmentLengthsOption,
     ShardFormatOption,
     SkipBadOption,
+    SpOption,
     TokenizerDiffersOption,
     TokenizerOption,
     option,
@@ -118,6 +120,8 @@ def encode(
     shard_format: ShardFormatOption = "arrow",
     resume: ResumeOption = False,
     nproc: NprocOption = None,
+    sp: SpOption = None,
+    dp: DpOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     chunk: ChunkOption = None,
@@ -143,7 +147,7 @@ def encode(
     refuse_overwriting("-o", [output], inputs, model, tokenizer, skip_bad)
     if spill and not os.path.isdir(spill):
         raise ConfigError(f"--spill {spill}: no such folder")
-    launch(nproc, inputs, model)
+    launch(nproc, inputs, model, sp=sp, dp=dp)
     from longnet_cli.data.documents import first_kept
     from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.shards import run_to_resume
@@ -164,7 +168,7 @@ def encode(
 
     from longnet_cli.runtime.ranks import join, leave
 
-    ranks, where = join(device)
+    ranks, where = join(device, sp=sp, dp=dp)
     quiet = quiet or not ranks.first
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
     net, words, before, *_ = load_model(

@@ -248,6 +248,15 @@ ChunkOption = Annotated[
 ]
 NprocOption = Annotated[
     int | None,
-    size_option(COMPUTE, "--nproc", "Split every sequence over N processes.", "this process", metavar="N"),
+    size_option(
+        COMPUTE, "--nproc", "Start N processes on this machine (ranks).", "as many as --dp and --sp need", metavar="N"
+    ),
+]
+SpOption = Annotated[
+    int | None, size_option(COMPUTE, "--sp", "Split each sequence over N ranks.", "all of a group", metavar="N")
+]
+DpOption = Annotated[
+    int | None,
+    size_option(COMPUTE, "--dp", "Make N groups of ranks, each with its own sequences.", "1", metavar="N"),
 ]
 QuietOption = Annotated[bool, option(OTHER, "--quiet -q", None, "Show no progress, only errors.")]

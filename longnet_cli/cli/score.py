@@ -18,6 +18,7 @@ from longnet_cli.cli.options import (
     ColumnOption,
     DeviceOption,
     DilationRatesOption,
+    DpOption,
     DtypeOption,
     EosOption,
     IdColumnOption,
@@ -30,6 +31,7 @@ from longnet_cli.cli.options import (
     ResumeOption,
     SegmentLengthsOption,
     SkipBadOption,
+    SpOption,
     TokenizerDiffersOption,
     TokenizerOption,
     option,
@@ -145,6 +147,8 @@ def score(
     ] = None,
     resume: ResumeOption = False,
     nproc: NprocOption = None,
+    sp: SpOption = None,
+    dp: DpOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     chunk: ChunkOption = None,
@@ -175,7 +179,7 @@ def score(
     }
     printing |= {"--keep": keep, f"--format {format}": format != "text"}
     done = gains.check(output, resume=resume, shard_tokens=shard_tokens, others=printing)
-    launch(nproc, inputs, model)
+    launch(nproc, inputs, model, sp=sp, dp=dp)
     from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.sources import read_documents, stored_documents
     from longnet_cli.data.tokenizer import end_of_text
@@ -183,7 +187,7 @@ def score(
     from longnet_cli.patterns import format_pattern
     from longnet_cli.runtime.ranks import join, leave
 
-    ranks, where = join(device)
+    ranks, where = join(device, sp=sp, dp=dp)
     quiet = quiet or not ranks.first
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
     net, words, before, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+from longnet_cli.cli.launch import launch
 from longnet_cli.cli.options import (
+    COMPUTE,
     INPUT,
     OUTPUT,
     IdColumnOption,
@@ -20,6 +22,7 @@ from longnet_cli.cli.options import (
 from longnet_cli.cli.output import format_count, printable
 from longnet_cli.cli.progress import progress
 from longnet_cli.errors import ConfigError
+from longnet_cli.runtime.launch import under_torchrun
 
 TOKENS = "Tokens"
 
@@ -66,6 +69,10 @@ def tokenize(
             "nothing is appended",
         ),
     ] = None,
+    dp: Annotated[
+        int | None,
+        size_option(COMPUTE, "--dp", "Share the documents among N processes (ranks).", "this process", metavar="N"),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Turn text into token ids once, to read them many times.
@@ -89,6 +96,13 @@ def tokenize(
         raise ConfigError(f"{output}: --shard-format is for a folder of shards: one file is what its name says")
     beside = tokenizer_beside(output)
     refuse_overwriting("-o", [output, *([beside] if beside else [])], inputs, [Tokenizer.find(tokenizer)])
+    launch(None, inputs, dp=dp)
+    ranks = None
+    if under_torchrun():
+        from longnet_cli.runtime.ranks import join, leave
+
+        ranks, _ = join("cpu", sp=1, dp=dp)
+        quiet = quiet or not ranks.first
     earlier = read_manifest(output) if resume else None
     done = earlier.totals["bytes"] if earlier else 0
     with progress("tokenizing", total=text_bytes(inputs), unit="B", start=done, quiet=quiet) as advance:
@@ -109,9 +123,12 @@ def tokenize(
             shard_format=shard_format,
             eos=bare_or(eos, True),
             resume=resume,
+            ranks=ranks,
             on_progress=on_progress,
         )
-    if quiet or not sys.stderr:  # print would take stdout instead
+    if ranks:
+        leave()
+    if result is None or quiet or not sys.stderr:  # print would take stdout instead
         return
     counts = [
         f"{result.documents} document{'s' * (result.documents != 1)}",

@@ -19,9 +19,11 @@ from longnet_cli.cli.options import (
     INPUT,
     OUTPUT,
     DeviceOption,
+    DpOption,
     NprocOption,
     PatternOption,
     QuietOption,
+    SpOption,
     bare_or,
     option,
     read_pattern,
@@ -114,13 +116,8 @@ def train(
     ] = False,
     format: Annotated[Format, option(OUTPUT, "--format", "text|json", "Print --dry-run in this format.")] = "text",
     nproc: NprocOption = None,
-    sp: Annotated[
-        int | None, size_option(COMPUTE, "--sp", "Split each sequence over N processes (ranks).", "all", metavar="N")
-    ] = None,
-    dp: Annotated[
-        int | None,
-        size_option(COMPUTE, "--dp", "Make N groups of ranks, each with its own sequences.", "1", metavar="N"),
-    ] = None,
+    sp: SpOption = None,
+    dp: DpOption = None,
     shard: Annotated[
         str | None,
         option(
@@ -158,7 +155,7 @@ def train(
     The same command continues a stopped run, and so does `longnet train -o DIR`. You can also start it with torchrun.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it waits until the run listens, and would kill before
-    launch(nproc)
+    launch(nproc, sp=sp, dp=dp)
     from longnet_cli.runtime.device import MatmulPeak, keep_freed_memory
     from longnet_cli.runtime.ranks import join, leave
     from longnet_cli.training.estimate import estimate, settle_chunk

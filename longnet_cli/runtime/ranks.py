@@ -23,13 +23,15 @@ TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may write a checkpoin
 class Ranks:
     """`world` processes as `dp` groups of `sp`: those of a group share each sequence, the groups have others.
 
-    Rank r is the (r % sp)-th of the (r // sp)-th group. `group` is its own group, None where sp is 1.
+    Rank r is the (r % sp)-th of the (r // sp)-th group. `group` is its own group, None where sp is 1. `everyone` are
+    all `world` of them, None where these are all processes of the job.
     """
 
     rank: int = 0
     world: int = 1
     sp: int = 1
     group: dist.ProcessGroup | None = None
+    everyone: dist.ProcessGroup | None = None
 
     @property
     def dp(self) -> int:
@@ -45,13 +47,17 @@ class Ranks:
         return self.rank == 0
 
     def all_in_one(self) -> Ranks:
-        """The same ranks, sharing every sequence: what `score` and `encode` take."""
+        """The same ranks, sharing every sequence."""
         return replace(self, sp=self.world, group=dist.group.WORLD if self.world > 1 else None)
+
+    def of_group(self) -> Ranks:
+        """The ranks of this one's own group, as if there were no others."""
+        return Ranks(self.rank % self.sp, self.sp, self.sp, self.group, self.group)
 
     def sum(self, *tensors: torch.Tensor) -> None:
         """Add up tensors, of the host or of the ranks' devices, over all ranks, in place."""
         if self.world > 1:
-            works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+            works = [dist.all_reduce(tensor, group=self.everyone, async_op=True) for tensor in tensors]
             for work in works:
                 work.wait()
 
@@ -64,7 +70,7 @@ class Ranks:
         if self.world == 1:
             return value
         found = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.everyone)
         return found.item()
 
     def from_first(self, value: int) -> int:
@@ -74,7 +80,7 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.everyone)
 
     def smallest(self, value: float) -> float:
         return -self.largest(-value)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ from torch import Tensor
 from longnet_cli.errors import ConfigError, TooLongError
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
-from longnet_cli.runtime.chunks import default_chunk, open_stream
+from longnet_cli.runtime.chunks import default_chunk, open_stream, same_chunk
 from longnet_cli.runtime.device import precision, to_device
 from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.layerwise import hidden_in_chunks
 from longnet_cli.runtime.ranks import Ranks
+
+PORTION_CHUNKS = 4  # of a portion that is dealt out
 
 
 class Ids(Protocol):
@@ -126,6 +128,11 @@ class Reader:
         # ranks may have other amounts of free memory
         self.chunk = chunk or int(self.ranks.smallest(default_chunk(model.config, self.device)))
         self.on_progress = on_progress or (lambda tokens: None)
+
+    @property
+    def portion(self) -> int:
+        """Tokens of short documents that are worth reading by themselves: several full forwards."""
+        return PORTION_CHUNKS * self.chunk
 
     def read(self, windows: Iterable[W]) -> Iterator[list[Piece[W]]]:
         """Yield the wanted hidden states of all windows, in order, as the pieces of some forwards at a time.
@@ -233,6 +240,14 @@ class Reader:
     @staticmethod
     def _ids(window: Window, start: int, stop: int) -> Tensor:
         return torch.from_numpy(window.ids.read(start, stop))
+
+
+def share_reader(model: Net, *, chunk: int | None = None, ranks: Ranks | None = None, **options: Any) -> Reader:
+    """Return the Reader of this rank's group, whose chunk is that of all `ranks`; `options` are those of `Reader`."""
+    ranks = ranks or Ranks()
+    if chunk is None:
+        chunk = same_chunk(model.config, next(model.parameters()).device, ranks, None)
+    return Reader(model, chunk=chunk, ranks=ranks.of_group(), **options)
 
 
 def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:

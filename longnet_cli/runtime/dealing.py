@@ -1,0 +1,181 @@
+"""Portions of work, dealt out to groups of ranks: a group that is free takes the next one.
+
+    portions --+-- taken by this group ----> work ------------------+--> results in order, on rank 0
+               +-- taken by another one --> work --> shared store --+
+
+All ranks read the same portions in the same order, and pass over those that another group has taken. A counter in the
+store says which portion is next. So a slow group takes fewer, and nobody waits for it until the others are AHEAD of it.
+The store is the one at which torchrun's ranks have met.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Generic, Protocol, TypeVar, cast
+
+import pyarrow as pa
+import torch.distributed as dist
+
+from longnet_cli.runtime.ranks import TIMEOUT, Ranks
+
+AHEAD = 256  # portions whose results may wait for an earlier one, in memory
+VALUE_BYTES = 4 << 20  # of a value in the store, which takes up to 8 MiB
+PAUSE = 0.01  # seconds between two looks at the store
+
+_deals = count()  # of this process; all ranks deal in the same order
+
+
+class Portion(Protocol):
+    """Items of work that can be read once, before the next portion is."""
+
+    def __iter__(self) -> Iterator[object]: ...
+
+
+P = TypeVar("P", bound=Portion)
+R = TypeVar("R")
+
+
+def pack_batches(found: Iterable[pa.RecordBatch]) -> bytes:
+    """Record batches of one schema as a stream; nothing for none."""
+    sink, writer = pa.BufferOutputStream(), None
+    for batch in found:
+        writer = writer or pa.ipc.new_stream(sink, batch.schema)
+        writer.write_batch(batch)
+    if writer:
+        writer.close()
+    return cast(bytes, sink.getvalue().to_pybytes())
+
+
+def unpack_batches(data: bytes) -> Iterable[pa.RecordBatch]:
+    """The record batches that `pack_batches` was given."""
+    return pa.ipc.open_stream(data) if data else ()
+
+
+@dataclass(frozen=True)
+class Parcel(Generic[R]):
+    """The functions that turn the results of a portion into bytes, and these into the same results."""
+
+    pack: Callable[[Iterable[R]], bytes]
+    unpack: Callable[[bytes], Iterable[R]]
+
+
+BATCHES = Parcel(pack_batches, unpack_batches)
+
+
+def deal(
+    portions: Iterable[P],
+    work: Callable[[P], Iterable[R]],
+    ranks: Ranks,
+    parcel: Parcel[R],
+    on_other: Callable[[P], None] | None = None,
+) -> Iterator[tuple[P, Iterable[R]]]:
+    """Yield each portion with what `work` makes of it, in order.
+
+    `work` reads the portion to its end. In one group of ranks every rank works on every portion, result by result.
+    Several groups deal portions out: then rank 0 gets all results, through `parcel`, and the other ranks nothing. Use
+    up the results of a portion before you take the next. `on_other` gets the portions that other groups worked on, when
+    their results have come.
+    """
+    if ranks.dp == 1:
+        for portion in portions:
+            yield portion, work(portion)
+        return
+    table = _Table(ranks, next(_deals))
+    waiting: deque[P] = deque()  # on rank 0: the portions whose results are to come
+    own: dict[int, list[R]] = {}  # results of this group, by the index of their portion
+    given = 0  # portions whose results rank 0 has yielded
+
+    def come() -> Iterator[tuple[P, Iterable[R]]]:
+        """On rank 0: the next portions whose results have come."""
+        nonlocal given
+        while waiting and (given in own or table.has(given)):
+            portion = waiting.popleft()
+            if given in own:
+                yield portion, own.pop(given)
+            else:
+                sent = parcel.unpack(table.get(given))
+                if on_other:
+                    on_other(portion)
+                yield portion, sent
+            given += 1
+            table.say_given()
+
+    mine = table.take()
+    for index, portion in enumerate(portions):
+        waiting.extend([portion] if ranks.first else [])
+        if index != mine:
+            for _ in portion:
+                pass
+        else:
+            while table.must_wait(index):
+                yield from come()
+                time.sleep(PAUSE)
+            found = list(work(portion))
+            if ranks.first:
+                own[index] = found
+            else:
+                table.put(index, parcel.pack(found))
+            mine = table.take()
+        yield from come()
+    while waiting:
+        yield from come()
+        time.sleep(PAUSE)
+    table.end() if ranks.first else table.wait_for_end()
+
+
+class _Table:
+    """The store of one deal, at which the groups take portions and lay down results for rank 0."""
+
+    def __init__(self, ranks: Ranks, deal: int) -> None:
+        self.group = ranks.of_group()
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
+        # torchrun starts lost ranks again, with --max-restarts, at the same store
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"longnet/{restart}/{deal}", store)
+
+    def take(self) -> int:
+        """Return the index of this group's next portion, which no other group takes."""
+        return self.group.from_first(self.store.add("taken", 1) - 1 if self.group.first else 0)
+
+    def must_wait(self, index: int) -> bool:
+        """Return whether a portion is AHEAD of those that rank 0 has given: all ranks of a group agree."""
+        return self.group.any(self.group.first and self.store.add("given", 0) + AHEAD <= index)
+
+    def say_given(self) -> None:
+        """Say that rank 0 has given one portion more."""
+        self.store.add("given", 1)
+
+    def put(self, index: int, data: bytes) -> None:
+        """Lay down the results of a portion, once for the group."""
+        if not self.group.first:
+            return
+        pieces = range(0, len(data), VALUE_BYTES)
+        for piece, start in enumerate(pieces):
+            self.store.set(f"{index}/{piece}", data[start : start + VALUE_BYTES])  # type: ignore[arg-type]
+        self.store.set(str(index), str(len(pieces)))
+
+    def has(self, index: int) -> bool:
+        return bool(self.store.check([str(index)]))
+
+    def get(self, index: int) -> bytes:
+        """Take up the results of a portion."""
+        pieces = [f"{index}/{piece}" for piece in range(int(self.store.get(str(index))))]
+        data = b"".join(self.store.get(piece) for piece in pieces)
+        for key in [str(index), *pieces]:
+            self.store.delete_key(key)
+        return data
+
+    def end(self) -> None:
+        """Let the other ranks go."""
+        self.store.set("end", "")
+
+    def wait_for_end(self) -> None:
+        """Wait for rank 0, however long it still works: a barrier would give up."""
+        while not self.store.check(["end"]):
+            time.sleep(PAUSE)
