@@ -155,6 +155,19 @@ def test_printed_scores_are_those_of_one_process(folder: Path, run_longnet: RunL
     assert len(alone.stdout.splitlines()) == 2 * 62 + 2
 
 
+def test_a_hugging_face_model_gives_each_process_its_own_documents(folder: Path, run_longnet: RunLongnet) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=32)).save_pretrained(folder / "llama")
+    command = ["score", "docs.arrow", "-m", "./llama", "--bos", "none", "--chunk", "256", "--format", "jsonl"]
+    alone, many = (
+        run_longnet(*command, *more, cwd=folder, env={"OMP_NUM_THREADS": "1"}) for more in ([], ["--dp", "2"])
+    )
+    assert many.stdout == alone.stdout, many.stderr
+    assert len(alone.stdout.splitlines()) == 63
+
+
 def test_groups_may_share_documents(folder: Path, run_longnet: RunLongnet) -> None:
     alone, many = (
         run_longnet(*COMMANDS["encode"], "-o", place, *more, cwd=folder)
