@@ -15,7 +15,7 @@ import tokenizers
 
 from longnet_cli import tokenizing
 from longnet_cli.data import tokenizer as tokenizer_module
-from longnet_cli.data.manifest import read_manifest
+from longnet_cli.data.manifest import read_manifest, tokens_in
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError
@@ -195,6 +195,12 @@ def test_the_size_of_the_inputs_is_known_when_all_are_text(corpus, tmp_path):
     tokenize([corpus], tmp_path / "out.arrow", on_progress=lambda documents, tokens, size: sizes.append(size))
     assert tokenizing.text_bytes([corpus]) == sizes[-1] == sum(len(text.encode()) for text in TEXTS.values())
     assert tokenizing.text_bytes([corpus, tmp_path / "out.arrow"]) is None
+
+
+def test_the_tokens_of_folders_are_known(corpus, tmp_path):
+    tokens = [tokenize([corpus / name], tmp_path / name[0]).tokens for name in ("a.txt", "b.txt")]
+    assert tokens_in([tmp_path / "a", tmp_path / "b"]) == sum(tokens)
+    assert tokens_in([tmp_path / "a", corpus]) is tokens_in(["-"]) is None
 
 
 def test_a_used_folder_is_refused_and_an_empty_one_taken(corpus, tmp_path, monkeypatch):

@@ -150,6 +150,7 @@ def encode(
     launch(nproc, inputs, model, sp=sp, dp=dp)
     from longnet_cli.data.documents import first_kept
     from longnet_cli.data.inputs import inputs_fingerprint
+    from longnet_cli.data.manifest import tokens_in
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.sinks import ShardWriter, is_folder
     from longnet_cli.data.sources import read_documents, stored_documents
@@ -214,7 +215,7 @@ def encode(
         pattern=format_pattern(net.config.pattern),
     )
     done = earlier.totals["tokens"] if earlier else 0
-    with progress("encoding", total=None, start=done, quiet=quiet) as advance:
+    with progress("encoding", total=tokens_in(inputs), start=done, quiet=quiet) as advance:
         running: dict[str, Any] = {
             "known": known,
             "kept": kept,

@@ -181,6 +181,7 @@ def score(
     done = gains.check(output, resume=resume, shard_tokens=shard_tokens, others=printing)
     launch(nproc, inputs, model, sp=sp, dp=dp)
     from longnet_cli.data.inputs import inputs_fingerprint
+    from longnet_cli.data.manifest import tokens_in
     from longnet_cli.data.sources import read_documents, stored_documents
     from longnet_cli.data.tokenizer import end_of_text
     from longnet_cli.measures import Total
@@ -207,7 +208,9 @@ def score(
     skipped = Skipped(quiet)
     origin = model_origin(net, model, words.sha256 if words else None) if ranks.first and output is None else {}
     tokens = write_token_logprobs(token_logprobs, origin) if token_logprobs and ranks.first else nullcontext()
-    with progress("scoring", total=None, start=done, quiet=quiet) as advance, tokens as on_tokens:
+    times = len(context or [None])  # that each token is scored
+    total = times * (tokens_in(inputs) or 0) if last is None else 0
+    with progress("scoring", total=total or None, start=times * done, quiet=quiet) as advance, tokens as on_tokens:
         running: dict[str, Any] = {
             "known": known,
             "count_bytes": words.n_bytes if words else None,

@@ -1,0 +1,68 @@
+"""How stable is a ranking by gain? Rank documents by the even and by the odd blocks of their tokens, and compare.
+
+    longnet score corpus --context 64 --token-logprobs short.arrow
+    longnet score corpus --context 4Ki --token-logprobs long.arrow
+    python examples/gain_halves.py short.arrow long.arrow
+
+Prints Spearman's rank correlation of the two halves, and the ten documents that gain most and least. A block is 128
+tokens, as in `longnet score -o`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc as ipc
+
+BLOCK = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare the gains of two halves of each document.")
+    parser.add_argument("short", help="log-probabilities of the tokens with the short context")
+    parser.add_argument("long", help="those of the same tokens with the long one")
+    parser.add_argument("--least", type=int, default=16, help="blocks of a document that is ranked")
+    arguments = parser.parse_args()
+    names, tokens, halves = [], [], []
+    for (name, short), (_, long) in zip(documents(arguments.short), documents(arguments.long), strict=True):
+        gained = long - short
+        blocks = gained[: len(gained) // BLOCK * BLOCK].reshape(-1, BLOCK).mean(1)
+        if len(blocks) >= arguments.least:
+            names.append(name)
+            tokens.append(len(gained))
+            halves.append((blocks[::2].mean(), blocks[1::2].mean(), gained.mean()))
+    even, odd, gain = np.array(halves).T
+    print(f"{len(names)} documents, {sum(tokens):,} tokens: Spearman's correlation {spearman(even, odd):.3f}")
+    order = np.argsort(-gain)
+    for title, chosen in (("gain most", order[:10]), ("gain least", order[-10:])):
+        print(f"\n{title:>10}  nats   even    odd   tokens")
+        for index in chosen:
+            print(f"{gain[index]:16.3f} {even[index]:6.3f} {odd[index]:6.3f} {tokens[index]:8}  {names[index]}")
+
+
+def documents(path: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the name of each document and the log-probabilities of its tokens, (n,) float32."""
+    name, parts = None, []
+    with pa.memory_map(path) as file:
+        for batch in ipc.open_file(file):
+            for row in range(batch.num_rows):
+                if batch["part"][row].as_py() == 0 and parts:
+                    yield str(name), np.concatenate(parts)
+                    parts = []
+                name = batch["doc_id"][row].as_py()
+                parts.append(batch["logprobs"][row].values.to_numpy())
+    if parts:
+        yield str(name), np.concatenate(parts)
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the correlation of the ranks of two (n,) arrays, in which no value occurs twice."""
+    ranks = [np.argsort(np.argsort(each)) for each in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+if __name__ == "__main__":
+    main()
