@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from longnet_cli.data.documents import SPOOL_BYTES, Document
 from longnet_cli.data.files import no_place
+from longnet_cli.data.kept import kept_column, kept_settings, kept_value, with_kept
 from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.measures import Clusters, DocumentScore
@@ -70,8 +71,8 @@ class GainOptions:
         """The names of the columns of nats per token, one for each context."""
         return [f"nats_{context}" for context in self.context] if self.context else ["nats"]
 
-    def schema(self) -> pa.Schema:
-        """Return the schema of the rows.
+    def schema(self, kept: Sequence[pa.Field] = ()) -> pa.Schema:
+        """Return the schema of the rows, and of what is `kept` beside them.
 
         `n_tokens` are scored, the same at each context. Nats are means over them, null for none. `gain` is the
         difference, `gain_se` its standard error over blocks of 128 tokens (null for fewer than two), `gain_share` the
@@ -89,28 +90,33 @@ class GainOptions:
             *(pa.field(name, pa.float64()) for name in self.nats),
             *(pa.field(name, pa.float64()) for name in ("gain", "gain_se", "gain_share") if self.compares),
         ]
-        return pa.schema(fields, metadata={key: value for key, value in known.items() if value is not None})
+        return pa.schema(
+            with_kept(fields, kept), metadata={key: value for key, value in known.items() if value is not None}
+        )
 
 
-def gains(model: Net, documents: Iterable[Document], options: GainOptions, **running: Any) -> Iterator[pa.RecordBatch]:
-    """Read `documents` lazily and give each its row, in order, in record batches of `options.schema()`.
+def gains(
+    model: Net, documents: Iterable[Document], options: GainOptions, *, kept: Sequence[pa.Field] = (), **running: Any
+) -> Iterator[pa.RecordBatch]:
+    """Read `documents` lazily and give each its row, in order, in record batches of `options.schema(kept)`.
 
+    `kept` are columns of what documents carry along (`data.kept`); a value that is not of the type is a DataError.
     `running` are the arguments of `scoring.score` that change no number (`chunk`, `dtype`, `device`, `ranks`,
     `on_progress`), `known`, `count_bytes` and `on_skip`; what it raises is raised here. Of a document the nats at one
     context are kept until those at the other come, 4 bytes a token, in a file in $TMPDIR where they are many.
     """
-    schema = options.schema()
+    schema = options.schema(kept)
     rows: list[dict[str, Any]] = []
     nothing: NothingToScoreError | None = None
     try:
-        for row in _rows(model, documents, options, running):
+        for row in _rows(model, documents, options, kept, running):
             rows.append(row)
             if len(rows) == BATCH_ROWS:
-                yield pa.RecordBatch.from_pylist(rows, schema)
+                yield _record_batch(rows, schema, kept)
                 rows = []
     except NothingToScoreError as error:  # raised behind the rows, which say so one by one
         nothing = error
-    yield pa.RecordBatch.from_pylist(rows, schema)
+    yield _record_batch(rows, schema, kept)
     if nothing:
         raise nothing
 
@@ -126,6 +132,7 @@ def gains_to_folder(
     resume: bool = False,
     chunk: int | None = None,
     known: Iterable[Document] = (),
+    kept: Sequence[pa.Field] = (),
     dtype: str = "auto",
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
@@ -154,16 +161,17 @@ def gains_to_folder(
         "model": model_digest(model)[:16],
         "kernel": check_kernel(device, dtype, model.config.head_dim),
         **asdict(options),
+        **kept_settings(kept),
         "chunk": chunk,
         "dtype": dtype,
         "shard_tokens": shard_tokens,
         **({"ranks": ranks.world} if ranks.world > 1 else {}),  # they add up in another order
     }
-    running |= {"chunk": chunk, "dtype": dtype, "ranks": ranks}
+    running |= {"kept": kept, "chunk": chunk, "dtype": dtype, "ranks": ranks}
     with ExitStack() as stack:
         folder = None
         if ranks.first:
-            shards = ShardFolder(output, options.schema(), settings=decisive, name="gains", resume=resume)
+            shards = ShardFolder(output, options.schema(kept), settings=decisive, name="gains", resume=resume)
             folder = stack.enter_context(shards)
         if ranks.any(folder is not None and folder.finished):
             return folder
@@ -218,7 +226,11 @@ class _Shard:
 
 
 def _rows(
-    model: Net, documents: Iterable[Document], options: GainOptions, running: Mapping[str, Any]
+    model: Net,
+    documents: Iterable[Document],
+    options: GainOptions,
+    kept: Sequence[pa.Field],
+    running: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
     begun: deque[_Gain] = deque()  # of documents whose scores are to come
 
@@ -240,7 +252,8 @@ def _rows(
     }
     scores = score(model, documents, **chosen, **running)
     while found := list(islice(scores, len(contexts))):
-        yield _row(options, found, begun.popleft() if options.compares else None)
+        row = _row(options, found, begun.popleft() if options.compares else None)
+        yield row | {field.name: kept_value(found[0], field) for field in kept}
 
 
 def _row(options: GainOptions, found: Sequence[DocumentScore], gain: _Gain | None) -> dict[str, Any]:
@@ -251,6 +264,14 @@ def _row(options: GainOptions, found: Sequence[DocumentScore], gain: _Gain | Non
         row |= {name: each.score.nll_sum / score.n_tokens for name, each in zip(options.nats, found, strict=True)}
         row |= gain.as_dict() if gain else {}
     return row
+
+
+def _record_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema, kept: Sequence[pa.Field]) -> pa.RecordBatch:
+    found = [
+        pa.array([row.get(field.name) for row in rows], field.type) for field in list(schema)[: -len(kept) or None]
+    ]
+    found += [kept_column((row[field.name] for row in rows), field) for field in kept]
+    return pa.record_batch(found, schema=schema)
 
 
 class _Gain:

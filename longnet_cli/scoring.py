@@ -229,8 +229,9 @@ class _Tally:
     def result(self) -> DocumentScore:
         score = Score(self.nll_sum, self.n_tokens, self.n_bytes if self.n_tokens else 0)
         tables = self.by_position, self.by_recall
-        kept = {name: value.as_py() for name, value in self.document.kept.items()}
-        return DocumentScore(self.document.doc_id, self.document.where, score, self.context, *tables, kept)
+        return DocumentScore(
+            self.document.doc_id, self.document.where, score, self.context, *tables, self.document.kept
+        )
 
 
 @dataclass(frozen=True)
