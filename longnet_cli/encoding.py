@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet_cli.data.documents import Document, checked
+from longnet_cli.data.kept import kept_column, kept_settings, kept_value, with_kept
 from longnet_cli.data.portions import Portion, portions
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.vectors import Vectors
@@ -109,10 +110,9 @@ class EncodeOptions:
             pa.field("n_tokens", pa.int64()),
             pa.field("embedding", pa.list_(number, dim)),
         ]
-        if taken := {field.name for field in fields} & {field.name for field in kept}:
-            raise ConfigError(f"--keep {min(taken)}: the output has a column of this name")
-        fields += kept
-        return pa.schema(fields, metadata={key: value for key, value in known.items() if value is not None})
+        return pa.schema(
+            with_kept(fields, kept), metadata={key: value for key, value in known.items() if value is not None}
+        )
 
 
 def encode(
@@ -136,7 +136,7 @@ def encode(
     A document that the model does not read for its length, or with ids that are none, ends the run, or
     with `on_skip` is handed to it and left out. One that is empty has no rows, and is handed to `on_empty`. The `known`
     documents, those among all whose lengths cost nothing to look at, are checked before anything else. `kept` are
-    columns of what documents carry along (`first_kept`). `chunk`, `spill`, `dtype`, `ranks` and `on_progress` as in
+    columns of what documents carry along (`data.kept`). `chunk`, `spill`, `dtype`, `ranks` and `on_progress` as in
     `runtime.reading.Reader`. Several ranks need the same documents. Those that share each document get all rows; of
     several groups with documents of their own, rank 0 does and the others get none.
 
@@ -201,7 +201,7 @@ def encode_to_folder(
         "model": digest[:16],
         "kernel": check_kernel(device, dtype, model.config.head_dim),
         **asdict(options),
-        **({"keep": [f"{field.name}: {field.type}" for field in kept]} if kept else {}),
+        **kept_settings(kept),
         "chunk": chunk,
         "dtype": dtype,
         "shard_rows": shard_rows,
@@ -435,7 +435,10 @@ def _record_batch(
             pa.array([row.end for row in rows], pa.int64()),
             pa.array([row.end - row.start for row in rows], pa.int64()),
             *arrays,
-            *(_kept_column(rows, field) for field in list(schema)[5 + len(arrays) :]),
+            *(
+                kept_column((kept_value(row.document, field) for row in rows), field)
+                for field in list(schema)[5 + len(arrays) :]
+            ),
         ],
         schema=schema,
     )
@@ -455,17 +458,3 @@ def _array(kind: pa.DataType, rows: Sequence[_Row], vectors: Tensor, normalize: 
             f"{row.end - 1} is not finite: take --dtype bf16 or fp32, and --embedding-dtype float32"
         )
     return pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), kind.list_size)
-
-
-def _kept_column(rows: Sequence[_Row], field: pa.Field) -> pa.Array:
-    """Return what the rows' documents carry along. Raises DataError for a value that is not of the column's type."""
-    values = []
-    for row in rows:
-        value = row.document.kept[field.name]
-        try:
-            values.append(value if value.type == field.type else value.cast(field.type))
-        except pa.ArrowException as error:
-            raise DataError(
-                f"{row.document.where}: {field.name!r} is {value.type}, and {field.type} in the first document"
-            ) from error
-    return pa.array(values, field.type)

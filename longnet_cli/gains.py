@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from longnet_cli.data.documents import SPOOL_BYTES, Document
 from longnet_cli.data.files import no_place
+from longnet_cli.data.kept import kept_column, kept_settings, kept_value, with_kept
 from longnet_cli.data.portions import portions
 from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.errors import ConfigError, LongNetError
@@ -72,8 +73,8 @@ class GainOptions:
         """The names of the columns of nats per token, one for each context."""
         return [f"nats_{context}" for context in self.context] if self.context else ["nats"]
 
-    def schema(self) -> pa.Schema:
-        """Return the schema of the rows.
+    def schema(self, kept: Sequence[pa.Field] = ()) -> pa.Schema:
+        """Return the schema of the rows, and of what is `kept` beside them.
 
         `n_tokens` are scored, the same at each context. Nats are means over them, null for none. `gain` is the
         difference, `gain_se` its standard error over blocks of 128 tokens (null for fewer than two), `gain_share` the
@@ -91,7 +92,9 @@ class GainOptions:
             *(pa.field(name, pa.float64()) for name in self.nats),
             *(pa.field(name, pa.float64()) for name in ("gain", "gain_se", "gain_share") if self.compares),
         ]
-        return pa.schema(fields, metadata={key: value for key, value in known.items() if value is not None})
+        return pa.schema(
+            with_kept(fields, kept), metadata={key: value for key, value in known.items() if value is not None}
+        )
 
 
 def gains(
@@ -100,19 +103,21 @@ def gains(
     options: GainOptions,
     *,
     known: Iterable[Document] = (),
+    kept: Sequence[pa.Field] = (),
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
     **running: Any,
 ) -> Iterator[pa.RecordBatch]:
-    """Read `documents` lazily and give each its row, in order, in record batches of `options.schema()`.
+    """Read `documents` lazily and give each its row, in order, in record batches of `options.schema(kept)`.
 
-    The other arguments are those of `scoring.score`, `running` what its Reader takes (`chunk`, `dtype`, `on_progress`);
+    `kept` are columns of what documents carry along (`data.kept`); a value that is not of the type is a DataError. The
+    other arguments are those of `scoring.score`, `running` what its Reader takes (`chunk`, `dtype`, `on_progress`);
     what it raises is raised here. Of a document the nats at one context are kept until those at the other come, 4 bytes
     a token, in a file in $TMPDIR where they are many.
     """
     ranks = ranks or Ranks()
-    scorer = _GainScorer(share_reader(model, ranks=ranks, **running), options, count_bytes)
+    scorer = _GainScorer(share_reader(model, ranks=ranks, **running), options, kept, count_bytes)
     parts = portions(scorer.checked(documents, known, on_skip), scorer.reader.portion)
     waiting: list[pa.RecordBatch] = []
     scored = 0
@@ -140,6 +145,7 @@ def gains_to_folder(
     resume: bool = False,
     chunk: int | None = None,
     known: Iterable[Document] = (),
+    kept: Sequence[pa.Field] = (),
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
     dtype: str = "auto",
     ranks: Ranks | None = None,
@@ -169,17 +175,18 @@ def gains_to_folder(
         "model": model_digest(model)[:16],
         "kernel": check_kernel(device, dtype, model.config.head_dim),
         **asdict(options),
+        **kept_settings(kept),
         "chunk": chunk,
         "dtype": dtype,
         "shard_tokens": shard_tokens,
         **({"ranks": ranks.sp} if ranks.sp > 1 else {}),  # they add up in another order
     }
     reader = share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **running)
-    scorer = _GainScorer(reader, options, count_bytes)
+    scorer = _GainScorer(reader, options, kept, count_bytes)
     with ExitStack() as stack:
         folder = None
         if ranks.first:
-            shards = ShardFolder(output, options.schema(), settings=decisive, name="gains", resume=resume)
+            shards = ShardFolder(output, options.schema(kept), settings=decisive, name="gains", resume=resume)
             folder = stack.enter_context(shards)
         if ranks.any(folder is not None and folder.finished):
             return folder
@@ -220,9 +227,13 @@ class _GainScorer:
     """Documents in, a batch of their rows out, on the ranks of one group."""
 
     def __init__(
-        self, reader: Reader, options: GainOptions, count_bytes: Callable[[np.ndarray], int | None] | None
+        self,
+        reader: Reader,
+        options: GainOptions,
+        kept: Sequence[pa.Field],
+        count_bytes: Callable[[np.ndarray], int | None] | None,
     ) -> None:
-        self.reader, self.options = reader, options
+        self.reader, self.options, self.kept = reader, options, kept
         self.contexts = options.context or (None,)
         chosen = ScoreOptions(options.bos, options.context, options.stride, options.last, count_bytes=count_bytes)
         self.scorer = Scorer(reader, chosen, on_nats=self._on_nats if options.compares else None)
@@ -234,8 +245,9 @@ class _GainScorer:
         """Yield the rows of checked documents, in order."""
         scores, rows = self.scorer.run(documents), []
         while found := list(islice(scores, len(self.contexts))):
-            rows.append(_row(self.options, found, self.open.popleft() if self.options.compares else None))
-        yield pa.RecordBatch.from_pylist(rows, self.options.schema())
+            row = _row(self.options, found, self.open.popleft() if self.options.compares else None)
+            rows.append(row | {field.name: kept_value(found[0], field) for field in self.kept})
+        yield _record_batch(rows, self.options.schema(self.kept), self.kept)
 
     def _on_nats(self, document: Document, context: int | None, nats: np.ndarray) -> None:
         if not self.open or self.open[-1].document is not document:
@@ -254,6 +266,14 @@ def _row(options: GainOptions, found: Sequence[DocumentScore], gain: _Gain | Non
         row |= {name: each.score.nll_sum / score.n_tokens for name, each in zip(options.nats, found, strict=True)}
         row |= gain.as_dict() if gain else {}
     return row
+
+
+def _record_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema, kept: Sequence[pa.Field]) -> pa.RecordBatch:
+    found = [
+        pa.array([row.get(field.name) for row in rows], field.type) for field in list(schema)[: -len(kept) or None]
+    ]
+    found += [kept_column((row[field.name] for row in rows), field) for field in kept]
+    return pa.record_batch(found, schema=schema)
 
 
 class _Gain:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class DocumentScore:
     context: int | None = None
     by_position: ByPosition | None = None
     by_recall: ByRecall | None = None
-    kept: Mapping[str, Any] = field(default_factory=dict)  # values of columns that are carried along
+    kept: Mapping[str, pa.Scalar] = field(default_factory=dict)  # values of columns that are carried along
 
 
 class Clusters:

@@ -256,8 +256,9 @@ class _Tally:
     def result(self) -> DocumentScore:
         score = Score(self.nll_sum, self.n_tokens, self.n_bytes if self.n_tokens else 0)
         tables = self.by_position, self.by_recall
-        kept = {name: value.as_py() for name, value in self.document.kept.items()}
-        return DocumentScore(self.document.doc_id, self.document.where, score, self.context, *tables, kept)
+        return DocumentScore(
+            self.document.doc_id, self.document.where, score, self.context, *tables, self.document.kept
+        )
 
 
 @dataclass(frozen=True)
@@ -411,7 +412,16 @@ def _pack(found: Iterable[DocumentScore]) -> bytes:
             [item.tolist() if isinstance(item, np.ndarray) else item for item in kept or ()]
             for kept in (positions, recall)
         ]
-        rows.append([each.doc_id, each.where, *astuple(each.score), each.context, *tables, dict(each.kept)])
+        rows.append(
+            [
+                each.doc_id,
+                each.where,
+                *astuple(each.score),
+                each.context,
+                *tables,
+                {name: value.as_py() for name, value in each.kept.items()},
+            ]
+        )
     return to_json(rows).encode()
 
 
@@ -424,5 +434,5 @@ def _unpack(data: bytes) -> Iterator[DocumentScore]:
             context,
             ByPosition(positions[0], *map(np.array, positions[1:])) if positions else None,
             ByRecall(np.array(recall[0])) if recall else None,
-            kept,
+            {name: pa.scalar(value) for name, value in kept.items()},
         )

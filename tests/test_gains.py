@@ -2,10 +2,12 @@
 and that a run that is killed and resumed writes the bytes of one that was not."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,7 +15,7 @@ from conftest import RunLongnet
 
 from longnet_cli.data.shards import read_manifest
 from longnet_cli.data.sources import Document
-from longnet_cli.errors import DataError
+from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.gains import BLOCK_TOKENS, GainOptions, gains, gains_to_folder
 from longnet_cli.measures import Clusters
 from longnet_cli.model import LongNet, LongNetConfig
@@ -159,3 +161,65 @@ def test_what_cannot_be_written_is_refused(
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} <= {"a.txt"}
+
+
+def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(model: LongNet, tmp_path: Path) -> None:
+    kept = [pa.field("tags", pa.list_(pa.string()))]
+    values: list[list[str] | None] = [["a"], None, ["b", "c"], [], ["d"]]
+    documents = [make_document(length, str(length)) for length in (100, 0, 300, 20, 200)]
+    for document, value in zip(documents, values, strict=True):
+        document.kept = {"tags": pa.scalar(value, kept[0].type)}
+    table = pa.Table.from_batches(gains(model, documents, OPTIONS, kept=kept))
+    assert table.schema == OPTIONS.schema(kept)
+    assert table["tags"].to_pylist() == values
+
+    def stopping() -> Iterator[Document]:
+        yield from documents[:4]
+        raise DataError("stop")
+
+    def write(name: str, found: Iterable[Document], fields: list[pa.Field], resume: bool = False) -> None:
+        options = {"settings": {}, "shard_tokens": 150, "resume": resume, "kept": fields}
+        gains_to_folder(model, found, tmp_path / name, OPTIONS, **options)
+
+    write("whole", documents, kept)
+    with pytest.raises(DataError, match="stop"):
+        write("cut", stopping(), kept)
+    for other in ([], [pa.field("tags", pa.string())]):
+        with pytest.raises(ConfigError, match="keep"):
+            write("cut", documents, other, resume=True)
+    write("cut", documents, kept, resume=True)
+    whole, cut = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
+    assert whole == cut
+    shards = [pa.ipc.open_file(path).read_all() for path in sorted((tmp_path / "cut").glob("gains-*.arrow"))]
+    assert len(shards) > 1
+    assert pa.concat_tables(shards)["tags"].to_pylist() == values
+
+
+def test_a_kept_value_of_another_type_and_a_name_that_is_taken_are_refused(model: LongNet, tmp_path: Path) -> None:
+    documents = [make_document(30, "a"), make_document(40, "b")]
+    for document, value in zip(documents, (1, "one"), strict=True):
+        document.kept = {"year": pa.scalar(value)}
+    with pytest.raises(DataError, match=r"b\.txt: 'year' is string, and int64 in the first document"):
+        list(gains(model, documents, OPTIONS, kept=[pa.field("year", pa.int64())]))
+    with pytest.raises(ConfigError, match="--keep gain: the output has a column of this name"):
+        OPTIONS.schema([pa.field("gain", pa.float64())])
+
+
+def test_the_command_carries_columns(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    rows = [{"id": "a", "text": "one two " * 40, "meta": {"year": 1999}}, {"id": "b", "text": "three", "meta": {}}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("score", "x.jsonl", "--context", "16,64", "-q", "--keep")
+    for output in ("gains.parquet", "folder"):
+        done = run_longnet(*words, "meta.year", "-o", output)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    shard = tmp_path / "folder" / "gains-00000.arrow"
+    for table in (pq.read_table(tmp_path / "gains.parquet"), pa.ipc.open_file(shard).read_all()):
+        assert table.select(["doc_id", "meta.year"]).to_pylist() == [
+            {"doc_id": "a", "meta.year": 1999},
+            {"doc_id": "b", "meta.year": None},
+        ]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "one", "gain": 1.0}) + "\n")
+    refused = run_longnet(*words, "gain", "-o", "other.parquet")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "--keep gain: the output has a column of this name" in refused.stderr
+    assert not (tmp_path / "other.parquet").exists()

@@ -136,24 +136,24 @@ def test_json_says_of_what_type_it_is_in_its_first_lines(tmp_path: Path) -> None
 def test_score_and_encode_carry_columns_to_their_rows(tmp_path: Path, run_longnet: RunLongnet) -> None:
     day = datetime.date(2026, 11, 26)
     table = pa.table({"text": ["one", "two"], "day": [day, None], "tag": pa.array(["a", "b"]).dictionary_encode()})
+    table = table.append_column("list", [[["x"], None]])
     pq.write_table(table, tmp_path / "x.parquet")
     scored = run_longnet("score", "x.parquet", "--keep", "day,tag", "--format", "jsonl")
     rows = [json.loads(line) for line in scored.stdout.splitlines()]
     assert [(row["day"], row["tag"]) for row in rows[:2]] == [("2026-11-26", "a"), (None, "b")]
     assert not {"day", "tag"} & rows[2].keys()
     for output in ("out.arrow", "out.parquet", "folder"):
-        done = run_longnet("encode", "x.parquet", "--keep", "day,tag", "--span", "1", "-o", output)
+        done = run_longnet("encode", "x.parquet", "--keep", "day,tag,list", "--span", "1", "-o", output)
         assert done.returncode == 0, done.stderr
         (file,) = (tmp_path / output).glob("v*.arrow") if output == "folder" else [tmp_path / output]
         found = pq.read_table(file) if output == "out.parquet" else ipc.open_file(file).read_all()
-        assert set(
-            zip(found["doc_id"].to_pylist(), found["day"].to_pylist(), found["tag"].to_pylist(), strict=True)
-        ) == {
-            ("x.parquet:0", day, "a"),
-            ("x.parquet:1", None, "b"),
-        }
+        rows = found.select(["doc_id", "day", "tag", "list"]).to_pylist()
+        assert rows == [
+            {"doc_id": "x.parquet:0", "day": day, "tag": "a", "list": ["x"]},
+            {"doc_id": "x.parquet:1", "day": None, "tag": "b", "list": None},
+        ]
     for args, message in (
-        (("score", "--keep", "tag"), "--keep carries columns to rows of JSON"),
+        (("score", "--keep", "tag"), "--keep carries columns to rows: give -o, or --format"),
         (("score", "--keep", "ppl", "--format", "json"), "--keep ppl: the output has a key of this name"),
         (("encode", "--keep", "tag,tag", "-o", "y.arrow"), "is no list of names"),
     ):

@@ -148,8 +148,8 @@ def encode(
     if spill and not os.path.isdir(spill):
         raise ConfigError(f"--spill {spill}: no such folder")
     launch(nproc, inputs, model, sp=sp, dp=dp)
-    from longnet_cli.data.documents import first_kept
     from longnet_cli.data.inputs import inputs_fingerprint
+    from longnet_cli.data.kept import first_kept
     from longnet_cli.data.manifest import tokens_in
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.sinks import ShardWriter, is_folder

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from longnet_cli.errors import ConfigError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from longnet_cli.data.documents import Document
     from longnet_cli.gains import GainOptions
     from longnet_cli.model.net import Net
@@ -50,6 +52,7 @@ def write(
     settings: Mapping[str, Any],
     shard_tokens: int | None,
     resume: bool,
+    kept: Sequence[pa.Field],
     ranks: Ranks,
     **running: Any,
 ) -> None:
@@ -57,7 +60,7 @@ def write(
     from longnet_cli.data.sinks import ShardWriter, is_folder
     from longnet_cli.gains import SHARD_TOKENS, gains, gains_to_folder
 
-    running["ranks"] = ranks
+    running |= {"kept": kept, "ranks": ranks}
     if is_folder(output):
         gains_to_folder(
             net,
@@ -70,7 +73,7 @@ def write(
             **running,
         )
         return
-    with ShardWriter(output, options.schema()) if ranks.first else nullcontext() as writer:
+    with ShardWriter(output, options.schema(kept)) if ranks.first else nullcontext() as writer:
         for batch in gains(net, documents, options, **running):
             if writer and batch.num_rows:
                 writer.write(batch)

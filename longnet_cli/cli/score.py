@@ -163,8 +163,8 @@ def score(
     from longnet_cli.errors import ConfigError
 
     if keep and format == "text" and output is None:
-        raise ConfigError("--keep carries columns to rows of JSON: give --format jsonl or json")
-    if keep and (taken := sorted({*keep} & ROW_KEYS)):
+        raise ConfigError("--keep carries columns to rows: give -o, or --format jsonl or json")
+    if keep and output is None and (taken := sorted({*keep} & ROW_KEYS)):
         raise ConfigError(f"--keep {taken[0]}: the output has a key of this name")
     if token_logprobs == "-":
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
@@ -177,10 +177,11 @@ def score(
         "--by-recall": by_recall,
         "--token-logprobs": token_logprobs,
     }
-    printing |= {"--keep": keep, f"--format {format}": format != "text"}
+    printing |= {f"--format {format}": format != "text"}
     done = gains.check(output, resume=resume, shard_tokens=shard_tokens, others=printing)
     launch(nproc, inputs, model, sp=sp, dp=dp)
     from longnet_cli.data.inputs import inputs_fingerprint
+    from longnet_cli.data.kept import first_kept
     from longnet_cli.data.manifest import tokens_in
     from longnet_cli.data.sources import read_documents, stored_documents
     from longnet_cli.data.tokenizer import end_of_text
@@ -203,6 +204,9 @@ def score(
     columns: dict[str, Any] = {"column": column, "id_column": id_column, "keep": tuple(keep or ())}
     reading = {**columns, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
     documents = read_documents(inputs, words, **reading, skip_bad=skip_bad)
+    kept: list[Any] = []
+    if keep and output is not None:  # which waits for the first document
+        kept, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
     known = stored_documents(inputs, words, **reading) if limited else ()
     skipped = Skipped(quiet)
@@ -231,7 +235,7 @@ def score(
                 pattern=format_pattern(net.config.pattern),
             )
             settings = {"inputs": inputs_fingerprint(inputs), "column": column, "id_column": id_column, "eos": eos_id}
-            running |= {"settings": settings, "shard_tokens": shard_tokens, "resume": resume}
+            running |= {"kept": kept, "settings": settings, "shard_tokens": shard_tokens, "resume": resume}
             gains.write(net, documents, output, options, **running)
         else:
             scores = run(
@@ -269,7 +273,7 @@ def _print(
             values["context"] = document.context
         if document.by_recall:
             values |= document.by_recall.as_dict()
-        values |= document.kept
+        values |= {name: value.as_py() for name, value in document.kept.items()}
         if format == "text":
             _print_row(document.doc_id, document.score, document.context if several else None, header=index == 0)
         elif format == "jsonl":

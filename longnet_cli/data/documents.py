@@ -4,7 +4,6 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -177,18 +176,6 @@ def checked(
             on_skip(document, error)
         else:
             yield document
-
-
-def first_kept(documents: Iterable[Document]) -> tuple[list[pa.Field], Iterator[Document]]:
-    """Return the columns of what the first document carries along, and all documents."""
-    found: list[Document] = []
-    remaining = iter(documents)
-    for document in remaining:
-        found.append(document)
-        if not isinstance(document, Unread):
-            break
-    kept = found[-1].kept if found else {}
-    return [pa.field(name, value.type) for name, value in kept.items()], chain(found, remaining)
 
 
 def collect(parts: Iterable[Part]) -> list[Part]:

@@ -1,0 +1,59 @@
+"""Columns of the input that documents carry along to the rows of an output (`--keep`)."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Protocol
+
+import pyarrow as pa
+
+from longnet_cli.data.documents import Document, Unread
+from longnet_cli.errors import ConfigError, DataError
+
+
+class Carrier(Protocol):
+    """A document, or what was found of one: `where` is its file and row, `kept` the values that it carries along."""
+
+    @property
+    def where(self) -> str: ...
+    @property
+    def kept(self) -> Mapping[str, pa.Scalar]: ...
+
+
+def first_kept(documents: Iterable[Document]) -> tuple[list[pa.Field], Iterator[Document]]:
+    """Return the columns of what the first document carries along, and all documents."""
+    found: list[Document] = []
+    remaining = iter(documents)
+    for document in remaining:
+        found.append(document)
+        if not isinstance(document, Unread):
+            break
+    kept = found[-1].kept if found else {}
+    return [pa.field(name, value.type) for name, value in kept.items()], chain(found, remaining)
+
+
+def with_kept(fields: Sequence[pa.Field], kept: Sequence[pa.Field]) -> list[pa.Field]:
+    """Return the columns of an output with those of `kept` behind them. Raises ConfigError for a name in both."""
+    if taken := {field.name for field in fields} & {field.name for field in kept}:
+        raise ConfigError(f"--keep {min(taken)}: the output has a column of this name")
+    return [*fields, *kept]
+
+
+def kept_settings(kept: Sequence[pa.Field]) -> dict[str, list[str]]:
+    """Return what a folder of shards remembers of `kept`: a resumed run must have the same. Nothing without columns."""
+    return {"keep": [f"{field.name}: {field.type}" for field in kept]} if kept else {}
+
+
+def kept_value(carrier: Carrier, field: pa.Field) -> pa.Scalar:
+    """Return what a document carries along for a column. Raises DataError for a value that is not of its type."""
+    value = carrier.kept[field.name]
+    try:
+        return value if value.type == field.type else value.cast(field.type)
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{carrier.where}: {field.name!r} is {value.type}, and {field.type} in the first document"
+        ) from error
+
+
+def kept_column(values: Iterable[pa.Scalar], field: pa.Field) -> pa.Array:
+    """Return values of a column's type as one array. `pa.array` would refuse lists among them that are null."""
+    return pa.concat_arrays([pa.nulls(0, field.type), *(pa.repeat(value, 1) for value in values)])
