@@ -25,7 +25,7 @@ from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_batch, token_schema
 from longnet_cli.data.sources import read_texts
 from longnet_cli.data.tokenizer import Tokenizer, end_of_text
-from longnet_cli.errors import ConfigError
+from longnet_cli.errors import ConfigError, DataError
 
 SHARD_TOKENS = 1 << 27
 BATCH_BYTES = 64 << 20  # of token ids in a record batch of a file
@@ -35,6 +35,7 @@ TEXT_CHARS = 4 << 20  # of text encoded together
 
 # (documents, tokens, bytes) so far, those of an earlier run included
 OnProgress = Callable[[int, int, int], None]
+OnSkip = Callable[[Text, DataError], None]  # with what is left out, and why
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def tokenize(
     shard_format: ShardFormat = "arrow",
     eos: str | int | bool = False,
     resume: bool = False,
+    on_skip: OnSkip | None = None,
     on_progress: OnProgress | None = None,
 ) -> TokenizeResult:
     """Write the inputs' texts as token ids: a row per document, or several with `part` 0, 1, ... past 64 MB.
@@ -73,10 +75,12 @@ def tokenize(
     document: one that it names, one with this id, or the tokenizer's own end of text (True). `train_vocab` first trains
     a byte-level BPE of that size on the same inputs. `resume` goes on with a folder that an earlier run with the same
     inputs and options left unfinished: byte for byte as if it had never stopped, and without tokenizing again what is
-    in finished shards.
+    in finished shards. A file or a row that cannot be read ends the run, or with `on_skip` is handed to it and left
+    out: also by a resumed run, once more, and the manifest has their number.
 
-    Raises ConfigError for options that do not fit together and for a folder that is in use, DataError for bad input,
-    LongNetError when a write fails. Then a file is not left behind, a folder has its finished shards.
+    Raises ConfigError for options that do not fit together and for a folder that is in use, DataError for bad input and
+    where all is left out, LongNetError when a write fails. Then a file is not left behind, a folder has its finished
+    shards.
     """
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
@@ -84,12 +88,21 @@ def tokenize(
     if resume and not in_folder:
         raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
     earlier = run_to_resume(output, resume=resume) if in_folder else None  # also said before training a tokenizer
-    words = _tokenizer(inputs, tokenizer, train_vocab, column, earlier.tokenizer if earlier else None)
+    skip_bad = on_skip is not None
+    folder: ShardFolder | None = None
+    words = _tokenizer(inputs, tokenizer, train_vocab, column, earlier.tokenizer if earlier else None, skip_bad)
     appended = end_of_text(eos, words)
     own, eos_id = words.eos_id, words.eos_id if appended is None else appended
     words = words.with_eos(eos_id)
     schema = token_schema(vocab_size=words.vocab_size, eos_id=eos_id, tokenizer_sha256=words.sha256)
-    texts = _apart(read_texts(inputs, column, id_column=id_column))
+
+    def skip(text: Text, error: DataError) -> None:
+        if folder:
+            folder.skip()
+        if on_skip:
+            on_skip(text, error)
+
+    texts = _apart(_readable(read_texts(inputs, column, id_column=id_column, skip_bad=skip_bad), skip))
     if not in_folder:
         to_stdout = str(output) == "-"
         with ShardWriter(output, schema) as writer:
@@ -131,7 +144,7 @@ def tokenizer_beside(output: str | Path) -> Path | None:
 def text_bytes(inputs: Sequence[str | Path]) -> int | None:
     """The size of the inputs, where all are plain files of text: how many bytes `on_progress` gets to; else None."""
     total = 0
-    for source in find_sources(inputs):
+    for source in find_sources(inputs, []):  # reading will say what is missing
         if source.path is None or not source.path.is_file():
             return None
         with suppress(OSError), open(source.path, "rb") as file:  # reading it will say what is wrong with it
@@ -148,6 +161,7 @@ def _tokenizer(
     train_vocab: int | None,
     column: str | None,
     earlier: dict[str, str] | None,
+    skip_bad: bool,
 ) -> Tokenizer:
     """The tokenizer given, or the one that an `earlier` run has trained (`Tokenizer.description`), or a trained one."""
     if train_vocab is None:
@@ -158,7 +172,22 @@ def _tokenizer(
         return Tokenizer.from_description(earlier)
     if any(str(item) == "-" for item in inputs):
         raise ConfigError("training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file")
-    return Tokenizer.train((part for text in read_texts(inputs, column) for part in text.parts), train_vocab)
+    texts = read_texts(inputs, column, skip_bad=skip_bad)
+    return Tokenizer.train((part for text in texts if not text.error for part in text.parts), train_vocab)
+
+
+def _readable(texts: Iterator[Text], on_skip: OnSkip) -> Iterator[Text]:
+    """Yield the texts without an error, and hand `on_skip` the others. Raises DataError where there are only those."""
+    found = skipped = False
+    for text in texts:
+        if text.error:
+            skipped = True
+            on_skip(text, text.error)
+        else:
+            found = True
+            yield text
+    if skipped and not found:
+        raise DataError("there is nothing to tokenize: every document is left out")
 
 
 def _apart(texts: Iterator[Text]) -> Iterator[Text]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+from longnet_cli.cli.loading import Skipped
 from longnet_cli.cli.options import (
     INPUT,
     OUTPUT,
@@ -13,6 +14,7 @@ from longnet_cli.cli.options import (
     QuietOption,
     ResumeOption,
     ShardFormatOption,
+    SkipBadOption,
     bare_or,
     option,
     size_option,
@@ -43,6 +45,7 @@ def tokenize(
     resume: ResumeOption = False,
     column: Annotated[str | None, option(INPUT, "--column", "NAME", "Read this column.", "text")] = None,
     id_column: IdColumnOption = None,
+    skip_bad: SkipBadOption = False,
     tokenizer: Annotated[
         str,
         option(
@@ -88,9 +91,12 @@ def tokenize(
     if shard_format != "arrow" and not is_folder(output):
         raise ConfigError(f"{output}: --shard-format is for a folder of shards: one file is what its name says")
     beside = tokenizer_beside(output)
-    refuse_overwriting("-o", [output, *([beside] if beside else [])], inputs, [Tokenizer.find(tokenizer)])
+    refuse_overwriting(
+        "-o", [output, *([beside] if beside else [])], inputs, [Tokenizer.find(tokenizer)], skip_bad=skip_bad
+    )
     earlier = read_manifest(output) if resume else None
     done = earlier.totals["bytes"] if earlier else 0
+    skipped = Skipped(quiet)
     with progress("tokenizing", total=text_bytes(inputs), unit="B", start=done, quiet=quiet) as advance:
 
         def on_progress(documents: int, tokens: int, size: int) -> None:
@@ -109,16 +115,18 @@ def tokenize(
             shard_format=shard_format,
             eos=bare_or(eos, True),
             resume=resume,
+            on_skip=skipped if skip_bad else None,
             on_progress=on_progress,
         )
-    if quiet or not sys.stderr:  # print would take stdout instead
-        return
-    counts = [
-        f"{result.documents} document{'s' * (result.documents != 1)}",
-        f"{format_count(result.tokens)} tokens",
-        f"{result.bytes / result.tokens:.2f} bytes per token" if result.tokens else "all of them empty",
-        f"vocabulary {result.tokenizer.vocab_size}",
-    ]
-    shards = f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
-    place = "stdout" if output == "-" else printable(output)
-    print(f"{', '.join(counts)} -> {place}{shards}", file=sys.stderr)
+    if not quiet and sys.stderr:  # print would take stdout instead
+        counts = [
+            f"{result.documents} document{'s' * (result.documents != 1)}",
+            f"{format_count(result.tokens)} tokens",
+            f"{result.bytes / result.tokens:.2f} bytes per token" if result.tokens else "all of them empty",
+            f"vocabulary {result.tokenizer.vocab_size}",
+        ]
+        shards = f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
+        place = "stdout" if output == "-" else printable(output)
+        left_out = f"; {skipped.number} document{'s' * (skipped.number > 1)} left out" if skipped.number else ""
+        print(f"{', '.join(counts)} -> {place}{shards}{left_out}", file=sys.stderr)
+    skipped.end(True, told=True)

@@ -5,9 +5,11 @@
 Token columns stay in their file and are sliced, never joined by Arrow: its 32-bit list offsets overflow at 2^31 tokens.
 """
 
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby, pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +28,7 @@ from longnet_cli.data.columns import (
     token_type,
 )
 from longnet_cli.data.documents import Document, Part, Unread, collect
-from longnet_cli.data.files import FileChangedError, StoredIds
+from longnet_cli.data.files import FileChangedError, StoredIds, no_place
 from longnet_cli.data.folders import ARROW_KINDS, sniff
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.inputs import Source, find_sources
@@ -37,6 +39,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, InputWarning
 
 FLAT_BLOCK = 1 << 22  # ids of a flat column in which the end of a document is looked for at a time
+SPOOLED_PART = 1 << 24  # characters of a text in a temporary file that are read together
 
 
 def read_texts(
@@ -45,7 +48,8 @@ def read_texts(
     """Yield the documents of text files and of text columns, in order; of a long file, memory holds a part at a time.
 
     Raises ConfigError for a table without a text column, DataError for missing, empty or damaged data; with `skip_bad`
-    there is a Text with that `error` in place of each file and row that cannot be read. For columns, see `Wanted`.
+    there is a Text with that `error` in place of each file and row that cannot be read, and a long file is read to its
+    end before its Text is yielded: what waits is in a file in $TMPDIR. For columns, see `Wanted`.
     """
     wanted = Wanted(column, id_column)
 
@@ -53,7 +57,7 @@ def read_texts(
         opened = open_source(source, wanted)
         if isinstance(opened, Text):
             refuse_columns(opened, wanted)
-            yield opened
+            yield _spooled(opened) if skip_bad else opened
         else:
             yield from _table_texts(opened, choose_columns(opened, wanted, text_only=True), skip_bad)
 
@@ -225,6 +229,29 @@ def _metadata_int(table: Table, key: str) -> int | None:
         shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
         raise DataError(f"{table.where}: the data is damaged: {key} in its metadata is {shown!r}, not a number of ids")
     return int(written)
+
+
+def _spooled(text: Text) -> Text:
+    """The same text, read to its end, so that its errors are raised here. Past the first part it is in a file."""
+    rest = iter(text.rest)
+    following = next(rest, None)
+    if following is None:
+        return text
+
+    def parts(read: Iterable[str]) -> Iterator[str]:
+        try:
+            with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as file:
+                file.writelines(read)
+                file.seek(0)
+                yield ""  # here all has been read
+                while part := file.read(SPOOLED_PART):
+                    yield part
+        except OSError as error:
+            raise no_place(error) from error
+
+    waiting = parts(chain((following,), rest))
+    next(waiting)
+    return replace(text, rest=waiting)
 
 
 def _table_texts(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Text]:
