@@ -42,7 +42,8 @@ OnSkip = Callable[[Text, DataError], None]  # with what is left out, and why
 class TokenizeResult:
     """The counts of what was written, by this run and the ones it resumed.
 
-    `bytes` counts the texts' UTF-8 bytes; `shards` is empty when the output is stdout or a pipe.
+    `bytes` counts the texts' UTF-8 bytes, of a chat those of what its template makes of it; `shards` is empty when the
+    output is stdout or a pipe.
     """
 
     documents: int
@@ -72,7 +73,8 @@ def tokenize(
     `output` is a folder (see `data.shards`; its manifest keeps the tokenizer), one .arrow, .feather, .parquet or .jsonl
     file (with `NAME.tokenizer.json` beside it), or `-`: a stream on stdout, of small batches that do not wait for a
     slow input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends a token to every
-    document: one that it names, one with this id, or the tokenizer's own end of text (True). `train_vocab` first trains
+    document: one that it names, one with this id, or the tokenizer's own end of text (True). Chats need the template
+    in the tokenizer's folder. `train_vocab` first trains
     a byte-level BPE of that size on the same inputs. `resume` goes on with a folder that an earlier run with the same
     inputs and options left unfinished: byte for byte as if it had never stopped, and without tokenizing again what is
     in finished shards. A file or a row that cannot be read ends the run, or with `on_skip` is handed to it and left
@@ -102,7 +104,7 @@ def tokenize(
         if on_skip:
             on_skip(text, error)
 
-    texts = _apart(_readable(read_texts(inputs, column, id_column=id_column, skip_bad=skip_bad), skip))
+    texts = _apart(_readable(read_texts(inputs, column, id_column=id_column, tokenizer=words, skip_bad=skip_bad), skip))
     if not in_folder:
         to_stdout = str(output) == "-"
         with ShardWriter(output, schema) as writer:
@@ -173,7 +175,7 @@ def _tokenizer(
     if any(str(item) == "-" for item in inputs):
         raise ConfigError("training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file")
     texts = read_texts(inputs, column, skip_bad=skip_bad)
-    return Tokenizer.train((part for text in texts if not text.error for part in text.parts), train_vocab)
+    return Tokenizer.train((part for text in texts for part in text.parts), train_vocab)
 
 
 def _readable(texts: Iterator[Text], on_skip: OnSkip) -> Iterator[Text]:
@@ -200,10 +202,11 @@ def _apart(texts: Iterator[Text]) -> Iterator[Text]:
 
 
 class _Piece(NamedTuple):
-    """A piece of a document's text, or its end, None."""
+    """A piece of a document's text, or its end, None; a chat is one piece, which gives its `ids`."""
 
     doc_id: str
     text: str | None
+    ids: Callable[[], np.ndarray] | None = None
 
 
 def _run(
@@ -224,8 +227,8 @@ def _run(
 
     def pieces() -> Iterator[_Piece]:
         for text in texts:
-            for piece in tokenizer.pieces(text.parts):
-                yield _Piece(text.doc_id, piece)
+            for piece in [text.text] if text.ids else tokenizer.pieces(text.parts):
+                yield _Piece(text.doc_id, piece, text.ids)
             yield _Piece(text.doc_id, None)
 
     def work(group: Sequence[_Piece], check: Callable[[], None]) -> None:
@@ -234,12 +237,14 @@ def _run(
         def end_documents(stop: int) -> None:
             nonlocal current
             for piece in group[current:stop]:
+                if piece.ids:
+                    rows.add(piece.doc_id, piece.ids(), len((piece.text or "").encode()))
                 if piece.text is None:
                     rows.add(piece.doc_id, ending, 0)
                     rows.end_document(piece.doc_id)
             current = stop
 
-        for index, ids, size in tokenizer.encode_parts([piece.text or "" for piece in group]):
+        for index, ids, size in tokenizer.encode_parts(["" if piece.ids else piece.text or "" for piece in group]):
             check()
             end_documents(index)
             rows.add(group[index].doc_id, ids, size)

@@ -43,7 +43,9 @@ def tokenize(
     ] = None,
     shard_format: ShardFormatOption = "arrow",
     resume: ResumeOption = False,
-    column: Annotated[str | None, option(INPUT, "--column", "NAME", "Read this column.", "text")] = None,
+    column: Annotated[
+        str | None, option(INPUT, "--column", "NAME", "Read this column.", "text, otherwise messages")
+    ] = None,
     id_column: IdColumnOption = None,
     skip_bad: SkipBadOption = False,
     tokenizer: Annotated[
