@@ -1,6 +1,6 @@
 """The `tokenize` job: text documents in, shards of token ids out, with the tokenizer that made them.
 
-    read_texts --in_two_threads--> Tokenizer.encode_parts -> _BatchBuilder -> ShardFolder or ShardWriter
+    read_texts --in_two_threads--> Tokenizer.encode_parts -> TokenBatches -> ShardFolder or ShardWriter
                   or `deal`
 
 Memory is that of the largest row of text and of one record batch, however large a file of text or the corpus is.
@@ -8,8 +8,7 @@ Memory is that of the largest row of text and of one record batch, however large
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
@@ -26,10 +25,11 @@ from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import find_sources, inputs_fingerprint
 from longnet_cli.data.portions import portions
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
-from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_batch, token_schema
+from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_schema
 from longnet_cli.data.sources import read_texts
+from longnet_cli.data.token_batches import TokenBatches
 from longnet_cli.data.tokenizer import Tokenizer, end_of_text
-from longnet_cli.errors import ConfigError
+from longnet_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from longnet_cli.runtime.ranks import Ranks
@@ -37,18 +37,19 @@ if TYPE_CHECKING:
 SHARD_TOKENS = 1 << 27
 BATCH_BYTES = 64 << 20  # of token ids in a record batch of a file
 SMALL_BATCH_BYTES = 4 << 20  # on stdout, where somebody waits for it, and as JSON, which takes much memory
-BATCH_ROWS = 1 << 16
 TEXT_CHARS = 4 << 20  # of text encoded together
 
 # (documents, tokens, bytes) so far, those of an earlier run included
 OnProgress = Callable[[int, int, int], None]
+OnSkip = Callable[[Text, DataError], None]  # with what is left out, and why
 
 
 @dataclass(frozen=True)
 class TokenizeResult:
     """The counts of what was written, by this run and the ones it resumed.
 
-    `bytes` counts the texts' UTF-8 bytes; `shards` is empty when the output is stdout or a pipe.
+    `bytes` counts the texts' UTF-8 bytes, of a chat those of what its template makes of it; `shards` is empty when the
+    output is stdout or a pipe.
     """
 
     documents: int
@@ -70,6 +71,7 @@ def tokenize(
     shard_format: ShardFormat = "arrow",
     eos: str | int | bool = False,
     resume: bool = False,
+    on_skip: OnSkip | None = None,
     ranks: Ranks | None = None,
     on_progress: OnProgress | None = None,
 ) -> TokenizeResult | None:
@@ -78,13 +80,17 @@ def tokenize(
     `output` is a folder (see `data.shards`; its manifest keeps the tokenizer), one .arrow, .feather, .parquet or .jsonl
     file (with `NAME.tokenizer.json` beside it), or `-`: a stream on stdout, of small batches that do not wait for a
     slow input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends a token to every
-    document: one that it names, one with this id, or the tokenizer's own end of text (True). `train_vocab` first trains
-    a byte-level BPE of that size on the same inputs. `resume` goes on with a folder that an earlier run with the same
-    inputs and options left unfinished: byte for byte as if it had never stopped, and without tokenizing again what is
-    in finished shards. Several `ranks` share the work: rank 0 writes the same bytes, and the others get None.
+    document: one that it names, one with this id, or the tokenizer's own end of text (True). Chats need the template
+    in the tokenizer's folder. `train_vocab` first trains a byte-level BPE of that size on the same inputs.
 
-    Raises ConfigError for options that do not fit together and for a folder that is in use, DataError for bad input,
-    LongNetError when a write fails. Then a file is not left behind, a folder has its finished shards.
+    `resume` goes on with a folder that an earlier run with the same inputs and options left unfinished: byte for byte
+    as if it had never stopped, and without tokenizing again what is in finished shards. A file or a row that cannot be
+    read ends the run, or with `on_skip` is handed to it and left out: also by a resumed run, once more, and the
+    manifest has their number. Several `ranks` share the work: rank 0 writes the same bytes, and the others get None.
+
+    Raises ConfigError for options that do not fit together and for a folder that is in use, DataError for bad input and
+    where all is left out, LongNetError when a write fails. Then a file is not left behind, a folder has its finished
+    shards.
     """
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
@@ -96,15 +102,23 @@ def tokenize(
         raise ConfigError("a tokenizer is trained by one process: train it first, without --dp")
     # also said before training a tokenizer
     earlier = run_to_resume(output, resume=resume) if in_folder and first else None
-    words = _tokenizer(inputs, tokenizer, train_vocab, column, earlier.tokenizer if earlier else None)
+    skip_bad = on_skip is not None
+    folder: ShardFolder | None = None
+    words = _tokenizer(inputs, tokenizer, train_vocab, column, earlier.tokenizer if earlier else None, skip_bad)
     appended = end_of_text(eos, words)
     own, eos_id = words.eos_id, words.eos_id if appended is None else appended
     words = words.with_eos(eos_id)
     schema = token_schema(vocab_size=words.vocab_size, eos_id=eos_id, tokenizer_sha256=words.sha256)
-    texts = _apart(read_texts(inputs, column, id_column=id_column))
+
+    def skip(text: Text, error: DataError) -> None:
+        if folder:
+            folder.skip()
+        if on_skip:
+            on_skip(text, error)
+
+    texts = _apart(_readable(read_texts(inputs, column, id_column=id_column, tokenizer=words, skip_bad=skip_bad), skip))
     with ExitStack() as stack:
-        folder: ShardFolder | None = None
-        rows: _BatchBuilder | None = None
+        rows: TokenBatches | None = None
         if in_folder and first:
             settings = {
                 "inputs": inputs_fingerprint(inputs),
@@ -119,11 +133,11 @@ def tokenize(
             folder = stack.enter_context(
                 ShardFolder(output, schema, settings=settings, format=shard_format, tokenizer=kept, resume=resume)
             )
-            rows = _BatchBuilder(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
+            rows = TokenBatches(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
         elif first:
             writer = stack.enter_context(ShardWriter(output, schema))
             small = str(output) == "-" or str(output).endswith(".jsonl")
-            rows = _BatchBuilder(
+            rows = TokenBatches(
                 schema, SMALL_BATCH_BYTES if small else BATCH_BYTES, lambda batch, **counts: writer.write(batch)
             )
         finished, done = bool(folder and folder.finished), folder.documents if folder else 0
@@ -149,7 +163,7 @@ def tokenizer_beside(output: str | Path) -> Path | None:
 def text_bytes(inputs: Sequence[str | Path]) -> int | None:
     """The size of the inputs, where all are plain files of text: how many bytes `on_progress` gets to; else None."""
     total = 0
-    for source in find_sources(inputs):
+    for source in find_sources(inputs, []):  # reading will say what is missing
         if source.path is None or not source.path.is_file():
             return None
         with suppress(OSError), open(source.path, "rb") as file:  # reading it will say what is wrong with it
@@ -166,6 +180,7 @@ def _tokenizer(
     train_vocab: int | None,
     column: str | None,
     earlier: dict[str, str] | None,
+    skip_bad: bool,
 ) -> Tokenizer:
     """The tokenizer given, or the one that an `earlier` run has trained (`Tokenizer.description`), or a trained one."""
     if train_vocab is None:
@@ -176,7 +191,22 @@ def _tokenizer(
         return Tokenizer.from_description(earlier)
     if any(str(item) == "-" for item in inputs):
         raise ConfigError("training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file")
-    return Tokenizer.train((part for text in read_texts(inputs, column) for part in text.parts), train_vocab)
+    texts = read_texts(inputs, column, skip_bad=skip_bad)
+    return Tokenizer.train((part for text in texts for part in text.parts), train_vocab)
+
+
+def _readable(texts: Iterator[Text], on_skip: OnSkip) -> Iterator[Text]:
+    """Yield the texts without an error, and hand `on_skip` the others. Raises DataError where there are only those."""
+    found = skipped = False
+    for text in texts:
+        if text.error:
+            skipped = True
+            on_skip(text, text.error)
+        else:
+            found = True
+            yield text
+    if skipped and not found:
+        raise DataError("there is nothing to tokenize: every document is left out")
 
 
 def _apart(texts: Iterator[Text]) -> Iterator[Text]:
@@ -189,10 +219,11 @@ def _apart(texts: Iterator[Text]) -> Iterator[Text]:
 
 
 class _Piece(NamedTuple):
-    """A piece of a document's text, or its end, None."""
+    """A piece of a document's text, or its end, None; a chat is one piece, which gives its `ids`."""
 
     doc_id: str
     text: str | None
+    ids: Callable[[], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.text or "")
@@ -210,7 +241,7 @@ class _Encoded(NamedTuple):
 def _run(
     texts: Iterator[Text],
     tokenizer: Tokenizer,
-    rows: _BatchBuilder | None,
+    rows: TokenBatches | None,
     ranks: Ranks | None,
     *,
     eos_id: int | None,
@@ -222,23 +253,28 @@ def _run(
 
     def pieces() -> Iterator[_Piece]:
         for text in texts:
-            for piece in tokenizer.pieces(text.parts):
-                yield _Piece(text.doc_id, piece)
+            for piece in [text.text] if text.ids else tokenizer.pieces(text.parts):
+                yield _Piece(text.doc_id, piece, text.ids)
             yield _Piece(text.doc_id, None)
 
     def encode(group: Iterable[_Piece]) -> Iterator[_Encoded]:
         given = list(group)
         current = 0
-        for index, ids, size in tokenizer.encode_parts([piece.text or "" for piece in given]):
-            yield from ends(given[current:index])
+        for index, ids, size in tokenizer.encode_parts(["" if piece.ids else piece.text or "" for piece in given]):
+            yield from passed(given[current:index])
             yield _Encoded(given[index].doc_id, ids, size, False)
             current = index
-        yield from ends(given[current:])
+        yield from passed(given[current:])
 
-    def ends(passed: Sequence[_Piece]) -> Iterator[_Encoded]:
-        return (_Encoded(piece.doc_id, ending, 0, True) for piece in passed if piece.text is None)
+    def passed(pieces: Sequence[_Piece]) -> Iterator[_Encoded]:
+        """Of pieces without text: chats and the ends of documents."""
+        for piece in pieces:
+            if piece.ids:
+                yield _Encoded(piece.doc_id, piece.ids(), len((piece.text or "").encode()), False)
+            if piece.text is None:
+                yield _Encoded(piece.doc_id, ending, 0, True)
 
-    def take(found: Iterable[_Encoded], rows: _BatchBuilder, check: Callable[[], None] = lambda: None) -> None:
+    def take(found: Iterable[_Encoded], rows: TokenBatches, check: Callable[[], None] = lambda: None) -> None:
         reported = rows.totals["bytes"]
         for encoded in found:
             check()
@@ -252,7 +288,7 @@ def _run(
             rows.flush()
         report(rows)
 
-    def report(rows: _BatchBuilder) -> None:
+    def report(rows: TokenBatches) -> None:
         if on_progress:
             on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
 
@@ -262,14 +298,17 @@ def _run(
         from longnet_cli.runtime.dealing import Parcel, deal  # torch, which one process need not load
 
         for _, found in deal(portions(pieces(), TEXT_CHARS), encode, ranks, Parcel(_pack, _unpack)):
-            take(found, cast(_BatchBuilder, rows))  # of rank 0: the others are given nothing
+            take(found, cast(TokenBatches, rows))  # of rank 0: the others are given nothing
     if rows:
         rows.flush()
 
 
 def _pack(found: Iterable[_Encoded]) -> bytes:
     """Encoded pieces as a stream of one record batch."""
-    doc_ids, ids, sizes, ends = zip(*found, strict=True)
+    rows = list(found)
+    if not rows:
+        return b""
+    doc_ids, ids, sizes, ends = zip(*rows, strict=True)
     offsets = np.cumsum([0, *map(len, ids)])
     columns = {
         "doc_id": pa.array(doc_ids, pa.string()),
@@ -290,80 +329,3 @@ def _unpack(data: bytes) -> Iterator[_Encoded]:
         offsets, values = ids.offsets.to_numpy(), ids.values.to_numpy()
         for row, (start, stop) in enumerate(pairwise(offsets)):
             yield _Encoded(doc_ids[row].as_py(), values[start:stop], sizes[row].as_py(), ends[row].as_py())
-
-
-class _BatchBuilder:
-    """Collects ids into batches of whole documents. A document larger than a batch gets a batch for each part.
-
-    `totals` counts documents, tokens and bytes, from those of an earlier run on. What is written depends only on the
-    documents since the last `end_shard`, which makes shards the same wherever a run resumes.
-    """
-
-    def __init__(
-        self,
-        schema: pa.Schema,
-        batch_bytes: int,
-        write: Callable[..., None],
-        totals: Mapping[str, int] | None = None,
-        end_shard: Callable[[], None] | None = None,
-        shard_tokens: int = 0,
-    ) -> None:
-        self.totals = Counter(totals or {})
-        self._schema = schema
-        self._write = write
-        self._end_shard = end_shard
-        self._shard_tokens = shard_tokens
-        dtype = np.dtype(schema.field("input_ids").type.value_type.to_pandas_dtype())
-        self._values = np.empty(max(1, batch_bytes // dtype.itemsize), dtype)
-        self._used = 0  # values, those of the open document included
-        self._rows: list[tuple[str, int, int]] = []  # that have ended: doc_id, part, end of their values
-        self._part = 0  # of the open document
-        self._counts: Counter[str] = Counter()  # not yet written
-        self._in_shard = 0  # tokens
-
-    def add(self, doc_id: str, ids: np.ndarray, size: int) -> None:
-        """Append (tokens,) ids, which stand for `size` bytes of text, to the open document."""
-        self.totals.update(tokens=len(ids), bytes=size)
-        self._counts.update(tokens=len(ids), bytes=size)
-        self._in_shard += len(ids)
-        while len(ids):
-            if self._used == len(self._values):
-                self._make_room(doc_id)
-            fitting = ids[: len(self._values) - self._used]
-            self._values[self._used : self._used + len(fitting)] = fitting
-            self._used += len(fitting)
-            ids = ids[len(fitting) :]
-
-    def end_document(self, doc_id: str) -> None:
-        """End the open document, which may be empty, and the shard if it is full."""
-        self._end_row(doc_id)
-        self._part = 0
-        self.totals.update(documents=1)
-        self._counts.update(documents=1)
-        if self._end_shard and self._in_shard >= self._shard_tokens:
-            self.flush()
-            self._end_shard()
-            self._in_shard = 0
-        elif len(self._rows) >= BATCH_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the rows that have ended; the open one moves to the front."""
-        if not self._rows:
-            return
-        doc_ids, parts, ends = zip(*self._rows, strict=True)
-        end = ends[-1]
-        self._write(token_batch(self._schema, doc_ids, parts, ends, self._values[:end]), **self._counts)
-        self._values[: self._used - end] = self._values[end : self._used].copy()
-        self._used -= end
-        self._rows.clear()
-        self._counts.clear()
-
-    def _make_room(self, doc_id: str) -> None:
-        if not self._rows:  # the open document has filled a batch
-            self._end_row(doc_id)
-            self._part += 1
-        self.flush()
-
-    def _end_row(self, doc_id: str) -> None:
-        self._rows.append((doc_id, self._part, self._used))

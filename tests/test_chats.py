@@ -13,11 +13,13 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
+from processes import contents
 
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.tokenizing import tokenize
 
 TEMPLATE = """{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
@@ -87,3 +89,55 @@ def test_what_is_no_chat_is_named(words: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "words/chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match="no chat template"):
         list(read_documents([tmp_path / "y.parquet"], words))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.stream"])
+@pytest.mark.parametrize("column", [None, "messages"])
+def test_tokenize_writes_the_ids_that_are_read(words: Tokenizer, tmp_path: Path, name: str, column: str | None) -> None:
+    many = [*CHATS, [{"role": "user", "content": "wörld <|im_start|> " * 50}], *CHATS * 20]
+    texts = tmp_path / "a.txt"
+    texts.write_text("text <|im_end|>")
+    inputs: list[Path] = [write(tmp_path / name, many), *([texts] if column is None else [])]
+    result = tokenize(inputs, tmp_path / "out", tokenizer=tmp_path / "words", column=column, eos=True, shard_tokens=999)
+    found = list(read_documents([tmp_path / "out"], None))
+    wanted = list(read_documents(inputs, words, column=column))
+    assert [each.doc_id for each in found] == [each.doc_id for each in wanted]
+    for document, same in zip(found, wanted, strict=True):
+        assert document.read().tolist() == [*same.read().tolist(), words.id_of("<|im_end|>")]
+    assert len(result.shards) > 2
+    chats = ["".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat) for chat in many]
+    text_bytes = 0 if column else len(texts.read_bytes())
+    assert result.bytes == sum(len(f"<|endoftext|>{chat}".encode()) for chat in chats) + text_bytes
+
+
+def test_tokenize_resumes_among_chats_that_the_template_refuses(words: Tokenizer, tmp_path: Path, run_longnet) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (tmp_path / "words/chat_template.jinja").write_text(refusing + TEMPLATE)
+    write(tmp_path / "x.jsonl", CHATS * 3)
+    command = ["tokenize", "x.jsonl", "--tokenizer", tmp_path / "words", "--shard-tokens", "30", "-o"]
+    failed = run_longnet(*command, "out")
+    assert (failed.returncode, "x.jsonl, line 2: " in failed.stderr, "no system" in failed.stderr) == (3, True, True)
+    done = run_longnet(*command, "out", "--resume", "--skip-bad")
+    whole = run_longnet(*command, "whole", "--skip-bad")
+    assert (done.returncode, whole.returncode) == (6, 6)
+    assert done.stderr.replace("-> out", "-> whole") == whole.stderr
+    assert [line.partition(": the chat")[0] for line in whole.stderr.splitlines()[:3]] == [
+        f"longnet: note: left out: x.jsonl, line {line}: {tmp_path / 'words'}" for line in (2, 4, 6)
+    ]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert [each.doc_id for each in read_documents([tmp_path / "out"], None)] == ["0", "2", "4"]
+
+
+def test_tokenize_says_that_chats_need_a_template(words: Tokenizer, tmp_path: Path, run_longnet) -> None:
+    write(tmp_path / "x.jsonl", CHATS)
+    (tmp_path / "words/chat_template.jinja").unlink()
+    for options, problem in (
+        ([], "x.jsonl: 'messages' holds chats, which need the chat template of a tokenizer: give a folder with a "),
+        (["--tokenizer", tmp_path / "words"], f"{tmp_path / 'words'}: no chat template (chat_template.jinja, or "),
+        (["--train-vocab", "300"], "x.jsonl: no column named text with text: choose one (--column); its columns are "),
+    ):
+        done = run_longnet("tokenize", "x.jsonl", "-o", "out.arrow", *options)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"longnet: error: {problem}")
+        assert len(done.stderr.splitlines()) == 1
+        assert not (tmp_path / "out.arrow").exists()

@@ -21,6 +21,7 @@ from longnet_cli.data.chat import ChatTemplate
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model.weights import model_digest
 
 TEMPLATE = """{% if messages[0]['role'] != 'system' %}{{ bos_token }}{% endif %}
 {%- for message in messages %}<|im_start|>{{ message.role }}
@@ -83,6 +84,28 @@ def test_a_prompt_comes_from_anywhere_and_the_text_is_the_same(
     assert rows(run_longnet("generate", PROMPT, *drawn, "--seed", str(draw["seed"]))) == [draw]
     stopped = run_longnet("generate", PROMPT, *options, "--stop", row["text"][4:7], "--format", "jsonl")
     assert rows(stopped)[0]["text"] == row["text"][: row["text"].index(row["text"][4:7])]
+
+
+def test_every_line_says_what_made_it_as_scores_do(model: Path, run_longnet: RunLongnet, tmp_path: Path) -> None:
+    """The model that computed, its pattern included; each line alone, as lines of several runs may be put together."""
+    (tmp_path / "two.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    found = []
+    for folder, options in ((model, []), (model, ["--pattern", "8/1"]), (tmp_path / "bare", [])):
+        if folder != model:
+            LongNet.from_pretrained(model).save_pretrained(folder)  # without a tokenizer
+            (tmp_path / "two.jsonl").write_text('{"input_ids": [1, 2, 3]}\n{"input_ids": [4, 5]}\n')
+        reading = ["--model", folder, *options, "--format", "jsonl"]
+        lines = rows(run_longnet("generate", "-i", "two.jsonl", "-n", "2", *reading))
+        total = rows(run_longnet("score", "two.jsonl", *reading))[-1]
+        keys = ("model_sha256", "tokenizer_sha256", "pattern")
+        origins = [tuple(line[key] for key in keys) for line in lines]
+        assert origins == [tuple(total.get(key) for key in keys)] * 2
+        assert list(lines[0])[-3:] == list(keys)
+        found.append(origins[0])
+    assert found[0] == (model_digest(LongNet.from_pretrained(model)), words_of_chat().sha256, "8/1,32/2")
+    assert found[1] == (found[1][0], found[0][1], "8/1")
+    assert found[1][0] != found[0][0]
+    assert found[2] == (found[0][0], None, found[0][2])
 
 
 def test_a_name_of_a_file_is_a_text_and_said_to_be_one(model: Path, run_longnet: RunLongnet, tmp_path: Path) -> None:

@@ -133,6 +133,7 @@ def generate(
     loaded = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet, chat=chat)
     net, words = loaded.net, loaded.words
     from longnet_cli.generating import generate as run
+    from longnet_cli.model.weights import model_origin
 
     if words is None and (format == "text" or stop or prompt is not None):
         raise ConfigError(
@@ -143,6 +144,7 @@ def generate(
     documents = _messages(sources, template, column) if template else _documents(sources, words, reading)
     before = None if chat and bos is None else loaded.bos  # a template begins as it likes
     seed = seed if seed is not None else _new_seed()
+    origin = model_origin(net, model, words.sha256 if words else None) if format == "jsonl" else {}
     for index, document in enumerate(documents):
         with progress("reading the prompt", total=len(document), quiet=quiet) as advance:
             steps = run(
@@ -161,7 +163,7 @@ def generate(
                 on_progress=advance,
             )
             first = next(steps)
-        printer = _Printer(document, seed if temperature else None, format)
+        printer = _Printer(document, seed if temperature else None, format, origin)
         if format == "text" and sources.several:
             print(("\n" if index else "") + f"==> {printable(document.doc_id)} <==", flush=True)
         printer.print(first)
@@ -227,10 +229,10 @@ def _new_seed() -> int:
 
 
 class _Printer:
-    """Prints what continues one prompt: its text as it comes, or one line of JSON at the end."""
+    """Prints what continues one prompt: its text as it comes, or one line of JSON at the end, with its `origin`."""
 
-    def __init__(self, document: Document, seed: int | None, format: Format) -> None:
-        self.document, self.seed, self.format = document, seed, format
+    def __init__(self, document: Document, seed: int | None, format: Format, origin: dict[str, str]) -> None:
+        self.document, self.seed, self.format, self.origin = document, seed, format, origin
         self.steps: list[Step] = []
         self.number, self.text_ends, self.reason = 0, "", ""
         self.began = time.monotonic()
@@ -260,6 +262,10 @@ class _Printer:
                     "logprobs": [step.logprob for step in self.steps],
                     "finish_reason": self.reason,
                     "seed": self.seed,
+                    **{
+                        key: self.origin.get(f"longnet.{key}")
+                        for key in ("model_sha256", "tokenizer_sha256", "pattern")
+                    },
                 }
             )
         elif self.text_ends != "\n":

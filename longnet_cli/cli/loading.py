@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from longnet_cli.attention import Pattern
     from longnet_cli.data.documents import Document
+    from longnet_cli.data.tables import Text
     from longnet_cli.errors import LongNetError
     from longnet_cli.opening import Loaded
 
@@ -63,7 +64,7 @@ class Skipped:
     def __init__(self, quiet: bool) -> None:
         self.number, self.empty, self._quiet = 0, 0, quiet
 
-    def __call__(self, document: Document, error: LongNetError) -> None:
+    def __call__(self, document: Document | Text, error: LongNetError) -> None:
         """Take a document, a row or a file that is left out, and why."""
         self.number += 1
         self._say(f"left out: {getattr(error, 'why', str(error))}")
@@ -72,10 +73,10 @@ class Skipped:
         """Take a document in which there is nothing."""
         self.empty += 1
 
-    def end(self, first: bool) -> None:
-        """Say how many they were, and end with exit code 6 where one was left out and this is the `first` rank."""
+    def end(self, first: bool, *, told: bool = False) -> None:
+        """Say how many they were, unless `told`; the `first` rank ends with exit code 6 where one was left out."""
         for number, what in ((self.empty, "empty"), (self.number, "left out")):
-            if number:
+            if number and not told:
                 self._say(f"{number} document{'s' * (number > 1)} {what}")
         if self.number and first:
             raise typer.Exit(LEFT_OUT)

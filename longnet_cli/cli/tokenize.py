@@ -6,6 +6,7 @@ import sys
 from typing import Annotated
 
 from longnet_cli.cli.launch import launch
+from longnet_cli.cli.loading import Skipped
 from longnet_cli.cli.options import (
     COMPUTE,
     INPUT,
@@ -15,6 +16,7 @@ from longnet_cli.cli.options import (
     QuietOption,
     ResumeOption,
     ShardFormatOption,
+    SkipBadOption,
     bare_or,
     option,
     size_option,
@@ -44,8 +46,11 @@ def tokenize(
     ] = None,
     shard_format: ShardFormatOption = "arrow",
     resume: ResumeOption = False,
-    column: Annotated[str | None, option(INPUT, "--column", "NAME", "Read this column.", "text")] = None,
+    column: Annotated[
+        str | None, option(INPUT, "--column", "NAME", "Read this column.", "text, otherwise messages")
+    ] = None,
     id_column: IdColumnOption = None,
+    skip_bad: SkipBadOption = False,
     tokenizer: Annotated[
         str,
         option(
@@ -95,7 +100,9 @@ def tokenize(
     if shard_format != "arrow" and not is_folder(output):
         raise ConfigError(f"{output}: --shard-format is for a folder of shards: one file is what its name says")
     beside = tokenizer_beside(output)
-    refuse_overwriting("-o", [output, *([beside] if beside else [])], inputs, [Tokenizer.find(tokenizer)])
+    refuse_overwriting(
+        "-o", [output, *([beside] if beside else [])], inputs, [Tokenizer.find(tokenizer)], skip_bad=skip_bad
+    )
     launch(None, inputs, dp=dp)
     ranks = None
     if under_torchrun():
@@ -105,6 +112,7 @@ def tokenize(
         quiet = quiet or not ranks.first
     earlier = read_manifest(output) if resume else None
     done = earlier.totals["bytes"] if earlier else 0
+    skipped = Skipped(quiet)
     with progress("tokenizing", total=text_bytes(inputs), unit="B", start=done, quiet=quiet) as advance:
 
         def on_progress(documents: int, tokens: int, size: int) -> None:
@@ -124,18 +132,20 @@ def tokenize(
             eos=bare_or(eos, True),
             resume=resume,
             ranks=ranks,
+            on_skip=skipped if skip_bad else None,
             on_progress=on_progress,
         )
     if ranks:
         leave()
-    if result is None or quiet or not sys.stderr:  # print would take stdout instead
-        return
-    counts = [
-        f"{result.documents} document{'s' * (result.documents != 1)}",
-        f"{format_count(result.tokens)} tokens",
-        f"{result.bytes / result.tokens:.2f} bytes per token" if result.tokens else "all of them empty",
-        f"vocabulary {result.tokenizer.vocab_size}",
-    ]
-    shards = f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
-    place = "stdout" if output == "-" else printable(output)
-    print(f"{', '.join(counts)} -> {place}{shards}", file=sys.stderr)
+    if result and not quiet and sys.stderr:  # print would take stdout instead
+        counts = [
+            f"{result.documents} document{'s' * (result.documents != 1)}",
+            f"{format_count(result.tokens)} tokens",
+            f"{result.bytes / result.tokens:.2f} bytes per token" if result.tokens else "all of them empty",
+            f"vocabulary {result.tokenizer.vocab_size}",
+        ]
+        shards = f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
+        place = "stdout" if output == "-" else printable(output)
+        left_out = f"; {skipped.number} document{'s' * (skipped.number > 1)} left out" if skipped.number else ""
+        print(f"{', '.join(counts)} -> {place}{shards}{left_out}", file=sys.stderr)
+    skipped.end(result is not None, told=True)

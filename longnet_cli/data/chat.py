@@ -8,8 +8,9 @@ like one in a message is encoded as its characters, as everywhere.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,27 +54,35 @@ class ChatTemplate:
 
     def encode(self, message: str) -> np.ndarray:
         """The prompt in which a user says `message` and an assistant is to answer: (tokens,) int64."""
-        return self._encode([{"role": "user", "content": message}], prompt=True)
+        return self._encode(*self._marked([{"role": "user", "content": message}], prompt=True))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
-        """A chat of messages, each with a `role` and its `content`, from beginning to end: (tokens,) int64.
+    def read_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Callable[[], np.ndarray]]:
+        """The text of a chat of messages, each with a `role` and its `content`, and what gives its (tokens,) int64.
 
-        The `bos_token` that a template may put at its beginning is left out: who reads a document puts its own there.
+        The `bos_token` that a template may put at its beginning is no token: who reads a document puts its own there.
+        Raises ConfigError for what the template refuses.
         """
-        ids = self._encode(messages, prompt=False)
+        rendered, mark = self._marked(messages, prompt=False)
+        return rendered.replace(mark, ""), partial(self._encode_chat, rendered, mark)
+
+    def _encode_chat(self, rendered: str, mark: str) -> np.ndarray:
+        ids = self._encode(rendered, mark)
         first = self.words.id_of(special_token(self._settings.get("bos_token")))
         return ids[1:] if first is not None and len(ids) and ids[0] == first else ids
 
-    def _encode(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> np.ndarray:
+    def _marked(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> tuple[str, str]:
+        """The text that the template makes of messages, and the mark that breaks special tokens of their own in it."""
         said = "".join(text for message in messages for text in message.values())
         mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
         special = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)")
-        # broken by a mark in its middle, a special token of the message is one no more
         marked = [
             {key: special.sub(lambda found: found[0][:1] + mark + found[0][1:], text) for key, text in message.items()}
             for message in messages
         ]
-        rendered = self._render(marked, prompt=prompt)
+        return self._render(marked, prompt=prompt), mark
+
+    def _encode(self, rendered: str, mark: str) -> np.ndarray:
+        """(tokens,) int64; broken by a mark in its middle, a special token of a message is one no more."""
         broken = "|".join(re.escape(text[:1] + mark + text[1:]) for text in self._special)
         ids: list[int] = []
         for part in re.split(f"({broken or '(?!)'})", rendered):

@@ -1,5 +1,6 @@
 """Choose the columns of a table: documents, their names and what is carried along; and check the type of tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,13 +83,15 @@ def _is_list(kind: pa.DataType) -> bool:
     return any(test(kind) for test in _LISTS) and kind.value_type in INTEGERS
 
 
-def choose_columns(table: Table, wanted: Wanted, *, text_only: bool = False) -> Columns:
+def choose_columns(table: Table, wanted: Wanted, *, ids: bool = True, chats: bool = True) -> Columns:
     """Choose the columns to read. Documents are in the one asked for, otherwise in the list of ids, or a flat column.
+
+    Columns of `ids` and of `chats` count only where they are wanted.
 
     Names of documents are in the column asked for, else in `doc_id`, else in `id`. Raises ConfigError, listing the
     columns, when none or several would do, DataError where its name is that of several, or of a type that is no name.
     """
-    documents = _choose(table, wanted.column, text_only)
+    documents = _choose(table, wanted.column, ids, chats)
     kind = _type(table, documents)
     others = [name for name in ID_COLUMNS if name in table.schema.names and name != documents]
     if others[:1] == ["id"] and not _is_name(_type(table, "id")):
@@ -128,27 +131,33 @@ def _refusal(table: Table, problem: str) -> ConfigError:
     return ConfigError(f"{table.where}: {problem}; its columns are {columns}")
 
 
-def _choose(table: Table, column: str | None, text_only: bool) -> str:
+def _choose(table: Table, column: str | None, ids: bool, chats: bool) -> str:
     kinds = {field.name: field.type for field in table.schema}
     if column is not None:
         kind = _type(table, column)
-        if is_text(kind) or (not text_only and (kind in INTEGERS or _is_list(kind) or is_chat(kind))):
+        if is_text(kind) or (ids and (kind in INTEGERS or _is_list(kind))) or (chats and is_chat(kind)):
             return column
-        raise _refusal(table, f"column {column!r} does not hold {'text' if text_only else 'token ids or text'}")
+        raise _refusal(table, f"column {column!r} does not hold {'token ids or text' if ids else 'text'}")
     flat = ["text"] if "text" in kinds and is_text(kinds["text"]) else []
     lists: list[str] = []
-    if not text_only:
+    if ids:
         lists = [name for name in TOKEN_COLUMNS if name in kinds and _is_list(kinds[name])]
         flat += [name for name in TOKEN_COLUMNS if kinds.get(name) in INTEGERS]
-        if not flat and CHAT_COLUMN in kinds and is_chat(kinds[CHAT_COLUMN]):
-            flat = [CHAT_COLUMN]
+    if chats and not flat and CHAT_COLUMN in kinds and is_chat(kinds[CHAT_COLUMN]):
+        flat = [CHAT_COLUMN]
     found = lists or flat
     if len(found) > 1:
         raise _refusal(table, f"several columns may hold the documents ({', '.join(found)}): choose one (--column)")
     if not found:
-        names = "text" if text_only else f"{', '.join(TOKEN_COLUMNS)}, text or {CHAT_COLUMN}"
-        raise _refusal(table, f"no column named {names} with text, integers or chats: choose one (--column)")
+        names = [*(TOKEN_COLUMNS if ids else ()), "text", *([CHAT_COLUMN] if chats else [])]
+        what = ["text", *(["integers"] if ids else []), *(["chats"] if chats else [])]
+        raise _refusal(table, f"no column named {_either(names)} with {_either(what)}: choose one (--column)")
     return found[0]
+
+
+def _either(names: Sequence[str]) -> str:
+    """`a, b or c`"""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 class TokenTypes:

@@ -57,18 +57,24 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
         chosen = pa.schema([schema.field(name) for name in columns])
         rows: list[list[Any]] = []
         size, begun = 0, time.monotonic()
-        for number, row in enumerate(_lines(pipe)):
-            try:
-                value = _parse(row)
-                rows.append([_cell(value, field.name, field.type, field.name in wanted.keep) for field in chosen])
-            except ValueError as error:
-                cut = "" if row.endswith(b"\n") or not row else " (the last line is not whole: is the input truncated?)"
-                bad[number] = f"{error}{cut}"
-                rows.append([None] * len(columns))
-            size += len(row)
-            if bad or size >= BATCH_BYTES or time.monotonic() - begun > PATIENCE:
+        try:
+            for number, row in enumerate(_lines(pipe)):
+                try:
+                    value = _parse(row)
+                    rows.append([_cell(value, field.name, field.type, field.name in wanted.keep) for field in chosen])
+                except ValueError as error:
+                    whole = row.endswith(b"\n") or not row
+                    cut = "" if whole else " (the last line is not whole: is the input truncated?)"
+                    bad[number] = f"{error}{cut}"
+                    rows.append([None] * len(columns))
+                size += len(row)
+                if bad or size >= BATCH_BYTES or time.monotonic() - begun > PATIENCE:
+                    yield _batch(rows, chosen)
+                    rows, size, begun = [], 0, time.monotonic()
+        except DataError:  # of the lines: which came before it must not depend on how fast they came
+            if rows:
                 yield _batch(rows, chosen)
-                rows, size, begun = [], 0, time.monotonic()
+            raise
         if rows:
             yield _batch(rows, chosen)
 

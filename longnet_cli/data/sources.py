@@ -5,9 +5,11 @@
 Token columns stay in their file and are sliced, never joined by Arrow: its 32-bit list offsets overflow at 2^31 tokens.
 """
 
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby, pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +28,7 @@ from longnet_cli.data.columns import (
     token_type,
 )
 from longnet_cli.data.documents import Document, Part, Unread, collect
-from longnet_cli.data.files import FileChangedError, StoredIds
+from longnet_cli.data.files import FileChangedError, StoredIds, no_place
 from longnet_cli.data.folders import ARROW_KINDS, sniff
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.inputs import Source, find_sources
@@ -37,15 +39,25 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, InputWarning
 
 FLAT_BLOCK = 1 << 22  # ids of a flat column in which the end of a document is looked for at a time
+SPOOLED_PART = 1 << 24  # characters of a text in a temporary file that are read together
 
 
 def read_texts(
-    inputs: Sequence[str | Path], column: str | None = None, *, id_column: str | None = None, skip_bad: bool = False
+    inputs: Sequence[str | Path],
+    column: str | None = None,
+    *,
+    id_column: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    skip_bad: bool = False,
 ) -> Iterator[Text]:
     """Yield the documents of text files and of text columns, in order; of a long file, memory holds a part at a time.
 
-    Raises ConfigError for a table without a text column, DataError for missing, empty or damaged data; with `skip_bad`
-    there is a Text with that `error` in place of each file and row that cannot be read. For columns, see `Wanted`.
+    Chats (`messages`) are read where there is a `tokenizer`, whose chat template they need.
+
+    Raises ConfigError for a table without such a column and for chats without a template, DataError for missing, empty
+    or damaged data; with `skip_bad` there is a Text with that `error` in place of each file and row that cannot be
+    read, and a long file is read to its end before its Text is yielded: what waits is in a file in $TMPDIR. For
+    columns, see `Wanted`.
     """
     wanted = Wanted(column, id_column)
 
@@ -53,9 +65,10 @@ def read_texts(
         opened = open_source(source, wanted)
         if isinstance(opened, Text):
             refuse_columns(opened, wanted)
-            yield opened
+            yield _spooled(opened) if skip_bad else opened
         else:
-            yield from _table_texts(opened, choose_columns(opened, wanted, text_only=True), skip_bad)
+            columns = choose_columns(opened, wanted, ids=False, chats=tokenizer is not None)
+            yield from _table_texts(opened, columns, tokenizer, skip_bad)
 
     for found in _each(inputs, texts, skip_bad):
         yield Text("", "", str(found), error=found) if isinstance(found, DataError) else found
@@ -160,12 +173,9 @@ def documents_of(
         yield _encode(opened, tokenizer, vocab_size)
         return
     columns = choose_columns(opened, wanted)
-    if is_text(columns.type):
-        for text in _table_texts(opened, columns, skip_bad):
+    if is_text(columns.type) or is_chat(columns.type):
+        for text in _table_texts(opened, columns, tokenizer, skip_bad):
             yield _encode(text, tokenizer, vocab_size)
-        return
-    if is_chat(columns.type):
-        yield from _chats(opened, columns, tokenizer, vocab_size, skip_bad)
         return
     _check_tokenizer(opened, tokenizer)
     if vocab_size is None:
@@ -227,7 +237,34 @@ def _metadata_int(table: Table, key: str) -> int | None:
     return int(written)
 
 
-def _table_texts(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Text]:
+def _spooled(text: Text) -> Text:
+    """The same text, read to its end, so that its errors are raised here. Past the first part it is in a file."""
+    rest = iter(text.rest)
+    following = next(rest, None)
+    if following is None:
+        return text
+
+    def parts(read: Iterable[str]) -> Iterator[str]:
+        try:
+            with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as file:
+                file.writelines(read)
+                file.seek(0)
+                yield ""  # here all has been read
+                while part := file.read(SPOOLED_PART):
+                    yield part
+        except OSError as error:
+            raise no_place(error) from error
+
+    waiting = parts(chain((following,), rest))
+    next(waiting)
+    return replace(text, rest=waiting)
+
+
+def _table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad: bool) -> Iterator[Text]:
+    if is_chat(columns.type):
+        yield from _chats(table, columns, tokenizer, skip_bad)
+        return
+
     def rows() -> Iterator[tuple[Label, str]]:
         for batch in read_batches(table, columns, skip_bad):
             for index, value in enumerate(batch.column):
@@ -238,10 +275,8 @@ def _table_texts(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Tex
         yield Text(group.doc_id, text, table.place(group.row), group.kept, group.error)
 
 
-def _chats(
-    table: Table, columns: Columns, tokenizer: Tokenizer | None, limit: int | None, skip_bad: bool
-) -> Iterator[Document]:
-    """Yield the documents of a column of chats: the tokens of what the tokenizer's template makes of the messages."""
+def _chats(table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad: bool) -> Iterator[Text]:
+    """Yield the documents of a column of chats: what the tokenizer's template makes of their messages."""
     if tokenizer is None or tokenizer.folder is None:
         raise ConfigError(
             f"{table.where}: {columns.documents!r} holds chats, which need the chat template of a tokenizer: give a "
@@ -261,14 +296,14 @@ def _chats(
         place, error = table.place(group.row), group.error
         if error is None:
             try:
-                ids = template.encode_chat([message for messages in group.values for message in messages])
-                yield Document(group.doc_id, ids, tokenizer, place, limit=limit, kept=group.kept)
+                text, ids = template.read_chat([message for messages in group.values for message in messages])
+                yield Text(group.doc_id, text, place, group.kept, ids=ids)
                 continue
             except ConfigError as refused:  # by the template, of these messages
                 error = DataError(f"{place}: {refused}")
         if not skip_bad:
             raise error
-        yield Unread(error)
+        yield Text(group.doc_id, "", place, group.kept, error)
 
 
 def _list_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Group]:
@@ -353,6 +388,8 @@ def _encode(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> Docum
         return Unread(text.error)
     if tokenizer is None:
         raise ConfigError(f"{text.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)")
+    if text.ids:
+        return Document(text.doc_id, text.ids(), tokenizer, text.where, limit=limit, kept=text.kept)
     n_bytes = 0
 
     def parts() -> Iterator[Part]:

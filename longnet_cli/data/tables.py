@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -23,6 +24,7 @@ class Text:
 
     Of a long one, `text` is its beginning, and `rest` what follows, which can be read once, before the next document.
     `kept` are the values of the columns that are carried along, None for null. `error` is why it could not be read.
+    Of a chat, `text` is what the template makes of it, and `ids` gives its (tokens,) int64, which no text does.
     """
 
     doc_id: str
@@ -31,6 +33,7 @@ class Text:
     kept: Mapping[str, pa.Scalar] = field(default_factory=dict)
     error: DataError | None = None
     rest: Iterable[str] = ()
+    ids: Callable[[], np.ndarray] | None = None
 
     @property
     def parts(self) -> Iterator[str]:
