@@ -71,7 +71,7 @@ class ChatTemplate:
         return ids[1:] if first is not None and len(ids) and ids[0] == first else ids
 
     def _marked(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> tuple[str, str]:
-        """The text that the template makes of messages, and the mark that breaks special tokens of their own in it."""
+        """The text that the template makes of messages, and the mark that breaks special tokens in them."""
         said = "".join(text for message in messages for text in message.values())
         mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
         special = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)")
