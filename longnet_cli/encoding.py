@@ -25,6 +25,7 @@ from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.kept import kept_column, kept_settings, kept_value, with_kept
 from longnet_cli.data.portions import Portion, portions
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
+from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.vectors import Vectors
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.model import LongNet
@@ -449,7 +450,7 @@ def _array(kind: pa.DataType, rows: Sequence[_Row], vectors: Tensor, normalize: 
     if normalize:
         vectors = F.normalize(vectors, dim=-1)
     with np.errstate(over="ignore"):  # told of below
-        numbers = vectors.cpu().numpy().astype(kind.value_type.to_pandas_dtype())
+        numbers = vectors.cpu().numpy().astype(numpy_dtype(kind.value_type))
     finite = np.isfinite(numbers).reshape(len(rows), -1).all(axis=1)
     if not finite.all():
         row = rows[int(np.argmin(finite))]

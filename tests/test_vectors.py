@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from longnet_cli.data import documents
+from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.vector_sources import read_vectors
 from longnet_cli.data.vectors import Vectors
 from longnet_cli.errors import ConfigError, DataError, MemoryLimitError
@@ -24,7 +25,7 @@ PLACES = {name: RNG.integers(0, 9999, (len(x), 2)) for name, x in SLIDES.items()
 
 
 def vectors(x: np.ndarray, kind: str = "fixed", number: pa.DataType = FLOAT) -> pa.Array:
-    flat = pa.array(x.astype(number.to_pandas_dtype()).ravel())
+    flat = pa.array(x.astype(numpy_dtype(number)).ravel())
     if kind == "fixed":
         return pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
     edges = np.arange(len(x) + 1) * x.shape[1]

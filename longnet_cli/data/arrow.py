@@ -15,13 +15,12 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
 from longnet_cli.data.columns import stays_in_file
 from longnet_cli.data.files import StoredFile, StoredIds
-from longnet_cli.data.tables import Table, find_column, reading
+from longnet_cli.data.tables import Table, find_column, numpy_dtype, reading
 from longnet_cli.errors import DataError
 
 MAGIC = b"ARROW1"  # at both ends of a file, padded to 8 bytes at its beginning
@@ -144,7 +143,7 @@ class _Batches:
         place, body, data = self.feed.last.place, self.feed.last.body, array.buffers()[-1]
         if self.file is None or place is None or data is None or not _is_within(data, body):
             return None
-        dtype = np.dtype(array.type.to_pandas_dtype())
+        dtype = numpy_dtype(array.type)
         start = place + data.address - body.address + array.offset * dtype.itemsize
         return StoredIds(self.file, start, dtype, len(array))
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -151,6 +151,11 @@ class Pipe:
 
     def close(self) -> None:
         """The file below is closed by who has opened it."""
+
+
+def numpy_dtype(kind: pa.DataType) -> np.dtype:
+    """Return the dtype of numbers of an Arrow type: `to_pandas_dtype` of older pyarrow needs pandas."""
+    return cast(np.dtype, pa.array([], kind).to_numpy().dtype)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.data.sinks import token_batch
+from longnet_cli.data.tables import numpy_dtype
 
 BATCH_ROWS = 1 << 16
 
@@ -34,7 +35,7 @@ class TokenBatches:
         self._write = write
         self._end_shard = end_shard
         self._shard_tokens = shard_tokens
-        dtype = np.dtype(schema.field("input_ids").type.value_type.to_pandas_dtype())
+        dtype = numpy_dtype(schema.field("input_ids").type.value_type)
         self._values = np.empty(max(1, batch_bytes // dtype.itemsize), dtype)
         self._used = 0  # values, those of the open document included
         self._rows: list[tuple[str, int, int]] = []  # that have ended: doc_id, part, end of their values
