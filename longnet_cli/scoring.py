@@ -1,6 +1,6 @@
 """The `score` job: how well a causal model predicts each token of each document, as perplexity and bits per byte.
 
-    document --_Cut.windows--> windows --Reader--> hidden states --nll--> sums of nats, one float64 per document
+    document --Cut.windows--> windows --Reader--> hidden states --nll--> sums of nats, one float64 per document
 
 A window is a range of the document's tokens to predict; its inputs are the tokens one before them.
 """
@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -95,36 +96,13 @@ def score(
     than the model reads, NothingToScoreError at the end when no document had a token to score, NotFiniteError for a
     log-probability that is NaN or infinite.
     """
-    if not model.config.causal:
-        raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
-    if not model.config.vocab_size:
-        raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
-    contexts: Sequence[int | None] = [context] if context is None or isinstance(context, int) else list(context)
-    given = [*(("context", each) for each in contexts), ("stride", stride), ("last", last)]
-    for name, value in given:
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be 1 or more, not {value}")
-    if not contexts or len(set(contexts)) < len(contexts):
-        raise ConfigError(f"each context may be given once: {', '.join(map(str, contexts))}")
-    if stride and (small := [each for each in contexts if each is None or each < stride]):
-        raise ConfigError(
-            f"a stride of {stride} tokens needs a context"
-            + (f" of {stride} or more, not {small[0]}" if small[0] else "")
-        )
-    if on_tokens and len(contexts) > 1:
+    cut = Cut.of(model, bos, context, stride, last)
+    if on_tokens and len(cut.contexts) > 1:
         raise ConfigError("log-probabilities of tokens need one context: give only one")
     if device is not None:
         model.to(device)
     reader = Reader(model, chunk=chunk, dtype=dtype, ranks=ranks, on_progress=on_progress)
-    first = len(bos_ids(bos))
-    cut = _Cut(0 if first else 1, contexts, stride, last)
-
-    def check(document: Document) -> None:
-        more = max(0, first - 1)  # ids before the last one from which a target is predicted
-        fits = max(1, (model.config.max_tokens or 0) - more)
-        instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
-        check_length(model, cut.longest(len(document)) + more, document.where, instead)
-
+    check = partial(cut.check, model)
     if not on_skip:
         for document in known:
             check(document)
@@ -177,13 +155,52 @@ def write_token_logprobs(path: str | Path, metadata: Mapping[str, str] | None = 
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """The cut of documents into windows; `first` is their first target, 1 where nothing precedes a document."""
+class Cut:
+    """The cut of documents into windows; `before` is how many ids (of `Bos`) come before each document."""
 
-    first: int
+    before: int
     contexts: Sequence[int | None]
     stride: int | None
     last: int | None
+
+    @classmethod
+    def of(cls, model: Net, bos: Bos, context: int | Sequence[int] | None, stride: int | None, last: int | None) -> Cut:
+        """Return the cut that `score` makes. Raises ConfigError as `score` does for the model and these options."""
+        if not model.config.causal:
+            raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
+        if not model.config.vocab_size:
+            raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
+        contexts: Sequence[int | None] = [context] if context is None or isinstance(context, int) else list(context)
+        given = [*(("context", each) for each in contexts), ("stride", stride), ("last", last)]
+        for name, value in given:
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be 1 or more, not {value}")
+        if not contexts or len(set(contexts)) < len(contexts):
+            raise ConfigError(f"each context may be given once: {', '.join(map(str, contexts))}")
+        if stride and (small := [each for each in contexts if each is None or each < stride]):
+            raise ConfigError(
+                f"a stride of {stride} tokens needs a context"
+                + (f" of {stride} or more, not {small[0]}" if small[0] else "")
+            )
+        return cls(len(bos_ids(bos)), contexts, stride, last)
+
+    @property
+    def first(self) -> int:
+        """The first target of a document, 1 where nothing precedes it."""
+        return 0 if self.before else 1
+
+    def check(self, model: Net, document: Document) -> None:
+        """Raise TooLongError for a document with a window that the model does not read."""
+        more = max(0, self.before - 1)  # ids before the last one from which a target is predicted
+        fits = max(1, (model.config.max_tokens or 0) - more)
+        instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
+        check_length(model, self.longest(len(document)) + more, document.where, instead)
+
+    def inputs(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, wanted): the ids that each window reads, and from which of them on a target counts."""
+        before = self.before - 1  # from a target to its input
+        for start, stop, counted in self.windows(tokens, context):
+            yield start + before if start > self.first else 0, stop + before, counted + before
 
     def windows(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
         """(start, stop, counted): targets [start, stop), at most `context` of them, count from `counted` on.
@@ -248,7 +265,7 @@ class _Scorer:
         self,
         reader: Reader,
         bos: Bos,
-        cut: _Cut,
+        cut: Cut,
         by_position: bool,
         by_recall: bool,
         count_bytes: Callable[[np.ndarray], int | None] | None,
@@ -292,10 +309,8 @@ class _Scorer:
                 self.open.append(tally)
                 if not tally.expected:
                     yield _Window(ids, 0, 0, 0, tally)
-                for start, stop, counted in self.cut.windows(len(document), context):
-                    before = ids.first - 1  # from a target to its input
-                    begin = start + before if start > self.cut.first else 0
-                    yield _Window(ids, begin, stop + before, counted + before, tally)
+                for start, stop, wanted in self.cut.inputs(len(document), context):
+                    yield _Window(ids, start, stop, wanted, tally)
 
     def _tally(self, document: Document, context: int | None, bigrams: Bigrams) -> _Tally:
         expected = max(0, len(document) - self.cut.first)
