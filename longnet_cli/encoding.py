@@ -88,6 +88,30 @@ class EncodeOptions:
         """Return how many rows a document has."""
         return -(-len(document) // self.span) if self.span else 1
 
+    def check(self, net: Net) -> None:
+        """Raise ConfigError for what `net` does not give."""
+        if self.pool == "cls" and not net.has_cls:
+            raise ConfigError("this model has no CLS: take the mean (--pool mean), or the first or last vector")
+        if self.tile_size and not (isinstance(net.config, SlideConfig) and net.config.grid):
+            raise ConfigError("this model has no grid of tiles: leave out --tile-size")
+        if self.all_layers and not isinstance(net, LongNet):
+            raise ConfigError("the layers of a Hugging Face model are not listened to: leave out --all-layers")
+
+    def check_document(self, net: Net, document: Document) -> None:
+        """Raise ConfigError for a document that `net` does not read, DataError for vectors that are none of its."""
+        has_vectors = isinstance(document, Vectors)
+        if has_vectors != (net.row_size is not None):
+            kinds = ("token ids", "vectors") if has_vectors else ("vectors", "token ids")
+            raise ConfigError(f"{document.where}: the model reads {kinds[0]}, and this document holds {kinds[1]}")
+        if has_vectors:
+            check_vectors(net, cast(Vectors, document), self.tile_size)
+            return
+        check_length(net, self.first(net) + len(document), document.where, "encode it in shorter documents")
+
+    def first(self, net: Net) -> int:
+        """Return how many ids, or rows, `net` reads before those of a document."""
+        return 1 if net.has_cls else len(bos_ids(self.bos)) if net.config.causal else 0
+
     def schema(self, dim: int, model_sha256: str | None = None, kept: Sequence[pa.Field] = ()) -> pa.Schema:
         """Return the schema of embeddings of size `dim` by the model of this digest, and of what is `kept` beside them.
 
@@ -307,13 +331,7 @@ class _Encoder:
     """Documents in, rows of vectors out in the same order."""
 
     def __init__(self, reader: Reader, options: EncodeOptions, schema: pa.Schema) -> None:
-        net = reader.model
-        if options.pool == "cls" and not net.has_cls:
-            raise ConfigError("this model has no CLS: take the mean (--pool mean), or the first or last vector")
-        if options.tile_size and not (isinstance(net.config, SlideConfig) and net.config.grid):
-            raise ConfigError("this model has no grid of tiles: leave out --tile-size")
-        if options.all_layers and not isinstance(net, LongNet):
-            raise ConfigError("the layers of a Hugging Face model are not listened to: leave out --all-layers")
+        options.check(reader.model)
         self.reader, self.options, self.schema = reader, options, schema
         self.bos = options.bos if reader.model.config.causal else None
 
@@ -378,15 +396,7 @@ class _Encoder:
 
     def check(self, document: Document) -> None:
         """Raise ConfigError for a document that the model does not read."""
-        net, has_vectors = self.reader.model, isinstance(document, Vectors)
-        if has_vectors != (net.row_size is not None):
-            kinds = ("token ids", "vectors") if has_vectors else ("vectors", "token ids")
-            raise ConfigError(f"{document.where}: the model reads {kinds[0]}, and this document holds {kinds[1]}")
-        if has_vectors:
-            check_vectors(net, cast(Vectors, document), self.options.tile_size)
-            return
-        total = len(bos_ids(self.bos)) + len(document)
-        check_length(net, total, document.where, "encode it in shorter documents")
+        self.options.check_document(self.reader.model, document)
 
     def _window(self, document: Document) -> _Window:
         tiles = rows_of_tiles(self.reader.model, cast(Vectors, document), self.options.tile_size)

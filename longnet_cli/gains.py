@@ -34,7 +34,7 @@ from longnet_cli.runtime.dealing import BATCHES, deal
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reading import Bos, Reader, share_reader
-from longnet_cli.scoring import NothingToScoreError, OnSkip, ScoreOptions, Scorer
+from longnet_cli.scoring import Cut, NothingToScoreError, OnSkip, Scorer
 
 BLOCK_TOKENS = 128  # neighbours that gain together: blocks are taken as independent
 MANY_NATS = 2.0  # of a token that gains much: exp(2) is 7 times as likely
@@ -235,8 +235,9 @@ class _GainScorer:
     ) -> None:
         self.reader, self.options, self.kept = reader, options, kept
         self.contexts = options.context or (None,)
-        chosen = ScoreOptions(options.bos, options.context, options.stride, options.last, count_bytes=count_bytes)
-        self.scorer = Scorer(reader, chosen, on_nats=self._on_nats if options.compares else None)
+        cut = Cut.of(reader.model, options.bos, options.context, options.stride, options.last)
+        on_nats = self._on_nats if options.compares else None
+        self.scorer = Scorer(reader, options.bos, cut, count_bytes=count_bytes, on_nats=on_nats)
         self.checked, self.nothing = self.scorer.checked, self.scorer.nothing
         self.tell_progress = self.scorer.tell_progress
         self.open: deque[_Gain] = deque()  # of documents whose scores are to come

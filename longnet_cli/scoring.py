@@ -1,6 +1,6 @@
 """The `score` job: how well a causal model predicts each token of each document, as perplexity and bits per byte.
 
-    document --_Cut.windows--> windows --Reader--> hidden states --nll--> sums of nats, one float64 per document
+    document --Cut.windows--> windows --Reader--> hidden states --nll--> sums of nats, one float64 per document
 
 A window is a range of the document's tokens to predict; its inputs are the tokens one before them.
 """
@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -100,16 +100,25 @@ def score(
     than the model reads, NothingToScoreError at the end when no document had a token to score, NotFiniteError for a
     log-probability that is NaN or infinite.
     """
-    options = ScoreOptions(bos, context, stride, last, by_position, by_recall, count_bytes)
+    cut = Cut.of(model, bos, context, stride, last)
     ranks = ranks or Ranks()
-    if on_tokens and len(options.contexts) > 1:
+    if on_tokens and len(cut.contexts) > 1:
         raise ConfigError("log-probabilities of tokens need one context: give only one")
     if on_tokens and ranks.dp > 1:
         raise ConfigError("log-probabilities of tokens are written by one group of ranks: leave out --dp")
     if device is not None:
         model.to(device)
     reader = share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, on_progress=on_progress)
-    scorer = Scorer(reader, options, on_tokens=on_tokens, on_nats=on_nats)
+    scorer = Scorer(
+        reader,
+        bos,
+        cut,
+        by_position=by_position,
+        by_recall=by_recall,
+        count_bytes=count_bytes,
+        on_tokens=on_tokens,
+        on_nats=on_nats,
+    )
     taken = scorer.checked(documents, known, on_skip)
 
     def run() -> Iterator[DocumentScore]:
@@ -170,28 +179,24 @@ def write_token_logprobs(path: str | Path, metadata: Mapping[str, str] | None = 
 
 
 @dataclass(frozen=True)
-class ScoreOptions:
-    """The options that decide the numbers of `score`, which explains them.
+class Cut:
+    """The cut of documents into windows; `before` is how many ids (of `Bos`) come before each document."""
 
-    Raises ConfigError for those that contradict each other.
-    """
+    before: int
+    contexts: Sequence[int | None]
+    stride: int | None
+    last: int | None
 
-    bos: Bos = None
-    context: int | Sequence[int] | None = None
-    stride: int | None = None
-    last: int | None = None
-    by_position: bool = False
-    by_recall: bool = False
-    count_bytes: Callable[[np.ndarray], int | None] | None = None
-
-    @property
-    def contexts(self) -> Sequence[int | None]:
-        one = self.context is None or isinstance(self.context, int)
-        return [cast("int | None", self.context)] if one else list(cast(Sequence[int], self.context))
-
-    def __post_init__(self) -> None:
-        contexts, stride = self.contexts, self.stride
-        for name, value in [*(("context", each) for each in contexts), ("stride", stride), ("last", self.last)]:
+    @classmethod
+    def of(cls, model: Net, bos: Bos, context: int | Sequence[int] | None, stride: int | None, last: int | None) -> Cut:
+        """Return the cut that `score` makes. Raises ConfigError as `score` does for the model and these options."""
+        if not model.config.causal:
+            raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
+        if not model.config.vocab_size:
+            raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
+        contexts: Sequence[int | None] = [context] if context is None or isinstance(context, int) else list(context)
+        given = [*(("context", each) for each in contexts), ("stride", stride), ("last", last)]
+        for name, value in given:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be 1 or more, not {value}")
         if not contexts or len(set(contexts)) < len(contexts):
@@ -201,16 +206,25 @@ class ScoreOptions:
                 f"a stride of {stride} tokens needs a context"
                 + (f" of {stride} or more, not {small[0]}" if small[0] else "")
             )
+        return cls(len(bos_ids(bos)), contexts, stride, last)
 
+    @property
+    def first(self) -> int:
+        """The first target of a document, 1 where nothing precedes it."""
+        return 0 if self.before else 1
 
-@dataclass(frozen=True)
-class _Cut:
-    """The cut of documents into windows; `first` is their first target, 1 where nothing precedes a document."""
+    def check(self, model: Net, document: Document) -> None:
+        """Raise TooLongError for a document with a window that the model does not read."""
+        more = max(0, self.before - 1)  # ids before the last one from which a target is predicted
+        fits = max(1, (model.config.max_tokens or 0) - more)
+        instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
+        check_length(model, self.longest(len(document)) + more, document.where, instead)
 
-    first: int
-    contexts: Sequence[int | None]
-    stride: int | None
-    last: int | None
+    def inputs(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, wanted): the ids that each window reads, and from which of them on a target counts."""
+        before = self.before - 1  # from a target to its input
+        for start, stop, counted in self.windows(tokens, context):
+            yield start + before if start > self.first else 0, stop + before, counted + before
 
     def windows(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
         """(start, stop, counted): targets [start, stop), at most `context` of them, count from `counted` on.
@@ -269,37 +283,33 @@ class _Window(Window):
 
 
 class Scorer:
-    """Documents in, scores out in the same order, on the ranks of one group.
-
-    Raises ConfigError for a model that cannot score.
-    """
+    """Documents in, scores out in the same order, on the ranks of one group. The arguments are those of `score`."""
 
     def __init__(
-        self, reader: Reader, options: ScoreOptions, *, on_tokens: OnTokens | None = None, on_nats: OnNats | None = None
+        self,
+        reader: Reader,
+        bos: Bos,
+        cut: Cut,
+        *,
+        by_position: bool = False,
+        by_recall: bool = False,
+        count_bytes: Callable[[np.ndarray], int | None] | None = None,
+        on_tokens: OnTokens | None = None,
+        on_nats: OnNats | None = None,
     ) -> None:
-        if not reader.model.config.causal:
-            raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
-        if not reader.model.config.vocab_size:
-            raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
-        self.reader, self.model, self.options, self.bos = reader, reader.model, options, options.bos
-        self.cut = _Cut(0 if bos_ids(self.bos) else 1, options.contexts, options.stride, options.last)
-        self.on_tokens, self.on_nats = on_tokens, on_nats
+        self.reader, self.model, self.bos, self.cut = reader, reader.model, bos, cut
+        self.by_position, self.by_recall = by_position, by_recall
+        self.count_bytes, self.on_tokens, self.on_nats = count_bytes, on_tokens, on_nats
         self.open: deque[_Tally] = deque()  # documents whose windows are being read
 
     def checked(
         self, documents: Iterable[Document], known: Iterable[Document] = (), on_skip: OnSkip | None = None
     ) -> Iterator[Document]:
         """The `documents`, each checked before it is yielded, and without `on_skip` all the `known` ones now."""
+        check = partial(self.cut.check, self.model)
         for document in known if on_skip is None else ():
-            self._check(document)
-        return checked(documents, self._check, on_skip)
-
-    def _check(self, document: Document) -> None:
-        """Raise ConfigError for a document that the model does not read."""
-        more = max(0, len(bos_ids(self.bos)) - 1)  # ids before the last one from which a target is predicted
-        fits = max(1, (self.model.config.max_tokens or 0) - more)
-        instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
-        check_length(self.model, self.cut.longest(len(document)) + more, document.where, instead)
+            check(document)
+        return checked(documents, check, on_skip)
 
     def run(self, documents: Iterable[Document]) -> Iterator[DocumentScore]:
         """Yield the score of each checked document at each context, in order."""
@@ -337,10 +347,8 @@ class Scorer:
                 self.open.append(tally)
                 if not tally.expected:
                     yield _Window(ids, 0, 0, 0, tally)
-                for start, stop, counted in self.cut.windows(len(document), context):
-                    before = ids.first - 1  # from a target to its input
-                    begin = start + before if start > self.cut.first else 0
-                    yield _Window(ids, begin, stop + before, counted + before, tally)
+                for start, stop, wanted in self.cut.inputs(len(document), context):
+                    yield _Window(ids, start, stop, wanted, tally)
 
     def _tally(self, document: Document, context: int | None, bigrams: Bigrams) -> _Tally:
         expected = max(0, len(document) - self.cut.first)
@@ -348,9 +356,9 @@ class Scorer:
         if self.cut.last:
             expected = self.cut.last
             ids = document.read(len(document) - expected, len(document))
-            n_bytes = self.options.count_bytes(ids) if self.options.count_bytes else None
-        positions = ByPosition(min(self.model.config.pattern.segment_lengths)) if self.options.by_position else None
-        recall = ByRecall() if self.options.by_recall else None
+            n_bytes = self.count_bytes(ids) if self.count_bytes else None
+        positions = ByPosition(min(self.model.config.pattern.segment_lengths)) if self.by_position else None
+        recall = ByRecall() if self.by_recall else None
         return _Tally(document, context, expected, n_bytes, positions, recall, bigrams)
 
     @torch.inference_mode()

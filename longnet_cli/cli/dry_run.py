@@ -1,54 +1,162 @@
-"""The output of `longnet train --dry-run`: the estimate, as a table to read or one JSON value, and the refusal."""
+"""The output of `--dry-run`: the estimate of a job, as a table to read or one JSON value, and the refusal."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from longnet_cli.cli.output import emit_json, format_bytes, format_count, format_duration
+from longnet_cli.cli.progress import progress
+from longnet_cli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from longnet_cli.training.estimate import Estimate
+    import torch
+
+    from longnet_cli.data.documents import Document
+    from longnet_cli.data.tables import Text
+    from longnet_cli.estimating import Job, ReadingEstimate, Room
+    from longnet_cli.model.net import Net
+    from longnet_cli.runtime.estimate import Estimate
+    from longnet_cli.training.estimate import TrainingEstimate
 
 Format = Literal["text", "json"]
+Row = tuple[str, str, str]  # a name, its value, what it means
 BAR = 30  # characters of the whole
 YEAR = 365.25 * 86400  # seconds
 
 
-def show(found: Estimate, format: Format) -> None:
+def show_training(found: TrainingEstimate, format: Format) -> None:
     """Print the estimate to stdout; raises MemoryLimitError where training does not fit."""
+    from longnet_cli.training.estimate import EFFICIENCY
+
+    peak = f"{EFFICIENCY:.0%} (assumed) of {format_count(found.matmul_peak)} FLOP/s (measured, {found.dtype})"
+    after = [
+        ("FLOPs per token", format_count(found.flops_per_token), "forward and backward"),
+        ("tokens", format_count(found.tokens), f"{format_count(found.flops)} FLOPs in all"),
+        ("time", _duration(found.seconds), f"at {peak}"),
+    ]
+    _show(found, format, "training", [], after)
+
+
+def show_reading(found: ReadingEstimate, format: Format, job: str) -> None:
+    """Print the estimate of a `job` to stdout; raises MemoryLimitError where it does not fit."""
+    longest = f"the longest has {found.longest:,} tokens"
+    if found.too_long:
+        longest += f", and the model reads {found.too_long:,}"
+    if found.left_out:
+        longest += f"; left out: {found.left_out:,}"
+    counted = "counted"
+    if found.sampled is not None:
+        share = found.tokens_error / (found.tokens or 1)
+        counted = f"+- {share:.1%} (95 %), estimated from {found.sampled:,} texts"
+    before = [
+        ("documents", f"{found.documents:,}", longest),
+        ("tokens", format_count(found.tokens), counted),
+        ("read", format_count(found.tokens_read), "tokens in all forwards, with contexts and padding"),
+    ]
+    measured = f"{found.measured.rows:,} x {found.measured.tokens:,}"
+    rate = f"at {format_count(found.rate)} FLOP/s (measured, a forward of {measured} tokens)"
+    after = [
+        ("FLOPs per token", format_count(found.flops_per_token), "forward"),
+        ("FLOPs", format_count(found.flops), ""),
+        ("time", _duration(found.seconds), rate),
+        ("output", "", found.output),
+    ]
+    _show(found, format, job, before, after)
+
+
+def check_sample(sample: int | None, dry_run: bool) -> None:
+    """Raise ConfigError for a --sample of nothing, or of fewer texts than an interval needs."""
+    if sample is not None and not dry_run:
+        raise ConfigError("--sample is for --dry-run, which estimates: give both, or leave it out")
+    if sample is not None and sample < 2:
+        raise ConfigError("--sample needs 2 texts or more: one says nothing of how they differ")
+
+
+def room(model: str, dtype: str, device: torch.device) -> Room:
+    """Return the memory before `model` is loaded; raises MemoryLimitError where its weights do not fit."""
+    from longnet_cli.estimating import Room, check_weights
+
+    found = Room.now(device)
+    check_weights(model, dtype, device, found.free)
+    return found
+
+
+def estimate_reading(
+    net: Net,
+    job: Job,
+    documents: Iterable[Document | Text],
+    output: str | None,
+    *,
+    resume: bool,
+    quiet: bool,
+    **options: Any,
+) -> ReadingEstimate:
+    """Return the estimate of a job that would write to `output`, or print; `options` as in `estimating.estimate`."""
+    from longnet_cli.estimating import estimate
+
+    told, done = _fate(output, resume)
+    with progress("counting", total=None, quiet=quiet) as advance:
+        return estimate(net, job, documents, output=told, done=done, on_progress=advance, **options)
+
+
+def _fate(output: str | None, resume: bool) -> tuple[str, int]:
+    """Say what would become of an output, and how many documents an earlier run has done."""
+    from longnet_cli.data.shards import run_to_resume
+    from longnet_cli.data.sinks import is_folder
+
+    if output is None:
+        return "printed", 0
+    if output == "-":
+        return "an Arrow stream on stdout", 0
+    if not is_folder(output):
+        return f"{output}, which {'is replaced' if Path(output).exists() else 'is new'}", 0
+    try:
+        earlier = run_to_resume(output, resume=resume)
+    except ConfigError as error:
+        return f"refused: {error}", 0
+    if earlier is None:
+        return f"{output}, a new folder of shards", 0
+    done = earlier.totals["documents"]
+    return f"{output}, which has the first {done:,} documents", done
+
+
+def _show(found: Estimate, format: Format, job: str, before: Sequence[Row], after: Sequence[Row]) -> None:
     if format == "json":
         emit_json(found.as_dict())
     else:
-        _print(found)
+        rows = [("parameters", format_count(found.parameters), f"{found.parameters:,}"), *before]
+        _print([rows, _memory(found), after])
     if found.free is not None and not found.fits:
         from longnet_cli.errors import MemoryLimitError
 
-        beyond = found.peak - found.memory["program"]
-        largest = max(found.memory, key=found.memory.__getitem__)
         raise MemoryLimitError(
-            f"training needs {format_bytes(beyond)}, the largest part for {largest}, and {format_bytes(found.free)} "
-            f"are free; {found.advice}"
+            f"{job} needs {format_bytes(found.beyond)}, the largest part for {found.largest}, and "
+            f"{format_bytes(found.free)} are free; {found.advice}"
         )
 
 
-def _print(found: Estimate) -> None:
-    from longnet_cli.training.estimate import EFFICIENCY
-
-    def row(name: str, value: str, more: str = "") -> None:
-        print(f"{name:<14} {value:>12}  {more}".rstrip())
-
-    row("parameters", format_count(found.parameters), f"{found.parameters:,}")
-    print()
-    for kind, size in found.memory.items():
-        row(kind, format_bytes(size), "#" * round(BAR * size / found.peak))
-    row("peak memory", format_bytes(found.peak), f"a process, {found.dtype}, chunks of {found.chunk:,} tokens")
+def _memory(found: Estimate) -> list[Row]:
+    rows = [(kind, format_bytes(size), "#" * round(BAR * size / found.peak)) for kind, size in found.memory.items()]
+    rows.append(
+        ("peak memory", format_bytes(found.peak), f"a process, {found.dtype}, chunks of {found.chunk:,} tokens")
+    )
     if found.spilled:
-        row("spill file", format_bytes(found.spilled), "on a disk")
+        rows.append(("spill file", format_bytes(found.spilled), "on a disk"))
     if found.free is not None:
-        row("free", format_bytes(found.free), "besides the program" if found.fits else "it does not fit")
-    print()
-    row("FLOPs per token", format_count(found.flops_per_token), "forward and backward")
-    row("tokens", format_count(found.tokens), f"{format_count(found.flops)} FLOPs in all")
-    peak = f"{EFFICIENCY:.0%} (assumed) of {format_count(found.matmul_peak)} FLOP/s (measured, {found.dtype})"
-    years = found.seconds / YEAR
-    row("time", f"{years:,.0f} years" if years >= 2 else format_duration(found.seconds), f"at {peak}")
+        rows.append(("free", format_bytes(found.free), "besides the program" if found.fits else "it does not fit"))
+    return rows
+
+
+def _print(blocks: Sequence[Sequence[Row]]) -> None:
+    lines = (f"{name:<15} {value:>12}  {more}".rstrip() for block in blocks for name, value, more in [*block, EMPTY])
+    print("\n".join(lines).rstrip())
+
+
+EMPTY: Row = ("", "", "")
+
+
+def _duration(seconds: float) -> str:
+    years = seconds / YEAR
+    return f"{years:,.0f} years" if years >= 2 else format_duration(seconds)

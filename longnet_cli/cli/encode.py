@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
+from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading, room, show_reading
 from longnet_cli.cli.launch import launch
 from longnet_cli.cli.loading import Skipped, load_model, refuse_overwriting
 from longnet_cli.cli.options import (
@@ -20,6 +21,7 @@ from longnet_cli.cli.options import (
     DeviceOption,
     DilationRatesOption,
     DpOption,
+    DryRunOption,
     DtypeOption,
     EosOption,
     IdColumnOption,
@@ -30,6 +32,7 @@ from longnet_cli.cli.options import (
     PatternOption,
     QuietOption,
     ResumeOption,
+    SampleOption,
     SegmentLengthsOption,
     ShardFormatOption,
     SkipBadOption,
@@ -119,6 +122,9 @@ def encode(
     ] = None,
     shard_format: ShardFormatOption = "arrow",
     resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+    sample: SampleOption = None,
+    format: Annotated[Format, option(OUTPUT, "--format", "text|json", "Print --dry-run in this format.")] = "text",
     nproc: NprocOption = None,
     sp: SpOption = None,
     dp: DpOption = None,
@@ -142,7 +148,8 @@ def encode(
     embeddings in Arrow, Parquet or HDF5 files (HDF5 needs the extra `h5`).
     The columns are doc_id, span, start, end, n_tokens and embedding. Rows come in input order.
     """
-    if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a model is loaded
+    check_sample(sample, dry_run)
+    if output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():  # said before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
     refuse_overwriting("-o", [output], inputs, model, tokenizer, skip_bad)
     if spill and not os.path.isdir(spill):
@@ -153,7 +160,7 @@ def encode(
     from longnet_cli.data.manifest import tokens_in
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.sinks import ShardWriter, is_folder
-    from longnet_cli.data.sources import read_documents, stored_documents
+    from longnet_cli.data.sources import read_documents, read_untokenized, stored_documents
     from longnet_cli.data.tokenizer import end_of_text
     from longnet_cli.data.vector_sources import read_vectors
     from longnet_cli.patterns import format_pattern
@@ -165,14 +172,15 @@ def encode(
         raise ConfigError(f"{output}: --shard-rows is for a folder of shards: a single file or stream has no parts")
     if shard_format != "arrow" and not in_folder:
         raise ConfigError(f"{output}: --shard-format is for a folder of shards: one file is what its name says")
-    earlier = run_to_resume(output, resume=resume) if in_folder else None
+    earlier = run_to_resume(output, resume=resume) if in_folder and not dry_run else None
 
     from longnet_cli.runtime.ranks import join, leave
 
     ranks, where = join(device, sp=sp, dp=dp)
     quiet = quiet or not ranks.first
+    before = room(model, dtype, where) if dry_run else None
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
-    net, words, before, *_ = load_model(
+    net, words, start, *_ = load_model(
         model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet, vectors=True
     )
     if net.row_size is not None:
@@ -197,13 +205,13 @@ def encode(
         in_grid = isinstance(net.config, SlideConfig) and net.config.grid > 0
         documents = read_vectors(inputs, column, id_column, coords=in_grid)
     kept: list[Any] = []
-    if keep:  # which waits for the first document
+    if keep and not dry_run:  # which waits for the first document
         kept, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
     known = stored_documents(inputs, words, **reading) if limited else ()
     skipped = Skipped(quiet)
     options = EncodeOptions(
-        bos=before,
+        bos=start,
         pool=pool or ("cls" if net.has_cls and span is None else "mean"),
         normalize=normalize,
         span=span,
@@ -214,6 +222,31 @@ def encode(
         tokenizer_sha256=words.sha256 if words else None,
         pattern=format_pattern(net.config.pattern),
     )
+    if before:
+        from longnet_cli.estimating import EncodeJob
+
+        if sample and net.row_size is None:
+            documents = read_untokenized(inputs, words, **reading, skip_bad=skip_bad)
+        found = estimate_reading(
+            net,
+            EncodeJob(net, options),
+            documents,
+            output,
+            resume=resume,
+            room=before,
+            words=words,
+            sample=sample,
+            chunk=chunk,
+            dtype=dtype,
+            spill=spill,
+            ranks=ranks,
+            skip_bad=skip_bad,
+            quiet=quiet,
+        )
+        leave()
+        if ranks.first:
+            show_reading(found, format, "encoding")
+        return
     done = earlier.totals["tokens"] if earlier else 0
     with progress("encoding", total=tokens_in(inputs), start=done, quiet=quiet) as advance:
         running: dict[str, Any] = {

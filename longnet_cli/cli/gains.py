@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from longnet_cli.runtime.ranks import Ranks
 
 
-def check(output: str | None, *, resume: bool, shard_tokens: int | None, others: Mapping[str, Any]) -> int:
+def check(
+    output: str | None, *, resume: bool, shard_tokens: int | None, others: Mapping[str, Any], dry_run: bool = False
+) -> int:
     """Refuse what cannot be written, before a model is loaded; return the tokens that an earlier run has scored.
 
-    `others` are options that print, by name, with what is given of them. Raises ConfigError.
+    `others` are options that print, by name, with what is given of them. A `dry_run` writes nothing, and takes any
+    output. Raises ConfigError.
     """
     if output is None:
         if given := [name for name, value in (("--resume", resume), ("--shard-tokens", shard_tokens)) if value]:
@@ -29,7 +32,7 @@ def check(output: str | None, *, resume: bool, shard_tokens: int | None, others:
         return 0
     if given := [name for name, value in others.items() if value]:
         raise ConfigError(f"{given[0]} is for scores that are printed, and -o writes rows: leave one out")
-    if output == "-" and sys.stdout and sys.stdout.isatty():
+    if output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():
         raise ConfigError("the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them")
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.sinks import is_folder
@@ -39,7 +42,7 @@ def check(output: str | None, *, resume: bool, shard_tokens: int | None, others:
             if value:
                 raise ConfigError(f"{output}: {name} is for a folder of shards: a single file or stream has no parts")
         return 0
-    earlier = run_to_resume(output, resume=resume)
+    earlier = None if dry_run else run_to_resume(output, resume=resume)
     return earlier.totals["tokens"] if earlier else 0
 
 

@@ -224,6 +224,26 @@ ResumeOption = Annotated[
         OUTPUT, "--resume", None, "Continue an interrupted run in the output folder, with the same inputs and options."
     ),
 ]
+DryRunOption = Annotated[
+    bool,
+    option(
+        OUTPUT,
+        "--dry-run",
+        None,
+        "Print documents, tokens, memory, FLOPs and time, and stop. The exit code is 5 if it does not fit.",
+    ),
+]
+SampleOption = Annotated[
+    int | None,
+    size_option(
+        OUTPUT,
+        "--sample",
+        "For --dry-run, tokenize a uniform sample of N texts. All texts are read, and their tokens per byte are taken "
+        "to be those of the sample.",
+        "all",
+        metavar="N",
+    ),
+]
 DeviceOption = Annotated[
     str,
     option(

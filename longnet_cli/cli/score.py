@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from longnet_cli.cli import gains
+from longnet_cli.cli.dry_run import check_sample, estimate_reading, room, show_reading
 from longnet_cli.cli.launch import launch
 from longnet_cli.cli.loading import Skipped, load_model, refuse_overwriting
 from longnet_cli.cli.options import (
@@ -19,6 +20,7 @@ from longnet_cli.cli.options import (
     DeviceOption,
     DilationRatesOption,
     DpOption,
+    DryRunOption,
     DtypeOption,
     EosOption,
     IdColumnOption,
@@ -29,6 +31,7 @@ from longnet_cli.cli.options import (
     PatternOption,
     QuietOption,
     ResumeOption,
+    SampleOption,
     SegmentLengthsOption,
     SkipBadOption,
     SpOption,
@@ -146,6 +149,8 @@ def score(
         int | None, size_option(OUTPUT, "--shard-tokens", "Start a new shard after this many tokens.", "4Mi")
     ] = None,
     resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+    sample: SampleOption = None,
     nproc: NprocOption = None,
     sp: SpOption = None,
     dp: DpOption = None,
@@ -162,7 +167,10 @@ def score(
     """
     from longnet_cli.errors import ConfigError
 
-    if keep and format == "text" and output is None:
+    check_sample(sample, dry_run)
+    if dry_run and format == "jsonl":
+        raise ConfigError("--dry-run prints one value: give --format text or json")
+    if keep and format == "text" and output is None and not dry_run:
         raise ConfigError("--keep carries columns to rows: give -o, or --format jsonl or json")
     if keep and output is None and (taken := sorted({*keep} & ROW_KEYS)):
         raise ConfigError(f"--keep {taken[0]}: the output has a key of this name")
@@ -178,12 +186,14 @@ def score(
         "--token-logprobs": token_logprobs,
     }
     printing |= {f"--format {format}": format != "text"}
-    done = gains.check(output, resume=resume, shard_tokens=shard_tokens, others=printing)
+    if dry_run:
+        del printing[f"--format {format}"]  # it is that of the estimate
+    done = gains.check(output, resume=resume, shard_tokens=shard_tokens, others=printing, dry_run=dry_run)
     launch(nproc, inputs, model, sp=sp, dp=dp)
     from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.kept import first_kept
     from longnet_cli.data.manifest import tokens_in
-    from longnet_cli.data.sources import read_documents, stored_documents
+    from longnet_cli.data.sources import read_documents, read_untokenized, stored_documents
     from longnet_cli.data.tokenizer import end_of_text
     from longnet_cli.measures import Total
     from longnet_cli.patterns import format_pattern
@@ -191,8 +201,9 @@ def score(
 
     ranks, where = join(device, sp=sp, dp=dp)
     quiet = quiet or not ranks.first
+    before = room(model, dtype, where) if dry_run else None
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
-    net, words, before, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
+    net, words, start, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
     if asked and not quiet and sys.stderr:
         print(f"pattern {format_pattern(net.config.pattern)}", file=sys.stderr)
     from longnet_cli.gains import GainOptions
@@ -204,6 +215,30 @@ def score(
     columns: dict[str, Any] = {"column": column, "id_column": id_column, "keep": tuple(keep or ())}
     reading = {**columns, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
     documents = read_documents(inputs, words, **reading, skip_bad=skip_bad)
+    if before:
+        from longnet_cli.estimating import ScoreJob
+        from longnet_cli.scoring import Cut
+
+        cut = Cut.of(net, start, context, stride, last)
+        found = estimate_reading(
+            net,
+            ScoreJob(net, cut, gains=output is not None and len(cut.contexts) > 1, recalls=by_recall),
+            read_untokenized(inputs, words, **reading, skip_bad=skip_bad) if sample else documents,
+            output,
+            resume=resume,
+            room=before,
+            words=words,
+            sample=sample,
+            chunk=chunk,
+            dtype=dtype,
+            ranks=ranks,
+            skip_bad=skip_bad,
+            quiet=quiet,
+        )
+        leave()
+        if ranks.first:
+            show_reading(found, "json" if format == "json" else "text", "scoring")
+        return
     kept: list[Any] = []
     if keep and output is not None:  # which waits for the first document
         kept, documents = first_kept(documents)
@@ -226,7 +261,7 @@ def score(
         }
         if output is not None:
             options = GainOptions(
-                bos=before,
+                bos=start,
                 context=tuple(context) if context else None,
                 stride=stride,
                 last=last,
@@ -241,7 +276,7 @@ def score(
             scores = run(
                 net,
                 documents,
-                bos=before,
+                bos=start,
                 context=context,
                 stride=stride,
                 last=last,

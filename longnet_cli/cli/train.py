@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longnet_cli.cli.dry_run import Format, show
+from longnet_cli.cli.dry_run import Format, show_training
 from longnet_cli.cli.launch import launch
 from longnet_cli.cli.options import (
     COMPUTE,
@@ -193,7 +193,7 @@ def train(
         estimated = estimate(found, where, ranks)
         leave()
         if ranks.first:
-            show(estimated, format)
+            show_training(estimated, format)
         return
     if where.type == "cpu":
         keep_freed_memory()

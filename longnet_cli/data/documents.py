@@ -157,18 +157,21 @@ def checked(
     documents: Iterable[Document],
     check: Callable[[Document], None],
     on_skip: Callable[[Document, LongNetError], None] | None = None,
+    *,
+    reads: bool = True,
 ) -> Iterator[Document]:
     """Yield the documents that `check` takes, and raise what it raises.
 
-    With `on_skip`, all ids of a document are read here too, and one that cannot be taken or read is handed to it
-    instead, with the ConfigError or DataError. A file that changes while it is read ends everything all the same.
+    With `on_skip`, all ids of a document are read here too, unless it `reads` none, and one that cannot be taken or
+    read is handed to it instead, with the ConfigError or DataError. A file that changes while it is read ends
+    everything all the same.
     """
     for document in documents:
         try:
             if isinstance(document, Unread):
                 raise document.error
             check(document)
-            for start in range(0, len(document) if on_skip else 0, document.block):
+            for start in range(0, len(document) if on_skip and reads else 0, document.block):
                 document.read(start, start + document.block)
         except (ConfigError, DataError) as error:
             if on_skip is None or isinstance(error, FileChangedError):

@@ -97,20 +97,53 @@ def read_documents(
     DataError for missing, empty or damaged data and for inputs with different types of token. With `skip_bad` there is
     an `Unread` document in place of each file and row for which it would be a DataError.
     """
-    wanted, types = Wanted(column, id_column, tuple(keep)), TokenTypes()
-    check_eos("", eos_id, vocab_size or (tokenizer.vocab_size if tokenizer else None))
+    wanted = Wanted(column, id_column, tuple(keep))
+    yield from _read(documents_of, inputs, tokenizer, wanted, vocab_size, eos_id, skip_bad)
 
-    def documents(source: Source) -> Iterator[Document]:
-        opened = open_source(source, wanted)
-        if isinstance(opened, Table):
-            types.check(opened, choose_columns(opened, wanted))
-        yield from documents_of(opened, tokenizer, wanted, vocab_size=vocab_size, eos_id=eos_id, skip_bad=skip_bad)
 
-    for found in _each(inputs, documents, skip_bad):
-        yield Unread(found) if isinstance(found, DataError) else found
+def read_untokenized(
+    inputs: Sequence[str | Path],
+    tokenizer: Tokenizer | None,
+    *,
+    column: str | None = None,
+    id_column: str | None = None,
+    keep: Sequence[str] = (),
+    vocab_size: int | None = None,
+    eos_id: int | None = None,
+    skip_bad: bool = False,
+) -> Iterator[Document | Text]:
+    """Yield what `read_documents` does, but texts as they are, which are yet to be tokenized.
+
+    Also with `skip_bad`, a text that cannot be read to its end raises DataError when it is.
+    """
+    wanted = Wanted(column, id_column, tuple(keep))
+    yield from _read(_untokenized, inputs, tokenizer, wanted, vocab_size, eos_id, skip_bad)
 
 
 Item = TypeVar("Item")
+
+
+def _read(
+    read: Callable[..., Iterator[Item]],
+    inputs: Sequence[str | Path],
+    tokenizer: Tokenizer | None,
+    wanted: Wanted,
+    vocab_size: int | None,
+    eos_id: int | None,
+    skip_bad: bool,
+) -> Iterator[Item | Unread]:
+    """Yield what `read`, `documents_of` or `_untokenized`, gives of each input."""
+    types = TokenTypes()
+    check_eos("", eos_id, vocab_size or (tokenizer.vocab_size if tokenizer else None))
+
+    def items(source: Source) -> Iterator[Item]:
+        opened = open_source(source, wanted)
+        if isinstance(opened, Table):
+            types.check(opened, choose_columns(opened, wanted))
+        yield from read(opened, tokenizer, wanted, vocab_size=vocab_size, eos_id=eos_id, skip_bad=skip_bad)
+
+    for found in _each(inputs, items, skip_bad):
+        yield Unread(found) if isinstance(found, DataError) else found
 
 
 def _each(
@@ -168,14 +201,26 @@ def documents_of(
     skip_bad: bool = False,
 ) -> Iterator[Document]:
     """Yield the documents of one opened input, as `read_documents` does."""
+    for found in _untokenized(opened, tokenizer, wanted, vocab_size=vocab_size, eos_id=eos_id, skip_bad=skip_bad):
+        yield _encode(found, tokenizer, vocab_size) if isinstance(found, Text) else found
+
+
+def _untokenized(
+    opened: Text | Table,
+    tokenizer: Tokenizer | None,
+    wanted: Wanted,
+    *,
+    vocab_size: int | None,
+    eos_id: int | None,
+    skip_bad: bool,
+) -> Iterator[Document | Text]:
     if isinstance(opened, Text):
         refuse_columns(opened, wanted)
-        yield _encode(opened, tokenizer, vocab_size)
+        yield opened
         return
     columns = choose_columns(opened, wanted)
     if is_text(columns.type) or is_chat(columns.type):
-        for text in _table_texts(opened, columns, tokenizer, skip_bad):
-            yield _encode(text, tokenizer, vocab_size)
+        yield from _table_texts(opened, columns, tokenizer, skip_bad)
         return
     _check_tokenizer(opened, tokenizer)
     if vocab_size is None:

@@ -69,6 +69,11 @@ def hidden_in_chunks(
     yield from run.hidden(read, allocate, on_chunk)
 
 
+def kept_bytes(model: LongNet, tokens: int, chunk: int, ranks: Ranks) -> int:
+    """Return the bytes that `hidden_in_chunks` keeps between layers, on a rank, in memory or in the file of `spill`."""
+    return _Layers(model, tokens, chunk, "fp32", ranks).nbytes
+
+
 def fits_beside(forward: int, size: int, device: torch.device) -> bool:
     """Return whether a device has room for `size` bytes beside a chunk's `forward`, and as much again."""
     free = free_memory(device)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 
-from longnet_cli.attention.pattern import BACKWARD_FLOPS, attention_flops
+from longnet_cli.attention.pattern import BACKWARD_FLOPS
 from longnet_cli.integrations.loading import saved_bytes as saved_bytes_of
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import LOGITS_LIMIT, NetConfig
 from longnet_cli.presets import find_model
 from longnet_cli.runtime.chunks import SHORTEST_CHUNK
 from longnet_cli.runtime.device import free_memory, matmul_peak, resident_memory, resolve_dtype
+from longnet_cli.runtime.estimate import Estimate, fitting_chunk
+from longnet_cli.runtime.flops import attention_flops, layer_flops, vocabulary_flops
 from longnet_cli.runtime.ranks import Ranks
 
 from .checks import check_ranks
@@ -31,41 +32,18 @@ GPU_CHUNK = 1 << 17  # tokens: longer ones, if there is memory for them, leave a
 EFFICIENCY = 0.4  # of the measured matmul peak that a training step is assumed to reach
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Sizes in bytes, of one rank; `memory` by kind, `free` None where the system does not say.
+@dataclass(frozen=True, kw_only=True)
+class TrainingEstimate(Estimate):
+    """The estimate of a recipe.
 
-    `flops_per_token` are those of a forward and a backward, `flops` all that the whole run will execute, on all ranks:
-    also what is computed again. `seconds` is that at `EFFICIENCY` times `matmul_peak` (FLOP/s of one rank).
+    `flops_per_token` are those of a forward and a backward; `flops` count also what is computed again. `seconds` is
+    theirs at `EFFICIENCY` times `matmul_peak` (FLOP/s of one rank).
     """
 
-    parameters: int
-    memory: dict[str, int]
-    free: int | None
-    flops_per_token: float
-    tokens: int
-    flops: float
     matmul_peak: float
-    seconds: float
-    dtype: str
-    chunk: int
-    chunk_that_fits: int | None
-    spilled: int  # bytes of the file of train.spill
     whole_windows: bool  # the net is bidirectional: a chunk cannot be shorter than a window
 
-    @property
-    def peak(self) -> int:
-        return sum(self.memory.values())
-
-    @property
-    def fits(self) -> bool:
-        return self.free is None or self.peak - self.memory["program"] <= self.free
-
-    @property
-    def advice(self) -> str:
-        """Say what to change where it does not fit: the chunk, or what a shorter chunk does not make smaller."""
-        if self.chunk_that_fits:
-            return f"--chunk {self.chunk_that_fits} fits"
+    def _other_advice(self) -> str:
         if self.whole_windows:
             return "a bidirectional net reads a window at once: choose shorter ones (train.stages) or a smaller model"
         kept = {
@@ -79,22 +57,7 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """The keys of the machine format."""
-        return {
-            "parameters": self.parameters,
-            "memory_bytes": self.memory,
-            "peak_bytes": self.peak,
-            "free_bytes": self.free,
-            "fits": self.fits,
-            "flops_per_token": self.flops_per_token,
-            "tokens": self.tokens,
-            "flops": self.flops,
-            "matmul_peak": self.matmul_peak,
-            "efficiency": EFFICIENCY,
-            "seconds": self.seconds,
-            "dtype": self.dtype,
-            "chunk": self.chunk,
-            "spill_bytes": self.spilled,
-        }
+        return super().as_dict() | {"matmul_peak": self.matmul_peak, "efficiency": EFFICIENCY}
 
 
 def settle_chunk(recipe: Recipe, device: torch.device, ranks: Ranks) -> Recipe:
@@ -113,7 +76,7 @@ def settle_chunk(recipe: Recipe, device: torch.device, ranks: Ranks) -> Recipe:
     return recipe.with_chunk(int(ranks.smallest(chunk)))
 
 
-def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> Estimate:
+def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> TrainingEstimate:
     """Return what training by `recipe` will take on this machine; measures its matrix products for a third of a second.
 
     Raises ConfigError as `check_ranks` does.
@@ -124,20 +87,17 @@ def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -
     _load_all(device)
     program, free = resident_memory(device), free_memory(device)
     memory = {"program": program, **memory_by_kind(recipe, device, ranks)}
-    fitting, chunk = None, train.chunk
     whole = not config.causal
     shortest = -(-max(stage.seq_len for stage in train.stages) // ranks.sp) if whole else SHORTEST_CHUNK
-    if free is not None and sum(memory.values()) - program > free:
-        while fitting is None and chunk >= 2 * shortest:
-            chunk = 1 << (chunk - 1).bit_length() - 1  # the power of two below
-            if sum(memory_by_kind(recipe.with_chunk(chunk), device, ranks).values()) <= free:
-                fitting = chunk
+    fitting = fitting_chunk(
+        lambda chunk: sum(memory_by_kind(recipe.with_chunk(chunk), device, ranks).values()), train.chunk, free, shortest
+    )
     tokens = [stage.steps * train.windows(stage) * stage.seq_len for stage in train.stages]
     plain = [flops_per_token(config, stage.seq_len, train.predicted) for stage in train.stages]
     executed = [each + _computed_again(recipe, stage, ranks) for each, stage in zip(plain, train.stages, strict=True)]
     flops = sum(n * each for n, each in zip(tokens, executed, strict=True))
     peak = matmul_peak(device, dtype)
-    return Estimate(
+    return TrainingEstimate(
         parameters=config.num_parameters(),
         memory=memory,
         free=free,
@@ -175,8 +135,8 @@ def executed_flops(config: NetConfig, documents: Sequence[int], predicted: float
 
     Of the tokens the share `predicted` has logits.
     """
-    attention = sum(_attention(config, length) for length in documents)
-    matrices = _layers(config) + predicted * _vocabulary(config)
+    attention = sum(attention_flops(config, length) for length in documents)
+    matrices = layer_flops(config) + predicted * vocabulary_flops(config)
     passes = 2 if config.frozen else 3  # forward, gradients of what is computed, gradients of weights
     return passes * matrices * sum(documents) + (1 + BACKWARD_FLOPS) * attention
 
@@ -282,27 +242,9 @@ def _computed_again(recipe: Recipe, stage: Stage, ranks: Ranks) -> float:
     """FLOPs per token that the backward repeats: the layers of all chunks but the last, logits past their limit."""
     config, chunk = recipe.model, recipe.train.chunk * ranks.sp
     share = (-(-stage.seq_len // chunk) - 1) * chunk / stage.seq_len
-    layers = _layers(config) + _attention(config, stage.seq_len) / stage.seq_len
+    layers = layer_flops(config) + attention_flops(config, stage.seq_len) / stage.seq_len
     again = share * layers + (layers if recipe.train.activation_checkpointing else 0)
     predicted = recipe.train.predicted
     if _tokens_at_once(recipe, stage, ranks) * predicted * config.vocab_size > LOGITS_LIMIT:
-        again += predicted * _vocabulary(config)
+        again += predicted * vocabulary_flops(config)
     return again
-
-
-def _layers(config: NetConfig) -> int:
-    """FLOPs of the matrices of all layers, a token, forward."""
-    return 2 * config.layer_weights
-
-
-def _vocabulary(config: NetConfig) -> int:
-    return 2 * config.dim * config.vocab_size
-
-
-def _attention(config: NetConfig, tokens: int) -> float:
-    """FLOPs of the attention of all layers, a document, forward."""
-    c = config
-    return c.num_layers * _of_a_layer(c.pattern, c.num_heads, c.head_dim, tokens, c.causal)
-
-
-_of_a_layer = lru_cache(maxsize=1 << 16)(attention_flops)  # a step has many documents, of lengths that come again

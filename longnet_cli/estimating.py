@@ -1,0 +1,302 @@
+"""The estimate of `score --dry-run` and `encode --dry-run`, before a long job: documents, tokens, FLOPs, memory, time.
+
+    documents --lengths--> windows --Forwards--> FLOPs, and the sizes of which memory is made
+    a short forward of the model --> FLOP/s --> time
+
+Nothing is computed but that forward, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+
+from longnet_cli.data.documents import SPOOL_BYTES, Document, Unread, checked
+from longnet_cli.data.files import FileChangedError
+from longnet_cli.data.sampling import Sample
+from longnet_cli.data.tables import Text
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.encoding import EncodeOptions
+from longnet_cli.errors import ConfigError, DataError, MemoryLimitError
+from longnet_cli.integrations.loading import read_facts
+from longnet_cli.model.net import Net
+from longnet_cli.model.weights import load_config
+from longnet_cli.presets import find_model, is_gguf, is_of_transformers
+from longnet_cli.runtime.chunks import default_chunk
+from longnet_cli.runtime.device import DTYPES, free_memory, peak_memory, resident_memory, resolve_dtype
+from longnet_cli.runtime.estimate import Estimate, fitting_chunk
+from longnet_cli.runtime.forwards import Forwards, Shape
+from longnet_cli.runtime.ranks import Ranks
+from longnet_cli.runtime.rate import FIRST_SHAPE, forward, measured_rate
+from longnet_cli.runtime.reading_bytes import computing_bytes, hidden_bytes, waiting_bytes
+from longnet_cli.scoring import Cut
+
+
+class Job(Protocol):
+    """The job whose reading is estimated: how it cuts documents into windows, and what it keeps besides."""
+
+    scores: bool  # it computes logits
+    skips_empty: bool  # an empty document is none of those that a resumed run has done
+    alone: bool  # no two windows share a forward
+
+    def check(self, document: Document) -> None:
+        """Raise ConfigError or DataError for a document that the job refuses."""
+
+    def windows(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """(tokens, wanted tokens) of each window of a document of so many tokens."""
+
+    def keeps(self, longest: int) -> dict[str, int]:
+        """Bytes that the job keeps of a document of `longest` tokens, by kind."""
+
+
+class ScoreJob:
+    """`score`; `gains` where a document's tokens are compared at several contexts, `recalls` where bigrams are kept."""
+
+    scores, skips_empty, alone = True, False, False
+
+    def __init__(self, net: Net, cut: Cut, *, gains: bool = False, recalls: bool = False) -> None:
+        self.net, self.cut, self.gains, self.recalls = net, cut, gains, recalls
+
+    def check(self, document: Document) -> None:
+        self.cut.check(self.net, document)
+
+    def windows(self, tokens: int) -> Iterator[tuple[int, int]]:
+        if not (self.cut.last and tokens < self.cut.least):
+            for context in self.cut.contexts:
+                for start, stop, wanted in self.cut.inputs(tokens, context):
+                    yield stop - start, stop - wanted
+
+    def keeps(self, longest: int) -> dict[str, int]:
+        nats = min(4 * longest, SPOOL_BYTES) if self.gains else 0
+        bigrams = 32 * min(longest, self.net.config.vocab_size**2) if self.recalls else 0
+        return {kind: size for kind, size in (("nats", nats), ("bigrams", bigrams)) if size}
+
+
+class EncodeJob:
+    """`encode` with these options. Raises ConfigError for those that the net does not have."""
+
+    scores, skips_empty = False, True
+
+    def __init__(self, net: Net, options: EncodeOptions) -> None:
+        options.check(net)
+        self.net, self.options, self.alone = net, options, bool(options.all_layers)
+
+    def check(self, document: Document) -> None:
+        self.options.check_document(self.net, document)
+
+    def windows(self, tokens: int) -> Iterator[tuple[int, int]]:
+        if tokens:
+            yield self.options.first(self.net) + tokens, tokens
+
+    def keeps(self, longest: int) -> dict[str, int]:
+        return {}
+
+
+class Room(NamedTuple):
+    """Bytes that a process holds, and that are free besides; None where the system does not say."""
+
+    held: int
+    free: int | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> Room:
+        return cls(resident_memory(device), free_memory(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingEstimate(Estimate):
+    """The estimate of a job that reads documents.
+
+    `tokens` are those of the `documents`, with `tokens_error` (half of the 95 % interval) where they are those of
+    `sampled` texts times the bytes of all; `longest` is the longest document. `tokens_read` are those of all forwards:
+    every context counts, and padding. `left_out` are documents of --skip-bad. `rate` is the FLOP/s of a forward of the
+    `measured` shape, `seconds` those of all forwards at that rate and the `reading` and tokenizing. `output` says what
+    would become of it.
+    """
+
+    documents: int
+    left_out: int
+    longest: int
+    sampled: int | None
+    tokens_error: float
+    tokens_read: int
+    rate: float
+    measured: Shape
+    reading: float
+    output: str
+    too_long: int | None  # the most tokens that the model reads, where a window has more
+    streams: bool
+
+    HELD: ClassVar[tuple[str, ...]] = ("program", "loading")  # the second is over
+
+    def _other_advice(self) -> str:
+        if self.largest == "hidden":
+            return "keep the hidden states on a disk (--spill DIR)"
+        if self.largest == "cache":
+            return "a pattern with shorter segments (--pattern) remembers less"
+        if not self.streams:
+            return "this model reads a document in one forward: leave out the longest, or cut them"
+        return "no chunk fits: choose a smaller model or a larger device"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of the machine format."""
+        interval = [max(0.0, self.tokens - self.tokens_error), self.tokens + self.tokens_error]
+        return {
+            "documents": self.documents,
+            "left_out": self.left_out,
+            "longest": self.longest,
+            "sampled": self.sampled,
+            "tokens_interval": None if self.sampled is None or math.isinf(self.tokens_error) else interval,
+            "tokens_read": self.tokens_read,
+            **super().as_dict(),
+            "flops_per_second": self.rate,
+            "reading_seconds": self.reading,
+            "output": self.output,
+        }
+
+
+def check_weights(name: str, dtype: str, device: torch.device, free: int | None) -> None:
+    """Raise MemoryLimitError, before they are loaded, for weights that take more than is `free`.
+
+    Of the model that --model names; not of a GGUF file, whose size is known when it is unpacked.
+    """
+    folder = find_model(name, files=True)
+    if free is None or is_gguf(folder):
+        return
+    if is_of_transformers(folder):
+        size = read_facts(folder).num_parameters() * DTYPES[resolve_dtype(dtype, device)].itemsize
+    else:
+        size = 4 * load_config(folder).num_parameters()
+    if size > free:
+        raise MemoryLimitError(
+            f"{name}: the weights take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: choose a smaller "
+            "model, or a larger device"
+        )
+
+
+def estimate(
+    net: Net,
+    job: Job,
+    documents: Iterable[Document | Text],
+    *,
+    room: Room,
+    words: Tokenizer | None = None,
+    sample: int | None = None,
+    done: int = 0,
+    output: str = "",
+    chunk: int | None = None,
+    dtype: str = "auto",
+    spill: str | None = None,
+    ranks: Ranks | None = None,
+    skip_bad: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> ReadingEstimate:
+    """Return what a `job` of `net` takes for these documents: reads their lengths, and measures a forward.
+
+    Texts among the `documents` (`data.sources.read_untokenized`) need `words`, and a `sample` of so many of them is
+    tokenized. The first `done` documents are those of a run that is resumed. `room` is what there was before the net
+    was loaded. `chunk`, `dtype` and `ranks` as in `runtime.reading.Reader`. `on_progress` gets the tokens of each
+    document.
+
+    Raises what the job raises for documents that cannot be read, unless it is to `skip_bad`, and DataError where there
+    is nothing to read.
+    """
+    ranks, config, device = ranks or Ranks(), net.config, next(net.parameters()).device
+    chunk = chunk or int(ranks.smallest(default_chunk(config, device)))
+    forwards = Forwards(config, chunk)
+    drawn = Sample(sample, words) if sample and words else None
+    left_out: list[Document] = []
+    begin = time.perf_counter()
+    items = islice(documents, 0 if job.skips_empty else done, None)
+    found = _lengths(job, items, drawn, (lambda document, error: left_out.append(document)) if skip_bad else None)
+    lengths = islice(filter(None, found), done, None) if job.skips_empty else found
+    number = tokens = longest = 0
+    for length in lengths:
+        number, tokens, longest = number + 1, tokens + length, max(longest, length)
+        for window in job.windows(length):
+            forwards.add(*window, alone=job.alone)
+        if on_progress:
+            on_progress(length)
+    forwards.end()
+    if not forwards.read and not done:
+        raise DataError("there is nothing to read: every document is empty, too short or left out")
+    reading = time.perf_counter() - begin + (drawn.seconds_of_all - drawn.seconds if drawn else 0)
+
+    forward(net, Shape(1, 8), job.scores, dtype)  # torch loads much on first use
+    weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
+    program = max(0, resident_memory(device) - weights)
+    free = None if room.free is None else max(0, room.free - max(0, program - room.held))
+
+    def memory(chunk: int) -> dict[str, int]:
+        kinds = {"weights": weights, **computing_bytes(forwards, chunk, job.scores, dtype, device)}
+        kinds |= waiting_bytes(net, forwards, chunk, dtype, spill, ranks.of_group()) | job.keeps(longest)
+        return {kind: size for kind, size in kinds.items() if size}
+
+    kinds = {"program": program, **memory(chunk)}
+    before = peak_memory(device) - sum(kinds.values())  # of files, from which weights of another type are made
+    if before > 0:
+        kinds["loading"] = before
+    spilled = hidden_bytes(net, forwards, chunk, ranks.of_group()) if spill else 0
+    too_long = config.max_tokens if forwards.longest > (config.max_tokens or math.inf) else None
+    known: dict[str, Any] = {
+        "parameters": config.num_parameters(),
+        "memory": kinds,
+        "free": free,
+        "tokens": tokens,
+        "flops": (flops := forwards.flops(job.scores)),
+        "flops_per_token": flops / (tokens or 1),
+        "dtype": resolve_dtype(dtype, device),
+        "chunk": chunk,
+        "chunk_that_fits": fitting_chunk(lambda chunk: sum(memory(chunk).values()), chunk, free)
+        if config.streams
+        else None,
+        "spilled": spilled,
+        "documents": number,
+        "left_out": len(left_out),
+        "longest": longest,
+        "sampled": drawn.sampled if drawn and drawn.bytes else None,
+        "tokens_error": drawn.error if drawn else 0.0,
+        "tokens_read": forwards.read,
+        "reading": reading,
+        "output": output,
+        "too_long": too_long,
+        "streams": config.streams,
+    }
+    fits = free is None or sum(memory(chunk).values()) <= free
+    shape = forwards.usual if forwards.read and fits else FIRST_SHAPE
+    rate, measured = measured_rate(net, shape, job.scores, dtype)
+    seconds = flops / (rate * ranks.world) + reading
+    return ReadingEstimate(**known, rate=rate, measured=measured, seconds=seconds)
+
+
+def _lengths(
+    job: Job, items: Iterable[Document | Text], drawn: Sample | None, skip: Callable[..., None] | None
+) -> Iterator[int]:
+    """Yield the tokens of each document, those of texts at the end, as their bytes say."""
+
+    def documents() -> Iterator[Document]:
+        for item in items:
+            if not isinstance(item, Text):
+                yield item
+                continue
+            if drawn is None:
+                raise ConfigError(f"{item.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)")
+            try:
+                if item.error:
+                    raise item.error
+                drawn.add(item)
+            except DataError as error:
+                if skip is None or isinstance(error, FileChangedError):
+                    raise
+                yield Unread(error)
+
+    for document in checked(documents(), job.check, skip, reads=False):
+        yield len(document)
+    for size in drawn.bytes if drawn else ():
+        yield round(size * drawn.tokens_per_byte) if drawn else 0

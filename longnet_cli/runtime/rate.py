@@ -1,0 +1,50 @@
+"""The rate at which a net computes here: FLOP/s of a short forward, as a job would make them."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from longnet_cli.model import SlideConfig
+from longnet_cli.model.net import Net
+from longnet_cli.runtime.device import precision
+from longnet_cli.runtime.forwards import Forwards, Shape
+
+SECONDS = 0.5  # that the forward takes, or its repetitions
+FIRST_SHAPE = Shape(1, 256)  # of the forward, before it is known how many tokens take that long
+
+
+def measured_rate(net: Net, usual: Shape, scores: bool, dtype: str) -> tuple[float, Shape]:
+    """FLOP/s of a forward of the `usual` shape, or of fewer tokens that take half a second; and its shape."""
+    most, tokens = usual.rows * usual.tokens, FIRST_SHAPE.tokens
+    while True:
+        tokens = min(tokens, most)
+        shape = Shape(max(1, tokens // usual.tokens), min(tokens, usual.tokens))
+        begin, times = time.perf_counter(), 0
+        while not times or (tokens == most and time.perf_counter() < begin + SECONDS):
+            forward(net, shape, scores, dtype)
+            times += 1
+        seconds = (time.perf_counter() - begin) / times
+        if tokens == most or seconds >= SECONDS:
+            work = Forwards(net.config, shape.tokens)
+            for _ in range(shape.rows):
+                work.add(shape.tokens, shape.tokens)
+            return work.flops(scores) / seconds, shape
+        tokens *= 2 if seconds > SECONDS / 8 else 4
+
+
+@torch.inference_mode()
+def forward(net: Net, shape: Shape, scores: bool, dtype: str) -> None:
+    """Compute one of random ids, or vectors of zeros, with logits if it `scores`, and wait for it."""
+    device, config = next(net.parameters()).device, net.config
+    if net.row_size is None:
+        ids = torch.randint(config.vocab_size, shape, device=device)
+    else:
+        ids = torch.zeros(*shape, net.row_size + 2 * isinstance(config, SlideConfig), device=device)
+    with precision(dtype, device):
+        hidden = net(ids)
+        if scores:
+            net.nll(hidden, ids)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,321 @@
+"""What `score --dry-run` and `encode --dry-run` say is what the job does: forwards, FLOPs and the cache exactly, the
+peak of real runs within a fifth, and the tokens of a sample within its interval.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pytest
+import torch
+from conftest import RunLongnet
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from longnet_cli.attention import Pattern
+from longnet_cli.cli.dry_run import show_reading
+from longnet_cli.data.documents import Document
+from longnet_cli.data.sampling import Sample
+from longnet_cli.data.tables import Text
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.encoding import EncodeOptions, encode
+from longnet_cli.errors import DataError, MemoryLimitError, TooLongError
+from longnet_cli.estimating import EncodeJob, Job, ReadingEstimate, Room, ScoreJob, estimate
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model.net import Net
+from longnet_cli.runtime.chunks import CausalStream
+from longnet_cli.runtime.flops import attention_flops
+from longnet_cli.runtime.reading_bytes import cache_bytes
+from longnet_cli.scoring import Cut, score
+
+BOS = 256
+SMALL: dict[str, Any] = {
+    "vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope",
+    "segment_lengths": (8, 32), "dilation_rates": (1, 2),
+}  # fmt: skip
+ROOM = Room(0, None)
+LENGTHS = (30, 1, 0, 70, 500, 7, 7, 90)
+
+
+def net_of(**changes: Any) -> LongNet:
+    torch.manual_seed(0)
+    return LongNet(LongNetConfig(**(SMALL | changes))).eval()
+
+
+def documents(lengths: tuple[int, ...] = LENGTHS) -> list[Document]:
+    return [Document(str(i), np.full(length, 5), length, f"{i}.txt") for i, length in enumerate(lengths)]
+
+
+@contextmanager
+def counting(net: nn.Module) -> Iterator[list[int]]:
+    """The tokens of each forward of the net."""
+    found: list[int] = []
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args[0] if args else kwargs["tokens"]).numel())
+
+    handle = net.register_forward_pre_hook(see, with_kwargs=True)
+    yield found
+    handle.remove()
+
+
+def estimated(net: Net, job: Job, found: list[Document] | None = None, **options: Any) -> ReadingEstimate:
+    return estimate(net, job, documents() if found is None else found, **({"room": ROOM} | options))
+
+
+@pytest.mark.parametrize("chunk", [64, 200, 4096])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"context": None},
+        {"context": (16,)},
+        {"context": (16, 100)},
+        {"context": (50,), "stride": 20},
+        {"context": (20, 40), "last": 10},
+        {"context": None, "bos": None},
+    ],
+)
+def test_forwards_of_scoring_are_those_that_are_made(how: dict[str, Any], chunk: int) -> None:
+    net, how = net_of(), {"bos": BOS, "stride": None, "last": None} | how
+    with counting(net) as made:
+        scores = list(score(net, documents(), chunk=chunk, **how))
+    found = estimated(net, ScoreJob(net, Cut.of(net, **how)), chunk=chunk)
+    assert (found.documents, found.tokens, found.longest) == (len(LENGTHS), sum(LENGTHS), max(LENGTHS))
+    assert found.tokens_read == sum(made)
+    job = ScoreJob(net, Cut.of(net, **how))
+    assert sum(wanted for n in LENGTHS for _, wanted in job.windows(n)) == sum(x.score.n_tokens for x in scores)
+
+
+@pytest.mark.parametrize("chunk", [64, 200, 4096])
+@pytest.mark.parametrize("all_layers", [None, True])
+@pytest.mark.parametrize("causal", [True, False])
+def test_forwards_of_encoding_are_those_that_are_made(causal: bool, all_layers: bool | None, chunk: int) -> None:
+    net = net_of(causal=causal)
+    options = EncodeOptions(bos=BOS, all_layers=all_layers)
+    layers: list[int] = []
+    net.layers[0].ffn.register_forward_pre_hook(lambda module, args: layers.append(args[0].shape[:-1].numel()))
+    encode(net, documents(), options, chunk=chunk).read_all()  # a long bidirectional one goes layer by layer
+    made, found = sum(layers), estimated(net, EncodeJob(net, options), chunk=chunk)
+    assert (found.documents, found.tokens) == (len(LENGTHS) - 1, sum(LENGTHS))  # an empty one has no row
+    assert found.tokens_read == made
+
+
+@pytest.mark.parametrize(("causal", "scores"), [(True, True), (True, False), (False, False)])
+def test_flops_are_those_that_torch_counts(causal: bool, scores: bool) -> None:
+    """Of matrices: at one key per query there is next to no attention, of which none is counted here."""
+    net = net_of(segment_lengths=(1,), dilation_rates=(1,), causal=causal)
+    net(torch.zeros(1, 4, dtype=torch.int64))  # the first forward probes the kernel, by matrix products
+    job: Job = ScoreJob(net, Cut.of(net, BOS, None, None, None)) if scores else EncodeJob(net, EncodeOptions(bos=BOS))
+    with FlopCounterMode(display=False) as counter:
+        if scores:
+            list(score(net, documents(), bos=BOS, chunk=64))
+        else:
+            encode(net, documents(), EncodeOptions(bos=BOS), chunk=64).read_all()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    found = estimated(net, job, chunk=64)
+    attention = found.tokens_read * attention_flops(net.config, 1)
+    assert found.flops - attention == pytest.approx(counted, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Pattern((8, 32), (1, 2)), Pattern.window(8, sinks=4), Pattern((64,), (1,), look_back=2), Pattern.dense()],
+)
+@pytest.mark.parametrize("tokens", [100, 40_000])
+def test_the_cache_is_that_of_a_stream(pattern: Pattern, tokens: int) -> None:
+    shape = {"dim": 4, "num_heads": 2, "num_layers": 1, "ffn_dim": 1} if tokens > 100 else {}
+    net = net_of(**shape, **vars(pattern))
+    with torch.inference_mode():
+        stream = CausalStream(net)
+        for start in range(0, tokens, 5000):
+            stream(torch.zeros(1, min(5000, tokens - start), dtype=torch.int64))
+    assert cache_bytes(net.config, tokens, 4) == stream.cache_bytes
+
+
+def test_what_does_not_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+    net = net_of(dim=64, ffn_dim=256)
+    job = EncodeJob(net, EncodeOptions(bos=BOS))
+    whole = estimated(net, job, documents((60_000,) * 2), chunk=50_000, room=Room(1 << 40, 1 << 40))
+    assert whole.fits
+    room = Room(1 << 40, whole.beyond // 4)  # the program has been there before
+    found = estimated(net, job, documents((60_000,) * 2), chunk=50_000, room=room)
+    assert not found.fits
+    assert found.chunk_that_fits in (4096, 8192)
+    fitting = estimated(net, job, documents((60_000,) * 2), chunk=found.chunk_that_fits, room=room)
+    assert fitting.fits
+    with pytest.raises(MemoryLimitError, match=f"encoding needs .*, the largest part for activations, .*--chunk {found.chunk_that_fits} fits"):  # fmt: skip  # noqa: E501
+        show_reading(found, "text", "encoding")
+    assert "it does not fit" in capsys.readouterr().out
+    both = net_of(causal=False)
+    stored = estimated(both, EncodeJob(both, EncodeOptions()), documents((60_000,)), chunk=256, room=Room(1 << 40, 1))
+    assert stored.advice == "keep the hidden states on a disk (--spill DIR)"
+    spilled = estimated(both, EncodeJob(both, EncodeOptions()), documents((60_000,)), chunk=256, spill="disk")
+    assert spilled.spilled == stored.memory["hidden"] - spilled.memory["hidden"] >= 60_000 * 16 * 4
+
+
+def test_a_document_that_the_job_refuses_is_refused_or_left_out() -> None:
+    net = net_of()
+    job = EncodeJob(net, EncodeOptions(bos=BOS))
+    job.check = lambda document: net_limit(document)  # type: ignore[method-assign]
+
+    def net_limit(document: Document) -> None:
+        if len(document) > 100:
+            raise TooLongError(f"{document.where}: too long", "cut it")
+
+    with pytest.raises(TooLongError, match=r"4\.txt"):
+        estimated(net, job)
+    found = estimated(net, job, skip_bad=True)
+    assert (found.left_out, found.longest, found.documents) == (1, 90, len(LENGTHS) - 2)
+    with pytest.raises(DataError, match="there is nothing to read"):
+        estimated(net, job, documents((0, 0)))
+
+
+@pytest.fixture(scope="module")
+def words() -> Tokenizer:
+    return Tokenizer.load("longnet-tiny")
+
+
+def some_texts(words: Tokenizer, number: int, seed: int) -> list[Text]:
+    """Of very different lengths, some of prose and some of numbers, which have fewer bytes per token."""
+    draw = random.Random(seed)
+    found = []
+    for index in range(number):
+        kind = draw.choice(["the return of a value ", "8231 9 77 ", "def f(x): return x\n"])
+        found.append(Text(str(index), kind * int(draw.lognormvariate(1, 1)), f"{index}.txt"))
+    return found
+
+
+def test_a_sample_knows_how_far_it_may_be_off(words: Tokenizer) -> None:
+    inside = 0
+    for seed in range(60):
+        found = some_texts(words, 200, seed)
+        sample = Sample(40, words)
+        for text in found:
+            sample.add(text)
+        tokens = sum(len(words.encode(text.text)) for text in found)
+        assert sum(sample.bytes) == sum(len(text.text.encode()) for text in found)
+        assert 0 < sample.error < 0.5 * tokens
+        inside += abs(sample.tokens_per_byte * sum(sample.bytes) - tokens) <= sample.error
+    assert 52 <= inside <= 60  # of 57 that are expected of many
+
+
+def test_a_sample_of_all_is_exact(words: Tokenizer) -> None:
+    net, found = net_of(vocab_size=words.vocab_size), some_texts(words, 20, 0)
+    job = ScoreJob(net, Cut.of(net, 0, None, None, None))
+    all_of_them = estimated(net, job, found, sample=20, words=words)  # type: ignore[arg-type]
+    assert (all_of_them.sampled, all_of_them.tokens_error) == (20, 0.0)
+    assert all_of_them.tokens == pytest.approx(sum(len(words.encode(text.text)) for text in found), abs=10)
+    few = estimated(net, job, found, sample=5, words=words)  # type: ignore[arg-type]
+    low, high = few.as_dict()["tokens_interval"]
+    assert low < few.tokens < high
+    assert (few.sampled, few.documents) == (5, 20)
+
+
+def test_the_command_writes_nothing_and_says_what_it_would(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    for index in range(4):
+        (tmp_path / f"{index}.txt").write_text("some text, " * 40 * (index + 1))
+    (tmp_path / "list").write_text("0.txt\n1.txt\n2.txt\n3.txt\n")
+    before = {path.name for path in tmp_path.iterdir()}
+    done = run_longnet("encode", "@list", "-o", "vectors", "--dry-run", "--format", "json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert (found["documents"], found["fits"], found["sampled"]) == (4, True, None)
+    assert found["peak_bytes"] == sum(found["memory_bytes"].values())
+    assert found["seconds"] > 0
+    assert found["output"] == "vectors, a new folder of shards"
+    table = run_longnet("score", "@list", "--context", "16,64", "-o", "gains.parquet", "--dry-run", "--sample", "2")
+    assert (table.returncode, table.stderr) == (0, "")
+    assert "(95 %), estimated from 2 texts" in table.stdout
+    assert table.stdout.endswith("gains.parquet, which is new\n")
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+    done = run_longnet("encode", "0.txt", "1.txt", "-o", "vectors", "--shard-rows", "1")
+    assert done.returncode == 0
+    refused = run_longnet("encode", "@list", "-o", "vectors", "--dry-run", "--format", "json")
+    assert json.loads(refused.stdout)["output"].startswith("refused: vectors holds a finished data set")
+    resumed = run_longnet("encode", "@list", "-o", "vectors", "--resume", "--dry-run", "--format", "json")
+    rest = json.loads(resumed.stdout)
+    assert (rest["documents"], rest["output"]) == (2, "vectors, which has the first 2 documents")
+    assert 0 < rest["tokens"] < found["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sample", "5"], "--sample is for --dry-run"),
+        (["--dry-run", "--sample", "1"], "--sample needs 2 texts or more"),
+        (["--dry-run", "--format", "jsonl"], "give --format text or json"),
+        (["--dry-run", "--stride", "8"], "a stride of 8 tokens needs a context"),
+    ],
+)
+def test_what_the_command_refuses(run_longnet: RunLongnet, tmp_path: Path, words: list[str], said: str) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    done = run_longnet("score", "a.txt", *words)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert said in done.stderr
+
+
+def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    from longnet_cli.integrations.transformers_net import load_transformers
+
+    config = hf.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    net = load_transformers(tmp_path, pattern=Pattern.window(16, sinks=4))
+    with counting(net) as made:
+        encode(net, documents(), EncodeOptions(), chunk=64).read_all()
+    found = estimated(net, EncodeJob(net, EncodeOptions()), chunk=64)
+    assert found.tokens_read == sum(made)
+    assert found.parameters == sum(p.numel() for p in net.parameters())
+    assert found.memory["weights"] >= 4 * found.parameters
+    assert found.memory["cache"] == 2 * 2 * 16 * (2 * 16 + 4) * 4  # layers, heads of keys
+    trained = load_transformers(tmp_path)  # on up to 256 tokens
+    with pytest.raises(TooLongError, match="500 tokens"):
+        estimated(trained, EncodeJob(trained, EncodeOptions()))
+
+
+RUN = """
+import json, resource, subprocess, sys
+done = subprocess.run(json.loads(sys.argv[1]), capture_output=True, text=True)
+print(json.dumps([done.returncode, done.stderr, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["encode", "score"])
+@pytest.mark.parametrize(("lengths", "chunk"), [((300,) * 60, "8Ki"), ((12_000,), "4Ki"), ((40, 2000, 900), "1Ki")])
+def test_the_peak_is_that_of_a_real_run(
+    command: str, lengths: tuple[int, ...], chunk: str, tmp_path: Path, command_env: dict[str, str]
+) -> None:
+    rows = [np.resize(np.arange(300, 900, dtype=np.int32), length) for length in lengths]
+    table = pa.table({"doc_id": [str(i) for i in range(len(rows))], "input_ids": pa.array(rows)})
+    with pa.ipc.new_file(tmp_path / "x.arrow", table.schema) as writer:
+        writer.write_table(table)
+    args = [command, tmp_path / "x.arrow", "-o", tmp_path / "out.arrow", "--chunk", chunk, "-q"]
+    words = [sys.executable, "-m", "longnet_cli", *map(str, args)]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*words, *more], capture_output=True, text=True, env=command_env, check=True)
+
+    stated = json.loads(run("--dry-run", "--format", "json").stdout)
+    real = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(words)], capture_output=True, text=True, env=command_env, check=True
+    )
+    code, said, peak = json.loads(real.stdout)
+    assert (code, said) == (0, "")
+    print({kind: f"{size / 2**20:.0f} MiB" for kind, size in stated["memory_bytes"].items()}, f"{peak / 2**20:.0f} MiB")
+    assert 0.95 * peak <= stated["peak_bytes"] <= 1.2 * peak
