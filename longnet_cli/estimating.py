@@ -19,6 +19,7 @@ import torch
 
 from longnet_cli.data.documents import SPOOL_BYTES, Document, Unread, checked
 from longnet_cli.data.files import FileChangedError
+from longnet_cli.data.portions import portions
 from longnet_cli.data.sampling import Sample
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
@@ -34,6 +35,7 @@ from longnet_cli.runtime.estimate import Estimate, fitting_chunk
 from longnet_cli.runtime.forwards import Forwards, Shape
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.rate import FIRST_SHAPE, forward, measured_rate
+from longnet_cli.runtime.reading import PORTION_CHUNKS
 from longnet_cli.runtime.reading_bytes import computing_bytes, hidden_bytes, waiting_bytes
 from longnet_cli.scoring import Cut
 
@@ -217,13 +219,14 @@ def estimate(
     found = _lengths(job, items, drawn, (lambda document, error: left_out.append(document)) if skip_bad else None)
     lengths = islice(filter(None, found), done, None) if job.skips_empty else found
     number = tokens = longest = 0
-    for length in lengths:
-        number, tokens, longest = number + 1, tokens + length, max(longest, length)
-        for window in job.windows(length):
-            forwards.add(*window, alone=job.alone)
-        if on_progress:
-            on_progress(length)
-    forwards.end()
+    for part in portions(lengths, PORTION_CHUNKS * chunk, length_of=lambda length: length):
+        for length in part:
+            number, tokens, longest = number + 1, tokens + length, max(longest, length)
+            for window in job.windows(length):
+                forwards.add(*window, alone=job.alone)
+            if on_progress:
+                on_progress(length)
+        forwards.end()
     if not forwards.read and not done:
         raise DataError("there is nothing to read: every document is empty, too short or left out")
     reading = time.perf_counter() - begin + (drawn.seconds_of_all - drawn.seconds if drawn else 0)
