@@ -21,13 +21,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.atomic import sync_folder, write_file
 from longnet_cli.configuration import parse, read_text
-from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
+from longnet_cli.errors import CheckpointError, LongNetError
 from longnet_cli.runtime.ranks import Ranks
 
 STATE = "state.json"
@@ -43,11 +42,6 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
-        """Raises ConfigError where torch is too old to write safetensors."""
-        try:
-            from torch.distributed.checkpoint import HuggingFaceStorageWriter  # noqa: F401
-        except ImportError:
-            raise ConfigError(f"training needs torch 2.9 or newer, this is {torch.__version__}") from None
         self.folder, self.ranks, self.keep = folder, ranks, keep
         self.saved: int | None = None  # the step of the newest that is on the disk, or being written
         self._thread: threading.Thread | None = None

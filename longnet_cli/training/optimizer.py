@@ -16,8 +16,7 @@ from .recipe import OptimizerRecipe, ScheduleRecipe
 def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
     """Fused AdamW, and Muon for the matrices of the layers where the recipe asks for it; only matrices decay.
 
-    Weights that are sharded over ranks (`runtime.fsdp`) must be so already. Raises ConfigError where torch has no
-    Muon, or for Muon on them.
+    Weights that are sharded over ranks (`runtime.fsdp`) must be so already. Raises ConfigError for Muon on them.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     of_layers = {id(p) for block in model.blocks for p in block.parameters()}
@@ -25,8 +24,6 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
     matrices = [p for p in trained if p.dim() >= 2 and id(p) in of_layers]
     vectors = [p for p in trained if p.dim() < 2]
     muon = recipe.name == "muon"
-    if muon and not hasattr(torch.optim, "Muon"):
-        raise ConfigError(f'optimizer.name = "muon" needs torch 2.9 or newer, this is {torch.__version__}')
     groups = [
         {"params": tables if muon else tables + matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -72,8 +72,8 @@ class DataRecipe(Table):
 class OptimizerRecipe(Table):
     """AdamW; weights decay, biases and norms do not. Defaults from the paper's Table 3.
 
-    `name = "muon"` gives the matrices of the layers to torch's Muon (2.9 or newer), at the same learning rate, and
-    leaves embeddings, biases and norms to AdamW.
+    `name = "muon"` gives the matrices of the layers to torch's Muon, at the same learning rate, and leaves embeddings,
+    biases and norms to AdamW.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
