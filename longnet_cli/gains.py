@@ -126,10 +126,9 @@ def gains(
             scored += _tokens(batch)
             waiting.append(batch)
             if sum(map(len, waiting)) >= BATCH_ROWS:
-                yield _joined(waiting)
+                yield from _joined(waiting)
                 waiting = []
-    if waiting:
-        yield _joined(waiting)
+    yield from _joined([*waiting, pa.RecordBatch.from_pylist([], scorer.schema)])
     if not scored and (ranks.first or ranks.dp == 1):  # behind the rows, which say so one by one
         raise scorer.nothing()
 
@@ -190,7 +189,8 @@ def gains_to_folder(
             folder = stack.enter_context(shards)
         if ranks.any(folder is not None and folder.finished):
             return folder
-        done = int(ranks.largest(folder.documents if folder else 0))
+        # folders of before 2026-11-26 count what is left out among their documents
+        done = int(ranks.largest(folder.documents - folder.totals["left_out"] if folder else 0))
         scored = int(ranks.largest(folder.totals["tokens"] if folder else 0))
 
         def skip(document: Document, error: LongNetError) -> None:
@@ -219,8 +219,9 @@ def _tokens(batch: pa.RecordBatch) -> int:
     return int(batch["n_tokens"].to_numpy().sum())
 
 
-def _joined(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
-    return (pa.Table.from_batches(batches).combine_chunks().to_batches() or batches)[0]  # of no rows, no batch
+def _joined(batches: Sequence[pa.RecordBatch]) -> Sequence[pa.RecordBatch]:
+    """Return the same rows in few batches, in one without rows where there are none."""
+    return pa.Table.from_batches(batches).combine_chunks().to_batches() or batches[:1]
 
 
 class _GainScorer:
@@ -234,6 +235,7 @@ class _GainScorer:
         count_bytes: Callable[[np.ndarray], int | None] | None,
     ) -> None:
         self.reader, self.options, self.kept = reader, options, kept
+        self.schema = options.schema(kept)
         self.contexts = options.context or (None,)
         cut = Cut.of(reader.model, options.bos, options.context, options.stride, options.last)
         on_nats = self._on_nats if options.compares else None
@@ -248,7 +250,7 @@ class _GainScorer:
         while found := list(islice(scores, len(self.contexts))):
             row = _row(self.options, found, self.open.popleft() if self.options.compares else None)
             rows.append(row | {field.name: kept_value(found[0], field) for field in self.kept})
-        yield _record_batch(rows, self.options.schema(self.kept), self.kept)
+        yield _record_batch(rows, self.schema, self.kept)
 
     def _on_nats(self, document: Document, context: int | None, nats: np.ndarray) -> None:
         if not self.open or self.open[-1].document is not document:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from longnet_cli.data.documents import Document, checked
+from longnet_cli.data.kept import Sent
 from longnet_cli.data.portions import Portion, portions
 from longnet_cli.data.sinks import ShardWriter
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
@@ -325,7 +327,8 @@ class Scorer:
 
     def tell_progress(self, portion: Portion[Document]) -> None:
         """Tell of tokens that another group of ranks has scored."""
-        self.reader.on_progress(portion.length * len(self.cut.contexts))
+        scored = portion.items * self.cut.last if self.cut.last else portion.length
+        self.reader.on_progress(scored * len(self.cut.contexts))
 
     def nothing(self) -> NothingToScoreError:
         """Return the error for documents without a token to score."""
@@ -442,5 +445,5 @@ def _unpack(data: bytes) -> Iterator[DocumentScore]:
             context,
             ByPosition(positions[0], *map(np.array, positions[1:])) if positions else None,
             ByRecall(np.array(recall[0])) if recall else None,
-            {name: pa.scalar(value) for name, value in kept.items()},
+            {name: cast(pa.Scalar, Sent(value)) for name, value in kept.items()},
         )

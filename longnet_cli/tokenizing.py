@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -225,7 +226,8 @@ class _Piece(NamedTuple):
     text: str | None
     ids: Callable[[], np.ndarray] | None = None
 
-    def __len__(self) -> int:
+    @property
+    def length(self) -> int:
         return len(self.text or "")
 
 
@@ -288,16 +290,21 @@ def _run(
             rows.flush()
         report(rows)
 
+    length = attrgetter("length")
+
     def report(rows: TokenBatches) -> None:
         if on_progress:
             on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
 
     if rows and (ranks is None or ranks.world == 1):
-        in_two_threads(pieces(), len, TEXT_CHARS, lambda group, check: take(encode(group), rows, check), abandon=prompt)
+        in_two_threads(
+            pieces(), length, TEXT_CHARS, lambda group, check: take(encode(group), rows, check), abandon=prompt
+        )
     elif ranks:
         from longnet_cli.runtime.dealing import Parcel, deal  # torch, which one process need not load
 
-        for _, found in deal(portions(pieces(), TEXT_CHARS), encode, ranks, Parcel(_pack, _unpack)):
+        parts = portions(pieces(), TEXT_CHARS, length_of=length)
+        for _, found in deal(parts, encode, ranks, Parcel(_pack, _unpack), ahead=2 * ranks.world):
             take(found, cast(TokenBatches, rows))  # of rank 0: the others are given nothing
     if rows:
         rows.flush()

@@ -67,6 +67,7 @@ def test_documents_that_cannot_be_read_are_left_out() -> None:
 def test_batches_without_rows_or_tokens_have_no_vectors() -> None:
     none, empty = encode_batches(TABLE[:0]), encode_batches(TABLE[2:3])
     assert none.num_rows == empty.num_rows == 0
+    assert score_batches(TABLE[:0]).schema == score_batches(TABLE[3:4]).schema
     assert none.schema == encode_batches(TABLE[:1]).schema
     assert score_batches(TABLE[2:3])["n_tokens"].to_pylist() == [0]
 

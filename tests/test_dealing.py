@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from test_exchange import run_ranks
 
 from longnet_cli.data.portions import Portion, portions
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.errors import DataError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime import dealing
 from longnet_cli.runtime.dealing import Parcel, deal
@@ -81,7 +83,7 @@ def _deal_at_random() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
     port = Ranks(rank, 4).from_first(store.port if store else 0)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dealing.AHEAD, dealing.VALUE_BYTES, dealing.PAUSE = 3, 5, 0.001
+    dealing.VALUE_BYTES, dealing.PAUSE = 5, 0.001
     for seed in range(12):
         ranks = Ranks(rank, 4, 1) if seed % 2 else Ranks(rank, 4, 2, pairs[rank // 2])
         chance = random.Random(seed)  # the same on all ranks
@@ -97,13 +99,28 @@ def _deal_at_random() -> None:
 
         others: Counter[int] = Counter()
         parts = portions(items, 12, length_of=lambda item: item)
-        dealt = deal(parts, work, ranks, AS_JSON, on_other=lambda part, others=others: others.update([part.length]))
+        dealt = deal(
+            parts, work, ranks, AS_JSON, on_other=lambda part, others=others: others.update([part.length]), ahead=3
+        )
         found = [result for _, results in dealt for result in results]
         assert [item for item, _ in found] == (items if rank == 0 else [])
         if rank == 0:
             assert sum(length * times for length, times in others.items()) == sum(i for i, who in found if who)
             shares = Counter(who for _, who in found)
             assert len(items) < 40 or shares[slow] < max(shares.values())
+
+    def slow_on_rank_0(portion: Portion[int]) -> Iterator[list[int]]:
+        time.sleep(0.0 if rank else 0.5)
+        return ([item, rank] for item in list(portion))
+
+    lengths = [5, 6 if rank else 5, 5, 5, 5]  # as if a file had changed
+    dealt = deal(portions(lengths, 1, length_of=lambda item: item), slow_on_rank_0, Ranks(rank, 4), AS_JSON)
+    if rank == 0:
+        with pytest.raises(DataError, match="portion 1 is 1 documents of 5 tokens on rank 0 and 1 of 6 on another"):
+            list(dealt)
+        dist.PrefixStore("longnet/0/12", store).set("end", "")
+    else:
+        assert list(dealt) == []
     Ranks(rank, 4).barrier()
 
 
@@ -120,6 +137,9 @@ def folder(tmp_path: Path) -> Path:
     rows = [chance.integers(97, 122, length) for length in [0, 1, *chance.integers(1, 400, 60)]]
     texts = [{"id": f"d{index}", "text": bytes(row.tolist()).decode(), "n": index} for index, row in enumerate(rows)]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    lengths = [9_000_000, 0, *[40_000] * 100, 5_000_000]  # several portions of 4 Mi characters
+    long = [{"id": f"{i}", "text": (f"{i:06d} " * (length // 7 + 1))[:length]} for i, length in enumerate(lengths)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(text) + "\n" for text in long))
     table = pa.table({"doc_id": [text["id"] for text in texts], "input_ids": [row.tolist() for row in rows]})
     with ipc.new_file(tmp_path / "docs.arrow", table.schema) as writer:
         writer.write_table(table)
@@ -143,7 +163,7 @@ COMMANDS = {
         "--shard-tokens",
         "3000",
     ],
-    "tokenize": ["tokenize", "docs.jsonl", "--shard-tokens", "3000"],
+    "tokenize": ["tokenize", "long.jsonl", "--shard-tokens", "4000000"],
 }
 
 
@@ -194,10 +214,50 @@ def test_groups_may_share_documents(folder: Path, run_longnet: RunLongnet) -> No
         torch.testing.assert_close(*vectors, rtol=1e-5, atol=1e-6)
 
 
+def test_kept_values_come_as_from_one_process(folder: Path, run_longnet: RunLongnet) -> None:
+    kept = {
+        "m": pa.array([[("a", 1)], None] * 20, pa.map_(pa.string(), pa.int64())),
+        "u": pa.array([2**64 - 1, None] * 20, pa.uint64()),
+        "t": pa.array([0, None] * 20, pa.timestamp("s")),
+        "b": pa.array([b"\xff\x00", None] * 20),
+    }
+    table = pa.table({"input_ids": [[97] * 300] * 40, **kept})
+    with ipc.new_file(folder / "kept.arrow", table.schema) as writer:
+        writer.write_table(table)
+    command = ["score", "kept.arrow", "-m", "./net", "--keep", "m,u,t,b", "--format", "jsonl", "--chunk", "256"]
+    alone, many = (
+        run_longnet(*command, *more, cwd=folder, env={"OMP_NUM_THREADS": "1"}) for more in ([], ["--dp", "2"])
+    )
+    assert alone.stdout == many.stdout, many.stderr
+    assert alone.stdout.count("\n") == 41
+
+
+@pytest.mark.parametrize("skip_bad", [True, False])
+def test_bad_data_ends_what_it_ends_in_one_process(skip_bad: bool, folder: Path, run_longnet: RunLongnet) -> None:
+    rows = [[97] * 200 for _ in range(50)]
+    rows[30][100] = 9999
+    table = pa.table({"input_ids": rows})
+    with ipc.new_file(folder / "bad.arrow", table.schema) as writer:
+        writer.write_table(table)
+    command = ["encode", "bad.arrow", "-m", "./net", "--chunk", "128", "--shard-rows", "10"]
+    command += ["--skip-bad"] if skip_bad else []
+    alone, many = (
+        run_longnet(*command, "-o", place, *more, cwd=folder, env={"OMP_NUM_THREADS": "1"})
+        for place, more in (("alone", []), ("many", ["--dp", "2"]))
+    )
+    assert alone.returncode == many.returncode == (6 if skip_bad else 3)
+    assert re.sub(r"rank \d: ", "", many.stderr) == alone.stderr
+    assert contents(folder / "alone") == contents(folder / "many")
+    assert len(contents(folder / "alone")) == (6 if skip_bad else 4)
+
+
 def test_what_cannot_be_shared_is_one_line(folder: Path, run_longnet: RunLongnet) -> None:
+    os.mkfifo(folder / "pipe")
     for command, words in (
         (["score", "docs.arrow", "-m", "./net", "--token-logprobs", "x.arrow"], "leave out --dp"),
         (["tokenize", "docs.jsonl", "-o", "t", "--train-vocab", "300"], "without --dp"),
+        (["tokenize", "pipe", "-o", "t"], "pipe can be read by one process"),
+        (["encode", "docs.arrow", "-m", "./net", "-o", "v", "--nproc", "1"], "needs 2 processes, and there are 1"),
     ):
         done = run_longnet(*command, "--dp", "2", cwd=folder)
         assert (done.returncode, done.stdout) == (2, "")

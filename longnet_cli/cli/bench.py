@@ -15,7 +15,6 @@ from longnet_cli.cli.options import (
     PATTERN,
     DeviceOption,
     DtypeOption,
-    NprocOption,
     QuietOption,
     names_option,
     option,
@@ -112,7 +111,10 @@ def bench(
         int | None, size_option(MODEL, "--vocab", "Use a vocabulary of this size, with random weights.", "256")
     ] = None,
     format: Annotated[RowFormat, option(OUTPUT, "--format", "md|json|jsonl|csv", "Print rows in this format.")] = "md",
-    nproc: NprocOption = None,
+    nproc: Annotated[
+        int | None,
+        size_option(COMPUTE, "--nproc", "Start N processes (ranks) on this machine.", "this process", metavar="N"),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     chunk: Annotated[

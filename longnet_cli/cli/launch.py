@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from longnet_cli.errors import ConfigError
-from longnet_cli.runtime.launch import start_ranks, under_torchrun
+from longnet_cli.runtime.launch import start_ranks, started_by_torchrun, under_torchrun
 
 
 def launch(
@@ -19,14 +19,14 @@ def launch(
 ) -> None:
     """Run this command as `nproc` processes, or as many as `dp` groups of `sp` are, and end as they do.
 
-    Without any of them, and under torchrun, go on as this process. Raises ConfigError for a model that is not shipped,
-    and under several processes for stdin, which they cannot share, and a Hugging Face model that would have to share a
-    sequence; CheckpointError for a folder that holds no model.
+    Without any of them, or under torchrun, go on as this process. Raises ConfigError for a model that is not shipped,
+    and under several processes for stdin or a pipe, which they cannot share, and a Hugging Face model that would have
+    to share a sequence; CheckpointError for a folder that holds no model.
     """
     from longnet_cli.presets import find_model, is_of_transformers
 
     needed = (dp or 1) * (sp or 1)
-    if nproc is None and not under_torchrun() and needed > 1:
+    if nproc is None and not started_by_torchrun() and needed > 1:
         nproc = needed
     world = int(os.environ.get("WORLD_SIZE", "1")) if under_torchrun() else nproc or 1
     shared = (sp or world // (dp or 1)) > 1
@@ -35,7 +35,14 @@ def launch(
             f"{model}: a Hugging Face model reads a document in one process: give every process its own documents "
             f"(--dp {world})"
         )
-    if {"-", "@-"} & {*inputs} and world > 1:
-        raise ConfigError("stdin can be read by one process: save it to a file, which every rank reads for itself")
+    if world > 1 and (read_once := [item for item in inputs if _is_read_once(item)]):
+        name = "stdin" if read_once[0] in ("-", "@-") else read_once[0]
+        raise ConfigError(f"{name} can be read by one process: save it to a file, which every rank reads for itself")
     if nproc is not None:
         start_ranks(nproc)
+
+
+def _is_read_once(item: str) -> bool:
+    """Return whether an input is a stream: what one process reads of it, another does not."""
+    stream = item.startswith("/dev/") or (os.path.exists(item) and not (os.path.isfile(item) or os.path.isdir(item)))
+    return item in ("-", "@-") or stream

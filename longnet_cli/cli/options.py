@@ -269,7 +269,7 @@ ChunkOption = Annotated[
 NprocOption = Annotated[
     int | None,
     size_option(
-        COMPUTE, "--nproc", "Start N processes on this machine (ranks).", "as many as --dp and --sp need", metavar="N"
+        COMPUTE, "--nproc", "Start N processes (ranks) on this machine.", "what --dp and --sp need", metavar="N"
     ),
 ]
 SpOption = Annotated[

@@ -176,6 +176,8 @@ def score(
         raise ConfigError(f"--keep {taken[0]}: the output has a key of this name")
     if token_logprobs == "-":
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
+    if token_logprobs and (dp or 1) > 1:
+        raise ConfigError("--token-logprobs is written by one group of ranks: leave out --dp")
     if token_logprobs:
         refuse_overwriting("--token-logprobs", [token_logprobs], inputs, model, tokenizer, skip_bad)
     if output is not None:

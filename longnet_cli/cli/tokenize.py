@@ -103,12 +103,16 @@ def tokenize(
     refuse_overwriting(
         "-o", [output, *([beside] if beside else [])], inputs, [Tokenizer.find(tokenizer)], skip_bad=skip_bad
     )
+    if train_vocab is not None and (dp or 1) > 1:
+        raise ConfigError("--train-vocab is for one process: train the tokenizer first, without --dp")
     launch(None, inputs, dp=dp)
     ranks = None
     if under_torchrun():
         from longnet_cli.runtime.ranks import join, leave
 
-        ranks, _ = join("cpu", sp=1, dp=dp)
+        ranks, _ = join("cpu", sp=1)
+        if dp not in (None, ranks.world):
+            raise ConfigError(f"--dp is {dp}, and there are {ranks.world} processes: leave it out")
         quiet = quiet or not ranks.first
     earlier = read_manifest(output) if resume else None
     done = earlier.totals["bytes"] if earlier else 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
@@ -17,6 +17,15 @@ class Carrier(Protocol):
     def where(self) -> str: ...
     @property
     def kept(self) -> Mapping[str, pa.Scalar]: ...
+
+
+class Sent(NamedTuple):
+    """A value that another process sent as JSON; it stands for the scalar that it was."""
+
+    value: Any
+
+    def as_py(self) -> Any:
+        return self.value
 
 
 def first_kept(documents: Iterable[Document]) -> tuple[list[pa.Field], Iterator[Document]]:

@@ -21,9 +21,10 @@ from typing import Generic, Protocol, TypeVar, cast
 import pyarrow as pa
 import torch.distributed as dist
 
+from longnet_cli.errors import DataError, LongNetError
 from longnet_cli.runtime.ranks import TIMEOUT, Ranks
 
-AHEAD = 256  # portions whose results may wait for an earlier one, in memory
+AHEAD = 64  # portions whose results may wait for an earlier one, in memory
 VALUE_BYTES = 4 << 20  # of a value in the store, which takes up to 8 MiB
 PAUSE = 0.01  # seconds between two looks at the store
 
@@ -31,7 +32,10 @@ _deals = count()  # of this process; all ranks deal in the same order
 
 
 class Portion(Protocol):
-    """Items of work that can be read once, before the next portion is."""
+    """Items of work that can be read once, before the next portion is; then their number and length are known."""
+
+    items: int
+    length: int
 
     def __iter__(self) -> Iterator[object]: ...
 
@@ -73,13 +77,18 @@ def deal(
     ranks: Ranks,
     parcel: Parcel[R],
     on_other: Callable[[P], None] | None = None,
+    *,
+    ahead: int = AHEAD,
 ) -> Iterator[tuple[P, Iterable[R]]]:
     """Yield each portion with what `work` makes of it, in order.
 
     `work` reads the portion to its end. In one group of ranks every rank works on every portion, result by result.
-    Several groups deal portions out: then rank 0 gets all results, through `parcel`, and the other ranks nothing. Use
-    up the results of a portion before you take the next. `on_other` gets the portions that other groups worked on, when
-    their results have come.
+    Several groups deal portions out: then rank 0 gets all results, those of other groups through `parcel`, and the
+    other ranks get nothing. Use up the results of a portion before you take the next. `on_other` gets the portions that
+    other groups worked on, when their results have come. No group starts a portion that is `ahead` of those given.
+
+    What reading or work raises is raised when rank 0 has given all portions before. Raises DataError where the ranks
+    read different portions.
     """
     if ranks.dp == 1:
         for portion in portions:
@@ -98,33 +107,41 @@ def deal(
             if given in own:
                 yield portion, own.pop(given)
             else:
-                sent = parcel.unpack(table.get(given))
+                sent = parcel.unpack(table.get(given, portion))
                 if on_other:
                     on_other(portion)
                 yield portion, sent
             given += 1
             table.say_given()
 
-    mine = table.take()
-    for index, portion in enumerate(portions):
-        waiting.extend([portion] if ranks.first else [])
-        if index != mine:
-            for _ in portion:
-                pass
-        else:
-            while table.must_wait(index):
-                yield from come()
-                time.sleep(PAUSE)
-            found = list(work(portion))
-            if ranks.first:
-                own[index] = found
+    mine, number, failure = table.take(), 0, None
+    try:
+        for index, portion in enumerate(portions):
+            if index != mine:
+                for _ in portion:
+                    pass
             else:
-                table.put(index, parcel.pack(found))
-            mine = table.take()
-        yield from come()
+                while table.must_wait(index, ahead):
+                    yield from come()
+                    time.sleep(PAUSE)
+                found = list(work(portion))
+                if ranks.first:
+                    own[index] = found
+                elif table.group.first:
+                    table.put(index, portion, parcel.pack(found))
+                mine = table.take()
+            number += 1
+            waiting.extend([portion] if ranks.first else [])
+            yield from come()
+    except LongNetError as error:
+        failure = error
     while waiting:
         yield from come()
         time.sleep(PAUSE)
+    if failure:
+        while ranks.dp_rank and table.given() < number:  # rank 0 may need the others of its group for that
+            time.sleep(PAUSE)
+        raise failure
     table.end() if ranks.first else table.wait_for_end()
 
 
@@ -143,29 +160,37 @@ class _Table:
         """Return the index of this group's next portion, which no other group takes."""
         return self.group.from_first(self.store.add("taken", 1) - 1 if self.group.first else 0)
 
-    def must_wait(self, index: int) -> bool:
-        """Return whether a portion is AHEAD of those that rank 0 has given: all ranks of a group agree."""
-        return self.group.any(self.group.first and self.store.add("given", 0) + AHEAD <= index)
+    def must_wait(self, index: int, ahead: int) -> bool:
+        """Return whether a portion is `ahead` of those that rank 0 has given: all ranks of a group agree."""
+        return self.group.any(self.group.first and self.given() + ahead <= index)
+
+    def given(self) -> int:
+        """Return how many portions rank 0 has given."""
+        return self.store.add("given", 0)
 
     def say_given(self) -> None:
         """Say that rank 0 has given one portion more."""
         self.store.add("given", 1)
 
-    def put(self, index: int, data: bytes) -> None:
+    def put(self, index: int, portion: Portion, data: bytes) -> None:
         """Lay down the results of a portion, once for the group."""
-        if not self.group.first:
-            return
         pieces = range(0, len(data), VALUE_BYTES)
         for piece, start in enumerate(pieces):
             self.store.set(f"{index}/{piece}", data[start : start + VALUE_BYTES])  # type: ignore[arg-type]
-        self.store.set(str(index), str(len(pieces)))
+        self.store.set(str(index), f"{len(pieces)} {portion.items} {portion.length}")
 
     def has(self, index: int) -> bool:
         return bool(self.store.check([str(index)]))
 
-    def get(self, index: int) -> bytes:
-        """Take up the results of a portion."""
-        pieces = [f"{index}/{piece}" for piece in range(int(self.store.get(str(index))))]
+    def get(self, index: int, portion: Portion) -> bytes:
+        """Take up the results of a portion. Raises DataError where the other rank has read another."""
+        number, *read = map(int, self.store.get(str(index)).split())
+        if read != [portion.items, portion.length]:
+            raise DataError(
+                f"the ranks read different data: portion {index} is {portion.items} documents of {portion.length} "
+                f"tokens on rank 0 and {read[0]} of {read[1]} on another: has an input changed, or does a node lack it?"
+            )
+        pieces = [f"{index}/{piece}" for piece in range(number)]
         data = b"".join(self.store.get(piece) for piece in pieces)
         for key in [str(index), *pieces]:
             self.store.delete_key(key)
@@ -178,4 +203,4 @@ class _Table:
     def wait_for_end(self) -> None:
         """Wait for rank 0, however long it still works: a barrier would give up."""
         while not self.store.check(["end"]):
-            time.sleep(PAUSE)
+            time.sleep(10 * PAUSE)
