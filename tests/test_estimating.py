@@ -256,7 +256,7 @@ def test_the_command_writes_nothing_and_says_what_it_would(run_longnet: RunLongn
     assert json.loads(refused.stdout)["output"].startswith("refused: vectors holds a finished data set")
     resumed = run_longnet("encode", "@list", "-o", "vectors", "--resume", "--dry-run", "--format", "json")
     rest = json.loads(resumed.stdout)
-    assert (rest["documents"], rest["output"]) == (2, "vectors, which has the first 2 documents")
+    assert (rest["documents"], rest["output"]) == (2, "vectors, after document 2 of an earlier run")
     assert 0 < rest["tokens"] < found["tokens"]
 
 
