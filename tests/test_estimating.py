@@ -30,7 +30,7 @@ from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode
 from longnet_cli.errors import DataError, MemoryLimitError, TooLongError
-from longnet_cli.estimating import EncodeJob, Job, ReadingEstimate, Room, ScoreJob, estimate
+from longnet_cli.estimating import EncodeJob, Job, ReadingEstimate, Room, ScoreJob, check_weights, estimate
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import Net
 from longnet_cli.runtime.chunks import CausalStream
@@ -125,6 +125,17 @@ def test_flops_are_those_that_torch_counts(causal: bool, scores: bool) -> None:
     found = estimated(net, job, chunk=64)
     attention = found.tokens_read * attention_flops(net.config, 1)
     assert found.flops - attention == pytest.approx(counted, rel=1e-6)
+
+
+@pytest.mark.parametrize("pattern", [Pattern((128,), (1,)), Pattern.window(32), Pattern((32,), (1,))])
+def test_layer_by_layer_computes_keys_twice_where_chunks_see_each_other(pattern: Pattern) -> None:
+    net, found = net_of(causal=False, **vars(pattern)), documents((500,))
+    net(torch.zeros(1, 4, dtype=torch.int64))
+    with FlopCounterMode(display=False) as counter:
+        encode(net, found, EncodeOptions(), chunk=64).read_all()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    flops = estimated(net, EncodeJob(net, EncodeOptions()), found, chunk=64).flops
+    assert flops - attention_flops(net.config, 500) == pytest.approx(counted, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +256,7 @@ def test_the_command_writes_nothing_and_says_what_it_would(run_longnet: RunLongn
     assert json.loads(refused.stdout)["output"].startswith("refused: vectors holds a finished data set")
     resumed = run_longnet("encode", "@list", "-o", "vectors", "--resume", "--dry-run", "--format", "json")
     rest = json.loads(resumed.stdout)
-    assert (rest["documents"], rest["output"]) == (2, "vectors, which has the first 2 documents")
+    assert (rest["documents"], rest["output"]) == (2, "vectors, after document 2 of an earlier run")
     assert 0 < rest["tokens"] < found["tokens"]
 
 
@@ -283,9 +294,19 @@ def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
     assert found.parameters == sum(p.numel() for p in net.parameters())
     assert found.memory["weights"] >= 4 * found.parameters
     assert found.memory["cache"] == 2 * 2 * 16 * (2 * 16 + 4) * 4  # layers, heads of keys
+    check_weights(str(tmp_path), "fp32", torch.device("cpu"), 4 * found.parameters)
+    with pytest.raises(MemoryLimitError, match="choose a smaller model"):
+        check_weights(str(tmp_path), "fp32", torch.device("cpu"), 4 * found.parameters - 1)
+    check_weights(str(tmp_path), "bf16", torch.device("cpu"), 2 * found.parameters)
     trained = load_transformers(tmp_path)  # on up to 256 tokens
     with pytest.raises(TooLongError, match="500 tokens"):
         estimated(trained, EncodeJob(trained, EncodeOptions()))
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_loaded() -> None:
+    check_weights("longnet-tiny", "auto", torch.device("cpu"), 5 * 4_100_000)
+    with pytest.raises(MemoryLimitError, match=r"longnet-tiny: the weights take 0.0 GiB and 0.0 GiB are free"):
+        check_weights("longnet-tiny", "auto", torch.device("cpu"), 4 * 4_000_000)
 
 
 RUN = """

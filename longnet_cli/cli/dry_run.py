@@ -119,7 +119,7 @@ def _fate(output: str | None, resume: bool) -> tuple[str, int]:
     if earlier is None:
         return f"{output}, a new folder of shards", 0
     done = earlier.totals["documents"]
-    return f"{output}, which has the first {done:,} documents", done
+    return f"{output}, after document {done:,} of an earlier run", done
 
 
 def _show(found: Estimate, format: Format, job: str, before: Sequence[Row], after: Sequence[Row]) -> None:

@@ -178,9 +178,9 @@ def encode(
 
     ranks, where = join(device, sp=sp, dp=dp)
     quiet = quiet or not ranks.first
-    before = room(model, dtype, where) if dry_run else None
+    memory = room(model, dtype, where) if dry_run else None  # before the model is loaded
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
-    net, words, start, *_ = load_model(
+    net, words, before, *_ = load_model(
         model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet, vectors=True
     )
     if net.row_size is not None:
@@ -211,7 +211,7 @@ def encode(
     known = stored_documents(inputs, words, **reading) if limited else ()
     skipped = Skipped(quiet)
     options = EncodeOptions(
-        bos=start,
+        bos=before,
         pool=pool or ("cls" if net.has_cls and span is None else "mean"),
         normalize=normalize,
         span=span,
@@ -222,7 +222,7 @@ def encode(
         tokenizer_sha256=words.sha256 if words else None,
         pattern=format_pattern(net.config.pattern),
     )
-    if before:
+    if memory:
         from longnet_cli.estimating import EncodeJob
 
         if sample and net.row_size is None:
@@ -233,7 +233,7 @@ def encode(
             documents,
             output,
             resume=resume,
-            room=before,
+            room=memory,
             words=words,
             sample=sample,
             chunk=chunk,

@@ -187,9 +187,8 @@ def score(
         "--by-recall": by_recall,
         "--token-logprobs": token_logprobs,
     }
-    printing |= {f"--format {format}": format != "text"}
-    if dry_run:
-        del printing[f"--format {format}"]  # it is that of the estimate
+    if not dry_run:  # whose estimate has that format
+        printing[f"--format {format}"] = format != "text"
     done = gains.check(output, resume=resume, shard_tokens=shard_tokens, others=printing, dry_run=dry_run)
     launch(nproc, inputs, model, sp=sp, dp=dp)
     from longnet_cli.data.inputs import inputs_fingerprint
@@ -203,9 +202,9 @@ def score(
 
     ranks, where = join(device, sp=sp, dp=dp)
     quiet = quiet or not ranks.first
-    before = room(model, dtype, where) if dry_run else None
+    memory = room(model, dtype, where) if dry_run else None  # before the model is loaded
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
-    net, words, start, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
+    net, words, before, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
     if asked and not quiet and sys.stderr:
         print(f"pattern {format_pattern(net.config.pattern)}", file=sys.stderr)
     from longnet_cli.gains import GainOptions
@@ -217,18 +216,18 @@ def score(
     columns: dict[str, Any] = {"column": column, "id_column": id_column, "keep": tuple(keep or ())}
     reading = {**columns, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
     documents = read_documents(inputs, words, **reading, skip_bad=skip_bad)
-    if before:
+    if memory:
         from longnet_cli.estimating import ScoreJob
         from longnet_cli.scoring import Cut
 
-        cut = Cut.of(net, start, context, stride, last)
+        cut = Cut.of(net, before, context, stride, last)
         found = estimate_reading(
             net,
             ScoreJob(net, cut, gains=output is not None and len(cut.contexts) > 1, recalls=by_recall),
             read_untokenized(inputs, words, **reading, skip_bad=skip_bad) if sample else documents,
             output,
             resume=resume,
-            room=before,
+            room=memory,
             words=words,
             sample=sample,
             chunk=chunk,
@@ -263,7 +262,7 @@ def score(
         }
         if output is not None:
             options = GainOptions(
-                bos=start,
+                bos=before,
                 context=tuple(context) if context else None,
                 stride=stride,
                 last=last,
@@ -278,7 +277,7 @@ def score(
             scores = run(
                 net,
                 documents,
-                bos=start,
+                bos=before,
                 context=context,
                 stride=stride,
                 last=last,
