@@ -4,7 +4,8 @@
     python examples/ray_encode.py corpus/ vectors/ --workers 2
 
 A local cluster starts by itself; RAY_ADDRESS joins one that runs. A worker has a GPU where the cluster has any,
-otherwise a CPU. A worker that dies is started again, and reads its batch again.
+otherwise a CPU. A worker that dies is started again, and reads its batch again. Rows are in the order in which batches
+were done, so sort by `doc_id`, or join with it.
 
 A row is a document, with a column `doc_id` or `id`, and `text` or `input_ids`. The columns of the output are those of
 `longnet encode`; other engines take `encode_batches` and `score_batches` in the same way.
@@ -54,7 +55,6 @@ def main() -> None:
     found = ray.cluster_resources()
     gpus = int(found.get("GPU", 0))
     workers = arguments.workers or gpus or max(1, int(found["CPU"]) - 1)
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
     documents = ray.data.read_parquet(arguments.source)
     # Ray joins small files to one block, which one worker would get
     vectors = documents.repartition(target_num_rows_per_block=arguments.batch_rows).map_batches(
