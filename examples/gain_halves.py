@@ -1,4 +1,4 @@
-"""How stable is a ranking by gain? Rank documents by the even and by the odd blocks of their tokens, and compare.
+"""Rank documents by the gain of their even and of their odd blocks of tokens: how stable is the ranking?
 
     longnet score corpus --context 64 --token-logprobs short.arrow
     longnet score corpus --context 4Ki --token-logprobs long.arrow
@@ -20,12 +20,12 @@ import pyarrow.ipc as ipc
 BLOCK = 128
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare the gains of two halves of each document.")
     parser.add_argument("short", help="log-probabilities of the tokens with the short context")
     parser.add_argument("long", help="those of the same tokens with the long one")
     parser.add_argument("--least", type=int, default=16, help="blocks of a document that is ranked")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     names, tokens, halves = [], [], []
     for (name, short), (_, long) in zip(documents(arguments.short), documents(arguments.long), strict=True):
         gained = long - short
@@ -47,7 +47,8 @@ def documents(path: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name of each document and the log-probabilities of its tokens, (n,) float32."""
     name, parts = None, []
     with pa.memory_map(path) as file:
-        for batch in ipc.open_file(file):
+        reader = ipc.open_file(file)
+        for batch in map(reader.get_batch, range(reader.num_record_batches)):
             for row in range(batch.num_rows):
                 if batch["part"][row].as_py() == 0 and parts:
                     yield str(name), np.concatenate(parts)

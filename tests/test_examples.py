@@ -28,7 +28,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.integrations.loading import load_net
 from longnet_cli.patterns import parse_pattern
-from longnet_cli.scoring import score
+from longnet_cli.scoring import score, write_token_logprobs
 
 ROOT = Path(__file__).parents[1]
 
@@ -193,6 +193,23 @@ def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env
     assert sum(row["nats"] for row in rows[:3]) == pytest.approx(total["nll_sum"], rel=1e-6)
     table = [line for line in done.stderr.splitlines() if line.startswith("| `")]
     assert [line.split(" | ")[0] for line in table] == ["| `dense`", "| `window:16,sinks=2`"]
+
+
+def test_halves_of_documents_agree_where_gains_do(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    gain_halves, gains = imported(ROOT / "examples/gain_halves.py"), [0.3, 0.1, 0.9, 0.5]
+    for name, part in (("short", 0.0), ("long", 1.0)):
+        with write_token_logprobs(tmp_path / f"{name}.arrow") as on_tokens:
+            for index, gain in enumerate(gains):
+                document = Document(f"d{index}", np.zeros(2100, np.int64), None, "made")
+                for start in (0, 1000):  # a long document has several rows
+                    stop = 1000 if start == 0 else 2100
+                    on_tokens(document, start, np.zeros(stop - start, int), np.full(stop - start, part * gain - 3.0))
+    paths = [str(tmp_path / name) for name in ("short.arrow", "long.arrow")]
+    gain_halves.main(paths)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "4 documents, 8,400 tokens: Spearman's correlation 1.000"
+    assert [line.split()[-1] for line in lines[3:7]] == ["d2", "d3", "d0", "d1"]
+    assert [float(line.split()[0]) for line in lines[3:7]] == [0.9, 0.5, 0.3, 0.1]
 
 
 def test_pass_keys_are_asked_for_at_their_distances(tmp_path: Path) -> None:
