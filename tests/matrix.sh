@@ -12,7 +12,7 @@ declare -A resolution=([oldest]=lowest-direct [newest]=highest)
 .venv/bin/python -m pip install --quiet 'uv>=0.5'
 for kind in ${@:-oldest newest}; do
   environment=build/$kind
-  .venv/bin/uv venv --quiet --clear --python "${PYTHON:-.venv/bin/python}" "$environment"
+  .venv/bin/uv venv --quiet --clear --seed --python "${PYTHON:-.venv/bin/python}" "$environment"
   .venv/bin/uv pip install --quiet --python "$environment" --resolution "${resolution[$kind]}" --editable '.[dev]'
   "$environment/bin/python" -c 'import torch, transformers, pyarrow, platform as p
 print(*("python", p.python_version(), "torch", torch.__version__, "transformers", transformers.__version__, "pyarrow", pyarrow.__version__))'

@@ -253,4 +253,4 @@ def test_fsdp2(command_env: Mapping[str, str], tmp_path: Path) -> None:
     ]
     for process in running:
         out, err = process.communicate(timeout=120)
-        assert (process.returncode, out) == (0, "equal\n"), err
+        assert (process.returncode, out.splitlines()[-1:]) == (0, ["equal"]), err  # gloo of older torch speaks before

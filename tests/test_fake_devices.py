@@ -1,8 +1,8 @@
 """Every step between tokens and numbers, on fake tensors of a GPU: shapes, types and devices, and no number.
 
 A tensor left on the CPU is found as on a real GPU, whose operators refuse two devices. Reading a number, which would
-wait for the GPU, is found as well: there is none. A torch built for CPUs has no gradients of fake GPU tensors; there,
-the meta device shows the same. pytest tests/test_fake_devices.py
+wait for the GPU, is found as well: there is none. Gradients of fake GPU tensors need a driver; without a GPU, the meta
+device shows the same. pytest tests/test_fake_devices.py
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from longnet_cli.attention import dilated
+from longnet_cli.attention import dilated, merging
 from longnet_cli.attention.cuda_kernels import CudaFlashKernel
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import IGNORED
@@ -27,7 +27,7 @@ from longnet_cli.training.gradients import backward
 from longnet_cli.training.optimizer import build_optimizers
 from longnet_cli.training.recipe import OptimizerRecipe
 
-FAKE = torch.version.cuda is not None
+FAKE = torch.cuda.is_available()
 GPU = torch.device("cuda", 0) if FAKE else torch.device("meta")
 HOST = torch.device("cpu") if FAKE else GPU
 
@@ -36,6 +36,7 @@ HOST = torch.device("cpu") if FAKE else GPU
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine with a GPU, whatever it really has: tensors are fake, and its flash kernel is there."""
     monkeypatch.setattr(dilated, "select_kernel", lambda *_: CudaFlashKernel())
+    monkeypatch.setattr(merging, "_fused", lambda x: None)  # Triton, where there is one, wants addresses
     monkeypatch.setattr(chunks, "random_state", lambda device: [])
     monkeypatch.setattr(chunks, "set_random_state", lambda state, device: None)
     if not FAKE:  # there is no autocast on the meta device

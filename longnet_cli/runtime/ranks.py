@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -112,18 +114,36 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
     check_agent()
     # hosts agree on what to do next without their GPUs; NCCL guesses its GPU if not told
     backend, own = ("cpu:gloo,cuda:nccl", where) if where.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
-    rank, group = dist.get_rank(), None
-    if sp == world:
-        group = dist.group.WORLD  # another of the same ranks would be another communicator, of half a gigabyte on a GPU
-    elif sp > 1:
-        for first in range(0, world, sp):  # every process makes every group, in the same order
-            members = dist.new_group(list(range(first, first + sp)))
-            if first <= rank < first + sp:
-                group = members
+    with _silent_stdout():
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
+        rank, group = dist.get_rank(), None
+        if sp == world:  # another group of the same ranks would be another communicator, half a gigabyte of a GPU
+            group = dist.group.WORLD
+        elif sp > 1:
+            for first in range(0, world, sp):  # every process makes every group, in the same order
+                members = dist.new_group(list(range(first, first + sp)))
+                if first <= rank < first + sp:
+                    group = members
     ranks = Ranks(rank, world, sp, group)
     _watch(ranks)
     return ranks, where
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Send to nowhere what C++ prints: gloo, until torch 2.9 at least, tells stdout that ranks have met."""
+    try:
+        stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # it is closed
+        yield
+        return
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(nowhere)
 
 
 def _own_gpu(local_rank: str) -> torch.device:
