@@ -4,7 +4,7 @@
                +-- taken by another one --> work --> shared store --+
 
 All ranks read the same portions in the same order, and pass over those that another group has taken. A counter in the
-store says which portion is next. So a slow group takes fewer, and nobody waits for it until the others are AHEAD of it.
+store says which portion is next. So a slow group takes fewer. Nobody waits for it until others are AHEAD portions on.
 The store is the one at which torchrun's ranks have met.
 """
 
@@ -45,7 +45,7 @@ R = TypeVar("R")
 
 
 def pack_batches(found: Iterable[pa.RecordBatch]) -> bytes:
-    """Record batches of one schema as a stream; nothing for none."""
+    """Return record batches of one schema as an Arrow stream, which is empty where there are none."""
     sink, writer = pa.BufferOutputStream(), None
     for batch in found:
         writer = writer or pa.ipc.new_stream(sink, batch.schema)
@@ -56,7 +56,7 @@ def pack_batches(found: Iterable[pa.RecordBatch]) -> bytes:
 
 
 def unpack_batches(data: bytes) -> Iterable[pa.RecordBatch]:
-    """The record batches that `pack_batches` was given."""
+    """Return the record batches that `pack_batches` was given."""
     return pa.ipc.open_stream(data) if data else ()
 
 
@@ -103,14 +103,12 @@ def deal(
         """On rank 0: the next portions whose results have come."""
         nonlocal given
         while waiting and (given in own or table.has(given)):
-            portion = waiting.popleft()
-            if given in own:
-                yield portion, own.pop(given)
-            else:
-                sent = parcel.unpack(table.get(given, portion))
-                if on_other:
-                    on_other(portion)
-                yield portion, sent
+            portion, found = waiting[0], own.pop(given, None)
+            sent = parcel.unpack(table.get(given, portion)) if found is None else found
+            waiting.popleft()  # not before: where its results are refused, nothing that follows may take them
+            if on_other and found is None:
+                on_other(portion)
+            yield portion, sent
             given += 1
             table.say_given()
 
