@@ -71,7 +71,11 @@ def sum_gradients(model: nn.Module, ranks: Ranks, *more: Tensor) -> None:
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Scale all gradients so that their norm is at most `limit`; the norm before, of the whole gradient, ()."""
-    return whole_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    # Whole before it divides: torch 2.9 adds the epsilon of `clip_grad_norm_` to each rank's part of a sharded norm.
+    norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return norm
 
 
 @contextmanager
