@@ -121,6 +121,8 @@ def tokenize(
     with ExitStack() as stack:
         rows: TokenBatches | None = None
         if in_folder and first:
+            from longnet_cli.data.chat import chat_settings  # with Jinja, which files and streams need not pay for
+
             settings = {
                 "inputs": inputs_fingerprint(inputs),
                 "column": column,
@@ -129,6 +131,7 @@ def tokenize(
                 "train_vocab": train_vocab,
                 "eos": appended is not None if appended in (None, own) else str(appended),  # 1 would equal True
                 "shard_tokens": shard_tokens,
+                **chat_settings(words),
             }
             kept = words.description
             folder = stack.enter_context(

@@ -117,6 +117,10 @@ def test_tokenize_resumes_among_chats_that_the_template_refuses(words: Tokenizer
     command = ["tokenize", "x.jsonl", "--tokenizer", tmp_path / "words", "--shard-tokens", "30", "-o"]
     failed = run_longnet(*command, "out")
     assert (failed.returncode, "x.jsonl, line 2: " in failed.stderr, "no system" in failed.stderr) == (3, True, True)
+    (tmp_path / "words/chat_template.jinja").write_text(TEMPLATE)
+    changed = run_longnet(*command, "out", "--resume")
+    assert (changed.returncode, "chat_template" in changed.stderr) == (2, True)
+    (tmp_path / "words/chat_template.jinja").write_text(refusing + TEMPLATE)
     done = run_longnet(*command, "out", "--resume", "--skip-bad")
     whole = run_longnet(*command, "whole", "--skip-bad")
     assert (done.returncode, whole.returncode) == (6, 6)

@@ -155,6 +155,7 @@ def encode(
     if spill and not os.path.isdir(spill):
         raise ConfigError(f"--spill {spill}: no such folder")
     launch(nproc, inputs, model, sp=sp, dp=dp)
+    from longnet_cli.data.chat import chat_settings
     from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.kept import first_kept
     from longnet_cli.data.manifest import tokens_in
@@ -271,6 +272,7 @@ def encode(
                     "column": column,
                     **({"id_column": id_column} if id_column else {}),
                     "eos": eos_id,
+                    **chat_settings(words),
                 },
                 shard_rows=shard_rows or SHARD_ROWS,
                 shard_format=shard_format,

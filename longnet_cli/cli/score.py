@@ -191,6 +191,7 @@ def score(
         printing[f"--format {format}"] = format != "text"
     done = gains.check(output, resume=resume, shard_tokens=shard_tokens, others=printing, dry_run=dry_run)
     launch(nproc, inputs, model, sp=sp, dp=dp)
+    from longnet_cli.data.chat import chat_settings
     from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.kept import first_kept
     from longnet_cli.data.manifest import tokens_in
@@ -270,7 +271,13 @@ def score(
                 tokenizer_sha256=words.sha256 if words else None,
                 pattern=format_pattern(net.config.pattern),
             )
-            settings = {"inputs": inputs_fingerprint(inputs), "column": column, "id_column": id_column, "eos": eos_id}
+            settings = {
+                "inputs": inputs_fingerprint(inputs),
+                "column": column,
+                "id_column": id_column,
+                "eos": eos_id,
+                **chat_settings(words),
+            }
             running |= {"kept": kept, "settings": settings, "shard_tokens": shard_tokens, "resume": resume}
             gains.write(net, documents, output, options, **running)
         else:

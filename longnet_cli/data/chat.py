@@ -19,12 +19,21 @@ import numpy as np
 import tokenizers
 from jinja2 import ext, nodes, parser, sandbox
 
-from longnet_cli.configuration import read_text
+from longnet_cli.configuration import digest, read_text
 from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, read_settings, special_token
 from longnet_cli.errors import ConfigError
 from longnet_cli.finite_json import to_json
 
 TEMPLATE = "chat_template.jinja"
+
+
+def chat_settings(words: Tokenizer | None) -> dict[str, str]:
+    """Return the digest of the template beside a tokenizer, which a resumed run must have the same; nothing without."""
+    if words is None or words.folder is None:
+        return {}
+    settings = read_settings(words.folder / SETTINGS)
+    template = _template(words.folder, settings)
+    return {} if template is None else {"chat_template": digest([template, _named_tokens(settings)])}
 
 
 class ChatTemplate:
@@ -97,9 +106,7 @@ class ChatTemplate:
         return self._render([{"role": "user", "content": message}], prompt=True)
 
     def _render(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> str:
-        names = {
-            key: special_token(self._settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")
-        }
+        names = _named_tokens(self._settings)
         try:
             return self._template.render(
                 messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **names
@@ -123,6 +130,11 @@ class _Generation(ext.Extension):
 
 def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens that a template may name."""
+    return {key: special_token(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
 
 
 def _template(folder: Path, settings: dict[str, Any]) -> str | None:
