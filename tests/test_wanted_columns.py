@@ -217,6 +217,16 @@ def test_what_is_left_out_is_counted_and_ends_with_a_code_of_its_own(tmp_path: P
     assert run_longnet("score", "a.jsonl").returncode == 3
 
 
+def test_a_finished_folder_says_what_its_run_left_out(tmp_path: Path, run_longnet: RunLongnet) -> None:
+    (tmp_path / "a.jsonl").write_text(BAD)
+    for command in ("tokenize", "encode", "score"):
+        words = [command, "a.jsonl", "nothing", "--skip-bad", "-o", f"of-{command}/"]
+        assert run_longnet(*words).returncode == 6
+        again = run_longnet(*words, "--resume")
+        assert again.returncode == 6, again.stderr
+        assert again.stderr.endswith("4 documents left out\n")
+
+
 def test_empty_documents_are_counted_and_passed_over(tmp_path: Path, run_longnet: RunLongnet) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": "b"}\n')
     done = run_longnet("encode", "a.jsonl", "-o", "vectors")

@@ -262,7 +262,7 @@ def encode(
             "on_progress": advance,
         }
         if in_folder:
-            encode_to_folder(
+            folder = encode_to_folder(
                 net,
                 documents,
                 output,
@@ -279,6 +279,8 @@ def encode(
                 resume=resume,
                 **running,
             )
+            if folder:
+                skipped.count(folder.totals)
         else:
             batches = run(net, documents, options, **running)
             with ShardWriter(output, batches.schema) if ranks.first else nullcontext() as writer:

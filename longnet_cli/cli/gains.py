@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from longnet_cli.data.documents import Document
+    from longnet_cli.data.shards import ShardFolder
     from longnet_cli.gains import GainOptions
     from longnet_cli.model.net import Net
     from longnet_cli.runtime.ranks import Ranks
@@ -58,14 +59,17 @@ def write(
     kept: Sequence[pa.Field],
     ranks: Ranks,
     **running: Any,
-) -> None:
-    """Write a row per document to `output`: the first of the `ranks` does; `running` as in `gains.gains`."""
+) -> ShardFolder | None:
+    """Write a row per document to `output`: the first of the `ranks` does; `running` as in `gains.gains`.
+
+    Return the folder of shards, closed, where it wrote to one.
+    """
     from longnet_cli.data.sinks import ShardWriter, is_folder
     from longnet_cli.gains import SHARD_TOKENS, gains, gains_to_folder
 
     running |= {"kept": kept, "ranks": ranks}
     if is_folder(output):
-        gains_to_folder(
+        return gains_to_folder(
             net,
             documents,
             output,
@@ -75,8 +79,8 @@ def write(
             resume=resume,
             **running,
         )
-        return
     with ShardWriter(output, options.schema(kept)) if ranks.first else nullcontext() as writer:
         for batch in gains(net, documents, options, **running):
             if writer and batch.num_rows:
                 writer.write(batch)
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -72,6 +72,10 @@ class Skipped:
     def pass_over(self, document: Document) -> None:
         """Take a document in which there is nothing."""
         self.empty += 1
+
+    def count(self, totals: Mapping[str, int]) -> None:
+        """Take the counts of a folder, which remembers those of earlier runs; a finished one is not read again."""
+        self.number, self.empty = totals.get("skipped", 0), totals.get("empty", 0)
 
     def end(self, first: bool, *, told: bool = False) -> None:
         """Say how many they were, unless `told`; the `first` rank ends with exit code 6 where one was left out."""

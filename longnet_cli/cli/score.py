@@ -279,7 +279,9 @@ def score(
                 **chat_settings(words),
             }
             running |= {"kept": kept, "settings": settings, "shard_tokens": shard_tokens, "resume": resume}
-            gains.write(net, documents, output, options, **running)
+            folder = gains.write(net, documents, output, options, **running)
+            if folder:
+                skipped.count(folder.totals)
         else:
             scores = run(
                 net,

@@ -141,6 +141,8 @@ def tokenize(
         )
     if ranks:
         leave()
+    if earlier and earlier.finished:
+        skipped.count(earlier.totals)
     if result and not quiet and sys.stderr:  # print would take stdout instead
         counts = [
             f"{result.documents} document{'s' * (result.documents != 1)}",
