@@ -2,8 +2,8 @@
 # Run the default tests with the oldest and with the newest libraries that pyproject.toml allows, each in a virtual
 # environment under build/. It takes some 6 GB and half an hour per environment.
 #
-#   make matrix                     both
-#   tests/matrix.sh oldest          one of them
+#   make matrix                           both, with the Python of .venv
+#   PYTHON=3.10 tests/matrix.sh oldest    one of them, with another Python
 #   PYTHON=3.14 tests/matrix.sh newest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
