@@ -146,9 +146,9 @@ def _field_names(cls: type[BaseModel], parents: Sequence[int | str]) -> list[str
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     """Every pydantic model in an annotation such as `Inner | None` or `dict[str, Inner]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+    if arguments := get_args(annotation):  # first: in Python 3.10 list[Inner] is an instance of type, too
+        return [model for argument in arguments for model in _models_in(argument)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
 
 
 def _short(value: object) -> str:

@@ -108,10 +108,8 @@ def _items(value: Any) -> Iterator[Any]:
 
 
 def _check(name: str, value: Any) -> None:
-    if value == "":
-        raise ConfigError(
-            f"{name} is empty: give it a value, or leave it out"
-        )  # in a script, a variable that is not set
+    if value == "":  # in a script, a variable that is not set
+        raise ConfigError(f"{name} is empty: give it a value, or leave it out")
     if isinstance(value, float) and math.isnan(value):
         raise ConfigError(f"{name} is not a number: {value}")
     if isinstance(value, int | float) and MAX_SIZE < abs(value) < math.inf:
@@ -119,7 +117,5 @@ def _check(name: str, value: Any) -> None:
 
 
 def _prints(params: Mapping[str, Any]) -> bool:
-    """Return whether the result goes to stdout: there is no --output, or it is -; of `train`, with --dry-run."""
-    if "dry_run" in params:
-        return bool(params["dry_run"])
-    return params.get("output") in (None, "-")
+    """Return whether the result goes to stdout: with --dry-run, without --output, or where that is -."""
+    return bool(params.get("dry_run")) or params.get("output") in (None, "-")
