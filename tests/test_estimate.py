@@ -22,6 +22,7 @@ from longnet_cli.attention.pattern import open_spans
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime.device import MatmulPeak, precision
+from longnet_cli.runtime.estimate import fitting_chunk
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training.estimate import (
     estimate,
@@ -315,6 +316,13 @@ def test_what_cannot_fit_is_refused_with_what_to_change(run_longnet) -> None:
     (line,) = done.stderr.splitlines()
     assert "the largest part for activations, and " in line
     assert line.endswith("no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device")
+
+
+@pytest.mark.parametrize(
+    ("chunk", "free", "fits"), [(300, 256, 256), (300, 255, None), (900, 600, 512), (256, 9, None)]
+)
+def test_the_largest_power_of_two_that_fits(chunk: int, free: int, fits: int | None) -> None:
+    assert fitting_chunk(lambda tokens: tokens, chunk, free, shortest=256) == fits
 
 
 def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

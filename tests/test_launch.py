@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,6 +272,22 @@ def test_sigusr1_saves_on_all_ranks_and_they_go_on(folder: Path, command_env: di
         _, stderr = job.communicate(timeout=60)
     assert job.returncode == 129
     assert f"`longnet train -o {folder}/run --nproc 2` goes on" in stderr
+
+
+@pytest.mark.slow
+def test_ranks_meet_on_a_machine_whose_name_cannot_be_looked_up(folder: Path, command_env: dict[str, str]) -> None:
+    """Such as a laptop offline, or a container without a line in /etc/hosts."""
+    start = 'hostname nowhere.invalid && exec "$@"'
+    renamed = ["unshare", "--user", "--map-root-user", "--uts", "sh", "-c", start, "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*renamed, "true"], capture_output=True).returncode:
+        pytest.skip("this machine gives nobody a hostname of their own")
+    command = [sys.executable, "-m", "longnet_cli", "score", "texts", "-m", "./decoder", "--dp", "2"]
+    found = [
+        subprocess.run(words, cwd=folder, env=command_env, capture_output=True, text=True, timeout=120)
+        for words in ([*renamed, *command], command[:-2])
+    ]
+    assert [done.returncode for done in found] == [0, 0]
+    assert found[0].stdout == found[1].stdout
 
 
 @pytest.mark.slow

@@ -84,8 +84,8 @@ def fitting_chunk(
     """
     if free is None or needed(chunk) <= free:
         return None
-    while chunk >= 2 * shortest:
+    while chunk > shortest:
         chunk = 1 << (chunk - 1).bit_length() - 1  # the power of two below
-        if needed(chunk) <= free:
+        if chunk >= shortest and needed(chunk) <= free:
             return chunk
     return None

@@ -51,7 +51,9 @@ def start_ranks(nproc: int) -> NoReturn:
     from torch.distributed.run import main as torchrun
 
     try:
-        torchrun(["--standalone", "--nproc-per-node", str(nproc), "-m", "longnet_cli", *arguments])
+        # By the machine's own name ranks would wait for minutes where that cannot be looked up, as on a laptop offline.
+        here = ["--standalone", "--local-addr", "localhost"]
+        torchrun([*here, "--nproc-per-node", str(nproc), "-m", "longnet_cli", *arguments])
     except SignalException as stop:
         raise SystemExit(128 + stop.sigval) from None
     except ChildFailedError as error:
