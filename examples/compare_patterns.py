@@ -3,14 +3,14 @@
     python examples/real_model.py runs/real
     python examples/compare_patterns.py runs/real/smollm2 runs/real/prose/secA5.txt dense window:1Ki window:1Ki,sinks=4
 
-Words that are files are documents, as text or as token ids in Arrow; all others are patterns. `dense` is scored in
-separate windows of the length that the model was trained on; every other pattern reads a document as one.
+Arguments that are files are documents, as text or as token ids in Arrow. All others are patterns. `dense` is scored in
+separate windows of the length that the model was trained on. Every other pattern reads a document as a whole.
 
-It writes one line of JSON per pattern, document and decade of positions: `pattern, document, from, to` (positions
-before the token), `tokens, nats` (their sum) and `seconds` of CPU time (up to the edges of chunks), `keys` (of a query
-on average, over the whole document) and `peak_bytes` (of the process that scored all documents with this pattern). The
-table on stderr has the nats per token of each document, and beside them the perplexity relative to the first pattern,
-with its standard error over documents.
+It writes one line of JSON per pattern, document and range of positions: `pattern, document, from, to` (the number of
+tokens before), `tokens, nats` (their sum), `seconds` of CPU time (interpolated inside chunks), `keys` (per query, on
+average over the whole document) and `peak_bytes` (of the process that scored all documents with this pattern). The
+table on stderr has the nats per token of each document and the perplexity relative to the first pattern, with its
+standard error over documents.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 
 def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtype: str, chunk: int) -> list[Row]:
-    """The rows of a pattern: each document by decade."""
+    """Return the rows of a pattern, one per document and range of EDGES."""
     import torch
 
     from longnet_cli.attention.branches import attention_flops
@@ -85,7 +85,7 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
 
 
 def table(rows: list[Row], patterns: list[str]) -> Iterator[str]:
-    """Lines of Markdown: a row per pattern, a column per document, and the perplexity relative to the first pattern."""
+    """Yield lines of Markdown: a row per pattern, a column per document, and the perplexity relative to the first."""
     documents = list(dict.fromkeys(row["document"] for row in rows))
     means = {(p, d): _mean(rows, p, d) for p in patterns for d in documents}
     yield "| pattern | keys | " + " | ".join(documents) + " | ppl / first | +- |"
@@ -124,7 +124,7 @@ def main() -> None:
         parser.error(str(error))
     rows: list[Row] = []
     for pattern in patterns:
-        with get_context("spawn").Pool(1) as pool:  # a process of its own, so that its peak memory is the pattern's
+        with get_context("spawn").Pool(1) as pool:  # its own process, so that its peak memory is the pattern's
             arguments = (options.model, pattern, paths, options.tokens, options.dtype, options.chunk)
             try:
                 found = pool.apply(measure, arguments)

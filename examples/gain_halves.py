@@ -1,11 +1,11 @@
-"""Rank documents by the gain of their even and of their odd blocks of tokens: how stable is the ranking?
+"""Rank documents by the gain of their even and of their odd blocks of tokens, to see how stable the ranking is.
 
     longnet score corpus --context 64 --token-logprobs short.arrow
     longnet score corpus --context 4Ki --token-logprobs long.arrow
     python examples/gain_halves.py short.arrow long.arrow
 
-Prints Spearman's rank correlation of the two halves, and the ten documents that gain most and least. A block is 128
-tokens, as in `longnet score -o`.
+Prints Spearman's rank correlation of the two halves, and the ten documents that gain most and the ten that gain least.
+A block is 128 tokens, as in `longnet score -o`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Show in ten minutes that this machine's GPU computes what it should, and how fast: a report in Markdown.
+"""Check in ten minutes that this machine's GPU computes correctly, and how fast: a report in Markdown.
 
     make gpu                                     or python examples/gpu_report.py -o runs/gpu.md
     python examples/gpu_report.py --small        tries this script on a CPU, in tiny sizes
 
 The report names the card and the versions, the kernels that work and why others do not, the outcome of `pytest -m gpu`,
-and the figures of `longnet bench`, each with its command. Every step is a process of its own, with a share of the time:
-one that fails, or takes too long, is a line in the report, and the others go on. Exit codes: 0, everything was right;
-1, a test or a step failed, and the report says which; 2, there is no GPU.
+and the figures of `longnet bench`, each with its command. Every step runs in its own process, with a share of the time.
+A step that fails, or takes too long, becomes a line in the report, and the others go on. Exit codes: 0, everything was
+right; 1, a test or a step failed, and the report says which; 2, there is no GPU.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 DTYPES = ("bf16", "fp16", "fp32")
 MODULES = {"longnet": ["-m", "longnet_cli"], "pytest": ["-m", "pytest"], "python": []}  # how Python runs a command
-START, GRACE = 25.0, 10.0  # seconds that a process may take to begin, and to end once it is asked to
-TRIED = "fp32 and not (compiled or math)"  # of the tests, with --small
+START, GRACE = 25.0, 10.0  # seconds that a process may take to start, and to end once it is asked to
+TRIED = "fp32 and not (compiled or math)"  # the tests that run with --small
 
 Row = dict[str, Any]
 TINY = ["--heads", "2", "--head-dim", "16", "--repeats", "1"]
@@ -44,16 +44,16 @@ TINY = ["--heads", "2", "--head-dim", "16", "--repeats", "1"]
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and what its output says in the report: lines of Markdown, and what of it failed."""
+    """A command, and `show`, which turns its output into lines of Markdown and a list of failures."""
 
     title: str
     command: list[str]  # its first word is one of MODULES
-    weight: float  # its share of the time that is left, beside those of the steps to come
+    weight: float  # its share of the time that is left, relative to the steps to come
     show: Callable[[str], tuple[list[str], list[str]]]
     bounded: bool = False  # whether it takes --max-time
 
     def run(self, seconds: float, env: dict[str, str]) -> tuple[list[str], list[str]]:
-        """Its part of the report, and its failures; it ends after so many seconds, and is killed soon after."""
+        """Return its part of the report, and its failures. Interrupt it after `seconds`, and kill it soon after."""
         command = [*self.command]
         if self.bounded:
             command += ["--max-time", f"{max(2.0, seconds - min(START, seconds / 2)):.0f}"]
@@ -72,15 +72,15 @@ class Step:
             failures.append(f"`{shown}` ended with exit code {code}: {said[-1] if said else 'it said nothing'}")
         try:
             lines, wrong = self.show(found)
-        except (ValueError, KeyError, OSError, ElementTree.ParseError) as error:  # of a process that was killed
+        except (ValueError, KeyError, OSError, ElementTree.ParseError) as error:  # a killed process leaves less
             lines, wrong = [f"Nothing can be read of its output: {type(error).__name__}: {error}"], []
-        if wrong and code == 1:  # which the code says again
+        if wrong and code == 1:  # the exit code only repeats it
             failures = []
         return [f"    {shown}", "", *lines], failures + wrong
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> int | None:
-    """The exit code, or None where the process had to be ended, with all that it had started."""
+    """Return the exit code, or None if the process had to be ended. Kill all processes that it started."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -95,7 +95,7 @@ def _wait(process: subprocess.Popen, seconds: float) -> int | None:
 
 
 def table(head: str, rows: list[list[object]]) -> list[str]:
-    """Lines of a table; `head` is `a | b`, and None an empty cell."""
+    """Return the lines of a table; `head` is `a | b`, and None is an empty cell."""
     cells = [" | ".join("" if cell is None else str(cell).replace("|", "/") for cell in row) for row in rows]
     return [f"| {head} |", f"{'|---' * len(head.split('|'))}|", *(f"| {line} |" for line in cells)]
 
@@ -114,7 +114,7 @@ def rows_of(text: str) -> list[Row]:
 
 
 def show_attention(text: str) -> tuple[list[str], list[str]]:
-    """One line for a length and a direction, with the three implementations beside each other."""
+    """Return a line for each length and direction, with the three implementations side by side."""
     rows = rows_of(text)
     seconds = {(row["seq"], row["direction"], row["impl"]): row for row in rows if row["status"] == "ok"}
     lines: list[list[object]] = []
@@ -144,7 +144,7 @@ def of_all(rows: list[Row]) -> str:
 
 
 def show_stream(text: str) -> tuple[list[str], list[str]]:
-    """A line for each decade of positions, and one for the whole."""
+    """Return a line for each decade of positions, and one for the whole."""
     rows = rows_of(text)
     measured = [row for row in rows if row["seconds"]]
     lines: list[list[object]] = [
@@ -164,7 +164,7 @@ def show_stream(text: str) -> tuple[list[str], list[str]]:
 
 
 def show_training(text: str, machine: Row) -> tuple[list[str], list[str]]:
-    """A line for a length, with the share of the matrix product rate."""
+    """Return a line for each length, with its share of the rate of matrix products."""
     rows = rows_of(text)
     lines: list[list[object]] = []
     for row in (row for row in rows if row["status"] == "ok"):
@@ -185,9 +185,9 @@ def show_training(text: str, machine: Row) -> tuple[list[str], list[str]]:
 
 
 def show_tests(path: Path) -> tuple[list[str], list[str]]:
-    """Counts, failures by name, and why tests were skipped."""
+    """Return counts, failures by name, and the reasons why tests were skipped."""
     failures, skipped, passed = [], Counter[str](), 0
-    for case in ElementTree.parse(path).iterfind(".//testcase[@name]"):  # one that was broken off has no name there
+    for case in ElementTree.parse(path).iterfind(".//testcase[@name]"):  # an interrupted one has no name there
         outcome = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         message = ((outcome.get("message") if outcome is not None else None) or "").strip() or "no reason given"
         if outcome is None:
@@ -203,7 +203,7 @@ def show_tests(path: Path) -> tuple[list[str], list[str]]:
 
 
 def describe(device_name: str) -> Row:
-    """Card, versions, kernels and the rate of matrix products; what `--machine` prints."""
+    """Return the card, versions, kernels and the rate of matrix products, which `--machine` prints."""
     import torch
 
     from longnet_cli.attention import kernels, merging
@@ -233,7 +233,7 @@ def describe(device_name: str) -> Row:
     facts["Python"] = sys.version.split()[0]
     facts["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     works: dict[str, dict[str, str]] = {}
-    with warnings.catch_warnings(record=True):  # they say again what the table does
+    with warnings.catch_warnings(record=True):  # they repeat the table
         warnings.simplefilter("always")
         for name in kernels.KERNELS:
             works[name] = {dtype: _kernel(name, dtype, device) for dtype in DTYPES}
@@ -270,7 +270,7 @@ def _said_by(command: list[str]) -> str:
 
 
 def show_machine(text: str, machine: Row) -> tuple[list[str], list[str]]:
-    """Fill `machine`, which the training step needs, and say what is there."""
+    """Fill `machine`, which the training step needs. Return lines that describe it."""
     machine.update(json.loads(text))
     lines = table(" | ", [[name, value] for name, value in machine["facts"].items()])
     lines += ["", "Kernels, for a head size of 64, each tried against plain math before its first use:", ""]
@@ -282,7 +282,7 @@ def show_machine(text: str, machine: Row) -> tuple[list[str], list[str]]:
 
 
 def steps(small: bool, folder: Path) -> list[Step]:
-    """The commands to run, in order."""
+    """Return the steps to run, in order."""
     device, machine, junit = "cpu" if small else "cuda", Row(), folder / "tests.xml"
     bench = ["longnet", "bench", "--device", device, "--format", "jsonl", "-q"]
     attention = ["--seq", "256,512", *TINY] if small else ["--seq", "32Ki,128Ki,1Mi", "--chunk", "1Mi"]
@@ -315,7 +315,7 @@ def steps(small: bool, folder: Path) -> list[Step]:
 
 
 def report(output: Path, small: bool, minutes: float) -> list[str]:
-    """Run all steps within the time, and write the report anew after each; what failed."""
+    """Run all steps within the time, and rewrite the report after each. Return the failures."""
     begin = time.monotonic()
     env = os.environ | ({"LONGNET_TEST_DEVICE": "cpu"} if small else {})
     sections: list[str] = []

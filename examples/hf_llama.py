@@ -1,10 +1,10 @@
-"""A small Llama of Hugging Face transformers, trained twice on the standard library: dense, and dilated by one line.
+"""Train a small Llama of Hugging Face transformers twice on the standard library: dense, and dilated by one line.
 
     python examples/hf_llama.py runs/hf-llama
 
-Both begin with the same weights and read the same windows, 200 of 4096 tokens, in turn: a step of the one, a step of
-the other, so that whatever else the machine does slows both. Loss and seconds of every step go to `curves.jsonl`, a
-table to stdout, the models to `dense/` and `dilated/`, which `longnet score --model runs/hf-llama/dilated` takes.
+Both models start with the same weights and read the same 200 windows of 4096 tokens. They take turns, one step each, so
+that other load on the machine slows both. The loss and the seconds of every step go to `curves.jsonl`, a table goes to
+stdout, and the models go to `dense/` and `dilated/`, for `longnet score --model runs/hf-llama/dilated`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from longnet_cli.attention import Pattern
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import use_dilated_attention
 
-END_OF_TEXT = 0  # its id, where `longnet tokenize --train-vocab` made the vocabulary
-LR, WARMUP = 1e-3, 0.1  # the highest rate, and the part of the steps that lead up to it
+END_OF_TEXT = 0  # its id in a vocabulary that `longnet tokenize --train-vocab` made
+LR, WARMUP = 1e-3, 0.1  # the highest learning rate, and the share of steps that lead up to it
 
 
 def tokenize_stdlib(output: Path) -> Path:
-    """The training part of the standard library as Arrow shards, with a vocabulary of its own, made once."""
+    """Return a folder of Arrow shards of the standard library's training part, with its own vocabulary; made once."""
     tokens = output / "tokens"
-    if not (tokens / "_manifest.arrow").exists():  # which says that all is there
+    if not (tokens / "_manifest.arrow").exists():  # it marks a complete folder
         script = Path(__file__).parent / "stdlib_corpus.py"
         subprocess.run([sys.executable, script, output / "lists"], check=True)
         longnet = [sys.executable, "-m", "longnet_cli", "tokenize", f"@{output}/lists/train.txt"]
@@ -42,19 +42,19 @@ def tokenize_stdlib(output: Path) -> Path:
 
 
 def read_stream(folder: Path) -> np.ndarray:
-    """All documents, one after the other, each after an end of text: (tokens,) int64."""
+    """Return all documents, one after the other, each after an end of text: (tokens,) int64."""
     pieces = []
     for path in sorted(folder.glob("*.arrow")):
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         for part, ids in zip(table["part"], table["input_ids"], strict=True):
-            if part.as_py() == 0:  # later parts go on with the same document
+            if part.as_py() == 0:  # later parts continue the document
                 pieces.append(np.array([END_OF_TEXT]))
             pieces.append(ids.values.to_numpy().astype(np.int64))
     return np.concatenate(pieces)
 
 
 def build(vocab: int, context: int, seed: int, dilated: bool) -> hf.PreTrainedModel:
-    """About 4 million parameters; the paper's five levels, shrunk until the widest is the context."""
+    """Return a Llama of about 4 million parameters. If `dilated`, with the paper's five levels, shrunk to `context`."""
     config = hf.LlamaConfig(
         vocab_size=vocab, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=context, tie_word_embeddings=True,
@@ -70,13 +70,13 @@ def build(vocab: int, context: int, seed: int, dilated: bool) -> hf.PreTrainedMo
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Up in a line, down in a half cosine to a tenth."""
+    """Return the learning rate of a step: up in a line, then down in a half cosine to a tenth."""
     done = step / steps
     return LR * (done / WARMUP if done < WARMUP else 0.55 + 0.45 * math.cos(math.pi * (done - WARMUP) / (1 - WARMUP)))
 
 
 def train_step(model: hf.PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor, lr: float) -> float:
-    """The loss before the step, in nats per token."""
+    """Train for one step. Return the loss before it, in nats per token."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     loss = model(ids, labels=ids, use_cache=False).loss
@@ -88,7 +88,7 @@ def train_step(model: hf.PreTrainedModel, optimizer: torch.optim.Optimizer, ids:
 
 
 def print_table(rows: list[dict], steps: int) -> None:
-    """Means over tenths of the steps, and the seconds of all."""
+    """Print the means over tenths of the steps, and the total seconds."""
     print(f"{'steps':>12} {'dense loss':>11} {'s/step':>8} {'dilated loss':>13} {'s/step':>8}")
     width = max(1, steps // 10)
     for start in range(0, steps, width):

@@ -1,12 +1,12 @@
-"""Edited copies of Python files, and whether an encoder ranks each beside what it was made from.
+"""Make edited copies of Python files, and see whether an encoder ranks each copy nearest to its original.
 
     python examples/near_duplicates.py make pairs FILE.py ... (or @LIST)
     longnet encode pairs --model ./encoder -o vectors.arrow
     python examples/near_duplicates.py rank vectors.arrow
 
-`make` writes three files for each that parses: itself, a copy in which all names that it binds are exchanged for names
-of other files (`.renamed`), and one without a third of its lines, drawn at random (`.cut`). `rank` prints how many
-copies of each kind have their own original as the nearest of all originals; and names those that do not.
+`make` writes three files for each file that parses: the file itself, a copy in which all names that it binds are
+replaced with names from other files (`.renamed`), and a copy without a third of its lines, drawn at random (`.cut`).
+`rank` prints how many copies of each kind are nearest to their own original, among all originals, and lists the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KINDS = ("original", "renamed", "cut")
 
 
 def bound_names(source: str) -> list[str]:
-    """The names that a module binds: functions, classes, arguments, variables; not its imports. Sorted."""
+    """Return the names that a module binds, sorted: functions, classes, arguments and variables, but not imports."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -39,10 +39,10 @@ def bound_names(source: str) -> list[str]:
 
 
 def renamed(source: str, names: dict[str, str]) -> str:
-    """The source with other names, wherever a token is one of them."""
-    lines = io.StringIO(source).readlines()  # the lines of `tokenize`; splitlines cuts at form feeds too
+    """Return the source with each token that is one of `names` replaced."""
+    lines = io.StringIO(source).readlines()  # lines as `tokenize` counts them; splitlines cuts at form feeds too
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    for token in reversed(tokens):  # from the end, so that places before it stay where they are
+    for token in reversed(tokens):  # from the end, so that earlier places stay valid
         if token.type == tokenize.NAME and token.string in names and not keyword.iskeyword(token.string):
             (row, start), (_, stop) = token.start, token.end
             line = lines[row - 1]
@@ -51,7 +51,7 @@ def renamed(source: str, names: dict[str, str]) -> str:
 
 
 def cut(source: str, draw: random.Random) -> str:
-    """The source without a third of its lines."""
+    """Return the source without a random third of its lines."""
     lines = source.splitlines(keepends=True)
     kept = sorted(draw.sample(range(len(lines)), len(lines) - len(lines) // 3))
     return "".join(lines[i] for i in kept)
@@ -82,7 +82,7 @@ def make(folder: str, *files: str) -> None:
 
 
 def rank(source: str) -> None:
-    """Print how many edited copies have the file they were made from as the nearest of all originals."""
+    """Print how many edited copies are nearest to their own original, among all originals."""
     names, vectors = read_vectors(source)
     stems, kinds = zip(*(Path(name).name.rsplit(".", 2)[:2] for name in names), strict=True)
     originals = [row for row, kind in enumerate(kinds) if kind == "original"]

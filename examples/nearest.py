@@ -1,4 +1,4 @@
-"""Rank documents by the cosine of their vectors: reads what `longnet encode` writes, a file or a pipe.
+"""Rank documents by the cosine of their vectors, read from a file or a pipe that `longnet encode` writes.
 
     longnet encode FILES -o vectors.arrow && python examples/nearest.py vectors.arrow
     longnet encode FILES -o - | python examples/nearest.py -
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 
 def read_vectors(source: str) -> tuple[list[str], np.ndarray]:
-    """Names, and vectors (documents, dim) in float32, of an Arrow IPC file or (`-`) of a stream on stdin."""
+    """Return names, and vectors (documents, dim) in float32, of an Arrow IPC file or (`-`) of a stream on stdin."""
     if source == "-":
         table = pa.ipc.open_stream(sys.stdin.buffer).read_all()
     else:
@@ -26,8 +26,8 @@ def read_vectors(source: str) -> tuple[list[str], np.ndarray]:
 
 
 def cosines(vectors: np.ndarray) -> np.ndarray:
-    """The cosine of each two, (documents, documents); -2 for a document and itself."""
-    # Vectors of one model share a large common part: what is left without it tells documents apart.
+    """Return the cosine of each pair of documents, (documents, documents); -2 for a document and itself."""
+    # Vectors of one model share a large common part: without it, documents differ more.
     vectors = vectors - vectors.mean(0)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-12
     cosine = vectors @ vectors.T

@@ -4,8 +4,8 @@
     longnet tokenize runs/packages/train.jsonl -o runs/packages/tokens --tokenizer longnet-tiny
 
 A document is about 300 kB: the files of neighbouring folders of one package, one after the other, each under a comment
-with its path. A package is held out whole when the hash of its name says so, one in sixteen. Which packages there are,
-and in which versions, depends on the environment: `train.jsonl` and `held_out.jsonl` name them in their ids.
+with its path. The hash of a package's name decides whether the whole package is held out; one in sixteen is. Packages
+and versions depend on the environment: the ids in `train.jsonl` and `held_out.jsonl` name the packages.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def package_files(package: Path) -> Iterator[tuple[str, str]]:
 
 
 def documents(package: Path) -> Iterator[tuple[str, str]]:
-    """Yield (id, text) of documents of at least DOCUMENT_BYTES, but for what is left at the end."""
+    """Yield (id, text) of documents of at least DOCUMENT_BYTES; the last one may be shorter."""
     parts: list[str] = []
     size, first = 0, ""
     for name, text in package_files(package):

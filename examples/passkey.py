@@ -1,17 +1,17 @@
-"""Hide pass keys in prose and ask for them: how far back a model finds again what it has read.
+"""Hide pass keys in prose and ask for them, to see how far back a model finds what it has read.
 
     python examples/real_model.py runs/real
     python examples/passkey.py ask runs/real/smollm2 runs/real/prose/secA*.txt dense window:1Ki,sinks=4 > passkeys.jsonl
     python examples/passkey.py make runs/real/smollm2 runs/real/prose/secI*.txt -o keys.arrow
 
-Sentences like "The pass key of the red fox is 48213." stand in prose. The document ends with the questions, "The pass
-key of the red fox is", each `distance` tokens after its sentence. A question is answered when every token of the number
-is the one that the model ranks first, given those before it: then greedy decoding gives the number.
+Sentences like "The pass key of the red fox is 48213." are hidden in prose. The document ends with the questions, "The
+pass key of the red fox is", each `distance` tokens after its sentence. An answer is right if the model ranks every
+token of the number first, given the tokens before it. Greedy decoding then gives the number.
 
 `ask` writes one line of JSON per pattern and distance: `pattern, distance, questions, right, nats` (per token of the
-numbers; null with `questions` 0 where the model reads less than that). `dense` reads the last tokens of a document, as
-many as the model was trained on. `make` writes documents to train on, with distances from an eighth of their
-length on, as Arrow with `input_ids`. Each fills a training window of `--tokens`.
+numbers). If the model does not read that far back, `questions` is 0 and `nats` is null. `dense` reads only the last
+tokens of a document, as many as the model was trained on. `make` writes documents to train on, as Arrow with
+`input_ids`. Their distances start at an eighth of their length. Each document fills a training window of `--tokens`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Answer = tuple[int, int, int]  # distance, and the places [start, stop) of the n
 
 
 class Writer:
-    """Makes documents of prose with sentences to remember, and the questions at the end."""
+    """A writer of documents of prose, with sentences to remember and questions at the end."""
 
     def __init__(self, words: Tokenizer, paths: list[str], seed: int) -> None:
         texts = [words.encode(Path(path).read_text(encoding="utf-8", errors="replace")) for path in paths]
@@ -56,9 +56,9 @@ class Writer:
             end = self.words.encode(".\n")
             questions.append((length, int(distance), question, number, end))
             length += len(question) + len(number) + len(end)
-        first = tokens - length  # of the questions
+        first = tokens - length  # the place of the questions
         start = int(self.rng.integers(max(1, len(self.prose) - tokens)))
-        ids = np.resize(self.prose[start:], tokens)  # again from the start where there is too little of it
+        ids = np.resize(self.prose[start:], tokens)  # repeated if there is too little of it
         answers, free = [], 0
         for place, distance, *parts in sorted(questions, key=lambda found: found[0] - found[1]):
             sentence = np.concatenate(parts)
@@ -74,12 +74,12 @@ class Writer:
 
 
 def make(args: argparse.Namespace) -> None:
-    """Write documents of a window each, with pass keys at distances of all sizes."""
+    """Write documents that fill a window each, with pass keys at distances of all sizes."""
     import pyarrow as pa
 
     writer = Writer(Tokenizer.of_model(Path(args.model)), args.texts, args.seed)
     distances = np.geomspace(args.tokens / 8, args.tokens * 0.9, args.keys).astype(int).tolist()
-    # An end-of-text id comes before each document. A window has its target beyond its end, hence the one token more.
+    # An end-of-text id comes before each document. The last target lies beyond its window: hence one token more.
     sizes = [args.tokens - 1] * (args.documents - 1) + [args.tokens]
     rows = [writer.document(size, distances)[0].astype(np.int32) for size in sizes]
     table = pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))})
@@ -88,7 +88,7 @@ def make(args: argparse.Namespace) -> None:
 
 
 def ask(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the rows of each pattern: the same questions for all."""
+    """Yield the rows of each pattern. All patterns get the same questions."""
     import torch
 
     from longnet_cli.data.bos import document_start

@@ -3,9 +3,9 @@
     pip install 'longnet-cli[ray]'
     python examples/ray_encode.py corpus/ vectors/ --workers 2
 
-A local cluster starts by itself; RAY_ADDRESS joins one that runs. A worker has a GPU where the cluster has any,
-otherwise a CPU. A worker that dies is started again, and reads its batch again. Rows are in the order in which batches
-were done, so sort by `doc_id`, or join with it.
+A local cluster starts by itself; with RAY_ADDRESS, the script joins a running one. A worker has a GPU if the cluster
+has any, otherwise a CPU. A worker that dies is started again, and reads its batch again. Rows come in the order in
+which batches finish, so sort by `doc_id`, or join on it.
 
 A row is a document, with a column `doc_id` or `id`, and `text` or `input_ids`. The columns of the output are those of
 `longnet encode`; other engines take `encode_batches` and `score_batches` in the same way.
@@ -27,7 +27,7 @@ SHARD_ROWS = 1 << 14
 
 
 class Encoder:
-    """A worker: it loads the model with the first table that it gets."""
+    """A worker, which loads the model with the first table that it gets."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -51,12 +51,12 @@ def main() -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init()
     else:
-        ray.init(num_cpus=(arguments.workers or os.cpu_count() or 1) + 1)  # one to read and to write
+        ray.init(num_cpus=(arguments.workers or os.cpu_count() or 1) + 1)  # one more to read and to write
     found = ray.cluster_resources()
     gpus = int(found.get("GPU", 0))
     workers = arguments.workers or gpus or max(1, int(found["CPU"]) - 1)
     documents = ray.data.read_parquet(arguments.source)
-    # Ray joins small files to one block, which one worker would get
+    # Ray joins small files into one block, which a single worker would get
     vectors = documents.repartition(target_num_rows_per_block=arguments.batch_rows).map_batches(
         Encoder,
         fn_constructor_kwargs={"model": arguments.model, "keep": tuple(arguments.keep)},

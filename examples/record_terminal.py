@@ -1,8 +1,9 @@
-"""Record a command in a terminal, as an SVG that plays what it printed, line by line, and ends with all of it.
+"""Record a command in a terminal, as an SVG that plays its output line by line, and ends with all of it.
 
     python examples/record_terminal.py -o docs/demo.svg --title "make demo" bash examples/demo.sh
 
-It takes the command's own times, and shortens waits to `--longest` seconds. The SVG loads nothing from the network.
+Lines appear at the command's own times, but no wait is longer than `--longest` seconds. The SVG loads nothing from the
+network.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from rich.console import Console
 from rich.text import Text
 
-# As rich's own, without its fonts from the network; a line is hidden until its time has come.
+# Like rich's own template, but without fonts from the network. A line is hidden until its time comes.
 TEMPLATE = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
 .{unique_id}-matrix {{ font-family: monospace; font-size: {char_height}px; line-height: {line_height}px; }}
@@ -50,7 +51,7 @@ TEMPLATE = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="h
 
 
 def record(command: list[str], columns: int) -> tuple[list[tuple[str, float]], int]:
-    """Run a command in a terminal. Return its lines, each with the seconds until it was there, and the exit code."""
+    """Run a command in a terminal. Return its lines, each with the seconds until it came, and the exit code."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns)}

@@ -3,8 +3,8 @@
     python examples/stdlib_corpus.py runs/stdlib
     longnet tokenize @runs/stdlib/train.txt -o runs/stdlib/tokens --train-vocab 4096
 
-A file is held out when the hash of its path inside the library says so, one in twenty: the same files on every
-machine and for every Python that has them. Files that are not UTF-8 text or hold test data are left out.
+The hash of a file's path inside the library decides whether it is held out; one in twenty is. These are the same files
+on every machine and for every Python that has them. Files that are not UTF-8 text or hold test data are left out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def is_held_out(name: str) -> bool:
 
 
 def stdlib_files() -> dict[str, Path]:
-    """{path inside the library: file}, sorted; UTF-8 files of at least 512 bytes."""
+    """Return {path inside the library: file}, sorted, of UTF-8 files of at least 512 bytes."""
     library = Path(sysconfig.get_path("stdlib"))
     found = {}
     for path in sorted(library.rglob("*.py")):

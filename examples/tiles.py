@@ -38,13 +38,13 @@ def make_encoder(folder: Path) -> None:
 
 
 def make_slides(path: Path) -> None:
-    """A row a tile: its slide, its features, and the pixel at its upper left corner."""
+    """Write a row for each tile: its slide, its features, and the pixel at its upper left corner."""
     random = np.random.default_rng(0)
     points = {"red": random.normal(size=IN_FEATURES), "blue": random.normal(size=IN_FEATURES)}
     slides = []
     for index in range(6):
         kind = ("red", "blue")[index % 2]
-        tissue = np.argwhere(random.random((SIDE, SIDE)) < 0.3)  # the tiles that show some
+        tissue = np.argwhere(random.random((SIDE, SIDE)) < 0.3)  # the tiles that show tissue
         features = points[kind] + random.normal(size=(len(tissue), IN_FEATURES))
         columns = {
             "slide_id": [f"{kind}-{index}"] * len(tissue),

@@ -1,11 +1,11 @@
-"""The best loss of a model without context, in nats per token, to compare a trained loss with.
+"""Print the best loss of a model without context, in nats per token, to compare with a trained loss.
 
     python examples/unigram.py runs/stdlib/tokens @runs/stdlib/held_out.txt
 
 The first argument is a folder of shards with its tokenizer, the others are held-out inputs. Prints the cross-entropy of
-the held-out tokens under their frequencies in the shards (each counted once more, so that none is 0), and the loss of
-the best guess without context under the masked objective, where a fifth of the tokens to predict are not hidden: half
-of those are as they were, half are any token.
+the held-out tokens under their frequencies in the shards (each counted once more, so that none is 0). Then prints the
+loss of the best guess without context under the masked objective, where a fifth of the tokens to predict are not
+hidden: half of these are unchanged, half are replaced by any token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from longnet_cli.training.masking import MASKED, RANDOM
 
 
 def frequencies(inputs: list[str], tokenizer: Tokenizer, more: float = 0.0) -> np.ndarray:
-    """The share of each token id, (vocab_size,), after `more` was added to each count."""
+    """Return the share of each token id, (vocab_size,), after adding `more` to each count."""
     counts = np.full(tokenizer.vocab_size, more)
     for document in read_documents(inputs, tokenizer):
         counts += np.bincount(document.read(0, len(document)), minlength=len(counts))
@@ -28,12 +28,12 @@ def frequencies(inputs: list[str], tokenizer: Tokenizer, more: float = 0.0) -> n
 
 
 def without_context(p: np.ndarray, q: np.ndarray) -> tuple[float, float]:
-    """(cross-entropy, loss of the masked objective) of tokens distributed as q, guessed by p, both (vocab_size,)."""
+    """Return (cross-entropy, masked loss) of tokens distributed as q, guessed by p; both are (vocab_size,)."""
     hidden = -(q * np.log(p)).sum()
     stays = 1 - MASKED - RANDOM
     kept = stays * p / (stays * p + RANDOM / len(p))  # the chance that a visible token is the one to predict
     same = -(q * np.log(kept + (1 - kept) * p)).sum()
-    # another token v is seen, any with the same chance: the guess is p, less what is given to v itself
+    # a token v is seen in its place, all with the same chance: the guess is p, less the part given to v itself
     other = hidden - np.log1p(-kept).mean()
     other += ((np.log1p(-kept) + np.log(p) - np.log(kept + (1 - kept) * p)) * q).sum() / len(p)
     return float(hidden), float(MASKED * hidden + stays * same + RANDOM * other)

@@ -1,3 +1,3 @@
-"""LongNet: dilated attention over token streams of any length. Importing this package imports no torch."""
+"""LongNet: dilated attention over token streams of any length. Importing this package does not import torch."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m longnet_cli` is `longnet`."""
+"""The entry point of `python -m longnet_cli`, the same as `longnet`."""
 
 from longnet_cli.cli.app import main
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and folders with one writer: temporary names, locks, fsync, rename."""
+"""Atomic writes of files, and folders with a single writer: temporary names, locks, fsync, rename."""
 
 import errno
 import fcntl
@@ -14,14 +14,14 @@ from typing import BinaryIO
 
 from longnet_cli.errors import ConfigError, LongNetError
 
-_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")  # the name of a file that is being written, with its last name
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")  # a file that is being written; the group is its final name
 
 
 @contextmanager
 def writing(what: str | Path) -> Iterator[None]:
     """Turn a failed write (a full disk, a file too large) into a LongNetError that names what was being written.
 
-    A closed pipe stays what it is: the reader has what it wants.
+    A BrokenPipeError passes through unchanged: the reader has read enough.
     """
     try:
         yield
@@ -35,15 +35,16 @@ def writing(what: str | Path) -> Iterator[None]:
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing under a temporary name in its folder; rename it when the block ends without an error.
 
-    Missing folders are made. A reader, or a crash, sees the old file or the whole new one; what a killed writer of the
-    same file left under its temporary name is removed. A device or a named pipe is written to directly. Raises
-    ConfigError when the path cannot be opened, LongNetError when the end of the file cannot be written.
+    Missing folders are created. At any time, even after a crash, the path holds the old file or the whole new one.
+    Temporary files that killed writers of the same file left behind are removed. A device or a named pipe is written
+    to directly. Raises ConfigError when the path cannot be opened, LongNetError when the end of the file cannot be
+    written.
     """
     target = Path(path)
     with _opening(path):
         direct = target.exists() and not stat.S_ISREG(target.stat().st_mode)
         if not direct:
-            target = Path(os.path.realpath(path))  # not of the shell's >(command), whose name leads nowhere
+            target = Path(os.path.realpath(path))  # not for >(command), whose real path does not exist
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target.parent, target.name)
         temporary, file = (target, open(target, "wb")) if direct else _new_temporary(target)  # noqa: SIM115
@@ -58,7 +59,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
                 os.replace(temporary, target)
                 sync_folder(target.parent)
     except BaseException:
-        with suppress(OSError):  # on a full disk closing fails once more, and leaves the file closed
+        with suppress(OSError):  # on a full disk, close fails again, but the file is then closed
             file.close()
         if not direct:
             temporary.unlink(missing_ok=True)
@@ -66,12 +67,15 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a file's name is one that `atomic_write` writes under."""
+    """Return whether a file name is a temporary name of `atomic_write`."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
 def remove_leftovers(folder: Path, target: str | None = None) -> None:
-    """Delete what killed writers left in a folder, of the file `target` or of all: a living one holds a lock on it."""
+    """Delete the temporary files that killed writers left in a folder: all of them, or only those for `target`.
+
+    A running writer holds a lock on its temporary file, which is then kept.
+    """
     for name in os.listdir(folder):
         match = _TEMPORARY.fullmatch(name)
         if match and target in (None, match[1]):
@@ -81,14 +85,14 @@ def remove_leftovers(folder: Path, target: str | None = None) -> None:
 
 
 def _new_temporary(target: Path) -> tuple[Path, BinaryIO]:
-    """A new file beside `target`, open and locked, so that it is not taken for a leftover."""
+    """Create and lock a temporary file beside `target`. The lock shows `remove_leftovers` that it is in use."""
     while True:
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         try:
             file = open(temporary, "xb")  # noqa: SIM115 (its user closes it)
-            with suppress(OSError):  # a network file system without locks, on which no leftover can be locked either
+            with suppress(OSError):  # a network file system without locks, where leftovers are never removed
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_nlink:  # else another writer removed it before it was locked
+            if os.fstat(file.fileno()).st_nlink:  # otherwise another writer removed it before it was locked
                 return temporary, file
             file.close()
         except FileExistsError:
@@ -100,16 +104,17 @@ def _new_temporary(target: Path) -> tuple[Path, BinaryIO]:
 
 
 def write_file(path: str | Path, data: bytes) -> None:
-    """Write a whole small file, or leave the old one; errors as for `atomic_write`."""
+    """Write `data` to a file atomically. Raises the errors of `atomic_write`."""
     with atomic_write(path) as file, writing(path):
         file.write(data)
 
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder to fill, which becomes the new folder `path` when the block ends without an error.
+    """Create a temporary folder to fill; rename it to `path` when the block ends without an error.
 
-    Raises ConfigError where there is something at `path`, other than an empty folder, or it cannot be made.
+    Raises ConfigError if `path` exists and is not an empty folder, or if the folder cannot be created; LongNetError
+    for a full disk or a failed write.
     """
     target = Path(os.path.abspath(path))
     with _opening(path):
@@ -138,9 +143,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Make a folder and keep a second writer out; the lock ends with the process, however that ends.
+    """Create a folder and lock it against a second writer. The lock ends with the block, or when the process ends.
 
-    Raises ConfigError where the folder cannot be made or another process has it, LongNetError for a full disk.
+    Raises ConfigError if the folder cannot be created or another process has locked it, LongNetError for a full disk.
     """
     with _opening(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +164,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _opening(path: str | Path) -> Iterator[None]:
-    """A path that cannot be opened for writing is a wrong option, unless the disk is full."""
+    """Turn an OSError into a ConfigError, because the path is an option; into a LongNetError if the disk is full."""
     try:
         yield
     except OSError as error:

@@ -1,10 +1,10 @@
-"""Vectors and scores of Arrow record batches, for engines that run a function over many: Ray Data, Spark and others.
+"""Vectors and scores of Arrow record batches, for engines that map a function over them: Ray Data, Spark and others.
 
     dataset.map_batches(encode_batches, batch_format="pyarrow")        Ray Data: a table in, a table out
     frame.mapInArrow(encode, schema)                                   Spark: an iterator in, an iterator out
 
-A process loads a model on its first call and keeps it. A row is a document, and each batch is read as if it were all
-there is: so it does not matter which process gets which batch.
+A process loads a model on its first call and keeps it. A row is a document. Each batch is read independently of the
+others, so it does not matter which process gets which batch.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from longnet_cli.scoring import NothingToScoreError, OnSkip
 
 @dataclass(frozen=True)
 class Reading:
-    """The way that documents are read from batches, and the model: the options of `longnet encode` and `longnet score`.
+    """The model and the way to read documents from batches: options that `longnet encode` and `longnet score` share.
 
-    `id_column` names the documents, without it `doc_id`, otherwise `id`; `column` holds them, text or lists of token
-    ids. The columns of `keep` are carried along to the rows of the output. With `skip_bad` a document that the model
-    cannot read has no rows.
+    `id_column` holds the names of the documents; without it, `doc_id` is used, otherwise `id`. `column` holds the
+    documents, as text or as lists of token ids. The columns of `keep` are copied to the rows of the output. With
+    `skip_bad`, a document that the model cannot read has no rows.
     """
 
     model: str = "longnet-tiny"
@@ -53,11 +53,11 @@ class Reading:
     skip_bad: bool = False
 
     def load(self) -> Loaded:
-        """Return the model and its tokenizer, which this process has loaded once. Raises what `load_model` does."""
+        """Return the model and its tokenizer, loaded once per process. Raises what `load_model` raises."""
         return _load(self.model, self.tokenizer, self.pattern, self.bos, self.device, self.dtype)
 
     def origin(self) -> dict[str, Any]:
-        """Return what the options of both jobs say of the model."""
+        """Return the fields of `EncodeOptions` and `GainOptions` that describe the model."""
         loaded = self.load()
         return {
             "bos": loaded.bos,
@@ -76,13 +76,14 @@ def encode_batches(
     embedding_dtype: EmbeddingDtype = "float32",
     **reading: Any,
 ) -> Any:
-    """Return the rows of `longnet encode` for the documents of a table, or lazily of record batches, as it is given.
+    """Encode the documents of a table or of record batches, and return the rows of `longnet encode`.
 
-    The columns are those of `EncodeOptions.schema`, then those of `keep`. The options are those of `EncodeOptions` and
-    of `Reading`. An empty document has no rows.
+    A table gives a table. Record batches give a lazy iterator of record batches. The output has the columns of
+    `EncodeOptions.schema`, then the columns of `keep`. The options are as in `EncodeOptions` and `Reading`. An empty
+    document has no rows.
 
-    Raises ConfigError for options, for a batch without names of its documents or without the column, DataError for bad
-    values, and what `encode` raises; TypeError for an option that there is not.
+    Raises ConfigError for invalid options and for a batch without the id column or the document column, DataError for
+    bad values, TypeError for an unknown option, and what `encode` raises.
     """
     how = Reading(**reading)
 
@@ -105,13 +106,14 @@ def encode_batches(
 def score_batches(
     batches: Any, *, context: int | Sequence[int] | None = None, stride: int | None = None, **reading: Any
 ) -> Any:
-    """Return the rows of `longnet score -o` for the documents of a table, or lazily of record batches, as it is given.
+    """Score the documents of a table or of record batches, and return the rows of `longnet score -o`.
 
-    The columns are those of `GainOptions.schema`, then those of `keep`. The options are `context`, several of them for
-    what a document gains from the longest, `stride`, and those of `Reading`.
+    A table gives a table. Record batches give a lazy iterator of record batches. The output has the columns of
+    `GainOptions.schema`, then the columns of `keep`. The options are `context`, `stride` and the options of `Reading`.
+    With several contexts, the rows also show what a document gains from the longest one.
 
-    Raises ConfigError for options, for a batch without names of its documents or without the column, DataError for bad
-    values, and what `score` raises; TypeError for an option that there is not.
+    Raises ConfigError for invalid options and for a batch without the id column or the document column, DataError for
+    bad values, TypeError for an unknown option, and what `score` raises.
     """
     how = Reading(**reading)
     contexts = None if context is None else (context,) if isinstance(context, int) else tuple(context)
@@ -135,12 +137,12 @@ def _load(model: str, tokenizer: str | None, pattern: str | None, bos: str | Non
     return load_model(model, tokenizer, False, select_device(device), dtype, asked, bos)
 
 
-# Of documents: their rows, and which document, of those that are not left out, each row is of
+# Takes documents; yields batches of rows, and for each row the index of its document, skipped documents not counted
 Run = Callable[[Iterator[Document], OnSkip | None], Iterator[tuple[pa.RecordBatch, np.ndarray]]]
 
 
 def _mapped(batches: Any, how: Reading, run: Run, *, empty: bool) -> Any:
-    """Return what `run` gives: a table for a table, batches for batches; `empty`: also for documents without tokens."""
+    """Apply `run` to a table or to batches, and return the same kind. With `empty`, empty documents are read too."""
     if isinstance(batches, pa.Table):
         return pa.Table.from_batches(_Batch(batches, "table", how).rows(run, empty))
     tables = (pa.Table.from_batches([batch]) for batch in batches)
@@ -149,7 +151,7 @@ def _mapped(batches: Any, how: Reading, run: Run, *, empty: bool) -> Any:
 
 
 class _Batch:
-    """A table whose rows are documents. Raises ConfigError and DataError for one that cannot be read so."""
+    """A table whose rows are documents. Raises ConfigError and DataError for a table that cannot be read this way."""
 
     def __init__(self, table: pa.Table, where: str, how: Reading) -> None:
         self.table, self.where, self.how = table, where, how
@@ -178,7 +180,7 @@ class _Batch:
                 )
 
     def rows(self, run: Run, empty: bool) -> Iterator[pa.RecordBatch]:
-        """The rows of all documents, as the last batch those of none."""
+        """Yield the rows of all documents. If there are none, yield an empty batch, so that the schema is known."""
         taken: list[int] = []
 
         def documents() -> Iterator[Document]:
@@ -188,7 +190,7 @@ class _Batch:
                     yield document
 
         def skip(document: Document, error: LongNetError) -> None:
-            taken.pop()  # it was the last one
+            taken.pop()  # the skipped document is always the last one taken
 
         for batch, indices in run(documents(), skip if self.how.skip_bad else None):
             places = pa.array(np.array(taken, int)[indices])
@@ -201,7 +203,7 @@ class _Batch:
             yield pa.record_batch([doc_ids, *batch.columns[1:], *kept], schema=schema)
 
     def documents(self) -> Iterator[Document]:
-        """The document of each row."""
+        """Return an iterator over the documents, one per row."""
         own = [index for index, name in enumerate(self.names) if name not in (self.id_column, "doc_id", "part")]
         table = self.table.select(own)
         found = Table(self.where, self.where, table.schema, lambda names: iter(table.select(names).to_batches()))

@@ -1,4 +1,4 @@
-"""Turns what a person wrote (JSON, TOML, flags) into a pydantic model, or into one line that says what is wrong."""
+"""Validation of what a person wrote (JSON, TOML, flags): a pydantic model, or one line that says what is wrong."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 class Table(BaseModel):
     """A table of keys and values that a person wrote. It cannot be changed once it is checked.
 
-    Unknown keys are errors, and so are inf and nan, which JSON does not have, `true` where a number is due (Python
-    would take it for 1), numbers that an int64 cannot hold, and empty strings (in a script, a variable that is not
-    set).
+    These are errors: unknown keys; inf and nan, which JSON does not have; `true` in place of a number, which Python
+    would take for 1; numbers that an int64 cannot hold; strings with NUL or lone surrogates; empty strings, which often
+    come from an unset variable in a script.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -50,10 +50,10 @@ class Table(BaseModel):
 
 
 def validate(cls: type[ModelT], data: Mapping[str, Any], where: str) -> ModelT:
-    """Check `data` against `cls`, whose nested models are addressed by dotted names (`optimizer.lr`).
+    """Return `data` as an instance of `cls`. Errors name keys of nested models with dots (`optimizer.lr`).
 
-    Raises ConfigError of one line that begins with `where` (a file, a flag), names every wrong key, and for an
-    unknown one the nearest that exists. `cls` must forbid extra keys for that.
+    Raises ConfigError of one line that starts with `where` (a file, a flag), names every wrong key, and suggests the
+    nearest existing key for an unknown one. For that, `cls` must forbid extra keys.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: expected keys and values, got {_short(data)}")
@@ -64,12 +64,13 @@ def validate(cls: type[ModelT], data: Mapping[str, Any], where: str) -> ModelT:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file in UTF-8.
+    """Return the text of a UTF-8 file.
 
-    Raises OSError, also for a pipe or a device, which might never end or even open; ValueError for other bytes.
+    Raises OSError for a file that cannot be read, and for a pipe or a device, which might never end or even open;
+    ValueError for bytes that are not UTF-8.
     """
     path = Path(path)
-    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):  # reading a folder says it better
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):  # read_text refuses a folder
         raise OSError(0, "a pipe or a device, not a file: save it to a file", str(path))
     try:
         return path.read_text(encoding="utf-8")
@@ -78,7 +79,7 @@ def read_text(path: str | Path) -> str:
 
 
 def parse(text: str, parser: Callable[..., Any] = json.loads, **options: Any) -> Any:
-    """Parse a JSON text (TOML with `tomllib.loads`). Raises ValueError where it is none, or nests too deeply."""
+    """Parse JSON, or TOML with `parser=tomllib.loads`. Raises ValueError for invalid or too deeply nested text."""
     try:
         return parser(text, **options)
     except RecursionError:
@@ -86,18 +87,18 @@ def parse(text: str, parser: Callable[..., Any] = json.loads, **options: Any) ->
 
 
 def digest(data: Any) -> str:
-    """SHA-256, in hex, of JSON data with sorted keys and no spaces: equal for files that say the same."""
+    """Return the SHA-256, in hex, of JSON data with sorted keys and no spaces. Equal data have equal digests."""
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that `name` most likely stands for, None where nothing is close."""
+    """Return the item of `names` that is most similar to `name`, None if nothing is close."""
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), None)
 
 
 def _items(value: Any) -> Iterator[Any]:
-    """The values in a value: those of a list, or itself. Tables are checked by their own classes."""
+    """Yield the items of a list, nested or not, or the value itself. Skip tables: their own classes check them."""
     if isinstance(value, list | tuple):
         for item in value:
             yield from _items(item)
@@ -106,7 +107,7 @@ def _items(value: Any) -> Iterator[Any]:
 
 
 def _is_text(value: str) -> bool:
-    """Return whether a string has no NUL and no half of a surrogate pair, which JSON can spell."""
+    """Return whether a string has no NUL and no lone surrogate, which JSON can spell; escaped bytes are allowed."""
     try:
         return bool(value.encode("utf-8", "surrogateescape")) and "\0" not in value
     except UnicodeEncodeError:
@@ -114,7 +115,7 @@ def _is_text(value: str) -> bool:
 
 
 def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:
-    """One phrase a mistake, unknown keys first; a key missing only because it was misspelt is not told twice."""
+    """Return one phrase per mistake, unknown keys first. A misspelt key is not reported again as a missing key."""
     unknown, others, meant = [], [], set()
     for item in error.errors(include_url=False):
         *parents, name = item["loc"] or ("",)
@@ -135,7 +136,7 @@ def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:
 
 
 def _field_names(cls: type[BaseModel], parents: Sequence[int | str]) -> list[str]:
-    """The keys that exist at a path of an error: list indices and the tags of unions in it name no field."""
+    """Return the keys that exist at the path of an error. List indices and union tags in the path name no field."""
     models: list[type[BaseModel]] = [cls]
     for part in parents:
         fields = [model.model_fields[part] for model in models if isinstance(part, str) and part in model.model_fields]
@@ -145,8 +146,8 @@ def _field_names(cls: type[BaseModel], parents: Sequence[int | str]) -> list[str
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """Every pydantic model in an annotation such as `Inner | None` or `dict[str, Inner]`."""
-    if arguments := get_args(annotation):  # first: in Python 3.10 list[Inner] is an instance of type, too
+    """Return every pydantic model in an annotation such as `Inner | None` or `dict[str, Inner]`."""
+    if arguments := get_args(annotation):  # first: in Python 3.10, list[Inner] is also an instance of type
         return [model for argument in arguments for model in _models_in(argument)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
 

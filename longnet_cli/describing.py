@@ -1,8 +1,9 @@
-"""The `pattern` job: what a pattern is, before anyone trains with it. Loads no torch.
+"""The `pattern` job: a description of a pattern, to read before you train with it. Loads no torch.
 
-Costs come from the operator's own plan. What a query sees is computed from the definition, position by position:
+Costs come from the operator's own plan. The keys that a query sees are computed from the definition, position by
+position:
 
-    level i covers the keys [lo_i, hi_i) of a query; of those, a head sees the ones that the level keeps for it
+    level i covers the keys [lo_i, hi_i) of a query; a head sees the covered keys that the level keeps for it
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from longnet_cli.presets import find_model, is_of_transformers, list_models, pre
 if TYPE_CHECKING:
     from longnet_cli.model.config import LongNetConfig
 
-NEAREST = 64  # tokens up to a query, itself among them
-LONGEST_REACH = 1 << 16  # tokens of a sequence whose links are followed
-_CELLS = 1 << 21  # of queries x keys, when links are followed
-_QUERIES = 1 << 11  # of which the nearest tokens are looked at
+NEAREST = 64  # tokens up to and including a query
+LONGEST_REACH = 1 << 16  # tokens of the longest sequence whose links are followed
+_CELLS = 1 << 21  # queries x keys, when links are followed
+_QUERIES = 1 << 11  # queries whose nearest tokens are counted
 LONGEST = 1 << 60  # tokens
 MOST_PARTS = 1 << 16
-NOTHING = -1  # in a picture, what no level shows
+NOTHING = -1  # a cell of a picture that no level shows
 
 
 @dataclass(frozen=True)
 class LevelCosts:
-    """One level; `flops` are those of one layer's forward over the sequence, `cache_rows` of one head."""
+    """The costs of a level: `flops` of one layer's forward pass over the sequence, `cache_rows` of one head."""
 
     segment_length: int
     dilation_rate: int
@@ -47,7 +48,7 @@ class LevelCosts:
 
 @dataclass(frozen=True)
 class Costs:
-    """Keys that a query sees on average, far from the ends; FLOPs of one layer's forward; cache rows of one head."""
+    """The average keys per query, far from the ends; FLOPs of one layer's forward pass; cache rows of one head."""
 
     keys_per_query: float
     flops: int
@@ -58,10 +59,11 @@ class Costs:
 class Description:
     """A description of a pattern for sequences of `seq` tokens.
 
-    `cache_rows` is None where attention looks both ways: nothing is remembered. `nearest_least` and `nearest_mean`: of
-    the 64 tokens up to a query, itself among them, those that a head sees. `reach` gives, for a number of layers, the
-    share of all tokens that a query may see, by whichever heads, within so many layers: over all queries but those in
-    the first quarter; None for sequences of more than 64Ki tokens.
+    `cache_rows` is None for bidirectional attention, which keeps no cache. `nearest_least` and `nearest_mean` count
+    the tokens that a head sees among the 64 up to and including a query: at least, and on average. `reach` maps a
+    number of layers to the share of tokens that are linked to a query through any heads within that many layers. The
+    share is of the tokens up to and including the query (bidirectional: of all tokens), and leaves out queries in the
+    first quarter. `reach` is None for sequences of more than 64Ki tokens.
     """
 
     name: str
@@ -95,7 +97,7 @@ class Subject:
 
 
 def find_subject(text: str) -> Subject:
-    """The pattern that `text` writes, or that of the recipe or the model that it names.
+    """Return the pattern that `text` spells out, or the pattern of the recipe or the model that it names.
 
     Raises ConfigError of one line, CheckpointError for a model that cannot be read.
     """
@@ -144,7 +146,7 @@ def describe(
     layers: Sequence[int] = (1, 2, 4),
     causal: bool = True,
 ) -> Description:
-    """Describe a pattern. `seq` None is `default_length`. Raises ConfigError for one that no attention can have so."""
+    """Describe a pattern; `seq` None is `default_length`. Raises ConfigError for one that cannot be used this way."""
     if refusal := pattern.refusal(causal, "exact"):
         raise ConfigError(f"{name or format_pattern(pattern)}: {refusal}")
     seq = seq or default_length(pattern)
@@ -152,7 +154,7 @@ def describe(
     half = 2 if causal else 1
     name, written = name or format_pattern(pattern), format_levels(pattern)
     if pattern == Pattern.dense():
-        pattern = Pattern((seq,), (1,))  # of its one segment, what the sequence fills
+        pattern = Pattern((seq,), (1,))  # the part of its one segment that the sequence fills
     *flops, of_sinks = level_flops(pattern, heads, head_dim, seq, causal)
     total = sum(flops) + of_sinks
     levels = [
@@ -188,7 +190,7 @@ def describe(
 
 
 def _refuse_the_boundless(pattern: Pattern, seq: int) -> None:
-    """Raise ConfigError where positions leave int64, or the plan of a sequence has more parts than one can wait for."""
+    """Raise ConfigError for positions past 2^60, near the end of int64, and for a plan with too many parts."""
     parts, inner = 0, pattern.segment_lengths[0]
     for (w, r), back in zip(pattern.levels, pattern.look_backs, strict=True):
         if max(seq, (back + 2) * w, r) > LONGEST:
@@ -202,12 +204,12 @@ def _refuse_the_boundless(pattern: Pattern, seq: int) -> None:
 
 
 def default_length(pattern: Pattern) -> int:
-    """Tokens of a sequence that shows a pattern: its longest segment, and at least 32Ki."""
+    """Return the length of a sequence that shows a pattern: its longest segment, at least 32Ki tokens."""
     return 1 << 15 if pattern == Pattern.dense() else max(1 << 15, *pattern.segment_lengths)
 
 
 def keys_seen(pattern: Pattern, level: int, queries: np.ndarray, seq: int, causal: bool) -> list[tuple[Any, Any]]:
-    """Return where the keys of a level lie for queries at these positions: one interval [low, high), or two."""
+    """Return the intervals [low, high) of keys, one or two, that a level adds for queries at these positions."""
     w, b = pattern.segment_lengths[level], pattern.look_backs[level]
     first = pattern.sinks if level else 0
     low = np.maximum((queries // w - b) * w, first)
@@ -221,15 +223,16 @@ def keys_seen(pattern: Pattern, level: int, queries: np.ndarray, seq: int, causa
 
 
 def _sees_sinks(pattern: Pattern, queries: np.ndarray) -> np.ndarray:
-    """Return whether queries see the sinks by themselves: their first level covers none."""
+    """Return a mask of the queries that see the sinks separately, because their first level covers none."""
     return (queries // pattern.segment_lengths[0] > pattern.look_backs[0]) & (pattern.sinks > 0)
 
 
 def keys_of_heads(
     pattern: Pattern, queries: np.ndarray, keys: np.ndarray, seq: int, causal: bool, heads: int, chosen: Sequence[int]
 ) -> np.ndarray:
-    """Return which keys each of the `chosen` heads sees: at positions (queries,) and (queries, keys): booleans
-    (chosen, queries, keys).
+    """Return a mask (chosen, queries, keys) of the keys that each of the `chosen` heads sees.
+
+    `queries` (queries,) and `keys` (queries, keys) are positions.
     """
     q = queries[:, None]
     found = np.zeros((len(chosen), *keys.shape), bool)
@@ -246,9 +249,10 @@ def keys_of_heads(
 
 
 def _nearest(pattern: Pattern, seq: int, heads: int, causal: bool) -> tuple[int, float]:
-    """The least and the mean number of the NEAREST tokens that a head's query sees.
+    """Return the least and the mean number of the NEAREST tokens that a head's query sees.
 
-    Of long sequences, a sample of queries; for the least, also those where the last segments of each level begin.
+    In a long sequence, the queries are a sample. The least number also covers the queries at the start of the last
+    segments of each level.
     """
     start = min(NEAREST - 1, seq - 1)
     drawn = _sample(start, seq, _QUERIES)
@@ -256,7 +260,7 @@ def _nearest(pattern: Pattern, seq: int, heads: int, causal: bool) -> tuple[int,
     others = np.unique(np.concatenate(begins)[:, None] + np.arange(NEAREST))
     queries = np.concatenate([drawn, others[(others >= start) & (others < seq)]])
     keys = queries[:, None] - np.arange(min(NEAREST, seq))
-    alike: dict[tuple[int, ...], list[int]] = {}  # heads that keep the same rows see the same
+    alike: dict[tuple[int, ...], list[int]] = {}  # heads that keep the same rows see the same keys
     for head, offsets in enumerate(zip(*(pattern.offsets(i, heads) for i in range(len(pattern.levels))), strict=True)):
         alike.setdefault(offsets, []).append(head)
     first, times = [group[0] for group in alike.values()], [len(group) for group in alike.values()]
@@ -270,7 +274,7 @@ def _nearest(pattern: Pattern, seq: int, heads: int, causal: bool) -> tuple[int,
 
 
 def _sample(start: int, stop: int, number: int) -> np.ndarray:
-    """At most so many positions in [start, stop), one drawn from each of as many equal parts; always the same ones."""
+    """Return at most `number` positions in [start, stop), one from each of `number` equal parts, with a fixed seed."""
     if stop - start <= number:
         return np.arange(start, stop)
     edges = start + (np.arange(number + 1, dtype=np.float64) * ((stop - start) / number)).astype(np.int64)
@@ -278,9 +282,10 @@ def _sample(start: int, stop: int, number: int) -> np.ndarray:
 
 
 def reach(pattern: Pattern, seq: int, heads: int, causal: bool, layers: Sequence[int]) -> dict[int, float]:
-    """For each number of layers, the share of tokens that a query is linked to; of long sequences, of a sample.
+    """Return, for each number of layers, the share of tokens that are linked to a query.
 
-    Tokens before the query, and itself; all tokens where attention looks both ways.
+    The share is of the tokens up to and including the query; for bidirectional attention, of all tokens. In a long
+    sequence, the queries are a sample.
     """
     queries = _sample(seq // 4, seq, max(16, _CELLS // seq))
     reached = np.zeros((seq, len(queries)), bool)
@@ -293,7 +298,7 @@ def reach(pattern: Pattern, seq: int, heads: int, causal: bool, layers: Sequence
         if share < 1.0:
             reached = _one_layer(pattern, reached, steps)
             before, share = share, float(reached.sum()) / past
-            if share == before:  # nothing new, nor ever
+            if share == before:  # no new links, so none in later layers
                 found |= {number: share for number in layers if number >= layer}
                 break
         if layer in layers:
@@ -303,7 +308,7 @@ def reach(pattern: Pattern, seq: int, heads: int, causal: bool, layers: Sequence
 
 @dataclass(frozen=True)
 class _Link:
-    """Keys at some positions, each seen by those of the `asking` queries that are number [first, last)."""
+    """Keys at some positions. Each key is seen by the `asking` queries with indices [first, last)."""
 
     asking: np.ndarray | slice
     keys: np.ndarray
@@ -312,9 +317,9 @@ class _Link:
 
 
 def _links(pattern: Pattern, seq: int, heads: int, causal: bool) -> Iterator[_Link]:
-    """Return what each level adds, for each offset that a head has.
+    """Yield the links of each level, for each offset that a head has.
 
-    Where keys begin and end grows with the query: so the queries that see a key are neighbours among those that ask.
+    Both ends of the interval of keys grow with the query, so the queries that see a key are neighbours in `asking`.
     """
     positions = np.arange(seq)
     for level, (w, r) in enumerate(pattern.levels):
@@ -335,7 +340,7 @@ def _one_layer(pattern: Pattern, reached: np.ndarray, steps: Sequence[_Link]) ->
         key = -1 if isinstance(link.asking, slice) else id(link.asking)
         if key not in counted:
             sums = np.zeros((len(reached[link.asking]) + 1, reached.shape[1]), np.uint16)
-            np.cumsum(reached[link.asking], 0, out=sums[1:])  # 64Ki counts as 0, but then all are reached already
+            np.cumsum(reached[link.asking], 0, out=sums[1:])  # 64Ki wraps to 0, but then all tokens are reached
             counted = {key: sums}
         sums = counted[key]
         found[link.keys] |= sums[link.last] != sums[link.first]
@@ -345,10 +350,10 @@ def _one_layer(pattern: Pattern, reached: np.ndarray, steps: Sequence[_Link]) ->
 
 
 def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = True) -> np.ndarray:
-    """Return which level shows a query which keys: (rows, columns) of at most `size`, row = query, column = keys.
+    """Return a picture of the level by which each query sees each key: rows are queries, columns are keys.
 
-    A cell stands for neighbours, and has the first level by which some head's query sees one of its keys, the number of
-    levels for sinks, NOTHING where none does.
+    The picture is (n, n) with n at most `size`, and a cell stands for neighbouring positions. It holds the first level
+    by which some head's query sees one of its keys, the number of levels if only sinks are seen, otherwise NOTHING.
     """
     size = min(size, seq)
     edges = np.array([seq * i // size for i in range(size + 1)])
@@ -373,7 +378,7 @@ def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = Tr
 
 
 def _next_kept(positions: np.ndarray, w: int, r: int, offset: int) -> np.ndarray:
-    """The first position from each on that a level keeps for a head."""
+    """Return, for each position, the first position at or after it that a level keeps for a head."""
     inside = positions % w
     start = positions - inside
     rows = np.maximum(0, -((offset - inside) // r))

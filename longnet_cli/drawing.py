@@ -1,4 +1,4 @@
-"""Draws patterns: which keys each query sees, one colour per level, in characters or as a picture."""
+"""Drawings of patterns, in characters or as a picture: the keys that each query sees, one colour per level."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _SIZE = 480  # rows and columns of a picture
 def draw_text(
     subject: Subject, seq: int, *, causal: bool, size: int = 32, color: bool = False, blocks: bool = True
 ) -> str:
-    """The keys that queries see: `size` queries down, keys across, each cell with its first level.
+    """Return the keys that queries see as text: `size` queries down, keys across, each cell with its first level.
 
-    With `color`, half blocks, two queries to a line; without, a digit or letter per level and s for sinks.
+    With `color` and `blocks`, half blocks show two queries per line. Otherwise each level is a digit or a letter, and
+    sinks are s.
     """
     cells = picture(subject.pattern, seq, size, subject.heads, causal).tolist()
     levels = len(subject.pattern.levels)
@@ -32,7 +33,7 @@ def draw_text(
 
 
 def legend(subject: Subject, *, color: bool = False, blocks: bool = True) -> str:
-    """Return what the marks of `draw_text` stand for."""
+    """Return a line that explains the marks of `draw_text`."""
     names = [f"level {i}" for i in range(len(subject.pattern.levels))] + ["sinks"] * (subject.pattern.sinks > 0)
     levels = len(subject.pattern.levels)
     if color and blocks:
@@ -63,7 +64,7 @@ def _half_blocks(above: Sequence[int], below: Sequence[int]) -> str:
 
 
 def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path, *, causal: bool | None = None) -> None:
-    """Write a picture with a panel per pattern, whole or not at all.
+    """Write a picture with one panel per pattern, atomically.
 
     Raises what `plotting.new_figure` raises.
     """
@@ -80,7 +81,7 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path, *, c
         colors = ["white", *tones, "crimson"]
         extent = (0, seq, seq, 0)
         axes.imshow(cells, cmap=ListedColormap(colors), vmin=-1, vmax=levels, interpolation="nearest", extent=extent)
-        if len(rows := np.flatnonzero((cells == levels).any(1))):  # a few tokens wide: no cell would show them
+        if len(rows := np.flatnonzero((cells == levels).any(1))):  # a few tokens wide: invisible as cells
             axes.vlines(0, rows[0] * seq / len(cells), seq, color="crimson", linewidth=5)
         axes.set_title(subject.name, fontsize=9)
         axes.set_xlabel("key")

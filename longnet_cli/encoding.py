@@ -2,8 +2,8 @@
 
     documents --Reader--> hidden states --_Pooling--> rows --> Arrow batches
 
-Documents are cut into portions first, and each portion is encoded as if it were all there is: so a run that is resumed,
-or shared by many processes, pads and adds up as one that was never stopped.
+Documents are first grouped into portions, and each portion is encoded independently of the others. So a run that is
+resumed, or shared by many processes, pads and sums as an uninterrupted run of one process does.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ from longnet_cli.runtime.tiles import check_vectors, rows_of_tiles
 
 Pool = Literal["mean", "last", "first", "cls"]
 EmbeddingDtype = Literal["float32", "float16"]
-OnSkip = Callable[[Document, LongNetError], None]  # with a document that is left out, and why
+OnSkip = Callable[[Document, LongNetError], None]  # called with a skipped document and the reason
 
 SHARD_ROWS = 1 << 14
 
 
 class NothingToEncodeError(DataError):
-    """Among the documents there is no token to encode."""
+    """An error for documents without any token to encode."""
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """The options that decide the rows of `encode`, besides the net and the documents.
+    """The options that determine the rows of `encode`, together with the net and the documents.
 
-    `bos` (the id of the tokenizer's end of text, or several) is put before each document of a causal model, as in
-    scoring, and not pooled.
-    `pool` takes the mean of the hidden states of a document's tokens, the one of its last or first token, or that of
-    the CLS which a slide encoder puts before them; `normalize` then scales the vector to length 1. With `span` there is
-    a row for every `span` tokens of a document.
-    `all_layers` adds the column `layers`: the same of what the first layer gets, and of each layer's output.
-    `tile_size` is the side of a tile in the pixels of its coordinates, before what the document or the model says.
+    `bos` (the id of the tokenizer's end of text, or several ids) is put before each document of a causal model, as in
+    scoring. It is not pooled.
+    `pool` takes the mean of the hidden states of a document's tokens, the hidden state of the last or first token, or
+    the hidden state of the CLS that a slide encoder puts before them. `normalize` then scales the vector to length 1.
+    With `span`, a document has a row for every `span` tokens.
+    `all_layers` adds the column `layers`: such a vector of the first layer's input, and of each layer's output.
+    `tile_size` is the side of a tile in the pixels of its coordinates. It overrides the document's and model's values.
     `model_name`, `tokenizer_sha256` and `pattern` (a text of `longnet_cli.patterns`) go into the schema's metadata.
     """
 
@@ -70,7 +70,7 @@ class EncodeOptions:
     normalize: bool = True
     span: int | None = None
     embedding_dtype: EmbeddingDtype = "float32"
-    all_layers: bool | None = None  # not False: the settings of folders begun without it stay what they were
+    all_layers: bool | None = None  # not False: folders started without it keep their settings
     tile_size: int | None = None
     model_name: str | None = None
     tokenizer_sha256: str | None = None
@@ -85,11 +85,11 @@ class EncodeOptions:
             raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
 
     def rows_of(self, document: Document) -> int:
-        """Return how many rows a document has."""
+        """Return the number of rows of a document."""
         return -(-len(document) // self.span) if self.span else 1
 
     def check(self, net: Net) -> None:
-        """Raise ConfigError for what `net` does not give."""
+        """Raise ConfigError for options that `net` does not support."""
         if self.pool == "cls" and not net.has_cls:
             raise ConfigError("this model has no CLS: take the mean (--pool mean), or the first or last vector")
         if self.tile_size and not (isinstance(net.config, SlideConfig) and net.config.grid):
@@ -98,7 +98,7 @@ class EncodeOptions:
             raise ConfigError("the layers of a Hugging Face model are not listened to: leave out --all-layers")
 
     def check_document(self, net: Net, document: Document) -> None:
-        """Raise ConfigError for a document that `net` does not read, DataError for vectors that are none of its."""
+        """Raise ConfigError for a document that `net` cannot read, DataError for vectors that do not fit `net`."""
         has_vectors = isinstance(document, Vectors)
         if has_vectors != (net.row_size is not None):
             kinds = ("token ids", "vectors") if has_vectors else ("vectors", "token ids")
@@ -109,14 +109,14 @@ class EncodeOptions:
         check_length(net, self.first(net) + len(document), document.where, "encode it in shorter documents")
 
     def first(self, net: Net) -> int:
-        """Return how many ids, or rows, `net` reads before those of a document."""
+        """Return the number of ids, or rows, that `net` reads before a document."""
         return 1 if net.has_cls else len(bos_ids(self.bos)) if net.config.causal else 0
 
     def schema(self, dim: int, model_sha256: str | None = None, kept: Sequence[pa.Field] = ()) -> pa.Schema:
-        """Return the schema of embeddings of size `dim` by the model of this digest, and of what is `kept` beside them.
+        """Return the schema of embeddings (dim,) from the model with this digest, and of the `kept` columns.
 
-        A vector stands for the tokens [start, end) of document `doc_id`. The metadata keys are `longnet.*`; what is
-        not known is left out.
+        A vector stands for the tokens [start, end) of document `doc_id`. The metadata keys are `longnet.*`; unknown
+        values are left out.
         """
         known = {
             "longnet.model": self.model_name,
@@ -155,19 +155,19 @@ def encode(
     on_empty: Callable[[Document], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> pa.RecordBatchReader:
-    """Read `documents` lazily and give each its rows, in order: a reader of record batches (`EncodeOptions.schema`).
+    """Encode `documents` lazily, in order; return a reader of record batches of their rows (`EncodeOptions.schema`).
 
-    A model that reads vectors takes documents of `data.vectors`, whose vectors are the tokens of what is said here.
-    A document that the model does not read for its length, or with ids that are none, ends the run, or
-    with `on_skip` is handed to it and left out. One that is empty has no rows, and is handed to `on_empty`. The `known`
-    documents, those among all whose lengths cost nothing to look at, are checked before anything else. `kept` are
-    columns of what documents carry along (`data.kept`). `chunk`, `spill`, `dtype`, `ranks` and `on_progress` as in
-    `runtime.reading.Reader`. Several ranks need the same documents. Those that share each document get all rows; of
-    several groups with documents of their own, rank 0 does and the others get none.
+    A model that reads vectors takes documents of `data.vectors`; "tokens" here are then vectors. A document that is too
+    long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to `on_skip` and left out
+    instead. An empty document has no rows and is passed to `on_empty`. The `known` documents are the part of
+    `documents` whose lengths are cheap to read; without `on_skip`, they are checked before anything else. `kept` are
+    columns that documents carry to the output (`data.kept`). `chunk`, `spill`, `dtype`, `ranks` and `on_progress` are
+    as in `runtime.reading.Reader`. All ranks need the same documents. In one group of ranks, which share each document,
+    all get all rows. Several groups divide the documents between them; then rank 0 gets all rows and the others none.
 
-    Raises ConfigError for options that the model does not have; the reader raises DataError where no document has rows,
-    ConfigError for one with more tokens than the model reads, MemoryLimitError for hidden states that do not fit,
-    NotFiniteError for a vector with NaN or an infinity.
+    Raises ConfigError for options that the model does not support. The reader raises DataError if no document has rows,
+    ConfigError for a document with more tokens than the model reads, MemoryLimitError for hidden states that do not
+    fit, NotFiniteError for a vector with NaN or an infinity.
     """
     ranks = ranks or Ranks()
     reader = share_reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
@@ -197,19 +197,19 @@ def encode_to_folder(
     on_empty: Callable[[Document], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ShardFolder | None:
-    """Write what `encode` gives to `vectors-00000.arrow`, ... (or .parquet) in the folder `output`, returned closed.
+    """Write the rows of `encode` to `vectors-00000.arrow`, ... (or .parquet) in the folder `output`; return it closed.
 
-    Of several `ranks` the first one writes; the others, which see no folder, get None.
+    Of several `ranks`, only the first one accesses the folder. The others get None.
 
-    A shard ends with the document that brings it to `shard_rows` rows. `resume` goes on with a folder that an earlier
-    run left unfinished, without encoding again what is in finished shards: byte for byte as if it had never stopped,
-    on the same machine with as many threads. `settings` (JSON values) says what the documents are; with the model and
-    the options it must be the earlier run's. Only `chunk`, where it is None, is taken from there: on a GPU the default
-    depends on the memory that is free. A resumed run hands `on_skip` what the earlier one did, too; the manifest has
-    their number.
+    A shard ends with the document that brings it to `shard_rows` rows. `resume` continues a folder that an earlier run
+    left unfinished, without encoding the documents of finished shards again. On the same machine with as many threads,
+    the result is byte for byte as if the run had never stopped. `settings` (JSON values) identifies the documents;
+    settings, model and options must be the same as in the earlier run. Only a `chunk` of None takes the earlier run's
+    value, because on a GPU the default depends on the free memory. A resumed run also passes to `on_skip` the documents
+    that the earlier run skipped; the manifest has their number.
 
-    Raises ConfigError for options and for a folder that is in use, DataError for no document or a damaged shard,
-    LongNetError when a write fails. After an error the finished shards stay.
+    Raises ConfigError for invalid options and for a folder that is in use, DataError for no document or a damaged
+    shard, LongNetError when a write fails. After an error the finished shards stay.
     """
     if shard_rows < 1:
         raise ConfigError(f"shard_rows must be 1 or more, not {shard_rows}")
@@ -222,7 +222,7 @@ def encode_to_folder(
     digest = model_digest(model)
     decisive = {
         **settings,
-        "pattern": options.pattern,  # told first where it differs: the model's digest does then, too
+        "pattern": options.pattern,  # before the model, whose digest then differs too: errors name the first
         "model": digest[:16],
         "kernel": check_kernel(device, dtype, model.config.head_dim),
         **asdict(options),
@@ -230,7 +230,7 @@ def encode_to_folder(
         "chunk": chunk,
         "dtype": dtype,
         "shard_rows": shard_rows,
-        **({"ranks": ranks.sp} if ranks.sp > 1 else {}),  # they add up in another order
+        **({"ranks": ranks.sp} if ranks.sp > 1 else {}),  # more ranks sum in another order
     }
     schema = _schema(options, model, digest, kept)
     with ExitStack() as stack:
@@ -261,7 +261,7 @@ def encode_to_folder(
         parts = portions(islice(taken, done, None), reader.portion, shard=shard_rows, size_of=options.rows_of)
         for part, batches in deal(parts, encoder.batches, ranks, BATCHES, encoder.tell_progress):
             for batch in batches:
-                begun = int(np.count_nonzero(batch["span"].to_numpy() == 0))  # and ended, in a whole portion
+                begun = int(np.count_nonzero(batch["span"].to_numpy() == 0))  # a portion holds whole documents
                 if folder:
                     folder.write(batch, documents=begun, tokens=int(batch["n_tokens"].to_numpy().sum()))
             if folder and part.ends_shard:
@@ -271,28 +271,28 @@ def encode_to_folder(
 
 @dataclass(frozen=True)
 class _Row:
-    """The vector (dim,) of the tokens [start, end) of a document, its `span`-th."""
+    """The vector (dim,) of the tokens [start, end), span number `span` of a document."""
 
     document: Document
     span: int
     start: int
     end: int
     vector: Tensor
-    layers: Tensor | None = None  # (num_layers + 1, dim), where they are wanted
+    layers: Tensor | None = None  # (num_layers + 1, dim), with all_layers
 
 
 class _Pooling:
-    """One document's hidden states in, in order and in pieces of any size; the rows of finished spans out."""
+    """The pooling of one document: takes hidden states in order, in pieces of any size; yields the finished rows."""
 
     def __init__(self, document: Document, options: EncodeOptions) -> None:
         self.document, self.pool = document, options.pool
         self.length = options.span or len(document)
         self.position = 0
         self.layers: Callable[[], Tensor | None] = lambda: None
-        self.state: Tensor | None = None  # of the span that is open: the sum so far (float64), or its first or last one
+        self.state: Tensor | None = None  # of the open span: the sum so far (float64), or the first or last state
 
     def add(self, hidden: Tensor) -> Iterator[_Row]:
-        """Take the next (n, dim); spans end every `span` tokens and with the document."""
+        """Take the next hidden states (n, dim). A span ends every `span` tokens and with the document."""
         while len(hidden):
             index = self.position // self.length
             start, end = index * self.length, min((index + 1) * self.length, len(self.document))
@@ -310,7 +310,7 @@ class _Pooling:
 
 
 class _Cls(_Pooling):
-    """One document's hidden states in, from CLS on; the row of CLS out."""
+    """The pooling of one document by CLS: takes hidden states from CLS on; yields the row of CLS."""
 
     def add(self, hidden: Tensor) -> Iterator[_Row]:
         if self.state is None:
@@ -328,7 +328,7 @@ class _Window(Window):
 
 
 class _Encoder:
-    """Documents in, rows of vectors out in the same order."""
+    """An encoder of documents to rows of vectors, in the same order."""
 
     def __init__(self, reader: Reader, options: EncodeOptions, schema: pa.Schema) -> None:
         options.check(reader.model)
@@ -342,9 +342,9 @@ class _Encoder:
         on_skip: OnSkip | None,
         on_empty: Callable[[Document], None] | None,
     ) -> Iterator[Document]:
-        """The `documents`, each checked before it is yielded, and without `on_skip` all the `known` ones now.
+        """Return the `documents` that are not empty, each checked before it is yielded.
 
-        Those that are empty are left out. Raises DataError at the end where none is left.
+        Without `on_skip`, check all `known` documents now. Raises DataError at the end if no document is left.
         """
         for document in known if on_skip is None else ():
             self.check(document)
@@ -363,14 +363,14 @@ class _Encoder:
         return with_tokens()
 
     def batches(self, documents: Iterable[Document]) -> pa.RecordBatchReader:
-        """Read checked documents and give each its rows, in order."""
+        """Return a reader of the rows of checked documents, in order."""
         schema, normalize = self.schema, self.options.normalize
         head = torch.inference_mode()(self.reader.model.head)
         found = (_record_batch(schema, rows, head, normalize) for rows in self._rows(documents) if rows)
         return pa.RecordBatchReader.from_batches(schema, found)
 
     def tell_progress(self, portion: Portion[Document]) -> None:
-        """Tell of tokens that another group of ranks has read."""
+        """Report the tokens that another group of ranks has read."""
         self.reader.on_progress(portion.length)
 
     def _rows(self, documents: Iterable[Document]) -> Iterator[list[_Row]]:
@@ -381,7 +381,7 @@ class _Encoder:
                 yield self._of_all_ranks(rows)
 
     def _layer_by_layer(self, windows: Iterable[_Window]) -> Iterator[list[Piece[_Window]]]:
-        """Read one document after the other, and hand its pooling what its layers make of it."""
+        """Read one document after the other, and give each pooling the states of all layers."""
         with LayerStates(cast(LongNet, self.reader.model)) as states:
             for window in windows:
                 first, stop = {
@@ -395,7 +395,7 @@ class _Encoder:
                 yield from self.reader.read([window])
 
     def check(self, document: Document) -> None:
-        """Raise ConfigError for a document that the model does not read."""
+        """Raise ConfigError or DataError for a document that the model cannot read."""
         self.options.check_document(self.reader.model, document)
 
     def _window(self, document: Document) -> _Window:
@@ -406,13 +406,13 @@ class _Encoder:
         return _Window(ids, 0, ids.first + len(document), 0 if whole else ids.first, pooling)
 
     def _hidden(self, piece: Piece[_Window]) -> Tensor:
-        """The hidden states of a piece; zeros that take no memory for another rank's."""
+        """Return the hidden states of a piece, or zeros that take no memory for a piece of another rank."""
         if piece.hidden is not None:
             return piece.hidden
         return torch.zeros(1, 1, device=self.reader.device).expand(len(piece), self.reader.model.config.dim)
 
     def _of_all_ranks(self, rows: list[_Row]) -> list[_Row]:
-        """The same rows with the sum of all ranks' vectors: pooling is linear."""
+        """Return the same rows with vectors summed over all ranks, which is exact because pooling is linear."""
         if self.reader.ranks.world == 1 or not rows:
             return rows
         vectors = torch.stack([row.vector for row in rows])
@@ -421,7 +421,7 @@ class _Encoder:
 
 
 def _schema(options: EncodeOptions, model: Net, digest: str, kept: Sequence[pa.Field]) -> pa.Schema:
-    """Return the schema of what `model` gives, with the column `layers` after `embedding` if it is asked for."""
+    """Return the schema of the rows of `model`, with the column `layers` after `embedding` if `all_layers` is set."""
     schema = options.schema(model.config.dim, digest, kept)
     if options.all_layers:
         kind = pa.list_(schema.field("embedding").type, model.config.num_layers + 1)
@@ -456,10 +456,10 @@ def _record_batch(
 
 
 def _array(kind: pa.DataType, rows: Sequence[_Row], vectors: Tensor, normalize: bool) -> pa.Array:
-    """Vectors (rows, dim), or (rows, n, dim), as all of them one after the other. Raises NotFiniteError."""
+    """Return vectors (rows, dim), or (rows, n, dim), as one flat array of vectors. Raises NotFiniteError."""
     if normalize:
         vectors = F.normalize(vectors, dim=-1)
-    with np.errstate(over="ignore"):  # told of below
+    with np.errstate(over="ignore"):  # reported below
         numbers = vectors.cpu().numpy().astype(numpy_dtype(kind.value_type))
     finite = np.isfinite(numbers).reshape(len(rows), -1).all(axis=1)
     if not finite.all():

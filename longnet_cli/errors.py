@@ -16,7 +16,7 @@ class ConfigError(LongNetError):
 
 
 class TooLongError(ConfigError):
-    """A document with more tokens than a model reads; `why` is the message without what to do `instead`."""
+    """A document with more tokens than a model reads. `why` is the message without the advice `instead`."""
 
     def __init__(self, why: str, instead: str) -> None:
         super().__init__(f"{why}: {instead}")
@@ -36,23 +36,23 @@ class CheckpointError(LongNetError):
 
 
 class MemoryLimitError(LongNetError):
-    """The request cannot fit this machine; the message says what would. Exit code 5."""
+    """A request that does not fit this machine; the message says what would fit. Exit code 5."""
 
     exit_code = 5
 
 
 class NotFiniteError(LongNetError):
-    """The net computed NaN or an infinity; the message names the document and the token. Exit code 1."""
+    """A NaN or an infinity that the net computed; the message names the document and the token. Exit code 1."""
 
 
-LEFT_OUT = 6  # exit code of a run that is done, but for inputs that it could not read and was told to leave out
+LEFT_OUT = 6  # exit code of a finished run that left out unreadable inputs, as it was told to
 
 
 class InputWarning(UserWarning):
-    """A line on stderr that the user should know of the inputs and need not act on."""
+    """A note about the inputs, one line on stderr, that needs no action."""
 
 
 def refuse_web_address(name: str) -> None:
-    """Raise ConfigError where the name of an input is an http:// or https:// address, saying what to do."""
+    """Raise ConfigError, with advice, if the name of an input is an http:// or https:// address."""
     if re.match(r"https?://", name, re.IGNORECASE):
         raise ConfigError(f"{name}: web addresses are not read: download it first, or `curl -L URL | longnet ... -`")

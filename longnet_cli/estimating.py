@@ -1,9 +1,9 @@
 """The estimate of `score --dry-run` and `encode --dry-run`, before a long job: documents, tokens, FLOPs, memory, time.
 
-    documents --lengths--> windows --Forwards--> FLOPs, and the sizes of which memory is made
-    a short forward of the model --> FLOP/s --> time
+    documents --lengths--> windows --Forwards--> FLOPs, and the sizes that make up memory
+    a short forward pass of the model --> FLOP/s --> time
 
-Nothing is computed but that forward, and nothing is written.
+Only that forward pass is computed, and nothing is written.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ from longnet_cli.scoring import Cut
 
 
 class Job(Protocol):
-    """The job whose reading is estimated: how it cuts documents into windows, and what it keeps besides."""
+    """A job to estimate: its windows of documents, and the extra memory that it keeps."""
 
     scores: bool  # it computes logits
-    skips_empty: bool  # an empty document is none of those that a resumed run has done
-    alone: bool  # no two windows share a forward
+    skips_empty: bool  # a resumed run does not count empty documents as done
+    alone: bool  # no two windows share a forward pass
 
     def check(self, document: Document) -> None:
         """Raise ConfigError or DataError for a document that the job refuses."""
 
     def windows(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """(tokens, wanted tokens) of each window of a document of so many tokens."""
+        """Yield (tokens, wanted tokens) for each window of a document of this many tokens."""
 
     def keeps(self, longest: int) -> dict[str, int]:
-        """Bytes that the job keeps of a document of `longest` tokens, by kind."""
+        """Return the bytes that the job keeps for a document of `longest` tokens, by kind."""
 
 
 class ScoreJob:
-    """`score`; `gains` where a document's tokens are compared at several contexts, `recalls` where bigrams are kept."""
+    """The job `score`: with `gains`, tokens are compared at several contexts; with `recalls`, bigrams are kept."""
 
     scores, skips_empty, alone = True, False, False
 
@@ -81,7 +81,7 @@ class ScoreJob:
 
 
 class EncodeJob:
-    """`encode` with these options. Raises ConfigError for those that the net does not have."""
+    """The job `encode` with these options. Raises ConfigError for options that the net does not support."""
 
     scores, skips_empty = False, True
 
@@ -101,7 +101,7 @@ class EncodeJob:
 
 
 class Room(NamedTuple):
-    """Bytes that a process holds, and that are free besides; None where the system does not say."""
+    """The bytes that a process holds, and the bytes that are free; None if the system does not say."""
 
     held: int
     free: int | None
@@ -115,11 +115,12 @@ class Room(NamedTuple):
 class ReadingEstimate(Estimate):
     """The estimate of a job that reads documents.
 
-    `tokens` are those of the `documents`, with `tokens_error` (half of the 95 % interval) where they are those of
-    `sampled` texts times the bytes of all; `longest` is the longest document. `tokens_read` are those of all forwards:
-    every context counts, and padding. `left_out` are documents of --skip-bad. `rate` is the FLOP/s of a forward of the
-    `measured` shape, `seconds` those of all forwards at that rate and the `reading` and tokenizing. `output` says what
-    would become of it.
+    `tokens` is the number of tokens in all `documents`, `longest` the number in the longest one. If only `sampled`
+    texts were tokenized, `tokens` is estimated from the bytes of all texts, and `tokens_error` is half of its 95 %
+    interval. `tokens_read` counts the tokens of all forward passes, with every context and padding. `left_out` counts
+    the documents that --skip-bad leaves out. `rate` is the FLOP/s of a forward pass of the `measured` shape. `seconds`
+    is the time of all forward passes at that rate, plus the time for `reading` and tokenizing. `output` says what would
+    happen to the output.
     """
 
     documents: int
@@ -132,10 +133,10 @@ class ReadingEstimate(Estimate):
     measured: Shape
     reading: float
     output: str
-    too_long: int | None  # the most tokens that the model reads, where a window has more
+    too_long: int | None  # the most tokens that the model reads, if a window has more
     streams: bool
 
-    HELD: ClassVar[tuple[str, ...]] = ("program", "loading")  # the second is over
+    HELD: ClassVar[tuple[str, ...]] = ("program", "loading")  # loading is over, its memory free again
 
     def _other_advice(self) -> str:
         if self.largest == "hidden":
@@ -147,7 +148,7 @@ class ReadingEstimate(Estimate):
         return "no chunk fits: choose a smaller model or a larger device"
 
     def as_dict(self) -> dict[str, Any]:
-        """The keys of the machine format."""
+        """Return a dict with the keys of the machine format."""
         interval = [max(0.0, self.tokens - self.tokens_error), self.tokens + self.tokens_error]
         return {
             "documents": self.documents,
@@ -164,9 +165,9 @@ class ReadingEstimate(Estimate):
 
 
 def check_weights(name: str, dtype: str, device: torch.device, free: int | None) -> None:
-    """Raise MemoryLimitError, before they are loaded, for weights that take more than is `free`.
+    """Raise MemoryLimitError, before they are loaded, if the weights of model `name` take more than `free` bytes.
 
-    Of the model that --model names; not of a GGUF file, whose size is known when it is unpacked.
+    A GGUF file is not checked: its size is known only when it is unpacked.
     """
     folder = find_model(name, files=True)
     if free is None or is_gguf(folder):
@@ -199,15 +200,15 @@ def estimate(
     skip_bad: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> ReadingEstimate:
-    """Return what a `job` of `net` takes for these documents: reads their lengths, and measures a forward.
+    """Estimate what a `job` of `net` takes for these documents, from their lengths and one measured forward pass.
 
-    Texts among the `documents` (`data.sources.read_untokenized`) need `words`, and a `sample` of so many of them is
-    tokenized. The first `done` documents are those of a run that is resumed. `room` is what there was before the net
-    was loaded. `chunk`, `dtype` and `ranks` as in `runtime.reading.Reader`. `on_progress` gets the tokens of each
+    Texts among the `documents` (`data.sources.read_untokenized`) need the tokenizer `words`; a `sample` of this many is
+    tokenized. A resumed run has already read the first `done` documents. `room` is the memory before the net was
+    loaded. `chunk`, `dtype` and `ranks` are as in `runtime.reading.Reader`. `on_progress` gets the tokens of each
     document.
 
-    Raises what the job raises for documents that cannot be read, unless it is to `skip_bad`, and DataError where there
-    is nothing to read.
+    Without `skip_bad`, raises what the job raises for documents that it cannot read. Raises DataError if there is
+    nothing to read.
     """
     ranks, config, device = ranks or Ranks(), net.config, next(net.parameters()).device
     chunk = chunk or int(ranks.smallest(default_chunk(config, device)))
@@ -231,7 +232,7 @@ def estimate(
         raise DataError("there is nothing to read: every document is empty, too short or left out")
     reading = time.perf_counter() - begin + (drawn.seconds_of_all - drawn.seconds if drawn else 0)
 
-    forward(net, Shape(1, 8), job.scores, dtype)  # torch loads much on first use
+    forward(net, Shape(1, 8), job.scores, dtype)  # torch loads much on first use, which `program` counts
     weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
     program = max(0, resident_memory(device) - weights)
     free = None if room.free is None else max(0, room.free - max(0, program - room.held))
@@ -242,7 +243,7 @@ def estimate(
         return {kind: size for kind, size in kinds.items() if size}
 
     kinds = {"program": program, **memory(chunk)}
-    before = peak_memory(device) - sum(kinds.values())  # of files, from which weights of another type are made
+    before = peak_memory(device) - sum(kinds.values())  # for files whose weights were converted to another type
     if before > 0:
         kinds["loading"] = before
     spilled = hidden_bytes(net, forwards, chunk, ranks.of_group()) if spill else 0
@@ -281,7 +282,7 @@ def estimate(
 def _lengths(
     job: Job, items: Iterable[Document | Text], drawn: Sample | None, skip: Callable[..., None] | None
 ) -> Iterator[int]:
-    """Yield the tokens of each document, those of texts at the end, as their bytes say."""
+    """Yield the number of tokens of each document. Texts come last, with tokens estimated from their bytes."""
 
     def documents() -> Iterator[Document]:
         for item in items:

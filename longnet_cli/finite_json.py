@@ -1,4 +1,4 @@
-"""JSON of values that it does not have: numbers that are NaN or infinite become null, dates and the like text."""
+"""JSON of values that JSON does not have: NaN and infinite numbers become null, dates and similar values text."""
 
 import json
 import math
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def to_json(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
-    """The JSON of a value, whose floats that are not finite are null; the other arguments are those of json.dumps."""
+    """Return the JSON of a value, with null for floats that are not finite. The options are as in json.dumps."""
     try:
         return json.dumps(value, allow_nan=False, indent=indent, ensure_ascii=ensure_ascii)
-    except (ValueError, TypeError):  # the rare value that has such a number, or a mapping that is no dict, or a date
+    except (ValueError, TypeError):  # rare: a value with such a number, a mapping that is not a dict, or a date
         return json.dumps(finite(value), allow_nan=False, indent=indent, ensure_ascii=ensure_ascii, default=_text)
 
 
@@ -21,7 +21,7 @@ def _text(value: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """A value with None in place of every float in it that is not finite."""
+    """Return a value with None in place of every float in it that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

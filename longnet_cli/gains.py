@@ -1,9 +1,9 @@
-"""The `gains` job: a row per document of what its tokens cost at each context, and what the longest one gains.
+"""The `gains` job: a row per document, with its nats per token at each context and the gain of the longest context.
 
     documents --score--> nats of each token, context by context --_Gain--> rows --> Arrow batches
 
-Documents are cut into portions first, and each portion is scored as if it were all there is: so a run that is resumed,
-or shared by many processes, writes the bytes of one that was never stopped.
+Documents are first grouped into portions, and each portion is scored independently of the others. So a run that is
+resumed, or shared by many processes, writes the same bytes as an uninterrupted run of one process.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reading import Bos, Reader, share_reader
 from longnet_cli.scoring import Cut, NothingToScoreError, OnSkip, Scorer
 
-BLOCK_TOKENS = 128  # neighbours that gain together: blocks are taken as independent
-MANY_NATS = 2.0  # of a token that gains much: exp(2) is 7 times as likely
+BLOCK_TOKENS = 128  # neighbouring tokens gain together; blocks are taken as independent
+MANY_NATS = 2.0  # a token that gains this much is exp(2), about 7, times as likely
 SHARD_TOKENS = 1 << 22
 BATCH_ROWS = 1 << 12
 
 
 @dataclass(frozen=True)
 class GainOptions:
-    """The options that decide the rows of `gains`, besides the net and the documents.
+    """The options that determine the rows of `gains`, together with the net and the documents.
 
-    `bos`, `context`, `stride` and `last` as in `scoring.score`; contexts are put in ascending order. Two or more give
-    the columns of a gain, that of the longest over the shortest. `model_name`, `tokenizer_sha256` and `pattern` (a text
-    of `longnet_cli.patterns`) go into the schema's metadata.
+    `bos`, `context`, `stride` and `last` are as in `scoring.score`; contexts are sorted in ascending order. With two or
+    more contexts, the rows have columns for the gain of the longest over the shortest. `model_name`, `tokenizer_sha256`
+    and `pattern` (a text of `longnet_cli.patterns`) go into the schema's metadata.
     """
 
     bos: Bos = None
@@ -65,7 +65,7 @@ class GainOptions:
 
     @property
     def compares(self) -> bool:
-        """Return whether there is a gain: that of the longest context over the shortest."""
+        """Return whether the rows have a gain, which takes two contexts or more."""
         return len(self.context or ()) > 1
 
     @property
@@ -74,11 +74,12 @@ class GainOptions:
         return [f"nats_{context}" for context in self.context] if self.context else ["nats"]
 
     def schema(self, kept: Sequence[pa.Field] = ()) -> pa.Schema:
-        """Return the schema of the rows, and of what is `kept` beside them.
+        """Return the schema of the rows, with the `kept` columns.
 
-        `n_tokens` are scored, the same at each context. Nats are means over them, null for none. `gain` is the
-        difference, `gain_se` its standard error over blocks of 128 tokens (null for fewer than two), `gain_share` the
-        share of tokens that gain more than 2 nats. The metadata keys are `longnet.*`; what is not known is left out.
+        `n_tokens` is the number of scored tokens, the same at each context. Nats are means over these tokens, null if
+        there are none. `gain` is the nats at the shortest context minus the nats at the longest, `gain_se` its standard
+        error over blocks of 128 tokens (null for fewer than two blocks), `gain_share` the share of tokens that gain
+        more than 2 nats. The metadata keys are `longnet.*`; unknown values are left out.
         """
         known = {
             "longnet.model": self.model_name,
@@ -109,12 +110,12 @@ def gains(
     on_skip: OnSkip | None = None,
     **running: Any,
 ) -> Iterator[pa.RecordBatch]:
-    """Read `documents` lazily and give each its row, in order, in record batches of `options.schema(kept)`.
+    """Score `documents` lazily and yield their rows, in order, in record batches of `options.schema(kept)`.
 
-    `kept` are columns of what documents carry along (`data.kept`); a value that is not of the type is a DataError. The
-    other arguments are those of `scoring.score`, `running` what its Reader takes (`chunk`, `dtype`, `on_progress`);
-    what it raises is raised here. Of a document the nats at one context are kept until those at the other come, 4 bytes
-    a token, in a file in $TMPDIR where they are many.
+    `kept` are columns that documents carry to the output (`data.kept`); a value of the wrong type is a DataError. The
+    other arguments are as in `scoring.score`, and `running` has the options of its Reader (`chunk`, `dtype`,
+    `on_progress`). Raises what `score` raises. A document's nats at the shortest context are kept until the longest is
+    scored: 4 bytes per token, in a file in $TMPDIR if they are many.
     """
     ranks = ranks or Ranks()
     scorer = _GainScorer(share_reader(model, ranks=ranks, **running), options, kept, count_bytes)
@@ -129,7 +130,7 @@ def gains(
                 yield from _joined(waiting)
                 waiting = []
     yield from _joined([*waiting, pa.RecordBatch.from_pylist([], scorer.schema)])
-    if not scored and (ranks.first or ranks.dp == 1):  # behind the rows, which say so one by one
+    if not scored and (ranks.first or ranks.dp == 1):  # after the rows, which each show 0 tokens
         raise scorer.nothing()
 
 
@@ -151,14 +152,14 @@ def gains_to_folder(
     on_skip: OnSkip | None = None,
     **running: Any,
 ) -> ShardFolder | None:
-    """Write what `gains` gives to `gains-00000.arrow`, ... in the folder `output`, which is returned closed.
+    """Write the rows of `gains` to `gains-00000.arrow`, ... in the folder `output`, and return it closed.
 
-    A shard ends with the document that brings it to `shard_tokens`. Otherwise as `encoding.encode_to_folder`: of
-    several `ranks` the first one writes and the others get None; `resume` goes on with a folder that an earlier run
-    with the same `settings`, model and options left unfinished.
+    A shard ends with the document that brings it to `shard_tokens`. The rest is as in `encoding.encode_to_folder`: of
+    several `ranks`, the first one writes and the others get None; `resume` continues a folder that an earlier run with
+    the same `settings`, model and options left unfinished.
 
-    Raises ConfigError for options and for a folder that is in use, DataError for a damaged shard, LongNetError when a
-    write fails, and what `score` raises. After an error the finished shards stay.
+    Raises ConfigError for invalid options and for a folder that is in use, DataError for a damaged shard, LongNetError
+    when a write fails, and what `score` raises. After an error the finished shards stay.
     """
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
@@ -170,7 +171,7 @@ def gains_to_folder(
     dtype = resolve_dtype(dtype, device)
     decisive = {
         **settings,
-        "pattern": options.pattern,  # told first where it differs: the model's digest does then, too
+        "pattern": options.pattern,  # before the model, whose digest then differs too: errors name the first
         "model": model_digest(model)[:16],
         "kernel": check_kernel(device, dtype, model.config.head_dim),
         **asdict(options),
@@ -178,7 +179,7 @@ def gains_to_folder(
         "chunk": chunk,
         "dtype": dtype,
         "shard_tokens": shard_tokens,
-        **({"ranks": ranks.sp} if ranks.sp > 1 else {}),  # they add up in another order
+        **({"ranks": ranks.sp} if ranks.sp > 1 else {}),  # more ranks sum in another order
     }
     reader = share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **running)
     scorer = _GainScorer(reader, options, kept, count_bytes)
@@ -189,7 +190,7 @@ def gains_to_folder(
             folder = stack.enter_context(shards)
         if ranks.any(folder is not None and folder.finished):
             return folder
-        # folders of before 2026-11-26 count what is left out among their documents
+        # folders from before 2026-11-26 count what was left out among their documents
         done = int(ranks.largest(folder.documents - folder.totals["left_out"] if folder else 0))
         scored = int(ranks.largest(folder.totals["tokens"] if folder else 0))
 
@@ -204,7 +205,7 @@ def gains_to_folder(
             islice(taken, done, None), reader.portion, shard=shard_tokens, size_of=lambda document: len(document) + 1
         )
         for part, found in deal(parts, scorer.batches, ranks, BATCHES, scorer.tell_progress):
-            for batch in found:  # one, which comes when all documents of the portion have been read
+            for batch in found:  # one batch, when all documents of the portion have been read
                 scored += _tokens(batch)
                 if folder:
                     folder.write(batch, tokens=_tokens(batch), documents=part.items)
@@ -220,12 +221,12 @@ def _tokens(batch: pa.RecordBatch) -> int:
 
 
 def _joined(batches: Sequence[pa.RecordBatch]) -> Sequence[pa.RecordBatch]:
-    """Return the same rows in few batches, in one without rows where there are none."""
+    """Return the same rows in few batches; if there are no rows, in one empty batch."""
     return pa.Table.from_batches(batches).combine_chunks().to_batches() or batches[:1]
 
 
 class _GainScorer:
-    """Documents in, a batch of their rows out, on the ranks of one group."""
+    """A scorer of documents that yields a batch of their rows, on the ranks of one group."""
 
     def __init__(
         self,
@@ -242,10 +243,10 @@ class _GainScorer:
         self.scorer = Scorer(reader, options.bos, cut, count_bytes=count_bytes, on_nats=on_nats)
         self.checked, self.nothing = self.scorer.checked, self.scorer.nothing
         self.tell_progress = self.scorer.tell_progress
-        self.open: deque[_Gain] = deque()  # of documents whose scores are to come
+        self.open: deque[_Gain] = deque()  # for documents whose scores are still to come
 
     def batches(self, documents: Iterable[Document]) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of checked documents, in order."""
+        """Yield one batch with the rows of checked documents, in order."""
         scores, rows = self.scorer.run(documents), []
         while found := list(islice(scores, len(self.contexts))):
             row = _row(self.options, found, self.open.popleft() if self.options.compares else None)
@@ -262,7 +263,7 @@ class _GainScorer:
 
 
 def _row(options: GainOptions, found: Sequence[DocumentScore], gain: _Gain | None) -> dict[str, Any]:
-    """The row of a document, from its scores at all contexts; what it lacks is null."""
+    """Return the row of a document, from its scores at all contexts. Columns that it lacks are null."""
     score = found[0].score
     row: dict[str, Any] = {"doc_id": found[0].doc_id, "n_tokens": score.n_tokens, "n_bytes": score.n_bytes}
     if score.n_tokens:
@@ -280,18 +281,18 @@ def _record_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema, kept: Se
 
 
 class _Gain:
-    """Takes the nats of a document's tokens at the shortest context, then at the longest, in order, in pieces."""
+    """The gain of one document. It takes nats in pieces, in order: at the shortest context, then at the longest."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
         self._kept: Any = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 (float32 nats, closed at the end)
-        self._read = 0  # bytes of them
-        self._open = np.empty(0)  # gains in a block that is not full
-        self._blocks = Clusters(2)  # their gains, and their tokens
+        self._read = 0  # bytes of the kept nats
+        self._open = np.empty(0)  # gains in the block that is not full yet
+        self._blocks = Clusters(2)  # of each, the sum of gains and the number of tokens
         self._many = 0
 
     def keep(self, nats: np.ndarray) -> None:
-        """Take the next (n,) float32 nats at the shortest context. Raises LongNetError where they find no place."""
+        """Take the next (n,) float32 nats at the shortest context. Raises LongNetError if the disk is full."""
         try:
             self._kept.write(nats.tobytes())
         except OSError as error:
@@ -310,7 +311,7 @@ class _Gain:
         self._open = gained[whole:]
 
     def as_dict(self) -> dict[str, float | None]:
-        """Return the columns of the gain, when all tokens have been compared."""
+        """Return the columns of the gain. Call it when all tokens have been compared."""
         self._kept.close()
         if len(self._open):
             self._end_blocks(self._open[None])
@@ -319,5 +320,5 @@ class _Gain:
         return {"gain": float(total / tokens), "gain_se": error, "gain_share": self._many / float(tokens)}
 
     def _end_blocks(self, gained: np.ndarray) -> None:
-        """Add up (blocks, tokens of each)."""
+        """Add full blocks of gains, (blocks, tokens per block)."""
         self._blocks.extend(np.stack((gained.sum(1), np.full(len(gained), float(gained.shape[1]))), axis=1))

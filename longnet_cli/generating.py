@@ -4,8 +4,8 @@
                           ^                                         |
                           +-----------------------------------------+
 
-The stream is the one that scoring reads long documents with: a new token is a chunk of one. Time and memory per token
-are those of what the pattern lets a token see, at any position.
+Scoring reads long documents with the same stream; here, a new token is a chunk of one. Time and memory per token depend
+only on how many keys the pattern lets a token see.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ FinishReason = Literal["eos", "stop", "length"]
 
 
 class Step(NamedTuple):
-    """One new token: its id, the log-probability that the model gave it in nats, and the text that it completes.
+    """One new token: its id, its log-probability under the model in nats, and the text that it completes.
 
-    `finish_reason` says why it is the last: an end-of-text id, a stop text, or the number of tokens; None: it is not.
+    `finish_reason` says why the token is the last: an end-of-text id, a stop text, or the number of tokens. For any
+    other token it is None.
     """
 
     id: int
@@ -56,16 +57,16 @@ def generate(
     dtype: str = "auto",
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Step]:
-    """Yield up to `max_tokens` tokens that continue `prompt`, after `bos`, each when it is known.
+    """Yield up to `max_tokens` tokens that continue `bos` and `prompt`, each as soon as it is known.
 
-    At `temperature` 0 each is the likeliest, the first of those that are equal. Otherwise it is drawn, with `seed`,
-    from the softmax of the logits over the temperature, cut to the fewest tokens whose probabilities sum to `top_p`.
-    It ends at one of `end_ids`, whose text is not shown, and where one of the texts `stop` appears, of which nothing is
-    shown. Texts are those of `words`, whole characters, and empty without it.
+    At `temperature` 0, each token is the likeliest one, the first if several are equal. Otherwise it is drawn, with
+    `seed`, from the softmax of the logits over the temperature, cut to the fewest tokens whose probabilities sum to
+    `top_p`. Generation ends at one of `end_ids`, whose text is not shown, and at one of the texts `stop`, no part of
+    which is shown. The tokenizer `words` decodes texts, in whole characters; without it, they are empty.
 
-    `chunk` and `dtype` as in `runtime.reading.Reader`. `on_progress` gets the number of tokens of the prompt that each
-    forward has read. Raises ConfigError for a model that cannot generate, options that fit nothing, and a prompt that
-    is longer than the model reads; DataError for one without a token; NotFiniteError for a logit that is NaN.
+    `chunk` and `dtype` are as in `runtime.reading.Reader`. `on_progress` gets the number of prompt tokens that each
+    forward pass has read. Raises ConfigError for a model that cannot generate, invalid options, and a prompt longer
+    than the model reads; DataError if `bos` and the prompt are both empty; NotFiniteError for a logit that is NaN.
     """
     _check(model, words, max_tokens, temperature, top_p, stop)
     if chunk is not None and chunk < 1:
@@ -78,16 +79,16 @@ def generate(
         )
     check_length(model, total, prompt.where, "give a shorter prompt", skips=False)
     if model.config.max_tokens is not None:
-        max_tokens = min(max_tokens, model.config.max_tokens - total + 1)  # the last one is not read
+        max_tokens = min(max_tokens, model.config.max_tokens - total + 1)  # the last new token is not read
     return _Generator(model, words, Sampler(temperature, top_p, seed), end_ids, stop, chunk, dtype, on_progress).run(
         ids, total, max_tokens
     )
 
 
 class Sampler:
-    """Takes logits (vocab_size,), returns an id and its log-probability under the model, before temperature and top_p.
+    """A sampler of ids from logits (vocab_size,). Log-probabilities are the model's, before temperature and top_p.
 
-    Random numbers are drawn on the CPU, one per token: a seed gives the same tokens on any device, up to rounding.
+    Random numbers are drawn on the CPU, one per token, so a seed gives the same tokens on any device, up to rounding.
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int) -> None:
@@ -95,7 +96,7 @@ class Sampler:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> tuple[int, float]:
-        """Raise NotFiniteError for NaN, or nothing but infinities."""
+        """Return an id and its log-probability. Raises NotFiniteError if a logit is NaN, or if all are infinite."""
         logits = logits.float()
         logprobs = logits.log_softmax(-1)
         index = self._draw(logits) if self.temperature else logits.argmax(-1)
@@ -114,7 +115,7 @@ class Sampler:
 
 
 class _Generator:
-    """Reads one prompt and continues it."""
+    """A generator that reads one prompt and continues it."""
 
     def __init__(
         self,
@@ -152,7 +153,7 @@ class _Generator:
 
     @torch.inference_mode()
     def _read(self, ids: Tensor) -> Tensor:
-        """The next ids (n,) -> logits (vocab_size,) after the last of them."""
+        """Read the next ids (n,), and return the logits (vocab_size,) after the last one."""
         with precision(self.dtype, self.device):
             hidden = self.stream(ids.long()[None].to(self.device))
             return self.model.logits(hidden[0, -1])
@@ -176,7 +177,7 @@ class _Generator:
 def _check(
     model: Net, words: Tokenizer | None, max_tokens: int, temperature: float, top_p: float, stop: Sequence[str]
 ) -> None:
-    """Raise ConfigError for what `generate` cannot do."""
+    """Raise ConfigError for a model or options with which `generate` cannot work."""
     if not model.config.causal:
         raise ConfigError("a bidirectional model does not say what comes next: it cannot generate")
     if not model.config.vocab_size:

@@ -1,4 +1,4 @@
-"""The `inspect` job: what is in files of tokens or text, and everything that is wrong with them."""
+"""The `inspect` job: the contents of files of tokens or text, and all problems in them."""
 
 import math
 from collections import Counter, defaultdict
@@ -17,7 +17,7 @@ from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, refuse_web_address
 
-MAX_PROBLEMS = 1000  # whose lines are kept
+MAX_PROBLEMS = 1000  # problems whose lines are kept
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Inspection:
     num_problems: int = 0
 
     def length(self) -> dict[str, float | None]:
-        """min, mean, median and max tokens of a document; None without documents."""
+        """Return the min, mean, median and max number of tokens per document; None for each without documents."""
         if not self.documents:
             return dict.fromkeys(("min", "mean", "median", "max"))
         ordered = sorted(self.lengths)
@@ -61,7 +61,7 @@ class Inspection:
         }
 
     def histogram(self) -> list[tuple[int, int, int]]:
-        """(first, last, documents): how many have first..last tokens, for 0, 1, 2..3, 4..7, ... up to the longest."""
+        """Return (first, last, documents), the number of documents with first..last tokens: 0, 1, 2..3, 4..7, ..."""
         buckets = Counter[int]()
         for length, count in self.lengths.items():
             buckets[length.bit_length()] += count
@@ -70,7 +70,7 @@ class Inspection:
         return [((1 << bits) // 2, max((1 << bits) - 1, 0), buckets[bits]) for bits in range(first, last + 1)]
 
     def as_dict(self) -> dict[str, Any]:
-        """The keys of the machine format."""
+        """Return a dict with the keys of the machine format."""
         return {
             "documents": self.documents,
             "tokens": self.tokens,
@@ -98,9 +98,9 @@ def inspect(
 ) -> Inspection:
     """Read every document of every input; a problem ends its document or its file, never the inspection.
 
-    `tokenizer`, the columns, `vocab_size` and `eos_id` are as for `read_documents`. Text without a tokenizer counts a
-    token a byte. `on_progress` gets the tokens of each document. Raises ConfigError when no input is named, or a web
-    address, and for an `eos_id` that is outside of the vocabulary.
+    `tokenizer`, the columns, `vocab_size` and `eos_id` are as for `read_documents`. Text without a tokenizer counts one
+    token per byte. `on_progress` gets the tokens of each document. Raises ConfigError for no input, for a web address,
+    and for an `eos_id` outside the vocabulary.
     """
     if not inputs:
         raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
@@ -133,7 +133,7 @@ def _open(
     vocab_size: int | None,
     eos_id: int | None,
 ) -> Iterator[Document]:
-    """Note what kind of file a source is; yield its documents."""
+    """Record the format of a source, and yield its documents."""
     opened = open_source(source, wanted)
     kind = None
     if isinstance(opened, Text):
@@ -163,7 +163,7 @@ def _note_metadata(found: Inspection, where: str, metadata: dict[bytes, bytes]) 
 
 
 def _count(found: Inspection, document: Document) -> None:
-    """Add a document that is good from end to end."""
+    """Read a document to its end, and add it to `found` if it is good."""
     low, high = math.inf, -math.inf
     for start in range(0, len(document), BLOCK):
         ids = document.read(start, start + BLOCK)
@@ -180,7 +180,7 @@ def _count(found: Inspection, document: Document) -> None:
 
 @contextmanager
 def _noting(found: Inspection) -> Iterator[None]:
-    """Note what is wrong with the data instead of stopping. Memory or descriptors that run out are another matter."""
+    """Record a problem of the data instead of stopping. Other errors, such as memory that runs out, pass through."""
     try:
         yield
     except (ConfigError, DataError) as error:

@@ -1,9 +1,9 @@
-"""lm-eval's command, with the models of `longnet` among its own: a LongNet, or a model of transformers with a pattern.
+"""lm-eval's command with the models of `longnet`: a LongNet, or a model of transformers with a pattern.
 
     python -m longnet_cli.lm_eval --model longnet --model_args pretrained=./my-model --tasks TASKS
 
-Everything is read as the commands of `longnet` read it, chunk by chunk where it is long: memory does not depend on the
-length of a document, and the log-likelihood of one is what `longnet score` says.
+Documents are read as the commands of `longnet` read them. Long ones are read chunk by chunk, so memory does not depend
+on the length of a document. Its log-likelihood is the same as in `longnet score`.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ from longnet_cli.runtime.device import DTYPES, precision, resolve_dtype
 from longnet_cli.runtime.reading import Piece, Reader, Window, bos_ids, check_length
 from longnet_cli.scoring import score
 
-_GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "seed")  # what a task may ask
+_GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "seed")  # options that a task may set
 
 
 @register_model("longnet")
 class LongNetLM(TemplateLM):
-    """A model for lm-eval: `pretrained` is a folder with a slash in it, or the name of a model that ships.
+    """A model for lm-eval. `pretrained` is a folder, with a slash in its name, or the name of a shipped model.
 
-    `pattern` (a text of `longnet_cli.patterns`) takes the place of the model's own. `dtype` and `chunk` are those of
-    `runtime.reading.Reader`; batches are what fits a chunk, whatever the `batch_size`. With `max_length` the model sees
-    at most so many tokens: the last ones of a context, and documents in windows. Without it, it sees all of them; what
-    is longer than it reads is a ConfigError before any work. `add_bos_token` puts before each context what the model
-    reads before documents; what its tokenizer's template puts there, is there anyway.
+    `pattern` (a text of `longnet_cli.patterns`) replaces the model's own. `dtype` and `chunk` are as in
+    `runtime.reading.Reader`. A batch is what fits a chunk, whatever the `batch_size`. With `max_length`, the model sees
+    at most this many tokens: the end of a context, or a document in windows. Without it, the model sees all tokens, and
+    a request longer than the model reads is a ConfigError before any work. By default, a context starts with the ids
+    that the tokenizer's template puts before a text. With `add_bos_token`, it starts with the ids that the model reads
+    before documents.
 
     Raises ConfigError and CheckpointError as the commands do.
     """
@@ -66,7 +67,7 @@ class LongNetLM(TemplateLM):
         if words is None:
             raise ConfigError(f"{folder}: there is no tokenizer.json, without which texts cannot be read")
         self.words = words
-        asked = device or "cuda"  # which is what lm-eval's command says on every machine
+        asked = device or "cuda"  # lm-eval's command says cuda on every machine
         self._device = torch.device(asked if torch.cuda.is_available() or not asked.startswith("cuda") else "cpu")
         self.options: dict[str, Any] = {"dtype": dtype, "chunk": chunk}
         self.max_length, self.max_gen_toks = max_length, max_gen_toks
@@ -82,7 +83,7 @@ class LongNetLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id before a text without a context. Raises ConfigError where nothing stands before a document."""
+        """The id before a text without a context. Raises ConfigError if the model reads no id before a document."""
         if not (ids := bos_ids(self.bos)):
             raise ConfigError("the tokenizer has no token that begins a text, and lm-eval needs one before it")
         return ids[-1]
@@ -92,12 +93,12 @@ class LongNetLM(TemplateLM):
         return min(self.ends, default=self.prefix_token_id)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return ids, after those that stand before a text unless `add_special_tokens` is False."""
+        """Return the ids of a text. The start ids come first, unless `add_special_tokens` is False."""
         ids = self.words.encode(string).tolist()
         return ids if add_special_tokens is False else [*self.before, *ids]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each whole text, in nats, as `longnet score` adds it up."""
+        """Return the log-likelihood of each whole text, in nats, as `longnet score` sums it."""
         texts = [self._document(i, self.words.encode(text)) for i, (text,) in enumerate(r.args for r in requests)]
         if not any(map(len, texts)):
             return [0.0] * len(texts)
@@ -107,7 +108,7 @@ class LongNetLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation after its context, and whether each of its ids was the likeliest."""
+        """Return the log-likelihood of each continuation, and whether each of its ids was the likeliest."""
         windows = [self._window(i, context, more) for i, (_, context, more) in enumerate(requests)]
         sums, greedy = [0.0] * len(windows), [True] * len(windows)
         for pieces in Reader(self.net, **self.options).read(windows):
@@ -118,7 +119,7 @@ class LongNetLM(TemplateLM):
         return list(zip(sums, greedy, strict=True))
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return what the model writes after each context, to a text in `until`, its end, or `max_gen_toks` tokens."""
+        """Return the continuation of each context, up to a text in `until`, an end id, or `max_gen_toks` tokens."""
         return [self._generate(i, *request.args) for i, request in enumerate(requests)]
 
     def _generate(self, index: int, context: str, asked: dict[str, Any]) -> str:
@@ -147,7 +148,7 @@ class LongNetLM(TemplateLM):
         return Document(str(index), ids, None, f"request {index}", limit=self.net.config.vocab_size)
 
     def _window(self, index: int, context: list[int], more: list[int]) -> _Continuation:
-        """Return the part of a request to read: all ids but the last; from the context's last on, each predicts one."""
+        """Return the ids of a request to read: all but the last. From the context's last on, each predicts a target."""
         ids = np.array((context + more)[-(self.max_length + 1) :] if self.max_length else context + more)
         read, wanted = len(ids) - 1, len(ids) - min(len(more), len(ids) - 1) - 1
         instead = "give max_length, to see the last tokens alone"
@@ -156,7 +157,7 @@ class LongNetLM(TemplateLM):
 
     @torch.inference_mode()
     def _targets(self, piece: Piece[_Continuation]) -> tuple[float, bool]:
-        """The log-likelihood of the ids that a piece predicts, and whether each is the likeliest."""
+        """Return the log-likelihood of the ids that a piece predicts, and whether each is the likeliest."""
         total, likeliest = 0.0, True
         if piece.hidden is None or not len(piece):
             return total, likeliest
@@ -172,7 +173,7 @@ class LongNetLM(TemplateLM):
 
 @dataclass(frozen=True)
 class _Continuation(Window):
-    """A context and what follows it, of request `index`."""
+    """The context and the continuation of request `index`."""
 
     index: int
 
@@ -185,7 +186,7 @@ def _pattern(text: str | None) -> Any:
 
 
 def main(args: Iterable[str] | None = None) -> None:
-    """Run lm-eval's command; what `longnet` refuses is one line on stderr and its exit code."""
+    """Run lm-eval's command. An error of `longnet` becomes one line on stderr and its exit code."""
     from lm_eval.__main__ import cli_evaluate
 
     if args is not None:

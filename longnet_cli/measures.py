@@ -17,7 +17,7 @@ import pyarrow as pa
 class Score:
     """The cost of some tokens: `nll_sum` in nats over `n_tokens` scored tokens, which stand for `n_bytes` of UTF-8.
 
-    `n_bytes` is None where it is unknown. Scores add up.
+    `n_bytes` is None if it is unknown. Scores can be added.
     """
 
     nll_sum: float
@@ -43,22 +43,22 @@ class Score:
         return Score(self.nll_sum + other.nll_sum, self.n_tokens + other.n_tokens, n_bytes)
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """The keys of the machine formats."""
+        """Return a dict with the keys of the machine formats."""
         return {**asdict(self), "ppl": self.ppl, "bpb": self.bpb}
 
 
-Range = tuple[int | None, int | None]  # the first and the last of some whole numbers
+Range = tuple[int | None, int | None]  # the first and the last number of a range
 Row = dict[str, float | int | None]
 POWERS: Sequence[Range] = [(2**b, 2 ** (b + 1) - 1) for b in range(64)]
 
 
 @dataclass
 class ByPosition:
-    """Nats and tokens by how much a prediction was made from, and by its place in the segments of the first level.
+    """Nats and tokens of targets, by the number of tokens seen and by the place in the shortest segment.
 
-    A target whose input is the i-th of its window (from 0) has seen i + 1 tokens, and lies at i mod `segment`. `seen`
-    has a row for 1, 2..3, 4..7, ... tokens; `inside` one for each of eight equal parts of the segment: (rows, 2)
-    float64, nats and tokens.
+    A target whose input is the i-th of its window (from 0) has seen i + 1 tokens, and its place is i mod `segment`.
+    `seen` has one row for each of 1, 2..3, 4..7, ... tokens, and `inside` one row for each of eight equal parts of the
+    segment. Both are (rows, 2) float64: nats and tokens.
     """
 
     segment: int
@@ -66,7 +66,7 @@ class ByPosition:
     inside: np.ndarray = field(default_factory=lambda: np.zeros((8, 2)))
 
     def add(self, first: int, nll: np.ndarray) -> None:
-        """Count the (n,) nats of targets whose inputs are the positions first, first + 1, ... of a window."""
+        """Add the (n,) nats of targets whose inputs are the positions first, first + 1, ... of a window."""
         i = np.arange(first, first + len(nll))
         places = (np.frexp(i + 1.0)[1] - 1, i % self.segment * 8 // self.segment)  # frexp: exact floor of log2
         for table, place in zip((self.seen, self.inside), places, strict=True):
@@ -74,35 +74,35 @@ class ByPosition:
             table[:, 1] += np.bincount(place, minlength=len(table))
 
     def tables(self) -> dict[str, tuple[np.ndarray, Sequence[Range]]]:
-        """Return both tables and the ranges of their rows, by their keys in the machine formats."""
+        """Return both tables, each with the ranges of its rows, by their keys in the machine formats."""
         starts = [-(-part * self.segment // 8) for part in range(9)]
         inside = [(a, b - 1) for a, b in pairwise(starts)]
         return {"by_position": (self.seen, POWERS), "by_segment_position": (self.inside, inside)}
 
     def as_dict(self) -> dict[str, list[Row]]:
-        """The keys of the machine formats: for each range that has tokens its first, last, count and mean nats."""
+        """Return a dict for the machine formats: the first, last, count and mean nats of each range with tokens."""
         return {key: _rows(table, ranges) for key, (table, ranges) in self.tables().items()}
 
 
 @dataclass
 class ByRecall:
-    """Nats and tokens by how many tokens ago the document last had the same token after the same one.
+    """Nats and tokens of targets, by how many tokens ago the document last had the same bigram (two tokens in a row).
 
-    `table` is (rows, 2) float64, nats and tokens: a row for tokens whose bigram is new, then one for distances of 1,
-    2..3, 4..7, ... tokens.
+    `table` is (rows, 2) float64, nats and tokens: one row for tokens whose bigram is new, then one row for each of the
+    distances 1, 2..3, 4..7, ... tokens.
     """
 
     RANGES: ClassVar[Sequence[Range]] = [(None, None), *POWERS]
     table: np.ndarray = field(default_factory=lambda: np.zeros((len(ByRecall.RANGES), 2)))
 
     def add(self, distances: np.ndarray, nll: np.ndarray) -> None:
-        """Count the (n,) nats of tokens whose bigrams were last seen `distances` (n,) tokens ago, 0 for never."""
+        """Add the (n,) nats of tokens whose bigrams were last seen `distances` (n,) tokens ago, 0 for never."""
         row = np.frexp(distances.astype(float))[1]  # 0 for 0, otherwise 1 + the exact floor of log2
         self.table[:, 0] += np.bincount(row, nll, len(self.table))
         self.table[:, 1] += np.bincount(row, minlength=len(self.table))
 
     def as_dict(self) -> dict[str, list[Row]]:
-        """The key of the machine formats: rows as those of `ByPosition`, from None to None for new bigrams."""
+        """Return a dict for the machine formats, with rows as in `ByPosition`; new bigrams are from None to None."""
         return {"by_recall": _rows(self.table, self.RANGES)}
 
 
@@ -116,7 +116,7 @@ def _rows(table: np.ndarray, ranges: Sequence[Range]) -> list[Row]:
 
 @dataclass(frozen=True)
 class DocumentScore:
-    """The score of one document; `where` is its file and row, `context` that of the scoring (None: all)."""
+    """The score of one document. `where` is its file and row, `context` the context of the scoring (None: all)."""
 
     doc_id: str
     where: str
@@ -124,28 +124,28 @@ class DocumentScore:
     context: int | None = None
     by_position: ByPosition | None = None
     by_recall: ByRecall | None = None
-    kept: Mapping[str, pa.Scalar] = field(default_factory=dict)  # values of columns that are carried along
+    kept: Mapping[str, pa.Scalar] = field(default_factory=dict)  # columns that are carried to the output
 
 
 class Clusters:
     """The sums of some quantities over documents, and the standard errors of their ratios.
 
-    Tokens of one document are correlated, so an error that takes them as independent is too small. Documents are taken
-    as independent instead: for a ratio R = sum x / sum y over D documents, of nats x and tokens or bytes y, its
-    standard error is sqrt(D / (D - 1) * sum (x - R y)^2) / sum y, the linearised one of a ratio over clusters (Cochran,
-    Sampling Techniques). None for fewer than two documents.
+    Tokens of one document are correlated, so a standard error that takes tokens as independent is too small. Documents
+    are taken as independent instead. For D documents of nats x and tokens or bytes y, the ratio R = sum x / sum y has
+    the standard error sqrt(D / (D - 1) * sum (x - R y)^2) / sum y, linearised for a ratio over clusters (Cochran,
+    Sampling Techniques). It is None for fewer than two documents.
     """
 
     def __init__(self, size: int) -> None:
         self.documents = 0
-        self.sums, self.spread = np.zeros(size), np.zeros((size, size))  # of products of deviations from the mean
+        self.sums, self.spread = np.zeros(size), np.zeros((size, size))  # spread: products of deviations from the mean
 
     def add(self, values: Sequence[float]) -> None:
-        """The (size,) quantities of the next document."""
+        """Add the (size,) quantities of the next document."""
         self.extend(np.array([values], float))
 
     def extend(self, values: np.ndarray) -> None:
-        """The (documents, size) float64 quantities of the next ones (Chan, Golub and LeVeque's update)."""
+        """Add the (documents, size) float64 quantities of the next documents (Chan, Golub and LeVeque's update)."""
         if not len(values):
             return
         before, mean = self.documents, values.mean(0)
@@ -155,7 +155,10 @@ class Clusters:
         self.spread += inside.T @ inside + np.outer(shift, shift) * (before * len(values) / self.documents)
 
     def error(self, numerator: np.ndarray, denominator: int) -> float | None:
-        """Return the standard error of sum x / sum y: x is the (size,) combination `numerator` of the quantities."""
+        """Return the standard error of sum x / sum y.
+
+        x is the linear combination of the quantities with weights `numerator` (size,), y is quantity `denominator`.
+        """
         if self.documents < 2 or not self.sums[denominator]:
             return None
         residual = numerator.copy()
@@ -164,16 +167,16 @@ class Clusters:
         return math.sqrt(squares * self.documents / (self.documents - 1)) / float(self.sums[denominator])
 
 
-BYTES, TOKENS = -2, -1  # where they stand among a document's quantities, behind the nats at each context
+BYTES, TOKENS = -2, -1  # indices among a document's quantities, after the nats at each context
 
 
 class Total:
     """The sum over documents that were scored once for each of `contexts`, with standard errors (see `Clusters`).
 
-    That of ppl = exp R is ppl times that of R. Contexts are compared document by document: ppl over that of the first
-    context, with the error of this ratio, much smaller than those of the two. So are the rows of `by_recall`, each
-    over the documents that have tokens in it. Rows by position hold other tokens at each context, so these are not
-    compared.
+    The standard error of ppl = exp R is ppl times the standard error of R. Contexts are compared document by document:
+    the ratio of a context's ppl to the first context's has a much smaller standard error than either ppl. The rows of
+    `by_recall` are compared in the same way, each over the documents that have tokens in it. Rows by position hold
+    other tokens at each context, so they are not compared.
     """
 
     def __init__(self, contexts: Sequence[int | None]) -> None:
@@ -185,7 +188,7 @@ class Total:
         self._waiting: list[DocumentScore] = []
 
     def add(self, document: DocumentScore) -> None:
-        """The next result of `score`: a document's, for each context in turn."""
+        """Add the next result of `score`. Each document has one result for each context, in turn."""
         index, score = len(self._waiting), document.score
         self.scores[index] += score
         for key, (table, ranges) in (document.by_position.tables() if document.by_position else {}).items():
@@ -203,7 +206,7 @@ class Total:
             self.recall[row].add([*(table[row, 0] for table in tables), 0, tables[0][row, 1]])
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """For each context the keys of the machine formats."""
+        """Return a dict for each context, with the keys of the machine formats."""
         return [self._as_dict(index) for index in range(len(self.contexts))]
 
     def _as_dict(self, index: int) -> dict[str, Any]:
@@ -223,7 +226,7 @@ class Total:
         }
 
     def _compare(self, clusters: Clusters, index: int) -> dict[str, float | None]:
-        """The keys of ppl at a context over that at the first, which has none."""
+        """Return the ratio of ppl at a context to ppl at the first context, which itself has no ratio."""
         if not index:
             return {}
         nats = np.eye(len(clusters.sums))[index] - np.eye(len(clusters.sums))[0]
@@ -237,7 +240,7 @@ def _cluster_rows(
     index: int,
     more: Callable[[Clusters], dict[str, float | None]] = lambda row: {},
 ) -> list[Row]:
-    """The rows that have tokens, with documents and standard errors: the nats are the quantity `index` of each."""
+    """Return the rows that have tokens, with documents and standard errors. Nats are the quantity `index` of a row."""
     return [
         {
             "from": first,

@@ -1,4 +1,4 @@
-"""Open what `--model` and `--tokenizer` name, for the jobs that read documents: the net, its tokenizer, its start."""
+"""The loading of `--model` and `--tokenizer` for jobs that read documents: the net, its tokenizer, its start ids."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from longnet_cli.runtime.device import DTYPES, check_kernel, keep_freed_memory, 
 
 
 class Loaded(NamedTuple):
-    """A model, its tokenizer, and what it reads before each document; None for what there is not.
+    """A model, its tokenizer `words`, and the ids `bos` that it reads before each document; None for a missing part.
 
-    `ends` are the ids at which the model's own texts end, `chat` its chat template where that is asked for.
+    `ends` are the ids at which the model's own texts end, `chat` is its chat template if you asked for it.
     """
 
     net: Net
@@ -46,11 +46,11 @@ def load_model(
     vectors: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Loaded:
-    """The model that --model names, for --dtype on `device`, and --tokenizer, or its own without it; `bos` is --bos.
+    """Load the model `name` (--model) on `device` for `dtype` (--dtype), with `tokenizer` (--tokenizer) or its own.
 
-    `say` gets a line for each thing that the user should know of how it reads documents.
-    Raises ConfigError for a tokenizer that is not the model's, unless `tokenizer_differs`, or has ids that the
-    model does not have, a model that reads `vectors` if these are not taken, or an attention kernel that cannot run in
+    `bos` is --bos. `say` gets a line for each thing that the user should know about the way the model reads documents.
+    Raises ConfigError for a tokenizer that is not the model's, unless `tokenizer_differs`; for a tokenizer with more
+    ids than the model; for a model that reads vectors, unless `vectors`; and for an attention kernel that cannot run in
     `dtype`.
     """
     say = say or (lambda line: None)

@@ -1,4 +1,4 @@
-"""Patterns as a person writes them, on a command line and in a recipe, and as outputs record them.
+"""Patterns as text: on a command line, in a recipe, and in the metadata of outputs.
 
     paper                                    one of the constructors of `Pattern`, by its name
     geometric:1e9,base=2048,ratio=2          with its size
@@ -8,7 +8,7 @@
     dense                                    every key, at any length
     1Ki/1,4Ki/4,look_back=1/5,overlap=once   levels, each as segment length / dilation rate
 
-Where an option has one number per level, a slash stands between them. Sizes are written as everywhere (`sizes`).
+In an option with one number per level, slashes separate the numbers. Sizes have the format of `longnet_cli.sizes`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class _Constructor(NamedTuple):
     """A constructor of patterns, with the sizes and the words that it takes."""
 
     make: Callable[..., Pattern]
-    sizes: str = ""  # what its size is called; nothing where it takes none
+    sizes: str = ""  # the name of its size; empty if it takes none
     needed: bool = True  # whether the size has no default
-    words: tuple[str, ...] = ()  # besides the options of `Pattern`
+    words: tuple[str, ...] = ()  # its options besides those of `Pattern`
 
 
 _CONSTRUCTORS = {
@@ -80,7 +80,10 @@ def is_pattern(text: str) -> bool:
 
 
 def parse_pattern(text: str) -> Pattern:
-    """The pattern that `text` describes. Raises ValueError of one line, with the nearest name for an unknown one."""
+    """Return the pattern that `text` describes.
+
+    Raises ValueError of one line, with the nearest name for an unknown one.
+    """
     text = text.strip()
     if re.match(r"\.?\d", text):
         levels, given = _read("a list of levels", text.split(","), ())
@@ -104,7 +107,7 @@ def parse_pattern(text: str) -> Pattern:
 
 
 def _read(name: str, items: Iterable[str], words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The sizes, or levels, that come first, and the options behind them."""
+    """Return the sizes, or levels, that come first, and the options after them."""
     sizes: list[str] = []
     given: dict[str, Any] = {}
     for item in map(str.strip, items):
@@ -143,9 +146,9 @@ def _nearest(word: str, *names: Iterable[str]) -> str:
 
 
 def format_pattern(pattern: Pattern) -> str:
-    """The shortest text that `parse_pattern` reads as `pattern`.
+    """Return the shortest text that `parse_pattern` reads as `pattern`.
 
-    Never `pretrained`: what that stands for may change, and what an output says of itself must not.
+    It is never `pretrained`: the meaning of that may change, but the meaning of an output's metadata must not.
     """
     found = [text + _options(made, pattern, ":" if text in _CONSTRUCTORS else ",") for text, made in _made(pattern)]
     found.append(format_levels(pattern))
@@ -153,13 +156,13 @@ def format_pattern(pattern: Pattern) -> str:
 
 
 def format_levels(pattern: Pattern) -> str:
-    """The levels of a pattern, each as segment length / dilation rate, and its options: `2048/1,4096/2,look_back=1`."""
+    """Return a pattern's levels, as segment length / dilation rate, and its options: `2048/1,4096/2,look_back=1`."""
     levels = ",".join(f"{w}/{r}" for w, r in pattern.levels)
     return levels + _options(Pattern(pattern.segment_lengths, pattern.dilation_rates), pattern, ",")
 
 
 def _made(pattern: Pattern) -> Iterator[tuple[str, Pattern]]:
-    """Return what the constructors make of the same levels, in words."""
+    """Yield texts that give the same levels as `pattern`, each with the pattern that it gives."""
     w, others = pattern.segment_lengths[0], pattern.levels[1:]
     plain = ",".join(f"{format_size(w)}/{format_size(r)}" for w, r in pattern.levels)
     candidates = ["dense", "paper", plain, f"window:{format_size(w)}"]
@@ -173,14 +176,14 @@ def _made(pattern: Pattern) -> Iterator[tuple[str, Pattern]]:
     for text in candidates:
         try:
             made = parse_pattern(text)
-        except ValueError:  # no such levels, or beyond what a size can say
+        except ValueError:  # impossible levels, or a number that no size can express
             continue
         if made.levels == pattern.levels:
             yield text, made
 
 
 def _options(made: Pattern, pattern: Pattern, separator: str) -> str:
-    """Return what has to be said of `pattern` beyond `made`."""
+    """Return the options in which `pattern` differs from `made`, as text after `separator`."""
     changed = {name: getattr(pattern, name) for name in _OPTIONS if getattr(pattern, name) != getattr(made, name)}
     words = ",".join(f"{name}={_value(value)}" for name, value in changed.items())
     return separator + words if words else ""
@@ -202,7 +205,7 @@ def _reads_as(text: str, pattern: Pattern) -> bool:
 
 
 def pattern_fields(pattern: Pattern) -> dict[str, Any]:
-    """The arguments that make a pattern: the levels, and those options that are not the paper's."""
+    """Return the arguments that make a pattern: its levels, and the options that differ from the defaults."""
     levels = {name: getattr(pattern, name) for name in ("segment_lengths", "dilation_rates")}
     plain = Pattern(**levels)
     return levels | {n: getattr(pattern, n) for n in _OPTIONS if getattr(pattern, n) != getattr(plain, n)}

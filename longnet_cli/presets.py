@@ -1,4 +1,4 @@
-"""Finds the model that `--model` names: one that is shipped, by its name, or a folder, by its path."""
+"""The lookup of `--model`: a shipped model by its name, or a folder by its path."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
 MODEL_FILES = ("config.json", "model.safetensors")
 SHARDED = "model.safetensors.index.json"  # what transformers writes beside the shards of a large model
 PICKLED = "pytorch_model*.bin*"
-MODEL_TYPE = "longnet"  # in config.json of a LongNet; those that were saved before it was written have none
+MODEL_TYPE = "longnet"  # in config.json of a LongNet; older ones lack it
 
-# Keys of model.safetensors' metadata: digests of what is saved together. Other tools drop them when they save.
+# Metadata keys of model.safetensors: digests of what was saved together. Other tools drop them when they save.
 TENSORS_SHA256, CONFIG_SHA256 = "longnet.tensors_sha256", "longnet.config_sha256"
 TOKENIZER_SHA256 = "longnet.tokenizer_sha256"
 
 
 def preset_dir() -> Path:
-    """The repository's `models/`: inside the package when that was installed from a wheel, beside it in a checkout."""
+    """Return the repository's `models/`: inside the package if installed from a wheel, beside it in a checkout."""
     shipped = Path(__file__).parent / "models"
     return shipped if shipped.is_dir() else Path(__file__).parents[1] / "models"
 
 
 def list_models() -> list[str]:
-    """Names of the shipped models with weights, sorted; recipes (`*.toml`) are not among them."""
+    """Return the names of the shipped models with weights, sorted; recipes (`*.toml`) are not included."""
     return sorted(path.parent.name for path in preset_dir().glob("*/config.json"))
 
 
 def find_model(name_or_path: str, *, files: bool = False) -> Path:
-    """The folder of a model. A name is looked up among the shipped models only, never in the current folder.
+    """Return the folder of a model. A name is looked up among the shipped models only, never in the current folder.
 
     With `files` it may also be a GGUF file. Raises ConfigError for a name that is not shipped, CheckpointError for a
     path that holds no complete model.
@@ -59,7 +59,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def model_metadata(folder: Path) -> dict[str, str]:
-    """Return the metadata in the header of a model's model.safetensors; nothing where it cannot be read."""
+    """Return the metadata in the header of a model's model.safetensors; an empty dict if it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / "model.safetensors"
@@ -68,14 +68,14 @@ def model_metadata(folder: Path) -> dict[str, str]:
             return {}
         with safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
-    except (OSError, SafetensorError):  # loading the weights will say it
+    except (OSError, SafetensorError):  # loading the weights will report it
         return {}
 
 
 def is_of_transformers(folder: Path) -> bool:
-    """Return whether a model is one of Hugging Face transformers' own; False where its config.json cannot be read.
+    """Return whether a model is a Hugging Face transformers model; False if its config.json cannot be read.
 
-    A LongNet is none, though transformers can open it. A GGUF file becomes one.
+    A LongNet does not count, though transformers can open it. A GGUF file counts, since it is converted to one.
     """
     if folder.is_file():
         return is_gguf(folder)

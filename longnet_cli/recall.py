@@ -1,4 +1,4 @@
-"""Distances of recall: for each token, how long ago the document last had the same bigram.
+"""Recall distances: for each token, the number of tokens since the document last had the same bigram.
 
 ids        a  b  c  a  b  b  c
 bigram        ab bc ca ab bb bc
@@ -15,12 +15,12 @@ BLOCK = 1 << 18  # bigrams sorted together: 2 MB of keys stay in the cache
 
 
 class Bigrams:
-    """The bigrams of a sequence, with the place where each was last seen, as far as the sequence has been read.
+    """The distinct bigrams of a sequence as far as it has been read, each with the place where it was last seen.
 
-    A bigram is the key `before << 32 | id`. Sorted tables hold the distinct keys and their last places, 16 bytes each,
-    every key in one table. New keys make a new table, and a table less than twice as long as the next is joined with
-    it: so there are few, a key is copied a logarithmic number of times, and a sequence of n ids takes O(n log^2 n).
-    Memory: 16 bytes a distinct bigram, twice that while the longest tables are joined, and that of a block.
+    A bigram is the key `before << 32 | id`. Sorted tables hold the distinct keys and their last places, 16 bytes per
+    key, and each key is in one table. New keys make a new table. A table less than twice as long as the next is merged
+    with it, so there are few tables, a key is copied a logarithmic number of times, and a sequence of n ids takes
+    O(n log^2 n). Memory is 16 bytes per distinct bigram, twice that while the longest tables are merged, plus a block.
     """
 
     def __init__(self, ids: Ids) -> None:
@@ -28,10 +28,10 @@ class Bigrams:
         self.tables: list[tuple[np.ndarray, np.ndarray]] = []  # (keys, ascending; places), both (distinct,) int64
 
     def distances(self, start: int, stop: int) -> np.ndarray:
-        """Return how many ids ago the bigram that ends in each of the ids [start, stop) was last seen, 0 if never.
+        """Return, for each of the ids [start, stop), how many ids ago its bigram was last seen, 0 if never.
 
-        (stop - start,) int64, 1 <= start <= stop. All ids before `start` count as seen: those not read yet are read
-        now. Calls go on in the sequence: `start` is not less than the `stop` of the call before.
+        The bigram of an id ends at it. The result is (stop - start,) int64, and 1 <= start <= stop. All ids before
+        `start` count as seen; unread ones are read now. `start` must not be less than the `stop` of the previous call.
         """
         while self.end < start:
             self._read(min(self.end + BLOCK, start))
@@ -41,12 +41,12 @@ class Bigrams:
         return np.concatenate(found)
 
     def _read(self, stop: int) -> np.ndarray:
-        """Read the bigrams that end in [self.end, stop), at least one: their distances."""
+        """Read the bigrams that end in [self.end, stop), at least one, and return their distances."""
         ids = self.ids.read(self.end - 1, stop)
         keys = ids[:-1] << 32 | ids[1:]
-        order = np.argsort(keys, kind="stable")  # each bigram's places stand together, in ascending order
+        order = np.argsort(keys, kind="stable")  # the places of a bigram are then neighbours, in ascending order
         keys, places = keys[order], self.end + order
-        first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))  # of each bigram
+        first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))  # the first of each bigram
         before = np.concatenate(([-1], places[:-1]))
         before[first] = self._replace(keys[first], places[np.append(first[1:], len(keys)) - 1])
         distances = np.empty_like(places)
@@ -55,7 +55,7 @@ class Bigrams:
         return distances
 
     def _replace(self, keys: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Note where distinct, ascending keys are now; return where each was before, -1 if nowhere."""
+        """Store the new places of distinct, ascending keys; return their old places, -1 for new keys."""
         before = np.full(len(keys), -1)
         new = np.arange(len(keys))
         for known, last in self.tables:

@@ -2,7 +2,7 @@
 
     document --Cut.windows--> windows --Reader--> hidden states --nll--> sums of nats, one float64 per document
 
-A window is a range of the document's tokens to predict; its inputs are the tokens one before them.
+A window is a range of the document's tokens to predict. Its inputs are the same range, shifted back by one token.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length, share_reader
 from longnet_cli.sizes import format_size
 
-# Called with (document, start, ids, log-probabilities): those of its tokens [start, start + n), (n,) int64 and float32
+# Called with (document, start, ids, log-probabilities) of the tokens [start, start + n): (n,) int64 and (n,) float32
 OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
-# Called with (document, context, nats): those of its next tokens at that context, (n,) float32; of no token, n is 0
+# Called with (document, context, nats) of its next n tokens at that context: (n,) float32; n is 0 if it has no tokens
 OnNats = Callable[[Document, int | None, np.ndarray], None]
-OnSkip = Callable[[Document, LongNetError], None]  # with a document that is left out, and why
+OnSkip = Callable[[Document, LongNetError], None]  # called with a skipped document and the reason
 
 ADVICE = "the model's weights are too large for its numbers, or damaged"
-LOGPROB_BATCH = 1 << 18  # tokens of a record batch of log-probabilities
+LOGPROB_BATCH = 1 << 18  # tokens per record batch of log-probabilities
 
 
 class NothingToScoreError(DataError):
-    """Among the documents there is no token to score."""
+    """An error for documents without any token to score."""
 
 
 def score(
@@ -71,35 +71,36 @@ def score(
     on_nats: OnNats | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[DocumentScore]:
-    """Yield the score of each document, in order; every token is scored exactly once.
+    """Yield the score of each document, in order. Every token is scored exactly once.
 
-    `bos` (the id of the tokenizer's end of text, or several) is put before each document, so that its first token is
-    scored too; with None it is not, and the bytes of what was scored are unknown. Without `context` a document is one
-    causal pass. With it, a token sees at most `context` tokens before it: the document is cut into disjoint windows of
-    that many targets, and each window starts anew at position 0, with the token before its first target as its first
-    input. Several contexts give a document as many scores, in turn, of the same tokens.
+    `bos` (the id of the tokenizer's end of text, or several ids) is put before each document, so that its first token
+    is scored too. With None, the first token is not scored, and the number of scored bytes is unknown. Without
+    `context`, a document is one causal pass. With it, a token sees at most `context` tokens before it: the document is
+    cut into disjoint windows of that many targets. Each window starts again at position 0, and its first input is the
+    token before its first target. With several contexts, a document has a score for each, in turn, of the same tokens.
 
-    With a `stride` windows overlap: each is of `context` targets, of which only the last `stride` count, so that a
-    token has seen more than `context - stride` before it, where its document has them. With `last` only so many tokens
-    at the end of each document are scored, likewise from windows as long as the context; documents too short for that
-    are left out, and bytes are what `count_bytes` says of the scored ids (None: unknown).
+    With a `stride`, windows overlap. Each has `context` targets, of which only the last `stride` count, so a counted
+    token has seen more than `context - stride` tokens before it, if its document has them. With `last`, only this many
+    tokens at the end of each document are scored, also from windows as long as the context. Documents too short for
+    that are left out, and `count_bytes` gives the bytes of the scored ids (None: unknown).
 
-    `by_position` also sums by position in the window, `by_recall` by how many tokens ago the document had the same
-    token after the same one, before the window too: `recall.Bigrams` has what memory that takes.
+    `by_position` also sums the nats by position in the window. `by_recall` sums them by how many tokens ago the
+    document had the same bigram, even if that was before the window; `recall.Bigrams` says how much memory it takes.
 
-    `chunk`, `dtype` and `ranks` as in `runtime.reading.Reader`: memory does not depend on the document's length, and
-    none of them changes a number beyond rounding. Several ranks need the same documents. Those that share each document
-    get all results; of several groups with documents of their own, rank 0 does and the others get none.
+    `chunk`, `dtype` and `ranks` are as in `runtime.reading.Reader`: memory does not depend on the document's length,
+    and none of them changes a number beyond rounding. All ranks need the same documents. In one group of ranks, which
+    share each document, all get all results. Several groups divide the documents between them; then rank 0 gets all
+    results and the others none.
 
-    A document that the model does not read for its length, or with ids that are none, ends the run, or with `on_skip`
-    is handed to it and left out. Lengths of the `known` documents, those among all that cost nothing to look at, are
-    checked before anything else.
+    A document that is too long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to
+    `on_skip` and left out instead. The `known` documents are the part of `documents` whose lengths are cheap to read;
+    without `on_skip`, these lengths are checked before anything else.
 
-    An empty document scores 0 tokens. `device` moves the model there; None leaves it where it is. `on_tokens` gets the
-    log-probabilities of all tokens in order, `on_nats` their negatives at each context, those of a document before its
-    score. `on_progress` gets the number of tokens that each forward has scored.
+    An empty document scores 0 tokens. The model is moved to `device`; None leaves it where it is. `on_tokens` gets the
+    log-probabilities of all tokens in order. `on_nats` gets their negatives at each context, before the document's
+    score is yielded. `on_progress` gets the number of tokens that each forward pass has scored.
     Raises ConfigError for a model that cannot score, options that contradict each other and a document with more tokens
-    than the model reads, NothingToScoreError at the end when no document had a token to score, NotFiniteError for a
+    than the model reads, NothingToScoreError at the end if no document had a token to score, NotFiniteError for a
     log-probability that is NaN or infinite.
     """
     cut = Cut.of(model, bos, context, stride, last)
@@ -137,9 +138,9 @@ def score(
 
 
 def logprob_schema(metadata: Mapping[str, str] | None = None) -> pa.Schema:
-    """A row is a stretch of a document: its tokens from `start` on, and the log-probability of each, in nats.
+    """Return the schema of token log-probabilities, in nats: a row has the tokens of a document from `start` on.
 
-    A long document takes several rows, `part` 0, 1, 2 ... of one doc_id. `metadata` is `weights.model_origin`.
+    A long document has several rows, with `part` 0, 1, 2, ... and one doc_id. `metadata` is `weights.model_origin`.
     """
     fields = [
         pa.field("doc_id", pa.string()),
@@ -153,7 +154,7 @@ def logprob_schema(metadata: Mapping[str, str] | None = None) -> pa.Schema:
 
 @contextmanager
 def write_token_logprobs(path: str | Path, metadata: Mapping[str, str] | None = None) -> Iterator[OnTokens]:
-    """Open a file for the log-probabilities of tokens (see `logprob_schema`), as the `on_tokens` of `score`."""
+    """Open a file for token log-probabilities (see `logprob_schema`), and yield the `on_tokens` of `score`."""
     rows: list[tuple[str, int, int, np.ndarray, np.ndarray]] = []
     size = part = 0
     last: Document | None = None
@@ -182,7 +183,7 @@ def write_token_logprobs(path: str | Path, metadata: Mapping[str, str] | None = 
 
 @dataclass(frozen=True)
 class Cut:
-    """The cut of documents into windows; `before` is how many ids (of `Bos`) come before each document."""
+    """The cut of documents into windows. `before` is the number of `Bos` ids before each document."""
 
     before: int
     contexts: Sequence[int | None]
@@ -212,26 +213,26 @@ class Cut:
 
     @property
     def first(self) -> int:
-        """The first target of a document, 1 where nothing precedes it."""
+        """The first target of a document: token 0, or token 1 if nothing precedes the document."""
         return 0 if self.before else 1
 
     def check(self, model: Net, document: Document) -> None:
-        """Raise TooLongError for a document with a window that the model does not read."""
-        more = max(0, self.before - 1)  # ids before the last one from which a target is predicted
+        """Raise TooLongError for a document with a window that is too long for the model."""
+        more = max(0, self.before - 1)  # ids before the one that predicts the first target
         fits = max(1, (model.config.max_tokens or 0) - more)
         instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
         check_length(model, self.longest(len(document)) + more, document.where, instead)
 
     def inputs(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, wanted): the ids that each window reads, and from which of them on a target counts."""
+        """Yield (start, stop, wanted) for each window: it reads [start, stop), and targets count from `wanted` on."""
         before = self.before - 1  # from a target to its input
         for start, stop, counted in self.windows(tokens, context):
             yield start + before if start > self.first else 0, stop + before, counted + before
 
     def windows(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, counted): targets [start, stop), at most `context` of them, count from `counted` on.
+        """Yield (start, stop, counted) for each window: at most `context` targets, which count from `counted` on.
 
-        Those that count make up the document, or its `last` tokens.
+        The counted targets of all windows make up the document, or its `last` tokens.
         """
         size = context or max(1, tokens - self.first)
         step = self.stride or size
@@ -241,14 +242,14 @@ class Cut:
             yield max(self.first, stop - size) if look_back else counted, stop, counted
 
     def longest(self, tokens: int) -> int:
-        """Targets of the longest window of a document of so many tokens; 0 where it is left out."""
+        """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
         if self.last and tokens < self.least:
             return 0
         return max(0, min(tokens - self.first, max(each or tokens for each in self.contexts)))
 
     @property
     def least(self) -> int:
-        """Tokens of a document whose `last` ones all get windows as long as every context."""
+        """The fewest tokens of a document whose `last` tokens all get windows as long as every context."""
         last = self.last or 0
         return self.first + max(
             last if size is None else size + last - min(self.stride or size, last) for size in self.contexts
@@ -257,12 +258,12 @@ class Cut:
 
 @dataclass
 class _Tally:
-    """A document on its way: what its windows have cost so far, until `expected` tokens are counted."""
+    """The running sums of a document over the windows read so far, until `expected` tokens are counted."""
 
     document: Document
     context: int | None
     expected: int
-    n_bytes: int | None  # of what is scored
+    n_bytes: int | None  # of the scored tokens
     by_position: ByPosition | None
     by_recall: ByRecall | None
     bigrams: Bigrams  # read for by_recall only
@@ -279,13 +280,13 @@ class _Tally:
 
 @dataclass(frozen=True)
 class _Window(Window):
-    """The inputs of a document's targets: the hidden state of each predicts the id after it."""
+    """The inputs of a document's targets: the hidden state of each input predicts the next id."""
 
     tally: _Tally
 
 
 class Scorer:
-    """Documents in, scores out in the same order, on the ranks of one group. The arguments are those of `score`."""
+    """A scorer of documents, in order, on the ranks of one group. The arguments are as in `score`."""
 
     def __init__(
         self,
@@ -307,7 +308,7 @@ class Scorer:
     def checked(
         self, documents: Iterable[Document], known: Iterable[Document] = (), on_skip: OnSkip | None = None
     ) -> Iterator[Document]:
-        """The `documents`, each checked before it is yielded, and without `on_skip` all the `known` ones now."""
+        """Return the `documents`, each checked before it is yielded. Without `on_skip`, check all `known` ones now."""
         check = partial(self.cut.check, self.model)
         for document in known if on_skip is None else ():
             check(document)
@@ -318,7 +319,7 @@ class Scorer:
         measured: deque[tuple[Sequence[Piece[_Window]], Callable[[], Tensor]]] = deque()
         for pieces in self.reader.read(self._windows(documents)):
             measured.append((pieces, self._measure(pieces)))
-            # within a window a device computes the next chunk while the host adds up the one before
+            # within a window, the device computes the next chunk while the host sums the previous one
             ends = bool(pieces) and pieces[-1].stop == pieces[-1].window.stop
             while len(measured) > (0 if ends else 1):
                 self._add_up(*measured.popleft())
@@ -326,7 +327,7 @@ class Scorer:
                 yield self.open.popleft().result()
 
     def tell_progress(self, portion: Portion[Document]) -> None:
-        """Tell of tokens that another group of ranks has scored."""
+        """Report the tokens that another group of ranks has scored."""
         scored = portion.items * self.cut.last if self.cut.last else portion.length
         self.reader.on_progress(scored * len(self.cut.contexts))
 
@@ -355,7 +356,7 @@ class Scorer:
 
     def _tally(self, document: Document, context: int | None, bigrams: Bigrams) -> _Tally:
         expected = max(0, len(document) - self.cut.first)
-        n_bytes = document.n_bytes if bos_ids(self.bos) else None  # those of the first token were not scored
+        n_bytes = document.n_bytes if bos_ids(self.bos) else None  # without bos, the first token is not scored
         if self.cut.last:
             expected = self.cut.last
             ids = document.read(len(document) - expected, len(document))
@@ -366,7 +367,7 @@ class Scorer:
 
     @torch.inference_mode()
     def _measure(self, pieces: Sequence[Piece[_Window]]) -> Callable[[], Tensor]:
-        """Return what waits for the nats of the pieces' targets, (tokens,), and gives them on the host."""
+        """Return a function that waits for the nats (tokens,) of the pieces' targets, and returns them on the host."""
         device, ranks = self.reader.device, self.reader.ranks
         nll = torch.zeros(sum(map(len, pieces)), device=device)
         places = nll.split([len(piece) for piece in pieces])
@@ -414,7 +415,7 @@ class Scorer:
 
 
 def _pack(found: Iterable[DocumentScore]) -> bytes:
-    """Scores as JSON, in which floats stay what they are; values that are carried along become what is printed."""
+    """Return scores as JSON, which keeps floats exact. Values of kept columns become the values that are printed."""
     rows = []
     for each in found:
         positions = each.by_position and [each.by_position.segment, each.by_position.seen, each.by_position.inside]

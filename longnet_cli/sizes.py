@@ -15,9 +15,10 @@ _SIZE_EXAMPLES = "write 1000000, 1_000_000, 1e6, 1M (10^6) or 64Ki (64 x 1024)"
 
 
 def parse_size(text: str | int) -> int:
-    """A whole number of at least 1 from `1e9`, `32k`, `64Ki`, ...; ValueError with an example for anything else.
+    """Return the whole number, at least 1, that `1e9`, `32k`, `64Ki`, ... stand for.
 
-    An int passes through (checked), because typer hands an option's default to its parser.
+    An int is checked and returned, because typer passes an option's default to its parser. Raises ValueError, with an
+    example, for anything else.
     """
     written = str(text).strip()
     match = _SIZE.fullmatch(written)
@@ -34,13 +35,13 @@ def parse_size(text: str | int) -> int:
 
 
 def parse_sizes(text: str | Sequence[int]) -> list[int]:
-    """`8k,32k,1e6` -> [8000, 32000, 1000000], in the order written; ValueError as for `parse_size`."""
+    """Parse `8k,32k,1e6` to [8000, 32000, 1000000], in the order written. Raises ValueError as `parse_size` does."""
     items: Sequence[str | int] = text.split(",") if isinstance(text, str) else text
     return [parse_size(item) for item in items]
 
 
 def format_size(size: int) -> str:
-    """The shortest text that `parse_size` reads as `size`: 65536 -> `64Ki`, 1000000 -> `1M`, 1536 -> `1536`."""
+    """Return the shortest text that `parse_size` reads as `size`: 65536 -> `64Ki`, 1000000 -> `1M`, 1536 -> `1536`."""
     found = [str(size)]
     for unit, suffix in ((1000, ""), (1024, "i")):
         for power, letter in enumerate("kMGT", 1):

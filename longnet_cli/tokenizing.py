@@ -3,7 +3,7 @@
     read_texts --in_two_threads--> Tokenizer.encode_parts -> TokenBatches -> ShardFolder or ShardWriter
                   or `deal`
 
-Memory is that of the largest row of text and of one record batch, however large a file of text or the corpus is.
+Memory holds the largest row of text and one record batch, however large a file of text or the corpus is.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ if TYPE_CHECKING:
 
 SHARD_TOKENS = 1 << 27
 BATCH_BYTES = 64 << 20  # of token ids in a record batch of a file
-SMALL_BATCH_BYTES = 4 << 20  # on stdout, where somebody waits for it, and as JSON, which takes much memory
-TEXT_CHARS = 4 << 20  # of text encoded together
+SMALL_BATCH_BYTES = 4 << 20  # on stdout, where a reader waits, and as JSON, which takes much memory
+TEXT_CHARS = 4 << 20  # characters of text encoded together
 
-# (documents, tokens, bytes) so far, those of an earlier run included
+# Called with (documents, tokens, bytes) so far, including an earlier run
 OnProgress = Callable[[int, int, int], None]
-OnSkip = Callable[[Text, DataError], None]  # with what is left out, and why
+OnSkip = Callable[[Text, DataError], None]  # called with a skipped text and the reason
 
 
 @dataclass(frozen=True)
 class TokenizeResult:
-    """The counts of what was written, by this run and the ones it resumed.
+    """The totals of the output, written by this run and the runs that it resumed.
 
-    `bytes` counts the texts' UTF-8 bytes, of a chat those of what its template makes of it; `shards` is empty when the
+    `bytes` counts the UTF-8 bytes of the texts; for a chat, of the text after its template. `shards` is empty if the
     output is stdout or a pipe.
     """
 
@@ -79,19 +79,20 @@ def tokenize(
     """Write the inputs' texts as token ids: a row per document, or several with `part` 0, 1, ... past 64 MB.
 
     `output` is a folder (see `data.shards`; its manifest keeps the tokenizer), one .arrow, .feather, .parquet or .jsonl
-    file (with `NAME.tokenizer.json` beside it), or `-`: a stream on stdout, of small batches that do not wait for a
-    slow input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends a token to every
-    document: one that it names, one with this id, or the tokenizer's own end of text (True). Chats need the template
-    in the tokenizer's folder. `train_vocab` first trains a byte-level BPE of that size on the same inputs.
+    file (with `NAME.tokenizer.json` beside it), or `-`, a stream on stdout of small batches that do not wait for a slow
+    input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends a token to every document: the
+    token with this name or this id, or the tokenizer's own end of text (True). Chats need the template in the
+    tokenizer's folder. `train_vocab` first trains a byte-level BPE of that size on the same inputs.
 
-    `resume` goes on with a folder that an earlier run with the same inputs and options left unfinished: byte for byte
-    as if it had never stopped, and without tokenizing again what is in finished shards. A file or a row that cannot be
-    read ends the run, or with `on_skip` is handed to it and left out: also by a resumed run, once more, and the
-    manifest has their number. Several `ranks` share the work: rank 0 writes the same bytes, and the others get None.
+    `resume` continues a folder that an earlier run with the same inputs and options left unfinished. The result is byte
+    for byte as if the run had never stopped, and finished shards are not tokenized again. A file or a row that cannot
+    be read ends the run. With `on_skip`, it is passed to `on_skip` and left out instead. A resumed run passes the
+    earlier run's skipped files and rows again, and the manifest has their number. Several `ranks` share the work: rank
+    0 writes the same bytes, and the others get None.
 
-    Raises ConfigError for options that do not fit together and for a folder that is in use, DataError for bad input and
-    where all is left out, LongNetError when a write fails. Then a file is not left behind, a folder has its finished
-    shards.
+    Raises ConfigError for options that do not fit together and for a folder that is in use, DataError for bad input or
+    if everything is left out, LongNetError when a write fails. After an error there is no output file, and a folder
+    keeps its finished shards.
     """
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
@@ -101,7 +102,7 @@ def tokenize(
     first = ranks is None or ranks.first
     if train_vocab is not None and ranks is not None and ranks.world > 1:
         raise ConfigError("a tokenizer is trained by one process: train it first, without --dp")
-    # also said before training a tokenizer
+    # a folder that cannot be resumed is refused here, before a tokenizer is trained
     earlier = run_to_resume(output, resume=resume) if in_folder and first else None
     skip_bad = on_skip is not None
     folder: ShardFolder | None = None
@@ -121,7 +122,7 @@ def tokenize(
     with ExitStack() as stack:
         rows: TokenBatches | None = None
         if in_folder and first:
-            from longnet_cli.data.chat import chat_settings  # with Jinja, which files and streams need not pay for
+            from longnet_cli.data.chat import chat_settings  # loads Jinja, which files and streams do not need
 
             settings = {
                 "inputs": inputs_fingerprint(inputs),
@@ -160,17 +161,17 @@ def tokenize(
 
 
 def tokenizer_beside(output: str | Path) -> Path | None:
-    """Return where the tokenizer of one file is written; None beside a stream, a device or a named pipe."""
+    """Return the path of the tokenizer beside an output file; None for a folder, a stream, a device or a named pipe."""
     return Path(output).with_suffix(".tokenizer.json") if str(output).endswith(OUTPUT_SUFFIXES) else None
 
 
 def text_bytes(inputs: Sequence[str | Path]) -> int | None:
-    """The size of the inputs, where all are plain files of text: how many bytes `on_progress` gets to; else None."""
+    """Return the bytes of the inputs, up to which `on_progress` counts; None unless all are plain text files."""
     total = 0
-    for source in find_sources(inputs, []):  # reading will say what is missing
+    for source in find_sources(inputs, []):  # reading will report missing ones
         if source.path is None or not source.path.is_file():
             return None
-        with suppress(OSError), open(source.path, "rb") as file:  # reading it will say what is wrong with it
+        with suppress(OSError), open(source.path, "rb") as file:  # reading it will report its error
             head = file.read(8)
             if sniff(head) != "text" or compression(head):
                 return None
@@ -186,7 +187,7 @@ def _tokenizer(
     earlier: dict[str, str] | None,
     skip_bad: bool,
 ) -> Tokenizer:
-    """The tokenizer given, or the one that an `earlier` run has trained (`Tokenizer.description`), or a trained one."""
+    """Return the given tokenizer, or the one that an `earlier` run trained (`Tokenizer.description`), or train one."""
     if train_vocab is None:
         return tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
     if tokenizer != "bytes":
@@ -200,7 +201,7 @@ def _tokenizer(
 
 
 def _readable(texts: Iterator[Text], on_skip: OnSkip) -> Iterator[Text]:
-    """Yield the texts without an error, and hand `on_skip` the others. Raises DataError where there are only those."""
+    """Yield the texts without an error, and pass the others to `on_skip`. Raises DataError if all have errors."""
     found = skipped = False
     for text in texts:
         if text.error:
@@ -214,7 +215,7 @@ def _readable(texts: Iterator[Text], on_skip: OnSkip) -> Iterator[Text]:
 
 
 def _apart(texts: Iterator[Text]) -> Iterator[Text]:
-    """Number neighbours of one doc_id, which would be read back as one document."""
+    """Number consecutive texts with the same doc_id, which would otherwise be read back as one document."""
     last, repeats = None, 0
     for text in texts:
         repeats = repeats + 1 if text.doc_id == last else 0
@@ -223,7 +224,7 @@ def _apart(texts: Iterator[Text]) -> Iterator[Text]:
 
 
 class _Piece(NamedTuple):
-    """A piece of a document's text, or its end, None; a chat is one piece, which gives its `ids`."""
+    """A piece of a document's text; None is its end. A chat is one piece, which returns its `ids`."""
 
     doc_id: str
     text: str | None
@@ -235,7 +236,7 @@ class _Piece(NamedTuple):
 
 
 class _Encoded(NamedTuple):
-    """The next (n,) int32 ids of a document, of `size` bytes of its text; `ends`: they are the last."""
+    """The next (n,) int32 ids of a document, from `size` bytes of its text. `ends` marks the last ids."""
 
     doc_id: str
     ids: np.ndarray
@@ -253,7 +254,7 @@ def _run(
     prompt: bool = False,
     on_progress: OnProgress | None,
 ) -> None:
-    """Tokenize all texts into the `rows` of rank 0; `prompt` writes out each group when it is done."""
+    """Tokenize all texts into the `rows` of rank 0. With `prompt`, write each group as soon as it is done."""
     ending = np.array([] if eos_id is None else [eos_id], np.int32)
 
     def pieces() -> Iterator[_Piece]:
@@ -272,7 +273,7 @@ def _run(
         yield from passed(given[current:])
 
     def passed(pieces: Sequence[_Piece]) -> Iterator[_Encoded]:
-        """Of pieces without text: chats and the ends of documents."""
+        """Yield the ids of pieces without text to encode: chats and the ends of documents."""
         for piece in pieces:
             if piece.ids:
                 yield _Encoded(piece.doc_id, piece.ids(), len((piece.text or "").encode()), False)
@@ -304,17 +305,17 @@ def _run(
             pieces(), length, TEXT_CHARS, lambda group, check: take(encode(group), rows, check), abandon=prompt
         )
     elif ranks:
-        from longnet_cli.runtime.dealing import Parcel, deal  # torch, which one process need not load
+        from longnet_cli.runtime.dealing import Parcel, deal  # loads torch, which one process does not need
 
         parts = portions(pieces(), TEXT_CHARS, length_of=length)
         for _, found in deal(parts, encode, ranks, Parcel(_pack, _unpack), ahead=2 * ranks.world):
-            take(found, cast(TokenBatches, rows))  # of rank 0: the others are given nothing
+            take(found, cast(TokenBatches, rows))  # on rank 0: the others get nothing
     if rows:
         rows.flush()
 
 
 def _pack(found: Iterable[_Encoded]) -> bytes:
-    """Encoded pieces as a stream of one record batch."""
+    """Return encoded pieces as an Arrow stream of one record batch."""
     rows = list(found)
     if not rows:
         return b""

@@ -1,6 +1,6 @@
-"""Dilated attention, exact in outputs and gradients, on any device. Knows nothing of the rest of longnet.
+"""Dilated attention, exact in outputs and gradients, on any device. The package imports no other part of longnet.
 
-What a pattern is comes without torch; torch is imported with the first name that computes.
+Patterns load without torch. Torch is imported with the first name that computes.
 """
 
 from importlib import import_module
@@ -37,6 +37,6 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(".compiled", __name__)  # registers the operator that `dilated_attention` is inside a compiled graph
+    import_module(".compiled", __name__)  # registers the operator that compiled graphs use for `dilated_attention`
     found = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     return found

@@ -1,9 +1,9 @@
 """Every attention call of a shard: rectangles of query rows and key rows, as strided views. Pure integers.
 
-For a query at position p, level i covers the positions [lo_i, hi_i): its own segment and `look_back` ones before it
-(and after it, in attention that looks both ways). All queries of one block (a segment or, where a level leaves out
-what the one before it covers, a segment of that one) see the same keys. So a level is one causal square per segment
-and full rectangles, and those of whole segments lie evenly: one batched call each.
+For a query at position p, level i covers the positions [lo_i, hi_i): the query's own segment and `look_back` segments
+before it (in bidirectional attention, as many after it too). A block of queries is a segment; with overlap="once", it
+is a segment of the previous level. Apart from causality, all queries of a block see the same keys. So a level is one
+causal square per segment, and full rectangles. Those of whole segments are evenly spaced: one batched call for each.
 
     causal, look_back 1, overlap "once", w_1 = 2 w_0           keys ->
                                                     queries    # 0 0
@@ -11,8 +11,8 @@ and full rectangles, and those of whole segments lie evenly: one batched call ea
     1  level 1: from lo_1 to lo_0                              v 1 # 0 0
     #  both level 0                                              1 1 # 0 0
 
-A shard is the positions [start, start + tokens) of one sequence. What lies outside comes as far keys, packed rows of a
-span, or as sinks: each is one more rectangle.
+A shard is the positions [start, start + tokens) of one sequence. Keys from outside are far keys (the packed rows of a
+span) or sinks; each is one more rectangle.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 
 Padding = Literal["exact", "zero_key"]
 
-BACKWARD_FLOPS = 2.5  # of the forward's: five matrix products to its two
+BACKWARD_FLOPS = 2.5  # times the forward's: five matrix products instead of two
 UNION_LIMIT = 1 << 24  # numbers in the table of a `Union`: 64 MiB in float32
 
 
 class Branch(NamedTuple):
     """One attention call: query rows of the shard against key rows of the shard (near) or of far keys.
 
-    `queries` counts in query heads, `keys` in key heads, or in the lanes of far keys. `far` is the index of the far
-    keys, None for near ones. `zero_keys` keys with logit 0 and value 0 join the softmax (`padding="zero_key"`). `first`
-    marks the branches that reach every row of the shard before any other does. `bias` is added to all scores. With a
-    `union` the call stands for all levels at once.
+    The heads of `queries` are query heads; the heads of `keys` are key heads, or lanes of far keys. `far` is the index
+    of the far keys, None for near ones. `zero_keys` keys with logit 0 and value 0 join the softmax
+    (`padding="zero_key"`). `first` marks the branches that reach every row of the shard before any other branch does.
+    `bias` is added to all scores. A call with a `union` computes all levels at once.
     """
 
     queries: Rows
@@ -55,9 +55,9 @@ class Branch(NamedTuple):
 
 
 class Union(NamedTuple):
-    """All levels of a sequence from position 0 on, near keys alone, as one softmax of `tokens` rows over as many keys.
+    """All levels of a sequence from position 0 on, without far keys, as one softmax of `tokens` rows over as many keys.
 
-    A key that three of them show a query counts three times, so the log of that number is added to its score.
+    A key that three levels show to a query counts three times, so log 3 is added to its score.
     """
 
     pattern: Pattern
@@ -68,15 +68,14 @@ class Union(NamedTuple):
 
 
 class Turned(NamedTuple):
-    """Sinks that were turned for each of the `sink_segments`: packed, as far keys `far`, from row `row` on."""
+    """Sinks that were turned for each of the `sink_segments`: packed rows of far keys `far`, from row `row` on."""
 
     far: int
     row: int
 
 
-@lru_cache(
-    maxsize=256
-)  # layers and repeated runs ask again; the chunks of a long sequence never do, and a plan is 40 KB
+# layers and repeated runs ask for the same calls again, chunks of a long sequence never do; a plan takes 40 KB
+@lru_cache(maxsize=256)
 def branches(
     pattern: Pattern,
     num_heads: int,
@@ -89,12 +88,12 @@ def branches(
     kv_heads: int = 0,
     turned: Turned | None = None,
 ) -> tuple[Branch, ...]:
-    """Every attention call of a shard, near ones first, level by level.
+    """Return every attention call of a shard, level by level, those on near keys first.
 
-    `spans` are the far keys, in the order in which the caller holds them. `total` is the length of the whole sequence,
-    0 when it ends with the shard: only `padding="zero_key"` asks. `kv_heads` 0 means `num_heads`. Sinks are the shard's
-    own first rows and the spans of level `SINKS`, unless they are `turned`. Raises ValueError for far keys that the
-    shard cannot attend to, and for sinks that nobody gives.
+    `spans` are those of the far keys, in the caller's order. `total` is the length of the whole sequence, or 0 if that
+    ends with the shard; only `padding="zero_key"` uses it. `kv_heads` 0 means `num_heads`. Sinks are the shard's own
+    first rows and the spans of level `SINKS`, unless they are `turned`. Raises ValueError for far keys that the shard
+    cannot attend to, and for sinks that are not given.
     """
     call = _Call(pattern, num_heads, kv_heads or num_heads, start, start + tokens, causal)
     covering = next((i for i, r in enumerate(pattern.dilation_rates) if r == 1), None)
@@ -112,10 +111,11 @@ def branches(
 
 @lru_cache(maxsize=256)
 def united(pattern: Pattern, num_heads: int, tokens: int, causal: bool, kv_heads: int) -> tuple[Branch, ...] | None:
-    """Every attention call of a sequence as the union of its levels, in place of `branches`, or None.
+    """Return the attention calls of a sequence as the union of its levels, in place of `branches`, or None.
 
-    That is for a sequence in which some level shows every key to every query anyway, and only where this takes fewer
-    products than level by level. What it adds to scores is in `Union`.
+    The union is used only if some level shows every key to every query anyway, if the table of counts is within
+    `UNION_LIMIT`, and if the union takes fewer products than level by level. `Union` explains the numbers added to
+    scores.
     """
     whole = any(w >= tokens and r == 1 for w, r in pattern.levels)
     if not whole or num_heads * _table_size(tokens) ** 2 > UNION_LIMIT:
@@ -131,35 +131,39 @@ def united(pattern: Pattern, num_heads: int, tokens: int, causal: bool, kv_heads
 
 
 def _table_size(tokens: int) -> int:
-    """Return the tokens that a table of counts is made for, so that sequences of all lengths share a few."""
+    """Return the size of the table of counts for a sequence: a power of two, so that few tables serve all lengths."""
     return max(256, 1 << (tokens - 1).bit_length())
 
 
 def _pairs(branch: Branch) -> int:
-    """Return twice the scores of a branch; of a causal one half are none."""
+    """Return twice the number of scores of a branch; a causal branch has half of its square."""
     return branch.queries.segments * branch.queries.heads * branch.queries.rows * branch.keys.rows * (2 - branch.causal)
 
 
 def attention_flops(
     pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, batch: int = 1, kv_heads: int = 0
 ) -> int:
-    """Executed FLOPs of a forward: 4 * rows * keys * head_dim a head and segment over all branches; causal, half."""
+    """Return the executed FLOPs of a forward pass, summed over branches.
+
+    Each head and segment takes 4 * rows * keys * head_dim; a causal square takes half.
+    """
     return sum(level_flops(pattern, heads, head_dim, tokens, causal, batch, kv_heads))
 
 
 def level_flops(
     pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, batch: int = 1, kv_heads: int = 0
 ) -> list[int]:
-    """Of `attention_flops`, those of each level, and at last those of sinks that are seen by themselves."""
+    """Return the share of each level in `attention_flops`, and last the share of calls on sinks alone."""
     call = _Call(pattern, heads, kv_heads or heads, 0, tokens, causal)
     parts = [*(call.near(level, False, 0) for level in range(len(pattern.levels))), call.sinks((), None)]
     return [2 * head_dim * batch * sum(map(_pairs, part)) for part in parts]
 
 
 class _Zone(NamedTuple):
-    """Queries of a block of each segment, and the keys they see; positions count from the segment's begin.
+    """Queries of one block of each segment, and the keys they see; positions count from the start of the segment.
 
-    `square`: causal, of queries and keys of the same positions. `own`: the keys are those around the query itself.
+    Queries are [first, first + length), keys [low, high). `square`: attention is causal, with queries and keys at the
+    same positions. `own`: the keys include those at the queries' own positions.
     """
 
     first: int
@@ -171,7 +175,7 @@ class _Zone(NamedTuple):
 
 
 class _Rectangle(NamedTuple):
-    """Queries and keys at positions [first, stop), and the same again in `segments` segments."""
+    """Queries and keys at positions [first, stop), repeated in `segments` consecutive segments."""
 
     segments: int
     queries: tuple[int, int]
@@ -191,10 +195,10 @@ class _Call(NamedTuple):
     causal: bool
 
     def near(self, level: int, covering: bool, zero_keys: int) -> Iterator[Branch]:
-        """A level's rows of the shard. `zero_keys`: length of the sequence whose segments have zero keys, or 0."""
+        """Yield a level's calls on near keys. `zero_keys`: length of a sequence whose segments get zero keys, or 0."""
         w, r = level_of(self.pattern, level)
         if zero_keys:
-            w = min(w, zero_keys)  # torchscale cuts no segment longer than the sequence
+            w = min(w, zero_keys)  # in torchscale, no segment is longer than the sequence
         offsets = self.pattern.offsets(level, self.num_heads)
         kv_of = [h * self.kv_heads // self.num_heads for h in range(self.num_heads)]
         low = max(self.start, self.pattern.sinks) if level else self.start
@@ -204,7 +208,7 @@ class _Call(NamedTuple):
             firsts, rows = queries, counts
             if part.keys != part.queries or self.pattern.queries == "all":
                 firsts, rows = self._tokens(level, w, part.keys)
-            missing = [0] * self.num_heads  # rows that the whole segment lacks to be full
+            missing = [0] * self.num_heads  # rows that the segment lacks to have ceil(w / r)
             if zero_keys and not self.causal:
                 missing = [-(-w // r) - rows_before(min(w, zero_keys - part.keys[0] // w * w), o, r) for o in offsets]
             equal = [(*pair, zeros) if min(pair) else None for *pair, zeros in zip(counts, rows, missing, strict=True)]
@@ -222,7 +226,7 @@ class _Call(NamedTuple):
                 )  # fmt: skip
 
     def far(self, span: Span, index: int) -> Iterator[Branch]:
-        """The shard's rows that see rows of `span`: full, never causal, attention."""
+        """Yield the calls of the shard's queries on the rows of `span`: full attention, never causal."""
         w, r = level_of(self.pattern, span.level)
         _, offsets, lane_of = lanes(self.pattern, span.level, self.num_heads, self.kv_heads)
         inside, segment = span.start % w, span.start // w * w
@@ -248,7 +252,7 @@ class _Call(NamedTuple):
                 )
 
     def sinks(self, spans: Sequence[Span], turned: Turned | None) -> Iterator[Branch]:
-        """The queries whose first level covers no sinks, in any residue, against all sinks."""
+        """Yield the calls on all sinks for the queries, in any residue, whose first level covers none of them."""
         w, n = self.pattern.segment_lengths[0], self.pattern.sinks
         segments = sink_segments(self.pattern, self.start, self.stop)
         if not segments:
@@ -259,7 +263,7 @@ class _Call(NamedTuple):
                 row = turned.row + (part.queries[0] // w - segments.start) * n
                 yield from self._sink_rows(part.segments, part.queries, Rows(0, n, 0, 0, 0, n, 1, row, 0), turned.far)
             return
-        queries, own = (begin, self.stop), min(n, self.start)  # before the shard: [0, own)
+        queries, own = (begin, self.stop), min(n, self.start)  # sinks [0, own) lie before the shard
         given = [(index, span) for index, span in enumerate(spans) if span.level == SINKS]
         if sum(span.stop - span.start for _, span in given) != own:
             raise ValueError(
@@ -291,16 +295,17 @@ class _Call(NamedTuple):
     def _rectangles(
         self, zones: Iterable[_Zone], w: int, r: int, low: int, high: int, apart: bool = False
     ) -> list[_Rectangle]:
-        """Return what the zones make of the shard's queries and keys in [low, high), own keys first.
+        """Cut the zones to the shard's queries and to keys in [low, high); return rectangles, own keys first.
 
-        Segments that are whole, and see all that they may, go together. What is left goes one by one; neighbours that
-        see the same keys are joined where their rows go on evenly. `apart`: keys are packed, so that none go together.
+        Whole segments that have all of their keys form one rectangle. Each other segment is one by itself; neighbours
+        that see the same keys are joined if their rows stay evenly spaced. `apart`: keys are packed, so segments do not
+        form one rectangle.
         """
         together: list[_Rectangle] = []
         single: list[_Rectangle] = []
         for zone in zones:
             q, a, z = self.start - zone.first, low - zone.low, high - zone.high
-            # segments of which a query, or a key, is there
+            # segments with at least one query and one key
             some = range(
                 max((q - zone.length) // w, (a + zone.low - zone.high) // w) + 1,
                 min((self.stop - 1 - zone.first) // w, (z + zone.high - 1 - zone.low) // w) + 1,
@@ -317,7 +322,7 @@ class _Call(NamedTuple):
                 first = segment * w
                 queries = max(first + zone.first, self.start), min(first + zone.first + zone.length, self.stop)
                 keys = max(first + zone.low, low), min(first + zone.high, high)
-                if zone.square:  # which it stays, of what both have
+                if zone.square:  # the positions that both have are a square again
                     queries = keys = max(queries[0], keys[0]), min(queries[1], keys[1])
                 if queries[0] < queries[1] and keys[0] < keys[1]:
                     single.append(_Rectangle(1, queries, keys, zone.square, zone.own))
@@ -325,14 +330,14 @@ class _Call(NamedTuple):
         return sorted([*together, *(_joined(single) if even else single)], key=lambda part: not part.own)
 
     def _queries(self, level: int, w: int, queries: tuple[int, int]) -> tuple[list[int], list[int]]:
-        """Each head's first query row, a token of the shard, and how many there are."""
+        """Return each head's first query row, as a token of the shard, and its number of query rows."""
         first, stop = queries
         if self.pattern.queries == "all":
             return [first - self.start] * self.num_heads, [stop - first] * self.num_heads
         return self._tokens(level, w, queries)
 
     def _tokens(self, level: int, w: int, positions: tuple[int, int]) -> tuple[list[int], list[int]]:
-        """The first row, a token of the shard, that a level keeps for each head, and how many there are."""
+        """Return each head's first row of a level, as a token of the shard, and the number of its rows."""
         base, r = positions[0] // w * w, self.pattern.dilation_rates[level]
         first, stop = positions[0] - base, positions[1] - base
         offsets = self.pattern.offsets(level, self.num_heads)
@@ -365,7 +370,7 @@ class _Call(NamedTuple):
 
 
 def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Zone]:
-    """Return what queries of a segment of w positions see at a level, the causal square of the segment first."""
+    """Return the zones of a segment of w positions at a level, a causal square first."""
     b = pattern.look_backs[level]
     if pattern.overlap == "once" and level:
         u, near = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]
@@ -376,7 +381,7 @@ def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Zone]:
         zones = [_Zone(0, w, 0, w, True, True), _Zone(0, w, -b * w, 0, False, False)]
     else:
         zones = [_Zone(0, w, -b * w, (b + 1) * w, False, True)]
-    if w % pattern.dilation_rates[level]:  # rows start again in every segment: no view shows those of two
+    if w % pattern.dilation_rates[level]:  # row spacing breaks between segments: no view shows rows of two
         zones = [
             zone._replace(low=max(zone.low, s), high=min(zone.high, s + w), own=zone.own and s == 0)
             for zone in zones

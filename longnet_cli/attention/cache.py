@@ -1,8 +1,8 @@
-"""The keys and values that a causal sequence must remember: for each level, the rows that later queries can still see.
+"""The KV cache of a causal sequence: for each level, the rows that later queries can still see.
 
-They are those of the level's open segment and of as many before it as it looks back; nothing else is ever read again,
-but for the sinks. The whole memory of a sequence is `sum of (1 + look_back) ceil(w / r)` rows a lane and the sinks,
-whatever its length: 40,960 rows per head for a billion tokens of `Pattern.geometric(2**30)`.
+These are the rows of the level's open segment and of the `look_back` segments before it. Only they and the sinks are
+read again. So a sequence of any length needs `sum of (1 + look_back) ceil(w / r)` rows per lane, and the sinks: 40,960
+rows per head for a billion tokens of `Pattern.geometric(2**30)`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from .dilated import FarKeys
 from .merging import strided_view
 from .pattern import SINKS, Pattern, Span, common_span, lanes, open_spans, segment_rows, span_rows, span_views
 
-FIRST_ROWS = 1 << 14  # of a segment, allocated at once; more of them come as they are needed, in doublings
+FIRST_ROWS = 1 << 14  # rows of a segment that are allocated at first; their number doubles on demand
 
 
 class KVCache:
-    """One attention's cache over a causal sequence that comes in shards of any sizes, one token included.
+    """The KV cache of one attention layer, for a causal sequence that comes in shards of any sizes, even single tokens.
 
         cache = KVCache(pattern, batch, heads, head_dim)
         for q, k, v in shards:
             out = dilated_attention(q, k, v, pattern, start=cache.position, far=cache.far())
             cache.append(k, v)
 
-    `kv_heads` are those of k and v, as many as q's unless given. `position` is the number of tokens so far, `nbytes`
-    the bytes of all rows: batch * head_dim * 2 * `pattern.cached_rows` numbers. Of a segment with more than FIRST_ROWS
-    rows, only so many are allocated at once, and the others when they come.
+    `kv_heads` is the number of heads of k and v, by default `num_heads`. `position` is the number of tokens so far.
+    `nbytes` is the size of the allocated rows, at most batch * head_dim * 2 * `pattern.cached_rows` numbers. A segment
+    with more than FIRST_ROWS rows starts with FIRST_ROWS, and gets the others on demand.
 
-    `keep` is for a sequence of so many tokens at most: every segment gets memory of its own, once and for all its rows,
-    instead of that of an old one, so that far keys given out earlier stay true. A backward pass over all shards needs
-    them. `allocate` makes that memory where torch.empty would, of its arguments.
+    `keep` is the length that the sequence may reach if earlier far keys must stay valid, as for a backward pass over
+    all shards. Then every segment gets memory of its own, for all its rows at once, instead of an old segment's. That
+    memory comes from `allocate`, which takes the arguments of torch.empty.
     """
 
     def __init__(
@@ -54,20 +54,20 @@ class KVCache:
         self.pattern, self.num_heads, self.kv_heads, self.keep = pattern, num_heads, kv_heads or num_heads, keep
         self.position = 0
         self._sizes, self._allocate = (batch, head_dim), partial(allocate, dtype=dtype, device=device)
-        # of each level its segments, segment s in place s mod (1 + look_back); row j of a lane is its j-th in there
+        # each level's segments: segment s is in place s mod (1 + look_back), and row j of a lane is its j-th row there
         self._levels = [
             [self._new_rows(0 if keep else min(-(-w // r), FIRST_ROWS), level) for _ in range(1 + back)]
             for level, ((w, r), back) in enumerate(zip(pattern.levels, pattern.look_backs, strict=True))
         ]
         self._sinks = self._new_rows(pattern.sinks, SINKS)
-        self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as one segment after the other sees them
+        self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as they were turned last
 
     @property
     def nbytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in (*chain(*self._levels), self._sinks))
 
     def far(self) -> list[FarKeys]:
-        """Return what the next shard sees outside itself: views, valid until the next `append`, with `keep` always."""
+        """Return the far keys of the next shard: views, valid until the next `append`, or always with `keep`."""
         found = []
         for span in open_spans(self.pattern, self.position):
             rows = max(span_rows(self.pattern, span, self.num_heads, self.kv_heads))
@@ -81,10 +81,10 @@ class KVCache:
     def append(
         self, k: Tensor, v: Tensor, *, start: int | None = None, stop: int | None = None, others: Iterable[FarKeys] = ()
     ) -> None:
-        """Take in the next shard's keys and values (batch, tokens, key heads, head_dim); gradients do not flow.
+        """Store the next shard's keys and values (batch, tokens, key heads, head_dim); gradients do not flow.
 
-        Where several hold shards of one chunk that ends at `stop`, each takes in its own, which begins at `start`, and
-        the `others`' rows.
+        If several ranks hold shards of one chunk that ends at `stop`, each rank stores its own shard, which starts at
+        `start`, and the rows of the `others`.
         """
         start = self.position if start is None else start
         stop = start + k.shape[1] if stop is None else stop
@@ -109,19 +109,19 @@ class KVCache:
         self.position = stop
 
     def select(self, rows: Sequence[int]) -> None:
-        """Make row i of the batch what row `rows[i]` is, in new memory."""
+        """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""
         index = torch.tensor(rows, device=self._sinks.device)
         self._levels = [[x.index_select(1, index) for x in places] for places in self._levels]
         self._sinks = self._sinks.index_select(1, index)
         self._turned = {}
 
     def _new_rows(self, number: int, level: int) -> Tensor:
-        """Make memory for so many rows, (k and v, B, rows, lanes, D)."""
+        """Allocate memory for `number` rows, (k and v, B, rows, lanes, D)."""
         (batch, head_dim), held = self._sizes, len(lanes(self.pattern, level, self.num_heads, self.kv_heads).offsets)
         return self._allocate((2, batch, number, held, head_dim))
 
     def _rows(self, span: Span, *, grow: bool = False) -> Tensor:
-        """Return where the rows of a span's segment are, (k and v, B, rows, lanes, D); `grow` makes room for all."""
+        """Return the memory of a span's segment, (k and v, B, rows, lanes, D); `grow` makes room for all its rows."""
         if span.level == SINKS:
             return self._sinks
         places, (w, r) = self._levels[span.level], self.pattern.levels[span.level]

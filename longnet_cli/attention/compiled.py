@@ -1,8 +1,8 @@
 """Dilated attention as one operator of torch, `torch.ops.longnet.dilated_attention`, for compiled graphs.
 
-A compiler sees a call with a known result shape and a known backward; the plan is made when the graph runs, from the
-operator's integers, so that dynamic shapes and true lengths break no graph. Eager code calls `dilated_attention`,
-which keeps its plan from the forward to the backward and does not pay for the dispatcher.
+A compiler sees a call with a known result shape and a known backward. The plan is made when the graph runs, from the
+operator's integers, so that dynamic shapes and true lengths break no graph. Eager code calls `dilated_attention`
+without this operator: it keeps its plan from the forward to the backward, and pays for no dispatcher.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .pattern import Padding, Pattern
 from .plain_call import Kernel
 from .sinks import sink_rows
 
-# Far tensors are k and v of each, one after the other, then those of sinks that are turned; spans are (level, start,
-# stop) of each. An empty look_back or level_bias is none.
+# `far` has k and v of each of the far keys in turn, then k and v of turned sinks. `spans` has level, start and stop of
+# each of the far keys. An empty look_back or level_bias means none.
 _OPTIONS = (
     "Tensor[] far, Tensor? lengths, SymInt[] spans, SymInt[]? documents, int[] segment_lengths, int[] dilation_rates, "
     "str head_offsets, bool causal, SymInt start, str padding, SymInt? total, float scale, str? kernel, *, "
@@ -126,7 +126,7 @@ def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
     dq, dk, dv, *dfar = torch.ops.longnet.dilated_attention_backward(
         dout, q, k, v, out, lse, far, lengths, *ctx.options, **ctx.seen
     )
-    # torch takes an empty list for one of tensors, and wants as many gradients
+    # torch takes an empty list for a list of tensors, and wants a list of as many gradients
     return (dq, dk, dv, dfar, None, *([] if isinstance(x, list) and not x else None for x in ctx.options))
 
 

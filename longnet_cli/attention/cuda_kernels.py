@@ -1,4 +1,4 @@
-"""Attention kernels for CUDA: those inside torch (aten), FlashAttention-3 and -4 in their place, and flash-attn's."""
+"""Attention kernels for CUDA: torch's own (aten), FlashAttention-3 and -4 in their place, and flash-attn's."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .plain_call import Kernel
 
 
 class CudaKernel(Kernel):
-    """Packed sequences go through torch's own flash attention (aten), whichever flash kernel serves the views."""
+    """A CUDA kernel. Packed sequences go through aten's flash operators, whichever flash kernel serves the views."""
 
     packs = True
     implementation: str | None = None  # of aten's flash operators; None: torch's own
-    _MAX_ELEMENTS = 1 << 31  # beyond it the backward addresses memory that is not there
+    _MAX_ELEMENTS = 1 << 31  # beyond it, the backward addresses memory out of bounds
     _MAX_SEGMENTS = 65_535  # the batch is a grid dimension
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -103,11 +103,11 @@ class CudaFlashKernel(CudaKernel):
 
 
 class ActivatedKernel(CudaFlashKernel):
-    """FlashAttention-3 or -4 in the place of aten's flash operators, for the whole process, as torch offers it."""
+    """FlashAttention-3 or -4 inside aten's flash operators. torch activates it for the whole process."""
 
     def __init__(self, name: str, module: str, majors: tuple[int, ...]) -> None:
         self.name, self.implementation = name, name.upper()
-        self._module, self._majors = module, majors  # what torch imports; of the compute capability
+        self._module, self._majors = module, majors  # imported by torch; of the compute capability
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         found: list[str] = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
@@ -122,7 +122,7 @@ class ActivatedKernel(CudaFlashKernel):
 
 
 def activate(implementation: str | None) -> None:
-    """Make aten's flash operators those of `implementation`; None: torch's own."""
+    """Make aten's flash operators run `implementation`; None: torch's own."""
     current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
     if current() == implementation:
         return
@@ -140,9 +140,9 @@ def _can_import(module: str) -> bool:
 
 
 class CudaEfficientKernel(CudaKernel):
-    """The memory-efficient attention inside torch (aten): slower than flash, for fp32 and any head_dim.
+    """The memory-efficient attention inside torch (aten): slower than flash, but for fp32 too, and for any head_dim.
 
-    It reads 16 bytes at a time: a head_dim that is no multiple of that is padded with zeros, which change no score.
+    It reads 16 bytes at a time. A head_dim that is no multiple of that is padded with zeros, which change no score.
     """
 
     name = "cuda_efficient"
@@ -167,7 +167,7 @@ class CudaEfficientKernel(CudaKernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, keys, head_dim = q.shape[2], k.shape[2], q.shape[3]
         dout, q, k, v, out = (_whole_lines(x).transpose(1, 2) for x in (dout, q, k, v, out))
-        lse = torch.nn.functional.pad(lse, (0, -rows % 32), value=float("inf"))  # as in the forward
+        lse = torch.nn.functional.pad(lse, (0, -rows % 32), value=float("inf"))  # as the forward pads it
         no_rng = torch.empty((), dtype=torch.int64, device=q.device)  # read only with dropout
         grads = torch.ops.aten._efficient_attention_backward.default(
             dout, q, k, v, None, out, None, None, rows, keys, lse.contiguous(), 0.0, no_rng, no_rng, int(causal),
@@ -218,20 +218,20 @@ class CudaEfficientKernel(CudaKernel):
 
 
 def _places_in_lse(packed: PackedRows, rows: int, width: int) -> Tensor:
-    """Return the places of all rows in an lse (sequences, 1, width), which is padded beyond the rows of a sequence."""
+    """Return the indices of all rows in a flattened lse (sequences, 1, width), which pads each sequence to `width`."""
     _, edges, _ = packed
     begins = torch.arange(0, (len(edges) - 1) * width, width, device=edges.device) - edges[:-1]
     return torch.arange(rows, device=edges.device) + torch.repeat_interleave(begins, edges.diff(), output_size=rows)
 
 
 def _whole_lines(x: Tensor) -> Tensor:
-    """x, its last dimension padded with zeros to a multiple of 16 bytes."""
+    """Pad the last dimension of x with zeros to a multiple of 16 bytes."""
     missing = -x.shape[-1] % (16 // x.element_size())
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 class FlashAttnKernel(CudaKernel):
-    """The flash-attn package, 2.6 or newer. Arguments go by name: which there are changes between releases."""
+    """The flash-attn package, 2.6 or newer. Arguments go by name, because they change between releases."""
 
     name = "flash_attn"
 
@@ -276,7 +276,7 @@ _FLASH_ATTN_DEFAULTS: dict[str, Any] = {
 
 @lru_cache(maxsize=1)
 def flash_attn_functions() -> tuple[Any, ...]:
-    """(forward, backward) of the flash-attn package, or () where it is missing or its binary does not load."""
+    """Return (forward, backward) of the flash-attn package, or () if it is missing or its binary does not load."""
     try:
         from flash_attn import flash_attn_interface as package
 
@@ -286,10 +286,9 @@ def flash_attn_functions() -> tuple[Any, ...]:
 
 
 def _call_by_name(function: Any, **arguments: Any) -> Any:
-    """Call with the named arguments, and our defaults for the others that have none of their own."""
-    if op := getattr(
-        function, "_opoverload", None
-    ):  # a custom op of torch: its signature in Python is (*args, **kwargs)
+    """Call `function` with the arguments, and with our defaults for other arguments that it requires."""
+    # a custom op of torch has the Python signature (*args, **kwargs)
+    if op := getattr(function, "_opoverload", None):
         needed = [argument.name for argument in op._schema.arguments if not argument.has_default_value()]
     else:
         parameters = inspect.signature(function).parameters.values()

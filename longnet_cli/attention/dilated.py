@@ -39,18 +39,18 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class FarKeys:
     """Keys and values from outside the shard: one level's rows at positions [start, stop) of one segment.
 
-    k, v: (batch, rows, lanes, head_dim). Row j of a lane is its j-th row in [start, stop); lanes are heads, but for
-    query heads that read the same rows of one key head (`pattern.lanes`). They differ by at most one in how many rows
-    they have (`span_positions`), and rows beyond a lane's own are never read. Where they come from (a cache, another
-    rank, a file) is the caller's business; gradients flow into k and v.
+    k, v: (batch, rows, lanes, head_dim). Row j of a lane is its j-th row in [start, stop). Lanes are heads, except that
+    query heads which read the same rows of one key head share a lane (`pattern.lanes`). The numbers of rows of two
+    lanes differ by at most one (`span_positions`); rows beyond a lane's own are never read. The caller may take k and v
+    from a cache, another rank or a file; gradients flow into them.
 
-    Of level `SINKS`, the positions are of the first `pattern.sinks`, and k is rotated for them as any other.
+    For level `SINKS`, positions are among the first `pattern.sinks`, and k is rotated for them like any other key.
 
-    `turned` keeps what sinks were turned to last, for a caller whose k and v of all sinks stay the same in every call.
+    `turned` keeps the sinks as they were turned last, for a caller whose k and v of all sinks never change.
 
-    `ready` is called before k and v are read, after near keys. `back` is called in the backward with the gradients of k
-    and v, in fp32 or fp64, before those of near keys are computed; they flow into k and v as well. Both let a message
-    travel while near keys are attended to.
+    `ready` is called after near keys, before k and v are read. `back` is called in the backward pass with the gradients
+    of k and v, in fp32 or fp64, before the gradients of near keys are computed; gradients flow into k and v as well.
+    Both let a message travel while near keys are attended to.
     """
 
     level: int
@@ -70,17 +70,17 @@ class FarKeys:
 def far_keys(
     k: Tensor, v: Tensor, pattern: Pattern, span: Span, *, start: int = 0, num_heads: int | None = None
 ) -> FarKeys:
-    """Take the rows of `span` out of a shard's k and v (batch, tokens, key heads, head_dim) that begins at `start`.
+    """Take the rows of `span` from k and v (batch, tokens, key heads, head_dim) of a shard that starts at `start`.
 
-    `num_heads` are the query heads, as many unless given. Differentiable. Raises ValueError where the shard does not
-    have all of the span.
+    `num_heads` is the number of query heads, by default that of key heads. Differentiable. Raises ValueError for a
+    span that the shard does not hold in full.
     """
     if not start <= span.start < span.stop <= start + k.shape[1]:
         raise ValueError(f"the shard [{start}, {start + k.shape[1]}) does not hold [{span.start}, {span.stop})")
     sizes = num_heads or k.shape[2], k.shape[2]
     positions = span_positions(pattern, span, *sizes)
     rows = max(len(p) for p in positions)
-    # a lane with one row fewer repeats a token of the shard there, which nobody reads
+    # a lane with one row fewer repeats a token of the shard there, which is never read
     index = torch.tensor(
         [[p[j] - start if j < len(p) else 0 for p in positions] for j in range(rows)], dtype=torch.int64
     )
@@ -106,25 +106,25 @@ def dilated_attention(
     kernel: str | None = None,
     turn: Turn | None = None,
 ) -> Tensor:
-    """Attend from q (B, N, H, D) to k, v (B, N, K, D) by `pattern`; (B, N, H, D) like q. Differentiable.
+    """Attend from q (B, N, H, D) to k, v (B, N, K, D) by `pattern`; return (B, N, H, D) like q. Differentiable.
 
     Query head h reads key head h // (H / K). The shard is positions [start, start + tokens) of its sequence, any
     start, any length. A query that takes part in no level gets zeros.
 
-    far: keys from outside the shard; causal ones lie before it.
-    lengths: true length of each row of a right-padded batch, 0 to tokens; each row comes out as it would alone, and
+    far: keys from outside the shard; in causal attention, they lie before it.
+    lengths: true length of each row of a right-padded batch, 0 to tokens. Each row gets what it would get alone, and
         zeros beyond its length.
-    documents: lengths of the documents that lie one after the other in every row, `tokens` in all. Each attends to
-        itself alone, from position 0: its result is what it would get alone. `start` and `far` are the first one's.
+    documents: lengths of the documents that follow each other in every row, `tokens` in all. Each attends only to
+        itself, from position 0, and gets what it would get alone. `start` and `far` belong to the first one.
     padding: "zero_key" adds torchscale's zero keys to ragged segments of a bidirectional call.
-    total: length of the whole sequence, where the shard is a part of it and zero keys depend on it.
-    scale: of the scores, head_dim^-0.5 unless given.
+    total: length of the whole sequence, needed for zero keys if the shard is only a part of it.
+    scale: factor of the scores, by default head_dim^-0.5.
     kernel: forces one of `kernels.KERNELS`, as LONGNET_KERNEL does.
-    turn: where k is rotated by position, what moves sinks to where a segment sees them: (keys (B, S, n, K, D),
-        distances (S,) int64) -> the same keys, that many positions further on. Linear and differentiable. Without it,
-        every segment sees the sinks as they are.
+    turn: function that moves sinks to the place where a segment sees them, for k that is rotated by position:
+        (keys (B, S, n, K, D), distances (S,) int64) -> the same keys, that many positions further on. Linear and
+        differentiable. Without it, every segment sees the sinks as they are.
 
-    Sinks are the document's own first rows where the shard has them, and far keys of level `SINKS` where it has not.
+    Sinks are the document's own first rows if the shard has them, otherwise far keys of level `SINKS`.
 
     Raises ValueError for shapes, patterns, far keys, sinks, lengths or kernels that do not fit.
     """
@@ -134,11 +134,11 @@ def dilated_attention(
     spans = tuple(keys.span for keys in far)
     found = sink_rows(pattern, start, q.shape[1], documents, spans) if pattern.sinks and turn else None
     sinks = _Sinks(found, turn, pattern.sinks, _kept(found, far)) if found and turn else None
-    if torch.compiler.is_compiling():  # one opaque operator (`compiled`): no graph follows the integers of a plan
+    if torch.compiler.is_compiling():  # one opaque operator (`compiled`): a graph cannot trace the integers of a plan
         for keys in far:
             if keys.ready:
                 keys.ready()
-        if sinks:  # nor calls back into Python: it gets the sinks turned, after the far keys
+        if sinks:  # nor can it call `turn`: it gets turned sinks, after the far keys
             far_tensors += sinks.turned(k, v, far_tensors)
         numbers = [number for span in spans for number in span]
         levels = (list(pattern.segment_lengths), list(pattern.dilation_rates), pattern.head_offsets)
@@ -172,9 +172,9 @@ def plan_calls(
     total: int | None,
     sinks: SinkRows | None = None,
 ) -> Plan:
-    """Check the arguments of `dilated_attention` and divide its work for a kernel; raises ValueError as it does.
+    """Check the arguments of `dilated_attention` and plan its calls for a kernel.
 
-    `sinks` that are turned come after the far keys.
+    Turned `sinks` come after the far keys. Raises ValueError as `dilated_attention` does.
     """
     _check(q, k, v, start, padding)
     if refusal := pattern.refusal(causal, padding):
@@ -197,7 +197,7 @@ def plan_calls(
     return _plan(pattern, heads, k.shape[2], batch, tokens, start, blocks, *options)
 
 
-@lru_cache(maxsize=4)  # all layers of a step ask for one plan, and that of a thousand documents is large
+@lru_cache(maxsize=4)  # all layers of a step share one plan, and a plan of a thousand documents is large
 def _plan(
     pattern: Pattern,
     heads: int,
@@ -214,10 +214,10 @@ def _plan(
     unions: bool,
     packs: bool,
 ) -> Plan:
-    """The calls of all blocks: `unions` of levels, where that is less work, and `packs`, where many calls are alike."""
+    """Plan the calls of all blocks. `unions`: unite levels where that is less work; `packs`: pack similar calls."""
     plan, sinks = [], dict(turned)
     for first, last, begin, stop in blocks:
-        # only the first document may have begun before the shard
+        # only the first document may have started before the shard
         position, outside = (start, spans) if begin == 0 else (0, ())
         seen = Turned(len(spans), sinks[begin]) if begin in sinks else None
         found = None
@@ -241,7 +241,7 @@ class _Sinks(NamedTuple):
         return self.rows.collect(k, far[::2], self.number), self.rows.collect(v, far[1::2], self.number)
 
     def turned(self, k: Tensor, v: Tensor, far: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """k and v as every segment sees them, packed."""
+        """Return k and v of the sinks as every segment sees them, packed."""
         if self.kept is not None and self.rows.distances in self.kept:
             return self.kept[self.rows.distances]
         found = tuple(unit_stride(x) for x in self.rows.spread(*self.collect(k, v, far), self.turn))
@@ -252,13 +252,13 @@ class _Sinks(NamedTuple):
 
 
 def _kept(sinks: SinkRows, far: Sequence[FarKeys]) -> dict[tuple[int, ...], tuple[Tensor, ...]] | None:
-    """Return where turned sinks are kept: with the far keys that hold all sinks of the one document that has any."""
+    """Return the dict for turned sinks: `turned` of the far keys that hold all sinks, if only document 0 has sinks."""
     holders = [keys for keys in far if keys.level == SINKS]
     return holders[0].turned if len(holders) == 1 and sinks.firsts == (0,) else None
 
 
 class _DilatedAttention(torch.autograd.Function):
-    """All branches of a shard, merged. Saves only q, k, v, far keys, out and LSE; sinks are turned again."""
+    """All branches of a shard, merged. It saves only q, k, v, far keys, out and LSE; the backward turns sinks again."""
 
     @staticmethod
     def forward(
@@ -285,7 +285,7 @@ class _DilatedAttention(torch.autograd.Function):
             return there[2 * index : 2 * index + 2]
 
         out, lse = merged_forward(plan, scale, kernel, q, k, v, arrived)
-        while waiting:  # what no query needed is waited for all the same: its buffers must not be freed in flight
+        while waiting:  # also for keys that no query needed: their buffers must not be freed in flight
             waiting.pop()()
         ctx.save_for_backward(q, k, v, out, lse, *far_tensors)
         ctx.plan, ctx.scale, ctx.kernel, ctx.sinks = plan, scale, kernel, sinks
@@ -298,7 +298,7 @@ class _DilatedAttention(torch.autograd.Function):
         q, k, v, out, lse, *far = ctx.saved_tensors
         sinks: _Sinks | None = ctx.sinks
         back: list[Callable[[Tensor, Tensor], object] | None] = ctx.back
-        of_sinks: tuple[Tensor, ...] = ()  # of each document's rows
+        of_sinks: tuple[Tensor, ...] = ()  # gradients of each document's sinks
 
         def on_far(dfar: Sequence[Tensor]) -> None:
             nonlocal of_sinks
@@ -324,7 +324,7 @@ class _DilatedAttention(torch.autograd.Function):
 def _blocks(
     lengths: Sequence[int] | Tensor | None, documents: Sequence[int] | None, batch: int, tokens: int
 ) -> Iterator[Place]:
-    """The batch as blocks in which every row is one sequence that one set of calls can serve."""
+    """Yield the batch as blocks: in each, every row is one sequence, and one set of calls serves all rows."""
     if documents is not None:
         documents = _whole_numbers("documents", documents)
         if min(documents, default=0) < 1 or sum(documents) != tokens:

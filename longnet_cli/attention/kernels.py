@@ -1,6 +1,6 @@
-"""The choice of the kernel for a plain attention call: all there are, the one for CPUs, and how one is chosen.
+"""All kernels for a plain attention call, the choice of one, and the kernel for CPUs.
 
-What a kernel offers is in `plain_call`; those for GPUs are in `cuda_kernels`.
+The interface of kernels is in `plain_call`; kernels for GPUs are in `cuda_kernels`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from .plain_call import Kernel, MathKernel, wide
 
 
 class CpuFlashKernel(Kernel):
-    """torch's own flash attention for CPUs. Its backward accumulates in the input dtype, so it is given fp32.
+    """torch's own flash attention for CPUs. Its backward accumulates in the input dtype, so it gets at least fp32.
 
-    A causal call of it computes the scores above the diagonal too, in blocks of 512 keys, and hides them. So a short
-    square goes in steps of a few rows, each against the keys up to its last row.
+    A causal call also computes the scores above the diagonal, in blocks of 512 keys, and masks them. So a short square
+    is divided into steps of a few rows, each on the keys up to its last row.
     """
 
     name = "cpu_flash"
     biased = True
-    _MAX_ELEMENTS = 1 << 21  # bounds the scratch of one call: 8 MiB a tensor in fp32
+    _MAX_ELEMENTS = 1 << 21  # bounds the scratch memory of one call: 8 MiB per tensor in fp32
     _STEP = 128  # rows
-    _MAX_STEPS = 4, 8  # of a forward and of a backward, beyond which one call is as fast
+    _MAX_STEPS = 4, 8  # of a forward, of a backward; with more steps, one call is as fast
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":
@@ -81,7 +81,7 @@ class CpuFlashKernel(Kernel):
         if not causal or (steps := self._steps(rows, bias is not None, self._MAX_STEPS[1])) == [rows]:
             return op(dout, q, k, v, out, lse, 0.0, causal and bias is None, attn_mask=mask, scale=scale)
         parts, dk, dv = [], None, None
-        # the last rows, which see all keys, come first: to their gradients the others are added
+        # the last rows come first: they see all keys, so the other gradients are added to theirs
         for end, *of_rows in reversed(
             [*zip(steps, *(x.split(self._STEP, 2) for x in (dout, q, out, lse)), strict=True)]
         ):
@@ -99,12 +99,12 @@ class CpuFlashKernel(Kernel):
         return torch.cat(parts[::-1], 2), dk, dv
 
     def _steps(self, rows: int, biased: bool, most: int) -> list[int]:
-        """Return where the steps of a causal square end; one step is the whole of it."""
+        """Return the end of each step of a causal square; a single step is one call for all rows."""
         ends = [*range(self._STEP, rows, self._STEP), rows]
         return ends if biased or len(ends) <= most else [rows]
 
     def _seen(self, q: Tensor, end: int, bias: Tensor | None) -> Tensor:
-        """Return what is added to the scores (1, 1 or heads, rows, end) of a step whose last row sees `end` keys."""
+        """Return the mask (1, 1 or heads, rows, end) to add to scores of a step whose last row sees `end` keys."""
         rows = q.shape[2]
         if bias is not None:
             return bias[None, :, end - rows : end, :end]
@@ -115,8 +115,8 @@ class CpuFlashKernel(Kernel):
 
 @lru_cache(maxsize=4)
 def _triangle(rows: int, before: int, dtype: torch.dtype) -> Tensor:
-    """A mask (1, 1, rows, before + rows), to be added to scores: row i sees the keys up to `before + i`."""
-    with torch.inference_mode(False):  # it outlives the mode of the caller
+    """Return a mask (1, 1, rows, before + rows) to add to scores: row i sees the keys up to `before + i`."""
+    with torch.inference_mode(False):  # the cached mask outlives the caller's inference mode
         return torch.full((1, 1, rows, before + rows), float("-inf"), dtype=dtype).triu_(before + 1)
 
 
@@ -135,17 +135,17 @@ KERNELS: dict[str, Kernel] = {
 
 
 def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None = None) -> Kernel:
-    """The kernel for such tensors: the one named by `name` or LONGNET_KERNEL, otherwise the first that works.
+    """Return the kernel for such tensors: the one named by `name` or LONGNET_KERNEL, otherwise the first that works.
 
-    Raises ValueError for a name that does not exist or cannot serve. A kernel that the machine should have but that
-    fails its probe is passed over with a warning; one that fails with packed sequences alone does not pack.
+    A kernel that the machine should have but that fails its probe is skipped with a warning. A kernel that fails only
+    with packed sequences does not pack. Raises ValueError for a name that does not exist or cannot serve.
     """
     name = name or os.environ.get("LONGNET_KERNEL") or None
     return _select(device, dtype, head_dim, name)
 
 
 def forget_selections() -> None:
-    """Probe again what `select_kernel` has found: it remembers for the life of a process."""
+    """Make `select_kernel` probe again: otherwise it remembers its results for the life of the process."""
     _select.cache_clear()
     flash_attn_functions.cache_clear()
 
@@ -179,15 +179,15 @@ Check = Callable[[Kernel, Tensor, float], Iterator[tuple[Sequence[Tensor], Seque
 
 
 def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Return why a kernel does not compute here as plain math does, or None."""
+    """Return the reason if a kernel does not agree with plain math here, or None."""
     failure = None if kernel.name == "math" else _failure(_view_calls, kernel, device, dtype, head_dim)
     if failure and isinstance(kernel, ActivatedKernel):
-        activate(None)  # nor may it serve others in this process
+        activate(None)  # a failing kernel must not serve other code of this process either
     return failure
 
 
 def _without_failing_packs(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
-    """The kernel, or where its packed calls fail here one that is like it and does not pack."""
+    """Return the kernel or, if its packed calls fail here, a copy of it that does not pack."""
     failure = _failure(_packed_calls, kernel, device, dtype, head_dim) if kernel.packs else None
     if not failure:
         return kernel
@@ -198,10 +198,10 @@ def _without_failing_packs(kernel: Kernel, device: torch.device, dtype: torch.dt
 
 
 def _failure(check: Check, kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Run tiny calls, forward and backward, against plain math; why one failed, or None."""
+    """Compare tiny calls, forward and backward, with plain math. Return the reason if one fails, or None."""
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 3e-2)
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):  # the caller's would cast plain math
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):  # autocast would cast plain math
             # drawn from a generator of its own, so that probing never moves the caller's random state
             draw = torch.Generator().manual_seed(0)
             x = torch.randn(4, 2, 40, 2, head_dim, generator=draw, dtype=torch.float32).to(device, dtype)
@@ -210,13 +210,13 @@ def _failure(check: Check, kernel: Kernel, device: torch.device, dtype: torch.dt
                     error = ((wide(a) - b).norm() / b.norm()).item()
                     if not error <= tolerance:
                         return f"its {what} is off by {error:.1e} on {device} in {dtype}"
-    except Exception as error:  # a missing symbol, a changed signature, no kernel image, a failed assertion: all say no
+    except Exception as error:  # a missing symbol, a changed signature, no kernel image, a failed assertion
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"
     return None
 
 
 def _view_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    """Return what a kernel and plain math make of strided views of x (4, batch, tokens, heads, head_dim)."""
+    """Yield the results of a kernel and of plain math on strided views of x (4, batch, tokens, heads, head_dim)."""
     q, k, v, dout = x[:, :, ::2].transpose(2, 3)  # (batch, heads, rows, head_dim), rows two tokens apart
     for causal in (False, True):
         out, lse, *grads = _plain((q, k, v, dout), causal, scale)
@@ -228,7 +228,7 @@ def _view_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Seque
 
 
 def _packed_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    """The same of sequences of several lengths, each with as many keys or with others."""
+    """Yield the results for packed sequences of several lengths, with as many keys as queries or a different number."""
     q, k, v, dout = x.flatten(1, 3)[:, :80]
     for q_counts, k_counts in (([20, 3, 57], [20, 3, 57]), ([20, 3, 57], [1, 46, 33])):
         causal = q_counts == k_counts
@@ -252,7 +252,7 @@ def _packed_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Seq
 
 
 def _plain(inputs: Iterable[Tensor], causal: bool, scale: float) -> tuple[Tensor, ...]:
-    """out, lse, dq, dk and dv of q, k, v and dout by plain math; the gradients from an out in their dtype, as it is."""
+    """Return out, lse, dq, dk, dv by plain math; as in real calls, the backward gets out in the dtype of q."""
     q, k, v, dout = inputs
     out, lse = KERNELS["math"].forward(q, k, v, causal, scale)
     return out, lse, *KERNELS["math"].backward(dout, q, k, v, out.to(q.dtype), lse, causal, scale)

@@ -1,11 +1,11 @@
-"""Run branches and merge them, with exact gradients.
+"""Execution and merging of branches, with exact gradients.
 
 Each branch is one plain attention call on strided views. Branches merge by their log-sum-exp in fp32:
 
     LSE = log sum_i exp(lse_i)        out = sum_i exp(lse_i - LSE) out_i
 
 The backward calls each branch's kernel with the merged out and LSE, and adds up dq, dk, dv. A bias on a branch's scores
-is added to its lse_i, and taken from the LSE that its backward gets.
+is added to its lse_i, and subtracted from the LSE that the branch's backward gets.
 
 B batch, N tokens of the shard, H query heads, K key heads, D head_dim.
 """
@@ -33,14 +33,15 @@ if TYPE_CHECKING:
     from . import one_pass
 
 Call = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
-FarTensors = Callable[[int], Sequence[Tensor]]  # key-like tensors of the far keys with an index, when they are there
+FarTensors = Callable[[int], Sequence[Tensor]]  # index of far keys -> their key-like tensors, once they are there
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All calls: blocks of a batch as views, then packs of many.
+    """All calls of a batch: blocks as views, then packs.
 
-    `covered`: first branches, all of them views, reach every row. `squares`: and their keys are their queries.
+    `covered`: the `first` branches, all of them views, reach every row. `squares`: besides, they have the same rows as
+    queries and as keys.
     """
 
     blocks: Sequence[Block]
@@ -50,7 +51,7 @@ class Plan:
 
     @classmethod
     def of(cls, blocks: Sequence[Block], batch: int, tokens: int, heads: int, kv_heads: int, packs: bool) -> Plan:
-        """`packs`: the kernel takes packed sequences."""
+        """Plan the calls of some blocks. `packs`: the kernel takes packed sequences."""
         views, gathered = packed(blocks, tokens, heads, kv_heads) if packs else (blocks, [])
         full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in blocks)
         covered = not gathered and full == batch * tokens and all(found and found[0].first for *_, found in blocks)
@@ -61,7 +62,7 @@ class Plan:
 def merged_forward(
     plan: Plan, scale: float, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, far: FarTensors | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out, LSE): (B, N, H, D) as q, and (B, N, H) in fp32 (fp64 for fp64). `far` gives k and v."""
+    """Return (out, LSE): (B, N, H, D) like q, and (B, N, H) in fp32 (fp64 for fp64). `far` returns far k and v."""
     q, k, v = (unit_stride(x) for x in (q, k, v))
     merge: Merge | one_pass.Merge = (fused.Merge if (fused := _fused(q)) else Merge)(q, plan.covered)
     with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
@@ -87,11 +88,11 @@ def merged_backward(
     far: Sequence[Tensor],
     on_far: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> list[Tensor]:
-    """dq, dk, dv and the gradients of the far tensors (k, v, k, v, ...).
+    """Return dq, dk, dv and the gradients of the far tensors (k, v, k, v, ...), from the merged out and LSE.
 
-    From the merged out and LSE. Those of far tensors are in fp32 or fp64, the first three as well or, where one pass
-    adds them, like q. With `on_far`, far keys come first, and it is called once with their gradients, before those of
-    near keys are computed.
+    Gradients of far tensors are in fp32 or fp64. So are dq, dk and dv, unless `one_pass` adds them: then they have the
+    dtype of q. With `on_far`, far keys come first, and `on_far` is called once with their gradients, before the
+    gradients of near keys are computed.
     """
     dout, q, k, v = (unit_stride(x) for x in (dout, q, k, v))
     far_first, shared_heads = on_far is not None, q.shape[2] != k.shape[2]
@@ -124,7 +125,7 @@ def merged_backward(
             into = of_near if branch.far is None else of_far[2 * branch.far : 2 * branch.far + 2]
             for total, place, part in zip(into, places, parts, strict=True):
                 total.add(place, part, branch.keys, fresh)
-            del part, parts  # one pass may be over with them
+            del part, parts  # `one_pass` may have added them: free their memory
         if on_far:
             on_far(dfar)
         for pack in plan.packs:
@@ -140,10 +141,10 @@ def merged_backward(
 
 
 class Merge:
-    """The running out and LSE of all branches, in fp32 or fp64, by operators of torch."""
+    """The running out and LSE of all branches, in fp32 or fp64, by torch operators."""
 
     def __init__(self, q: Tensor, covered: bool) -> None:
-        """`covered`: first branches reach every row, so that no row needs a zero of ours."""
+        """Allocate out and LSE. `covered`: the `first` branches write every row, so out needs no zeros."""
         dtype = accumulator(q.dtype)
         self._dtype = q.dtype
         self._out = (torch.empty if covered else torch.zeros)(q.shape, dtype=dtype, device=q.device)
@@ -151,11 +152,11 @@ class Merge:
         self.places = (self._out, self._lse[..., None])
 
     def add(self, branch: Branch | Pack, places: Sequence[Tensor], part: Tensor, lse: Tensor) -> None:
-        """Fold one call into out (.., rows, D) and lse (.., rows, 1), its views of `places`, in place."""
+        """Merge one call in place into `places`, its views of out (.., rows, D) and lse (.., rows, 1)."""
         (out, total), lse = places, lse[..., None]
         if branch.bias:
             lse = lse + branch.bias
-        if branch.zero_keys:  # n keys with score 0 and value 0: a branch with out 0 and lse log n, folded in first
+        if branch.zero_keys:  # n keys with score 0 and value 0: a branch with out 0 and lse log n, merged first
             with_zeros = torch.logaddexp(lse, torch.full_like(lse, log(branch.zero_keys)))
             part, lse = part * (lse - with_zeros).exp(), with_zeros
         if branch.first:
@@ -167,7 +168,7 @@ class Merge:
         total.copy_(sums)
 
     def add_rows(self, pack: Pack, places: Tensor, part: Tensor, lse: Tensor) -> None:
-        """Fold in one call (rows, D) of gathered rows, no two of one of the B N H `places`."""
+        """Merge one call (rows, D) of gathered rows; `places` are their distinct indices among all B N H rows."""
         gathered = [_rows(x)[places] for x in self.places]
         self.add(pack, gathered, part, lse)
         for x, rows in zip(self.places, gathered, strict=True):
@@ -178,14 +179,14 @@ class Merge:
 
 
 class Total:
-    """The sum of all parts of a gradient, in fp32 or fp64, by operators of torch."""
+    """The sum of all parts of a gradient, in fp32 or fp64, by torch operators."""
 
     def __init__(self, x: Tensor, pending: int = 0, written: bool = False) -> None:
-        """No part waits here, whatever may be `pending`. `written`: fresh parts reach every row."""
+        """Allocate the sum. `written`: fresh parts write every row. `pending` has no effect: no part waits here."""
         self.place = (torch.empty if written else torch.zeros)(x.shape, dtype=accumulator(x.dtype), device=x.device)
 
     def add(self, place: Tensor, part: Tensor, rows: Rows, fresh: bool) -> None:
-        """Add the part of a call to its view of `place`; `fresh`: nothing was added there."""
+        """Add the part of a call to `place`, its view of the sum. `fresh`: nothing was added there before."""
         if fresh:
             place.copy_(part)
             return
@@ -193,7 +194,7 @@ class Total:
             into.add_(share)
 
     def add_rows(self, places: Tensor, part: Tensor, repeated: bool) -> None:
-        """Add the part (rows, D) of gathered rows, `repeated` or not, of some of the B N H `places`."""
+        """Add the part (rows, D) of gathered rows at indices `places` among all B N H, which may be `repeated`."""
         _rows(self.place).index_add_(0, places, part.to(self.place.dtype))
 
     def result(self) -> Tensor:
@@ -201,7 +202,7 @@ class Total:
 
 
 def _fused(x: Tensor) -> ModuleType | None:
-    """`one_pass`, where Triton serves such tensors; otherwise None, and operators of torch do."""
+    """Return `one_pass` if Triton can serve such tensors; otherwise None, for torch operators."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: its kernels run anywhere, slowly
     return _select(x.device, x.dtype, x.shape[-1], interpreted) if x.is_cuda or interpreted else None
 
@@ -221,7 +222,7 @@ def _select(device: torch.device, dtype: torch.dtype, head_dim: int, interpreted
 
 
 def _probe(module: ModuleType, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Merge and add up two small branches both ways; why that failed, or None."""
+    """Merge and add up two small branches both ways. Return the reason if `one_pass` fails, or None."""
     every = Rows(2, 20, 3, 0, 1, 20, 1, 0, 0)
     both = [Branch(every, every, True, first=True), Branch(x := Rows(2, 20, 3, 0, 1, 5, 4, 1, 1), x, True)]
     draw = torch.Generator().manual_seed(0)
@@ -247,22 +248,22 @@ def _probe(module: ModuleType, device: torch.device, dtype: torch.dtype, head_di
             error = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
             if not error <= tolerance:
                 return f"its {what} is off by {error:.1e} on {device} in {dtype}"
-    except Exception as error:  # whatever keeps a compiler from compiling, or a kernel from running
+    except Exception as error:  # whatever fails in the compiler or in the kernel
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"
     return None
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(B, N, H, D) as (B N H, D), a view where it is contiguous."""
+    """Reshape (B, N, H, D) to (B N H, D), a view if x is contiguous."""
     return x.reshape(-1, x.shape[-1])
 
 
 def apart(total: Tensor, part: Tensor, keys: Rows) -> Iterator[tuple[Tensor, Tensor]]:
-    """A view of keys (batch, heads, rows, D) and what to add to it, divided so that no two numbers are one place."""
+    """Yield views of `total` (batch, heads, rows, D) and the parts to add to them; no view shows a number twice."""
     if keys.heads > 1 and keys.head_step == keys.skew == 0:  # all heads of the call read the same rows
         total, part = total[:, :1], part.sum(1, keepdim=True)
     rows = -(-keys.segment_step // keys.row_step)  # of one segment, at most
-    if keys.segments > 1 and keys.rows > rows:  # segments look back over each other's rows: one segment's at a time
+    if keys.segments > 1 and keys.rows > rows:  # segments look back over each other: one segment's rows at a time
         yield from zip(total.split(rows, 2), part.split(rows, 2), strict=True)
     else:
         yield total, part
@@ -275,9 +276,9 @@ def kernel_calls(
     key_like: Sequence[Tensor],
     far: FarTensors | None = None,
 ) -> Iterator[Call]:
-    """Every kernel call of some blocks, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.
+    """Yield every kernel call of some blocks, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.
 
-    `far` gives as many tensors for each of the far keys as `key_like` has; it is called when the first call needs them.
+    `far` returns as many tensors for far keys as `key_like` has. It is called right before a call that needs them.
     """
     for run, columns, found in blocks:
         queries = [x[run, columns] for x in query_like]
@@ -296,7 +297,7 @@ def kernel_calls(
 
 
 def _bias(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
-    """Return what a kernel adds to the scores (heads, rows, keys) of a branch that is a union, nothing for others."""
+    """Return the bias on the scores of a union, as a tuple of one tensor (heads, rows, keys); () for other branches."""
     if branch.union is None:
         return ()
     _, _, heads, first, step, rows, *_ = branch.queries
@@ -305,9 +306,9 @@ def _bias(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
 
 @lru_cache(maxsize=4)
 def log_counts(union: Union, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(H, tokens, tokens): the log of how often the levels show each key to each query; -inf for never."""
+    """Return (H, tokens, tokens): the log of how often a key counts for a query, e^bias per level; -inf for never."""
     pattern, heads, kv_heads, causal, tokens = union
-    with torch.inference_mode(False):  # it outlives the mode of the caller
+    with torch.inference_mode(False):  # the cached table outlives the caller's inference mode
         counts = torch.zeros(heads, tokens, tokens, dtype=dtype, device=device)
         for branch in branches(pattern, heads, 0, tokens, causal, "exact", (), 0, kv_heads):
             seen = counts.new_full((branch.queries.rows, branch.keys.rows), exp(branch.bias))
@@ -322,13 +323,13 @@ def log_counts(union: Union, dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 def _tokens(rows: Rows, segment: int, index: int) -> slice:
-    """The tokens of one segment and of the index-th head."""
+    """Return the tokens that a view shows of one segment and of its index-th head."""
     first = rows.first_token + segment * rows.segment_step + index * rows.skew
     return slice(first, first + (rows.rows - 1) * rows.row_step + 1, rows.row_step)
 
 
 def strided_view(x: Tensor, rows: Rows) -> Tensor:
-    """The rows as a zero-copy view (batch, segments, heads, rows, last dim) of x (batch, tokens, heads, last dim)."""
+    """View x (batch, tokens, heads, last dim) as the rows (batch, segments, heads, rows, last dim), without a copy."""
     batch, token, head, last = x.stride()
     size = (x.shape[0], rows.segments, rows.heads, rows.rows, x.shape[3])
     stride = (batch, rows.segment_step * token, rows.head_step * head + rows.skew * token, rows.row_step * token, last)
@@ -336,9 +337,9 @@ def strided_view(x: Tensor, rows: Rows) -> Tensor:
 
 
 def _batched(views: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
-    """Make (batch, segments, ..) views (batch * segments, ..), at most `limit` at a time.
+    """Yield (batch, segments, ..) views as (batch * segments, ..), at most `limit` at a time.
 
-    Where batch and segments do not merge into one stride, the shorter of the two is walked.
+    If batch and segments do not merge into one stride, loop over the shorter of the two.
     """
     batch, segments = views[0].shape[:2]
     if batch == 1:
@@ -362,5 +363,5 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """Kernels read the last dimension as contiguous without asking; a size of 1 may carry any stride."""
+    """Return x with a last stride of 1, which kernels assume without a check; a size of 1 may have any stride."""
     return x if x.stride(-1) == 1 else x.contiguous()

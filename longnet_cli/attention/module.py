@@ -1,4 +1,4 @@
-"""Dilated attention as a module: what `torch.nn.MultiheadAttention` is, with a pattern.
+"""Dilated attention as a module: a `torch.nn.MultiheadAttention` with a pattern.
 
     layer = nn.TransformerEncoderLayer(768, 12, batch_first=True)
     attention = DilatedAttention(768, 12, Pattern.paper())
@@ -28,8 +28,8 @@ class DilatedAttention(nn.Module):
     for an embed_dim that num_heads does not divide.
     """
 
-    # torch's TransformerEncoderLayer and TransformerEncoder read this of their `self_attn`: False is what keeps them
-    # from calling, in eval mode, a fused dense kernel with our weights in place of `forward`
+    # torch's TransformerEncoderLayer and TransformerEncoder read this of their `self_attn`: unless it is False, they
+    # may call a fused dense kernel with our weights, in eval mode, in place of `forward`
     _qkv_same_embed_dim = False
     batch_first = True
 
@@ -73,12 +73,12 @@ class DilatedAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """query, key, value (B, N, E), mostly one tensor -> (output (B, N, E), None).
+        """Attend from query to key and value, each (B, N, E), usually one tensor. Return (output (B, N, E), None).
 
-        key_padding_mask: (B, N), True or -inf at padding, False or 0 elsewhere; padding lies on the right. True tokens
-            come out as they would alone; what a padded one gives means nothing.
-        is_causal: masks what is later; no mask is needed for it. `attn_mask`, (N, N), is accepted as the causal mask
-            that it claims to be, which only a compiled graph does not check.
+        key_padding_mask: (B, N), True or -inf at padding, False or 0 elsewhere; padding lies on the right. Real tokens
+            come out as they would alone; outputs at padding have no meaning.
+        is_causal: masks later keys; no mask is needed for it. With it, `attn_mask` (N, N) may be given, but must be the
+            causal mask. A compiled graph does not check that.
         average_attn_weights: without effect, as there are no weights.
 
         Raises ValueError for cross-attention, need_weights=True, any other attn_mask, and padding that is not on the
@@ -125,9 +125,9 @@ class DilatedAttention(nn.Module):
 
 
 def true_lengths(tokens: Tensor) -> Tensor:
-    """Lengths (B,) of the rows of a right-padded batch, from a boolean mask (B, N) that is True at tokens.
+    """Return the lengths (B,) of the rows of a right-padded batch, from a boolean mask (B, N) that is True at tokens.
 
-    Raises ValueError where a row has padding before a token; a compiled graph raises it from its attention call.
+    Raises ValueError for a row with padding before a token; a compiled graph raises it from its attention call.
     """
     lengths = tokens.sum(-1)
     right = (tokens == (torch.arange(tokens.shape[-1], device=tokens.device) < lengths[:, None])).all(-1)
@@ -140,7 +140,7 @@ def true_lengths(tokens: Tensor) -> Tensor:
 
 
 def _is_padding(mask: Tensor, shape: torch.Size) -> Tensor:
-    """Of a key padding mask of (batch, tokens), boolean or with the -inf that torch's own layers make of it."""
+    """Return a key padding mask (batch, tokens) as booleans; torch's own layers pass it with 0 and -inf."""
     if mask.shape != shape:
         raise ValueError(f"key_padding_mask needs {tuple(shape)}, (batch, tokens), got {tuple(mask.shape)}")
     if mask.dtype is torch.bool:

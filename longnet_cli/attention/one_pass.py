@@ -2,17 +2,17 @@
 
 `merge_parts` reads the outputs of all branches of a query once and writes the merged out and log-sum-exp; `add_parts`
 reads all parts of a gradient once and writes their sum. Both compute in fp32, in registers, and write the dtype of the
-inputs: no buffer of the whole shard is wider than that. Kernels find the rows of a part by integers, so a part stays
-where its attention kernel has put it, and a launch takes any number of them.
+inputs: no buffer of the whole shard is wider than that. Kernels compute the places of a part's rows, so a part stays
+where its attention kernel has put it, and a launch takes any number of parts.
 
-A call's rows lie in the shard as one strided view shows them. Counted in tokens of the whole batch, row `row` of its
-head `j` and segment `m` is token `first + m * segment_step + j * skew + row * row_step`, head `first_head + j *
-head_step`: see `_Rows`. What holds a given token and head follows by division.
+The rows of a call are one strided view of the shard. With tokens counted over the whole batch, row `row` of its head
+`j` and segment `m` is token `first + m * segment_step + j * skew + row * row_step`, head `first_head + j * head_step`:
+see `_Rows`. Kernels find the row that holds a given token and head by division.
 
-B batch, N tokens of the shard, H heads (those of keys, for keys), D head_dim; parts (segments, heads, rows, D).
+B batch, N tokens of the shard, H heads (key heads, for keys), D head_dim; parts (segments, heads, rows, D).
 """
 
-# Triton compiles what has no annotations
+# Triton compiles functions without annotations
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from torch import Tensor
 from .packing import Pack
 from .pattern import Branch, Rows
 
-_TILE = 4096  # numbers of a program: 32 fp32 registers a thread
+_TILE = 4096  # numbers per program: 32 fp32 registers per thread
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-_PENDING = 16 << 20  # bytes of parts that may wait for their sum in any case
+_PENDING = 16 << 20  # bytes of parts that may always wait for their sum
 
-# What a kernel knows of a part, a line of the cache: where it and its lse are, their strides, and where `_inverse` of
-# gathered rows is (int64); `_Rows` (int32); what is added to the lse and the log of its zero keys (fp32).
+# The facts that a kernel needs about a part, in one cache line: addresses and strides of the part and of its lse, the
+# address of `_inverse` for gathered rows (int64); `_Rows` (int32); the bias on the lse, the log of zero keys (fp32).
 _PIECE = struct.Struct("<9q11i2f4x")
 _WORDS = tl.constexpr(_PIECE.size // 4)
 _FIRST, _LAST, _SEGMENTS, _SEGMENT_STEP, _ROWS, _ROW_STEP, _FIRST_HEAD, _HEADS, _HEAD_STEP, _SKEW, _AGAIN = (
@@ -44,10 +44,10 @@ _BIAS, _ZEROS = tl.constexpr(29), tl.constexpr(30)
 
 
 class Merge:
-    """The merged out (B, N, H, D) as q and lse (B, N, H) in fp32 of all branches, once all are there."""
+    """The merged out (B, N, H, D), like q, and lse (B, N, H), in fp32, of all branches, computed when all are there."""
 
     def __init__(self, q: Tensor, covered: bool) -> None:
-        """`covered`: some branch reaches every row; it changes nothing here."""
+        """Start without parts. `covered` (the `first` branches reach every row) has no effect here."""
         self.q, self._pieces = q, _Pieces()
         self.places = (_places(q),)
 
@@ -55,7 +55,7 @@ class Merge:
         self._pieces.add(places[0], self.q.shape[2], part, lse, branch.bias, branch.zero_keys)
 
     def add_rows(self, pack: Pack, places: Tensor, part: Tensor, lse: Tensor) -> None:
-        """Take the part (rows, D) and lse (rows,) of gathered rows, no two of one of the B N H `places`."""
+        """Take the part (rows, D) and lse (rows,) of gathered rows, at distinct indices `places` among all B N H."""
         batch, tokens, heads, _ = self.q.shape
         self._pieces.add_rows(places, (batch * tokens, heads), part, lse, pack.bias, pack.zero_keys)
 
@@ -69,19 +69,19 @@ class Merge:
 class Total:
     """The sum (B, N, H, D) of all parts of a gradient, like `x`.
 
-    Parts wait until they hold `pending` bytes, which bounds memory: later ones are added to their sum. The part of a
-    call that shows all of `x`, laid out alike, becomes the sum itself.
+    Parts wait until they hold `pending` bytes, or `_PENDING` if that is more. Then they are added to the sum, which
+    bounds memory. A part that has all of `x`, in the same layout, becomes the sum itself if there is none yet.
     """
 
     def __init__(self, x: Tensor, pending: int, written: bool) -> None:
-        """`written`: some part is fresh; it changes nothing here."""
+        """Start without parts. `written` (fresh parts write every row) has no effect here."""
         self.place = _places(x)
         self._like, self._pieces = x, _Pieces()
         self._sum: Tensor | None = None
         self._limit = max(_PENDING, pending)
 
     def add(self, place: Tensor, part: Tensor, rows: Rows, fresh: bool) -> None:
-        """Take the part of a call, to be added to its view of `place`; what is `fresh` is found here anyway."""
+        """Take the part of a call, to be added to `place`, its view of the sum; `fresh` has no effect here."""
         shape = self._like.shape
         if self._sum is None and part.dtype == self._like.dtype and _is_whole(place, part, shape):
             self._sum = part.as_strided(shape, (shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1))
@@ -91,9 +91,9 @@ class Total:
             self._flush()
 
     def add_rows(self, places: Tensor, part: Tensor, repeated: bool) -> None:
-        """Take the part (rows, D) of gathered rows, `repeated` if two may be of one of the B N H `places`."""
+        """Take the part (rows, D) of gathered rows at indices `places` among all B N H, which may be `repeated`."""
         batch, tokens, heads, head_dim = self._like.shape
-        if repeated:  # which no pass over the sum finds
+        if repeated:  # `_inverse` would find only one row for each place
             wide = self.result().float().view(-1, head_dim).index_add_(0, places, part.float())
             self._sum = wide.to(self._like.dtype).view(self._like.shape)
             return
@@ -119,7 +119,7 @@ class _Rows(NamedTuple):
     """Rows of a shard that a strided view shows, tokens counted over the whole batch."""
 
     first: int
-    last: int  # of all its tokens
+    last: int  # the last of all its tokens
     segments: int
     segment_step: int
     rows: int
@@ -128,11 +128,11 @@ class _Rows(NamedTuple):
     heads: int
     head_step: int
     skew: int
-    again: int  # how many segments may hold one token
+    again: int  # the number of segments that may hold one token
 
     @classmethod
     def of(cls, place: Tensor, heads: int) -> _Rows:
-        """Return what `place` (segments, heads, rows, 1) shows of `_places` for `heads` heads, by its strides."""
+        """Read from its strides the rows that `place` (segments, heads, rows, 1), a view of `_places`, shows."""
         segments, number, rows, _ = place.shape
         of_segment, of_head, of_row, _ = place.stride()
         first, first_head = divmod(int(place.storage_offset()), heads)
@@ -168,7 +168,7 @@ class _Pieces:
     ) -> None:
         (total, heads), rows = size, len(places)
         every = _Rows(0, total - 1, 1, 1, rows, 1, 0, heads, 1, 0, 1)
-        # whatever the head
+        # the same row for every head
         part = part.as_strided((1, 1, *part.shape), (0, 0, *part.stride()))
         lse = None if lse is None else lse.as_strided((1, 1, rows), (0, 0, *lse.stride()))
         self._hold(part, lse, _inverse(places, total * heads), every, bias, zero_keys)
@@ -186,7 +186,7 @@ class _Pieces:
         if not out.numel():
             return
         dtype = self._held[0][0].dtype if self._held else out.dtype
-        table, alignment = bytearray(), 16  # bytes, of every row
+        table, alignment = bytearray(), 16  # of every row, in bytes
         for part, part_lse, inverse, rows, bias, zeros in self._held:
             where = part.data_ptr(), *part.stride()[:3]
             where_lse = (0, 0, 0, 0) if part_lse is None else (part_lse.data_ptr(), *part_lse.stride())
@@ -206,14 +206,14 @@ class _Pieces:
 
 
 def _places(x: Tensor) -> Tensor:
-    """A tensor (B, N, H, 1) of no memory, whose views say by their strides what they show."""
+    """Return a tensor (B, N, H, 1) without memory; the strides of its views tell which rows they show."""
     return torch.empty((*x.shape[:3], 1), device="meta")
 
 
-@lru_cache(maxsize=64)  # all layers of a step gather the same
+@lru_cache(maxsize=64)  # all layers of a step gather the same rows
 def _inverse(places: Tensor, size: int) -> Tensor:
-    """Return which gathered row is each of `size` places, (size,) int32, -1 for none."""
-    with torch.inference_mode(False):  # it outlives the mode of the caller
+    """Return the index of the gathered row at each of `size` places, (size,) int32, -1 for none."""
+    with torch.inference_mode(False):  # the cached tensor outlives the caller's inference mode
         found = torch.full((size,), -1, dtype=torch.int32, device=places.device)
         return found.index_copy_(0, places, torch.arange(len(places), dtype=torch.int32, device=places.device))
 
@@ -226,9 +226,9 @@ def _is_whole(place: Tensor, part: Tensor, shape: torch.Size) -> bool:
 
 @triton.jit
 def _find(x, segments, segment_step, rows, row_step, again):
-    """The segment and the row that hold each of some tokens, counted from the first; whether any does.
+    """Return the segment and the row that hold each token, and whether there are any.
 
-    Of the segments that may, the one `again` before the last.
+    Tokens count from the view's first. Of the segments that may hold a token, look at the one `again` before the last.
     """
     segment = tl.minimum(tl.maximum(x, 0) // segment_step, segments - 1) - again
     inside = x - segment * segment_step
@@ -246,7 +246,7 @@ def _find_gathered(inverse, tokens, head, heads, total):
 def _load_rows(
     where, segment, row, j, held, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, VECTOR: tl.constexpr
 ):
-    """Rows (TILE, WIDTH) of a part, in fp32; 0 where none is held."""
+    """Load rows (TILE, WIDTH) of a part, in fp32; 0 where `held` is false."""
     d = tl.arange(0, WIDTH)
     part = tl.multiple_of(tl.load(where).to(tl.pointer_type(PART)), VECTOR * (PART.primitive_bitwidth // 8))
     of_segment, of_head = tl.multiple_of(tl.load(where + 1), VECTOR), tl.multiple_of(tl.load(where + 2), VECTOR)
@@ -263,14 +263,14 @@ def merge_parts(
 ):  # fmt: skip
     """Merge the parts of TILE tokens of one head by their log-sum-exp: out (total, heads, D), lse (total, heads).
 
-    `places` and `pieces` are one table, as int64 and as int32.
+    `places` and `pieces` are the same table, as int64 and as int32.
     """
     head = tl.program_id(0) % heads
     first = tl.program_id(0) // heads * TILE
     tokens = first + tl.arange(0, TILE)
     merged = tl.zeros((TILE, WIDTH), tl.float32)
     top = tl.full((TILE,), float("-inf"), tl.float32)  # largest lse so far
-    share = tl.zeros((TILE,), tl.float32)  # of all keys so far, in units of exp(top)
+    share = tl.zeros((TILE,), tl.float32)  # sum of all weights so far, in units of exp(top)
     for i in range(number):
         where, piece = places + i * (_WORDS // 2), pieces + i * _WORDS
         beyond = head - tl.load(piece + _FIRST_HEAD)
@@ -303,7 +303,7 @@ def merge_parts(
     d = tl.arange(0, WIDTH)
     there = tokens < total
     at = tokens.to(tl.int64) * heads + head
-    share = tl.where(share == 0.0, 1.0, share)  # of no key: out 0, lse -inf
+    share = tl.where(share == 0.0, 1.0, share)  # a row without keys gets out 0, lse -inf
     merged = merged / share[:, None]
     mask = there[:, None] & (d < HEAD_DIM)[None, :]
     tl.store(out + at[:, None] * HEAD_DIM + d[None, :], merged.to(out.dtype.element_ty), mask=mask)
@@ -318,7 +318,7 @@ def add_parts(
 ):  # fmt: skip
     """Add the parts of TILE tokens of one head to out (total, heads, D); FRESH: out holds nothing yet.
 
-    Heads of a call that read one head's keys, and segments that look back over each other's, add up.
+    If heads of a call read the same key head, or segments look back over each other, all of their parts count.
     """
     head = tl.program_id(0) % heads
     first = tl.program_id(0) // heads * TILE

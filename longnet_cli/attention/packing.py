@@ -1,8 +1,8 @@
-"""Few calls for many documents: rows of all of them, gathered, in one call of sequences of any lengths each.
+"""Few calls for many documents: their rows are gathered, and one call takes many sequences of any lengths.
 
-A branch of one document is a handful of sequences, one a segment and head; branches of other documents that are like it
-join it in one `Pack`, for kernels that take packed sequences (`Kernel.packs`). Large branches stay views, which copy
-nothing. Pure integers, but for `rows_of`.
+A branch of one document has a few sequences, one per segment and head. Similar branches of other documents join it in
+one `Pack`, for kernels that take packed sequences (`Kernel.packs`). Large branches stay views, which copy nothing. Only
+`rows_of` needs more than integer arithmetic.
 
 B batch, N tokens, H heads; a row is one of the B N H vectors of a tensor (B, N, H, D), and S sequences make a pack.
 """
@@ -20,17 +20,18 @@ from torch import Tensor
 from .branches import Branch
 from .rows import Rows
 
-LARGE = 1 << 26  # scores from which a call of its own is worth it: as much work for a GPU as starting one is for a CPU
-MAX_SEQUENCES = 1 << 14  # of a call: they are a dimension of a grid
-# if all sequences were as long as the longest one, as some kernels count their lse and what they have on the way; and
-# a backward has 2^31 numbers for rows of up to 256, with 128 more for each sequence
+# scores from which a branch gets its own call: a GPU computes them for as long as a CPU takes to start a call
+LARGE = 1 << 26
+MAX_SEQUENCES = 1 << 14  # per call: they are a dimension of the kernel's grid
+# rows per call, counted as if all sequences were as long as the longest one: some kernels size their lse and scratch
+# memory that way. A backward pass may have 2^31 numbers: up to 256 per row, for these rows and 128 more per sequence
 MAX_ROWS = 6 << 20
 
 Block = tuple[slice, slice, tuple[Branch, ...]]  # rows and tokens of a batch, and the calls of each row
 
 
 class Sequences(NamedTuple):
-    """S sequences of rows: each the row `first`, and `count` in all, `step` apart."""
+    """S sequences of rows. Each has `count` rows, `step` apart, from row `first` on."""
 
     firsts: list[int]
     steps: list[int]
@@ -42,9 +43,9 @@ class Sequences(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """One call: query rows against key rows, sequence by sequence. No query row is in it twice.
+    """One call of query rows on key rows, sequence by sequence. It has no query row twice.
 
-    `causal`, `zero_keys` and `bias` are those of `Branch`; it is never `first`, and comes after all views.
+    `causal`, `zero_keys` and `bias` are as in `Branch`. A pack is never `first`: it comes after all views.
     """
 
     queries: Sequences
@@ -56,7 +57,7 @@ class Pack:
     _there: dict[torch.device, tuple[PackedRows, PackedRows]] = field(default_factory=dict)
 
     def rows(self, device: torch.device) -> tuple[PackedRows, PackedRows]:
-        """Return where the rows of queries and of keys are, on a device; all layers ask for the same."""
+        """Return the rows of queries and of keys on a device, cached because all layers ask for the same."""
         if device not in self._there:
             queries = rows_of(self.queries, device)
             self._there[device] = queries, queries if self.keys == self.queries else rows_of(self.keys, device)
@@ -64,7 +65,7 @@ class Pack:
 
 
 class PackedRows(NamedTuple):
-    """`places` (rows,) int64 of rows among all B N H, the `edges` (S + 1,) int32 of sequences, and the longest one."""
+    """Rows as `places` (rows,) int64 among all B N H, `edges` (S + 1,) int32 of sequences, and the longest length."""
 
     places: Tensor
     edges: Tensor
@@ -72,7 +73,7 @@ class PackedRows(NamedTuple):
 
 
 def rows_of(sequences: Sequences, device: torch.device) -> PackedRows:
-    """Make what a kernel needs of sequences; only three numbers each travel to the device, and nothing comes back."""
+    """Build the tensors that kernels need. Only three numbers per sequence go to the device, and nothing comes back."""
     total, longest = sum(sequences.counts), max(sequences.counts)
     firsts, steps, counts = (x.to(device, non_blocking=True) for x in torch.tensor(sequences, dtype=torch.int64))
     edges = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -82,7 +83,7 @@ def rows_of(sequences: Sequences, device: torch.device) -> PackedRows:
 
 
 def packed(blocks: Sequence[Block], tokens: int, heads: int, kv_heads: int) -> tuple[list[Block], list[Pack]]:
-    """Divide the branches of several blocks of a batch (B, `tokens`) into those that stay views, and packs."""
+    """Divide the branches of several blocks of a batch (B, `tokens`) into blocks of views, and packs."""
     if len(blocks) < 2:
         return list(blocks), []
     views: list[Block] = []
@@ -118,7 +119,7 @@ def packed(blocks: Sequence[Block], tokens: int, heads: int, kv_heads: int) -> t
 
 
 class _Taken(NamedTuple):
-    """Heads and the range of tokens that a branch asks from."""
+    """The heads and the range of tokens of a branch's queries."""
 
     heads: frozenset[int]
     first: int
@@ -131,12 +132,12 @@ class _Taken(NamedTuple):
         return cls(heads, rows.first_token, rows.first_token + last)
 
     def meets(self, other: _Taken) -> bool:
-        """Return whether both may ask from one row."""
+        """Return whether both may have a query row in common."""
         return self.first <= other.last and other.first <= self.last and not self.heads.isdisjoint(other.heads)
 
 
 def _append(into: Sequences, rows: Rows, token: int, heads: int) -> None:
-    """Add the sequences of a view of tokens from `token` on, in a tensor of so many heads."""
+    """Append the sequences of a view of the tokens from `token` on, in a tensor with `heads` heads."""
     for segment in range(rows.segments):
         first = token + rows.first_token + segment * rows.segment_step
         for head in range(rows.heads):
@@ -147,7 +148,7 @@ def _append(into: Sequences, rows: Rows, token: int, heads: int) -> None:
 
 
 def _calls(key: tuple[bool, int, float, int], queries: Sequences, keys: Sequences) -> Iterator[Pack]:
-    """Cut a pack where it is more than one call takes."""
+    """Yield packs that are each small enough for one call."""
     causal, zero_keys, bias, _ = key
     begin, longest = 0, 0
     for index, counts in enumerate(zip(queries.counts, keys.counts, strict=True)):

@@ -1,7 +1,7 @@
-"""Patterns say what a query sees: the levels of dilated attention and their options (arXiv 2307.02486, Eq. 3-8, 11-15).
+"""The pattern of dilated attention: which keys a query sees at which levels (arXiv 2307.02486, Eq. 3-8, 11-15).
 
-A level (w, r) cuts the sequence into segments of w positions and keeps, for head h, every r-th position of a
-segment beginning at that head's offset. With w = 8, r = 2 and four heads, one segment looks like this:
+A level (w, r) cuts the sequence into segments of w positions. In each segment, head h keeps every r-th position,
+starting at the head's offset. With w = 8, r = 2 and four heads, one segment looks like this:
 
     position   0 1 2 3 4 5 6 7
     head 0     x . x . x . x .      offset 0
@@ -9,12 +9,12 @@ segment beginning at that head's offset. With w = 8, r = 2 and four heads, one s
     head 2     x . x . x . x .      offset 2 mod 2 = 0
     head 3     . x . x . x . x
 
-In the paper queries are kept exactly as keys are, and the kept rows of a segment attend to each other. The other
-options of `Pattern` let a level look back over earlier segments, count each key once, ask from every row, and keep the
-first tokens of a document in sight.
+In the paper, queries are sampled exactly as keys are, and the kept rows of a segment attend to each other. Other
+options of `Pattern` let a level look back over earlier segments, count each key once, let every row query, and let
+every query see the first tokens of a document (attention sinks).
 
-The rest of the geometry is in `rows` (what one strided view shows), `spans` (rows that lie outside a shard) and
-`branches` (the attention calls of a shard). All of it is pure integers, and all of it can be had from here.
+The rest of the geometry is in `rows` (the rows that one strided view shows), `spans` (rows that lie outside a shard)
+and `branches` (the attention calls of a shard). It is pure integer arithmetic. This module re-exports its main names.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Overlap = Literal["repeat", "once"]
 Queries = Literal["dilated", "all"]
 
 FAR_BIAS = -2.0  # of `Pattern.nested`: with equal scores, a far key has a seventh (e^-2) of a near key's weight
-MAX_LEVELS = 64  # more than any doubling of an int64; every layer computes every level
+MAX_LEVELS = 64  # enough to double from 1 to 2^63; every layer computes every level
 
 
 class Level(NamedTuple):
@@ -64,19 +64,19 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class Pattern:
-    """The levels of an attention and what a query sees at each. The defaults are the paper's.
+    """The levels of dilated attention, and the keys that a query sees at each. The defaults are the paper's.
 
     head_offsets: "modulo" is the paper's (h mod r, Eq. 13-15); "grouped" is torchscale's (h // ceil(H / r)) and belongs
         to weights trained with it.
-    look_back: how many segments before its own a query sees, and after it where attention looks both ways; one number,
-        or one per level.
-    overlap: "repeat" counts a key once for every level that has it; with "once" a level leaves out the positions that
-        the level before it covers for the same query, so that levels tile the past, each more sparsely.
-    queries: "dilated" asks from the rows that a level keeps; "all" asks from every row.
-    sinks: so many first tokens of a document are seen by every query, once: at the first level where that covers
-        them, by themselves elsewhere. Other levels leave them out.
+    look_back: number of segments before its own that a query sees; in bidirectional attention, as many after it too.
+        One number, or one per level.
+    overlap: with "repeat", a key counts once for every level that has it. With "once", a level leaves out the positions
+        that the previous level covers for the same query: the levels tile the past, each more sparsely.
+    queries: with "dilated", only the rows that a level keeps query its keys; with "all", every row does.
+    sinks: number of first tokens of a document that every query sees, once. A query sees them at the first level if
+        that covers them, otherwise in a call of their own. Other levels leave them out.
     level_bias: added to the scores of a level: one number per level, or "log_rate" (log r: a kept key stands for r
-        keys). For models that were trained densely.
+        keys). For models that were trained with dense attention.
 
     Raises ValueError for levels that no attention can have, and for options that do not go together.
     """
@@ -84,7 +84,7 @@ class Pattern:
     segment_lengths: tuple[int, ...]
     dilation_rates: tuple[int, ...]
     head_offsets: HeadOffsets = "modulo"
-    look_back: int | Sequence[int] = 0  # kept as one number per level
+    look_back: int | Sequence[int] = 0  # stored as one number per level
     overlap: Overlap = "repeat"
     queries: Queries = "dilated"
     sinks: int = 0
@@ -120,12 +120,12 @@ class Pattern:
 
     @classmethod
     def paper(cls) -> Pattern:
-        """The language models of the paper (section 4.1)."""
+        """Return the pattern of the paper's language models (section 4.1)."""
         return cls((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
 
     @classmethod
     def geometric(cls, length: int, base: int = 2048, ratio: int = 2) -> Pattern:
-        """Segment length and dilation rate both grow by `ratio` from (base, 1) until a segment covers `length`."""
+        """Return levels that grow by `ratio` in length and rate, from (base, 1) until a segment covers `length`."""
         if length < 1 or base < 1 or ratio < 2:
             raise ValueError(f"need length >= 1, base >= 1, ratio >= 2, got {length}, {base}, {ratio}")
         levels = [Level(base, 1)]
@@ -135,20 +135,21 @@ class Pattern:
 
     @classmethod
     def window(cls, width: int, look_back: int = 1, sinks: int = 0) -> Pattern:
-        """Every key of the query's own segment of `width` tokens and of the `look_back` segments before it.
+        """Return a window: all keys of the query's own segment of `width` tokens and of `look_back` segments before it.
 
-        It slides in steps of `width`: a causal query sees from width * look_back to width * (1 + look_back) tokens, by
-        its place in its segment. A window as Mistral counts it, of W tokens for every query, has no such steps.
+        The window moves in steps of `width`. Depending on its place in its segment, a causal query sees more than
+        width * look_back tokens and at most width * (1 + look_back). Mistral's sliding window has no such steps: there,
+        every query sees W tokens.
         """
         return cls((width,), (1,), look_back=look_back, sinks=sinks)
 
     @classmethod
     def nested(cls, length: int, base: int = 1024, ratio: int = 4, sinks: int = 0) -> Pattern:
-        """To train with: a window of `base` tokens, and levels that tile the past before it, to `length` and beyond.
+        """Return a pattern for training: a window of `base` tokens, and levels that tile the past to `length` or more.
 
-        Segments and rates grow by `ratio`; each level looks back one segment, every key counts once, and every query
-        asks at every level. Where a rate is at most the number of heads, some head sees every position. Far keys
-        have less weight than near ones, by `FAR_BIAS`: docs/results.md says what that gives and what it costs.
+        Segment lengths and rates grow by `ratio`. Each level looks back one segment, every key counts once, and every
+        row queries every level. If a rate is at most the number of heads, some head sees each position.
+        `FAR_BIAS` gives far keys less weight than near ones; docs/results.md reports its gain and its cost.
         """
         grown = cls.geometric(length, base, ratio)
         levels = grown.segment_lengths, grown.dilation_rates
@@ -157,16 +158,17 @@ class Pattern:
 
     @classmethod
     def pretrained(cls, width: int = 1704, sinks: int = 4) -> Pattern:
-        """For a model that was trained with dense attention: a window, and the sinks without which it fails.
+        """Return a pattern for models trained with dense attention: a window, and the sinks without which they fail.
 
-        A query sees 1.5 * width keys on average, 2,560 by default, and 2 * width at most: no more than the length that
-        the model was trained on. docs/your-model.md has what other patterns of that cost give.
+        A query sees 1.5 * width keys and the sinks on average (2,560 by default), and 2 * width keys and the sinks at
+        most. This must not exceed the length that the model was trained on. docs/your-model.md compares other patterns
+        of the same cost.
         """
         return cls.window(width, sinks=sinks)
 
     @classmethod
     def dense(cls) -> Pattern:
-        """Every key, at any length: one segment at rate 1 that no sequence fills, in a cache that grows with it."""
+        """Return dense attention: one segment at rate 1, longer than any sequence, and a cache that grows with that."""
         return cls((1 << 40,), (1,))
 
     @property
@@ -180,46 +182,46 @@ class Pattern:
 
     @property
     def biases(self) -> tuple[float, ...]:
-        """Return what is added to the scores of each level."""
+        """The number that is added to the scores of each level."""
         if self.level_bias == "log_rate":
             return tuple(log(r) for r in self.dilation_rates)
         return tuple(self.level_bias or (0.0,) * len(self.dilation_rates))
 
     @property
     def keys_per_query(self) -> float:
-        """Mean keys a query attends to, far from the ends, not causal: sum of w / r^2 (4267) for the paper.
+        """The mean number of keys of a bidirectional query, far from the ends: sum of w / r^2 (4267) for the paper.
 
-        A causal query has half of it, and all of the sinks.
+        A causal query has half as many keys, and all of the sinks.
         """
         return sum(map(self.level_keys, range(len(self.segment_lengths)))) + self.sinks
 
     @property
     def cache_rows(self) -> int:
-        """Rows of keys a decoder must keep for one head: sum of (1 + look_back) ceil(w / r) and sinks.
+        """The rows of keys that a decoder must keep for one head: sum of (1 + look_back) ceil(w / r), plus the sinks.
 
         11,606 for the paper.
         """
         return sum(map(self.level_rows, range(len(self.segment_lengths)))) + self.sinks
 
     def level_keys(self, level: int) -> float:
-        """Of `keys_per_query`, those of one level."""
+        """Return the share of one level in `keys_per_query`."""
         covered = self._covered(level) - (self._covered(level - 1) if self.overlap == "once" and level else 0)
         rate = self.dilation_rates[level]
         return covered / rate / (rate if self.queries == "dilated" else 1)
 
     def level_rows(self, level: int) -> int:
-        """Of `cache_rows`, those of one level."""
+        """Return the share of one level in `cache_rows`."""
         w, r = self.levels[level]
         return (1 + self.look_backs[level]) * -(-w // r)
 
     def offsets(self, level: int, num_heads: int) -> tuple[int, ...]:
-        """The offset of each head in a level, all below its dilation rate."""
+        """Return the offset of each head in a level, all below its dilation rate."""
         r = self.dilation_rates[level]
         group = -(-num_heads // r)
         return tuple(h % r if self.head_offsets == "modulo" else h // group for h in range(num_heads))
 
     def refusal(self, causal: bool, padding: Padding) -> str | None:
-        """Return why no attention can have this pattern with these options, in one line, or None."""
+        """Return one line that says why attention cannot have this pattern with these options, or None if it can."""
         if causal and self.queries == "all" and self.overlap == "repeat" and max(self.dilation_rates) > 1:
             return 'queries="all" needs overlap="once" in causal attention'
         plain = (0,) * len(self.segment_lengths), "repeat", "dilated", 0, None
@@ -230,7 +232,7 @@ class Pattern:
         return None
 
     def _covered(self, level: int) -> int:
-        """Positions that a level covers for a query far from the ends, not causal."""
+        """Return the number of positions that a level covers for a bidirectional query far from the ends."""
         return (1 + 2 * self.look_backs[level]) * self.segment_lengths[level]
 
     def _set(self, name: str, value: object) -> None:
@@ -249,7 +251,7 @@ class Pattern:
         self._set("level_bias", bias)
 
     def _check_order(self) -> None:
-        """Return what makes all parts of an attention rectangles of rows and keys."""
+        """Raise ValueError unless the order of the levels makes all parts of attention rectangles of rows and keys."""
         lengths, backs = self.segment_lengths, self.look_backs
         asked = {"overlap": self.overlap == "once", "queries": self.queries == "all", "sinks": self.sinks != 0}
         names = [f"{name}={getattr(self, name)!r}" for name, is_asked in asked.items() if is_asked]

@@ -1,4 +1,4 @@
-"""One plain attention call, (q, k, v) -> (out, log-sum-exp), and its backward: what a kernel offers, and plain math.
+"""One plain attention call, (q, k, v) -> (out, log-sum-exp), and its backward: the interface, and plain math.
 
 Shapes: q, out (batch, heads, rows, head_dim); k, v (batch, heads, keys, head_dim); lse (batch, heads, rows), natural
 log, fp32 (fp64 for fp64 inputs). All are strided views whose last stride is 1. A causal call has rows == keys.
@@ -6,8 +6,8 @@ log, fp32 (fp64 for fp64 inputs). All are strided views whose last stride is 1. 
 Each backward takes the *merged* out and lse of all branches, which makes the sum of the branches' gradients exact:
 the probabilities are exp(score - lse) and the correction is rowsum(dout * out), whatever keys the softmax ran over.
 
-Kernels have traps of their own, guarded by each: empty q or k kills the process on the CPU, a last stride other than 1
-gives garbage silently, a fully masked row has no defined lse (no branch has one), limits on batch and element counts.
+Kernels have traps. Empty q or k kills the process on the CPU. A last stride other than 1 silently gives garbage. A
+fully masked row has no defined lse (no branch has one). Batch and element counts have limits (`max_batch`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from .packing import PackedRows
 
 
 class Kernel:
-    """The interface of every kernel. `max_batch` bounds the first dimension of a call; the caller splits around it."""
+    """The interface of every kernel. `max_batch` bounds the first dimension of a call; callers split larger ones."""
 
     name = ""
-    biased = False  # whether a bias (heads, rows, keys), -inf where a key is not seen, can be added to scores
+    biased = False  # whether it can add a bias (heads, rows, keys) to scores, -inf where a key is not seen
     packs = False  # whether it has `forward_packed` and `backward_packed`
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -43,7 +43,7 @@ class Kernel:
     def forward_packed(
         self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Sequences of q against those of k and v, all (rows, head_dim) -> out (rows, head_dim), lse (rows,)."""
+        """Attend within packed sequences of q, k and v (rows, head_dim). Return out (rows, head_dim), lse (rows,)."""
         raise NotImplementedError
 
     def backward_packed(
@@ -63,7 +63,7 @@ class Kernel:
 
 
 class MathKernel(Kernel):
-    """Plain torch, anywhere, any dtype; computes in fp32 or wider. Also what the other kernels are probed against."""
+    """Plain torch on any device, in any dtype, computed in fp32 or wider. Other kernels are probed against it."""
 
     name = "math"
     biased = True
@@ -111,5 +111,5 @@ class MathKernel(Kernel):
 
 
 def wide(x: Tensor) -> Tensor:
-    """fp32 at least; no copy where it is already."""
+    """Return x in fp32 or fp64, without a copy if it is already."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

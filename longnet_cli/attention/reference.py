@@ -1,4 +1,4 @@
-"""The same attention by a dense mask: slow, and short enough to check by eye. It is the oracle of every fast path."""
+"""Dilated attention by a dense mask: slow, and short enough to check by eye. Every fast path is tested against it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def dilated_attention_reference(
     scale: float | None = None,
     turn: Turn | None = None,
 ) -> Tensor:
-    """Dilated attention of (batch, tokens, heads, head_dim) tensors with O(tokens^2) memory; differentiable.
+    """Return dilated attention of (batch, tokens, heads, head_dim) tensors, in O(tokens^2) memory; differentiable.
 
-    A key counts as often as it shares a segment's rows with the query (a multiset, paper Eq. 9-10), e^bias times where
-    its level has a bias. k and v may have fewer heads. Sinks are the first rows given: `start` has to be 0 for them.
+    A key counts once for every level at which the query sees it (a multiset, paper Eq. 9-10), or e^bias times if the
+    level has a bias. k and v may have fewer heads. Sinks are the first rows given, so `start` must be 0 with sinks.
     """
     if lengths is not None:
         out = q * 0  # zeros, and in the graph even where every length is 0
@@ -62,7 +62,7 @@ def key_counts(
 ) -> tuple[Tensor, Tensor]:
     """Return how often each query sees each key, (heads, tokens, tokens), and zero keys, (heads, tokens, 1).
 
-    A key that a level with a bias has counts e^bias times.
+    A key of a level with a bias counts e^bias times.
     """
     position = torch.arange(start, start + tokens)
     query, key = position[:, None], position[None, :]

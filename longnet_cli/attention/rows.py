@@ -13,9 +13,9 @@ from typing import NamedTuple
 class Rows(NamedTuple):
     """Rows that one strided view of a (batch, tokens, heads, head_dim) tensor can show.
 
-    Axis by axis: `segments` of them `segment_step` tokens apart; `heads` of them, `first_head` and then every
-    `head_step`-th (0: the same one for all); in each `rows` rows `row_step` tokens apart. The first row of the first
-    head is token `first_token`, that of each next head `skew` tokens later.
+    The view has `segments` segments, `segment_step` tokens apart. Each segment has `heads` heads: `first_head`, then
+    every `head_step`-th (0: the same head each time). Each head has `rows` rows, `row_step` tokens apart. The first
+    head's first row is token `first_token`; each next head starts `skew` tokens later.
     """
 
     segments: int
@@ -30,34 +30,34 @@ class Rows(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Heads first, first + step, ...: an arithmetic progression of `number`."""
+    """An arithmetic progression of `number` heads: first, first + step, ..."""
 
     number: int
     first: int
     step: int
 
     def growth(self, values: Sequence[int]) -> int:
-        """Return how much the value of each next head is larger, of values that grow evenly."""
+        """Return the step from each head's value to the next head's, for values that grow evenly."""
         return values[self.first + self.step] - values[self.first] if self.number > 1 else 0
 
     def of(self, others: Sequence[int]) -> Heads:
-        """The progression that `others` (a key head for each query head, say) make of these heads."""
+        """Return the progression of the values of `others` at these heads, such as the key head of each query head."""
         return Heads(self.number, others[self.first], self.growth(others) if self.number > 1 else self.step)
 
 
 def rows_before(position: int, offset: int, dilation_rate: int) -> int:
-    """Return how many rows of a segment lie before its position `position`: those at offset, offset + r, ..."""
+    """Return the number of a segment's rows (at offset, offset + r, ...) that lie before its position `position`."""
     return max(0, -((offset - position) // dilation_rate))
 
 
 def progressions(
     equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], steps: Sequence[int]
 ) -> list[Heads]:
-    """Cover all heads by few progressions in which one strided view shows every head.
+    """Divide all heads into few progressions, such that one strided view can show all heads of a progression.
 
-    Heads of one view need the same `equal` (None leaves a head out) and values in `even` that grow evenly from head to
-    head, or stay. Both offset rules make long runs of such heads, neighbours or a fixed step apart: of `steps`, the one
-    with the fewest views wins.
+    Heads of one view need the same `equal` (None leaves a head out), and values in `even` that grow evenly from head
+    to head or stay the same. Both offset rules give long runs of such heads, either neighbours or a fixed step apart.
+    Of `steps`, the one with the fewest views is taken.
     """
 
     best: list[Heads] = []
@@ -71,7 +71,7 @@ def progressions(
 
 
 def _runs(equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], first: int, step: int) -> Iterator[Heads]:
-    """Every head from `first` on, `step` apart, in as long runs as there are."""
+    """Yield the heads first, first + step, ... in runs that are as long as possible."""
     begin, number = first, 0
     growth: tuple[int, ...] = ()
     for head in range(first, len(equal), step):

@@ -1,8 +1,9 @@
-"""Sinks: the first rows of each document, turned so that every segment sees them right before what it sees anyway.
+"""Attention sinks: the first rows of each document, turned so that every segment sees them right before its window.
 
-A query of segment s (of the first level, w_0 tokens, looking back b_0) sees sink i of n as if it stood at position
-(s - b_0) w_0 - n + i, never at its true distance (arXiv 2309.17453). A rotated key that moves by one distance turns by
-one angle, so n rows per segment are enough; the operator finds the rows, and whoever owns the positions turns them.
+Segments are those of the first level, with w_0 tokens and look-back b_0. A query of segment s sees sink i of n as if
+it stood at position (s - b_0) w_0 - n + i, never at its true distance (arXiv 2309.17453). The distance alone decides by
+which angles a rotated key turns, so n rows per segment are enough. The operator finds the rows; the caller, who knows
+how positions rotate keys, turns them.
 
 B batch, S segments, n sinks, K key heads, D head_dim.
 """
@@ -19,17 +20,21 @@ from torch import Tensor
 from .pattern import SINKS, Pattern, Span
 from .spans import sink_segments
 
-# (keys (B, S, n, K, D) rotated for their own positions, distances (S,) int64) -> the same keys that much further on
+# (keys (B, S, n, K, D) rotated for their own positions, distances (S,) int64) -> the keys, so many positions further on
 Turn = Callable[[Tensor, Tensor], Tensor]
 
 
 class SinkRows(NamedTuple):
-    """The places of a shard's sinks, and how far each segment's move.
+    """The places of a shard's sinks, and the distance that they move for each segment.
 
-    `firsts` are the tokens at which the documents begin whose sinks are seen by themselves; `outside` rows of the one
-    at token 0 lie before the shard, in the far keys `far`: (index, rows) of each, in order. `documents` has, for each
-    segment, the index of its document, `distances` the tokens that its sinks move. `rows` has, for the token at which
-    a document begins, its first row among those that `spread` returns.
+    It holds only documents with segments that see sinks in a call of their own.
+
+    firsts: the token of the shard at which each document starts.
+    outside: the number of sinks of the document at token 0 that lie before the shard.
+    far: (index, rows) of the far keys that hold these sinks, in order.
+    documents: for each segment, the index of its document.
+    distances: for each segment, the number of tokens that its sinks move.
+    rows: for the token at which a document starts, its first row among those that `spread` returns.
     """
 
     firsts: tuple[int, ...]
@@ -40,7 +45,7 @@ class SinkRows(NamedTuple):
     rows: dict[int, int]
 
     def collect(self, x: Tensor, far: Sequence[Tensor], n: int) -> Tensor:
-        """The rows of each document, (B, documents, n, K, D), of a shard's x (B, N, K, D) and all its far tensors."""
+        """Return the sinks (B, documents, n, K, D) of each document, from a shard's x (B, N, K, D) and far tensors."""
         found = []
         for first in self.firsts:
             outside = self.outside if first == 0 else 0
@@ -49,26 +54,26 @@ class SinkRows(NamedTuple):
         return torch.stack(found, 1)
 
     def spread(self, k: Tensor, v: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-        """Return what each segment sees, packed: (B, S n, K, D) of both, from the rows of each document."""
+        """Turn the sinks of each document for its segments; return k and v packed, both (B, S n, K, D)."""
         of = torch.tensor(self.documents, device=k.device)
         turned = turn(k[:, of], torch.tensor(self.distances, device=k.device)).to(k.dtype)
         return turned.flatten(1, 2), v[:, of].flatten(1, 2)
 
     def gradients(self, k: Tensor, v: Tensor, turn: Turn, dk: Tensor, dv: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradients of each document's rows, given those of what `spread` returned for them."""
+        """Return the gradients of each document's sinks, given the gradients of the rows that `spread` returned."""
         with torch.enable_grad():
             leaves = [x.detach().to(d.dtype).requires_grad_() for x, d in ((k, dk), (v, dv))]
             return torch.autograd.grad(self.spread(leaves[0], leaves[1], turn), leaves, (dk, dv))
 
     def give_far(self, d: Tensor, dfar: Sequence[Tensor]) -> None:
-        """Add gradients (B, documents, n, K, D) of what was collected to those of the far tensors."""
+        """Add gradients (B, documents, n, K, D) of the collected sinks to the gradients of the far tensors."""
         at = 0
         for index, rows in self.far:
             dfar[index][:, :rows].add_(d[:, 0, at : at + rows])
             at += rows
 
     def give_own(self, d: Tensor, dx: Tensor) -> None:
-        """Add gradients (B, documents, n, K, D) of what was collected to those of the shard."""
+        """Add gradients (B, documents, n, K, D) of the collected sinks to the gradients of the shard."""
         for first, rows in zip(self.firsts, d.unbind(1), strict=True):
             own = rows[:, self.outside :] if first == 0 else rows
             dx[:, first : first + own.shape[1]].add_(own)
@@ -77,7 +82,10 @@ class SinkRows(NamedTuple):
 def sink_rows(
     pattern: Pattern, start: int, tokens: int, documents: Sequence[int] | None, spans: Sequence[Span]
 ) -> SinkRows | None:
-    """The sinks that the queries of a shard see by themselves, or None. Raises ValueError where they are missing."""
+    """Return the sinks that a shard's queries see in a call of their own, or None.
+
+    Raises ValueError for sinks before the shard that are not given as far keys.
+    """
     n, w, b = pattern.sinks, pattern.segment_lengths[0], pattern.look_backs[0]
     firsts: list[int] = []
     of_segment: list[int] = []

@@ -2,8 +2,8 @@
 
 A span is one level's rows at consecutive positions of one segment. Sinks are spans too, of a level of their own.
 
-Query heads that share a key head and keep the same rows share one *lane*: a span holds every lane once. Where every
-query head has its own key head, lanes are heads; at rate 1, and for sinks, they are the key heads.
+Query heads that share a key head and keep the same rows share one *lane*, and a span holds every lane once. If every
+query head has its own key head, lanes are heads. At rate 1, and for sinks, lanes are the key heads.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .rows import Rows, progressions, rows_before
 if TYPE_CHECKING:
     from .pattern import Pattern
 
-SINKS = -1  # as the level of a span: the first positions of a document, as every query sees them
+SINKS = -1  # the level of a span that holds a document's first positions, which every query sees
 
 
 class Span(NamedTuple):
     """Far keys of one level: its rows at positions [start, stop), which lie in one segment, outside the shard.
 
-    With start = stop it is none; such far keys still hold their maker's place in a graph. Of level `SINKS`, positions
-    lie in [0, pattern.sinks).
+    A span with start = stop is empty, but its far keys still keep in the autograd graph the operation that made them.
+    For level `SINKS`, positions lie in [0, pattern.sinks).
     """
 
     level: int
@@ -34,7 +34,7 @@ class Span(NamedTuple):
 
 
 class Lanes(NamedTuple):
-    """The distinct (key head, offset) pairs of a level, and which of them each query head reads."""
+    """The distinct (key head, offset) pairs of a level, and the index of the pair that each query head reads."""
 
     kv_heads: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -43,7 +43,7 @@ class Lanes(NamedTuple):
 
 @lru_cache(maxsize=1 << 10)  # decoding asks several times per layer and token
 def lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int = 0) -> Lanes:
-    """The lanes of a level for `num_heads` query heads on `kv_heads` key heads (0: as many)."""
+    """Return the lanes of a level for `num_heads` query heads on `kv_heads` key heads (0: as many)."""
     group = num_heads // (kv_heads or num_heads)
     offsets = (0,) * num_heads if level == SINKS else pattern.offsets(level, num_heads)
     places: dict[tuple[int, int], int] = {}
@@ -59,7 +59,7 @@ def level_of(pattern: Pattern, level: int) -> tuple[int, int]:
 
 
 def segment_rows(pattern: Pattern, level: int, tokens: int) -> int:
-    """Rows that a lane has in a whole segment of a level, in a sequence of `tokens`; of `SINKS`, in all of them."""
+    """Return the most rows of a lane in one segment of a level, in a sequence of `tokens`; for `SINKS`, all sinks."""
     if level == SINKS:
         return pattern.sinks
     w, r = level_of(pattern, level)
@@ -67,16 +67,16 @@ def segment_rows(pattern: Pattern, level: int, tokens: int) -> int:
 
 
 def cached_rows(pattern: Pattern, num_heads: int, kv_heads: int = 0) -> int:
-    """Rows of keys a decoder must keep, of all lanes: `pattern.cache_rows` for each head where none is shared."""
+    """Return the rows of keys that a decoder must keep: `pattern.cache_rows` for each head, if no lane is shared."""
     levels = range(len(pattern.segment_lengths))
     rows = sum(pattern.level_rows(i) * len(lanes(pattern, i, num_heads, kv_heads).offsets) for i in levels)
     return rows + pattern.sinks * (kv_heads or num_heads)
 
 
 def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int | None = None) -> list[Span]:
-    """Return what the queries of the shard [start, stop) see outside it, by segment; raw sinks last.
+    """Return the spans that queries of the shard [start, stop) see outside it, by segment; sinks, not turned, are last.
 
-    `total` is the length of the sequence, which attention that looks both ways needs.
+    `total` is the length of the sequence; bidirectional attention needs it.
     """
     found: list[Span] = []
     for level, (w, b) in enumerate(zip(pattern.segment_lengths, pattern.look_backs, strict=True)):
@@ -98,7 +98,7 @@ def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int 
 
 
 def open_spans(pattern: Pattern, stop: int) -> list[Span]:
-    """Return what later queries can see of a causal sequence's first `stop` positions, by segment; raw sinks last."""
+    """Return the spans of a causal sequence's first `stop` positions that later queries can see, sinks last."""
     found: list[Span] = []
     for level, (w, b) in enumerate(zip(pattern.segment_lengths, pattern.look_backs, strict=True)):
         found += _by_segment(level, w, max(0, stop // w - b) * w, stop)
@@ -108,7 +108,7 @@ def open_spans(pattern: Pattern, stop: int) -> list[Span]:
 
 
 def sink_segments(pattern: Pattern, start: int, stop: int) -> range:
-    """The segments of the first level in [start, stop) from which sinks are seen by themselves: it covers none."""
+    """Return the first level's segments in [start, stop) that need a call for sinks: the level covers none there."""
     w, first = pattern.segment_lengths[0], pattern.look_backs[0] + 1
     return range(max(start // w, first), (stop - 1) // w + 1) if pattern.sinks and start < stop else range(0)
 
@@ -132,7 +132,7 @@ def span_rows(pattern: Pattern, span: Span, num_heads: int, kv_heads: int = 0) -
 
 
 def span_positions(pattern: Pattern, span: Span, num_heads: int, kv_heads: int = 0) -> list[range]:
-    """The positions that far keys of `span` hold, row by row, for each lane."""
+    """Return the positions of the rows of `span`, for each lane."""
     w, r = level_of(pattern, span.level)
     segment = span.start // w * w
     offsets = lanes(pattern, span.level, num_heads, kv_heads).offsets
@@ -142,9 +142,10 @@ def span_positions(pattern: Pattern, span: Span, num_heads: int, kv_heads: int =
 
 
 class SpanViews(NamedTuple):
-    """The rows of a span for some lanes, as three views: in a shard, packed as far keys are, and in their segment.
+    """The rows of a span for some lanes, as three views: of a shard, of packed far keys, of a segment's packed rows.
 
-    Row j of a lane is, packed, its j-th in the span, and in the segment's packed rows its j-th of the whole segment.
+    In packed far keys, row j of a lane is its j-th row in the span. In a segment's packed rows, it is its j-th row in
+    the whole segment.
     """
 
     shard: Rows
@@ -153,7 +154,7 @@ class SpanViews(NamedTuple):
 
 
 def span_views(pattern: Pattern, span: Span, num_heads: int, start: int, kv_heads: int = 0) -> Iterator[SpanViews]:
-    """The rows of `span` in a shard that begins at position `start` and holds them; nothing for an empty span."""
+    """Yield views of the rows of `span` for a shard that starts at `start` and holds them; none for an empty span."""
     w, r = level_of(pattern, span.level)
     if span.start >= span.stop:
         return
@@ -162,7 +163,7 @@ def span_views(pattern: Pattern, span: Span, num_heads: int, start: int, kv_head
     before = [rows_before(span.start - segment, o, r) for o in offsets]
     counts = span_rows(pattern, span, num_heads, kv_heads)
     firsts = [segment - start + o + b * r for o, b in zip(offsets, before, strict=True)]
-    # in its segment a view begins at one row for all its lanes: they must agree on the rows before
+    # a view of a segment starts at the same row for all of its lanes: they need equally many rows before it
     equal = [(count, b) if count else None for count, b in zip(counts, before, strict=True)]
     even = list(zip(firsts, heads, strict=True))
     group = num_heads // (kv_heads or num_heads)
@@ -177,9 +178,9 @@ def span_views(pattern: Pattern, span: Span, num_heads: int, start: int, kv_head
 
 
 def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: int) -> Span:
-    """Return what the segment that begins at `segment` and the positions [start, stop) have in common; it may be empty.
+    """Return the overlap of positions [start, stop) with the segment that starts at `segment`; it may be empty.
 
-    Of level `SINKS`, the segment is the first `pattern.sinks` positions.
+    For level `SINKS`, the segment is the first `pattern.sinks` positions.
     """
     end = pattern.sinks if level == SINKS else segment + pattern.segment_lengths[level]
     return Span(level, max(segment, start), max(max(segment, start), min(end, stop)))

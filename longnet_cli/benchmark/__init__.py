@@ -1,4 +1,4 @@
-"""The job `bench`: options in settings.py, cases in a file an op, the clock in measurement.py, the order in job.py."""
+"""The job `bench`. settings.py has the options, job.py the order, measurement.py the clock, other files the cases."""
 
 from .job import bench, machine
 from .measurement import Case, Measurement

@@ -20,10 +20,10 @@ from .settings import Settings
 
 
 def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
-    """Attention of random q, k, v, forward without a graph, or backward alone.
+    """Return a case of attention over random q, k, v: forward without an autograd graph, or backward alone.
 
-    A streamed one goes chunk by chunk through a KVCache: every key and query is attended to. All chunks have the same
-    numbers: drawing 1e9 would take longer than what is measured, and attention takes as long for any.
+    A streamed case goes chunk by chunk through a KVCache, over every query and key. All chunks have the same numbers:
+    drawing them for 1e9 tokens would take longer than the attention, whose time does not depend on them.
     """
     pattern, dtype = s.pattern_for(seq), DTYPES[s.dtype]
     dense, backward = impl == "dense", direction == "backward"
@@ -69,10 +69,10 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
         out, dout = attend(), tensor().detach()
         return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
 
-    wide = 0 if dtype == torch.float32 else 4  # bytes of an fp32 copy beside the tensor itself
-    number = 4 * dtype.itemsize + wide  # bytes of a number of q, k, v and out
+    wide = 0 if dtype == torch.float32 else 4  # bytes per number of an fp32 copy beside the tensor itself
+    number = 4 * dtype.itemsize + wide  # bytes per number, of q, k, v and out together
     if backward:
-        number += 4 * dtype.itemsize + 3 * wide  # of dout, dq, dk and dv
+        number += 4 * dtype.itemsize + 3 * wide  # and of dout, dq, dk and dv
     scratch = 0 if dense else _scratch_bytes(s, pattern, chunk, backward)
     memory = math.prod(shape) * number + 4 * s.batch * chunk * s.heads + scratch + (cache_bytes or 0)
     kernel = "sdpa" if dense else select_kernel(s.device, dtype, s.head_dim).name
@@ -87,7 +87,7 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
 def _kernels_alone(
     s: Settings, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None
 ) -> Callable[[], object]:
-    """The raw kernel calls of a forward or, given dout, of a backward, on the views that dilated attention takes."""
+    """Return a run of the kernel calls alone, forward or, given dout, backward, on the views of dilated attention."""
     kernel, scale = select_kernel(s.device, q.dtype, s.head_dim), s.head_dim**-0.5
     plan = [(slice(0, s.batch), slice(0, q.shape[1]), branches(pattern, s.heads, 0, q.shape[1], s.causal, "exact", ()))]
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device=s.device)[..., None]
@@ -105,9 +105,9 @@ def _kernels_alone(
 
 
 def _scratch_bytes(s: Settings, pattern: Pattern, tokens: int, backward: bool) -> int:
-    """Return what the largest kernel call of a dilated attention needs beside its arguments, which are views."""
+    """Return the bytes that the largest kernel call of dilated attention needs beside its arguments (views)."""
     kernel = select_kernel(s.device, DTYPES[s.dtype], s.head_dim)
-    scores = kernel.name == "math"  # two matrices of scores; the flash kernels have (rows, head_dim) tensors alone
+    scores = kernel.name == "math"  # two matrices of scores; flash kernels need only (rows, head_dim) tensors
     largest = 0
     for queries, keys, *_ in branches(pattern, s.heads, 0, tokens, s.causal, "exact", ()):
         limit = kernel.max_batch(queries.heads, queries.rows, s.head_dim)

@@ -1,7 +1,7 @@
-"""The op `exchange`: what one layer of a sequence over several ranks sends, and how long that takes alone.
+"""The op `exchange`: the communication of one layer, for a sequence over several ranks, and nothing else.
 
-`dilated` is the exchange of far rows (`runtime/exchange.py`), `dense` what dense attention needs in its place: the keys
-and values of all ranks on each.
+`dilated` is the exchange of far rows (`runtime/exchange.py`). `dense` is the exchange that dense attention needs
+instead: every rank gets the keys and values of all ranks.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .settings import Settings
 
 
 def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
-    """Keys and values of a sequence of `seq` tokens over all ranks, forward; or their gradients, back.
+    """Return a case of sending keys and values of a sequence of `seq` tokens over all ranks, or their gradients back.
 
-    A row's `bytes` are those that the rank with the most of them receives.
+    A row's `bytes` count for one rank: the rank that receives the most.
     """
     ranks, edges, dtype = s.ranks, even_edges(0, seq, s.ranks.world), DTYPES[s.dtype]
     tokens = -(-seq // ranks.world)  # of the longest shard
-    token = 2 * dtype.itemsize * s.batch * s.heads * s.head_dim  # bytes of its keys and values
+    token = 2 * dtype.itemsize * s.batch * s.heads * s.head_dim  # bytes of a token's keys and values
     backward, pattern = direction == "backward", s.pattern_for(seq) if impl == "dilated" else None
     if pattern is not None:
         plans = [Exchange(_config(s, pattern), edges, rank=reader) for reader in range(ranks.world)]

@@ -1,8 +1,8 @@
-"""The job `bench`: how fast an op runs on this machine, one row a measurement, each given out as soon as it is known.
+"""The job `bench`: how fast an op runs on this machine. Each measurement is a row, given out as soon as it is known.
 
-A row's `seconds` is the median of `repeats` runs after one warm-up run; where time runs out before the second run, it
-is that of the warm-up. Rates count executed FLOPs, not those that dense attention would need, and causal attention as
-half. A row that would not fit memory or time is not run: its status says so, and `reason` why.
+A row's `seconds` is the median of `repeats` runs after one warm-up run. If time runs out before the second run, it is
+the time of the warm-up. Rates count executed FLOPs, not the FLOPs that dense attention would need, and causal attention
+as half. A case that would not fit in memory or time is not run: the row's `status` says so, and its `reason` says why.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ CASES: dict[str, Callable[[Settings, str, str, int], Case]] = {  # (settings, im
     "exchange": exchange,
 }
 _PROBE_SEQ = 2048  # tokens of the run that estimates a long one
-_LONG_FLOPS = 10**11  # a second or so on a slow CPU: from here on an estimate is worth a probe
-_SHORTEST_REACH = 4096  # tokens of a dense run that is measured in place of a longer one
+_LONG_FLOPS = 10**11  # a second or so on a slow CPU: a longer run is worth a probe
+_SHORTEST_REACH = 4096  # fewest tokens of a dense run that is measured in place of a longer one
 
 OnStart = Callable[[Case, float | None], None]
 
@@ -50,17 +50,17 @@ def bench(
 ) -> Iterator[Measurement]:
     """Measure every case of the settings, row by row.
 
-    A streamed case has a row for each decade of its positions, then one for the whole. Where a dense one would take
-    too long or too much memory, the longest power of two that the limits allow is measured in its place, once.
+    A streamed case has a row for each decade of its positions, then one for the whole. If a dense case would take too
+    long or too much memory, the longest power of two that the limits allow is measured in its place, once.
 
-    on_start: told of each case before it runs, with the estimated seconds of one run, None where nobody knows.
-    on_tokens: told of each chunk of a streamed run.
+    on_start: called with each case before it runs, and with the estimated seconds of one run, None if unknown.
+    on_tokens: called with the number of tokens of each chunk of a streamed run.
     """
     return _Bench(settings, on_start, on_tokens).rows()
 
 
 class _Bench:
-    """A benchmark under way: the rows so far, whose rates say how long the next ones take, and when it ends."""
+    """A benchmark in progress: its deadline, and the rows so far, whose rates tell how long the next cases take."""
 
     def __init__(self, s: Settings, on_start: OnStart, on_tokens: Callable[[int], None]) -> None:
         self.s, self.on_start, self.on_tokens = s, on_start, on_tokens
@@ -70,7 +70,7 @@ class _Bench:
     def rows(self) -> Iterator[Measurement]:
         for seq, direction, impl in product(self.s.seq, self.s.direction, self.s.impl):
             case = self._case(impl, direction, seq)
-            # what one rank does, all do
+            # all ranks must do the same
             if self.s.ranks.any(time.perf_counter() >= self.deadline):
                 yield replace(case.row, reason="the time is over")
                 continue
@@ -83,7 +83,7 @@ class _Bench:
                 yield from self._run(case)
                 continue
             yield refusal
-            if impl == "dense" and self._like(case):  # then as far as it can go
+            if impl == "dense" and self._like(case):  # then run a shorter one that fits
                 reach = 1 << max(1, int(0.95 * seq / share)).bit_length() - 1
                 if reach >= max(_SHORTEST_REACH, 2 * max(row.seq for row in self._like(case))):
                     yield from self._run(self._case(impl, direction, reach))
@@ -102,7 +102,7 @@ class _Bench:
             yield row
 
     def _fit(self, case: Case) -> tuple[float, Measurement | None]:
-        """By how much a dense sequence is too long; and the row that says why the case is not run."""
+        """Return by how much a dense sequence is too long, and the row that says why the case is not run, or None."""
         dense = case.row.impl == "dense"
         free, seconds = free_memory(self.s.device), self._seconds(case)
         left = self.deadline - time.perf_counter()
@@ -119,12 +119,12 @@ class _Bench:
         return share, None
 
     def _like(self, case: Case) -> list[Measurement]:
-        """The rows so far of the same implementation and direction that have a rate."""
+        """Return the rows so far of the same implementation and direction that have a rate."""
         like = (case.row.impl, case.row.direction)
         return [row for row in self.done if (row.impl, row.direction) == like and row.flops_per_second]
 
     def _seconds(self, case: Case) -> float | None:
-        """Estimated seconds of one run. The best rate counts: short runs are mostly overhead, long ones are not."""
+        """Estimate the seconds of one run from the best rate: short runs are mostly overhead. None if unknown."""
         best = max((row.flops_per_second or 0.0 for row in self._like(case)), default=None)
         return case.flops(case.row.seq) / best if best else None
 

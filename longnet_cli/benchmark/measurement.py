@@ -1,4 +1,4 @@
-"""One row of a benchmark: what is to be measured, the clock and the memory around it."""
+"""One row of a benchmark: the case to measure, its time and its memory."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ FIRST_DECADE = 10**6  # tokens: a streamed run reports each power of ten from he
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row. Times in seconds, sizes in bytes; what was not measured, or does not apply, is None.
+    """One row. Times are in seconds, sizes in bytes. A value that was not measured, or does not apply, is None.
 
-    `status`: ok; oom (memory ran out); skipped (would not fit memory, or the time for dense); stopped (out of time). A
-    streamed run, `chunk` tokens at a time, also gives a row for each decade of its positions, [start, stop).
-    `cpu_seconds` is the time of all its threads, which says on a shared machine whether others slowed the clock.
-    `bytes` is what one of several `ranks` receives, the one with the most. `peak_rss_bytes` is the process's peak from
-    making the inputs to the last run; on a GPU, that of torch's allocator.
+    `status`: ok; oom (memory ran out); skipped (would not fit in memory, or in the time for dense); stopped (out of
+    time). A streamed run, `chunk` tokens at a time, also gives a row for each decade of its positions, [start, stop).
+    `cpu_seconds` is the CPU time of all threads: on a shared machine, it shows whether other processes slowed the run.
+    `bytes` counts the bytes received by one of several `ranks`: the rank that receives the most. `peak_rss_bytes` is
+    the process's peak from making the inputs to the last run; on a GPU, the peak of torch's allocator.
     """
 
     op: str
@@ -64,7 +64,7 @@ class Measurement:
     def of(
         cls, s: Settings, impl: str, direction: str, seq: int, pattern: Pattern | None = None, **values: Any
     ) -> Measurement:
-        """The row of a case before it is measured, with what all of them have and `values` of its own."""
+        """Return the row of a case before it is measured: the settings that all rows share, and its own `values`."""
         shared = {name: getattr(s, name) for name in ("heads", "head_dim", "batch", "causal", "dtype")}
         levels = format_levels(pattern) if pattern else None  # 2048/1,4096/2
         return cls(s.op, impl, direction, seq, **{**shared, "device": str(s.device), "pattern": levels, **values})
@@ -72,19 +72,20 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Case:
-    """A row to be measured. `start` makes the inputs and returns the run that the clock is put on.
+    """A row to be measured. `start` makes the inputs and returns the function whose calls are timed.
 
-    A `streamed` case is one sequence that is run once, `row.chunk` tokens at a time: its run takes the next so many.
+    A `streamed` case is one sequence that is run once, `row.chunk` tokens at a time. Its function takes the number of
+    tokens to run next.
     """
 
     row: Measurement
-    flops: Callable[[int], float]  # of its first so many tokens
+    flops: Callable[[int], float]  # of the first n tokens
     memory_bytes: int  # estimated peak, beyond what the process has already
     start: Callable[[], Callable[..., object]]
     streamed: bool = False
 
     def measured(self, first: int, last: int, seconds: float, peak: PeakMemory, **values: Any) -> Measurement:
-        """The row of positions [first, last), which took so many seconds."""
+        """Return the row of positions [first, last), which took `seconds`."""
         flops = self.flops(last) - self.flops(first)
         found = {
             "status": "ok",
@@ -97,9 +98,9 @@ class Case:
 
 
 def measure(case: Case, s: Settings, deadline: float) -> Measurement:
-    """Run the case: warm-up, then `s.repeats` runs, or as many as end before the deadline. The median counts.
+    """Run the case: a warm-up, then `s.repeats` runs, or as many as end before the deadline. The median counts.
 
-    Where several ranks measure together, the slowest one's seconds count, on all.
+    If several ranks measure together, the seconds of the slowest rank count, on all of them.
     """
     largest = s.ranks.largest
     seconds: list[float] = []
@@ -117,10 +118,10 @@ def measure(case: Case, s: Settings, deadline: float) -> Measurement:
 
 
 def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: Callable[[int], None]) -> Iterator[Measurement]:
-    """Run the sequence to its end: a row for each decade of positions as it is passed, and the whole one at last.
+    """Run the sequence to its end. Yield a row for each decade of positions as it is passed, then one for the whole.
 
-    At the deadline and at Ctrl-C the run ends as "stopped", with what was measured until then; so it does, as "oom",
-    where memory runs out.
+    At the deadline and at Ctrl-C, the run ends as "stopped", with a row of what was measured so far. If memory runs
+    out, it ends in the same way as "oom".
     """
     total, chunk = case.row.seq, case.row.chunk or case.row.seq
     position, decade, status, reason = 0, FIRST_DECADE, "ok", None
@@ -132,7 +133,7 @@ def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: Callable
             run = case.start()
             whole = part = _Clock(0)
             while position < total and status == "ok":
-                # a chunk ends where a decade does, and the next one where it would have ended
+                # a decade cuts a chunk in two, so that later chunks end where they would have ended
                 size = min(chunk - position % chunk, min(decade, total) - position)
                 run(size)
                 _synchronize(s.device)
@@ -161,7 +162,7 @@ def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: Callable
 
 
 class _Clock:
-    """Started at a position: how long it has been since then, by the clock and for all threads."""
+    """A clock that starts at a position. It counts seconds, and the CPU seconds of all threads."""
 
     def __init__(self, position: int) -> None:
         self.position, self._began, self._threads = position, time.perf_counter(), time.process_time()
@@ -171,7 +172,7 @@ class _Clock:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one run, whose results are freed off the clock."""
+    """Return the seconds of one run, without the time to free its results."""
     _synchronize(device)
     begin = time.perf_counter()
     result = run()
@@ -187,10 +188,10 @@ def _synchronize(device: torch.device) -> None:
 
 
 class PeakMemory:
-    """The most memory in use since the block started, in `bytes`: resident memory of the process, or that of the GPU.
+    """The peak of memory in use since the block started, in `bytes`: resident memory of the process, or GPU memory.
 
-    Linux can reset its own high-water mark. Where a container forbids that, a thread looks every few milliseconds;
-    where the system does not say, `bytes` is None.
+    Linux can reset its own high-water mark. If a container forbids that, a thread looks every few milliseconds. If the
+    system does not tell, `bytes` is None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -202,7 +203,7 @@ class PeakMemory:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             return self
-        with suppress(OSError, AttributeError):  # glibc keeps what earlier rows freed, and it would count here
+        with suppress(OSError, AttributeError):  # glibc keeps memory that earlier rows freed: it would count here
             ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")
@@ -225,7 +226,7 @@ class PeakMemory:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Also where a tensor would have more bytes than torch can count."""
+    """Return whether memory ran out, or a tensor would have more bytes than torch can count."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return "DefaultCPUAllocator" in str(error) or "calculation overflowed" in str(error)

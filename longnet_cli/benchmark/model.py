@@ -1,4 +1,4 @@
-"""The ops `model` and `train`: tokens in and the loss of each out, or its gradients, dilated or dense."""
+"""The ops `model` and `train`: from tokens to the loss of each, or to gradients, dilated or dense."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NetT = TypeVar("NetT", bound=Net)
 
 
 def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
-    """The forward of a shipped or saved model (`s.model`), or of a random one, on random tokens."""
+    """Return a case of the forward pass, on random tokens, of a shipped or saved model (`s.model`) or a random one."""
     net = _net(s, impl, seq)
     streamed = impl == "dilated" and net.config.streams and s.streams(seq)
     chunk = s.chunk_for(seq) if streamed else seq
@@ -59,7 +59,7 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
 
 def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
-    """Loss and gradients of one sequence, by `s.chunk` tokens if that is given: a step less its update."""
+    """Return a case of one sequence's loss and gradients, by `s.chunk` tokens if given: a step without its update."""
     net = _net(s, impl, seq)
     if not isinstance(net, LongNet):
         raise ConfigError(f"{s.model}: --op train measures LongNets; a Hugging Face model trains by itself")
@@ -74,13 +74,13 @@ def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
         return run
 
-    again = chunk < seq  # then each chunk's forward is computed once more
+    again = chunk < seq  # then the backward pass computes each chunk's forward pass again
     row = _row(s, net, impl, direction, seq, chunk=chunk if again else None)
     return Case(row, _flops(s, net, 3 + again, 3.5 + again), _training_memory(s, net.config, seq, chunk), start)
 
 
 def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
-    """The net of a row, a LongNet on the meta device, a Hugging Face model with its weights."""
+    """Return the net of a row: a LongNet on the meta device, or a Hugging Face model with its weights."""
     folder = find_model(s.model) if s.model is not None else None
     if folder and is_of_transformers(folder):
         return _transformers(s, impl, seq, folder)
@@ -95,16 +95,16 @@ def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
             raise ConfigError(f"{where}: --op {s.op} runs causal language models")
     pattern = s.pattern_for(seq, own)
     if own:
-        pattern = replace(pattern, head_offsets=own.head_offsets)  # which the weights were trained with
-    found = parse_config(config, where, pattern)  # what is asked for may not fit the model's positions
-    if impl == "dense":  # one segment, the sequence
+        pattern = replace(pattern, head_offsets=own.head_offsets)  # the weights were trained with these
+    found = parse_config(config, where, pattern)  # raises if the pattern does not fit the model's positions
+    if impl == "dense":  # one segment for the whole sequence
         found = found.model_copy(update=vars(Pattern((seq,), (1,))))
     with torch.device("meta"):
         return LongNet(found)
 
 
 def _transformers(s: Settings, impl: str, seq: int, folder: Path) -> TransformersNet:
-    """A Hugging Face model with the pattern that is asked for, otherwise its own; its dense twin is as it comes."""
+    """Return a Hugging Face model with the requested pattern, otherwise its own; dense has transformers' attention."""
     own = "dilated_attention" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     pattern = Pattern.dense() if impl == "dense" else None if own and s.pattern is None else s.pattern_for(seq)
     net = cast("TransformersNet", _loaded(folder, pattern=pattern, device=s.device, dtype=DTYPES[s.dtype]))
@@ -118,11 +118,11 @@ def _transformers(s: Settings, impl: str, seq: int, folder: Path) -> Transformer
     return net
 
 
-_loaded = lru_cache(maxsize=1)(load_net)  # rows of one length come as pairs, and each has its own attention
+_loaded = lru_cache(maxsize=1)(load_net)  # only one: the next row needs another attention
 
 
 def _with_weights(s: Settings, net: NetT) -> NetT:
-    """A LongNet's weights are read, or drawn, when its row is measured."""
+    """Return the net with its weights. A LongNet's are read, or drawn, only when its row is measured."""
     if not isinstance(net, LongNet):
         return net
     if s.model is not None:
@@ -140,11 +140,11 @@ def _tokens(s: Settings, net: Net, count: int) -> Tensor:
 def _flops(
     s: Settings, net: LongNet | TransformersNet, of_matrices: float, of_attention: float
 ) -> Callable[[int], float]:
-    """FLOPs executed on the first so many tokens, in multiples of a forward's."""
+    """Return a function for the FLOPs of the first n tokens. `of_matrices` and `of_attention` count forward passes."""
     c, tables = net.config, {module.weight for module in net.modules() if isinstance(module, nn.Embedding)}
     output = net.output or net.embedding if isinstance(net, LongNet) else net.model.get_output_embeddings()
     assert output is not None
-    # what every token is multiplied by: a table is read by rows, but one that is tied is the output as well
+    # the matrices that multiply every token: not a table, which is read by rows, unless it is tied to the output
     matrices = {p for p in net.parameters() if p.dim() > 1} - tables | {output.weight}
     numbers = sum(p.numel() for p in matrices)
 
@@ -156,7 +156,7 @@ def _flops(
 
 
 def _memory(s: Settings, net: Net, chunk: int) -> int:
-    """Bytes of the weights, one layer's activations and the logits."""
+    """Return the bytes of the weights, one layer's activations and the logits."""
     c, tokens = net.config, s.batch * chunk
     logits = min(tokens * c.vocab_size, LOGITS_LIMIT)
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
@@ -164,9 +164,9 @@ def _memory(s: Settings, net: Net, chunk: int) -> int:
 
 
 def _training_memory(s: Settings, c: LongNetConfig, seq: int, chunk: int) -> int:
-    """Bytes of weights and gradients, of what a chunk leaves for its backward, and of what chunks keep for each other.
+    """Return the bytes of weights and gradients, logits, a chunk's activations, and rows that chunks keep for others.
 
-    As `training.estimate` counts them.
+    They are counted as in `training.estimate`.
     """
     tokens, itemsize = s.batch * chunk, DTYPES[s.dtype].itemsize
     numbers = c.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
@@ -176,7 +176,7 @@ def _training_memory(s: Settings, c: LongNetConfig, seq: int, chunk: int) -> int
 
 
 def _cache_bytes(s: Settings, net: Net) -> int | None:
-    """Of the rows of open segments, whatever the sequence; None where something else remembers."""
+    """Return the bytes of the rows of open segments, whatever the sequence; None if the net uses another cache."""
     if getattr(net.config, "memory", "segments") != "segments":
         return None
     c = net.config

@@ -20,8 +20,8 @@ OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # implementations a
     "train": (("dilated", "dense"), ("backward",)),
     "exchange": (("dilated", "dense"), ("forward", "backward")),
 }
-LONG = 10**6  # tokens from which on a causal forward is streamed and the defaults are those of long sequences
-CHUNK, GPU_CHUNK = 1 << 16, 1 << 20  # tokens of a streamed run; of fewer, a GPU waits for the CPU
+LONG = 10**6  # tokens: from here on, a causal forward pass is streamed, and the defaults are for long sequences
+CHUNK, GPU_CHUNK = 1 << 16, 1 << 20  # tokens per chunk of a streamed run; with fewer, a GPU waits for the CPU
 LONGEST = 1 << 40  # tokens; with the most heads of the largest size, int64 still counts the numbers of a sequence
 
 Size = Annotated[int, Field(ge=1, le=1 << 32)]
@@ -30,23 +30,23 @@ Seconds = Annotated[float, Field(ge=0)]
 
 
 def _option(name: str) -> str:
-    """`head_dim` -> `--head-dim`, as errors call it."""
+    """Return the name of an option in errors: `head_dim` -> `--head-dim`."""
     return f"--{name.replace('_', '-')}"
 
 
 class Settings(BaseModel):
-    """Immutable; `Settings.of(seq=[4096], heads=4)` fills in the rest. Errors name the options of `longnet bench`.
+    """Immutable settings; `Settings.of(seq=[4096], heads=4)` fills in the rest. Errors name options of `longnet bench`.
 
     Every combination of `seq` (tokens), `direction` and `impl` is a case, in that order of nesting.
 
-    op: attention, of random queries, keys and values; model, tokens in and their loss out; train, tokens in and the
-        gradients out; exchange, keys and values between several `ranks`, which all measure and get the same rows.
-    impl: dilated (ours), dense (torch's), kernels (the kernel calls that dilated makes, without what it does between).
+    op: attention (of random queries, keys and values), model (from tokens to their loss), train (from tokens to
+        gradients) or exchange (keys and values between several `ranks`, which all measure and get the same rows).
+    impl: dilated (ours), dense (torch's), kernels (the kernel calls of dilated, without the work between them).
     pattern: "paper", "geometric" (`base` times `ratio`), or levels; None is a saved model's own, or suits the length.
-    chunk: tokens at a time of longer causal sequences. A forward that is cut this way is streamed, see `streams`.
+    chunk: tokens per chunk of longer causal sequences. A forward pass that is cut this way is streamed, see `streams`.
     model: a name or a folder; otherwise the model has `layers`, `vocab` and random weights.
-    max_time: seconds for all rows. A streamed run ends there; no other run starts that is expected to overrun.
-    max_dense_time: seconds of a dense run beyond which it is skipped, estimated from the rate of shorter ones.
+    max_time: seconds for all rows. A streamed run ends then; another run does not start if it is expected to overrun.
+    max_dense_time: seconds; a dense run that would take longer, by the rate of shorter ones, is skipped.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, alias_generator=_option)
@@ -56,7 +56,7 @@ class Settings(BaseModel):
     impl: tuple[str, ...]
     direction: tuple[str, ...]
     batch: Size = 1
-    heads: Annotated[int, Field(ge=1, le=1024)]  # Python goes through heads and layers one by one
+    heads: Annotated[int, Field(ge=1, le=1024)]  # limited, as Python loops over heads and layers
     head_dim: Annotated[int, Field(ge=1, le=2048)]
     causal: bool = True
     pattern: Pattern | str | None = None
@@ -75,10 +75,10 @@ class Settings(BaseModel):
 
     @classmethod
     def of(cls, **options: Any) -> Settings:
-        """The settings that these options ask for; None stands for the default. Raises ConfigError.
+        """Return the settings for these options; None stands for the default. Raises ConfigError.
 
-        The shape is the paper's 12 heads of 64, with its pattern. From a sequence of LONG tokens on, the pattern is
-        geometric, and a CPU gets 2 heads of 32 from a segment of 256: two cores read a billion tokens in half an hour.
+        The defaults are the paper's 12 heads of 64 and its pattern. From LONG tokens on, the pattern is geometric, and
+        a CPU gets 2 heads of 32 and a first segment of 256: two cores read a billion tokens in half an hour.
         """
         given = {name: value for name, value in options.items() if value is not None}
         device = select_device(given.get("device", "auto"))
@@ -96,7 +96,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
-        """Refuse what cannot be measured, or what the rows would not show."""
+        """Raise ValueError for settings that cannot be measured, or that the rows would not show."""
         impls, directions = OPS[self.op]
         for option, names, known in (("--impl", self.impl, impls), ("--direction", self.direction, directions)):
             if unknown := [name for name in names if name not in known]:
@@ -123,7 +123,7 @@ class Settings(BaseModel):
         return self
 
     def pattern_for(self, seq: int, own: Pattern | None = None) -> Pattern:
-        """The pattern that is asked for, otherwise the model's `own`, otherwise what suits `seq` tokens."""
+        """Return the requested pattern, otherwise the model's `own`, otherwise one that suits `seq` tokens."""
         if isinstance(self.pattern, Pattern):
             return Pattern((seq,), (1,)) if self.pattern == Pattern.dense() else self.pattern
         if self.pattern is None and own is not None:
@@ -132,28 +132,28 @@ class Settings(BaseModel):
 
     @property
     def _named(self) -> str:
-        """paper or geometric; "given" for levels."""
+        """The name of the pattern: "paper" or "geometric"; "given" for levels."""
         if isinstance(self.pattern, Pattern):
             return "given"
         return self.pattern or ("geometric" if max(self.seq) >= LONG else "paper")
 
     def streams(self, seq: int) -> bool:
-        """Return whether a causal forward runs chunk by chunk: a chunk is asked for, or `seq` tokens are many."""
+        """Return whether a causal forward pass is streamed: `seq` exceeds the chunk or, without one, reaches LONG."""
         return self.causal and (seq > self.chunk if self.chunk else seq >= LONG)
 
     def chunk_for(self, seq: int) -> int:
-        """Tokens at a time of a streamed run."""
+        """Return the tokens per chunk of a streamed run."""
         return min(seq, self.chunk or (GPU_CHUNK if self.device.type == "cuda" else CHUNK))
 
     @property
     def streamed_tokens(self) -> int:
-        """Tokens of all streamed runs."""
+        """The tokens of all streamed runs."""
         if self.op not in ("attention", "model") or "dilated" not in self.impl or "forward" not in self.direction:
             return 0
         return sum(seq for seq in self.seq if self.streams(seq))
 
     def __str__(self) -> str:
-        """Return what all rows have in common: `1 x 12 heads x 64, causal, pattern paper`."""
+        """Return the settings that all rows share: `1 x 12 heads x 64, causal, pattern paper`."""
         if self.model is not None:
             return f"{self.batch} x {self.model}"
         shape = f"{self.batch} x {self.heads} heads x {self.head_dim}, {'causal' if self.causal else 'bidirectional'}"

@@ -1,1 +1,1 @@
-"""The command line: the app, options, output and one file per command. Importing this loads no torch."""
+"""The command line: the app, options, output and one file per command. Importing this does not load torch."""

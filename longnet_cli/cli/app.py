@@ -1,4 +1,4 @@
-"""The command `longnet`: registers the subcommands and turns every way they can end into one line and an exit code."""
+"""The command `longnet`: its subcommands, with an exit code and at most one error line for every way they can end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EPILOG = (
     "6 done but for what --skip-bad left out, 129, 130 or 143 stopped, 141 closed pipe."
 )
 
-# One function per command, in the order of a first day's work. Their modules import torch only when they run.
+# One function per command, in the order a new user needs them. Their modules import torch only when they run.
 COMMANDS: tuple[Callable[..., None], ...] = (tokenize, pattern, convert, train, plot, score, encode, generate, bench)
 
 _python_warning = warnings.showwarning
@@ -71,19 +71,18 @@ def longnet(
 
 
 def main() -> NoReturn:
-    """The console script, and `python -m longnet_cli`."""
+    """Run `longnet`: the entry point of the console script and of `python -m longnet_cli`."""
     run(app)
 
 
 def run(app: typer.Typer) -> NoReturn:
-    """Run `app` on the command line and leave with its exit code.
+    """Run `app` on the command line and exit with its exit code.
 
-    A failure is one line `longnet: error: ...` on stderr. Only a bug is worth a traceback, and only when asked for
-    by LONGNET_TRACEBACK=1.
+    A failure is one line `longnet: error: ...` on stderr. A bug also prints its traceback with LONGNET_TRACEBACK=1.
     """
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
-        # A locale that is not set says ASCII, and means nothing: names and text are UTF-8, as in Python's UTF-8 mode.
+        # An unset locale claims ASCII, which says nothing: use UTF-8 for names and text, as Python's UTF-8 mode does.
         unset = "PYTHONIOENCODING" not in os.environ
         if unset and isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name == "ascii":
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -101,23 +100,22 @@ def run(app: typer.Typer) -> NoReturn:
         code = _explain(error)
     _drop_unwritable_output()
     if code and under_torchrun():
-        # Not through interpreter shutdown: there the threads of a collective that broke off may abort the process, and
-        # a rank that only lost another, or was stopped, would look like the one that failed. All `finally` blocks have
-        # run.
+        # Skip interpreter shutdown: there, the threads of a broken collective may abort the process. A rank that only
+        # lost another, or was stopped, would then look like the one that failed. All `finally` blocks have run.
         os._exit(code)
     sys.exit(code)
 
 
 def _invoke(app: typer.Typer) -> None:
-    """Run the command and write out what it printed; raises SystemExit only for a failure that is already told."""
+    """Run the command and flush stdout. Raises SystemExit only for a failure that is already reported."""
     try:
         typer.main.get_command(app).main(prog_name="longnet")
     except SystemExit as stop:  # typer ends good runs this way too
         if isinstance(stop.__context__, BrokenPipeError):
-            raise stop.__context__ from None  # typer makes it exit code 1, as if something had failed
+            raise stop.__context__ from None  # typer turns it into exit code 1, a failure
         if stop.code:
             raise
-    # A full disk or a closed pipe often shows only here: at interpreter shutdown nobody could turn it into a line.
+    # A full disk or a closed pipe often shows only here. At interpreter shutdown it could not become one error line.
     if sys.stdout and not sys.stdout.closed:
         sys.stdout.flush()
 
@@ -125,24 +123,24 @@ def _invoke(app: typer.Typer) -> None:
 def _hold_standard_handles() -> None:
     """Open /dev/null in place of a closed stdin, stdout or stderr, whose objects in `sys` stay None.
 
-    Otherwise the next file that is opened would get the number of, say, stderr, and what libraries write there.
+    Otherwise the next opened file would get the descriptor of, say, stderr, and libraries would write into that file.
     """
     for handle in (0, 1, 2):
         try:
             os.fstat(handle)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that is no text is shown as stderr shows it
+    if isinstance(sys.stdout, io.TextIOWrapper):  # show names that are not text as stderr does
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _explain(error: BaseException) -> int:
-    """Tell the user about `error` in one line, where that is due; returns the exit code."""
+    """Return the exit code for `error`, and print one line about it if the user needs to know."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, BrokenPipeError):  # the reader, say `head`, has what it wants
+    if isinstance(error, BrokenPipeError):  # the reader, say `head`, has read enough
         return 141
     if _is_lost_rank(error) and LAUNCHED in os.environ:
         return LOST
@@ -166,24 +164,24 @@ def _explain(error: BaseException) -> int:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Torch is judged by name: if it is not loaded it raised nothing, and loading it takes a second."""
+    """Return whether `error` means that memory ran out. Torch's error is known by name: importing torch is slow."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _let_the_first_speak(error: BaseException) -> None:
-    """Under torchrun, wait a moment where another rank is likely to say it, or to have caused it.
+    """Under torchrun, wait a moment if another rank is likely to report the error, or to have caused it.
 
-    torchrun ends the others when one has failed. So of a failure that all ranks share only rank 0 speaks, and a rank
-    that lost another speaks after that one, if at all.
+    When one rank has failed, torchrun ends the others. So only rank 0 reports a failure that all ranks share, and a
+    rank that lost another reports after that one, if at all.
     """
     if under_torchrun() and (os.environ.get("RANK") != "0" or _is_lost_rank(error)):
         time.sleep(2)
 
 
 def _is_lost_rank(error: BaseException) -> bool:
-    """Return whether a collective broke off because its other end is gone: gloo and NCCL say so in words only."""
+    """Return whether a collective failed because another rank is gone. gloo and NCCL say so only in their messages."""
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -192,7 +190,7 @@ def _is_lost_rank(error: BaseException) -> bool:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """Say a warning of ours in one line, as rank 0; a library's looks as Python makes it."""
+    """Print an InputWarning as one line, on rank 0 only, and any other warning as Python does."""
     if not issubclass(category, InputWarning):
         _python_warning(message, category, *where, **more)
     elif os.environ.get("RANK", "0") == "0" and sys.stderr:
@@ -211,7 +209,10 @@ def _say(message: str) -> None:
 
 
 def _drop_unwritable_output() -> None:
-    """Python flushes stdout again at shutdown: a failure there prints "Exception ignored" and makes the code 120."""
+    """Point stdout at /dev/null if it cannot be flushed.
+
+    Python flushes it again at shutdown: a failure there prints "Exception ignored" and makes the exit code 120.
+    """
     try:
         # not sys.stdout: typer may have wrapped that one
         if sys.__stdout__ and not sys.__stdout__.closed:

@@ -1,4 +1,4 @@
-"""`longnet bench`: how fast dilated attention is on this machine, against dense attention."""
+"""`longnet bench`: the speed of dilated attention on this machine, compared with dense attention."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from longnet_cli.cli.progress import progress
 if TYPE_CHECKING:
     from longnet_cli.benchmark import Case, Measurement
 
-# Markdown is for people: no more columns than a terminal has room for. What all rows share stands on stderr.
+# Markdown is for people: only as many columns as fit a terminal. Values that all rows share go to stderr.
 _MARKDOWN = "op impl direction seq {} status seconds tokens_per_second flops_per_second peak_rss_bytes"
 _HUMAN = {
     "stop": format_count,
@@ -127,20 +127,20 @@ def bench(
 ) -> None:
     """Measure dilated attention against dense attention, row by row, up to a billion tokens: --seq 1e9.
 
-    --op attention is the operator alone; model, the forward of a model; train,
-    its loss and gradients; exchange, what --nproc ranks send each other.
+    --op attention runs the operator alone; model, a model's forward pass; train,
+    its loss and gradients; exchange, the traffic between --nproc ranks.
 
     Rows that would need too much memory or time are skipped and say so.
     Ctrl-C keeps the rows so far.
 
-    * on a CPU, where a sequence has 1e6 tokens or more.
+    * on a CPU, if a sequence has 1e6 tokens or more.
     """
     launch(nproc)
     from longnet_cli.benchmark import Measurement, Settings, machine
     from longnet_cli.benchmark import bench as measure
     from longnet_cli.runtime.ranks import join, leave
 
-    named = pattern if pattern in ("paper", "geometric") else None  # geometric alone suits the length of a sequence
+    named = pattern if pattern in ("paper", "geometric") else None  # a bare geometric adapts to each length
     levels = read_pattern(
         segment_lengths, dilation_rates, None if named and not (segment_lengths or dilation_rates) else pattern
     )
@@ -154,7 +154,7 @@ def bench(
     )  # fmt: skip
 
     def say(line: str) -> None:
-        if not quiet and sys.stderr:  # otherwise print would take stdout
+        if not quiet and sys.stderr:  # print(file=None) would write to stdout
             print(line, file=sys.stderr, flush=True)
 
     def announce(case: Case, seconds: float | None) -> None:
@@ -192,7 +192,7 @@ def _title(row: Measurement) -> str:
 
 
 def _say_ratios(rows: Sequence[Measurement], say: Callable[[str], None]) -> None:
-    """`dilated is 6.5x dense at 32768, forward`: of speed, for each pair that was measured."""
+    """Say the ratio of speeds for each measured pair: `dilated is 6.5x dense at 32768, forward`."""
     seconds = {(row.impl, row.seq, row.direction): row.seconds for row in rows if row.stop is None and row.seconds}
     for (impl, seq, direction), dilated in seconds.items():
         dense = seconds.get(("dense", seq, direction))

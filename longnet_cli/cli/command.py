@@ -1,4 +1,4 @@
-"""Rules for every command and option: how help looks, values that may be left out, what is refused."""
+"""Rules for every command and option: the look of the help, values that may be omitted, values that are refused."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from longnet_cli.sizes import MAX_SIZE
 
 OTHER = "Other"  # the last panel
 SIZES = "SIZE: 32k is 32000, 32Ki is 32768."
-BARE = "\0"  # in place of a value that was left out: no word of a command line can hold it
+BARE = "\0"  # stands for an omitted value: no word of a command line can hold it
 
-# Options that are gone, and what to write now.
+# Removed options, and what to write now.
 GONE = {"--no-eos": "without --eos nothing is appended, so leave it out"}
 
 
 class Group(TyperGroup):
-    """A group of commands whose help names no type of a flag."""
+    """A group of commands whose help shows no type for flags."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return all parameters, --help included."""
@@ -30,9 +30,9 @@ class Group(TyperGroup):
 
 
 class Command(TyperCommand):
-    """A command none of whose options is empty, NaN or beyond an int64, and whose result has somewhere to go.
+    """A command that refuses option values that are empty, NaN or beyond an int64, and a closed stdout for its result.
 
-    The value of an option may be left out where its metavar has brackets (`[PATH]`): it is BARE then.
+    If the metavar of an option has brackets (`[PATH]`), its value may be omitted: it is then BARE.
     """
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -42,7 +42,7 @@ class Command(TyperCommand):
         return params
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help, each default behind its sentence, and how a SIZE is written, where one is asked for."""
+        """Write the help, with each default after its sentence, and the notation of SIZE if an option takes one."""
         params: list[Any] = list(self.params)
         for parameter in params:
             shown = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
@@ -54,7 +54,7 @@ class Command(TyperCommand):
         super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the words of a command line. Raises ConfigError for an option that is gone."""
+        """Parse the words of a command line. Raises ConfigError for a removed option, or one that took an argument."""
         options = [parameter for parameter in self.params if parameter.param_type_name == "option"]
         optional = {name for option in options if str(option.metavar).startswith("[") for name in option.opts}
         words = args[: args.index("--")] if "--" in args else args
@@ -73,7 +73,7 @@ class Command(TyperCommand):
             ) from None
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command. Raises ConfigError for such an option, LongNetError for a closed stdout."""
+        """Run the command. Raises ConfigError for a refused value, LongNetError for a closed stdout."""
         for parameter in self.params:
             name = max(parameter.opts, key=len) if parameter.param_type_name == "option" else str(parameter.metavar)
             for value in _items(ctx.params.get(parameter.name or "")):
@@ -84,7 +84,7 @@ class Command(TyperCommand):
 
 
 def _plain(params: list[Any]) -> list[Any]:
-    """Parameters whose help names no type where the metavar says enough: `<bool>` of a flag, `<list[str]>` of INPUT."""
+    """Return the parameters without types that help need not show: `<bool>` of a flag, `<list[str]>` of INPUT."""
     for parameter in params:
         if getattr(parameter, "is_flag", False):
             parameter.metavar = ""
@@ -94,7 +94,7 @@ def _plain(params: list[Any]) -> list[Any]:
 
 
 def _mark_bare(words: Sequence[str], optional: set[str]) -> Iterator[str]:
-    """Give the value BARE to each option of `optional` that another option or nothing follows."""
+    """Yield the words, with the value BARE for each option of `optional` that is last or before another option."""
     for word, following in zip(words, [*words, "-"][1:], strict=True):
         yield f"{word}={BARE}" if word in optional and following.startswith("-") else word
 
@@ -117,5 +117,5 @@ def _check(name: str, value: Any) -> None:
 
 
 def _prints(params: Mapping[str, Any]) -> bool:
-    """Return whether the result goes to stdout: with --dry-run, without --output, or where that is -."""
+    """Return whether the result goes to stdout: in a dry run, without --output, and with --output -."""
     return bool(params.get("dry_run")) or params.get("output") in (None, "-")

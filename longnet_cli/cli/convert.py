@@ -1,4 +1,4 @@
-"""`longnet convert`: a model of another kind, or with weights of another type, as an ordinary folder."""
+"""`longnet convert`: a model of another format, or with weights of another type, turned into an ordinary folder."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def convert(
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Turn a GGUF file into a Hugging Face model folder, an official checkpoint into a LongNet, or change its type.
+    """Turn a GGUF file into a Hugging Face folder, an official checkpoint into a LongNet, or change a LongNet's type.
 
-    A checkpoint is that of Prov-GigaPath's slide encoder, a LongNet of torchscale, or a LongViT's encoder.
+    A checkpoint is Prov-GigaPath's slide encoder, a LongNet of torchscale, or the encoder of a LongViT.
     A file is recognized by its content. Quantized weights become plain numbers. GGUF needs the extra `gguf`.
     """
     from longnet_cli.integrations.converting import convert as run

@@ -1,4 +1,4 @@
-"""`longnet data inspect`: what is in files, and what is wrong with them."""
+"""`longnet data inspect`: the contents of files, and the problems in them."""
 
 from __future__ import annotations
 

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 Format = Literal["text", "json"]
 Row = tuple[str, str, str]  # a name, its value, what it means
-BAR = 30  # characters of the whole
+BAR = 30  # characters of a full bar
 YEAR = 365.25 * 86400  # seconds
 
 
 def show_training(found: TrainingEstimate, format: Format) -> None:
-    """Print the estimate to stdout; raises MemoryLimitError where training does not fit."""
+    """Print the estimate to stdout. Raises MemoryLimitError if training does not fit."""
     from longnet_cli.training.estimate import EFFICIENCY
 
     peak = f"{EFFICIENCY:.0%} (assumed) of {format_count(found.matmul_peak)} FLOP/s (measured, {found.dtype})"
@@ -40,7 +40,7 @@ def show_training(found: TrainingEstimate, format: Format) -> None:
 
 
 def show_reading(found: ReadingEstimate, format: Format, job: str) -> None:
-    """Print the estimate of a `job` to stdout; raises MemoryLimitError where it does not fit."""
+    """Print the estimate of a `job` to stdout. Raises MemoryLimitError if the job does not fit."""
     longest = f"the longest has {found.longest:,} tokens"
     if found.too_long:
         longest += f", and the model reads {found.too_long:,}"
@@ -67,7 +67,7 @@ def show_reading(found: ReadingEstimate, format: Format, job: str) -> None:
 
 
 def check_sample(sample: int | None, dry_run: bool) -> None:
-    """Raise ConfigError for a --sample of nothing, or of fewer texts than an interval needs."""
+    """Raise ConfigError for --sample without --dry-run, or with fewer texts than an interval needs."""
     if sample is not None and not dry_run:
         raise ConfigError("--sample is for --dry-run, which estimates: give both, or leave it out")
     if sample is not None and sample < 2:
@@ -75,7 +75,7 @@ def check_sample(sample: int | None, dry_run: bool) -> None:
 
 
 def room(model: str, dtype: str, device: torch.device) -> Room:
-    """Return the memory before `model` is loaded; raises MemoryLimitError where its weights do not fit."""
+    """Return the memory before `model` is loaded. Raises MemoryLimitError if its weights do not fit."""
     from longnet_cli.estimating import Room, check_weights
 
     found = Room.now(device)
@@ -93,7 +93,7 @@ def estimate_reading(
     quiet: bool,
     **options: Any,
 ) -> ReadingEstimate:
-    """Return the estimate of a job that would write to `output`, or print; `options` as in `estimating.estimate`."""
+    """Return the estimate of a job that would write to `output`, or print; `options` are for `estimating.estimate`."""
     from longnet_cli.estimating import estimate
 
     told, done = _fate(output, resume)
@@ -102,7 +102,7 @@ def estimate_reading(
 
 
 def _fate(output: str | None, resume: bool) -> tuple[str, int]:
-    """Say what would become of an output, and how many documents an earlier run has done."""
+    """Return what would happen to an output, in words, and the number of documents that an earlier run has done."""
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.sinks import is_folder
 

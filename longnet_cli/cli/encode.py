@@ -1,4 +1,4 @@
-"""`longnet encode`: a vector per document or per span of it, as Arrow or Parquet."""
+"""`longnet encode`: a vector per document, or per span of a document, as Arrow or Parquet."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def encode(
     The columns are doc_id, span, start, end, n_tokens and embedding. Rows come in input order.
     """
     check_sample(sample, dry_run)
-    if output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():  # said before a model is loaded
+    if output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():  # checked before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
     refuse_overwriting("-o", [output], inputs, model, tokenizer, skip_bad)
     if spill and not os.path.isdir(spill):
@@ -206,7 +206,7 @@ def encode(
         in_grid = isinstance(net.config, SlideConfig) and net.config.grid > 0
         documents = read_vectors(inputs, column, id_column, coords=in_grid)
     kept: list[Any] = []
-    if keep and not dry_run:  # which waits for the first document
+    if keep and not dry_run:  # first_kept waits for the first document
         kept, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
     known = stored_documents(inputs, words, **reading) if limited else ()

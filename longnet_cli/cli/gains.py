@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 def check(
     output: str | None, *, resume: bool, shard_tokens: int | None, others: Mapping[str, Any], dry_run: bool = False
 ) -> int:
-    """Refuse what cannot be written, before a model is loaded; return the tokens that an earlier run has scored.
+    """Check the output before a model is loaded, and return the number of tokens that an earlier run has scored.
 
-    `others` are options that print, by name, with what is given of them. A `dry_run` writes nothing, and takes any
-    output. Raises ConfigError.
+    `others` maps the names of options that only printed scores can have to their values. A `dry_run` writes nothing, so
+    it takes any output. Raises ConfigError for an output that cannot be written, and for options that do not fit it.
     """
     if output is None:
         if given := [name for name, value in (("--resume", resume), ("--shard-tokens", shard_tokens)) if value]:
@@ -60,9 +60,9 @@ def write(
     ranks: Ranks,
     **running: Any,
 ) -> ShardFolder | None:
-    """Write a row per document to `output`: the first of the `ranks` does; `running` as in `gains.gains`.
+    """Write a row per document to `output`, on the first of the `ranks`. `running` is as in `gains.gains`.
 
-    Return the folder of shards, closed, where it wrote to one.
+    Return the closed folder of shards if the output is one, otherwise None.
     """
     from longnet_cli.data.sinks import ShardWriter, is_folder
     from longnet_cli.gains import SHARD_TOKENS, gains, gains_to_folder

@@ -142,7 +142,7 @@ def generate(
     reading = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": end_of_text(eos, words)}
     template = loaded.chat
     documents = _messages(sources, template, column) if template else _documents(sources, words, reading)
-    before = None if chat and bos is None else loaded.bos  # a template begins as it likes
+    before = None if chat and bos is None else loaded.bos  # a template has its own start ids
     seed = seed if seed is not None else _new_seed()
     origin = model_origin(net, model, words.sha256 if words else None) if format == "jsonl" else {}
     for index, document in enumerate(documents):
@@ -174,19 +174,19 @@ def generate(
 
 @dataclass(frozen=True)
 class _Sources:
-    """A text, or inputs as of every other command."""
+    """The prompts: a text, or inputs as for every other command."""
 
     prompt: str | None
     inputs: list[str]
 
     @property
     def several(self) -> bool:
-        """Return whether the prompts need names, as there may be more than one."""
+        """Return whether the prompts need names, because there may be more than one."""
         return self.prompt is None and self.inputs != ["-"]
 
 
 def _sources(prompt: str | None, inputs: list[str] | None) -> _Sources:
-    """Return the prompts to continue. Raises ConfigError for none, or several kinds."""
+    """Return the prompts to continue. Raises ConfigError for no prompt, both kinds, or text that is not UTF-8."""
     from longnet_cli.errors import ConfigError
 
     if prompt is not None and inputs:
@@ -229,7 +229,7 @@ def _new_seed() -> int:
 
 
 class _Printer:
-    """Prints what continues one prompt: its text as it comes, or one line of JSON at the end, with its `origin`."""
+    """A printer for one prompt: the new text as it comes, or one line of JSON at the end, with its `origin`."""
 
     def __init__(self, document: Document, seed: int | None, format: Format, origin: dict[str, str]) -> None:
         self.document, self.seed, self.format, self.origin = document, seed, format, origin
@@ -238,7 +238,7 @@ class _Printer:
         self.began = time.monotonic()
 
     def print(self, step: Step) -> None:
-        """Take the next token."""
+        """Print the next token, or keep it for the line of JSON."""
         self.number += 1
         self.reason = step.finish_reason or ""
         if self.format == "jsonl":
@@ -249,7 +249,7 @@ class _Printer:
             sys.stdout.flush()
 
     def end(self, quiet: bool) -> None:
-        """Say that the text is whole; unless `quiet`, on stderr also how it went."""
+        """Finish the output. Unless `quiet`, also report counts and speed on stderr."""
         if self.format == "jsonl":
             emit_jsonl(
                 {
@@ -281,5 +281,5 @@ class _Printer:
 
 
 def _shown(text: str) -> str:
-    """Text for a terminal, where control characters of a model must not act."""
+    """Return text for a terminal, where control characters from a model must have no effect."""
     return "".join(part if part in "\n\t" else printable(part) for part in re.split(r"([\n\t])", text))

@@ -1,4 +1,4 @@
-"""Start the processes of `--nproc`, after refusing what several processes cannot do."""
+"""The start of the processes of `--nproc`, and checks of what several processes cannot do."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ def launch(
     sp: int | None = None,
     dp: int | None = None,
 ) -> None:
-    """Run this command as `nproc` processes, or as many as `dp` groups of `sp` are, and end as they do.
+    """Run this command as `nproc` processes, or as `dp` groups of `sp` processes, and exit with their exit code.
 
-    Without any of them, or under torchrun, go on as this process. Raises ConfigError for a model that is not shipped,
-    and under several processes for stdin or a pipe, which they cannot share, and a Hugging Face model that would have
-    to share a sequence; CheckpointError for a folder that holds no model.
+    Without any of these options, or without `nproc` under torchrun, return: the command goes on in this process. Raises
+    ConfigError for `nproc` under torchrun and for a model that is not shipped; with several processes, for stdin or a
+    pipe, which they cannot share, and for a Hugging Face model that would have to share a sequence. Raises
+    CheckpointError for a folder that holds no model.
     """
     from longnet_cli.presets import find_model, is_of_transformers
 
@@ -43,6 +44,6 @@ def launch(
 
 
 def _is_read_once(item: str) -> bool:
-    """Return whether an input is a stream: what one process reads of it, another does not."""
+    """Return whether an input is a stream, which only one process can read."""
     stream = item.startswith("/dev/") or (os.path.exists(item) and not (os.path.isfile(item) or os.path.isdir(item)))
     return item in ("-", "@-") or stream

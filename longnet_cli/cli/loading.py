@@ -1,4 +1,4 @@
-"""Load what `--model` and `--tokenizer` name, for the commands that read with a model, and never written over."""
+"""The loading of `--model` and `--tokenizer` for commands, and a check that no output overwrites them or an input."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_model(
     chat: bool = False,
     vectors: bool = False,
 ) -> Loaded:
-    """Load what `opening.load_model` does, and raise what it raises; what it says goes to stderr, unless `quiet`."""
+    """Call `opening.load_model`, and print the lines that it says to stderr, unless `quiet`."""
     from longnet_cli import opening
 
     def say(line: str) -> None:
@@ -59,26 +59,26 @@ def load_model(
 
 
 class Skipped:
-    """Tells on stderr of what --skip-bad leaves out, and how many documents are empty, unless `quiet`; counts them."""
+    """A counter of the documents that --skip-bad leaves out and of empty ones. Reports to stderr, unless `quiet`."""
 
     def __init__(self, quiet: bool) -> None:
         self.number, self.empty, self._quiet = 0, 0, quiet
 
     def __call__(self, document: Document | Text, error: LongNetError) -> None:
-        """Take a document, a row or a file that is left out, and why."""
+        """Count a document, a row or a file that is left out, and report the reason."""
         self.number += 1
         self._say(f"left out: {getattr(error, 'why', str(error))}")
 
     def pass_over(self, document: Document) -> None:
-        """Take a document in which there is nothing."""
+        """Count an empty document."""
         self.empty += 1
 
     def count(self, totals: Mapping[str, int]) -> None:
-        """Take the counts of a folder, which remembers those of earlier runs; a finished one is not read again."""
+        """Take the counts of a folder, which include earlier runs. A finished folder's inputs are not read again."""
         self.number, self.empty = totals.get("skipped", 0), totals.get("empty", 0)
 
     def end(self, first: bool, *, told: bool = False) -> None:
-        """Say how many they were, unless `told`; the `first` rank ends with exit code 6 where one was left out."""
+        """Report the counts, unless `told` already. If some were left out, the `first` rank exits with code 6."""
         for number, what in ((self.empty, "empty"), (self.number, "left out")):
             if number and not told:
                 self._say(f"{number} document{'s' * (number > 1)} {what}")

@@ -19,12 +19,12 @@ DEFAULT_MODEL = "longnet-tiny"
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
-# Panels of the help. A panel stands where its first option does.
+# Panels of the help. A panel appears where its first option does.
 INPUT, MODEL, PATTERN, OUTPUT, COMPUTE = "Input", "Model", "Pattern", "Output", "Compute"
 
 
 def parse_device(text: str) -> str:
-    """`auto`, `cpu`, `cuda` or `cuda:1`; whether that GPU exists is only known once torch is loaded."""
+    """Return `auto`, `cpu`, `cuda` or `cuda:1`. Only torch, once loaded, knows whether that GPU exists."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text, re.ASCII):
         raise ValueError(f"'{text}' is not a device: write auto, cpu, cuda or cuda:1")
     return text
@@ -33,7 +33,7 @@ def parse_device(text: str) -> str:
 def read_pattern(
     segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None, pattern: str | None = None
 ) -> Pattern | None:
-    """The pattern of --pattern, or the levels of the other two; None where none is given. Raises ConfigError."""
+    """Return the pattern of --pattern, or of the levels of the other two; None without any. Raises ConfigError."""
     from longnet_cli.attention import Pattern
     from longnet_cli.patterns import parse_pattern
 
@@ -55,7 +55,7 @@ def read_pattern(
 
 
 def _option_parser(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`parse` for typer, which would put "Value error, " before the message of a plain ValueError."""
+    """Wrap `parse` for typer, which would put "Value error, " before the message of a plain ValueError."""
 
     def parse_option(value: Any) -> Any:
         try:
@@ -67,7 +67,7 @@ def _option_parser(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """`title,meta.url`: names with commas between them, each once."""
+    """Parse `title,meta.url`: names with commas between them, each once."""
     names = tuple(name.strip() for name in text.split(","))
     if not all(names) or len(set(names)) < len(names):
         raise ValueError(f"'{text}' is no list of names: write each once, with commas between them")
@@ -75,9 +75,9 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 
 def option(panel: str, names: str, metavar: str | None, help: str, default: str | bool = True, **more: Any) -> Any:
-    """`Annotated[str, option(MODEL, "--model -m", "NAME|DIR", "Use this model.")]`, in a panel of the help.
+    """Define an option in a panel: `Annotated[str, option(MODEL, "--model -m", "NAME|DIR", "Use this model.")]`.
 
-    `default` says in words what holds without the option; True shows the default itself.
+    `default` describes, in the help, what happens without the option; True shows the default itself.
     """
     return typer.Option(*names.split(), metavar=metavar, help=help, show_default=default, rich_help_panel=panel, **more)
 
@@ -85,25 +85,25 @@ def option(panel: str, names: str, metavar: str | None, help: str, default: str 
 def size_option(
     panel: str, names: str, help: str, default: str | bool = True, *, metavar: str = "SIZE", **more: Any
 ) -> Any:
-    """`Annotated[int, size_option(OUTPUT, "--seq", "Tokens.")] = 4096`, or `int | None` with default None."""
+    """Define a size: `Annotated[int, size_option(OUTPUT, "--seq", "Tokens.")] = 4096`, or `int | None` with None."""
     return option(panel, names, metavar, help, default, parser=_option_parser(parse_size), **more)
 
 
 def sizes_option(panel: str, names: str, help: str, default: str | bool = True, **more: Any) -> Any:
-    """`Annotated[Sequence[int], sizes_option(OUTPUT, "--seq", "Tokens.")] = (8192, 32768)`.
+    """Define sizes: `Annotated[Sequence[int], sizes_option(OUTPUT, "--seq", "Tokens.")] = (8192, 32768)`.
 
-    Sequence, because typer reads `list[int]` as an option that is given once for each item.
+    Write Sequence, because typer reads `list[int]` as an option that is given once for each item.
     """
     return option(panel, names, "SIZE,...", help, default, parser=_option_parser(parse_sizes), **more)
 
 
 def names_option(panel: str, names: str, help: str, default: str | bool = True, **more: Any) -> Any:
-    """`Annotated[Sequence[str], names_option(OUTPUT, "--show", "Draw these.")]`; the job knows which there are."""
+    """Define names: `Annotated[Sequence[str], names_option(OUTPUT, "--show", "Draw these.")]`. The job checks them."""
     return option(panel, names, "NAME,...", help, default, parser=_split, **more)
 
 
 def _split(value: str | Sequence[str]) -> list[str]:
-    """`dilated,dense` -> ["dilated", "dense"]."""
+    """Split `dilated,dense` into ["dilated", "dense"]."""
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
 
 

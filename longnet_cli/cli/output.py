@@ -1,6 +1,6 @@
-"""Results on stdout: JSON, JSON lines, CSV and Markdown rows, each row out of our hands as soon as it is known.
+"""Results on stdout: JSON, JSON lines, CSV and Markdown rows, each row written as soon as it is known.
 
-Machine formats keep full precision and never contain NaN or Infinity, which JSON does not have: those become null
+Machine formats keep full precision and never contain NaN or Infinity, which JSON does not have: they become null
 (an empty cell in CSV). Rich tables are not used: in a pipe they are cut at 80 columns.
 """
 
@@ -33,11 +33,11 @@ def emit_jsonl(value: Any) -> None:
 
 
 class RowWriter:
-    """Writes rows to stdout as they come: `with RowWriter("jsonl", ["seq", "seconds"]) as out: out.write({...})`.
+    """A writer of rows to stdout: `with RowWriter("jsonl", ["seq", "seconds"]) as out: out.write({...})`.
 
-    Every format has exactly `columns`, in that order; a key that a row lacks is null. A JSON list is closed also when
-    the block is left by an exception, so what was measured before Ctrl-C can be parsed. `human` gives Markdown cells
-    their units, for example `{"peak_rss_bytes": format_bytes}`.
+    Every format has exactly `columns`, in that order; a key that a row lacks is null. A JSON list is closed even if an
+    exception ends the block, so rows from before Ctrl-C can be parsed. `human` gives Markdown cells their units, for
+    example `{"peak_rss_bytes": format_bytes}`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RowWriter:
             _write(self._markdown_head([None] * len(self.columns)))
 
     def _markdown_head(self, values: Sequence[Any]) -> str:
-        """The header, with columns as wide as the first row needs and some room; numbers stand to the right."""
+        """Return the header. Columns fit the first row, with 8 characters or more; numbers are aligned to the right."""
         cells = [self._cell(column, value) for column, value in zip(self.columns, values, strict=True)]
         self.widths = [max(len(column), len(cell), 8) for column, cell in zip(self.columns, cells, strict=True)]
         numeric = [isinstance(value, (int, float)) for value in values]
@@ -104,40 +104,40 @@ class RowWriter:
         return printable(" ".join(text.replace("|", "\\|").split()))
 
 
-# Control characters, ends of lines, what turns the direction of writing, and halves of characters
+# Control characters, line separators, marks that change the direction of writing, and lone surrogates
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Text from a file, its name or an error, safe to show: a control character becomes its escape, `\\x1b`.
+    """Return text from a file, its name or an error, safe to show: a control character becomes its escape, `\\x1b`.
 
-    Tables, errors, progress and whatever else people read goes through here; JSON has its own escapes.
+    Tables, errors, progress and all other text for people pass through here; JSON has its own escapes.
     """
     with suppress(UnicodeEncodeError):
-        # Where the locale is not UTF-8, a name that is has come as bytes, which Python keeps as halves of characters.
+        # In a locale other than UTF-8, Python keeps the bytes of a UTF-8 name as lone surrogates: decode them.
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     return _UNPRINTABLE.sub(_escape, text)
 
 
 def _escape(match: re.Match[str]) -> str:
     code = ord(match.group())
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no text
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not valid text
         code -= 0xDC00
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def format_count(count: float) -> str:
-    """1234567 -> `1.23M`; three significant digits, powers of 1000."""
+    """Format 1234567 as `1.23M`: three significant digits, powers of 1000."""
     return _scaled(count, 1000, ("", "k", "M", "G", "T", "P", "E"))
 
 
 def format_bytes(size: float) -> str:
-    """3221225472 -> `3.00 GiB`; powers of 1024."""
+    """Format 3221225472 as `3.00 GiB`: powers of 1024."""
     return _scaled(size, 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB", " EiB"))
 
 
 def format_duration(seconds: float) -> str:
-    """0.00123 -> `1.23 ms`, 75 -> `1m15s`, 3700 -> `1h01m`, 200000 -> `2d07h`."""
+    """Format seconds: 0.00123 -> `1.23 ms`, 75 -> `1m15s`, 3700 -> `1h01m`, 200000 -> `2d07h`."""
     if seconds < 59.95:
         for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
             if seconds * scale >= 0.9995:
@@ -190,5 +190,5 @@ def can_print(text: str) -> bool:
 
 
 def shows_color() -> bool:
-    """Return whether stdout is a terminal that shows colours and may (NO_COLOR)."""
+    """Return whether stdout is a terminal that shows colours, and NO_COLOR does not forbid it."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -1,4 +1,4 @@
-"""`longnet pattern`: what a pattern is, before anyone trains with it."""
+"""`longnet pattern`: the description of a pattern, to read before you train with it."""
 
 from __future__ import annotations
 

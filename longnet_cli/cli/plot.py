@@ -1,4 +1,4 @@
-"""`longnet plot`: what runs, benchmarks and scores have measured, in the terminal or as a picture."""
+"""`longnet plot`: curves of training runs, benchmarks and scores, in the terminal or as a picture."""
 
 from __future__ import annotations
 

@@ -25,10 +25,10 @@ def progress(
     quiet: bool = False,
     every: float = 30.0,
 ) -> Iterator[Advance]:
-    """`with progress("scoring", total=n) as advance: advance(512, loss="2.31")`.
+    """Show the progress of a job: `with progress("scoring", total=n) as advance: advance(512, loss="2.31")`.
 
-    `total` is None when the end is unknown; `start` is what an earlier run had done. The fields of the latest
-    `advance` stand at the end of the line. Without a terminal a line comes every `every` seconds, so a quick job
+    `total` is None if the end is unknown; `start` is the amount that an earlier run had done. The fields of the latest
+    `advance` appear at the end of the line. Without a terminal, a line comes every `every` seconds, so a quick job
     prints nothing.
     """
     meter, description = _Meter(total, unit, start), printable(description)
@@ -42,10 +42,10 @@ def progress(
 
 
 class _Meter:
-    """Counts what is done and says it in words.
+    """A counter of the work done, with its status in words.
 
-    The rate is the mean since this run began; the time left follows that of the last minute or so, as what came before
-    may have been other work.
+    The rate is the mean since this run started. The time left uses the rate of the last minute or so, because earlier
+    work may have been different.
     """
 
     def __init__(self, total: int | None, unit: str, start: int) -> None:
@@ -65,14 +65,14 @@ class _Meter:
                 self.marks.popleft()
 
     def _left(self, total: int) -> float | None:
-        """Seconds to the end at the recent rate, None where nothing was done."""
+        """Return the seconds to the end at the recent rate, None if nothing was done."""
         since, done = self.marks[0]
         if self.done == done:
             return None
         return (total - self.done) * (time.monotonic() - since) / (self.done - done)
 
     def status(self) -> str:
-        """`1.20M/10.0M tok, 34.1k tok/s, 4m18s left, loss 2.31`"""
+        """Return the status: `1.20M/10.0M tok, 34.1k tok/s, 4m18s left, loss 2.31`."""
         elapsed = time.monotonic() - self.began
         rate = (self.done - self.start) / elapsed if elapsed > 0 else 0.0
         of_total = f"/{format_count(self.total)}" if self.total is not None else ""
@@ -107,8 +107,8 @@ def _bar(description: str, meter: _Meter) -> Iterator[Advance]:
         BarColumn(bar_width=24),
         TextColumn("{task.fields[status]}", markup=False),
     )
-    # Rich would send what is printed to stdout to its own console, which is stderr: right only for a shared terminal,
-    # where rows must appear above the bar.
+    # Rich would redirect stdout to its own console, which is stderr. That is right only for a shared terminal, where
+    # rows must appear above the bar.
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=_stdout_is_terminal()) as bar:
         task = bar.add_task(description, total=meter.total, completed=meter.done, status="")
 

@@ -187,7 +187,7 @@ def score(
         "--by-recall": by_recall,
         "--token-logprobs": token_logprobs,
     }
-    if not dry_run:  # whose estimate has that format
+    if not dry_run:  # the estimate of a dry run has --format too
         printing[f"--format {format}"] = format != "text"
     done = gains.check(output, resume=resume, shard_tokens=shard_tokens, others=printing, dry_run=dry_run)
     launch(nproc, inputs, model, sp=sp, dp=dp)
@@ -242,14 +242,14 @@ def score(
             show_reading(found, "json" if format == "json" else "text", "scoring")
         return
     kept: list[Any] = []
-    if keep and output is not None:  # which waits for the first document
+    if keep and output is not None:  # first_kept waits for the first document
         kept, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
     known = stored_documents(inputs, words, **reading) if limited else ()
     skipped = Skipped(quiet)
     origin = model_origin(net, model, words.sha256 if words else None) if ranks.first and output is None else {}
     tokens = write_token_logprobs(token_logprobs, origin) if token_logprobs and ranks.first else nullcontext()
-    times = len(context or [None])  # that each token is scored
+    times = len(context or [None])  # how often each token is scored
     total = times * (tokens_in(inputs) or 0) if last is None else 0
     with progress("scoring", total=total or None, start=times * done, quiet=quiet) as advance, tokens as on_tokens:
         running: dict[str, Any] = {
@@ -308,7 +308,7 @@ def score(
 def _print(
     scores: Iterator[DocumentScore], format: Format, total: Total, origin: dict[str, str], skipped: Skipped
 ) -> None:
-    """Each document as soon as it is scored (except in the one value of json), and the total at last."""
+    """Print each document as soon as it is scored, then the total. The format json prints one value at the end."""
     several = len(total.contexts) > 1
     rows = []
     for index, document in enumerate(scores):
@@ -345,7 +345,7 @@ def _print(
 
 
 def _print_row(name: str, score: Score, context: int | None, *, header: bool = False) -> None:
-    """The numbers stand first, as in `wc`: so columns are straight whatever the names, and no name need be cut."""
+    """Print one row. Numbers come first, as in `wc`, so that columns are aligned and no name is cut."""
     if header:
         print(f"{'tokens':>12} {'ppl':>12} {'bpb':>8}{' context':>10}"[: None if context else 34] + "  document")
     numbers = f"{score.n_tokens:>12} {_number(score.ppl):>12} {_number(score.bpb):>8}"
@@ -353,7 +353,7 @@ def _print_row(name: str, score: Score, context: int | None, *, header: bool = F
 
 
 def _print_comparison(totals: list[dict[str, Any]]) -> None:
-    """Contexts side by side, each number with its standard error."""
+    """Print one line per context, each number with its standard error."""
     first = totals[0]["context"]
     print(f"\n{'context':>9} {'ppl':>12} {'+-':>8} {'bpb':>8} {'+-':>8} {f'ppl / {first}':>12} {'+-':>8}")
     for row in totals:
@@ -363,7 +363,7 @@ def _print_comparison(totals: list[dict[str, Any]]) -> None:
 
 
 def _print_losses(total: dict[str, Any], first: int | None) -> None:
-    """Show what `--by-position` and `--by-recall` ask for: nats per token, and ppl over that at context `first`."""
+    """Print the tables of `--by-position` and `--by-recall`: nats per token, and ppl relative to context `first`."""
     context = f", context {total['context']}" if total["context"] else ""
     tables = (("by_position", "tokens seen"), ("by_segment_position", "in segment"), ("by_recall", "said tokens ago"))
     columns = (("nll", "nats", 8), ("nll_se", "+-", 8), ("ppl_ratio", f"ppl / {first}", 12), ("ppl_ratio_se", "+-", 8))

@@ -84,7 +84,7 @@ def tokenize(
 
     Every command also reads text. If you read the same data often, tokenize it once.
     """
-    if output == "-" and sys.stdout and sys.stdout.isatty():  # said before a tokenizer is trained
+    if output == "-" and sys.stdout and sys.stdout.isatty():  # checked before a tokenizer is trained
         raise ConfigError(
             "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
         )
@@ -143,7 +143,7 @@ def tokenize(
         leave()
     if earlier and earlier.finished:
         skipped.count(earlier.totals)
-    if result and not quiet and sys.stderr:  # print would take stdout instead
+    if result and not quiet and sys.stderr:  # print(file=None) would write to stdout
         counts = [
             f"{result.documents} document{'s' * (result.documents != 1)}",
             f"{format_count(result.tokens)} tokens",

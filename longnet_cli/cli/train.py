@@ -43,7 +43,7 @@ BY_RECIPE = "the recipe's"
 
 
 def read_resume(text: str) -> str:
-    """Return the value of --resume. Raises ConfigError for one that it no longer has."""
+    """Return the value of --resume. Raises ConfigError for a value that is no longer supported."""
     if text in ("auto", "never"):
         now = {"auto": "--resume, which is the default", "never": "--no-resume"}[text]
         raise ConfigError(f"--resume {text} is now {now} (a folder of this name is ./{text})")
@@ -154,7 +154,7 @@ def train(
 
     The same command continues a stopped run, and so does `longnet train -o DIR`. You can also start it with torchrun.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it waits until the run listens, and would kill before
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # held until the run listens; before, it would kill
     launch(nproc, sp=sp, dp=dp)
     from longnet_cli.runtime.device import MatmulPeak, keep_freed_memory
     from longnet_cli.runtime.ranks import join, leave
@@ -165,7 +165,7 @@ def train(
 
     if (seq_len is None) != (steps is None):
         raise ConfigError("--seq-len and --steps make one stage together: give both")
-    read_pattern(None, None, pattern)  # told as --pattern, not as the recipe's
+    read_pattern(None, None, pattern)  # so that an error names --pattern, not the recipe
     if resume is not None and no_resume:
         raise ConfigError("--resume and --no-resume exclude each other: give one")
     flags = {
@@ -209,7 +209,7 @@ def train(
     say(f"training {trained:,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")
     with ExitStack() as stack:
         shown: dict[str, str] = {}
-        begun = False  # before, there is nothing to save
+        begun = False  # until it is True, there is nothing to save
         advance: Advance = lambda amount, **fields: None  # noqa: E731
 
         def on_begin(step: int, tokens: int) -> None:
@@ -252,7 +252,7 @@ def train(
 
 
 def describe(line: Metrics) -> dict[str, str]:
-    """The fields of a line of metrics that stand at the end of the progress."""
+    """Return the fields of a line of metrics that the progress line shows at its end."""
     fields = {
         "step": f"{line.step:,}",
         "loss": f"{line.loss:.4f}",
@@ -269,7 +269,7 @@ def describe(line: Metrics) -> dict[str, str]:
 
 
 def _again(output: str, ranks: Ranks) -> str:
-    """Return what a person types to go on."""
+    """Return the command that continues the run."""
     if ranks.world == 1:
         return f"`longnet train -o {shlex.quote(output)}`"
     if LAUNCHED in os.environ:
@@ -278,6 +278,6 @@ def _again(output: str, ranks: Ranks) -> str:
 
 
 def _path(output: str) -> str:
-    """The output as --model takes it in a shell: a path with a slash."""
+    """Return the output as --model takes it in a shell: a path with a slash."""
     path = Path(output).as_posix()
     return shlex.quote(path if "/" in path else f"./{path}")

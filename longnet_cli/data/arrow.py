@@ -1,11 +1,11 @@
-"""Arrow IPC files and streams: whether every message is there, and batches whose ids stay on disk.
+"""Arrow IPC files and streams: a check that every message is there, and batches whose token ids stay on disk.
 
     file: index -> its messages ┐
     stream or pipe: as they come ┴--_Feed--> pyarrow's stream reader --> batches
 
-pyarrow reads every message. In a local file it gets, as the body of a batch, memory that is reserved and not filled.
-The addresses of the arrays in it say where each lies in the file: what is wanted is then filled in, and token ids are
-left out, to be read when they are wanted.
+pyarrow reads every message. For a batch in a local file, it gets a body whose memory is reserved but not filled. The
+addresses of the batch's arrays in that memory tell where each array lies in the file. The requested columns are then
+filled in, except token ids, which are read from the file when they are needed.
 """
 
 import mmap
@@ -23,19 +23,20 @@ from longnet_cli.data.files import StoredFile, StoredIds
 from longnet_cli.data.tables import Table, find_column, numpy_dtype, reading
 from longnet_cli.errors import DataError
 
-MAGIC = b"ARROW1"  # at both ends of a file, padded to 8 bytes at its beginning
-INDEX_BYTES = 256 << 20  # an Arrow file's index is smaller: it takes 24 bytes a batch
-CONTINUATION = b"\xff\xff\xff\xff"  # begins a message; without it, the length does, as before Arrow 0.15
-PADDING = 64  # bytes between two messages of a file are fewer
+MAGIC = b"ARROW1"  # at both ends of a file, padded to 8 bytes at its start
+INDEX_BYTES = 256 << 20  # more than any index of a file, which takes 24 bytes per batch
+CONTINUATION = b"\xff\xff\xff\xff"  # starts a message, which before Arrow 0.15 started with its length
+PADDING = 64  # more than the bytes between two messages of a file
 
-_SCHEMA, _BATCH = 1, 3  # of Arrow's MessageHeader
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
+_SCHEMA, _BATCH = 1, 3  # from Arrow's MessageHeader
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # in Python's mmap from 3.13 on
 
 
 class Message(NamedTuple):
-    """A message of Arrow's: its head with prefix and metadata, and its body.
+    """An Arrow message: `head`, which is its prefix and metadata, and its `body`.
 
-    The body is not filled where `place` says at which byte of the file it is. `size` is that of both in the file.
+    If `place` is given, the body is not filled: its bytes start at that offset in the file. `size` is the size of
+    both in the file.
     """
 
     head: bytes
@@ -45,7 +46,7 @@ class Message(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """A place in the index of a file: where a message is, and the sizes of its head and body."""
+    """An entry in the index of a file: the start of a message, and the sizes of its head and body."""
 
     start: int
     head: int
@@ -57,7 +58,7 @@ class _Block(NamedTuple):
 
 
 def open_stream(name: str, where: str, stream: Any, file: StoredFile | None = None) -> Table:
-    """The table of an Arrow stream; `file` is the stream where that is a local file, in which bodies can stay."""
+    """Open an Arrow stream as a table. `file` is the stream again if it is a local file, where bodies can stay."""
 
     def messages() -> Iterator[Message]:
         yield from _Messages(where, stream, file)
@@ -70,7 +71,7 @@ def open_stream(name: str, where: str, stream: Any, file: StoredFile | None = No
 
 
 def open_pipe(name: str, where: str, pipe: Any) -> Table:
-    """The table of an Arrow file that comes through a pipe, as the stream between its magic and its index."""
+    """Open an Arrow file that comes through a pipe: between its magic and its index, it is an Arrow stream."""
 
     def messages() -> Iterator[Message]:
         pipe.read(8)
@@ -89,7 +90,7 @@ def open_pipe(name: str, where: str, pipe: Any) -> Table:
 
 
 def open_file(name: str, where: str, stream: Any, file: StoredFile | None = None) -> Table:
-    """The table of an Arrow file that can seek, by the index at its end, which must account for every byte."""
+    """Open an Arrow file that can seek, by the index at its end, which must account for every byte."""
     schema, blocks = _read_index(stream)
     found = _Messages(where, stream, file if _describe(schema.head[8:]).native else None)
 
@@ -106,25 +107,25 @@ def open_file(name: str, where: str, stream: Any, file: StoredFile | None = None
 
 
 def is_sequential(head: bytes) -> bool:
-    """Return whether an Arrow file, by its first 12 bytes, is a stream after its magic. Those of Polars are not."""
+    """Return whether an Arrow file is a stream after its magic, by its first 12 bytes. Polars files are not."""
     return head[8:] == CONTINUATION
 
 
 class _Batches:
-    """The batches of messages, in order."""
+    """The batches in a sequence of messages, in order."""
 
     def __init__(self, name: str, where: str, messages: Iterator[Message], file: StoredFile | None) -> None:
         self.name, self.where, self.file = name, where, file
         self.feed = _Feed(messages)
         self.reader = ipc.open_stream(self.feed)
         self.schema = self.reader.schema
-        _ = self.schema.names  # UnicodeDecodeError for one that is not UTF-8
+        _ = self.schema.names  # raises UnicodeDecodeError for a name that is not UTF-8
 
     def table(self, format: str) -> Table:
         return Table(self.name, self.where, self.schema, self.read, format, self.stored)
 
     def read(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        """Yield the batches; the ids of the first column are filled in only where pyarrow had to."""
+        """Yield the batches with `columns` filled in, except the ids of the first column if these stay in the file."""
         count = rows = 0
         while True:
             with reading(f"{self.where}, batch {count}", row=rows):
@@ -139,7 +140,7 @@ class _Batches:
             rows += batch.num_rows
 
     def stored(self, array: pa.Array) -> StoredIds | None:
-        """Return where the ids of a column of the last batch, (tokens,) without nulls in mind, are in the file."""
+        """Return the place in the file of (tokens,) ids of the last batch; None if they are in memory. Ignore nulls."""
         place, body, data = self.feed.last.place, self.feed.last.body, array.buffers()[-1]
         if self.file is None or place is None or data is None or not _is_within(data, body):
             return None
@@ -148,7 +149,7 @@ class _Batches:
         return StoredIds(self.file, start, dtype, len(array))
 
     def _fill(self, batch: pa.RecordBatch, columns: Sequence[str]) -> None:
-        """Read into the reserved memory of the last message what the columns have in it."""
+        """Read the columns of a batch into the reserved memory of the last message."""
         place, body = self.feed.last.place, self.feed.last.body
         if self.file is None or place is None:
             return
@@ -158,19 +159,19 @@ class _Batches:
             assert found is not None
             buffers = batch.column(found.root).buffers()
             if index == 0 and not found.fields and stays_in_file(found.type):
-                buffers.pop()  # the ids, or numbers of vectors
+                buffers.pop()  # the ids, or the numbers of vectors, stay in the file
             for buffer in buffers:
                 if buffer is None or not buffer.size:
                     continue
                 if _is_within(buffer, body):
                     start = buffer.address - body.address
                     self.file.read_at(place + start, memory[start : start + buffer.size])
-                elif batch.num_rows:  # it was made from memory that is not filled
+                elif batch.num_rows:  # pyarrow made it from memory that is not filled
                     raise ValueError("a buffer is not where it should be")
 
 
 class _Feed:
-    """Messages as a file object for pyarrow's stream reader; `last` is the one that it got last."""
+    """A file object that passes messages to pyarrow's stream reader. `last` is the message that it passed last."""
 
     closed = False
 
@@ -199,10 +200,10 @@ class _Feed:
 
 
 class _Messages:
-    """The messages of a stream up to the marker at its end; `batches` counts those of batches."""
+    """The messages of a stream, up to the marker at its end. `batches` counts the record batches so far."""
 
     def __init__(self, where: str, stream: Any, file: StoredFile | None = None) -> None:
-        """`stream` has `read`, short only at the end of the data; it is `file` where bodies of batches can stay."""
+        """Read from `stream`, whose `read` is short only at the end. Pass it as `file` too if bodies can stay in it."""
         self.where, self.stream, self.file = where, stream, file
         self.batches = 0
 
@@ -211,7 +212,10 @@ class _Messages:
             yield message
 
     def next(self) -> Message | None:
-        """The next message, None for the end marker. DataError and ValueError where the data ends before it."""
+        """Return the next message, or None for the end marker.
+
+        Raises DataError if the data ends without the marker, ValueError for a message that is cut short or damaged.
+        """
         prefix = mark = self.stream.read(4)
         if not mark:
             raise DataError(
@@ -228,7 +232,7 @@ class _Messages:
         metadata = _read_whole(self.stream, size)
         kind, body_size, native = _describe(metadata)
         if kind == _SCHEMA and not native:
-            self.file = None  # pyarrow turns the bytes of each number, for which it must have them
+            self.file = None  # pyarrow swaps the bytes of each number, so it needs them in memory
         self.batches += kind == _BATCH
         head, size = CONTINUATION + mark + metadata, len(prefix) + size + body_size
         if self.file is None or kind != _BATCH or not native or not body_size:
@@ -249,9 +253,9 @@ def _read_whole(stream: Any, size: int) -> bytes:
 
 
 def _read_index(stream: Any) -> tuple[Message, list[_Block]]:
-    """The schema of a file as a message, and the blocks that its index lists: dictionaries, then batches.
+    """Return the schema of a file as a message, and the blocks that its index lists: dictionaries, then batches.
 
-    ValueError where the index is missing, or a byte of the file belongs to two of its blocks, or to none.
+    Raises ValueError for a missing index, and for a byte of the file that belongs to two blocks or to none.
     """
     stream.seek(0, 2)
     size = stream.tell()
@@ -263,7 +267,7 @@ def _read_index(stream: Any) -> tuple[Message, list[_Block]]:
     stop = size - 10 - index_size
     stream.seek(stop)
     index = _read_whole(stream, index_size)
-    listed = ipc.open_file(pa.BufferReader(MAGIC + b"\0\0" + index + tail))  # which verifies it
+    listed = ipc.open_file(pa.BufferReader(MAGIC + b"\0\0" + index + tail))  # verifies the index
     root = _root(index)
     blocks = [block for slot in (2, 3) for block in _blocks(index, root, slot)]
     ordered = sorted(blocks)
@@ -286,9 +290,9 @@ def _read_index(stream: Any) -> tuple[Message, list[_Block]]:
 
 
 def _front_schema(front: bytes) -> Message:
-    """The schema message of a file, from all that stands between its magic and its first block.
+    """Return the schema message of a file. `front` holds the bytes between the file's magic and its first block.
 
-    Polars leaves out the prefix that says how long a message is.
+    Polars leaves out the prefix with the length of a message.
     """
     for prefix in (CONTINUATION, b""):
         start = len(prefix) + 4
@@ -299,11 +303,14 @@ def _front_schema(front: bytes) -> Message:
     return Message(CONTINUATION + len(front).to_bytes(4, "little") + front, pa.py_buffer(b""), len(front))
 
 
-# --- the few places of Arrow's flatbuffers that pyarrow does not tell of ---------------------------------------------
+# --- the few fields of Arrow's flatbuffers that pyarrow does not expose -----------------------------------------------
 
 
 class _Description(NamedTuple):
-    """Of a message: its kind, the bytes of its body, and whether that has the values as they are in memory."""
+    """The kind of a message, the bytes of its body, and `native`.
+
+    A native batch is not compressed. A native schema has the byte order of this machine.
+    """
 
     kind: int
     body: int
@@ -311,9 +318,9 @@ class _Description(NamedTuple):
 
 
 def _describe(metadata: bytes) -> _Description:
-    """Return what the metadata of a message says. ValueError for what points outside of it.
+    """Describe a message by its metadata. Raises ValueError for an offset that points outside of the metadata.
 
-    The rest is verified by pyarrow when it gets the message.
+    pyarrow verifies the rest when it gets the message.
     """
     try:
         root = _root(metadata)
@@ -337,7 +344,7 @@ def _root(data: bytes) -> int:
 
 
 def _field(data: bytes, table: int, slot: int) -> int | None:
-    """Return where in `data` a field of a table is, None where it has its default."""
+    """Return the offset in `data` of a field of a table, or None where the field has its default."""
     fields = table - struct.unpack_from("<i", data, table)[0]
     entry = 4 + 2 * slot
     if entry + 2 > struct.unpack_from("<H", data, fields)[0]:
@@ -347,7 +354,7 @@ def _field(data: bytes, table: int, slot: int) -> int | None:
 
 
 def _blocks(index: bytes, root: int, slot: int) -> list[_Block]:
-    """The blocks in a field of a verified index."""
+    """Return the blocks in a field of a verified index."""
     field = _field(index, root, slot)
     if field is None:
         return []
@@ -361,7 +368,7 @@ def _is_within(buffer: pa.Buffer, memory: pa.Buffer) -> bool:
 
 
 def _refuse_overlap(batch: pa.RecordBatch) -> None:
-    """ValueError when two buffers share memory: one of their places in the file is wrong, and Arrow believes it."""
+    """Raise ValueError when two buffers share memory: one of their offsets is wrong, which Arrow does not check."""
     places = [
         (buffer.address, buffer.size)
         for column in batch.columns

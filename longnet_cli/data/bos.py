@@ -1,6 +1,6 @@
-"""Ids that a model reads before each document and ends its texts with, by its tokenizer and its configuration.
+"""The ids that a model reads before each document, and the ids that end its texts.
 
-`--bos` says the first otherwise.
+Both come from its tokenizer and its configuration. `--bos` overrides the first.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ NONE = "none"
 def document_start(folder: Path, words: Tokenizer | None, written: str | None = None) -> int | tuple[int, ...] | None:
     """Return the id, or ids, that the model in `folder` reads before each document; None for nothing.
 
-    `written` is `--bos`: none, a token of the tokenizer `words`, or an id. Without it, a LongNet reads the end-of-text
-    id, with which its documents ended in training. A Hugging Face model reads what its tokenizer's template puts
-    before a text, otherwise `bos_token` where tokenizer_config.json says `add_bos_token`, otherwise the `bos_token_id`
-    of config.json, otherwise the end-of-text id. Raises ConfigError for a token or an id that is none.
+    `written` is the value of `--bos`: none, a token of the tokenizer `words`, or an id. Without it, a LongNet reads
+    the end-of-text id, with which its documents ended in training. A Hugging Face model reads the ids that its
+    tokenizer's template puts before a text, otherwise `bos_token` if tokenizer_config.json sets `add_bos_token`,
+    otherwise the `bos_token_id` of config.json, otherwise the end-of-text id. Raises ConfigError for an unknown token
+    and for an id outside of the vocabulary.
     """
     if written is not None:
         return None if written == NONE else token_id("--bos", written, words)
@@ -40,10 +41,10 @@ def document_start(folder: Path, words: Tokenizer | None, written: str | None = 
 
 
 def document_end(folder: Path, words: Tokenizer | None) -> frozenset[int]:
-    """Return the ids at which the texts of the model in `folder` end; none where nothing says so.
+    """Return the ids that end the texts of the model in `folder`; empty where none are known.
 
-    They are the `eos_token_id` of a Hugging Face model, one or several, in generation_config.json, otherwise in
-    config.json. Without it, and for a LongNet, the end-of-text id of its tokenizer.
+    For a Hugging Face model, they are the `eos_token_id`, one or several, of generation_config.json, otherwise of
+    config.json. Without it, and for a LongNet, it is the end-of-text id of the tokenizer.
     """
     for name in ("generation_config.json", "config.json") if is_of_transformers(folder) else ():
         found = _table(folder / name).get("eos_token_id")
@@ -54,7 +55,7 @@ def document_end(folder: Path, words: Tokenizer | None) -> frozenset[int]:
 
 
 def _table(path: Path) -> dict[str, Any]:
-    """A file of settings; nothing where there is none that can be read."""
+    """Return the settings in a file; empty where there is no readable file."""
     try:
         found = parse(read_text(path))
     except (OSError, ValueError):

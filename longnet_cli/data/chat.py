@@ -1,8 +1,8 @@
-"""Messages as the text that a tokenizer's chat template makes of them: a prompt, or a whole chat.
+"""Chat templates, which turn messages into the text of a prompt or of a whole chat.
 
-A template is a text of Jinja in the model's folder. It runs in Jinja's sandbox, which reads and changes nothing but
-what it is given here: messages and the names of special tokens. Special tokens come from the template alone: what looks
-like one in a message is encoded as its characters, as everywhere.
+A template is Jinja source in the model's folder. It runs in Jinja's sandbox: it sees only the messages, the special
+tokens and the time, and can change nothing. Only the template itself can write special tokens: text in a message that
+looks like one is encoded as its characters, as in any document.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEMPLATE = "chat_template.jinja"
 
 
 def chat_settings(words: Tokenizer | None) -> dict[str, str]:
-    """Return the digest of the template beside a tokenizer, which a resumed run must have the same; nothing without."""
+    """Return the digest of the chat template beside a tokenizer, which a resumed run must match; empty without one."""
     if words is None or words.folder is None:
         return {}
     settings = read_settings(words.folder / SETTINGS)
@@ -39,7 +39,7 @@ def chat_settings(words: Tokenizer | None) -> dict[str, str]:
 class ChatTemplate:
     """The chat template in a model's folder, for its tokenizer `words`.
 
-    Raises ConfigError where there is none, or one that cannot be read.
+    Raises ConfigError for a template that is missing or cannot be read.
     """
 
     def __init__(self, folder: Path, words: Tokenizer) -> None:
@@ -62,14 +62,14 @@ class ChatTemplate:
         self._inner.encode_special_tokens = False
 
     def encode(self, message: str) -> np.ndarray:
-        """The prompt in which a user says `message` and an assistant is to answer: (tokens,) int64."""
+        """Return the prompt in which a user says `message` and an assistant is to answer: (tokens,) int64."""
         return self._encode(*self._marked([{"role": "user", "content": message}], prompt=True))
 
     def read_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Callable[[], np.ndarray]]:
-        """The text of a chat of messages, each with a `role` and its `content`, and what gives its (tokens,) int64.
+        """Return the text of a chat, and a function that returns its ids, (tokens,) int64.
 
-        The `bos_token` that a template may put at its beginning is no token: who reads a document puts its own there.
-        Raises ConfigError for what the template refuses.
+        Each message has a `role` and a `content`. The ids leave out the `bos_token` that a template may put first:
+        the reader of a document puts its own there. Raises ConfigError for messages that the template refuses.
         """
         rendered, mark = self._marked(messages, prompt=False)
         return rendered.replace(mark, ""), partial(self._encode_chat, rendered, mark)
@@ -80,7 +80,7 @@ class ChatTemplate:
         return ids[1:] if first is not None and len(ids) and ids[0] == first else ids
 
     def _marked(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> tuple[str, str]:
-        """The text that the template makes of messages, and the mark that breaks special tokens in them."""
+        """Return the text that the template makes of messages, and the mark that breaks special tokens in them."""
         said = "".join(text for message in messages for text in message.values())
         mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
         special = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)")
@@ -91,7 +91,7 @@ class ChatTemplate:
         return self._render(marked, prompt=prompt), mark
 
     def _encode(self, rendered: str, mark: str) -> np.ndarray:
-        """(tokens,) int64; broken by a mark in its middle, a special token of a message is one no more."""
+        """Return the ids of a rendered text, (tokens,) int64. Marked special tokens are encoded as characters."""
         broken = "|".join(re.escape(text[:1] + mark + text[1:]) for text in self._special)
         ids: list[int] = []
         for part in re.split(f"({broken or '(?!)'})", rendered):
@@ -102,7 +102,7 @@ class ChatTemplate:
         return np.array(ids, np.int64)
 
     def render(self, message: str) -> str:
-        """The text of the prompt. Raises ConfigError for what the template refuses."""
+        """Return the text of the prompt. Raises ConfigError for a message that the template refuses."""
         return self._render([{"role": "user", "content": message}], prompt=True)
 
     def _render(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> str:
@@ -119,7 +119,7 @@ class ChatTemplate:
 
 
 class _Generation(ext.Extension):
-    """`{% generation %}`, which marks an assistant's words for training: here its body, as it is."""
+    """The tag `{% generation %}`, which marks an assistant's words for training. Here it renders its body unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
 
@@ -138,7 +138,7 @@ def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The file of its own, otherwise the one in tokenizer_config.json; of several by name, the default."""
+    """Return the template in its own file, otherwise the one in tokenizer_config.json: of several, the default."""
     if (folder / TEMPLATE).exists():
         try:
             return read_text(folder / TEMPLATE)

@@ -1,4 +1,4 @@
-"""Choose the columns of a table: documents, their names and what is carried along; and check the type of tokens."""
+"""The choice of a table's columns (documents, their names, columns to carry along), and a check of token types."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ ID_COLUMNS = ("doc_id", "id")
 
 @dataclass(frozen=True)
 class Wanted:
-    """The columns that are asked for by name: of documents, of their names, to be carried along. None is the usual one.
+    """Columns asked for by name: the documents, their names, the columns to carry along. None is the usual column.
 
     A dot leads into a column of structs: `doc.body`.
     """
@@ -44,9 +44,9 @@ USUAL = Wanted()
 
 
 class Columns(NamedTuple):
-    """The columns of a table that are read, None for what there is not; `type` is that of the documents' column.
+    """The columns of a table to read; None for one that it lacks. `type` is the type of the documents' column.
 
-    Neighbouring rows that are equal in `doc_id` are one document, whose rows `part` counts.
+    Neighbouring rows with the same `doc_id` are one document, whose rows `part` counts.
     """
 
     documents: str
@@ -57,7 +57,7 @@ class Columns(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Each once, the documents' column first."""
+        """The names, each once, with the documents' column first."""
         found = [name for name in (self.documents, self.doc_id, self.part, *self.keep) if name is not None]
         return list(dict.fromkeys(found))
 
@@ -67,7 +67,7 @@ def is_chat(kind: pa.DataType) -> bool:
     if not any(test(kind) for test in _LISTS):
         return False
     message = kind.value_type
-    if pa.types.is_map(message):  # as JSON Lines are read
+    if pa.types.is_map(message):  # the type in which JSON Lines are read
         return True
     return pa.types.is_struct(message) and all(
         message.get_field_index(name) >= 0 and is_text(message.field(name).type) for name in ("role", "content")
@@ -75,7 +75,7 @@ def is_chat(kind: pa.DataType) -> bool:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Return whether a column of this type holds text, written out or as numbers of a dictionary (categorical)."""
+    """Return whether a column of this type holds text, plain or encoded by a dictionary (categorical)."""
     return (kind.value_type if pa.types.is_dictionary(kind) else kind) in _TEXTS
 
 
@@ -84,18 +84,21 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def choose_columns(table: Table, wanted: Wanted, *, ids: bool = True, chats: bool = True) -> Columns:
-    """Choose the columns to read. Documents are in the one asked for, otherwise in the list of ids, or a flat column.
+    """Choose the columns to read.
 
-    Columns of `ids` and of `chats` count only where they are wanted.
+    Documents are in the column asked for, otherwise in a list of ids, otherwise in text or a flat column of ids,
+    otherwise in chats. Ids and chats are considered only with `ids` and `chats`. Names of documents are in the column
+    asked for, otherwise in `doc_id`, otherwise in `id`.
 
-    Names of documents are in the column asked for, else in `doc_id`, else in `id`. Raises ConfigError, listing the
-    columns, when none or several would do, DataError where its name is that of several, or of a type that is no name.
+    Raises ConfigError, listing the columns, when none or several would do, and for an id column or a carried column
+    that is asked for beside a flat column. Raises DataError for a name that several columns have, and for document
+    names that are not text or integers.
     """
     documents = _choose(table, wanted.column, ids, chats)
     kind = _type(table, documents)
     others = [name for name in ID_COLUMNS if name in table.schema.names and name != documents]
     if others[:1] == ["id"] and not _is_name(_type(table, "id")):
-        others = []  # no name of ours
+        others = []  # such an `id` names no document
     doc_id = wanted.id_column or next(iter(others), None)
     if doc_id is not None and not _is_name(found := _type(table, doc_id)):
         raise DataError(f"{table.where}: {doc_id} has type {found}: text or whole numbers are needed")
@@ -119,7 +122,7 @@ def _is_name(kind: pa.DataType) -> bool:
 
 
 def _type(table: Table, name: str) -> pa.DataType:
-    """The type of a column. Raises ConfigError where there is none of this name."""
+    """Return the type of a column. Raises ConfigError for a missing column."""
     place = find_column(table.schema, name)
     if place is None:
         raise _refusal(table, f"there is no column {name!r}")
@@ -156,18 +159,18 @@ def _choose(table: Table, column: str | None, ids: bool, chats: bool) -> str:
 
 
 def _either(names: Sequence[str]) -> str:
-    """`a, b or c`"""
+    """Return `a, b or c`."""
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 class TokenTypes:
-    """Check that all inputs hold one type of token: int32 beside int64 is mostly two tokenizers, or a mistake."""
+    """A check that all inputs hold one type of token: int32 beside int64 mostly means two tokenizers, or a mistake."""
 
     def __init__(self) -> None:
         self.first: tuple[str, pa.DataType] | None = None
 
     def check(self, table: Table, columns: Columns) -> None:
-        """DataError when another input had another type; text has none."""
+        """Raise DataError when an earlier input had another type. Text has no type."""
         kind = token_type(columns.type)
         if kind is None or not table.typed:
             return
@@ -181,7 +184,7 @@ class TokenTypes:
 
 
 def token_type(kind: pa.DataType) -> pa.DataType | None:
-    """The type of the ids in a column of this type, None for text and for what no id can be of."""
+    """Return the type of the ids in a column of this type; None for text and for types that hold no ids."""
     if kind in INTEGERS:
         return kind
     return kind.value_type if _is_list(kind) else None
@@ -198,5 +201,5 @@ def is_vectors(kind: pa.DataType) -> bool:
 
 
 def stays_in_file(kind: pa.DataType) -> bool:
-    """Return whether the numbers of a column of this type, token ids or vectors, are read only when they are wanted."""
+    """Return whether the numbers of a column of this type, token ids or vectors, are read only when needed."""
     return token_type(kind) is not None or is_vector(kind) or is_vectors(kind)

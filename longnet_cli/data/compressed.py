@@ -1,6 +1,6 @@
-"""Compressed inputs, by their first bytes: gzip, zstd, xz and bzip2, as a stream of what they unpack to.
+"""Compressed inputs (gzip, zstd, xz and bzip2), known by their first bytes and read as a stream of unpacked data.
 
-They are unpacked as they are read, so memory does not grow with what is in them.
+They are unpacked while they are read, so memory does not grow with their size.
 """
 
 import bz2
@@ -22,24 +22,24 @@ _MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "
 
 
 def compression(head: bytes) -> str | None:
-    """Return how an input is compressed, by at least its first 8 bytes; None where it is not."""
-    if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:  # a frame to be skipped, as pzstd's begin
+    """Return the compression of an input, by at least its first 8 bytes; None if it is not compressed."""
+    if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:  # a skippable frame, with which pzstd's files start
         return "zstd"
     return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
 
 
 def bare_name(name: str) -> str:
-    """The name of a file without the suffix of its compression: `a.jsonl` of `a.jsonl.gz`."""
+    """Return the name of a file without the suffix of its compression: `a.jsonl` for `a.jsonl.gz`."""
     return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
 
 
 def unpack(kind: str, packed: Any, where: str) -> io.BufferedReader:
-    """Return what a binary file unpacks to. Reading raises DataError, with `where`, for damaged or cut data."""
+    """Return a file that unpacks a binary file. Reading raises DataError, with `where`, for damaged or cut data."""
     return io.BufferedReader(_Unpacked(kind, packed, where), UNPACKED_BUFFER)
 
 
 class _Unpacked(io.RawIOBase):
-    """A raw file of what is unpacked, with one kind of error."""
+    """A raw file of unpacked data, with one kind of error for all compressions."""
 
     def __init__(self, kind: str, packed: Any, where: str) -> None:
         self._kind, self._where = kind, where
@@ -62,7 +62,7 @@ class _Unpacked(io.RawIOBase):
             data = self._file.read(len(out))
         except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None and error.strerror:
-                raise  # of the disk
+                raise  # an error of the disk
             raise DataError(
                 f"{self._where}: the {self._kind} data is damaged or truncated ({one_line(error)})"
             ) from error

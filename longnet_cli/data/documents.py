@@ -1,4 +1,4 @@
-"""A document as token ids that stay where they are, in their file if they can, read and checked slice by slice."""
+"""Documents as token ids, which stay in their file if possible and are read and checked slice by slice."""
 
 import tempfile
 from bisect import bisect_right
@@ -13,16 +13,16 @@ from longnet_cli.data.files import FileChangedError, StoredIds, no_place
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 
-BLOCK = 1 << 18  # tokens looked at together by a pass over a document: 2 MB of int64 stay in the cache
-SPOOL_BYTES = 256 << 20  # ids of one document kept in memory; more of them go to a file in $TMPDIR
+BLOCK = 1 << 18  # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
+SPOOL_BYTES = 256 << 20  # bytes of one document's ids in memory; more go to a file in $TMPDIR
 
 
 class Part(NamedTuple):
-    """Ids that lie together: a row, or a stretch of a flat column.
+    """Consecutive ids: a row, or a stretch of a flat column.
 
-    `ids` is (tokens,) of any integer type, a view of memory or of a file; `valid` (tokens,) is false at nulls, None
-    when there are none. `row` is the file's row that holds the ids, or where `flat` the row of the first: there, every
-    id is a row.
+    `ids` is (tokens,) of any integer type, a view of memory or of a file. `valid` (tokens,) is false at nulls, None
+    when there are none. `row` is the row of the file that holds the ids. In a `flat` part every id is a row, and
+    `row` is the first.
     """
 
     ids: np.ndarray | StoredIds
@@ -32,9 +32,9 @@ class Part(NamedTuple):
 
 
 class Document:
-    """A document as (tokens,) token ids, which are checked when they are read, not before.
+    """A document as (tokens,) token ids, which are checked only when they are read.
 
-    `doc_id` names it, `where` says its file and first row. Nothing is copied until `read`, and opening a row of 1e9
+    `doc_id` is its name, `where` its file and first row. Nothing is copied until `read`, and opening a row of 1e9
     tokens in a file reads none of them.
     """
 
@@ -51,10 +51,10 @@ class Document:
         place: Callable[[int], str] | None = None,
         kept: Mapping[str, pa.Scalar] | None = None,
     ) -> None:
-        """`tokens` is an integer array, or the parts whose rows `place` can name.
+        """Make a document of `tokens`: an integer array, or parts whose rows `place` can name.
 
-        `n_bytes` is the size of its UTF-8 text, or a tokenizer that can tell. Ids must be less than `limit`. `kept` are
-        the values of columns that are carried along.
+        `n_bytes` is the size of its UTF-8 text, or a tokenizer that can compute it. Ids must be less than `limit`.
+        `kept` holds the values of columns that are carried along.
         """
         self.doc_id, self.kept = doc_id, kept or {}
         self.where = where
@@ -67,7 +67,7 @@ class Document:
             self._starts.append(self._starts[-1] + len(part.ids))
         self._length = self._starts.pop()
         dtype = self.parts[0].ids.dtype
-        # Seen as unsigned a negative id is a huge one, so that one maximum tells both kinds of bad ids.
+        # Seen as unsigned, a negative id is a huge one, so one maximum finds both kinds of bad ids.
         self._unsigned = np.dtype(f"u{dtype.itemsize}")
         ceiling = min(np.iinfo(dtype).max, np.iinfo(np.int64).max)
         self._highest = ceiling if limit is None else min(limit - 1, int(ceiling))
@@ -84,10 +84,10 @@ class Document:
         return self.read()
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The ids [start, stop), bounds as in a Python slice, as an (stop - start,) int64 copy.
+        """Return the ids [start, stop), bounds as in a Python slice, as an (stop - start,) int64 copy.
 
-        Raises DataError, naming file, row and offset in the row, for an id that is null, negative or too large, and,
-        naming file and row, for a file that has changed since it was opened.
+        Raises DataError for an id that is null, negative or too large, naming file, row and offset in the row, and
+        for a file that has changed since it was opened, naming file and row.
         """
         start, stop, _ = slice(start, stop).indices(self._length)
         out = np.empty(max(0, stop - start), np.int64)
@@ -113,7 +113,7 @@ class Document:
 
     @cached_property
     def n_bytes(self) -> int | None:
-        """The UTF-8 bytes of the document's text, None where they are unknown. May need a pass over the tokens."""
+        """The size of the document's text in UTF-8 bytes, None if unknown. May need a pass over the tokens."""
         if not isinstance(self._n_bytes, Tokenizer):
             return self._n_bytes
         total = 0
@@ -125,7 +125,7 @@ class Document:
         return total
 
     def _refuse(self, part: Part, first: int, ids: np.ndarray) -> DataError:
-        """The error for the first bad id of `ids`, which begin at `first` in `part`."""
+        """Return the error for the first bad id of `ids`, which start at `first` in `part`."""
         bad = ids.view(self._unsigned) > self._highest
         null = np.zeros(len(ids), bool)
         if part.valid is not None:
@@ -146,7 +146,7 @@ class Document:
 
 
 class Unread(Document):
-    """Stands, without tokens, for a file or a row that could not be read: `error` says why."""
+    """A stand-in, without tokens, for a file or a row that could not be read: `error` says why."""
 
     def __init__(self, error: DataError) -> None:
         super().__init__("", np.empty(0, np.int64), 0, str(error))
@@ -160,11 +160,11 @@ def checked(
     *,
     reads: bool = True,
 ) -> Iterator[Document]:
-    """Yield the documents that `check` takes, and raise what it raises.
+    """Yield the documents that `check` accepts, and raise the errors that it raises.
 
-    With `on_skip`, all ids of a document are read here too, unless it `reads` none, and one that cannot be taken or
-    read is handed to it instead, with the ConfigError or DataError. A file that changes while it is read ends
-    everything all the same.
+    With `on_skip`, a document that causes ConfigError or DataError is passed to it, with the error, and nothing is
+    raised. To find such errors, all ids of each document are read here, unless `reads` is false. A file that changes
+    while it is read raises its error in any case.
     """
     for document in documents:
         try:
@@ -182,10 +182,10 @@ def checked(
 
 
 def collect(parts: Iterable[Part]) -> list[Part]:
-    """The parts of one document.
+    """Return the parts of one document.
 
-    Those in memory are moved to an unnamed temporary file whenever more than SPOOL_BYTES of them are followed by
-    another, so that a document that comes through a pipe in pieces takes disk, not memory.
+    Whenever those in memory exceed SPOOL_BYTES and another part follows, they are moved to an unnamed temporary file.
+    So a document that comes through a pipe in pieces takes disk, not memory.
     """
     kept: list[Part] = []
     in_memory: list[int] = []
@@ -204,7 +204,7 @@ def collect(parts: Iterable[Part]) -> list[Part]:
 
 
 def _spool(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """The same (tokens,) arrays, of one dtype, as read-only views of one mapped file that has no name."""
+    """Return the same (tokens,) arrays, of one dtype, as read-only views of one memory-mapped, unnamed file."""
     try:
         with tempfile.TemporaryFile() as file:
             for array in arrays:

@@ -1,4 +1,4 @@
-"""Reading in one thread and working on what was read in another, a group of items at a time."""
+"""Two threads: one reads items, the other works on them, a group at a time."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ Work = Callable[[Sequence[Item], Callable[[], None]], None]
 
 
 class StoppedError(Exception):
-    """Ends the work on items that are no longer wanted."""
+    """A signal to stop work on items that are no longer needed."""
 
 
 def in_two_threads(
@@ -21,10 +21,10 @@ def in_two_threads(
     """Read `items` here while another thread calls `work(group, check)` on groups of them, in order.
 
     A group has the items that bring it to `group_size`, or those that came within PATIENCE seconds. Reading stays in
-    the calling thread, as only the main thread is woken by Ctrl-C when it waits for a pipe. If reading fails, what was
-    read before is still worked on. If it is interrupted, `check`, which long work should call now and then, raises.
-    An error of the work is raised here. `abandon` leaves work behind that then does not end, as it may wait for ever
-    for the reader of a pipe.
+    the calling thread, because Ctrl-C wakes only the main thread from waiting for a pipe. If reading fails, the items
+    that were read before are still worked on. If reading is interrupted, `check` raises: long work should call it now
+    and then. An error of the work is raised here. With `abandon`, an interrupt waits only ABANDON_SECONDS for the
+    work to end, because work may wait for ever for the reader of a pipe.
     """
     feed = _Feed(size, group_size)
     failures: list[BaseException] = []
@@ -71,7 +71,7 @@ class _Feed(Generic[Item]):
         self._closed = self._stopped = False
 
     def put(self, item: Item) -> bool:
-        """Add an item, once there is room; False when nobody wants it."""
+        """Add an item once there is room. Return False when no more items are wanted."""
         with self._changed:
             self._changed.wait_for(lambda: self._size < self._group_size or self._closed)
             self._items.append(item)
@@ -81,7 +81,7 @@ class _Feed(Generic[Item]):
             return not self._closed
 
     def take(self) -> list[Item]:
-        """The next group, empty at the end."""
+        """Return the next group, empty at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._items or self._closed)
             self._changed.wait_for(lambda: self._size >= self._group_size or self._closed, PATIENCE)
@@ -91,13 +91,13 @@ class _Feed(Generic[Item]):
             return group
 
     def close(self, *, stop: bool = False) -> None:
-        """No more items will come; with `stop`, those that have come are not wanted either."""
+        """Accept no more items. With `stop`, end the work on earlier items too."""
         with self._changed:
             self._closed = True
             self._stopped = self._stopped or stop
             self._changed.notify_all()
 
     def check(self) -> None:
-        """Raise when stopped."""
+        """Raise StoppedError once stopped."""
         if self._stopped:
             raise StoppedError

@@ -1,7 +1,7 @@
-"""A local file that another program may shrink or write again: each read is of the file as it was opened, or an error.
+"""Local files that another program may shrink or rewrite: a read returns the file as it was opened, or raises.
 
-Nothing is mapped. A page of a map that the file no longer has ends the process with SIGBUS, whatever was checked
-before; a read past the end is short, and tells.
+Such a file is not memory-mapped: touching a mapped page that the file no longer has kills the process with SIGBUS,
+even after a check. A read past the end is short, which can be noticed.
 """
 
 import errno
@@ -24,21 +24,21 @@ class FileChangedError(DataError):
         self.where, self.reason = where, reason
 
     def at(self, row: int) -> "FileChangedError":
-        """The same error, which also names the first row that is lost."""
+        """Return the same error, which also names the first row that is lost."""
         return FileChangedError(f"{self.where}, row {row}", self.reason)
 
 
 class StoredFile(io.RawIOBase):
     """A file for reading, by position (`read_at`) or as a raw binary file.
 
-    Size and modification time must be the same after each read as they were when the file was opened. A file that is
-    replaced by a rename is still there for whoever has it open, and no error.
+    After each read, size and modification time must be the same as when the file was opened. Replacing the file by a
+    rename is no error: the opened file can still be read.
 
     Raises OSError when it cannot be opened. Reading raises FileChangedError, and DataError when the disk fails.
     """
 
     def __init__(self, file: str | Path | int, where: str) -> None:
-        """`file` is a path, or a descriptor that is to be closed with this; `where` is its name in messages."""
+        """Open a path, or take a descriptor, which is closed with this object. `where` is its name in messages."""
         super().__init__()
         self.where = where
         self._handle = -1
@@ -67,7 +67,7 @@ class StoredFile(io.RawIOBase):
             )
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fill `buffer` from the position on; less only at the end of the file."""
+        """Fill `buffer` from the current position on, only in part at the end of the file. Return the bytes filled."""
         out = memoryview(buffer).cast("B")[: max(0, self.size - self._position)]
         self.read_at(self._position, out)
         self._position += len(out)
@@ -88,14 +88,14 @@ class StoredFile(io.RawIOBase):
         return True
 
     def close(self) -> None:
-        """Close the file; also done when nothing refers to it any more."""
+        """Close the file. This also happens when nothing refers to it any more."""
         if not self.closed and self._handle >= 0:
             os.close(self._handle)
         super().close()
 
 
 class StoredIds:
-    """(tokens,) ids that lie in a file, as a view: a slice reads nothing, `np.asarray` reads all of it."""
+    """A view of (tokens,) ids that lie in a file: a slice reads nothing, `np.asarray` reads all of it."""
 
     __slots__ = ("_file", "_length", "_offset", "dtype")
 
@@ -116,7 +116,7 @@ class StoredIds:
 
 
 def read_error(what: str, error: OSError, problem: str = "cannot read") -> LongNetError:
-    """The error of one line for a system call on an input that failed: full memory and full tables are not bad data."""
+    """Return a one-line error for a failed system call on an input. Running out of memory or files is not bad data."""
     reason = error.strerror or str(error)
     if error.errno == errno.ENOMEM:
         return MemoryLimitError(f"{what}: there is no memory to read it ({reason})")
@@ -126,7 +126,7 @@ def read_error(what: str, error: OSError, problem: str = "cannot read") -> LongN
 
 
 def no_place(error: OSError) -> LongNetError:
-    """The error of one line for a temporary file that cannot be written."""
+    """Return a one-line error for a temporary file that cannot be written."""
     return LongNetError(
         f"{tempfile.gettempdir()}: no place for a document larger than memory: {error.strerror or error}; set TMPDIR"
     )

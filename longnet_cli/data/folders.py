@@ -1,4 +1,4 @@
-"""Find the data files of a folder, here or in a store: the shards of a data set in its order, or every text."""
+"""The data files of a folder, local or in a store: the shards of a data set in its order, or every text."""
 
 import json
 import re
@@ -14,16 +14,17 @@ HDF5_SUFFIXES = (".h5", ".hdf5")
 
 
 def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> list[str]:
-    """Of all files below a folder the shards of a data set in its own order, otherwise every text, naturally sorted.
+    """Choose the files to read below a folder: the shards of a data set in its order, otherwise every text.
 
-    What `longnet` wrote below it, a data set or a run, is passed over where there is anything else: it may be what is
-    being written.
-    `names` are relative paths; `read(name, size)` gives a file's first bytes, all of them for None. Raises DataError
-    when nothing is readable or a shard is missing, ConfigError for a data set of several splits.
+    Files without an order of their own are sorted naturally. A data set or a run that `longnet` wrote below the
+    folder is skipped if there are other files, because it may be the output that is being written. `names` are
+    relative paths. `read(name, size)` returns the first bytes of a file, all of them for None. Raises DataError for a
+    folder without readable files, a missing shard and an unfinished or damaged data set, ConfigError for a data set
+    of several splits.
     """
 
     def listed(index: str, key: str, name: str) -> list[str] | None:
-        """The shards that a file in the folder lists, None where it is not what was written."""
+        """Return the shards that an index file of the folder lists, or None if the file is no such index."""
         try:
             shards = [str(shard[name]) for shard in json.loads(manifest_text(index, read(index, None)))[key]]
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -32,10 +33,10 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
             raise DataError(f"{folder}/{missing}: no such file, but {folder}/{index} lists it")
         return shards
 
-    # written by `datasets.save_to_disk`, beside caches that are no part of it
+    # `datasets.save_to_disk` writes this index, and may leave caches beside the shards
     if "state.json" in names and (shards := listed("state.json", "_data_files", "filename")):
         return shards
-    if UNFINISHED in names:  # of our own writer, until the last shard is there
+    if UNFINISHED in names:  # our writer keeps it until the last shard is there
         raise DataError(f"{folder}: the run that wrote this data did not end: finish it with its command and --resume")
     if manifest := manifest_in(names):
         if (shards := listed(manifest, "shards", "name")) is None:
@@ -54,14 +55,14 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
         if shards:
             return [shard for shard in shards if "/" not in shard] or shards
     chosen = [file for file in files if _looks_like_text(file, read(file, 8192))]
-    chosen = chosen or [file for file in files if file.endswith(HDF5_SUFFIXES)]  # last: among text, they are its data
+    chosen = chosen or [file for file in files if file.endswith(HDF5_SUFFIXES)]  # last: beside text, they are its data
     if not chosen:
         raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines, text or HDF5 files)")
     return chosen
 
 
 def _written_folders(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the files' folders, each with its slash, that hold a data set or a run of longnet's own."""
+    """Return the folders, each with its final slash, that hold a data set or a run written by longnet."""
     inside: dict[str, set[str]] = {}
     for name in names:
         folder, slash, file = name.rpartition("/")
@@ -71,14 +72,14 @@ def _written_folders(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is passed over."""
+    """Return whether a file or folder of this name is skipped."""
     return name.startswith(".") or name == "__pycache__"
 
 
 def _looks_like_text(name: str, head: bytes) -> bool:
-    """Return whether a file met in a folder is worth opening: images and empty `__init__.py` files are not.
+    """Return whether a file found in a folder is worth opening: images and empty `__init__.py` files are not.
 
-    Of what is compressed, an archive of many files is no text.
+    A compressed file is, if its suffix says so and it is not an archive of many files.
     """
     if compression(head):
         return name.endswith(SUFFIXES) and not bare_name(name).endswith(".tar")
@@ -86,15 +87,15 @@ def _looks_like_text(name: str, head: bytes) -> bool:
 
 
 def natural_order(name: str) -> list[str | int]:
-    """Sort key that puts part-2 before part-10."""
+    """Return a sort key that puts part-2 before part-10."""
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
-ARROW_KINDS = ("file", "stream", "parquet")  # of `sniff`: tables, whose columns have types
+ARROW_KINDS = ("file", "stream", "parquet")  # results of `sniff` for tables with typed columns
 
 
 def sniff(head: bytes) -> str:
-    """`file`, `stream` (Arrow IPC), `parquet`, `hdf5` or `text`, from at least the first 8 bytes."""
+    """Return `file`, `stream` (Arrow IPC), `parquet`, `hdf5` or `text`, by at least the first 8 bytes."""
     if head.startswith(b"ARROW1\0\0"):
         return "file"
     if head.startswith(b"\xff\xff\xff\xff"):

@@ -1,6 +1,6 @@
-"""Open a file by its contents: Arrow IPC file or stream, Parquet, HDF5, JSON Lines or UTF-8 text, whatever its name.
+"""File formats, known by contents and not by name: Arrow IPC file or stream, Parquet, HDF5, JSON Lines, UTF-8 text.
 
-Any of them may be compressed: then it is what it unpacks to, read as from a pipe. A new format is one more case in
+Any of them may be compressed: the unpacked data is then read as from a pipe. A new format is one more case in
 `_open_file` and `_open_pipe`. Every failure is one line that names the file and the batch.
 """
 
@@ -28,27 +28,27 @@ from longnet_cli.data.tables import Pipe, Table, Text, pick, reading
 from longnet_cli.errors import DataError
 
 PARQUET_BATCH_BYTES = 64 << 20
-TEXT_BUFFER = 1 << 20  # bytes read together of a text
-TEXT_PART = 16 << 20  # bytes of a text that are held together; what is longer goes through in parts
+TEXT_BUFFER = 1 << 20  # bytes per read of a text
+TEXT_PART = 16 << 20  # bytes of a text in memory at a time; a longer text is read in parts
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-REMOTE_BUFFER = 8 << 20  # bytes of one request to a store
+REMOTE_BUFFER = 8 << 20  # bytes per request to a store
 
 
 def open_source(source: Source, wanted: Wanted = USUAL) -> Text | Table:
-    """Open one input; the columns `wanted` are those by which JSON Lines of other keys are known as such.
+    """Open one input. JSON Lines are recognised by the column in `wanted`, otherwise by the usual keys.
 
-    Raises DataError for what is missing, empty, damaged, or neither a table nor UTF-8 text.
+    Raises DataError for an input that is missing, empty, damaged, or neither a table nor UTF-8 text.
     """
     if source.path is None:
         return _open_pipe(source, sys.stdin.buffer, wanted)
     if source.filesystem is not None:
-        from longnet_cli.data.remote import open_remote  # 20 ms that local input need not pay
+        from longnet_cli.data.remote import open_remote  # imported late: 20 ms that local input does not need
 
         with reading(source.where):
             file = open_remote(source.filesystem, str(source.path), source.where)
             return _open_file(source, io.BufferedReader(file, REMOTE_BUFFER), None, wanted)
     with reading(source.where):
-        # A named pipe, the shell's <(command), or a file of the kernel's (/proc), whose size is 0.
+        # A named pipe, the shell's <(command), or a kernel file (/proc), whose size is 0.
         if not source.path.is_file() or source.path.stat().st_size == 0:
             return _open_pipe(source, open(source.path, "rb"), wanted)
         stored = StoredFile(source.path, source.where)
@@ -56,7 +56,7 @@ def open_source(source: Source, wanted: Wanted = USUAL) -> Text | Table:
 
 
 def _open_file(source: Source, stream: Any, file: StoredFile | None, wanted: Wanted) -> Text | Table:
-    """`stream` is a binary file that can seek; it is `file` where that is on this machine."""
+    """Open `stream`, a binary file that can seek. `file` is the same file if it is on this machine, otherwise None."""
     head = stream.read(8)
     kind = sniff(head)
     stream.seek(0)
@@ -75,7 +75,7 @@ def _open_file(source: Source, stream: Any, file: StoredFile | None, wanted: Wan
 
 
 def _open_pipe(source: Source, raw: Any, wanted: Wanted, *, unpacked: bool = False) -> Text | Table:
-    """`unpacked` says that what comes was compressed: a file may unpack to itself, for ever."""
+    """Open a pipe. `unpacked` data is not unpacked again: a file may unpack to itself, for ever."""
     pipe = Pipe(raw)
     with reading(source.where):
         kind = sniff(pipe.peek(8))
@@ -83,7 +83,7 @@ def _open_pipe(source: Source, raw: Any, wanted: Wanted, *, unpacked: bool = Fal
             return _open_pipe(source, unpack(packed, pipe, source.where), wanted, unpacked=True)
         if kind == "text":
             return _open_text(source, pipe, wanted)
-        if kind == "parquet":  # its index is at its end
+        if kind == "parquet":  # read whole, because its index is at its end
             return _open_parquet(source, pa.BufferReader(pipe.read()))
         if kind == "stream":
             return arrow.open_stream(source.name, source.where, pipe)
@@ -96,7 +96,7 @@ def _open_pipe(source: Source, raw: Any, wanted: Wanted, *, unpacked: bool = Fal
 
 
 def _copy(pipe: Pipe) -> int:
-    """A descriptor of an unnamed temporary file with all that comes through a pipe."""
+    """Copy everything in a pipe to an unnamed temporary file, and return its descriptor."""
     try:
         with tempfile.TemporaryFile() as copy:
             shutil.copyfileobj(pipe, copy, REMOTE_BUFFER)
@@ -107,7 +107,7 @@ def _copy(pipe: Pipe) -> int:
 
 
 def _open_text(source: Source, pipe: Pipe, wanted: Wanted) -> Text | Table:
-    """JSON Lines, otherwise one document, byte for byte: no newline translation, no normalisation."""
+    """Open JSON Lines, otherwise one document, byte for byte: no newline translation, no normalisation."""
     table = open_json_lines(source, pipe, wanted)
     if table:
         return table
@@ -117,12 +117,12 @@ def _open_text(source: Source, pipe: Pipe, wanted: Wanted) -> Text | Table:
         is_file = source.path is not None and (source.filesystem is not None or source.path.is_file())
         if not is_file or bare_name(source.name).endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
             raise DataError(f"{source.where}: the file is empty (0 bytes)")
-        return Text(source.name, "", source.where)  # a document like others, with nothing in it
+        return Text(source.name, "", source.where)  # an empty text is a document too
     return Text(source.name, first, source.where, rest=parts)
 
 
 def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
-    """The text in a pipe, in parts of TEXT_PART bytes. Raises DataError for what is not UTF-8, or has a NUL."""
+    """Yield the text in a pipe, in parts of TEXT_PART bytes. Raises DataError for invalid UTF-8 and for a NUL."""
 
     def read(size: int) -> bytes:
         with reading(where):
@@ -148,10 +148,10 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
 
 
 def _open_parquet(source: Source, file: Any) -> Table:
-    import pyarrow.parquet as pq  # 30 ms that Arrow input need not pay
+    import pyarrow.parquet as pq  # imported late: 30 ms that Arrow input does not need
 
     parquet = pq.ParquetFile(file, page_checksum_verification=True)
-    _ = parquet.schema_arrow.names  # UnicodeDecodeError for one that is not UTF-8
+    _ = parquet.schema_arrow.names  # raises UnicodeDecodeError for a name that is not UTF-8
     metadata = parquet.metadata
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     if sum(group.num_rows for group in groups) != metadata.num_rows:
@@ -174,7 +174,7 @@ def _open_parquet(source: Source, file: Any) -> Table:
         names = [*parquet.schema_arrow.names, columns[0]]
         leaves = [leaf for leaf, path in enumerate(paths) if _root(path, names) == columns[0]]
         expected = sum(group.column(leaves[0]).num_values for group in groups)
-        # A page that is damaged may hold fewer values than its column says, which Parquet's reader does not mind.
+        # A damaged page may hold fewer values than its column declares, which Parquet's reader does not report.
         if (seen, values) != (metadata.num_rows, expected):
             raise DataError(
                 f"{source.where}: truncated: {seen} rows of {values} values, of the {metadata.num_rows} rows of "
@@ -185,12 +185,12 @@ def _open_parquet(source: Source, file: Any) -> Table:
 
 
 def _root(path: str, names: Sequence[str]) -> str:
-    """The column of a table, whose name may have dots, that one of Parquet (`input_ids.list.element`) belongs to."""
+    """Return the table column, whose name may have dots, of a Parquet path such as `input_ids.list.element`."""
     return max((name for name in names if f"{path}.".startswith(f"{name}.")), key=len, default="")
 
 
 def _leaf_values(column: pa.Array) -> int:
-    """Return how many values Parquet counts in a column: an empty or missing list is one of them."""
+    """Return the number of values that Parquet counts in a column: an empty or missing list is one of them."""
     if not pa.types.is_nested(column.type) or pa.types.is_struct(column.type):
         return len(column)
     lengths = pc.fill_null(pc.list_value_length(column), 0)

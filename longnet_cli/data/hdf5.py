@@ -1,4 +1,4 @@
-"""HDF5 files of tile features, as TRIDENT and CLAM write them, as tables: a dataset is a column, a file one slide."""
+"""HDF5 files of tile features, from TRIDENT or CLAM, read as tables: a dataset is a column, a file one slide."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ BATCH_BYTES = 16 << 20
 
 
 def open_hdf5(name: str, where: str, file: Any) -> Table:
-    """The table of an HDF5 `file` that can seek: its datasets of rows of numbers, and the file's name as `slide_id`.
+    """Open an HDF5 `file` that can seek as a table. Its columns are the datasets of rows of numbers, and `slide_id`.
 
-    The side of a tile, from the attributes of `coords`, goes into the schema's metadata as `longnet.tile_size`. What
-    lies outside the file, behind a link or as a virtual dataset, is not read. Raises ConfigError without h5py.
+    `slide_id` is the file's name without its suffix. The side of a tile, from the attributes of `coords`, goes into
+    the schema's metadata as `longnet.tile_size`. Data outside the file, behind a link or in a virtual dataset, is not
+    read. Raises ConfigError without h5py.
     """
     try:
         import h5py
@@ -55,7 +56,7 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
 
 @contextmanager
 def _reading(what: str, row: int | None = None) -> Iterator[None]:
-    """Do as `tables.reading`, also for what h5py raises of a damaged file besides."""
+    """Do as `tables.reading`, and also handle the other errors that h5py raises for a damaged file."""
     with reading(what, row):
         try:
             yield
@@ -64,7 +65,7 @@ def _reading(what: str, row: int | None = None) -> Iterator[None]:
 
 
 class _Rows:
-    """A dataset of rows of numbers; a batch of one around them counts for nothing."""
+    """A dataset of rows of numbers, (rows, width). An outer batch dimension of 1 is ignored."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -78,7 +79,7 @@ class _Rows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a row."""
+        """The bytes of a row."""
         return self.width * self.dtype.itemsize
 
     def read(self, start: int, stop: int) -> pa.Array:
@@ -87,7 +88,7 @@ class _Rows:
 
 
 def _rows(content: Any, key: str, h5py: Any) -> _Rows | None:
-    """The rows of numbers under a name of an HDF5 file; None where there is something else, or it lies elsewhere."""
+    """Return the rows of numbers under `key`; None for anything else, and for data outside of the file."""
     if not isinstance(content.get(key, getlink=True), h5py.HardLink) or not isinstance(content[key], h5py.Dataset):
         return None
     dataset = content[key]
@@ -99,7 +100,10 @@ def _rows(content: Any, key: str, h5py: Any) -> _Rows | None:
 
 
 def _tile_size(attributes: Any) -> float | None:
-    """The side of a tile in the pixels that coordinates count: TRIDENT says it, CLAM in pixels of a smaller image."""
+    """Return the side of a tile, in the pixels of its coordinates; None if unknown.
+
+    TRIDENT gives it directly. CLAM gives it in pixels of a smaller image.
+    """
 
     def number(name: str) -> float | None:
         value = np.asarray(attributes[name]).reshape(-1) if name in attributes else np.empty(0)

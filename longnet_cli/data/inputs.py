@@ -1,4 +1,4 @@
-"""Find the files that an input names: a file, a folder, a glob, an @list or stdin, in a stable, natural order."""
+"""The files that an input names (a file, a folder, a glob, an @list or stdin), in a stable, natural order."""
 
 import glob
 import hashlib
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 class Source:
     """One file to read, or stdin where `path` is None. `name` becomes the doc_id, `where` goes into messages.
 
-    Both are text, whatever the locale makes of the bytes of a path.
-    `filesystem` is where the path is, None on this machine.
+    Both are the path's UTF-8 text, in any locale. `filesystem` holds the path, None on this machine.
     """
 
     path: Path | None
@@ -39,10 +38,11 @@ class Source:
 
 
 def find_sources(inputs: Sequence[str | Path], missing: list[DataError] | None = None) -> list[Source]:
-    """Expand folders, globs, lists and URIs into files; a name that occurs twice becomes the whole path.
+    """Expand folders, globs, lists and URIs into files. A name that occurs twice becomes the whole path.
 
-    A file that is reached more than once, be it by another name or through a link, is read once, where it stands first;
-    a warning names it. The DataError of an input that cannot be found is added to `missing`, or raised without it.
+    A file that is reached more than once, by another name or through a link, is read once, in its first place, and a
+    warning names it. The DataError of an input that cannot be found is added to `missing` if given, and otherwise
+    raised. Raises ConfigError for no input and for stdin given twice.
     """
     if not inputs:
         raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
@@ -54,7 +54,7 @@ def find_sources(inputs: Sequence[str | Path], missing: list[DataError] | None =
 
 
 def once(sources: Iterable[Source]) -> list[Source]:
-    """Return the sources without those that are a file which an earlier one is, by device and inode."""
+    """Return the sources without files that repeat an earlier one (same device and inode), and warn about those."""
     first: dict[object, Source] = {}
     again: list[str] = []
     for source in sources:
@@ -75,7 +75,7 @@ def once(sources: Iterable[Source]) -> list[Source]:
 
 
 def expand(item: str, missing: list[DataError] | None = None) -> list[Source]:
-    """The files that one input names; `missing` as for `find_sources`."""
+    """Return the files that one input names, with `missing` as in `find_sources`."""
     found = []
     for source in _expand_all([_as_text(item)], missing, in_list=False):
         try:
@@ -102,22 +102,22 @@ def _expand_all(items: Iterable[str], missing: list[DataError] | None, *, in_lis
 
 
 def _as_text(path: str) -> str:
-    """The text that a path is in UTF-8, whatever the locale: of bytes that are not, each is a surrogate."""
+    """Return a path as UTF-8 text, in any locale. A byte that is not UTF-8 becomes a surrogate."""
     try:
         return os.fsencode(path).decode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # it is text, and the locale's encoding has not all of it
+    except UnicodeEncodeError:  # text with characters that the locale's encoding lacks
         return path
 
 
 def _as_path(text: str) -> str:
-    """The opposite of `_as_text`, for the system."""
+    """Return the path for the system: the inverse of `_as_text`."""
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
 def inputs_fingerprint(inputs: Sequence[str | Path]) -> str:
-    """Return what a resumed run must find again: the inputs' names, order and sizes (not of a pipe)."""
+    """Return a digest of the inputs' names, order and sizes (not of pipes), which a resumed run must find again."""
     digest = hashlib.sha256()
-    sources = find_sources(inputs, [])  # what is missing is said by who reads
+    sources = find_sources(inputs, [])  # the reader reports missing inputs
     for source in sources:
         size = source.path.stat().st_size if source.path is not None and source.path.is_file() else None
         digest.update(f"{source.name}\0{size}\0".encode("utf-8", "surrogateescape"))
@@ -125,13 +125,13 @@ def inputs_fingerprint(inputs: Sequence[str | Path]) -> str:
 
 
 def _expand(item: str, missing: list[DataError] | None, *, in_list: bool) -> list[Source]:
-    if not item:  # in a script, a variable that is not set
+    if not item:  # such as an unset variable in a script
         raise ConfigError("an input is empty: name a file, a folder, a glob, @list.txt, or - for stdin")
     refuse_web_address(item)
     if item.startswith("file://"):
-        item, in_list = unquote(item.removeprefix("file://")), True  # the URI of a name with @ is no list
+        item, in_list = unquote(item.removeprefix("file://")), True  # in a URI, @ starts a name, not a list
     elif re.match(r"[a-z][a-z0-9+.-]*://", item):
-        from longnet_cli.data.remote import find_remote  # 20 ms that local input need not pay
+        from longnet_cli.data.remote import find_remote  # imported late: 20 ms that local input does not need
 
         filesystem, found = find_remote(item)
         return [Source(Path(path), name, where, filesystem) for path, name, where in found]
@@ -156,7 +156,7 @@ def _expand(item: str, missing: list[DataError] | None, *, in_list: bool) -> lis
 
 
 def _stdin_source() -> Source:
-    """`< file` is a file like any other, which can be memory-mapped; anything else is read once, forwards."""
+    """Return the source for stdin. `< file` can seek, like any other file; anything else is read once, forwards."""
     if sys.stdin is None:
         raise DataError("stdin is closed")
     try:
@@ -169,14 +169,15 @@ def _stdin_source() -> Source:
 
 @lru_cache(maxsize=1)
 def _read_once(stream: TextIO) -> bytes:
-    """All bytes of stdin, which is asked for whenever inputs are expanded."""
+    """Read all of stdin, and keep it: inputs may be expanded more than once."""
     return stream.buffer.read()
 
 
 def _listed(name: str) -> list[str]:
-    """The inputs that a list holds, stdin for `-`: as typed on the command line, one a line, or each ended by a NUL.
+    """Return the inputs in a list, or in stdin for `-`, written as on the command line, one per line.
 
-    Between lines, blank ones and # comments are skipped; between NULs, as `find -print0` writes them, all is a name.
+    Blank lines and # comments are skipped. In a list with NULs, as `find -print0` writes it, all up to a NUL is a
+    name.
     """
     where = f"@{name}"
     try:

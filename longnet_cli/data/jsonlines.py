@@ -1,4 +1,4 @@
-"""JSON Lines: an object a line, with a text or a list of token ids, read line by line in bounded memory."""
+"""JSON Lines: one object per line, with a text, a list of token ids or a chat, read line by line in bounded memory."""
 
 import json
 import re
@@ -17,21 +17,22 @@ from longnet_cli.data.inputs import Source
 from longnet_cli.data.tables import CHAT_COLUMN, TOKEN_COLUMNS, Pipe, Table, one_line
 from longnet_cli.errors import DataError
 
-BATCH_BYTES = 4 << 20  # of lines that become one batch
-LOOK_AHEAD = 1 << 20  # bytes of lines that say of what types the values are which are carried along
+BATCH_BYTES = 4 << 20  # of the lines in one batch
+LOOK_AHEAD = 1 << 20  # bytes of lines that decide the types of carried columns
 PATIENCE = 0.5  # seconds that a line from a slow producer waits for others
 
-_OBJECT = re.compile(rb'(\xef\xbb\xbf)?\{[ \t]*"')  # a Python dict, a pretty-printed .json and a CSS rule differ
+_OBJECT = re.compile(rb'(\xef\xbb\xbf)?\{[ \t]*"')  # no Python dict, pretty-printed .json or CSS rule matches
 _TEXT, _IDS = pa.large_string(), pa.large_list(pa.int64())
-_CHAT = pa.list_(pa.map_(pa.string(), pa.string()))  # of messages, whatever keys they have
+_CHAT = pa.list_(pa.map_(pa.string(), pa.string()))  # of messages with any keys
 
 
 def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
-    """The table of a JSON Lines input, None (and nothing is read) when the input is plain text.
+    """Open a JSON Lines input as a table. Return None for plain text, and leave all of it in the pipe.
 
-    JSON Lines is what begins with a line that is an object with a `text`, a list of ids under one of TOKEN_COLUMNS,
-    `messages`, or the column `wanted`. The first line decides which keys are columns; the first lines, of which type
-    those are that are carried along. DataError for a file that is named .jsonl or .ndjson and begins otherwise.
+    An input is JSON Lines if its first line is an object with the documents' column of `wanted` or, if it names none,
+    with `text`, a list of ids under one of TOKEN_COLUMNS, or `messages`. The first line decides which keys are
+    columns. The first lines decide the types of columns that are carried along. Raises DataError for a file named
+    .jsonl or .ndjson that starts otherwise.
     """
     column = wanted.column
     named = bare_name(source.name).endswith(JSON_SUFFIXES)
@@ -71,7 +72,7 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
                 if bad or size >= BATCH_BYTES or time.monotonic() - begun > PATIENCE:
                     yield _batch(rows, chosen)
                     rows, size, begun = [], 0, time.monotonic()
-        except DataError:  # of the lines: which came before it must not depend on how fast they came
+        except DataError:  # the rows before it come first, however fast they came
             if rows:
                 yield _batch(rows, chosen)
             raise
@@ -82,7 +83,7 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
 
 
 def _lines(pipe: Pipe) -> Iterator[bytes]:
-    """Lines, of which the blank ones at the end are left out, so that line numbers are row numbers."""
+    """Yield the lines, except blank ones at the end. Earlier blank lines stay, so line numbers are row numbers."""
     blank = 0
     while line := pipe.readline():
         if not line.strip():
@@ -94,7 +95,10 @@ def _lines(pipe: Pipe) -> Iterator[bytes]:
 
 
 def _kept_types(pipe: Pipe, where: str, names: Sequence[str]) -> dict[str, pa.DataType]:
-    """The types of what is carried along, by the first lines, which stay in the pipe. DataError where they differ."""
+    """Return the types of columns to carry along, by the first lines, which stay in the pipe.
+
+    Raises DataError for values of different types.
+    """
     if not names:
         return {}
     lines: list[bytes] = []
@@ -121,7 +125,7 @@ def _kept_types(pipe: Pipe, where: str, names: Sequence[str]) -> dict[str, pa.Da
 
 
 def _value(row: dict[str, Any], name: str) -> Any:
-    """The value of a key, which may lead into objects (`doc.body`); None where there is none."""
+    """Return the value of a key, which may lead into objects (`doc.body`); None where there is none."""
     if name in row or "." not in name:
         return row.get(name)
     value: Any = row
@@ -131,7 +135,7 @@ def _value(row: dict[str, Any], name: str) -> Any:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    """The object of one line; ValueError says what is wrong with it in one line."""
+    """Return the object on one line. Raises ValueError, with a message of one line, for a bad one."""
     if not line:
         raise ValueError("the line is empty: JSON Lines holds one object a line")
     try:
@@ -140,7 +144,7 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not UTF-8: byte {error.start} is 0x{line[error.start]:02x}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deeply nested brackets
         raise ValueError(f"not JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
@@ -166,9 +170,9 @@ def _is_id(value: Any) -> bool:
 
 
 def _cell(row: dict[str, Any], key: str, kind: pa.DataType, kept: bool) -> Any:
-    """The value of a key as what `_batch` takes for a column of `kind`; ValueError when it is something else.
+    """Return the value of a key in the form that `_batch` takes for a column of `kind`.
 
-    One that is only `kept` may be missing.
+    A value that is only `kept` may be missing. Raises ValueError for a value of another kind.
     """
     value = _value(row, key)
     if value is None:
@@ -215,7 +219,7 @@ def _cell(row: dict[str, Any], key: str, kind: pa.DataType, kept: bool) -> Any:
 
 
 def _message(message: Any, key: str) -> list[tuple[str, str]]:
-    """The keys and texts of a message of a chat, without what is null; ValueError for one that is none."""
+    """Return the keys and texts of a message of a chat, without nulls. Raises ValueError for anything else."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"{key!r} holds what is no message, with a role and a content")
     found = {name: text for name, text in message.items() if text is not None}

@@ -11,7 +11,7 @@ from longnet_cli.errors import ConfigError, DataError
 
 
 class Carrier(Protocol):
-    """A document, or what was found of one: `where` is its file and row, `kept` the values that it carries along."""
+    """A document, or a result for one: `where` is its file and row, `kept` the values that it carries along."""
 
     @property
     def where(self) -> str: ...
@@ -20,7 +20,7 @@ class Carrier(Protocol):
 
 
 class Sent(NamedTuple):
-    """A value that another process sent as JSON; it stands for the scalar that it was."""
+    """A value that another process sent as JSON. It stands for the original scalar."""
 
     value: Any
 
@@ -29,7 +29,7 @@ class Sent(NamedTuple):
 
 
 def first_kept(documents: Iterable[Document]) -> tuple[list[pa.Field], Iterator[Document]]:
-    """Return the columns of what the first document carries along, and all documents."""
+    """Return the columns that the first readable document carries along, and all documents."""
     found: list[Document] = []
     remaining = iter(documents)
     for document in remaining:
@@ -41,19 +41,19 @@ def first_kept(documents: Iterable[Document]) -> tuple[list[pa.Field], Iterator[
 
 
 def with_kept(fields: Sequence[pa.Field], kept: Sequence[pa.Field]) -> list[pa.Field]:
-    """Return the columns of an output with those of `kept` behind them. Raises ConfigError for a name in both."""
+    """Return the columns of an output, followed by `kept`. Raises ConfigError for a name in both."""
     if taken := {field.name for field in fields} & {field.name for field in kept}:
         raise ConfigError(f"--keep {min(taken)}: the output has a column of this name")
     return [*fields, *kept]
 
 
 def kept_settings(kept: Sequence[pa.Field]) -> dict[str, list[str]]:
-    """Return what a folder of shards remembers of `kept`: a resumed run must have the same. Nothing without columns."""
+    """Return the settings that record `kept` in a shard folder, for a resumed run to match; empty without columns."""
     return {"keep": [f"{field.name}: {field.type}" for field in kept]} if kept else {}
 
 
 def kept_value(carrier: Carrier, field: pa.Field) -> pa.Scalar:
-    """Return what a document carries along for a column. Raises DataError for a value that is not of its type."""
+    """Return the value that a document carries along for a column. Raises DataError for a value of another type."""
     value = carrier.kept[field.name]
     try:
         return value if value.type == field.type else value.cast(field.type)
@@ -64,5 +64,5 @@ def kept_value(carrier: Carrier, field: pa.Field) -> pa.Scalar:
 
 
 def kept_column(values: Iterable[pa.Scalar], field: pa.Field) -> pa.Array:
-    """Return values of a column's type as one array. `pa.array` would refuse lists among them that are null."""
+    """Return values of a column's type as one array. `pa.array` would refuse null lists among them."""
     return pa.concat_arrays([pa.nulls(0, field.type), *(pa.repeat(value, 1) for value in values)])

@@ -1,10 +1,10 @@
-"""The manifest of a folder of shards, in one file that other tools take for one more shard, without rows.
+"""The manifest of a folder of shards: one file, which other tools read as one more shard, without rows.
 
-    _unfinished.json    as long as more shards are to come; readers refuse the folder
-    _manifest.arrow     when all are there, or _manifest.parquet: a table of their schema and 0 rows, whose metadata
-                        has the same JSON under `longnet.manifest`
+    _unfinished.json    while more shards are to come; readers refuse the folder
+    _manifest.arrow     (or _manifest.parquet) when all are there: a table with the schema of the shards and 0 rows,
+                        whose metadata has the same JSON under `longnet.manifest`
 
-So a finished folder holds nothing but tables of one schema: whoever reads all that is in it reads the data set.
+So a finished folder holds only tables of one schema, and a tool that reads all its files reads the data set.
 """
 
 import json
@@ -24,19 +24,19 @@ from longnet_cli.data.tables import one_line
 from longnet_cli.errors import DataError, LongNetError
 
 UNFINISHED = "_unfinished.json"
-FINISHED = ("_manifest.arrow", "_manifest.parquet", "_manifest.json")  # the last of folders written until 2026
+FINISHED = ("_manifest.arrow", "_manifest.parquet", "_manifest.json")  # the last one is in folders written until 2026
 MANIFEST_VERSION = 1
 _KEY = b"longnet.manifest"
 
 
 @dataclass
 class Manifest:
-    """The account of a folder's shards.
+    """The record of a folder's shards.
 
-    `settings` is whatever decides the bytes of the shards: inputs and options. `shards` has a dict a shard, in order:
-    `name`, `rows`, and the counts that were given to `ShardFolder.write`, `documents` among them. `skipped` documents
-    are in none, because they could not be read, and `empty` ones, because there is nothing in them. `tokenizer` is what
-    `Tokenizer.description` returns.
+    `settings` holds everything that decides the bytes of the shards: inputs and options. `shards` has one dict per
+    shard, in order: `name`, `rows`, and the counts that were given to `ShardFolder.write`, such as `documents`.
+    `skipped` counts the documents that could not be read, `empty` those with nothing in them: neither are in any
+    shard. `tokenizer` is the value of `Tokenizer.description`.
     """
 
     settings: dict[str, Any]
@@ -48,7 +48,7 @@ class Manifest:
 
     @property
     def totals(self) -> Counter[str]:
-        """`rows`, `documents` and the other counts, over all finished shards, and `skipped` and `empty`, unless 0."""
+        """The sums of `rows`, `documents` and other counts over finished shards, and `skipped` and `empty` unless 0."""
         others = {"skipped": self.skipped, "empty": self.empty}
         totals = Counter({name: count for name, count in others.items() if count})
         for shard in self.shards:
@@ -66,14 +66,14 @@ class Manifest:
         return json.dumps(content, indent=1) + "\n"
 
     def write_finished(self, folder: Path, schema: pa.Schema, suffix: str) -> None:
-        """Write the table without rows, whole or not at all; `schema` and `suffix` are those of the shards."""
+        """Write the table without rows, whole or not at all, with the `schema` and `suffix` of the shards."""
         known = schema.with_metadata({**(schema.metadata or {}), _KEY: self.to_json()})
         with ShardWriter(folder / f"_manifest{suffix}", known):
             pass
 
 
 def read_manifest(folder: str | Path) -> Manifest | None:
-    """The manifest of a folder of shards, None where there is none; DataError for one that cannot be read."""
+    """Return the manifest of a folder of shards, or None. Raises DataError for one that cannot be read."""
     for name in (UNFINISHED, *FINISHED):
         path = Path(folder, name)
         try:
@@ -97,12 +97,12 @@ def read_manifest(folder: str | Path) -> Manifest | None:
 
 
 def tokens_in(inputs: Iterable[str | Path]) -> int | None:
-    """Return how many token ids the inputs hold, where all are folders whose manifests tell; None otherwise."""
+    """Return the number of token ids in the inputs if all are folders whose manifests give it, otherwise None."""
     total = 0
     for folder in inputs:
         try:
             manifest = read_manifest(folder)
-        except LongNetError:  # whoever reads the data says what is wrong
+        except LongNetError:  # the reader of the data reports it
             return None
         if manifest is None or not manifest.finished or manifest.tokenizer is None:
             return None
@@ -111,13 +111,13 @@ def tokens_in(inputs: Iterable[str | Path]) -> int | None:
 
 
 def manifest_text(name: str, data: bytes) -> str:
-    """The JSON in a manifest of this file name, whose bytes are `data`. ValueError, KeyError where it is none."""
+    """Return the JSON in a manifest of this file name and bytes. Raises ValueError and KeyError for other data."""
     if name.endswith(".json"):
         return data.decode()
     if name.endswith(".arrow"):
         schema = ipc.open_file(pa.BufferReader(data)).schema
     else:
-        import pyarrow.parquet as pq  # 30 ms that IPC need not pay
+        import pyarrow.parquet as pq  # imported late: 30 ms that IPC does not need
 
         schema = pq.read_schema(pa.BufferReader(data))
     return str((schema.metadata or {})[_KEY].decode())
@@ -129,6 +129,6 @@ def is_manifest(schema: pa.Schema) -> bool:
 
 
 def manifest_in(names: Iterable[str]) -> str | None:
-    """The name of the manifest of a finished folder, of the names of its files; None where there is none."""
+    """Return the name of the manifest among the file names of a finished folder, or None."""
     found = set(names)
     return next((name for name in FINISHED if name in found), None)

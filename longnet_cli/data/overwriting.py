@@ -1,4 +1,4 @@
-"""No command destroys what it reads: an output that is one of its inputs, under whatever name, is refused."""
+"""A check that no command destroys its input: an output that is one of the inputs, under any name, is refused."""
 
 import os
 import stat
@@ -22,11 +22,12 @@ def refuse_overwriting(
 ) -> None:
     """Raise ConfigError where writing to one of `outputs` would change or replace a file that the command reads.
 
-    An output that is a file is compared with each input, a folder with what lies anywhere in it; `-` is where stdout
-    leads. `inputs` are expanded as for reading; `also` are other files, or folders of models, whose own files count;
-    None is nothing. `option` is its name, for the message. Errors of `find_sources` are raised too, unless `skip_bad`.
+    An output file must not be one of the inputs; an output folder must not contain one, at any depth; `-` is the file
+    behind stdout. `inputs` are expanded as for reading. `also` are other files that are read, or model folders, whose
+    own files count; None is ignored. `option` is the name of the output's option, for the message. An input that
+    cannot be found raises DataError, unless `skip_bad`.
     """
-    places = {place: output for output in outputs if (place := _identity(output))}  # of those that exist
+    places = {place: output for output in outputs if (place := _identity(output))}  # the outputs that exist
     if not places:
         return
     folders = {place for place, output in places.items() if str(output) != "-" and Path(output).is_dir()}
@@ -56,7 +57,7 @@ def _read_files(inputs: Sequence[str | Path], also: Iterable[str | Path | None],
 
 
 def _identity(path: str | Path) -> Identity | None:
-    """Of a file or folder; None for what is not there, and for pipes, terminals and devices, which keep nothing."""
+    """Return the identity of a file or folder; None if missing, and for pipes and devices, which keep nothing."""
     try:
         found = os.fstat(1) if str(path) == "-" else os.stat(path)
     except (OSError, ValueError):
@@ -66,5 +67,5 @@ def _identity(path: str | Path) -> Identity | None:
 
 @lru_cache(maxsize=1024)
 def _folders_of(folder: str) -> tuple[Identity | None, ...]:
-    """A folder and all that it is in."""
+    """Return the identities of a folder and of all folders around it."""
     return tuple(_identity(path) for path in (Path(folder), *Path(folder).parents))

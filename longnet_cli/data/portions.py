@@ -1,6 +1,6 @@
-"""Documents, or pieces of them, in portions of some size, each of which is worked on as if it were all there is.
+"""Portions: groups of documents, or of pieces of documents, each worked on as if there were nothing else.
 
-So the numbers of a document depend on its portion alone: not on where a run was resumed, nor on which process reads it.
+So the numbers of a document depend only on its portion, not on where a run was resumed or which process reads it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 class Portion(Generic[T]):
-    """Neighbouring items, to be read once. When they have been, the attributes tell of them.
+    """Neighbouring items, to be read once. The attributes are valid when all items have been read.
 
-    There were so many `items`, of together `length`. `ends_shard` is true for those that are the last of a shard.
+    `items` is the number of items, `length` their total length. `ends_shard` is true for the last portion of a shard.
     """
 
     def __init__(self, items: Iterator[T], is_full: Callable[[Portion[T], T], bool]) -> None:
@@ -39,10 +39,10 @@ def portions(
     shard: int | None = None,
     size_of: Callable[[T], int] = lambda item: 1,
 ) -> Iterator[Portion[T]]:
-    """Cut items into portions, each to be read to its end before the next.
+    """Cut items into portions. Read each portion to its end before the next.
 
-    A portion ends with the item that brings it to `length` (each item takes 1 besides its own), or the shard to the sum
-    `shard` of the `size_of` each.
+    A portion ends with the item that brings it to `length`: an item counts for its own length plus 1. It also ends
+    with the item that brings the sum of `size_of` over the shard to `shard`.
     """
     remaining = iter(items)
     in_shard = 0

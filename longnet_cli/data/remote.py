@@ -1,4 +1,4 @@
-"""Inputs in a store: `s3://`, `gs://`, `hf://` and whatever else pyarrow or fsspec can reach."""
+"""Inputs in a store: `s3://`, `gs://`, `hf://` and other URIs that pyarrow or fsspec can reach."""
 
 import re
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from longnet_cli.errors import ConfigError, DataError, LongNetError, MemoryLimit
 
 
 def connect(uri: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a URI and the path on it: pyarrow's own, otherwise fsspec's.
+    """Return the filesystem of a URI, pyarrow's own or otherwise fsspec's, and the path on it.
 
-    Raises ConfigError when neither knows the scheme, saying what to install.
+    Raises ConfigError for a scheme that neither knows, saying what to install.
     """
     try:
         return fs.FileSystem.from_uri(quote(uri, safe=":/?#&=@%+,;~!$'()*"))
@@ -37,9 +37,9 @@ def connect(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str]]]:
-    """The filesystem of a URI and the files that it names, each as its path there, its name and its own URI.
+    """Return the filesystem of a URI, and the path, name and own URI of each file that the URI names.
 
-    They are one, those of a folder (as in a local folder), or those that a * or ** matches.
+    A URI names one file, the files of a folder (chosen as in a local folder), or the files that a * or ** matches.
     """
     address, _, query = uri.partition("?")
     magic = re.search(r"[^/]*[*]", address)
@@ -68,13 +68,13 @@ def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str]]]:
 
 
 def open_remote(filesystem: fs.FileSystem, path: str, where: str) -> Any:
-    """A file in a store, which can seek; `where` is its name in messages."""
+    """Open a file in a store, which can seek. `where` is its name in messages."""
     with _telling(where):
         return filesystem.open_input_file(path)
 
 
 def _files_below(filesystem: fs.FileSystem, path: str) -> list[str]:
-    """The names of all files below a folder, relative to it."""
+    """Return the names of all files below a folder, relative to it."""
     entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
     names = [entry.path for entry in entries if entry.type == fs.FileType.File]
     root = path.strip("/") + "/" if path.strip("/") else ""
@@ -82,7 +82,7 @@ def _files_below(filesystem: fs.FileSystem, path: str) -> list[str]:
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
-    """* stands for anything in one name, ** for any folders."""
+    """Compile a pattern: * stands for anything in one name, ** for any folders."""
     rules = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*"}
     pieces = re.split(r"(\*\*/|\*\*|\*)", pattern)
     return re.compile("".join(rules.get(piece) or re.escape(piece) for piece in pieces))
@@ -90,7 +90,7 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 @contextmanager
 def _telling(uri: str) -> Iterator[None]:
-    """One line for whatever goes wrong between here and a store; its libraries raise exceptions of many kinds."""
+    """Turn every error between here and a store into one line: its libraries raise exceptions of many kinds."""
     try:
         yield
     except LongNetError:

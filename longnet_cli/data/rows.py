@@ -1,4 +1,4 @@
-"""Rows of tables, and which of them are one document: neighbours of one name."""
+"""Rows of tables, grouped by document: neighbouring rows with one name are one document."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, groupby
@@ -14,9 +14,9 @@ from longnet_cli.errors import DataError
 
 
 class Batch(NamedTuple):
-    """The columns of a batch that begins at row `first`; what a table lacks is None, or nothing.
+    """The columns of a batch that starts at row `first`; None, or empty, for a column that the table lacks.
 
-    `errors` are of the rows that have no document, which are nulls.
+    `errors` holds the error of each row that has no document because a value is null, by its index in the batch.
     """
 
     first: int
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 
 class Label(NamedTuple):
-    """The place of a row: its number, its document, and its part of it; None for what a table does not say."""
+    """The place of a row: its number, its document, and its part of the document; None if the table does not say."""
 
     row: int
     doc_id: Any
@@ -47,9 +47,9 @@ class Label(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The rows of one document: the number of the first, what is carried along of that, and the values of all.
+    """The rows of one document: the number of the first, the values that the first carries along, and all values.
 
-    Where it cannot be read, `error` says why.
+    `error` says why the document cannot be read.
     """
 
     doc_id: str
@@ -60,7 +60,10 @@ class Group(NamedTuple):
 
 
 def read_batches(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Batch]:
-    """Yield the columns of each batch, checked for damage, and for nulls, which raise DataError unless `skip_bad`."""
+    """Yield the columns of each batch, checked for damage.
+
+    Raises DataError for a table of 0 rows, and for nulls unless `skip_bad`.
+    """
     first = 0
     for index, batch in enumerate(table.read(columns.names)):
         with reading(f"{table.where}, batch {index}"):
@@ -88,7 +91,7 @@ def read_batches(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Bat
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    """The same values as every format has them: written out, not as numbers of a dictionary or views."""
+    """Return the same values in a plain type: no dictionary, extension type or string view."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if isinstance(column, pa.ExtensionArray):
@@ -97,7 +100,7 @@ def _plain(column: pa.Array) -> pa.Array:
 
 
 def _nulls(column: pa.Array) -> list[int]:
-    """The rows without a document, be the null in the column or in its dictionary."""
+    """Return the rows without a document: the null may be in the column or in its dictionary."""
     if pa.types.is_dictionary(column.type):
         return _none(column.to_pylist()) if column.null_count or column.dictionary.null_count else []
     return np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist() if column.null_count else []
@@ -110,7 +113,7 @@ def _none(values: list[Any]) -> list[int]:
 def group_rows(table: Table, rows: Iterator[tuple[Label, Any]]) -> Iterator[Group]:
     """Group (label, value) by document.
 
-    Neighbours that share a doc_id are one document, whose parts must be 0, 1, 2, ... where they are known.
+    Neighbours that share a doc_id are one document. Its parts, where known, must be 0, 1, 2, ...
     """
 
     def key(row: tuple[Label, Any]) -> Any:

@@ -1,10 +1,10 @@
-"""The tokens of texts of which a few are tokenized: an estimate with an interval, out of a uniform sample.
+"""An estimate of the tokens in many texts, with an interval, from a uniform sample that is tokenized.
 
-    texts --Sample.add--> bytes of each, and tokens of some --tokens--> tokens of all
+    texts --Sample.add--> bytes of each, and tokens of some --tokens_per_byte--> tokens of all
 
-Every text is read, which is fast, and its UTF-8 bytes are counted. Of a uniform sample of them the tokens are counted,
-too. The tokens of all are the bytes of all, times tokens per byte of the sample: a ratio estimate, which is close where
-documents differ in length and are alike in tokens per byte.
+Every text is read, which is fast, and its UTF-8 bytes are counted. Only a uniform sample of the texts is tokenized.
+The estimate is the bytes of all texts, times the tokens per byte of the sample. This ratio estimate is close where
+documents differ in length but are alike in tokens per byte.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ import numpy as np
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 
-SEED = 0  # the same documents whenever it is asked
+SEED = 0  # every run draws the same documents
 NORMAL = 1.96  # standard errors to either side: 95 % of a normal distribution
 
 
 class Sample:
     """A uniform sample of `size` texts, drawn while they go by (Vitter's algorithm R, in size * ln(texts) steps).
 
-    `bytes` are those of each text that has come, 8 bytes of memory a text. `seconds` is what tokenizing took.
+    `bytes` has the size of each text so far, in 8 bytes of memory per text. `seconds` is the time spent tokenizing.
     """
 
     def __init__(self, size: int, tokenizer: Tokenizer) -> None:
         self.size, self.tokenizer = size, tokenizer
         self.bytes = array("q")
-        self._found = np.zeros((size, 2))  # tokens and bytes of those in the sample
+        self._found = np.zeros((size, 2))  # tokens and bytes of each text in the sample
         self.seconds = 0.0
         self._tokenized = 0  # bytes
         self._random = np.random.default_rng(SEED)
 
     def add(self, text: Text) -> None:
-        """Take the next text."""
+        """Count the next text, and tokenize it if it is drawn."""
         place = len(self.bytes) if len(self.bytes) < self.size else int(self._random.integers(len(self.bytes) + 1))
         if place < self.size:
             tokens, size, begin = 0, 0, time.perf_counter()
@@ -66,12 +66,12 @@ class Sample:
 
     @property
     def error(self) -> float:
-        """Half of the 95 % interval around the tokens of all texts; 0 where all are in the sample.
+        """Half the width of the 95 % interval around the tokens of all texts; 0 where all are in the sample.
 
-        The linearised standard error of a ratio, for a sample without replacement (Cochran, Sampling Techniques). Each
-        residual counts as it is to the ratio of the others, as in a jackknife, since long texts draw the ratio to
-        themselves. A normal distribution is assumed: for samples of 30 and more, and too narrow where a few texts hold
-        most of the bytes. Infinite where one holds all.
+        It comes from the linearised standard error of a ratio, for a sample without replacement (Cochran, Sampling
+        Techniques). Each residual is relative to the ratio of the other texts, as in a jackknife, because a long text
+        pulls the ratio towards itself. A normal distribution is assumed, which suits samples of 30 and more. The
+        interval is too narrow where a few texts hold most of the bytes, and infinite where one holds all.
         """
         number, texts = self.sampled, len(self.bytes)
         if number == texts:

@@ -1,11 +1,11 @@
-"""A data set of many shards in one folder, written so that `kill -9` at any moment loses one shard's work at most.
+"""A data set of many shards in one folder, written so that `kill -9` at any moment loses at most one shard's work.
 
-    shard-00000.arrow ...   finished shards, each under its name only when it is whole
-    _unfinished.json        a manifest of them, as long as more are to come; readers should refuse the folder
-    _manifest.arrow         in its place when the data set is complete (see `data.manifest`)
+    shard-00000.arrow ...   finished shards: a shard gets its name only when it is whole
+    _unfinished.json        a manifest of them, while more are to come; readers should refuse the folder
+    _manifest.arrow         replaces it when the data set is complete (see `data.manifest`)
 
-The manifest is the one account of what is done. It is rewritten, atomically, after each shard: a shard that it does not
-list is as good as not there, and is written again. How many documents the listed shards hold is where to go on.
+The manifest is the only record of progress. It is rewritten, atomically, after each shard. A shard that it does not
+list does not count, and is written again. A resumed run skips as many documents as the listed shards hold.
 """
 
 import json
@@ -31,9 +31,9 @@ ShardFormat = Literal["arrow", "parquet"]
 
 
 def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
-    """The manifest of an earlier run that has finished shards in `folder`, None where there is nothing to go on with.
+    """Return the manifest of an earlier run that has finished shards in `folder`; None if there is none to resume.
 
-    Raises ConfigError for a folder that is in use: one with other files, or one with shards when not to `resume`.
+    Raises ConfigError for a folder with other files, and for one with shards unless `resume`.
     """
     place = Path(folder)
     earlier = read_manifest(place)
@@ -54,13 +54,13 @@ def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
 class ShardFolder:
     """A context manager that writes record batches of one schema to `NAME-00000.arrow` ... (or .parquet) in a folder.
 
-    The folder must be new or empty. With `resume` it may be one that an earlier run with the same `settings` did not
-    finish, or did: then `documents` says how many documents to skip, and `finished` that there is nothing to do. Shards
-    come out byte for byte as without the interruption if batches depend on nothing but the documents since the
-    last `end_shard`.
+    The folder must be new or empty. With `resume` it may also be the folder of an earlier run with the same
+    `settings`, finished or not: `documents` then says how many documents to skip, and `finished` whether nothing is
+    left to do. Shards are byte for byte the same as without the interruption, if batches depend only on the documents
+    since the last `end_shard`.
 
-    Raises ConfigError for a folder in use, other settings or a folder that cannot be written, DataError when a finished
-    shard of the earlier run is damaged, LongNetError when a write fails. After an error the finished shards stay.
+    Raises ConfigError for a folder in use, other settings or a folder that cannot be written, DataError for a damaged
+    shard of the earlier run, LongNetError when a write fails. After an error the finished shards stay.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ShardFolder:
         tokenizer: dict[str, str] | None = None,
         resume: bool = False,
     ) -> None:
-        """`tokenizer` is kept in the manifest. `format` is one of the settings, unless it is the default."""
+        """Keep `tokenizer` in the manifest. A `format` other than the default becomes one of the settings."""
         self.folder = Path(folder)
         self.schema = schema
         self._name = name
@@ -89,12 +89,12 @@ class ShardFolder:
 
     @property
     def documents(self) -> int:
-        """Documents in finished shards."""
+        """The number of documents in finished shards."""
         return self._manifest.totals["documents"]
 
     @property
     def totals(self) -> Counter[str]:
-        """`rows`, `documents` and the other counts, over all finished shards."""
+        """The sums of `rows`, `documents` and other counts over all finished shards (see `Manifest.totals`)."""
         return self._manifest.totals
 
     @property
@@ -116,7 +116,7 @@ class ShardFolder:
         return self
 
     def write(self, batch: pa.RecordBatch, **counts: int) -> None:
-        """Append a batch to the open shard; the `counts` (`documents=3`, ...) are added to those of the shard."""
+        """Append a batch to the open shard, and add the `counts` (`documents=3`, ...) to the counts of that shard."""
         if self._writer is None:
             self._writer = ShardWriter(self._next_path(), self.schema)
             self._open.enter_context(self._writer)
@@ -124,12 +124,12 @@ class ShardFolder:
         self._counts.update(counts)
 
     def end_shard(self) -> None:
-        """Finish the open shard, if there is one. Only where a document ends: a resumed run goes on with the next."""
+        """Finish the open shard, if any. Call it only where a document ends: a resumed run starts with the next one."""
         if self._writer is None:
             return
         shard = {"name": self._next_path().name, "rows": self._writer.rows, "documents": 0, **self._counts}
         self._writer, self._counts = None, Counter()
-        self._open.close()  # now it has its name
+        self._open.close()  # gives the file its final name
         self._manifest.shards.append(shard)
         self._say()
 
@@ -167,7 +167,7 @@ class ShardFolder:
             self._say()
 
     def _say(self) -> None:
-        """Write what is done so far."""
+        """Write the manifest of the finished shards."""
         write_file(self.folder / UNFINISHED, self._manifest.to_json().encode())
 
     def _refuse_other_settings(self, earlier: Manifest) -> None:
@@ -188,7 +188,7 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int) -> None:
     try:
         with StoredFile(path, str(path)) as file:
             if path.suffix == ".parquet":
-                import pyarrow.parquet as pq  # 30 ms that IPC output need not pay
+                import pyarrow.parquet as pq  # imported late: 30 ms that IPC output does not need
 
                 parquet = pq.ParquetFile(file)
                 found, written = parquet.metadata.num_rows, parquet.schema_arrow

@@ -1,4 +1,4 @@
-"""Results out: Arrow, Parquet or JSON Lines files that appear whole or not at all, and Arrow streams on stdout."""
+"""Outputs: Arrow, Parquet or JSON Lines files that appear whole or not at all, and Arrow streams on stdout."""
 
 import io
 import os
@@ -18,17 +18,17 @@ from longnet_cli.errors import ConfigError
 from longnet_cli.finite_json import to_json
 
 SHARD_VERSION = 1
-OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl")  # what names one file; any other name is a folder
+OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl")  # names of one file; any other name is a folder
 
-_JSON_ROWS = 1024  # as Python objects at a time, which take some 40 bytes a number
+_JSON_ROWS = 1024  # turned into Python objects at a time, at some 40 bytes per number
 
 
 def is_folder(output: str | Path) -> bool:
-    """Return whether an output names a folder of shards: neither `-` nor a file by its suffix, nor a pipe or a device.
+    """Return whether an output names a folder of shards, and not `-`, a file (by its suffix), a pipe or a device.
 
     Raises ConfigError for an empty name.
     """
-    if not str(output):  # in a script, a variable that is not set
+    if not str(output):  # such as an unset variable in a script
         raise ConfigError("-o is empty: name a folder or a file")
     path = Path(output)
     special = path.exists() and not (path.is_file() or path.is_dir())
@@ -38,10 +38,11 @@ def is_folder(output: str | Path) -> bool:
 class ShardWriter:
     """A context manager that writes record batches of one schema, each as it comes, to a path or to stdout.
 
-    `NAME.parquet` is Parquet, `NAME.jsonl` JSON Lines (an object a row, null for what is not finite), any other name
-    an uncompressed Arrow IPC file, and `-` an Arrow IPC stream on stdout. After an error nothing is left under the
-    final name, and a stream on stdout ends without its end-of-stream marker, so that its reader knows. Raises
-    ConfigError when stdout is a terminal or the path cannot be opened, LongNetError when a write fails.
+    `NAME.parquet` is Parquet. `NAME.jsonl` is JSON Lines: one object per row, null for a number that is not finite.
+    Any other name is an uncompressed Arrow IPC file, and `-` an Arrow IPC stream on stdout. After an error nothing is
+    left under the final name, and a stream on stdout ends without its end-of-stream marker, so that its reader
+    notices. Raises ConfigError when stdout is a terminal or the path cannot be opened, LongNetError when a write
+    fails.
     """
 
     def __init__(self, output: str | Path, schema: pa.Schema) -> None:
@@ -72,7 +73,7 @@ class ShardWriter:
                 self._writer.close()
                 self._sink.flush()
             return
-        if str(self.output) != "-":  # a Parquet writer closes itself later, into a file that is gone
+        if str(self.output) != "-":  # otherwise a Parquet writer closes itself later, into a file that is gone
             with suppress(Exception):
                 self._writer.close()
         self._file.__exit__(kind, error, traceback)
@@ -85,9 +86,9 @@ class ShardWriter:
         if str(self.output) == "-":
             return ipc.new_stream(self._sink, self.schema)
         if str(self.output).endswith(".parquet"):
-            import pyarrow.parquet as pq  # 30 ms that IPC output need not pay
+            import pyarrow.parquet as pq  # imported late: 30 ms that IPC output does not need
 
-            return pq.ParquetWriter(self._sink, self.schema, write_page_checksum=True)  # which reading verifies
+            return pq.ParquetWriter(self._sink, self.schema, write_page_checksum=True)  # verified on reading
         if str(self.output).endswith(".jsonl"):
             return _JsonLines(self._sink)
         return ipc.new_file(self._sink, self.schema)
@@ -105,7 +106,7 @@ def _open_output(output: str | Path) -> AbstractContextManager[BinaryIO]:
 
 
 class _Stdout(io.RawIOBase):
-    """Stdout without a buffer, whose lock would crash the interpreter's end when a thread hangs in a write."""
+    """Stdout without a buffer: the buffer's lock would crash the interpreter at exit if a thread hangs in a write."""
 
     def __init__(self) -> None:
         self._handle = sys.stdout.fileno()
@@ -114,7 +115,7 @@ class _Stdout(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        """Write all of it, unlike a raw file, which a signal may stop half way."""
+        """Write all of `data`. A raw file may stop half way when a signal comes."""
         rest = memoryview(data).cast("B")
         size = len(rest)
         while rest:
@@ -123,7 +124,7 @@ class _Stdout(io.RawIOBase):
 
 
 class _JsonLines:
-    """Writes batches as JSON Lines, behind the two methods that pyarrow's writers have."""
+    """A writer of batches as JSON Lines, with the two methods that pyarrow's writers have."""
 
     def __init__(self, sink: BinaryIO) -> None:
         self._sink = sink
@@ -134,14 +135,16 @@ class _JsonLines:
             self._sink.write("".join(f"{to_json(row, ensure_ascii=False)}\n" for row in rows).encode())
 
     def close(self) -> None:
-        """JSON Lines have no end to write."""
+        """Do nothing: JSON Lines have no end to write."""
 
 
 def token_schema(*, vocab_size: int, eos_id: int | None, tokenizer_sha256: str | None) -> pa.Schema:
-    """The schema of a token shard: `doc_id: string, part: int32, input_ids: large_list<uint16 or int32> not null`.
+    """Return the schema of a token shard.
 
-    A document is one row, or neighbouring rows of one doc_id with `part` 0, 1, 2 ... uint16 where the vocabulary
-    fits, as it halves the file. The metadata keys are `longnet.*`, values in decimal; what is not known is left out.
+    Its columns are `doc_id: string`, `part: int32 not null` and `input_ids: large_list<uint16 or int32> not null`. A
+    document is one row, or neighbouring rows of one doc_id with `part` 0, 1, 2 ... Ids are uint16 where the
+    vocabulary fits, which halves the file. The metadata keys are `longnet.*`, with numbers in decimal; unknown values
+    are left out.
     """
     known: Mapping[str, object] = {
         "longnet.version": SHARD_VERSION,

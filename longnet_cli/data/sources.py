@@ -1,8 +1,8 @@
-"""Documents in: the rows of tables and the texts of files, as text or as token ids.
+"""Input documents: the rows of tables and the texts of files, as text or as token ids.
 
     inputs --find_sources--> Source --open_source--> Text | Table --> Text (read_texts) | Document (read_documents)
 
-Token columns stay in their file and are sliced, never joined by Arrow: its 32-bit list offsets overflow at 2^31 tokens.
+Token columns stay in their file and are sliced, never joined: Arrow's 32-bit list offsets overflow at 2^31 tokens.
 """
 
 import tempfile
@@ -38,8 +38,8 @@ from longnet_cli.data.tables import Table, Text, reading
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, InputWarning
 
-FLAT_BLOCK = 1 << 22  # ids of a flat column in which the end of a document is looked for at a time
-SPOOLED_PART = 1 << 24  # characters of a text in a temporary file that are read together
+FLAT_BLOCK = 1 << 22  # ids of a flat column searched for document ends in one go
+SPOOLED_PART = 1 << 24  # characters per read of a text in a temporary file
 
 
 def read_texts(
@@ -50,14 +50,13 @@ def read_texts(
     tokenizer: Tokenizer | None = None,
     skip_bad: bool = False,
 ) -> Iterator[Text]:
-    """Yield the documents of text files and of text columns, in order; of a long file, memory holds a part at a time.
+    """Yield the documents of text files and of text columns, in order. A long file is read part by part.
 
-    Chats (`messages`) are read where there is a `tokenizer`, whose chat template they need.
+    Chats (`messages`) are read only with a `tokenizer`, whose chat template they need. For columns, see `Wanted`.
 
-    Raises ConfigError for a table without such a column and for chats without a template, DataError for missing, empty
-    or damaged data; with `skip_bad` there is a Text with that `error` in place of each file and row that cannot be
-    read, and a long file is read to its end before its Text is yielded: what waits is in a file in $TMPDIR. For
-    columns, see `Wanted`.
+    Raises ConfigError for a table without such a column and for chats without a template, DataError for missing,
+    empty or damaged data. With `skip_bad`, each file and row that cannot be read becomes a Text with that `error`. A
+    long file is then read to its end before its Text is yielded, and waits in a file in $TMPDIR.
     """
     wanted = Wanted(column, id_column)
 
@@ -87,15 +86,15 @@ def read_documents(
 ) -> Iterator[Document]:
     """Yield the documents of every input, in order, as token ids.
 
-    Text needs the tokenizer, and chats (`messages`) its chat template. A row is a document, and neighbouring rows of a
-    file with one `doc_id` or `id` are one: a `part` column beside it must then count 0, 1, 2, .... A flat integer
+    Text needs the tokenizer, and chats (`messages`) its chat template. A row is a document. Neighbouring rows of a
+    file with one `doc_id` or `id` are one document: a `part` column must then count 0, 1, 2, .... A flat integer
     column is cut at `eos_id` (without it, the tokenizer's, otherwise the one in the file's metadata). `Document.read`
-    checks ids against `vocab_size` (without it, the tokenizer's, otherwise the file's metadata). For columns, see
-    `Wanted`.
+    checks ids against `vocab_size` (without it, the tokenizer's, otherwise the one in the file's metadata). For
+    columns, see `Wanted`.
 
-    Raises ConfigError for a missing tokenizer or column or for another tokenizer than the one that made the tokens,
-    DataError for missing, empty or damaged data and for inputs with different types of token. With `skip_bad` there is
-    an `Unread` document in place of each file and row for which it would be a DataError.
+    Raises ConfigError for a missing tokenizer or column and for a tokenizer other than the one that made the tokens,
+    DataError for missing, empty or damaged data and for inputs with different types of token. With `skip_bad`, each
+    file and row that would raise DataError becomes an `Unread` document.
     """
     wanted = Wanted(column, id_column, tuple(keep))
     yield from _read(documents_of, inputs, tokenizer, wanted, vocab_size, eos_id, skip_bad)
@@ -112,9 +111,9 @@ def read_untokenized(
     eos_id: int | None = None,
     skip_bad: bool = False,
 ) -> Iterator[Document | Text]:
-    """Yield what `read_documents` does, but texts as they are, which are yet to be tokenized.
+    """Yield the documents of `read_documents`, but leave texts untokenized.
 
-    Also with `skip_bad`, a text that cannot be read to its end raises DataError when it is.
+    Even with `skip_bad`, a text that cannot be read to its end raises DataError while it is read.
     """
     wanted = Wanted(column, id_column, tuple(keep))
     yield from _read(_untokenized, inputs, tokenizer, wanted, vocab_size, eos_id, skip_bad)
@@ -132,7 +131,7 @@ def _read(
     eos_id: int | None,
     skip_bad: bool,
 ) -> Iterator[Item | Unread]:
-    """Yield what `read`, `documents_of` or `_untokenized`, gives of each input."""
+    """Yield the items that `read` (`documents_of` or `_untokenized`) returns for each input."""
     types = TokenTypes()
     check_eos("", eos_id, vocab_size or (tokenizer.vocab_size if tokenizer else None))
 
@@ -149,7 +148,7 @@ def _read(
 def _each(
     inputs: Sequence[str | Path], read: Callable[[Source], Iterator[Item]], skip_bad: bool
 ) -> Iterator[Item | DataError]:
-    """Yield what is read of each source, and with `skip_bad` the error in place of what cannot be read."""
+    """Yield the items that `read` returns for each source. With `skip_bad`, yield errors instead of raising them."""
     missing: list[DataError] = []
     sources = find_sources(inputs, missing if skip_bad else None)
     yield from missing
@@ -172,12 +171,12 @@ def stored_documents(
     vocab_size: int | None = None,
     eos_id: int | None = None,
 ) -> Iterator[Document]:
-    """Yield those documents of `read_documents` whose lengths are known at once, and which can be read again after it.
+    """Yield the documents of `read_documents` whose lengths are known at once and which can be read a second time.
 
     They are the token ids in Arrow and Parquet files on this machine: no text, no JSON, no pipe, no URI.
     """
     wanted = Wanted(column, id_column, tuple(keep))
-    with warnings.catch_warnings():  # `read_documents` will say it
+    with warnings.catch_warnings():  # `read_documents` gives the same warnings
         warnings.simplefilter("ignore", InputWarning)
         sources = find_sources(inputs)
     for source in sources:
@@ -248,7 +247,7 @@ def _untokenized(
 
 
 def refuse_columns(opened: Text, wanted: Wanted) -> None:
-    """ConfigError for a column that is asked for where there is only text."""
+    """Raise ConfigError for a column that is asked for where there is only text."""
     if wanted.names:
         raise ConfigError(
             f"{opened.where}: column {wanted.names[0]!r} is asked for, and this is plain text, which has no columns"
@@ -256,7 +255,7 @@ def refuse_columns(opened: Text, wanted: Wanted) -> None:
 
 
 def check_eos(where: str, eos_id: int | None, vocab_size: int | None) -> None:
-    """ConfigError for an end-of-text id that no token can be."""
+    """Raise ConfigError for an end-of-text id that no token can have."""
     if eos_id is not None and not 0 <= eos_id < (vocab_size or 1 << 63):
         limit = f"a vocabulary of {vocab_size}" if vocab_size else "64 bits"
         raise ConfigError(f"{where}the end-of-text id {eos_id} (--eos) does not fit {limit}")
@@ -275,7 +274,7 @@ def _metadata_int(table: Table, key: str) -> int | None:
     written = (table.schema.metadata or {}).get(key.encode())
     if written is None:
         return None
-    if not written.isdigit() or len(written) > 18:  # of which int64 holds all
+    if not written.isdigit() or len(written) > 18:  # int64 holds any number of 18 digits
         shown = written.decode("utf-8", "replace")
         shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
         raise DataError(f"{table.where}: the data is damaged: {key} in its metadata is {shown!r}, not a number of ids")
@@ -283,7 +282,7 @@ def _metadata_int(table: Table, key: str) -> int | None:
 
 
 def _spooled(text: Text) -> Text:
-    """The same text, read to its end, so that its errors are raised here. Past the first part it is in a file."""
+    """Return the same text, read to its end so that errors are raised here. All after its first part is in a file."""
     rest = iter(text.rest)
     following = next(rest, None)
     if following is None:
@@ -294,7 +293,7 @@ def _spooled(text: Text) -> Text:
             with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as file:
                 file.writelines(read)
                 file.seek(0)
-                yield ""  # here all has been read
+                yield ""  # all has been read by now
                 while part := file.read(SPOOLED_PART):
                     yield part
         except OSError as error:
@@ -321,13 +320,13 @@ def _table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, sk
 
 
 def _chats(table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad: bool) -> Iterator[Text]:
-    """Yield the documents of a column of chats: what the tokenizer's template makes of their messages."""
+    """Yield the documents of a column of chats, as the tokenizer's template writes them."""
     if tokenizer is None or tokenizer.folder is None:
         raise ConfigError(
             f"{table.where}: {columns.documents!r} holds chats, which need the chat template of a tokenizer: give a "
             "folder with a tokenizer.json and its template (--tokenizer, or --model)"
         )
-    from longnet_cli.data.chat import ChatTemplate  # with Jinja, which other data need not pay for
+    from longnet_cli.data.chat import ChatTemplate  # imported late: it loads Jinja, which other data do not need
 
     template = ChatTemplate(tokenizer.folder, tokenizer)
 
@@ -344,7 +343,7 @@ def _chats(table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad
                 text, ids = template.read_chat([message for messages in group.values for message in messages])
                 yield Text(group.doc_id, text, place, group.kept, ids=ids)
                 continue
-            except ConfigError as refused:  # by the template, of these messages
+            except ConfigError as refused:  # the template refuses these messages
                 error = DataError(f"{place}: {refused}")
         if not skip_bad:
             raise error
@@ -352,11 +351,11 @@ def _chats(table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad
 
 
 def _list_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Group]:
-    """Yield the documents of a list column, of which the values are their parts."""
+    """Yield the documents of a list column, with their parts as values."""
 
     def rows() -> Iterator[tuple[Label, Part]]:
         for batch in read_batches(table, columns, skip_bad):
-            # `values` ignores the column's own slice; the bounds are into all of it.
+            # `values` ignores that the column may be a slice; the bounds are positions in all of it.
             ids, valid = _views(table, batch.column.values)
             for index, (start, stop) in enumerate(_bounds(batch.column)):
                 present = valid.slice(start, stop - start) if valid is not None else None
@@ -366,7 +365,7 @@ def _list_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[
 
 
 def _bounds(column: pa.Array) -> Iterator[tuple[int, int]]:
-    """Return where each list of a column starts and stops in its `values`."""
+    """Return the start and stop of each list of a column in its `values`."""
     kind = column.type
     if pa.types.is_fixed_size_list(kind):
         places = range(column.offset * kind.list_size, (column.offset + len(column) + 1) * kind.list_size)
@@ -379,7 +378,7 @@ def _bounds(column: pa.Array) -> Iterator[tuple[int, int]]:
 
 
 def _flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterator[Group]:
-    """Yield the documents of a flat column: what lies between EOS ids, nothing where two are adjacent."""
+    """Yield the documents of a flat column. EOS ids separate them, and adjacent EOS ids have none in between."""
     name = columns.documents
     if eos_id is None:
         raise ConfigError(
@@ -388,7 +387,7 @@ def _flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Itera
         )
 
     def stretches() -> Iterator[tuple[int, Part]]:
-        """Each stretch without an EOS id, after the number of EOS ids before it."""
+        """Yield each stretch without an EOS id, after the number of EOS ids before it."""
         count = 0
         for batch in read_batches(table, columns, skip_bad=False):
             first = batch.first
@@ -415,7 +414,7 @@ def _flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Itera
 
 
 def _views(table: Table, values: pa.Array) -> tuple[np.ndarray | StoredIds, pa.BooleanArray | None]:
-    """The (tokens,) ids as a view of their file or of Arrow's memory, and where they are valid, None for everywhere."""
+    """Return the (tokens,) ids, a view of their file or of Arrow's memory, and their validity, None for all valid."""
     valid = None
     if values.null_count:
         bitmap, data = values.buffers()

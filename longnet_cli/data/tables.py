@@ -20,11 +20,12 @@ CHAT_COLUMN = "messages"
 
 @dataclass(frozen=True)
 class Text:
-    """A document as text; `where` is "file" or "file, row 3" (rows count from 0).
+    """A document as text. `where` is "file" or "file, row 3" (rows count from 0).
 
-    Of a long one, `text` is its beginning, and `rest` what follows, which can be read once, before the next document.
-    `kept` are the values of the columns that are carried along, None for null. `error` is why it could not be read.
-    Of a chat, `text` is what the template makes of it, and `ids` gives its (tokens,) int64, which no text does.
+    For a long document, `text` is its start, and `rest` the parts that follow, which can be read once, before the
+    next document. `kept` holds the values of the columns that are carried along. `error` says why the document could
+    not be read. For a chat, `text` is the output of the template, and `ids` returns its (tokens,) int64, which differ
+    from the ids of `text`.
     """
 
     doc_id: str
@@ -37,19 +38,19 @@ class Text:
 
     @property
     def parts(self) -> Iterator[str]:
-        """All of it, in pieces."""
+        """The whole text, in parts."""
         return chain((self.text,), self.rest)
 
 
 @dataclass(frozen=True)
 class Table:
-    """An opened Arrow, Parquet or JSON Lines input.
+    """An opened Arrow, Parquet, HDF5 or JSON Lines input.
 
-    `read` yields batches that hold at least the columns it is given, the documents' column first (see `pick`). Of a
-    file in which ids lie as they are, they are not read: `stored` says where those of the batch that came last are,
-    None for an array that is in memory. `numbered` is how people name a row: rows count from 0, lines from 1. JSON has
-    no integer types: `typed` says whether the schema's were chosen by who wrote the file. `bad` says what is wrong with
-    rows whose values are null for that.
+    `read` takes the names of columns, the documents' column first, and yields batches that hold at least these (see
+    `pick`). If ids lie unchanged in a file, `read` leaves them there: `stored` gives the place of an array of the
+    last batch, or None for an array in memory. `numbered` is the word for a row in messages: rows count from 0, lines
+    from 1. `typed` says whether the writer of the file chose the integer types of the schema, which JSON does not
+    have. `bad` gives the reason for rows whose values are null because they could not be read.
     """
 
     name: str
@@ -63,12 +64,12 @@ class Table:
     bad: dict[int, str] = field(default_factory=dict)
 
     def place(self, row: int) -> str:
-        """The file and the row (from 0), for a message."""
+        """Return the file and the row, for a message. `row` counts from 0."""
         return f"{self.where}, {self.numbered} {row + (self.numbered == 'line')}"
 
 
 class Place(NamedTuple):
-    """The place of a column: in the column `root` of its table, the fields of structs that lead to it; and its type."""
+    """The place of a column: the table's column `root`, the struct fields that lead to it from there, and its type."""
 
     root: str
     fields: list[str]
@@ -76,7 +77,7 @@ class Place(NamedTuple):
 
 
 def find_column(schema: pa.Schema, name: str) -> Place | None:
-    """Return where a column is, which may be inside of others: `doc.body`. None where there is none of that name."""
+    """Return the place of a column, which may be inside others (`doc.body`), or None for an unknown name."""
     kinds = {field.name: field.type for field in schema}
     steps = name.split(".")
     for cut in range(len(steps), 0, -1):  # a name may have dots of its own
@@ -92,29 +93,32 @@ def find_column(schema: pa.Schema, name: str) -> Place | None:
 
 
 def pick(batch: pa.RecordBatch, name: str) -> pa.Array:
-    """Return a column of a batch, wherever it is; null where what it is in is null. ValueError where it is damaged."""
+    """Return a column of a batch, which may be inside others. It is null where a column around it is null.
+
+    Raises ValueError for a missing or damaged column.
+    """
     place = find_column(batch.schema, name)
     if place is None:
         raise ValueError(f"column {name!r} is missing in a batch")
     column = batch.column(place.root)
-    # List offsets that point outside the data would crash, not raise. This looks at no token.
+    # List offsets that point outside the data would crash, not raise. This reads no token.
     column.validate(full=True)
     return pc.struct_field(column, place.fields) if place.fields else column
 
 
 class Pipe:
-    """A pipe as a file object for pyarrow, which takes a short read for the end of the data: these reads are whole."""
+    """A pipe as a file object whose reads are whole: pyarrow takes a short read for the end of the data."""
 
     closed = False
 
     def __init__(self, raw: Any) -> None:
-        """`raw` is a buffered binary file: its `readline` must be fast."""
+        """Read from `raw`, a buffered binary file: its `readline` must be fast."""
         self._raw = raw
         self._head = b""
         self._position = 0
 
     def peek(self, size: int) -> bytes:
-        """The first bytes, fewer only at the end; they stay in the pipe."""
+        """Return the next bytes, fewer only at the end. They stay in the pipe."""
         head = self.read(size)
         self.unread(head)
         return head
@@ -131,7 +135,7 @@ class Pipe:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def readline(self) -> bytes:
-        """The bytes up to and with the next newline; without one only at the end, b"" after it."""
+        """Return the bytes up to and with the next newline, which only the last line may lack; b"" at the end."""
         end = self._head.find(b"\n") + 1
         line = self._head[:end] if end else self._head + self._raw.readline()
         self._head = self._head[end:] if end else b""
@@ -139,7 +143,7 @@ class Pipe:
         return line
 
     def unread(self, data: bytes) -> None:
-        """Put back what was read last."""
+        """Put back the bytes that were read last."""
         self._head = data + self._head
         self._position -= len(data)
 
@@ -150,28 +154,28 @@ class Pipe:
         return True
 
     def close(self) -> None:
-        """The file below is closed by who has opened it."""
+        """Do nothing: whoever opened the file below closes it."""
 
 
 def numpy_dtype(kind: pa.DataType) -> np.dtype:
-    """Return the dtype of numbers of an Arrow type: `to_pandas_dtype` of older pyarrow needs pandas."""
+    """Return the dtype for numbers of an Arrow type. `to_pandas_dtype` of older pyarrow needs pandas."""
     return cast(np.dtype, pa.array([], kind).to_numpy().dtype)
 
 
 @contextmanager
 def reading(what: str, row: int | None = None) -> Iterator[None]:
-    """Turn what pyarrow or the system says about an input into one line that names it.
+    """Turn an error of pyarrow or of the system about an input into one line that names the input.
 
-    `row` is the first one that is read here, for a file that changes under the reader.
+    `row` is the first row that is read here, for the error of a file that changes while it is read.
     """
     try:
         yield
     except FileChangedError as error:
         raise error if row is None else error.at(row) from None
-    except MemoryError as error:  # pyarrow's own is one too; a damaged size may ask for any amount
+    except MemoryError as error:  # also pyarrow's own; a damaged size may ask for any amount
         reason = "it needs more memory than there is, or its data is damaged"
         raise MemoryLimitError(f"{what}: {reason} ({one_line(error)})") from error
-    # pyarrow raises more than its own: a name that is not UTF-8 is a ValueError, a size past 2^63 an OverflowError
+    # pyarrow also raises ValueError for a name that is not UTF-8, and OverflowError for a size past 2^63
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.strerror:
             if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
@@ -181,6 +185,6 @@ def reading(what: str, row: int | None = None) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message that says anything, otherwise its type."""
+    """Return the first line of an error's message that is not blank, otherwise the error's type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

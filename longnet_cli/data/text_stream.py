@@ -1,6 +1,6 @@
-"""Text out of tokens as they come: never half a character, and nothing past a text that ends it.
+"""Text from tokens as they come: never half a character, and nothing from a stop text on.
 
-id --TextStream--> whole characters --StopTexts--> what can be shown, and whether it ended
+id --TextStream--> whole characters --StopTexts--> text to show, and whether a stop text came
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ import numpy as np
 
 from longnet_cli.data.tokenizer import BYTE_OF, Tokenizer
 
-REPLACEMENT = "\ufffd"  # what a library shows for bytes that are no character, or not yet one
-LONGEST_WAIT = 64  # tokens that such bytes are waited for
+REPLACEMENT = "\ufffd"  # stands for bytes that are no character, or not yet one
+LONGEST_WAIT = 64  # tokens to wait for such bytes to become a character
 
 
 class TextStream:
-    """Ids one by one, as text: the parts together are the text of all ids, without special tokens.
+    """A decoder of ids, one by one: the parts together are the text of all ids, without special tokens.
 
-    Time per token does not depend on how many came before. Bytes that make no character become U+FFFD.
+    Time per token does not depend on the number of tokens before. Bytes that make no character become U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._bytes: dict[int, bytes] = {}  # of ids that came
-        self._shown: list[int] = []  # the last ids whose text is out, and the ids since: a decoder may join them
+        self._bytes: dict[int, bytes] = {}  # of the ids so far
+        # The last ids whose text was returned, and the ids since then: a decoder may join them.
+        self._shown: list[int] = []
         self._waiting: list[int] = []
 
     def add(self, token_id: int) -> str:
-        """Return the characters that are whole with this id."""
+        """Return the characters that this id completes."""
         if self._tokenizer.token_bytes is not None:
             if token_id not in self._bytes:
                 self._bytes[token_id] = _bytes_of(self._tokenizer, token_id)
@@ -40,7 +41,7 @@ class TextStream:
         return "" if text.endswith(REPLACEMENT) and len(self._waiting) < LONGEST_WAIT else self._out(text)
 
     def end(self) -> str:
-        """Return what is left when no more ids come."""
+        """Return the rest of the text when no more ids come."""
         if self._tokenizer.token_bytes is not None:
             return self._decoder.decode(b"", final=True)
         return self._out(self._text())
@@ -59,7 +60,7 @@ class TextStream:
 
 
 def _bytes_of(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """The UTF-8 bytes that an id of a byte-level tokenizer stands for; none for a special token, or no token."""
+    """Return the UTF-8 bytes for an id of a byte-level tokenizer; none for a special token and for an unknown id."""
     added = next((x for x in tokenizer.added_tokens if x["id"] == token_id), None)
     if added:
         return b"" if added["special"] else added["content"].encode()
@@ -69,15 +70,15 @@ def _bytes_of(tokenizer: Tokenizer, token_id: int) -> bytes:
 
 
 class StopTexts:
-    """Text in, the same text out until the first of `texts` appears in it, in one part or over several."""
+    """A filter that passes text on until the first of `texts` appears in it, in one part or across several."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = texts
-        self._held = ""  # what may be the start of a stop text
+        self._held = ""  # text that may be the start of a stop text
         self.reached = False
 
     def add(self, text: str) -> str:
-        """Return what is certain not to belong to a stop text."""
+        """Return the text that certainly belongs to no stop text."""
         found = self._held + text
         places = [place for place in (found.find(stop) for stop in self._texts) if place >= 0]
         self.reached = bool(places)
@@ -89,12 +90,12 @@ class StopTexts:
         return found[: len(found) - held]
 
     def end(self) -> str:
-        """Return what was held back."""
+        """Return the text that was held back."""
         held, self._held = self._held, ""
         return held
 
 
 def _common(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that is a beginning of `stop`."""
+    """Return the length of the longest end of `text` that is also a proper start of `stop`."""
     sizes = range(min(len(text), len(stop) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)

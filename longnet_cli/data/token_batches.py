@@ -1,4 +1,4 @@
-"""Token ids, which come document by document, collected into record batches of a size."""
+"""Token ids, collected document by document into record batches of a given size."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ BATCH_ROWS = 1 << 16
 
 
 class TokenBatches:
-    """Collects ids into batches of whole documents. A document larger than a batch gets a batch for each part.
+    """A collector of ids into batches of whole documents. A document larger than a batch gets a batch for each part.
 
-    `totals` counts documents, tokens and bytes, from those of an earlier run on. What is written depends only on the
-    documents since the last `end_shard`, which makes shards the same wherever a run resumes.
+    `totals` counts documents, tokens and bytes, starting from the totals of an earlier run. The batches depend only
+    on the documents since the last `end_shard`, so shards are the same wherever a run resumes.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class TokenBatches:
         self._shard_tokens = shard_tokens
         dtype = numpy_dtype(schema.field("input_ids").type.value_type)
         self._values = np.empty(max(1, batch_bytes // dtype.itemsize), dtype)
-        self._used = 0  # values, those of the open document included
-        self._rows: list[tuple[str, int, int]] = []  # that have ended: doc_id, part, end of their values
+        self._used = 0  # values, with those of the open document
+        self._rows: list[tuple[str, int, int]] = []  # ended rows: doc_id, part, end of their values
         self._part = 0  # of the open document
         self._counts: Counter[str] = Counter()  # not yet written
         self._in_shard = 0  # tokens
@@ -70,7 +70,7 @@ class TokenBatches:
             self.flush()
 
     def flush(self) -> None:
-        """Write the rows that have ended; the open one moves to the front."""
+        """Write the rows that have ended, and move the open row to the front."""
         if not self._rows:
             return
         doc_ids, parts, ends = zip(*self._rows, strict=True)

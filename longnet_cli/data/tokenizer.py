@@ -1,6 +1,6 @@
 """Text to token ids and back: one class around `tokenizers.Tokenizer`, for the built-in bytes and any tokenizer.json.
 
-A document is never anything but text: `<|endoftext|>` written inside one is encoded as its characters, so the byte
+A document is never anything but text: `<|endoftext|>` written inside one is encoded as its characters. So the byte
 count of a document's tokens is the byte count of its text, and no document can forge a boundary.
 """
 
@@ -28,28 +28,29 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenizer.json
 
-# What ends a text: as SETTINGS says, a model that masks tokens having `sep_token` alone; otherwise the first of these.
+# The end-of-text token: the one that SETTINGS names (models that mask tokens have only `sep_token`), otherwise the
+# first of EOS_NAMES in the vocabulary.
 EOS_KEYS = ("eos_token", "sep_token")
 EOS_NAMES = (
     *(END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>"),
     *("<|eot_id|>", "<|im_end|>", "<|end\u2581of\u2581sentence|>", "[SEP]"),
 )
 
-# One call of the library is slower than linear in its text (4 MB cost 8 times 1 MB), and keeps some 100 bytes a
-# token, so a text goes through it in pieces of PIECE characters, and pieces in groups of GROUP.
+# One call of the library takes more than linear time (4 MB cost 8 times as much as 1 MB) and keeps some 100 bytes per
+# token. So a text is encoded in pieces of PIECE characters, and pieces in groups of GROUP characters.
 PIECE = 1 << 16
 GROUP = 1 << 22
 LONGEST_PIECE = 1 << 20
-MOST_IDS = 1 << 24  # of a vocabulary to train, for each of which the library takes memory before it sees a text
+MOST_IDS = 1 << 24  # in a vocabulary to train: the library takes memory for each before it reads a text
 
 # Between a letter and one of these signs every byte-level pre-tokenizer starts a new word (GPT-2, cl100k, o200k,
-# Llama 3), so a text cut there gives the same tokens. Not before an apostrophe: o200k takes the 't of don't along.
+# Llama 3), so a text cut there gives the same tokens. No apostrophe: o200k keeps the 't of don't with its word.
 CUT_BEFORE = ' \t\n\r,.;:!?()[]{}<>="0123456789\u3001\u3002\uff0c'
 _CUT = re.compile(f"(?<=[^\\W\\d_])(?=[{re.escape(CUT_BEFORE)}])")
 
 
 def _byte_alphabet() -> list[str]:
-    """The 256 characters by which byte-level BPE writes the bytes 0..255: printable ones stand for themselves."""
+    """Return the 256 characters that byte-level BPE writes for the bytes 0..255. A printable one stands for itself."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -59,16 +60,16 @@ BYTE_OF = {character: byte for byte, character in enumerate(_byte_alphabet())}
 
 
 class Tokenizer:
-    """Encodes and decodes; `vocab_size` is one more than the largest id. Make one with `load`, `bytes` or `train`.
+    """An encoder and decoder. `vocab_size` is one more than the largest id. Make one with `load`, `bytes` or `train`.
 
-    `eos_id` is the id of its end-of-text token, None where it has none; `folder` is where its tokenizer.json is.
+    `eos_id` is the id of its end-of-text token, None where it has none. `folder` is the folder of its tokenizer.json.
     """
 
     folder: Path | None = None
 
     def __init__(self, inner: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None) -> None:
-        """`settings` are those of a tokenizer_config.json, which may name the end-of-text token."""
-        # A tokenizer.json may say "truncate to 512 tokens" or "pad": neither is true of a document.
+        """Wrap `inner`. `settings` come from a tokenizer_config.json, which may name the end-of-text token."""
+        # A tokenizer.json may say "truncate to 512 tokens" or "pad": neither applies to a document.
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = True
@@ -81,11 +82,11 @@ class Tokenizer:
         )
 
     def id_of(self, token: str) -> int | None:
-        """Return the id of a token, as tokenizer.json writes it; None where it is not in the vocabulary."""
+        """Return the id of a token, written as in tokenizer.json; None if it is not in the vocabulary."""
         return self._vocab.get(token)
 
     def with_eos(self, written: str | int | None) -> "Tokenizer":
-        """Return the same tokenizer with the end-of-text token that `--eos` names, a token or an id; None changes none.
+        """Return the tokenizer with the end-of-text token that `--eos` names, a token or an id; unchanged for None.
 
         Raises ConfigError for a token or an id that it does not have.
         """
@@ -97,7 +98,7 @@ class Tokenizer:
 
     @cached_property
     def ids_before(self) -> tuple[int, ...]:
-        """The ids that its own template puts before a text: `<s>` of Llama's, nothing of GPT-2's."""
+        """The ids that the tokenizer's template puts before a text: `<s>` for Llama, none for GPT-2."""
         bare = self._inner.encode("a", add_special_tokens=False).ids
         ids = self._inner.encode("a").ids
         starts = (i for i in range(len(ids)) if bare and ids[i : i + len(bare)] == bare)
@@ -105,7 +106,7 @@ class Tokenizer:
 
     @classmethod
     def bytes(cls) -> "Tokenizer":
-        """The built-in tokenizer: the id of byte b is b (0..255), `<|endoftext|>` is 256."""
+        """Return the built-in tokenizer: the id of byte b is b (0..255), `<|endoftext|>` is 256."""
         vocab = {character: byte for byte, character in enumerate(_byte_alphabet())}
         inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -115,9 +116,9 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
-        """A tokenizer.json, with what a tokenizer_config.json beside it says, or the one in the manifest of a data set.
+        """Read a tokenizer.json with the tokenizer_config.json beside it, or the tokenizer in a data set's manifest.
 
-        Raises ConfigError where it is missing or none.
+        Raises ConfigError for a missing file and for one that is no tokenizer.
         """
         settings: dict[str, Any] = {}
         try:
@@ -141,12 +142,12 @@ class Tokenizer:
 
     @classmethod
     def from_description(cls, kept: Mapping[str, str]) -> "Tokenizer":
-        """The tokenizer that `description` was of."""
+        """Return the tokenizer with this `description`."""
         return cls(tokenizers.Tokenizer.from_str(kept["json"]), kept)
 
     @classmethod
     def load(cls, spec: str | Path) -> "Tokenizer":
-        """`bytes`, a tokenizer.json, a folder that holds one, as of a model or a data set, or a shipped model's name.
+        """Load a tokenizer: `bytes`, a tokenizer.json, the folder of a model or a data set, or a shipped model's name.
 
         Raises ConfigError for anything else.
         """
@@ -155,7 +156,7 @@ class Tokenizer:
 
     @staticmethod
     def find(spec: str | Path) -> Path | None:
-        """The file that `load` reads; None for `bytes`, which is built in."""
+        """Return the file that `load` reads; None for `bytes`, which is built in."""
         if str(spec) == "bytes":
             return None
         refuse_web_address(str(spec))
@@ -169,11 +170,11 @@ class Tokenizer:
 
     @classmethod
     def of_model(cls, folder: Path, spec: str | None = None, *, differs: bool = False) -> "Tokenizer | None":
-        """The tokenizer in a model's folder, or the one that `spec` names (see `load`); None where there is neither.
+        """Return the tokenizer in a model's folder, or the one that `spec` names (see `load`), or None without either.
 
         The ids of another tokenizer mean nothing to a model, so `spec` must name an equal one, unless it `differs` on
-        purpose. Raises CheckpointError for a tokenizer.json that is not the one the weights were saved with,
-        ConfigError for another tokenizer.
+        purpose. Raises CheckpointError for a tokenizer.json that is not the one the weights were saved with and,
+        without `spec`, for a missing one. Raises ConfigError for another tokenizer.
         """
         own, saved = folder / "tokenizer.json", model_metadata(folder).get(TOKENIZER_SHA256)
         if spec and differs:
@@ -198,10 +199,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Byte-level BPE of at most `vocab_size` ids: `<|endoftext|>` is 0, then the 256 bytes, then the merges.
+        """Train byte-level BPE of at most `vocab_size` ids: `<|endoftext|>` is 0, then the 256 bytes, then the merges.
 
-        ConfigError when `vocab_size` has no room for the bytes, or is over MOST_IDS. A small corpus may give fewer ids
-        than asked for.
+        A small corpus may give fewer ids than asked for. Raises ConfigError when `vocab_size` has no room for the
+        bytes, or is over MOST_IDS.
         """
         if vocab_size < 257:
             raise ConfigError(f"a byte-level vocabulary needs 257 ids or more (256 bytes and {END_OF_TEXT})")
@@ -220,11 +221,11 @@ class Tokenizer:
         return cls(inner)
 
     def encode(self, text: str) -> np.ndarray:
-        """(tokens,) int32, without any special token added. Time is linear in the text's length."""
+        """Return the ids of a text, (tokens,) int32, without added special tokens. Time is linear in its length."""
         return np.concatenate([np.empty(0, np.int32), *(ids for _, ids, _ in self.encode_parts([text]))])
 
     def encode_parts(self, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray, int]]:
-        """Yield (index of a text, (tokens,) int32, UTF-8 bytes): the parts of a text, in order, are its `encode`.
+        """Yield (index of a text, (tokens,) int32, UTF-8 bytes): the parts of a text, in order, make up its `encode`.
 
         Memory is that of GROUP characters, however long a text is. An empty text has no part.
         """
@@ -235,7 +236,7 @@ class Tokenizer:
                     yield owner, np.frombuffer(data, np.uint8).astype(np.int32), len(data)
             return
         for owners, pieces in self._groups(texts):
-            # No name for the encodings, which take 100 bytes per token: they go before the next group is encoded.
+            # The encodings take 100 bytes per token. Without a name, they are freed before the next group is encoded.
             for owner, piece, encoding in zip(
                 owners, pieces, self._inner.encode_batch_fast(pieces, add_special_tokens=False), strict=True
             ):
@@ -243,16 +244,16 @@ class Tokenizer:
                 yield owner, np.fromiter(ids, np.int32, len(ids)), len(piece.encode())
 
     def pieces(self, parts: Iterable[str]) -> Iterator[str]:
-        """Cut a text, which comes in parts, into pieces whose tokens together are those of the text.
+        """Cut a text, which comes in parts, into pieces whose tokens together are the tokens of the text.
 
-        Few tokenizers need the whole text at once: it is then the one piece.
+        A few tokenizers need the whole text at once: it is then the only piece.
         """
         if self._is_bytes:
             return (part for part in parts if part)
         return cut_text(parts) if self._can_cut else filter(None, ("".join(parts),))
 
     def encode_long(self, parts: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield ((tokens,) int32, UTF-8 bytes) of a text that comes in parts, which are together its `encode`.
+        """Yield ((tokens,) int32, UTF-8 bytes) for stretches of a text that comes in parts: together, its `encode`.
 
         Memory is that of GROUP characters and of a part.
         """
@@ -266,11 +267,11 @@ class Tokenizer:
                 pieces = []
 
     def decode(self, ids: np.ndarray, *, special: bool = True) -> str:
-        """The text of (tokens,) ids; a cut UTF-8 character becomes U+FFFD. `special` writes special tokens out."""
+        """Return the text of (tokens,) ids, with special tokens if `special`. A cut UTF-8 character becomes U+FFFD."""
         return str(self._inner.decode(np.asarray(ids).tolist(), skip_special_tokens=not special))
 
     def token_of(self, token_id: int) -> str:
-        """A token as tokenizer.json writes it; empty for an id that has none. The inverse of `id_of`."""
+        """Return a token as tokenizer.json writes it; empty for an unknown id. The inverse of `id_of`."""
         return self._inner.id_to_token(token_id) or ""
 
     @property
@@ -280,7 +281,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray | None:
-        """(vocab_size,) int64: the UTF-8 bytes each id stands for, 0 for a special token; None if not byte-level."""
+        """The number of UTF-8 bytes of each id, (vocab_size,) int64, 0 for a special token; None if not byte-level."""
         if (self._description.get("decoder") or {}).get("type") != "ByteLevel":
             return None
         lengths = np.zeros(self.vocab_size, np.int64)
@@ -291,12 +292,12 @@ class Tokenizer:
         return lengths
 
     def n_bytes(self, ids: np.ndarray) -> int | None:
-        """The UTF-8 bytes that (tokens,) ids stand for; None when the tokenizer is not byte-level or lacks an id."""
+        """Return the number of UTF-8 bytes of (tokens,) ids; None if the tokenizer is not byte-level or lacks an id."""
         lengths = self.token_bytes
         if lengths is None:
             return None
         total = 0
-        for start in range(0, len(ids), GROUP):  # blocks, as a lookup takes 8 bytes per token
+        for start in range(0, len(ids), GROUP):  # in blocks: a lookup takes 8 bytes per token
             block = ids[start : start + GROUP]
             if block.max() >= self.vocab_size:
                 return None
@@ -314,12 +315,12 @@ class Tokenizer:
 
     @property
     def description(self) -> dict[str, str]:
-        """Return what the manifest of a data set keeps: the text of its tokenizer.json, and its end-of-text token."""
+        """The tokenizer for the manifest of a data set: the text of its tokenizer.json, and its end-of-text token."""
         ending = "" if self.eos_id is None else self.token_of(self.eos_id)
         return {"json": self.to_json(), **({"eos_token": ending} if ending else {})}
 
     def to_json(self) -> str:
-        """The text of its tokenizer.json."""
+        """Return the text of the tokenizer.json."""
         return self._inner.to_str(pretty=True)
 
     @cached_property
@@ -328,7 +329,7 @@ class Tokenizer:
 
     @cached_property
     def _is_bytes(self) -> bool:
-        """Return whether ids are the text's bytes, which needs no library, and for a long document no memory of it."""
+        """Return whether ids are the text's bytes: encoding then needs neither the library nor its memory."""
         model, pre = self._description["model"], self._description["pre_tokenizer"] or {}
         return (
             model["type"] == "BPE"
@@ -342,7 +343,7 @@ class Tokenizer:
 
     @cached_property
     def _can_cut(self) -> bool:
-        """Return whether this tokenizer really starts a new word at every cut, tried on one word for each sign."""
+        """Return whether this tokenizer starts a new word at every cut, tried on one word for each sign."""
         words = self._inner.pre_tokenizer
         if words is None or self._description["normalizer"] is not None or self.token_bytes is None:
             return False
@@ -355,7 +356,7 @@ class Tokenizer:
         return all(split(f"a{sign}b") == split("a") + split(f"{sign}b") for sign in CUT_BEFORE)
 
     def _groups(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
-        """The texts' pieces in order, with the index of the text each belongs to, GROUP characters at a time."""
+        """Yield the texts' pieces in order, GROUP characters at a time, with the index of each piece's text."""
         owners: list[int] = []
         pieces: list[str] = []
         size = 0
@@ -374,14 +375,14 @@ class Tokenizer:
 def cut_text(parts: Iterable[str]) -> Iterator[str]:
     """Cut a text, which comes in parts, where words start anyway, about every PIECE characters.
 
-    One unbroken run of letters longer than LONGEST_PIECE is cut regardless, lest it take quadratic time. The pieces do
-    not depend on the parts.
+    A run of letters longer than LONGEST_PIECE is cut too, because it would take quadratic time. The pieces do not
+    depend on the parts.
     """
     text, start = "", 0
     for part in chain(parts, (None,)):
         if part is not None:
             text, start = text[start:] + part, 0
-        # where the next piece ends is seen in LONGEST_PIECE characters, or in what is left of the text
+        # the end of the next piece is known once there are LONGEST_PIECE characters, or the rest of the text
         while len(text) - start > (PIECE if part is None else LONGEST_PIECE):
             limit = start + LONGEST_PIECE
             match = _CUT.search(text, start + PIECE, limit)
@@ -393,9 +394,9 @@ def cut_text(parts: Iterable[str]) -> Iterator[str]:
 
 
 def end_of_text(written: str | int | bool | None, tokenizer: Tokenizer | None) -> int | None:
-    """Return the id that `--eos` names (see `token_id`); True is the tokenizer's own, None none.
+    """Return the id that `--eos` names (see `token_id`): the tokenizer's own for True, None for None and False.
 
-    Raises ConfigError for a token or an id that is none.
+    Raises ConfigError for an unknown token or id, and for True if the tokenizer has no end-of-text token.
     """
     if written is None or written is False:
         return None
@@ -414,7 +415,7 @@ NO_END = (
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return what a tokenizer_config.json says, nothing where there is none. Raises ConfigError for a damaged one."""
+    """Return the contents of a tokenizer_config.json, empty if it is missing. Raises ConfigError for a damaged one."""
     try:
         found = parse(read_text(path))
     except FileNotFoundError:
@@ -425,7 +426,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def special_token(written: Any) -> str:
-    """Return a special token as tokenizer_config.json writes it, a text or a table; empty where it has none."""
+    """Return the text of a special token as tokenizer_config.json writes it, plain or in a table; empty for none."""
     found = written.get("content") if isinstance(written, dict) else written
     return found if isinstance(found, str) else ""
 

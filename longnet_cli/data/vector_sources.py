@@ -1,4 +1,4 @@
-"""Documents of vectors in: the columns of tables that hold features of tiles, frames or chunks, and where they lie.
+"""Input documents of vectors: columns of tables with features of tiles, frames or chunks, and their coordinates.
 
 inputs --open_source--> Table --> runs of rows with one id, or rows of many vectors --> Vectors
 """
@@ -26,7 +26,7 @@ from longnet_cli.errors import ConfigError, DataError
 VECTOR_COLUMNS = ("features", "embedding", "embeddings")
 ID_COLUMNS = ("slide_id", "doc_id")
 COORDS: tuple[tuple[str, ...], ...] = (("coords",), ("x", "y"))
-TILE_SIZE = b"longnet.tile_size"  # in a schema's metadata: pixels of a tile, in the units of its coordinates
+TILE_SIZE = b"longnet.tile_size"  # in a schema's metadata: the side of a tile, in the units of its coordinates
 
 
 def read_vectors(
@@ -34,10 +34,10 @@ def read_vectors(
 ) -> Iterator[Vectors]:
     """Yield the documents of every input, in order, as vectors.
 
-    A row is a vector, and neighbours with one `id_column` (without it `slide_id` or `doc_id`) are a document (a table
-    without such a column is one); a `part` column beside it must then count 0, 1, 2, .... Or a row is a document,
-    a list of vectors. Coordinates are in a column `coords` of pairs, or in `x` and `y`; without `coords` they are not
-    read.
+    Either a row is a vector: neighbouring rows with one `id_column` (without it `slide_id` or `doc_id`) are a
+    document, and a `part` column must count them 0, 1, 2, .... A table without an id column is one document. Or a row
+    is a document, a list of vectors. Coordinates are in a column `coords` of pairs, or in `x` and `y`; without
+    `coords` they are not read.
 
     Raises ConfigError for a missing column, DataError for text and for missing, empty or damaged data.
     """
@@ -53,7 +53,7 @@ def read_vectors(
 
 @dataclass(frozen=True)
 class _Layout:
-    """The kinds of the columns of a table; `nested` where a row is a document."""
+    """The names of the columns to read from a table. With `nested`, a row is a document."""
 
     name: str
     nested: bool
@@ -118,7 +118,7 @@ class _Run:
 
 
 class _Runs:
-    """The runs of a document: their parts as an iterator and, when that has ended, the document."""
+    """The runs of a document: an iterator over their parts and, when that has ended, the document."""
 
     def __init__(self, table: Table, runs: Iterator[_Run]) -> None:
         self.table, self.runs = table, runs
@@ -157,7 +157,7 @@ def _runs(table: Table, layout: _Layout) -> Iterator[_Run]:
     for index, batch in enumerate(table.read(layout.columns)):
         with reading(f"{table.where}, batch {index}"):
             for name in layout.columns:
-                # List offsets that point outside the data would crash, not raise. This looks at no number.
+                # List offsets that point outside the data would crash, not raise. This reads no number.
                 batch.column(name).validate(full=True)
         ids = _ids(table, layout, batch, first)
         parts = _numbers(table, batch.column("part"), first, "part") if layout.part else None
@@ -203,7 +203,7 @@ def _nested_runs(
 
 
 def _ids(table: Table, layout: _Layout, batch: pa.RecordBatch, first: int) -> list[str]:
-    """The document of each row."""
+    """Return the document of each row."""
     if layout.doc_id is None:
         rows = range(first, first + batch.num_rows)
         return [f"{table.name}:{row}" for row in rows] if layout.nested else [table.name] * batch.num_rows
@@ -216,9 +216,10 @@ def _ids(table: Table, layout: _Layout, batch: pa.RecordBatch, first: int) -> li
 def _unnested(
     table: Table, column: pa.Array, first: int, rows: np.ndarray | None = None
 ) -> tuple[pa.Array, np.ndarray]:
-    """The values of a column of lists, and where each list begins in them and the last ends, (lists + 1,) int64.
+    """Return the values of a column of lists, and the bounds of the lists in them: (lists + 1,) int64.
 
-    `rows` says where each row of the table begins in `column`, where that is the inside of another.
+    List i is `values[bounds[i] : bounds[i + 1]]`. If `column` is the inside of another column, `rows` says where each
+    row of the table starts in it.
     """
     kind = column.type
     if pa.types.is_fixed_size_list(kind):
@@ -236,7 +237,7 @@ def _unnested(
 def _flat(
     table: Table, column: pa.Array, first: int, rows: np.ndarray | None = None
 ) -> tuple[np.ndarray | StoredIds, np.ndarray]:
-    """The numbers of a column of vectors, where they are, and where each vector begins in them."""
+    """Return the numbers of a column of vectors, in their file if possible, and where each vector starts in them."""
     values, edges = _unnested(table, column, first, rows)
     used = values.slice(int(edges[0]), int(edges[-1] - edges[0]))
     if used.null_count:
@@ -252,7 +253,7 @@ def _row_of(index: int, rows: np.ndarray | None) -> int:
 
 
 def _points(table: Table, layout: _Layout, batch: pa.RecordBatch, first: int) -> np.ndarray | None:
-    """The coordinates of the vectors of a batch, (vectors, 2) float64; None where there are none."""
+    """Return the coordinates of the vectors of a batch, (vectors, 2) float64; None where there are none."""
     if not layout.coords:
         return None
     found = [batch.column(name) for name in layout.coords]
@@ -272,7 +273,7 @@ def _points(table: Table, layout: _Layout, batch: pa.RecordBatch, first: int) ->
 
 
 def _inside(table: Table, column: pa.Array, first: int, name: str, *, pairs: bool = False) -> pa.Array:
-    """The values of a column of lists, which are all `pairs` where that is asked for."""
+    """Return the values of a column of lists. With `pairs`, raise DataError unless each list has two values."""
     if not any(test(column.type) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)):
         raise DataError(f"{table.where}: {name} has type {column.type}: lists of numbers are needed")
     values, edges = _unnested(table, column, first)

@@ -1,4 +1,4 @@
-"""A document as vectors that stay where they are, in their file if they can, read and checked slice by slice."""
+"""Documents as vectors, which stay in their file if possible and are read and checked slice by slice."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from longnet_cli.errors import DataError
 
 
 class Vectors:
-    """A document as (len, width) numbers, which are read and checked when they are wanted.
+    """A document as (len, width) numbers, which are checked only when they are read.
 
-    `doc_id` names it, `where` says its file and first row. `coords` (len, 2) float64 are in pixels, None where the
-    table has none; `tile_size` is the side of a tile in them, None where the file does not say.
+    `doc_id` is its name, `where` its file and first row. `coords` (len, 2) float64 are in pixels, None where the
+    table has none. `tile_size` is the side of a tile in the same pixels, None where the file does not say.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class Vectors:
         tile_size: float | None,
         place: Callable[[int], str],
     ) -> None:
-        """`parts` hold `width` numbers for each vector. A part is `flat` where each vector is a row of the table."""
+        """Make a document of `parts`, with `width` numbers per vector. In a `flat` part, each vector is a row."""
         self.doc_id, self.where, self.width, self.parts = doc_id, where, width, parts
         self.coords, self.tile_size, self._place = coords, tile_size, place
-        self.block = max(1, BLOCK // max(1, width))  # vectors looked at together by a pass over the document
+        self.block = max(1, BLOCK // max(1, width))  # vectors per step of a pass over the document
         self._starts = [0]  # of each part, and the end
         for part in parts:
             self._starts.append(self._starts[-1] + len(part.ids) // max(1, width))
@@ -45,10 +45,10 @@ class Vectors:
         return f"Vectors({self.doc_id!r}, {len(self)} of {self.width} numbers, {self.where})"
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The vectors [start, stop), bounds as in a Python slice, as (stop - start, width) float32 of one's own.
+        """Return the vectors [start, stop), bounds as in a Python slice, as a (stop - start, width) float32 copy.
 
-        Raises DataError, naming file and row, for a number that is NaN or infinite, also one that float32 cannot hold,
-        and for a file that has changed since it was opened.
+        Raises DataError, naming file and row, for a number that is NaN, infinite or too large for float32, and for a
+        file that has changed since it was opened.
         """
         start, stop, _ = slice(start, stop).indices(self._length)
         out = np.empty((max(0, stop - start), self.width), np.float32)
@@ -66,7 +66,7 @@ class Vectors:
             except FileChangedError as error:
                 raise error.at((part.row or 0) + (first if part.flat else 0)) from None
             block = out[done : done + len(numbers)]
-            with np.errstate(over="ignore"):  # told of below
+            with np.errstate(over="ignore"):  # reported below
                 block[:] = numbers
             if not (finite := np.isfinite(block)).all():
                 bad, place = (int(found[0]) for found in np.nonzero(~finite))
@@ -76,7 +76,7 @@ class Vectors:
         return out
 
     def place(self, index: int) -> str:
-        """The file and row of a vector, for a message."""
+        """Return the file and row of a vector, for a message."""
         part = self.parts[at := bisect_right(self._starts, index) - 1]
         row, inside = part.row or 0, index - self._starts[at]
         return self._place(row + inside) if part.flat else f"{self._place(row)}, vector {inside}"

@@ -2,14 +2,14 @@
 
     documents --TokenStream--> eos doc eos doc ... --TokenWindows--> (Batch, state)
 
-A stream is an index, never a copy: what is wanted of a window is read from its documents when it is wanted. Window n of
-a run is a pure function of (seed, n), the same for any number of ranks, so the state is in truth the one number `step`:
-the windows that all ranks together have taken.
+A stream is an index, never a copy: the tokens of a window are read from its documents when they are needed. Window n
+of a run is a pure function of (seed, n), the same for any number of ranks. So the only state is one number, `step`:
+the number of windows that all ranks together have taken.
 
     n --Mix.source--> source, index --divmod--> epoch, position --_Epoch.start--> a place in the stream
 
-Windows span documents. `Batch.document_starts` says where one starts inside a window: an eos id within a document is a
-token like any other.
+Windows span documents. `Batch.document_starts` says where a document starts inside a window: an eos id within a
+document is a token like any other.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,13 +25,13 @@ from longnet_cli.errors import ConfigError, DataError
 
 STATE_VERSION = 2
 
-BLOCK_TOKENS = 1 << 17  # read from one place of a file: long enough to be read in sequence, half a megabyte of int32
+BLOCK_TOKENS = 1 << 17  # read from one place of a file: half a megabyte of int32, long enough for a sequential read
 POOL_BLOCKS = 16  # blocks from all over the stream whose windows are shuffled together
-LONGEST_PERIOD = 10_000  # windows after which a mix may repeat: its table is made in some 10 ms
+LONGEST_PERIOD = 10_000  # most windows in the period of a mix, whose table is made in some 10 ms
 
 
 class TokenStream:
-    """The tokens `eos doc eos doc ...` of one source, by position. Holds 8 bytes per document, and no token."""
+    """The tokens `eos doc eos doc ...` of one source, by position. It holds 8 bytes per document, and no tokens."""
 
     def __init__(self, documents: Sequence[Document], eos_id: int) -> None:
         self.documents, self.eos_id = documents, eos_id
@@ -42,7 +42,7 @@ class TokenStream:
         return int(self.starts[-1])
 
     def locate(self, position: int) -> int:
-        """The index of the document that a position belongs to, its own eos included."""
+        """Return the index of the document at a position. The eos before a document belongs to it."""
         return int(self.starts.searchsorted(position, side="right")) - 1
 
     def read_into(self, out: np.ndarray, start: int) -> None:
@@ -59,16 +59,16 @@ class TokenStream:
 
 
 class Batch:
-    """Windows of streams as (rows, tokens) ids, of which none is in memory.
+    """Windows of streams as (rows, tokens) ids, none of them in memory.
 
-    `numbers` are those of the windows in the run, one per row.
+    `numbers` gives the number of each row's window in the run.
     """
 
     def __init__(self, starts: Sequence[tuple[TokenStream, int]], tokens: int, numbers: Sequence[int]) -> None:
         self.starts, self.shape, self.numbers = starts, (len(starts), tokens), numbers
 
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The ids [start, stop) of a window, (stop - start,) int64; bounds are not checked. Reads nothing else."""
+        """Return the ids [start, stop) of a window, (stop - start,) int64. Reads only these, and checks no bounds."""
         stream, position = self.starts[row]
         out = np.empty((self.shape[1] if stop is None else stop) - start, np.int64)
         if len(out):
@@ -76,24 +76,24 @@ class Batch:
         return out
 
     def document_starts(self, row: int, tokens: int) -> list[int]:
-        """Return where documents start in the first `tokens` ids of a window, at their eos; 0 is always one."""
+        """Return where documents start in the first `tokens` ids of a window, at their eos; 0 is always included."""
         stream, position = self.starts[row]
         first, last = stream.starts.searchsorted((position + 1, position + tokens))
         return [0, *(stream.starts[first:last] - position).tolist()]
 
     def read_all(self) -> np.ndarray:
-        """(rows, tokens) int64."""
+        """Return the ids of all windows, (rows, tokens) int64."""
         return np.stack([self.read(row) for row in range(self.shape[0])])
 
 
 class Mix:
-    """A rule for the source of window n: after any n, each source had less than one window more or less than its share.
+    """A rule for the source of window n: after any n windows, each source is less than one window from its share.
 
     The order repeats with a period, the sum of the weights as whole numbers in lowest terms (0.7 and 0.3: 10).
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """Raises ConfigError for weights that are not above 0, or whose period is longer than LONGEST_PERIOD."""
+        """Set up the order. Raises ConfigError for weights not above 0, and for a period over LONGEST_PERIOD."""
         if not weights or not all(0 < weight < float("inf") for weight in weights):
             raise ConfigError(f"the weights of a mix must be numbers above 0, not {list(weights)}")
         exact = [Fraction(repr(float(weight))) for weight in weights]  # 0.7 is 7/10, not the double next to it
@@ -106,8 +106,8 @@ class Mix:
                 f"the weights {list(weights)} are the ratio {':'.join(map(str, self.shares))}, whose sum is over "
                 f"{LONGEST_PERIOD:,}: round them to fewer digits"
             )
-        # Proportionate fair scheduling: of the sources that would not get ahead of their share by a whole window, the
-        # one that must soonest have its next. Meeting every deadline is what keeps each within one window.
+        # Proportionate fair scheduling: of the sources that this window would put less than one window ahead of their
+        # share, take the one with the earliest deadline. Meeting every deadline keeps each within one window.
         given = [0] * len(self.shares)
         before, order = [], []
         for n in range(self.period):
@@ -119,7 +119,7 @@ class Mix:
         self._order, self._before = order, before
 
     def source(self, n: int) -> tuple[int, int]:
-        """(source of window n, how many of the n windows before it came from that source)."""
+        """Return the source of window n, and how many of the n windows before it came from that source."""
         periods, rest = divmod(n, self.period)
         source = self._order[rest]
         return source, periods * self.shares[source] + self._before[rest]
@@ -128,9 +128,9 @@ class Mix:
 class _Epoch:
     """The windows of one source in one epoch: where they start, in the order they are visited.
 
-    The windows are numbered along the stream and grouped in blocks of neighbours. The blocks are shuffled; then, in
-    pools of POOL_BLOCKS, all windows of the pool. So a batch is drawn from all over the stream, while reads fall on
-    few places at a time, each read from end to end. Memory: a number per block and a number per window of a pool.
+    The windows are numbered along the stream and grouped in blocks of neighbours. First the blocks are shuffled, then
+    all windows within each pool of POOL_BLOCKS blocks. So a batch is drawn from all over the stream, while reads fall
+    on few places at a time, each read from end to end. Memory: a number per block and a number per window of a pool.
     """
 
     def __init__(self, key: tuple[int, int, int], stream_len: int, seq_len: int) -> None:
@@ -165,7 +165,7 @@ class _Epoch:
 
 
 def _shuffled(bits: np.random.PCG64, count: int) -> np.ndarray:
-    """0 .. count - 1 in a random order, (count,) int64."""
+    """Return 0 .. count - 1 in a random order, (count,) int64."""
     # Bit generators are stable over numpy versions, Generator.permutation is not: a resumed run must not differ.
     return np.argsort(bits.random_raw(count), kind="stable").astype(np.int64)
 
@@ -173,16 +173,17 @@ def _shuffled(bits: np.random.PCG64, count: int) -> np.ndarray:
 class TokenWindows:
     """Endless batches of windows of seq_len + 1 tokens: seq_len inputs and, one further, their targets.
 
-    An epoch of a source cuts its stream of T tokens into (T - 1) // seq_len windows, and shows every token once as an
-    input, except (T - 1) % seq_len at the head and the tail. How many of those are at the head is its phase; phase and
-    order are drawn anew from (seed, source, epoch). Sources begin their epochs independently of each other.
+    An epoch of a source cuts its stream of T tokens into (T - 1) // seq_len windows. It shows each token but the last
+    once as an input, except (T - 1) % seq_len of them at the head and the tail. The number left out at the head is
+    the phase. Phase and order are drawn anew from (seed, source, epoch). Each source starts its epochs independently
+    of the others.
 
-    The windows of all ranks are one sequence: the next rows * world of it are a global batch, of which rank d takes
-    d, d + world, ... A state is the same on every rank, and fits any other rank, world and rows: JSON of
+    The windows of all ranks are one sequence. Its next rows * world windows are a global batch, of which rank d takes
+    d, d + world, ... A state is the same on every rank, and fits any other rank, world and rows. It is JSON of
 
-        version, seed, seq_len, weights, tokens (of each source)   what the sequence is a function of: checked
-        step                                                       how many windows were taken: the position
-        source, epoch, document, offset, where                     what the next window starts in: for people, not read
+        version, seed, seq_len, weights, tokens (of each source)   decide the sequence: checked
+        step                                                       the position: how many windows were taken
+        source, epoch, document, offset, where                     where the next window starts: for people, not read
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class TokenWindows:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """`rows` are those of one rank; `weights`, one a source, need not sum to 1.
+        """Make the windows of `sources`. `rows` is per rank. `weights`, one per source, need not sum to 1.
 
         `rank` of `world` counts data-parallel ranks. Raises ConfigError for arguments that do not fit together,
         DataError for a source without a whole window.
@@ -228,7 +229,7 @@ class TokenWindows:
         self._epochs = [self._epoch(source, 0) for source in range(len(sources))]
 
     def __iter__(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        """Yield (batch, state) forever: (rows, seq_len + 1) ids, and the state that resumes after it."""
+        """Yield (batch, state) forever: (rows, seq_len + 1) ids, and the state that resumes after the batch."""
         step = self.step
         while True:
             starts = []
@@ -240,7 +241,7 @@ class TokenWindows:
             yield Batch(starts, self.seq_len + 1, numbers), self.state(step)
 
     def locate(self, n: int) -> tuple[int, int, int]:
-        """(source, epoch, start in the source's stream) of window n of the run. Fast when n does not go back far."""
+        """Return (source, epoch, start in the source's stream) of window n of the run. Fast unless n goes back far."""
         source, index = self.mix.source(n)
         epoch, position = divmod(index, self._epochs[source].windows)
         if epoch != self._epochs[source].key[2]:
@@ -248,11 +249,11 @@ class TokenWindows:
         return source, epoch, self._epochs[source].start(position)
 
     def state(self, step: int) -> dict[str, Any]:
-        """The state after `step` windows of all ranks."""
+        """Return the state after `step` windows of all ranks."""
         source, epoch, start = self.locate(step)
         stream = self.sources[source]
         index = stream.locate(start)
-        offset = max(0, start - int(stream.starts[index]) - 1)  # 0 for the eos before the document too
+        offset = max(0, start - int(stream.starts[index]) - 1)  # also 0 for the eos before the document
         place = {"source": source, "epoch": epoch, "document": index, "offset": offset}
         return {**self.identity, "step": step, **place, "where": stream.documents[index].where}
 
@@ -269,7 +270,7 @@ class TokenWindows:
         return _Epoch((self.seed, source, epoch), len(self.sources[source]), self.seq_len)
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on after the batch that a state of this run came with; the time that takes does not grow with its step.
+        """Continue after the batch that `state` came with. The time for this does not grow with the step.
 
         Raises ConfigError for a state of another version, seed, seq_len or mix, DataError where the data changed.
         """

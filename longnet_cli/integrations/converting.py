@@ -1,4 +1,4 @@
-"""A model of another kind, or with weights of another type, as an ordinary folder: a case in `convert` per kind."""
+"""The job `convert`: it writes a model of another kind, or with weights of another type, as an ordinary folder."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from longnet_cli.runtime.device import DTYPES
 
 
 def convert(source: str | Path, output: str | Path, dtype: str = "auto", **given: Any) -> str:
-    """Write the model `source` to the new folder `output`, and say what was done in a few words.
+    """Write the model `source` to the new folder `output`. Return a few words about what was done.
 
-    `source` is a GGUF file, a checkpoint of the official implementation, or the name or the folder of a LongNet, which
-    is written with weights of another type. What a checkpoint does not say is `given`, as in `official.Given`.
-    `dtype` is fp32, bf16, fp16 or auto: the file's own, bf16 where its weights are quantized. Raises CheckpointError
-    for a file that is of no kind that is known, or damaged, ConfigError for a folder that is in use, for libraries
-    that are missing and for a LongNet without a type.
+    `source` is a GGUF file, a checkpoint of the official implementation, or the name or folder of a LongNet, whose
+    weights are converted to another type. `given` holds values that a checkpoint lacks, as in `official.Given`.
+    `dtype` is fp32, bf16, fp16 or auto. auto keeps the file's own type, or takes bf16 if the weights are quantized.
+    Raises CheckpointError for a damaged file or a file of an unknown kind, ConfigError for a folder that is in use, for
+    missing libraries, for values `given` to any other kind of model, and for a LongNet without a `dtype`.
     """
     refuse_web_address(str(source))
     path = Path(source)
@@ -49,7 +49,7 @@ def convert(source: str | Path, output: str | Path, dtype: str = "auto", **given
 
 
 def _with_weights_of(folder: Path, output: Path, dtype: str) -> str:
-    """Write a LongNet again, with weights of the type `dtype`."""
+    """Write a copy of a LongNet with weights of type `dtype`. Return a few words about it."""
     if is_of_transformers(folder):
         raise ConfigError(f"{folder}: already a Hugging Face model folder, which any tool loads")
     if dtype not in DTYPES:
@@ -68,9 +68,9 @@ def _with_weights_of(folder: Path, output: Path, dtype: str) -> str:
 
 @contextmanager
 def unpacked(model: Path, dtype: str) -> Iterator[Path]:
-    """The folder of a model: `model` itself, or a temporary one for a file that is converted.
+    """Yield the folder of a model: `model` itself, or a temporary folder with the converted file.
 
-    What is mapped from a temporary folder stays readable when it is gone.
+    Weights that are mapped from a temporary folder stay readable after it is deleted.
     """
     if model.is_dir():
         yield model

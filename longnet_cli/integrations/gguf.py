@@ -1,6 +1,6 @@
-"""A model in a GGUF file, the format of llama.cpp, as an ordinary Hugging Face model folder. Needs the extra `gguf`.
+"""Conversion of a GGUF file, the format of llama.cpp, to an ordinary Hugging Face model folder. Needs the extra `gguf`.
 
-transformers reads the file and undoes its quantization; what is written loads anywhere, without GGUF.
+transformers reads the file and undoes its quantization. The new folder loads anywhere, without GGUF.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  #
 def convert_gguf(path: Path, folder: Path, dtype: torch.dtype | None = None) -> str:
     """Write the model and the tokenizer of a GGUF file to a new folder: safetensors and JSON, whole or not at all.
 
-    `dtype` is the type of the weights; None takes that of the file's, or bfloat16 where they are quantized. Returns
-    what was written: `LlamaForCausalLM, of F32, Q4_1 weights as bfloat16`. Raises ConfigError where a library is
-    missing or the folder is in use, CheckpointError for a file that transformers cannot read.
+    `dtype` is the type of the weights. None keeps the file's type, or takes bfloat16 if the weights are quantized.
+    Returns a description such as `LlamaForCausalLM, of F32, Q4_1 weights as bfloat16`. Raises ConfigError if a library
+    is missing or the folder is in use, CheckpointError for a file that transformers cannot read.
     """
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise ConfigError(f"{path}: GGUF needs {', '.join(missing)}: pip install 'longnet-cli[gguf]'")
@@ -41,12 +41,12 @@ def convert_gguf(path: Path, folder: Path, dtype: torch.dtype | None = None) -> 
             wide = max(kinds & {"F16", "BF16"}, default="F32")
             chosen = dtype or (_PLAIN[wide] if kinds <= _PLAIN.keys() else torch.bfloat16)
             given = {"gguf_file": path.name, "local_files_only": True}
-            with redirect_stderr(io.StringIO()):  # a bar that nothing else turns off
+            with redirect_stderr(io.StringIO()):  # hides a progress bar that no option turns off
                 model, report = hf.AutoModelForCausalLM.from_pretrained(
                     path.parent, dtype=chosen, output_loading_info=True, **given
                 )
             tokenizer = hf.AutoTokenizer.from_pretrained(path.parent, **given)
-        except Exception as error:  # readers of a foreign format raise as they like
+        except Exception as error:  # readers of a foreign format may raise anything
             raise CheckpointError(f"{path}: transformers cannot read it: {' '.join(str(error).split())}") from None
         if names := sorted(report["missing_keys"]):
             raise CheckpointError(f"{path}: weights are missing, {names[0]} among {len(names)}")
@@ -61,7 +61,7 @@ def convert_gguf(path: Path, folder: Path, dtype: torch.dtype | None = None) -> 
 
 
 def _drop_tokens_beyond(path: Path, vocab_size: int) -> None:
-    """Remove the special tokens that a class of tokenizers has by default, and the model has no ids for."""
+    """Remove the default special tokens of a tokenizer class for which the model has no ids."""
     data = json.loads(path.read_text(encoding="utf-8"))
     data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < vocab_size]
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")

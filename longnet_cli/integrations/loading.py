@@ -1,4 +1,4 @@
-"""The net in a folder, whoever made it: one that `longnet train` wrote, or a model of Hugging Face transformers."""
+"""Loaders for the net in a folder: a LongNet that `longnet train` wrote, or a model of Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def load_net(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Net:
-    """In eval mode, on `device`. `pattern` takes the place of the model's own.
+    """Load the net of a folder, in eval mode, on `device`. `pattern` replaces the model's own.
 
-    The weights of a Hugging Face model are of type `dtype`; a LongNet's are float32, whatever it computes in.
+    The weights of a Hugging Face model are of type `dtype`. A LongNet's weights are float32, whatever `dtype` is.
 
-    Raises ConfigError or CheckpointError, of one line that names the folder, also where transformers is not installed.
+    Raises ConfigError or CheckpointError, in one line that names the folder, also if transformers is not installed.
     """
     if not is_of_transformers(folder):
         return native_net(folder).from_pretrained(folder, device, torch.float32, pattern=pattern)
@@ -38,27 +38,27 @@ def load_net(
 
 
 def native_net(folder: Path) -> type[LongNet]:
-    """The class of the net in a folder of ours: a slide encoder's reads vectors. Raises as `load_config` does."""
+    """Return the class of the net in a LongNet folder: VectorNet for a slide encoder. Raises as `load_config` does."""
     return VectorNet if isinstance(load_config(folder), SlideConfig) else LongNet
 
 
 def read_facts(
     folder: Path, pattern: Pattern | None = None, lora: Mapping[str, Any] | None = None
 ) -> TransformersConfig:
-    """Those of a Hugging Face model, without its weights; raises as `load_net` does, and `lora.add_lora`."""
+    """Read the facts of a Hugging Face model, but not its weights. Raises as `load_net` and `lora.add_lora` do."""
     return _transformers_net(folder).read_facts(folder, pattern, lora)
 
 
 def load_trainable(folder: Path, config: TransformersConfig, lora: Mapping[str, Any] | None = None) -> Net:
-    """A Hugging Face model with these facts, to train: float32, on the CPU, of which the files are no part.
+    """Load a Hugging Face model for training, with the pattern of `config`: float32, on the CPU, not mapped from files.
 
-    `lora` are the arguments of `lora.add_lora`, or None for training all weights.
-    Raises as `load_net` does, and ConfigError where the gradient of a long sequence cannot go through it.
+    `lora` holds the arguments of `lora.add_lora`, or is None to train all weights.
+    Raises as `load_net` does, and ConfigError if the gradient of a long sequence cannot go through the model.
     """
     pattern = None if config.as_trained else config.pattern
     net = _transformers_net(folder).load_transformers(folder, pattern=pattern)
     net.check_trainable()
-    for parameter in net.parameters():  # mapped from the files until now, which a run may outlive
+    for parameter in net.parameters():  # mapped from files until now, which may vanish during a run
         parameter.data = parameter.data.clone()
     if lora is not None:
         net.add_lora(lora)
@@ -66,7 +66,7 @@ def load_trainable(folder: Path, config: TransformersConfig, lora: Mapping[str, 
 
 
 def saved_bytes(folder: Path, lora: Mapping[str, Any] | None, dtype: str) -> tuple[int, int]:
-    """(bytes per layer, bytes besides) that a token leaves for the backward of a Hugging Face model."""
+    """Return (bytes per layer, other bytes) that a token saves for the backward pass of a Hugging Face model."""
     from longnet_cli.integrations import saved
 
     return saved.saved_bytes(folder, lora, dtype)

@@ -1,6 +1,6 @@
-"""LoRA (arXiv 2106.09685) by peft: small matrices beside those of a model, which alone are trained.
+"""LoRA (arXiv 2106.09685) with peft: only small matrices beside a model's own are trained.
 
-An adapted matrix is `W + scale B A`; in the names of its weights, W is `X.base_layer.weight`, A and B are
+An adapted matrix is `W + scale B A`. In the names of its weights, W is `X.base_layer.weight`, A and B are
 `X.lora_A.default.weight` and `X.lora_B.default.weight`.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longnet_cli.errors import ConfigError
 
-_NAME = "default"  # peft's, of a model's first adapter
+_NAME = "default"  # peft's name for a model's first adapter
 _BASE, _A, _B = ".base_layer", f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight"
 
 State = Mapping[str, Tensor]
@@ -24,10 +24,10 @@ State = Mapping[str, Tensor]
 def add_lora(
     model: hf.PreTrainedModel, rank: int, alpha: float, dropout: float, target_modules: list[str] | None
 ) -> Callable[[Path, State], None]:
-    """Freeze a model and put LoRA matrices beside its own, in place: all of its layers', or those of `target_modules`.
+    """Freeze a model and add LoRA matrices in place: to all of its layers, or only to `target_modules`.
 
-    Returns what writes the adapter's folder, for peft, given the model's state dict. Raises ConfigError where peft is
-    missing, or the model has none of the modules.
+    Returns a function that writes the adapter's folder for peft, given the folder and the model's state dict. Raises
+    ConfigError if peft is missing, or the model has none of the modules.
     """
     try:
         import peft
@@ -38,7 +38,7 @@ def add_lora(
     options = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "task_type": "CAUSAL_LM"}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft asks transformers for names that it has renamed
+            warnings.simplefilter("ignore")  # peft uses names that transformers has renamed
             adapted = peft.get_peft_model(
                 model, peft.LoraConfig(**options, target_modules=target_modules or "all-linear")
             )
@@ -53,9 +53,9 @@ def add_lora(
 
 
 def merged(model: hf.PreTrainedModel, state: State) -> dict[str, Tensor]:
-    """The weights of a model without LoRA that computes what this one does, `state` being its own, whole.
+    """Return the weights of an equivalent model without LoRA, given the whole `state` of this one.
 
-    The model is left as it is: taking out of a matrix what was added to it would not give the same numbers back.
+    The model itself does not change: adding to a matrix and subtracting again would not restore the same numbers.
     """
     found = {}
     for name, tensor in state.items():

@@ -1,8 +1,8 @@
-"""Checkpoints of the official implementations, as folders of ours.
+"""Conversion of checkpoints of the official implementations to LongNet folders.
 
-Read are Prov-GigaPath's slide encoder, torchscale's LongNet encoders and decoders, and the encoder of a LongViT. Names
-and shapes say which it is, and how large. What they do not say (heads, segment lengths) is the official model's, or it
-is given.
+Supported are Prov-GigaPath's slide encoder, torchscale's LongNet encoders and decoders, and the encoder of a LongViT.
+The names and shapes of the weights tell the kind of net and its sizes. Other settings (heads, segment lengths) are
+given by the user, or taken from the official model.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from longnet_cli.model.slide import VectorNet
 from longnet_cli.model.torchscale import IGNORED, MODULES, renamed
 from longnet_cli.model.weights import list_names
 
-_INSIDE = ("model", "module", "state_dict", "teacher")  # where checkpoints of training keep the state dict
+_INSIDE = ("model", "module", "state_dict", "teacher")  # keys of the state dict in training checkpoints
 _SHARED = re.compile(r"(module|model|backbone|slide_encoder|encoder|decoder)\.")
 _SLIDE = {"cls_token": "cls", "patch_embed.proj.weight": "project.weight", "patch_embed.proj.bias": "project.bias"}
 _SLIDE |= {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}
 _RATES = (1, 2, 4, 8, 16)
-_LONGVIT = {  # positions, of patches of 32 pixels -> segment lengths
+_LONGVIT = {  # number of positions (patches of 32 pixels) -> segment lengths
     1024: (64, 128, 256, 512, 1024),
     16384: (1024, 2048, 4096, 8192, 16384),
     65536: (1024, 4096, 8192, 16384, 65536),
@@ -62,7 +62,7 @@ _EXACT = 'padding is "exact": no keys but those of the sequence.'
 
 @dataclass(frozen=True)
 class Given:
-    """Values that a checkpoint does not hold, from the user; None for the official model's."""
+    """Values from the user that a checkpoint does not hold; None takes the official model's value."""
 
     heads: int | None = None
     segment_lengths: Sequence[int] | None = None
@@ -71,7 +71,7 @@ class Given:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a file looks like one of `torch.save` or of safetensors, by its first bytes."""
+    """Return whether the first bytes of a file look like `torch.save` or safetensors."""
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -81,11 +81,11 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def convert_official(path: Path, output: Path, dtype: torch.dtype | None, given: Given) -> str:
-    """Write the net in the checkpoint `path` to the new folder `output`, and say what it is in a few words.
+    """Write the net in the checkpoint `path` to the new folder `output`. Return a few words about the net.
 
-    `dtype` is that of the weights, None for the file's own. Raises CheckpointError for a file that is no plain state
-    dict, or whose tensors are not those of a net that is known, naming what is missing, left over or misshapen;
-    ConfigError for what has to be `given`, and for a folder that is in use.
+    `dtype` is the type of the weights; None keeps the file's own. Raises CheckpointError for a file that is not a plain
+    state dict, and for tensors that fit no known net: the message names missing, unexpected and misshapen ones. Raises
+    ConfigError for missing values that must be `given`, and for a folder that is in use.
     """
     state = read_state_dict(path)
     found = _Found(path, state, given)
@@ -101,17 +101,17 @@ def convert_official(path: Path, output: Path, dtype: torch.dtype | None, given:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, without the prefixes that all names share. Nothing in it is run.
+    """Return the tensors of a checkpoint by name, without the prefixes that all names share. Run no code in the file.
 
-    Raises CheckpointError for what is no plain state dict.
+    Raises CheckpointError for a file that is not a plain state dict.
     """
     with path.open("rb") as file:
         pickled = file.read(9)[8:] != b"{"
     try:
         found: Any
-        if pickled:  # a Namespace, as of the options of a run, is data
+        if pickled:  # a Namespace, such as a run's options, is plain data
             with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-                warnings.simplefilter("ignore")  # of a protocol that it may not know: then it fails
+                warnings.simplefilter("ignore")  # about pickle protocols; an unknown one raises below
                 found = torch.load(path, map_location="cpu", weights_only=True)
         else:
             found = load_file(path)
@@ -132,7 +132,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: not a plain state dict: {name} is of type {type(tensor).__name__}")
     state = dict(found)
-    if any(name.startswith("backbone.") for name in state):  # of a student or a teacher, beside its head
+    if any(name.startswith("backbone.") for name in state):  # a student or a teacher: leave out its head
         state = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
     while (match := _SHARED.match(next(iter(state)))) and all(name.startswith(match[0]) for name in state):
         state = {name.removeprefix(match[0]): tensor for name, tensor in state.items()}
@@ -149,7 +149,7 @@ class _Found:
         self.slide = not images and (patches is not None or "cls_token" in state)
         self.prefix = "encoder." if self.slide or images else ""
         self.left_out: list[str] = []
-        if images:  # an image's patches and their places are not ours to compute
+        if images:  # a LongNet computes no image patches or positions
             self.left_out = [name for name in state if not name.startswith(self.prefix)]
         self.scales = [t for name, t in state.items() if name.endswith("xpos.scale")]
         self.state = {n: t for n, t in state.items() if not IGNORED.fullmatch(n) and n not in self.left_out}
@@ -163,7 +163,7 @@ class _Found:
         self.config = self._config(places.shape[1] if places is not None and places.ndim == 3 else 0)
 
     def build(self) -> LongNet:
-        """Return the net with its weights; they are float32 until it is cast."""
+        """Return the net with its weights, in float32."""
         kind = VectorNet if self.slide else LongNet
         with torch.device("meta"):
             net = kind(self.config)
@@ -192,7 +192,7 @@ class _Found:
         return net.eval()
 
     def card(self) -> str:
-        """Return README.md of the folder."""
+        """Return the text of the folder's README.md."""
         config, given = self.config, self.given
         ours = (given.heads, given.segment_lengths, given.dilation_rates)
         origin = "those that were given" if None not in ours else "the official model's"
@@ -216,7 +216,7 @@ class _Found:
         )
 
     def _config(self, positions: int) -> LongNetConfig:
-        """Return the configuration, by names and shapes, what is given, and what the official model has."""
+        """Return the configuration, from names and shapes, the given values and the official model's defaults."""
         dim, ffn = self._size("self_attn.q_proj.weight"), self._size("ffn.fc1.weight")
         layers = {int(match[1]) for name in self.state if (match := re.match(rf"{self.prefix}layers\.(\d+)\.", name))}
         data: dict[str, Any] = {
@@ -253,7 +253,10 @@ class _Found:
         return validate(SlideConfig if self.slide else LongNetConfig, data, str(self.path))
 
     def _of_torchscale(self, dim: int) -> tuple[int, Sequence[int], Sequence[int]]:
-        """Heads, where xPos's scales say them, and what has to be given for any other net."""
+        """Return the given (heads, segment lengths, dilation rates). xPos's scales also tell the number of heads.
+
+        Raises ConfigError for missing values.
+        """
         given = self.given
         heads = given.heads or (dim // (2 * len(self.scales[0])) if self.scales else 0)
         wanted = {
@@ -272,7 +275,7 @@ class _Found:
         return output is None or torch.equal(output, table)
 
     def _size(self, name: str) -> int:
-        """Rows of the matrices of this name, in most layers."""
+        """Return the number of rows that the matrices of this name have in most layers."""
         pattern = re.compile(rf"{self.prefix}layers\.\d+\.{re.escape(name)}")
         sizes = Counter(t.shape[0] for n, t in self.state.items() if pattern.fullmatch(n) and t.ndim == 2)
         if not sizes:

@@ -1,4 +1,4 @@
-"""Bytes that a Hugging Face model saves for its backward, counted on one and two of its layers."""
+"""The bytes that a Hugging Face model saves for its backward pass, measured on one and on two of its layers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _TOKENS = 64
 
 
 def saved_bytes(folder: str | Path, lora: Mapping[str, Any] | None, dtype: str) -> tuple[int, int]:
-    """(bytes per layer, bytes besides) that a token leaves for the backward; `dtype` as in `runtime.device`.
+    """Return (bytes per layer, other bytes) that a token saves for the backward pass; `dtype` as in `runtime.device`.
 
-    Two layers of the model are made, in memory that is never written to, so that it costs none. What does not grow
-    with the tokens (weights, their casts) is left out.
+    Models of one and of two layers are made in memory that is never written to, so they take almost no space. Tensors
+    that do not grow with the tokens (weights, their casts) are not counted.
     """
     return _counted(str(folder), json.dumps(lora), dtype)
 
 
-@lru_cache  # asked for every chunk that might fit
+@lru_cache  # called for every chunk that might fit
 def _counted(folder: str, lora: str, dtype: str) -> tuple[int, int]:
     one, two = (_a_token(folder, layers, json.loads(lora), dtype) for layers in (1, 2))
     return two - one, 2 * one - two
@@ -54,11 +54,11 @@ def _a_token(folder: str, layers: int, lora: Mapping[str, Any] | None, dtype: st
 
 
 def _saved(model: hf.PreTrainedModel, tokens: int, dtype: str) -> int:
-    """Bytes of all storages that a forward over so many tokens saves."""
+    """Return the bytes of all storages that a forward pass over `tokens` tokens saves."""
     found: dict[int, Tensor] = {}
 
     def keep(x: Tensor) -> Tensor:
-        found[x.untyped_storage().data_ptr()] = x  # kept alive, so that no other gets its place
+        found[x.untyped_storage().data_ptr()] = x  # kept alive, so that its address is not reused
         return x
 
     ids = torch.zeros(1, tokens, dtype=torch.int64)

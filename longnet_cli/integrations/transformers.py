@@ -3,19 +3,20 @@
     from longnet_cli.integrations.transformers import use_dilated_attention
     use_dilated_attention(model, Pattern.paper())
 
-Importing this file registers the name, and with it the folders that are saved with a pattern (`transformers_auto`) and
-those of a LongNet itself (`transformers_longnet`), for all Auto classes. A new model needs its pattern and the name:
+Importing this file registers the name. It also lets the Auto classes open folders that are saved with a pattern
+(`transformers_auto`) and the folders of a LongNet (`transformers_longnet`). A new model needs its pattern and the name:
 
     write_pattern(config, Pattern.paper())
     model = AutoModelForCausalLM.from_config(config, attn_implementation="dilated")
 
-The model keeps its projections, positions and heads, and hands over queries, keys and values. Causal decoders,
-bidirectional encoders and grouped-query heads are served. A batch may be padded on either side, compiled on the right.
-Generation is exact, with a DynamicCache, or with a LongNetCache in bounded memory. Layers that the model itself limits
-to a sliding window stay as they are, on torch's sdpa.
+The model keeps its projections, positions and heads; only its attention over queries, keys and values is replaced.
+Causal decoders, bidirectional encoders and grouped-query heads are supported. A batch may be padded on either side, in
+a compiled model only on the right. Generation is exact, with a DynamicCache, or with a LongNetCache in bounded memory.
+Layers that the model itself limits to a sliding window stay as they are, on torch's sdpa.
 
-Sinks are moved by the model's own positions (`transformers_rotary`), which a config does not tell: a model that is not
-loaded by AutoModel, AutoModelForCausalLM or AutoModelForMaskedLM needs `use_dilated_attention` after loading, too.
+Sinks are moved by the model's own rotations (`transformers_rotary`), which a config does not describe. With sinks, a
+model that is not loaded by AutoModel, AutoModelForCausalLM or AutoModelForMaskedLM therefore needs
+`use_dilated_attention` after loading, too.
 """
 
 from __future__ import annotations
@@ -41,31 +42,31 @@ from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.transformers_auto import NAME, mark, register, unmark
 from longnet_cli.integrations.transformers_cache import LongNetCache as LongNetCache
 from longnet_cli.integrations.transformers_cache import Memory
-from longnet_cli.integrations.transformers_longnet import LongNetPreTrainedModel  # which registers its own classes
+from longnet_cli.integrations.transformers_longnet import LongNetPreTrainedModel  # registers its classes
 from longnet_cli.integrations.transformers_padding import columns_of, rows_of
 from longnet_cli.integrations.transformers_rotary import make_phases_exact, turns
 
-_TURN = "_dilated_turn"  # of an attention module: what moves its sinks, or None
-_OWN = "_own_attention"  # of a model: the name of the attention that it had before
+_TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks, or None
+_OWN = "_own_attention"  # attribute of a model: the name of its earlier attention
 
-# what a config may ask of attention that dilated attention does not do
+# settings of a config that dilated attention does not support
 _REFUSED_CONFIG = {
     "is_encoder_decoder": "an encoder-decoder",
     "add_cross_attention": "cross-attention",
     "attention_chunk_size": "chunked attention",
 }
-# what a layer may ask of an attention function, beyond a plain softmax of scaled scores
+# unsupported options of a layer: they go beyond a plain softmax of scaled scores
 _REFUSED_OPTIONS = ("softcap", "s_aux", "position_bias", "head_mask", "output_attentions")
 
 
 def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None) -> PreTrainedModel:
-    """Make all global attention layers of a model dilated, in place; its weights stay.
+    """Make all global attention layers of a model dilated, in place. Its weights stay the same.
 
-    `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it; None takes what is there.
-    With sinks, the model runs on a few tokens, to see how it turns its keys by position. Rotary phases are exact at any
-    position, where they can be made so (`transformers_rotary.make_phases_exact`). Returns the model. Raises
-    ConfigError where the model has no pattern, no layer that attends globally, attention of another kind, or positions
-    by which sinks cannot be moved.
+    `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it. None takes the pattern that
+    is already there. With sinks, the model runs on a few tokens, to find out how it rotates its keys by position.
+    Rotary phases become exact at any position, where possible (`transformers_rotary.make_phases_exact`). Returns the
+    model. Raises ConfigError for a model that has no pattern, no layer with global attention, attention of another
+    kind, or positions by which sinks cannot be moved.
     """
     config = model.config
     if isinstance(model, LongNetPreTrainedModel):
@@ -83,7 +84,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     if config._attn_implementation != NAME:
         setattr(model, _OWN, config._attn_implementation)
     model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:  # transformers only warns, and goes on with what there was
+    if model.config._attn_implementation != NAME:  # transformers only warns, and keeps the old attention
         raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
     for module, turn in found.items():
         setattr(module, _TURN, turn)
@@ -92,7 +93,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
 
 
 def use_own_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `use_dilated_attention`, in place: the attention that the model had, and no pattern in its config."""
+    """Undo `use_dilated_attention`, in place: restore the earlier attention, and remove the pattern from the config."""
     if model.config._attn_implementation == NAME:
         model.set_attn_implementation(getattr(model, _OWN, "sdpa"))
     if hasattr(model.config, "dilated_attention"):
@@ -112,7 +113,7 @@ def write_pattern(config: Any, pattern: Pattern) -> None:
 
 
 def pattern_of(config: Any) -> Pattern:
-    """The pattern in `config.dilated_attention`: a mapping with the arguments of `Pattern`. Raises ConfigError."""
+    """Return the pattern in `config.dilated_attention`, a mapping of `Pattern`'s arguments. Raises ConfigError."""
     for name, what in _REFUSED_CONFIG.items():
         if getattr(config, name, None):
             raise ConfigError(f"dilated attention does not serve {what} ({name} in the model's config)")
@@ -141,19 +142,19 @@ def dilated_attention_forward(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: query (B, H, N, D), key and value (B, H_kv, L, D) -> (B, N, H, D).
+    """Compute attention for transformers: query (B, H, N, D), key and value (B, H_kv, L, D) -> (B, N, H, D).
 
-    `attention_mask` is what `dilated_mask` returned. L > N are cached keys, those before the N new tokens. Without a
-    cache, a caller of the model may give it `start` and `far`, as a LongNet gets them: one shard of a longer sequence,
-    and `documents`, the lengths of those in it.
-    Raises ConfigError for what a layer asks that dilated attention does not do, ValueError for masks and keys.
+    `attention_mask` is the result of `dilated_mask`. If L > N, the first L - N keys are cached: they come before the N
+    new tokens. Without a cache, a caller of the model may pass `start` and `far`, as for a LongNet, to run one shard of
+    a longer sequence, and `documents`, the lengths of the documents in it.
+    Raises ConfigError for options that dilated attention does not support, ValueError for wrong masks and keys.
     """
     if options.get("sliding_window") is not None:
         options |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     pattern = pattern_of(module.config)
     if not torch.compiler.is_compiling():
-        mark(module.config)  # whoever put the pattern there, it is to be saved as one
+        mark(module.config)  # even if the pattern came from elsewhere, the model is to be saved with it
     for name in _REFUSED_OPTIONS:
         if options.get(name) is not None and options[name] is not False:
             raise ConfigError(f"dilated attention has no {name}")
@@ -171,7 +172,8 @@ def dilated_attention_forward(
         raise ConfigError("sinks are moved by a model's own positions: call use_dilated_attention(model) after loading")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     memory = Memory.of(key)
-    if torch.is_autocast_enabled(query.device.type):  # as for sdpa: rotated q and k come in float32, v as projected
+    # as autocast does for sdpa: rotated q and k come in float32, v in the type of its projection
+    if torch.is_autocast_enabled(query.device.type):
         kind = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(kind) for x in (query, key, value))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -212,15 +214,15 @@ def dilated_attention_forward(
             out[rows.members, skip:] = found
     if memory:
         memory.step(q.shape[1])
-    # no row has a token: zeros, with a gradient of zeros
+    # if no row has a token, return zeros with a gradient of zeros
     return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) if out is None else out, None
 
 
 def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) -> list[FarKeys]:
-    """Return what the new tokens [start, L) attend to of the keys and values (B, L, H_kv, D) before them.
+    """Return the far keys of the new tokens [start, L), from the keys and values (B, L, H_kv, D) before them.
 
-    Rows at rate 1 are views. Of a dilated level, rows are copied for the lanes in which a new token takes part, 1 / r
-    of them for one token unless every query asks; the rest of the memory is never read.
+    At rate 1, they are views. At a dilated level, rows are copied for the lanes in which a new token takes part: 1 / r
+    of the lanes for one token, or all of them with `queries="all"`. The rest of the memory is never read.
     """
     found = []
     batch, stop, key_heads, head_dim = k.shape
@@ -232,7 +234,7 @@ def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) 
         positions = span_positions(pattern, span, num_heads, key_heads)
         if not (rows := max(map(len, positions))):
             continue
-        edge = (start // w + 1) * w  # two segments have new tokens of every lane that has any
+        edge = (start // w + 1) * w  # two segments show every lane that has a new token
         new = [Span(span.level, start, min(stop, edge)), Span(span.level, edge, max(edge, min(stop, edge + w)))]
         asked = [
             any(counts) for counts in zip(*(span_rows(pattern, x, num_heads, key_heads) for x in new), strict=True)
@@ -258,11 +260,11 @@ def dilated_mask(
     local_size: int | None = None,
     **options: Any,
 ) -> Tensor | None:
-    """A mask function of transformers: columns [first, stop) of each row's tokens, (B, 2), or None; never N x N.
+    """Return columns [first, stop) of each row's tokens, (B, 2), or None: a mask for transformers that is never N x N.
 
-    Columns count from the first that is cached; the numbers are on the CPU. None: no padding. Sliding-window layers get
-    the mask of their own that sdpa reads. Raises ValueError for padding between tokens, for packed sequences and other
-    masks of a model's own, and for caches that hold other than all keys so far.
+    Columns count from the first cached token. The result is on the CPU, except in a compiled graph. None means no
+    padding. Sliding-window layers get their own mask, for sdpa. Raises ValueError for padding between tokens, for
+    packed sequences and other masks of a model's own, and for caches that do not hold all keys so far.
     """
     if local_size is not None:
         options |= {"mask_function": mask_function, "attention_mask": attention_mask, "local_size": local_size}

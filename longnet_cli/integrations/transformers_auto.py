@@ -1,17 +1,17 @@
-"""Folders of transformers models with a pattern: what others cannot open by mistake, and the Auto classes can.
+"""Folders of transformers models with a pattern: the Auto classes open them, other tools cannot open them by mistake.
 
-Loaded by what does not know dilated attention, such a folder would run dense, and say nothing. So its config.json has a
-`model_type` and `architectures` that are nobody's, and the type is the line to add, since the error that transformers
-gives shows nothing else of a folder:
+A tool that does not know dilated attention would run such a model dense, without a warning. So its config.json has a
+`model_type` and `architectures` that no library knows. The type is the import line to add, because the error message of
+transformers shows nothing else of a folder:
 
     The checkpoint you are trying to load has model type `import longnet_cli.integrations.transformers` but ...
 
-A class of transformers itself (LlamaForCausalLM) does not look at the type; it fails at the attention of that file,
-which without the import has no function.
+A model class of transformers (LlamaForCausalLM) does not look at the type. It fails because config.json names the
+attention "dilated", which is not registered without the import.
 
-After that import, AutoConfig gives the model's own configuration, and AutoModel, AutoModelForCausalLM and
-AutoModelForMaskedLM give models that `use_dilated_attention` was called on. A configuration in memory is the model's
-own, with a class that writes the above into its file.
+After that import, AutoConfig returns the model's own configuration, and AutoModel, AutoModelForCausalLM and
+AutoModelForMaskedLM return models on which `use_dilated_attention` was called. In memory, a configuration has
+the model's own type. Its class is a subclass that writes the file as above.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from longnet_cli.attention import Pattern
 from longnet_cli.errors import ConfigError
 
 MODEL_TYPE = "import longnet_cli.integrations.transformers"
-NAME = "dilated"  # of the attention
-_OWN_TYPE = "dilated_model_type"  # in such a file: the model's own
-_PREFIX = "Dilated"  # of architectures
+NAME = "dilated"  # the name of the attention
+_OWN_TYPE = "dilated_model_type"  # key of the model's own type in such a file
+_PREFIX = "Dilated"  # of the names in `architectures`
 _PATTERN, _ATTENTION = "dilated_attention", "attn_implementation"
-_OWN_CLASS = "_own_class"  # of a class of configurations that are marked: the one it was made of
+_OWN_CLASS = "_own_class"  # attribute of a marked configuration class: the original class
 
 Prepare = Callable[[hf.PreTrainedModel], Any]
 
 
 def to_file(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what config.json says of a model: with a pattern, a type that is nobody's.
+    """Return the config.json of a model with these settings. With a pattern, its type is MODEL_TYPE.
 
-    A dense pattern is what any tool runs: such a configuration stays as it is, as do those without a pattern.
+    Any tool can run a dense pattern: such settings stay as they are, and so do settings without a pattern.
     """
     found = settings.get(_PATTERN)
     if not found or Pattern(**found) == Pattern.dense() or settings.get("model_type") == MODEL_TYPE:
@@ -61,7 +61,7 @@ def from_file(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mark(config: Any) -> None:
-    """Let a configuration write itself as `to_file` has it, in place: it gets a class of its own, by the same name."""
+    """Make a configuration save itself through `to_file`, in place: its class becomes a subclass of the same name."""
     if isinstance(config, hf.PretrainedConfig) and not hasattr(type(config), _OWN_CLASS):
         own: Any = type(config)
         config.__class__ = _marked(own)
@@ -74,7 +74,7 @@ def unmark(config: Any) -> None:
 
 @cache
 def _marked(own: type) -> type:
-    """A class of configurations like `own`, whose files are those of `to_file`."""
+    """Return a subclass of the configuration class `own` that saves itself through `to_file`."""
 
     def to_json_file(self: Any, json_file_path: str | Path, use_diff: bool = True) -> None:
         data = to_file(json.loads(self.to_json_string(use_diff=use_diff)))
@@ -94,16 +94,16 @@ def _restored(own: Any, attributes: dict[str, Any]) -> Any:
 
 
 def register(prepare: Prepare) -> None:
-    """Let the Auto classes open such folders with the attention NAME, and `prepare` each model."""
+    """Let the Auto classes open such folders with the attention NAME, and call `prepare` on each model."""
 
     class DilatedConfig(hf.PretrainedConfig):
-        """A way in: it becomes the configuration of the model's own type."""
+        """An entry point for AutoConfig: `from_dict` returns a configuration of the model's own type."""
 
         model_type = MODEL_TYPE
 
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-            """Return a marked configuration of the model's own class. Raises ConfigError for an unknown one."""
+            """Return a marked configuration of the model's own class. Raises ConfigError for an unknown type."""
             data = from_file(config_dict)
             kind = data.get("model_type")
             if kind not in hf.CONFIG_MAPPING:
@@ -121,7 +121,7 @@ def register(prepare: Prepare) -> None:
 
 @cache
 def _register_models(own: type, marked: type, prepare: Prepare) -> None:
-    """Let the Auto classes make models of `marked` configurations like those of `own`, and `prepare` them."""
+    """Let the Auto classes build the models of `own` for `marked` configurations too, and call `prepare` on them."""
     for auto, models in (
         (hf.AutoModel, hf.MODEL_MAPPING),
         (hf.AutoModelForCausalLM, hf.MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -132,7 +132,7 @@ def _register_models(own: type, marked: type, prepare: Prepare) -> None:
 
 
 def _prepared(own: type, prepare: Prepare) -> type:
-    """A class like `own` whose `from_pretrained` calls `prepare` of a model with the attention NAME."""
+    """Return a subclass of `own` whose `from_pretrained` calls `prepare` on models with the attention NAME."""
 
     def from_pretrained(cls: Any, *args: Any, **options: Any) -> Any:
         found = own.from_pretrained(*args, **options)  # type: ignore[attr-defined]

@@ -1,10 +1,10 @@
-"""A cache for `generate()` of transformers that remembers what a pattern can still see, and nothing else.
+"""A cache for `generate()` of transformers that keeps only what a pattern can still see.
 
     model.generate(**inputs, past_key_values=LongNetCache(model.config))
 
-A layer's `update` hands its attention the new keys alone, and itself as the memory of all before them: dilated
-attention asks that for far keys, and puts the new ones in. Rows of a left-padded batch begin at different columns, so
-they stand at different positions: those that begin at one column share a KVCache.
+A layer's `update` returns only the new keys, with the layer itself attached as the memory of all earlier keys. Dilated
+attention takes its far keys from this memory, and then adds the new keys to it. Rows of a left-padded batch start at
+different columns, so they are at different positions. Rows that start at the same column share a KVCache.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from longnet_cli.attention import FarKeys, KVCache, Pattern
 from longnet_cli.integrations.transformers_padding import Rows
 from longnet_cli.model.net import FarProvider, NetConfig
 
-_MEMORY = "_longnet_memory"  # of the keys that `update` returns
+_MEMORY = "_longnet_memory"  # attribute of the keys that `update` returns
 
 
 class LongNetCache(hf.DynamicCache):
     """The cache of a causal model with dilated attention, for a batch; `config` is the model's.
 
-    It takes chunks of any sizes, one token included, and its memory is `nbytes`, whatever the length. Layers with a
-    sliding window, or without attention, keep what a DynamicCache keeps for them. Rows can be reordered and repeated,
-    as beams need; it cannot be cropped, as assisted generation needs. Gradients do not flow into it.
+    It takes chunks of any size, down to one token. Its memory is `nbytes`, whatever the length. Layers with a sliding
+    window, or without attention, keep what a DynamicCache keeps for them. Rows can be reordered and repeated, as beam
+    search needs. The cache cannot be cropped, as assisted generation would need. Gradients do not flow into it.
     """
 
     def __init__(self, config: hf.PretrainedConfig) -> None:
@@ -44,7 +44,7 @@ class LongNetCache(hf.DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return what the layer attends to. Raises ValueError where a layer before was not dilated."""
+        """Return the keys and values for a layer's attention. Raises ValueError if an earlier layer was not dilated."""
         if any(isinstance(layer, Memory) and layer.waits for layer in self.layers):
             raise ValueError(
                 "a LongNetCache is for dilated attention: call use_dilated_attention(model, pattern) before"
@@ -53,16 +53,16 @@ class LongNetCache(hf.DynamicCache):
 
 
 class _Part(NamedTuple):
-    """The rows of a batch that begin at one column."""
+    """The rows of a batch that start at one column, and their cache."""
 
     rows: list[int]
     cache: KVCache
 
 
 class Memory(CacheLayerMixin):
-    """The cache of one layer: a KVCache for the rows of each first column; `position` columns so far.
+    """The cache of one layer, with a KVCache for each first column of rows. `position` counts the columns so far.
 
-    `waits` tells that new keys were handed out, and that no attention has taken them in yet.
+    `waits` is True from the time new keys are handed out until an attention has added them.
     """
 
     is_sliding = False
@@ -82,23 +82,23 @@ class Memory(CacheLayerMixin):
 
     @staticmethod
     def of(key_states: Tensor) -> Memory | None:
-        """The memory of keys that came out of `update`; None for any other."""
+        """Return the memory of keys that `update` returned; None for any other keys."""
         return getattr(key_states, _MEMORY, None)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        key_states = key_states.view_as(key_states)  # a tensor object of its own
+        key_states = key_states.view_as(key_states)  # a new tensor object, to carry the attribute
         setattr(key_states, _MEMORY, self)
         self.expect(key_states.shape[0])
         return key_states, value_states
 
     def expect(self, batch: int) -> None:
-        """Be told of new keys of a batch of so many rows, which an attention is about to take in."""
+        """Announce new keys of a batch of so many rows, which an attention is about to add."""
         self.waits, self._batch = True, batch
 
     def cache(self, first: int, rows: Sequence[int], pattern: Pattern, num_heads: int, k: Tensor) -> KVCache:
-        """The cache of the `rows` that begin at column `first`, whose new keys are k (rows, n, K, D).
+        """Return the cache of the `rows` that start at column `first`, whose new keys are k (rows, n, K, D).
 
-        Raises ValueError where other rows began there.
+        Raises ValueError if other rows started there, or if the cache does not hold all their earlier columns.
         """
         if first not in self._parts:
             options: dict[str, Any] = {"kv_heads": k.shape[2], "dtype": k.dtype, "device": k.device}
@@ -109,7 +109,7 @@ class Memory(CacheLayerMixin):
         return part.cache
 
     def step(self, tokens: int) -> None:
-        """Count new columns, all of which are in the caches."""
+        """Count new columns, after all of them were added to the caches."""
         self.position += tokens
         self.waits = False
 
@@ -125,10 +125,10 @@ class Memory(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its older name
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the first keys tell what to make."""
+        """Do nothing: the caches are made with the first keys."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raise ValueError: what no later token can see is gone."""
+        """Raise ValueError unless there is nothing to remove: rows that no later token can see are gone."""
         if tokens_to_remove:
             raise ValueError("a LongNetCache cannot be cropped: take a DynamicCache for assisted generation")
 
@@ -142,7 +142,7 @@ class Memory(CacheLayerMixin):
         self._select(torch.arange(self._batch)[indices.cpu()].tolist())
 
     def _select(self, rows: list[int]) -> None:
-        """Make row i of the batch what row `rows[i]` is."""
+        """Replace row i of the batch with row `rows[i]`."""
         if not self._parts:
             return
         for first, part in list(self._parts.items()):
@@ -157,7 +157,7 @@ class Memory(CacheLayerMixin):
 
 
 class Memories:
-    """The layers of a `LongNetCache`, for a batch whose new tokens go through a net, some rows after the others."""
+    """The layers of a `LongNetCache`, for a batch whose new tokens go through a net one group of rows at a time."""
 
     def __init__(self, cache: Any, batch: int, config: NetConfig) -> None:
         layers = getattr(cache, "layers", [])
@@ -170,10 +170,10 @@ class Memories:
             layer.expect(batch)
 
     def of(self, rows: Rows) -> FarProvider:
-        """Return what gives these rows their far keys."""
+        """Return the function that gives these rows their far keys."""
 
         def far(index: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
-            self.append()  # only now has the layer before read its far keys, which this may overwrite
+            self.append()  # only now: it may overwrite far keys that the previous layer has just read
             members = range(len(k)) if rows.members is None else rows.members
             cache = self.layers[index].cache(rows.first, members, self.config.pattern, self.config.num_heads, k)
             self._pending.append(lambda: cache.append(k, v))
@@ -182,7 +182,7 @@ class Memories:
         return far
 
     def append(self) -> None:
-        """Put the keys that wait into their cache."""
+        """Add the pending keys to their caches."""
         while self._pending:
             self._pending.pop()()
 

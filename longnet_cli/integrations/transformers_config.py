@@ -1,4 +1,4 @@
-"""The facts of a Hugging Face model, which a recipe keeps; transformers itself is not imported."""
+"""The facts of a Hugging Face model that a recipe stores. This file does not import transformers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class TransformersConfig(BaseModel):
     dim: int
     num_layers: int
     num_heads: int
-    kv_heads: int  # of keys and values, a divisor of num_heads
+    kv_heads: int  # heads of keys and values, a divisor of num_heads
     head_dim: int
     ffn_dim: int
     causal: bool
-    memory: Literal["segments", "cache", "none"]  # what remembers a causal sequence between its chunks
-    max_tokens: int | None  # positions, where they are a table; of a dense net as trained, what it was trained on
-    as_trained: bool  # no pattern is given: dense, on sequences of the length that it was trained on
+    memory: Literal["segments", "cache", "none"]  # the memory of a causal sequence between its chunks
+    max_tokens: int | None  # the size of a table of positions; for a dense net as trained, its training length
+    as_trained: bool  # no pattern is given: dense, on sequences of at most its training length
     pattern: Pattern
     parameters: int
-    trained: int  # of the parameters, or of LoRA's beside them
-    layer_weights: int  # those of the matrices in all layers
+    trained: int  # number of trained parameters: all of the model's, or LoRA's
+    layer_weights: int  # parameters in the matrices of all layers
     source: str
 
     @property
@@ -44,5 +44,5 @@ class TransformersConfig(BaseModel):
         return self.kv_heads * self.head_dim
 
     def num_parameters(self) -> int:
-        """Numbers of the model, tied embeddings counted once."""
+        """Return the number of parameters, with tied embeddings counted once."""
         return self.parameters

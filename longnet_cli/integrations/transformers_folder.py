@@ -1,4 +1,4 @@
-"""Writes the folder of a Hugging Face model: its files get their names when all of them are whole."""
+"""A writer for the folder of a Hugging Face model. Files get their names when all of them are complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from longnet_cli.errors import CheckpointError
 from longnet_cli.integrations.transformers_auto import from_file
 from longnet_cli.model.foreign import BESIDE_TOKENIZER
 
-ADAPTER = "adapter"  # a folder inside: there, transformers would take the model itself for an adapter
+ADAPTER = "adapter"  # a subfolder: beside the model's files, transformers would take the model for an adapter
 _CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
 
 
@@ -33,8 +33,8 @@ def write_folder(
 ) -> None:
     """Write config.json, model.safetensors with the weights `state`, and the tokenizer, to `folder`.
 
-    `source` is the folder that the model came from: what stands beside its tokenizer is copied, where the tokenizer is
-    the same. `dense` leaves the pattern out of config.json. Raises CheckpointError where the folder cannot be written.
+    `source` is the folder that the model came from. If its tokenizer is the same, the files beside it are copied too.
+    `dense` leaves the pattern out of config.json. Raises CheckpointError if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def write_folder(
                 for name in (*BESIDE_TOKENIZER, _TOKENIZER):
                     if (source / name).is_file():
                         shutil.copyfile(source / name, made / name)
-            for path in sorted(made.iterdir(), key=lambda path: path.name == _CONFIG):  # a folder with it is complete
+            for path in sorted(made.iterdir(), key=lambda path: path.name == _CONFIG):  # last: it marks a whole folder
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
                 os.replace(path, folder / path.name)

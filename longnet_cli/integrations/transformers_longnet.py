@@ -4,8 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained("./my-model")
     model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=20)
 
-The classes hold a LongNet's own layers under its own names, so that weights are one and the same file for both: a
-Trainer's checkpoint is a model of `longnet`, and the other way round. Weights that are missing are an error.
+The classes hold a LongNet's own layers under its own names, so both libraries read the same file of weights: a
+Trainer's checkpoint is a model of `longnet`, and the other way round. Missing weights are an error.
 
 B batch, N new tokens.
 """
@@ -32,15 +32,15 @@ from longnet_cli.model.weights import list_names, save_pretrained
 from longnet_cli.presets import MODEL_TYPE
 from longnet_cli.runtime.chunks import CausalStream, default_chunk
 
-# what transformers calls a cache, in arguments and outputs; newer versions the first
+# the name of a cache in arguments and outputs of transformers: `cache` in newer versions
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class LongNetPreTrainedModel(hf.PreTrainedModel):
-    """A LongNet's layers in a module of transformers; `net` is the LongNet of the same layers."""
+    """A LongNet's layers in a module of transformers; `net` is a LongNet that shares them."""
 
     config_class = LongNetHFConfig
-    base_model_prefix = "longnet"  # of no attribute: weights have a LongNet's own names
+    base_model_prefix = "longnet"  # names no attribute: weights keep a LongNet's own names
     _no_split_modules = ("Block",)
 
     def __init__(self, config: LongNetHFConfig) -> None:
@@ -48,14 +48,14 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         net = LongNet(config.longnet)
         for name, child in net.named_children():
             self.add_module(name, child)
-        self.__dict__["net"] = net  # no child: its layers are this module's
+        self.__dict__["net"] = net  # not a submodule: its layers are already this module's
         for module in self.modules():
-            module._is_hf_initialized = True  # by the LongNet: transformers would draw other weights
+            module._is_hf_initialized = True  # the LongNet did it; transformers would draw other weights
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
-        """As in transformers. Raises CheckpointError for weights that are missing or unexpected."""
+        """Load a model as transformers does. Raises CheckpointError for missing or unexpected weights."""
         model, report = super().from_pretrained(*args, output_loading_info=True, **options)
         for what, names in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"])):
             if names:
@@ -69,9 +69,9 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         **options: Any,
     ) -> None:
-        """Write the folder that `LongNet.save_pretrained` writes, in one file of weights, for one process to do.
+        """Write the folder that `LongNet.save_pretrained` writes, with one file of weights, in the main process only.
 
-        Other `options` of transformers have no use here. Raises CheckpointError where it cannot be written.
+        Other `options` of transformers are ignored. Raises CheckpointError if the folder cannot be written.
         """
         if not is_main_process:
             return
@@ -89,14 +89,14 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         self.embedding = self.net.embedding = value
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The output matrix; None where it is the table of embeddings."""
+        """Return the output matrix; None if it is the embedding table."""
         return self.net.output
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.output = self.net.output = value
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw nothing: the LongNet has drawn all weights."""
+        """Do nothing: the LongNet has drawn all weights."""
 
     def _hidden(
         self,
@@ -107,9 +107,9 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         cache: Any,
         asked: dict[str, Any],
     ) -> Tensor:
-        """Ids (B, N) or vectors (B, N, dim), after those in `cache` -> hidden (B, N, dim) after the final norm.
+        """Return hidden states (B, N, dim) after the final norm, of ids (B, N) or vectors (B, N, dim) after `cache`.
 
-        What stands at padding has no meaning. Raises ValueError for what a LongNet does not give or take.
+        Hidden states at padding have no meaning. Raises ValueError for inputs or outputs that a LongNet does not have.
         """
         for name in ("output_attentions", "output_hidden_states"):
             if asked.get(name):
@@ -141,7 +141,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         return out
 
     def _cache(self, use_cache: bool | None, cache: Any, older: Any) -> Any:
-        """The cache that was given, under its newer or its older name, or a new one where it is to be used."""
+        """Return the given cache, under its newer or older name, or a new one if `use_cache` asks for it."""
         found = older if cache is None else cache
         if found is not None and not self.config.causal:
             raise ValueError("a bidirectional LongNet reads a text at once: it has no cache")
@@ -151,7 +151,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
 
 
 class LongNetModel(LongNetPreTrainedModel):
-    """Hidden states, for `AutoModel`; `embed` gives vectors of texts, for sentence-transformers."""
+    """A LongNet with hidden states, for `AutoModel`; `embed` returns vectors of texts, for sentence-transformers."""
 
     def forward(
         self,
@@ -171,11 +171,11 @@ class LongNetModel(LongNetPreTrainedModel):
         return _output(BaseModelOutputWithPast(last_hidden_state=hidden, **{_CACHE: cache}), return_dict)
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids (B, N) of texts -> vectors (B, dim) of length 1, as `longnet encode` makes them.
+        """Return vectors (B, dim) of length 1 for texts, given as token ids (B, N), as `longnet encode` makes them.
 
-        The mean of the hidden states of a text's tokens, read after the id that begins documents
-        (`config.bos_token_id`). Without gradients a causal net reads long texts chunk by chunk. Raises ValueError for
-        a text without a token.
+        A vector is the normalized mean of the hidden states of a text's tokens. A causal net reads them after the id
+        that starts documents (`config.bos_token_id`) and, without gradients, chunk by chunk. Raises ValueError for a
+        text without a token.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         ids = input_ids.gather(1, (1 - mask).argsort(dim=1, stable=True))  # padding goes to the right
@@ -202,7 +202,7 @@ class LongNetModel(LongNetPreTrainedModel):
 
 
 class LongNetForCausalLM(LongNetPreTrainedModel, hf.GenerationMixin):
-    """Logits of the next token, and `generate()` with a `LongNetCache`."""
+    """A causal LongNet with logits of the next token, and with `generate()`, which uses a `LongNetCache`."""
 
     def __init__(self, config: LongNetHFConfig) -> None:
         _refuse(config, "AutoModelForCausalLM", causal=True)
@@ -210,7 +210,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, hf.GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """Return that `forward` makes its own cache."""
+        """Return False: `forward` makes its own cache."""
         return False
 
     def forward(
@@ -227,9 +227,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, hf.GenerationMixin):
         return_dict: bool | None = None,
         **asked: Any,
     ) -> Any:
-        """Return logits (B, N, vocab_size), those of the last `logits_to_keep` tokens if it is not 0.
+        """Return logits (B, N, vocab_size), or only for the last `logits_to_keep` tokens if it is not 0.
 
-        `labels` (B, N) give a loss, the mean over those that are not -100; they are shifted here.
+        With `labels` (B, N), also return a loss: the mean over labels other than -100. They are shifted here.
         """
         cache = self._cache(use_cache, cache, past_key_values)
         hidden = self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, cache, asked)
@@ -242,7 +242,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, hf.GenerationMixin):
 
 
 class LongNetForMaskedLM(LongNetPreTrainedModel):
-    """Logits of masked tokens, of a bidirectional net."""
+    """A bidirectional LongNet with logits of masked tokens."""
 
     def __init__(self, config: LongNetHFConfig) -> None:
         _refuse(config, "AutoModelForMaskedLM", causal=False)
@@ -258,7 +258,7 @@ class LongNetForMaskedLM(LongNetPreTrainedModel):
         return_dict: bool | None = None,
         **asked: Any,
     ) -> Any:
-        """Return logits (B, N, vocab_size); `labels` (B, N) give a loss, the mean over those that are not -100."""
+        """Return logits (B, N, vocab_size) and, with `labels` (B, N), a loss: the mean over labels other than -100."""
         logits = self.net.logits(self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, None, asked))
         loss = None
         if labels is not None:
@@ -267,7 +267,7 @@ class LongNetForMaskedLM(LongNetPreTrainedModel):
 
 
 def _columns(attention_mask: Tensor | None, position_ids: Tensor | None, columns: int) -> Tensor | None:
-    """Columns [first, stop) of each row's tokens (`columns_of`). Raises ValueError for masks of another kind."""
+    """Return columns [first, stop) of each row's tokens (`columns_of`). Raises ValueError for masks of another kind."""
     if attention_mask is not None and tuple(attention_mask.shape[1:]) != (columns,):
         raise ValueError(
             f"attention_mask must say of all {columns} tokens so far which are padding, (batch, {columns}), not be of "

@@ -14,7 +14,7 @@ from longnet_cli.presets import MODEL_TYPE
 
 
 class LongNetHFConfig(hf.PretrainedConfig):
-    """config.json of a LongNet, for transformers: the fields of `LongNetConfig` as attributes, checked as it checks.
+    """A LongNet's config.json for transformers: the fields of `LongNetConfig` as attributes, with the same checks.
 
     Raises ConfigError for an unknown key, or a value that a LongNet cannot have.
     """
@@ -37,10 +37,10 @@ class LongNetHFConfig(hf.PretrainedConfig):
 
     @property
     def longnet(self) -> LongNetConfig:
-        """The same as a `LongNetConfig`."""
+        """The same settings as a `LongNetConfig`."""
         return LongNetConfig(**{name: getattr(self, name) for name in LongNetConfig.model_fields})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what config.json says: a LongNet's keys as it writes them itself."""
+        """Return the content of config.json, with a LongNet's keys as `LongNet` writes them."""
         foreign = {key: value for key, value in super().to_dict().items() if key not in LongNetConfig.model_fields}
         return json.loads(self.longnet.model_dump_json()) | foreign

@@ -1,15 +1,16 @@
-"""A text Hugging Face model as a net that the jobs take: `score`, `train` and the others run it like a LongNet.
+"""A Hugging Face text model as a net for the jobs: `score`, `train` and the others run it like a LongNet.
 
     net = load_transformers(folder, pattern=Pattern.pretrained())
     hidden = net(tokens, lengths=[1000, 700])
 
-A causal decoder whose layers all take far keys streams as a LongNet does: it gets them from a `CausalStream`, and
-remembers only what later tokens can see, which under dense attention is everything. Where layers have a sliding window
-or an attention without a name, the cache of transformers remembers, in memory that grows with the document. Other
-models read a document in one forward: what looks in both directions needs the end before the begin.
+A causal decoder whose layers all take far keys streams as a LongNet does. A `CausalStream` gives it the far keys and
+keeps only what later tokens can see; under dense attention, that is everything. A decoder with sliding-window layers,
+or whose attention is not chosen by name, streams with a cache: a LongNetCache if it is dilated, otherwise the cache of
+transformers, which grows with the document. Other models read a document in one forward pass: a bidirectional model
+needs all of it at once.
 
-A folder that names no pattern, and for which none is asked, is dense as it was trained, and reads no more tokens than
-it was trained on.
+If neither the folder nor the caller names a pattern, the model is dense, as it was trained, and reads no more tokens
+than it was trained on.
 
 Nothing is downloaded, no code of a folder is run, no pickle is read.
 """
@@ -52,8 +53,8 @@ from longnet_cli.integrations.transformers_rotary import (
 from longnet_cli.model.integrity import check_finite
 from longnet_cli.model.net import FarProvider, Net
 
-_NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")  # in its configuration
-_CACHE_NAMES = ("cache", "past_key_values")  # what forward calls it, and called it before
+_NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of its configuration
+_CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
 _GROWS = "it keeps all keys of a document, so that memory grows with it"
 _NOTES = {
@@ -64,17 +65,17 @@ _NOTES = {
 
 
 class TransformersNet(Net):
-    """`model`, in eval mode and with the attention that it has, behind LongNet's interface.
+    """A model of transformers behind LongNet's interface, in eval mode and with the attention that it has.
 
-    `as_trained` limits it to sequences of the length that it was trained on. Raises ConfigError for a model that is no
-    text Transformer.
+    `as_trained` limits it to sequences of the length that it was trained on. Raises ConfigError for a model that is not
+    a text Transformer.
     """
 
     def __init__(self, model: hf.PreTrainedModel, *, as_trained: bool = False) -> None:
         super().__init__()
         self.model = model.eval()
-        self.folder: Path | None = None  # where it was loaded from: its tokenizer's files are there
-        self._save_adapter: Callable[[Path, State], None] | None = None  # of LoRA
+        self.folder: Path | None = None  # where it was loaded from, with its tokenizer's files
+        self._save_adapter: Callable[[Path, State], None] | None = None  # writes LoRA's adapter
         dilated = model.config._attn_implementation == NAME
         self.config: TransformersConfig = _facts(model, dilated, as_trained)
         self._accepted = frozenset(inspect.signature(model.base_model.forward).parameters)
@@ -89,7 +90,7 @@ class TransformersNet(Net):
             most = min(self.config.max_tokens or FLOAT32_POSITIONS, FLOAT32_POSITIONS)
             self.config = self.config.model_copy(update={"max_tokens": most})
         self.note = _NOTES[self.config.memory]
-        if dilated and self.config.streams:  # a layer that gets no far keys from outside has a LongNetCache
+        if dilated and self.config.streams:  # then the memory "cache" is a LongNetCache, which is bounded
             self.note = _GROWS if self.config.pattern == Pattern.dense() else _too_wide(model, self.config.pattern)
         if as_trained and (limit := self.config.max_tokens):
             self.note = f"no pattern is given: dense attention as it was trained, on up to {limit} tokens"
@@ -102,11 +103,11 @@ class TransformersNet(Net):
                 self.choices = f"--pattern {window} (a window and 4 sinks) or --pattern dense (farther than trained)"
 
     def as_it_comes(self) -> TransformersNet:
-        """The same model with transformers' own attention, in place: what dense attention is held against."""
+        """Switch the model back to transformers' own attention, in place. Return its net: a baseline for benchmarks."""
         return TransformersNet(use_own_attention(self.model))
 
     def stream(self) -> Callable[..., Tensor] | None:
-        """One whose memory is a cache of transformers, or ours for it, where not every layer takes far keys."""
+        """Return a stream that uses a DynamicCache or a LongNetCache if `config.memory` is "cache", otherwise None."""
         if self.config.memory != "cache":
             return None
         assert self._cache_name
@@ -130,19 +131,19 @@ class TransformersNet(Net):
         documents: Sequence[int] | None = None,
         far: FarProvider | None = None,
     ) -> Tensor:
-        """Ids (B, N), or vectors (B, N, dim) in their place -> hidden (B, N, dim) after the final norm.
+        """Return hidden states (B, N, dim) after the final norm, of ids (B, N) or vectors (B, N, dim) in their place.
 
-        As `LongNet.forward`; `far` and `documents` only where far keys reach all layers.
+        The arguments are as in `LongNet.forward`. `far` and `documents` work only if far keys reach all layers.
         """
         options: dict[str, Any] = {}
         given = tokens if embeddings is None else embeddings
         assert given is not None
-        if lengths is not None and not self.config.causal:  # a causal net does not see what is padded on the right
+        if lengths is not None and not self.config.causal:  # a causal net does not see padding on the right
             places = torch.arange(given.shape[1], device=given.device)
             options["attention_mask"] = (places < torch.tensor(lengths, device=given.device)[:, None]).long()
         if far is not None:
             options |= {"start": start, "far": far}
-        if documents is not None:  # a mask, since transformers would make one of positions that start anew
+        if documents is not None:  # with a mask: transformers would make one of positions that restart
             options |= {"documents": documents, "attention_mask": given.new_ones(given.shape[:2], dtype=torch.int64)}
         if far is not None or documents is not None:
             first, *others = documents or [given.shape[1]]
@@ -168,7 +169,7 @@ class TransformersNet(Net):
     def check_trainable(self) -> None:
         """Raise ConfigError for a model through which the gradient of a long sequence cannot go.
 
-        To be called before training begins: what the output layer makes is tried in eval mode.
+        Call it before training starts: it runs the model in eval mode, to check the logits of the output layer.
         """
         name = type(self.model).__name__
         if not self.config.causal:
@@ -179,15 +180,15 @@ class TransformersNet(Net):
         self.logits(weight.new_zeros(1, self.config.dim))
 
     def add_lora(self, options: Mapping[str, Any]) -> None:
-        """Train matrices of LoRA alone, in place; `options` are the arguments of `lora.add_lora`."""
+        """Add LoRA matrices and train only them, in place; `options` are the arguments of `lora.add_lora`."""
         self._save_adapter = add_lora(self.model, **options)
 
     def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None) -> None:
-        """Write a folder that transformers opens: the pattern in its config.json, and the tokenizer's files.
+        """Write a folder that transformers opens, with the pattern in config.json and the tokenizer's files.
 
-        With LoRA, the weights are the merged ones, and the adapter is in a folder of its own inside.
+        With LoRA, the weights are the merged ones, and the adapter is in a subfolder.
         """
-        own = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}  # a tied one once
+        own = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}  # tied ones once
         inner = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         inner = {name: tensor for name, tensor in inner.items() if name in own}
         if self._save_adapter:
@@ -197,7 +198,7 @@ class TransformersNet(Net):
 
     @cached_property
     def _plain_logits(self) -> bool:
-        """Tried on a few tokens: whether the output layer alone makes the model's logits."""
+        """True if the output layer alone makes the model's logits, tried on a few tokens."""
         ids = torch.arange(4, device=next(self.parameters()).device)[None] % self.config.vocab_size
         with torch.no_grad():
             found = self.model.get_output_embeddings()(self(ids))
@@ -205,7 +206,7 @@ class TransformersNet(Net):
 
     @torch.no_grad()
     def _far_keys_reach_every_layer(self) -> bool:
-        """Tried on two tokens: other layers (sliding windows, recurrence) remember in ways of their own."""
+        """Return whether all layers take far keys, tried on two tokens. Sliding windows and recurrence do not."""
         asked: list[int] = []
 
         def far(layer: int, k: Tensor, v: Tensor) -> list:
@@ -223,18 +224,19 @@ def load_transformers(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> TransformersNet:
-    """The net in a folder that `save_pretrained` of transformers wrote, its weights of type `dtype`, in eval mode.
+    """Load the net of a folder that `save_pretrained` of transformers wrote: weights of type `dtype`, in eval mode.
 
     Weights that are stored in that type are mapped from their files, not copied, and go from there to a GPU, tensor by
     tensor. Others are converted, tensor by tensor.
 
-    `pattern` None takes the one in its config.json (`dilated_attention`), or without one dense attention, for no more
-    tokens than the model was trained on. Dense attention is the model's own wherever it cannot get far keys from
-    outside, and the same numbers elsewhere. Raises ConfigError for an architecture that this version of transformers or
-    dilated attention does not know, or code of the folder's own; CheckpointError for missing or damaged weights.
+    `pattern` None takes the pattern in config.json (`dilated_attention`). If there is none, attention is dense, for no
+    more tokens than the model was trained on. Dense attention is the model's own if its layers cannot take far keys;
+    otherwise it is ours, with the same numbers. Raises ConfigError for an architecture that this version of
+    transformers or dilated attention does not know, and for a folder that needs its own code; CheckpointError for
+    missing or damaged weights.
     """
     path = Path(folder)
-    hf.utils.logging.set_verbosity_error()  # stderr is the command's, and its failures are one line
+    hf.utils.logging.set_verbosity_error()  # stderr belongs to the command, whose errors are one line
     hf.utils.logging.disable_progress_bar()
     config, architecture = read_architecture(path)
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
@@ -247,7 +249,7 @@ def load_transformers(
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are told of below, by name
+            ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
@@ -265,19 +267,19 @@ def load_transformers(
         net = _dense(model, as_trained) if dense else TransformersNet(use_dilated_attention(model, pattern))
         net.folder = path
         return net
-    except (ConfigError, ValueError) as error:  # ValueError: transformers', for a class with attention of its own
+    except (ConfigError, ValueError) as error:  # transformers raises ValueError for a class with its own attention
         raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from None
 
 
 def read_facts(
     folder: str | Path, pattern: Pattern | None = None, lora: Mapping[str, Any] | None = None
 ) -> TransformersConfig:
-    """The facts of the model in a folder, as `load_transformers` has them, without its weights.
+    """Read the facts of the model in a folder, as `load_transformers` finds them, but not its weights.
 
-    `trained` are the parameters, or with `lora`, arguments of `add_lora`, those of its matrices.
+    `trained` counts all parameters or, with `lora` (the arguments of `add_lora`), the parameters of LoRA's matrices.
 
-    Whether its layers take far keys is tried only when it is loaded: `memory` says that they do, if it is causal.
-    Raises ConfigError and CheckpointError as that does.
+    Only loading shows whether the layers take far keys. Here, `memory` says that they do if the model is causal.
+    Raises ConfigError and CheckpointError as `load_transformers` does.
     """
     config, architecture = read_architecture(Path(folder))
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
@@ -297,18 +299,18 @@ def read_facts(
 
 
 def _dense(model: hf.PreTrainedModel, as_trained: bool) -> TransformersNet:
-    """A net of dense attention: ours where that streams, which the cache of transformers does slower; else its own."""
+    """Return a net with dense attention: ours if it streams, which is faster than with a cache; otherwise its own."""
     try:
         net = TransformersNet(use_dilated_attention(model, Pattern.dense()), as_trained=as_trained)
         if net.config.memory == "segments":
             return net
-    except (ConfigError, ValueError):  # what dilated attention does not serve (soft capping), its own does
+    except (ConfigError, ValueError):  # its own attention supports more (soft capping)
         pass
     return TransformersNet(use_own_attention(model), as_trained=as_trained)
 
 
 def read_architecture(folder: Path) -> tuple[Any, Any]:
-    """(configuration, class) of a folder's model. Raises ConfigError."""
+    """Return (configuration, class) of a folder's model. Raises ConfigError or CheckpointError."""
     try:
         data = from_file(parse(read_text(folder / "config.json"), object_hook=_without_attention))
     except (OSError, ValueError) as error:
@@ -329,7 +331,7 @@ def read_architecture(folder: Path) -> tuple[Any, Any]:
 
 
 def _without_attention(settings: dict[str, Any]) -> dict[str, Any]:
-    """An attention that a file names would take the place of the one asked for, and may be code of a hub."""
+    """Drop the attention that a file names: it would replace the requested one, and may be code from a hub."""
     return {key: value for key, value in settings.items() if not key.startswith(("attn_impl", "_attn_impl"))}
 
 
@@ -339,7 +341,7 @@ def _reach(pattern: Pattern) -> int:
 
 
 def _too_wide(model: hf.PreTrainedModel, pattern: Pattern) -> str | None:
-    """Return a warning for patterns whose first level shows distances that the model has never seen."""
+    """Return a warning if a pattern's first level shows distances that the model has never seen; otherwise None."""
     trained = getattr(model.config, "max_position_embeddings", None)
     if not trained or _reach(pattern) <= trained or _positions(model):
         return None
@@ -350,18 +352,18 @@ def _too_wide(model: hf.PreTrainedModel, pattern: Pattern) -> str | None:
 
 
 def _positions(model: hf.PreTrainedModel) -> int | None:
-    """Tokens that a table of learned positions serves; None where positions are rotations, or there are none."""
+    """Return the size in tokens of a table of learned positions; None if positions are rotations, or there are none."""
     if getattr(model.config, "rope_parameters", None):
         return None
     limit = getattr(model.config, "max_position_embeddings", None)
     for name, table in model.named_modules():
         if limit and name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
-            return limit - table.padding_idx - 1  # RoBERTa's first tokens come after that of the padding
+            return limit - table.padding_idx - 1  # RoBERTa's positions start after the padding's
     return limit
 
 
 def _layers(model: hf.PreTrainedModel, number: int) -> nn.ModuleList:
-    """The layers, first to last; nothing where they are not in one list."""
+    """Return the layers, first to last; an empty list if they are not in one list."""
     lists = (x for x in model.base_model.modules() if isinstance(x, nn.ModuleList))
     return next((x for x in lists if len(x) == number), nn.ModuleList())
 

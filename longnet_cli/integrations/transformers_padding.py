@@ -1,6 +1,6 @@
-"""Rows of a padded batch, by the column at which they begin: rows of one column stand at one position.
+"""Rows of a padded batch, grouped by the column at which they start: rows of one group are at the same position.
 
-B batch, N new tokens, L columns with those before them.
+B batch, N new tokens, L columns (the new tokens and all before them).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Rows of a batch that begin at column `first`, and so stand at one position.
+    """Rows of a batch that start at column `first`, and so are at the same position.
 
-    `members` None: all of them. `lengths`: of each, how many of its tokens in this call are true; None: all.
+    `members` None means all rows. `lengths` is the number of real tokens of each row in this call; None means all.
     """
 
     members: list[int] | None
@@ -24,14 +24,14 @@ class Rows(NamedTuple):
 
 
 def rows_of(columns: Tensor | None, before: int, shape: Sequence[int]) -> Iterator[Rows]:
-    """The rows of a batch of (batch, tokens) new tokens after `before` columns, by the column at which they begin.
+    """Yield the rows of (batch, tokens) new tokens after `before` columns, grouped by the column at which they start.
 
-    `columns` as `columns_of` returns them. Rows without a token yet are left out.
+    `columns` is the result of `columns_of`. Rows without a token yet are left out.
     """
     batch, tokens = shape
     if columns is None:
         yield Rows(None, 0, None)
-    elif torch.compiler.is_compiling():  # numbers are not known there: it takes padding on the right alone
+    elif torch.compiler.is_compiling():  # values are unknown there: padding must be on the right
         stops = columns[:, 1]
         yield Rows(None, 0, stops.where(stops < 0, (stops - before).clamp(min=0)))
     else:
@@ -49,10 +49,10 @@ def rows_of(columns: Tensor | None, before: int, shape: Sequence[int]) -> Iterat
 
 
 def columns_of(tokens: Tensor) -> Tensor | None:
-    """Columns [first, stop) of each row's tokens, (B, 2), from a mask (B, L) that is True at them; None for all.
+    """Return columns [first, stop) of each row's tokens, (B, 2), from a mask (B, L) that is True at tokens.
 
-    A row without a token begins at L. In a compiled graph, `stop` is -1 for padding that is not on the right, which its
-    attention call refuses.
+    Returns None if all are tokens. A row without a token starts at L. In a compiled graph, `stop` is -1 for padding
+    that is not on the right, which the attention call refuses. Otherwise, padding between tokens raises ValueError.
     """
     counts, columns = tokens.sum(-1), torch.arange(tokens.shape[-1], device=tokens.device)
     if torch.compiler.is_compiling():

@@ -1,12 +1,13 @@
 """The rotations of keys by position in Hugging Face models, for sinks (`attention.sinks`) and far positions.
 
-Nothing says where a model rotates, or which numbers of a head make a pair; so it is tried. One token attends to itself
-alone: its hidden states depend on no position but through a table of learned ones, and its keys at two positions
-differ by exactly one turn, in every layer. A layer whose keys are not turned (SmolLM3 has some) keeps its sinks as
-they are, which is exact, and so do all layers of a model with learned positions. What fits nothing is refused.
+No setting says where a model rotates its keys, or which numbers of a head make a pair, so it is tried. A single token
+attends only to itself. Without a table of learned positions, its hidden states do not depend on its position, so its
+keys at two positions differ by exactly one rotation, in every layer. A layer that does not rotate its keys (SmolLM3 has
+some) keeps its sinks as they are, which is exact. So do all layers of a model with learned positions. A model that fits
+no known rotation is refused.
 
-Phases of transformers are float32: at position 10^6 the fastest pair is off by 0.06, at 10^8 by anything. Beyond the
-length that a model was trained on, `make_phases_exact` takes float64 ones, modulo 2 pi, as a LongNet does.
+Phases of transformers are float32: at position 10^6 the fastest pair is off by 0.06, at 10^8 it is noise. Beyond the
+length that a model was trained on, `make_phases_exact` takes float64 phases, modulo 2 pi, as a LongNet does.
 
 B batch, S segments, n sinks, K key heads, D head_dim.
 """
@@ -27,24 +28,24 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from longnet_cli.attention.sinks import Turn
 from longnet_cli.errors import ConfigError
 
-# frequencies that depend on the longest sequence of a batch: a document's numbers would depend on its company
+# frequencies that depend on the longest sequence of a batch: a document's numbers would depend on the other rows
 ROPE_OF_LENGTH = ("dynamic", "longrope")
 
 _PROBE, _KEYS = "dilated_probe", "_dilated_probe_keys"
-_POSITION, _DISTANCE = 3, 61  # of the tried keys: small, as phases are float32 in transformers
-_LEARNED = ("position_embeddings", "embed_positions", "wpe")  # what models call their tables
+_POSITION, _DISTANCE = 3, 61  # of the tried keys: small, as transformers' phases are float32
+_LEARNED = ("position_embeddings", "embed_positions", "wpe")  # names of learned tables
 
 
-FLOAT32_POSITIONS = 1 << 20  # as far as float32 phases are better than noise, where ours do not fit
+FLOAT32_POSITIONS = 1 << 20  # up to here, float32 phases are better than noise; the limit if ours do not fit
 
-_EXACT = "_exact_phases"  # of a module that already has them
+_EXACT = "_exact_phases"  # attribute of a module that already has them
 
 
 def make_phases_exact(model: PreTrainedModel) -> bool:
-    """Let the modules that make a model's rotary phases make them in float64 beyond its trained length, in place.
+    """Make a model's modules compute rotary phases in float64 beyond its trained length, in place.
 
-    Up to `max_position_embeddings` they give what they gave. Returns whether all rotations of the model are made so,
-    or it has none: False for those in several dimensions, in complex numbers, or of a length of their own.
+    Up to `max_position_embeddings`, the phases stay the same. Returns True if this works for all rotations of the
+    model, or it has none; False for rotations in several dimensions, in complex numbers, or that depend on the length.
     """
     makers = [
         m for m in model.modules() if any(name.endswith("inv_freq") for name, _ in m.named_buffers(recurse=False))
@@ -65,7 +66,7 @@ def make_phases_exact(model: PreTrainedModel) -> bool:
 
 
 class _ExactPhases:
-    """A forward hook on a module `(x, position_ids, ...) -> (cos, sin)`, each (B, N, columns)."""
+    """A forward hook on a module `(x, position_ids, ...) -> (cos, sin)`, each (B, N, columns): makes both exact."""
 
     def __init__(self, names: inspect.Signature, trained: int, tables: dict[Any, tuple[Tensor, float]]) -> None:
         self.names, self.trained, self.tables = names, trained, tables
@@ -73,7 +74,7 @@ class _ExactPhases:
     @classmethod
     @torch.no_grad()
     def of(cls, maker: nn.Module, trained: int, layer_types: Sequence[str | None]) -> _ExactPhases | None:
-        """Tried at a few positions: which frequency each column has, for each type of layer. None for what fits not."""
+        """Find the frequency of each column, for each type of layer, by trying a few positions; None if none fit."""
         names = inspect.signature(maker.forward)
         if not {"x", "position_ids"} <= names.parameters.keys():
             return None
@@ -93,7 +94,7 @@ class _ExactPhases:
                 RuntimeError,
                 TypeError,
                 ValueError,
-            ):  # it takes positions of its own kind
+            ):  # it takes another kind of positions
                 return None
             if not (isinstance(made, tuple) and len(made) == 2 and made[0].shape[:2] == places.shape):
                 return None
@@ -125,15 +126,16 @@ class _ExactPhases:
 class Rotation:
     """A `Turn`: the first 2 P numbers of a head are P pairs, and pair j turns by `frequencies[j]` per position.
 
-    `axis` -2 pairs number j with j + P (Llama, GPT-NeoX), -1 with its neighbour (GPT-J, GLM). A factor on the rotated
-    keys (yarn) stays as it is. Phases are float64, the product float32 or wider; the keys keep their type.
+    With `axis` -2, number j and number j + P are a pair (Llama, GPT-NeoX); with -1, two neighbours are (GPT-J, GLM). A
+    factor on the rotated keys (yarn) stays as it is. Phases are float64, products float32 or wider; the keys keep their
+    type.
     """
 
     frequencies: Tensor  # (P,) float64 on the CPU
     axis: int
 
     def __call__(self, keys: Tensor, distances: Tensor) -> Tensor:
-        """(B, S, n, K, D), (S,) -> (B, S, n, K, D)."""
+        """Return the keys (B, S, n, K, D), turned by distances (S,)."""
         phase = distances.double()[:, None] * self.frequencies.to(keys.device)
         phase = phase.remainder(2 * math.pi)[:, None, None, :]  # (S, 1, 1, P)
         wide = keys if keys.dtype is torch.float64 else keys.float()
@@ -145,9 +147,10 @@ class Rotation:
 
 
 def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
-    """Return what turns the keys of each attention that looks at all tokens; None where nothing does.
+    """Return the rotation of the keys of each attention that looks at all tokens; None if it has none.
 
-    Runs `model` on a few tokens, twice. Raises ConfigError for positions that cannot be followed, by name.
+    Runs `model` on a few tokens, once or twice. Raises ConfigError, with the model's name, for positions that it cannot
+    follow.
     """
     name = type(model).__name__
     ropes = rope_parameters(model.config)
@@ -184,13 +187,13 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
 
 
 def rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """The tables in `config.rope_parameters`: one, or one for each type of layer."""
+    """Return `config.rope_parameters`, followed by the tables for each type of layer in it, if any."""
     table = getattr(config, "rope_parameters", None) or {}
     return [table, *(x for x in table.values() if isinstance(x, dict))]
 
 
 def _moved(k: Tensor, turn: Turn | None) -> Tensor:
-    """Keys (B, K, 1, D), `_DISTANCE` positions further on."""
+    """Return keys (B, K, 1, D), turned to `_DISTANCE` positions further on."""
     if turn is None:
         return k
     distances = torch.tensor([_DISTANCE], device=k.device)
@@ -205,7 +208,7 @@ def _equal(found: Tensor, expected: Tensor) -> bool:
 
 @torch.no_grad()
 def _keys(model: PreTrainedModel, position: int | None = None) -> dict[nn.Module, Tensor]:
-    """The rotated keys (B, K, 1, D) of every attention that looks at all tokens, of a few sequences of one token."""
+    """Return the rotated keys (B, K, 1, D) of each attention that looks at all tokens, for a few single tokens."""
     table = model.get_input_embeddings().weight
     options: dict[str, Any] = {"input_ids": torch.linspace(0, len(table) - 1, 8, device=table.device).long()[:, None]}
     if position is not None:
@@ -227,7 +230,7 @@ def _keys(model: PreTrainedModel, position: int | None = None) -> dict[nn.Module
 def _probe(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers for sequences of one token, which sees its own value alone."""
+    """Store the keys and return the token's own value: an attention function for sequences of one token."""
     if options.get("sliding_window") is None:
         module.__dict__[_KEYS] = key
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None

@@ -1,4 +1,4 @@
-"""The configuration of a LongNet, `config.json` of a model: sizes, the attention pattern, positions and norms."""
+"""The configuration of a LongNet, a model's `config.json`: sizes, the attention pattern, positions and norms."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from longnet_cli.patterns import PATTERN_FIELDS, parse_pattern, pattern_fields
 # zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
 XPOS_MAX_SEGMENT = 65536
 
-_OPTIONS = ("look_back", "overlap", "queries", "sinks", "level_bias")  # of a pattern, beyond its levels
+_OPTIONS = ("look_back", "overlap", "queries", "sinks", "level_bias")  # of a pattern, beyond levels and offsets
 
 
 class LongNetConfig(Table):
-    """Immutable. `vocab_size=0` is a net without embedding, to be fed with vectors (GigaPath, LongViT).
+    """The immutable configuration of a LongNet. `vocab_size=0` is a net without embedding (GigaPath, LongViT).
 
-    `pattern`, a `Pattern` or a text that `parse_pattern` reads, may be given in place of the fields that say it.
-    The fields of `attention.Pattern` are fields here, with the same names, meanings and defaults. Those beyond levels
-    and offsets are not written at their defaults: such a config.json means the same to versions without them.
+    The fields of `attention.Pattern` are fields here, with the same names, meanings and defaults. In their place you
+    may give `pattern`: a `Pattern`, or a text for `parse_pattern`. Pattern fields beyond levels and offsets are not
+    written at their defaults: such a config.json means the same to versions without them.
 
     Building it directly raises pydantic's ValidationError (a ValueError); `parse_config` raises ConfigError.
     """
@@ -62,9 +62,10 @@ class LongNetConfig(Table):
 
     @classmethod
     def gigapath(cls) -> LongNetConfig:
-        """The encoder inside Prov-GigaPath's slide encoder (12 layers, 768), which embeds patches and places itself.
+        """Return the configuration of the LongNet in Prov-GigaPath's slide encoder: 12 layers, dim 768.
 
-        Its weights load by `from_torchscale`; they were trained with exactly this, zero keys included.
+        The slide encoder itself embeds patches and adds their positions, before this net. The net's weights load by
+        `from_torchscale`. They were trained with exactly this configuration, zero keys included.
         """
         return cls(
             vocab_size=0,
@@ -83,7 +84,7 @@ class LongNetConfig(Table):
     @model_validator(mode="before")
     @classmethod
     def _take_pattern(cls, data: Any) -> Any:
-        """Put the fields of a pattern in the place of `pattern`."""
+        """Replace `pattern` by its fields."""
         if not isinstance(data, Mapping) or "pattern" not in data:
             return data
         if given := [name for name in data if name in PATTERN_FIELDS]:
@@ -98,7 +99,7 @@ class LongNetConfig(Table):
     @field_validator("look_back", "level_bias", mode="wrap")
     @classmethod
     def _one_or_several(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        """Refuse in one sentence what is neither; `look_back` becomes one number where it is the same at all levels."""
+        """Refuse other values in one sentence. Make `look_back` one number if it is the same at all levels."""
         try:
             found = check(value)
         except ValidationError:
@@ -128,7 +129,7 @@ class LongNetConfig(Table):
         return self
 
     def _check_xpos(self) -> None:
-        """xPos decays with the distance to an earlier key and explodes with that to a later one."""
+        """Raise ValueError where xPos fails: it decays with the distance to earlier keys, explodes with later ones."""
         longest = max(self.segment_lengths)
         if not self.causal:
             raise ValueError('position="xpos" is only for causal=true; use position="rope"')
@@ -149,7 +150,7 @@ class LongNetConfig(Table):
 
     @property
     def pattern(self) -> Pattern:
-        """Return what a query sees in every layer."""
+        """The attention pattern of every layer."""
         return Pattern(**{field.name: getattr(self, field.name) for field in fields(Pattern)})
 
     @property
@@ -166,20 +167,20 @@ class LongNetConfig(Table):
 
     @property
     def layer_weights(self) -> int:
-        """Numbers in the matrices of all layers."""
+        """The number of weights in the matrices of all layers."""
         return self.num_layers * (4 * self.dim**2 + 2 * self.dim * self.ffn_dim)
 
     @property
     def streams(self) -> bool:
-        """A sequence may come in chunks: one after the other, or layer by layer where it is seen in both directions."""
+        """True: a sequence may come in chunks, one after the other in a causal net, otherwise layer by layer."""
         return True
 
     @property
     def max_tokens(self) -> None:
-        """Positions are computed, as many as it takes."""
+        """None, for no limit: positions are computed."""
 
     def num_parameters(self) -> int:
-        """Trainable numbers of a net with this configuration, tied embeddings counted once."""
+        """Return the number of trainable parameters; tied embeddings count once."""
         d, f = self.dim, self.ffn_dim
         attention = 4 * (d * d + d) + (2 * d if self.norm == "subln" else 0)
         ffn = d * f + f + f * d + d + (2 * f if self.norm == "subln" else 0)
@@ -188,11 +189,11 @@ class LongNetConfig(Table):
 
 
 class SlideConfig(LongNetConfig):
-    """The configuration of a SlideEncoder: a LongNet, the vectors that it reads, and where these lie.
+    """The configuration of a SlideEncoder: a LongNet, the vectors that it reads, and the grid in which they lie.
 
     Each vector has `in_features` numbers. A tile at pixel (x, y) lies in the cell (x // tile_size, y // tile_size) of
     a `grid` x `grid` square, which gives its position. `grid=0` reads vectors without coordinates, in their order.
-    The defaults are those of Prov-GigaPath; `SlideConfig.gigapath()` has its sizes, too.
+    The defaults are Prov-GigaPath's; `SlideConfig.gigapath()` has its sizes, too.
     """
 
     vocab_size: Literal[0] = 0
@@ -213,14 +214,14 @@ class SlideConfig(LongNetConfig):
         return self
 
     def num_parameters(self) -> int:
-        """Trainable numbers: also those of the projection, CLS and the last norm."""
+        """Return the number of trainable parameters, including the projection, CLS and the last norm."""
         return super().num_parameters() + (self.in_features + 1) * self.dim + 3 * self.dim
 
 
 def parse_config(data: Mapping[str, Any], where: str, pattern: Pattern | None = None) -> LongNetConfig:
-    """A configuration from parsed JSON or TOML; raises ConfigError of one line that begins with `where`.
+    """Return the configuration of parsed JSON or TOML. Raises ConfigError of one line that starts with `where`.
 
-    One with `in_features` is a SlideConfig. `pattern` takes the place of the one in `data`.
+    Data with `in_features` give a SlideConfig. `pattern` replaces the pattern in `data`.
     """
     if pattern is not None and isinstance(data, Mapping):
         data = {name: value for name, value in data.items() if name not in {*PATTERN_FIELDS, "pattern"}}

@@ -1,7 +1,7 @@
 """Files that other libraries read in a model directory, beside its weights and its tokenizer.json.
 
-transformers reads keys of config.json and tokenizer_config.json, sentence-transformers two small files. Their classes
-for a LongNet are in `integrations.transformers_longnet`; nothing here imports them.
+transformers reads keys of config.json and tokenizer_config.json; sentence-transformers reads two small files. Their
+classes for a LongNet are in `integrations.transformers_longnet`; nothing here imports them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from longnet_cli.model.net import NetConfig
 from longnet_cli.presets import MODEL_TYPE
 
 TOKENIZER_CONFIG, MODULES, SENTENCES = "tokenizer_config.json", "modules.json", "sentence_bert_config.json"
-# what may stand beside a tokenizer.json: what a library needs to make a tokenizer of it, and how a chat is written
+# files that may stand beside a tokenizer.json: they tell a library how to build the tokenizer and write a chat
 BESIDE_TOKENIZER = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
 
-# Keys that transformers writes into config.json, which say nothing of what a LongNet computes
+# Keys that transformers writes into config.json, without effect on what a LongNet computes
 TRANSFORMERS_KEYS = frozenset(
     {
         "_commit_hash",
@@ -53,7 +53,7 @@ TRANSFORMERS_KEYS = frozenset(
 
 
 def own_keys(data: Any) -> Any:
-    """The keys of a LongNet's config.json that are no `TRANSFORMERS_KEYS`; what is no mapping comes back as it is.
+    """Return a LongNet's config.json without `TRANSFORMERS_KEYS`, or `data` as it is if that is not a mapping.
 
     Raises ConfigError for a configuration of another model.
     """
@@ -66,17 +66,17 @@ def own_keys(data: Any) -> Any:
 
 
 def architecture(config: NetConfig) -> str:
-    """The name of the class that reads a model in transformers."""
+    """Return the name of the class that reads the model in transformers."""
     if not config.vocab_size:
         return "LongNetModel"
     return "LongNetForCausalLM" if config.causal else "LongNetForMaskedLM"
 
 
 def foreign_keys(config: NetConfig, tokenizer_json: str | None, eos: str | None) -> dict[str, Any]:
-    """The keys of config.json for transformers: which class reads it, in which type, and the id that ends documents.
+    """Return the keys of config.json for transformers: the class, the dtype, and the id that ends documents.
 
-    Weights are read as float32, as the commands do, whatever they are stored in. `eos` as in `foreign_files`. None for
-    a net that is more than a LongNet, which transformers has no class for.
+    Weights are read as float32, as the commands do, whatever dtype they are stored in. `eos` is as in `foreign_files`.
+    A net that is more than a LongNet has no keys, because transformers has no class for it.
     """
     if type(config) is not LongNetConfig:
         return {}
@@ -86,9 +86,10 @@ def foreign_keys(config: NetConfig, tokenizer_json: str | None, eos: str | None)
 
 
 def foreign_files(tokenizer_json: str | None, eos: str | None) -> dict[str, Any]:
-    """Name -> JSON data of the files that stand beside a tokenizer.json; none without one.
+    """Return the files that stand beside a tokenizer.json, name -> JSON data; none without a tokenizer.json.
 
-    `eos` is the token that ends documents, and so stands before each; without it, END_OF_TEXT if the tokenizer has it.
+    `eos` is the token that ends documents, and so stands before each. It is by default END_OF_TEXT, if the tokenizer
+    has that.
     """
     if tokenizer_json is None:
         return {}
@@ -114,7 +115,7 @@ def foreign_files(tokenizer_json: str | None, eos: str | None) -> dict[str, Any]
 
 
 def end_of_text(folder: Path) -> str | None:
-    """The token that ends documents, as tokenizer_config.json in a folder has it; None where nothing says so."""
+    """Return the token that ends documents, from tokenizer_config.json in a folder; None if it names none."""
     try:
         data = parse(read_text(folder / TOKENIZER_CONFIG))
     except (OSError, ValueError):
@@ -125,7 +126,7 @@ def end_of_text(folder: Path) -> str | None:
 
 
 def _ids(tokenizer_json: str | None) -> dict[str, int]:
-    """The id of each token that a tokenizer.json lists, added ones included."""
+    """Return the id of each token that a tokenizer.json lists, added ones included."""
     data = json.loads(tokenizer_json) if tokenizer_json else {}
     vocab = (data.get("model") or {}).get("vocab")
     added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}

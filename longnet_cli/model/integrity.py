@@ -1,4 +1,4 @@
-"""Checks of saved tensors: unchanged since they were saved, numbers, finite, and as many as expected."""
+"""Checks of saved tensors: unchanged since they were saved, of a known type, finite, and as many as expected."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from longnet_cli.model.config import LongNetConfig
 
 # The types that weights can have, and their names in a file of safetensors
 TYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_SMALL = 1 << 24  # numbers of a net that is built in no time, whatever its shapes
+_SMALL = 1 << 24  # parameters of a net that is built in no time, whatever its shapes
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order, which are its own memory where that is on the CPU and in this order."""
+    """Return the bytes of a tensor in row-major order: its own memory if that is on the CPU and in this order."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hex, over the names, types, shapes and bytes of tensors on the CPU, whatever their order in a file.
+    """Return the SHA-256, in hex, of the names, types, shapes and bytes of tensors, whatever their order in a file.
 
-    Each tensor is hashed by itself, on all cores, and then the hashes in the order of the names.
+    Each tensor is hashed by itself, on all CPU cores. Then the hashes are hashed in the order of the names.
     """
 
     def one(name: str) -> bytes:
@@ -42,9 +42,10 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_header(config: LongNetConfig, found: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> None:
-    """Compare the types and shapes in a file of safetensors with a configuration, before a net of any size is built.
+    """Compare the types and shapes in a safetensors file with a configuration, before a net of any size is built.
 
-    Raises CheckpointError for weights that are no real numbers, and for a configuration of far more than there are.
+    Raises CheckpointError for weights of another type than `TYPE_NAMES`, for another number of layers, and for a
+    configuration that needs far more parameters than the file has.
     """
     for name, (dtype, _) in found.items():
         if dtype not in TYPE_NAMES.values():
@@ -58,9 +59,9 @@ def check_header(config: LongNetConfig, found: Mapping[str, tuple[str, tuple[int
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise CheckpointError, which names the first tensor that has NaN or an infinity."""
+    """Raise CheckpointError that names the first tensor with NaN or infinite numbers."""
     for name, tensor in tensors.items():
         if tensor.numel():
-            low, high = torch.aminmax(tensor)  # one pass, no copy; NaN wins
+            low, high = torch.aminmax(tensor)  # one pass, no copy; NaN propagates
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise CheckpointError(f"{where}: {name} has numbers that are NaN or infinite: the model is damaged")

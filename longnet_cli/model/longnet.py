@@ -1,11 +1,11 @@
-"""The net: MAGNETO blocks (arXiv 2210.06423) around dilated attention (arXiv 2307.02486). Knows one device, no rank.
+"""The net: MAGNETO blocks (arXiv 2210.06423) around dilated attention (arXiv 2307.02486). It knows of no ranks.
 
     x + out(LN(attention(LN x)))        x + fc2(LN(gelu(fc1(LN x))))        inner LNs only for norm="subln"
 
-Both sums drop out what they add, in training (`dropout`, 0 by default).
+In training, dropout applies to the second term of both sums (`dropout`, 0 by default).
 
-A net that sees one shard of a sequence gets what lies outside it through `far`, a callable (see `FarProvider`), and
-its place through `start`. Chunks and ranks are built from these two, in `longnet_cli.runtime`.
+A net runs on one device. If it sees one shard of a sequence, it gets keys from outside through `far`, a callable (see
+`FarProvider`), and its place through `start`. `longnet_cli.runtime` builds chunks and ranks from these two.
 
 B batch, N tokens, H heads, D head dim.
 """
@@ -31,7 +31,7 @@ from longnet_cli.model.weights import load_pretrained, save_pretrained
 
 
 class Placement(NamedTuple):
-    """The places of tokens, as `LongNet.forward` and `dilated_attention` describe these arguments."""
+    """The places of tokens; `LongNet.forward` and `dilated_attention` describe these arguments."""
 
     start: int = 0
     lengths: Sequence[int] | Tensor | None = None
@@ -40,9 +40,9 @@ class Placement(NamedTuple):
 
 
 class Norm(nn.LayerNorm):
-    """A layer norm that gives, under autocast, what the matrix products after it take: one cast for all of them.
+    """A layer norm whose output, under autocast, has the dtype of the matrix products after it: one cast for all.
 
-    Autocast itself would give them float32 to cast, each its own copy, and would widen what the norm reads.
+    Autocast by itself would widen the norm's input and return float32, which each product would cast again.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class Norm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Queries, keys and values, dilated attention over them, and the way out."""
+    """The projections to queries, keys and values, dilated attention, and the output projection."""
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Attention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def project(self, x: Tensor, table: PositionTable | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed hidden (B, N, dim) -> rotated q and k, and v, each (B, N, H, D)."""
+        """Project normed hidden states (B, N, dim) to rotated q and k, and v, each (B, N, H, D)."""
         heads = (self.config.num_heads, self.config.head_dim)
         q, k, v = (linear(x).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
         return *rotate(q, k, table), v
@@ -102,7 +102,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers and an exact (erf) gelu."""
+    """Two linear layers with an exact (erf) gelu between them."""
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Block(nn.Module):
 class LongNet(Net):
     """A LongNet language model (causal) or encoder (bidirectional), initialised at random, float32.
 
-    `forward` is `embed`, then each of `layers` with one `positions` table, then `final_norm`; code that must go layer
+    `forward` is `embed`, then each of `layers` with one `positions` table, then `final_norm`. Code that must go layer
     by layer (a bidirectional net over more tokens than memory holds) calls these itself.
     """
 
@@ -152,21 +152,21 @@ class LongNet(Net):
         super().__init__()
         self.config: LongNetConfig = config
         self.embedding = None
-        if config.vocab_size:  # an empty table, as `init_weights` draws it; nn.Embedding would draw it first
+        if config.vocab_size:  # an empty table: `init_weights` draws it, and nn.Embedding would draw it before
             table = torch.empty(config.vocab_size, config.dim)
             self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=table)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
         untied = config.vocab_size and not config.tie_embeddings
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if untied else None
-        if not any(p.is_meta for p in self.parameters()):  # drawing nothing there would load half of torch
+        if not any(p.is_meta for p in self.parameters()):  # on the meta device, drawing would import half of torch
             self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw all weights anew (MAGNETO section 2: gain sqrt(ln 2L) on v, out, fc1, fc2; q, k, v share 1/sqrt 2).
 
-        For a net built on the meta device: `net.to_empty(device=...)`, then this.
+        For a net built on the meta device, call `net.to_empty(device=...)` first.
         """
         gain = math.sqrt(math.log(2 * self.config.num_layers)) if self.config.norm == "subln" else 1.0
         for module in self.modules():
@@ -189,24 +189,24 @@ class LongNet(Net):
         far: FarProvider | None = None,
         total: int | None = None,
     ) -> Tensor:
-        """Token ids (B, N), or vectors (B, N, dim) in their place -> hidden (B, N, dim) after the final norm.
+        """Return hidden states (B, N, dim) after the final norm, of token ids (B, N) or of vectors (B, N, dim).
 
-        `start` is the position of the first token. `lengths` gives the true length of each right-padded row: true
-        positions come out as they would alone, padded ones hold no meaning. `documents` gives the lengths of the
-        documents that lie one after the other in every row: each comes out as it would alone, the first from `start`
-        on. `far` makes this net one shard of a longer sequence, see FarProvider; zero keys ask for its `total` tokens.
-        Raises ConfigError for tokens given to a net without embedding.
+        `start` is the position of the first token. `lengths` gives the true length of each right-padded row: real
+        tokens come out as they would alone, outputs at padding have no meaning. `documents` gives the lengths of the
+        documents that follow each other in every row: each comes out as it would alone, the first from `start` on.
+        `far` makes the input one shard of a longer sequence, see FarProvider; for zero keys, give the length of that
+        sequence as `total`. Raises ConfigError for tokens given to a net without embedding.
         """
         x = self.embed(tokens, embeddings)
         if isinstance(lengths, Tensor) and not torch.compiler.is_compiling():
-            lengths = lengths.tolist()  # which waits for a GPU: once, not in every layer
+            lengths = lengths.tolist()  # waits for a GPU: once, not in every layer
         table, place = self.positions(x, start, documents), Placement(start, lengths, documents, total)
         for index, layer in enumerate(self.layers):
             x = layer(x, table, place, _of_layer(far, index) if far else None)
         return self.final_norm(x)
 
     def embed(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
-        """Return what the first layer gets, (B, N, dim), from exactly one of the two inputs of `forward`."""
+        """Return the input of the first layer, (B, N, dim), from exactly one of the two inputs of `forward`."""
         if (tokens is None) == (embeddings is None):
             raise ValueError("give either tokens or embeddings")
         if embeddings is not None:
@@ -216,16 +216,16 @@ class LongNet(Net):
             return self.embedding(tokens)
         if not tokens.is_floating_point():
             raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
-        return tokens.to(next(self.parameters()).dtype)  # rows of vectors, by whoever reads rows of any kind
+        return tokens.to(next(self.parameters()).dtype)  # vectors, from a caller that passes any rows as tokens
 
     @property
     def row_size(self) -> int | None:
         return None if self.config.vocab_size else self.config.dim
 
     def positions(self, x: Tensor, start: int, documents: Sequence[int] | None = None) -> PositionTable | None:
-        """The table for hidden (B, N, dim) that begin at position `start`; one serves all layers.
+        """Return the table for hidden states (B, N, dim) that start at position `start`; all layers share it.
 
-        All `documents` but the first begin at position 0.
+        All `documents` but the first start at position 0.
         """
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -239,7 +239,7 @@ class LongNet(Net):
         return PositionTable(q, q if table.k is table.q else torch.cat([table.k, *(rest.k[:n] for n in others)]))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden (..., dim) -> logits (..., vocab_size) in the type of the matrix product."""
+        """Return logits (..., vocab_size) of hidden states (..., dim), in the dtype of the matrix product."""
         output = self.output or self.embedding
         if output is None:
             raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
@@ -262,13 +262,13 @@ class LongNet(Net):
         pattern: Pattern | None = None,
         verify: bool = True,
     ) -> LongNet:
-        """A saved model, from its directory or by the name of one that ships; see weights.load_pretrained."""
+        """Load a saved model, from its directory or by the name of one that ships; see weights.load_pretrained."""
         return load_pretrained(cls, name_or_dir, device, dtype, pattern=pattern, verify=verify)
 
     def save_pretrained(
         self, directory: str | PathLike[str], tokenizer_json: str | None = None, eos: str | None = None
     ) -> None:
-        """Write config.json, model.safetensors and tokenizer.json, with its end-of-text token `eos`.
+        """Write config.json, model.safetensors and tokenizer.json; `eos` is the token that ends documents.
 
         See weights.save_pretrained.
         """

@@ -1,6 +1,6 @@
-"""The net as jobs see it, whoever made it: hidden states of a chunk, the loss of tokens, and a few facts.
+"""The interface of nets for jobs: hidden states of a chunk, the loss of tokens, and a few facts.
 
-`LongNet` is one, `integrations.transformers_net.TransformersNet` the other. B batch, N tokens, H heads, D head dim.
+`LongNet` and `integrations.transformers_net.TransformersNet` are such nets. B batch, N tokens, H heads, D head dim.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from longnet_cli.attention import FarKeys, Pattern
 # autograd graph. Returns the far keys that the shard attends to in that layer. It may keep k and v for later shards.
 FarProvider = Callable[[int, Tensor, Tensor], Sequence[FarKeys]]
 
-LOGITS_LIMIT = 1 << 26  # elements of logits that `nll` holds at one time: 256 MiB in float32
+LOGITS_LIMIT = 1 << 26  # elements of logits that `nll` holds at a time: 256 MiB in float32
 IGNORED = -100  # a target without loss
 
 
 class NetConfig(Protocol):
-    """The facts. `model_dump_json` tells all that decides what the net computes, besides its weights."""
+    """The facts of a net. `model_dump_json` holds all facts that, with the weights, decide what the net computes."""
 
     vocab_size: int
     dim: int
@@ -39,77 +39,77 @@ class NetConfig(Protocol):
 
     @property
     def kv_dim(self) -> int:
-        """Numbers of a token's keys, and of its values, in a layer."""
+        """The size of a token's keys in one layer, and of its values."""
 
     @property
     def frozen(self) -> bool:
-        """Return whether its own weights are not trained, but LoRA's beside them."""
+        """True if LoRA weights are trained in place of the net's own."""
 
     @property
     def layer_weights(self) -> int:
-        """Numbers in the matrices of all layers."""
+        """The number of weights in the matrices of all layers."""
 
     @property
     def pattern(self) -> Pattern: ...
 
     @property
     def streams(self) -> bool:
-        """Return whether a sequence can go through in chunks; if not, it is one forward, however long."""
+        """True if a sequence can come in chunks; otherwise it takes one forward pass, whatever its length."""
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens of the longest sequence that it reads; None for no limit."""
+        """The tokens of the longest sequence that the net reads; None for no limit."""
 
     def num_parameters(self) -> int: ...
     def model_dump_json(self) -> str: ...
 
 
 class Net(nn.Module):
-    """`net(tokens, start=..., lengths=..., far=...)` gives hidden states as LongNet does; `nll` needs `logits`."""
+    """A net: `net(tokens, start=..., lengths=..., far=...)` returns hidden states like LongNet. `nll` uses `logits`."""
 
     config: NetConfig
-    note: str | None = None  # what a user should know of how it reads documents, in one line
-    choices: str = ""  # what there is to choose where a sequence is too long, besides shorter ones
-    has_cls: bool = False  # whether a row of its own, CLS, comes before each sequence
+    note: str | None = None  # one line for users about how the net reads documents
+    choices: str = ""  # options for users with too long a sequence, besides shorter ones
+    has_cls: bool = False  # whether an extra row, CLS, comes before each sequence
 
     @property
     def row_size(self) -> int | None:
-        """Numbers of each vector that it reads in the place of a token id; None where it reads ids."""
+        """The size of the vectors that the net reads in place of token ids; None if it reads ids."""
         return None
 
     def head(self, pooled: Tensor) -> Tensor:
-        """Return pooled hidden states (..., dim) as they are handed out, after the net's own last step."""
+        """Return pooled hidden states (..., dim) after the net's own last step, if it has one."""
         return pooled
 
     def stream(self) -> Callable[..., Tensor] | None:
-        """Return what reads a causal sequence chunk by chunk, as a CausalStream; None where that is what does."""
+        """Return the net's own reader of a causal sequence in chunks, or None if a CausalStream can read it."""
         return None
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The layers, first to last: each gets hidden (B, N, dim) and returns it."""
+        """The layers, first to last: each maps hidden states (B, N, dim) to hidden states (B, N, dim)."""
         raise NotImplementedError
 
     def check_trainable(self) -> None:
-        """Raise ConfigError for a net through which the gradient of a long sequence cannot go; in eval mode."""
+        """Raise ConfigError for a net that cannot pass on the gradient of a long sequence. Call it in eval mode."""
 
     def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None) -> None:
-        """Write a model directory with the weights `state`, on the CPU; files get their names when they are whole.
+        """Write a model directory with the weights `state`, on the CPU; files get their names when they are complete.
 
-        `eos` is the token of the tokenizer that ends documents, where it is not the one that the model came with.
-        Raises CheckpointError where it cannot be written.
+        `eos` is the token of the tokenizer that ends documents, if it is not the one that the model came with.
+        Raises CheckpointError for a directory that cannot be written.
         """
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden (..., dim) -> logits (..., vocab_size). Raises ConfigError for a net that has none."""
+        """Return logits (..., vocab_size) of hidden states (..., dim). Raises ConfigError for a net without logits."""
         raise NotImplementedError
 
     def nll(self, hidden: Tensor, targets: Tensor, *, limit: int = LOGITS_LIMIT) -> Tensor:
-        """Negative log-likelihood in nats of `targets` (B, N), already shifted, given hidden (B, N, dim).
+        """Return the negative log-likelihood, in nats, of shifted `targets` (B, N), given hidden states (B, N, dim).
 
-        (B, N) float32, float64 for float64 hidden; 0 where a target is -100. At most `limit` elements of logits exist
-        at one time, also in the backward, which computes each chunk of them again.
+        The result is (B, N) in float32, or in float64 for float64 hidden states; 0 where a target is -100. At most
+        `limit` elements of logits exist at a time. The backward pass recomputes them chunk by chunk.
         """
         rows, wanted = hidden.flatten(0, -2), targets.flatten()  # (B N, dim), (B N,)
         size = max(1, limit // max(1, self.config.vocab_size))

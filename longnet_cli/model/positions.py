@@ -1,13 +1,13 @@
-"""Rotary positions, plain (RoPE, arXiv 2104.09864) and with xPos decay (arXiv 2212.10554), for any token number.
+"""Rotary positions, plain (RoPE, arXiv 2104.09864) and with xPos decay (arXiv 2212.10554), for any number of tokens.
 
-A pair of features (2j, 2j+1) is one complex number, as in torchscale (`rotate_every_two`); a position turns it by
-the phase pos * theta^(-2j/D), and xPos also scales it, q by zeta_j^(pos/512) and k by the inverse. Both are one
-complex product per tensor. Phases are float64 on int64 positions: a float32 phase is noise past 2^24 tokens, where
-float64 still resolves 1e-7 rad at 1e9.
+A pair of features (2j, 2j+1) is one complex number, as in torchscale (`rotate_every_two`). A position turns it by
+the phase pos * theta^(-2j/D). xPos also scales it: q by zeta_j^(pos/512), and k by the inverse. Both are one complex
+product per tensor. Phases are float64, of int64 positions: a float32 phase is noise past 2^24 tokens, but float64
+still resolves 1e-7 rad at 1e9.
 
-xPos counts from the middle of the widest segment that holds the token. Keys of a softmax share a segment and only
-differences of positions enter a score, so this changes nothing but the range of the exponents; up to one such
-segment it equals torchscale's table, which is centred in the whole sequence and ends in NaN past 72,000 tokens.
+xPos counts from the middle of the widest segment that holds the token. The keys of a softmax share a segment, and only
+differences of positions enter a score, so this changes only the range of the exponents. For sequences of up to one such
+segment, scores equal torchscale's, whose table is centred in the whole sequence and ends in NaN past 72,000 tokens.
 
 N tokens, H heads, D head dim.
 """
@@ -29,11 +29,11 @@ XPOS_SCALE_BASE = 512
 XPOS_GAMMA = 0.4
 XPOS_MAX_SEGMENT_FP16 = 8192  # float16 ends at e^11: zeta^(4096 / 512) is e^10
 
-BLOCK = 65536  # tokens whose float64 phases exist at one time
+BLOCK = 65536  # tokens whose float64 phases exist at a time
 
 
 class PositionTable(NamedTuple):
-    """Complex factors (tokens, 1, D/2) of queries and of keys; one and the same tensor for RoPE."""
+    """Complex factors (tokens, 1, D/2) of queries and of keys; for RoPE, both are the same tensor."""
 
     q: Tensor
     k: Tensor
@@ -43,10 +43,10 @@ class PositionTable(NamedTuple):
 def position_table(
     config: LongNetConfig, start: int, tokens: int, device: torch.device | str, dtype: torch.dtype
 ) -> PositionTable | None:
-    """The factors of positions [start, start + tokens); None for position="none".
+    """Return the factors of positions [start, start + tokens); None for position="none".
 
-    `dtype` is that of the queries to be rotated: complex128 factors for float64, complex64 for all others. Raises
-    ConfigError for xPos in float16 over segments whose exponents that type does not hold.
+    `dtype` is that of the queries to rotate: factors are complex128 for float64, otherwise complex64. Raises
+    ConfigError for xPos in float16 with segments so long that exponents overflow.
     """
     if config.position == "none":
         return None
@@ -79,7 +79,7 @@ def position_table(
 
 
 def rotate(q: Tensor, k: Tensor, table: PositionTable | None) -> tuple[Tensor, Tensor]:
-    """Turn queries and keys (batch, tokens, H, D), strided views allowed, by their positions; types are kept.
+    """Turn queries and keys (batch, tokens, H, D), strided views allowed, by their positions; dtypes are kept.
 
     The product is float32 (float64 for float64 inputs), also under autocast, and its backward saves only the table.
     """
@@ -89,9 +89,9 @@ def rotate(q: Tensor, k: Tensor, table: PositionTable | None) -> tuple[Tensor, T
 
 
 def sink_turn(config: LongNetConfig) -> Turn | None:
-    """Return what turns rotated keys (B, S, n, H, D) by S distances, for sinks; None where positions turn no keys.
+    """Return a function that turns rotated keys (B, S, n, H, D) by S distances, for sinks; None without rope.
 
-    xPos, which would scale them too, has no sinks (`LongNetConfig`).
+    xPos would also scale them, so it has no sinks (`LongNetConfig`).
     """
     return partial(_turn_by, config) if config.position == "rope" else None
 
@@ -103,16 +103,15 @@ def _turn_by(config: LongNetConfig, k: Tensor, distances: Tensor) -> Tensor:
 
 
 def _frequencies(config: LongNetConfig, device: torch.device | str) -> Tensor:
-    """The phase of one position, for each pair of features, (D/2,) float64."""
+    """Return the phase of one position for each pair of features, (D/2,) float64."""
     half = config.head_dim // 2
     return config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
 
 
 def _turn(x: Tensor, factors: Tensor) -> Tensor:
     wide = x if x.dtype is torch.float64 else x.float()
-    if (
-        torch.compiler.is_compiling()
-    ):  # a compiler makes one loop of real products; by themselves they take twice as long
+    # a compiler makes one loop of these real products; in eager mode they take twice as long as a complex product
+    if torch.compiler.is_compiling():
         (a, b), (cos, sin) = wide.unflatten(-1, (-1, 2)).unbind(-1), torch.view_as_real(factors).unbind(-1)
         return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (batch, ..., H, D/2)

@@ -1,9 +1,9 @@
-"""The slide encoder: vectors of tiles, and where the tiles lie, in; one vector out. Prov-GigaPath's is one.
+"""The slide encoder, such as Prov-GigaPath's: from vectors of tiles, and the tiles' places, to one vector.
 
     features -> projection -> + position of the tile's cell -> [CLS, tiles] -> LongNet -> CLS, or the mean -> norm
 
-`VectorNet` is the LongNet in it, as the jobs read it: chunk by chunk, over ranks. `SlideEncoder` is what people call.
-Positions are computed for the tiles that are there; nothing has the size of the grid.
+`VectorNet` is the LongNet in it, which jobs run chunk by chunk and over ranks. `SlideEncoder` is the class for users.
+Positions are computed only for the given tiles; nothing has the size of the grid.
 
 B batch, N tiles.
 """
@@ -27,20 +27,20 @@ from longnet_cli.model.weights import load_pretrained, save_pretrained
 SlidePool = Literal["cls", "mean"]
 
 HEAD_EPS = 1e-6  # of the last norm; the others have the configuration's
-CLS_CELL = -1.0  # in both places of a row's cell: that row is CLS, and its numbers are not read
+CLS_CELL = -1.0  # both numbers of the cell of the CLS row, whose vector is not read
 
 
 class VectorNet(LongNet):
     """A LongNet whose tokens are rows (B, N, in_features + 2): a vector, then the two numbers of its cell.
 
-    The row of CLS has the cell (-1, -1). Without a grid, other cells say nothing.
+    The row of CLS has the cell (-1, -1). Without a grid, other cells have no effect.
     """
 
     has_cls = True
     config: SlideConfig
 
     def __init__(self, config: LongNetConfig) -> None:
-        """Raise ConfigError for a configuration that is no SlideConfig."""
+        """Build the net. Raises ConfigError for a configuration that is not a SlideConfig."""
         if not isinstance(config, SlideConfig):
             raise ConfigError("not the configuration of a slide encoder: it has no in_features")
         super().__init__(config)
@@ -57,9 +57,10 @@ class VectorNet(LongNet):
         return self.config.in_features
 
     def embed(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
-        """Rows (B, N, in_features + 2) -> what the first layer gets, (B, N, dim).
+        """Return the input of the first layer, (B, N, dim), from rows (B, N, in_features + 2).
 
-        In the type of the weights, also under autocast: once for a sequence, and the same in chunks as in one forward.
+        It has the dtype of the weights, also under autocast: this happens once per sequence, and chunks get the same
+        as one forward pass.
         """
         if tokens is None or embeddings is not None:
             return super().embed(tokens, embeddings)
@@ -75,7 +76,7 @@ class VectorNet(LongNet):
 
 
 class SlideEncoder(nn.Module):
-    """Reads the tiles of a slide and gives one vector; initialised at random, float32.
+    """An encoder of the tiles of a slide into one vector, initialised at random, float32.
 
         encoder = SlideEncoder.from_pretrained("./gigapath")
         vectors = encoder(features, coords)      # (B, N, in_features), (B, N, 2) in pixels -> (B, dim)
@@ -101,13 +102,14 @@ class SlideEncoder(nn.Module):
         pool: SlidePool = "cls",
         all_layers: bool = False,
     ) -> Tensor:
-        """Features (B, N, in_features), and coords (B, N, 2) in pixels -> (B, dim).
+        """Return vectors (B, dim) of features (B, N, in_features) and coords (B, N, 2) in pixels.
 
         `lengths` gives the number of tiles of each right-padded row, at least 1: each slide comes out as it would
         alone. `pool` takes the hidden state of CLS or the mean over the tiles; the last norm follows. `all_layers`
-        gives (num_layers + 1, B, dim): of what the first layer gets, then of each layer's output. As in Prov-GigaPath,
-        that of the last layer is without the encoder's own norm, so it is not the vector that is given without it.
-        A net without a grid takes no coords. Raises ValueError for shapes, lengths, and tiles outside the grid.
+        returns (num_layers + 1, B, dim): one vector for the first layer's input, then one for each layer's output. As
+        in Prov-GigaPath, these skip the LongNet's final norm, so the last one differs from the vector that you get
+        without `all_layers`. A net without a grid takes no coords. Raises ValueError for wrong shapes, lengths and
+        `pool`, and for tiles outside the grid.
         """
         if pool not in ("cls", "mean"):
             raise ValueError(f'pool must be "cls" or "mean", got {pool!r}')
@@ -128,7 +130,7 @@ class SlideEncoder(nn.Module):
         return torch.stack(found)
 
     def _rows(self, features: Tensor, coords: Tensor | None, counts: Tensor) -> Tensor:
-        """Return what the net reads, (B, 1 + N, in_features + 2)."""
+        """Return the rows that the net reads, (B, 1 + N, in_features + 2)."""
         batch, tiles, size = features.shape
         if size != self.config.in_features:
             raise ValueError(f"features have {size} numbers, the model reads {self.config.in_features}")
@@ -138,7 +140,7 @@ class SlideEncoder(nn.Module):
             if coords is None or coords.shape != (batch, tiles, 2):
                 shape = "none" if coords is None else tuple(coords.shape)
                 raise ValueError(f"coords must have the shape {(batch, tiles, 2)}, got {shape}")
-            real = torch.arange(tiles)[None] < counts[:, None]  # padding may lie anywhere
+            real = torch.arange(tiles)[None] < counts[:, None]  # padding may have any coords
             there = torch.where(real[..., None].to(coords.device), coords, coords.new_zeros(()))
             cells = grid_cells(there, self.config.tile_size)
             if outside := outside_grid(cells.flatten(0, 1), self.config.grid):
@@ -159,7 +161,7 @@ class SlideEncoder(nn.Module):
         padding: Literal["exact", "zero_key"] | None = None,
         verify: bool = True,
     ) -> SlideEncoder:
-        """A saved encoder, from its directory; see weights.load_pretrained. `padding` takes the place of its own."""
+        """Load a saved encoder from its directory; see weights.load_pretrained. `padding` replaces the saved one."""
         net = load_pretrained(VectorNet, name_or_dir, device, dtype, pattern=pattern, verify=verify)
         config = net.config if padding is None else SlideConfig(**{**dict(net.config), "padding": padding})
         with torch.device("meta"):
@@ -173,12 +175,12 @@ class SlideEncoder(nn.Module):
 
 
 def grid_cells(coords: Tensor, tile_size: float) -> Tensor:
-    """Pixels (..., 2) -> the cells that they lie in, (..., 2) float64 whole numbers."""
+    """Return the cells in which pixels (..., 2) lie, (..., 2) whole numbers in float64."""
     return torch.floor(coords.double() / tile_size)
 
 
 def outside_grid(cells: Tensor, grid: int) -> tuple[int, str] | None:
-    """The index of the first of the cells (N, 2) that lies outside the grid, and a sentence; None where all are in."""
+    """Return the index of the first of the cells (N, 2) outside the grid, and a sentence; None if all are inside."""
     bad = ~((cells >= 0) & (cells < grid)).all(-1)
     if not bad.any():
         return None
@@ -188,9 +190,10 @@ def outside_grid(cells: Tensor, grid: int) -> tuple[int, str] | None:
 
 
 def grid_positions(cells: Tensor, dim: int) -> Tensor:
-    """Cells (..., 2) -> their positions (..., dim), float32: half of the numbers for each of the two, the second first.
+    """Return the position vectors (..., dim), float32, of cells (..., 2).
 
-    A half is [sin, cos] of c / 10000^(i / (dim / 4)), for i in 0, ..., dim / 4 - 1.
+    The first half is for a cell's second number, the second half for its first. A half is [sin, cos] of
+    c / 10000^(i / (dim / 4)), for i in 0, ..., dim / 4 - 1.
     """
     frequencies = 10000.0 ** -(torch.arange(dim // 4, device=cells.device, dtype=torch.float64) / (dim // 4))
     phases = cells.flip(-1).double()[..., None] * frequencies  # (..., 2, dim / 4)
@@ -198,7 +201,7 @@ def grid_positions(cells: Tensor, dim: int) -> Tensor:
 
 
 def _pooled(x: Tensor, counts: Tensor, pool: SlidePool) -> Tensor:
-    """Hidden (B, 1 + N, dim) of CLS and tiles -> (B, dim)."""
+    """Pool the hidden states (B, 1 + N, dim) of CLS and tiles into (B, dim)."""
     if pool == "cls":
         return x[:, 0]
     real = torch.arange(x.shape[1] - 1) < counts[:, None]

@@ -1,4 +1,4 @@
-"""The weights of torchscale's LongNet, in and out: its state dicts, whose tensors have other names."""
+"""Import and export of torchscale's LongNet weights: its state dicts have other names for the tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longnet_cli.model.longnet import LongNet
 from longnet_cli.model.positions import XPOS_GAMMA
 from longnet_cli.model.weights import empty_net, list_names
 
-MODULES = {  # of a layer, then of the net: theirs and ours
+MODULES = {  # torchscale's name -> ours, of a layer, then of the net
     "self_attn_layer_norm": "attention_norm",
     "self_attn.q_proj": "attention.q",
     "self_attn.k_proj": "attention.k",
@@ -34,14 +34,14 @@ IGNORED = re.compile(r"(.*\.)?(xpos\.scale|version)")  # buffers that the config
 
 
 def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> LongNet:
-    """A float32 LongNet with the weights of torchscale's LongNetDecoder or LongNetEncoder.
+    """Return a float32 LongNet with the weights of torchscale's LongNetDecoder or LongNetEncoder.
 
-    Keys may all have a `model.`, `decoder.` or `encoder.` prefix. A net without embedding also takes the encoder out of
-    a larger model, such as GigaPath's slide encoder with `LongNetConfig.gigapath()`: only keys that begin with
-    `encoder.` count then. The weights were trained with head_offsets="grouped", an encoder's mostly with
-    padding="zero_key": `config` has to say so. Raises CheckpointError naming the first key that is missing, has no
-    place here or another shape, or an output projection that is not the embedding though `config.tie_embeddings` says
-    so.
+    All keys may share a `model.`, `decoder.` or `encoder.` prefix. For a net without embedding, `state_dict` may also
+    be a larger model with an encoder inside, such as GigaPath's slide encoder with `LongNetConfig.gigapath()`: then
+    only keys that start with `encoder.` count. The weights were trained with head_offsets="grouped", and encoders
+    mostly with padding="zero_key": `config` must say so. Raises CheckpointError that names the key, for keys that are
+    missing, unknown or of another shape, and for an output projection that is not the embedding although
+    `config.tie_embeddings` is true.
     """
     state = {k: t for k, t in state_dict.items() if not IGNORED.fullmatch(k)}
     if not config.vocab_size:
@@ -65,11 +65,11 @@ def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> 
 
 
 def to_torchscale(model: LongNet) -> dict[str, Tensor]:
-    """The state dict of torchscale's LongNetDecoder or LongNetEncoder for this net: what `from_torchscale` takes.
+    """Return this net as a state dict of torchscale's LongNetDecoder or LongNetEncoder, for `from_torchscale` as well.
 
-    Without prefix, sharing the model's memory. All that a strict load asks for is there: the output projection also
-    where it is tied to the embedding, and xPos's buffers. A state dict says nothing of how it is used: torchscale
-    computes it with head_offsets="grouped", a bidirectional net with padding="zero_key", and has no position="rope".
+    Keys have no prefix, and tensors share the model's memory. The dict has all keys for a strict load, including xPos's
+    buffers and the output projection, even if that is tied to the embedding. It does not hold the configuration:
+    torchscale always uses head_offsets="grouped", in bidirectional nets padding="zero_key", and has no position="rope".
     """
     config = model.config
     modules = {ours: theirs for theirs, ours in MODULES.items()}
@@ -84,13 +84,13 @@ def to_torchscale(model: LongNet) -> dict[str, Tensor]:
 
 
 def renamed(name: str, modules: Mapping[str, str] = MODULES) -> str | None:
-    """The name of a parameter whose module has another one in `modules`; None where it has none."""
+    """Return the name of a parameter after `modules` renames its module, or None if `modules` lacks that."""
     match = re.fullmatch(r"(layers\.\d+\.|)(.+)\.(weight|bias)", name)
     return f"{match[1]}{modules[match[2]]}.{match[3]}" if match and match[2] in modules else None
 
 
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Strip prefixes that all keys share, as of a decoder inside a fairseq model (`model.decoder.`)."""
+    """Strip prefixes that all keys share, such as `model.decoder.` of a decoder inside a fairseq model."""
     while state:
         match = _PREFIX.match(next(iter(state)))
         if not match or not all(key.startswith(match[0]) for key in state):

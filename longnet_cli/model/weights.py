@@ -1,4 +1,4 @@
-"""Weights on disk: a model directory of config.json, model.safetensors, tokenizer.json, and what others read there."""
+"""Weights on disk: a model directory of config.json, model.safetensors, tokenizer.json, and other libraries' files."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def save_pretrained(
 ) -> None:
     """Write a model directory; `tokenizer_json` is the text of a `tokenizers` file.
 
-    `eos` is the token of it that ends documents: `<|endoftext|>` where it has that, unless given. `foreign` are keys of
-    config.json for transformers, beside those in `model.foreign`, where also stands what others read here.
+    `eos` is the tokenizer's token that ends documents, by default `<|endoftext|>` if it has that. `foreign` holds keys
+    of config.json for transformers, beside those in `model.foreign`, which describes the files for other libraries.
 
     Every file is written under a temporary name, then renamed, config.json last: a directory that has one is
-    complete. Digests of the tensors and of the other files are in the metadata of model.safetensors.
-    `state_dict` replaces the model's own where that is sharded. Tied embeddings are one tensor. Raises CheckpointError
-    where the directory cannot be written.
+    complete. The metadata of model.safetensors has digests of the tensors, the configuration and the tokenizer.
+    `state_dict` replaces the model's own, for a sharded model. Tied embeddings are one tensor. Raises CheckpointError
+    for a directory that cannot be written.
     """
     folder = Path(directory)
     state = model.state_dict() if state_dict is None else state_dict
@@ -64,7 +64,7 @@ def save_pretrained(
     }
     texts[TOKENIZER] = tokenizer_json
     try:
-        with ExitStack() as files:  # which get their names in the opposite order
+        with ExitStack() as files:  # they get their names in reverse order, config.json last
             for name, text in texts.items():
                 if text is not None:
                     file = files.enter_context(atomic_write(folder / name))
@@ -76,7 +76,7 @@ def save_pretrained(
 
 
 def load_config(directory: str | PathLike[str], pattern: Pattern | None = None) -> LongNetConfig:
-    """The configuration of a model directory, with another `pattern` if one is given.
+    """Return the configuration of a model directory, with another `pattern` if one is given.
 
     Raises CheckpointError (unreadable) or ConfigError (wrong, or a pattern that the net cannot have).
     """
@@ -93,15 +93,14 @@ def load_pretrained(
     pattern: Pattern | None = None,
     verify: bool = True,
 ) -> NetT:
-    """A model, made by `build`, from its directory or by the name of one that ships, in eval mode.
+    """Load a model, built by `build`, from its directory or by the name of one that ships; return it in eval mode.
 
-    A string without a slash is a name, never a folder; a `Path` is always a folder. `dtype` is that of the
-    weights in memory, whatever they are stored in; None keeps the stored one.
-    `pattern` takes the place of the model's own: the weights do not depend on it, what the net computes does. Where
-    model.safetensors has the digests of `save_pretrained`, its tensors and config.json must be what was saved;
-    `verify=False` takes them as they are. Raises CheckpointError of one line (a missing or damaged file, tensors
-    missing, unexpected, of another shape, of integers, or not finite), ConfigError for a wrong config.json or an
-    unknown name.
+    A string without a slash is a name, never a folder; a `Path` is always a folder. `dtype` is the dtype of the
+    weights in memory, whatever they are stored in; None keeps the stored dtype. `pattern` replaces the model's own: the
+    weights do not depend on it, but the results do. If model.safetensors has the digests of `save_pretrained`, its
+    tensors and config.json must be unchanged; `verify=False` skips this check. Raises CheckpointError of one line (a
+    missing or damaged file, tensors missing, unexpected, of another shape, of integers, or not finite), ConfigError for
+    a wrong config.json or an unknown name.
     """
     folder = find_model(name_or_dir) if isinstance(name_or_dir, str) else Path(name_or_dir)
     config = load_config(folder, pattern)
@@ -132,7 +131,7 @@ def load_pretrained(
 
 
 def model_digest(model: Net) -> str:
-    """A SHA-256 of configuration and weights, 64 hex digits: equal for models that compute the same."""
+    """Return a SHA-256 of configuration and weights, 64 hex digits: equal for models that compute the same."""
     digest = hashlib.sha256(model.config.model_dump_json().encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0".encode())
@@ -141,9 +140,9 @@ def model_digest(model: Net) -> str:
 
 
 def model_origin(model: Net, name: str | None, tokenizer_sha256: str | None) -> dict[str, str]:
-    """The metadata of what a model made: `longnet.model` (its name), `model_sha256`, `tokenizer_sha256`, `pattern`.
+    """Return the metadata of a model's outputs, without unknown values.
 
-    What is not known is left out.
+    The keys are `longnet.model` (its name), `longnet.model_sha256`, `longnet.tokenizer_sha256` and `longnet.pattern`.
     """
     known = {
         "longnet.model": name,
@@ -157,7 +156,7 @@ def model_origin(model: Net, name: str | None, tokenizer_sha256: str | None) -> 
 def empty_net(
     build: Callable[[LongNetConfig], NetT], config: LongNetConfig, shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> NetT:
-    """A net without memory, for tensors of these names and shapes. Raises CheckpointError where they do not fit it."""
+    """Build a net without memory, for tensors of these names and shapes. Raises CheckpointError if they do not fit."""
     with torch.device("meta"):
         model = build(config)
     expected = model.state_dict()
@@ -172,7 +171,7 @@ def empty_net(
 
 
 def _own_config(path: Path) -> Any:
-    """The keys of a config.json that define the net."""
+    """Return the keys of a config.json that define the net."""
     try:
         return own_keys(parse(read_text(path)))
     except ConfigError as error:
@@ -185,17 +184,17 @@ def _own_config(path: Path) -> Any:
 
 
 def list_names(what: str, names: Sequence[str]) -> str:
-    """`missing tensors a, b, c and 13 more`, for a message."""
+    """Return names for a message, such as `missing tensors a, b, c and 13 more`."""
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"{what} {'tensor' if len(names) == 1 else 'tensors'} {shown}"
 
 
 def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write the format of safetensors: the size of a JSON header, the header, the bytes of the tensors.
+    """Write a safetensors file: the size of a JSON header, the header, the bytes of the tensors.
 
-    The library's own writer puts the metadata in a random order, and equal models are equal files.
+    The library's own writer orders the metadata at random; here, equal models give equal files.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each is aligned
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so each is aligned
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in names:

@@ -1,4 +1,4 @@
-"""The `plot` job: what runs, benchmarks and scores have measured, as curves in a picture or in characters.
+"""The job `plot`: measurements of runs, benchmarks and scores, as curves in a picture or in characters.
 
 Loads no torch, and matplotlib only for a picture.
 """

@@ -1,4 +1,4 @@
-"""Panels of curves to draw over an axis, whatever they were measured by."""
+"""Axes, curves and panels to draw, whatever was measured."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Row = Mapping[str, Any]
 
 
 def plain(value: float) -> str:
-    """12345.6 -> `12,346`, 0.00123 -> `0.00123`."""
+    """Format a number: 12345.6 -> `12,346`, 0.00123 -> `0.00123`."""
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def size(value: float) -> str:
-    """As sizes are written: 1e9 -> `1e9`, 131072 -> `128Ki`, 500 -> `500`."""
+    """Format a size: 1e9 -> `1e9`, 131072 -> `128Ki`, 500 -> `500`."""
     power = round(math.log10(value)) if value >= 1e4 else 0
     return f"1e{power}" if power and value == 10**power else format_size(round(value))
 
 
 def duration(seconds: float) -> str:
-    """0.00000139 -> `1.39 us`, 22 -> `22 s`, 1e7 -> `116 days`."""
+    """Format seconds: 0.00000139 -> `1.39 us`, 22 -> `22 s`, 1e7 -> `116 days`."""
     units = ((31557600, "years"), (86400, "days"), (3600, "h"), (1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
     for scale, unit in units:
         if seconds >= scale * (3 if scale > 1 else 0.9995):  # 2 h are 7,200 s
@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 def memory(value: float) -> str:
-    """3221225472 -> `3 GiB`."""
+    """Format bytes: 3221225472 -> `3 GiB`."""
     power = 0
     while value >= 1023.5 and power < 6:
         value /= 1024
@@ -47,10 +47,10 @@ def _three_digits(value: float) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its title, its scale, how its numbers are written (`write`) and places on it are called (`at`).
+    """An axis: its title, its scale, the format of its numbers (`write`), and of its places in a sentence (`at`).
 
-    `base` is that of a logarithmic scale, 0 of a linear one. An infinite place stands behind all others, and is called
-    `beyond`.
+    `base` is the base of a logarithmic scale, or 0 for a linear one. An infinite place comes after all others, and is
+    called `beyond`.
     """
 
     title: str
@@ -60,19 +60,19 @@ class Axis:
     beyond: str = "never"
 
     def show(self, value: float) -> str:
-        """The number of a place, for a tick."""
+        """Return the label of a place, for a tick."""
         return self.beyond if math.isinf(value) else self.write(value)
 
     def name(self, value: float) -> str:
-        """Return what a place is called in a sentence."""
+        """Return the name of a place in a sentence."""
         return self.beyond if math.isinf(value) else self.at.format(self.write(value))
 
     def scale(self, value: float) -> float:
-        """The value on a linear scale. A logarithmic one takes positive values."""
+        """Return the place of a value. On a logarithmic scale, it is the logarithm of a positive value."""
         return math.log(value, self.base) if self.base else value
 
     def unscale(self, place: float) -> float:
-        """The value whose `scale` is `place`."""
+        """Return the value whose `scale` is `place`."""
         return float(self.base) ** place if self.base else place
 
 
@@ -85,9 +85,9 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Points in rising order of x. Curves of one name are one curve in parts.
+    """Points in rising order of x. Curves of the same name are parts of one curve.
 
-    `extrapolated`: the first point was measured, and what follows was computed from it.
+    `extrapolated`: the first point was measured, and the others were computed from it.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Curves of one quantity, which the files have under `key`."""
+    """Curves of one quantity, whose name in the files is `key`."""
 
     key: str
     x: Axis
@@ -110,7 +110,7 @@ class Panel(NamedTuple):
 
     @property
     def beyond(self) -> float | None:
-        """Return where infinite places stand; None without any."""
+        """The x at which infinite places are drawn; None if there are none."""
         places = [point.x for curve in self.curves for point in curve.points]
         if math.inf not in places:
             return None
@@ -118,12 +118,12 @@ class Panel(NamedTuple):
         return last * self.x.base**2 if self.x.base else last + 1
 
     def place(self, x: float) -> float:
-        """Return where x stands on the scale of its axis."""
+        """Return the place of x on the scale of its axis."""
         return self.x.scale((self.beyond or x) if math.isinf(x) else x)
 
 
 def number(value: Any) -> float | None:
-    """A number from a file; None for anything else, and for what no float holds."""
+    """Return a number from a file as a float; None for anything else, and for numbers that are not finite floats."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     try:
@@ -133,7 +133,7 @@ def number(value: Any) -> float | None:
 
 
 def point(row: Row, x: float | None, key: str, axes: tuple[Axis, Axis], error: str = "") -> list[Point]:
-    """The point of a row, where it has one that the axes can show."""
+    """Return the point of a row in a list, which is empty if the axes can show none."""
     y = number(row.get(key))
     if x is None or y is None or any(axis.base and value <= 0 for axis, value in zip(axes, (x, y), strict=True)):
         return []
@@ -141,7 +141,7 @@ def point(row: Row, x: float | None, key: str, axes: tuple[Axis, Axis], error: s
 
 
 def merged(found: Sequence[Panel]) -> list[Panel]:
-    """Panels of one key as one, in the order of the first of each, without empty curves and empty panels."""
+    """Merge the panels of each key, in the order of their first ones. Leave out empty curves and empty panels."""
     keys: dict[str, Panel] = {}
     for panel in found:
         first = keys.setdefault(panel.key, panel._replace(curves=[]))

@@ -12,7 +12,7 @@ from .axes import Axis, Curve, Panel, Point, Row, duration, memory, number, poin
 
 TOKENS = Axis("tokens in the sequence", base=10, write=size, at="{} tokens")
 
-# The keys that panels are named by, their axes, and the power of the length that dense attention's grows with
+# The key of each panel, its axis, and the power of the length with which dense attention grows (None: unknown)
 PANELS = (
     ("seconds", Axis("time", base=10, write=duration), 2),
     ("seconds_per_token", Axis("time per token", base=10, write=duration), 1),
@@ -20,7 +20,7 @@ PANELS = (
     ("bytes", Axis("received by a rank", base=2, write=memory), None),
 )
 
-# What may differ between rows of one length, and how it is told where it does
+# Keys in which rows of one length may differ, and the words that a curve's name then has for them
 _TOLD: dict[str, Callable[[Any], str]] = {
     "op": str,
     "direction": str,
@@ -45,7 +45,7 @@ class Bench:
 
     @classmethod
     def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Bench:
-        """Return the benchmark of some rows, each with its place for errors. Raises DataError for any other row."""
+        """Return the benchmark of rows, each with its place for errors. Raises DataError for a row of another kind."""
         found: list[Row] = []
         for where, row in rows:
             if not isinstance(row.get("impl"), str) or not number(row.get("seq")):
@@ -54,9 +54,9 @@ class Bench:
         return cls(name, found)
 
     def panels(self, several: bool) -> Iterator[Panel]:
-        """One for each quantity, with a curve for each implementation; what else differs is in its name.
+        """Yield a panel for each quantity, with a curve for each implementation. Other differences are in its name.
 
-        Dense attention that was skipped is extrapolated from its longest run: its FLOPs grow as the square.
+        Dense attention that was skipped is extrapolated from its longest run: its FLOPs grow with the squared length.
         """
         told = [key for key in _TOLD if len({str(row.get(key)) for row in self.rows}) > 1]
         groups: dict[str, list[Row]] = {}
@@ -78,9 +78,9 @@ def _inverse(value: float | None) -> float | None:
 
 
 def _length(row: Row) -> float | None:
-    """The tokens that a row measured: the whole sequence, or what a run had passed when it was stopped.
+    """Return the tokens that a row measured: the whole sequence, or the tokens that a run had read when it stopped.
 
-    None for the decades of a streamed run, which its whole row includes.
+    Returns None for the decades of a streamed run, which the row of the whole run includes.
     """
     if row.get("stop") is None:
         return number(row["seq"])
@@ -88,7 +88,7 @@ def _length(row: Row) -> float | None:
 
 
 def _extrapolated(curve: Curve, rows: list[Row], power: int) -> Curve:
-    """The continuation of a curve to the lengths that were skipped."""
+    """Return the continuation of a curve to the lengths that were skipped."""
     last = curve.points[-1]
     skipped = sorted({float(row["seq"]) for row in rows if row.get("status") == "skipped" and row["seq"] > last.x})
     found = [Point(x, last.y * (x / last.x) ** power) for x in skipped]

@@ -1,4 +1,4 @@
-"""Panels as a picture, by matplotlib."""
+"""Panels as a picture, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def new_figure(output: str | Path, width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches.
+    """Return an empty figure of `width` by `height` inches.
 
-    Raises ConfigError for a name that is none of PICTURES, LongNetError where matplotlib is not installed.
+    Raises ConfigError for a name that ends in none of PICTURES, LongNetError if matplotlib is not installed.
     """
     if Path(output).suffix.lower() not in PICTURES:
         raise ConfigError(f"{output}: a picture's name ends in {', '.join(PICTURES)}")
@@ -47,7 +47,7 @@ def save_figure(figure: Figure, output: str | Path, dpi: int) -> None:
 def draw_picture(panels: Sequence[Panel], output: str | Path) -> None:
     """Write a picture, whole or not at all: a column of panels for each horizontal axis.
 
-    Standard errors are bands, extrapolated curves dashed. Raises what `new_figure` raises.
+    Standard errors are bands, extrapolated curves are dashed. Raises the errors of `new_figure`.
     """
     columns: dict[Axis, list[Panel]] = {}
     for panel in panels:
@@ -85,11 +85,11 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> None:
     y = [point.y for point in curve.points]
     errors = [math.nan if point.error is None else point.error for point in curve.points]
     style: dict[str, Any] = {"linewidth": 1.2, "color": color, "linestyle": "--" if curve.extrapolated else "-"}
-    if len(x) == 1 or (panel.x.base and not curve.extrapolated):  # a line would not show one, and few are measured
+    if len(x) == 1 or (panel.x.base and not curve.extrapolated):  # a line cannot show one point; of few, show each
         style |= {"marker": "o", "markersize": 4 if panel.x.base else 6}
     label = f"{curve.name}, extrapolated" if curve.extrapolated else curve.name
     if any(line.get_label() == label for line in axes.get_lines()):
-        label = f"_{label}"  # which no legend has
+        label = f"_{label}"  # matplotlib leaves it out of the legend
     axes.plot(x, y, label=label, **style)
     if not all(map(math.isnan, errors)):
         low, high = ([b + sign * e for b, e in zip(y, errors, strict=True)] for sign in (-1, 1))
@@ -100,7 +100,7 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> None:
 
 
 def _set_ticks(axis: MatplotlibAxis, kind: Axis, beyond: float | None = None) -> None:
-    """Give a logarithmic axis ticks at powers, two at least, and the place `beyond` all others its name."""
+    """Give a logarithmic axis ticks at powers of its base, at least two, and a tick with a name at `beyond`."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = (kind.scale(value) for value in sorted(axis.get_view_interval()))

@@ -1,4 +1,4 @@
-"""Read a file of measurements, of a kind that its content tells."""
+"""Readers of files of measurements. The content of a file tells its kind."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ KINDS = "the metrics of a run, `bench --format jsonl` or `score --format json`"
 
 
 def metrics_file(path: str | Path) -> Path:
-    """The metrics.jsonl of a run that its folder names, or this file itself."""
+    """Return the metrics.jsonl in the folder of a run, or the path itself if it is no folder."""
     return Path(path, "metrics.jsonl") if Path(path).is_dir() else Path(path)
 
 
 def read(path: str | Path) -> Measured:
     """Read the folder of a run, or a file of metrics, of bench or of scores; - is stdin.
 
-    A last line without an end is still being written, and left out. Raises DataError for anything else that is none of
-    these, with its file and row.
+    An incomplete last line is left out: it is still being written. Raises DataError, with file and row, for anything
+    else.
     """
     refuse_web_address(str(path))
     file = metrics_file(path) if str(path) != "-" else Path("stdin")
@@ -51,7 +51,7 @@ def read(path: str | Path) -> Measured:
 
 
 def read_all(paths: Sequence[str | Path]) -> list[Measured]:
-    """Read several, each by its name, or by its path where two have one name."""
+    """Read several files. Each is named by its path if another one has the same name."""
     found = [read(path) for path in paths]
     times = Counter(each.name for each in found)
     return [
@@ -61,9 +61,9 @@ def read_all(paths: Sequence[str | Path]) -> list[Measured]:
 
 
 def panels(found: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel]:
-    """Return the panels to draw, `show` alone and in its order where it names any, by their keys.
+    """Return the panels to draw: all, or only the panels with the keys in `show`, in that order.
 
-    Raises DataError where there is nothing to draw, ConfigError for a key that none has.
+    Raises DataError if there is nothing to draw, ConfigError for a key that no panel has.
     """
     times = Counter(type(each) for each in found)
     every = merged([panel for each in found for panel in each.panels(times[type(each)] > 1)])
@@ -93,7 +93,7 @@ def _text(path: str | Path, file: Path) -> str:
 
 
 def _rows(file: Path, text: str) -> Iterator[tuple[str, Row]]:
-    """Each row of JSON lines, or of one JSON value over several lines, with its place for errors."""
+    """Yield each row of JSON lines, or of one JSON value over several lines, with its place for errors."""
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -12,7 +12,7 @@ from .axes import Axis, Curve, Panel, Row, number, point
 
 STEP = Axis("step", at="step {}", write=lambda value: f"{value:g}")
 
-# An axis, and the keys of metrics.jsonl that it shows, with what to add to a run's name for each
+# The axis of each panel, and its keys in metrics.jsonl, each with an addition to the run's name
 PANELS = (
     (Axis("loss, nats per token"), (("loss", ""), ("held_out_loss", " held out"))),
     (Axis("learning rate"), (("lr", ""),)),
@@ -22,7 +22,7 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its name and its lines of metrics, the steps in rising order."""
+    """One training run: its name, and its lines of metrics with steps in rising order."""
 
     KIND: ClassVar[str] = "a line of metrics"
 
@@ -31,10 +31,10 @@ class Run:
 
     @classmethod
     def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Run:
-        """Return the run of some lines, each with its place for errors.
+        """Return the run of lines, each with its place for errors.
 
-        A run that was resumed may have lines of steps that it then made again: the later ones count. Raises DataError
-        for a line without a step.
+        A resumed run may have lines of steps that it then repeated: the later lines count. Raises DataError for a line
+        without a step.
         """
         found: list[Row] = []
         for where, row in rows:
@@ -47,7 +47,7 @@ class Run:
         return cls(name, found)
 
     def panels(self, several: bool) -> Iterator[Panel]:
-        """One for each quantity, where any line has it."""
+        """Yield a panel for each quantity. Its curves are empty if no line has the quantity."""
         for axis, keys in PANELS:
             curves = []
             for key, more in keys:

@@ -1,4 +1,4 @@
-"""Scores: perplexity by context, loss by position and by recall, from what `longnet score` prints as JSON."""
+"""Scores: perplexity by context, loss by position and by recall, from the JSON output of `longnet score`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .axes import Axis, Curve, Panel, Row, number, point, size
 CONTEXT = Axis("context, tokens", base=2, write=size, at="context {}")
 NATS = Axis("nats per token")
 
-# By the keys of a total: their axes, and the keys of the standard errors
+# Keys of a total, with their axes and the keys of their standard errors
 TOTALS = (("ppl", Axis("perplexity"), "ppl_se"), ("ppl_ratio", Axis("perplexity / that of the first"), "ppl_ratio_se"))
-# By the keys of a total's lists. A row stands where its range begins.
+# Keys of a total's lists, with their axes. A row is drawn where its range starts.
 LISTS = (
     ("by_position", Axis("tokens seen, from", base=2, write=size, at="{} tokens seen")),
     ("by_segment_position", Axis("place in the shortest segment, from", at="place {}")),
@@ -35,7 +35,7 @@ class Scores:
 
     @classmethod
     def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Scores:
-        """Return the totals of `--format json` (one value) or `jsonl`, each with its place. Raises DataError."""
+        """Return the scores in rows of `--format json` (one value) or `jsonl`, with their places. Raises DataError."""
         found = []
         for where, row in rows:
             if row.get("kind") == "document":
@@ -51,11 +51,11 @@ class Scores:
                 "ppl_ratio": 1.0,
                 "ppl_ratio_se": 0.0,
                 **found[0],
-            }  # a first context is the measure of the others
+            }  # ratios are relative to the first context
         return cls(name, found)
 
     def panels(self, several: bool) -> Iterator[Panel]:
-        """One for perplexity by context, one for its ratio to the first context, and one for each list."""
+        """Yield a panel for perplexity by context, one for its ratio to the first context, and one for each list."""
         for key, axis, error in TOTALS:
             points = [
                 p for row in self.rows for p in point(row, number(row.get("context")), key, (CONTEXT, axis), error)
@@ -69,7 +69,7 @@ class Scores:
                 words = [self.name] if several or context is None else []
                 name = ", ".join(words if context is None else [*words, f"context {size(context)}"])
                 rows = [(_start(row, key), row) for row in total.get(key) or []]
-                for beyond in (False, True):  # what is new is not joined with the others
+                for beyond in (False, True):  # no line joins new tokens with the others
                     points = [
                         p
                         for x, row in rows

@@ -10,44 +10,44 @@ from .axes import Curve, Panel, Point
 
 _BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # the bit of each dot, by row and column
 _COLORS = (36, 33, 35, 32, 34, 31)
-_MARGIN = 10  # characters of the numbers at the left
+_MARGIN = 10  # characters for the numbers on the left
 _HEIGHT = 8  # lines of a panel
 
 
 def draw_text(panels: Sequence[Panel], width: int, *, color: bool = False, braille: bool = True) -> str:
-    """The panels in characters, lines of at most `width` (40 at least).
+    """Return the panels in characters, in lines of at most `width` (40 at least).
 
-    Curves are told apart by their colour, or without `color` by a letter, a for the first. `braille`: draw with dots,
-    eight to a character, where letters are not needed. A standard error is an upright line of dots or colons. Of an
-    extrapolated curve, every third dot is drawn.
+    Curves differ by colour or, without `color`, by letter, a for the first. `braille`: draw with dots, eight to a
+    character, if no letters are needed. A standard error is a vertical line of dots or colons. An extrapolated curve
+    has only every third dot.
     """
     return "\n".join(line for panel in panels for line in _Drawing(panel, max(width, 40), color, braille).lines())
 
 
 class _Drawing:
-    """One panel: its scales, and which character stands in each cell."""
+    """One panel: its scales, and the content of each character cell."""
 
     def __init__(self, panel: Panel, width: int, color: bool, braille: bool) -> None:
         self.panel, self.names = panel, panel.names
         self.columns, self.color = width - _MARGIN - 2, color and len(self.names) > 1
         self.dots = braille and (color or len(self.names) == 1)
-        self.across, self.down = (2, 4) if self.dots else (1, 1)  # dots of a character
+        self.across, self.down = (2, 4) if self.dots else (1, 1)  # dots per character
         points = [point for curve in panel.curves for point in curve.points]
         self.x = sorted((panel.place(point.x), point.x) for point in points)
         edges = [edge for point in points for edge in self._band(point)]
         self.y = min(edges), max(edges)
-        self.cells: dict[tuple[int, int], tuple[int, str | int]] = {}  # (row, column) -> whose, and its mark or dots
+        self.cells: dict[tuple[int, int], tuple[int, str | int]] = {}  # (row, column) -> owner, mark or dots
         for bands in (True, False):
             for curve in panel.curves:
                 self._draw(curve, bands)
 
     def _band(self, point: Point) -> tuple[float, float]:
-        """The ends of a value's error, on the scale of the axis."""
+        """Return the ends of a value's standard error, on the scale of the axis."""
         scale, error = self.panel.y.scale, point.error or 0.0
         return scale(point.y - error), scale(point.y + error)
 
     def _draw(self, curve: Curve, bands: bool) -> None:
-        """Draw the errors of a curve, or the curve itself over them."""
+        """Draw the standard errors of a curve if `bands`, otherwise the curve itself."""
         owner = self.names.index(curve.name)
         if bands:
             for point in curve.points:
@@ -102,7 +102,7 @@ class _Drawing:
         yield ""
 
     def _last(self, curve: Curve) -> Iterator[str]:
-        """`a dense: 3.65 s at 64Ki tokens`: whose curve, and where it ends; on several lines if need be."""
+        """Yield the lines that name a curve and its last point: `a dense: 3.65 s at 64Ki tokens`."""
         owner, point = self.names.index(curve.name), curve.points[-1]
         more = ", extrapolated" if curve.extrapolated else ""
         error = "" if point.error is None else f" +- {self.panel.y.show(point.error)}"
@@ -121,12 +121,12 @@ def _letter(owner: int) -> str:
 
 
 def _place(value: float, low: float, high: float, count: int) -> int:
-    """Return which of `count` places from low to high; the middle where all values are one."""
+    """Return the place of a value among `count` places from low to high; the middle if low equals high."""
     return round((value - low) / (high - low) * (count - 1)) if high > low else count // 2
 
 
 def _connected(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The places and those on straight lines between neighbours."""
+    """Yield the places, and the places on straight lines between neighbours."""
     yield places[0]
     for (x0, y0), (x1, y1) in pairwise(places):
         steps = max(abs(x1 - x0), abs(y1 - y0))

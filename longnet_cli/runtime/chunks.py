@@ -4,7 +4,7 @@
     backward   chunk 0 <- chunk 1 <- chunk 2      each chunk computed again, with its far rows as leaves whose
                                                   gradients are handed to the chunk that made them
 
-How a sequence is cut changes no number beyond rounding. Bidirectional nets are in `runtime/layerwise.py`.
+Every way to cut a sequence gives the same numbers, up to rounding. Bidirectional nets are in `runtime/layerwise.py`.
 
 B batch, N tokens, H heads, D head dim.
 """
@@ -29,12 +29,12 @@ from longnet_cli.runtime.far_gradients import FarGradients
 from longnet_cli.runtime.fsdp import final_backward
 from longnet_cli.runtime.ranks import Ranks
 
-CHUNK_BYTES = 256 << 20  # of one chunk's activations on a CPU; on a GPU, an eighth of what is free
-SHORTEST_CHUNK = 256  # below it, calls cost more than what they compute
+CHUNK_BYTES = 256 << 20  # for one chunk's activations; a GPU takes an eighth of its free memory if that is more
+SHORTEST_CHUNK = 256  # below it, the calls cost more than the computation
 
 
 class Tokens(Protocol):
-    """(B, N) token ids, of which any run can be had: a tensor, or ids that are elsewhere until then."""
+    """Token ids (B, N) that can be sliced: a tensor, or ids that are read when they are indexed."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -44,9 +44,9 @@ class Tokens(Protocol):
 
 
 def default_chunk(config: NetConfig, device: torch.device) -> int:
-    """Tokens of a forward without gradients that takes a modest share of memory.
+    """Return how many tokens a forward pass without gradients may have to take a modest share of memory.
 
-    A power of two, so that segments mostly end with chunks.
+    A power of two, so that the edges of chunks and of segments mostly coincide.
     """
     budget = CHUNK_BYTES
     if device.type == "cuda":
@@ -55,32 +55,32 @@ def default_chunk(config: NetConfig, device: torch.device) -> int:
 
 
 def same_chunk(config: NetConfig, device: torch.device, ranks: Ranks, earlier: int | None) -> int:
-    """Return a chunk that is the same on all `ranks`: that of an `earlier` run, which the first of them knows, or the
-    smallest of their defaults."""
+    """Return a chunk that is the same on all `ranks`: the chunk of an `earlier` run, which only rank 0 needs to know,
+    or the smallest of the ranks' defaults."""
     chunk = int(ranks.smallest(earlier or default_chunk(config, device)))
     return int(ranks.largest(earlier or 0)) or chunk
 
 
 def forward_bytes(config: NetConfig, tokens: int) -> int:
-    """Bytes of the activations of one layer at their peak, without gradients, in float32."""
+    """Return the bytes of one layer's activations at their peak, without gradients, in float32."""
     return 4 * tokens * (10 * config.dim + 2 * config.ffn_dim)
 
 
 def open_stream(net: Net, group: dist.ProcessGroup | None = None) -> Callable[..., Tensor]:
-    """Return what reads a causal sequence in chunks (B, n) and gives the hidden states that the whole would give."""
+    """Return a function that reads a causal sequence in chunks (B, n) and returns each chunk's hidden states."""
     return net.stream() or CausalStream(net, group=group)
 
 
 class CausalStream:
-    """A causal net over one sequence, or a batch of them, that comes in chunks of any sizes, one token included.
+    """A causal net that reads one sequence, or a batch of them, in chunks of any size, single tokens included.
 
         stream = CausalStream(model)
         for tokens in chunks:          # (B, n) ids each, the same B
-            hidden = stream(tokens)    # (B, n, dim), what the whole sequence would give there
+            hidden = stream(tokens)    # (B, n, dim), as one pass over the whole sequence gives
 
-    Without gradients. What it carries is a KVCache a layer, `cache_bytes` in all, whatever `position` it has reached.
-    `ranks` share every chunk: each gives its shard of it, with the chunk's `edges`, and has the whole cache. `keep` and
-    `allocate` are those of KVCache; what is allocated on another device than the net's goes there when a chunk comes.
+    It computes no gradients. Its state is one KVCache per layer, `cache_bytes` in all, bounded whatever the `position`.
+    The ranks of a `group` share every chunk: each passes its own shard and the chunk's `edges`, and holds the whole
+    cache. `keep` and `allocate` go to KVCache. Cached rows on another device than the net's are copied for each chunk.
     Raises ConfigError for a bidirectional net.
     """
 
@@ -96,7 +96,7 @@ class CausalStream:
             raise ConfigError("a bidirectional model sees the whole sequence at once: it cannot be streamed")
         self.model, self.group, self.keep, self.allocate = model, group, keep, allocate
         self.position = 0
-        self.caches: list[KVCache] = []  # made by the first chunk, whose keys tell the type and the device
+        self.caches: list[KVCache] = []  # made with the first chunk, whose keys have the dtype and the device
 
     @property
     def cache_bytes(self) -> int:
@@ -106,9 +106,9 @@ class CausalStream:
     def __call__(
         self, tokens: Tensor | None = None, *, embeddings: Tensor | None = None, edges: Sequence[int] | None = None
     ) -> Tensor:
-        """The next tokens (B, n), or vectors (B, n, dim) in their place -> hidden (B, n, dim).
+        """Read the next tokens (B, n), or vectors (B, n, dim) in their place; return hidden (B, n, dim).
 
-        `edges`: those of the ranks' shards, as in `exchange.Exchange`, the first of them `position`.
+        `edges` are the edges of the ranks' shards, as in `exchange.Exchange`; the first one is `position`.
         """
         exchange = Exchange(self.model.config, edges, group=self.group, cached=True) if edges else None
         start = edges[exchange.rank] if edges and exchange else self.position
@@ -117,7 +117,7 @@ class CausalStream:
         def far(layer: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
             if layer == len(self.caches):
                 self.caches.append(self._new_cache(k))
-            if pending:  # only now has the layer before read its far keys, which this may overwrite
+            if pending:  # only now: this may overwrite far keys that the layer before has just read
                 pending.pop()()
             cache = self.caches[layer]
             near, others = exchange.run(k, v) if exchange else ([], [])
@@ -131,7 +131,7 @@ class CausalStream:
         return hidden
 
     def far(self) -> list[list[FarKeys]]:
-        """Return what the next chunk will attend to besides itself, layer by layer."""
+        """Return the far keys of the next chunk, layer by layer."""
         return [cache.far() for cache in self.caches] or [[] for _ in range(self.model.config.num_layers)]
 
     def _new_cache(self, k: Tensor) -> KVCache:
@@ -168,22 +168,22 @@ def backward_in_chunks(
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
-    tokens, targets: (B, N) as for `Net.nll`, of which a chunk's are read at a time. Loss and gradients are those of
-    one backward over all N tokens, with the activations of `chunk` tokens at a time and the far rows of the levels that
-    chunks cut: a forward more than the whole backward takes. Gradients of far rows add up in fp32 (fp64 for fp64).
-    `dtype` as in `runtime.device`. `allocate` makes the memory of far rows and of these sums, as torch.empty does; what
-    it makes may be on the host, beside a net on a GPU (`runtime.mapped`).
+    tokens, targets: (B, N) as for `Net.nll`, read one chunk at a time. Loss and gradients are the same as from one
+    backward pass over all N tokens. Memory holds the activations of `chunk` tokens, and the far rows of the levels that
+    chunks cut; the price is one more forward pass. Gradients of far rows are summed in fp32 (fp64 for fp64). `dtype` is
+    as in `runtime.device`. `allocate` makes the memory of far rows and of these sums, as torch.empty does. That memory
+    may be on the host while the net is on a GPU (`runtime.mapped`).
 
-    With a `group`, its ranks share every chunk, and each adds and returns its part. `final`: no other backward of the
-    step follows, which sharded weights need to know (`runtime.fsdp`). `on_chunk` is called after each chunk,
-    forward and backward.
+    The ranks of a `group` share every chunk; each rank adds and returns its part. `final` says that no other backward
+    pass of the step follows, which sharded weights need to know (`runtime.fsdp`). `on_chunk` is called after each
+    chunk, forward and backward.
     """
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
     stream = CausalStream(model, group=group, keep=tokens.shape[1], allocate=allocate)
     edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
     chunks = [_Chunk(model, start, stop, group) for start, stop in pairwise(edges)]
-    tape = []  # of each chunk: the random numbers its dropout drew, its far keys
+    tape = []  # per chunk: the random state that its dropout draws from, its far keys
     for index, part in enumerate(chunks):
         tape.append((random_state(device), stream.far()))
         if index < len(chunks) - 1:  # the last one is only computed with its gradient
@@ -199,7 +199,7 @@ def backward_in_chunks(
         set_random_state(state, device)
         final_backward(model, final and not chunks)
         total += part.backward(tokens[:, part.mine], targets[:, part.mine], far, gradients, scale, dtype)
-        after = after or random_state(device)  # the last chunk's: what one forward would have left
+        after = after or random_state(device)  # the state after the last chunk, as one forward pass leaves it
         on_chunk()
     set_random_state(after, device)
     return total
@@ -225,12 +225,12 @@ class _Chunk:
         scale: float,
         dtype: str,
     ) -> Tensor:
-        """Compute the chunk again, with `far` as leaves, and go back through it; its sum of nll."""
-        made: list[tuple[Tensor, Tensor]] = []  # a layer's keys and values
+        """Compute the chunk again with `far` as leaves, run its backward pass, and return its sum of nll."""
+        made: list[tuple[Tensor, Tensor]] = []  # keys and values, per layer
         leaves: list[list[FarKeys]] = []
 
         def provide(layer: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
-            if layer == len(made):  # else it is computed again, by activation checkpointing
+            if layer == len(made):  # otherwise activation checkpointing computes it again
                 made.append((k, v))
                 leaves.append([gradients.leaves(layer, x, k.device) for x in far[layer]])
             return [*leaves[layer], *(self.exchange(layer, k, v) if self.exchange else ())]
@@ -243,7 +243,7 @@ class _Chunk:
             found = gradients.of_shard(layer, self.start, self.stop, self.mine.start, k)
             if found is not None:
                 for made_here, gradient in zip((k, v), found, strict=True):
-                    if made_here.requires_grad:  # otherwise no weight that is trained made it
+                    if made_here.requires_grad:  # otherwise no trained weight made it
                         roots.append(made_here)
                         grads.append(gradient.to(made_here.dtype))
         torch.autograd.backward(roots, grads)

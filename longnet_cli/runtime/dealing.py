@@ -3,9 +3,9 @@
     portions --+-- taken by this group ----> work ------------------+--> results in order, on rank 0
                +-- taken by another one --> work --> shared store --+
 
-All ranks read the same portions in the same order, and pass over those that another group has taken. A counter in the
-store says which portion is next. So a slow group takes fewer. Nobody waits for it until others are AHEAD portions on.
-The store is the one at which torchrun's ranks have met.
+All ranks read the same portions in the same order, and skip the portions that another group has taken. A counter in
+the store says which portion is next, so a slow group takes fewer. A fast group only waits when it is AHEAD portions
+past the results that rank 0 has yielded. The store is the one through which torchrun's ranks find each other.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import torch.distributed as dist
 from longnet_cli.errors import DataError, LongNetError
 from longnet_cli.runtime.ranks import TIMEOUT, Ranks
 
-AHEAD = 64  # portions whose results may wait for an earlier one, in memory
-VALUE_BYTES = 4 << 20  # of a value in the store, which takes up to 8 MiB
+AHEAD = 64  # portions whose results may wait in memory for an earlier portion
+VALUE_BYTES = 4 << 20  # size of a value in the store, which accepts up to 8 MiB
 PAUSE = 0.01  # seconds between two looks at the store
 
-_deals = count()  # of this process; all ranks deal in the same order
+_deals = count()  # numbers the deals of this process; all ranks deal in the same order
 
 
 class Portion(Protocol):
-    """Items of work that can be read once, before the next portion is; then their number and length are known."""
+    """Items of work, to be read once and before the next portion. `items` and `length` are known after reading."""
 
     items: int
     length: int
@@ -45,7 +45,7 @@ R = TypeVar("R")
 
 
 def pack_batches(found: Iterable[pa.RecordBatch]) -> bytes:
-    """Return record batches of one schema as an Arrow stream, which is empty where there are none."""
+    """Return record batches of one schema as an Arrow stream; empty bytes if there are none."""
     sink, writer = pa.BufferOutputStream(), None
     for batch in found:
         writer = writer or pa.ipc.new_stream(sink, batch.schema)
@@ -62,7 +62,7 @@ def unpack_batches(data: bytes) -> Iterable[pa.RecordBatch]:
 
 @dataclass(frozen=True)
 class Parcel(Generic[R]):
-    """The functions that turn the results of a portion into bytes, and these into the same results."""
+    """The functions that pack the results of a portion into bytes, and unpack them again."""
 
     pack: Callable[[Iterable[R]], bytes]
     unpack: Callable[[bytes], Iterable[R]]
@@ -80,32 +80,33 @@ def deal(
     *,
     ahead: int = AHEAD,
 ) -> Iterator[tuple[P, Iterable[R]]]:
-    """Yield each portion with what `work` makes of it, in order.
+    """Yield each portion with its results, which `work` computes, in order.
 
-    `work` reads the portion to its end. In one group of ranks every rank works on every portion, result by result.
-    Several groups deal portions out: then rank 0 gets all results, those of other groups through `parcel`, and the
-    other ranks get nothing. Use up the results of a portion before you take the next. `on_other` gets the portions that
-    other groups worked on, when their results have come. No group starts a portion that is `ahead` of those given.
+    `work` must read its portion to the end. With one group, every rank works on every portion, result by result. With
+    several groups, the portions are dealt out: rank 0 yields the results of all groups, which other groups send through
+    `parcel`, and the other ranks yield nothing. Use up the results of a portion before you take the next portion.
+    `on_other` gets each portion of another group when its results have arrived. No group starts a portion that is
+    `ahead` or more past those that rank 0 has yielded.
 
-    What reading or work raises is raised when rank 0 has given all portions before. Raises DataError where the ranks
-    read different portions.
+    An error in reading or in `work` is raised after rank 0 has yielded all earlier portions. Raises DataError where the
+    ranks read different portions.
     """
     if ranks.dp == 1:
         for portion in portions:
             yield portion, work(portion)
         return
     table = _Table(ranks, next(_deals))
-    waiting: deque[P] = deque()  # on rank 0: the portions whose results are to come
+    waiting: deque[P] = deque()  # on rank 0: the portions whose results are still to arrive
     own: dict[int, list[R]] = {}  # results of this group, by the index of their portion
     given = 0  # portions whose results rank 0 has yielded
 
     def come() -> Iterator[tuple[P, Iterable[R]]]:
-        """On rank 0: the next portions whose results have come."""
+        """Yield the next portions whose results have arrived, on rank 0."""
         nonlocal given
         while waiting and (given in own or table.has(given)):
             portion, found = waiting[0], own.pop(given, None)
             sent = parcel.unpack(table.get(given, portion)) if found is None else found
-            waiting.popleft()  # not before: where its results are refused, nothing that follows may take them
+            waiting.popleft()  # only now: if `get` refuses the results, no later portion may take their place
             if on_other and found is None:
                 on_other(portion)
             yield portion, sent
@@ -137,20 +138,21 @@ def deal(
         yield from come()
         time.sleep(PAUSE)
     if failure:
-        while ranks.dp_rank and table.given() < number:  # rank 0 may need the others of its group for that
+        # the other ranks of rank 0's group do not wait: rank 0 may need them to yield the earlier portions
+        while ranks.dp_rank and table.given() < number:
             time.sleep(PAUSE)
         raise failure
     table.end() if ranks.first else table.wait_for_end()
 
 
 class _Table:
-    """The store of one deal, at which the groups take portions and lay down results for rank 0."""
+    """The shared store of one deal, from which groups take portions and in which they leave results for rank 0."""
 
     def __init__(self, ranks: Ranks, deal: int) -> None:
         self.group = ranks.of_group()
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
-        # torchrun starts lost ranks again, with --max-restarts, at the same store
+        # with --max-restarts, torchrun restarts lost ranks with the same store
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"longnet/{restart}/{deal}", store)
 
@@ -159,19 +161,22 @@ class _Table:
         return self.group.from_first(self.store.add("taken", 1) - 1 if self.group.first else 0)
 
     def must_wait(self, index: int, ahead: int) -> bool:
-        """Return whether a portion is `ahead` of those that rank 0 has given: all ranks of a group agree."""
+        """Return whether portion `index` is `ahead` or more past those that rank 0 has yielded.
+
+        All ranks of a group get the same answer.
+        """
         return self.group.any(self.group.first and self.given() + ahead <= index)
 
     def given(self) -> int:
-        """Return how many portions rank 0 has given."""
+        """Return how many portions rank 0 has yielded."""
         return self.store.add("given", 0)
 
     def say_given(self) -> None:
-        """Say that rank 0 has given one portion more."""
+        """Count one more portion that rank 0 has yielded."""
         self.store.add("given", 1)
 
     def put(self, index: int, portion: Portion, data: bytes) -> None:
-        """Lay down the results of a portion, once for the group."""
+        """Store the results of a portion. Only one rank of the group calls it."""
         pieces = range(0, len(data), VALUE_BYTES)
         for piece, start in enumerate(pieces):
             self.store.set(f"{index}/{piece}", data[start : start + VALUE_BYTES])  # type: ignore[arg-type]
@@ -181,7 +186,7 @@ class _Table:
         return bool(self.store.check([str(index)]))
 
     def get(self, index: int, portion: Portion) -> bytes:
-        """Take up the results of a portion. Raises DataError where the other rank has read another."""
+        """Return and delete the results of a portion. Raises DataError where the other rank read another portion."""
         number, *read = map(int, self.store.get(str(index)).split())
         if read != [portion.items, portion.length]:
             raise DataError(
@@ -195,10 +200,10 @@ class _Table:
         return data
 
     def end(self) -> None:
-        """Let the other ranks go."""
+        """Tell the other ranks that rank 0 has finished."""
         self.store.set("end", "")
 
     def wait_for_end(self) -> None:
-        """Wait for rank 0, however long it still works: a barrier would give up."""
+        """Wait for rank 0, however long it takes: a barrier would time out."""
         while not self.store.check(["end"]):
             time.sleep(10 * PAUSE)

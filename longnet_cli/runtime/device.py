@@ -20,7 +20,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def select_device(name: str = "auto") -> torch.device:
-    """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:1`. Raises ConfigError for a GPU that is not there."""
+    """Return the device for `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:1`.
+
+    Raises ConfigError for a GPU that is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -31,19 +34,19 @@ def select_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
-    """`--dtype`, where auto is bf16 on a GPU that has it, otherwise fp32."""
+    """Resolve `--dtype`: auto is bf16 on a GPU that supports it, otherwise fp32."""
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on `device`, where a GPU goes on computing while it travels."""
+    """Return a tensor on `device`. A GPU continues to compute during the copy."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
 
 
 def to_host(x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Send a tensor to the CPU behind what its device is told to compute; what is returned waits for it there."""
+    """Queue a copy of a tensor to the CPU; return a function that waits for the copy and returns it."""
     if x.device.type != "cuda":
         return x.cpu
     there = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
@@ -57,15 +60,15 @@ def to_host(x: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def precision(dtype: str, device: torch.device) -> AbstractContextManager:
-    """The autocast context of `--dtype`; fp32 computes as it is."""
+    """Return the autocast context of `--dtype`; for fp32, a context that does nothing."""
     name = resolve_dtype(dtype, device)
     return nullcontext() if name == "fp32" else torch.autocast(device.type, dtype=DTYPES[name])
 
 
 def check_kernel(device: torch.device, dtype: str, head_dim: int) -> str:
-    """The name of the attention kernel that will run.
+    """Return the name of the attention kernel that will run.
 
-    Raises ConfigError, before any work, where LONGNET_KERNEL names one that cannot.
+    Raises ConfigError, before any work, where LONGNET_KERNEL names a kernel that cannot run.
     """
     try:
         return select_kernel(device, DTYPES[resolve_dtype(dtype, device)], head_dim).name
@@ -74,7 +77,7 @@ def check_kernel(device: torch.device, dtype: str, head_dim: int) -> str:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken; None where the system does not say."""
+    """Return the bytes of memory that are free; None where the system does not say."""
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
@@ -82,7 +85,7 @@ def free_memory(device: torch.device) -> int | None:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
-    with suppress(OSError, ValueError, KeyError):  # a container's limit, below which MemAvailable may promise more
+    with suppress(OSError, ValueError, KeyError):  # a container's limit, which MemAvailable ignores
         group = Path("/sys/fs/cgroup")
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
@@ -91,19 +94,22 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def random_state(device: torch.device) -> list[torch.Tensor]:
-    """The state of the generators that a net on this device draws its dropout from: the CPU's, and its own."""
+    """Return the state of the generators from which dropout on this device draws: the CPU's and, on a GPU, its own."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 def set_random_state(state: Sequence[torch.Tensor], device: torch.device) -> None:
-    """Draw on from a `random_state`."""
+    """Continue to draw from a state that `random_state` returned."""
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
 
 
 def resident_memory(device: torch.device) -> int:
-    """Bytes that this process holds now: of the GPU's memory, otherwise of the machine's (0 where it does not say)."""
+    """Return the bytes that this process holds now, of GPU memory for a GPU, otherwise of the machine's memory.
+
+    Returns 0 where the system does not say.
+    """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
@@ -113,26 +119,26 @@ def resident_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held so far, as `resident_memory` counts them."""
+    """Return the most bytes that this process has held so far, as `resident_memory` counts them."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    # elsewhere; on Linux it would count what the process that started this one held
+    # not on Linux, where it would include the memory of the process that started this one
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what tensors on a CPU free, for those of the next step; without glibc, nothing is done.
+    """Let this process keep the memory that CPU tensors free, for later tensors. Without glibc, do nothing.
 
-    Else every large tensor is new memory, which the system clears page by page: a tenth of a training step.
+    By default every large tensor is new memory, which the system clears page by page: a tenth of a training step.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         most = (1 << 31) - 1
-        libc.mallopt(_M_MMAP_THRESHOLD, most)  # from the heap, whatever the size
-        libc.mallopt(_M_TRIM_THRESHOLD, most)  # and the heap never shrinks
+        libc.mallopt(_M_MMAP_THRESHOLD, most)  # allocate on the heap, whatever the size
+        libc.mallopt(_M_TRIM_THRESHOLD, most)  # never shrink the heap
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -140,9 +146,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 @torch.no_grad()
 def matmul_peak(device: torch.device, dtype: str = "auto") -> float:
-    """FLOP/s of large square matrix products: what a job's own rate is held against, as its MFU.
+    """Return the FLOP/s of large square matrix products, the rate to which a job's MFU is relative.
 
-    The best of those of a third of a second, two at least, because other work on the machine only ever slows one.
+    The fastest of the products in about a third of a second counts, because other work on the machine only ever slows
+    a product. At least two are timed.
     """
     n = 8192 if device.type == "cuda" else 1024
     x = torch.randn(n, n, device=device).to(DTYPES[resolve_dtype(dtype, device)])
@@ -153,23 +160,23 @@ def matmul_peak(device: torch.device, dtype: str = "auto") -> float:
         torch.mm(x, x)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if times:  # the first one wakes up threads and libraries
+        if times:  # the first product only warms up threads and libraries
             best = min(best, time.perf_counter() - start)
         times += 1
     return 2 * n**3 / best
 
 
 class MatmulPeak:
-    """The best `matmul_peak` so far, in `rate` (FLOP/s). A run that goes on looking can only find a higher one."""
+    """The best `matmul_peak` so far, in `rate` (FLOP/s). Later measurements can only raise it."""
 
-    EVERY = 30.0  # seconds between two looks: a hundredth of the time goes into them
+    EVERY = 30.0  # seconds between two measurements, which take a hundredth of the time
 
     def __init__(self, device: torch.device, dtype: str = "auto") -> None:
         self.device, self.dtype = device, dtype
         self.rate, self._looked = matmul_peak(device, dtype), time.monotonic()
 
     def again(self) -> float:
-        """The rate, after another look where one is due; on a GPU there is none, whose memory is the run's by now."""
+        """Return the rate, after another measurement if one is due. Measure no GPU again: the run uses its memory."""
         if self.device.type == "cpu" and time.monotonic() >= self._looked + self.EVERY:
             self.rate, self._looked = max(self.rate, matmul_peak(self.device, self.dtype)), time.monotonic()
         return self.rate

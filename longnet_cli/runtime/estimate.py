@@ -1,4 +1,4 @@
-"""An estimate of what a job will take: the part that every `--dry-run` says."""
+"""An estimate of the memory and the time of a job: the part that is common to every `--dry-run`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from longnet_cli.runtime.chunks import SHORTEST_CHUNK
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Sizes in bytes, of one rank; `memory` by kind, `free` None where the system does not say.
+    """The memory, FLOPs and time of a job. Sizes are in bytes, of one rank; `memory` has them by kind.
 
-    `free` is what is free besides the `program`, which is one of the kinds. `flops` are all that the whole job will
-    execute, on all ranks; `seconds` is its time. `chunk_that_fits` is a shorter chunk, where `chunk` does not fit.
+    `free` is the memory that is free besides the `program`, which is one of the kinds; None where the system does not
+    say. `flops` counts all FLOPs of the whole job, on all ranks; `seconds` is its time. `chunk_that_fits` is a shorter
+    chunk that fits where `chunk` does not.
     """
 
     parameters: int
@@ -29,7 +30,7 @@ class Estimate:
     chunk_that_fits: int | None
     spilled: int  # bytes of the file of --spill
 
-    HELD: ClassVar[tuple[str, ...]] = ("program",)  # kinds of memory that are held already when `free` is free
+    HELD: ClassVar[tuple[str, ...]] = ("program",)  # kinds that are in use already when `free` is measured
 
     @property
     def peak(self) -> int:
@@ -37,12 +38,12 @@ class Estimate:
 
     @property
     def beyond(self) -> int:
-        """Bytes that the job needs besides what is held."""
+        """Bytes that the job needs besides the kinds in `HELD`."""
         return sum(size for kind, size in self.memory.items() if kind not in self.HELD)
 
     @property
     def largest(self) -> str:
-        """The kind of the largest part of these."""
+        """The largest kind of memory in `beyond`."""
         return max((size, kind) for kind, size in self.memory.items() if kind not in self.HELD)[1]
 
     @property
@@ -51,14 +52,14 @@ class Estimate:
 
     @property
     def advice(self) -> str:
-        """Say what to change where it does not fit: the chunk, or what a shorter chunk does not make smaller."""
+        """The advice for a job that does not fit: a shorter chunk or, where none fits, another change."""
         return f"--chunk {self.chunk_that_fits} fits" if self.chunk_that_fits else self._other_advice()
 
     def _other_advice(self) -> str:
         raise NotImplementedError
 
     def as_dict(self) -> dict[str, Any]:
-        """The keys of the machine format that all jobs have."""
+        """Return the part of the machine format that all jobs have."""
         return {
             "parameters": self.parameters,
             "memory_bytes": self.memory,
@@ -78,9 +79,9 @@ class Estimate:
 def fitting_chunk(
     needed: Callable[[int], int], chunk: int, free: int | None, shortest: int = SHORTEST_CHUNK
 ) -> int | None:
-    """Return a power of two below `chunk`, `shortest` at least, with which what is `needed` is free.
+    """Return a power of two below `chunk`, at least `shortest`, whose `needed` bytes are free.
 
-    None where there is none, and where `chunk` itself fits.
+    Returns None where there is none, and where `chunk` itself fits.
     """
     if free is None or needed(chunk) <= free:
         return None

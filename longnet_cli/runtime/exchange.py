@@ -1,18 +1,18 @@
-"""One sequence over several ranks: each holds a contiguous shard, and one all-to-all a layer carries the far rows.
+"""One sequence over several ranks: each holds a contiguous shard, and one all-to-all per layer carries the far rows.
 
     rank 0     [ shard 0 ]
                     \\  \\                     a level wider than a shard: its rows go to the ranks whose shards
     rank 1     [ shard 1 ] \\                  lie in the same segment, or in one that looks back at it; causal ones
-                         \\  |                 only to later ranks; sinks go to all that do not see them near
+                         \\  |                 only to later ranks; sinks go to every rank that sees them from afar
     rank 2     [ shard 2 ]
 
-What a rank receives is what its queries see outside its shard: `sum of (1 + look_back) w / r` rows and the sinks at
-most, twice that where attention looks both ways, whatever the length of the sequence.
-The backward is the same exchange turned around: gradients of far rows go back to the rank that made them, which adds
-them up in fp32. The net stays what it is on one device: it is handed far keys.
+A rank receives the rows that its queries see outside its shard: at most `sum of (1 + look_back) w / r` rows and the
+sinks, twice that where attention looks both ways, whatever the length of the sequence.
+The backward pass reverses the exchange: gradients of far rows go back to the rank that made the rows, which adds them
+up in fp32. The net is the same as on one device: it is handed far keys.
 
-Where the data comes from, and what to do with the parameters' gradients, is the caller's business. NCCL on GPUs, gloo
-on CPUs, the same code.
+The caller provides the data and handles the parameters' gradients. The same code runs with NCCL on GPUs and with gloo
+on CPUs.
 
 B batch, H heads of keys, D head dim, P ranks.
 """
@@ -46,9 +46,9 @@ from longnet_cli.model.net import NetConfig
 
 
 class Parcel(NamedTuple):
-    """Rows that go from one rank to another: those of `span`, of a shard that begins at `start` in the same document.
+    """Rows that go from one rank to another: the rows of `span` in a shard that starts at `start` of the document.
 
-    `attended` by the reader's shard, or only kept in its cache.
+    If `attended`, the reader's shard attends to them; otherwise they are only kept in its cache.
     """
 
     span: Span
@@ -58,12 +58,12 @@ class Parcel(NamedTuple):
 
 
 class Exchange:
-    """The rows that ranks send each other, for shards with these `edges`; called once per layer, with its keys.
+    """The exchange of rows between ranks whose shards have these `edges`. Call it once per layer, with its keys.
 
     `edges` are P + 1 positions: rank i holds [edges[i], edges[i + 1]), which may be empty. `cuts` are the positions at
-    which documents begin: rows never cross them, and spans count from the begin of their document. With `cached`, every
-    rank also gets all rows of the segments that are open at the end, for its KVCache. Raises ValueError for cuts of a
-    bidirectional net, whose last document would need far keys as well as its first.
+    which documents start: rows never cross them, and spans count from the start of their document. With `cached`, every
+    rank also gets all rows of the segments that are open at the end, for its KVCache. Raises ValueError for cuts with a
+    bidirectional net: the last document of a shard would need far keys as well as the first.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Exchange:
         self.group, self.cached = group, cached
         self.rank = dist.get_rank(group) if rank is None else rank
         self.edges = list(edges)
-        begin = 0 if cached else self.edges[0]  # a cached chunk goes on with a document that began at 0
+        begin = 0 if cached else self.edges[0]  # a cached chunk continues a document that started at 0
         self.starts = sorted({begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])})
         ranks = range(len(edges) - 1)
-        self._open: dict[int, list[Span]] = {}  # of a document
+        self._open: dict[int, list[Span]] = {}  # by start of the document
         self._counts: dict[Span, int] = {}  # rows of spans
         self._levels: dict[int, tuple[int, int, set[int]]] = {}  # (w, r, offsets) of each
         wanted = [self._wanted(reader) for reader in ranks]
@@ -103,7 +103,7 @@ class Exchange:
 
     @property
     def documents(self) -> list[int] | None:
-        """Lengths of the documents in this rank's shard; None where it is one."""
+        """Lengths of the documents in this rank's shard; None for a single document."""
         first, last = self.edges[self.rank], self.edges[self.rank + 1]
         inside = [first, *(cut for cut in self.starts if first < cut < last), last]
         return [b - a for a, b in pairwise(inside)] if len(inside) > 2 else None
@@ -114,11 +114,11 @@ class Exchange:
         return slice(self.edges[self.rank] - self.edges[0], self.edges[self.rank + 1] - self.edges[0])
 
     def __call__(self, layer: int, k: Tensor, v: Tensor) -> list[FarKeys]:
-        """This layer's keys and values (B, n, H, D) out, the far keys of the shard in: a `FarProvider`."""
+        """Send a layer's keys and values (B, n, H, D); return the far keys of the shard, as a `FarProvider` does."""
         return self.run(k, v)[0]
 
     def run(self, k: Tensor, v: Tensor) -> tuple[list[FarKeys], list[FarKeys]]:
-        """(far keys that the shard attends to, all rows received)."""
+        """Exchange rows as in a call, and return (far keys that the shard attends to, all rows received)."""
         if not self.needed:
             return [], []
         there = _Flight()
@@ -130,13 +130,13 @@ class Exchange:
         ]
         attended = [keys for keys, parcel in zip(got, self.joined, strict=True) if parcel.attended]
         if not attended:
-            # Nothing for this rank: yet the others wait for it in the backward, so it must stay in the graph.
+            # This rank attends to none, yet the others wait for it in the backward: it must stay in the graph.
             k_, v_ = tensors[-2:]
             attended = [FarKeys(0, self.start, self.start, k_, v_, there.land, back.nothing)]
         return attended, got
 
     def maps(self, like: Tensor) -> _Maps:
-        """Return where rows are, for keys like these (B, n, H, D); the same in all layers."""
+        """Return the indices of rows, for keys of this shape (B, n, H, D). They are the same in all layers."""
         batch, tokens, kv_heads, _ = like.shape
         key = batch, tokens, kv_heads, like.device
         if key not in self._maps:
@@ -147,18 +147,18 @@ class Exchange:
         return _lanes(self.pattern, parcel.span.level, self.num_heads, kv_heads)
 
     def sizes(self, parcels: Sequence[Sequence[Parcel]], like: Sequence[int]) -> list[int]:
-        """Numbers that go to, or come from, each rank: k and v of all rows, for keys of the shape (B, n, H, D)."""
+        """Return how many numbers go to, or come from, each rank: k and v of all rows, for keys (B, n, H, D)."""
         batch, _, kv_heads, head_dim = like
         numbers = 2 * batch * head_dim
         return [numbers * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in found) for found in parcels]
 
     def _document(self, position: int) -> tuple[int, int]:
-        """Begin and end of the document that holds a position."""
+        """Return the start and the end of the document that holds a position."""
         index = bisect_right(self.starts, position)
         return self.starts[index - 1], self.starts[index] if index < len(self.starts) else self.edges[-1]
 
     def _wanted(self, reader: int) -> list[tuple[Span, bool]]:
-        """Return what a rank keeps (False), then what the first document of its shard sees (True), whoever made it."""
+        """Return the spans that a rank keeps (False), then the spans that its shard's first document sees (True)."""
         document, end = self._document(self.edges[reader])
         start, stop = self.edges[reader] - document, min(self.edges[reader + 1], end) - document
         if self.cached and document not in self._open:
@@ -168,7 +168,7 @@ class Exchange:
         return [*((span, False) for span in kept), *((span, True) for span in seen)]
 
     def _parcels(self, maker: int, reader: int, wanted: Sequence[tuple[Span, bool]]) -> list[Parcel]:
-        """Of what `reader` wants, the rows of `maker`."""
+        """Return the rows of `maker` that `reader` wants."""
         if maker == reader:
             return []
         document, end = self._document(self.edges[reader])
@@ -181,13 +181,13 @@ class Exchange:
             part = Span(span.level, max(span.start, a), min(span.stop, b))
             if part.start < part.stop and (rows := self._rows(part)):
                 segment = part.start // level_of(self.pattern, span.level)[0]
-                # what is kept of a segment has all that is seen of it
+                # the kept part of a segment contains the attended part
                 parcel = found.get((span.level, segment), Parcel(part, self.edges[maker] - document, rows, attended))
                 found[span.level, segment] = parcel._replace(attended=attended)
         return list(found.values())
 
     def _rows(self, span: Span) -> int:
-        """The rows of the lane that has most of them, `max(span_rows(...))`."""
+        """Return the rows of the lane that has the most, `max(span_rows(...))`."""
         level, start, stop = span
         if start >= stop:
             return 0
@@ -207,17 +207,17 @@ class Exchange:
         return rows
 
     def _joined(self) -> list[Parcel]:
-        """Return the spans to receive; neighbours of one segment are one span, whoever made them."""
+        """Return the parcels to receive. Adjacent parcels of one segment, even from several ranks, become one."""
         found: list[Parcel] = []
         begin, _ = self._document(self.edges[self.rank])
         own = range(self.edges[self.rank] - begin, self.edges[self.rank + 1] - begin)
-        places: dict[tuple[int, int, bool], int] = {}  # of the last one of a segment
+        places: dict[tuple[int, int, bool], int] = {}  # the index of a segment's last parcel
         for parcel in chain(*self.received):
             level, start, stop = parcel.span
             key = level, start // level_of(self.pattern, level)[0], parcel.attended
             other = found[places[key]] if key in places else parcel
             around = len(own) > 0 and other.span.stop <= own.start and own.stop <= start
-            # between them there may be another rank so short that it has no row of this level
+            # a rank between them may be so short that it has no row of this level
             if other is not parcel and not around and not self._rows(Span(level, other.span.stop, start)):
                 span = Span(level, other.span.start, stop)
                 found[places[key]] = other._replace(span=span, rows=self._rows(span))
@@ -229,18 +229,18 @@ class Exchange:
     def _wants_others(self, reader: int, wanted: Sequence[tuple[Span, bool]]) -> bool:
         """Return whether `reader` gets a row from any other rank."""
         document, _ = self._document(self.edges[reader])
-        first = max(0, self.edges[0] - document)  # what lies before is in caches
+        first = max(0, self.edges[0] - document)  # earlier rows are in caches
         start, stop = self.edges[reader] - document, self.edges[reader + 1] - document
         parts = (part for (level, a, z), _ in wanted for part in ((level, a, min(z, start)), (level, max(a, stop), z)))
         return any(self._rows(Span(level, max(begin, first), end)) for level, begin, end in parts)
 
 
 class _Maps(NamedTuple):
-    """Rows of D numbers, as (rows,) int64 indices: of what is sent, in the shard; of what was received, and back.
+    """The indices, (rows,) int64, of rows of D numbers that are sent and received.
 
-    `sent` are rows of k or v (B, n, H, D) in the order in which they leave. `joined` are, for each row of the joined
-    parcels (B, rows, lanes, D), one after the other, the row received that it is; `received` is the opposite, and one
-    past the end for a row that nobody reads.
+    `sent` has the rows of k or v (B, n, H, D), in the order in which they are sent. `joined` has, for each row of the
+    joined parcels (B, rows, lanes, D), one after the other, the received row that fills it. `received` is its inverse,
+    and one past the end for a received row that nobody reads.
     """
 
     sent: Tensor
@@ -254,9 +254,9 @@ class _Maps(NamedTuple):
         for parcel in chain(*exchange.sent):
             number = np.arange(batch)[:, None, None] * tokens
             tokens_of, lane_heads = _tokens(pattern, parcel, heads, kv_heads)
-            # a lane with one row fewer sends some row, which nobody reads
+            # a lane with one row fewer sends an arbitrary row, which nobody reads
             sent.append(((number + np.minimum(tokens_of, tokens - 1)) * kv_heads + lane_heads).ravel())
-        places: list[np.ndarray] = []  # of each joined parcel, where its rows were received; -1: nobody reads it
+        places: list[np.ndarray] = []  # per joined parcel, its rows as received; -1: nobody reads it
         begun = []
         for parcel in exchange.joined:
             places.append(np.full((batch, parcel.rows, exchange.lanes(parcel, kv_heads)), -1))
@@ -279,7 +279,7 @@ class _Maps(NamedTuple):
 
 
 def _tokens(pattern: Pattern, parcel: Parcel, num_heads: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens (rows, lanes) of its maker's shard that a parcel holds, and the key head of each lane."""
+    """Return the tokens (rows, lanes) that a parcel takes from its maker's shard, and the key head of each lane."""
     positions = span_positions(pattern, parcel.span, num_heads, kv_heads)
     firsts, (_, rate) = np.array([p.start for p in positions]), level_of(pattern, parcel.span.level)
     rows = firsts + rate * np.arange(parcel.rows)[:, None] - parcel.start
@@ -296,8 +296,8 @@ class _Flight:
 
     def __init__(self) -> None:
         self.work: Any = None
-        self.held: Tensor | None = None  # what is being sent must live until it has been
-        self.unpack: Callable[[], None] | None = None  # what was received
+        self.held: Tensor | None = None  # keeps what is being sent alive until it has been sent
+        self.unpack: Callable[[], None] | None = None  # copies what was received to its place
 
     def start(self, got: Tensor, sent: Tensor, sizes: tuple[list[int], list[int]], group: Any) -> None:
         self.held = sent
@@ -312,7 +312,7 @@ class _Flight:
 
 
 class _WayBack:
-    """The gradients of far rows: on their way to those who made them as soon as the attended ones are all known."""
+    """The gradients of far rows. They go back to the ranks that made the rows once all attended parcels have theirs."""
 
     def __init__(self, exchange: Exchange, k: Tensor, attended: Sequence[int]) -> None:
         self.exchange, self.attended, self.like, self.maps = exchange, attended, k[:, :0].detach(), exchange.maps(k)
@@ -347,7 +347,10 @@ class _WayBack:
         self.flight.start(self.got, sent, self.sizes, exchange.group)
 
     def land(self, grads: Sequence[Tensor]) -> Tensor:
-        """Return what came back, (rows sent, 2, D); `grads`, of all joined, leave now if no attention sent them."""
+        """Return the gradients that came back, (rows sent, 2, D).
+
+        If no attention has sent any yet, send `grads`, the gradients of all joined parcels, now.
+        """
         if self.got is None:
             pairs = zip(grads[::2], grads[1::2], strict=True)
             self.grads = {i: pair for i, pair in enumerate(pairs) if i < len(self.exchange.joined)}
@@ -359,7 +362,7 @@ class _WayBack:
 
 
 class _AllToAll(torch.autograd.Function):
-    """(k, v) -> k and v of every joined parcel, (B, rows, lanes, D) each, and two tensors of level 0 without rows."""
+    """The map (k, v) -> k and v of every joined parcel, (B, rows, lanes, D) each, and two empty tensors of level 0."""
 
     @staticmethod
     def forward(
@@ -373,7 +376,7 @@ class _AllToAll(torch.autograd.Function):
         got = k.new_empty(len(maps.received), 2, width)
         joined = [k.new_empty(len(maps.joined), width) for _ in range(2)]
 
-        def unpack() -> None:  # into what autograd has seen as it is: `data`, which counts no change
+        def unpack() -> None:  # into `data`: autograd has the tensors already, and must not see a change
             for place, into in enumerate(joined):
                 torch.index_select(got[:, place], 0, maps.joined, out=into.data)
 
@@ -402,5 +405,5 @@ def _lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int) -> int:
 
 
 def even_edges(start: int, tokens: int, ranks: int) -> list[int]:
-    """P + 1 edges of shards that differ by at most one token."""
+    """Return the P + 1 edges of shards whose lengths differ by at most one token."""
     return [start + tokens * rank // ranks for rank in range(ranks + 1)]

@@ -19,15 +19,15 @@ from longnet_cli.attention.pattern import common_span, lanes, open_spans, rows_b
 from longnet_cli.attention.spans import level_of
 from longnet_cli.model.net import NetConfig
 
-Key = tuple[int, int, int]  # layer, level, begin of the segment
+Key = tuple[int, int, int]  # layer, level, start of the segment
 
 
 class FarGradients:
-    """Those of one sequence of `tokens`, whose chunks come last first.
+    """The gradients of far rows in one sequence of `tokens`, whose chunks come from last to first.
 
-    For each layer, level and segment one sum (k and v, B, rows, lanes, D), packed as in KVCache, in fp32 (fp64 for
-    fp64), in memory that `allocate` makes as torch.empty does. In a group every rank has what its own shards left, and
-    they add up when the chunk that made the rows asks for them.
+    There is one sum per layer, level and segment, (k and v, B, rows, lanes, D), packed as in KVCache, in fp32 (fp64 for
+    fp64). `allocate` makes its memory, as torch.empty does. In a group, each rank sums the gradients of its own shards.
+    These sums are reduced over the ranks when the chunk that made the rows asks for them.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class FarGradients:
         self.sums: dict[Key, Tensor] = {}
 
     def leaves(self, layer: int, keys: FarKeys, device: torch.device) -> FarKeys:
-        """Return far keys of a chunk on `device`, leaves of its graph, whose gradients are taken once they are known.
+        """Return far keys of a chunk on `device`, as leaves of its graph.
 
-        So those of one layer exist beside the sums at one time.
+        Each gradient is added to its sum and freed as soon as it is known: only one layer's exist beside the sums.
         """
         k, v = (x.to(device).detach().requires_grad_() for x in (keys.k, keys.v))
         for index, x in enumerate((k, v)):
@@ -51,7 +51,7 @@ class FarGradients:
         """Add the gradient of k or v (`index` 0 or 1), (B, rows, lanes, D), to its sum, and free it."""
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
-        if key not in self.sums:  # the first to ask has the most rows
+        if key not in self.sums:  # the first chunk to come here, the last of the sequence, has the most rows
             batch, _, held, head_dim = leaf.shape
             wide = torch.float64 if leaf.dtype is torch.float64 else torch.float32
             shape = (2, batch, segment_rows(self.pattern, key[1], self.tokens), held, head_dim)
@@ -63,14 +63,14 @@ class FarGradients:
     def of_shard(self, layer: int, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
         """Return what later chunks add to the gradients of k and v (B, n, K, D) of a shard of the chunk [start, stop).
 
-        The shard begins at `begin`. (k and v, B, n, K, D), or None for nothing.
+        The shard starts at `begin`. Returns (k and v, B, n, K, D), or None where later chunks add nothing.
         """
         total, sizes = None, (self.num_heads, k.shape[2])
         for span in open_spans(self.pattern, stop):
             key = (layer, span.level, span.start)
             if key not in self.sums or span.stop <= start:
                 continue
-            rows = self.sums[key] if span.start < start else self.sums.pop(key)  # no chunk before has rows of it
+            rows = self.sums[key] if span.start < start else self.sums.pop(key)  # no earlier chunk has rows of it
             if self.group is not None:
                 _, r = level_of(self.pattern, span.level)
                 offsets = lanes(self.pattern, span.level, *sizes).offsets
@@ -86,5 +86,6 @@ class FarGradients:
                 for into, out in zip(total, rows, strict=True):
                     strided_view(into, views.shard).add_(strided_view(out, views.segment).to(k.device))
             if self.group is not None and dist.get_rank(self.group):
-                rows[:, :, first:last] = 0  # one row of a lane may be the chunk before's: it adds up once more there
+                # a row of a lane may belong to the chunk before, whose all-reduce must not count it once per rank
+                rows[:, :, first:last] = 0
         return total

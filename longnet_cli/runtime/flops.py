@@ -1,4 +1,4 @@
-"""FLOPs of a net's forward, by its facts; a multiply and an add are two."""
+"""FLOPs of a net's forward pass, from its configuration. A multiply and an add count as two."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from longnet_cli.model.net import NetConfig
 
 
 def layer_flops(config: NetConfig) -> int:
-    """Those of the matrices of all layers, a token."""
+    """Return the FLOPs of the matrices of all layers, per token."""
     return 2 * config.layer_weights
 
 
 def vocabulary_flops(config: NetConfig) -> int:
-    """Those of the logits of a token."""
+    """Return the FLOPs of the logits, per token."""
     return 2 * config.dim * config.vocab_size
 
 
 def attention_flops(config: NetConfig, tokens: int) -> float:
-    """Those of the attention of all layers, over a document of so many `tokens`."""
+    """Return the FLOPs of the attention of all layers, over one document of `tokens` tokens."""
     c = config
     return c.num_layers * _of_a_layer(c.pattern, c.num_heads, c.head_dim, tokens, c.causal)
 
 
-_of_a_layer = lru_cache(maxsize=1 << 16)(pattern.attention_flops)  # documents are many, of lengths that come again
+_of_a_layer = lru_cache(maxsize=1 << 16)(pattern.attention_flops)  # cached: many documents have the same length

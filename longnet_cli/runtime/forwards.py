@@ -1,4 +1,4 @@
-"""The forwards that a `Reader` would make of windows, counted before any of them is computed."""
+"""The forward passes that a `Reader` would run on windows, counted before any of them is computed."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from longnet_cli.runtime.reading import batches_by_length
 
 
 class Shape(NamedTuple):
-    """The shape of a forward: rows, and tokens of each, with padding."""
+    """The shape of a forward pass: rows, and tokens per row, padding included."""
 
     rows: int
     tokens: int
 
 
 class Forwards:
-    """Takes the lengths of windows as `Reader.read` takes windows, and counts: nothing is kept of each.
+    """A counter of forward passes. It takes the lengths of windows as `Reader.read` takes windows, and keeps only sums.
 
-    `read` are the tokens of all forwards, with padding; `wanted` those whose hidden states are. `longest` is the
-    longest window, `largest` the most tokens of a forward, `together` those of windows that wait for each other.
+    `read` are the tokens of all forward passes, padding included; `wanted` are the tokens whose hidden states are
+    wanted. `longest` is the longest window, `largest` the most tokens of a forward pass, and `together` the most tokens
+    of windows that wait for each other.
     """
 
     def __init__(self, config: NetConfig, chunk: int) -> None:
         self.config, self.chunk = config, chunk
         self.read = self.wanted = self.longest = self.largest = self.together = 0
-        self.twice = 0  # of the tokens, those whose keys are computed twice: of long windows, layer by layer
+        self.twice = 0  # tokens whose keys are computed twice: of long windows, layer by layer
         self._waiting: list[int] = []
         self._tokens = 0  # that wait
-        self._lengths: Counter[int] = Counter()  # of the rows of all forwards; a long window is one
-        self._shapes: dict[int, tuple[int, Shape]] = {}  # by their tokens' power of two: tokens of such, the last one
+        self._lengths: Counter[int] = Counter()  # of the rows of all forward passes; a long window is one row
+        # by the bit length of a row's tokens: the tokens of such forward passes, and the shape of the last one
+        self._shapes: dict[int, tuple[int, Shape]] = {}
 
     def add(self, tokens: int, wanted: int, *, alone: bool = False) -> None:
-        """Take the next window; `alone` where it shares no forward."""
+        """Count the next window; `alone` says that it shares no forward pass."""
         self.wanted += wanted
         self.longest = max(self.longest, tokens)
         if tokens > self.chunk and self.config.streams:
@@ -50,7 +52,7 @@ class Forwards:
             self.end()
 
     def end(self) -> None:
-        """Count what waits; to be called after the last window."""
+        """Count the windows that wait. Call it after the last window."""
         self.together = max(self.together, self._tokens)
         for batch in batches_by_length(self._waiting, self.chunk):
             shape = Shape(len(batch), self._waiting[batch[0]])
@@ -60,17 +62,17 @@ class Forwards:
 
     @property
     def usual(self) -> Shape:
-        """The shape of a forward as most tokens have it; raises ValueError where there is none."""
+        """The shape of the forward passes that most tokens go through. Raises ValueError where there is none."""
         return max(self._shapes.values())[1]
 
     def flops(self, scores: bool) -> float:
-        """Return what all forwards execute, with logits of what is wanted if that `scores`."""
+        """Return the FLOPs of all forward passes, with the logits of the wanted tokens if `scores`."""
         matrices = layer_flops(self.config) * self.read + self.twice * 6 * self.config.num_layers * self.config.dim**2
         attended = sum(rows * attention_flops(self.config, tokens) for tokens, rows in self._lengths.items())
         return matrices + attended + (vocabulary_flops(self.config) * self.wanted if scores else 0)
 
     def _sees_outside(self, tokens: int) -> bool:
-        """Return whether the chunks of a window that is seen in both directions see keys of each other."""
+        """Return whether the chunks of a window in a bidirectional net see keys of each other."""
         places = ((start, min(start + self.chunk, tokens)) for start in (0, self.chunk))
         return any(far_spans(self.config.pattern, start, stop, False, tokens) for start, stop in places)
 

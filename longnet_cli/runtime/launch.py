@@ -11,8 +11,8 @@ from typing import NoReturn
 from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.runtime.signals import hand_on_sigusr1
 
-LAUNCHED = "LONGNET_LAUNCHED"  # the process of `--nproc`, which tells of what happens to its ranks
-LOST = 69  # exit code of such a rank that lost another
+LAUNCHED = "LONGNET_LAUNCHED"  # the id of the `--nproc` process, which reports what happens to its ranks
+LOST = 69  # exit code of a rank of `--nproc` that lost another rank
 
 
 def under_torchrun() -> bool:
@@ -21,15 +21,18 @@ def under_torchrun() -> bool:
 
 
 def started_by_torchrun() -> bool:
-    """Return whether the parent is a torchrun, of any size. Other launchers may leave RANK in any environment."""
+    """Return whether torchrun started this process, with any number of ranks.
+
+    RANK does not tell: other launchers may leave it in any environment.
+    """
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def start_ranks(nproc: int) -> NoReturn:
-    """Run this command as a torchrun of `nproc` processes, which `--nproc` is short for, and end as they do.
+    """Run this command again under torchrun, as `nproc` processes, and exit as they do.
 
-    Raises SystemExit with the code of the rank that failed first, or that of a signal; LongNetError for a rank that
-    could not speak for itself.
+    Raises ConfigError under torchrun; SystemExit with the exit code of the rank that failed first, or of a signal;
+    LongNetError for a rank that could not report its own failure.
     """
     if under_torchrun():
         raise ConfigError("--nproc starts torchrun, which runs this already: leave it out")
@@ -40,11 +43,11 @@ def start_ranks(nproc: int) -> NoReturn:
         elif not word.startswith("--nproc="):
             arguments.append(word)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # after a signal, ranks end the step and save
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # after a signal, ranks finish the step and save
     hand_on_sigusr1()
-    logging.disable(logging.ERROR)  # what torchrun would say of a failure in thirty lines, we say in one
+    logging.disable(logging.ERROR)  # torchrun reports a failure in thirty lines; one is enough
     os.environ[LAUNCHED] = str(os.getpid())
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup, and torchrun would listen to it
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; torchrun would handle it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -57,7 +60,7 @@ def start_ranks(nproc: int) -> NoReturn:
     except SignalException as stop:
         raise SystemExit(128 + stop.sigval) from None
     except ChildFailedError as error:
-        # those that only followed: they lost another, or torchrun ended them
+        # ranks that failed only after another one: they lost it, or torchrun ended them
         followed = (LOST, -signal.SIGTERM, 128 + signal.SIGTERM)
         causes = [(rank, found) for rank, found in error.failures.items() if found.exitcode not in followed]
         if not causes:

@@ -1,4 +1,4 @@
-"""Pooled outputs of each layer of a net for a sequence, whatever chunks and ranks it goes through in."""
+"""Pooled outputs of each layer of a net for a sequence, however chunks and ranks divide it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from longnet_cli.model.longnet import LongNet, Placement
 
 
 class LayerStates:
-    """A context manager that listens to the layers of a net, which reads one sequence at a time meanwhile.
+    """A context manager that pools the output of each layer, while the net reads one sequence at a time.
 
         with LayerStates(net) as states:
             states.begin(1, 300)        # then the net reads a sequence, in any chunks
             vectors = states.mean()     # (num_layers + 1, dim)
 
-    The first is of what the first layer gets, the others of each layer's output, before the net's final norm.
+    The first vector is pooled from the first layer's input, the others from each layer's output, before the final norm.
     """
 
     def __init__(self, net: LongNet) -> None:
@@ -41,7 +41,7 @@ class LayerStates:
         self._hooks.close()
 
     def begin(self, start: int, stop: int) -> None:
-        """Forget what was; from now on, take the mean over the positions [start, stop) of the next sequence."""
+        """Reset the sums. From now on, take the mean over the positions [start, stop) of the next sequence."""
         weight = next(self.net.parameters())
         self.start, self.stop = start, stop
         self._sums = torch.zeros(
@@ -49,11 +49,11 @@ class LayerStates:
         )
 
     def mean(self) -> Tensor:
-        """Return (num_layers + 1, dim) float64; of several ranks, each has its part, and the sum is the mean."""
+        """Return the mean (num_layers + 1, dim), float64. Of several ranks, each has a part; their sum is the mean."""
         return self._sums / (self.stop - self.start)
 
     def _add(self, state: int, x: Tensor, inputs: tuple[Any, ...]) -> None:
-        """Take hidden states (1, n, dim) of a layer that was called with `inputs`, its placement the third."""
+        """Add hidden states (1, n, dim) of a layer that was called with `inputs`; the third input is its placement."""
         place: Placement = inputs[2]
         first, last = max(0, self.start - place.start), min(x.shape[1], self.stop - place.start)
         if first < last:

@@ -1,12 +1,12 @@
 """Bidirectional sequences longer than memory: layer by layer, chunk by chunk, exact.
 
 A layer makes two passes over the chunks. The first collects the keys and values of the segments that a chunk sees
-outside itself; the second computes each chunk with its own keys and, as far keys, the collected rows. Hidden states
-wait between the layers on a GPU that has the room, otherwise in host memory, or in a file without a name (`spill`),
-which the system removes with the process, however that ends.
+outside itself; the second computes each chunk with its own keys and, as far keys, the collected rows. Between the
+layers, hidden states wait on the GPU if it has the room, otherwise in host memory or in an unnamed file (`spill`). The
+system removes that file when the process ends, however it ends.
 
-Several ranks take the chunks in turn, with the hidden states of their own; between the passes they add up what they
-collected.
+Several ranks take the chunks in turn, and each keeps the hidden states of its own chunks. Between the passes they add
+up the collected rows.
 
 N tokens, H heads, D head dim.
 """
@@ -33,7 +33,7 @@ from longnet_cli.runtime.device import DTYPES, free_memory, precision, resolve_d
 from longnet_cli.runtime.mapped import MappedMemory, aligned
 from longnet_cli.runtime.ranks import Ranks
 
-ROWS_AT_A_TIME = 1 << 16  # of keys and values that ranks add up: what a device holds of them beside a chunk
+ROWS_AT_A_TIME = 1 << 16  # of keys and values that ranks add up; a device holds them beside a chunk
 
 
 def hidden_in_chunks(
@@ -47,16 +47,17 @@ def hidden_in_chunks(
     ranks: Ranks | None = None,
     on_chunk: Callable[[int], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield hidden (1, n, dim) after the final norm, chunk by chunk: what the whole sequence gives at once.
+    """Yield hidden (1, n, dim) after the final norm, chunk by chunk, equal to one forward pass over the whole sequence.
 
     read: (start, stop) -> ids (1, stop - start) on any device, read once.
-    spill: a folder on a disk for the hidden states and collected rows, which are kept in host memory without it; a GPU
-        with room for them keeps them itself.
+    spill: a folder on a disk for the hidden states and collected rows. Without it they are in host memory. A GPU with
+        room for them keeps them itself.
     dtype: as in `runtime.device`.
-    ranks: rank i of P yields chunks i, i + P, ... alone; all go through the iterator to its end.
-    on_chunk: told the tokens of each chunk that one layer is done with, and of the other ranks' chunks of that turn.
+    ranks: rank i of P yields only the chunks i, i + P, ...; every rank must use up the iterator.
+    on_chunk: called after each chunk of each layer, with the tokens of that chunk and of the other ranks' chunks of
+        the same turn.
 
-    Raises MemoryLimitError before any work when neither memory nor, with `spill`, the disk has the room.
+    Raises MemoryLimitError before any work when the memory or, with `spill`, the disk does not have the room.
     """
     run = _Layers(model, tokens, chunk, dtype, ranks or Ranks())
     allocate: Callable[..., Tensor]
@@ -70,12 +71,12 @@ def hidden_in_chunks(
 
 
 def kept_bytes(model: LongNet, tokens: int, chunk: int, ranks: Ranks) -> int:
-    """Return the bytes that `hidden_in_chunks` keeps between layers, on a rank, in memory or in the file of `spill`."""
+    """Return the bytes that `hidden_in_chunks` keeps between layers on one rank, in memory or in the spill file."""
     return _Layers(model, tokens, chunk, "fp32", ranks).nbytes
 
 
 def fits_beside(forward: int, size: int, device: torch.device) -> bool:
-    """Return whether a device has room for `size` bytes beside a chunk's `forward`, and as much again."""
+    """Return whether a device has room for `size` bytes beside twice the bytes of a chunk's `forward` pass."""
     free = free_memory(device)
     return free is not None and size + 2 * forward <= free
 
@@ -90,9 +91,9 @@ def _check_memory(size: int) -> None:
 
 
 class _Layers:
-    """One net over one sequence: where the chunks and the segments that they see outside themselves lie.
+    """The layout of one net over one sequence: the chunks, and the segments that they see outside themselves.
 
-    In a LongNet every query head has its own key head: all levels have H lanes.
+    In a LongNet every query head has its own key head, so all levels have H lanes.
     """
 
     def __init__(self, model: LongNet, tokens: int, chunk: int, dtype: str, ranks: Ranks) -> None:
@@ -107,7 +108,7 @@ class _Layers:
             self.mine.append((start, stop, slice(held, held + stop - start), turn[-1][1] - turn[0][0]))
             held += stop - start
         self.held = held
-        self.places: dict[tuple[int, int], slice] = {}  # (level, begin of a segment) -> its rows in `collected`
+        self.places: dict[tuple[int, int], slice] = {}  # (level, start of a segment) -> its rows in `collected`
         self.rows = 0
         for span in (span for start, stop in self.chunks for span in self._spans(start, stop)):
             key = (span.level, self._segment(span))
@@ -118,7 +119,7 @@ class _Layers:
                 self.rows += count
 
     def _spans(self, start: int, stop: int) -> list[Span]:
-        """Return what a chunk sees outside itself."""
+        """Return the spans that a chunk sees outside itself."""
         return far_spans(self.pattern, start, stop, False, self.tokens)
 
     def _segment(self, span: Span) -> int:
@@ -127,7 +128,7 @@ class _Layers:
 
     @property
     def nbytes(self) -> int:
-        """Return what hidden states and collected rows take at most: no number is wider than a weight."""
+        """The most bytes that hidden states and collected rows take: no number is wider than a weight."""
         numbers = next(self.model.parameters()).itemsize * self.model.config.dim
         return sum(aligned(numbers * rows) for rows in (self.held, 2 * self.rows))
 
@@ -137,13 +138,13 @@ class _Layers:
         allocate: Callable[..., Tensor],
         on_chunk: Callable[[int], None] | None,
     ) -> Iterator[Tensor]:
-        """`allocate` gives a tensor of a shape and dtype, wherever it is."""
+        """Yield this rank's chunks of the final hidden states. `allocate(shape, dtype=...)` makes a tensor anywhere."""
         config = self.model.config
         hidden = allocate((1, self.held, config.dim), dtype=next(self.model.parameters()).dtype)
         for start, stop, place, _ in self.mine:
             with torch.no_grad():
                 hidden[:, place] = self.model.embed(to_device(read(start, stop), self.device))
-        collected: Tensor | None = None  # (2, 1, rows, H, D), k and v, of one layer after the other
+        collected: Tensor | None = None  # (2, 1, rows, H, D), k and v, of one layer at a time
         if self.rows:
             shape = (2, 1, self.rows, config.num_heads, config.head_dim)
             collected = allocate(shape, dtype=self._dtype_of_keys())
@@ -166,12 +167,12 @@ class _Layers:
                     hidden[:, place] = x
 
     def _dtype_of_keys(self) -> torch.dtype:
-        """Also on a rank that has no chunk to compute any from."""
+        """Return the dtype of keys and values, also on a rank that has no chunk to compute any from."""
         name = resolve_dtype(self.dtype, self.device)
         return next(self.model.parameters()).dtype if name == "fp32" else DTYPES[name]
 
     def _add_up(self, collected: Tensor) -> None:
-        """Give every rank all rows: each was made by one, and is zero on the others."""
+        """Give every rank all rows. Each row was made by one rank, and is zero on the others."""
         if self.ranks.world > 1:
             for rows in collected.split(ROWS_AT_A_TIME, 2):
                 sums = rows.to(self.device).contiguous()
@@ -194,10 +195,10 @@ class _Layers:
             return self.model.final_norm(x) if last else x
 
     def _collect(self, collected: Tensor, start: int, k: Tensor, v: Tensor) -> None:
-        """Put the chunk's rows into all places that have some of them."""
+        """Copy the chunk's rows to all `places` that hold some of them."""
         tokens, heads = k.shape[1:3]
         levels = [(level, w) for level, (w, _) in enumerate(self.pattern.levels)]
-        for level, w in [*levels, (SINKS, self.tokens)]:  # sinks lie in one segment, the sequence
+        for level, w in [*levels, (SINKS, self.tokens)]:  # all sinks lie in one segment, the sequence
             for segment in range(start // w * w, start + tokens, w):
                 if place := self.places.get((level, segment)):
                     span = common_span(self.pattern, level, segment, start, start + tokens)
@@ -206,7 +207,7 @@ class _Layers:
                             strided_view(rows, views.segment).copy_(strided_view(x, views.shard))
 
     def _far(self, collected: Tensor, start: int, stop: int) -> list[FarKeys]:
-        """The collected rows that the chunk sees."""
+        """Return the collected rows that the chunk sees."""
         found, heads = [], self.model.config.num_heads
         for span in self._spans(start, stop):
             if count := max(span_rows(self.pattern, span, heads)):
@@ -220,7 +221,7 @@ class _Layers:
 
 
 def _from_row(rows: Tensor, firsts: list[int], count: int) -> Tensor:
-    """`count` rows of (2, 1, rows, H, D) from each head's own first one; past the end, rows that nobody reads."""
+    """Return `count` rows of (2, 1, rows, H, D) from each head's first row on. Rows past the end are never read."""
     if min(firsts) == max(firsts):
         return rows[:, :, firsts[0] : firsts[0] + count]
     index = (torch.arange(count)[:, None] + torch.tensor(firsts)).clamp_(max=rows.shape[2] - 1)  # (count, H)

@@ -1,4 +1,4 @@
-"""Room for tensors that outlive a chunk, apart from what is computed with: memory, or a disk (`--spill FOLDER`)."""
+"""Separate memory for tensors that outlive a chunk: host memory, or a disk (`--spill FOLDER`)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from longnet_cli.errors import ConfigError, MemoryLimitError
 
 
 class MappedMemory:
-    """One map of `size` bytes: of memory or, with a `folder`, of one file in it that has no name.
+    """One map of `size` bytes: of memory or, with a `folder`, of an unnamed file in it.
 
-    The system removes the file with the process, however that ends. `empty` makes tensors as torch.empty does. When the
-    last view of one is gone, its room goes to the next of the same size; when none is left, all of it to any. So what
-    is mapped is `aligned` bytes for each that is alive at one time. Memory is taken when it is written. Among the many
-    short-lived tensors of a chunk, long-lived ones would leave gaps that nothing fits: half as much again, measured.
+    The system removes the file when the process ends, however it ends. `empty` makes tensors as torch.empty does. When
+    the last view of a tensor is gone, its room goes to the next tensor of the same size; when no tensor is left, all
+    room is free for any size. So `size` must cover the `aligned` bytes of all tensors that are alive at one time.
+    The system provides memory only when it is written to. In the process's heap, these long-lived tensors would leave
+    gaps among the short-lived ones of a chunk: measured, half as much memory again.
 
-    Raises ConfigError for a folder that cannot be written to, MemoryLimitError where memory or disk has not the room.
+    Raises ConfigError for a folder that cannot be written to, MemoryLimitError where memory or disk has no room.
     """
 
     def __init__(self, size: int, folder: str | Path | None = None) -> None:
-        size = max(1, size)  # there is no map of nothing
+        size = max(1, size)  # a map cannot be empty
         try:
             if folder is None:
                 self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -46,15 +47,16 @@ class MappedMemory:
                 raise MemoryLimitError(f"{problem}: keep them on a disk, with --spill FOLDER") from error
             raise (MemoryLimitError if full else ConfigError)(f"--spill {folder}: {problem}") from error
         self._used = self._alive = 0
-        self._free: defaultdict[int, list[int]] = defaultdict(list)  # size -> where such rooms begin
+        self._free: defaultdict[int, list[int]] = defaultdict(list)  # size -> offsets of the rooms of that size
 
     def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """Return a tensor of any content, on the host whatever the `device` that is computed on.
+        """Return an uninitialized tensor, on the host whatever the `device`.
 
         Raises ValueError where there is no room left for it.
         """
         size = prod(shape) * dtype.itemsize
-        self._alive += 1  # first: garbage that is collected meanwhile gives its room back, and is not the last now
+        # first: garbage collection may give back the only other tensor meanwhile, and must not reset the map now
+        self._alive += 1
         if free := self._free[aligned(size)]:
             offset = free.pop()
         elif self._used + size <= len(self._map):
@@ -62,18 +64,18 @@ class MappedMemory:
         else:
             self._alive -= 1
             raise ValueError(f"of {len(self._map)} mapped bytes none are left for {size} more")
-        room = np.frombuffer(self._map, np.uint8, size, offset)  # which the tensor's storage holds
+        room = np.frombuffer(self._map, np.uint8, size, offset)  # kept alive by the tensor's storage
         weakref.finalize(room, self._give_back, offset, aligned(size))
         return torch.from_numpy(room).view(dtype).view(*shape)
 
     def _give_back(self, offset: int, size: int) -> None:
         self._free[size].append(offset)
         self._alive -= 1
-        if not self._alive:  # the next sequence may be of another length
+        if not self._alive:  # the next sequence may need other sizes
             self._used = 0
             self._free.clear()
 
 
 def aligned(size: int) -> int:
-    """Bytes that a tensor of `size` bytes takes of a map: it begins where one of torch.empty could."""
+    """Return the bytes that a tensor of `size` bytes takes of a map: tensors are aligned to 64, as by torch.empty."""
     return -(-size // 64) * 64

@@ -1,4 +1,4 @@
-"""This process among the others of a torchrun job: who it is, and whose sequence it shares."""
+"""The place of this process in a torchrun job: its rank, and the ranks with which it shares a sequence."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may write a checkpoin
 
 @dataclass(frozen=True)
 class Ranks:
-    """`world` processes as `dp` groups of `sp`: those of a group share each sequence, the groups have others.
+    """`world` processes as `dp` groups of `sp`. A group shares each of its sequences; other groups have other ones.
 
-    Rank r is the (r % sp)-th of the (r // sp)-th group. `group` is its own group, None where sp is 1. `everyone` are
-    all `world` of them, None where these are all processes of the job.
+    Rank r is the (r % sp)-th of the (r // sp)-th group. `group` is its own group, None if sp is 1. `everyone` is the
+    group of all `world` processes, None if these are all processes of the job.
     """
 
     rank: int = 0
@@ -45,30 +45,30 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Return whether this one writes files and speaks."""
+        """Return whether this rank writes files and prints."""
         return self.rank == 0
 
     def all_in_one(self) -> Ranks:
-        """The same ranks, sharing every sequence."""
+        """Return the same ranks as one group, which shares every sequence."""
         return replace(self, sp=self.world, group=dist.group.WORLD if self.world > 1 else None)
 
     def of_group(self) -> Ranks:
-        """The ranks of this one's own group, as if there were no others."""
+        """Return the ranks of this rank's own group, as if there were no others."""
         return Ranks(self.rank % self.sp, self.sp, self.sp, self.group, self.group)
 
     def sum(self, *tensors: torch.Tensor) -> None:
-        """Add up tensors, of the host or of the ranks' devices, over all ranks, in place."""
+        """Sum tensors over all ranks, in place. They may be on the hosts or on the ranks' devices."""
         if self.world > 1:
             works = [dist.all_reduce(tensor, group=self.everyone, async_op=True) for tensor in tensors]
             for work in works:
                 work.wait()
 
     def any(self, flag: bool) -> bool:
-        """Return whether any rank says so: all get the same answer."""
+        """Return whether the flag is set on any rank. All ranks get the same answer."""
         return bool(self.largest(flag))
 
     def largest(self, value: float) -> float:
-        """The largest of all ranks' values. Only the hosts meet: no one waits for what a device still computes."""
+        """Return the largest of all ranks' values. The hosts exchange them, so no rank waits for its device."""
         if self.world == 1:
             return value
         found = torch.tensor([value], dtype=torch.float64)
@@ -76,7 +76,7 @@ class Ranks:
         return found.item()
 
     def from_first(self, value: int) -> int:
-        """Return what rank 0 says, on all ranks; exact below 2^53."""
+        """Return rank 0's value on all ranks; exact below 2^53."""
         return int(self.largest(value if self.first else -math.inf))
 
     def barrier(self) -> None:
@@ -89,10 +89,11 @@ class Ranks:
 
 
 def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) -> tuple[Ranks, torch.device]:
-    """Meet the other processes that torchrun started; alone, there is nothing to do.
+    """Connect to the other processes that torchrun started, if any; return the ranks and this process's device.
 
-    `sp` and `dp` default to all ranks in one sequence. NCCL between GPUs, one per process (LOCAL_RANK); gloo between
-    hosts. Raises ConfigError, on every rank and before any work, for a mesh that is not the job's.
+    By default, without `sp` and `dp`, all ranks share each sequence. GPUs, one per process (LOCAL_RANK), communicate by
+    NCCL; hosts by gloo. Raises ConfigError, on every rank and before any work, where dp x sp is not the number of
+    processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     sp = sp if sp is not None else world // dp if dp and world % dp == 0 else world
@@ -112,12 +113,12 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
         where = _own_gpu(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(where)
     check_agent()
-    # hosts agree on what to do next without their GPUs; NCCL guesses its GPU if not told
+    # gloo: hosts agree on what to do next without their GPUs; NCCL guesses its GPU if not told
     backend, own = ("cpu:gloo,cuda:nccl", where) if where.type == "cuda" else ("gloo", None)
     with _silent_stdout():
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
         rank, group = dist.get_rank(), None
-        if sp == world:  # another group of the same ranks would be another communicator, half a gigabyte of a GPU
+        if sp == world:  # another group of the same ranks would take another half a gigabyte of the GPU
             group = dist.group.WORLD
         elif sp > 1:
             for first in range(0, world, sp):  # every process makes every group, in the same order
@@ -131,10 +132,10 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
 
 @contextmanager
 def _silent_stdout() -> Iterator[None]:
-    """Send to nowhere what C++ prints: gloo, until torch 2.9 at least, tells stdout that ranks have met."""
+    """Discard what C++ code prints. Gloo, until torch 2.9 at least, reports new connections on stdout."""
     try:
         stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    except OSError:  # it is closed
+    except OSError:  # stdout is closed
         yield
         return
     os.dup2(nowhere, 1)
@@ -147,7 +148,7 @@ def _silent_stdout() -> Iterator[None]:
 
 
 def _own_gpu(local_rank: str) -> torch.device:
-    """Raise ConfigError for a LOCAL_RANK without a GPU of its own: NCCL would hang where two share one."""
+    """Return the GPU of a LOCAL_RANK. Raises ConfigError where it has none: NCCL would hang if two ranks shared one."""
     found = torch.cuda.device_count()
     if not local_rank.isdigit() or int(local_rank) >= found:
         raise ConfigError(
@@ -158,13 +159,13 @@ def _own_gpu(local_rank: str) -> torch.device:
 
 
 def _watch(ranks: Ranks) -> None:
-    """From now on there is something to clean up, and to save."""
+    """Watch the other processes, and unwind on signals: from now on there is something to clean up and to save."""
     watch(ranks)
     unwind_on_signals()
 
 
 def leave() -> None:
-    """End a job that went well: without it, a rank that is done first may break off the others' last collective."""
+    """End a job that went well. Without it, the first rank to finish may break the others' last collective."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The rate at which a net computes here: FLOP/s of a short forward, as a job would make them."""
+"""The measured rate of a net on this machine: the FLOP/s of a short forward pass, as a job would run it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from longnet_cli.model.net import Net
 from longnet_cli.runtime.device import precision
 from longnet_cli.runtime.forwards import Forwards, Shape
 
-SECONDS = 0.5  # that the forward takes, or its repetitions
-FIRST_SHAPE = Shape(1, 256)  # of the forward, before it is known how many tokens take that long
+SECONDS = 0.5  # that the forward pass takes, or its repetitions
+FIRST_SHAPE = Shape(1, 256)  # of the first forward pass; later ones grow until they take that long
 
 
 def measured_rate(net: Net, usual: Shape, scores: bool, dtype: str) -> tuple[float, Shape]:
-    """FLOP/s of a forward of the `usual` shape, or of fewer tokens that take half a second; and its shape."""
+    """Return the FLOP/s and the shape of a forward pass: the `usual` shape, or fewer tokens that take half a second."""
     most, tokens = usual.rows * usual.tokens, FIRST_SHAPE.tokens
     while True:
         tokens = min(tokens, most)
@@ -36,7 +36,7 @@ def measured_rate(net: Net, usual: Shape, scores: bool, dtype: str) -> tuple[flo
 
 @torch.inference_mode()
 def forward(net: Net, shape: Shape, scores: bool, dtype: str) -> None:
-    """Compute one of random ids, or vectors of zeros, with logits if it `scores`, and wait for it."""
+    """Run and await one forward pass over random ids or zero vectors, with logits if `scores`."""
     device, config = next(net.parameters()).device, net.config
     if net.row_size is None:
         ids = torch.randint(config.vocab_size, shape, device=device)

@@ -1,11 +1,11 @@
-"""Hidden states of sequences of any length, on one process or several: the walk that scoring and encoding share.
+"""Hidden states of sequences of any length, on one process or several: the part that scoring and encoding share.
 
     windows --+-- short: they wait until a forward is full --> padded forwards, dealt out to the ranks --+--> pieces
               +-- causal and longer than a chunk --> CausalStream; the ranks share each chunk -----------+
               +-- bidirectional and longer --> one forward shared by the ranks, or layer by layer -------+
 
-A job says which windows it wants and takes what comes back, in order. It knows nothing of chunks, batches or ranks,
-except that a piece may have been computed by another rank: then the job adds up its own numbers over the ranks.
+A job says which windows it wants, and gets their hidden states in order. It knows nothing of chunks, batches or ranks,
+with one exception: another rank may have computed a piece. So the job adds up its own numbers over the ranks.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.layerwise import hidden_in_chunks
 from longnet_cli.runtime.ranks import Ranks
 
-PORTION_CHUNKS = 4  # of a portion that is dealt out
+PORTION_CHUNKS = 4  # full forward passes per portion that is dealt out
 
 
 class Ids(Protocol):
-    """A sequence of token ids, or of the vectors that a net reads in their place, of which any run can be read."""
+    """A sequence of token ids, or of vectors that a net reads in their place. Any slice of it can be read."""
 
     def read(self, start: int, stop: int, /) -> np.ndarray: ...  # (stop - start,) int64, or (stop - start, n) float32
 
 
-# What a model reads before each document: nothing, one id, or several, as some templates of tokenizers have
+# What a model reads before each document: nothing, one id, or several, as in some tokenizers' templates
 Bos = int | Sequence[int] | None
 
 
 def bos_ids(bos: Bos) -> tuple[int, ...]:
-    """The ids of a `Bos`, in order."""
+    """Return the ids of a `Bos`, in order."""
     return () if bos is None else (bos,) if isinstance(bos, int) else tuple(bos)
 
 
 @dataclass(frozen=True)
 class AfterBos:
-    """The ids that a model reads of a document: those of `bos`, then the document's, from `first` on."""
+    """The ids that a model reads for a document: the ids of `bos`, then, from index `first` on, the document's own."""
 
     document: Ids
     bos: Bos
@@ -66,9 +66,9 @@ class AfterBos:
 
 @dataclass(frozen=True)
 class Window:
-    """The ids [start, stop) of a sequence, which a net reads by themselves, from position 0 on.
+    """The ids [start, stop) of a sequence, which a net reads as a sequence of their own, from position 0 on.
 
-    Hidden states are wanted of the ids [wanted, stop); those before only serve as context.
+    Hidden states are wanted for the ids [wanted, stop); earlier ids only serve as context.
     """
 
     ids: Ids
@@ -85,7 +85,7 @@ W = TypeVar("W", bound=Window)
 
 @dataclass(frozen=True)
 class Piece(Generic[W]):
-    """The hidden states (stop - start, dim) of the ids [start, stop) of a window; None where another rank has them."""
+    """The hidden states (stop - start, dim) of the ids [start, stop) of a window; None if another rank has them."""
 
     window: W
     start: int
@@ -99,14 +99,14 @@ class Piece(Generic[W]):
 class Reader:
     """A net that reads windows of any length.
 
-    `chunk` is the most tokens of one forward, by default what `default_chunk` gives. Short windows share a forward; a
-    longer one goes chunk by chunk, with the same result. A causal net needs no more memory for it; a bidirectional one
-    keeps its hidden states in memory or, with `spill`, in a file in that folder. A net that does not stream reads a
-    window in one forward.
+    `chunk` is the most tokens of one forward pass; the default is `default_chunk`. Short windows share a forward pass.
+    A longer window goes chunk by chunk, with the same result. A causal net needs no more memory for it; a bidirectional
+    net keeps the window's hidden states in memory or, with `spill`, in a file in that folder. A net that does not
+    stream reads any window in one forward pass.
 
-    Several `ranks`, which all read the same windows, share every long one, `chunk` tokens each, and deal out the
-    forwards of short ones. `dtype` as in `runtime.device`. `on_progress` gets the number of wanted tokens that each
-    forward has read, on every rank.
+    Several `ranks`, which must all read the same windows, share every long window, `chunk` tokens each, and divide the
+    forward passes over short windows. `dtype` is as in `runtime.device`. On every rank, `on_progress` gets the number
+    of wanted tokens of each forward pass.
     """
 
     def __init__(
@@ -125,20 +125,20 @@ class Reader:
         self.model, self.dtype, self.spill = model, dtype, spill
         self.ranks = ranks or Ranks()
         self.device = next(model.parameters()).device
-        # ranks may have other amounts of free memory
+        # ranks may have different amounts of free memory
         self.chunk = chunk or int(self.ranks.smallest(default_chunk(model.config, self.device)))
         self.on_progress = on_progress or (lambda tokens: None)
 
     @property
     def portion(self) -> int:
-        """Tokens of short documents that are worth reading by themselves: several full forwards."""
+        """Tokens of a portion of short documents: enough for several full forward passes."""
         return PORTION_CHUNKS * self.chunk
 
     def read(self, windows: Iterable[W]) -> Iterator[list[Piece[W]]]:
-        """Yield the wanted hidden states of all windows, in order, as the pieces of some forwards at a time.
+        """Yield the wanted hidden states of all windows, in order, as lists of pieces.
 
-        Every rank gets the same pieces. A window without ids gives a piece without hidden states. Raises what reading
-        ids raises, and MemoryLimitError where `hidden_in_chunks` does.
+        A list has the pieces of one or more forward passes. Every rank gets the same pieces. A window without ids gives
+        a piece without hidden states. Raises what reading ids raises, and MemoryLimitError as `hidden_in_chunks` does.
         """
         waiting: list[W] = []
         tokens = 0  # that wait
@@ -159,7 +159,7 @@ class Reader:
 
     @torch.inference_mode()
     def _together(self, windows: Sequence[W]) -> list[Piece[W]]:
-        """Read short windows in padded forwards of similar lengths."""
+        """Read short windows in padded forward passes of similar lengths."""
         found: dict[int, Tensor] = {}
         for turn, batch in enumerate(batches_by_length([len(window) for window in windows], self.chunk)):
             if turn % self.ranks.world == self.ranks.rank:
@@ -179,8 +179,8 @@ class Reader:
     def _stream(self, window: W) -> Iterator[list[Piece[W]]]:
         """Read a causal window chunk by chunk.
 
-        Nothing here waits for a GPU: while it computes a chunk, the ids of the next one are read and sent after it.
-        Reading takes less than a hundredth of computing's time, too little for a thread of its own.
+        Nothing here waits for a GPU: while it computes a chunk, the ids of the next chunk are read and sent to it.
+        Reading takes less than a hundredth of the computing time, too little for a thread of its own.
         """
         stream, ranks = open_stream(self.model, self.ranks.group), self.ranks
         for edges in self._chunks(window):
@@ -191,7 +191,7 @@ class Reader:
             yield self._shared(window, edges, hidden[0])
 
     def _whole(self, window: W) -> Iterator[list[Piece[W]]]:
-        """Read a bidirectional window: in one forward if the ranks together can, otherwise layer by layer."""
+        """Read a bidirectional window: in one forward pass if it fits all ranks together, otherwise layer by layer."""
         ranks, total = self.ranks, len(window)
         chunks = list(self._chunks(window))
         if len(chunks) == 1 and ranks.group:
@@ -218,7 +218,7 @@ class Reader:
             yield self._pieces(window, edges, next(mine)[0] if own else None)
 
     def _chunks(self, window: Window) -> Iterator[list[int]]:
-        """The edges of the ranks' shards of each chunk."""
+        """Yield the edges of the ranks' shards, chunk by chunk."""
         chunk = self.chunk * self.ranks.world
         for start in range(window.start, window.stop, chunk):
             yield even_edges(start, min(chunk, window.stop - start), self.ranks.world)
@@ -228,7 +228,7 @@ class Reader:
         return self._pieces(window, edges, hidden)
 
     def _pieces(self, window: W, edges: Sequence[int], hidden: Tensor | None) -> list[Piece[W]]:
-        """The wanted part of each rank's shard; `hidden` is this rank's."""
+        """Return the wanted part of each rank's shard. `hidden` belongs to this rank's shard."""
         pieces = []
         for rank in range(self.ranks.world):
             start, stop = max(edges[rank], window.wanted), edges[rank + 1]
@@ -243,7 +243,7 @@ class Reader:
 
 
 def share_reader(model: Net, *, chunk: int | None = None, ranks: Ranks | None = None, **options: Any) -> Reader:
-    """Return the Reader of this rank's group, whose chunk is that of all `ranks`; `options` are those of `Reader`."""
+    """Return a Reader for this rank's group, with the same chunk on all `ranks`. `options` go to `Reader`."""
     ranks = ranks or Ranks()
     if chunk is None:
         chunk = same_chunk(model.config, next(model.parameters()).device, ranks, None)
@@ -251,9 +251,9 @@ def share_reader(model: Net, *, chunk: int | None = None, ranks: Ranks | None = 
 
 
 def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Group sequences for padded forwards of at most `limit` tokens, as indices into `lengths`; the longest first.
+    """Group sequences for padded forward passes of at most `limit` tokens; yield indices into `lengths`, longest first.
 
-    A sequence longer than `limit` is a group of its own, one without tokens is in none.
+    A sequence longer than `limit` is a group of its own. A sequence without tokens is in no group.
     """
     order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
     while order:
@@ -263,9 +263,9 @@ def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]
 
 
 def check_length(model: Net, tokens: int, where: str, instead: str, *, skips: bool = True) -> None:
-    """Raise TooLongError where `model` does not read `tokens` of the document `where`: do this `instead`.
+    """Raise TooLongError if `model` cannot read `tokens` tokens of the document `where`. `instead` says what to do.
 
-    `skips` tells of --skip-bad, too.
+    With `skips`, the advice mentions --skip-bad as well.
     """
     limit = model.config.max_tokens
     if limit is not None and tokens > limit:
@@ -276,7 +276,7 @@ def check_length(model: Net, tokens: int, where: str, instead: str, *, skips: bo
 
 
 class _Share:
-    """Tells `on_progress` of a token when all `layers` layers are done with it."""
+    """A callback for the tokens of single layers. It reports one token to `on_progress` for every `layers` of them."""
 
     def __init__(self, on_progress: Callable[[int], None], layers: int) -> None:
         self.on_progress, self.layers, self.done = on_progress, layers, 0

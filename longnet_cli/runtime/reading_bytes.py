@@ -1,6 +1,6 @@
-"""Bytes that a `Reader` takes for its forwards and keeps between them, from their sizes; nothing is allocated.
+"""Bytes that a `Reader` takes for its forward passes and keeps between them, by arithmetic; nothing is allocated.
 
-Measured against real runs in tests/test_estimating.py.
+Compared with real runs in tests/test_estimating.py.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from longnet_cli.runtime.forwards import Forwards
 from longnet_cli.runtime.layerwise import fits_beside, kept_bytes
 from longnet_cli.runtime.ranks import Ranks
 
-# Of `forward_bytes`, what the process grows by. Measured: 1.06 to 1.33; with far keys, 1.2 to 1.75.
+# Growth of the process in units of `forward_bytes`. Measured: 1.06 to 1.33; with far keys, 1.2 to 1.75.
 WHOLE, IN_CHUNKS = 1.35, 1.75
-REUSED = 2 / 3  # of memory in pieces of one size by pieces of another; measured: 0.64 to 0.95
+REUSED = 2 / 3  # share of freed memory that pieces of another size reuse; measured: 0.64 to 0.95
 
 
 def computing_bytes(forwards: Forwards, chunk: int, scores: bool, dtype: str, device: torch.device) -> dict[str, int]:
-    """Bytes of a forward of `chunk` tokens at most, and what its logits take beyond that.
+    """Return the bytes of a forward pass of at most `chunk` tokens, and the additional bytes of its logits.
 
-    One comes after the other, but of the memory that one frees the other takes no more than `REUSED`.
+    The logits come after the activations, but they reuse only the share `REUSED` of the memory that these free.
     """
     config = forwards.config
     cut = config.streams and forwards.longest > chunk
@@ -34,8 +34,8 @@ def computing_bytes(forwards: Forwards, chunk: int, scores: bool, dtype: str, de
     if not scores:
         return {"activations": activations}
     most = max(tokens, min(forwards.together, 2 * chunk))
-    wide = 8 if resolve_dtype(dtype, device) == "fp32" else 10  # float32 logits, logarithms; and those that are halves
-    wide += 4 * cut  # keys and values that are kept lie between: the next logits find no room in that of the last
+    wide = 8 if resolve_dtype(dtype, device) == "fp32" else 10  # logits, logarithms in float32; 16-bit logits
+    wide += 4 * cut  # cached keys and values lie between: the next logits cannot reuse the memory of the last ones
     logits = wide * min(most * config.vocab_size, LOGITS_LIMIT)
     return {"activations": activations, "logits": logits - round(REUSED * min(activations, logits))}
 
@@ -43,11 +43,11 @@ def computing_bytes(forwards: Forwards, chunk: int, scores: bool, dtype: str, de
 def waiting_bytes(
     net: Net, forwards: Forwards, chunk: int, dtype: str, spill: str | None, ranks: Ranks
 ) -> dict[str, int]:
-    """Bytes of what is kept between forwards: keys and values, and hidden states that wait."""
+    """Return the bytes that are kept between forward passes: keys and values, and hidden states that wait."""
     config, device = net.config, next(net.parameters()).device
     waiting = min(forwards.together, 2 * chunk)
     cut = config.streams and forwards.longest > chunk
-    kinds = {"hidden": 2 * 4 * config.dim * max(waiting, 2 * chunk if cut else 0)}  # as they come, and joined
+    kinds = {"hidden": 2 * 4 * config.dim * max(waiting, 2 * chunk if cut else 0)}  # in pieces, and joined
     if cut and config.causal:
         itemsize = DTYPES[resolve_dtype(dtype, device)].itemsize
         kinds["cache"] = cache_bytes(config, forwards.longest, itemsize)
@@ -59,16 +59,16 @@ def waiting_bytes(
 
 
 def hidden_bytes(net: Net, forwards: Forwards, chunk: int, ranks: Ranks) -> int:
-    """Bytes that a bidirectional net keeps between its layers; of a window that is no longer than a chunk, none."""
+    """Return the bytes that a bidirectional net keeps between its layers; 0 if no window is longer than a chunk."""
     if net.config.causal or forwards.longest <= chunk or not isinstance(net, LongNet):
         return 0
     return kept_bytes(net, forwards.longest, chunk, ranks)
 
 
 def cache_bytes(config: NetConfig, tokens: int, itemsize: int) -> int:
-    """Return what a causal stream remembers of `tokens`, keys and values of `itemsize` bytes a number."""
+    """Return the bytes of keys and values that a causal stream caches of `tokens`, with `itemsize` bytes per number."""
     kv_heads = config.kv_dim // config.head_dim
-    if getattr(config, "memory", "segments") != "segments":  # a cache of transformers keeps all, and joins one layer's
+    if getattr(config, "memory", "segments") != "segments":  # a transformers cache keeps all, and grows by copying
         return 2 * (config.num_layers + 1) * config.kv_dim * tokens * itemsize
     rows = config.pattern.sinks * kv_heads
     for level, ((w, r), back) in enumerate(zip(config.pattern.levels, config.pattern.look_backs, strict=True)):

@@ -1,6 +1,6 @@
-"""Signals: they unwind a command, or are noted while a run works and acted on where its state is whole.
+"""Signals. They unwind a command; a run notes them, and acts on them only where its state is consistent.
 
-SIGUSR1 is handed on to the ranks of `--nproc`; torchrun hands on those that stop.
+`--nproc` passes SIGUSR1 on to its ranks; torchrun passes on the signals that stop them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def unwind_on_signals() -> None:
-    """Let SIGINT, SIGTERM and SIGHUP, which would kill, unwind the stack: so `finally` blocks remove temporary files.
+    """Let SIGINT, SIGTERM and SIGHUP unwind the stack instead of killing, so that temporary files are removed.
 
-    Those that are handled stay so, and those that are ignored, as SIGHUP under nohup.
+    A signal that has a handler keeps it. An ignored signal stays ignored, such as SIGHUP under nohup.
     """
     if _in_main_thread():
         stops = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _unwind, signal.SIGHUP: _unwind}
@@ -32,7 +32,7 @@ def unwind_on_signals() -> None:
 
 
 def _unwind(number: int, frame: FrameType | None) -> NoReturn:
-    """Further signals cannot cut it short."""
+    """Exit with code 128 + `number`. Further SIGTERM and SIGHUP are ignored: they would cut the cleanup short."""
     for kind in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(kind, signal.SIG_IGN)
     _leave_a_closed_terminal()
@@ -40,24 +40,25 @@ def _unwind(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _leave_a_closed_terminal() -> None:
-    """Send to nowhere what is still said on stderr where that was the terminal: it would fail, and end the run."""
+    """Discard further output on stderr if its terminal is closed: writing to it would fail, and end the run."""
     with suppress(OSError):
         if stat.S_ISCHR(os.fstat(2).st_mode) and not os.isatty(2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP, which ask a run to stop, and SIGUSR1, which asks it to save, until it next looks.
+    """The signals that a run has received since it last looked.
 
-    A run looks where its state is whole. Ranks look together: torchrun passes a signal on to each of them, which meets
-    it in another place, and one that left at once would break off the others in their next collective.
+    SIGINT, SIGTERM and SIGHUP ask the run to stop, SIGUSR1 asks it to save. A run looks where its state is consistent.
+    Ranks look together: torchrun passes a signal on to all of them, and each gets it at a different point of its work.
+    A rank that stopped at once would break the next collective of the others.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self._asked = ranks, 0
 
     def note(self, number: int, frame: object) -> None:
-        """A signal handler. After a first SIGINT a second one kills: whoever presses twice means it."""
+        """Note a signal, as its handler. A second SIGINT kills: whoever presses Ctrl-C twice means it."""
         if number != signal.SIGUSR1 or not self._asked:
             self._asked = number
         if number == signal.SIGINT:
@@ -69,7 +70,7 @@ class Signals:
         """Return whether to save and go on. Raises KeyboardInterrupt (SIGINT) or SystemExit (others), on all ranks."""
         mine = self._asked
         asked = self.ranks.largest(_WEIGHT[mine])
-        if mine and self._asked == mine:  # not one that came meanwhile: ranks wait for each other here
+        if mine and self._asked == mine:  # keep a signal that came while ranks waited for each other
             self._asked = 0
         if asked == _WEIGHT[signal.SIGINT]:
             raise KeyboardInterrupt
@@ -79,13 +80,13 @@ class Signals:
         return asked == _WEIGHT[signal.SIGUSR1]
 
 
-# of several, the largest decides
+# of several signals, the one with the largest weight decides
 _WEIGHT = {0: 0, signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3, signal.SIGHUP: 4}
 
 
 @contextmanager
 def noted_signals(ranks: Ranks) -> Iterator[Signals]:
-    """`with noted_signals(ranks) as signals`: signals only act where `signals.look()` is called."""
+    """Note signals within the context: they act only where `signals.look()` is called."""
     signals = Signals(ranks)
     if not _in_main_thread():
         yield signals
@@ -94,7 +95,7 @@ def noted_signals(ranks: Ranks) -> Iterator[Signals]:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
         kinds.remove(signal.SIGHUP)
     before = {kind: signal.signal(kind, signals.note) for kind in kinds}
-    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # held back until now, see `cli/train.py`
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # blocked until now by `cli/train.py`
     try:
         yield signals
     finally:
@@ -104,15 +105,15 @@ def noted_signals(ranks: Ranks) -> Iterator[Signals]:
 
 
 def _in_main_thread() -> bool:
-    """Only there may Python set handlers: as a library, in a thread, a run leaves signals alone."""
+    """Return whether Python may set handlers here. A library's run in another thread leaves signals alone."""
     return threading.current_thread() is threading.main_thread()
 
 
 def hand_on_sigusr1() -> None:
-    """Send each SIGUSR1, of which torchrun would die, on to its processes.
+    """Pass each SIGUSR1 on to the child processes. It would kill torchrun itself.
 
-    A thread waits for it, and no other sees it. The processes begin with it held back as well, so it cannot kill one
-    that does not listen yet. Elsewhere than on Linux, and before they are there, it is lost.
+    The signal is blocked, and a thread waits for it. Child processes start with it blocked as well, so it cannot kill
+    one that does not listen yet. It is lost on systems other than Linux, and before the children have started.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 

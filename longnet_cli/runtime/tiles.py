@@ -13,7 +13,7 @@ from longnet_cli.model.config import SlideConfig
 from longnet_cli.model.net import Net
 from longnet_cli.model.slide import CLS_CELL, grid_cells, outside_grid
 
-CROWD = 8  # tiles that share a cell, on average, where its size is most likely wrong; overlapping tiles are 4
+CROWD = 8  # mean tiles per cell from which the cell size is most likely wrong; overlapping tiles have 4
 
 
 class Tiles(Protocol):
@@ -31,16 +31,16 @@ class Tiles(Protocol):
 
 
 class AfterCls:
-    """The rows of `model.slide.VectorNet`: that of CLS, then those of the document, from `first` on."""
+    """The rows that `model.slide.VectorNet` reads: the row of CLS, then, from index `first` on, the document's rows."""
 
     first = 1
 
     def __init__(self, document: Tiles, cells: np.ndarray | None) -> None:
-        """`cells` (len(document), 2) are those of the tiles, None for a net without a grid."""
+        """Take a document and the `cells` (len(document), 2) of its tiles, None for a net without a grid."""
         self.document, self.cells = document, cells
 
     def read(self, start: int, stop: int, /) -> np.ndarray:
-        """The rows [start, stop), (stop - start, width + 2) float32."""
+        """Return the rows [start, stop), (stop - start, width + 2) float32."""
         width = self.document.width
         rows = np.full((stop - start, width + 2), CLS_CELL, np.float32)
         begin, end = max(start - 1, 0), max(stop - 1, 0)
@@ -52,9 +52,9 @@ class AfterCls:
 
 
 def tile_cells(document: Tiles, config: SlideConfig, tile_size: float | None = None) -> np.ndarray | None:
-    """The cells of a document's tiles, (len, 2) float64; None for a net without a grid.
+    """Return the cells of a document's tiles, (len, 2) float64; None for a net without a grid.
 
-    The side of a tile is `tile_size`, otherwise what the document says, otherwise the model's. Raises DataError for a
+    The side of a tile is `tile_size`, otherwise the document's own, otherwise the model's. Raises DataError for a
     document without coordinates, and for a tile outside the grid.
     """
     if not config.grid:
@@ -76,13 +76,13 @@ def tile_cells(document: Tiles, config: SlideConfig, tile_size: float | None = N
 
 
 def rows_of_tiles(net: Net, document: Tiles, tile_size: float | None) -> AfterCls | None:
-    """Return what a net with a CLS reads of a document; None for any other net."""
+    """Return the rows that a net with a CLS row reads for a document; None for any other net."""
     config = net.config
     return AfterCls(document, tile_cells(document, config, tile_size)) if isinstance(config, SlideConfig) else None
 
 
 def check_vectors(net: Net, document: Tiles, tile_size: float | None) -> None:
-    """Look at a document without reading its vectors, and warn where its tiles share their cells.
+    """Check a document without reading its vectors, and warn where most tiles share their cells.
 
     Raises DataError for vectors of another size than the net's, and as `tile_cells` does.
     """
@@ -97,12 +97,12 @@ def check_vectors(net: Net, document: Tiles, tile_size: float | None) -> None:
 
 
 def _side(document: Tiles, config: SlideConfig, tile_size: float | None) -> float:
-    """The side of a tile in the pixels that the document's coordinates count."""
+    """Return the side of a tile, in pixels of the document's coordinates."""
     return tile_size or document.tile_size or config.tile_size
 
 
 def _warn_of_crowds(document: Tiles, cells: np.ndarray, side: float) -> None:
-    """Warn where most tiles share their cells: then positions say little, and `side` is not that of the coordinates."""
+    """Warn where most tiles share their cells: then positions say little, and `side` does not fit the coordinates."""
     occupied = len(np.unique(cells, axis=0))
     if len(document) < 2 * CROWD or occupied * CROWD > len(document):
         return

@@ -1,12 +1,12 @@
-"""No rank outlives the process that started it, nor another rank, whatever it waits for.
+"""A watch on the processes of a job: no rank outlives its parent or another rank, whatever it waits for.
 
 A rank often waits in C: for the others at the start, or in a collective. Python's signal handlers do not run there.
 
     before the ranks have met   there is nothing to lose: SIGINT and SIGTERM kill, and so does the end of the parent
     from then on                a thread sees the parent or a rank end; after GRACE seconds, it ends this process
 
-The kernel tells a rank of the end of another one, wherever that ran and however it ended: rank 0 has a TCP connection
-to each of the others, on which nothing is ever sent. A rank that is only busy, or stopped in a debugger, keeps it open.
+The kernel reports the end of another rank, wherever it ran and however it ended: rank 0 has a TCP connection to each of
+the others, on which only a password is ever sent. A rank that is only busy, or stopped in a debugger, keeps it open.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 GRACE = 20.0  # seconds in which a rank may save, clean up and say what happened
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-_SIGSTKFLT = 16  # which Linux defines and never sends
+_SIGSTKFLT = 16  # Linux defines it and never sends it
 _over = threading.Event()
 
 
 def die_with_parent() -> None:
     """Let the end of the parent, SIGINT and SIGTERM kill this process at once. Call it before anything slow.
 
-    Raises SystemExit where the parent has ended already.
+    Raises SystemExit if the parent has ended already.
     """
     parent = int(os.environ.get(LAUNCHED) or os.getppid())
     _ask_for(signal.SIGKILL)
@@ -50,9 +50,9 @@ def die_with_parent() -> None:
 
 
 def check_agent() -> None:
-    """Raise LongNetError where the torchrun that started this rank has ended, before `die_with_parent` could see it.
+    """Raise LongNetError if the torchrun that started this rank ended before `die_with_parent` could see it.
 
-    Its ranks meet at a store in torchrun itself, and would knock there for half an hour.
+    Ranks find each other through a store in torchrun itself, and would try to reach it for half an hour.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
@@ -66,16 +66,16 @@ def check_agent() -> None:
 
 
 def watch(ranks: Ranks, grace: float = GRACE) -> None:
-    """Watch the parent and the other ranks until `stop_watching`; all ranks call it together.
+    """Watch the parent and the other ranks until `stop_watching`. All ranks must call it together.
 
     When the parent ends, this process gets SIGTERM. When the parent or a rank has ended, this process ends `grace`
-    seconds later, if it has not done so by itself.
+    seconds later, unless it has ended by itself.
     """
     parent, lines = os.getppid(), _connect(ranks) if ranks.world > 1 else []
     _over.clear()
     with suppress(OSError, AttributeError):
-        # For a process in which no thread of Python runs, because C code holds the interpreter's lock. `alarm` is the
-        # handler: it is called with the signal's number, and so many seconds later SIGALRM kills.
+        # For a process in which C code holds the interpreter's lock, so that no Python thread runs. The handler is C's
+        # `alarm`: it gets the signal's number as its seconds, and after these SIGALRM kills the process.
         libc = ctypes.CDLL(None)
         libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
         libc.signal(_SIGSTKFLT, ctypes.cast(libc.alarm, ctypes.c_void_p))
@@ -84,7 +84,7 @@ def watch(ranks: Ranks, grace: float = GRACE) -> None:
 
 
 def stop_watching() -> None:
-    """Let the others end: call it when all ranks have done their work."""
+    """Stop watching, so that the other processes may end. Call it when all ranks have done their work."""
     _over.set()
 
 
@@ -103,11 +103,11 @@ def _watch(parent: int, lines: Sequence[socket.socket], grace: float) -> None:
                 return
     orphaned = os.getppid() != parent
     if orphaned:
-        signal.alarm(0)  # this thread runs, and sees to it
+        signal.alarm(0)  # cancel the handler's: this thread ends the process
         os.kill(os.getpid(), signal.SIGTERM)
     if _over.wait(grace):
         return
-    if LAUNCHED not in os.environ or orphaned:  # else the parent tells of it
+    if LAUNCHED not in os.environ or orphaned:  # otherwise the parent reports it
         what = "the process that started this rank ended" if orphaned else "another rank ended"
         with suppress(OSError, ValueError, AttributeError):  # stderr may be gone too
             sys.stderr.write(f"longnet: error: rank {os.environ.get('RANK')}: {what}, and this one with it\n")
@@ -116,7 +116,7 @@ def _watch(parent: int, lines: Sequence[socket.socket], grace: float) -> None:
 
 
 def _connect(ranks: Ranks) -> list[socket.socket]:
-    """Connections that break when a process ends: on rank 0 to all others, on those to rank 0."""
+    """Return connections that break when a process ends: on rank 0 to all others, on the others to rank 0."""
     together = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]  # on one machine
     with _listen("127.0.0.1" if together else "") as server:
         port = ranks.from_first(server.getsockname()[1])
@@ -132,10 +132,10 @@ def _connect(ranks: Ranks) -> list[socket.socket]:
                 line, _ = server.accept()
                 line.settimeout(10)
                 with suppress(OSError):
-                    if line.recv(len(password)) == password:  # else it is a stranger
+                    if line.recv(len(password)) == password:  # otherwise it is a stranger
                         lines.append(line)
     for line in lines:
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # sees a machine that vanishes, within a minute
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # notices within a minute that a machine is gone
         for name, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 6)):
             if hasattr(socket, name):
                 line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

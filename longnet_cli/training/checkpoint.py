@@ -1,11 +1,12 @@
-"""Checkpoints of a run: everything it needs to go on as if nothing had happened, whole or not there at all.
+"""Checkpoints of a run: everything it needs to continue as if nothing had happened, whole or not there at all.
 
     RUN/checkpoints/step-00000200/
         state.json            step, position in the data, recipe, versions; size and SHA-256 of every other file
         shard-*.safetensors   weights, optimizer state and random numbers, by torch.distributed.checkpoint
 
-A checkpoint is written under another name and renamed when it is on the disk. Every rank writes what it holds; any
-number of ranks reads it, each what it needs. No pickle: the tensors are safetensors, the rest is JSON.
+A checkpoint is written under another name, and renamed when it is on the disk. Every rank writes the tensors that it
+holds. Any number of ranks can read a checkpoint, each the parts that it needs. There is no pickle: the tensors are
+safetensors, the rest is JSON.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ NAME = re.compile(r"step-(\d{8,})")
 class Checkpoints:
     """The checkpoints in a folder, of which the newest `keep` stay.
 
-    Alone, `save` copies the tensors and writes them in the background, one checkpoint at a time; ranks write together,
-    and wait for each other, because a collective of a second thread could meet one of the training step.
+    With one rank, `save` copies the tensors and writes them in the background, one checkpoint at a time. Several ranks
+    write together and wait for each other, because a second thread's collective could mix with the training step's.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
@@ -48,7 +49,7 @@ class Checkpoints:
         self._error: LongNetError | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write the checkpoint of a step. Raises LongNetError for one that cannot be written, this or the last."""
+        """Write the checkpoint of a step. Raises LongNetError if this one or the last one cannot be written."""
         self.finish()
         if step == self.saved:
             return
@@ -62,7 +63,7 @@ class Checkpoints:
         self.saved = step
 
     def finish(self) -> None:
-        """Wait until what was begun is on the disk. Raises LongNetError where that failed."""
+        """Wait until the checkpoint being written is on the disk. Raises LongNetError if that failed."""
         self.wait()
         self.check()
 
@@ -73,7 +74,7 @@ class Checkpoints:
             self._thread = None
 
     def check(self) -> None:
-        """Raises LongNetError where a checkpoint could not be written."""
+        """Raise LongNetError if a checkpoint could not be written."""
         if self._error:
             error, self._error = self._error, None
             raise error
@@ -91,14 +92,14 @@ class Checkpoints:
             save_tensors(partial, tensors)
             if self.ranks.first:
                 _write_state(partial, facts)
-                if final.exists():  # damaged, or this would not be written anew
+                if final.exists():  # a damaged one: no other is written again
                     shutil.rmtree(final)
                 os.replace(partial, final)
                 sync_folder(self.folder)
                 found = checkpoints_in(self.folder)
-                for old in found[found.index(final) + self.keep :]:  # later ones are damaged, and count for nothing
+                for old in found[found.index(final) + self.keep :]:  # later ones are damaged, and do not count
                     shutil.rmtree(old)
-        except Exception as error:  # whatever it is: a thread that died of it would leave the run without checkpoints
+        except Exception as error:  # any error: in a thread it would be lost, and the run without checkpoints
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
             cause = error.__cause__ or error
@@ -107,16 +108,16 @@ class Checkpoints:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, newest first. Those being written have other names."""
+    """Return the whole checkpoints in a folder, newest first. A checkpoint being written has another name."""
     found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint in a folder that is undamaged; None where none was ever written.
+    """Return the newest undamaged checkpoint in a folder; None where none was ever written.
 
-    `on_damaged` is told of each that is passed over. The first rank looks, for all. Raises CheckpointError when there
-    are checkpoints and all are damaged.
+    `on_damaged` gets a message about each damaged checkpoint that is skipped. Rank 0 looks, for all ranks. Raises
+    CheckpointError when there are checkpoints and all are damaged.
     """
     found = checkpoints_in(folder)
     chosen = len(found)
@@ -138,7 +139,7 @@ def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) 
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Read all files of a checkpoint, compare them with their SHA-256, and return what is wrong, or None."""
+    """Compare all files of a checkpoint with their sizes and SHA-256; return what is wrong, or None."""
     try:
         state = read_state(checkpoint)
         for name, known in state["files"].items():
@@ -155,7 +156,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read state.json. Raises CheckpointError where it is not what was written, OSError where it is missing."""
+    """Read state.json. Raises CheckpointError for other content than was written, OSError for a missing file."""
     try:
         data = parse(read_text(checkpoint / STATE))
         state, digest = data["state"], data["sha256"]
@@ -169,23 +170,23 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def tensor_names(checkpoint: Path) -> set[str]:
-    """The names of the tensors of a checkpoint."""
+    """Return the names of the tensors of a checkpoint."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     return set(HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata)
 
 
 def load_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors, sharded ones each with its shard, with what the checkpoint has under their names.
+    """Fill tensors, in place, with the checkpoint's tensors of the same names. A sharded tensor gets its shard.
 
-    Raises CheckpointError where a name is missing there or a shape is another.
+    Raises CheckpointError where the checkpoint lacks a name or has another shape.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that one process is one process
+            warnings.simplefilter("ignore", UserWarning)  # torch warns that there is only one process
             reader = HuggingFaceStorageReader(str(checkpoint))
             dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:
@@ -193,7 +194,7 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write and flush safetensors files; raises OSError."""
+    """Write and flush safetensors files. Raises OSError."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
@@ -208,7 +209,7 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _cause(error: Any) -> BaseException:
-    """The failure of the first rank that has one: torch.distributed.checkpoint wraps them all in one exception."""
+    """Return the failure of the first rank that has one: torch.distributed.checkpoint wraps all in one exception."""
     return min(error.failures.items())[1][0]
 
 
@@ -220,7 +221,7 @@ def _write_state(folder: Path, facts: Mapping[str, Any]) -> None:
     }
     state = json.loads(json.dumps({"version": STATE_VERSION, **facts, "files": files}))
     data = {"state": state, "sha256": hashlib.sha256(_canonical(state)).hexdigest()}
-    write_file(folder / STATE, json.dumps(data, indent=1).encode())  # which also flushes the folder
+    write_file(folder / STATE, json.dumps(data, indent=1).encode())  # also flushes the folder
 
 
 def _canonical(state: Any) -> bytes:

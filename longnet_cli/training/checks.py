@@ -1,4 +1,4 @@
-"""Checks of a recipe beyond its own fields: its tokenizer, and the ranks that share its work."""
+"""Checks of a recipe beyond its own fields: the memory, the tokenizer, and the ranks that share the work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .recipe import PretrainedRecipe, Recipe
 
 
 def check_memory(recipe: Recipe) -> None:
-    """Raise MemoryLimitError, before it is built, for a net whose weights alone are more than the free memory."""
+    """Raise MemoryLimitError for a net whose weights alone exceed the free memory, before the net is built."""
     needed, free = 4 * recipe.model.num_parameters(), free_memory(torch.device("cpu"))
     if free is not None and needed > free:
         change = (
@@ -36,7 +36,7 @@ def check_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> None:
 
 
 def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
-    """Raise ConfigError for windows that the ranks cannot share, and for those a bidirectional net cannot see whole."""
+    """Raise ConfigError for windows that the ranks cannot share or that a bidirectional net cannot see as a whole."""
     train = recipe.train
     for stage in train.stages:
         check_windows(ranks, stage.seq_len, train.windows(stage))

@@ -1,7 +1,7 @@
 """The estimate of `longnet train --dry-run`: parameters, memory by kind, FLOPs and time of a recipe.
 
-All but the time is arithmetic; nothing of the recipe's size is allocated. Memory is that of one rank, as if everything
-were held at one time, which is so whenever a step has more than one chunk.
+All but the time is arithmetic; nothing of the recipe's size is allocated. The memory is one rank's, as if everything
+were held at one time. This is true whenever a step has more than one chunk.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .far_bytes import far_bytes
 from .optimizer import build_optimizers
 from .recipe import OptimizerRecipe, PretrainedRecipe, Recipe, Stage
 
-GPU_CHUNK = 1 << 17  # tokens: longer ones, if there is memory for them, leave a GPU no less idle
-EFFICIENCY = 0.4  # of the measured matmul peak that a training step is assumed to reach
+GPU_CHUNK = 1 << 17  # tokens: longer chunks do not keep a GPU busier, even if there is memory for them
+EFFICIENCY = 0.4  # share of the measured matmul peak that a training step is assumed to reach
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingEstimate(Estimate):
     """The estimate of a recipe.
 
-    `flops_per_token` are those of a forward and a backward; `flops` count also what is computed again. `seconds` is
-    theirs at `EFFICIENCY` times `matmul_peak` (FLOP/s of one rank).
+    `flops_per_token` counts a forward and a backward pass; `flops` also counts what is computed again. `seconds` is the
+    time for `flops` when each rank reaches `EFFICIENCY` times `matmul_peak` (FLOP/s of one rank).
     """
 
     matmul_peak: float
@@ -56,15 +56,15 @@ class TrainingEstimate(Estimate):
         return "no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device"
 
     def as_dict(self) -> dict[str, Any]:
-        """The keys of the machine format."""
+        """Return the machine format."""
         return super().as_dict() | {"matmul_peak": self.matmul_peak, "efficiency": EFFICIENCY}
 
 
 def settle_chunk(recipe: Recipe, device: torch.device, ranks: Ranks) -> Recipe:
-    """Return the recipe with a `train.chunk` that keeps a GPU busy, where it names none itself; all ranks call it.
+    """Return the recipe with a `train.chunk` that keeps a GPU busy, unless it names one. All ranks call it together.
 
-    The longest power of two up to `GPU_CHUNK` with which a fifth of the free memory is left; at least the default,
-    which is that of a CPU.
+    The chunk is the longest power of two up to `GPU_CHUNK` that leaves a fifth of the free memory, and at least the
+    default, which a CPU uses.
     """
     if device.type == "cpu" or recipe.names_chunk:
         return recipe
@@ -77,7 +77,7 @@ def settle_chunk(recipe: Recipe, device: torch.device, ranks: Ranks) -> Recipe:
 
 
 def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> TrainingEstimate:
-    """Return what training by `recipe` will take on this machine; measures its matrix products for a third of a second.
+    """Return what training by `recipe` will take on this machine. Times matrix products for a third of a second.
 
     Raises ConfigError as `check_ranks` does.
     """
@@ -115,7 +115,7 @@ def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -
 
 
 def _load_all(device: torch.device) -> None:
-    """Train a tiny net for a step: torch loads its optimizers, and much else, a hundred MiB, on first use."""
+    """Train a tiny net for one step. On first use, torch loads a hundred MiB: its optimizers and much more."""
     config = LongNetConfig(
         vocab_size=1, dim=8, num_layers=1, num_heads=1, ffn_dim=8, segment_lengths=(8,), dilation_rates=(1,)
     )
@@ -126,26 +126,27 @@ def _load_all(device: torch.device) -> None:
 
 
 def flops_per_token(config: NetConfig, seq_len: int, predicted: float = 1.0) -> float:
-    """Those of `executed_flops`, a token of sequences of `seq_len`."""
+    """Return the `executed_flops` per token of sequences of `seq_len` tokens."""
     return executed_flops(config, [seq_len], predicted) / seq_len
 
 
 def executed_flops(config: NetConfig, documents: Sequence[int], predicted: float = 1.0) -> float:
-    """FLOPs of a forward and a backward over documents of so many tokens each; a multiply and an add are two.
+    """Return the FLOPs of a forward and a backward pass over documents of these lengths.
 
-    Of the tokens the share `predicted` has logits.
+    A multiply and an add count as two. The share `predicted` of the tokens has logits.
     """
     attention = sum(attention_flops(config, length) for length in documents)
     matrices = layer_flops(config) + predicted * vocabulary_flops(config)
-    passes = 2 if config.frozen else 3  # forward, gradients of what is computed, gradients of weights
+    passes = 2 if config.frozen else 3  # forward, gradients of activations, gradients of weights
     return passes * matrices * sum(documents) + (1 + BACKWARD_FLOPS) * attention
 
 
 def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
-    """Bytes of one rank, at its peak over all stages. float32 weights, and under autocast a copy of the matrices.
+    """Return the bytes of one rank at its peak over all stages, by kind.
 
-    A process alone copies its weights and moments for a checkpoint, which is turned into a file's bytes, a copy again,
-    while it trains on. With a GPU these two are in the machine's own memory, and not counted.
+    Weights are float32; autocast adds a copy of the matrices. A single process copies its weights and moments for a
+    checkpoint, and makes a second copy, the bytes of the file, while it continues to train. With a GPU these two copies
+    are in the host's memory, and not counted.
     """
     config: NetConfig = recipe.model
     numbers, trained = _weights(recipe)
@@ -153,7 +154,7 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
     itemsize = 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
     copies = 0 if itemsize == 4 else itemsize * (matrices + config.vocab_size * config.dim)
     moments = 8 * trained - (4 * (trained if config.frozen else matrices) if recipe.optimizer.name == "muon" else 0)
-    share = ranks.world if recipe.parallel.shard == "full" else 1  # a step holds weights and gradients whole besides
+    share = ranks.world if recipe.parallel.shard == "full" else 1  # besides its share, a rank holds all in a step
     stages = []
     for stage in recipe.train.stages:
         tokens = _tokens_at_once(recipe, stage, ranks)
@@ -162,7 +163,7 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
         stages.append(
             {
                 "activations": tokens * _activations(recipe, itemsize, device.type),
-                "logits": logits * 12,  # float32: logarithms of the softmax, their gradient, that of the logits
+                "logits": logits * 12,  # float32: log-softmax, its gradient, the logits' gradient
                 "cache": far.passing if recipe.train.spill else far.passing + far.stored,
             }
         )
@@ -175,7 +176,7 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
 
 
 def _weights(recipe: Recipe) -> tuple[int, int]:
-    """(numbers in memory, numbers that are trained)."""
+    """Return (numbers in memory, numbers that are trained)."""
     config = recipe.model
     if not isinstance(recipe, PretrainedRecipe):
         return config.num_parameters(), config.num_parameters()
@@ -183,21 +184,21 @@ def _weights(recipe: Recipe) -> tuple[int, int]:
 
 
 def _activations(recipe: Recipe, itemsize: int, device: str) -> int:
-    """`activation_bytes` of the recipe's net."""
+    """Return the `activation_bytes` of the recipe's net."""
     again, config = recipe.train.activation_checkpointing, recipe.model
     if not isinstance(recipe, PretrainedRecipe):
         return activation_bytes(config, itemsize, device, again)
     layer, besides = saved_bytes_of(find_model(recipe.init), recipe.adapter, "fp32" if itemsize == 4 else "bf16")
-    widest = itemsize * (config.ffn_dim + 2 * config.dim)  # what a layer's backward adds
+    widest = itemsize * (config.ffn_dim + 2 * config.dim)  # what one layer's backward pass adds
     return besides + layer + (config.num_layers - 1) * (4 * config.dim if again else layer) + widest
 
 
 def activation_bytes(config: LongNetConfig, itemsize: int, device: str, again: bool = False) -> int:
-    """Return what a token leaves for the backward, in all layers, and what a layer's backward adds.
+    """Return the bytes per token that all layers save for the backward pass, and that one layer's backward pass adds.
 
-    With `again`, all layers but one leave their input alone (`train.activation_checkpointing`). `itemsize` is that of
-    the matrix products' type; the residual stream, norms and lse are float32. Counted from
-    `model/longnet.py`, and tested against what autograd saves.
+    With `again` (`train.activation_checkpointing`), all layers but one save only their input. `itemsize` is the bytes
+    per number of matrix products; the residual stream, norms and lse are float32. Counted from `model/longnet.py`, and
+    tested against what autograd saves.
     """
     d, f, s = config.dim, config.ffn_dim, itemsize
     per_layer = saved_bytes(config, itemsize, device)
@@ -208,7 +209,7 @@ def activation_bytes(config: LongNetConfig, itemsize: int, device: str, again: b
 
 
 def saved_bytes(config: LongNetConfig, itemsize: int, device: str) -> int:
-    """Of `activation_bytes` those that a layer saves for its backward, a token."""
+    """Return the part of `activation_bytes` that one layer saves for its backward pass, per token."""
     d, f, s = config.dim, config.ffn_dim, itemsize
     inner = 2 * s if device == "cpu" else 8  # mean and deviation of an inner norm: of its input's type on a CPU
     attention = 4 * d + 8 + s * d  # its input, mean and deviation of that; the normed input
@@ -224,14 +225,14 @@ def saved_bytes(config: LongNetConfig, itemsize: int, device: str) -> int:
 
 
 def stored_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
-    """Return what one rank stores of far rows and their gradients, in memory or in the file of `train.spill`."""
+    """Return the bytes of far rows and their gradients that one rank stores, in memory or in `train.spill`'s file."""
     itemsize = 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
     chunk = recipe.train.chunk * ranks.sp
     return max(far_bytes(recipe.model, stage.seq_len, chunk, itemsize).stored for stage in recipe.train.stages)
 
 
 def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
-    """Tokens of one forward on one rank at most: as `gradients.backward` puts sequences side by side or cuts them."""
+    """Return the most tokens of a forward pass on one rank, as `gradients.backward` groups or cuts sequences."""
     chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.train.windows(stage) // ranks.dp)
     if recipe.train.across_documents:
         rows = min(max(1, chunk // stage.seq_len), rows)
@@ -239,7 +240,11 @@ def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
 
 
 def _computed_again(recipe: Recipe, stage: Stage, ranks: Ranks) -> float:
-    """FLOPs per token that the backward repeats: the layers of all chunks but the last, logits past their limit."""
+    """Return the FLOPs per token that are computed again for the backward pass.
+
+    These are the layers of all chunks but the last, all layers if `train.activation_checkpointing`, and the logits if
+    there are more than `LOGITS_LIMIT`.
+    """
     config, chunk = recipe.model, recipe.train.chunk * ranks.sp
     share = (-(-stage.seq_len // chunk) - 1) * chunk / stage.seq_len
     layers = layer_flops(config) + attention_flops(config, stage.seq_len) / stage.seq_len

@@ -34,10 +34,11 @@ def evaluate(
     ranks: Ranks,
     on_part: Callable[[], None],
 ) -> Score:
-    """The score of held-out documents: each whole, as `longnet score` does it, for a causal net.
+    """Return the score of held-out documents. A causal net scores each document whole, as `longnet score` does.
 
-    For the masked objective, windows of `seq_len` tokens of each document, of which the same ones are hidden every
-    time. `on_part` is called on all ranks after each forward. The net's mode and random numbers are left as they were.
+    With the masked objective, documents are cut into windows of `seq_len` tokens, and the same tokens are hidden every
+    time. `on_part` is called on all ranks after each forward pass. The net ends in training mode, and the random state
+    stays as it was. Raises DataError where no token is hidden.
     """
     reading: dict[str, Any] = {
         "chunk": recipe.train.chunk,
@@ -56,7 +57,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _MaskedWindow(Window):
-    """Ids of which some are hidden; `targets` are those, IGNORED everywhere else."""
+    """A window in which some ids are hidden. `targets` has the hidden ids, and IGNORED everywhere else."""
 
     targets: Tensor
 
@@ -79,7 +80,7 @@ def _score_masked(reader: Reader, windows: Iterator[_MaskedWindow]) -> Score:
     for pieces in reader.read(windows):
         for piece in pieces:
             if piece.hidden is not None:
-                targets = piece.window.targets[piece.start : piece.stop]  # on the host, which need not wait for them
+                targets = piece.window.targets[piece.start : piece.stop]  # on the host: no wait for a GPU
                 chosen = (targets != IGNORED).nonzero().flatten()
                 hidden = piece.hidden[to_device(chosen, reader.device)]
                 with precision(reader.dtype, reader.device):

@@ -1,4 +1,4 @@
-"""Bytes that chunks of a training sequence keep for each other: rows that later ones see, and their gradients."""
+"""Bytes that chunks of a training sequence keep for each other: rows that later chunks see, and their gradients."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from longnet_cli.runtime.mapped import aligned
 
 
 class FarBytes(NamedTuple):
-    """Bytes that chunks of one sequence keep for each other: `stored` is flat where it is spilled, `passing` is not.
+    """Bytes that chunks of one sequence keep for each other. `stored` can be spilled to a disk, `passing` cannot.
 
-    `stored`: keys and values that later chunks see, till the backward has passed them, and sums of their gradients, on
-    their way back. `passing`: what one chunk and layer makes of its far rows beside those, and on a GPU copies of them.
+    `stored`: keys and values that later chunks see, until the backward pass is past them, and the sums of their
+    gradients. `passing`: temporaries of one chunk and layer for its far rows and, on a GPU, copies of these rows.
     """
 
     stored: int
@@ -22,7 +22,7 @@ class FarBytes(NamedTuple):
 
 
 def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> FarBytes:
-    """Those of one sequence of `seq_len` tokens, whose keys have `itemsize` bytes a number."""
+    """Return the bytes for one sequence of `seq_len` tokens, with `itemsize` bytes per number of a key."""
     if seq_len <= chunk:
         return FarBytes(0, 0)
     pattern, kv_heads = config.pattern, config.kv_dim // config.head_dim
@@ -43,12 +43,12 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> Far
 
 
 def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:
-    """Segments of w tokens of which a later chunk sees a part, in a sequence of `seq_len` that is cut by `chunk`.
+    """Return how many segments of w tokens later chunks see, in a sequence of `seq_len` tokens cut every `chunk`.
 
-    A chunk sees those inside which it starts, and `back` before its own.
+    A chunk sees the segment inside which it starts, if any, and the `back` segments before its own.
     """
     ends = -(-seq_len // chunk) - 1
-    if chunk >= (1 + back) * w:  # no segment for two ends; every so many-th end lies where a segment does
+    if chunk >= (1 + back) * w:  # no segment is seen from two ends; an end on a segment's edge sees one fewer
         return ends * (1 + back) - ends // (w // math.gcd(w, chunk))
-    # all of them, from the first that the first end sees up to the last end
+    # all segments, from the first one that the first end sees up to the last end
     return -(-ends * chunk // w) - max(0, chunk // w - back) if ends else 0

@@ -34,15 +34,15 @@ def backward(
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
-    tokens, targets: (B, N) as for `Net.nll`, tensors or of `training.tokens`; targets may be on the host. At most
-    `chunk` tokens' activations exist at one time. `starts`: where documents start in each row, 0 first
+    tokens, targets: (B, N) as for `Net.nll`, tensors or `training.tokens`; targets may be on the host. Activations of
+    at most `chunk` tokens exist at one time. `starts` has the positions at which documents start in each row, 0 first
     (`Batch.document_starts`). No token attends to another document, and positions count from the start of the document,
-    or of the window where that is later. Without it a row is one document.
+    or of the window where that is later. Without `starts`, a row is one document.
 
-    The ranks of a `group` get the same tokens, of which each reads its slice, and share every sequence, `chunk` tokens
-    each: each adds and returns its part, and the whole is the sum over them. `allocate` is as in `backward_in_chunks`.
+    The ranks of a `group` get the same tokens and share every sequence, `chunk` tokens each. Each rank reads its slice,
+    and adds and returns its part; the whole is the sum over the ranks. `allocate` is as in `backward_in_chunks`.
     `on_chunk` is called after each chunk.
-    Where weights are sharded (`runtime.fsdp`), one call is one step: its last backward sums the gradients over all
+    With sharded weights (`runtime.fsdp`), one call is one step: its last backward pass sums the gradients over all
     ranks.
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
@@ -90,9 +90,9 @@ def _nll(
     far: FarProvider | None,
     dtype: str,
 ) -> Tensor:
-    """The sum of nll of one forward; of a bidirectional net, only the tokens that have a target get logits."""
+    """Return the sum of nll of one forward pass. In a bidirectional net, only tokens with a target get logits."""
     with precision(dtype, ids.device):
-        # asked before the forward: of targets on a GPU the answer waits for what is queued. A causal net predicts all.
+        # before the forward pass: for targets on a GPU, this waits for all queued work. A causal net predicts all.
         chosen = None if model.config.causal else (targets != IGNORED).nonzero(as_tuple=True)
         hidden = model(ids, start=start, documents=documents, far=far)
         if chosen:
@@ -101,9 +101,9 @@ def _nll(
 
 
 class _Forward(NamedTuple):
-    """The tokens that go through the net at once: runs (row, start, stop) of the batch, as `Pieces` takes them.
+    """The tokens of one forward pass: runs (row, start, stop) of the batch, as `Pieces` takes them.
 
-    `documents` are their lengths where a row has several.
+    `documents` has the lengths of the documents where a row has several.
     """
 
     rows: list[list[tuple[int, int, int]]]
@@ -111,9 +111,9 @@ class _Forward(NamedTuple):
 
 
 def plan_forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> Iterator[_Forward]:
-    """Cut windows of `length` tokens into forwards of at most `chunk` tokens, except where one document is longer.
+    """Cut windows of `length` tokens into forward passes of at most `chunk` tokens, unless one document is longer.
 
-    Windows that are one document go side by side, as rows; the documents of the others one after the other, in a row.
+    Windows of one document go side by side, as rows. The documents of other windows go one after the other, in a row.
     """
     whole = [row for row, found in enumerate(starts) if len(found) == 1]
     side_by_side = max(1, chunk // length)
@@ -127,7 +127,7 @@ def plan_forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> I
 
 
 def _joined(pieces: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """The same tokens in as few runs as there are: documents of one window lie side by side."""
+    """Return the same tokens in as few runs as possible: adjacent documents of one window become one run."""
     runs = [pieces[0]]
     for row, start, stop in pieces[1:]:
         if (row, start) == (runs[-1][0], runs[-1][2]):

@@ -66,7 +66,7 @@ class TrainResult:
 
 @dataclass
 class Progress:
-    """The progress of a run at its last whole step: the part of state.json that is not the recipe."""
+    """The progress of a run at its last whole step, as state.json has it."""
 
     step: int = 0
     reported: int = 0  # the last step whose line of metrics is written, with its evaluation
@@ -87,18 +87,18 @@ def train(
     on_step: OnStep | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> TrainResult:
-    """Train a model by a recipe and leave it in the directory `output`; go on where an earlier run was ended.
+    """Train a model by a recipe and write it to the directory `output`; continue an earlier run where it ended.
 
     `output` gets metrics.jsonl, recipe.json, checkpoints/ (every `save_every` steps, and when the run is stopped),
-    best/ (the model with the lowest held-out loss) and at the end, or when stopped, the model. SIGINT, SIGTERM, SIGHUP
-    and SIGUSR1 act between two chunks, where everything is as after the last whole step: the first three stop the run
-    (KeyboardInterrupt or SystemExit are raised), the last one only saves.
+    best/ (the model with the lowest held-out loss) and at the end, or when stopped, the model. SIGINT, SIGTERM and
+    SIGHUP stop the run (raising KeyboardInterrupt or SystemExit), SIGUSR1 only saves. A signal acts between two chunks,
+    and the state of the last whole step is saved; with sharded weights or several groups of ranks, between two steps.
 
-    `resume` is True (go on from the newest undamaged checkpoint in `output`, if any), False (refuse a folder that has
-    one), or the path of a checkpoint or a run. A resumed run is the uninterrupted one, bit by bit on a CPU with as many
-    processes.
-    The tokenizer of the model `recipe.init` must be the recipe's, unless it `tokenizer_differs`. Several `ranks` share
-    each sequence, `train.chunk` tokens each, and groups of them the sequences of a step; the first one writes. `peak`
+    `resume` is True (continue from the newest undamaged checkpoint in `output`, if any), False (refuse a folder that
+    has one), or the path of a checkpoint or a run. A resumed run gives the numbers of an uninterrupted run, bit by bit
+    on a CPU with as many processes.
+    The tokenizer of the model `recipe.init` must be the recipe's, unless `tokenizer_differs`. The `ranks` of a group
+    share each sequence, `train.chunk` tokens each, and the groups share the sequences of a step; rank 0 writes. `peak`
     is for the MFU. Prints nothing: `on_begin` gets the steps and tokens that are done already, `on_note` a line about
     each damaged checkpoint.
 
@@ -117,7 +117,7 @@ def train(
 
 
 class _Run:
-    """A run: what it is made of, and how far it is."""
+    """A run: its parts and its progress."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class _Run:
         if self.sharded:
             shard_weights(self.model, ranks)
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
-        torch.manual_seed(recipe.train.seed + ranks.rank)  # all drew the same weights, and each drops out its own
+        torch.manual_seed(recipe.train.seed + ranks.rank)  # the weights are the same on all ranks, dropout is not
         for layer in self.model.blocks:
             if recipe.train.compile:
                 layer.forward = torch.compile(layer.forward)
@@ -172,7 +172,7 @@ class _Run:
         self.saved_at = time.monotonic()
 
     def resume(self, resume: Resume, on_note: Callable[[str], None]) -> None:
-        """Take up a checkpoint, where there is one and `resume` does not forbid it; make the folder of the run."""
+        """Restore a checkpoint, if there is one and `resume` allows it. Open the run's folder, log and trackers."""
         checkpoint, log = find_checkpoint(self.output, resume, self.ranks, on_note), None
         if checkpoint:
             state = read_state(checkpoint)
@@ -206,7 +206,7 @@ class _Run:
         """Train to the end, or until a signal or a failure."""
         self.signals, line = signals, None
         try:
-            if self.progress.step:  # a stop may have come before its report was done
+            if self.progress.step:  # the run may have stopped before this step's report
                 line = self._report()
             for windows, batch, position in self._batches():
                 tokens = self._step(windows, batch, position)
@@ -237,7 +237,7 @@ class _Run:
         self._write_model(self.output)
 
     def save(self) -> None:
-        """A checkpoint of the last whole step."""
+        """Save a checkpoint of the last whole step."""
         facts = {
             "progress": asdict(self.progress),
             "log": self.log.state(),
@@ -255,7 +255,7 @@ class _Run:
         self.saved_at = time.monotonic()
 
     def _batches(self) -> Iterator[tuple[TokenWindows, Batch, dict[str, Any]]]:
-        """(windows of the stage, a batch of them, the position after it) of each step that is left."""
+        """Yield (windows of the stage, a batch of them, the position after it) for each step that is left."""
         end = 0
         for stage, windows in zip(self.recipe.train.stages, self.windows, strict=True):
             end += stage.steps
@@ -264,11 +264,11 @@ class _Run:
                 yield windows, batch, position
 
     def _stage_of(self, step: int) -> int:
-        """The stage that a step (1, 2, ...) belongs to."""
+        """Return the index of the stage that a step (1, 2, ...) belongs to."""
         return bisect_left(list(accumulate(stage.steps for stage in self.recipe.train.stages)), step)
 
     def _step(self, windows: TokenWindows, batch: Batch, position: dict[str, Any]) -> int:
-        """One optimizer step; the tokens that all ranks read in it. Until the optimizer runs, nothing has changed."""
+        """Run one optimizer step; return the tokens that all ranks read. Nothing changes before the optimizer runs."""
         recipe, ranks = self.recipe, self.ranks
         ids, targets, count = self._objective(batch, windows.seed)
         rows, length = ids.shape
@@ -284,12 +284,12 @@ class _Run:
             starts=starts,
             group=ranks.group,
             allocate=self.allocate,
-            # groups may differ in their number of chunks, and between chunks no weight is a share
+            # not if groups may have different numbers of chunks, or weights are gathered between chunks
             on_chunk=self._look if ranks.dp == 1 and not self.sharded else None,
         )
         sum_gradients(self.model, ranks, nll)
         norm = clip_gradients(self.model, recipe.optimizer.clip)
-        loss, norm = torch.stack((nll / count, norm.double())).tolist()  # the one time a step waits for the device
+        loss, norm = torch.stack((nll / count, norm.double())).tolist()  # the only wait for the device
         self._refuse_divergence(loss, norm, windows, position)
         rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
@@ -303,13 +303,13 @@ class _Run:
         documents = [stop - start for row in starts for start, stop in pairwise([*row, length])]
         flops = executed_flops(recipe.model, documents, recipe.train.predicted)
         seen = rows * length * ranks.dp
-        self.log.add(seen, flops * ranks.dp, loss, norm)  # other groups' documents are taken to be like these
+        self.log.add(seen, flops * ranks.dp, loss, norm)  # other groups' documents are assumed to be alike
         return seen
 
     def _objective(self, batch: Batch, seed: int) -> tuple[Tokens, Tokens, int]:
-        """Windows of seq_len + 1 tokens -> ids and targets (rows, seq_len), and how many targets all ranks have.
+        """Return ids and targets (rows, seq_len) of windows of seq_len + 1 tokens, and how many targets all ranks have.
 
-        Tokens are hidden on the host, where targets then are: to ask which they are is to wait for nothing.
+        Tokens are hidden on the host, and their targets stay there: finding these then waits for no device.
         """
         train, ranks, (rows, length) = self.recipe.train, self.ranks, batch.shape
         if train.objective == "causal":
@@ -334,7 +334,7 @@ class _Run:
         return learning_rate(step, self.recipe.train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
 
     def _refuse_divergence(self, loss: float, norm: float, windows: TokenWindows, position: dict[str, Any]) -> None:
-        """Stop before a step that would spoil the weights; raises LongNetError."""
+        """Save, and raise LongNetError, before a step that would spoil the weights."""
         limit = math.inf if self.log.lowest is None else self.log.lowest + self.recipe.train.loss_jump
         if math.isfinite(loss) and math.isfinite(norm) and loss <= limit:
             return
@@ -354,7 +354,7 @@ class _Run:
         )
 
     def _report(self) -> Metrics | None:
-        """Evaluate and write a line of metrics for the last step, where they are due and not done."""
+        """Evaluate and write a line of metrics for the last step, if they are due and not done yet."""
         train, progress = self.recipe.train, self.progress
         if progress.reported == progress.step:
             return None
@@ -376,7 +376,7 @@ class _Run:
         return line
 
     def _evaluate(self, stage: Stage) -> Score:
-        """The held-out score; a lower loss than ever writes best/."""
+        """Return the held-out score. Write best/ if the loss is lower than ever."""
         with whole_weights(self.model):
             try:
                 found = evaluate(
@@ -402,7 +402,7 @@ class _Run:
         return found
 
     def _look(self) -> None:
-        """Between two chunks: stop, or save, where a signal asks for it."""
+        """Stop or save, between two chunks, if a signal asks for it."""
         if self.signals.look():
             self.save()
 
@@ -417,7 +417,7 @@ class _Run:
         state = whole_state(self.model, self.ranks)
         if self.ranks.first:
             self.model.save(folder, self.tokenizer.to_json(), state, self.tokenizer.token_of(self.eos_id))
-        self.ranks.barrier()  # the end of another rank would end this one while it writes
+        self.ranks.barrier()  # otherwise another rank could end, and end this one while it writes
 
 
 def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Sequence[str]) -> list[Document]:
@@ -426,7 +426,7 @@ def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Sequence[str]) -> l
 
 
 def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
-    """The training data, cut into the windows of each stage."""
+    """Return the training data, cut into the windows of each stage."""
     mix, train = recipe.data.sources, recipe.train
     sources = [TokenStream(_documents(recipe, tokenizer, source.inputs), eos_id) for source in mix]
     weights = [source.weight for source in mix]
@@ -445,7 +445,7 @@ def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks
 
 
 def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
-    """The id with which each document begins: end-of-text, or what a Hugging Face model was trained with."""
+    """Return the id with which each document starts: end-of-text, or what a Hugging Face model was trained with."""
     if not isinstance(recipe, PretrainedRecipe) or recipe.data.eos is not None:
         found: int | tuple[int, ...] | None = tokenizer.eos_id
     else:
@@ -462,7 +462,7 @@ def _model(recipe: Recipe, initial: str | None) -> Net:
         return load_trainable(find_model(recipe.init), recipe.model, recipe.adapter)
     if initial is None:
         return LongNet(recipe.model)
-    # weights do not depend on what a query sees: training goes on with the recipe's pattern
+    # weights do not depend on the pattern: training continues with the recipe's
     model = LongNet.from_pretrained(find_model(initial), dtype=torch.float32, pattern=recipe.model.pattern)
     if model.config != recipe.model:
         changed = [

@@ -17,11 +17,11 @@ from longnet_cli.scoring import Score
 
 @dataclass(frozen=True)
 class Metrics:
-    """Means over the steps since the last line: loss in nats per token, the gradient's norm before clipping.
+    """A line of metrics. `loss` (nats per token) and `grad_norm` (before clipping) are means since the last line.
 
-    `mfu` is the share of the matrix product rate of all ranks that the net's FLOPs, forward and backward, make, over
-    documents as long as they are; None where that rate is unknown, or lower than the run's own, as it was measured
-    under other work. `held_out_*` are None but at evaluations.
+    `mfu` is the rate of the net's FLOPs, forward and backward, on documents of their true lengths, as a share of the
+    matrix product rate of all ranks. It is None where that rate is unknown, or lower than the net's own because it was
+    measured under other work. `held_out_*` are None except at evaluations.
     """
 
     step: int
@@ -39,12 +39,12 @@ class Metrics:
 
 
 class MetricsLog:
-    """Collects steps and appends a line to metrics.jsonl when asked; without a path it only collects."""
+    """A log that collects steps and appends a line to metrics.jsonl on request. Without a path it only collects."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.tokens = 0
-        self.lowest: float | None = None  # mean loss of a line so far
+        self.lowest: float | None = None  # the lowest mean loss of a line so far
         self._reset()
 
     def _reset(self) -> None:
@@ -52,7 +52,7 @@ class MetricsLog:
         self.flops, self.loss, self.grad_norm = 0.0, 0.0, 0.0
 
     def add(self, tokens: int, flops: float, loss: float, grad_norm: float) -> None:
-        """A step, of all ranks."""
+        """Add a step of all ranks."""
         self.steps += 1
         self.tokens += tokens
         self.new_tokens += tokens
@@ -62,7 +62,7 @@ class MetricsLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Return what is done meanwhile is not training, and does not count in its speed."""
+        """Stop the clock within the context, so that work other than training does not count in the speed."""
         paused = time.perf_counter()
         try:
             yield
@@ -79,7 +79,7 @@ class MetricsLog:
         peak: float | None = None,
         held_out: Score | None = None,
     ) -> Metrics:
-        """A line for the steps since the last one; `peak` is the matrix product rate of all ranks, in FLOP/s."""
+        """Write and return a line for the steps since the last; `peak` is all ranks' matrix product rate in FLOP/s."""
         seconds = time.perf_counter() - self.began
         share = self.flops / seconds / peak if peak else None
         line = Metrics(
@@ -104,13 +104,13 @@ class MetricsLog:
         return line
 
     def state(self) -> dict[str, Any]:
-        """Return what a run that goes on needs, so that its lines are those of one never stopped (but for the rate)."""
+        """Return a state from which a resumed run writes an uninterrupted run's lines (except for the rate)."""
         seconds = time.perf_counter() - self.began
         names = ("tokens", "lowest", "steps", "new_tokens", "flops", "loss", "grad_norm")
         return {"seconds": seconds, **{name: getattr(self, name) for name in names}}
 
     def resume(self, state: dict[str, Any] | None, step: int) -> None:
-        """Go on from a `state`, or begin with None; lines after `step`, which were never saved, are dropped."""
+        """Continue from a `state`, or start with None. Drop the lines after `step`, which were never saved."""
         known = dict(state or {})
         self.began = time.perf_counter() - known.pop("seconds", 0.0)
         for name, value in known.items():
@@ -121,7 +121,7 @@ class MetricsLog:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics; a line that a kill cut short comes after every step."""
+    """Return the step of a line of metrics; infinity for a line that a kill cut short."""
     try:
         step = parse(line)["step"]
         return step if isinstance(step, int) else float("inf")

@@ -14,9 +14,10 @@ from .recipe import OptimizerRecipe, ScheduleRecipe
 
 
 def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
-    """Fused AdamW, and Muon for the matrices of the layers where the recipe asks for it; only matrices decay.
+    """Return fused AdamW and, if the recipe asks for it, Muon for the matrices of the layers. Only matrices decay.
 
-    Weights that are sharded over ranks (`runtime.fsdp`) must be so already. Raises ConfigError for Muon on them.
+    If weights are to be sharded over ranks (`runtime.fsdp`), shard them first. Raises ConfigError for Muon on sharded
+    weights.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     of_layers = {id(p) for block in model.blocks for p in block.parameters()}
@@ -33,7 +34,7 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
     adamw = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
     if not muon:
         return [adamw]
-    # its updates are scaled to the size of AdamW's, so one learning rate serves both
+    # Muon's updates are scaled to the size of AdamW's, so one learning rate serves both
     return [
         torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
         adamw,
@@ -41,7 +42,7 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: ScheduleRecipe) -> float:
-    """The rate of step 0 .. total - 1."""
+    """Return the learning rate of a step, 0 .. total - 1."""
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     if schedule.decay == "constant":

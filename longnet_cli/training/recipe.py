@@ -1,4 +1,4 @@
-"""The definition of a training run: one TOML file, checked as a whole. Order: default < file < `--set` and flags."""
+"""The definition of a training run: a TOML file, checked as a whole. Precedence: default < file < `--set`, flags."""
 
 from __future__ import annotations
 
@@ -39,21 +39,20 @@ class MixedInputs(Table):
 
 
 class DataRecipe(Table):
-    """The source of tokens; `tokenizer` is `bytes`, a file or a folder, `eos` its end-of-text token or the id of it.
+    """The source of tokens. `tokenizer` is `bytes`, a file or a folder; `eos` is its end-of-text token or the id of it.
 
-    Either `train`, inputs as on any command line, or `[[data.mix]]`, a table for each of several sources. The weights
-    need not sum to 1: 0.7 and 0.3 are 7 and 3. A source that runs out starts again; the others continue. A recipe
-    may leave both out, as most shipped ones do: then `--data` must say.
+    Set either `train`, inputs as on any command line, or `[[data.mix]]`, a table for each of several sources. The
+    weights need not sum to 1: 0.7 and 0.3 mean the same as 7 and 3. A source that runs out starts again; the others
+    continue. A recipe may leave both out, as most shipped ones do; then `--data` is required.
     """
 
     train: list[str] | None = Field(default=None, min_length=1)
     mix: list[MixedInputs] | None = Field(default=None, min_length=1)
     tokenizer: str = "bytes"
-    eos: str | int | None = (
-        None  # put between documents, which a flat column is cut at; otherwise as the tokenizer says
-    )
+    # put between documents; a flat column is cut into documents at it; None takes the tokenizer's own
+    eos: str | int | None = None
     column: str | None = None
-    held_out: list[str] | None = Field(default=None, min_length=1)  # inputs, never trained on, to evaluate with
+    held_out: list[str] | None = Field(default=None, min_length=1)  # inputs to evaluate with, never trained on
 
     @model_validator(mode="after")
     def _one_of_train_and_mix(self) -> DataRecipe:
@@ -63,7 +62,7 @@ class DataRecipe(Table):
 
     @property
     def sources(self) -> list[MixedInputs]:
-        """Return what `train` or `mix` says, as a mix of one or several; ConfigError where neither says anything."""
+        """The sources in `train` or `mix`, as a mix of one or several. Raises ConfigError where neither is set."""
         if self.train is None and self.mix is None:
             raise ConfigError("no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe")
         return self.mix or [MixedInputs(inputs=self.train or [], weight=1)]
@@ -85,9 +84,10 @@ class OptimizerRecipe(Table):
 
 
 class ScheduleRecipe(Table):
-    """The learning rate rises linearly for `warmup_steps`, then falls to `final` times its peak at the last step.
+    """The learning rate: it rises linearly for `warmup_steps`, then falls to `final` times its peak at the last step.
 
-    `polynomial` is fairseq's, and the paper's: what is left of the steps, to the `power`; `linear` is its power 1.
+    `polynomial` is fairseq's, and the paper's: the share of the steps that is left, to the `power`. `linear` is its
+    power 1.
     """
 
     warmup_steps: int = Field(default=100, ge=0)
@@ -110,12 +110,12 @@ class Stage(Table):
 
 
 class TrainRecipe(Table):
-    """An optimizer step sees `batch_tokens`, with the activations of at most `chunk` of them at a time.
+    """The training itself. A step sees `batch_tokens`, with the activations of at most `chunk` of them at a time.
 
-    Without a `chunk` a GPU takes the longest it holds, up to 128Ki (`estimate.settle_chunk`). Short sequences share
-    a forward; one longer than `chunk` goes chunk by chunk, at the price of one forward more, with the same loss and
-    gradients. A token attends to earlier tokens of its own document, or `across_documents` to all that come before it
-    in its window.
+    Without a `chunk`, a GPU takes the longest that fits, up to 128Ki (`estimate.settle_chunk`). Short sequences share a
+    forward pass. A sequence longer than `chunk` goes chunk by chunk, at the price of one more forward pass, with the
+    same loss and gradients. A token attends to earlier tokens of its own document or, with `across_documents`, to all
+    earlier tokens of its window.
 
     The objective is the next token ("causal") or, for a bidirectional net, `mask_rate` of the tokens ("masked").
     """
@@ -127,16 +127,16 @@ class TrainRecipe(Table):
     chunk: Size = 16384
     across_documents: bool = False
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    spill: str | None = None  # a folder for the rows that chunks of a sequence keep for each other, not in memory
-    activation_checkpointing: bool = False  # compute each layer again in the backward: less memory, a forward more
+    spill: str | None = None  # a folder, instead of memory, for the rows that chunks keep for each other
+    activation_checkpointing: bool = False  # compute layers again in the backward pass: saves memory, costs a forward
     compile: bool = False  # each layer, with torch.compile
     seed: int = Field(default=0, ge=0, lt=2**62)
-    loss_jump: float = Field(default=5.0, gt=0)  # nats per token over the lowest mean so far at which a run stops
+    loss_jump: float = Field(default=5.0, gt=0)  # a run stops so many nats per token above its lowest mean
     log_every: int = Field(default=10, gt=0)
     evaluate_every: int = Field(default=500, gt=0)  # steps, where there is data.held_out
     save_every: int = Field(default=500, gt=0)  # steps between checkpoints
-    save_minutes: float | None = Field(default=None, gt=0)  # and at the latest after so long
-    keep: int = Field(default=2, gt=0)  # newest checkpoints
+    save_minutes: float | None = Field(default=None, gt=0)  # most minutes between checkpoints
+    keep: int = Field(default=2, gt=0)  # how many of the newest checkpoints stay
     track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
 
     @property
@@ -145,7 +145,7 @@ class TrainRecipe(Table):
 
     @property
     def tokens(self) -> int:
-        """Return what all steps see together."""
+        """The tokens that all steps see together."""
         return sum(stage.steps * self.windows(stage) * stage.seq_len for stage in self.stages)
 
     @property
@@ -154,15 +154,15 @@ class TrainRecipe(Table):
         return self.mask_rate if self.objective == "masked" else 1.0
 
     def windows(self, stage: Stage) -> int:
-        """Sequences of an optimizer step."""
+        """Return the number of sequences in an optimizer step."""
         return max(1, self.batch_tokens // stage.seq_len)
 
 
 class ParallelRecipe(Table):
-    """The shares of processes in a torchrun job: `sp` share a sequence, and `dp` groups of them share the sequences.
+    """The division of work in a torchrun job: `sp` processes share a sequence, `dp` such groups share the sequences.
 
-    By default all share a sequence. `shard = "full"` gives each process a part of the weights, gradients and optimizer
-    state (FSDP2), "none" all of them.
+    By default all processes share each sequence. `shard = "full"` gives each process a part of the weights, gradients
+    and optimizer state (FSDP2), "none" all of them.
     """
 
     sp: int | None = Field(default=None, gt=0)
@@ -170,8 +170,8 @@ class ParallelRecipe(Table):
     shard: Literal["none", "full"] = "none"
 
 
-# What may differ between a checkpoint and the run that goes on from it: it changes no number beyond rounding. Of the
-# tokenizer and the initial model, the place: what they are is compared besides.
+# Keys that may differ between a checkpoint and the run that continues it: they change no number beyond rounding. The
+# tokenizer and the initial model may only be in another place: their contents are compared as well.
 FREE_TO_CHANGE = {
     *("init", "data.train", "data.mix", "data.held_out", "data.column", "data.tokenizer", "parallel"),
     *("train.chunk", "train.spill", "train.activation_checkpointing", "train.compile", "train.loss_jump"),
@@ -211,14 +211,14 @@ class Recipe(Table):
         return self.model_copy(update={"train": self.train.model_copy(update={"chunk": chunk})})
 
     def changed_since(self, saved: Mapping[str, Any]) -> list[str]:
-        """The keys (`optimizer.lr`) in which a saved recipe differs so that a run could not go on from it exactly."""
+        """Return the keys (`optimizer.lr`) whose change since a saved recipe keeps a run from continuing exactly."""
         return [key for key in _changed(saved, self.model_dump(mode="json"), "") if key not in FREE_TO_CHANGE]
 
 
 class LoraRecipe(Table):
-    """Matrices of `rank` beside those that are named in `target_modules`, otherwise beside all of the layers (peft).
+    """LoRA (peft): matrices of `rank` beside those named in `target_modules`, by default beside all in the layers.
 
-    What they add is scaled by alpha / rank.
+    Their output is scaled by alpha / rank.
     """
 
     rank: int = Field(default=16, gt=0)
@@ -228,11 +228,11 @@ class LoraRecipe(Table):
 
 
 class PretrainedRecipe(Recipe):
-    """One that trains the decoder of transformers in the folder `init`; of `[model]`, a person writes the pattern."""
+    """A recipe that trains the transformers decoder in the folder `init`. In `[model]`, you only set the pattern."""
 
     init: str
-    model: TransformersConfig  # type: ignore[assignment] # what the jobs ask of either, `NetConfig` says
-    lora: LoraRecipe | None = None  # all weights are trained without it
+    model: TransformersConfig  # type: ignore[assignment] # jobs only use what `NetConfig` has
+    lora: LoraRecipe | None = None  # without it, all weights are trained
 
     @model_validator(mode="after")
     def _windows_fit_the_model(self) -> PretrainedRecipe:
@@ -258,16 +258,16 @@ def _changed(old: Any, new: Any, path: str) -> Iterator[str]:
         yield path
 
 
-# a value that is given takes the place of the recipe's, however that says it
+# keys that say the same in another way: an override of the first removes the others from the recipe
 SAID_OTHERWISE = {"model.pattern": PATTERN_FIELDS, "data.train": ("mix",), "data.mix": ("train",)}
 
 
 def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     """Read a recipe, apply `overrides` ({"optimizer.lr": 1e-3}) and check the whole.
 
-    `path` is a TOML file, a run's recipe.json, the name of one that ships in models/, or None for overrides alone. A
-    model without `vocab_size` gets its tokenizer's, and with the masked objective one id more, the mask. Where `init`
-    is a Hugging Face model, the facts of `[model]` are its own, and the tokenizer too, unless the recipe names one.
+    `path` is a TOML file, a run's recipe.json, the name of a recipe that ships in models/, or None for overrides alone.
+    A model without `vocab_size` gets its tokenizer's, plus one id for the mask with the masked objective. If `init` is
+    a Hugging Face model, `[model]` has that model's facts; its tokenizer is used unless the recipe names another.
     Raises ConfigError, and CheckpointError for an `init` that is no model.
     """
     data, where = _read(path) if path else ({}, "options")
@@ -295,7 +295,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
 
 
 def _pretrained_folder(data: Mapping[str, Any]) -> Path | None:
-    """The folder of the Hugging Face model that `init` names; None for a LongNet, which may be gone meanwhile."""
+    """Return the folder of the Hugging Face model that `init` names; None for a LongNet, which may be gone by now."""
     initial, model = data.get("init"), data.get("model")
     if not isinstance(initial, str):
         return None
@@ -303,18 +303,18 @@ def _pretrained_folder(data: Mapping[str, Any]) -> Path | None:
         folder = find_model(initial)
     except LongNetError:
         if isinstance(model, dict) and {"dim", "segment_lengths"} <= model.keys():
-            return None  # a run that goes on has its weights, and one that begins says so
+            return None  # a resumed run has its weights; a new run reports the missing folder
         raise
     return folder if is_of_transformers(folder) else None
 
 
 def _pretrained(data: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
-    """The tables `model` and `data` of a recipe that trains the Hugging Face model in `folder`."""
+    """Return the tables `model` and `data` of a recipe that trains the Hugging Face model in `folder`."""
     model, source = data.get("model", {}), data.get("data", {})
     if not isinstance(model, dict) or not isinstance(source, dict):
         raise ConfigError(f"{where}: model and data are tables of keys and values")
     written = model.get("pattern")
-    if "source" not in model:  # else a recipe of a run, which has all facts
+    if "source" not in model:  # otherwise it is a run's recipe, which has all facts
         if others := [name for name in model if name != "pattern"]:
             raise ConfigError(
                 f"{where}: model.{others[0]}: {folder} is a Hugging Face model with sizes of its own: leave out "
@@ -331,7 +331,7 @@ def _pretrained(data: Mapping[str, Any], folder: Path, where: str) -> dict[str, 
 
 
 def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
-    """`["optimizer.lr=1e-3", "data.tokenizer=bytes"]` -> values read as TOML, or as text where that fails."""
+    """Parse `["optimizer.lr=1e-3", "data.tokenizer=bytes"]`: values are TOML, or text where that fails."""
     found: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")

@@ -22,8 +22,8 @@ CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
 RECIPE = "recipe.json"
 MODEL_FILES = (WEIGHTS, TOKENIZER, CONFIG)
 
-# True goes on with the run in the output folder, if there is one; False refuses a folder that holds a run; a path
-# goes on from that checkpoint, or from the newest one of that run.
+# True continues the run in the output folder, if there is one; False refuses a folder that holds a run; a path
+# continues from that checkpoint, or from the newest checkpoint of that run.
 Resume = bool | str | Path
 _LAST = "; to continue the run in the output folder, put --resume at the end"
 
@@ -36,12 +36,13 @@ def prepare_run(
     resume: Resume = True,
     writes: bool = True,
 ) -> Recipe:
-    """Return the recipe of a run in the folder `output`, with `overrides`; without `recipe`, that of the resumed run.
+    """Return the recipe of a run in the folder `output`, with `overrides`. Without `recipe`, take the resumed run's.
 
     A resumed run keeps its chunk, unless another is named.
 
-    Raises ConfigError where there is no recipe, and, if the run `writes`, for a folder that holds a model but no run,
-    or whose files the run would read as data, recipe, tokenizer or initial model.
+    Raises ConfigError where there is no recipe and where `output` or a parent is a file. If the run `writes`, also for
+    a folder that holds a model but no run, and where the run would overwrite its data, recipe, tokenizer or initial
+    model.
     """
     folder = Path(output)
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
@@ -66,10 +67,10 @@ def prepare_run(
 
 
 def find_checkpoint(output: Path, resume: Resume, ranks: Ranks, on_note: Callable[[str], None]) -> Path | None:
-    """Return the checkpoint that a run in `output` goes on from; None for a run that starts from nothing.
+    """Return the checkpoint from which a run in `output` continues; None for a run that starts from nothing.
 
-    `on_note` is told of each damaged checkpoint that is passed over. Raises ConfigError for a folder that holds another
-    run, CheckpointError where the path holds no checkpoint or all are damaged.
+    `on_note` gets a line about each damaged checkpoint that is skipped. Raises ConfigError for a folder that holds
+    another run, CheckpointError where the path holds no checkpoint or all are damaged.
     """
     if not isinstance(resume, bool) and Path(resume).resolve() == output.resolve():
         resume = True
@@ -84,7 +85,7 @@ def find_checkpoint(output: Path, resume: Resume, ranks: Ranks, on_note: Callabl
 
 
 def _recipe_of_run(folder: Path, resume: Resume) -> str | None:
-    """The recipe that the resumed run has written."""
+    """Return the path of the recipe that the resumed run has written; None if there is none."""
     if resume is False:
         return None
     runs = [folder] if resume is True else [Path(resume), Path(resume).parent.parent]  # a run, or its checkpoint
@@ -92,7 +93,7 @@ def _recipe_of_run(folder: Path, resume: Resume) -> str | None:
 
 
 def _chunk_of(recipe: str) -> int | None:
-    """The chunk in the recipe.json of a run; it is not checked, as what it names may lie elsewhere by now."""
+    """Return the chunk in a run's recipe.json, which is not checked: the files that it names may have moved."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         chunk = parse(read_text(Path(recipe)))["train"]["chunk"]
         return chunk if isinstance(chunk, int) and chunk > 0 else None
@@ -100,7 +101,7 @@ def _chunk_of(recipe: str) -> int | None:
 
 
 def _checkpoint_at(path: Path, ranks: Ranks, on_note: Callable[[str], None]) -> Path:
-    """The checkpoint at a path: itself, or the newest of a run. Raises CheckpointError."""
+    """Return the checkpoint at a path: itself, or the newest of a run. Raises CheckpointError."""
     if (path / STATE).exists():
         if damage := find_damage(path):
             raise CheckpointError(f"{path} is damaged: {damage}")
@@ -114,9 +115,9 @@ def _checkpoint_at(path: Path, ranks: Ranks, on_note: Callable[[str], None]) -> 
 
 
 def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None) -> None:
-    """Raise ConfigError where a run in `output` would write over its data, its recipe (in `path`) or initial model.
+    """Raise ConfigError where a run in `output` would overwrite its data, recipe (`path`), tokenizer or initial model.
 
-    A recipe.json and a tokenizer.json beside metrics.jsonl are the run's own, which it goes on with.
+    A recipe.json and a tokenizer.json beside metrics.jsonl belong to the run itself, which continues with them.
     """
     data, again = recipe.data, (output / "metrics.jsonl").exists()
     inputs = [*(item for source in (data.train or [], *(mix.inputs for mix in data.mix or [])) for item in source)]

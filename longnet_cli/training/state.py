@@ -1,4 +1,4 @@
-"""The tensors of a run, by name, and how they are put back: weights, optimizer state, random numbers."""
+"""The tensors of a run, by name, and their restoration: weights, optimizer state, random numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Optimizers = Sequence[torch.optim.Optimizer]
 
 
 def run_tensors(model: nn.Module, optimizers: Optimizers, random: Sequence[Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Return what a checkpoint holds: `model.NAME` and `optimizer.NAME.KEY` of what is trained, `random.RANK.INDEX`."""
+    """Return the tensors to save: `model.NAME` and `optimizer.NAME.KEY` of trained weights, `random.RANK.INDEX`."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     tensors = {f"model.{name}": p.detach() for name, p in trained}
     tensors |= {
@@ -31,15 +31,15 @@ def run_tensors(model: nn.Module, optimizers: Optimizers, random: Sequence[Tenso
 
 
 def frozen_digest(model: nn.Module) -> str | None:
-    """A digest of the weights that are not trained, and so in no checkpoint; None where all are."""
+    """Return a digest of the weights that are not trained, and so in no checkpoint; None if all are trained."""
     frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     return tensor_digest(frozen) if frozen else None
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizers: Optimizers, device: torch.device, ranks: Ranks) -> None:
-    """Put a checkpoint's tensors into a net and its fresh optimizers, and draw random numbers on from where it was.
+    """Load a checkpoint's tensors into a net, its fresh optimizers and the random number generators.
 
-    A rank that the checkpoint does not know, because there were fewer, keeps its own random numbers. Raises
+    A rank that the checkpoint does not have, because there were fewer, keeps its own random numbers. Raises
     CheckpointError for a checkpoint of another net.
     """
     names = tensor_names(checkpoint)
@@ -58,7 +58,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizers: Optimizers, device: 
 
 
 def _state_of(p: Tensor, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Return what the optimizer of a parameter keeps for it: a view, empty before the first step."""
+    """Return the state that its optimizer keeps for a parameter: the dict itself, empty before the first step."""
     owner = next(o for o in optimizers if any(p is mine for group in o.param_groups for mine in group["params"]))
     return owner.state[p]
 

@@ -1,4 +1,4 @@
-"""Token ids of a batch that need not be in memory, nor on the device, before they are computed with."""
+"""Token ids of a batch that are read, and sent to the device, only when they are needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longnet_cli.runtime.device import to_device
 
 
 class _ReadTokens:
-    """`runtime.chunks.Tokens` that are read where they are indexed."""
+    """`runtime.chunks.Tokens` that are read when they are indexed."""
 
     shape: tuple[int, int]
     device: torch.device
@@ -24,12 +24,12 @@ class _ReadTokens:
         return torch.stack([self.read(each, start, stop) for each in range(*row.indices(self.shape[0]))])
 
     def read(self, row: int, start: int, stop: int) -> Tensor:
-        """(stop - start,) int64"""
+        """Return the ids [start, stop) of a row, (stop - start,) int64."""
         raise NotImplementedError
 
 
 class StoredTokens(_ReadTokens):
-    """The ids of a batch's windows from their token `first` on, `tokens` of each."""
+    """The ids of a batch's windows: `tokens` of each window, from its token `first` on."""
 
     def __init__(self, batch: Batch, first: int, tokens: int, device: torch.device) -> None:
         self.batch, self.first, self.device = batch, first, device
@@ -40,7 +40,7 @@ class StoredTokens(_ReadTokens):
 
 
 class Pieces(_ReadTokens):
-    """Pieces of (B, N) ids put together anew, (b, n): each row is runs (row, start, stop), one after the other."""
+    """Pieces of ids (B, N) as new rows (b, n): each row is a list of runs (row, start, stop) in order."""
 
     def __init__(self, tokens: Tokens, rows: list[list[tuple[int, int, int]]]) -> None:
         self.tokens, self.rows, self.device = tokens, rows, tokens.device

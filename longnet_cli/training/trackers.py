@@ -1,4 +1,4 @@
-"""Trackers that get a run's metrics besides metrics.jsonl: TensorBoard, Weights & Biases. Each is an extra."""
+"""Trackers that get a run's metrics besides metrics.jsonl: TensorBoard, Weights & Biases. Each is an optional extra."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Tracker(Protocol):
     """The interface of every tracker."""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Take the metrics of a step; what is not a number is left out."""
+        """Log the metrics of a step; leave out values that are not numbers."""
 
     def close(self) -> None:
-        """Write out what is held back."""
+        """Write what is buffered, and close the tracker."""
 
 
 class TensorBoard:
@@ -38,14 +38,14 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of the package's own choosing (WANDB_PROJECT, WANDB_MODE and others), with the recipe as its config."""
+    """A Weights & Biases run, as WANDB_PROJECT, WANDB_MODE and others set it, with the recipe as its config."""
 
     def __init__(self, output: Path, settings: Mapping[str, Any], step: int) -> None:
         try:
             import wandb
         except ImportError:
             raise _missing("wandb") from None
-        output.mkdir(parents=True, exist_ok=True)  # else wandb takes a temporary folder
+        output.mkdir(parents=True, exist_ok=True)  # otherwise wandb takes a temporary folder
         self.run = wandb.init(dir=str(output), name=output.name, config=dict(settings))
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -61,11 +61,11 @@ _KINDS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {"tensorb
 def open_trackers(
     names: Sequence[str], output: str | Path, settings: Mapping[str, Any], *, step: int = 0
 ) -> list[Tracker]:
-    """The trackers of `train.track`, for a run in the folder `output` with the recipe `settings`.
+    """Return the trackers of `train.track`, for a run in the folder `output` with the recipe `settings`.
 
-    A run that goes on from `step` makes the steps after it anew: TensorBoard forgets what it has of them.
+    A run that continues from `step` repeats the steps after it, so TensorBoard drops its values for them.
 
-    Raises ConfigError, of one line, for one that is not installed.
+    Raises ConfigError, of one line, for a tracker that is not installed.
     """
     return [_KINDS[name](Path(output), settings, step) for name in dict.fromkeys(names)]
 
