@@ -85,7 +85,7 @@ class LongNetLM(TemplateLM):
     def prefix_token_id(self) -> int:
         """The id before a text without a context. Raises ConfigError if the model reads no id before a document."""
         if not (ids := bos_ids(self.bos)):
-            raise ConfigError("the tokenizer has no token that begins a text, and lm-eval needs one before it")
+            raise ConfigError("the tokenizer has no token that starts a text, and lm-eval needs one before it")
         return ids[-1]
 
     @property

@@ -179,7 +179,7 @@ class _Run:
             if changed := self.recipe.changed_since(state["recipe"]):
                 raise ConfigError(
                     f"{checkpoint} was made with another {', '.join(changed)}: go on with the recipe of its run, or "
-                    "begin another run from its model with --init"
+                    "start another run from its model with --init"
                 )
             if state.get("tokenizer", self.tokenizer.sha256) != self.tokenizer.sha256:
                 raise ConfigError(
@@ -350,7 +350,7 @@ class _Run:
             f"the loss {what} at step {self.progress.step + 1} (loss {loss:.4g}, gradient norm {norm:.4g}), in windows "
             f"{last - windows.rows * windows.world} to {last - 1}, from {', '.join(places[:3])}{others}; the state "
             f"before that step is saved in {self.output}: lower optimizer.lr or lengthen schedule.warmup_steps, and "
-            f"begin another run with --init {where}"
+            f"start another run with --init {where}"
         )
 
     def _report(self) -> Metrics | None:
@@ -394,7 +394,7 @@ class _Run:
         if not math.isfinite(loss):
             raise LongNetError(
                 f"the held-out loss is not finite after step {self.progress.step}: lower optimizer.lr or lengthen "
-                "schedule.warmup_steps, and begin another run"
+                "schedule.warmup_steps, and start another run"
             )
         if self.progress.best is None or loss < self.progress.best:
             self.progress.best = loss
@@ -453,7 +453,7 @@ def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
     if found is None:
         raise ConfigError(f"{NO_END}; training puts it between documents: name a token or an id (--eos, data.eos)")
     if not isinstance(found, int):
-        raise ConfigError(f"{recipe.init} begins a document with {len(found)} tokens, and training puts one there")
+        raise ConfigError(f"{recipe.init} starts a document with {len(found)} tokens, and training puts one there")
     return found
 
 
