@@ -22,11 +22,12 @@ from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, Wanted, choose_column
 from longnet_cli.data.documents import Document
 from longnet_cli.data.sources import documents_of
 from longnet_cli.data.tables import Table
-from longnet_cli.encoding import EmbeddingDtype, EncodeOptions, NothingToEncodeError, Pool, encode
+from longnet_cli.encoding import EmbeddingDtype, EncodeOptions, NothingToEncodeError, encode
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 from longnet_cli.gains import GainOptions, gains
 from longnet_cli.opening import Loaded, load_model
 from longnet_cli.patterns import format_pattern, parse_pattern
+from longnet_cli.pooling import Pool
 from longnet_cli.runtime.device import select_device
 from longnet_cli.scoring import NothingToScoreError, OnSkip
 

@@ -1,6 +1,6 @@
 """The `encode` job: vectors of documents, or of their spans, pooled from the hidden states after the final norm.
 
-    documents --Reader--> hidden states --_Pooling--> rows --> Arrow batches
+    documents --Reader--> hidden states --Pooling--> rows --> Arrow batches
 
 Documents are first grouped into portions, and each portion is encoded independently of the others. So a run that is
 resumed, or shared by many processes, pads and sums as an uninterrupted run of one process does.
@@ -32,6 +32,7 @@ from longnet_cli.model import LongNet
 from longnet_cli.model.config import SlideConfig
 from longnet_cli.model.net import Net
 from longnet_cli.model.weights import model_digest
+from longnet_cli.pooling import ClsPooling, Pool, Pooling, Row
 from longnet_cli.runtime.chunks import same_chunk
 from longnet_cli.runtime.dealing import BATCHES, deal
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
@@ -40,7 +41,6 @@ from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length, share_reader
 from longnet_cli.runtime.tiles import check_vectors, rows_of_tiles
 
-Pool = Literal["mean", "last", "first", "cls"]
 EmbeddingDtype = Literal["float32", "float16"]
 OnSkip = Callable[[Document, LongNetError], None]  # called with a skipped document and the reason
 
@@ -270,61 +270,10 @@ def encode_to_folder(
 
 
 @dataclass(frozen=True)
-class _Row:
-    """The vector (dim,) of the tokens [start, end), span number `span` of a document."""
-
-    document: Document
-    span: int
-    start: int
-    end: int
-    vector: Tensor
-    layers: Tensor | None = None  # (num_layers + 1, dim), with all_layers
-
-
-class _Pooling:
-    """The pooling of one document: takes hidden states in order, in pieces of any size; yields the finished rows."""
-
-    def __init__(self, document: Document, options: EncodeOptions) -> None:
-        self.document, self.pool = document, options.pool
-        self.length = options.span or len(document)
-        self.position = 0
-        self.layers: Callable[[], Tensor | None] = lambda: None
-        self.state: Tensor | None = None  # of the open span: the sum so far (float64), or the first or last state
-
-    def add(self, hidden: Tensor) -> Iterator[_Row]:
-        """Take the next hidden states (n, dim). A span ends every `span` tokens and with the document."""
-        while len(hidden):
-            index = self.position // self.length
-            start, end = index * self.length, min((index + 1) * self.length, len(self.document))
-            part, hidden = hidden[: end - self.position], hidden[end - self.position :]
-            self.position += len(part)
-            if self.pool == "mean":
-                new = part.sum(0, dtype=torch.float64)
-                self.state = new if self.state is None else self.state + new
-            elif self.pool == "last" or self.state is None:
-                self.state = part[-1 if self.pool == "last" else 0]
-            if self.position == end:
-                vector = self.state / (end - start) if self.pool == "mean" else self.state
-                yield _Row(self.document, index, start, end, vector.float(), self.layers())
-                self.state = None
-
-
-class _Cls(_Pooling):
-    """The pooling of one document by CLS: takes hidden states from CLS on; yields the row of CLS."""
-
-    def add(self, hidden: Tensor) -> Iterator[_Row]:
-        if self.state is None:
-            self.state = hidden[0]
-        self.position += len(hidden)
-        if self.position == len(self.document) + 1:
-            yield _Row(self.document, 0, 0, len(self.document), self.state.float(), self.layers())
-
-
-@dataclass(frozen=True)
 class _Window(Window):
     """A whole document, and the pooling that takes its hidden states."""
 
-    pooling: _Pooling
+    pooling: Pooling
 
 
 class _Encoder:
@@ -373,7 +322,7 @@ class _Encoder:
         """Report the tokens that another group of ranks has read."""
         self.reader.on_progress(portion.length)
 
-    def _rows(self, documents: Iterable[Document]) -> Iterator[list[_Row]]:
+    def _rows(self, documents: Iterable[Document]) -> Iterator[list[Row]]:
         windows = map(self._window, documents)
         for pieces in self._layer_by_layer(windows) if self.options.all_layers else self.reader.read(windows):
             with torch.inference_mode():
@@ -402,7 +351,7 @@ class _Encoder:
         tiles = rows_of_tiles(self.reader.model, cast(Vectors, document), self.options.tile_size)
         ids = tiles or AfterBos(document, self.bos)
         whole = self.options.pool == "cls"
-        pooling = (_Cls if whole else _Pooling)(document, self.options)
+        pooling = (ClsPooling if whole else Pooling)(document, self.options.pool, self.options.span)
         return _Window(ids, 0, ids.first + len(document), 0 if whole else ids.first, pooling)
 
     def _hidden(self, piece: Piece[_Window]) -> Tensor:
@@ -411,7 +360,7 @@ class _Encoder:
             return piece.hidden
         return torch.zeros(1, 1, device=self.reader.device).expand(len(piece), self.reader.model.config.dim)
 
-    def _of_all_ranks(self, rows: list[_Row]) -> list[_Row]:
+    def _of_all_ranks(self, rows: list[Row]) -> list[Row]:
         """Return the same rows with vectors summed over all ranks, which is exact because pooling is linear."""
         if self.reader.ranks.world == 1 or not rows:
             return rows
@@ -430,7 +379,7 @@ def _schema(options: EncodeOptions, model: Net, digest: str, kept: Sequence[pa.F
 
 
 def _record_batch(
-    schema: pa.Schema, rows: Sequence[_Row], head: Callable[[Tensor], Tensor], normalize: bool
+    schema: pa.Schema, rows: Sequence[Row], head: Callable[[Tensor], Tensor], normalize: bool
 ) -> pa.RecordBatch:
     found = [torch.stack([row.vector for row in rows])]  # (rows, dim)
     if rows[0].layers is not None:
@@ -455,7 +404,7 @@ def _record_batch(
     )
 
 
-def _array(kind: pa.DataType, rows: Sequence[_Row], vectors: Tensor, normalize: bool) -> pa.Array:
+def _array(kind: pa.DataType, rows: Sequence[Row], vectors: Tensor, normalize: bool) -> pa.Array:
     """Return vectors (rows, dim), or (rows, n, dim), as one flat array of vectors. Raises NotFiniteError."""
     if normalize:
         vectors = F.normalize(vectors, dim=-1)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
+from longnet_cli.cuts import Cut
 from longnet_cli.data.documents import SPOOL_BYTES, Document, Unread, checked
 from longnet_cli.data.files import FileChangedError
 from longnet_cli.data.portions import portions
@@ -37,7 +38,6 @@ from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.rate import FIRST_SHAPE, forward, measured_rate
 from longnet_cli.runtime.reading import PORTION_CHUNKS
 from longnet_cli.runtime.reading_bytes import computing_bytes, hidden_bytes, waiting_bytes
-from longnet_cli.scoring import Cut
 
 
 class Job(Protocol):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from longnet_cli.cuts import Cut
 from longnet_cli.data.documents import SPOOL_BYTES, Document
 from longnet_cli.data.files import no_place
 from longnet_cli.data.kept import kept_column, kept_settings, kept_value, with_kept
@@ -34,7 +35,7 @@ from longnet_cli.runtime.dealing import BATCHES, deal
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reading import Bos, Reader, share_reader
-from longnet_cli.scoring import Cut, NothingToScoreError, OnSkip, Scorer
+from longnet_cli.scoring import NothingToScoreError, OnSkip, Scorer
 
 BLOCK_TOKENS = 128  # neighbouring tokens gain together; blocks are taken as independent
 MANY_NATS = 2.0  # a token that gains this much is exp(2), about 7, times as likely

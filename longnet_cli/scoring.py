@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -21,10 +19,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from longnet_cli.cuts import Cut
 from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.kept import Sent
 from longnet_cli.data.portions import Portion, portions
-from longnet_cli.data.sinks import ShardWriter
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.finite_json import to_json
 from longnet_cli.measures import ByPosition, ByRecall, DocumentScore, Score
@@ -33,8 +31,7 @@ from longnet_cli.recall import Bigrams
 from longnet_cli.runtime.dealing import Parcel, deal
 from longnet_cli.runtime.device import precision, to_device, to_host
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length, share_reader
-from longnet_cli.sizes import format_size
+from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, share_reader
 
 # Called with (document, start, ids, log-probabilities) of the tokens [start, start + n): (n,) int64 and (n,) float32
 OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
@@ -43,7 +40,6 @@ OnNats = Callable[[Document, int | None, np.ndarray], None]
 OnSkip = Callable[[Document, LongNetError], None]  # called with a skipped document and the reason
 
 ADVICE = "the model's weights are too large for its numbers, or damaged"
-LOGPROB_BATCH = 1 << 18  # tokens per record batch of log-probabilities
 
 
 class NothingToScoreError(DataError):
@@ -135,125 +131,6 @@ def score(
             raise scorer.nothing()
 
     return run()
-
-
-def logprob_schema(metadata: Mapping[str, str] | None = None) -> pa.Schema:
-    """Return the schema of token log-probabilities, in nats: a row has the tokens of a document from `start` on.
-
-    A long document has several rows, with `part` 0, 1, 2, ... and one doc_id. `metadata` is `weights.model_origin`.
-    """
-    fields = [
-        pa.field("doc_id", pa.string()),
-        pa.field("part", pa.int32()),
-        pa.field("start", pa.int64()),
-        pa.field("input_ids", pa.large_list(pa.int32()), nullable=False),
-        pa.field("logprobs", pa.large_list(pa.float32()), nullable=False),
-    ]
-    return pa.schema(fields, metadata=dict(metadata or {}))
-
-
-@contextmanager
-def write_token_logprobs(path: str | Path, metadata: Mapping[str, str] | None = None) -> Iterator[OnTokens]:
-    """Open a file for token log-probabilities (see `logprob_schema`), and yield the `on_tokens` of `score`."""
-    rows: list[tuple[str, int, int, np.ndarray, np.ndarray]] = []
-    size = part = 0
-    last: Document | None = None
-
-    with ShardWriter(path, logprob_schema(metadata)) as writer:
-
-        def flush() -> None:
-            nonlocal rows, size
-            if rows:
-                columns = [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), writer.schema, strict=True)]
-                writer.write(pa.record_batch(columns, schema=writer.schema))
-            rows, size = [], 0
-
-        def on_tokens(document: Document, start: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
-            nonlocal size, part, last
-            part = part + 1 if document is last else 0
-            last = document
-            rows.append((document.doc_id, part, start, ids, logprobs))
-            size += len(ids)
-            if size >= LOGPROB_BATCH:
-                flush()
-
-        yield on_tokens
-        flush()
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The cut of documents into windows. `before` is the number of `Bos` ids before each document."""
-
-    before: int
-    contexts: Sequence[int | None]
-    stride: int | None
-    last: int | None
-
-    @classmethod
-    def of(cls, model: Net, bos: Bos, context: int | Sequence[int] | None, stride: int | None, last: int | None) -> Cut:
-        """Return the cut that `score` makes. Raises ConfigError as `score` does for the model and these options."""
-        if not model.config.causal:
-            raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
-        if not model.config.vocab_size:
-            raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
-        contexts: Sequence[int | None] = [context] if context is None or isinstance(context, int) else list(context)
-        given = [*(("context", each) for each in contexts), ("stride", stride), ("last", last)]
-        for name, value in given:
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be 1 or more, not {value}")
-        if not contexts or len(set(contexts)) < len(contexts):
-            raise ConfigError(f"each context may be given once: {', '.join(map(str, contexts))}")
-        if stride and (small := [each for each in contexts if each is None or each < stride]):
-            raise ConfigError(
-                f"a stride of {stride} tokens needs a context"
-                + (f" of {stride} or more, not {small[0]}" if small[0] else "")
-            )
-        return cls(len(bos_ids(bos)), contexts, stride, last)
-
-    @property
-    def first(self) -> int:
-        """The first target of a document: token 0, or token 1 if nothing precedes the document."""
-        return 0 if self.before else 1
-
-    def check(self, model: Net, document: Document) -> None:
-        """Raise TooLongError for a document with a window that is too long for the model."""
-        more = max(0, self.before - 1)  # ids before the one that predicts the first target
-        fits = max(1, (model.config.max_tokens or 0) - more)
-        instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
-        check_length(model, self.longest(len(document)) + more, document.where, instead)
-
-    def inputs(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, stop, wanted) for each window: it reads [start, stop), and targets count from `wanted` on."""
-        before = self.before - 1  # from a target to its input
-        for start, stop, counted in self.windows(tokens, context):
-            yield start + before if start > self.first else 0, stop + before, counted + before
-
-    def windows(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, stop, counted) for each window: at most `context` targets, which count from `counted` on.
-
-        The counted targets of all windows make up the document, or its `last` tokens.
-        """
-        size = context or max(1, tokens - self.first)
-        step = self.stride or size
-        look_back = self.stride is not None or self.last is not None
-        for counted in range(tokens - self.last if self.last else self.first, tokens, step):
-            stop = min(counted + step, tokens)
-            yield max(self.first, stop - size) if look_back else counted, stop, counted
-
-    def longest(self, tokens: int) -> int:
-        """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
-        if self.last and tokens < self.least:
-            return 0
-        return max(0, min(tokens - self.first, max(each or tokens for each in self.contexts)))
-
-    @property
-    def least(self) -> int:
-        """The fewest tokens of a document whose `last` tokens all get windows as long as every context."""
-        last = self.last or 0
-        return self.first + max(
-            last if size is None else size + last - min(self.stride or size, last) for size in self.contexts
-        )
 
 
 @dataclass

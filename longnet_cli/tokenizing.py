@@ -28,8 +28,9 @@ from longnet_cli.data.portions import portions
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_schema
 from longnet_cli.data.sources import read_texts
+from longnet_cli.data.special_tokens import end_of_text
 from longnet_cli.data.token_batches import TokenBatches
-from longnet_cli.data.tokenizer import Tokenizer, end_of_text
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.attention import Pattern
 from longnet_cli.cli.dry_run import show_reading
+from longnet_cli.cuts import Cut
 from longnet_cli.data.documents import Document
 from longnet_cli.data.sampling import Sample
 from longnet_cli.data.tables import Text
@@ -36,7 +37,7 @@ from longnet_cli.model.net import Net
 from longnet_cli.runtime.chunks import CausalStream
 from longnet_cli.runtime.flops import attention_flops
 from longnet_cli.runtime.reading_bytes import cache_bytes
-from longnet_cli.scoring import Cut, score
+from longnet_cli.scoring import score
 
 BOS = 256
 SMALL: dict[str, Any] = {

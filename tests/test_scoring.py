@@ -13,13 +13,12 @@ import torch.nn.functional as F
 
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.logprobs import logprob_schema, write_token_logprobs
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.scoring import (
     DocumentScore,
     Score,
-    logprob_schema,
     score,
-    write_token_logprobs,
 )
 
 BOS = 256

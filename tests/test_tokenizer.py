@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from longnet_cli.data import tokenizer as module
-from longnet_cli.data.tokenizer import END_OF_TEXT, Tokenizer, end_of_text
+from longnet_cli.data.special_tokens import END_OF_TEXT, end_of_text
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
 
 CORPUS = [

@@ -51,7 +51,8 @@ def inspect(
 
     The exit code is 3 if anything is wrong.
     """
-    from longnet_cli.data.tokenizer import Tokenizer, end_of_text
+    from longnet_cli.data.special_tokens import end_of_text
+    from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.errors import DataError
     from longnet_cli.inspecting import inspect as run
 

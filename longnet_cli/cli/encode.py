@@ -162,7 +162,7 @@ def encode(
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.sinks import ShardWriter, is_folder
     from longnet_cli.data.sources import read_documents, read_untokenized, stored_documents
-    from longnet_cli.data.tokenizer import end_of_text
+    from longnet_cli.data.special_tokens import end_of_text
     from longnet_cli.data.vector_sources import read_vectors
     from longnet_cli.patterns import format_pattern
 

@@ -125,7 +125,7 @@ def generate(
     if seed is not None and not 0 <= seed < 1 << 63:
         raise ConfigError(f"--seed {seed} is not a number from 0 to 2^63 - 1")
     sources = _sources(prompt, inputs)
-    from longnet_cli.data.tokenizer import end_of_text
+    from longnet_cli.data.special_tokens import end_of_text
     from longnet_cli.runtime.device import select_device
 
     asked = read_pattern(segment_lengths, dilation_rates, pattern)

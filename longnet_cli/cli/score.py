@@ -196,7 +196,7 @@ def score(
     from longnet_cli.data.kept import first_kept
     from longnet_cli.data.manifest import tokens_in
     from longnet_cli.data.sources import read_documents, read_untokenized, stored_documents
-    from longnet_cli.data.tokenizer import end_of_text
+    from longnet_cli.data.special_tokens import end_of_text
     from longnet_cli.measures import Total
     from longnet_cli.patterns import format_pattern
     from longnet_cli.runtime.ranks import join, leave
@@ -209,17 +209,17 @@ def score(
     if asked and not quiet and sys.stderr:
         print(f"pattern {format_pattern(net.config.pattern)}", file=sys.stderr)
     from longnet_cli.gains import GainOptions
+    from longnet_cli.logprobs import write_token_logprobs
     from longnet_cli.model.weights import model_origin
     from longnet_cli.scoring import score as run
-    from longnet_cli.scoring import write_token_logprobs
 
     eos_id = end_of_text(eos, words)
     columns: dict[str, Any] = {"column": column, "id_column": id_column, "keep": tuple(keep or ())}
     reading = {**columns, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
     documents = read_documents(inputs, words, **reading, skip_bad=skip_bad)
     if memory:
+        from longnet_cli.cuts import Cut
         from longnet_cli.estimating import ScoreJob
-        from longnet_cli.scoring import Cut
 
         cut = Cut.of(net, before, context, stride, last)
         found = estimate_reading(

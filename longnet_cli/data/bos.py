@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from longnet_cli.configuration import parse, read_text
-from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, special_token, token_id
+from longnet_cli.data.special_tokens import SETTINGS, special_token, token_id
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.presets import is_of_transformers
 
 NONE = "none"

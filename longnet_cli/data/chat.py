@@ -20,7 +20,8 @@ import tokenizers
 from jinja2 import ext, nodes, parser, sandbox
 
 from longnet_cli.configuration import digest, read_text
-from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, read_settings, special_token
+from longnet_cli.data.special_tokens import SETTINGS, read_settings, special_token
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
 from longnet_cli.finite_json import to_json
 

@@ -21,20 +21,19 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from longnet_cli.atomic import write_file
 from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
+from longnet_cli.data.special_tokens import (
+    END_OF_TEXT,
+    EOS_KEYS,
+    EOS_NAMES,
+    SETTINGS,
+    read_settings,
+    special_token,
+    token_id,
+)
 from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
 from longnet_cli.presets import TOKENIZER_SHA256, list_models, model_metadata, preset_dir
 
-END_OF_TEXT = "<|endoftext|>"
 TOKENIZER = "tokenizer.json"
-SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenizer.json
-
-# The end-of-text token: the one that SETTINGS names (models that mask tokens have only `sep_token`), otherwise the
-# first of EOS_NAMES in the vocabulary.
-EOS_KEYS = ("eos_token", "sep_token")
-EOS_NAMES = (
-    *(END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>"),
-    *("<|eot_id|>", "<|im_end|>", "<|end\u2581of\u2581sentence|>", "[SEP]"),
-)
 
 # One call of the library takes more than linear time (4 MB cost 8 times as much as 1 MB) and keeps some 100 bytes per
 # token. So a text is encoded in pieces of PIECE characters, and pieces in groups of GROUP characters.
@@ -285,8 +284,8 @@ class Tokenizer:
         if (self._description.get("decoder") or {}).get("type") != "ByteLevel":
             return None
         lengths = np.zeros(self.vocab_size, np.int64)
-        for token, token_id in self._vocab.items():
-            lengths[token_id] = len(token)  # in the byte alphabet a character is a byte
+        for token, index in self._vocab.items():
+            lengths[index] = len(token)  # in the byte alphabet a character is a byte
         for added in self._description["added_tokens"]:  # these are written as text
             lengths[added["id"]] = 0 if added["special"] else len(added["content"].encode())
         return lengths
@@ -391,64 +390,3 @@ def cut_text(parts: Iterable[str]) -> Iterator[str]:
             start = end
     if start < len(text):
         yield text[start:]
-
-
-def end_of_text(written: str | int | bool | None, tokenizer: Tokenizer | None) -> int | None:
-    """Return the id that `--eos` names (see `token_id`): the tokenizer's own for True, None for None and False.
-
-    Raises ConfigError for an unknown token or id, and for True if the tokenizer has no end-of-text token.
-    """
-    if written is None or written is False:
-        return None
-    if written is True:
-        found = tokenizer.eos_id if tokenizer else None
-        if found is None:
-            raise ConfigError(f"{NO_END}: name a token or an id (--eos)")
-        return found
-    return token_id("--eos", written, tokenizer)
-
-
-NO_END = (
-    f"the tokenizer has no end-of-text token: neither {SETTINGS} ({' or '.join(EOS_KEYS)}) names one of its tokens, "
-    f"nor is any of {' '.join(EOS_NAMES)} among them"
-)
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Return the contents of a tokenizer_config.json, empty if it is missing. Raises ConfigError for a damaged one."""
-    try:
-        found = parse(read_text(path))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    return found if isinstance(found, dict) else {}
-
-
-def special_token(written: Any) -> str:
-    """Return the text of a special token as tokenizer_config.json writes it, plain or in a table; empty for none."""
-    found = written.get("content") if isinstance(written, dict) else written
-    return found if isinstance(found, str) else ""
-
-
-def token_id(option: str, written: str | int, tokenizer: Tokenizer | None) -> int:
-    """Return the id that an option names: a number, or a token of the tokenizer.
-
-    Raises ConfigError for a token that the tokenizer does not have, and for an id that does not fit its vocabulary.
-    """
-    size = tokenizer.vocab_size if tokenizer else 1 << 63
-    if isinstance(written, int) or re.fullmatch(r"[-+]?[0-9]+", written):
-        number = int(written) if len(str(written)) < 20 else -1
-        if not 0 <= number < size:
-            limit = f"a vocabulary of {size}" if tokenizer else "64 bits"
-            raise ConfigError(f"the {_MEANING[option]} id {written} ({option}) does not fit {limit}")
-        return number
-    if tokenizer is None:
-        raise ConfigError(f"{option} {written} is no id, and there is no tokenizer that has it as a token: give its id")
-    found = tokenizer.id_of(written)
-    if found is None:
-        raise ConfigError(f"{option} {written}: the tokenizer has no such token; name one of its tokens, or an id")
-    return found
-
-
-_MEANING = {"--eos": "end-of-text", "--bos": "begin-of-text"}

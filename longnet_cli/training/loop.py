@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from longnet_cli.atomic import locked_folder, write_file
 from longnet_cli.data.bos import document_start
 from longnet_cli.data.sources import Document, read_documents
-from longnet_cli.data.tokenizer import NO_END, Tokenizer
+from longnet_cli.data.special_tokens import NO_END
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import Batch, TokenStream, TokenWindows
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.integrations.loading import load_trainable
