@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from longnet_cli.data import documents as documents_module
-from longnet_cli.data import sources
+from longnet_cli.data import id_columns, sources
 from longnet_cli.data.sources import Document, read_documents, read_texts
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, LongNetError
@@ -265,7 +265,7 @@ def test_slices_of_columns_keep_to_their_rows(kind):
 
 
 def test_blocks_do_not_show_in_a_flat_stream(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "FLAT_BLOCK", 3)
+    monkeypatch.setattr(id_columns, "FLAT_BLOCK", 3)
     documents = read(FORMATS["flat column"](tmp_path))
     assert tokens(documents) == IDS
     assert [document.where.split(", ")[1] for document in documents] == ["row 1", "row 7", "row 23"]

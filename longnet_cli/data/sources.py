@@ -9,17 +9,15 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, groupby, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import pyarrow as pa
 
 from longnet_cli.data.columns import (
     INTEGERS,
     USUAL,
-    Columns,
     TokenTypes,
     Wanted,
     choose_columns,
@@ -28,17 +26,16 @@ from longnet_cli.data.columns import (
     token_type,
 )
 from longnet_cli.data.documents import Document, Part, Unread, collect
-from longnet_cli.data.files import FileChangedError, StoredIds, no_place
+from longnet_cli.data.files import FileChangedError, no_place
 from longnet_cli.data.folders import ARROW_KINDS, sniff
 from longnet_cli.data.formats import open_source
+from longnet_cli.data.id_columns import flat_documents, list_documents
 from longnet_cli.data.inputs import Source, find_sources
-from longnet_cli.data.manifest import is_manifest
-from longnet_cli.data.rows import Group, Label, group_rows, read_batches
 from longnet_cli.data.tables import Table, Text, reading
+from longnet_cli.data.text_columns import table_texts
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, InputWarning
 
-FLAT_BLOCK = 1 << 22  # ids of a flat column searched for document ends in one go
 SPOOLED_PART = 1 << 24  # characters per read of a text in a temporary file
 
 
@@ -67,7 +64,7 @@ def read_texts(
             yield _spooled(opened) if skip_bad else opened
         else:
             columns = choose_columns(opened, wanted, ids=False, chats=tokenizer is not None)
-            yield from _table_texts(opened, columns, tokenizer, skip_bad)
+            yield from table_texts(opened, columns, tokenizer, skip_bad)
 
     for found in _each(inputs, texts, skip_bad):
         yield Text("", "", str(found), error=found) if isinstance(found, DataError) else found
@@ -219,7 +216,7 @@ def _untokenized(
         return
     columns = choose_columns(opened, wanted)
     if is_text(columns.type) or is_chat(columns.type):
-        yield from _table_texts(opened, columns, tokenizer, skip_bad)
+        yield from table_texts(opened, columns, tokenizer, skip_bad)
         return
     _check_tokenizer(opened, tokenizer)
     if vocab_size is None:
@@ -228,9 +225,9 @@ def _untokenized(
     if columns.type in INTEGERS:
         if eos_id is None:
             eos_id = tokenizer.eos_id if tokenizer else _metadata_int(opened, "longnet.eos_id")
-        groups = _flat_documents(opened, columns, eos_id)
+        groups = flat_documents(opened, columns, eos_id)
     else:
-        groups = _list_documents(opened, columns, skip_bad)
+        groups = list_documents(opened, columns, skip_bad)
     for group in groups:
         if group.error is not None:
             yield Unread(group.error)
@@ -302,129 +299,6 @@ def _spooled(text: Text) -> Text:
     waiting = parts(chain((following,), rest))
     next(waiting)
     return replace(text, rest=waiting)
-
-
-def _table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad: bool) -> Iterator[Text]:
-    if is_chat(columns.type):
-        yield from _chats(table, columns, tokenizer, skip_bad)
-        return
-
-    def rows() -> Iterator[tuple[Label, str]]:
-        for batch in read_batches(table, columns, skip_bad):
-            for index, value in enumerate(batch.column):
-                yield batch.label(index), value.as_py()
-
-    for group in group_rows(table, rows()):
-        text = "" if group.error else "".join(group.values)
-        yield Text(group.doc_id, text, table.place(group.row), group.kept, group.error)
-
-
-def _chats(table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad: bool) -> Iterator[Text]:
-    """Yield the documents of a column of chats, as the tokenizer's template writes them."""
-    if tokenizer is None or tokenizer.folder is None:
-        raise ConfigError(
-            f"{table.where}: {columns.documents!r} holds chats, which need the chat template of a tokenizer: give a "
-            "folder with a tokenizer.json and its template (--tokenizer, or --model)"
-        )
-    from longnet_cli.data.chat import ChatTemplate  # imported late: it loads Jinja, which other data do not need
-
-    template = ChatTemplate(tokenizer.folder, tokenizer)
-
-    def rows() -> Iterator[tuple[Label, list[dict[str, str]]]]:
-        for batch in read_batches(table, columns, skip_bad):
-            for index, value in enumerate(batch.column):
-                messages = [dict(message) for message in value.as_py() or ()]
-                yield batch.label(index), [{k: v for k, v in each.items() if isinstance(v, str)} for each in messages]
-
-    for group in group_rows(table, rows()):
-        place, error = table.place(group.row), group.error
-        if error is None:
-            try:
-                text, ids = template.read_chat([message for messages in group.values for message in messages])
-                yield Text(group.doc_id, text, place, group.kept, ids=ids)
-                continue
-            except ConfigError as refused:  # the template refuses these messages
-                error = DataError(f"{place}: {refused}")
-        if not skip_bad:
-            raise error
-        yield Text(group.doc_id, "", place, group.kept, error)
-
-
-def _list_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Group]:
-    """Yield the documents of a list column, with their parts as values."""
-
-    def rows() -> Iterator[tuple[Label, Part]]:
-        for batch in read_batches(table, columns, skip_bad):
-            # `values` ignores that the column may be a slice; the bounds are positions in all of it.
-            ids, valid = _views(table, batch.column.values)
-            for index, (start, stop) in enumerate(_bounds(batch.column)):
-                present = valid.slice(start, stop - start) if valid is not None else None
-                yield batch.label(index), Part(ids[start:stop], present, batch.first + index)
-
-    yield from group_rows(table, rows())
-
-
-def _bounds(column: pa.Array) -> Iterator[tuple[int, int]]:
-    """Return the start and stop of each list of a column in its `values`."""
-    kind = column.type
-    if pa.types.is_fixed_size_list(kind):
-        places = range(column.offset * kind.list_size, (column.offset + len(column) + 1) * kind.list_size)
-        return pairwise(places[:: kind.list_size] if kind.list_size else [0] * (len(column) + 1))
-    starts = column.offsets.to_numpy().tolist()
-    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        sizes = column.sizes.to_numpy().tolist()
-        return ((start, start + size) for start, size in zip(starts, sizes, strict=True))
-    return pairwise(starts)
-
-
-def _flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterator[Group]:
-    """Yield the documents of a flat column. EOS ids separate them, and adjacent EOS ids have none in between."""
-    name = columns.documents
-    if eos_id is None:
-        raise ConfigError(
-            f"{table.where}: column {name!r} is one stream of ids, which only an end-of-text id can cut into "
-            "documents: give a tokenizer that has one, or the token or id itself (--eos)"
-        )
-
-    def stretches() -> Iterator[tuple[int, Part]]:
-        """Yield each stretch without an EOS id, after the number of EOS ids before it."""
-        count = 0
-        for batch in read_batches(table, columns, skip_bad=False):
-            first = batch.first
-            all_ids, _ = _views(table, batch.column)  # nulls have been refused
-            for block in range(0, len(all_ids), FLAT_BLOCK):
-                ids = all_ids[block : block + FLAT_BLOCK]
-                begin = 0
-                with reading(table.where, row=first + block):
-                    ends = np.flatnonzero(np.asarray(ids) == eos_id).tolist()
-                for end in [*ends, len(ids)]:
-                    if end > begin:
-                        yield count, Part(ids[begin:end], None, first + block + begin, flat=True)
-                    count += end < len(ids)
-                    begin = end + 1
-
-    index = -1
-    for index, (_, members) in enumerate(groupby(stretches(), key=lambda stretch: stretch[0])):
-        parts = collect(part for _, part in members)
-        row = parts[0].row
-        assert row is not None
-        yield Group(f"{table.name}:{index}", row, parts, {}, None)
-    if index < 0 and not is_manifest(table.schema):
-        raise DataError(f"{table.where}: column {name!r} holds nothing but end-of-text ids")
-
-
-def _views(table: Table, values: pa.Array) -> tuple[np.ndarray | StoredIds, pa.BooleanArray | None]:
-    """Return the (tokens,) ids, a view of their file or of Arrow's memory, and their validity, None for all valid."""
-    valid = None
-    if values.null_count:
-        bitmap, data = values.buffers()
-        bare, valid = (
-            pa.Array.from_buffers(kind, len(values), [None, buffer], offset=values.offset)
-            for kind, buffer in ((values.type, data), (pa.bool_(), bitmap))
-        )
-        values = bare
-    stored = table.stored(values)
-    return values.to_numpy(zero_copy_only=True) if stored is None else stored, valid
 
 
 def _encode(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> Document:
