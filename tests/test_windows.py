@@ -268,6 +268,7 @@ def test_a_batch_and_its_state():
     assert batch.read_all().tolist() == [[9, 1, 2, 3, 9, 4], [9, 1, 2, 3, 9, 4]]
     assert state == {
         "version": 2, "seed": 0, "seq_len": 5, "weights": [1], "tokens": [6],
+        "digests": ["8bfe1ba2dc94cc89"],
         "step": 2, "source": 0, "epoch": 2, "document": 0, "offset": 0, "where": "a.arrow, row 0",
     }  # fmt: skip
     states = [state for _, state in islice(TokenWindows([source], 1, 1, seed=0), 15)]
@@ -294,6 +295,7 @@ def test_a_state_far_into_a_run_is_reached_at_once():
         ({"seq_len": 9}, ConfigError, "seq_len 9, not 8"),
         ({"weights": [1, 2]}, ConfigError, "weights"),
         ({"tokens": [102]}, DataError, "restore the data"),
+        ({"digests": ["0"]}, DataError, "restore the data"),
     ],
 )
 def test_a_state_of_another_run_is_refused(change, error, message):
@@ -304,6 +306,16 @@ def test_a_state_of_another_run_is_refused(change, error, message):
         windows.resume(state | change)
     with pytest.raises(ConfigError):
         windows.resume({"seed": 0})
+
+
+@pytest.mark.parametrize("other", [stream(49, 50), stream(50, 49, first=1)], ids=["lengths", "ids"])
+def test_other_data_of_the_same_size_is_refused(other: TokenStream) -> None:
+    state = TokenWindows([stream(50, 49)], 8, 1, seed=0).state(7)
+    windows = TokenWindows([other], 8, 1, seed=0)
+    with pytest.raises(DataError, match="restore the data"):
+        windows.resume(state)
+    del state["digests"]  # as older runs saved it
+    windows.resume(state)
 
 
 def test_too_little_data_and_wrong_arguments():

@@ -12,8 +12,10 @@ Windows span documents. `Batch.document_starts` says where a document starts ins
 document is a token like any other.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import cached_property
 from itertools import pairwise
 from math import gcd, lcm
 from typing import Any
@@ -26,6 +28,7 @@ from longnet_cli.errors import ConfigError, DataError
 STATE_VERSION = 2
 
 BLOCK_TOKENS = 1 << 17  # read from one place of a file: half a megabyte of int32, long enough for a sequential read
+DIGEST_TOKENS = 256  # at the head of a stream
 POOL_BLOCKS = 16  # blocks from all over the stream whose windows are shuffled together
 LONGEST_PERIOD = 10_000  # most windows in the period of a mix, whose table is made in some 10 ms
 
@@ -40,6 +43,13 @@ class TokenStream:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of the lengths of all documents and of the first tokens: it tells other data of the same size."""
+        first = np.empty(min(DIGEST_TOKENS, len(self)), np.int64)
+        self.read_into(first, 0)
+        return hashlib.sha256(self.starts.tobytes() + first.tobytes()).hexdigest()[:16]
 
     def locate(self, position: int) -> int:
         """Return the index of the document at a position. The eos before a document belongs to it."""
@@ -181,9 +191,10 @@ class TokenWindows:
     The windows of all ranks are one sequence. Its next rows * world windows are a global batch, of which rank d takes
     d, d + world, ... A state is the same on every rank, and fits any other rank, world and rows. It is JSON of
 
-        version, seed, seq_len, weights, tokens (of each source)   decide the sequence: checked
-        step                                                       the position: how many windows were taken
-        source, epoch, document, offset, where                     where the next window starts: for people, not read
+        version, seed, seq_len, weights             decide the sequence: checked
+        tokens, digests (of each source)            tell other data: checked
+        step                                        the position: how many windows were taken
+        source, epoch, document, offset, where      where the next window starts: for people, not read
     """
 
     def __init__(
@@ -224,6 +235,7 @@ class TokenWindows:
             "seq_len": seq_len,
             "weights": self.mix.shares,
             "tokens": [len(stream) for stream in sources],
+            "digests": [stream.digest for stream in sources],
         }
         self.seed, self.step = seed, 0
         self._epochs = [self._epoch(source, 0) for source in range(len(sources))]
@@ -278,10 +290,10 @@ class TokenWindows:
         if state.get("version") != STATE_VERSION or not isinstance(step, int) or step < 0:
             raise ConfigError(f"not a data position of version {STATE_VERSION}: {dict(state)}")
         for key, mine in self.identity.items():
-            if state.get(key) == mine:
+            if state.get(key, mine) == mine:  # older states have no digests
                 continue
             saved = f"the data position was saved with {key} {state.get(key)}, not {mine}"
-            if key == "tokens":
+            if key in ("tokens", "digests"):
                 raise DataError(f"{saved}: restore the data, or start another run with -o and --init")
             raise ConfigError(saved)
         self.step = step
