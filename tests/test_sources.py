@@ -352,7 +352,7 @@ def test_nulls_and_ids_outside_the_vocabulary_are_named(tmp_path, column, place)
 
 @pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view(), pa.large_string()])
 def test_doc_ids_of_every_kind_of_text_join_rows(tmp_path, kind):
-    doc_ids = pa.array(["a", "a", "b"]).cast(kind)
+    doc_ids = pa.array(["a", "a", "b"], kind)  # pyarrow 17 casts no text to a view
     path = write_file(tmp_path / "x.arrow", pa.table({"text": ["x", "y", "z"], "doc_id": doc_ids}))
     assert [document.doc_id for document in read(path)] == ["a", "b"]
 
