@@ -240,16 +240,14 @@ def test_sinks_are_seen_as_if_right_before_the_window(kind: str) -> None:
 def test_sinks_that_cannot_be_moved_are_refused() -> None:
     """By name, and the model goes on with what it had."""
     ropes = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    gptj = hf.GPTJForCausalLM(hf.GPTJConfig(vocab_size=97, n_embd=48, n_layer=1, n_head=6, rotary_dim=4))
     for net, message in (
         (built(llama, rope_parameters=ropes), "LlamaForCausalLM has positions that depend on .*rope_type dynamic"),
         (
             built(llama, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}),
             "in several dimensions",
         ),
-        (
-            hf.GPTJForCausalLM(hf.GPTJConfig(vocab_size=97, n_embd=48, n_layer=1, n_head=6, rotary_dim=4)),
-            "of its own|does not pick its attention by name",  # the latter before transformers gave GPT-J the choice
-        ),
+        (gptj, "of its own|does not pick its attention by name"),  # by name: with older transformers
     ):
         expected = net(ids(20)).logits
         with pytest.raises(ConfigError, match=message):

@@ -280,7 +280,7 @@ def encode(
                 **running,
             )
             if folder:
-                skipped.count(folder.totals)
+                skipped.set_counts(folder.totals)
         else:
             batches = run(net, documents, options, **running)
             with ShardWriter(output, batches.schema) if ranks.first else nullcontext() as writer:

@@ -1,4 +1,4 @@
-"""The loading of `--model` and `--tokenizer` for commands, and a check that no output overwrites them or an input."""
+"""Functions that commands share: load `--model` and `--tokenizer`, protect files, count what is left out."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class Skipped:
         """Count an empty document."""
         self.empty += 1
 
-    def count(self, totals: Mapping[str, int]) -> None:
-        """Take the counts of a folder, which include earlier runs. A finished folder's inputs are not read again."""
+    def set_counts(self, totals: Mapping[str, int]) -> None:
+        """Take the counts from a folder's totals: if an earlier run finished it, this run has counted nothing."""
         self.number, self.empty = totals.get("skipped", 0), totals.get("empty", 0)
 
     def end(self, first: bool, *, told: bool = False) -> None:

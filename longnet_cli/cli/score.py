@@ -281,7 +281,7 @@ def score(
             running |= {"kept": kept, "settings": settings, "shard_tokens": shard_tokens, "resume": resume}
             folder = gains.write(net, documents, output, options, **running)
             if folder:
-                skipped.count(folder.totals)
+                skipped.set_counts(folder.totals)
         else:
             scores = run(
                 net,

@@ -142,7 +142,7 @@ def tokenize(
     if ranks:
         leave()
     if earlier and earlier.finished:
-        skipped.count(earlier.totals)
+        skipped.set_counts(earlier.totals)
     if result and not quiet and sys.stderr:  # print(file=None) would write to stdout
         counts = [
             f"{result.documents} document{'s' * (result.documents != 1)}",

@@ -28,7 +28,7 @@ from longnet_cli.errors import ConfigError, DataError
 STATE_VERSION = 2
 
 BLOCK_TOKENS = 1 << 17  # read from one place of a file: half a megabyte of int32, long enough for a sequential read
-DIGEST_TOKENS = 256  # at the head of a stream
+DIGEST_TOKENS = 256  # tokens at the start of a stream that its digest covers
 POOL_BLOCKS = 16  # blocks from all over the stream whose windows are shuffled together
 LONGEST_PERIOD = 10_000  # most windows in the period of a mix, whose table is made in some 10 ms
 
@@ -46,7 +46,7 @@ class TokenStream:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of the lengths of all documents and of the first tokens: it tells other data of the same size."""
+        """A digest of the lengths of all documents and of the first DIGEST_TOKENS tokens, to recognize other data."""
         first = np.empty(min(DIGEST_TOKENS, len(self)), np.int64)
         self.read_into(first, 0)
         return hashlib.sha256(self.starts.tobytes() + first.tobytes()).hexdigest()[:16]
@@ -192,7 +192,7 @@ class TokenWindows:
     d, d + world, ... A state is the same on every rank, and fits any other rank, world and rows. It is JSON of
 
         version, seed, seq_len, weights             decide the sequence: checked
-        tokens, digests (of each source)            tell other data: checked
+        tokens, digests (of each source)            differ for other data: checked
         step                                        the position: how many windows were taken
         source, epoch, document, offset, where      where the next window starts: for people, not read
     """

@@ -54,7 +54,7 @@ def start_ranks(nproc: int) -> NoReturn:
     from torch.distributed.run import main as torchrun
 
     try:
-        # By the machine's own name ranks would wait for minutes where that cannot be looked up, as on a laptop offline.
+        # not by the machine's own name: ranks hang if it cannot be looked up, as on a laptop offline
         here = ["--standalone", "--local-addr", "localhost"]
         torchrun([*here, "--nproc-per-node", str(nproc), "-m", "longnet_cli", *arguments])
     except SignalException as stop:
