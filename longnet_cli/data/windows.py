@@ -293,6 +293,8 @@ class TokenWindows:
             if state.get(key, mine) == mine:  # older states have no digests
                 continue
             saved = f"the data position was saved with {key} {state.get(key)}, not {mine}"
+            if key == "digests":
+                saved = "the data has as many tokens as the run's own data, and other documents"
             if key in ("tokens", "digests"):
                 raise DataError(f"{saved}: restore the data, or start another run with -o and --init")
             raise ConfigError(saved)
