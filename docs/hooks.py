@@ -27,7 +27,7 @@ REFERENCE = {
     "Attention": {
         "longnet_cli.attention": ("Pattern", "dilated_attention", "far_keys", "FarKeys", "KVCache", "DilatedAttention"),
         "longnet_cli.attention.reference": ("dilated_attention_reference",),
-        "longnet_cli.patterns": ("parse_pattern", "format_pattern"),
+        "longnet_cli.notation": ("parse_pattern", "format_pattern"),
     },
     "Models": {
         "longnet_cli.model": ("LongNet", "LongNetConfig", "SlideEncoder", "from_torchscale", "to_torchscale"),
@@ -40,7 +40,7 @@ REFERENCE = {
         "longnet_cli.scoring": ("score",),
         "longnet_cli.measures": ("Score", "DocumentScore", "Total"),
         "longnet_cli.encoding": ("encode",),
-        "longnet_cli.batches": ("encode_batches", "score_batches"),
+        "longnet_cli.engines": ("encode_batches", "score_batches"),
         "longnet_cli.generating": ("generate",),
         "longnet_cli.benchmark": ("bench", "Settings", "Measurement"),
         "longnet_cli.plotting": ("read", "panels", "draw_text", "draw_picture"),

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from longnet_cli.errors import ConfigError, LongNetError
-from longnet_cli.patterns import parse_pattern
+from longnet_cli.notation import parse_pattern
 from longnet_cli.sizes import parse_size
 
 EDGES = [0, 10, 100, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000, 1_000_000, 10_000_000]
@@ -49,14 +49,14 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
     from longnet_cli.runtime.device import peak_memory
     from longnet_cli.scoring import score
 
-    words, held = Tokenizer.of_model(Path(folder)), {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    tokenizer, held = Tokenizer.of_model(Path(folder)), {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     dense = pattern == "dense"
     net = load_net(Path(folder), pattern=None if dense else parse_pattern(pattern), dtype=held)
     if dense and not net.config.as_trained:
         raise ConfigError(f"{folder} has a pattern of its own: dense is for a model without one")
     context = net.config.max_tokens if dense else None
     rows: list[Row] = []
-    for found in read_documents(paths, words):
+    for found in read_documents(paths, tokenizer):
         ids = found.read(0, min(len(found), limit or len(found)))
         name = Path(found.where).name
         document = Document(name, ids, len(ids), name)
@@ -68,7 +68,7 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
             ends.append(ends[-1] + len(tokens[3]))
             times.append(time.process_time())
 
-        bos = document_start(Path(folder), words)
+        bos = document_start(Path(folder), tokenizer)
         list(score(net, [document], bos=bos, context=context, chunk=chunk, dtype=dtype, on_tokens=keep))
         nats = -np.concatenate(logprobs).astype(np.float64)
         read = min(context or len(ids), len(ids))

@@ -29,7 +29,7 @@ import numpy as np
 
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, LongNetError
-from longnet_cli.patterns import parse_pattern
+from longnet_cli.notation import parse_pattern
 from longnet_cli.sizes import parse_size
 
 COLORS = ["red", "blue", "green", "black", "white", "brown", "yellow", "silver", "golden", "purple"]
@@ -42,18 +42,18 @@ Answer = tuple[int, int, int]  # distance, and the places [start, stop) of the n
 class Writer:
     """A writer of documents of prose, with sentences to remember and questions at the end."""
 
-    def __init__(self, words: Tokenizer, paths: list[str], seed: int) -> None:
-        texts = [words.encode(Path(path).read_text(encoding="utf-8", errors="replace")) for path in paths]
-        self.words, self.prose, self.rng = words, np.concatenate(texts), np.random.default_rng(seed)
+    def __init__(self, tokenizer: Tokenizer, paths: list[str], seed: int) -> None:
+        texts = [tokenizer.encode(Path(path).read_text(encoding="utf-8", errors="replace")) for path in paths]
+        self.tokenizer, self.prose, self.rng = tokenizer, np.concatenate(texts), np.random.default_rng(seed)
 
     def document(self, tokens: int, distances: list[int]) -> tuple[np.ndarray, list[Answer]]:
         """Return the ids (tokens,) of a document and its answers: a question for each of `distances`, in any order."""
         names = self.rng.permutation([f"{c} {a}" for c, a in product(COLORS, ANIMALS)])[: len(distances)]
         questions, length = [], 0
         for name, distance in zip(names, self.rng.permutation(distances), strict=True):
-            question = self.words.encode(f"\nThe pass key of the {name} is")
-            number = self.words.encode(f" {self.rng.integers(10_000, 100_000)}")
-            end = self.words.encode(".\n")
+            question = self.tokenizer.encode(f"\nThe pass key of the {name} is")
+            number = self.tokenizer.encode(f" {self.rng.integers(10_000, 100_000)}")
+            end = self.tokenizer.encode(".\n")
             questions.append((length, int(distance), question, number, end))
             length += len(question) + len(number) + len(end)
         first = tokens - length  # the place of the questions
@@ -94,23 +94,23 @@ def ask(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from longnet_cli.data.bos import document_start
     from longnet_cli.data.documents import Document
     from longnet_cli.integrations.loading import load_net
-    from longnet_cli.runtime.reading import AfterBos, Reader, Window
+    from longnet_cli.runtime.reader import AfterBos, Reader, Window
 
     folder = Path(args.model)
-    words, dtype = Tokenizer.of_model(folder), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    tokenizer, dtype = Tokenizer.of_model(folder), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     for pattern in args.patterns:
         net = load_net(folder, pattern=None if pattern == "dense" else parse_pattern(pattern), dtype=dtype)
         if pattern == "dense" and not net.config.as_trained:
             raise ConfigError(f"{folder} has a pattern of its own: dense is for a model without one")
-        writer = Writer(words, args.texts, args.seed)
+        writer = Writer(tokenizer, args.texts, args.seed)
         found: dict[int, list[tuple[bool, float]]] = defaultdict(list)
         for _ in range(args.documents):
             ids, answers = writer.document(args.tokens, args.distances * args.keys)
-            before = AfterBos(Document("", np.zeros(0, np.int64), 0, ""), document_start(folder, words)).first
+            before = AfterBos(Document("", np.zeros(0, np.int64), 0, ""), document_start(folder, tokenizer)).first
             limit = (net.config.max_tokens or len(ids) + before) - before if pattern == "dense" else len(ids)
             lost = max(0, len(ids) - limit)
             document = Document("pass keys", ids[lost:], len(ids) - lost, "pass keys")
-            text = AfterBos(document, document_start(folder, words))
+            text = AfterBos(document, document_start(folder, tokenizer))
             total = text.first + len(document)
             first = min(start for _, start, _ in answers) - 1 - lost + text.first
             reader = Reader(net, chunk=args.chunk, dtype=args.dtype)

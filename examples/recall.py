@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.patterns import parse_pattern
+from longnet_cli.notation import parse_pattern
 
 KEYS, VALUES = 64, 32  # ids: keys, then values, then one for noise
 SHORT = 128  # tokens of the first sequences

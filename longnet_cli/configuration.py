@@ -18,7 +18,7 @@ from longnet_cli.sizes import MAX_SIZE
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-class Table(BaseModel):
+class StrictModel(BaseModel):
     """A table of keys and values that a person wrote. It cannot be changed once it is checked.
 
     These are errors: unknown keys; inf and nan, which JSON does not have; `true` in place of a number, which Python

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from longnet_cli.data.documents import Document
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.net import Net
-from longnet_cli.runtime.reading import Bos, bos_ids, check_length
+from longnet_cli.runtime.reader import Bos, bos_ids, check_length
 from longnet_cli.sizes import format_size
 
 

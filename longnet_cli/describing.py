@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longnet_cli.attention import Pattern
-from longnet_cli.attention.pattern import level_flops
+from longnet_cli.attention.branches import level_flops
 from longnet_cli.configuration import parse, read_text
 from longnet_cli.errors import ConfigError
-from longnet_cli.patterns import format_levels, format_pattern, is_pattern, parse_pattern
+from longnet_cli.notation import format_levels, format_pattern, is_pattern, parse_pattern
 from longnet_cli.presets import find_model, is_of_transformers, list_models, preset_dir
 
 if TYPE_CHECKING:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.kept import kept_column, kept_settings, kept_value, with_kept
-from longnet_cli.data.portions import Portion, portions
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.vectors import Vectors
@@ -37,8 +36,9 @@ from longnet_cli.runtime.chunks import same_chunk
 from longnet_cli.runtime.dealing import BATCHES, deal
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.layers import LayerStates
+from longnet_cli.runtime.portions import Portion, portions
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length, share_reader
+from longnet_cli.runtime.reader import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length, share_reader
 from longnet_cli.runtime.tiles import check_vectors, rows_of_tiles
 
 EmbeddingDtype = Literal["float32", "float16"]
@@ -62,7 +62,7 @@ class EncodeOptions:
     With `span`, a document has a row for every `span` tokens.
     `all_layers` adds the column `layers`: such a vector of the first layer's input, and of each layer's output.
     `tile_size` is the side of a tile in the pixels of its coordinates. It overrides the document's and model's values.
-    `model_name`, `tokenizer_sha256` and `pattern` (a text of `longnet_cli.patterns`) go into the schema's metadata.
+    `model_name`, `tokenizer_sha256` and `pattern` (a text of `longnet_cli.notation`) go into the schema's metadata.
     """
 
     bos: Bos = None
@@ -112,8 +112,8 @@ class EncodeOptions:
         """Return the number of ids, or rows, that `net` reads before a document."""
         return 1 if net.has_cls else len(bos_ids(self.bos)) if net.config.causal else 0
 
-    def schema(self, dim: int, model_sha256: str | None = None, kept: Sequence[pa.Field] = ()) -> pa.Schema:
-        """Return the schema of embeddings (dim,) from the model with this digest, and of the `kept` columns.
+    def schema(self, dim: int, model_sha256: str | None = None, kept_fields: Sequence[pa.Field] = ()) -> pa.Schema:
+        """Return the schema of embeddings (dim,) from the model with this digest, and of the columns `kept_fields`.
 
         A vector stands for the tokens [start, end) of document `doc_id`. The metadata keys are `longnet.*`; unknown
         values are left out.
@@ -136,7 +136,7 @@ class EncodeOptions:
             pa.field("embedding", pa.list_(number, dim)),
         ]
         return pa.schema(
-            with_kept(fields, kept), metadata={key: value for key, value in known.items() if value is not None}
+            with_kept(fields, kept_fields), metadata={key: value for key, value in known.items() if value is not None}
         )
 
 
@@ -145,8 +145,8 @@ def encode(
     documents: Iterable[Document],
     options: EncodeOptions,
     *,
-    known: Iterable[Document] = (),
-    kept: Sequence[pa.Field] = (),
+    stored: Iterable[Document] = (),
+    kept_fields: Sequence[pa.Field] = (),
     chunk: int | None = None,
     spill: str | Path | None = None,
     dtype: str = "auto",
@@ -159,11 +159,12 @@ def encode(
 
     A model that reads vectors takes documents of `data.vectors`; "tokens" here are then vectors. A document that is too
     long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to `on_skip` and left out
-    instead. An empty document has no rows and is passed to `on_empty`. The `known` documents are the part of
-    `documents` whose lengths are cheap to read; without `on_skip`, they are checked before anything else. `kept` are
-    columns that documents carry to the output (`data.kept`). `chunk`, `spill`, `dtype`, `ranks` and `on_progress` are
-    as in `runtime.reading.Reader`. All ranks need the same documents. In one group of ranks, which share each document,
-    all get all rows. Several groups divide the documents between them; then rank 0 gets all rows and the others none.
+    instead. An empty document has no rows and is passed to `on_empty`. The `stored` documents are the part of
+    `documents` whose lengths are cheap to read; without `on_skip`, they are checked before anything else. `kept_fields`
+    are columns that documents carry to the output (`data.kept`). `chunk`, `spill`, `dtype`, `ranks` and `on_progress`
+    are as in `runtime.reader.Reader`. All ranks need the same documents. In one group of ranks, which share each
+    document, all get all rows. Several groups divide the documents between them; then rank 0 gets all rows and the
+    others none.
 
     Raises ConfigError for options that the model does not support. The reader raises DataError if no document has rows,
     ConfigError for a document with more tokens than the model reads, MemoryLimitError for hidden states that do not
@@ -171,8 +172,8 @@ def encode(
     """
     ranks = ranks or Ranks()
     reader = share_reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
-    encoder = _Encoder(reader, options, _schema(options, model, model_digest(model), kept))
-    parts = portions(encoder.checked(documents, known, on_skip, on_empty), reader.portion)
+    encoder = _Encoder(reader, options, _schema(options, model, model_digest(model), kept_fields))
+    parts = portions(encoder.checked(documents, stored, on_skip, on_empty), reader.portion)
     dealt = deal(parts, encoder.batches, ranks, BATCHES, encoder.tell_progress)
     return pa.RecordBatchReader.from_batches(encoder.schema, (batch for _, found in dealt for batch in found))
 
@@ -188,8 +189,8 @@ def encode_to_folder(
     shard_format: ShardFormat = "arrow",
     resume: bool = False,
     chunk: int | None = None,
-    known: Iterable[Document] = (),
-    kept: Sequence[pa.Field] = (),
+    stored: Iterable[Document] = (),
+    kept_fields: Sequence[pa.Field] = (),
     spill: str | Path | None = None,
     dtype: str = "auto",
     ranks: Ranks | None = None,
@@ -226,13 +227,13 @@ def encode_to_folder(
         "model": digest[:16],
         "kernel": check_kernel(device, dtype, model.config.head_dim),
         **asdict(options),
-        **kept_settings(kept),
+        **kept_settings(kept_fields),
         "chunk": chunk,
         "dtype": dtype,
         "shard_rows": shard_rows,
         **({"ranks": ranks.sp} if ranks.sp > 1 else {}),  # more ranks sum in another order
     }
-    schema = _schema(options, model, digest, kept)
+    schema = _schema(options, model, digest, kept_fields)
     with ExitStack() as stack:
         folder = None
         if ranks.first:
@@ -257,7 +258,7 @@ def encode_to_folder(
             if on_empty:
                 on_empty(document)
 
-        taken = encoder.checked(documents, known, skip if on_skip else None, pass_over)
+        taken = encoder.checked(documents, stored, skip if on_skip else None, pass_over)
         parts = portions(islice(taken, done, None), reader.portion, shard=shard_rows, size_of=options.rows_of)
         for part, batches in deal(parts, encoder.batches, ranks, BATCHES, encoder.tell_progress):
             for batch in batches:
@@ -270,7 +271,7 @@ def encode_to_folder(
 
 
 @dataclass(frozen=True)
-class _Window(Window):
+class _PooledWindow(Window):
     """A whole document, and the pooling that takes its hidden states."""
 
     pooling: Pooling
@@ -287,15 +288,15 @@ class _Encoder:
     def checked(
         self,
         documents: Iterable[Document],
-        known: Iterable[Document],
+        stored: Iterable[Document],
         on_skip: OnSkip | None,
         on_empty: Callable[[Document], None] | None,
     ) -> Iterator[Document]:
         """Return the `documents` that are not empty, each checked before it is yielded.
 
-        Without `on_skip`, check all `known` documents now. Raises DataError at the end if no document is left.
+        Without `on_skip`, check all `stored` documents now. Raises DataError at the end if no document is left.
         """
-        for document in known if on_skip is None else ():
+        for document in stored if on_skip is None else ():
             self.check(document)
 
         def with_tokens() -> Iterator[Document]:
@@ -329,7 +330,7 @@ class _Encoder:
                 rows = [row for piece in pieces for row in piece.window.pooling.add(self._hidden(piece))]
                 yield self._of_all_ranks(rows)
 
-    def _layer_by_layer(self, windows: Iterable[_Window]) -> Iterator[list[Piece[_Window]]]:
+    def _layer_by_layer(self, windows: Iterable[_PooledWindow]) -> Iterator[list[Piece[_PooledWindow]]]:
         """Read one document after the other, and give each pooling the states of all layers."""
         with LayerStates(cast(LongNet, self.reader.model)) as states:
             for window in windows:
@@ -347,14 +348,14 @@ class _Encoder:
         """Raise ConfigError or DataError for a document that the model cannot read."""
         self.options.check_document(self.reader.model, document)
 
-    def _window(self, document: Document) -> _Window:
+    def _window(self, document: Document) -> _PooledWindow:
         tiles = rows_of_tiles(self.reader.model, cast(Vectors, document), self.options.tile_size)
         ids = tiles or AfterBos(document, self.bos)
         whole = self.options.pool == "cls"
         pooling = (ClsPooling if whole else Pooling)(document, self.options.pool, self.options.span)
-        return _Window(ids, 0, ids.first + len(document), 0 if whole else ids.first, pooling)
+        return _PooledWindow(ids, 0, ids.first + len(document), 0 if whole else ids.first, pooling)
 
-    def _hidden(self, piece: Piece[_Window]) -> Tensor:
+    def _hidden(self, piece: Piece[_PooledWindow]) -> Tensor:
         """Return the hidden states of a piece, or zeros that take no memory for a piece of another rank."""
         if piece.hidden is not None:
             return piece.hidden
@@ -369,9 +370,9 @@ class _Encoder:
         return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]
 
 
-def _schema(options: EncodeOptions, model: Net, digest: str, kept: Sequence[pa.Field]) -> pa.Schema:
+def _schema(options: EncodeOptions, model: Net, digest: str, kept_fields: Sequence[pa.Field]) -> pa.Schema:
     """Return the schema of the rows of `model`, with the column `layers` after `embedding` if `all_layers` is set."""
-    schema = options.schema(model.config.dim, digest, kept)
+    schema = options.schema(model.config.dim, digest, kept_fields)
     if options.all_layers:
         kind = pa.list_(schema.field("embedding").type, model.config.num_layers + 1)
         schema = schema.insert(schema.get_field_index("embedding") + 1, pa.field("layers", kind))

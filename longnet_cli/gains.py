@@ -24,7 +24,6 @@ from longnet_cli.cuts import Cut
 from longnet_cli.data.documents import SPOOL_BYTES, Document
 from longnet_cli.data.files import no_place
 from longnet_cli.data.kept import kept_column, kept_settings, kept_value, with_kept
-from longnet_cli.data.portions import portions
 from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.measures import Clusters, DocumentScore
@@ -33,11 +32,12 @@ from longnet_cli.model.weights import model_digest
 from longnet_cli.runtime.chunks import same_chunk
 from longnet_cli.runtime.dealing import BATCHES, deal
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
+from longnet_cli.runtime.portions import portions
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.reading import Bos, Reader, share_reader
+from longnet_cli.runtime.reader import Bos, Reader, share_reader
 from longnet_cli.scoring import NothingToScoreError, OnSkip, Scorer
 
-BLOCK_TOKENS = 128  # neighbouring tokens gain together; blocks are taken as independent
+GAIN_BLOCK = 128  # neighbouring tokens gain together; blocks are taken as independent
 MANY_NATS = 2.0  # a token that gains this much is exp(2), about 7, times as likely
 SHARD_TOKENS = 1 << 22
 BATCH_ROWS = 1 << 12
@@ -49,7 +49,7 @@ class GainOptions:
 
     `bos`, `context`, `stride` and `last` are as in `scoring.score`; contexts are sorted in ascending order. With two or
     more contexts, the rows have columns for the gain of the longest over the shortest. `model_name`, `tokenizer_sha256`
-    and `pattern` (a text of `longnet_cli.patterns`) go into the schema's metadata.
+    and `pattern` (a text of `longnet_cli.notation`) go into the schema's metadata.
     """
 
     bos: Bos = None
@@ -74,8 +74,8 @@ class GainOptions:
         """The names of the columns of nats per token, one for each context."""
         return [f"nats_{context}" for context in self.context] if self.context else ["nats"]
 
-    def schema(self, kept: Sequence[pa.Field] = ()) -> pa.Schema:
-        """Return the schema of the rows, with the `kept` columns.
+    def schema(self, kept_fields: Sequence[pa.Field] = ()) -> pa.Schema:
+        """Return the schema of the rows, with the columns `kept_fields`.
 
         `n_tokens` is the number of scored tokens, the same at each context. Nats are means over these tokens, null if
         there are none. `gain` is the nats at the shortest context minus the nats at the longest, `gain_se` its standard
@@ -95,7 +95,7 @@ class GainOptions:
             *(pa.field(name, pa.float64()) for name in ("gain", "gain_se", "gain_share") if self.compares),
         ]
         return pa.schema(
-            with_kept(fields, kept), metadata={key: value for key, value in known.items() if value is not None}
+            with_kept(fields, kept_fields), metadata={key: value for key, value in known.items() if value is not None}
         )
 
 
@@ -104,23 +104,23 @@ def gains(
     documents: Iterable[Document],
     options: GainOptions,
     *,
-    known: Iterable[Document] = (),
-    kept: Sequence[pa.Field] = (),
+    stored: Iterable[Document] = (),
+    kept_fields: Sequence[pa.Field] = (),
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
     **running: Any,
 ) -> Iterator[pa.RecordBatch]:
-    """Score `documents` lazily and yield their rows, in order, in record batches of `options.schema(kept)`.
+    """Score `documents` lazily and yield their rows, in order, in record batches of `options.schema(kept_fields)`.
 
-    `kept` are columns that documents carry to the output (`data.kept`); a value of the wrong type is a DataError. The
-    other arguments are as in `scoring.score`, and `running` has the options of its Reader (`chunk`, `dtype`,
-    `on_progress`). Raises what `score` raises. A document's nats at the shortest context are kept until the longest is
-    scored: 4 bytes per token, in a file in $TMPDIR if they are many.
+    `kept_fields` are columns that documents carry to the output (`data.kept`); a value of the wrong type is a
+    DataError. The other arguments are as in `scoring.score`, and `running` has the options of its Reader (`chunk`,
+    `dtype`, `on_progress`). Raises what `score` raises. A document's nats at the shortest context are kept
+    until the longest is scored: 4 bytes per token, in a file in $TMPDIR if they are many.
     """
     ranks = ranks or Ranks()
-    scorer = _GainScorer(share_reader(model, ranks=ranks, **running), options, kept, count_bytes)
-    parts = portions(scorer.checked(documents, known, on_skip), scorer.reader.portion)
+    scorer = _GainScorer(share_reader(model, ranks=ranks, **running), options, kept_fields, count_bytes)
+    parts = portions(scorer.checked(documents, stored, on_skip), scorer.reader.portion)
     waiting: list[pa.RecordBatch] = []
     scored = 0
     for _, found in deal(parts, scorer.batches, ranks, BATCHES, scorer.tell_progress):
@@ -145,8 +145,8 @@ def gains_to_folder(
     shard_tokens: int = SHARD_TOKENS,
     resume: bool = False,
     chunk: int | None = None,
-    known: Iterable[Document] = (),
-    kept: Sequence[pa.Field] = (),
+    stored: Iterable[Document] = (),
+    kept_fields: Sequence[pa.Field] = (),
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
     dtype: str = "auto",
     ranks: Ranks | None = None,
@@ -176,18 +176,18 @@ def gains_to_folder(
         "model": model_digest(model)[:16],
         "kernel": check_kernel(device, dtype, model.config.head_dim),
         **asdict(options),
-        **kept_settings(kept),
+        **kept_settings(kept_fields),
         "chunk": chunk,
         "dtype": dtype,
         "shard_tokens": shard_tokens,
         **({"ranks": ranks.sp} if ranks.sp > 1 else {}),  # more ranks sum in another order
     }
     reader = share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **running)
-    scorer = _GainScorer(reader, options, kept, count_bytes)
+    scorer = _GainScorer(reader, options, kept_fields, count_bytes)
     with ExitStack() as stack:
         folder = None
         if ranks.first:
-            shards = ShardFolder(output, options.schema(kept), settings=decisive, name="gains", resume=resume)
+            shards = ShardFolder(output, options.schema(kept_fields), settings=decisive, name="gains", resume=resume)
             folder = stack.enter_context(shards)
         if ranks.any(folder is not None and folder.finished):
             return folder
@@ -201,7 +201,7 @@ def gains_to_folder(
             if on_skip:
                 on_skip(document, error)
 
-        taken = scorer.checked(documents, known, skip if on_skip else None)
+        taken = scorer.checked(documents, stored, skip if on_skip else None)
         parts = portions(
             islice(taken, done, None), reader.portion, shard=shard_tokens, size_of=lambda document: len(document) + 1
         )
@@ -233,11 +233,11 @@ class _GainScorer:
         self,
         reader: Reader,
         options: GainOptions,
-        kept: Sequence[pa.Field],
+        kept_fields: Sequence[pa.Field],
         count_bytes: Callable[[np.ndarray], int | None] | None,
     ) -> None:
-        self.reader, self.options, self.kept = reader, options, kept
-        self.schema = options.schema(kept)
+        self.reader, self.options, self.kept_fields = reader, options, kept_fields
+        self.schema = options.schema(kept_fields)
         self.contexts = options.context or (None,)
         cut = Cut.of(reader.model, options.bos, options.context, options.stride, options.last)
         on_nats = self._on_nats if options.compares else None
@@ -251,8 +251,8 @@ class _GainScorer:
         scores, rows = self.scorer.run(documents), []
         while found := list(islice(scores, len(self.contexts))):
             row = _row(self.options, found, self.open.popleft() if self.options.compares else None)
-            rows.append(row | {field.name: kept_value(found[0], field) for field in self.kept})
-        yield _record_batch(rows, self.schema, self.kept)
+            rows.append(row | {field.name: kept_value(found[0], field) for field in self.kept_fields})
+        yield _record_batch(rows, self.schema, self.kept_fields)
 
     def _on_nats(self, document: Document, context: int | None, nats: np.ndarray) -> None:
         if not self.open or self.open[-1].document is not document:
@@ -273,11 +273,14 @@ def _row(options: GainOptions, found: Sequence[DocumentScore], gain: _Gain | Non
     return row
 
 
-def _record_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema, kept: Sequence[pa.Field]) -> pa.RecordBatch:
+def _record_batch(
+    rows: Sequence[Mapping[str, Any]], schema: pa.Schema, kept_fields: Sequence[pa.Field]
+) -> pa.RecordBatch:
     found = [
-        pa.array([row.get(field.name) for row in rows], field.type) for field in list(schema)[: -len(kept) or None]
+        pa.array([row.get(field.name) for row in rows], field.type)
+        for field in list(schema)[: -len(kept_fields) or None]
     ]
-    found += [kept_column((row[field.name] for row in rows), field) for field in kept]
+    found += [kept_column((row[field.name] for row in rows), field) for field in kept_fields]
     return pa.record_batch(found, schema=schema)
 
 
@@ -307,8 +310,8 @@ class _Gain:
         gained = kept.astype(np.float64) - nats
         self._many += int(np.count_nonzero(gained > MANY_NATS))
         gained = np.concatenate((self._open, gained))
-        whole = len(gained) // BLOCK_TOKENS * BLOCK_TOKENS
-        self._end_blocks(gained[:whole].reshape(-1, BLOCK_TOKENS))
+        whole = len(gained) // GAIN_BLOCK * GAIN_BLOCK
+        self._end_blocks(gained[:whole].reshape(-1, GAIN_BLOCK))
         self._open = gained[whole:]
 
     def as_dict(self) -> dict[str, float | None]:

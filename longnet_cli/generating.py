@@ -23,7 +23,7 @@ from longnet_cli.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.model.net import Net
 from longnet_cli.runtime.chunks import default_chunk, open_stream
 from longnet_cli.runtime.device import precision
-from longnet_cli.runtime.reading import AfterBos, Bos, check_length
+from longnet_cli.runtime.reader import AfterBos, Bos, check_length
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -46,7 +46,7 @@ def generate(
     prompt: Document,
     *,
     bos: Bos,
-    words: Tokenizer | None,
+    tokenizer: Tokenizer | None,
     max_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -62,13 +62,13 @@ def generate(
     At `temperature` 0, each token is the likeliest one, the first if several are equal. Otherwise it is drawn, with
     `seed`, from the softmax of the logits over the temperature, cut to the fewest tokens whose probabilities sum to
     `top_p`. Generation ends at one of `end_ids`, whose text is not shown, and at one of the texts `stop`, no part of
-    which is shown. The tokenizer `words` decodes texts, in whole characters; without it, they are empty.
+    which is shown. `tokenizer` decodes texts, in whole characters; without it, they are empty.
 
-    `chunk` and `dtype` are as in `runtime.reading.Reader`. `on_progress` gets the number of prompt tokens that each
+    `chunk` and `dtype` are as in `runtime.reader.Reader`. `on_progress` gets the number of prompt tokens that each
     forward pass has read. Raises ConfigError for a model that cannot generate, invalid options, and a prompt longer
     than the model reads; DataError if `bos` and the prompt are both empty; NotFiniteError for a logit that is NaN.
     """
-    _check(model, words, max_tokens, temperature, top_p, stop)
+    _check(model, tokenizer, max_tokens, temperature, top_p, stop)
     if chunk is not None and chunk < 1:
         raise ConfigError(f"chunk must be 1 or more, not {chunk}")
     ids = AfterBos(prompt, bos)
@@ -80,9 +80,9 @@ def generate(
     check_length(model, total, prompt.where, "give a shorter prompt", skips=False)
     if model.config.max_tokens is not None:
         max_tokens = min(max_tokens, model.config.max_tokens - total + 1)  # the last new token is not read
-    return _Generator(model, words, Sampler(temperature, top_p, seed), end_ids, stop, chunk, dtype, on_progress).run(
-        ids, total, max_tokens
-    )
+    return _Generator(
+        model, tokenizer, Sampler(temperature, top_p, seed), end_ids, stop, chunk, dtype, on_progress
+    ).run(ids, total, max_tokens)
 
 
 class Sampler:
@@ -120,7 +120,7 @@ class _Generator:
     def __init__(
         self,
         model: Net,
-        words: Tokenizer | None,
+        tokenizer: Tokenizer | None,
         sampler: Sampler,
         end_ids: Collection[int],
         stop: Sequence[str],
@@ -133,7 +133,7 @@ class _Generator:
         self.chunk = chunk or default_chunk(model.config, self.device)
         self.on_progress = on_progress or (lambda tokens: None)
         self.stream = open_stream(model)
-        self.texts = TextStream(words) if words else None
+        self.texts = TextStream(tokenizer) if tokenizer else None
         self.stops = StopTexts(stop)
 
     def run(self, ids: AfterBos, total: int, max_tokens: int) -> Iterator[Step]:
@@ -175,7 +175,7 @@ class _Generator:
 
 
 def _check(
-    model: Net, words: Tokenizer | None, max_tokens: int, temperature: float, top_p: float, stop: Sequence[str]
+    model: Net, tokenizer: Tokenizer | None, max_tokens: int, temperature: float, top_p: float, stop: Sequence[str]
 ) -> None:
     """Raise ConfigError for a model or options with which `generate` cannot work."""
     if not model.config.causal:
@@ -190,5 +190,5 @@ def _check(
         raise ConfigError(f"temperature must be 0 or more, not {temperature}")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p must be more than 0 and at most 1, not {top_p}")
-    if "" in stop or (stop and not words):
+    if "" in stop or (stop and not tokenizer):
         raise ConfigError("a stop text needs characters, and a tokenizer")

@@ -146,8 +146,8 @@ def _open(
         found.token_types[str(kind or "text")] += 1
         with _noting(found):
             types.check(opened, columns)
-    words = tokenizer if tokenizer or kind is not None else Tokenizer.bytes()
-    yield from documents_of(opened, words, wanted, vocab_size=vocab_size, eos_id=eos_id)
+    reads = tokenizer if tokenizer or kind is not None else Tokenizer.bytes()
+    yield from documents_of(opened, reads, wanted, vocab_size=vocab_size, eos_id=eos_id)
 
 
 def _note_metadata(found: Inspection, where: str, metadata: dict[bytes, bytes]) -> None:

@@ -25,10 +25,10 @@ from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.generating import generate
 from longnet_cli.integrations.loading import load_net
 from longnet_cli.model.net import LOGITS_LIMIT
-from longnet_cli.patterns import parse_pattern
+from longnet_cli.notation import parse_pattern
 from longnet_cli.presets import find_model
 from longnet_cli.runtime.device import DTYPES, precision, resolve_dtype
-from longnet_cli.runtime.reading import Piece, Reader, Window, bos_ids, check_length
+from longnet_cli.runtime.reader import Piece, Reader, Window, bos_ids, check_length
 from longnet_cli.scoring import score
 
 _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "seed")  # options that a task may set
@@ -38,8 +38,8 @@ _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "se
 class LongNetLM(TemplateLM):
     """A model for lm-eval. `pretrained` is a folder, with a slash in its name, or the name of a shipped model.
 
-    `pattern` (a text of `longnet_cli.patterns`) replaces the model's own. `dtype` and `chunk` are as in
-    `runtime.reading.Reader`. A batch is what fits a chunk, whatever the `batch_size`. With `max_length`, the model sees
+    `pattern` (a text of `longnet_cli.notation`) replaces the model's own. `dtype` and `chunk` are as in
+    `runtime.reader.Reader`. A batch is what fits a chunk, whatever the `batch_size`. With `max_length`, the model sees
     at most this many tokens: the end of a context, or a document in windows. Without it, the model sees all tokens, and
     a request longer than the model reads is a ConfigError before any work. By default, a context starts with the ids
     that the tokenizer's template puts before a text. With `add_bos_token`, it starts with the ids that the model reads
@@ -63,23 +63,23 @@ class LongNetLM(TemplateLM):
     ) -> None:
         super().__init__()
         folder = find_model(str(pretrained))
-        words = Tokenizer.of_model(folder)
-        if words is None:
+        tokenizer = Tokenizer.of_model(folder)
+        if tokenizer is None:
             raise ConfigError(f"{folder}: there is no tokenizer.json, without which texts cannot be read")
-        self.words = words
+        self.tokenizer = tokenizer
         asked = device or "cuda"  # lm-eval's command says cuda on every machine
         self._device = torch.device(asked if torch.cuda.is_available() or not asked.startswith("cuda") else "cpu")
         self.options: dict[str, Any] = {"dtype": dtype, "chunk": chunk}
         self.max_length, self.max_gen_toks = max_length, max_gen_toks
-        self.bos, self.ends = document_start(folder, words), document_end(folder, words)
-        self.before = bos_ids(self.bos) if add_bos_token else words.ids_before
+        self.bos, self.ends = document_start(folder, tokenizer), document_end(folder, tokenizer)
+        self.before = bos_ids(self.bos) if add_bos_token else tokenizer.ids_before
         weights = DTYPES[resolve_dtype(dtype, self._device)]
         self.net = load_net(folder, pattern=_pattern(pattern), device=self._device, dtype=weights)
 
     @property
     def tokenizer_name(self) -> str:
         """The digest of the tokenizer, for caches of requests."""
-        return self.words.sha256
+        return self.tokenizer.sha256
 
     @property
     def prefix_token_id(self) -> int:
@@ -94,15 +94,15 @@ class LongNetLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return the ids of a text. The start ids come first, unless `add_special_tokens` is False."""
-        ids = self.words.encode(string).tolist()
+        ids = self.tokenizer.encode(string).tolist()
         return ids if add_special_tokens is False else [*self.before, *ids]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each whole text, in nats, as `longnet score` sums it."""
-        texts = [self._document(i, self.words.encode(text)) for i, (text,) in enumerate(r.args for r in requests)]
+        texts = [self._document(i, self.tokenizer.encode(text)) for i, (text,) in enumerate(r.args for r in requests)]
         if not any(map(len, texts)):
             return [0.0] * len(texts)
-        found = score(self.net, texts, bos=self.bos, known=texts, context=self.max_length, **self.options)
+        found = score(self.net, texts, bos=self.bos, stored=texts, context=self.max_length, **self.options)
         return [-each.score.nll_sum for each in found]
 
     def _loglikelihood_tokens(
@@ -133,7 +133,7 @@ class LongNetLM(TemplateLM):
             self.net,
             self._document(index, np.array(ids)),
             bos=None,
-            words=self.words,
+            tokenizer=self.tokenizer,
             max_tokens=most,
             temperature=float(asked.get("temperature", 1.0)) if asked.get("do_sample") else 0.0,
             top_p=float(asked.get("top_p", 1.0)),

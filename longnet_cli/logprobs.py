@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.data.documents import Document
-from longnet_cli.data.sinks import ShardWriter
+from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.scoring import OnTokens
 
 BATCH = 1 << 18  # tokens per record batch

@@ -21,13 +21,13 @@ from longnet_cli.runtime.device import DTYPES, check_kernel, keep_freed_memory, 
 
 
 class Loaded(NamedTuple):
-    """A model, its tokenizer `words`, and the ids `bos` that it reads before each document; None for a missing part.
+    """A model, its tokenizer, and the ids `bos` that it reads before each document; None for a missing part.
 
     `ends` are the ids at which the model's own texts end, `chat` is its chat template if you asked for it.
     """
 
     net: Net
-    words: Tokenizer | None
+    tokenizer: Tokenizer | None
     bos: int | tuple[int, ...] | None
     ends: frozenset[int]
     chat: ChatTemplate | None
@@ -60,26 +60,26 @@ def load_model(
     if device.type == "cpu":
         keep_freed_memory()
     with unpacked(found, kind) as folder:
-        words = Tokenizer.of_model(folder, tokenizer, differs=tokenizer_differs)
-        before, ends = document_start(folder, words, bos), document_end(folder, words)
-        template = _template(folder, words) if chat else None
+        tokenizer_used = Tokenizer.of_model(folder, tokenizer, differs=tokenizer_differs)
+        before, ends = document_start(folder, tokenizer_used, bos), document_end(folder, tokenizer_used)
+        template = _template(folder, tokenizer_used) if chat else None
         net = load_net(folder, pattern=pattern, device=device, dtype=DTYPES[kind])
     check_kernel(device, dtype, net.config.head_dim)
     if not net.config.vocab_size:
         if not vectors:
             raise ConfigError(f"{name}: this model has no vocabulary: it reads vectors, not tokens")
-        words = before = None
-    if words and words.vocab_size > net.config.vocab_size:
+        tokenizer_used = before = None
+    if tokenizer_used and tokenizer_used.vocab_size > net.config.vocab_size:
         raise ConfigError(
-            f"{tokenizer or found / 'tokenizer.json'}: the tokenizer has {words.vocab_size} ids and the model "
+            f"{tokenizer or found / 'tokenizer.json'}: the tokenizer has {tokenizer_used.vocab_size} ids and the model "
             f"{net.config.vocab_size}: they do not belong together"
         )
     if net.note:
         say(f"{name}: {net.note}")
-    return Loaded(net, words, before, ends, template)
+    return Loaded(net, tokenizer_used, before, ends, template)
 
 
-def _template(folder: Path, words: Tokenizer | None) -> ChatTemplate:
-    if words is None:
+def _template(folder: Path, tokenizer_used: Tokenizer | None) -> ChatTemplate:
+    if tokenizer_used is None:
         raise ConfigError(f"{folder}: there is no tokenizer, which --chat needs: give --tokenizer")
-    return ChatTemplate(folder, words)
+    return ChatTemplate(folder, tokenizer_used)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from longnet_cli.runtime.reading import Ids
+from longnet_cli.runtime.reader import Ids
 
 BLOCK = 1 << 18  # bigrams sorted together: 2 MB of keys stay in the cache
 

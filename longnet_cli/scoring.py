@@ -22,16 +22,16 @@ from torch import Tensor
 from longnet_cli.cuts import Cut
 from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.kept import Sent
-from longnet_cli.data.portions import Portion, portions
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.finite_json import to_json
 from longnet_cli.measures import ByPosition, ByRecall, DocumentScore, Score
 from longnet_cli.model.net import Net
 from longnet_cli.recall import Bigrams
-from longnet_cli.runtime.dealing import Parcel, deal
+from longnet_cli.runtime.dealing import Codec, deal
 from longnet_cli.runtime.device import precision, to_device, to_host
+from longnet_cli.runtime.portions import Portion, portions
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.reading import AfterBos, Bos, Piece, Reader, Window, bos_ids, share_reader
+from longnet_cli.runtime.reader import AfterBos, Bos, Piece, Reader, Window, bos_ids, share_reader
 
 # Called with (document, start, ids, log-probabilities) of the tokens [start, start + n): (n,) int64 and (n,) float32
 OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
@@ -51,7 +51,7 @@ def score(
     documents: Iterable[Document],
     *,
     bos: Bos,
-    known: Iterable[Document] = (),
+    stored: Iterable[Document] = (),
     context: int | Sequence[int] | None = None,
     stride: int | None = None,
     last: int | None = None,
@@ -83,13 +83,13 @@ def score(
     `by_position` also sums the nats by position in the window. `by_recall` sums them by how many tokens ago the
     document had the same bigram, even if that was before the window; `recall.Bigrams` says how much memory it takes.
 
-    `chunk`, `dtype` and `ranks` are as in `runtime.reading.Reader`: memory does not depend on the document's length,
+    `chunk`, `dtype` and `ranks` are as in `runtime.reader.Reader`: memory does not depend on the document's length,
     and none of them changes a number beyond rounding. All ranks need the same documents. In one group of ranks, which
     share each document, all get all results. Several groups divide the documents between them; then rank 0 gets all
     results and the others none.
 
     A document that is too long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to
-    `on_skip` and left out instead. The `known` documents are the part of `documents` whose lengths are cheap to read;
+    `on_skip` and left out instead. The `stored` documents are the part of `documents` whose lengths are cheap to read;
     without `on_skip`, these lengths are checked before anything else.
 
     An empty document scores 0 tokens. The model is moved to `device`; None leaves it where it is. `on_tokens` gets the
@@ -118,12 +118,12 @@ def score(
         on_tokens=on_tokens,
         on_nats=on_nats,
     )
-    taken = scorer.checked(documents, known, on_skip)
+    taken = scorer.checked(documents, stored, on_skip)
 
     def run() -> Iterator[DocumentScore]:
         scored = 0
         parts = portions(taken, reader.portion)
-        for _, found in deal(parts, scorer.run, ranks, Parcel(_pack, _unpack), scorer.tell_progress):
+        for _, found in deal(parts, scorer.run, ranks, Codec(_pack, _unpack), scorer.tell_progress):
             for each in found:
                 scored += each.score.n_tokens
                 yield each
@@ -156,7 +156,7 @@ class _Tally:
 
 
 @dataclass(frozen=True)
-class _Window(Window):
+class _ScoredWindow(Window):
     """The inputs of a document's targets: the hidden state of each input predicts the next id."""
 
     tally: _Tally
@@ -183,17 +183,17 @@ class Scorer:
         self.open: deque[_Tally] = deque()  # documents whose windows are being read
 
     def checked(
-        self, documents: Iterable[Document], known: Iterable[Document] = (), on_skip: OnSkip | None = None
+        self, documents: Iterable[Document], stored: Iterable[Document] = (), on_skip: OnSkip | None = None
     ) -> Iterator[Document]:
-        """Return the `documents`, each checked before it is yielded. Without `on_skip`, check all `known` ones now."""
+        """Return the `documents`, each checked before it is yielded. Without `on_skip`, check all `stored` ones now."""
         check = partial(self.cut.check, self.model)
-        for document in known if on_skip is None else ():
+        for document in stored if on_skip is None else ():
             check(document)
         return checked(documents, check, on_skip)
 
     def run(self, documents: Iterable[Document]) -> Iterator[DocumentScore]:
         """Yield the score of each checked document at each context, in order."""
-        measured: deque[tuple[Sequence[Piece[_Window]], Callable[[], Tensor]]] = deque()
+        measured: deque[tuple[Sequence[Piece[_ScoredWindow]], Callable[[], Tensor]]] = deque()
         for pieces in self.reader.read(self._windows(documents)):
             measured.append((pieces, self._measure(pieces)))
             # within a window, the device computes the next chunk while the host sums the previous one
@@ -218,7 +218,7 @@ class Scorer:
             else "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
         )
 
-    def _windows(self, documents: Iterable[Document]) -> Iterator[_Window]:
+    def _windows(self, documents: Iterable[Document]) -> Iterator[_ScoredWindow]:
         for document in documents:
             if self.cut.last and len(document) < self.cut.least:
                 continue
@@ -227,9 +227,9 @@ class Scorer:
                 tally = self._tally(document, context, Bigrams(ids))
                 self.open.append(tally)
                 if not tally.expected:
-                    yield _Window(ids, 0, 0, 0, tally)
+                    yield _ScoredWindow(ids, 0, 0, 0, tally)
                 for start, stop, wanted in self.cut.inputs(len(document), context):
-                    yield _Window(ids, start, stop, wanted, tally)
+                    yield _ScoredWindow(ids, start, stop, wanted, tally)
 
     def _tally(self, document: Document, context: int | None, bigrams: Bigrams) -> _Tally:
         expected = max(0, len(document) - self.cut.first)
@@ -243,7 +243,7 @@ class Scorer:
         return _Tally(document, context, expected, n_bytes, positions, recall, bigrams)
 
     @torch.inference_mode()
-    def _measure(self, pieces: Sequence[Piece[_Window]]) -> Callable[[], Tensor]:
+    def _measure(self, pieces: Sequence[Piece[_ScoredWindow]]) -> Callable[[], Tensor]:
         """Return a function that waits for the nats (tokens,) of the pieces' targets, and returns them on the host."""
         device, ranks = self.reader.device, self.reader.ranks
         nll = torch.zeros(sum(map(len, pieces)), device=device)
@@ -260,12 +260,12 @@ class Scorer:
         ranks.sum(nll)
         return to_host(nll)
 
-    def _add_up(self, pieces: Sequence[Piece[_Window]], nll: Callable[[], Tensor]) -> None:
+    def _add_up(self, pieces: Sequence[Piece[_ScoredWindow]], nll: Callable[[], Tensor]) -> None:
         """Add the nats of the pieces' targets to their documents."""
         for piece, part in zip(pieces, nll().split([len(piece) for piece in pieces]), strict=True):
             self._add(piece, part.numpy())
 
-    def _add(self, piece: Piece[_Window], nll: np.ndarray) -> None:
+    def _add(self, piece: Piece[_ScoredWindow], nll: np.ndarray) -> None:
         tally = piece.window.tally
         first = piece.start + 1 - AfterBos(tally.document, self.bos).first
         if not np.isfinite(nll).all():
@@ -287,7 +287,7 @@ class Scorer:
             self.on_tokens(tally.document, first, self._targets(piece), -nll)
 
     @staticmethod
-    def _targets(piece: Piece[_Window]) -> np.ndarray:
+    def _targets(piece: Piece[_ScoredWindow]) -> np.ndarray:
         return piece.window.ids.read(piece.start + 1, piece.stop + 1)
 
 

@@ -24,14 +24,14 @@ from longnet_cli.data.feed import in_two_threads
 from longnet_cli.data.folders import sniff
 from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import find_sources, inputs_fingerprint
-from longnet_cli.data.portions import portions
+from longnet_cli.data.outputs import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_schema
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
-from longnet_cli.data.sinks import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_schema
 from longnet_cli.data.sources import read_texts
 from longnet_cli.data.special_tokens import end_of_text
 from longnet_cli.data.token_batches import TokenBatches
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.runtime.portions import portions
 
 if TYPE_CHECKING:
     from longnet_cli.runtime.ranks import Ranks
@@ -107,11 +107,11 @@ def tokenize(
     earlier = run_to_resume(output, resume=resume) if in_folder and first else None
     skip_bad = on_skip is not None
     folder: ShardFolder | None = None
-    words = _tokenizer(inputs, tokenizer, train_vocab, column, earlier.tokenizer if earlier else None, skip_bad)
-    appended = end_of_text(eos, words)
-    own, eos_id = words.eos_id, words.eos_id if appended is None else appended
-    words = words.with_eos(eos_id)
-    schema = token_schema(vocab_size=words.vocab_size, eos_id=eos_id, tokenizer_sha256=words.sha256)
+    loaded = _tokenizer(inputs, tokenizer, train_vocab, column, earlier.tokenizer if earlier else None, skip_bad)
+    appended = end_of_text(eos, loaded)
+    own, eos_id = loaded.eos_id, loaded.eos_id if appended is None else appended
+    loaded = loaded.with_eos(eos_id)
+    schema = token_schema(vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256)
 
     def skip(text: Text, error: DataError) -> None:
         if folder:
@@ -119,7 +119,9 @@ def tokenize(
         if on_skip:
             on_skip(text, error)
 
-    texts = _apart(_readable(read_texts(inputs, column, id_column=id_column, tokenizer=words, skip_bad=skip_bad), skip))
+    texts = _apart(
+        _readable(read_texts(inputs, column, id_column=id_column, tokenizer=loaded, skip_bad=skip_bad), skip)
+    )
     with ExitStack() as stack:
         rows: TokenBatches | None = None
         if in_folder and first:
@@ -129,13 +131,13 @@ def tokenize(
                 "inputs": inputs_fingerprint(inputs),
                 "column": column,
                 **({"id_column": id_column} if id_column else {}),
-                "tokenizer": words.sha256,
+                "tokenizer": loaded.sha256,
                 "train_vocab": train_vocab,
                 "eos": appended is not None if appended in (None, own) else str(appended),  # 1 would equal True
                 "shard_tokens": shard_tokens,
-                **chat_settings(words),
+                **chat_settings(loaded),
             }
-            kept = words.description
+            kept = loaded.description
             folder = stack.enter_context(
                 ShardFolder(output, schema, settings=settings, format=shard_format, tokenizer=kept, resume=resume)
             )
@@ -151,14 +153,14 @@ def tokenize(
             finished, done = ranks.any(finished), ranks.from_first(done)
         if not finished:
             prompt, remaining = str(output) == "-", islice(texts, done, None)
-            _run(remaining, words, rows, ranks, eos_id=appended, prompt=prompt, on_progress=on_progress)
+            _run(remaining, loaded, rows, ranks, eos_id=appended, prompt=prompt, on_progress=on_progress)
     if rows is None:
         return None
     shards = folder.paths if folder else []
     if beside := tokenizer_beside(output):
-        words.save(beside)
+        loaded.save(beside)
         shards = [Path(output)]
-    return TokenizeResult(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"], shards, words)
+    return TokenizeResult(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"], shards, loaded)
 
 
 def tokenizer_beside(output: str | Path) -> Path | None:
@@ -224,7 +226,7 @@ def _apart(texts: Iterator[Text]) -> Iterator[Text]:
         yield replace(text, doc_id=f"{text.doc_id}#{repeats}") if repeats else text
 
 
-class _Piece(NamedTuple):
+class _TextPart(NamedTuple):
     """A piece of a document's text; None is its end. A chat is one piece, which returns its `ids`."""
 
     doc_id: str
@@ -258,13 +260,13 @@ def _run(
     """Tokenize all texts into the `rows` of rank 0. With `prompt`, write each group as soon as it is done."""
     ending = np.array([] if eos_id is None else [eos_id], np.int32)
 
-    def pieces() -> Iterator[_Piece]:
+    def pieces() -> Iterator[_TextPart]:
         for text in texts:
             for piece in [text.text] if text.ids else tokenizer.pieces(text.parts):
-                yield _Piece(text.doc_id, piece, text.ids)
-            yield _Piece(text.doc_id, None)
+                yield _TextPart(text.doc_id, piece, text.ids)
+            yield _TextPart(text.doc_id, None)
 
-    def encode(group: Iterable[_Piece]) -> Iterator[_Encoded]:
+    def encode(group: Iterable[_TextPart]) -> Iterator[_Encoded]:
         given = list(group)
         current = 0
         for index, ids, size in tokenizer.encode_parts(["" if piece.ids else piece.text or "" for piece in given]):
@@ -273,7 +275,7 @@ def _run(
             current = index
         yield from passed(given[current:])
 
-    def passed(pieces: Sequence[_Piece]) -> Iterator[_Encoded]:
+    def passed(pieces: Sequence[_TextPart]) -> Iterator[_Encoded]:
         """Yield the ids of pieces without text to encode: chats and the ends of documents."""
         for piece in pieces:
             if piece.ids:
@@ -306,10 +308,10 @@ def _run(
             pieces(), length, TEXT_CHARS, lambda group, check: take(encode(group), rows, check), abandon=prompt
         )
     elif ranks:
-        from longnet_cli.runtime.dealing import Parcel, deal  # loads torch, which one process does not need
+        from longnet_cli.runtime.dealing import Codec, deal  # loads torch, which one process does not need
 
         parts = portions(pieces(), TEXT_CHARS, length_of=length)
-        for _, found in deal(parts, encode, ranks, Parcel(_pack, _unpack), ahead=2 * ranks.world):
+        for _, found in deal(parts, encode, ranks, Codec(_pack, _unpack), ahead=2 * ranks.world):
             take(found, cast(TokenBatches, rows))  # on rank 0: the others get nothing
     if rows:
         rows.flush()

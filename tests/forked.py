@@ -88,12 +88,12 @@ def serve(place: str) -> None:
 
     import longnet_cli.benchmark
     import longnet_cli.encoding
+    import longnet_cli.estimating.training_job
     import longnet_cli.inspecting
     import longnet_cli.integrations.loading
     import longnet_cli.plotting
     import longnet_cli.scoring
     import longnet_cli.tokenizing
-    import longnet_cli.training.estimate
     import longnet_cli.training.loop  # noqa: F401
 
     gc.collect()

@@ -19,11 +19,13 @@ from test_documents import PackedMath
 from torch import Tensor
 
 from longnet_cli.attention import SINKS, Pattern, Span, dilated_attention, far_keys, merging, one_pass
+from longnet_cli.attention.branches import Branch
 from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.merging import strided_view
 from longnet_cli.attention.packing import Pack, Sequences
-from longnet_cli.attention.pattern import Branch, Rows, far_spans
 from longnet_cli.attention.reference import dilated_attention_reference
+from longnet_cli.attention.rows import Rows
+from longnet_cli.attention.spans import far_spans
 
 PAPER = Pattern((8, 16, 32, 64), (1, 2, 3, 6))  # r = 3 and 6 divide no w, as in the paper
 WINDOW = Pattern.window(12, sinks=3)
@@ -172,7 +174,7 @@ def test_gathered_rows() -> None:
     for repeated in (False, True):
         if repeated:
             places = places % 50
-        merge, total = one_pass.Merge(q, True), one_pass.Total(q, 0, False)
+        merge, total = one_pass.OnePassMerge(q, True), one_pass.OnePassGradientSum(q, 0, False)
         total.add(strided_view(total.place, every)[:, 0], view.clone(), every, True)
         total.add_rows(places, part, repeated)
         expected = view.transpose(1, 2).reshape(-1, 8).index_add_(0, places, part)

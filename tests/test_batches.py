@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, RunLongnet
 
-from longnet_cli.batches import Reading, encode_batches, score_batches
+from longnet_cli.engines import Reading, encode_batches, score_batches
 from longnet_cli.errors import ConfigError, DataError
 
 TEXTS = ["one two three " * 40, "x", "", "def f():\n    return 1\n" * 30, "four five " * 20]

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from strategies import patterns
 
 from longnet_cli.attention import Pattern
-from longnet_cli.attention.pattern import attention_flops
+from longnet_cli.attention.branches import attention_flops
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.benchmark import Case, Measurement, Settings, bench, job, measurement
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.weights import load_config
-from longnet_cli.patterns import format_levels
+from longnet_cli.notation import format_levels
 from longnet_cli.presets import find_model
 
 TINY = {"heads": 3, "head_dim": 8, "repeats": 2}
@@ -216,7 +216,7 @@ def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch: pytest.Mon
 def test_every_pair_of_the_whole_is_computed_by_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The streamed operator's own branches add up to the FLOPs of the row: nothing is left out."""
     from longnet_cli.attention import dilated
-    from longnet_cli.attention.pattern import branches
+    from longnet_cli.attention.branches import branches
 
     pairs: list[int] = []
 
@@ -239,7 +239,7 @@ def test_every_pair_of_the_whole_is_computed_by_the_chunks(monkeypatch: pytest.M
 
 
 def _warm_up(tokens: int) -> int:
-    from longnet_cli.attention.pattern import branches
+    from longnet_cli.attention.branches import branches
 
     found = branches(Pattern((16, 64), (1, 4)), 3, 0, tokens, True, "exact", ())
     return sum(b.queries.segments * b.queries.heads * b.queries.rows * (b.queries.rows + 1) // 2 for b in found)

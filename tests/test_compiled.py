@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import DilatedAttention, Pattern, Span, dilated_attention, far_keys
-from longnet_cli.attention.pattern import far_spans
+from longnet_cli.attention.spans import far_spans
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.positions import position_table
 

@@ -29,15 +29,15 @@ from hypothesis import strategies as st
 from processes import contents, processes_of, wait_for
 from test_exchange import run_ranks
 
-from longnet_cli.data.portions import Portion, portions
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import DataError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime import dealing
-from longnet_cli.runtime.dealing import Parcel, deal
+from longnet_cli.runtime.dealing import Codec, deal
+from longnet_cli.runtime.portions import Portion, portions
 from longnet_cli.runtime.ranks import Ranks
 
-AS_JSON = Parcel(lambda found: json.dumps(list(found)).encode(), json.loads)
+AS_JSON = Codec(lambda found: json.dumps(list(found)).encode(), json.loads)
 
 
 @given(

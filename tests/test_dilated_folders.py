@@ -19,7 +19,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.loading import load_net, read_facts
 from longnet_cli.integrations.transformers import use_dilated_attention, use_own_attention, write_pattern
-from longnet_cli.integrations.transformers_auto import MODEL_TYPE, from_file
+from longnet_cli.integrations.transformers_auto import DILATED_TYPE, from_file
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SINKS = Pattern.window(8, sinks=2)
@@ -69,12 +69,12 @@ def test_without_the_import_it_fails_and_with_it_it_works(folder: Path, tmp_path
         return done.stdout.splitlines()
 
     assert run(CODE) == [FAILED, FAILED, 'failed: Specified `attn_implementation="dilated"`', "sdpa"]
-    assert run(MODEL_TYPE + CODE) == ["dilated", "dilated", "dilated", "sdpa"]
+    assert run(DILATED_TYPE + CODE) == ["dilated", "dilated", "dilated", "sdpa"]
 
 
 def test_what_does_not_know_the_type_names_the_import(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config_of(folder)["architectures"] == ["DilatedLlamaForCausalLM"]
-    monkeypatch.delitem(hf.CONFIG_MAPPING._extra_content, MODEL_TYPE)
+    monkeypatch.delitem(hf.CONFIG_MAPPING._extra_content, DILATED_TYPE)
     with pytest.raises(ValueError, match=r"model type `import longnet_cli\.integrations\.transformers`"):
         hf.AutoModelForCausalLM.from_pretrained(folder)
 
@@ -106,7 +106,7 @@ def test_what_was_opened_is_saved_as_it_was(folder: Path, tmp_path: Path) -> Non
     again = pickle.loads(pickle.dumps(model.config))
     assert again == model.config
     again.save_pretrained(tmp_path / "pickled")
-    assert config_of(tmp_path / "pickled")["model_type"] == MODEL_TYPE
+    assert config_of(tmp_path / "pickled")["model_type"] == DILATED_TYPE
     own = from_file(config_of(folder))
     assert (own["model_type"], own["architectures"]) == ("llama", ["LlamaForCausalLM"])
     assert model.config.model_type == "llama"  # in memory it is what it is, for peft and others
@@ -120,13 +120,13 @@ def test_whoever_put_a_pattern_there_it_is_saved_as_one(tmp_path: Path) -> None:
     config = llama().config
     write_pattern(config, SINKS)
     config.save_pretrained(tmp_path / "a")
-    assert config_of(tmp_path / "a")["model_type"] == MODEL_TYPE
+    assert config_of(tmp_path / "a")["model_type"] == DILATED_TYPE
     config = llama().config
     config.dilated_attention = {"segment_lengths": [8, 16], "dilation_rates": [1, 2]}
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="dilated")
     model(ids())
     model.save_pretrained(tmp_path / "b")
-    assert config_of(tmp_path / "b")["model_type"] == MODEL_TYPE
+    assert config_of(tmp_path / "b")["model_type"] == DILATED_TYPE
 
 
 def test_a_dense_pattern_is_no_secret(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_trainers_checkpoint_is_such_a_folder(folder: Path, tmp_path: Path) ->
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(again(ids()).logits, trainer.model.eval()(ids()).logits)
-    assert config_of(tmp_path / "saved")["model_type"] == MODEL_TYPE
+    assert config_of(tmp_path / "saved")["model_type"] == DILATED_TYPE
 
 
 def test_encoders_open_as_such(tmp_path: Path) -> None:

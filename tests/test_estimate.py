@@ -18,20 +18,20 @@ from strategies import document_starts
 from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.attention import Pattern
-from longnet_cli.attention.pattern import open_spans
+from longnet_cli.attention.spans import open_spans
 from longnet_cli.errors import ConfigError
-from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.runtime.device import MatmulPeak, precision
-from longnet_cli.runtime.estimate import fitting_chunk
-from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.training.estimate import (
-    estimate,
+from longnet_cli.estimating.estimate import fitting_chunk
+from longnet_cli.estimating.training_job import (
+    estimate_training,
     executed_flops,
     flops_per_token,
     memory_by_kind,
     saved_bytes,
     settle_chunk,
 )
+from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.runtime.device import MatmulPeak, precision
+from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training.far_bytes import seen_segments
 from longnet_cli.training.gradients import plan_forwards
 from longnet_cli.training.recipe import Recipe, load_recipe
@@ -99,12 +99,12 @@ RUN = """
 import json, sys
 import torch
 from longnet_cli.runtime.device import peak_memory
-from longnet_cli.training.estimate import estimate
+from longnet_cli.estimating.training_job import estimate_training
 from longnet_cli.training.loop import train
 from longnet_cli.training.recipe import load_recipe
 
 recipe = load_recipe(*json.loads(sys.argv[1]))
-found = estimate(recipe, torch.device("cpu"))
+found = estimate_training(recipe, torch.device("cpu"))
 train(recipe, sys.argv[2])
 print(json.dumps([found.memory, peak_memory(torch.device("cpu"))]))
 """
@@ -145,7 +145,7 @@ GROWTH = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from longnet_cli.training.estimate import estimate
+from longnet_cli.estimating.training_job import estimate_training
 from longnet_cli.training.loop import train
 from longnet_cli.training.recipe import load_recipe
 
@@ -158,7 +158,7 @@ def watch():
         peaks.append(anonymous())
 
 recipe = load_recipe(None, json.loads(sys.argv[1]))
-found = estimate(recipe, torch.device("cpu"))
+found = estimate_training(recipe, torch.device("cpu"))
 done, peaks = threading.Event(), []
 watcher = threading.Thread(target=watch)
 watcher.start()
@@ -267,7 +267,8 @@ def test_seen_segments(w: int, back: int, chunk: int, seq_len: int) -> None:
 def test_the_last_chunk_alone_is_not_computed_again() -> None:
     stages = [{"seq_len": 1024, "steps": 1}]
     whole, halves, uneven = (
-        estimate(recipe(MODEL, stages=stages, chunk=chunk, batch_tokens=1024), CPU).flops for chunk in (1024, 512, 1023)
+        estimate_training(recipe(MODEL, stages=stages, chunk=chunk, batch_tokens=1024), CPU).flops
+        for chunk in (1024, 512, 1023)
     )
     assert (uneven - whole) / (halves - whole) == pytest.approx(2 * 1023 / 1024)
 
@@ -281,7 +282,7 @@ def test_short_documents_have_little_attention() -> None:
 
 def test_muon_keeps_one_number_for_a_matrix() -> None:
     adamw, muon = (
-        estimate(load_recipe("longnet-125m", {"optimizer.name": name}), CPU).memory["optimizer"]
+        estimate_training(load_recipe("longnet-125m", {"optimizer.name": name}), CPU).memory["optimizer"]
         for name in ("adamw", "muon")
     )
     assert adamw == 8 * 162_160_896
@@ -330,18 +331,18 @@ def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return recipe(MODEL, stages=[{"seq_len": 256, "steps": 1}], chunk=chunk, batch_tokens=10_000)
 
     free = sum(memory_by_kind(with_chunk(4096), CPU, Ranks()).values())
-    monkeypatch.setattr("longnet_cli.training.estimate.free_memory", lambda device: free)
-    found = estimate(with_chunk(10_000), CPU)
+    monkeypatch.setattr("longnet_cli.estimating.training_job.free_memory", lambda device: free)
+    found = estimate_training(with_chunk(10_000), CPU)
     assert not found.fits
     assert found.chunk_that_fits == 4096
     assert found.advice == "--chunk 4096 fits"
-    assert estimate(with_chunk(4096), CPU).fits
-    assert not estimate(with_chunk(4352), CPU).fits
+    assert estimate_training(with_chunk(4096), CPU).fits
+    assert not estimate_training(with_chunk(4352), CPU).fits
 
 
 @pytest.mark.parametrize(("gib", "chunk"), [(0, 16384), (5, 16384), (24, 32768), (80, 131072), (1000, 131072)])
 def test_a_gpu_gets_the_longest_chunk_that_it_holds(monkeypatch: pytest.MonkeyPatch, gib: int, chunk: int) -> None:
-    monkeypatch.setattr("longnet_cli.training.estimate.free_memory", lambda device: gib << 30)
+    monkeypatch.setattr("longnet_cli.estimating.training_job.free_memory", lambda device: gib << 30)
     model = MODEL | {"dim": 768, "num_layers": 12, "num_heads": 12, "ffn_dim": 3072}
     settings = {"dtype": "bf16", "stages": [{"seq_len": 1 << 20, "steps": 1}]}
     gpu, found = torch.device("cuda"), recipe(model, **settings)
@@ -358,13 +359,13 @@ def test_no_chunk_cuts_a_bidirectional_window(monkeypatch: pytest.MonkeyPatch) -
         return recipe(model, objective="masked", stages=stages, chunk=chunk, batch_tokens=8192)
 
     free = sum(memory_by_kind(with_window(1024, 1024), CPU, Ranks()).values())
-    monkeypatch.setattr("longnet_cli.training.estimate.free_memory", lambda device: free)
-    assert estimate(with_window(1024, 8192), CPU).chunk_that_fits == 1024
-    found = estimate(with_window(2048, 8192), CPU)
+    monkeypatch.setattr("longnet_cli.estimating.training_job.free_memory", lambda device: free)
+    assert estimate_training(with_window(1024, 8192), CPU).chunk_that_fits == 1024
+    found = estimate_training(with_window(2048, 8192), CPU)
     assert found.chunk_that_fits is None
     assert found.advice.startswith("a bidirectional net reads a window at once")
 
 
 def test_windows_that_ranks_cannot_share_are_refused() -> None:
     with pytest.raises(ConfigError, match="a step has 3 windows of 256 tokens, which 2 groups"):
-        estimate(recipe(MODEL, stages=[{"seq_len": 256, "steps": 1}], batch_tokens=768), CPU, Ranks(world=2))
+        estimate_training(recipe(MODEL, stages=[{"seq_len": 256, "steps": 1}], batch_tokens=768), CPU, Ranks(world=2))

@@ -26,17 +26,25 @@ from longnet_cli.attention import Pattern
 from longnet_cli.cli.dry_run import show_reading
 from longnet_cli.cuts import Cut
 from longnet_cli.data.documents import Document
-from longnet_cli.data.sampling import Sample
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode
 from longnet_cli.errors import DataError, MemoryLimitError, TooLongError
-from longnet_cli.estimating import EncodeJob, Job, ReadingEstimate, Room, ScoreJob, check_weights, estimate
+from longnet_cli.estimating.reading_bytes import cache_bytes
+from longnet_cli.estimating.reading_job import (
+    EncodeJob,
+    Job,
+    ReadingEstimate,
+    Room,
+    ScoreJob,
+    check_weights,
+    estimate_documents,
+)
+from longnet_cli.estimating.sampling import Sample
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import Net
 from longnet_cli.runtime.chunks import CausalStream
 from longnet_cli.runtime.flops import attention_flops
-from longnet_cli.runtime.reading_bytes import cache_bytes
 from longnet_cli.scoring import score
 
 BOS = 256
@@ -71,7 +79,7 @@ def counting(net: nn.Module) -> Iterator[list[int]]:
 
 
 def estimated(net: Net, job: Job, found: list[Document] | None = None, **options: Any) -> ReadingEstimate:
-    return estimate(net, job, documents() if found is None else found, **({"room": ROOM} | options))
+    return estimate_documents(net, job, documents() if found is None else found, **({"room": ROOM} | options))
 
 
 @pytest.mark.parametrize("chunk", [64, 200, 4096])
@@ -224,10 +232,10 @@ def test_a_sample_knows_how_far_it_may_be_off(words: Tokenizer) -> None:
 def test_a_sample_of_all_is_exact(words: Tokenizer) -> None:
     net, found = net_of(vocab_size=words.vocab_size), some_texts(words, 20, 0)
     job = ScoreJob(net, Cut.of(net, 0, None, None, None))
-    all_of_them = estimated(net, job, found, sample=20, words=words)  # type: ignore[arg-type]
+    all_of_them = estimated(net, job, found, sample=20, tokenizer=words)  # type: ignore[arg-type]
     assert (all_of_them.sampled, all_of_them.tokens_error) == (20, 0.0)
     assert all_of_them.tokens == pytest.approx(sum(len(words.encode(text.text)) for text in found), abs=10)
-    few = estimated(net, job, found, sample=5, words=words)  # type: ignore[arg-type]
+    few = estimated(net, job, found, sample=5, tokenizer=words)  # type: ignore[arg-type]
     low, high = few.as_dict()["tokens_interval"]
     assert low < few.tokens < high
     assert (few.sampled, few.documents) == (5, 20)

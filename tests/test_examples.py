@@ -28,7 +28,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.integrations.loading import load_net
 from longnet_cli.logprobs import write_token_logprobs
-from longnet_cli.patterns import parse_pattern
+from longnet_cli.notation import parse_pattern
 from longnet_cli.scoring import score
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ from conftest import RunLongnet
 from longnet_cli.data.shards import read_manifest
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.gains import BLOCK_TOKENS, GainOptions, gains, gains_to_folder
+from longnet_cli.gains import GAIN_BLOCK, GainOptions, gains, gains_to_folder
 from longnet_cli.measures import Clusters
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.scoring import NothingToScoreError, score
@@ -70,7 +70,7 @@ def test_a_row_is_what_the_tokens_say(model: LongNet, chunk: int | None) -> None
         got = [row[name] for name in ("nats_16", "nats_400", "gain", "gain_share")]
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
         shares.append(row["gain_share"])
-        blocks = [gained[start : start + BLOCK_TOKENS] for start in range(0, n, BLOCK_TOKENS)]
+        blocks = [gained[start : start + GAIN_BLOCK] for start in range(0, n, GAIN_BLOCK)]
         if len(blocks) < 2:
             assert row["gain_se"] is None
             continue
@@ -169,7 +169,7 @@ def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(model: LongN
     documents = [make_document(length, str(length)) for length in (100, 0, 300, 20, 200)]
     for document, value in zip(documents, values, strict=True):
         document.kept = {"tags": pa.scalar(value, kept[0].type)}
-    table = pa.Table.from_batches(gains(model, documents, OPTIONS, kept=kept))
+    table = pa.Table.from_batches(gains(model, documents, OPTIONS, kept_fields=kept))
     assert table.schema == OPTIONS.schema(kept)
     assert table["tags"].to_pylist() == values
 
@@ -200,7 +200,7 @@ def test_a_kept_value_of_another_type_and_a_name_that_is_taken_are_refused(model
     for document, value in zip(documents, (1, "one"), strict=True):
         document.kept = {"year": pa.scalar(value)}
     with pytest.raises(DataError, match=r"b\.txt: 'year' is string, and int64 in the first document"):
-        list(gains(model, documents, OPTIONS, kept=[pa.field("year", pa.int64())]))
+        list(gains(model, documents, OPTIONS, kept_fields=[pa.field("year", pa.int64())]))
     with pytest.raises(ConfigError, match="--keep gain: the output has a column of this name"):
         OPTIONS.schema([pa.field("gain", pa.float64())])
 

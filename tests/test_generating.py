@@ -71,7 +71,7 @@ def test_every_token_is_the_best_of_a_full_forward(kind: str) -> None:
     """Of the whole sequence at once, and its log-probability is that one's; across segments, after any chunks."""
     model = NETS[kind]()
     for length, bos, chunk in ((1, None, None), (50, 3, 7), (50, 3, None), (61, None, 16)):
-        steps = run(model, length, bos=bos, chunk=chunk, words=None)
+        steps = run(model, length, bos=bos, chunk=chunk, tokenizer=None)
         found = torch.tensor([step.id for step in steps])
         before = [*([] if bos is None else [bos]), *prompt(length).tokens]
         logits = model.logits(model(torch.tensor([[*before, *found.tolist()]])))[0, len(before) - 1 : -1]

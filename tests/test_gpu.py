@@ -25,7 +25,7 @@ from test_launch import TORCHRUN, losses, prepare
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, dilated_attention, far_keys, kernels, merging
-from longnet_cli.attention.pattern import far_spans
+from longnet_cli.attention.spans import far_spans
 from longnet_cli.runtime.chunks import CausalStream
 from longnet_cli.runtime.device import DTYPES, free_memory, precision
 from longnet_cli.runtime.layerwise import hidden_in_chunks

@@ -75,7 +75,7 @@ def test_the_likeliest_continuation_is_greedy(make: Any, tmp_path: Path) -> None
     model = LongNetLM(pretrained=str(make(tmp_path)), device="cpu")
     text = model.generate_until(requests(("Once", {"until": [], "max_gen_toks": 3})))[0]
     prompt = Document("0", BYTES.encode("Once"), None, "prompt")
-    steps = list(generate(model.net, prompt, bos=None, words=BYTES, max_tokens=3, end_ids={256}))
+    steps = list(generate(model.net, prompt, bos=None, tokenizer=BYTES, max_tokens=3, end_ids={256}))
     assert text == "".join(step.text for step in steps)
     ids = [step.id for step in steps]
     (likely, greedy), (_, other) = model._loglikelihood_tokens(

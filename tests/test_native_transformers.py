@@ -160,7 +160,7 @@ def test_it_generates_what_the_command_generates(net: LongNet, folder: Path, wor
     assert isinstance(found[CACHE], LongNetCache)
     for i, text in enumerate(TEXTS):
         prompt = Document("0", BYTES.encode(text), None, "test")
-        steps = list(generate(net, prompt, bos=None, words=BYTES, max_tokens=40, end_ids={256}))
+        steps = list(generate(net, prompt, bos=None, tokenizer=BYTES, max_tokens=40, end_ids={256}))
         new = found.sequences[i, inputs["input_ids"].shape[1] :].tolist()
         assert new[: len(steps)] == [step.id for step in steps]
     plain = model.generate(**inputs, **options, pad_token_id=256, use_cache=False)
@@ -191,7 +191,9 @@ def test_pipeline_writes_text(folder: Path) -> None:
     found = pipe(TEXTS[0], max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
     prompt = Document("0", BYTES.encode(TEXTS[0]), None, "test")
     model = LongNet.from_pretrained(folder)
-    assert found == "".join(x.text for x in generate(model, prompt, bos=None, words=BYTES, max_tokens=5, end_ids={256}))
+    assert found == "".join(
+        x.text for x in generate(model, prompt, bos=None, tokenizer=BYTES, max_tokens=5, end_ids={256})
+    )
 
 
 @pytest.mark.parametrize("net", ["untied"], indirect=True)

@@ -11,7 +11,10 @@ import pytest
 from hypothesis import given
 from strategies import Problem, problems
 
-from longnet_cli.attention.pattern import Pattern, Rows, Span, branches, rows_before, span_positions
+from longnet_cli.attention.branches import branches
+from longnet_cli.attention.pattern import Pattern
+from longnet_cli.attention.rows import Rows, rows_before
+from longnet_cli.attention.spans import Span, span_positions
 
 
 def tokens_of(rows: Rows) -> dict[tuple[int, int], list[int]]:

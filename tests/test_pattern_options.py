@@ -21,7 +21,7 @@ from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.config import parse_config
 from longnet_cli.model.weights import load_config
-from longnet_cli.patterns import PATTERN_FIELDS
+from longnet_cli.notation import PATTERN_FIELDS
 from longnet_cli.training.recipe import load_recipe
 
 SHAPE = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope"}

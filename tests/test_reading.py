@@ -9,7 +9,7 @@ import pytest
 
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet
-from longnet_cli.runtime.reading import Reader, batches_by_length
+from longnet_cli.runtime.reader import Reader, batches_by_length
 
 
 def test_batches_by_length() -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from longnet_cli.atomic import atomic_write
-from longnet_cli.data.sinks import ShardWriter, token_batch, token_schema
+from longnet_cli.data.outputs import ShardWriter, token_batch, token_schema
 from longnet_cli.errors import ConfigError, LongNetError
 
 SCHEMA = token_schema(vocab_size=257, eos_id=256, tokenizer_sha256="abc")

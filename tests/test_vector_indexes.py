@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longnet_cli.data.documents import Document
-from longnet_cli.data.sinks import ShardWriter
+from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.encoding import EncodeOptions, encode
 from longnet_cli.model import LongNet, LongNetConfig
 

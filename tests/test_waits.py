@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from longnet_cli import scoring
 from longnet_cli.data.documents import Document
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.runtime import reading
+from longnet_cli.runtime import reader
 from longnet_cli.scoring import score
 from longnet_cli.training.loop import train
 from longnet_cli.training.recipe import load_recipe
@@ -79,8 +79,8 @@ def test_scoring_asks_for_a_chunk_when_the_next_is_on_its_way(monkeypatch: pytes
         return wait
 
     monkeypatch.setattr(scoring, "to_host", to_host)
-    read = reading.Reader._ids
-    monkeypatch.setattr(reading.Reader, "_ids", staticmethod(lambda *place: events.append("read") or read(*place)))
+    read = reader.Reader._ids
+    monkeypatch.setattr(reader.Reader, "_ids", staticmethod(lambda *place: events.append("read") or read(*place)))
     documents = [Document("a", TOKENS[:255], None, "a"), Document("b", TOKENS[:60], None, "b")]
     with Asked() as asked:
         scores = list(score(net, documents, bos=256, chunk=64))

@@ -6,7 +6,8 @@ Patterns load without torch. Torch is imported with the first name that computes
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .pattern import SINKS, Level, Pattern, Span
+from .pattern import Level, Pattern
+from .spans import SINKS, Span
 
 if TYPE_CHECKING:
     from .cache import KVCache

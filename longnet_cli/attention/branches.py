@@ -21,15 +21,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from math import lcm
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import NamedTuple
 
+from .pattern import Padding, Pattern
 from .rows import Heads, Rows, progressions, rows_before
 from .spans import SINKS, Span, lanes, level_of, sink_segments
-
-if TYPE_CHECKING:
-    from .pattern import Pattern
-
-Padding = Literal["exact", "zero_key"]
 
 BACKWARD_FLOPS = 2.5  # times the forward's: five matrix products instead of two
 UNION_LIMIT = 1 << 24  # numbers in the table of a `Union`: 64 MiB in float32

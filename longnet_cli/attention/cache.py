@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .dilated import FarKeys
 from .merging import strided_view
-from .pattern import SINKS, Pattern, Span, common_span, lanes, open_spans, segment_rows, span_rows, span_views
+from .pattern import Pattern
+from .spans import SINKS, Span, common_span, lanes, open_spans, segment_rows, span_rows, span_views
 
 FIRST_ROWS = 1 << 14  # rows of a segment that are allocated at first; their number doubles on demand
 

@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .branches import Turned, united
+from .branches import Turned, branches, united
 from .kernels import select_kernel
 from .merging import Plan, merged_backward, merged_forward, unit_stride
 from .merging import kernel_calls as kernel_calls
 from .merging import strided_view as strided_view
-from .pattern import SINKS, Padding, Pattern, Span, branches, lanes, span_positions, span_rows
+from .pattern import Padding, Pattern
 from .plain_call import Kernel
 from .sinks import SinkRows, Turn, sink_rows
+from .spans import SINKS, Span, lanes, span_positions, span_rows
 
 Place = tuple[int, int, int, int]  # rows [first, last) of a batch, tokens [begin, stop)
 
@@ -154,7 +155,7 @@ def dilated_attention(
         return torch.ops.longnet.dilated_attention(q, k, v, far_tensors, true_lengths, *options, **seen)[0]
     chosen = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
     plan = plan_calls(chosen, q, k, v, pattern, causal, start, far, lengths, documents, padding, total, found)
-    return _DilatedAttention.apply(plan, scale, chosen, far, sinks, q, k, v, *far_tensors)
+    return _MergedBranches.apply(plan, scale, chosen, far, sinks, q, k, v, *far_tensors)
 
 
 def plan_calls(
@@ -257,7 +258,7 @@ def _kept(sinks: SinkRows, far: Sequence[FarKeys]) -> dict[tuple[int, ...], tupl
     return holders[0].turned if len(holders) == 1 and sinks.firsts == (0,) else None
 
 
-class _DilatedAttention(torch.autograd.Function):
+class _MergedBranches(torch.autograd.Function):
     """All branches of a shard, merged. It saves only q, k, v, far keys, out and LSE; the backward turns sinks again."""
 
     @staticmethod

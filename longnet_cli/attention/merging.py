@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .branches import Union, branches
+from .branches import Branch, Union, branches
 from .packing import Block, Pack, packed
-from .pattern import Branch, Rows
 from .plain_call import Kernel
+from .rows import Rows
 
 if TYPE_CHECKING:
     from . import one_pass
@@ -64,7 +64,7 @@ def merged_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return (out, LSE): (B, N, H, D) like q, and (B, N, H) in fp32 (fp64 for fp64). `far` returns far k and v."""
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    merge: Merge | one_pass.Merge = (fused.Merge if (fused := _fused(q)) else Merge)(q, plan.covered)
+    merge: Merge | one_pass.OnePassMerge = (fused.OnePassMerge if (fused := _fused(q)) else Merge)(q, plan.covered)
     with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
         for branch, (q_, *places), (k_, v_) in kernel_calls(plan.blocks, kernel, (q, *merge.places), (k, v), far):
             merge.add(branch, places, *kernel.forward(q_, k_, v_, branch.causal, scale, *_bias(branch, q_)))
@@ -98,11 +98,11 @@ def merged_backward(
     far_first, shared_heads = on_far is not None, q.shape[2] != k.shape[2]
     of_keys = plan.squares and not far_first
     half = q.numel() * q.element_size() // 2
-    total = fused.Total if (fused := _fused(q)) else Total
+    total = fused.OnePassGradientSum if (fused := _fused(q)) else GradientSum
     totals = [
         total(x, half, written) for x, written in ((q, plan.covered and not far_first), (k, of_keys), (v, of_keys))
     ]
-    of_far = [Total(x) for x in far]
+    of_far = [GradientSum(x) for x in far]
     dfar = [total.place for total in of_far]
     of_q, *of_near = totals
     tensors = (dout, q, out, lse[..., None], of_q.place)
@@ -178,7 +178,7 @@ class Merge:
         return self._out.to(self._dtype), self._lse
 
 
-class Total:
+class GradientSum:
     """The sum of all parts of a gradient, in fp32 or fp64, by torch operators."""
 
     def __init__(self, x: Tensor, pending: int = 0, written: bool = False) -> None:
@@ -239,7 +239,10 @@ def _probe(module: ModuleType, device: torch.device, dtype: torch.dtype, head_di
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     try:
         results = []
-        for merge, total in ((module.Merge(q, True), module.Total(q, 0, False)), (Merge(q, True), Total(q))):
+        for merge, total in (
+            (module.OnePassMerge(q, True), module.OnePassGradientSum(q, 0, False)),
+            (Merge(q, True), GradientSum(q)),
+        ):
             for branch, part, lse in parts:
                 merge.add(branch, [strided_view(place, branch.queries)[0] for place in merge.places], part, lse)
                 total.add(strided_view(total.place, branch.keys)[0], part.clone(), branch.keys, branch.first)

@@ -7,7 +7,7 @@ where its attention kernel has put it, and a launch takes any number of parts.
 
 The rows of a call are one strided view of the shard. With tokens counted over the whole batch, row `row` of its head
 `j` and segment `m` is token `first + m * segment_step + j * skew + row * row_step`, head `first_head + j * head_step`:
-see `_Rows`. Kernels find the row that holds a given token and head by division.
+see `_ViewRows`. Kernels find the row that holds a given token and head by division.
 
 B batch, N tokens of the shard, H heads (key heads, for keys), D head_dim; parts (segments, heads, rows, D).
 """
@@ -26,15 +26,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .branches import Branch
 from .packing import Pack
-from .pattern import Branch, Rows
+from .rows import Rows
 
 _TILE = 4096  # numbers per program: 32 fp32 registers per thread
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _PENDING = 16 << 20  # bytes of parts that may always wait for their sum
 
 # The facts that a kernel needs about a part, in one cache line: addresses and strides of the part and of its lse, the
-# address of `_inverse` for gathered rows (int64); `_Rows` (int32); the bias on the lse, the log of zero keys (fp32).
+# address of `_inverse` for gathered rows (int64); `_ViewRows` (int32); the bias on the lse and the log of zero keys
+# (fp32).
 _PIECE = struct.Struct("<9q11i2f4x")
 _WORDS = tl.constexpr(_PIECE.size // 4)
 _FIRST, _LAST, _SEGMENTS, _SEGMENT_STEP, _ROWS, _ROW_STEP, _FIRST_HEAD, _HEADS, _HEAD_STEP, _SKEW, _AGAIN = (
@@ -43,12 +45,12 @@ _FIRST, _LAST, _SEGMENTS, _SEGMENT_STEP, _ROWS, _ROW_STEP, _FIRST_HEAD, _HEADS, 
 _BIAS, _ZEROS = tl.constexpr(29), tl.constexpr(30)
 
 
-class Merge:
+class OnePassMerge:
     """The merged out (B, N, H, D), like q, and lse (B, N, H), in fp32, of all branches, computed when all are there."""
 
     def __init__(self, q: Tensor, covered: bool) -> None:
         """Start without parts. `covered` (the `first` branches reach every row) has no effect here."""
-        self.q, self._pieces = q, _Pieces()
+        self.q, self._pieces = q, _LaunchParts()
         self.places = (_places(q),)
 
     def add(self, branch: Branch, places: list[Tensor], part: Tensor, lse: Tensor) -> None:
@@ -66,7 +68,7 @@ class Merge:
         return out, lse
 
 
-class Total:
+class OnePassGradientSum:
     """The sum (B, N, H, D) of all parts of a gradient, like `x`.
 
     Parts wait until they hold `pending` bytes, or `_PENDING` if that is more. Then they are added to the sum, which
@@ -76,7 +78,7 @@ class Total:
     def __init__(self, x: Tensor, pending: int, written: bool) -> None:
         """Start without parts. `written` (fresh parts write every row) has no effect here."""
         self.place = _places(x)
-        self._like, self._pieces = x, _Pieces()
+        self._like, self._pieces = x, _LaunchParts()
         self._sum: Tensor | None = None
         self._limit = max(_PENDING, pending)
 
@@ -112,10 +114,10 @@ class Total:
         if self._sum is None:
             self._sum = torch.empty(self._like.shape, dtype=self._like.dtype, device=self._like.device)
         self._pieces.launch(add_parts, self._sum, FRESH=fresh)
-        self._pieces = _Pieces()
+        self._pieces = _LaunchParts()
 
 
-class _Rows(NamedTuple):
+class _ViewRows(NamedTuple):
     """Rows of a shard that a strided view shows, tokens counted over the whole batch."""
 
     first: int
@@ -131,7 +133,7 @@ class _Rows(NamedTuple):
     again: int  # the number of segments that may hold one token
 
     @classmethod
-    def of(cls, place: Tensor, heads: int) -> _Rows:
+    def of(cls, place: Tensor, heads: int) -> _ViewRows:
         """Read from its strides the rows that `place` (segments, heads, rows, 1), a view of `_places`, shows."""
         segments, number, rows, _ = place.shape
         of_segment, of_head, of_row, _ = place.stride()
@@ -144,18 +146,18 @@ class _Rows(NamedTuple):
         return cls(first, last, segments, segment_step, rows, row_step, first_head, number, head_step, skew, again)
 
 
-class _Pieces:
+class _LaunchParts:
     """Parts that one launch reads, in the order in which they came."""
 
     def __init__(self) -> None:
         self.number = self.nbytes = 0
-        self._held: list[tuple[Tensor, Tensor | None, Tensor | None, _Rows, float, float]] = []
+        self._held: list[tuple[Tensor, Tensor | None, Tensor | None, _ViewRows, float, float]] = []
 
     def add(
         self, place: Tensor, heads: int, part: Tensor, lse: Tensor | None = None, bias: float = 0.0, zero_keys: int = 0
     ) -> None:
         part = part if part.stride(-1) == 1 else part.contiguous()
-        self._hold(part, lse, None, _Rows.of(place, heads), bias, zero_keys)
+        self._hold(part, lse, None, _ViewRows.of(place, heads), bias, zero_keys)
 
     def add_rows(
         self,
@@ -167,14 +169,14 @@ class _Pieces:
         zero_keys: int = 0,
     ) -> None:
         (total, heads), rows = size, len(places)
-        every = _Rows(0, total - 1, 1, 1, rows, 1, 0, heads, 1, 0, 1)
+        every = _ViewRows(0, total - 1, 1, 1, rows, 1, 0, heads, 1, 0, 1)
         # the same row for every head
         part = part.as_strided((1, 1, *part.shape), (0, 0, *part.stride()))
         lse = None if lse is None else lse.as_strided((1, 1, rows), (0, 0, *lse.stride()))
         self._hold(part, lse, _inverse(places, total * heads), every, bias, zero_keys)
 
     def _hold(
-        self, part: Tensor, lse: Tensor | None, inverse: Tensor | None, rows: _Rows, bias: float, zero_keys: int
+        self, part: Tensor, lse: Tensor | None, inverse: Tensor | None, rows: _ViewRows, bias: float, zero_keys: int
     ) -> None:
         assert not self._held or self._held[0][0].dtype == part.dtype
         self._held.append((part, lse, inverse, rows, bias, log(zero_keys) if zero_keys else -inf))

@@ -14,7 +14,7 @@ options of `Pattern` let a level look back over earlier segments, count each key
 every query see the first tokens of a document (attention sinks).
 
 The rest of the geometry is in `rows` (the rows that one strided view shows), `spans` (rows that lie outside a shard)
-and `branches` (the attention calls of a shard). It is pure integer arithmetic. This module re-exports its main names.
+and `branches` (the attention calls of a shard). It is pure integer arithmetic.
 """
 
 from __future__ import annotations
@@ -26,30 +26,10 @@ from itertools import pairwise
 from math import isfinite, log
 from typing import Literal, NamedTuple, get_args
 
-from .branches import BACKWARD_FLOPS as BACKWARD_FLOPS
-from .branches import Branch as Branch
-from .branches import Padding as Padding
-from .branches import attention_flops as attention_flops
-from .branches import branches as branches
-from .branches import level_flops as level_flops
-from .rows import Rows as Rows
-from .rows import rows_before as rows_before
-from .spans import SINKS as SINKS
-from .spans import Span as Span
-from .spans import SpanViews as SpanViews
-from .spans import cached_rows as cached_rows
-from .spans import common_span as common_span
-from .spans import far_spans as far_spans
-from .spans import lanes as lanes
-from .spans import open_spans as open_spans
-from .spans import segment_rows as segment_rows
-from .spans import span_positions as span_positions
-from .spans import span_rows as span_rows
-from .spans import span_views as span_views
-
 HeadOffsets = Literal["modulo", "grouped"]
 Overlap = Literal["repeat", "once"]
 Queries = Literal["dilated", "all"]
+Padding = Literal["exact", "zero_key"]
 
 FAR_BIAS = -2.0  # of `Pattern.nested`: with equal scores, a far key has a seventh (e^-2) of a near key's weight
 MAX_LEVELS = 64  # enough to double from 1 to 2^63; every layer computes every level

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .pattern import SINKS, Pattern, Span
-from .spans import sink_segments
+from .pattern import Pattern
+from .spans import SINKS, Span, sink_segments
 
 # (keys (B, S, n, K, D) rotated for their own positions, distances (S,) int64) -> the keys, so many positions further on
 Turn = Callable[[Tensor, Tensor], Tensor]

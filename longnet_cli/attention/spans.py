@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from math import lcm
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from .pattern import Pattern
 from .rows import Rows, progressions, rows_before
-
-if TYPE_CHECKING:
-    from .pattern import Pattern
 
 SINKS = -1  # the level of a span that holds a document's first positions, which every query sees
 

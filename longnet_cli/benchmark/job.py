@@ -23,10 +23,10 @@ import torch
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.runtime.device import DTYPES, free_memory
 
-from .attention import attention
-from .exchange import exchange
+from .case_attention import attention
+from .case_exchange import exchange
+from .case_model import model, train
 from .measurement import Case, Measurement, measure, measure_stream
-from .model import model, train
 from .settings import Settings
 
 CASES: dict[str, Callable[[Settings, str, str, int], Case]] = {  # (settings, impl, direction, seq) -> a case
@@ -56,10 +56,10 @@ def bench(
     on_start: called with each case before it runs, and with the estimated seconds of one run, None if unknown.
     on_tokens: called with the number of tokens of each chunk of a streamed run.
     """
-    return _Bench(settings, on_start, on_tokens).rows()
+    return _RunningBench(settings, on_start, on_tokens).rows()
 
 
-class _Bench:
+class _RunningBench:
     """A benchmark in progress: its deadline, and the rows so far, whose rates tell how long the next cases take."""
 
     def __init__(self, s: Settings, on_start: OnStart, on_tokens: Callable[[int], None]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from longnet_cli.attention import Pattern
-from longnet_cli.patterns import format_levels
+from longnet_cli.notation import format_levels
 from longnet_cli.runtime.device import peak_memory, resident_memory
 
 from .settings import Settings

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from longnet_cli.attention import Pattern
 from longnet_cli.configuration import validate
 from longnet_cli.errors import ConfigError
-from longnet_cli.patterns import format_pattern
+from longnet_cli.notation import format_pattern
 from longnet_cli.runtime.device import check_kernel, resolve_dtype, select_device
 from longnet_cli.runtime.ranks import Ranks
 

@@ -16,7 +16,7 @@ import typer
 
 from longnet_cli import __version__
 from longnet_cli.cli.bench import bench
-from longnet_cli.cli.command import Command, Group
+from longnet_cli.cli.command import Command, CommandGroup
 from longnet_cli.cli.convert import convert
 from longnet_cli.cli.data import data
 from longnet_cli.cli.encode import encode
@@ -44,7 +44,7 @@ _python_warning = warnings.showwarning
 
 app = typer.Typer(
     name="longnet",
-    cls=Group,
+    cls=CommandGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # `run` is the one place that shows errors
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
-from longnet_cli.cli.launch import launch
+from longnet_cli.cli.nproc import launch
 from longnet_cli.cli.options import (
     COMPUTE,
     OUTPUT,

@@ -21,7 +21,7 @@ BARE = "\0"  # stands for an omitted value: no word of a command line can hold i
 GONE = {"--no-eos": "without --eos nothing is appended, so leave it out"}
 
 
-class Group(TyperGroup):
+class CommandGroup(TyperGroup):
     """A group of commands whose help shows no type for flags."""
 
     def get_params(self, ctx: Any) -> list[Any]:

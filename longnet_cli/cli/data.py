@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from longnet_cli.cli.command import Command, Group
+from longnet_cli.cli.command import Command, CommandGroup
 from longnet_cli.cli.options import INPUT, OUTPUT, ColumnOption, EosOption, IdColumnOption, Inputs, QuietOption, option
 from longnet_cli.cli.output import emit_json, printable
 from longnet_cli.cli.progress import progress
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Format = Literal["text", "json"]
 BAR = 40  # characters of the longest bar
 
-data = typer.Typer(name="data", cls=Group, no_args_is_help=True, help="Look at data before a model does.")
+data = typer.Typer(name="data", cls=CommandGroup, no_args_is_help=True, help="Look at data before a model does.")
 
 
 @data.callback()

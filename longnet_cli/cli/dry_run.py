@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from longnet_cli.data.documents import Document
     from longnet_cli.data.tables import Text
-    from longnet_cli.estimating import Job, ReadingEstimate, Room
+    from longnet_cli.estimating.estimate import Estimate
+    from longnet_cli.estimating.reading_job import Job, ReadingEstimate, Room
+    from longnet_cli.estimating.training_job import TrainingEstimate
     from longnet_cli.model.net import Net
-    from longnet_cli.runtime.estimate import Estimate
-    from longnet_cli.training.estimate import TrainingEstimate
 
 Format = Literal["text", "json"]
 Row = tuple[str, str, str]  # a name, its value, what it means
@@ -28,7 +28,7 @@ YEAR = 365.25 * 86400  # seconds
 
 def show_training(found: TrainingEstimate, format: Format) -> None:
     """Print the estimate to stdout. Raises MemoryLimitError if training does not fit."""
-    from longnet_cli.training.estimate import EFFICIENCY
+    from longnet_cli.estimating.training_job import EFFICIENCY
 
     peak = f"{EFFICIENCY:.0%} (assumed) of {format_count(found.matmul_peak)} FLOP/s (measured, {found.dtype})"
     after = [
@@ -76,7 +76,7 @@ def check_sample(sample: int | None, dry_run: bool) -> None:
 
 def room(model: str, dtype: str, device: torch.device) -> Room:
     """Return the memory before `model` is loaded. Raises MemoryLimitError if its weights do not fit."""
-    from longnet_cli.estimating import Room, check_weights
+    from longnet_cli.estimating.reading_job import Room, check_weights
 
     found = Room.now(device)
     check_weights(model, dtype, device, found.free)
@@ -94,17 +94,17 @@ def estimate_reading(
     **options: Any,
 ) -> ReadingEstimate:
     """Return the estimate of a job that would write to `output`, or print; `options` are for `estimating.estimate`."""
-    from longnet_cli.estimating import estimate
+    from longnet_cli.estimating.reading_job import estimate_documents
 
     told, done = _fate(output, resume)
     with progress("counting", total=None, quiet=quiet) as advance:
-        return estimate(net, job, documents, output=told, done=done, on_progress=advance, **options)
+        return estimate_documents(net, job, documents, output=told, done=done, on_progress=advance, **options)
 
 
 def _fate(output: str | None, resume: bool) -> tuple[str, int]:
     """Return what would happen to an output, in words, and the number of documents that an earlier run has done."""
+    from longnet_cli.data.outputs import is_folder
     from longnet_cli.data.shards import run_to_resume
-    from longnet_cli.data.sinks import is_folder
 
     if output is None:
         return "printed", 0

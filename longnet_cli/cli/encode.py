@@ -9,8 +9,8 @@ from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
 from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading, room, show_reading
-from longnet_cli.cli.launch import launch
 from longnet_cli.cli.loading import Skipped, load_model, refuse_overwriting
+from longnet_cli.cli.nproc import launch
 from longnet_cli.cli.options import (
     COMPUTE,
     DEFAULT_MODEL,
@@ -159,12 +159,12 @@ def encode(
     from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.kept import first_kept
     from longnet_cli.data.manifest import tokens_in
+    from longnet_cli.data.outputs import ShardWriter, is_folder
     from longnet_cli.data.shards import run_to_resume
-    from longnet_cli.data.sinks import ShardWriter, is_folder
     from longnet_cli.data.sources import read_documents, read_untokenized, stored_documents
     from longnet_cli.data.special_tokens import end_of_text
     from longnet_cli.data.vector_sources import read_vectors
-    from longnet_cli.patterns import format_pattern
+    from longnet_cli.notation import format_pattern
 
     in_folder = is_folder(output)
     if resume and not in_folder:
@@ -205,11 +205,11 @@ def encode(
     if net.row_size is not None:
         in_grid = isinstance(net.config, SlideConfig) and net.config.grid > 0
         documents = read_vectors(inputs, column, id_column, coords=in_grid)
-    kept: list[Any] = []
+    kept_fields: list[Any] = []
     if keep and not dry_run:  # first_kept waits for the first document
-        kept, documents = first_kept(documents)
+        kept_fields, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
-    known = stored_documents(inputs, words, **reading) if limited else ()
+    stored = stored_documents(inputs, words, **reading) if limited else ()
     skipped = Skipped(quiet)
     options = EncodeOptions(
         bos=before,
@@ -224,7 +224,7 @@ def encode(
         pattern=format_pattern(net.config.pattern),
     )
     if memory:
-        from longnet_cli.estimating import EncodeJob
+        from longnet_cli.estimating.reading_job import EncodeJob
 
         if sample and net.row_size is None:
             documents = read_untokenized(inputs, words, **reading, skip_bad=skip_bad)
@@ -235,7 +235,7 @@ def encode(
             output,
             resume=resume,
             room=memory,
-            words=words,
+            tokenizer=words,
             sample=sample,
             chunk=chunk,
             dtype=dtype,
@@ -251,8 +251,8 @@ def encode(
     done = earlier.totals["tokens"] if earlier else 0
     with progress("encoding", total=tokens_in(inputs), start=done, quiet=quiet) as advance:
         running: dict[str, Any] = {
-            "known": known,
-            "kept": kept,
+            "stored": stored,
+            "kept_fields": kept_fields,
             "chunk": chunk,
             "spill": spill,
             "dtype": dtype,

@@ -131,7 +131,7 @@ def generate(
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
     where = select_device(device)
     loaded = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet, chat=chat)
-    net, words = loaded.net, loaded.words
+    net, words = loaded.net, loaded.tokenizer
     from longnet_cli.generating import generate as run
     from longnet_cli.model.weights import model_origin
 
@@ -151,7 +151,7 @@ def generate(
                 net,
                 document,
                 bos=before,
-                words=words,
+                tokenizer=words,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_p=1.0 if top_p is None else top_p,
@@ -218,7 +218,7 @@ def _messages(sources: _Sources, template: ChatTemplate, column: str | None) -> 
     given = [Text("prompt", sources.prompt, "PROMPT")] if sources.prompt is not None else None
     for text in given or read_texts(sources.inputs, column):
         yield Document(
-            text.doc_id, template.encode("".join(text.parts)), None, text.where, limit=template.words.vocab_size
+            text.doc_id, template.encode("".join(text.parts)), None, text.where, limit=template.tokenizer.vocab_size
         )
 
 

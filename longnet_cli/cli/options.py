@@ -35,7 +35,7 @@ def read_pattern(
 ) -> Pattern | None:
     """Return the pattern of --pattern, or of the levels of the other two; None without any. Raises ConfigError."""
     from longnet_cli.attention import Pattern
-    from longnet_cli.patterns import parse_pattern
+    from longnet_cli.notation import parse_pattern
 
     if pattern is not None:
         if segment_lengths is not None or dilation_rates is not None:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from longnet_cli.cli import gains
+from longnet_cli.cli import score_rows
 from longnet_cli.cli.dry_run import check_sample, estimate_reading, room, show_reading
-from longnet_cli.cli.launch import launch
 from longnet_cli.cli.loading import Skipped, load_model, refuse_overwriting
+from longnet_cli.cli.nproc import launch
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
     OUTPUT,
@@ -189,7 +189,7 @@ def score(
     }
     if not dry_run:  # the estimate of a dry run has --format too
         printing[f"--format {format}"] = format != "text"
-    done = gains.check(output, resume=resume, shard_tokens=shard_tokens, others=printing, dry_run=dry_run)
+    done = score_rows.check(output, resume=resume, shard_tokens=shard_tokens, others=printing, dry_run=dry_run)
     launch(nproc, inputs, model, sp=sp, dp=dp)
     from longnet_cli.data.chat import chat_settings
     from longnet_cli.data.inputs import inputs_fingerprint
@@ -198,7 +198,7 @@ def score(
     from longnet_cli.data.sources import read_documents, read_untokenized, stored_documents
     from longnet_cli.data.special_tokens import end_of_text
     from longnet_cli.measures import Total
-    from longnet_cli.patterns import format_pattern
+    from longnet_cli.notation import format_pattern
     from longnet_cli.runtime.ranks import join, leave
 
     ranks, where = join(device, sp=sp, dp=dp)
@@ -219,7 +219,7 @@ def score(
     documents = read_documents(inputs, words, **reading, skip_bad=skip_bad)
     if memory:
         from longnet_cli.cuts import Cut
-        from longnet_cli.estimating import ScoreJob
+        from longnet_cli.estimating.reading_job import ScoreJob
 
         cut = Cut.of(net, before, context, stride, last)
         found = estimate_reading(
@@ -229,7 +229,7 @@ def score(
             output,
             resume=resume,
             room=memory,
-            words=words,
+            tokenizer=words,
             sample=sample,
             chunk=chunk,
             dtype=dtype,
@@ -241,11 +241,11 @@ def score(
         if ranks.first:
             show_reading(found, "json" if format == "json" else "text", "scoring")
         return
-    kept: list[Any] = []
+    kept_fields: list[Any] = []
     if keep and output is not None:  # first_kept waits for the first document
-        kept, documents = first_kept(documents)
+        kept_fields, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
-    known = stored_documents(inputs, words, **reading) if limited else ()
+    stored = stored_documents(inputs, words, **reading) if limited else ()
     skipped = Skipped(quiet)
     origin = model_origin(net, model, words.sha256 if words else None) if ranks.first and output is None else {}
     tokens = write_token_logprobs(token_logprobs, origin) if token_logprobs and ranks.first else nullcontext()
@@ -253,7 +253,7 @@ def score(
     total = times * (tokens_in(inputs) or 0) if last is None else 0
     with progress("scoring", total=total or None, start=times * done, quiet=quiet) as advance, tokens as on_tokens:
         running: dict[str, Any] = {
-            "known": known,
+            "stored": stored,
             "count_bytes": words.n_bytes if words else None,
             "chunk": chunk,
             "dtype": dtype,
@@ -278,8 +278,13 @@ def score(
                 "eos": eos_id,
                 **chat_settings(words),
             }
-            running |= {"kept": kept, "settings": settings, "shard_tokens": shard_tokens, "resume": resume}
-            folder = gains.write(net, documents, output, options, **running)
+            running |= {
+                "kept_fields": kept_fields,
+                "settings": settings,
+                "shard_tokens": shard_tokens,
+                "resume": resume,
+            }
+            folder = score_rows.write(net, documents, output, options, **running)
             if folder:
                 skipped.set_counts(folder.totals)
         else:

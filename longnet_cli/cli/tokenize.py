@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-from longnet_cli.cli.launch import launch
 from longnet_cli.cli.loading import Skipped
+from longnet_cli.cli.nproc import launch
 from longnet_cli.cli.options import (
     COMPUTE,
     INPUT,
@@ -89,8 +89,8 @@ def tokenize(
             "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
         )
     from longnet_cli.data.manifest import read_manifest
+    from longnet_cli.data.outputs import is_folder
     from longnet_cli.data.overwriting import refuse_overwriting
-    from longnet_cli.data.sinks import is_folder
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.tokenizing import SHARD_TOKENS, text_bytes, tokenizer_beside
     from longnet_cli.tokenizing import tokenize as run

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longnet_cli.cli.dry_run import Format, show_training
-from longnet_cli.cli.launch import launch
+from longnet_cli.cli.nproc import launch
 from longnet_cli.cli.options import (
     COMPUTE,
     INPUT,
@@ -156,9 +156,9 @@ def train(
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # held until the run listens; before, it would kill
     launch(nproc, sp=sp, dp=dp)
+    from longnet_cli.estimating.training_job import estimate_training, settle_chunk
     from longnet_cli.runtime.device import MatmulPeak, keep_freed_memory
     from longnet_cli.runtime.ranks import join, leave
-    from longnet_cli.training.estimate import estimate, settle_chunk
     from longnet_cli.training.loop import train as run
     from longnet_cli.training.recipe import PretrainedRecipe, parse_overrides
     from longnet_cli.training.start import prepare_run
@@ -190,7 +190,7 @@ def train(
     ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
     found = settle_chunk(found, where, ranks)
     if dry_run:
-        estimated = estimate(found, where, ranks)
+        estimated = estimate_training(found, where, ranks)
         leave()
         if ranks.first:
             show_training(estimated, format)

@@ -1,7 +1,7 @@
 """Arrow IPC files and streams: a check that every message is there, and batches whose token ids stay on disk.
 
     file: index -> its messages ┐
-    stream or pipe: as they come ┴--_Feed--> pyarrow's stream reader --> batches
+    stream or pipe: as they come ┴--_MessageFile--> pyarrow's stream reader --> batches
 
 pyarrow reads every message. For a batch in a local file, it gets a body whose memory is reserved but not filled. The
 addresses of the batch's arrays in that memory tell where each array lies in the file. The requested columns are then
@@ -45,7 +45,7 @@ class Message(NamedTuple):
     place: int | None = None
 
 
-class _Block(NamedTuple):
+class _IndexEntry(NamedTuple):
     """An entry in the index of a file: the start of a message, and the sizes of its head and body."""
 
     start: int
@@ -57,7 +57,7 @@ class _Block(NamedTuple):
         return self.start + self.head + self.body
 
 
-def open_stream(name: str, where: str, stream: Any, file: StoredFile | None = None) -> Table:
+def open_ipc_stream(name: str, where: str, stream: Any, file: StoredFile | None = None) -> Table:
     """Open an Arrow stream as a table. `file` is the stream again if it is a local file, where bodies can stay."""
 
     def messages() -> Iterator[Message]:
@@ -116,7 +116,7 @@ class _Batches:
 
     def __init__(self, name: str, where: str, messages: Iterator[Message], file: StoredFile | None) -> None:
         self.name, self.where, self.file = name, where, file
-        self.feed = _Feed(messages)
+        self.feed = _MessageFile(messages)
         self.reader = ipc.open_stream(self.feed)
         self.schema = self.reader.schema
         _ = self.schema.names  # raises UnicodeDecodeError for a name that is not UTF-8
@@ -170,7 +170,7 @@ class _Batches:
                     raise ValueError("a buffer is not where it should be")
 
 
-class _Feed:
+class _MessageFile:
     """A file object that passes messages to pyarrow's stream reader. `last` is the message that it passed last."""
 
     closed = False
@@ -252,7 +252,7 @@ def _read_whole(stream: Any, size: int) -> bytes:
     return data
 
 
-def _read_index(stream: Any) -> tuple[Message, list[_Block]]:
+def _read_index(stream: Any) -> tuple[Message, list[_IndexEntry]]:
     """Return the schema of a file as a message, and the blocks that its index lists: dictionaries, then batches.
 
     Raises ValueError for a missing index, and for a byte of the file that belongs to two blocks or to none.
@@ -279,7 +279,7 @@ def _read_index(stream: Any) -> tuple[Message, list[_Block]]:
     schema = _front_schema(front)
     if not listed.schema.equals(ipc.read_schema(pa.py_buffer(schema.head)), check_metadata=True):
         raise ValueError("the file has two different schemas")
-    for block, following in pairwise([_Block(8, 0, schema.size), *ordered, _Block(stop, 0, 0)]):
+    for block, following in pairwise([_IndexEntry(8, 0, schema.size), *ordered, _IndexEntry(stop, 0, 0)]):
         if not block.stop <= following.start < block.stop + PADDING:
             raise ValueError("its index has lost a batch, or lists one twice")
         stream.seek(block.stop)
@@ -306,7 +306,7 @@ def _front_schema(front: bytes) -> Message:
 # --- the few fields of Arrow's flatbuffers that pyarrow does not expose -----------------------------------------------
 
 
-class _Description(NamedTuple):
+class _MessageHeader(NamedTuple):
     """The kind of a message, the bytes of its body, and `native`.
 
     A native batch is not compressed. A native schema has the byte order of this machine.
@@ -317,7 +317,7 @@ class _Description(NamedTuple):
     native: bool
 
 
-def _describe(metadata: bytes) -> _Description:
+def _describe(metadata: bytes) -> _MessageHeader:
     """Describe a message by its metadata. Raises ValueError for an offset that points outside of the metadata.
 
     pyarrow verifies the rest when it gets the message.
@@ -325,7 +325,7 @@ def _describe(metadata: bytes) -> _Description:
     try:
         root = _root(metadata)
         kind, header, body = (_field(metadata, root, slot) for slot in (1, 2, 3))
-        found = _Description(
+        found = _MessageHeader(
             metadata[kind] if kind else 0, struct.unpack_from("<q", metadata, body)[0] if body else 0, False
         )
         if header and found.kind in (_SCHEMA, _BATCH):
@@ -353,14 +353,14 @@ def _field(data: bytes, table: int, slot: int) -> int | None:
     return table + offset if offset else None
 
 
-def _blocks(index: bytes, root: int, slot: int) -> list[_Block]:
+def _blocks(index: bytes, root: int, slot: int) -> list[_IndexEntry]:
     """Return the blocks in a field of a verified index."""
     field = _field(index, root, slot)
     if field is None:
         return []
     vector = field + struct.unpack_from("<I", index, field)[0]
     count = struct.unpack_from("<I", index, vector)[0]
-    return [_Block(*struct.unpack_from("<qi4xq", index, vector + 4 + 24 * item)) for item in range(count)]
+    return [_IndexEntry(*struct.unpack_from("<qi4xq", index, vector + 4 + 24 * item)) for item in range(count)]
 
 
 def _is_within(buffer: pa.Buffer, memory: pa.Buffer) -> bool:

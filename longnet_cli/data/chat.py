@@ -28,23 +28,23 @@ from longnet_cli.finite_json import to_json
 TEMPLATE = "chat_template.jinja"
 
 
-def chat_settings(words: Tokenizer | None) -> dict[str, str]:
+def chat_settings(tokenizer: Tokenizer | None) -> dict[str, str]:
     """Return the digest of the chat template beside a tokenizer, which a resumed run must match; empty without one."""
-    if words is None or words.folder is None:
+    if tokenizer is None or tokenizer.folder is None:
         return {}
-    settings = read_settings(words.folder / SETTINGS)
-    template = _template(words.folder, settings)
+    settings = read_settings(tokenizer.folder / SETTINGS)
+    template = _template(tokenizer.folder, settings)
     return {} if template is None else {"chat_template": digest([template, _named_tokens(settings)])}
 
 
 class ChatTemplate:
-    """The chat template in a model's folder, for its tokenizer `words`.
+    """The chat template in a model's folder, for its `tokenizer`.
 
     Raises ConfigError for a template that is missing or cannot be read.
     """
 
-    def __init__(self, folder: Path, words: Tokenizer) -> None:
-        self.where, self.words = str(folder), words
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        self.where, self.tokenizer = str(folder), tokenizer
         self._settings = read_settings(folder / SETTINGS)
         found = _template(folder, self._settings)
         if found is None:
@@ -58,8 +58,8 @@ class ChatTemplate:
             self._template = environment.from_string(found)
         except jinja2.TemplateError as error:
             raise self._error(error) from None
-        self._special = [added["content"] for added in words.added_tokens if added["special"]]
-        self._inner = tokenizers.Tokenizer.from_str(words.to_json())
+        self._special = [added["content"] for added in tokenizer.added_tokens if added["special"]]
+        self._inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
         self._inner.encode_special_tokens = False
 
     def encode(self, message: str) -> np.ndarray:
@@ -77,7 +77,7 @@ class ChatTemplate:
 
     def _encode_chat(self, rendered: str, mark: str) -> np.ndarray:
         ids = self._encode(rendered, mark)
-        first = self.words.id_of(special_token(self._settings.get("bos_token")))
+        first = self.tokenizer.id_of(special_token(self._settings.get("bos_token")))
         return ids[1:] if first is not None and len(ids) and ids[0] == first else ids
 
     def _marked(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> tuple[str, str]:
@@ -97,7 +97,7 @@ class ChatTemplate:
         ids: list[int] = []
         for part in re.split(f"({broken or '(?!)'})", rendered):
             if mark in part:
-                ids += self.words.encode(part.replace(mark, "")).tolist()
+                ids += self.tokenizer.encode(part.replace(mark, "")).tolist()
             else:
                 ids += self._inner.encode(part, add_special_tokens=False).ids
         return np.array(ids, np.int64)

@@ -71,7 +71,7 @@ def _open_file(source: Source, stream: Any, file: StoredFile | None, wanted: Wan
         return open_hdf5(source.name, source.where, stream)
     if kind == "file":
         return arrow.open_file(source.name, source.where, stream, file)
-    return arrow.open_stream(source.name, source.where, stream, file)
+    return arrow.open_ipc_stream(source.name, source.where, stream, file)
 
 
 def _open_pipe(source: Source, raw: Any, wanted: Wanted, *, unpacked: bool = False) -> Text | Table:
@@ -86,7 +86,7 @@ def _open_pipe(source: Source, raw: Any, wanted: Wanted, *, unpacked: bool = Fal
         if kind == "parquet":  # read whole, because its index is at its end
             return _open_parquet(source, pa.BufferReader(pipe.read()))
         if kind == "stream":
-            return arrow.open_stream(source.name, source.where, pipe)
+            return arrow.open_ipc_stream(source.name, source.where, pipe)
         if kind == "file" and arrow.is_sequential(pipe.peek(12)):
             return arrow.open_pipe(source.name, source.where, pipe)
         file = StoredFile(_copy(pipe), source.where)

@@ -64,7 +64,7 @@ def _reading(what: str, row: int | None = None) -> Iterator[None]:
             raise ValueError(one_line(error)) from error
 
 
-class _Rows:
+class _RowsDataset:
     """A dataset of rows of numbers, (rows, width). An outer batch dimension of 1 is ignored."""
 
     def __init__(self, dataset: Any) -> None:
@@ -87,7 +87,7 @@ class _Rows:
         return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows, self.dtype).ravel()), self.width)
 
 
-def _rows(content: Any, key: str, h5py: Any) -> _Rows | None:
+def _rows(content: Any, key: str, h5py: Any) -> _RowsDataset | None:
     """Return the rows of numbers under `key`; None for anything else, and for data outside of the file."""
     if not isinstance(content.get(key, getlink=True), h5py.HardLink) or not isinstance(content[key], h5py.Dataset):
         return None
@@ -96,7 +96,7 @@ def _rows(content: Any, key: str, h5py: Any) -> _Rows | None:
         return None
     shape: tuple[int, ...] = dataset.shape or ()
     fits = len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
-    return _Rows(dataset) if fits and shape[-1] else None
+    return _RowsDataset(dataset) if fits and shape[-1] else None
 
 
 def _tile_size(attributes: Any) -> float | None:

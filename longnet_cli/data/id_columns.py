@@ -9,15 +9,15 @@ import pyarrow as pa
 from longnet_cli.data.columns import Columns
 from longnet_cli.data.documents import Part, collect
 from longnet_cli.data.files import StoredIds
+from longnet_cli.data.grouping import DocumentRows, Label, group_rows, read_batches
 from longnet_cli.data.manifest import is_manifest
-from longnet_cli.data.rows import Group, Label, group_rows, read_batches
 from longnet_cli.data.tables import Table, reading
 from longnet_cli.errors import ConfigError, DataError
 
 FLAT_BLOCK = 1 << 22  # ids of a flat column searched for document ends in one go
 
 
-def list_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Group]:
+def list_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[DocumentRows]:
     """Yield the documents of a list column, with their parts as values."""
 
     def rows() -> Iterator[tuple[Label, Part]]:
@@ -44,7 +44,7 @@ def _bounds(column: pa.Array) -> Iterator[tuple[int, int]]:
     return pairwise(starts)
 
 
-def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterator[Group]:
+def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterator[DocumentRows]:
     """Yield the documents of a flat column. EOS ids separate them, and adjacent EOS ids have none in between."""
     name = columns.documents
     if eos_id is None:
@@ -75,7 +75,7 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
         parts = collect(part for _, part in members)
         row = parts[0].row
         assert row is not None
-        yield Group(f"{table.name}:{index}", row, parts, {}, None)
+        yield DocumentRows(f"{table.name}:{index}", row, parts, {}, None)
     if index < 0 and not is_manifest(table.schema):
         raise DataError(f"{table.where}: column {name!r} holds nothing but end-of-text ids")
 

@@ -19,7 +19,7 @@ import pyarrow.ipc as ipc
 
 from longnet_cli.configuration import parse, read_text
 from longnet_cli.data.files import read_error
-from longnet_cli.data.sinks import ShardWriter
+from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import one_line
 from longnet_cli.errors import DataError, LongNetError
 

@@ -23,7 +23,7 @@ from longnet_cli.atomic import is_temporary, locked_folder, remove_leftovers, sy
 from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, read_error
 from longnet_cli.data.manifest import UNFINISHED, Manifest, read_manifest
-from longnet_cli.data.sinks import ShardWriter
+from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import one_line
 from longnet_cli.errors import ConfigError, DataError
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from longnet_cli.data.columns import Columns, is_chat
-from longnet_cli.data.rows import Label, group_rows, read_batches
+from longnet_cli.data.grouping import Label, group_rows, read_batches
 from longnet_cli.data.tables import Table, Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.data.sinks import token_batch
+from longnet_cli.data.outputs import token_batch
 from longnet_cli.data.tables import numpy_dtype
 
 BATCH_ROWS = 1 << 16

@@ -188,13 +188,13 @@ class Tokenizer:
             if saved and not mine:
                 raise CheckpointError(f"{own} is missing, which the model was saved with: put it back, or name it")
             return mine
-        words = cls.load(spec)
-        if words.sha256 not in (known := {mine.sha256 if mine else saved, saved} - {None}) and known:
+        given = cls.load(spec)
+        if given.sha256 not in (known := {mine.sha256 if mine else saved, saved} - {None}) and known:
             raise ConfigError(
                 f"{spec}: not the tokenizer of the model in {folder}, so its ids stand for other tokens: add "
                 "--tokenizer-differs to use it"
             )
-        return mine or words
+        return mine or given
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":

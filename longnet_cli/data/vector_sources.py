@@ -24,7 +24,7 @@ from longnet_cli.data.vectors import Vectors
 from longnet_cli.errors import ConfigError, DataError
 
 VECTOR_COLUMNS = ("features", "embedding", "embeddings")
-ID_COLUMNS = ("slide_id", "doc_id")
+VECTOR_ID_COLUMNS = ("slide_id", "doc_id")
 COORDS: tuple[tuple[str, ...], ...] = (("coords",), ("x", "y"))
 TILE_SIZE = b"longnet.tile_size"  # in a schema's metadata: the side of a tile, in the units of its coordinates
 
@@ -84,7 +84,7 @@ def _choose(table: Table, column: str | None, id_column: str | None, places: boo
     if not found:
         wanted = f"column {column!r} does not hold" if column else f"no column named {', '.join(VECTOR_COLUMNS)} holds"
         raise refuse(f"{wanted} vectors, lists of float16, float32 or float64, which the model reads")
-    doc_id = id_column or next((name for name in ID_COLUMNS if name in kinds), None)
+    doc_id = id_column or next((name for name in VECTOR_ID_COLUMNS if name in kinds), None)
     coords = next((names for names in COORDS if places and {*names} <= kinds.keys()), ())
     part = doc_id is not None and "part" in kinds and pa.types.is_integer(kinds["part"])
     layout = _Layout(found[0], is_vectors(kinds[found[0]]), doc_id, part, coords, _tile_size(table))
@@ -108,7 +108,7 @@ def _tile_size(table: Table) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _VectorRun:
     """Neighbouring vectors of one document, in one batch."""
 
     doc_id: str
@@ -120,7 +120,7 @@ class _Run:
 class _Runs:
     """The runs of a document: an iterator over their parts and, when that has ended, the document."""
 
-    def __init__(self, table: Table, runs: Iterator[_Run]) -> None:
+    def __init__(self, table: Table, runs: Iterator[_VectorRun]) -> None:
         self.table, self.runs = table, runs
         self.row, self.width = -1, 0
         self.coords: list[np.ndarray] = []
@@ -151,7 +151,7 @@ def _documents(table: Table, layout: _Layout) -> Iterator[Vectors]:
         raise DataError(f"{table.where}: the table has 0 rows")
 
 
-def _runs(table: Table, layout: _Layout) -> Iterator[_Run]:
+def _runs(table: Table, layout: _Layout) -> Iterator[_VectorRun]:
     """Yield the runs of each batch, checked for damage and nulls."""
     first, seen, last = 0, 0, None  # rows before the batch; rows so far of the document `last`
     for index, batch in enumerate(table.read(layout.columns)):
@@ -181,13 +181,13 @@ def _runs(table: Table, layout: _Layout) -> Iterator[_Run]:
                     )
                 seen += stop - start
                 part = Part(flat[int(edges[start]) : int(edges[stop])], None, first + start, flat=True)
-                yield _Run(last, part, width, None if coords is None else coords[start:stop])
+                yield _VectorRun(last, part, width, None if coords is None else coords[start:stop])
         first += batch.num_rows
 
 
 def _nested_runs(
     table: Table, layout: _Layout, batch: pa.RecordBatch, first: int, ids: Sequence[str]
-) -> Iterator[_Run]:
+) -> Iterator[_VectorRun]:
     """Yield a run for each row, which is a list of vectors."""
     inner, outer = _unnested(table, batch.column(layout.name), first)
     flat, edges = _flat(table, inner, first, outer)
@@ -199,7 +199,7 @@ def _nested_runs(
         if coords is not None and len(coords) != stop - start:
             raise DataError(f"{table.place(first + index)}: {stop - start} vectors and {len(coords)} coordinates")
         part = Part(flat[int(edges[start]) : int(edges[stop])], None, first + index)
-        yield _Run(ids[index], part, width, coords)
+        yield _VectorRun(ids[index], part, width, coords)
 
 
 def _ids(table: Table, layout: _Layout, batch: pa.RecordBatch, first: int) -> list[str]:

@@ -55,10 +55,10 @@ def _with_weights_of(folder: Path, output: Path, dtype: str) -> str:
     if dtype not in DTYPES:
         raise ConfigError(f"{folder}: give the type to convert the weights to: --dtype bf16 halves the size")
     net = native_net(folder).from_pretrained(folder, dtype=DTYPES[dtype])
-    words = folder / TOKENIZER
+    tokenizer = folder / TOKENIZER
     with new_folder(output) as place:
         check_finite(net.state_dict(), f"{folder} as {dtype}")
-        texts = (words.read_text(encoding="utf-8"), end_of_text(folder)) if words.is_file() else ()
+        texts = (tokenizer.read_text(encoding="utf-8"), end_of_text(folder)) if tokenizer.is_file() else ()
         net.save_pretrained(place, *texts)
         for name in BESIDE_TOKENIZER:
             if (folder / name).is_file():

@@ -65,13 +65,6 @@ def load_trainable(folder: Path, config: TransformersConfig, lora: Mapping[str, 
     return net
 
 
-def saved_bytes(folder: Path, lora: Mapping[str, Any] | None, dtype: str) -> tuple[int, int]:
-    """Return (bytes per layer, other bytes) that a token saves for the backward pass of a Hugging Face model."""
-    from longnet_cli.integrations import saved
-
-    return saved.saved_bytes(folder, lora, dtype)
-
-
 def _transformers_net(folder: Path) -> ModuleType:
     try:
         from longnet_cli.integrations import transformers_net

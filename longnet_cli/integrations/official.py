@@ -29,7 +29,7 @@ from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.model import LongNet, LongNetConfig, SlideConfig
 from longnet_cli.model.integrity import TYPE_NAMES, check_finite
 from longnet_cli.model.slide import VectorNet
-from longnet_cli.model.torchscale import IGNORED, MODULES, renamed
+from longnet_cli.model.torchscale import DERIVED_BUFFERS, MODULES, renamed
 from longnet_cli.model.weights import list_names
 
 _INSIDE = ("model", "module", "state_dict", "teacher")  # keys of the state dict in training checkpoints
@@ -152,7 +152,7 @@ class _Found:
         if images:  # a LongNet computes no image patches or positions
             self.left_out = [name for name in state if not name.startswith(self.prefix)]
         self.scales = [t for name, t in state.items() if name.endswith("xpos.scale")]
-        self.state = {n: t for n, t in state.items() if not IGNORED.fullmatch(n) and n not in self.left_out}
+        self.state = {n: t for n, t in state.items() if not DERIVED_BUFFERS.fullmatch(n) and n not in self.left_out}
         self.decoder = f"{self.prefix}output_projection.weight" in self.state or bool(self.scales)
         if self.slide:
             self.what = "a slide encoder as Prov-GigaPath's"

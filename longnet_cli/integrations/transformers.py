@@ -37,9 +37,9 @@ from transformers.masking_utils import (
 )
 
 from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention
-from longnet_cli.attention.pattern import SINKS, far_spans, lanes, span_positions, span_rows
+from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.errors import ConfigError
-from longnet_cli.integrations.transformers_auto import NAME, mark, register, unmark
+from longnet_cli.integrations.transformers_auto import ATTENTION_NAME, mark, register, unmark
 from longnet_cli.integrations.transformers_cache import LongNetCache as LongNetCache
 from longnet_cli.integrations.transformers_cache import Memory
 from longnet_cli.integrations.transformers_longnet import LongNetPreTrainedModel  # registers its classes
@@ -81,10 +81,10 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     if all(kind == "sliding_attention" for kind in kinds):
         raise ConfigError("every layer of this model has a sliding window: there is no global attention to replace")
     found = turns(model) if sinks else {}
-    if config._attn_implementation != NAME:
+    if config._attn_implementation != ATTENTION_NAME:
         setattr(model, _OWN, config._attn_implementation)
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:  # transformers only warns, and keeps the old attention
+    model.set_attn_implementation(ATTENTION_NAME)
+    if model.config._attn_implementation != ATTENTION_NAME:  # transformers only warns, and keeps the old attention
         raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
     for module, turn in found.items():
         setattr(module, _TURN, turn)
@@ -94,7 +94,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
 
 def use_own_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `use_dilated_attention`, in place: restore the earlier attention, and remove the pattern from the config."""
-    if model.config._attn_implementation == NAME:
+    if model.config._attn_implementation == ATTENTION_NAME:
         model.set_attn_implementation(getattr(model, _OWN, "sdpa"))
     if hasattr(model.config, "dilated_attention"):
         del model.config.dilated_attention
@@ -283,6 +283,6 @@ def dilated_mask(
     return columns_of(attention_mask.bool())
 
 
-AttentionInterface.register(NAME, dilated_attention_forward)
-AttentionMaskInterface.register(NAME, dilated_mask)
+AttentionInterface.register(ATTENTION_NAME, dilated_attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, dilated_mask)
 register(use_dilated_attention)

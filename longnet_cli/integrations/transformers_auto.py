@@ -27,8 +27,8 @@ import transformers as hf
 from longnet_cli.attention import Pattern
 from longnet_cli.errors import ConfigError
 
-MODEL_TYPE = "import longnet_cli.integrations.transformers"
-NAME = "dilated"  # the name of the attention
+DILATED_TYPE = "import longnet_cli.integrations.transformers"
+ATTENTION_NAME = "dilated"  # the name of the attention
 _OWN_TYPE = "dilated_model_type"  # key of the model's own type in such a file
 _PREFIX = "Dilated"  # of the names in `architectures`
 _PATTERN, _ATTENTION = "dilated_attention", "attn_implementation"
@@ -38,22 +38,22 @@ Prepare = Callable[[hf.PreTrainedModel], Any]
 
 
 def to_file(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config.json of a model with these settings. With a pattern, its type is MODEL_TYPE.
+    """Return the config.json of a model with these settings. With a pattern, its type is DILATED_TYPE.
 
     Any tool can run a dense pattern: such settings stay as they are, and so do settings without a pattern.
     """
     found = settings.get(_PATTERN)
-    if not found or Pattern(**found) == Pattern.dense() or settings.get("model_type") == MODEL_TYPE:
+    if not found or Pattern(**found) == Pattern.dense() or settings.get("model_type") == DILATED_TYPE:
         return dict(settings)
     names = [_PREFIX + name for name in settings.get("architectures") or []]
-    changed = {"model_type": MODEL_TYPE, _OWN_TYPE: settings["model_type"], "architectures": names or None}
-    return {**settings, **changed, _ATTENTION: NAME}
+    changed = {"model_type": DILATED_TYPE, _OWN_TYPE: settings["model_type"], "architectures": names or None}
+    return {**settings, **changed, _ATTENTION: ATTENTION_NAME}
 
 
 def from_file(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Undo `to_file`; other configurations stay as they are."""
     found = dict(settings)
-    if found.get("model_type") == MODEL_TYPE:
+    if found.get("model_type") == DILATED_TYPE:
         found.pop(_ATTENTION, None)
         found["model_type"] = found.pop(_OWN_TYPE, None)
         found["architectures"] = [name.removeprefix(_PREFIX) for name in found.get("architectures") or []] or None
@@ -94,12 +94,12 @@ def _restored(own: Any, attributes: dict[str, Any]) -> Any:
 
 
 def register(prepare: Prepare) -> None:
-    """Let the Auto classes open such folders with the attention NAME, and call `prepare` on each model."""
+    """Let the Auto classes open such folders with the attention `dilated`, and call `prepare` on each model."""
 
     class DilatedConfig(hf.PretrainedConfig):
         """An entry point for AutoConfig: `from_dict` returns a configuration of the model's own type."""
 
-        model_type = MODEL_TYPE
+        model_type = DILATED_TYPE
 
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
@@ -108,7 +108,7 @@ def register(prepare: Prepare) -> None:
             kind = data.get("model_type")
             if kind not in hf.CONFIG_MAPPING:
                 raise ConfigError(f"transformers {hf.__version__} does not know the model type {kind!r}")
-            found = hf.CONFIG_MAPPING[kind].from_dict({**data, _ATTENTION: NAME}, **options)
+            found = hf.CONFIG_MAPPING[kind].from_dict({**data, _ATTENTION: ATTENTION_NAME}, **options)
             config = found[0] if isinstance(found, tuple) else found
             own: Any = type(config)
             mark(config)
@@ -116,7 +116,7 @@ def register(prepare: Prepare) -> None:
             _register_models(own, marked, prepare)
             return found
 
-    hf.AutoConfig.register(MODEL_TYPE, DilatedConfig)
+    hf.AutoConfig.register(DILATED_TYPE, DilatedConfig)
 
 
 @cache
@@ -132,12 +132,12 @@ def _register_models(own: type, marked: type, prepare: Prepare) -> None:
 
 
 def _prepared(own: type, prepare: Prepare) -> type:
-    """Return a subclass of `own` whose `from_pretrained` calls `prepare` on models with the attention NAME."""
+    """Return a subclass of `own` whose `from_pretrained` calls `prepare` on models with our attention."""
 
     def from_pretrained(cls: Any, *args: Any, **options: Any) -> Any:
         found = own.from_pretrained(*args, **options)  # type: ignore[attr-defined]
         model = found[0] if isinstance(found, tuple) else found
-        if model.config._attn_implementation == NAME:
+        if model.config._attn_implementation == ATTENTION_NAME:
             prepare(model)
         return found
 

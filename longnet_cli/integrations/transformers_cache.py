@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from longnet_cli.attention import FarKeys, KVCache, Pattern
-from longnet_cli.integrations.transformers_padding import Rows
+from longnet_cli.integrations.transformers_padding import AlignedRows
 from longnet_cli.model.net import FarProvider, NetConfig
 
 _MEMORY = "_longnet_memory"  # attribute of the keys that `update` returns
@@ -52,7 +52,7 @@ class LongNetCache(hf.DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-class _Part(NamedTuple):
+class _CachedRows(NamedTuple):
     """The rows of a batch that start at one column, and their cache."""
 
     rows: list[int]
@@ -74,7 +74,7 @@ class Memory(CacheLayerMixin):
     def reset(self) -> None:
         self.position, self.waits = 0, False
         self._batch = 0
-        self._parts: dict[int, _Part] = {}
+        self._parts: dict[int, _CachedRows] = {}
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +102,7 @@ class Memory(CacheLayerMixin):
         """
         if first not in self._parts:
             options: dict[str, Any] = {"kv_heads": k.shape[2], "dtype": k.dtype, "device": k.device}
-            self._parts[first] = _Part([*rows], KVCache(pattern, len(k), num_heads, k.shape[3], **options))
+            self._parts[first] = _CachedRows([*rows], KVCache(pattern, len(k), num_heads, k.shape[3], **options))
         part = self._parts[first]
         if part.rows != [*rows] or part.cache.position != max(0, self.position - first):
             raise ValueError("the padding of a batch changed while it was cached: pass the whole attention_mask")
@@ -150,7 +150,7 @@ class Memory(CacheLayerMixin):
             mine = [i for i, row in enumerate(rows) if row in places]
             if mine:
                 part.cache.select([places[rows[i]] for i in mine])
-                self._parts[first] = _Part(mine, part.cache)
+                self._parts[first] = _CachedRows(mine, part.cache)
             else:
                 del self._parts[first]
         self._batch = len(rows)
@@ -169,7 +169,7 @@ class Memories:
         for layer in self.layers:
             layer.expect(batch)
 
-    def of(self, rows: Rows) -> FarProvider:
+    def of(self, rows: AlignedRows) -> FarProvider:
         """Return the function that gives these rows their far keys."""
 
         def far(index: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:

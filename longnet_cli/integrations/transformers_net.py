@@ -34,7 +34,7 @@ from longnet_cli.configuration import parse, read_text
 from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.integrations.lora import State, add_lora, merged
 from longnet_cli.integrations.transformers import (
-    NAME,
+    ATTENTION_NAME,
     LongNetCache,
     pattern_of,
     use_dilated_attention,
@@ -76,7 +76,7 @@ class TransformersNet(Net):
         self.model = model.eval()
         self.folder: Path | None = None  # where it was loaded from, with its tokenizer's files
         self._save_adapter: Callable[[Path, State], None] | None = None  # writes LoRA's adapter
-        dilated = model.config._attn_implementation == NAME
+        dilated = model.config._attn_implementation == ATTENTION_NAME
         self.config: TransformersConfig = _facts(model, dilated, as_trained)
         self._accepted = frozenset(inspect.signature(model.base_model.forward).parameters)
         self._cache_name = next((name for name in _CACHE_NAMES if name in self._accepted), None)
@@ -112,7 +112,7 @@ class TransformersNet(Net):
             return None
         assert self._cache_name
         config = self.model.config
-        kept = LongNetCache(config) if config._attn_implementation == NAME else hf.DynamicCache(config=config)
+        kept = LongNetCache(config) if config._attn_implementation == ATTENTION_NAME else hf.DynamicCache(config=config)
         cache = {self._cache_name: kept, "use_cache": True}
 
         @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class Rows(NamedTuple):
+class AlignedRows(NamedTuple):
     """Rows of a batch that start at column `first`, and so are at the same position.
 
     `members` None means all rows. `lengths` is the number of real tokens of each row in this call; None means all.
@@ -23,17 +23,17 @@ class Rows(NamedTuple):
     lengths: Sequence[int] | Tensor | None
 
 
-def rows_of(columns: Tensor | None, before: int, shape: Sequence[int]) -> Iterator[Rows]:
+def rows_of(columns: Tensor | None, before: int, shape: Sequence[int]) -> Iterator[AlignedRows]:
     """Yield the rows of (batch, tokens) new tokens after `before` columns, grouped by the column at which they start.
 
     `columns` is the result of `columns_of`. Rows without a token yet are left out.
     """
     batch, tokens = shape
     if columns is None:
-        yield Rows(None, 0, None)
+        yield AlignedRows(None, 0, None)
     elif torch.compiler.is_compiling():  # values are unknown there: padding must be on the right
         stops = columns[:, 1]
-        yield Rows(None, 0, stops.where(stops < 0, (stops - before).clamp(min=0)))
+        yield AlignedRows(None, 0, stops.where(stops < 0, (stops - before).clamp(min=0)))
     else:
         found: dict[int, list[int]] = {}
         spans = columns.tolist()
@@ -45,7 +45,7 @@ def rows_of(columns: Tensor | None, before: int, shape: Sequence[int]) -> Iterat
             lengths = [max(0, spans[row][1] - begin) for row in members]
             whole = all(n == before + tokens - begin for n in lengths)
             alone = len(members) == batch and begin == before
-            yield Rows(None if alone else members, first, None if whole else lengths)
+            yield AlignedRows(None if alone else members, first, None if whole else lengths)
 
 
 def columns_of(tokens: Tensor) -> Tensor | None:

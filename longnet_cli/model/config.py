@@ -18,8 +18,8 @@ from pydantic import (
 )
 
 from longnet_cli.attention import Pattern
-from longnet_cli.configuration import Table, validate
-from longnet_cli.patterns import PATTERN_FIELDS, parse_pattern, pattern_fields
+from longnet_cli.configuration import StrictModel, validate
+from longnet_cli.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
 
 # zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
 XPOS_MAX_SEGMENT = 65536
@@ -27,7 +27,7 @@ XPOS_MAX_SEGMENT = 65536
 _OPTIONS = ("look_back", "overlap", "queries", "sinks", "level_bias")  # of a pattern, beyond levels and offsets
 
 
-class LongNetConfig(Table):
+class LongNetConfig(StrictModel):
     """The immutable configuration of a LongNet. `vocab_size=0` is a net without embedding (GigaPath, LongViT).
 
     The fields of `attention.Pattern` are fields here, with the same names, meanings and defaults. In their place you

@@ -30,7 +30,7 @@ MODULES = {  # torchscale's name -> ours, of a layer, then of the net
     "output_projection": "output",
 }
 _PREFIX = re.compile(r"(model|decoder|encoder)\.")
-IGNORED = re.compile(r"(.*\.)?(xpos\.scale|version)")  # buffers that the configuration determines
+DERIVED_BUFFERS = re.compile(r"(.*\.)?(xpos\.scale|version)")  # buffers that the configuration determines
 
 
 def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> LongNet:
@@ -43,7 +43,7 @@ def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> 
     missing, unknown or of another shape, and for an output projection that is not the embedding although
     `config.tie_embeddings` is true.
     """
-    state = {k: t for k, t in state_dict.items() if not IGNORED.fullmatch(k)}
+    state = {k: t for k, t in state_dict.items() if not DERIVED_BUFFERS.fullmatch(k)}
     if not config.vocab_size:
         state = {k: t for k, t in state.items() if k.startswith("encoder.")} or state
     state = _without_prefix(state)

@@ -21,7 +21,7 @@ from longnet_cli.model.config import LongNetConfig, parse_config
 from longnet_cli.model.foreign import foreign_files, foreign_keys, own_keys
 from longnet_cli.model.integrity import TYPE_NAMES, check_finite, check_header, tensor_bytes, tensor_digest
 from longnet_cli.model.net import Net
-from longnet_cli.patterns import format_pattern
+from longnet_cli.notation import format_pattern
 from longnet_cli.presets import CONFIG_SHA256, TENSORS_SHA256, TOKENIZER_SHA256, find_model
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ Loads no torch, and matplotlib only for a picture.
 
 from .axes import Axis, Curve, Panel, Point
 from .picture import PICTURES, draw_picture, new_figure, save_figure
-from .reading import metrics_file, panels, read, read_all
+from .recognizing import metrics_file, panels, read, read_all
 from .text import draw_text
 
 __all__ = [

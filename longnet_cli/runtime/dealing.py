@@ -16,12 +16,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import pyarrow as pa
 import torch.distributed as dist
 
 from longnet_cli.errors import DataError, LongNetError
+from longnet_cli.runtime.portions import Portion
 from longnet_cli.runtime.ranks import TIMEOUT, Ranks
 
 AHEAD = 64  # portions whose results may wait in memory for an earlier portion
@@ -31,16 +32,7 @@ PAUSE = 0.01  # seconds between two looks at the store
 _deals = count()  # numbers the deals of this process; all ranks deal in the same order
 
 
-class Portion(Protocol):
-    """Items of work, to be read once and before the next portion. `items` and `length` are known after reading."""
-
-    items: int
-    length: int
-
-    def __iter__(self) -> Iterator[object]: ...
-
-
-P = TypeVar("P", bound=Portion)
+P = TypeVar("P", bound=Portion[Any])
 R = TypeVar("R")
 
 
@@ -61,21 +53,21 @@ def unpack_batches(data: bytes) -> Iterable[pa.RecordBatch]:
 
 
 @dataclass(frozen=True)
-class Parcel(Generic[R]):
+class Codec(Generic[R]):
     """The functions that pack the results of a portion into bytes, and unpack them again."""
 
     pack: Callable[[Iterable[R]], bytes]
     unpack: Callable[[bytes], Iterable[R]]
 
 
-BATCHES = Parcel(pack_batches, unpack_batches)
+BATCHES = Codec(pack_batches, unpack_batches)
 
 
 def deal(
     portions: Iterable[P],
     work: Callable[[P], Iterable[R]],
     ranks: Ranks,
-    parcel: Parcel[R],
+    codec: Codec[R],
     on_other: Callable[[P], None] | None = None,
     *,
     ahead: int = AHEAD,
@@ -84,7 +76,7 @@ def deal(
 
     `work` must read its portion to the end. With one group, every rank works on every portion, result by result. With
     several groups, the portions are dealt out: rank 0 yields the results of all groups, which other groups send through
-    `parcel`, and the other ranks yield nothing. Use up the results of a portion before you take the next portion.
+    `codec`, and the other ranks yield nothing. Use up the results of a portion before you take the next portion.
     `on_other` gets each portion of another group when its results have arrived. No group starts a portion that is
     `ahead` or more past those that rank 0 has yielded.
 
@@ -95,7 +87,7 @@ def deal(
         for portion in portions:
             yield portion, work(portion)
         return
-    table = _Table(ranks, next(_deals))
+    table = _DealStore(ranks, next(_deals))
     waiting: deque[P] = deque()  # on rank 0: the portions whose results are still to arrive
     own: dict[int, list[R]] = {}  # results of this group, by the index of their portion
     given = 0  # portions whose results rank 0 has yielded
@@ -105,7 +97,7 @@ def deal(
         nonlocal given
         while waiting and (given in own or table.has(given)):
             portion, found = waiting[0], own.pop(given, None)
-            sent = parcel.unpack(table.get(given, portion)) if found is None else found
+            sent = codec.unpack(table.get(given, portion)) if found is None else found
             waiting.popleft()  # only now: if `get` refuses the results, no later portion may take their place
             if on_other and found is None:
                 on_other(portion)
@@ -127,7 +119,7 @@ def deal(
                 if ranks.first:
                     own[index] = found
                 elif table.group.first:
-                    table.put(index, portion, parcel.pack(found))
+                    table.put(index, portion, codec.pack(found))
                 mine = table.take()
             number += 1
             waiting.extend([portion] if ranks.first else [])
@@ -145,7 +137,7 @@ def deal(
     table.end() if ranks.first else table.wait_for_end()
 
 
-class _Table:
+class _DealStore:
     """The shared store of one deal, from which groups take portions and in which they leave results for rank 0."""
 
     def __init__(self, ranks: Ranks, deal: int) -> None:
@@ -175,7 +167,7 @@ class _Table:
         """Count one more portion that rank 0 has yielded."""
         self.store.add("given", 1)
 
-    def put(self, index: int, portion: Portion, data: bytes) -> None:
+    def put(self, index: int, portion: Portion[Any], data: bytes) -> None:
         """Store the results of a portion. Only one rank of the group calls it."""
         pieces = range(0, len(data), VALUE_BYTES)
         for piece, start in enumerate(pieces):
@@ -185,7 +177,7 @@ class _Table:
     def has(self, index: int) -> bool:
         return bool(self.store.check([str(index)]))
 
-    def get(self, index: int, portion: Portion) -> bytes:
+    def get(self, index: int, portion: Portion[Any]) -> bytes:
         """Return and delete the results of a portion. Raises DataError where the other rank read another portion."""
         number, *read = map(int, self.store.get(str(index)).split())
         if read != [portion.items, portion.length]:

@@ -32,16 +32,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, Span
-from longnet_cli.attention.pattern import (
-    Pattern,
-    far_spans,
-    lanes,
-    open_spans,
-    rows_before,
-    span_positions,
-    span_rows,
-)
-from longnet_cli.attention.spans import level_of
+from longnet_cli.attention.pattern import Pattern
+from longnet_cli.attention.rows import rows_before
+from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, span_positions, span_rows
 from longnet_cli.model.net import NetConfig
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys
 from longnet_cli.attention.dilated import strided_view
-from longnet_cli.attention.pattern import common_span, lanes, open_spans, rows_before, segment_rows, span_views
-from longnet_cli.attention.spans import level_of
+from longnet_cli.attention.rows import rows_before
+from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, segment_rows, span_views
 from longnet_cli.model.net import NetConfig
 
 Key = tuple[int, int, int]  # layer, level, start of the segment

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from longnet_cli.attention import SINKS, FarKeys, Span
 from longnet_cli.attention.dilated import strided_view
-from longnet_cli.attention.pattern import common_span, far_spans, lanes, rows_before, span_rows, span_views
-from longnet_cli.attention.spans import level_of
+from longnet_cli.attention.rows import rows_before
+from longnet_cli.attention.spans import common_span, far_spans, lanes, level_of, span_rows, span_views
 from longnet_cli.errors import MemoryLimitError
 from longnet_cli.model import LongNet
 from longnet_cli.model.longnet import Block, Placement

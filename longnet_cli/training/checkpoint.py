@@ -32,7 +32,7 @@ from longnet_cli.runtime.ranks import Ranks
 
 STATE = "state.json"
 STATE_VERSION = 1
-NAME = re.compile(r"step-(\d{8,})")
+CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
 
 
 class Checkpoints:
@@ -109,7 +109,7 @@ class Checkpoints:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Return the whole checkpoints in a folder, newest first. A checkpoint being written has another name."""
-    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)] if folder.is_dir() else []
+    found = [path for path in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 

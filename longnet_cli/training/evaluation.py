@@ -16,7 +16,7 @@ from longnet_cli.errors import DataError
 from longnet_cli.model.net import IGNORED, Net
 from longnet_cli.runtime.device import precision, to_device
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.reading import Reader, Window
+from longnet_cli.runtime.reader import Reader, Window
 from longnet_cli.scoring import Score, score
 
 from .masking import mask_tokens

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from longnet_cli.attention.pattern import SINKS, lanes, segment_rows
+from longnet_cli.attention.spans import SINKS, lanes, segment_rows
 from longnet_cli.model.net import NetConfig
+from longnet_cli.runtime.device import resolve_dtype
 from longnet_cli.runtime.mapped import aligned
+from longnet_cli.runtime.ranks import Ranks
+
+if TYPE_CHECKING:
+    import torch
+
+    from longnet_cli.training.recipe import Recipe
 
 
 class FarBytes(NamedTuple):
@@ -52,3 +59,10 @@ def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:
         return ends * (1 + back) - ends // (w // math.gcd(w, chunk))
     # all segments, from the first one that the first end sees up to the last end
     return -(-ends * chunk // w) - max(0, chunk // w - back) if ends else 0
+
+
+def stored_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
+    """Return the bytes of far rows and their gradients that one rank stores, in memory or in `train.spill`'s file."""
+    itemsize = 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
+    chunk = recipe.train.chunk * ranks.sp
+    return max(far_bytes(recipe.model, stage.seq_len, chunk, itemsize).stored for stage in recipe.train.stages)

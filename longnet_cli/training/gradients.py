@@ -16,7 +16,7 @@ from longnet_cli.runtime.device import precision, to_device
 from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.fsdp import final_backward
 
-from .tokens import Pieces
+from .tokens import RegroupedTokens
 
 
 def backward(
@@ -50,7 +50,7 @@ def backward(
     forwards = list(plan_forwards(starts or [[0]] * tokens.shape[0], tokens.shape[1], chunk))
     for index, forward in enumerate(forwards, 1):
         final = index == len(forwards)
-        ids, wanted = Pieces(tokens, forward.rows), Pieces(targets, forward.rows)
+        ids, wanted = RegroupedTokens(tokens, forward.rows), RegroupedTokens(targets, forward.rows)
         if ids.shape[1] > chunk:
             total += backward_in_chunks(
                 model,
@@ -101,7 +101,7 @@ def _nll(
 
 
 class _Forward(NamedTuple):
-    """The tokens of one forward pass: runs (row, start, stop) of the batch, as `Pieces` takes them.
+    """The tokens of one forward pass: runs (row, start, stop) of the batch, as `RegroupedTokens` takes them.
 
     `documents` has the lengths of the documents where a row has several.
     """

@@ -32,15 +32,16 @@ from longnet_cli.model.net import Net
 from longnet_cli.presets import find_model
 from longnet_cli.runtime.chunks import Tokens
 from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, random_state, to_device
+from longnet_cli.runtime.flops import executed_flops
 from longnet_cli.runtime.fsdp import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
 from longnet_cli.runtime.mapped import MappedMemory
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.signals import Signals, noted_signals
 from longnet_cli.scoring import Score
+from longnet_cli.training.far_bytes import stored_bytes
 
 from .checkpoint import Checkpoints, checkpoints_in, read_state
 from .checks import check_memory, check_ranks, check_vocabulary
-from .estimate import executed_flops, stored_bytes
 from .evaluation import evaluate
 from .gradients import backward
 from .masking import mask_tokens
@@ -108,7 +109,7 @@ def train(
     something cannot be written.
     """
     ranks = ranks or Ranks()
-    run = _Run(recipe, Path(output), torch.device(device), tokenizer_differs, ranks, peak, on_step)
+    run = _TrainingRun(recipe, Path(output), torch.device(device), tokenizer_differs, ranks, peak, on_step)
     with locked_folder(run.output) if ranks.first else nullcontext():
         run.resume(resume, on_note or (lambda line: None))
         if on_begin:
@@ -117,7 +118,7 @@ def train(
             return run.go(signals)
 
 
-class _Run:
+class _TrainingRun:
     """A run: its parts and its progress."""
 
     def __init__(

@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from longnet_cli.attention import Pattern
-from longnet_cli.configuration import Table, parse, read_text, validate
+from longnet_cli.configuration import StrictModel, parse, read_text, validate
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, LongNetError, refuse_web_address
 from longnet_cli.integrations.loading import read_facts
 from longnet_cli.integrations.transformers_config import TransformersConfig
 from longnet_cli.model.config import LongNetConfig
-from longnet_cli.patterns import PATTERN_FIELDS, parse_pattern
+from longnet_cli.notation import PATTERN_FIELDS, parse_pattern
 from longnet_cli.presets import find_model, is_of_transformers, preset_dir
 from longnet_cli.sizes import parse_size
 
@@ -31,14 +31,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[int, BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size), Field(gt=0)]
 
 
-class MixedInputs(Table):
+class MixedInputs(StrictModel):
     """One source of a mix: inputs as on any command line, and the share of the training windows that is cut from it."""
 
     inputs: list[str] = Field(min_length=1)
     weight: float = Field(gt=0)
 
 
-class DataRecipe(Table):
+class DataRecipe(StrictModel):
     """The source of tokens. `tokenizer` is `bytes`, a file or a folder; `eos` is its end-of-text token or the id of it.
 
     Set either `train`, inputs as on any command line, or `[[data.mix]]`, a table for each of several sources. The
@@ -68,7 +68,7 @@ class DataRecipe(Table):
         return self.mix or [MixedInputs(inputs=self.train or [], weight=1)]
 
 
-class OptimizerRecipe(Table):
+class OptimizerRecipe(StrictModel):
     """AdamW; weights decay, biases and norms do not. Defaults from the paper's Table 3.
 
     `name = "muon"` gives the matrices of the layers to torch's Muon, at the same learning rate, and leaves embeddings,
@@ -83,7 +83,7 @@ class OptimizerRecipe(Table):
     clip: float = Field(default=2.0, gt=0)  # of the gradient's norm
 
 
-class ScheduleRecipe(Table):
+class ScheduleRecipe(StrictModel):
     """The learning rate: it rises linearly for `warmup_steps`, then falls to `final` times its peak at the last step.
 
     `polynomial` is fairseq's, and the paper's: the share of the steps that is left, to the `power`. `linear` is its
@@ -102,17 +102,17 @@ class ScheduleRecipe(Table):
         return self
 
 
-class Stage(Table):
+class Stage(StrictModel):
     """`steps` optimizer steps at one context length; a run may grow its context stage by stage."""
 
     seq_len: Size
     steps: int = Field(gt=0)
 
 
-class TrainRecipe(Table):
+class TrainRecipe(StrictModel):
     """The training itself. A step sees `batch_tokens`, with the activations of at most `chunk` of them at a time.
 
-    Without a `chunk`, a GPU takes the longest that fits, up to 128Ki (`estimate.settle_chunk`). Short sequences share a
+    Without a `chunk`, a GPU takes the longest that fits, up to 128Ki (`settle_chunk`). Short sequences share a
     forward pass. A sequence longer than `chunk` goes chunk by chunk, at the price of one more forward pass, with the
     same loss and gradients. A token attends to earlier tokens of its own document or, with `across_documents`, to all
     earlier tokens of its window.
@@ -158,7 +158,7 @@ class TrainRecipe(Table):
         return max(1, self.batch_tokens // stage.seq_len)
 
 
-class ParallelRecipe(Table):
+class ParallelRecipe(StrictModel):
     """The division of work in a torchrun job: `sp` processes share a sequence, `dp` such groups share the sequences.
 
     By default all processes share each sequence. `shard = "full"` gives each process a part of the weights, gradients
@@ -179,7 +179,7 @@ FREE_TO_CHANGE = {
 }
 
 
-class Recipe(Table):
+class Recipe(StrictModel):
     """A whole training run; `init` names a model whose weights it starts from."""
 
     init: str | None = None
@@ -215,7 +215,7 @@ class Recipe(Table):
         return [key for key in _changed(saved, self.model_dump(mode="json"), "") if key not in FREE_TO_CHANGE]
 
 
-class LoraRecipe(Table):
+class LoraRecipe(StrictModel):
     """LoRA (peft): matrices of `rank` beside those named in `target_modules`, by default beside all in the layers.
 
     Their output is scaled by alpha / rank.

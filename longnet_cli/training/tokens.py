@@ -39,8 +39,8 @@ class StoredTokens(_ReadTokens):
         return to_device(torch.from_numpy(self.batch.read(row, self.first + start, self.first + stop)), self.device)
 
 
-class Pieces(_ReadTokens):
-    """Pieces of ids (B, N) as new rows (b, n): each row is a list of runs (row, start, stop) in order."""
+class RegroupedTokens(_ReadTokens):
+    """Ids (B, N) grouped into new rows (b, n): each row is a list of runs (row, start, stop) in order."""
 
     def __init__(self, tokens: Tokens, rows: list[list[tuple[int, int, int]]]) -> None:
         self.tokens, self.rows, self.device = tokens, rows, tokens.device

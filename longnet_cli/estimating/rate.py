@@ -6,10 +6,10 @@ import time
 
 import torch
 
+from longnet_cli.estimating.forwards import Forwards, Shape
 from longnet_cli.model import SlideConfig
 from longnet_cli.model.net import Net
 from longnet_cli.runtime.device import precision
-from longnet_cli.runtime.forwards import Forwards, Shape
 
 SECONDS = 0.5  # that the forward pass takes, or its repetitions
 FIRST_SHAPE = Shape(1, 256)  # of the first forward pass; later ones grow until they take that long

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from longnet_cli.attention import Pattern
+from longnet_cli.attention.branches import attention_flops
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.pattern import attention_flops, cached_rows
+from longnet_cli.attention.spans import cached_rows
 from longnet_cli.errors import ConfigError
+from longnet_cli.estimating.training_job import activation_bytes
 from longnet_cli.integrations.loading import load_net
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.config import parse_config
@@ -24,7 +26,6 @@ from longnet_cli.model.weights import load_config
 from longnet_cli.presets import find_model, is_of_transformers
 from longnet_cli.runtime.chunks import open_stream
 from longnet_cli.runtime.device import DTYPES, precision
-from longnet_cli.training.estimate import activation_bytes
 from longnet_cli.training.far_bytes import far_bytes
 from longnet_cli.training.gradients import backward
 

@@ -13,7 +13,7 @@ from longnet_cli.data.tables import Table, pick, reading
 from longnet_cli.errors import DataError
 
 
-class Batch(NamedTuple):
+class ColumnBatch(NamedTuple):
     """The columns of a batch that starts at row `first`; None, or empty, for a column that the table lacks.
 
     `errors` holds the error of each row that has no document because a value is null, by its index in the batch.
@@ -46,7 +46,7 @@ class Label(NamedTuple):
     error: DataError | None
 
 
-class Group(NamedTuple):
+class DocumentRows(NamedTuple):
     """The rows of one document: the number of the first, the values that the first carries along, and all values.
 
     `error` says why the document cannot be read.
@@ -59,7 +59,7 @@ class Group(NamedTuple):
     error: DataError | None
 
 
-def read_batches(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Batch]:
+def read_batches(table: Table, columns: Columns, skip_bad: bool) -> Iterator[ColumnBatch]:
     """Yield the columns of each batch, checked for damage.
 
     Raises DataError for a table of 0 rows, and for nulls unless `skip_bad`.
@@ -84,7 +84,9 @@ def read_batches(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Bat
         if errors and not skip_bad:
             raise errors[min(errors)]
         ids, parts = (values.get(name) if name else None for name in (columns.doc_id, columns.part))
-        yield Batch(first, column, ids and [None if each is None else str(each) for each in ids], parts, kept, errors)
+        yield ColumnBatch(
+            first, column, ids and [None if each is None else str(each) for each in ids], parts, kept, errors
+        )
         first += batch.num_rows
     if first == 0 and not is_manifest(table.schema):
         raise DataError(f"{table.where}: the table has 0 rows")
@@ -110,7 +112,7 @@ def _none(values: list[Any]) -> list[int]:
     return [row for row, value in enumerate(values) if value is None] if None in values else []
 
 
-def group_rows(table: Table, rows: Iterator[tuple[Label, Any]]) -> Iterator[Group]:
+def group_rows(table: Table, rows: Iterator[tuple[Label, Any]]) -> Iterator[DocumentRows]:
     """Group (label, value) by document.
 
     Neighbours that share a doc_id are one document. Its parts, where known, must be 0, 1, 2, ...
@@ -134,4 +136,4 @@ def group_rows(table: Table, rows: Iterator[tuple[Label, Any]]) -> Iterator[Grou
         label = head[0]
         doc_id = name if isinstance(name, str) else f"{table.name}:{label.row}"
         found = values(doc_id, chain((head,), members))  # noqa: B031 (used once, before the next group)
-        yield Group(doc_id, label.row, found, label.kept, label.error)
+        yield DocumentRows(doc_id, label.row, found, label.kept, label.error)

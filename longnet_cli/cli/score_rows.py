@@ -35,8 +35,8 @@ def check(
         raise ConfigError(f"{given[0]} is for scores that are printed, and -o writes rows: leave one out")
     if output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():
         raise ConfigError("the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them")
+    from longnet_cli.data.outputs import is_folder
     from longnet_cli.data.shards import run_to_resume
-    from longnet_cli.data.sinks import is_folder
 
     if not is_folder(output):
         for name, value in (("--resume", resume), ("--shard-tokens", shard_tokens)):
@@ -56,7 +56,7 @@ def write(
     settings: Mapping[str, Any],
     shard_tokens: int | None,
     resume: bool,
-    kept: Sequence[pa.Field],
+    kept_fields: Sequence[pa.Field],
     ranks: Ranks,
     **running: Any,
 ) -> ShardFolder | None:
@@ -64,10 +64,10 @@ def write(
 
     Return the closed folder of shards if the output is one, otherwise None.
     """
-    from longnet_cli.data.sinks import ShardWriter, is_folder
+    from longnet_cli.data.outputs import ShardWriter, is_folder
     from longnet_cli.gains import SHARD_TOKENS, gains, gains_to_folder
 
-    running |= {"kept": kept, "ranks": ranks}
+    running |= {"kept_fields": kept_fields, "ranks": ranks}
     if is_folder(output):
         return gains_to_folder(
             net,
@@ -79,7 +79,7 @@ def write(
             resume=resume,
             **running,
         )
-    with ShardWriter(output, options.schema(kept)) if ranks.first else nullcontext() as writer:
+    with ShardWriter(output, options.schema(kept_fields)) if ranks.first else nullcontext() as writer:
         for batch in gains(net, documents, options, **running):
             if writer and batch.num_rows:
                 writer.write(batch)

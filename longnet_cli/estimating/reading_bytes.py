@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 
 from longnet_cli.attention.cache import FIRST_ROWS
-from longnet_cli.attention.pattern import lanes
+from longnet_cli.attention.spans import lanes
+from longnet_cli.estimating.forwards import Forwards
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import LOGITS_LIMIT, Net, NetConfig
 from longnet_cli.runtime.chunks import forward_bytes
 from longnet_cli.runtime.device import DTYPES, resolve_dtype
-from longnet_cli.runtime.forwards import Forwards
 from longnet_cli.runtime.layerwise import fits_beside, kept_bytes
 from longnet_cli.runtime.ranks import Ranks
 

@@ -20,24 +20,24 @@ import torch
 from longnet_cli.cuts import Cut
 from longnet_cli.data.documents import SPOOL_BYTES, Document, Unread, checked
 from longnet_cli.data.files import FileChangedError
-from longnet_cli.data.portions import portions
-from longnet_cli.data.sampling import Sample
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions
 from longnet_cli.errors import ConfigError, DataError, MemoryLimitError
+from longnet_cli.estimating.estimate import Estimate, fitting_chunk
+from longnet_cli.estimating.forwards import Forwards, Shape
+from longnet_cli.estimating.rate import FIRST_SHAPE, forward, measured_rate
+from longnet_cli.estimating.reading_bytes import computing_bytes, hidden_bytes, waiting_bytes
+from longnet_cli.estimating.sampling import Sample
 from longnet_cli.integrations.loading import read_facts
 from longnet_cli.model.net import Net
 from longnet_cli.model.weights import load_config
 from longnet_cli.presets import find_model, is_gguf, is_of_transformers
 from longnet_cli.runtime.chunks import default_chunk
 from longnet_cli.runtime.device import DTYPES, free_memory, peak_memory, resident_memory, resolve_dtype
-from longnet_cli.runtime.estimate import Estimate, fitting_chunk
-from longnet_cli.runtime.forwards import Forwards, Shape
+from longnet_cli.runtime.portions import portions
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.rate import FIRST_SHAPE, forward, measured_rate
-from longnet_cli.runtime.reading import PORTION_CHUNKS
-from longnet_cli.runtime.reading_bytes import computing_bytes, hidden_bytes, waiting_bytes
+from longnet_cli.runtime.reader import PORTION_CHUNKS
 
 
 class Job(Protocol):
@@ -183,13 +183,13 @@ def check_weights(name: str, dtype: str, device: torch.device, free: int | None)
         )
 
 
-def estimate(
+def estimate_documents(
     net: Net,
     job: Job,
     documents: Iterable[Document | Text],
     *,
     room: Room,
-    words: Tokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     sample: int | None = None,
     done: int = 0,
     output: str = "",
@@ -202,9 +202,9 @@ def estimate(
 ) -> ReadingEstimate:
     """Estimate what a `job` of `net` takes for these documents, from their lengths and one measured forward pass.
 
-    Texts among the `documents` (`data.sources.read_untokenized`) need the tokenizer `words`; a `sample` of this many is
+    Texts among the `documents` (`data.sources.read_untokenized`) need the `tokenizer`; a `sample` of this many is
     tokenized. A resumed run has already read the first `done` documents. `room` is the memory before the net was
-    loaded. `chunk`, `dtype` and `ranks` are as in `runtime.reading.Reader`. `on_progress` gets the tokens of each
+    loaded. `chunk`, `dtype` and `ranks` are as in `runtime.reader.Reader`. `on_progress` gets the tokens of each
     document.
 
     Without `skip_bad`, raises what the job raises for documents that it cannot read. Raises DataError if there is
@@ -213,7 +213,7 @@ def estimate(
     ranks, config, device = ranks or Ranks(), net.config, next(net.parameters()).device
     chunk = chunk or int(ranks.smallest(default_chunk(config, device)))
     forwards = Forwards(config, chunk)
-    drawn = Sample(sample, words) if sample and words else None
+    drawn = Sample(sample, tokenizer) if sample and tokenizer else None
     left_out: list[Document] = []
     begin = time.perf_counter()
     items = islice(documents, 0 if job.skips_empty else done, None)

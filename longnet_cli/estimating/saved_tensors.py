@@ -22,7 +22,7 @@ from longnet_cli.runtime.device import precision
 _TOKENS = 64
 
 
-def saved_bytes(folder: str | Path, lora: Mapping[str, Any] | None, dtype: str) -> tuple[int, int]:
+def measured_bytes(folder: str | Path, lora: Mapping[str, Any] | None, dtype: str) -> tuple[int, int]:
     """Return (bytes per layer, other bytes) that a token saves for the backward pass; `dtype` as in `runtime.device`.
 
     Models of one and of two layers are made in memory that is never written to, so they take almost no space. Tensors

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet_cli.attention import KVCache, Pattern, dilated_attention
+from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, branches
 from longnet_cli.attention.dilated import kernel_calls
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.pattern import BACKWARD_FLOPS, attention_flops, branches
 from longnet_cli.runtime.device import DTYPES
 
 from .measurement import Case, Measurement

@@ -25,8 +25,8 @@ from longnet_cli.data.tables import Table
 from longnet_cli.encoding import EmbeddingDtype, EncodeOptions, NothingToEncodeError, encode
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 from longnet_cli.gains import GainOptions, gains
+from longnet_cli.notation import format_pattern, parse_pattern
 from longnet_cli.opening import Loaded, load_model
-from longnet_cli.patterns import format_pattern, parse_pattern
 from longnet_cli.pooling import Pool
 from longnet_cli.runtime.device import select_device
 from longnet_cli.scoring import NothingToScoreError, OnSkip
@@ -63,7 +63,7 @@ class Reading:
         return {
             "bos": loaded.bos,
             "model_name": self.model,
-            "tokenizer_sha256": loaded.words.sha256 if loaded.words else None,
+            "tokenizer_sha256": loaded.tokenizer.sha256 if loaded.tokenizer else None,
             "pattern": format_pattern(loaded.net.config.pattern),
         }
 
@@ -145,13 +145,13 @@ Run = Callable[[Iterator[Document], OnSkip | None], Iterator[tuple[pa.RecordBatc
 def _mapped(batches: Any, how: Reading, run: Run, *, empty: bool) -> Any:
     """Apply `run` to a table or to batches, and return the same kind. With `empty`, empty documents are read too."""
     if isinstance(batches, pa.Table):
-        return pa.Table.from_batches(_Batch(batches, "table", how).rows(run, empty))
+        return pa.Table.from_batches(_DocumentTable(batches, "table", how).rows(run, empty))
     tables = (pa.Table.from_batches([batch]) for batch in batches)
-    found = (_Batch(table, f"batch {index}", how).rows(run, empty) for index, table in enumerate(tables))
+    found = (_DocumentTable(table, f"batch {index}", how).rows(run, empty) for index, table in enumerate(tables))
     return (rows for batch in found for rows in batch if rows.num_rows)
 
 
-class _Batch:
+class _DocumentTable:
     """A table whose rows are documents. Raises ConfigError and DataError for a table that cannot be read this way."""
 
     def __init__(self, table: pa.Table, where: str, how: Reading) -> None:
@@ -216,4 +216,4 @@ class _Batch:
                 "list of ids or a text"
             )
         loaded = self.how.load()
-        return documents_of(found, loaded.words, wanted, vocab_size=loaded.net.config.vocab_size)
+        return documents_of(found, loaded.tokenizer, wanted, vocab_size=loaded.net.config.vocab_size)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from longnet_cli.attention.pattern import far_spans
+from longnet_cli.attention.spans import far_spans
 from longnet_cli.model.net import NetConfig
 from longnet_cli.runtime.flops import attention_flops, layer_flops, vocabulary_flops
-from longnet_cli.runtime.reading import batches_by_length
+from longnet_cli.runtime.reader import batches_by_length
 
 
 class Shape(NamedTuple):

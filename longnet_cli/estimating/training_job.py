@@ -6,27 +6,23 @@ were held at one time. This is true whenever a step has more than one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from longnet_cli.attention.pattern import BACKWARD_FLOPS
-from longnet_cli.integrations.loading import saved_bytes as saved_bytes_of
+from longnet_cli.estimating.estimate import Estimate, fitting_chunk
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import LOGITS_LIMIT, NetConfig
 from longnet_cli.presets import find_model
 from longnet_cli.runtime.chunks import SHORTEST_CHUNK
 from longnet_cli.runtime.device import free_memory, matmul_peak, resident_memory, resolve_dtype
-from longnet_cli.runtime.estimate import Estimate, fitting_chunk
-from longnet_cli.runtime.flops import attention_flops, layer_flops, vocabulary_flops
+from longnet_cli.runtime.flops import attention_flops, executed_flops, layer_flops, vocabulary_flops
 from longnet_cli.runtime.ranks import Ranks
-
-from .checks import check_ranks
-from .far_bytes import far_bytes
-from .optimizer import build_optimizers
-from .recipe import OptimizerRecipe, PretrainedRecipe, Recipe, Stage
+from longnet_cli.training.checks import check_ranks
+from longnet_cli.training.far_bytes import far_bytes, stored_bytes
+from longnet_cli.training.optimizer import build_optimizers
+from longnet_cli.training.recipe import OptimizerRecipe, PretrainedRecipe, Recipe, Stage
 
 GPU_CHUNK = 1 << 17  # tokens: longer chunks do not keep a GPU busier, even if there is memory for them
 EFFICIENCY = 0.4  # share of the measured matmul peak that a training step is assumed to reach
@@ -76,7 +72,7 @@ def settle_chunk(recipe: Recipe, device: torch.device, ranks: Ranks) -> Recipe:
     return recipe.with_chunk(int(ranks.smallest(chunk)))
 
 
-def estimate(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> TrainingEstimate:
+def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> TrainingEstimate:
     """Return what training by `recipe` will take on this machine. Times matrix products for a third of a second.
 
     Raises ConfigError as `check_ranks` does.
@@ -130,17 +126,6 @@ def flops_per_token(config: NetConfig, seq_len: int, predicted: float = 1.0) -> 
     return executed_flops(config, [seq_len], predicted) / seq_len
 
 
-def executed_flops(config: NetConfig, documents: Sequence[int], predicted: float = 1.0) -> float:
-    """Return the FLOPs of a forward and a backward pass over documents of these lengths.
-
-    A multiply and an add count as two. The share `predicted` of the tokens has logits.
-    """
-    attention = sum(attention_flops(config, length) for length in documents)
-    matrices = layer_flops(config) + predicted * vocabulary_flops(config)
-    passes = 2 if config.frozen else 3  # forward, gradients of activations, gradients of weights
-    return passes * matrices * sum(documents) + (1 + BACKWARD_FLOPS) * attention
-
-
 def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
     """Return the bytes of one rank at its peak over all stages, by kind.
 
@@ -188,7 +173,9 @@ def _activations(recipe: Recipe, itemsize: int, device: str) -> int:
     again, config = recipe.train.activation_checkpointing, recipe.model
     if not isinstance(recipe, PretrainedRecipe):
         return activation_bytes(config, itemsize, device, again)
-    layer, besides = saved_bytes_of(find_model(recipe.init), recipe.adapter, "fp32" if itemsize == 4 else "bf16")
+    from longnet_cli.estimating.saved_tensors import measured_bytes  # imports transformers
+
+    layer, besides = measured_bytes(find_model(recipe.init), recipe.adapter, "fp32" if itemsize == 4 else "bf16")
     widest = itemsize * (config.ffn_dim + 2 * config.dim)  # what one layer's backward pass adds
     return besides + layer + (config.num_layers - 1) * (4 * config.dim if again else layer) + widest
 
@@ -222,13 +209,6 @@ def saved_bytes(config: LongNetConfig, itemsize: int, device: str) -> int:
         ffn += s * f  # the output of gelu
     dropout = 2 * d * (s if device == "cpu" else 1) if config.dropout else 0
     return attention + ffn + dropout
-
-
-def stored_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
-    """Return the bytes of far rows and their gradients that one rank stores, in memory or in `train.spill`'s file."""
-    itemsize = 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
-    chunk = recipe.train.chunk * ranks.sp
-    return max(far_bytes(recipe.model, stage.seq_len, chunk, itemsize).stored for stage in recipe.train.stages)
 
 
 def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:

@@ -1,0 +1,1 @@
+"""What `--dry-run` prints: the memory, FLOPs and time of a job."""
