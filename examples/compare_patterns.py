@@ -41,17 +41,15 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
     import torch
 
     from longnet_cli.attention.branches import attention_flops
-    from longnet_cli.data.bos import document_start
     from longnet_cli.data.documents import Document
     from longnet_cli.data.sources import read_documents
-    from longnet_cli.data.tokenizer import Tokenizer
-    from longnet_cli.integrations.loading import load_net
+    from longnet_cli.model_folder import ModelFolder
     from longnet_cli.runtime.device import peak_memory
     from longnet_cli.scoring import score
 
-    tokenizer, held = Tokenizer.of_model(Path(folder)), {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    tokenizer, held = ModelFolder(Path(folder)).tokenizer(), {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     dense = pattern == "dense"
-    net = load_net(Path(folder), pattern=None if dense else parse_pattern(pattern), dtype=held)
+    net = ModelFolder(Path(folder)).net(pattern=None if dense else parse_pattern(pattern), dtype=held)
     if dense and not net.config.as_trained:
         raise ConfigError(f"{folder} has a pattern of its own: dense is for a model without one")
     context = net.config.max_tokens if dense else None
@@ -68,7 +66,7 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
             ends.append(ends[-1] + len(tokens[3]))
             times.append(time.process_time())
 
-        bos = document_start(Path(folder), tokenizer)
+        bos = ModelFolder(Path(folder)).bos(tokenizer)
         list(score(net, [document], bos=bos, context=context, chunk=chunk, dtype=dtype, on_tokens=keep))
         nats = -np.concatenate(logprobs).astype(np.float64)
         read = min(context or len(ids), len(ids))

@@ -29,6 +29,7 @@ import numpy as np
 
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, LongNetError
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.notation import parse_pattern
 from longnet_cli.sizes import parse_size
 
@@ -77,7 +78,7 @@ def make(args: argparse.Namespace) -> None:
     """Write documents that fill a window each, with pass keys at distances of all sizes."""
     import pyarrow as pa
 
-    writer = Writer(Tokenizer.of_model(Path(args.model)), args.texts, args.seed)
+    writer = Writer(ModelFolder(Path(args.model)).tokenizer(), args.texts, args.seed)
     distances = np.geomspace(args.tokens / 8, args.tokens * 0.9, args.keys).astype(int).tolist()
     # An end-of-text id comes before each document. The last target lies beyond its window: hence one token more.
     sizes = [args.tokens - 1] * (args.documents - 1) + [args.tokens]
@@ -91,26 +92,25 @@ def ask(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the rows of each pattern. All patterns get the same questions."""
     import torch
 
-    from longnet_cli.data.bos import document_start
     from longnet_cli.data.documents import Document
-    from longnet_cli.integrations.loading import load_net
+    from longnet_cli.model_folder import ModelFolder
     from longnet_cli.runtime.reader import AfterBos, Reader, Window
 
     folder = Path(args.model)
-    tokenizer, dtype = Tokenizer.of_model(folder), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    tokenizer, dtype = ModelFolder(folder).tokenizer(), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     for pattern in args.patterns:
-        net = load_net(folder, pattern=None if pattern == "dense" else parse_pattern(pattern), dtype=dtype)
+        net = ModelFolder(folder).net(pattern=None if pattern == "dense" else parse_pattern(pattern), dtype=dtype)
         if pattern == "dense" and not net.config.as_trained:
             raise ConfigError(f"{folder} has a pattern of its own: dense is for a model without one")
         writer = Writer(tokenizer, args.texts, args.seed)
         found: dict[int, list[tuple[bool, float]]] = defaultdict(list)
         for _ in range(args.documents):
             ids, answers = writer.document(args.tokens, args.distances * args.keys)
-            before = AfterBos(Document("", np.zeros(0, np.int64), 0, ""), document_start(folder, tokenizer)).first
+            before = AfterBos(Document("", np.zeros(0, np.int64), 0, ""), ModelFolder(folder).bos(tokenizer)).first
             limit = (net.config.max_tokens or len(ids) + before) - before if pattern == "dense" else len(ids)
             lost = max(0, len(ids) - limit)
             document = Document("pass keys", ids[lost:], len(ids) - lost, "pass keys")
-            text = AfterBos(document, document_start(folder, tokenizer))
+            text = AfterBos(document, ModelFolder(folder).bos(tokenizer))
             total = text.first + len(document)
             first = min(start for _, start, _ in answers) - 1 - lost + text.first
             reader = Reader(net, chunk=args.chunk, dtype=args.dtype)

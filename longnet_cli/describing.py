@@ -16,13 +16,13 @@ import numpy as np
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import level_flops
-from longnet_cli.configuration import parse, read_text
 from longnet_cli.errors import ConfigError
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.notation import format_levels, format_pattern, is_pattern, parse_pattern
-from longnet_cli.presets import find_model, is_of_transformers, list_models, preset_dir
+from longnet_cli.shipped import list_models, preset_dir
 
 if TYPE_CHECKING:
-    from longnet_cli.model.config import LongNetConfig
+    from longnet_cli.model.net import NetConfig
 
 NEAREST = 64  # tokens up to and including a query
 LONGEST_REACH = 1 << 16  # tokens of the longest sequence whose links are followed
@@ -118,21 +118,21 @@ def find_subject(text: str) -> Subject:
         from longnet_cli.training.recipe import load_recipe  # any tokenizer: a pattern has no vocabulary
 
         return _of_config(text, load_recipe(text, {"data.tokenizer": "bytes"}).model)
-    folder = find_model(text)
-    if not is_of_transformers(folder):
-        from longnet_cli.model.weights import load_config
-
-        return _of_config(text, load_config(folder))
-    data = parse(read_text(folder / "config.json"))
+    folder = ModelFolder.find(text)
+    if not folder.of_transformers:
+        return _of_config(text, folder.net_config())
+    data = folder.config
     try:
         heads = int(data["num_attention_heads"])
         pattern, size = Pattern(**data["dilated_attention"]), int(data.get("head_dim") or data["hidden_size"] // heads)
         return Subject(text, pattern, heads, size, int(data["num_hidden_layers"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{folder}/config.json: no pattern (dilated_attention) that can be read: {error}") from None
+        raise ConfigError(
+            f"{folder.path}/config.json: no pattern (dilated_attention) that can be read: {error}"
+        ) from None
 
 
-def _of_config(name: str, config: LongNetConfig) -> Subject:
+def _of_config(name: str, config: NetConfig) -> Subject:
     return Subject(name, config.pattern, config.num_heads, config.head_dim, config.num_layers, config.causal)
 
 

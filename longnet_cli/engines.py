@@ -25,8 +25,8 @@ from longnet_cli.data.tables import Table
 from longnet_cli.encoding import EmbeddingDtype, EncodeOptions, NothingToEncodeError, encode
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 from longnet_cli.gains import GainOptions, gains
+from longnet_cli.model_folder import Loaded, ModelFolder
 from longnet_cli.notation import format_pattern, parse_pattern
-from longnet_cli.opening import Loaded, load_model
 from longnet_cli.pooling import Pool
 from longnet_cli.runtime.device import select_device
 from longnet_cli.scoring import NothingToScoreError, OnSkip
@@ -54,7 +54,7 @@ class Reading:
     skip_bad: bool = False
 
     def load(self) -> Loaded:
-        """Return the model and its tokenizer, loaded once per process. Raises what `load_model` raises."""
+        """Return the model and its tokenizer, loaded once per process. Raises what `ModelFolder.load` raises."""
         return _load(self.model, self.tokenizer, self.pattern, self.bos, self.device, self.dtype)
 
     def origin(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Reading:
         return {
             "bos": loaded.bos,
             "model_name": self.model,
-            "tokenizer_sha256": loaded.tokenizer.sha256 if loaded.tokenizer else None,
+            "tokenizer_sha256": loaded.tokenizer_sha256,
             "pattern": format_pattern(loaded.net.config.pattern),
         }
 
@@ -135,7 +135,8 @@ def _load(model: str, tokenizer: str | None, pattern: str | None, bos: str | Non
         asked = parse_pattern(pattern) if pattern is not None else None
     except ValueError as error:
         raise ConfigError(f"pattern: {error}") from None
-    return load_model(model, tokenizer, False, select_device(device), dtype, asked, bos)
+    folder = ModelFolder.find(model, gguf=True)
+    return folder.load(device=select_device(device), dtype=dtype, tokenizer=tokenizer, pattern=asked, bos=bos)
 
 
 # Takes documents; yields batches of rows, and for each row the index of its document, skipped documents not counted

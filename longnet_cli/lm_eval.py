@@ -18,15 +18,12 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from longnet_cli.data.bos import document_end, document_start
 from longnet_cli.data.documents import Document
-from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.generating import generate
-from longnet_cli.integrations.loading import load_net
 from longnet_cli.model.net import LOGITS_LIMIT
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.notation import parse_pattern
-from longnet_cli.presets import find_model
 from longnet_cli.runtime.device import DTYPES, precision, resolve_dtype
 from longnet_cli.runtime.reader import Piece, Reader, Window, bos_ids, check_length
 from longnet_cli.scoring import score
@@ -62,19 +59,19 @@ class LongNetLM(TemplateLM):
         max_batch_size: Any = None,
     ) -> None:
         super().__init__()
-        folder = find_model(str(pretrained))
-        tokenizer = Tokenizer.of_model(folder)
+        folder = ModelFolder.find(str(pretrained))
+        tokenizer = folder.tokenizer()
         if tokenizer is None:
-            raise ConfigError(f"{folder}: there is no tokenizer.json, without which texts cannot be read")
+            raise ConfigError(f"{folder.path}: there is no tokenizer.json, without which texts cannot be read")
         self.tokenizer = tokenizer
         asked = device or "cuda"  # lm-eval's command says cuda on every machine
         self._device = torch.device(asked if torch.cuda.is_available() or not asked.startswith("cuda") else "cpu")
         self.options: dict[str, Any] = {"dtype": dtype, "chunk": chunk}
         self.max_length, self.max_gen_toks = max_length, max_gen_toks
-        self.bos, self.ends = document_start(folder, tokenizer), document_end(folder, tokenizer)
+        self.bos, self.ends = folder.bos(tokenizer), folder.ends(tokenizer)
         self.before = bos_ids(self.bos) if add_bos_token else tokenizer.ids_before
         weights = DTYPES[resolve_dtype(dtype, self._device)]
-        self.net = load_net(folder, pattern=_pattern(pattern), device=self._device, dtype=weights)
+        self.net = folder.net(pattern=_pattern(pattern), device=self._device, dtype=weights)
 
     @property
     def tokenizer_name(self) -> str:

@@ -90,7 +90,7 @@ def serve(place: str) -> None:
     import longnet_cli.encoding
     import longnet_cli.estimating.training_job
     import longnet_cli.inspecting
-    import longnet_cli.integrations.loading
+    import longnet_cli.model_folder
     import longnet_cli.plotting
     import longnet_cli.scoring
     import longnet_cli.tokenizing

@@ -17,7 +17,7 @@ from longnet_cli.benchmark import Case, Measurement, Settings, bench, job, measu
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.weights import load_config
 from longnet_cli.notation import format_levels
-from longnet_cli.presets import find_model
+from longnet_cli.shipped import model_path
 
 TINY = {"heads": 3, "head_dim": 8, "repeats": 2}
 BOTH = ["forward", "backward"]
@@ -296,7 +296,7 @@ def test_a_whole_model_is_measured_at_once_and_streamed() -> None:
     assert row.cache_bytes == 2 * 3 * 8 * 4 * 32
     shipped = {"op": "model", "model": "longnet-tiny", "impl": ["dilated"], "repeats": 1}
     (tiny,) = rows_of([64], **shipped)
-    config = load_config(find_model("longnet-tiny"))
+    config = load_config(model_path("longnet-tiny"))
     assert (tiny.status, tiny.heads, tiny.head_dim) == ("ok", config.num_heads, config.head_dim)
     assert tiny.pattern == format_levels(config.pattern)
     (asked,) = rows_of([64], pattern=Pattern((8, 32), (1, 2)), **shipped)
@@ -314,7 +314,7 @@ def test_gradients_are_measured_whole_and_in_chunks() -> None:
 
 def test_the_numbers_of_a_model_are_counted_for_its_flops() -> None:
     """The net that is measured and its config agree on what every token is multiplied by."""
-    config = load_config(find_model("longnet-tiny"))
+    config = load_config(model_path("longnet-tiny"))
     matrices = (
         config.num_layers * (4 * config.dim**2 + 2 * config.dim * config.ffn_dim) + config.dim * config.vocab_size
     )

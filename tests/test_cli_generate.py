@@ -16,12 +16,12 @@ import torch
 from conftest import RunLongnet
 from processes import Start
 
-from longnet_cli.data.bos import document_end
 from longnet_cli.data.chat import ChatTemplate
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.weights import model_digest
+from longnet_cli.model_folder import ModelFolder
 
 TEMPLATE = """{% if messages[0]['role'] != 'system' %}{{ bos_token }}{% endif %}
 {%- for message in messages %}<|im_start|>{{ message.role }}
@@ -207,9 +207,9 @@ def test_a_template_renders_as_transformers_does(model: Path) -> None:
 
 def test_the_ids_at_which_a_model_ends(tmp_path: Path) -> None:
     words = Tokenizer.bytes()
-    assert document_end(tmp_path, words) == {256}
-    assert document_end(tmp_path, None) == frozenset()
+    assert ModelFolder(tmp_path).ends(words) == {256}
+    assert ModelFolder(tmp_path).ends(None) == frozenset()
     (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 3}')
-    assert document_end(tmp_path, words) == {3}
+    assert ModelFolder(tmp_path).ends(words) == {3}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    assert document_end(tmp_path, words) == {1, 2}
+    assert ModelFolder(tmp_path).ends(words) == {1, 2}

@@ -9,7 +9,7 @@ import torch
 from conftest import RunLongnet
 
 from longnet_cli.model import LongNet
-from longnet_cli.presets import find_model
+from longnet_cli.shipped import model_path
 
 
 def test_a_longnet_is_written_with_other_weights(run_longnet: RunLongnet, tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_a_longnet_is_written_with_other_weights(run_longnet: RunLongnet, tmp_pa
         assert result.returncode == 0, result.stderr
     assert "as bfloat16" in result.stderr
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        assert (half / name).read_bytes() == (find_model("longnet-tiny") / name).read_bytes()
+        assert (half / name).read_bytes() == (model_path("longnet-tiny") / name).read_bytes()
     assert 1.9 < (wide / "model.safetensors").stat().st_size / (half / "model.safetensors").stat().st_size < 2
     stored = LongNet.from_pretrained(wide, dtype=None).state_dict()
     for name, tensor in LongNet.from_pretrained("longnet-tiny").state_dict().items():

@@ -17,9 +17,9 @@ import transformers as hf
 
 from longnet_cli.attention import Pattern
 from longnet_cli.errors import ConfigError
-from longnet_cli.integrations.loading import load_net, read_facts
 from longnet_cli.integrations.transformers import use_dilated_attention, use_own_attention, write_pattern
 from longnet_cli.integrations.transformers_auto import DILATED_TYPE, from_file
+from longnet_cli.model_folder import ModelFolder
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SINKS = Pattern.window(8, sinks=2)
@@ -91,10 +91,10 @@ def test_auto_classes_give_the_model_that_was_saved(folder: Path) -> None:
     assert torch.equal(inner(ids()).last_hidden_state, expected.model(ids()).last_hidden_state)
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids())}
     assert torch.equal(model.generate(ids(), **options), expected.generate(ids(), **options))
-    net = load_net(folder)  # the commands open it as before
+    net = ModelFolder(folder).net()  # the commands open it as before
     assert net.config.pattern == SINKS
     assert torch.equal(net.logits(net(ids())), expected(ids()).logits)
-    assert read_facts(folder).pattern == SINKS
+    assert ModelFolder(folder).net_config().pattern == SINKS
 
 
 def test_what_was_opened_is_saved_as_it_was(folder: Path, tmp_path: Path) -> None:

@@ -37,12 +37,12 @@ from longnet_cli.estimating.reading_job import (
     ReadingEstimate,
     Room,
     ScoreJob,
-    check_weights,
     estimate_documents,
 )
 from longnet_cli.estimating.sampling import Sample
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import Net
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.chunks import CausalStream
 from longnet_cli.runtime.flops import attention_flops
 from longnet_cli.scoring import score
@@ -287,7 +287,7 @@ def test_what_the_command_refuses(run_longnet: RunLongnet, tmp_path: Path, words
 
 def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
     hf = pytest.importorskip("transformers")
-    from longnet_cli.integrations.transformers_net import load_transformers
+    from longnet_cli.model_folder import ModelFolder
 
     config = hf.LlamaConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -295,7 +295,7 @@ def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     hf.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    net = load_transformers(tmp_path, pattern=Pattern.window(16, sinks=4))
+    net = ModelFolder(tmp_path).net(pattern=Pattern.window(16, sinks=4))
     with counting(net) as made:
         encode(net, documents(), EncodeOptions(), chunk=64).read_all()
     found = estimated(net, EncodeJob(net, EncodeOptions()), chunk=64)
@@ -303,19 +303,19 @@ def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
     assert found.parameters == sum(p.numel() for p in net.parameters())
     assert found.memory["weights"] >= 4 * found.parameters
     assert found.memory["cache"] == 2 * 2 * 16 * (2 * 16 + 4) * 4  # layers, heads of keys
-    check_weights(str(tmp_path), "fp32", torch.device("cpu"), 4 * found.parameters)
+    ModelFolder.find(str(tmp_path)).check_weights_fit("fp32", torch.device("cpu"), 4 * found.parameters)
     with pytest.raises(MemoryLimitError, match="choose a smaller model"):
-        check_weights(str(tmp_path), "fp32", torch.device("cpu"), 4 * found.parameters - 1)
-    check_weights(str(tmp_path), "bf16", torch.device("cpu"), 2 * found.parameters)
-    trained = load_transformers(tmp_path)  # on up to 256 tokens
+        ModelFolder.find(str(tmp_path)).check_weights_fit("fp32", torch.device("cpu"), 4 * found.parameters - 1)
+    ModelFolder.find(str(tmp_path)).check_weights_fit("bf16", torch.device("cpu"), 2 * found.parameters)
+    trained = ModelFolder(tmp_path).net()  # on up to 256 tokens
     with pytest.raises(TooLongError, match="500 tokens"):
         estimated(trained, EncodeJob(trained, EncodeOptions()))
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_loaded() -> None:
-    check_weights("longnet-tiny", "auto", torch.device("cpu"), 5 * 4_100_000)
+    ModelFolder.find("longnet-tiny").check_weights_fit("auto", torch.device("cpu"), 5 * 4_100_000)
     with pytest.raises(MemoryLimitError, match=r"longnet-tiny: the weights take 0.0 GiB and 0.0 GiB are free"):
-        check_weights("longnet-tiny", "auto", torch.device("cpu"), 4 * 4_000_000)
+        ModelFolder.find("longnet-tiny").check_weights_fit("auto", torch.device("cpu"), 4 * 4_000_000)
 
 
 RUN = """

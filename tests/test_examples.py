@@ -26,8 +26,8 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenStream, TokenWindows
-from longnet_cli.integrations.loading import load_net
 from longnet_cli.logprobs import write_token_logprobs
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.notation import parse_pattern
 from longnet_cli.scoring import score
 
@@ -140,10 +140,10 @@ def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[st
     assert len(done.stdout.splitlines()) == 1 + steps + 1
     assert "dense / dilated = " in done.stdout.splitlines()[-1]
     from longnet_cli.attention import Pattern
-    from longnet_cli.integrations.loading import load_net
+    from longnet_cli.model_folder import ModelFolder
 
-    assert load_net(output / "dilated").config.pattern.segment_lengths == (8, 16, 32, 64, 128)
-    assert load_net(output / "dense").config.pattern == Pattern.dense()
+    assert ModelFolder(output / "dilated").net().config.pattern.segment_lengths == (8, 16, 32, 64, 128)
+    assert ModelFolder(output / "dense").net().config.pattern == Pattern.dense()
 
 
 def test_both_llamas_begin_with_the_same_weights() -> None:
@@ -227,7 +227,7 @@ def test_pass_keys_are_asked_for_at_their_distances(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert rows[-1]["nats"] is None
 
-    words = Tokenizer.of_model(model)
+    words = ModelFolder(model).tokenizer()
     ids, answers = passkey.Writer(words, [str(text)], 3).document(1000, distances * 2)
     for distance, start, stop in answers:
         assert re.fullmatch(r" \d{5}", words.decode(ids[start:stop].tolist()))
@@ -236,7 +236,14 @@ def test_pass_keys_are_asked_for_at_their_distances(tmp_path: Path) -> None:
         pattern = None if row["pattern"] == "dense" else parse_pattern(row["pattern"])
         found: list[np.ndarray] = []
         document = Document("", ids[lost:], 1000 - lost, "")
-        list(score(load_net(model, pattern=pattern), [document], bos=7, on_tokens=lambda *t, to=found: to.append(t[3])))
+        list(
+            score(
+                ModelFolder(model).net(pattern=pattern),
+                [document],
+                bos=7,
+                on_tokens=lambda *t, to=found: to.append(t[3]),
+            )
+        )
         asked = [(start - lost, stop - lost) for distance, start, stop in answers if distance == row["distance"]]
         nats = np.mean([-np.concatenate(found)[start:stop].mean() for start, stop in asked])
         assert row["nats"] == pytest.approx(nats, rel=1e-5)
@@ -249,7 +256,7 @@ def test_documents_with_pass_keys_fill_training_windows(tmp_path: Path) -> None:
     output = tmp_path / "keys.arrow"
     names = {"model": str(model), "texts": [str(text)], "seed": 0, "documents": 3, "tokens": 1600, "keys": 3}
     passkey.make(argparse.Namespace(**names, output=str(output)))
-    documents = list(read_documents([output], Tokenizer.of_model(model)))
+    documents = list(read_documents([output], ModelFolder(model).tokenizer()))
     windows = TokenWindows([TokenStream(documents, 7)], 1600, 1, seed=0)
     batches = [batch for (batch, _), _ in zip(windows, range(3), strict=False)]
     assert sorted(batch.starts[0][1] for batch in batches) == [0, 1600, 3200]

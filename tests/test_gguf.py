@@ -24,8 +24,8 @@ import transformers as hf
 from tokenizers.pre_tokenizers import ByteLevel
 
 from longnet_cli.cli.app import app
-from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.model_folder import ModelFolder
 
 HEADS, KEY_HEADS, DIM, FFN, LAYERS = 4, 2, 64, 96, 2
 NAMES = {  # of a layer of llama.cpp's, and of transformers'
@@ -106,7 +106,7 @@ def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path: Path) -> N
     words = hf.AutoTokenizer.from_pretrained(folder)
     text = "the moth, then"
     assert words.decode(words(text, add_special_tokens=False).input_ids) == text
-    assert Tokenizer.of_model(folder).encode(text).tolist() == words(text, add_special_tokens=False).input_ids
+    assert ModelFolder(folder).tokenizer().encode(text).tolist() == words(text, add_special_tokens=False).input_ids
     again = run("convert", tmp_path / "model.gguf", "-o", folder)
     assert isinstance(again.exception, ConfigError)
     assert "is not an empty folder" in str(again.exception)

@@ -18,8 +18,8 @@ from longnet_cli.data.tables import reading
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, InputWarning, MemoryLimitError
 from longnet_cli.inspecting import inspect
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.plotting import read
-from longnet_cli.presets import find_model
 from longnet_cli.training.recipe import load_recipe
 
 
@@ -141,7 +141,7 @@ def test_web_addresses_are_refused_wherever_an_input_is_named(tmp_path, address)
         "list": lambda: names(f"@{tmp_path}/list"),
         "inspect": lambda: inspect([address]),
         "tokenizer": lambda: Tokenizer.load(address),
-        "model": lambda: find_model(address),
+        "model": lambda: ModelFolder.find(address),
         "recipe": lambda: load_recipe(address, {}),
         "run": lambda: read(address),
     }

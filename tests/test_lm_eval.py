@@ -20,10 +20,10 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
 from longnet_cli.generating import generate
-from longnet_cli.integrations.loading import load_net
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.lm_eval import LongNetLM
 from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.scoring import score
 
 BYTES = Tokenizer.bytes()
@@ -89,7 +89,7 @@ def test_the_likeliest_continuation_is_greedy(make: Any, tmp_path: Path) -> None
 def test_whole_documents_cost_what_score_says_in_any_chunks(make: Any, tmp_path: Path) -> None:
     folder, texts = make(tmp_path), [TEXT, "short", ""]
     documents = [Document(str(i), BYTES.encode(text), None, "test") for i, text in enumerate(texts)]
-    net = load_net(folder)
+    net = ModelFolder(folder).net()
     expected = [-each.score.nll_sum for each in score(net, documents, bos=256)]
     for chunk in (None, 37, 4096):
         model = LongNetLM(pretrained=str(folder), device="cpu", chunk=chunk)
@@ -128,7 +128,7 @@ def test_the_command_evaluates_a_task(tmp_path: Path, command_env: dict[str, str
     (path,) = (tmp_path / "out").rglob("results*.json")
     found = json.loads(path.read_text())["results"]["documents"]["bits_per_byte,none"]
     documents = [Document(str(i), BYTES.encode(text), len(text), "test") for i, text in enumerate(texts)]
-    scores = [each.score for each in score(load_net(folder), documents, bos=256)]
+    scores = [each.score for each in score(ModelFolder(folder).net(), documents, bos=256)]
     assert found == pytest.approx((scores[0] + scores[1]).bpb, rel=1e-6)
     missing = [word.replace(str(folder), "./none") for word in command]
     done = subprocess.run(missing, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)

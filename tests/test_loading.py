@@ -17,17 +17,18 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 import transformers as hf
 
-from longnet_cli.integrations.loading import load_net
+from longnet_cli.model_folder import ModelFolder
 
 # the peak above what the same imports take, and the bytes of the weights
 SCRIPT = """
 import json, sys, torch
 from pathlib import Path
 from transformers.models.llama import modeling_llama
-from longnet_cli.integrations import transformers_net
+import longnet_cli.integrations.transformers_net
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.device import peak_memory, resident_memory
 before = resident_memory(torch.device("cpu"))
-net = transformers_net.load_transformers(Path(sys.argv[1]), dtype=getattr(torch, sys.argv[2]))
+net = ModelFolder(Path(sys.argv[1])).net(dtype=getattr(torch, sys.argv[2]))
 weights = sum(p.numel() * p.element_size() for p in net.parameters())
 print(json.dumps([peak_memory(torch.device("cpu")) - before, weights]))
 """
@@ -59,6 +60,6 @@ def test_weights_are_mapped_not_copied(folder: Path, command_env: dict[str, str]
 
 def test_weights_have_the_type_that_is_asked_for(folder: Path) -> None:
     for dtype in (torch.bfloat16, torch.float32):
-        net = load_net(folder, dtype=dtype)
+        net = ModelFolder(folder).net(dtype=dtype)
         assert {parameter.dtype for parameter in net.parameters()} == {dtype}
         assert net.model.base_model.rotary_emb.inv_freq.dtype is torch.float32

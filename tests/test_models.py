@@ -10,7 +10,7 @@ import torch
 
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet
-from longnet_cli.presets import preset_dir
+from longnet_cli.shipped import preset_dir
 from longnet_cli.training.loop import train
 from longnet_cli.training.recipe import Recipe, load_recipe
 

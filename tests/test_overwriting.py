@@ -15,6 +15,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode
 from longnet_cli.errors import CheckpointError, ConfigError, NotFiniteError
 from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.scoring import score
 
 
@@ -73,22 +74,22 @@ def test_the_tokenizer_of_a_model_is_asked_for_by_content(tmp_path: Path) -> Non
     own, other = Tokenizer.train(["some text and more text"] * 9, 265), Tokenizer.bytes()
     small().save_pretrained(tmp_path, own.to_json())
     own.save(tmp_path / "copy.json")
-    found = Tokenizer.of_model(tmp_path)
+    found = ModelFolder(tmp_path).tokenizer()
     assert found is not None
     assert found.sha256 == own.sha256
-    assert Tokenizer.of_model(tmp_path, str(tmp_path / "copy.json"))
+    assert ModelFolder(tmp_path).tokenizer(str(tmp_path / "copy.json"))
     with pytest.raises(ConfigError, match=r"bytes: not the tokenizer of the model .*--tokenizer-differs"):
-        Tokenizer.of_model(tmp_path, "bytes")
-    assert Tokenizer.of_model(tmp_path, "bytes", differs=True).sha256 == other.sha256
+        ModelFolder(tmp_path).tokenizer("bytes")
+    assert ModelFolder(tmp_path).tokenizer("bytes", differs=True).sha256 == other.sha256
     other.save(tmp_path / "tokenizer.json")
     with pytest.raises(CheckpointError, match="not the tokenizer that the model was saved with"):
-        Tokenizer.of_model(tmp_path)
+        ModelFolder(tmp_path).tokenizer()
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="is missing, which the model was saved with"):
-        Tokenizer.of_model(tmp_path)
+        ModelFolder(tmp_path).tokenizer()
     with pytest.raises(ConfigError, match="not the tokenizer of the model"):
-        Tokenizer.of_model(tmp_path, "bytes")
-    assert Tokenizer.of_model(tmp_path, str(tmp_path / "copy.json"))
+        ModelFolder(tmp_path).tokenizer("bytes")
+    assert ModelFolder(tmp_path).tokenizer(str(tmp_path / "copy.json"))
 
 
 @pytest.mark.parametrize("chunk", [4, 1000])

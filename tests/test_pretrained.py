@@ -21,11 +21,9 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 from test_transformers_net import nats_from
 
 from longnet_cli.attention import Pattern
-from longnet_cli.data.bos import document_start
+from longnet_cli.converting import convert
 from longnet_cli.data.documents import Document
-from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.integrations.converting import convert
-from longnet_cli.integrations.loading import load_net
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.scoring import score
 
 PROSE = Path(__file__).resolve().parents[2] / "shared" / "golden" / "prose.safetensors"
@@ -69,7 +67,7 @@ def test_nats_of_a_model_that_was_trained_densely(
     folder: Path, ids: torch.Tensor, pattern: Pattern | None, nats: float
 ) -> None:
     """Of the tokens from 2,048 to 4,096; the figures are those of another implementation."""
-    net, bos = load_net(folder, pattern=pattern), document_start(folder, Tokenizer.of_model(folder))
+    net, bos = ModelFolder(folder).net(pattern=pattern), ModelFolder(folder).bos(ModelFolder(folder).tokenizer())
     assert bos == ids[0]
     logprobs: list[np.ndarray] = []
     document = Document("prose", ids[1:4097].numpy(), 4096, "prose")
@@ -79,7 +77,7 @@ def test_nats_of_a_model_that_was_trained_densely(
 
 def test_a_document_is_the_same_at_any_position(folder: Path, ids: torch.Tensor) -> None:
     """8,192 tokens, all but the sinks moved: by the two segments that see them right before the window, and further."""
-    net = load_net(folder, pattern=Pattern.window(1000, sinks=4))
+    net = ModelFolder(folder).net(pattern=Pattern.window(1000, sinks=4))
     near = nats_from(net, ids[None, :8193], 2000).double()
     for start in (10**6, 10**8):
         moved = nats_from(net, ids[None, :8193], start).double()

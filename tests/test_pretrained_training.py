@@ -23,7 +23,7 @@ from test_fsdp import mesh
 from longnet_cli.attention import Pattern
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
-from longnet_cli.integrations.transformers_net import load_transformers
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.chunks import backward_in_chunks
 from longnet_cli.runtime.mapped import MappedMemory
 from longnet_cli.runtime.ranks import Ranks
@@ -92,7 +92,7 @@ def test_the_gradient_in_chunks_is_the_whole_one(
     pattern: Pattern, lora: list[str] | None, llama: Path, tmp_path: Path
 ) -> None:
     """With LoRA on queries alone, no weight that is trained makes the first layer's keys. Far rows are in a file."""
-    net = load_transformers(llama, pattern=pattern)
+    net = ModelFolder(llama).net(pattern=pattern)
     net.check_trainable()
     if lora:
         pytest.importorskip("peft")
@@ -114,7 +114,7 @@ def test_the_gradient_in_chunks_is_the_whole_one(
 
 
 def test_documents_in_one_row_are_as_each_alone(llama: Path) -> None:
-    net = load_transformers(llama, pattern=Pattern.window(16, sinks=3))
+    net = ModelFolder(llama).net(pattern=Pattern.window(16, sinks=3))
     ids, lengths = torch.randint(257, (1, 90)), [20, 43, 27]
     found = net(ids, documents=lengths)
     expected = torch.cat([net(part) for part in ids.split(lengths, 1)], 1)
@@ -137,7 +137,7 @@ def test_a_run_leaves_a_folder_of_transformers(llama: Path, corpus: Path, tmp_pa
         assert (tmp_path / "run" / name).read_bytes() == (llama / name).read_bytes()
     assert not list((tmp_path / "run").glob(".saving-*"))
     assert not torch.equal(weights(tmp_path / "run")["lm_head.weight"], weights(llama)["lm_head.weight"])
-    assert load_transformers(tmp_path / "run").config.pattern == Pattern.window(16, sinks=3)
+    assert ModelFolder(tmp_path / "run").net().config.pattern == Pattern.window(16, sinks=3)
     found = PretrainedRecipe.model_validate_json((tmp_path / "run/recipe.json").read_text())
     assert found == recipe(llama, corpus) == load_recipe(str(tmp_path / "run/recipe.json"), {})
 
@@ -211,7 +211,7 @@ def test_a_model_without_a_pattern_trains_dense_as_far_as_it_was_trained(
     found = recipe(llama, corpus, **plain, **{"train.stages": [{"seq_len": 64, "steps": 2}], "data.held_out": None})
     train(found, tmp_path / "run")
     assert "dilated_attention" not in json.loads((tmp_path / "run/config.json").read_text())
-    assert load_transformers(tmp_path / "run").config.as_trained
+    assert ModelFolder(tmp_path / "run").net().config.as_trained
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_a_real_model_in_chunks(lora: list[str] | None) -> None:
     folder = Path(os.environ.get("SMOLLM2", "/tmp/smollm2"))
     if not folder.is_dir():
         pytest.skip("no SmolLM2: set SMOLLM2 to its folder")
-    net = load_transformers(folder, pattern=Pattern.window(64, sinks=4))
+    net = ModelFolder(folder).net(pattern=Pattern.window(64, sinks=4))
     if lora:
         net.add_lora({"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": lora})
         for name, p in net.named_parameters():

@@ -21,7 +21,7 @@ import typer.main
 from longnet_cli.cli.app import app
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.model.config import LongNetConfig
-from longnet_cli.presets import list_models, preset_dir
+from longnet_cli.shipped import list_models, preset_dir
 from longnet_cli.training.recipe import (
     DataRecipe,
     LoraRecipe,

@@ -14,9 +14,9 @@ import longnet_cli.integrations.transformers
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode
-from longnet_cli.integrations.loading import load_net
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.presets import find_model
+from longnet_cli.model_folder import ModelFolder
+from longnet_cli.shipped import model_path
 
 assert longnet_cli.integrations.transformers  # which registers what SentenceTransformer opens
 TEXTS = ["def f(x):\n    return x\n", "A text with <|endoftext|> written in it.", "long " * 400, "\u00e9\U0001f600"]
@@ -24,15 +24,15 @@ TEXTS = ["def f(x):\n    return x\n", "A text with <|endoftext|> written in it."
 
 def vectors(folder: Path, texts: list[str]) -> np.ndarray:
     """What `longnet encode` writes."""
-    words = Tokenizer.of_model(folder)
+    words = ModelFolder(folder).tokenizer()
     assert words is not None
     documents = [Document(str(i), words.encode(text), None, "test") for i, text in enumerate(texts)]
-    rows = encode(load_net(folder), documents, EncodeOptions(bos=words.eos_id)).read_all()
+    rows = encode(ModelFolder(folder).net(), documents, EncodeOptions(bos=words.eos_id)).read_all()
     return np.array(rows["embedding"].to_pylist(), np.float32)
 
 
 def test_a_shipped_model_gives_the_vectors_of_encode() -> None:
-    folder = find_model("longnet-tiny")
+    folder = model_path("longnet-tiny")
     model = SentenceTransformer(str(folder), device="cpu")
     found = model.encode(TEXTS, batch_size=3)
     assert found.shape == (len(TEXTS), 256)

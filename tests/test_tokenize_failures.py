@@ -22,7 +22,7 @@ from processes import assert_full, contents, kill_and_resume, wait_for
 
 from longnet_cli.data.sources import read_documents
 from longnet_cli.errors import DataError
-from longnet_cli.presets import find_model
+from longnet_cli.shipped import model_path
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_killed_and_resumed_the_shards_are_the_same(start, corpus, tmp_path):
 def test_killed_twenty_times_the_shards_are_the_same(start, tmp_path):
     """A trained tokenizer on real text, with documents of several parts."""
     corpus = [Path(os.__file__).parent / name for name in ("asyncio", "email", "json", "unittest", "xml")]
-    tokenizer = find_model("longnet-tiny") / "tokenizer.json"
+    tokenizer = model_path("longnet-tiny") / "tokenizer.json"
     command = ["tokenize", *corpus, "--shard-tokens", "20000", "--tokenizer", tokenizer]
     kill_and_resume(start, command, tmp_path, kills=20)
 

@@ -14,6 +14,7 @@ from longnet_cli.data import tokenizer as module
 from longnet_cli.data.special_tokens import END_OF_TEXT, end_of_text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
+from longnet_cli.model_folder import ModelFolder
 
 CORPUS = [
     "the cat sat on the mat, and the dog ate the hat.\n" * 20,
@@ -176,7 +177,7 @@ def test_the_end_of_text_is_what_tokenizer_config_says(tmp_path: Path) -> None:
     copy = tmp_path / "copy.json"
     inner.save(str(copy))
     assert end({"eos_token": "STOP"}) == "STOP"
-    assert Tokenizer.of_model(tmp_path, str(copy)).eos_id == inner.token_to_id("STOP")  # equal: the model's own
+    assert ModelFolder(tmp_path).tokenizer(str(copy)).eos_id == inner.token_to_id("STOP")  # equal: the model's own
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json: cannot be read"):
         Tokenizer.load(tmp_path)

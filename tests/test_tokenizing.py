@@ -19,7 +19,7 @@ from longnet_cli.data.manifest import read_manifest, tokens_in
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.presets import find_model
+from longnet_cli.shipped import model_path
 from longnet_cli.tokenizing import tokenize
 
 TEXTS = {"a.txt": "hello wörld", "b.txt": "漢字 and more " * 30, "c.txt": "x\n"}
@@ -171,7 +171,7 @@ def test_eos_ends_every_document_also_an_empty_one(tmp_path):
 
 def test_parts_of_long_texts_and_any_grouping_give_the_same_ids(tmp_path, monkeypatch):
     """One text of several groups, between short ones: the ids are those of the tokenizer for each text alone."""
-    words = Tokenizer.load(find_model("longnet-tiny"))
+    words = Tokenizer.load(model_path("longnet-tiny"))
     source = "".join(Path(tokenizing.__file__).read_text() for _ in range(40))
     texts = [source[:100], source, "", *(source[start : start + 999] for start in range(0, 9000, 999)), source[1:]]
     table = pa.table({"text": texts})

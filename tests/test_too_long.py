@@ -23,10 +23,10 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 import transformers as hf
 
 from longnet_cli.cli.app import app
-from longnet_cli.data.bos import document_start
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, TooLongError
+from longnet_cli.model_folder import ModelFolder
 
 SIZES = {
     "vocab_size": 260,
@@ -162,7 +162,7 @@ def test_what_goes_before_a_document(tmp_path: Path) -> None:
     def found(words: Tokenizer | None, config: dict, settings: dict, bos: str | None = None) -> object:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-        return document_start(tmp_path, words, bos)
+        return ModelFolder(tmp_path).bos(words, bos)
 
     bare, says = Tokenizer.bytes(), {"add_bos_token": True, "bos_token": {"content": "<s>"}}
     assert found(with_template("<s>"), {"bos_token_id": 9}, {}) == 257
@@ -176,7 +176,7 @@ def test_what_goes_before_a_document(tmp_path: Path) -> None:
     assert found(bare, {"bos_token_id": 9}, {}, "<|endoftext|>") == 256
     with pytest.raises(ConfigError, match="--bos <s>: the tokenizer has no such token"):
         found(bare, {}, {}, "<s>")
-    assert document_start(tmp_path.parent, bare) == 256  # a LongNet's
+    assert ModelFolder(tmp_path.parent).bos(bare) == 256  # a LongNet's
 
 
 def test_the_ids_before_a_document_are_read_and_not_scored(llama: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from longnet_cli.atomic import locked_folder
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 from longnet_cli.model import LongNet
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.training import metrics
 from longnet_cli.training.checkpoint import checkpoints_in, read_state
 from longnet_cli.training.loop import train
@@ -81,7 +82,7 @@ def test_the_recipe_names_the_end_of_text(corpus: Path, tmp_path: Path) -> None:
     for name, eos in (("own", None), ("named", "STOP"), ("by-id", 257)):
         found = recipe(corpus, **settings, **({"data.eos": eos} if eos else {}))
         seen[name] = train(found, tmp_path / name).loss
-        assert Tokenizer.of_model(tmp_path / name).eos_id == (257 if eos else 256)  # as a command reads the model
+        assert ModelFolder(tmp_path / name).tokenizer().eos_id == (257 if eos else 256)  # as a command reads the model
     assert seen["named"] == seen["by-id"] != seen["own"]
     saved = json.loads(recipe(corpus, **settings).model_dump_json())
     assert recipe(corpus, **settings, **{"data.eos": "STOP"}).changed_since(saved) == ["data.eos"]

@@ -49,9 +49,9 @@ from longnet_cli.data.sources import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode, encode_to_folder
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
-from longnet_cli.integrations.loading import load_net
 from longnet_cli.integrations.transformers import use_dilated_attention
-from longnet_cli.integrations.transformers_net import TransformersNet, load_transformers
+from longnet_cli.integrations.transformers_net import TransformersNet
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.chunks import CausalStream, open_stream
 from longnet_cli.scoring import score
 
@@ -213,13 +213,13 @@ def test_saved_is_loaded(model: Callable[[], hf.PreTrainedModel], tmp_path: Path
     saved = use_dilated_attention(built(model), FAR)
     saved.save_pretrained(tmp_path, max_shard_size="40KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    net = load_net(tmp_path)
+    net = ModelFolder(tmp_path).net()
     assert isinstance(net, TransformersNet)
     assert type(net.model) is type(saved)
     assert (net.config.pattern, net.config.causal) == (FAR, model in CAUSAL)
     with torch.no_grad():
         assert torch.equal(net(ids(70)), saved.base_model(ids(70)).last_hidden_state)
-    other = load_net(tmp_path, pattern=Pattern((16,), (1,)))
+    other = ModelFolder(tmp_path).net(pattern=Pattern((16,), (1,)))
     assert other.config.pattern == Pattern((16,), (1,))
     assert not torch.equal(other(ids(70)), net(ids(70)))
 
@@ -261,7 +261,7 @@ def test_the_real_command(folder: Path, run_longnet: Callable[..., subprocess.Co
     done = run_longnet("score", "--ppl", folder / "text.txt", "--model", folder, *OPTIONS, "--format", "json", "-q")
     assert (done.returncode, done.stderr) == (0, "")
     total = json.loads(done.stdout)["total"]
-    net = load_transformers(folder, pattern=LEVELS)
+    net = ModelFolder(folder).net(pattern=LEVELS)
     tokens = torch.tensor([[256, *TEXT.encode()]])
     with torch.no_grad():
         logits = net.model(tokens[:, :-1]).logits
@@ -300,7 +300,7 @@ def test_encode_to_a_file_and_to_a_folder(folder: Path, encoder: Path, tmp_path:
 
 def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_path: Path) -> None:
     def run(**options) -> None:
-        net = load_net(folder, **options)
+        net = ModelFolder(folder).net(**options)
         encode_to_folder(net, [make_document(20)], tmp_path / "out", EncodeOptions(bos=256), settings={}, resume=True)
 
     run(pattern=LEVELS)
@@ -366,7 +366,7 @@ def test_configurations_that_are_refused(spoilt: Callable[..., Path], changes: d
     place = spoilt(**{"dilated_attention": {"segment_lengths": [8], "dilation_rates": [1]}} | changes)
     (place / "mine.py").write_text("raise SystemExit('this must never run')")
     with pytest.raises(ConfigError, match=message) as caught:
-        load_net(place)
+        ModelFolder(place).net()
     assert str(place) in str(caught.value)
     assert caught.value.exit_code == 2
 
@@ -375,8 +375,8 @@ def test_configurations_that_are_refused(spoilt: Callable[..., Path], changes: d
 def test_an_attention_that_config_json_names_is_not_used(spoilt: Callable[..., Path], named: str) -> None:
     levels = {"segment_lengths": [8], "dilation_rates": [1]}
     place = spoilt(attn_implementation=named, _attn_implementation=named, dilated_attention=levels)
-    assert load_transformers(place, pattern=Pattern.dense()).as_it_comes().model.config._attn_implementation == "sdpa"
-    assert load_transformers(place).model.config._attn_implementation == "dilated"
+    assert ModelFolder(place).net(pattern=Pattern.dense()).as_it_comes().model.config._attn_implementation == "sdpa"
+    assert ModelFolder(place).net().model.config._attn_implementation == "dilated"
 
 
 @pytest.mark.parametrize("attention", ["dilated", "dense"])
@@ -392,14 +392,14 @@ def test_a_decoder_that_its_configuration_makes_bidirectional(attention: str) ->
 def test_weights_that_are_refused(spoilt: Callable[..., Path], folder: Path) -> None:
     place = spoilt(num_hidden_layers=3)
     with pytest.raises(CheckpointError, match=r"weights are missing, model\.layers\.2\.input_layernorm\.weight"):
-        load_net(place, pattern=LEVELS)
+        ModelFolder(place).net(pattern=LEVELS)
     with pytest.raises(CheckpointError, match=r"weights are unexpected, model\.layers\.1\.input_layernorm\.weight"):
-        load_net(spoilt(num_hidden_layers=1), pattern=LEVELS)
+        ModelFolder(spoilt(num_hidden_layers=1)).net(pattern=LEVELS)
     with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \(257, 48\), its .* needs \(300, 48\)"):
-        load_net(spoilt(vocab_size=300), pattern=LEVELS)
+        ModelFolder(spoilt(vocab_size=300)).net(pattern=LEVELS)
     (place / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="cannot be loaded"):
-        load_net(place, pattern=LEVELS)
+        ModelFolder(place).net(pattern=LEVELS)
     (place / "model.safetensors").rename(place / "pytorch_model.bin")
     error = refused("score", place / "config.json", "--model", place, *OPTIONS)
     assert error.exit_code == 4

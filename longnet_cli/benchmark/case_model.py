@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,10 @@ from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.spans import cached_rows
 from longnet_cli.errors import ConfigError
 from longnet_cli.estimating.training_job import activation_bytes
-from longnet_cli.integrations.loading import load_net
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.config import parse_config
 from longnet_cli.model.net import LOGITS_LIMIT, Net
-from longnet_cli.model.weights import load_config
-from longnet_cli.presets import find_model, is_of_transformers
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.chunks import open_stream
 from longnet_cli.runtime.device import DTYPES, precision
 from longnet_cli.training.far_bytes import far_bytes
@@ -82,15 +79,15 @@ def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
 def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
     """Return the net of a row: a LongNet on the meta device, or a Hugging Face model with its weights."""
-    folder = find_model(s.model) if s.model is not None else None
-    if folder and is_of_transformers(folder):
+    folder = ModelFolder.find(s.model) if s.model is not None else None
+    if folder and folder.of_transformers:
         return _transformers(s, impl, seq, folder)
     if folder is None:
         dim = s.heads * s.head_dim
         shape = {"dim": dim, "num_layers": s.layers, "num_heads": s.heads, "ffn_dim": 4 * dim, "vocab_size": s.vocab}
         where, own, config = "a model with random weights", None, {**shape, "position": "rope"}
     else:
-        saved = load_config(folder)
+        saved = folder.net_config()
         where, own, config = str(s.model), saved.pattern, saved.model_dump()
         if not saved.causal or not saved.vocab_size:
             raise ConfigError(f"{where}: --op {s.op} runs causal language models")
@@ -104,11 +101,11 @@ def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
         return LongNet(found)
 
 
-def _transformers(s: Settings, impl: str, seq: int, folder: Path) -> TransformersNet:
+def _transformers(s: Settings, impl: str, seq: int, folder: ModelFolder) -> TransformersNet:
     """Return a Hugging Face model with the requested pattern, otherwise its own; dense has transformers' attention."""
-    own = "dilated_attention" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = "dilated_attention" in folder.config
     pattern = Pattern.dense() if impl == "dense" else None if own and s.pattern is None else s.pattern_for(seq)
-    net = cast("TransformersNet", _loaded(folder, pattern=pattern, device=s.device, dtype=DTYPES[s.dtype]))
+    net = _loaded(folder.path, pattern, s.device, s.dtype)
     if impl == "dense":
         net = net.as_it_comes()
     if not net.config.causal or net.model.get_output_embeddings() is None:
@@ -119,7 +116,9 @@ def _transformers(s: Settings, impl: str, seq: int, folder: Path) -> Transformer
     return net
 
 
-_loaded = lru_cache(maxsize=1)(load_net)  # only one: the next row needs another attention
+@lru_cache(maxsize=1)  # only one: the next row needs another attention
+def _loaded(path: Path, pattern: Pattern | None, device: torch.device, dtype: str) -> TransformersNet:
+    return ModelFolder(path).net(pattern=pattern, device=device, dtype=DTYPES[dtype])
 
 
 def _with_weights(s: Settings, net: NetT) -> NetT:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from longnet_cli.cli.nproc import launch
@@ -22,7 +22,7 @@ from longnet_cli.cli.options import (
     size_option,
     sizes_option,
 )
-from longnet_cli.cli.output import RowFormat, RowWriter, format_bytes, format_count, format_duration
+from longnet_cli.cli.output import RowFormat, RowWriter, format_bytes, format_count, format_duration, tell
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -153,9 +153,7 @@ def bench(
         max_dense_time=max_dense_time, device=str(where), dtype=dtype, ranks=ranks,
     )  # fmt: skip
 
-    def say(line: str) -> None:
-        if not quiet and sys.stderr:  # print(file=None) would write to stdout
-            print(line, file=sys.stderr, flush=True)
+    say = partial(tell, quiet=quiet)
 
     def announce(case: Case, seconds: float | None) -> None:
         in_all = (seconds or 0.0) * (1 if case.streamed else 1 + repeats)

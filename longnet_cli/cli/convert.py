@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import typer
 
 from longnet_cli.cli.options import OUTPUT, QuietOption, option, size_option, sizes_option
-from longnet_cli.cli.output import printable
+from longnet_cli.cli.output import tell
 
 OFFICIAL = "Official checkpoints"
 
@@ -66,9 +65,8 @@ def convert(
     A checkpoint is Prov-GigaPath's slide encoder, a LongNet of torchscale, or the encoder of a LongViT.
     A file is recognized by its content. Quantized weights become plain numbers. GGUF needs the extra `gguf`.
     """
-    from longnet_cli.integrations.converting import convert as run
+    from longnet_cli.converting import convert as run
 
     given = {"heads": heads, "segment_lengths": segment_lengths, "dilation_rates": dilation_rates, "padding": padding}
     what = run(source, output, dtype, **given)
-    if not quiet and sys.stderr:
-        print(printable(f"{source}: {what} -> {output}"), file=sys.stderr)
+    tell(f"{source}: {what} -> {output}", quiet)

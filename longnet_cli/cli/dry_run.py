@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from longnet_cli.estimating.reading_job import Job, ReadingEstimate, Room
     from longnet_cli.estimating.training_job import TrainingEstimate
     from longnet_cli.model.net import Net
+    from longnet_cli.model_folder import ModelFolder
 
 Format = Literal["text", "json"]
 Row = tuple[str, str, str]  # a name, its value, what it means
@@ -74,12 +75,12 @@ def check_sample(sample: int | None, dry_run: bool) -> None:
         raise ConfigError("--sample needs 2 texts or more: one says nothing of how they differ")
 
 
-def room(model: str, dtype: str, device: torch.device) -> Room:
-    """Return the memory before `model` is loaded. Raises MemoryLimitError if its weights do not fit."""
-    from longnet_cli.estimating.reading_job import Room, check_weights
+def room(folder: ModelFolder, dtype: str, device: torch.device) -> Room:
+    """Return the memory before the model is loaded. Raises MemoryLimitError if its weights do not fit."""
+    from longnet_cli.estimating.reading_job import Room
 
     found = Room.now(device)
-    check_weights(model, dtype, device, found.free)
+    folder.check_weights_fit(dtype, device, found.free)
     return found
 
 

@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading, room, show_reading
-from longnet_cli.cli.loading import Skipped, load_model, refuse_overwriting
 from longnet_cli.cli.nproc import launch
 from longnet_cli.cli.options import (
     COMPUTE,
@@ -43,7 +43,9 @@ from longnet_cli.cli.options import (
     read_pattern,
     size_option,
 )
+from longnet_cli.cli.output import tell
 from longnet_cli.cli.progress import progress
+from longnet_cli.cli.skipped import Skipped
 from longnet_cli.errors import ConfigError
 
 VECTORS = "Vectors"
@@ -151,10 +153,16 @@ def encode(
     check_sample(sample, dry_run)
     if output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():  # checked before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
-    refuse_overwriting("-o", [output], inputs, model, tokenizer, skip_bad)
+    from longnet_cli.data.overwriting import refuse_overwriting
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.model_folder import ModelFolder
+
+    model_folder = ModelFolder.find(model, gguf=True)
+    reads = [model_folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
+    refuse_overwriting("-o", [output], inputs, reads, skip_bad=skip_bad)
     if spill and not os.path.isdir(spill):
         raise ConfigError(f"--spill {spill}: no such folder")
-    launch(nproc, inputs, model, sp=sp, dp=dp)
+    launch(nproc, inputs, model_folder, sp=sp, dp=dp)
     from longnet_cli.data.chat import chat_settings
     from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.kept import first_kept
@@ -179,11 +187,19 @@ def encode(
 
     ranks, where = join(device, sp=sp, dp=dp)
     quiet = quiet or not ranks.first
-    memory = room(model, dtype, where) if dry_run else None  # before the model is loaded
+    memory = room(model_folder, dtype, where) if dry_run else None  # before the model is loaded
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
-    net, words, before, *_ = load_model(
-        model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet, vectors=True
+    loaded = model_folder.load(
+        device=where,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        tokenizer_differs=tokenizer_differs,
+        pattern=asked,
+        bos=bos,
+        vectors=True,
+        on_note=partial(tell, quiet=quiet),
     )
+    net = loaded.net
     if net.row_size is not None:
         of_tokens: dict[str, Any] = {
             "--tokenizer": tokenizer,
@@ -198,10 +214,10 @@ def encode(
     from longnet_cli.encoding import encode as run
     from longnet_cli.model import SlideConfig
 
-    eos_id = end_of_text(eos, words)
+    eos_id = end_of_text(eos, loaded.tokenizer)
     columns: dict[str, Any] = {"column": column, "id_column": id_column, "keep": tuple(keep or ())}
     reading = {**columns, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
-    documents: Iterator[Any] = read_documents(inputs, words, **reading, skip_bad=skip_bad)
+    documents: Iterator[Any] = read_documents(inputs, loaded.tokenizer, **reading, skip_bad=skip_bad)
     if net.row_size is not None:
         in_grid = isinstance(net.config, SlideConfig) and net.config.grid > 0
         documents = read_vectors(inputs, column, id_column, coords=in_grid)
@@ -209,10 +225,10 @@ def encode(
     if keep and not dry_run:  # first_kept waits for the first document
         kept_fields, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
-    stored = stored_documents(inputs, words, **reading) if limited else ()
+    stored = stored_documents(inputs, loaded.tokenizer, **reading) if limited else ()
     skipped = Skipped(quiet)
     options = EncodeOptions(
-        bos=before,
+        bos=loaded.bos,
         pool=pool or ("cls" if net.has_cls and span is None else "mean"),
         normalize=normalize,
         span=span,
@@ -220,14 +236,14 @@ def encode(
         all_layers=all_layers or None,
         tile_size=tile_size,
         model_name=model,
-        tokenizer_sha256=words.sha256 if words else None,
+        tokenizer_sha256=loaded.tokenizer_sha256,
         pattern=format_pattern(net.config.pattern),
     )
     if memory:
         from longnet_cli.estimating.reading_job import EncodeJob
 
         if sample and net.row_size is None:
-            documents = read_untokenized(inputs, words, **reading, skip_bad=skip_bad)
+            documents = read_untokenized(inputs, loaded.tokenizer, **reading, skip_bad=skip_bad)
         found = estimate_reading(
             net,
             EncodeJob(net, options),
@@ -235,7 +251,7 @@ def encode(
             output,
             resume=resume,
             room=memory,
-            tokenizer=words,
+            tokenizer=loaded.tokenizer,
             sample=sample,
             chunk=chunk,
             dtype=dtype,
@@ -272,7 +288,7 @@ def encode(
                     "column": column,
                     **({"id_column": id_column} if id_column else {}),
                     "eos": eos_id,
-                    **chat_settings(words),
+                    **chat_settings(loaded.tokenizer),
                 },
                 shard_rows=shard_rows or SHARD_ROWS,
                 shard_format=shard_format,

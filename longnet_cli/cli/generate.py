@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from longnet_cli.cli.loading import load_model
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
     INPUT,
@@ -34,7 +34,7 @@ from longnet_cli.cli.options import (
     read_pattern,
     size_option,
 )
-from longnet_cli.cli.output import emit_jsonl, format_duration, printable
+from longnet_cli.cli.output import emit_jsonl, format_duration, note, printable, tell
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -126,32 +126,42 @@ def generate(
         raise ConfigError(f"--seed {seed} is not a number from 0 to 2^63 - 1")
     sources = _sources(prompt, inputs)
     from longnet_cli.data.special_tokens import end_of_text
+    from longnet_cli.model_folder import ModelFolder
     from longnet_cli.runtime.device import select_device
 
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
     where = select_device(device)
-    loaded = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet, chat=chat)
-    net, words = loaded.net, loaded.tokenizer
+    loaded = ModelFolder.find(model, gguf=True).load(
+        device=where,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        tokenizer_differs=tokenizer_differs,
+        pattern=asked,
+        bos=bos,
+        chat=chat,
+        on_note=partial(tell, quiet=quiet),
+    )
+    net = loaded.net
     from longnet_cli.generating import generate as run
     from longnet_cli.model.weights import model_origin
 
-    if words is None and (format == "text" or stop or prompt is not None):
+    if loaded.tokenizer is None and (format == "text" or stop or prompt is not None):
         raise ConfigError(
             f"{model}: there is no tokenizer: give --tokenizer, or token ids with --input and --format jsonl"
         )
-    reading = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": end_of_text(eos, words)}
+    reading = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": end_of_text(eos, loaded.tokenizer)}
     template = loaded.chat
-    documents = _messages(sources, template, column) if template else _documents(sources, words, reading)
-    before = None if chat and bos is None else loaded.bos  # a template has its own start ids
+    documents = _messages(sources, template, column) if template else _documents(sources, loaded.tokenizer, reading)
+    bos_ids = None if chat and bos is None else loaded.bos  # a template has its own start ids
     seed = seed if seed is not None else _new_seed()
-    origin = model_origin(net, model, words.sha256 if words else None) if format == "jsonl" else {}
+    origin = model_origin(net, model, loaded.tokenizer_sha256) if format == "jsonl" else {}
     for index, document in enumerate(documents):
         with progress("reading the prompt", total=len(document), quiet=quiet) as advance:
             steps = run(
                 net,
                 document,
-                bos=before,
-                tokenizer=words,
+                bos=bos_ids,
+                tokenizer=loaded.tokenizer,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_p=1.0 if top_p is None else top_p,
@@ -195,19 +205,19 @@ def _sources(prompt: str | None, inputs: list[str] | None) -> _Sources:
         raise ConfigError("there is nothing to continue: give a text, --input FILE, or a text on stdin")
     if prompt is not None and any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError("PROMPT is not UTF-8: save it as a UTF-8 file and give that with --input")
-    if prompt is not None and prompt != "-" and sys.stderr and os.path.exists(prompt):
-        print(f"longnet: note: {printable(prompt)} is continued as text; --input reads the file", file=sys.stderr)
+    if prompt is not None and prompt != "-" and os.path.exists(prompt):
+        note(f"{prompt} is continued as text; --input reads the file")
     return _Sources(None if prompt == "-" else prompt, inputs or ["-"])
 
 
-def _documents(sources: _Sources, words: Tokenizer | None, reading: dict[str, Any]) -> Iterator[Document]:
+def _documents(sources: _Sources, tokenizer: Tokenizer | None, reading: dict[str, Any]) -> Iterator[Document]:
     from longnet_cli.data.documents import Document
     from longnet_cli.data.sources import read_documents
 
-    if sources.prompt is not None and words is not None:
-        yield Document("prompt", words.encode(sources.prompt), len(sources.prompt.encode()), "PROMPT")
+    if sources.prompt is not None and tokenizer is not None:
+        yield Document("prompt", tokenizer.encode(sources.prompt), len(sources.prompt.encode()), "PROMPT")
     else:
-        yield from read_documents(sources.inputs, words, **reading)
+        yield from read_documents(sources.inputs, tokenizer, **reading)
 
 
 def _messages(sources: _Sources, template: ChatTemplate, column: str | None) -> Iterator[Document]:
@@ -270,13 +280,12 @@ class _Printer:
             )
         elif self.text_ends != "\n":
             print(flush=True)
-        if not quiet and sys.stderr:
+        if not quiet:
             each = (time.monotonic() - self.began) / max(1, self.number - 1)
             drawn = "" if self.seed is None else f", seed {self.seed}"
-            print(
+            tell(
                 f"{len(self.document)} tokens read, {self.number} generated, {format_duration(each)} each "
                 f"({self.reason}{drawn})",
-                file=sys.stderr,
             )
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from longnet_cli.errors import ConfigError
 from longnet_cli.runtime.launch import start_ranks, started_by_torchrun, under_torchrun
+
+if TYPE_CHECKING:
+    from longnet_cli.model_folder import ModelFolder
 
 
 def launch(
     nproc: int | None,
     inputs: Sequence[str] = (),
-    model: str | None = None,
+    folder: ModelFolder | None = None,
     *,
     sp: int | None = None,
     dp: int | None = None,
@@ -20,21 +24,18 @@ def launch(
     """Run this command as `nproc` processes, or as `dp` groups of `sp` processes, and exit with their exit code.
 
     Without any of these options, or without `nproc` under torchrun, return: the command goes on in this process. Raises
-    ConfigError for `nproc` under torchrun and for a model that is not shipped; with several processes, for stdin or a
-    pipe, which they cannot share, and for a Hugging Face model that would have to share a sequence. Raises
-    CheckpointError for a folder that holds no model.
+    ConfigError for `nproc` under torchrun; with several processes, for stdin or a pipe, which they cannot share, and
+    for a Hugging Face model in `folder` that would have to share a sequence.
     """
-    from longnet_cli.presets import find_model, is_of_transformers
-
     needed = (dp or 1) * (sp or 1)
     if nproc is None and not started_by_torchrun() and needed > 1:
         nproc = needed
     world = int(os.environ.get("WORLD_SIZE", "1")) if under_torchrun() else nproc or 1
     shared = (sp or world // (dp or 1)) > 1
-    if model is not None and is_of_transformers(find_model(model, files=True)) and shared:
+    if shared and folder and folder.of_transformers:
         raise ConfigError(
-            f"{model}: a Hugging Face model reads a document in one process: give every process its own documents "
-            f"(--dp {world})"
+            f"{folder.name}: a Hugging Face model reads a document in one process: give every process its own "
+            f"documents (--dp {world})"
         )
     if world > 1 and (read_once := [item for item in inputs if _is_read_once(item)]):
         name = "stdin" if read_once[0] in ("-", "@-") else read_once[0]

@@ -108,6 +108,17 @@ class RowWriter:
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+def tell(line: str, quiet: bool = False) -> None:
+    """Print a line to stderr, unless `quiet` or stderr is closed."""
+    if not quiet and sys.stderr:  # print(file=None) would write to stdout
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+def note(line: str, quiet: bool = False) -> None:
+    """Print a note to stderr, unless `quiet` or stderr is closed."""
+    tell(f"longnet: note: {line}", quiet)
+
+
 def printable(text: str) -> str:
     """Return text from a file, its name or an error, safe to show: a control character becomes its escape, `\\x1b`.
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from longnet_cli.cli import score_rows
 from longnet_cli.cli.dry_run import check_sample, estimate_reading, room, show_reading
-from longnet_cli.cli.loading import Skipped, load_model, refuse_overwriting
 from longnet_cli.cli.nproc import launch
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
@@ -42,8 +41,9 @@ from longnet_cli.cli.options import (
     size_option,
     sizes_option,
 )
-from longnet_cli.cli.output import emit_json, emit_jsonl, printable
+from longnet_cli.cli.output import emit_json, emit_jsonl, printable, tell
 from longnet_cli.cli.progress import progress
+from longnet_cli.cli.skipped import Skipped
 
 if TYPE_CHECKING:
     from longnet_cli.measures import DocumentScore, Score, Total
@@ -178,10 +178,15 @@ def score(
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
     if token_logprobs and (dp or 1) > 1:
         raise ConfigError("--token-logprobs is written by one group of ranks: leave out --dp")
-    if token_logprobs:
-        refuse_overwriting("--token-logprobs", [token_logprobs], inputs, model, tokenizer, skip_bad)
-    if output is not None:
-        refuse_overwriting("-o", [output], inputs, model, tokenizer, skip_bad)
+    from longnet_cli.data.overwriting import refuse_overwriting
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.model_folder import ModelFolder
+
+    model_folder = ModelFolder.find(model, gguf=True)
+    reads = [model_folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
+    for name, place in (("--token-logprobs", token_logprobs), ("-o", output)):
+        if place is not None:
+            refuse_overwriting(name, [place], inputs, reads, skip_bad=skip_bad)
     printing: dict[str, Any] = {
         "--by-position": by_position,
         "--by-recall": by_recall,
@@ -190,7 +195,7 @@ def score(
     if not dry_run:  # the estimate of a dry run has --format too
         printing[f"--format {format}"] = format != "text"
     done = score_rows.check(output, resume=resume, shard_tokens=shard_tokens, others=printing, dry_run=dry_run)
-    launch(nproc, inputs, model, sp=sp, dp=dp)
+    launch(nproc, inputs, model_folder, sp=sp, dp=dp)
     from longnet_cli.data.chat import chat_settings
     from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.kept import first_kept
@@ -203,33 +208,42 @@ def score(
 
     ranks, where = join(device, sp=sp, dp=dp)
     quiet = quiet or not ranks.first
-    memory = room(model, dtype, where) if dry_run else None  # before the model is loaded
+    memory = room(model_folder, dtype, where) if dry_run else None  # before the model is loaded
     asked = read_pattern(segment_lengths, dilation_rates, pattern)
-    net, words, before, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
-    if asked and not quiet and sys.stderr:
-        print(f"pattern {format_pattern(net.config.pattern)}", file=sys.stderr)
+    loaded = model_folder.load(
+        device=where,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        tokenizer_differs=tokenizer_differs,
+        pattern=asked,
+        bos=bos,
+        on_note=partial(tell, quiet=quiet),
+    )
+    net = loaded.net
+    if asked:
+        tell(f"pattern {format_pattern(net.config.pattern)}", quiet)
     from longnet_cli.gains import GainOptions
     from longnet_cli.logprobs import write_token_logprobs
     from longnet_cli.model.weights import model_origin
     from longnet_cli.scoring import score as run
 
-    eos_id = end_of_text(eos, words)
+    eos_id = end_of_text(eos, loaded.tokenizer)
     columns: dict[str, Any] = {"column": column, "id_column": id_column, "keep": tuple(keep or ())}
     reading = {**columns, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
-    documents = read_documents(inputs, words, **reading, skip_bad=skip_bad)
+    documents = read_documents(inputs, loaded.tokenizer, **reading, skip_bad=skip_bad)
     if memory:
         from longnet_cli.cuts import Cut
         from longnet_cli.estimating.reading_job import ScoreJob
 
-        cut = Cut.of(net, before, context, stride, last)
+        cut = Cut.of(net, loaded.bos, context, stride, last)
         found = estimate_reading(
             net,
             ScoreJob(net, cut, gains=output is not None and len(cut.contexts) > 1, recalls=by_recall),
-            read_untokenized(inputs, words, **reading, skip_bad=skip_bad) if sample else documents,
+            read_untokenized(inputs, loaded.tokenizer, **reading, skip_bad=skip_bad) if sample else documents,
             output,
             resume=resume,
             room=memory,
-            tokenizer=words,
+            tokenizer=loaded.tokenizer,
             sample=sample,
             chunk=chunk,
             dtype=dtype,
@@ -245,16 +259,16 @@ def score(
     if keep and output is not None:  # first_kept waits for the first document
         kept_fields, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
-    stored = stored_documents(inputs, words, **reading) if limited else ()
+    stored = stored_documents(inputs, loaded.tokenizer, **reading) if limited else ()
     skipped = Skipped(quiet)
-    origin = model_origin(net, model, words.sha256 if words else None) if ranks.first and output is None else {}
+    origin = model_origin(net, model, loaded.tokenizer_sha256) if ranks.first and output is None else {}
     tokens = write_token_logprobs(token_logprobs, origin) if token_logprobs and ranks.first else nullcontext()
     times = len(context or [None])  # how often each token is scored
     total = times * (tokens_in(inputs) or 0) if last is None else 0
     with progress("scoring", total=total or None, start=times * done, quiet=quiet) as advance, tokens as on_tokens:
         running: dict[str, Any] = {
             "stored": stored,
-            "count_bytes": words.n_bytes if words else None,
+            "count_bytes": loaded.tokenizer.n_bytes if loaded.tokenizer else None,
             "chunk": chunk,
             "dtype": dtype,
             "ranks": ranks,
@@ -263,12 +277,12 @@ def score(
         }
         if output is not None:
             options = GainOptions(
-                bos=before,
+                bos=loaded.bos,
                 context=tuple(context) if context else None,
                 stride=stride,
                 last=last,
                 model_name=model,
-                tokenizer_sha256=words.sha256 if words else None,
+                tokenizer_sha256=loaded.tokenizer_sha256,
                 pattern=format_pattern(net.config.pattern),
             )
             settings = {
@@ -276,7 +290,7 @@ def score(
                 "column": column,
                 "id_column": id_column,
                 "eos": eos_id,
-                **chat_settings(words),
+                **chat_settings(loaded.tokenizer),
             }
             running |= {
                 "kept_fields": kept_fields,
@@ -291,7 +305,7 @@ def score(
             scores = run(
                 net,
                 documents,
-                bos=before,
+                bos=loaded.bos,
                 context=context,
                 stride=stride,
                 last=last,

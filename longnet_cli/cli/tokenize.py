@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-from longnet_cli.cli.loading import Skipped
 from longnet_cli.cli.nproc import launch
 from longnet_cli.cli.options import (
     COMPUTE,
@@ -21,8 +20,9 @@ from longnet_cli.cli.options import (
     option,
     size_option,
 )
-from longnet_cli.cli.output import format_count, printable
+from longnet_cli.cli.output import format_count, tell
 from longnet_cli.cli.progress import progress
+from longnet_cli.cli.skipped import Skipped
 from longnet_cli.errors import ConfigError
 from longnet_cli.runtime.launch import under_torchrun
 
@@ -143,7 +143,7 @@ def tokenize(
         leave()
     if earlier and earlier.finished:
         skipped.set_counts(earlier.totals)
-    if result and not quiet and sys.stderr:  # print(file=None) would write to stdout
+    if result:
         counts = [
             f"{result.documents} document{'s' * (result.documents != 1)}",
             f"{format_count(result.tokens)} tokens",
@@ -151,7 +151,7 @@ def tokenize(
             f"vocabulary {result.tokenizer.vocab_size}",
         ]
         shards = f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
-        place = "stdout" if output == "-" else printable(output)
+        place = "stdout" if output == "-" else output
         left_out = f"; {skipped.number} document{'s' * (skipped.number > 1)} left out" if skipped.number else ""
-        print(f"{', '.join(counts)} -> {place}{shards}{left_out}", file=sys.stderr)
+        tell(f"{', '.join(counts)} -> {place}{shards}{left_out}", quiet)
     skipped.end(result is not None, told=True)

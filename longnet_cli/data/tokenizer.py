@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longnet_cli.atomic import write_file
-from longnet_cli.configuration import digest, parse, read_text
+from longnet_cli.configuration import digest, read_text
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
 from longnet_cli.data.special_tokens import (
     END_OF_TEXT,
@@ -30,10 +30,8 @@ from longnet_cli.data.special_tokens import (
     special_token,
     token_id,
 )
-from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
-from longnet_cli.presets import TOKENIZER_SHA256, list_models, model_metadata, preset_dir
-
-TOKENIZER = "tokenizer.json"
+from longnet_cli.errors import ConfigError, refuse_web_address
+from longnet_cli.shipped import TOKENIZER, list_models, preset_dir
 
 # One call of the library takes more than linear time (4 MB cost 8 times as much as 1 MB) and keeps some 100 bytes per
 # token. So a text is encoded in pieces of PIECE characters, and pieces in groups of GROUP characters.
@@ -166,35 +164,6 @@ class Tokenizer:
             return path
         manifest = None if (path / TOKENIZER).exists() else manifest_in(os.listdir(path))
         return path / (manifest or TOKENIZER)
-
-    @classmethod
-    def of_model(cls, folder: Path, spec: str | None = None, *, differs: bool = False) -> "Tokenizer | None":
-        """Return the tokenizer in a model's folder, or the one that `spec` names (see `load`), or None without either.
-
-        The ids of another tokenizer mean nothing to a model, so `spec` must name an equal one, unless it `differs` on
-        purpose. Raises CheckpointError for a tokenizer.json that is not the one the weights were saved with and,
-        without `spec`, for a missing one. Raises ConfigError for another tokenizer.
-        """
-        own, saved = folder / "tokenizer.json", model_metadata(folder).get(TOKENIZER_SHA256)
-        if spec and differs:
-            return cls.load(spec)
-        mine = cls.from_file(own) if own.exists() else None
-        if mine and saved and digest(parse(read_text(own))) != saved:
-            raise CheckpointError(
-                f"{own}: not the tokenizer that the model was saved with: put that one back, or add "
-                f"--tokenizer {own} --tokenizer-differs to use this one"
-            )
-        if not spec:
-            if saved and not mine:
-                raise CheckpointError(f"{own} is missing, which the model was saved with: put it back, or name it")
-            return mine
-        given = cls.load(spec)
-        if given.sha256 not in (known := {mine.sha256 if mine else saved, saved} - {None}) and known:
-            raise ConfigError(
-                f"{spec}: not the tokenizer of the model in {folder}, so its ids stand for other tokens: add "
-                "--tokenizer-differs to use it"
-            )
-        return mine or given
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":

@@ -23,18 +23,15 @@ from longnet_cli.data.files import FileChangedError
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions
-from longnet_cli.errors import ConfigError, DataError, MemoryLimitError
+from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.estimating.estimate import Estimate, fitting_chunk
 from longnet_cli.estimating.forwards import Forwards, Shape
 from longnet_cli.estimating.rate import FIRST_SHAPE, forward, measured_rate
 from longnet_cli.estimating.reading_bytes import computing_bytes, hidden_bytes, waiting_bytes
 from longnet_cli.estimating.sampling import Sample
-from longnet_cli.integrations.loading import read_facts
 from longnet_cli.model.net import Net
-from longnet_cli.model.weights import load_config
-from longnet_cli.presets import find_model, is_gguf, is_of_transformers
 from longnet_cli.runtime.chunks import default_chunk
-from longnet_cli.runtime.device import DTYPES, free_memory, peak_memory, resident_memory, resolve_dtype
+from longnet_cli.runtime.device import free_memory, peak_memory, resident_memory, resolve_dtype
 from longnet_cli.runtime.portions import portions
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reader import PORTION_CHUNKS
@@ -162,25 +159,6 @@ class ReadingEstimate(Estimate):
             "reading_seconds": self.reading,
             "output": self.output,
         }
-
-
-def check_weights(name: str, dtype: str, device: torch.device, free: int | None) -> None:
-    """Raise MemoryLimitError, before they are loaded, if the weights of model `name` take more than `free` bytes.
-
-    A GGUF file is not checked: its size is known only when it is unpacked.
-    """
-    folder = find_model(name, files=True)
-    if free is None or is_gguf(folder):
-        return
-    if is_of_transformers(folder):
-        size = read_facts(folder).num_parameters() * DTYPES[resolve_dtype(dtype, device)].itemsize
-    else:
-        size = 4 * load_config(folder).num_parameters()
-    if size > free:
-        raise MemoryLimitError(
-            f"{name}: the weights take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: choose a smaller "
-            "model, or a larger device"
-        )
 
 
 def estimate_documents(

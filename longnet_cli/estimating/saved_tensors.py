@@ -17,6 +17,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.integrations.lora import add_lora
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.integrations.transformers_net import read_architecture
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.device import precision
 
 _TOKENS = 64
@@ -38,7 +39,7 @@ def _counted(folder: str, lora: str, dtype: str) -> tuple[int, int]:
 
 
 def _a_token(folder: str, layers: int, lora: Mapping[str, Any] | None, dtype: str) -> int:
-    config, architecture = read_architecture(Path(folder))
+    config, architecture = read_architecture(Path(folder), ModelFolder(Path(folder)).config)
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
     if kinds := getattr(config, "layer_types", None):

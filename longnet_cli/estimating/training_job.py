@@ -14,7 +14,7 @@ import torch
 from longnet_cli.estimating.estimate import Estimate, fitting_chunk
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import LOGITS_LIMIT, NetConfig
-from longnet_cli.presets import find_model
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.chunks import SHORTEST_CHUNK
 from longnet_cli.runtime.device import free_memory, matmul_peak, resident_memory, resolve_dtype
 from longnet_cli.runtime.flops import attention_flops, executed_flops, layer_flops, vocabulary_flops
@@ -175,7 +175,9 @@ def _activations(recipe: Recipe, itemsize: int, device: str) -> int:
         return activation_bytes(config, itemsize, device, again)
     from longnet_cli.estimating.saved_tensors import measured_bytes  # imports transformers
 
-    layer, besides = measured_bytes(find_model(recipe.init), recipe.adapter, "fp32" if itemsize == 4 else "bf16")
+    layer, besides = measured_bytes(
+        ModelFolder.find(recipe.init).path, recipe.adapter, "fp32" if itemsize == 4 else "bf16"
+    )
     widest = itemsize * (config.ffn_dim + 2 * config.dim)  # what one layer's backward pass adds
     return besides + layer + (config.num_layers - 1) * (4 * config.dim if again else layer) + widest
 

@@ -29,8 +29,8 @@ from longnet_cli.integrations.transformers_padding import columns_of, rows_of
 from longnet_cli.model import LongNet
 from longnet_cli.model.foreign import TRANSFORMERS_KEYS, architecture
 from longnet_cli.model.weights import list_names, save_pretrained
-from longnet_cli.presets import MODEL_TYPE
 from longnet_cli.runtime.chunks import CausalStream, default_chunk
+from longnet_cli.shipped import MODEL_TYPE
 
 # the name of a cache in arguments and outputs of transformers: `cache` in newer versions
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"

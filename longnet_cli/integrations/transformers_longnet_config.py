@@ -10,7 +10,7 @@ import transformers as hf
 from longnet_cli.model import LongNetConfig
 from longnet_cli.model.config import parse_config
 from longnet_cli.model.foreign import TRANSFORMERS_KEYS, own_keys
-from longnet_cli.presets import MODEL_TYPE
+from longnet_cli.shipped import MODEL_TYPE
 
 
 class LongNetHFConfig(hf.PretrainedConfig):

@@ -1,6 +1,6 @@
 """A Hugging Face text model as a net for the jobs: `score`, `train` and the others run it like a LongNet.
 
-    net = load_transformers(folder, pattern=Pattern.pretrained())
+    net = ModelFolder.find("./my-llama").net(pattern=Pattern.pretrained())
     hidden = net(tokens, lengths=[1000, 700])
 
 A causal decoder whose layers all take far keys streams as a LongNet does. A `CausalStream` gives it the far keys and
@@ -30,7 +30,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from longnet_cli.attention import Pattern
-from longnet_cli.configuration import parse, read_text
 from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.integrations.lora import State, add_lora, merged
 from longnet_cli.integrations.transformers import (
@@ -218,13 +217,16 @@ class TransformersNet(Net):
 
 
 def load_transformers(
-    folder: str | Path,
+    folder: Path,
+    settings: Mapping[str, Any],
     *,
     pattern: Pattern | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> TransformersNet:
     """Load the net of a folder that `save_pretrained` of transformers wrote: weights of type `dtype`, in eval mode.
+
+    `settings` are the keys of its config.json.
 
     Weights that are stored in that type are mapped from their files, not copied, and go from there to a GPU, tensor by
     tensor. Others are converted, tensor by tensor.
@@ -235,16 +237,15 @@ def load_transformers(
     transformers or dilated attention does not know, and for a folder that needs its own code; CheckpointError for
     missing or damaged weights.
     """
-    path = Path(folder)
     hf.utils.logging.set_verbosity_error()  # stderr belongs to the command, whose errors are one line
     hf.utils.logging.disable_progress_bar()
-    config, architecture = read_architecture(path)
+    config, architecture = read_architecture(folder, settings)
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
     if as_trained:
         pattern = Pattern.dense()
     try:
         model, report = architecture.from_pretrained(
-            path,
+            folder,
             config=config,
             dtype=dtype,
             local_files_only=True,
@@ -265,14 +266,14 @@ def load_transformers(
     try:
         dense = pattern == Pattern.dense()
         net = _dense(model, as_trained) if dense else TransformersNet(use_dilated_attention(model, pattern))
-        net.folder = path
+        net.folder = folder
         return net
     except (ConfigError, ValueError) as error:  # transformers raises ValueError for a class with its own attention
         raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from None
 
 
 def read_facts(
-    folder: str | Path, pattern: Pattern | None = None, lora: Mapping[str, Any] | None = None
+    folder: Path, settings: Mapping[str, Any], pattern: Pattern | None = None, lora: Mapping[str, Any] | None = None
 ) -> TransformersConfig:
     """Read the facts of the model in a folder, as `load_transformers` finds them, but not its weights.
 
@@ -281,7 +282,7 @@ def read_facts(
     Only loading shows whether the layers take far keys. Here, `memory` says that they do if the model is causal.
     Raises ConfigError and CheckpointError as `load_transformers` does.
     """
-    config, architecture = read_architecture(Path(folder))
+    config, architecture = read_architecture(folder, settings)
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
     try:
         if not as_trained and pattern is not None:
@@ -309,12 +310,9 @@ def _dense(model: hf.PreTrainedModel, as_trained: bool) -> TransformersNet:
     return TransformersNet(use_own_attention(model), as_trained=as_trained)
 
 
-def read_architecture(folder: Path) -> tuple[Any, Any]:
-    """Return (configuration, class) of a folder's model. Raises ConfigError or CheckpointError."""
-    try:
-        data = from_file(parse(read_text(folder / "config.json"), object_hook=_without_attention))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}/config.json: cannot be read: {' '.join(str(error).split())}") from None
+def read_architecture(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return (configuration, class) of a folder's model, whose config.json has these keys. Raises ConfigError."""
+    data = from_file(_without_attention(settings))
     if "auto_map" in data:
         raise ConfigError(f"{folder}: config.json asks for code of the folder's own (auto_map), which is never run")
     kind, names = data.get("model_type"), data.get("architectures") or [None]
@@ -330,9 +328,12 @@ def read_architecture(folder: Path) -> tuple[Any, Any]:
         raise ConfigError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
 
 
-def _without_attention(settings: dict[str, Any]) -> dict[str, Any]:
+def _without_attention(data: Any) -> Any:
     """Drop the attention that a file names: it would replace the requested one, and may be code from a hub."""
-    return {key: value for key, value in settings.items() if not key.startswith(("attn_impl", "_attn_impl"))}
+    if isinstance(data, Mapping):
+        names = [name for name in data if not name.startswith(("attn_impl", "_attn_impl"))]
+        return {name: _without_attention(data[name]) for name in names}
+    return [_without_attention(each) for each in data] if isinstance(data, list) else data
 
 
 def _reach(pattern: Pattern) -> int:

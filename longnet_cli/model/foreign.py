@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from longnet_cli.configuration import parse, read_text
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model.net import NetConfig
-from longnet_cli.presets import MODEL_TYPE
+from longnet_cli.shipped import MODEL_TYPE
 
 TOKENIZER_CONFIG, MODULES, SENTENCES = "tokenizer_config.json", "modules.json", "sentence_bert_config.json"
 # files that may stand beside a tokenizer.json: they tell a library how to build the tokenizer and write a chat
@@ -112,17 +110,6 @@ def foreign_files(tokenizer_json: str | None, eos: str | None) -> dict[str, Any]
         },
         MODULES: [{"idx": 0, "name": "0", "path": "", "type": module}],
     }
-
-
-def end_of_text(folder: Path) -> str | None:
-    """Return the token that ends documents, from tokenizer_config.json in a folder; None if it names none."""
-    try:
-        data = parse(read_text(folder / TOKENIZER_CONFIG))
-    except (OSError, ValueError):
-        return None
-    token = data.get("eos_token") if isinstance(data, dict) else None
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
 
 
 def _ids(tokenizer_json: str | None) -> dict[str, int]:

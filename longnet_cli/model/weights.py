@@ -22,14 +22,12 @@ from longnet_cli.model.foreign import foreign_files, foreign_keys, own_keys
 from longnet_cli.model.integrity import TYPE_NAMES, check_finite, check_header, tensor_bytes, tensor_digest
 from longnet_cli.model.net import Net
 from longnet_cli.notation import format_pattern
-from longnet_cli.presets import CONFIG_SHA256, TENSORS_SHA256, TOKENIZER_SHA256, find_model
+from longnet_cli.shipped import CONFIG, CONFIG_SHA256, TENSORS_SHA256, TOKENIZER, TOKENIZER_SHA256, WEIGHTS, model_path
 
 if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
 
 NetT = TypeVar("NetT", bound=Net)
-
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 
 
 def save_pretrained(
@@ -102,7 +100,7 @@ def load_pretrained(
     missing or damaged file, tensors missing, unexpected, of another shape, of integers, or not finite), ConfigError for
     a wrong config.json or an unknown name.
     """
-    folder = find_model(name_or_dir) if isinstance(name_or_dir, str) else Path(name_or_dir)
+    folder = model_path(name_or_dir) if isinstance(name_or_dir, str) else Path(name_or_dir)
     config = load_config(folder, pattern)
     path = folder / WEIGHTS
     if not path.is_file():

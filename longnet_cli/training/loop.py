@@ -20,16 +20,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.atomic import locked_folder, write_file
-from longnet_cli.data.bos import document_start
 from longnet_cli.data.sources import Document, read_documents
 from longnet_cli.data.special_tokens import NO_END
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import Batch, TokenStream, TokenWindows
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
-from longnet_cli.integrations.loading import load_trainable
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
-from longnet_cli.presets import find_model
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.chunks import Tokens
 from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, random_state, to_device
 from longnet_cli.runtime.flops import executed_flops
@@ -147,7 +145,7 @@ class _TrainingRun:
         if not isinstance(recipe, PretrainedRecipe) and checkpoints_in(output / CHECKPOINTS):
             initial = None  # a LongNet's weights are all in the checkpoint
         if initial:
-            Tokenizer.of_model(find_model(initial), recipe.data.tokenizer, differs=tokenizer_differs)
+            ModelFolder.find(initial).tokenizer(recipe.data.tokenizer, differs=tokenizer_differs)
         self.windows = make_windows(recipe, self.tokenizer, self.eos_id, ranks)
         held_out = recipe.data.held_out
         self.held_out = _documents(recipe, self.tokenizer, held_out) if held_out else []
@@ -451,7 +449,7 @@ def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
     if not isinstance(recipe, PretrainedRecipe) or recipe.data.eos is not None:
         found: int | tuple[int, ...] | None = tokenizer.eos_id
     else:
-        found = document_start(find_model(recipe.init), tokenizer)
+        found = ModelFolder.find(recipe.init).bos(tokenizer)
     if found is None:
         raise ConfigError(f"{NO_END}; training puts it between documents: name a token or an id (--eos, data.eos)")
     if not isinstance(found, int):
@@ -461,11 +459,11 @@ def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
 
 def _model(recipe: Recipe, initial: str | None) -> Net:
     if isinstance(recipe, PretrainedRecipe):
-        return load_trainable(find_model(recipe.init), recipe.model, recipe.adapter)
+        return ModelFolder.find(recipe.init).trainable(recipe.model, recipe.adapter)
     if initial is None:
         return LongNet(recipe.model)
     # weights do not depend on the pattern: training continues with the recipe's
-    model = LongNet.from_pretrained(find_model(initial), dtype=torch.float32, pattern=recipe.model.pattern)
+    model = ModelFolder.find(initial).net(pattern=recipe.model.pattern)
     if model.config != recipe.model:
         changed = [
             name

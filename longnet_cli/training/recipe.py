@@ -14,11 +14,11 @@ from longnet_cli.attention import Pattern
 from longnet_cli.configuration import StrictModel, parse, read_text, validate
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, LongNetError, refuse_web_address
-from longnet_cli.integrations.loading import read_facts
 from longnet_cli.integrations.transformers_config import TransformersConfig
 from longnet_cli.model.config import LongNetConfig
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.notation import PATTERN_FIELDS, parse_pattern
-from longnet_cli.presets import find_model, is_of_transformers, preset_dir
+from longnet_cli.shipped import preset_dir
 from longnet_cli.sizes import parse_size
 
 if sys.version_info >= (3, 11):
@@ -294,21 +294,21 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     return validate(Recipe, data, where)
 
 
-def _pretrained_folder(data: Mapping[str, Any]) -> Path | None:
+def _pretrained_folder(data: Mapping[str, Any]) -> ModelFolder | None:
     """Return the folder of the Hugging Face model that `init` names; None for a LongNet, which may be gone by now."""
     initial, model = data.get("init"), data.get("model")
     if not isinstance(initial, str):
         return None
     try:
-        folder = find_model(initial)
+        folder = ModelFolder.find(initial)
     except LongNetError:
         if isinstance(model, dict) and {"dim", "segment_lengths"} <= model.keys():
             return None  # a resumed run has its weights; a new run reports the missing folder
         raise
-    return folder if is_of_transformers(folder) else None
+    return folder if folder.of_transformers else None
 
 
-def _pretrained(data: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
+def _pretrained(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dict[str, Any]:
     """Return the tables `model` and `data` of a recipe that trains the Hugging Face model in `folder`."""
     model, source = data.get("model", {}), data.get("data", {})
     if not isinstance(model, dict) or not isinstance(source, dict):
@@ -317,7 +317,7 @@ def _pretrained(data: Mapping[str, Any], folder: Path, where: str) -> dict[str, 
     if "source" not in model:  # otherwise it is a run's recipe, which has all facts
         if others := [name for name in model if name != "pattern"]:
             raise ConfigError(
-                f"{where}: model.{others[0]}: {folder} is a Hugging Face model with sizes of its own: leave out "
+                f"{where}: model.{others[0]}: {folder.path} is a Hugging Face model with sizes of its own: leave out "
                 "[model], or set model.pattern alone"
             )
     elif model.get("as_trained"):
@@ -327,7 +327,7 @@ def _pretrained(data: Mapping[str, Any], folder: Path, where: str) -> dict[str, 
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: model.pattern: {error}") from None
     lora = validate(LoraRecipe, data["lora"], f"{where}: lora").model_dump() if data.get("lora") is not None else None
-    return {"model": read_facts(folder, pattern, lora), "data": {"tokenizer": str(folder)} | source}
+    return {"model": folder.net_config(pattern, lora), "data": {"tokenizer": str(folder.path)} | source}
 
 
 def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:

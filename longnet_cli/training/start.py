@@ -11,9 +11,9 @@ from longnet_cli.configuration import parse, read_text
 from longnet_cli.data import overwriting
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import CheckpointError, ConfigError
-from longnet_cli.model.weights import CONFIG, TOKENIZER, WEIGHTS
-from longnet_cli.presets import find_model
+from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.ranks import Ranks
+from longnet_cli.shipped import CONFIG, TOKENIZER, WEIGHTS
 
 from .checkpoint import STATE, checkpoints_in, find_damage, newest_whole
 from .recipe import Recipe, load_recipe
@@ -125,7 +125,7 @@ def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None) -> None:
     files += [output / RECIPE, output / "metrics.jsonl", output / CHECKPOINTS]
     also: list[Path | None] = []
     if not again:
-        also += [find_model(recipe.init) if recipe.init else None]
+        also += [ModelFolder.find(recipe.init).path if recipe.init else None]
         also += [Path(path) if path else None, Tokenizer.find(data.tokenizer)]
     for read in (inputs, data.held_out or []):
         overwriting.refuse_overwriting("-o", files, read, also)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from longnet_cli.atomic import new_folder
 from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
-from longnet_cli.integrations.loading import native_net
 from longnet_cli.integrations.official import Given, convert_official, is_checkpoint
-from longnet_cli.model.foreign import BESIDE_TOKENIZER, end_of_text
+from longnet_cli.model.foreign import BESIDE_TOKENIZER
 from longnet_cli.model.integrity import check_finite
-from longnet_cli.model.weights import TOKENIZER
-from longnet_cli.presets import find_model, is_gguf, is_of_transformers, list_models
+from longnet_cli.model_folder import ModelFolder, is_gguf
 from longnet_cli.runtime.device import DTYPES
+from longnet_cli.shipped import TOKENIZER, list_models
 
 
 def convert(source: str | Path, output: str | Path, dtype: str = "auto", **given: Any) -> str:
@@ -38,7 +34,7 @@ def convert(source: str | Path, output: str | Path, dtype: str = "auto", **given
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(f"{source}: {names}: only for a checkpoint of the official implementation")
     if path.is_dir() or str(source) in list_models():
-        return _with_weights_of(find_model(str(source)), Path(output), dtype)
+        return _with_weights_of(ModelFolder.find(str(source)), Path(output), dtype)
     if is_gguf(path):
         from longnet_cli.integrations.gguf import convert_gguf
 
@@ -48,34 +44,20 @@ def convert(source: str | Path, output: str | Path, dtype: str = "auto", **given
     raise CheckpointError(f"{path}: by its first bytes neither a GGUF file nor a checkpoint (PyTorch, safetensors)")
 
 
-def _with_weights_of(folder: Path, output: Path, dtype: str) -> str:
+def _with_weights_of(model: ModelFolder, output: Path, dtype: str) -> str:
     """Write a copy of a LongNet with weights of type `dtype`. Return a few words about it."""
-    if is_of_transformers(folder):
+    folder = model.path
+    if model.of_transformers:
         raise ConfigError(f"{folder}: already a Hugging Face model folder, which any tool loads")
     if dtype not in DTYPES:
         raise ConfigError(f"{folder}: give the type to convert the weights to: --dtype bf16 halves the size")
-    net = native_net(folder).from_pretrained(folder, dtype=DTYPES[dtype])
+    net = model.native().from_pretrained(folder, dtype=DTYPES[dtype])
     tokenizer = folder / TOKENIZER
     with new_folder(output) as place:
         check_finite(net.state_dict(), f"{folder} as {dtype}")
-        texts = (tokenizer.read_text(encoding="utf-8"), end_of_text(folder)) if tokenizer.is_file() else ()
+        texts = (tokenizer.read_text(encoding="utf-8"), model.eos) if tokenizer.is_file() else ()
         net.save_pretrained(place, *texts)
         for name in BESIDE_TOKENIZER:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, place / name)
     return f"a LongNet of {net.config.num_parameters():,} parameters, as {str(DTYPES[dtype]).removeprefix('torch.')}"
-
-
-@contextmanager
-def unpacked(model: Path, dtype: str) -> Iterator[Path]:
-    """Yield the folder of a model: `model` itself, or a temporary folder with the converted file.
-
-    Weights that are mapped from a temporary folder stay readable after it is deleted.
-    """
-    if model.is_dir():
-        yield model
-        return
-    with TemporaryDirectory(prefix="longnet-") as place:
-        folder = Path(place) / model.stem
-        convert(model, folder, dtype)
-        yield folder

@@ -1,15 +1,21 @@
 """Proves that `--model` finds shipped models by name and folders by path, and says which of the two was wrong."""
 
-import pytest
+import sys
 
-from longnet_cli import presets
+import pytest
+from typer.testing import CliRunner
+
+from longnet_cli import shipped as module
+from longnet_cli.cli.app import app
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import CheckpointError, ConfigError
-from longnet_cli.presets import find_model, list_models, preset_dir
+from longnet_cli.model_folder import ModelFolder
+from longnet_cli.shipped import list_models, preset_dir
 
 
 def make_model(folder):
     folder.mkdir(parents=True)
-    for name in presets.MODEL_FILES:
+    for name in ("config.json", "model.safetensors"):
         (folder / name).touch()
     return folder
 
@@ -22,7 +28,7 @@ def shipped(tmp_path, monkeypatch):
     make_model(folder / "longnet-small")
     (folder / "longnet-125m.toml").touch()
     (folder / "README.md").touch()
-    monkeypatch.setattr(presets, "preset_dir", lambda: folder)
+    monkeypatch.setattr(module, "preset_dir", lambda: folder)
     return folder
 
 
@@ -35,20 +41,20 @@ def test_names_are_sorted_and_have_weights(shipped):
 
 
 def test_a_name_is_a_shipped_model(shipped):
-    assert find_model("longnet-tiny") == shipped / "longnet-tiny"
+    assert ModelFolder.find("longnet-tiny").path == shipped / "longnet-tiny"
 
 
 def test_a_name_is_never_looked_up_in_the_current_folder(shipped, tmp_path, monkeypatch):
     make_model(tmp_path / "work" / "mine")
     monkeypatch.chdir(tmp_path / "work")
     with pytest.raises(ConfigError, match=r"a path needs a slash, e.g. ./mine"):
-        find_model("mine")
-    assert find_model("./mine").samefile(tmp_path / "work" / "mine")
+        ModelFolder.find("mine")
+    assert ModelFolder.find("./mine").path.samefile(tmp_path / "work" / "mine")
 
 
 def test_a_misspelt_name_gets_the_nearest_and_the_list(shipped):
     with pytest.raises(ConfigError) as caught:
-        find_model("longnet-tny")
+        ModelFolder.find("longnet-tny")
     assert str(caught.value) == (
         "unknown model 'longnet-tny': did you mean 'longnet-tiny'? Shipped models: longnet-small, longnet-tiny; "
         "a path needs a slash, e.g. ./longnet-tny"
@@ -57,14 +63,14 @@ def test_a_misspelt_name_gets_the_nearest_and_the_list(shipped):
 
 def test_a_recipe_has_no_weights(shipped):
     with pytest.raises(ConfigError, match="'longnet-125m': it is shipped as a recipe, without weights"):
-        find_model("longnet-125m")
+        ModelFolder.find("longnet-125m")
 
 
 @pytest.mark.parametrize("name", ["", ".", ".."])
 def test_no_name_leads_out_of_the_folder(shipped, name):
     make_model(shipped / "sub")  # so that something would be found one level up
     with pytest.raises(ConfigError, match="unknown model"):
-        find_model(name)
+        ModelFolder.find(name)
 
 
 @pytest.mark.parametrize(
@@ -82,10 +88,28 @@ def test_an_incomplete_folder_names_what_is_missing(tmp_path, present, message):
         for name in present:
             (folder / name).touch()
     with pytest.raises(CheckpointError, match=message):
-        find_model(str(folder))
+        ModelFolder.find(str(folder))
 
 
 def test_a_file_is_not_a_model(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match="not a folder"):
-        find_model(f"{tmp_path}/model.safetensors")
+        ModelFolder.find(f"{tmp_path}/model.safetensors")
+
+
+OPENED: list[str] = []  # by the process, since the hook was added
+
+
+def test_encode_reads_config_json_once(tmp_path):
+    hf = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.LlamaConfig(vocab_size=257, **sizes, max_position_embeddings=64, bos_token_id=256, eos_token_id=256)
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    Tokenizer.bytes().save(tmp_path / "llama" / "tokenizer.json")
+    (tmp_path / "a.txt").write_text("a text")
+    sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
+    found = CliRunner().invoke(
+        app, ["encode", f"{tmp_path}/a.txt", "-m", f"{tmp_path}/llama", "-o", f"{tmp_path}/v.arrow"]
+    )
+    assert found.exit_code == 0, found.output
+    assert OPENED.count(str(tmp_path / "llama" / "config.json")) == 1

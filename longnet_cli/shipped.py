@@ -1,0 +1,52 @@
+"""The models and recipes that ship with `longnet`, and the names of a model folder's files and metadata keys."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from longnet_cli.configuration import nearest
+from longnet_cli.errors import ConfigError, refuse_web_address
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+MODEL_TYPE = "longnet"  # in config.json of a LongNet; older ones lack it
+
+# Metadata keys of model.safetensors: digests of what was saved together. Other tools drop them when they save.
+TENSORS_SHA256, CONFIG_SHA256 = "longnet.tensors_sha256", "longnet.config_sha256"
+TOKENIZER_SHA256 = "longnet.tokenizer_sha256"
+
+
+def preset_dir() -> Path:
+    """Return the repository's `models/`: inside the package if installed from a wheel, beside it in a checkout."""
+    shipped = Path(__file__).parent / "models"
+    return shipped if shipped.is_dir() else Path(__file__).parents[1] / "models"
+
+
+def list_models() -> list[str]:
+    """Return the names of the shipped models with weights, sorted; recipes (`*.toml`) are not included."""
+    return sorted(path.parent.name for path in preset_dir().glob(f"*/{CONFIG}"))
+
+
+def model_path(name_or_path: str) -> Path:
+    """Return the path that `--model` names. A name is looked up among the shipped models, never in the current folder.
+
+    Raises ConfigError for a name that is not shipped. A path may lead to nothing.
+    """
+    refuse_web_address(name_or_path)
+    if "/" in name_or_path or os.sep in name_or_path or name_or_path.endswith(".toml"):
+        return Path(name_or_path)
+    if name_or_path not in list_models():
+        raise ConfigError(_unknown(name_or_path))
+    return preset_dir() / name_or_path
+
+
+def _unknown(name: str) -> str:
+    shipped = list_models()
+    match = nearest(name, shipped)
+    hint = f": did you mean '{match}'?" if match else "."
+    if (preset_dir() / f"{name}.toml").is_file():
+        hint = ": it is shipped as a recipe, without weights; `longnet train` makes them."
+    return (
+        f"unknown model '{name}'{hint} Shipped models: {', '.join(shipped) or 'none'}; "
+        f"a path needs a slash, e.g. ./{name or 'my-run'}"
+    )
