@@ -132,10 +132,10 @@ def score_batches(
 @cache
 def _load(model: str, tokenizer: str | None, pattern: str | None, bos: str | None, device: str, dtype: str) -> Loaded:
     try:
-        asked = parse_pattern(pattern) if pattern is not None else None
+        parsed = parse_pattern(pattern) if pattern is not None else None
     except ValueError as error:
         raise ConfigError(f"pattern: {error}") from None
-    return load_model(model, tokenizer, False, select_device(device), dtype, asked, bos)
+    return load_model(model, tokenizer, False, select_device(device), dtype, parsed, bos)
 
 
 # Takes documents; yields batches of rows, and for each row the index of its document, skipped documents not counted

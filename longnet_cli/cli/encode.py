@@ -19,7 +19,6 @@ from longnet_cli.cli.options import (
     ChunkOption,
     ColumnOption,
     DeviceOption,
-    DilationRatesOption,
     DpOption,
     DryRunOption,
     DtypeOption,
@@ -33,7 +32,6 @@ from longnet_cli.cli.options import (
     QuietOption,
     ResumeOption,
     SampleOption,
-    SegmentLengthsOption,
     ShardFormatOption,
     SkipBadOption,
     SpOption,
@@ -61,8 +59,6 @@ def encode(
     skip_bad: SkipBadOption = False,
     model: ModelOption = DEFAULT_MODEL,
     pattern: PatternOption = None,
-    segment_lengths: SegmentLengthsOption = None,
-    dilation_rates: DilationRatesOption = None,
     pool: Annotated[
         Literal["mean", "last", "first", "cls"] | None,
         option(
@@ -180,9 +176,9 @@ def encode(
     ranks, where = join(device, sp=sp, dp=dp)
     quiet = quiet or not ranks.first
     memory = room(model, dtype, where) if dry_run else None  # before the model is loaded
-    asked = read_pattern(segment_lengths, dilation_rates, pattern)
+    parsed = read_pattern(pattern)
     net, words, before, *_ = load_model(
-        model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet, vectors=True
+        model, tokenizer, tokenizer_differs, where, dtype, parsed, bos, quiet, vectors=True
     )
     if net.row_size is not None:
         of_tokens: dict[str, Any] = {

@@ -21,13 +21,11 @@ from longnet_cli.cli.options import (
     ChunkOption,
     ColumnOption,
     DeviceOption,
-    DilationRatesOption,
     DtypeOption,
     EosOption,
     ModelOption,
     PatternOption,
     QuietOption,
-    SegmentLengthsOption,
     TokenizerDiffersOption,
     TokenizerOption,
     option,
@@ -77,8 +75,6 @@ def generate(
     bos: BosOption = None,
     model: ModelOption = DEFAULT_MODEL,
     pattern: PatternOption = None,
-    segment_lengths: SegmentLengthsOption = None,
-    dilation_rates: DilationRatesOption = None,
     max_tokens: Annotated[int, size_option(SAMPLING, "--max-tokens -n", "Generate at most this many tokens.")] = 256,
     temperature: Annotated[
         float,
@@ -128,9 +124,9 @@ def generate(
     from longnet_cli.data.special_tokens import end_of_text
     from longnet_cli.runtime.device import select_device
 
-    asked = read_pattern(segment_lengths, dilation_rates, pattern)
+    parsed = read_pattern(pattern)
     where = select_device(device)
-    loaded = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet, chat=chat)
+    loaded = load_model(model, tokenizer, tokenizer_differs, where, dtype, parsed, bos, quiet, chat=chat)
     net, words = loaded.net, loaded.tokenizer
     from longnet_cli.generating import generate as run
     from longnet_cli.model.weights import model_origin

@@ -18,7 +18,6 @@ from longnet_cli.cli.options import (
     ChunkOption,
     ColumnOption,
     DeviceOption,
-    DilationRatesOption,
     DpOption,
     DryRunOption,
     DtypeOption,
@@ -32,7 +31,6 @@ from longnet_cli.cli.options import (
     QuietOption,
     ResumeOption,
     SampleOption,
-    SegmentLengthsOption,
     SkipBadOption,
     SpOption,
     TokenizerDiffersOption,
@@ -65,8 +63,6 @@ def score(
     skip_bad: SkipBadOption = False,
     model: ModelOption = DEFAULT_MODEL,
     pattern: PatternOption = None,
-    segment_lengths: SegmentLengthsOption = None,
-    dilation_rates: DilationRatesOption = None,
     ppl: Annotated[
         bool,
         option(MEASURE, "--ppl", None, "Measure perplexity and bits per byte. This is the default.", False),
@@ -204,9 +200,9 @@ def score(
     ranks, where = join(device, sp=sp, dp=dp)
     quiet = quiet or not ranks.first
     memory = room(model, dtype, where) if dry_run else None  # before the model is loaded
-    asked = read_pattern(segment_lengths, dilation_rates, pattern)
-    net, words, before, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, asked, bos, quiet)
-    if asked and not quiet and sys.stderr:
+    parsed = read_pattern(pattern)
+    net, words, before, *_ = load_model(model, tokenizer, tokenizer_differs, where, dtype, parsed, bos, quiet)
+    if parsed and not quiet and sys.stderr:
         print(f"pattern {format_pattern(net.config.pattern)}", file=sys.stderr)
     from longnet_cli.gains import GainOptions
     from longnet_cli.logprobs import write_token_logprobs

@@ -154,4 +154,4 @@ def tokenize(
         place = "stdout" if output == "-" else printable(output)
         left_out = f"; {skipped.number} document{'s' * (skipped.number > 1)} left out" if skipped.number else ""
         print(f"{', '.join(counts)} -> {place}{shards}{left_out}", file=sys.stderr)
-    skipped.end(result is not None, told=True)
+    skipped.end(result is not None, reported=True)
