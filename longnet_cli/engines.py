@@ -132,11 +132,11 @@ def score_batches(
 @cache
 def _load(model: str, tokenizer: str | None, pattern: str | None, bos: str | None, device: str, dtype: str) -> Loaded:
     try:
-        asked = parse_pattern(pattern) if pattern is not None else None
+        parsed = parse_pattern(pattern) if pattern is not None else None
     except ValueError as error:
         raise ConfigError(f"pattern: {error}") from None
     folder = ModelFolder.find(model, gguf=True)
-    return folder.load(device=select_device(device), dtype=dtype, tokenizer=tokenizer, pattern=asked, bos=bos)
+    return folder.load(device=select_device(device), dtype=dtype, tokenizer=tokenizer, pattern=parsed, bos=bos)
 
 
 # Takes documents; yields batches of rows, and for each row the index of its document, skipped documents not counted

@@ -64,8 +64,8 @@ class LongNetLM(TemplateLM):
         if tokenizer is None:
             raise ConfigError(f"{folder.path}: there is no tokenizer.json, without which texts cannot be read")
         self.tokenizer = tokenizer
-        asked = device or "cuda"  # lm-eval's command says cuda on every machine
-        self._device = torch.device(asked if torch.cuda.is_available() or not asked.startswith("cuda") else "cpu")
+        device = device or "cuda"  # lm-eval's command says cuda on every machine
+        self._device = torch.device(device if torch.cuda.is_available() or not device.startswith("cuda") else "cpu")
         self.options: dict[str, Any] = {"dtype": dtype, "chunk": chunk}
         self.max_length, self.max_gen_toks = max_length, max_gen_toks
         self.bos, self.ends = folder.bos(tokenizer), folder.ends(tokenizer)
@@ -119,11 +119,11 @@ class LongNetLM(TemplateLM):
         """Return the continuation of each context, up to a text in `until`, an end id, or `max_gen_toks` tokens."""
         return [self._generate(i, *request.args) for i, request in enumerate(requests)]
 
-    def _generate(self, index: int, context: str, asked: dict[str, Any]) -> str:
-        if unknown := [name for name in asked if name not in _GENERATION]:
+    def _generate(self, index: int, context: str, options: dict[str, Any]) -> str:
+        if unknown := [name for name in options if name not in _GENERATION]:
             raise ConfigError(f"generation has no {unknown[0]}: it knows {', '.join(_GENERATION)}")
-        until = asked.get("until") or ()
-        most = int(asked.get("max_gen_toks", self.max_gen_toks))
+        until = options.get("until") or ()
+        most = int(options.get("max_gen_toks", self.max_gen_toks))
         ids = self.tok_encode(context) or [self.prefix_token_id]
         ids = ids[-max(1, self.max_length - most) :] if self.max_length else ids
         steps = generate(
@@ -132,9 +132,9 @@ class LongNetLM(TemplateLM):
             bos=None,
             tokenizer=self.tokenizer,
             max_tokens=most,
-            temperature=float(asked.get("temperature", 1.0)) if asked.get("do_sample") else 0.0,
-            top_p=float(asked.get("top_p", 1.0)),
-            seed=int(asked.get("seed", 0)),
+            temperature=float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0,
+            top_p=float(options.get("top_p", 1.0)),
+            seed=int(options.get("seed", 0)),
             end_ids=self.ends,
             stop=[until] if isinstance(until, str) else [text for text in until if text],
             **self.options,

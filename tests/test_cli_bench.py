@@ -18,8 +18,7 @@ CONTRACT = {
     "peak_rss_bytes", "cache_bytes",
 }  # fmt: skip
 SHAPE = {"heads", "head_dim", "batch", "causal", "dtype", "device", "kernel", "pattern"}
-TINY = ["--heads", "2", "--head-dim", "8", "--repeats", "1", "--device", "cpu", "--segment-lengths", "16,32"]
-TINY += ["--dilation-rates", "1,2"]
+TINY = ["--heads", "2", "--head-dim", "8", "--repeats", "1", "--device", "cpu", "--pattern", "16/1,32/2"]
 
 Bench = Callable[..., Result]
 
@@ -81,7 +80,7 @@ def test_a_streamed_run_has_its_decades_and_says_what_it_is(bench: Bench) -> Non
 @pytest.mark.parametrize(
     "wrong",
     [
-        ["--impl", "sparse"], ["--pattern", "paper"], ["--seq", "0"], ["--dilation-rates", "1"], ["--seq", "1e18"],
+        ["--impl", "sparse"], ["--pattern", "16"], ["--seq", "0"], ["--segment-lengths", "16"], ["--seq", "1e18"],
         ["--heads", "0"], ["--max-time", "nan"], ["--repeats", "9223372036854775807"],
     ],
 )  # fmt: skip

@@ -10,9 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from longnet_cli.cli.app import app
-from longnet_cli.cli.command import BARE, Command
+from longnet_cli.cli.command import Command
 from longnet_cli.cli.options import INPUT, Inputs, QuietOption, bare_or, option, parse_device
-from longnet_cli.cli.train import read_resume
 from longnet_cli.errors import ConfigError
 
 COMMANDS = ["tokenize", "convert", "train", "plot", "score", "encode", "generate", "bench", "data inspect"]
@@ -144,7 +143,7 @@ def test_an_option_of_several_commands_takes_the_same_values() -> None:
     for name in COMMANDS:
         for each in command_of(name).params:
             metavars.setdefault(each.opts[0], set()).add(str(each.metavar).strip("[]"))
-    for name in ("--eos", "--column", "--tokenizer", "--model", "--device", "--nproc", "--chunk", "--segment-lengths"):
+    for name in ("--eos", "--column", "--tokenizer", "--model", "--device", "--nproc", "--chunk", "--pattern"):
         assert len(metavars[name]) == 1, name
     assert metavars["--dtype"] == {"auto|fp32|bf16|fp16", "auto|fp32|bf16"}  # training has no fp16
 
@@ -179,12 +178,3 @@ def test_the_value_of_an_option_may_be_left_out() -> None:
         "--end took 'a' as its value, and no INPUT is left: write --end last",
     )
     assert "--end is empty" in str(parse("a", "--end", ""))
-
-
-def test_old_spellings_name_the_new_ones() -> None:
-    assert "without --eos nothing is appended" in str(CliRunner().invoke(app, ["tokenize", "--no-eos"]).exception)
-    assert read_resume(BARE) == BARE
-    assert read_resume("./never") == "./never"
-    for old, new in (("auto", "is now --resume, which is the default"), ("never", "is now --no-resume")):
-        with pytest.raises(ConfigError, match=f"--resume {old} {new}"):
-            read_resume(old)

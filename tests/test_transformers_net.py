@@ -55,7 +55,7 @@ from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.chunks import CausalStream, open_stream
 from longnet_cli.scoring import score
 
-OPTIONS = ["--segment-lengths", "8,24,60", "--dilation-rates", "1,3,5"]
+OPTIONS = ["--pattern", "8/1,24/3,60/5"]
 TEXT = "Far keys are one more branch, and branches merge. " * 6  # 300 tokens of a byte each
 SMALL = {"vocab_size": 257, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
 SMALL |= {"intermediate_size": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -281,7 +281,7 @@ def test_score_with_options(folder: Path) -> None:
     assert ppl(*OPTIONS, "--chunk", "64") == pytest.approx(dilated, rel=1e-6)
     assert ppl("--pattern", "dense") == dense
     assert ppl("--pattern", "dense", "--chunk", "64") == pytest.approx(dense, rel=1e-6)
-    assert ppl("--segment-lengths", "1Ki", "--dilation-rates", "1") == pytest.approx(dense, rel=1e-6)
+    assert ppl("--pattern", "1Ki/1") == pytest.approx(dense, rel=1e-6)
     assert not math.isclose(dilated, dense, rel_tol=1e-4)
 
 
@@ -410,7 +410,7 @@ def test_options_that_are_refused(folder: Path, encoder: Path, tmp_path: Path) -
     text = folder / "text.txt"
     shards = refused("encode", text, "--model", folder, *OPTIONS, "-o", tmp_path / "x.arrow", "--shard-rows", "5")
     assert "--shard-rows is for a folder of shards" in str(shards)
-    assert "one entry per level" in str(refused("score", text, "--model", folder, "--segment-lengths", "8"))
+    assert "'8' is not a level" in str(refused("score", text, "--model", folder, "--pattern", "8"))
     assert "in one process" in str(refused("score", text, "--model", folder, *OPTIONS, "--nproc", "2"))
     assert "bidirectional" in str(refused("score", text, "--model", encoder, *OPTIONS))
     (tmp_path / "long.txt").write_text("x" * 321)

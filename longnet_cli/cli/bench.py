@@ -89,7 +89,7 @@ def bench(
             PATTERN,
             "--pattern",
             "PATTERN",
-            "Use a pattern, as window:1Ki,sinks=4, or geometric: --base times powers of --ratio.",
+            "Use a pattern, as window:1Ki,sinks=4 or 1Ki/1,4Ki/4, or geometric: --base times powers of --ratio.",
             "paper; geometric from 1e6 tokens",
         ),
     ] = None,
@@ -97,12 +97,6 @@ def bench(
         int | None, size_option(PATTERN, "--base", "Set the first segment length.", "2048, or 256 *")
     ] = None,
     ratio: Annotated[int | None, option(PATTERN, "--ratio", "N", "Set the growth per level.", "2")] = None,
-    segment_lengths: Annotated[
-        Sequence[int] | None, sizes_option(PATTERN, "--segment-lengths", "Set your own levels.")
-    ] = None,
-    dilation_rates: Annotated[
-        Sequence[int] | None, sizes_option(PATTERN, "--dilation-rates", "Set one rate per segment length.")
-    ] = None,
     model: Annotated[
         str | None, option(MODEL, "--model -m", "NAME|DIR", "Measure a saved model.", "random weights")
     ] = None,
@@ -140,28 +134,26 @@ def bench(
     from longnet_cli.benchmark import bench as measure
     from longnet_cli.runtime.ranks import join, leave
 
-    named = pattern if pattern in ("paper", "geometric") else None  # a bare geometric adapts to each length
-    levels = read_pattern(
-        segment_lengths, dilation_rates, None if named and not (segment_lengths or dilation_rates) else pattern
-    )
+    # a bare geometric adapts to each length
+    parsed = pattern if pattern in ("paper", "geometric") else read_pattern(pattern)
     ranks, where = join(device)
     quiet = quiet or not ranks.first
     settings = Settings.of(
         seq=seq or (4096, 8192, 16384, 32768), op=op, impl=impl, direction=direction, heads=heads, head_dim=head_dim,
-        batch=batch, causal=causal, chunk=chunk, pattern=levels or named, base=base, ratio=ratio, model=model,
+        batch=batch, causal=causal, chunk=chunk, pattern=parsed, base=base, ratio=ratio, model=model,
         layers=layers, vocab=vocab, repeats=repeats, max_time=60 if max_time is None and seq is None else max_time,
         max_dense_time=max_dense_time, device=str(where), dtype=dtype, ranks=ranks,
     )  # fmt: skip
 
-    say = partial(tell, quiet=quiet)
+    print_note = partial(tell, quiet=quiet)
 
     def announce(case: Case, seconds: float | None) -> None:
         in_all = (seconds or 0.0) * (1 if case.streamed else 1 + repeats)
         if in_all >= _LONG_SECONDS or case.memory_bytes >= _LONG_BYTES:
             about = f"about {format_duration(in_all)} and " if seconds else "about "
-            say(f"{_title(case.row)}: {about}{format_bytes(case.memory_bytes)} of memory")
+            print_note(f"{_title(case.row)}: {about}{format_bytes(case.memory_bytes)} of memory")
 
-    say(f"{machine(settings)}, {settings}")
+    print_note(f"{machine(settings)}, {settings}")
     streamed = settings.streamed_tokens
     cases = len(settings.seq) * len(settings.direction) * len(settings.impl)
     columns = [field.name for field in dataclasses.fields(Measurement)]
@@ -177,11 +169,11 @@ def bench(
             if out:
                 out.write({column: getattr(row, column) for column in columns})
             if row.reason:
-                say(f"{_title(row)}: {row.status}, {row.reason}")
+                print_note(f"{_title(row)}: {row.status}, {row.reason}")
             advance(0 if streamed else 1, last=_title(row))
     leave()
     if format == "md":
-        _say_ratios(rows, say)
+        _print_ratios(rows, print_note)
 
 
 def _title(row: Measurement) -> str:
@@ -189,10 +181,10 @@ def _title(row: Measurement) -> str:
     return f"{row.impl} {row.direction} at {row.seq}{part}"
 
 
-def _say_ratios(rows: Sequence[Measurement], say: Callable[[str], None]) -> None:
-    """Say the ratio of speeds for each measured pair: `dilated is 6.5x dense at 32768, forward`."""
+def _print_ratios(rows: Sequence[Measurement], on_note: Callable[[str], None]) -> None:
+    """Print the ratio of speeds for each measured pair: `dilated is 6.5x dense at 32768, forward`."""
     seconds = {(row.impl, row.seq, row.direction): row.seconds for row in rows if row.stop is None and row.seconds}
     for (impl, seq, direction), dilated in seconds.items():
         dense = seconds.get(("dense", seq, direction))
         if impl == "dilated" and dense:
-            say(f"dilated is {dense / dilated:.3g}x dense at {seq}, {direction}")
+            on_note(f"dilated is {dense / dilated:.3g}x dense at {seq}, {direction}")

@@ -17,9 +17,6 @@ OTHER = "Other"  # the last panel
 SIZES = "SIZE: 32k is 32000, 32Ki is 32768."
 BARE = "\0"  # stands for an omitted value: no word of a command line can hold it
 
-# Removed options, and what to write now.
-GONE = {"--no-eos": "without --eos nothing is appended, so leave it out"}
-
 
 class CommandGroup(TyperGroup):
     """A group of commands whose help shows no type for flags."""
@@ -54,12 +51,10 @@ class Command(TyperCommand):
         super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the words of a command line. Raises ConfigError for a removed option, or one that took an argument."""
+        """Parse the words of a command line. Raises ConfigError for an option that took an argument."""
         options = [parameter for parameter in self.params if parameter.param_type_name == "option"]
         optional = {name for option in options if str(option.metavar).startswith("[") for name in option.opts}
         words = args[: args.index("--")] if "--" in args else args
-        for gone in {word.partition("=")[0] for word in words} & set(GONE):
-            raise ConfigError(f"{gone} is gone: {GONE[gone]}")
         marked = list(_mark_bare(words, optional))
         name, value = next((words[i : i + 2] for i, word in enumerate(marked) if word in optional), ("", ""))
         try:

@@ -97,9 +97,9 @@ def estimate_reading(
     """Return the estimate of a job that would write to `output`, or print; `options` are for `estimating.estimate`."""
     from longnet_cli.estimating.reading_job import estimate_documents
 
-    told, done = _fate(output, resume)
+    fate, done = _fate(output, resume)
     with progress("counting", total=None, quiet=quiet) as advance:
-        return estimate_documents(net, job, documents, output=told, done=done, on_progress=advance, **options)
+        return estimate_documents(net, job, documents, output=fate, done=done, on_progress=advance, **options)
 
 
 def _fate(output: str | None, resume: bool) -> tuple[str, int]:

@@ -19,7 +19,6 @@ from longnet_cli.cli.options import (
     ChunkOption,
     ColumnOption,
     DeviceOption,
-    DilationRatesOption,
     DpOption,
     DryRunOption,
     DtypeOption,
@@ -33,7 +32,6 @@ from longnet_cli.cli.options import (
     QuietOption,
     ResumeOption,
     SampleOption,
-    SegmentLengthsOption,
     ShardFormatOption,
     SkipBadOption,
     SpOption,
@@ -63,8 +61,6 @@ def encode(
     skip_bad: SkipBadOption = False,
     model: ModelOption = DEFAULT_MODEL,
     pattern: PatternOption = None,
-    segment_lengths: SegmentLengthsOption = None,
-    dilation_rates: DilationRatesOption = None,
     pool: Annotated[
         Literal["mean", "last", "first", "cls"] | None,
         option(
@@ -188,13 +184,13 @@ def encode(
     ranks, where = join(device, sp=sp, dp=dp)
     quiet = quiet or not ranks.first
     memory = room(model_folder, dtype, where) if dry_run else None  # before the model is loaded
-    asked = read_pattern(segment_lengths, dilation_rates, pattern)
+    parsed = read_pattern(pattern)
     loaded = model_folder.load(
         device=where,
         dtype=dtype,
         tokenizer=tokenizer,
         tokenizer_differs=tokenizer_differs,
-        pattern=asked,
+        pattern=parsed,
         bos=bos,
         vectors=True,
         on_note=partial(tell, quiet=quiet),

@@ -21,13 +21,11 @@ from longnet_cli.cli.options import (
     ChunkOption,
     ColumnOption,
     DeviceOption,
-    DilationRatesOption,
     DtypeOption,
     EosOption,
     ModelOption,
     PatternOption,
     QuietOption,
-    SegmentLengthsOption,
     TokenizerDiffersOption,
     TokenizerOption,
     option,
@@ -77,8 +75,6 @@ def generate(
     bos: BosOption = None,
     model: ModelOption = DEFAULT_MODEL,
     pattern: PatternOption = None,
-    segment_lengths: SegmentLengthsOption = None,
-    dilation_rates: DilationRatesOption = None,
     max_tokens: Annotated[int, size_option(SAMPLING, "--max-tokens -n", "Generate at most this many tokens.")] = 256,
     temperature: Annotated[
         float,
@@ -129,14 +125,14 @@ def generate(
     from longnet_cli.model_folder import ModelFolder
     from longnet_cli.runtime.device import select_device
 
-    asked = read_pattern(segment_lengths, dilation_rates, pattern)
+    parsed = read_pattern(pattern)
     where = select_device(device)
     loaded = ModelFolder.find(model, gguf=True).load(
         device=where,
         dtype=dtype,
         tokenizer=tokenizer,
         tokenizer_differs=tokenizer_differs,
-        pattern=asked,
+        pattern=parsed,
         bos=bos,
         chat=chat,
         on_note=partial(tell, quiet=quiet),

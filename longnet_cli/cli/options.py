@@ -30,28 +30,14 @@ def parse_device(text: str) -> str:
     return text
 
 
-def read_pattern(
-    segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None, pattern: str | None = None
-) -> Pattern | None:
-    """Return the pattern of --pattern, or of the levels of the other two; None without any. Raises ConfigError."""
-    from longnet_cli.attention import Pattern
+def read_pattern(pattern: str | None) -> Pattern | None:
+    """Return the pattern of --pattern, None without one. Raises ConfigError."""
     from longnet_cli.notation import parse_pattern
 
-    if pattern is not None:
-        if segment_lengths is not None or dilation_rates is not None:
-            raise ConfigError(
-                "--pattern says the whole pattern, --segment-lengths and --dilation-rates list levels: give one"
-            )
-        try:
-            return parse_pattern(pattern)
-        except ValueError as error:
-            raise ConfigError(f"--pattern: {error}") from None
-    if segment_lengths is None and dilation_rates is None:
-        return None
     try:
-        return Pattern(tuple(segment_lengths or ()), tuple(dilation_rates or ()))
+        return None if pattern is None else parse_pattern(pattern)
     except ValueError as error:
-        raise ConfigError(f"--segment-lengths, --dilation-rates: {error}") from None
+        raise ConfigError(f"--pattern: {error}") from None
 
 
 def _option_parser(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -201,18 +187,6 @@ PatternOption = Annotated[
         "such as 1Ki/1,4Ki/4. `longnet pattern PATTERN` describes one.",
         "the model's own",
     ),
-]
-SegmentLengthsOption = Annotated[
-    Sequence[int] | None,
-    sizes_option(
-        PATTERN,
-        "--segment-lengths",
-        "List the segment length of each level, with --dilation-rates, instead of --pattern.",
-        "the model's own",
-    ),
-]
-DilationRatesOption = Annotated[
-    Sequence[int] | None, sizes_option(PATTERN, "--dilation-rates", "List one dilation rate per segment length.")
 ]
 ShardFormatOption = Annotated[
     Literal["arrow", "parquet"],

@@ -17,7 +17,6 @@ from longnet_cli.cli.options import (
     ChunkOption,
     ColumnOption,
     DeviceOption,
-    DilationRatesOption,
     DpOption,
     DryRunOption,
     DtypeOption,
@@ -31,7 +30,6 @@ from longnet_cli.cli.options import (
     QuietOption,
     ResumeOption,
     SampleOption,
-    SegmentLengthsOption,
     SkipBadOption,
     SpOption,
     TokenizerDiffersOption,
@@ -65,8 +63,6 @@ def score(
     skip_bad: SkipBadOption = False,
     model: ModelOption = DEFAULT_MODEL,
     pattern: PatternOption = None,
-    segment_lengths: SegmentLengthsOption = None,
-    dilation_rates: DilationRatesOption = None,
     ppl: Annotated[
         bool,
         option(MEASURE, "--ppl", None, "Measure perplexity and bits per byte. This is the default.", False),
@@ -209,18 +205,18 @@ def score(
     ranks, where = join(device, sp=sp, dp=dp)
     quiet = quiet or not ranks.first
     memory = room(model_folder, dtype, where) if dry_run else None  # before the model is loaded
-    asked = read_pattern(segment_lengths, dilation_rates, pattern)
+    parsed = read_pattern(pattern)
     loaded = model_folder.load(
         device=where,
         dtype=dtype,
         tokenizer=tokenizer,
         tokenizer_differs=tokenizer_differs,
-        pattern=asked,
+        pattern=parsed,
         bos=bos,
         on_note=partial(tell, quiet=quiet),
     )
     net = loaded.net
-    if asked:
+    if parsed:
         tell(f"pattern {format_pattern(net.config.pattern)}", quiet)
     from longnet_cli.gains import GainOptions
     from longnet_cli.logprobs import write_token_logprobs

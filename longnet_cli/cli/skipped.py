@@ -35,10 +35,10 @@ class Skipped:
         """Take the counts from a folder's totals: if an earlier run finished it, this run has counted nothing."""
         self.number, self.empty = totals.get("skipped", 0), totals.get("empty", 0)
 
-    def end(self, first: bool, *, told: bool = False) -> None:
-        """Report the counts, unless `told` already. If some were left out, the `first` rank exits with code 6."""
+    def end(self, first: bool, *, reported: bool = False) -> None:
+        """Report the counts, unless `reported` already. If some were left out, the `first` rank exits with code 6."""
         for number, what in ((self.empty, "empty"), (self.number, "left out")):
-            if number and not told:
+            if number and not reported:
                 note(f"{number} document{'s' * (number > 1)} {what}", self._quiet)
         if self.number and first:
             raise typer.Exit(LEFT_OUT)

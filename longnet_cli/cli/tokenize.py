@@ -154,4 +154,4 @@ def tokenize(
         place = "stdout" if output == "-" else output
         left_out = f"; {skipped.number} document{'s' * (skipped.number > 1)} left out" if skipped.number else ""
         tell(f"{', '.join(counts)} -> {place}{shards}{left_out}", quiet)
-    skipped.end(result is not None, told=True)
+    skipped.end(result is not None, reported=True)

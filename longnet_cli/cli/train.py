@@ -42,14 +42,6 @@ RECIPE = "Recipe"
 BY_RECIPE = "the recipe's"
 
 
-def read_resume(text: str) -> str:
-    """Return the value of --resume. Raises ConfigError for a value that is no longer supported."""
-    if text in ("auto", "never"):
-        now = {"auto": "--resume, which is the default", "never": "--no-resume"}[text]
-        raise ConfigError(f"--resume {text} is now {now} (a folder of this name is ./{text})")
-    return text
-
-
 def train(
     recipe: Annotated[
         str | None,
@@ -102,7 +94,6 @@ def train(
             "[PATH]",
             "Continue the run in the output folder, or from PATH: another run, or a checkpoint.",
             "the output folder's run, if any",
-            parser=read_resume,
         ),
     ] = None,
     no_resume: Annotated[
@@ -165,7 +156,7 @@ def train(
 
     if (seq_len is None) != (steps is None):
         raise ConfigError("--seq-len and --steps make one stage together: give both")
-    read_pattern(None, None, pattern)  # so that an error names --pattern, not the recipe
+    read_pattern(pattern)  # so that an error names --pattern, not the recipe
     if resume is not None and no_resume:
         raise ConfigError("--resume and --no-resume exclude each other: give one")
     flags = {
@@ -200,13 +191,13 @@ def train(
     quiet = quiet or not ranks.first
     total = found.train.tokens
 
-    def say(line: str) -> None:
+    def print_note(line: str) -> None:
         if ranks.first:
             typer.echo(printable(line), err=True)
 
     mesh = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
     trained = found.model.trained if isinstance(found, PretrainedRecipe) else found.model.num_parameters()
-    say(f"training {trained:,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")
+    print_note(f"training {trained:,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")
     with ExitStack() as stack:
         shown: dict[str, str] = {}
         begun = False  # until it is True, there is nothing to save
@@ -218,7 +209,7 @@ def train(
             if step:
                 what = f"continuing after step {step:,}" if step < found.train.steps else "all steps are done already"
                 unused = initial and not isinstance(found, PretrainedRecipe)
-                say(f"{what}; --init is ignored, because this run has already started" if unused else what)
+                print_note(f"{what}; --init is ignored, because this run has already started" if unused else what)
             advance = stack.enter_context(progress("training", total, start=tokens, quiet=quiet))
 
         def on_step(tokens: int, line: Metrics | None) -> None:
@@ -237,18 +228,18 @@ def train(
                 peak=MatmulPeak(where, found.train.dtype),
                 on_begin=on_begin,
                 on_step=on_step,
-                on_note=say,
+                on_note=print_note,
             )
         except (KeyboardInterrupt, SystemExit):
             stack.close()
             if begun:
-                say(f"stopped, and saved in {output}: {_again(output, ranks)} goes on")
+                print_note(f"stopped, and saved in {output}: {_again(output, ranks)} goes on")
             raise
     leave()
     loss = f", loss {result.loss:.4f} nats per token" if result.loss == result.loss else ""
-    say(f"saved {result.output} after {result.steps:,} steps{loss}")
+    print_note(f"saved {result.output} after {result.steps:,} steps{loss}")
     use = "score it: longnet score --ppl" if found.model.causal else "use it: longnet encode"
-    say(f"{use} --model {_path(output)} FILE")
+    print_note(f"{use} --model {_path(output)} FILE")
 
 
 def describe(line: Metrics) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""What `--dry-run` prints: the memory, FLOPs and time of a job."""
+"""Estimates for `--dry-run`: the memory, FLOPs and time of a job."""

@@ -21,7 +21,7 @@ PANELS = (
 )
 
 # Keys in which rows of one length may differ, and the words that a curve's name then has for them
-_TOLD: dict[str, Callable[[Any], str]] = {
+_DIFFERENCES: dict[str, Callable[[Any], str]] = {
     "op": str,
     "direction": str,
     "batch": "batch of {}".format,
@@ -58,10 +58,10 @@ class Bench:
 
         Dense attention that was skipped is extrapolated from its longest run: its FLOPs grow with the squared length.
         """
-        told = [key for key in _TOLD if len({str(row.get(key)) for row in self.rows}) > 1]
+        differing = [key for key in _DIFFERENCES if len({str(row.get(key)) for row in self.rows}) > 1]
         groups: dict[str, list[Row]] = {}
         for row in self.rows:
-            words = [str(row["impl"]), *(_TOLD[key](row[key]) for key in told if row.get(key) is not None)]
+            words = [str(row["impl"]), *(_DIFFERENCES[key](row[key]) for key in differing if row.get(key) is not None)]
             groups.setdefault(", ".join([self.name] * several + words), []).append(row)
         for key, axis, power in PANELS:
             curves = []

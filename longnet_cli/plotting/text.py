@@ -106,12 +106,12 @@ class _Drawing:
         owner, point = self.names.index(curve.name), curve.points[-1]
         more = ", extrapolated" if curve.extrapolated else ""
         error = "" if point.error is None else f" +- {self.panel.y.show(point.error)}"
-        told = f"{curve.name}{more}: {self.panel.y.show(point.y)}{error} at {self.panel.x.name(point.x)}"
+        summary = f"{curve.name}{more}: {self.panel.y.show(point.y)}{error} at {self.panel.x.name(point.x)}"
         if len(self.names) == 1:
-            yield from textwrap.wrap(told, self.columns)
+            yield from textwrap.wrap(summary, self.columns)
             return
         mark = self._colored(owner, "--") + " " if self.color else f"{_letter(owner)} "
-        for line in textwrap.wrap(told, self.columns - 3):
+        for line in textwrap.wrap(summary, self.columns - 3):
             yield mark + line
             mark = " " * (3 if self.color else 2)
 
