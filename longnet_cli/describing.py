@@ -308,7 +308,7 @@ def reach(pattern: Pattern, seq: int, heads: int, causal: bool, layers: Sequence
 
 @dataclass(frozen=True)
 class _Link:
-    """Keys at some positions. Each key is seen by the `asking` queries with indices [first, last)."""
+    """Links to keys: of the queries `asking`, number first[i] to number last[i] - 1 see the key at keys[i]."""
 
     asking: np.ndarray | slice
     keys: np.ndarray
@@ -319,7 +319,8 @@ class _Link:
 def _links(pattern: Pattern, seq: int, heads: int, causal: bool) -> Iterator[_Link]:
     """Yield the links of each level, for each offset that a head has.
 
-    Both ends of the interval of keys grow with the query, so the queries that see a key are neighbours in `asking`.
+    A query sees an interval of keys. Both its ends grow with the query, so the queries that see a key are neighbours in
+    `asking`.
     """
     positions = np.arange(seq)
     for level, (w, r) in enumerate(pattern.levels):
@@ -352,8 +353,9 @@ def _one_layer(pattern: Pattern, reached: np.ndarray, steps: Sequence[_Link]) ->
 def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = True) -> np.ndarray:
     """Return a picture of the level by which each query sees each key: rows are queries, columns are keys.
 
-    The picture is (n, n) with n at most `size`, and a cell stands for neighbouring positions. It holds the first level
-    by which some head's query sees one of its keys, the number of levels if only sinks are seen, otherwise NOTHING.
+    The picture is (n, n) with n at most `size`. A cell stands for neighbouring queries and neighbouring keys. It holds
+    the first level by which some head of one of the queries sees one of the keys. If only sinks are seen, it holds the
+    number of levels; if nothing is seen, NOTHING.
     """
     size = min(size, seq)
     edges = np.array([seq * i // size for i in range(size + 1)])

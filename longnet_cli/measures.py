@@ -175,8 +175,8 @@ class Total:
 
     The standard error of ppl = exp R is ppl times the standard error of R. Contexts are compared document by document:
     the ratio of a context's ppl to the first context's has a much smaller standard error than either ppl. The rows of
-    `by_recall` are compared in the same way, each over the documents that have tokens in it. Rows by position hold
-    other tokens at each context, so they are not compared.
+    `by_recall` are compared in the same way, each over the documents that have tokens in it. Rows by position are not
+    compared, because at each context they hold other tokens.
     """
 
     def __init__(self, contexts: Sequence[int | None]) -> None:

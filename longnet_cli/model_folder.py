@@ -1,4 +1,4 @@
-"""What `--model` names: a LongNet, a Hugging Face model or a GGUF file, and how to load it, to run it or to train it.
+"""A model that `--model` names: a LongNet, a Hugging Face model or a GGUF file; what it reads, and how to load it.
 
     folder = ModelFolder.find("./my-llama")
     loaded = folder.load(device=torch.device("cpu"))

@@ -1,9 +1,10 @@
 """Every attention call of a shard: rectangles of query rows and key rows, as strided views. Pure integers.
 
 For a query at position p, level i covers the positions [lo_i, hi_i): the query's own segment and `look_back` segments
-before it (in bidirectional attention, as many after it too). A block of queries is a segment; with overlap="once", it
-is a segment of the previous level. Apart from causality, all queries of a block see the same keys. So a level is one
-causal square per segment, and full rectangles. Those of whole segments are evenly spaced: one batched call for each.
+before it (in bidirectional attention, as many after it too). A level's queries come in blocks: its segments or, with
+overlap="once", the segments of the previous level. Apart from causality, all queries of a block see the same keys. So
+each segment needs one causal square, and full rectangles. Whole segments are evenly spaced, so one batched call
+computes the same rectangle in all of them.
 
     causal, look_back 1, overlap "once", w_1 = 2 w_0           keys ->
                                                     queries    # 0 0
@@ -11,8 +12,8 @@ causal square per segment, and full rectangles. Those of whole segments are even
     1  level 1: from lo_1 to lo_0                              v 1 # 0 0
     #  both level 0                                              1 1 # 0 0
 
-A shard is the positions [start, start + tokens) of one sequence. Keys from outside are far keys (the packed rows of a
-span) or sinks; each is one more rectangle.
+A shard is the positions [start, start + tokens) of one sequence. Keys outside the shard are far keys (the packed rows
+of a span) or sinks; each needs one more rectangle.
 """
 
 from __future__ import annotations
@@ -84,12 +85,12 @@ def branches(
     kv_heads: int = 0,
     turned: Turned | None = None,
 ) -> tuple[Branch, ...]:
-    """Return every attention call of a shard, level by level, those on near keys first.
+    """Return every attention call of a shard: on near keys, level by level, then on far keys, then on sinks.
 
-    `spans` are those of the far keys, in the caller's order. `total` is the length of the whole sequence, or 0 if that
-    ends with the shard; only `padding="zero_key"` uses it. `kv_heads` 0 means `num_heads`. Sinks are the shard's own
-    first rows and the spans of level `SINKS`, unless they are `turned`. Raises ValueError for far keys that the shard
-    cannot attend to, and for sinks that are not given.
+    `spans` are the spans of the far keys, in the caller's order. Only `padding="zero_key"` uses `total`, the length of
+    the whole sequence, or 0 if the sequence ends with the shard. `kv_heads` 0 means `num_heads`. Sinks are the shard's
+    own first rows and the spans of level `SINKS`, unless they are `turned`. Raises ValueError for far keys that the
+    shard cannot attend to, and for sinks that are not given.
     """
     call = _Call(pattern, num_heads, kv_heads or num_heads, start, start + tokens, causal)
     covering = next((i for i, r in enumerate(pattern.dilation_rates) if r == 1), None)
@@ -110,8 +111,8 @@ def united(pattern: Pattern, num_heads: int, tokens: int, causal: bool, kv_heads
     """Return the attention calls of a sequence as the union of its levels, in place of `branches`, or None.
 
     The union is used only if some level shows every key to every query anyway, if the table of counts is within
-    `UNION_LIMIT`, and if the union takes fewer products than level by level. `Union` explains the numbers added to
-    scores.
+    `UNION_LIMIT`, and if the union takes fewer products than the levels one by one. `Union` explains the numbers added
+    to scores.
     """
     whole = any(w >= tokens and r == 1 for w, r in pattern.levels)
     if not whole or num_heads * _table_size(tokens) ** 2 > UNION_LIMIT:
@@ -248,7 +249,7 @@ class _Call(NamedTuple):
                 )
 
     def sinks(self, spans: Sequence[Span], turned: Turned | None) -> Iterator[Branch]:
-        """Yield the calls on all sinks for the queries, in any residue, whose first level covers none of them."""
+        """Yield the calls that show all sinks to the queries, of any residue, whose first level covers no sink."""
         w, n = self.pattern.segment_lengths[0], self.pattern.sinks
         segments = sink_segments(self.pattern, self.start, self.stop)
         if not segments:

@@ -1,8 +1,8 @@
 """The KV cache of a causal sequence: for each level, the rows that later queries can still see.
 
-These are the rows of the level's open segment and of the `look_back` segments before it. Only they and the sinks are
-read again. So a sequence of any length needs `sum of (1 + look_back) ceil(w / r)` rows per lane, and the sinks: 40,960
-rows per head for a billion tokens of `Pattern.geometric(2**30)`.
+These are the rows of the level's open segment and of the `look_back` segments before it. Later queries read only these
+rows and the sinks. So a sequence of any length needs `sum of (1 + look_back) ceil(w / r)` rows per lane, and the sinks:
+40,960 rows per head for a billion tokens of `Pattern.geometric(2**30)`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class KVCache:
     `nbytes` is the size of the allocated rows, at most batch * head_dim * 2 * `pattern.cached_rows` numbers. A segment
     with more than FIRST_ROWS rows starts with FIRST_ROWS, and gets the others on demand.
 
-    `keep` is the length that the sequence may reach if earlier far keys must stay valid, as for a backward pass over
-    all shards. Then every segment gets memory of its own, for all its rows at once, instead of an old segment's. That
-    memory comes from `allocate`, which takes the arguments of torch.empty.
+    Pass `keep`, the length that the sequence may reach, if earlier far keys must stay valid, as for a backward pass
+    over all shards. Then every segment gets new memory for all its rows at once, and takes over no older segment's.
+    `allocate` makes the memory; it takes the arguments of torch.empty.
     """
 
     def __init__(

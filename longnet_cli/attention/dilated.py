@@ -41,17 +41,17 @@ class FarKeys:
     """Keys and values from outside the shard: one level's rows at positions [start, stop) of one segment.
 
     k, v: (batch, rows, lanes, head_dim). Row j of a lane is its j-th row in [start, stop). Lanes are heads, except that
-    query heads which read the same rows of one key head share a lane (`pattern.lanes`). The numbers of rows of two
-    lanes differ by at most one (`span_positions`); rows beyond a lane's own are never read. The caller may take k and v
-    from a cache, another rank or a file; gradients flow into them.
+    query heads which read the same rows of one key head share a lane (`pattern.lanes`). Two lanes differ by at most one
+    row (`span_positions`); a row that a lane lacks is never read. The caller may take k and v from a cache, another
+    rank or a file; gradients flow into them.
 
     For level `SINKS`, positions are among the first `pattern.sinks`, and k is rotated for them like any other key.
 
-    `turned` keeps the sinks as they were turned last, for a caller whose k and v of all sinks never change.
+    `turned` caches the turned sinks of the last call. Give it only with far keys that hold all sinks and never change.
 
-    `ready` is called after near keys, before k and v are read. `back` is called in the backward pass with the gradients
-    of k and v, in fp32 or fp64, before the gradients of near keys are computed; gradients flow into k and v as well.
-    Both let a message travel while near keys are attended to.
+    `ready` is called after the calls on near keys, before k and v are read. `back` is called in the backward pass with
+    the gradients of k and v, in fp32 or fp64, before the gradients of near keys are computed; gradients flow into k and
+    v as well. Both let a message travel while near keys are attended to.
     """
 
     level: int
@@ -115,8 +115,8 @@ def dilated_attention(
     far: keys from outside the shard; in causal attention, they lie before it.
     lengths: true length of each row of a right-padded batch, 0 to tokens. Each row gets what it would get alone, and
         zeros beyond its length.
-    documents: lengths of the documents that follow each other in every row, `tokens` in all. Each attends only to
-        itself, from position 0, and gets what it would get alone. `start` and `far` belong to the first one.
+    documents: lengths of the documents that follow each other in every row, `tokens` in all. Each document attends only
+        to itself, from position 0, and gets what it would get alone. `start` and `far` belong to the first document.
     padding: "zero_key" adds torchscale's zero keys to ragged segments of a bidirectional call.
     total: length of the whole sequence, needed for zero keys if the shard is only a part of it.
     scale: factor of the scores, by default head_dim^-0.5.
@@ -231,7 +231,7 @@ def _plan(
 
 
 class _Sinks(NamedTuple):
-    """The turned sinks of one call."""
+    """The sinks of one call, and the function that turns them."""
 
     rows: SinkRows
     turn: Turn
@@ -253,7 +253,7 @@ class _Sinks(NamedTuple):
 
 
 def _kept(sinks: SinkRows, far: Sequence[FarKeys]) -> dict[tuple[int, ...], tuple[Tensor, ...]] | None:
-    """Return the dict for turned sinks: `turned` of the far keys that hold all sinks, if only document 0 has sinks."""
+    """Return the cache of turned sinks, `turned` of the one span of sinks; None if another document has sinks too."""
     holders = [keys for keys in far if keys.level == SINKS]
     return holders[0].turned if len(holders) == 1 and sinks.firsts == (0,) else None
 

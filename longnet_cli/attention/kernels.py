@@ -29,15 +29,15 @@ from .plain_call import Kernel, MathKernel, wide
 class CpuFlashKernel(Kernel):
     """torch's own flash attention for CPUs. Its backward accumulates in the input dtype, so it gets at least fp32.
 
-    A causal call also computes the scores above the diagonal, in blocks of 512 keys, and masks them. So a short square
-    is divided into steps of a few rows, each on the keys up to its last row.
+    torch wastes work on causal squares: it also computes the scores above the diagonal, 512 keys at a time, and masks
+    them. So a short square is cut into steps of 128 rows, and a step gets only the keys up to its last row.
     """
 
     name = "cpu_flash"
     biased = True
     _MAX_ELEMENTS = 1 << 21  # bounds the scratch memory of one call: 8 MiB per tensor in fp32
     _STEP = 128  # rows
-    _MAX_STEPS = 4, 8  # of a forward, of a backward; with more steps, one call is as fast
+    _MAX_STEPS = 4, 8  # in a forward, in a backward; with more steps, one call is as fast
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":

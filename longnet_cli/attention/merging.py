@@ -40,8 +40,8 @@ FarTensors = Callable[[int], Sequence[Tensor]]  # index of far keys -> their key
 class Plan:
     """All calls of a batch: blocks as views, then packs.
 
-    `covered`: the `first` branches, all of them views, reach every row. `squares`: besides, they have the same rows as
-    queries and as keys.
+    `covered`: no branch is packed, and the `first` branches reach every row. `squares`: besides, in each `first` branch
+        queries and keys are the same rows of the same heads (H = K).
     """
 
     blocks: Sequence[Block]
@@ -309,7 +309,7 @@ def _bias(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
 
 @lru_cache(maxsize=4)
 def log_counts(union: Union, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return (H, tokens, tokens): the log of how often a key counts for a query, e^bias per level; -inf for never."""
+    """Return (H, tokens, tokens): the log of how often a key counts, e^bias for each level that shows it; or -inf."""
     pattern, heads, kv_heads, causal, tokens = union
     with torch.inference_mode(False):  # the cached table outlives the caller's inference mode
         counts = torch.zeros(heads, tokens, tokens, dtype=dtype, device=device)

@@ -2,8 +2,8 @@
 
 `merge_parts` reads the outputs of all branches of a query once and writes the merged out and log-sum-exp; `add_parts`
 reads all parts of a gradient once and writes their sum. Both compute in fp32, in registers, and write the dtype of the
-inputs: no buffer of the whole shard is wider than that. Kernels compute the places of a part's rows, so a part stays
-where its attention kernel has put it, and a launch takes any number of parts.
+inputs, so no buffer of the whole shard is wider than the inputs. Kernels compute the places of a part's rows, so a part
+stays where its attention kernel has put it, and a launch takes any number of parts.
 
 The rows of a call are one strided view of the shard. With tokens counted over the whole batch, row `row` of its head
 `j` and segment `m` is token `first + m * segment_step + j * skew + row * row_step`, head `first_head + j * head_step`:
@@ -46,7 +46,7 @@ _BIAS, _ZEROS = tl.constexpr(29), tl.constexpr(30)
 
 
 class OnePassMerge:
-    """The merged out (B, N, H, D), like q, and lse (B, N, H), in fp32, of all branches, computed when all are there."""
+    """The merge of all branches, computed when all are there: out (B, N, H, D), like q, and lse (B, N, H), in fp32."""
 
     def __init__(self, q: Tensor, covered: bool) -> None:
         """Start without parts. `covered` (the `first` branches reach every row) has no effect here."""
@@ -134,7 +134,7 @@ class _ViewRows(NamedTuple):
 
     @classmethod
     def of(cls, place: Tensor, heads: int) -> _ViewRows:
-        """Read from its strides the rows that `place` (segments, heads, rows, 1), a view of `_places`, shows."""
+        """Return the rows that `place` (segments, heads, rows, 1), a view of `_places`, shows, from its strides."""
         segments, number, rows, _ = place.shape
         of_segment, of_head, of_row, _ = place.stride()
         first, first_head = divmod(int(place.storage_offset()), heads)

@@ -137,7 +137,7 @@ class _Taken(NamedTuple):
 
 
 def _append(into: Sequences, rows: Rows, token: int, heads: int) -> None:
-    """Append the sequences of a view of the tokens from `token` on, in a tensor with `heads` heads."""
+    """Append the sequences that a view shows. Its tokens count from `token`, in a tensor with `heads` heads."""
     for segment in range(rows.segments):
         first = token + rows.first_token + segment * rows.segment_step
         for head in range(rows.heads):

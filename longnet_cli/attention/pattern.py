@@ -128,7 +128,7 @@ class Pattern:
         """Return a pattern for training: a window of `base` tokens, and levels that tile the past to `length` or more.
 
         Segment lengths and rates grow by `ratio`. Each level looks back one segment, every key counts once, and every
-        row queries every level. If a rate is at most the number of heads, some head sees each position.
+        row queries every level. At a rate of at most the number of heads, each position is seen by some head.
         `FAR_BIAS` gives far keys less weight than near ones; docs/results.md reports its gain and its cost.
         """
         grown = cls.geometric(length, base, ratio)
@@ -148,7 +148,7 @@ class Pattern:
 
     @classmethod
     def dense(cls) -> Pattern:
-        """Return dense attention: one segment at rate 1, longer than any sequence, and a cache that grows with that."""
+        """Return dense attention: one segment at rate 1, longer than any sequence. Its cache grows without end."""
         return cls((1 << 40,), (1,))
 
     @property
@@ -231,7 +231,7 @@ class Pattern:
         self._set("level_bias", bias)
 
     def _check_order(self) -> None:
-        """Raise ValueError unless the order of the levels makes all parts of attention rectangles of rows and keys."""
+        """Raise ValueError if, with levels in this order, some part of attention is no rectangle of rows and keys."""
         lengths, backs = self.segment_lengths, self.look_backs
         asked = {"overlap": self.overlap == "once", "queries": self.queries == "all", "sinks": self.sinks != 0}
         names = [f"{name}={getattr(self, name)!r}" for name, is_asked in asked.items() if is_asked]

@@ -55,9 +55,9 @@ def progressions(
 ) -> list[Heads]:
     """Divide all heads into few progressions, such that one strided view can show all heads of a progression.
 
-    Heads of one view need the same `equal` (None leaves a head out), and values in `even` that grow evenly from head
-    to head or stay the same. Both offset rules give long runs of such heads, either neighbours or a fixed step apart.
-    Of `steps`, the one with the fewest views is taken.
+    Heads can share a view if they have the same `equal` (None leaves a head out), and if their values in `even` grow by
+    equal steps or stay the same. Both offset rules give long runs of such heads, either neighbours or a fixed step
+    apart. Of `steps`, the one with the fewest views is taken.
     """
 
     best: list[Heads] = []

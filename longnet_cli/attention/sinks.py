@@ -27,14 +27,14 @@ Turn = Callable[[Tensor, Tensor], Tensor]
 class SinkRows(NamedTuple):
     """The places of a shard's sinks, and the distance that they move for each segment.
 
-    It holds only documents with segments that see sinks in a call of their own.
+    Documents are left out if none of their segments needs a separate call for sinks.
 
     firsts: the token of the shard at which each document starts.
     outside: the number of sinks of the document at token 0 that lie before the shard.
     far: (index, rows) of the far keys that hold these sinks, in order.
     documents: for each segment, the index of its document.
     distances: for each segment, the number of tokens that its sinks move.
-    rows: for the token at which a document starts, its first row among those that `spread` returns.
+    rows: maps the token at which a document starts to the document's first row in the result of `spread`.
     """
 
     firsts: tuple[int, ...]
@@ -82,7 +82,7 @@ class SinkRows(NamedTuple):
 def sink_rows(
     pattern: Pattern, start: int, tokens: int, documents: Sequence[int] | None, spans: Sequence[Span]
 ) -> SinkRows | None:
-    """Return the sinks that a shard's queries see in a call of their own, or None.
+    """Return the sinks for which a shard's queries need a separate call, or None.
 
     Raises ValueError for sinks before the shard that are not given as far keys.
     """

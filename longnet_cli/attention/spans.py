@@ -22,8 +22,8 @@ SINKS = -1  # the level of a span that holds a document's first positions, which
 class Span(NamedTuple):
     """Far keys of one level: its rows at positions [start, stop), which lie in one segment, outside the shard.
 
-    A span with start = stop is empty, but its far keys still keep in the autograd graph the operation that made them.
-    For level `SINKS`, positions lie in [0, pattern.sinks).
+    An empty span (start = stop) also has far keys: they keep the operation that made them in the autograd graph. For
+    level `SINKS`, positions lie in [0, pattern.sinks).
     """
 
     level: int
@@ -106,7 +106,7 @@ def open_spans(pattern: Pattern, stop: int) -> list[Span]:
 
 
 def sink_segments(pattern: Pattern, start: int, stop: int) -> range:
-    """Return the first level's segments in [start, stop) that need a call for sinks: the level covers none there."""
+    """Return the first level's segments in [start, stop) that need a call for sinks, as the level covers no sink."""
     w, first = pattern.segment_lengths[0], pattern.look_backs[0] + 1
     return range(max(start // w, first), (stop - 1) // w + 1) if pattern.sinks and start < stop else range(0)
 
@@ -142,8 +142,8 @@ def span_positions(pattern: Pattern, span: Span, num_heads: int, kv_heads: int =
 class SpanViews(NamedTuple):
     """The rows of a span for some lanes, as three views: of a shard, of packed far keys, of a segment's packed rows.
 
-    In packed far keys, row j of a lane is its j-th row in the span. In a segment's packed rows, it is its j-th row in
-    the whole segment.
+    Row j of a lane is the lane's j-th row in the span, for packed far keys, or in the whole segment, for a segment's
+    packed rows.
     """
 
     shard: Rows

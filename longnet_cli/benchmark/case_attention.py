@@ -23,7 +23,8 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     """Return a case of attention over random q, k, v: forward without an autograd graph, or backward alone.
 
     A streamed case goes chunk by chunk through a KVCache, over every query and key. All chunks have the same numbers:
-    drawing them for 1e9 tokens would take longer than the attention, whose time does not depend on them.
+    drawing numbers for 1e9 tokens would take longer than the attention, and the time of attention does not depend on
+    its numbers.
     """
     pattern, dtype = s.pattern_for(seq), DTYPES[s.dtype]
     dense, backward = impl == "dense", direction == "backward"

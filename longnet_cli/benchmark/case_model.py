@@ -144,7 +144,7 @@ def _flops(
     c, tables = net.config, {module.weight for module in net.modules() if isinstance(module, nn.Embedding)}
     output = net.output or net.embedding if isinstance(net, LongNet) else net.model.get_output_embeddings()
     assert output is not None
-    # the matrices that multiply every token: not a table, which is read by rows, unless it is tied to the output
+    # the matrices that multiply every token; a table is read by rows, and counts only if it is tied to the output
     matrices = {p for p in net.parameters() if p.dim() > 1} - tables | {output.weight}
     numbers = sum(p.numel() for p in matrices)
 
@@ -166,7 +166,7 @@ def _memory(s: Settings, net: Net, chunk: int) -> int:
 def _training_memory(s: Settings, c: LongNetConfig, seq: int, chunk: int) -> int:
     """Return the bytes of weights and gradients, logits, a chunk's activations, and rows that chunks keep for others.
 
-    They are counted as in `training.estimate`.
+    They are counted as in `estimating.training_job`.
     """
     tokens, itemsize = s.batch * chunk, DTYPES[s.dtype].itemsize
     numbers = c.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights

@@ -1,8 +1,9 @@
 """The job `bench`: how fast an op runs on this machine. Each measurement is a row, given out as soon as it is known.
 
 A row's `seconds` is the median of `repeats` runs after one warm-up run. If time runs out before the second run, it is
-the time of the warm-up. Rates count executed FLOPs, not the FLOPs that dense attention would need, and causal attention
-as half. A case that would not fit in memory or time is not run: the row's `status` says so, and its `reason` says why.
+the time of the warm-up. Rates count executed FLOPs, with causal attention as half, and not the FLOPs that dense
+attention would need. A case that would not fit in memory or time is not run: the row's `status` says so, and its
+`reason` says why.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # in Python's mmap from 3.1
 class Message(NamedTuple):
     """An Arrow message: `head`, which is its prefix and metadata, and its `body`.
 
-    If `place` is given, the body is not filled: its bytes start at that offset in the file. `size` is the size of
-    both in the file.
+    If `place` is given, the body is not filled: its bytes start at that offset in the file. `size` is the size of head
+    and body in the file.
     """
 
     head: bytes
@@ -58,7 +58,7 @@ class _IndexEntry(NamedTuple):
 
 
 def open_ipc_stream(name: str, where: str, stream: Any, file: StoredFile | None = None) -> Table:
-    """Open an Arrow stream as a table. `file` is the stream again if it is a local file, where bodies can stay."""
+    """Open an Arrow stream as a table. If it is a local file, pass it as `file` too: bodies can stay in it."""
 
     def messages() -> Iterator[Message]:
         yield from _Messages(where, stream, file)

@@ -162,8 +162,8 @@ def checked(
 ) -> Iterator[Document]:
     """Yield the documents that `check` accepts, and raise the errors that it raises.
 
-    With `on_skip`, a document that causes ConfigError or DataError is passed to it, with the error, and nothing is
-    raised. To find such errors, all ids of each document are read here, unless `reads` is false. A file that changes
+    With `on_skip`, a document that causes ConfigError or DataError is passed to `on_skip`, with the error, and nothing
+    is raised. To find such errors, all ids of each document are read here, unless `reads` is false. A file that changes
     while it is read raises its error in any case.
     """
     for document in documents:
@@ -184,8 +184,8 @@ def checked(
 def collect(parts: Iterable[Part]) -> list[Part]:
     """Return the parts of one document.
 
-    Whenever those in memory exceed SPOOL_BYTES and another part follows, they are moved to an unnamed temporary file.
-    So a document that comes through a pipe in pieces takes disk, not memory.
+    Whenever the parts in memory exceed SPOOL_BYTES and another part follows, they are moved to an unnamed temporary
+    file. So a document that comes through a pipe in pieces takes disk, not memory.
     """
     kept: list[Part] = []
     in_memory: list[int] = []

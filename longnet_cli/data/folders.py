@@ -16,11 +16,11 @@ HDF5_SUFFIXES = (".h5", ".hdf5")
 def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> list[str]:
     """Choose the files to read below a folder: the shards of a data set in its order, otherwise every text.
 
-    Files without an order of their own are sorted naturally. A data set or a run that `longnet` wrote below the
-    folder is skipped if there are other files, because it may be the output that is being written. `names` are
-    relative paths. `read(name, size)` returns the first bytes of a file, all of them for None. Raises DataError for a
-    folder without readable files, a missing shard and an unfinished or damaged data set, ConfigError for a data set
-    of several splits.
+    Files without an order of their own are sorted naturally. A data set or a run that `longnet` wrote below the folder
+    is skipped if there are other files, because it may be the output that is being written. `names` are relative paths.
+    `read(name, size)` returns the first `size` bytes of a file, or all bytes if `size` is None. Raises DataError for a
+    folder without readable files, a missing shard and an unfinished or damaged data set, ConfigError for a data set of
+    several splits.
     """
 
     def listed(index: str, key: str, name: str) -> list[str] | None:
@@ -79,7 +79,7 @@ def is_hidden(name: str) -> bool:
 def _looks_like_text(name: str, head: bytes) -> bool:
     """Return whether a file found in a folder is worth opening: images and empty `__init__.py` files are not.
 
-    A compressed file is, if its suffix says so and it is not an archive of many files.
+    A compressed file is worth opening if its suffix names the compression, and it is not an archive of many files.
     """
     if compression(head):
         return name.endswith(SUFFIXES) and not bare_name(name).endswith(".tar")

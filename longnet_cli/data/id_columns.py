@@ -54,7 +54,7 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
         )
 
     def stretches() -> Iterator[tuple[int, Part]]:
-        """Yield each stretch without an EOS id, after the number of EOS ids before it."""
+        """Yield (number of EOS ids so far, a stretch of ids without EOS)."""
         count = 0
         for batch in read_batches(table, columns, skip_bad=False):
             first = batch.first

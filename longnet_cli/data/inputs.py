@@ -54,7 +54,7 @@ def find_sources(inputs: Sequence[str | Path], missing: list[DataError] | None =
 
 
 def once(sources: Iterable[Source]) -> list[Source]:
-    """Return the sources without files that repeat an earlier one (same device and inode), and warn about those."""
+    """Return the sources, but leave out files that repeat an earlier one (same device and inode), with a warning."""
     first: dict[object, Source] = {}
     again: list[str] = []
     for source in sources:

@@ -35,8 +35,8 @@ class Manifest:
 
     `settings` holds everything that decides the bytes of the shards: inputs and options. `shards` has one dict per
     shard, in order: `name`, `rows`, and the counts that were given to `ShardFolder.write`, such as `documents`.
-    `skipped` counts the documents that could not be read, `empty` those with nothing in them: neither are in any
-    shard. `tokenizer` is the value of `Tokenizer.description`.
+    `skipped` counts the documents that could not be read, `empty` the documents with nothing in them; no shard has
+    either kind. `tokenizer` is the value of `Tokenizer.description`.
     """
 
     settings: dict[str, Any]

@@ -53,7 +53,7 @@ class TextStream:
         return decode(self._shown + self._waiting)[len(decode(self._shown)) :]
 
     def _out(self, text: str) -> str:
-        if text:  # otherwise nothing but special tokens came, which join nothing
+        if text:  # otherwise only special tokens came, and these join with nothing
             self._shown = self._waiting
         self._waiting = []
         return text

@@ -37,7 +37,7 @@ class TokenBatches:
         self._shard_tokens = shard_tokens
         dtype = numpy_dtype(schema.field("input_ids").type.value_type)
         self._values = np.empty(max(1, batch_bytes // dtype.itemsize), dtype)
-        self._used = 0  # values, with those of the open document
+        self._used = 0  # values, the open document's included
         self._rows: list[tuple[str, int, int]] = []  # ended rows: doc_id, part, end of their values
         self._part = 0  # of the open document
         self._counts: Counter[str] = Counter()  # not yet written

@@ -118,7 +118,7 @@ class _VectorRun:
 
 
 class _Runs:
-    """The runs of a document: an iterator over their parts and, when that has ended, the document."""
+    """The runs of a document: an iterator over their parts. Once it has ended, `document` makes the document."""
 
     def __init__(self, table: Table, runs: Iterator[_VectorRun]) -> None:
         self.table, self.runs = table, runs

@@ -97,7 +97,7 @@ class Batch:
 
 
 class Mix:
-    """A rule for the source of window n: after any n windows, each source is less than one window from its share.
+    """A rule for the source of window n: no source is ever a whole window ahead of its share, or behind it.
 
     The order repeats with a period, the sum of the weights as whole numbers in lowest terms (0.7 and 0.3: 10).
     """
@@ -116,8 +116,8 @@ class Mix:
                 f"the weights {list(weights)} are the ratio {':'.join(map(str, self.shares))}, whose sum is over "
                 f"{LONGEST_PERIOD:,}: round them to fewer digits"
             )
-        # Proportionate fair scheduling: of the sources that this window would put less than one window ahead of their
-        # share, take the one with the earliest deadline. Meeting every deadline keeps each within one window.
+        # Proportionate fair scheduling: of the sources that would be less than one window ahead of their share after
+        # this window, take the one with the earliest deadline. Meeting every deadline keeps each within one window.
         given = [0] * len(self.shares)
         before, order = [], []
         for n in range(self.period):
@@ -183,10 +183,10 @@ def _shuffled(bits: np.random.PCG64, count: int) -> np.ndarray:
 class TokenWindows:
     """Endless batches of windows of seq_len + 1 tokens: seq_len inputs and, one further, their targets.
 
-    An epoch of a source cuts its stream of T tokens into (T - 1) // seq_len windows. It shows each token but the last
-    once as an input, except (T - 1) % seq_len of them at the head and the tail. The number left out at the head is
-    the phase. Phase and order are drawn anew from (seed, source, epoch). Each source starts its epochs independently
-    of the others.
+    An epoch of a source cuts its stream of T tokens into (T - 1) // seq_len windows. Each token is an input once,
+    except the last token and (T - 1) % seq_len others at the head and the tail. The number left out at the head is the
+    phase. Phase and order are drawn anew from (seed, source, epoch). Each source starts its epochs independently of the
+    others.
 
     The windows of all ranks are one sequence. Its next rows * world windows are a global batch, of which rank d takes
     d, d + world, ... A state is the same on every rank, and fits any other rank, world and rows. It is JSON of

@@ -92,7 +92,7 @@ class Memory(CacheLayerMixin):
         return key_states, value_states
 
     def expect(self, batch: int) -> None:
-        """Announce new keys of a batch of so many rows, which an attention is about to add."""
+        """Announce new keys, of `batch` rows, which an attention is about to add."""
         self.waits, self._batch = True, batch
 
     def cache(self, first: int, rows: Sequence[int], pattern: Pattern, num_heads: int, k: Tensor) -> KVCache:

@@ -173,8 +173,8 @@ class LongNetModel(LongNetPreTrainedModel):
     def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return vectors (B, dim) of length 1 for texts, given as token ids (B, N), as `longnet encode` makes them.
 
-        A vector is the normalized mean of the hidden states of a text's tokens. A causal net reads them after the id
-        that starts documents (`config.bos_token_id`) and, without gradients, chunk by chunk. Raises ValueError for a
+        A vector is the normalized mean of the hidden states at a text's tokens. A causal net first reads the id that
+        starts documents (`config.bos_token_id`). Without gradients, it reads chunk by chunk. Raises ValueError for a
         text without a token.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()

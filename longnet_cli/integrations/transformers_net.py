@@ -300,7 +300,7 @@ def read_facts(
 
 
 def _dense(model: hf.PreTrainedModel, as_trained: bool) -> TransformersNet:
-    """Return a net with dense attention: ours if it streams, which is faster than with a cache; otherwise its own."""
+    """Return a net with dense attention: ours if the net then streams, as that beats a cache; else the model's own."""
     try:
         net = TransformersNet(use_dilated_attention(model, Pattern.dense()), as_trained=as_trained)
         if net.config.memory == "segments":

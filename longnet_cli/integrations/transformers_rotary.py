@@ -1,10 +1,10 @@
 """The rotations of keys by position in Hugging Face models, for sinks (`attention.sinks`) and far positions.
 
-No setting says where a model rotates its keys, or which numbers of a head make a pair, so it is tried. A single token
-attends only to itself. Without a table of learned positions, its hidden states do not depend on its position, so its
-keys at two positions differ by exactly one rotation, in every layer. A layer that does not rotate its keys (SmolLM3 has
-some) keeps its sinks as they are, which is exact. So do all layers of a model with learned positions. A model that fits
-no known rotation is refused.
+No setting says where a model rotates its keys, or which numbers of a head make a pair, so the model is run on a few
+tokens to find out. A single token attends only to itself. Without a table of learned positions, its hidden states do
+not depend on its position, so its keys at two positions differ by exactly one rotation, in every layer. A layer that
+does not rotate its keys (SmolLM3 has some) keeps its sinks as they are, which is exact. A model with learned positions
+keeps the sinks of all layers as they are. A model that fits no known rotation is refused.
 
 Phases of transformers are float32: at position 10^6 the fastest pair is off by 0.06, at 10^8 it is noise. Beyond the
 length that a model was trained on, `make_phases_exact` takes float64 phases, modulo 2 pi, as a LongNet does.
@@ -147,7 +147,7 @@ class Rotation:
 
 
 def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
-    """Return the rotation of the keys of each attention that looks at all tokens; None if it has none.
+    """Return, for each attention that looks at all tokens, the rotation of its keys; None if it does not rotate them.
 
     Runs `model` on a few tokens, once or twice. Raises ConfigError, with the model's name, for positions that it cannot
     follow.

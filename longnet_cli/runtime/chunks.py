@@ -44,7 +44,7 @@ class Tokens(Protocol):
 
 
 def default_chunk(config: NetConfig, device: torch.device) -> int:
-    """Return how many tokens a forward pass without gradients may have to take a modest share of memory.
+    """Return a number of tokens with which a forward pass without gradients takes a modest share of memory.
 
     A power of two, so that the edges of chunks and of segments mostly coincide.
     """
@@ -55,8 +55,7 @@ def default_chunk(config: NetConfig, device: torch.device) -> int:
 
 
 def same_chunk(config: NetConfig, device: torch.device, ranks: Ranks, earlier: int | None) -> int:
-    """Return a chunk that is the same on all `ranks`: the chunk of an `earlier` run, which only rank 0 needs to know,
-    or the smallest of the ranks' defaults."""
+    """Return one chunk for all `ranks`: `earlier` if rank 0 gives one, otherwise the smallest of their defaults."""
     chunk = int(ranks.smallest(earlier or default_chunk(config, device)))
     return int(ranks.largest(earlier or 0)) or chunk
 

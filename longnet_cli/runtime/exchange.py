@@ -232,8 +232,8 @@ class _Maps(NamedTuple):
     """The indices, (rows,) int64, of rows of D numbers that are sent and received.
 
     `sent` has the rows of k or v (B, n, H, D), in the order in which they are sent. `joined` has, for each row of the
-    joined parcels (B, rows, lanes, D), one after the other, the received row that fills it. `received` is its inverse,
-    and one past the end for a received row that nobody reads.
+    joined parcels (B, rows, lanes, D), one parcel after the other, the received row that fills it. `received` is the
+    inverse of `joined`; for a received row that nobody reads, it is one past the end.
     """
 
     sent: Tensor

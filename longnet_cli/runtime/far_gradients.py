@@ -61,9 +61,9 @@ class FarGradients:
         rows.add_(gradient.to(rows.device))
 
     def of_shard(self, layer: int, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
-        """Return what later chunks add to the gradients of k and v (B, n, K, D) of a shard of the chunk [start, stop).
+        """Return what later chunks add to the gradients of one shard's k and v: (k and v, B, n, K, D), or None.
 
-        The shard starts at `begin`. Returns (k and v, B, n, K, D), or None where later chunks add nothing.
+        The shard starts at `begin`, in the chunk [start, stop), and has the shape and the device of `k` (B, n, K, D).
         """
         total, sizes = None, (self.num_heads, k.shape[2])
         for span in open_spans(self.pattern, stop):
@@ -86,6 +86,6 @@ class FarGradients:
                 for into, out in zip(total, rows, strict=True):
                     strided_view(into, views.shard).add_(strided_view(out, views.segment).to(k.device))
             if self.group is not None and dist.get_rank(self.group):
-                # a row of a lane may belong to the chunk before, whose all-reduce must not count it once per rank
+                # some of these rows may belong to the chunk before: its all-reduce must add this sum once, from rank 0
                 rows[:, :, first:last] = 0
         return total

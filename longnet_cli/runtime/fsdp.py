@@ -5,9 +5,9 @@
                   (one all-gather)              out (one reduce-scatter)
 
 Between steps a rank of P has 1/P of the weights, gradients and optimizer states. During a step it has the whole weights
-and gradients: with AdamW in fp32 that is 8 + 12/P bytes per parameter at the peak, not 16. So a step has one
-all-gather and one reduce-scatter per block, however many chunks and documents it has. Ranks whose batches are cut into
-different numbers of forward passes still run the same collectives.
+and gradients: with AdamW in fp32 that is 8 + 12/P bytes per parameter at the peak, not 16. In exchange, a step has only
+one all-gather and one reduce-scatter per block, however many chunks and documents it has. Ranks whose batches are cut
+into different numbers of forward passes still run the same collectives.
 
 Every function here works with whole and with sharded weights, and with one process. All ranks must call it together.
 The net's code knows nothing of it.

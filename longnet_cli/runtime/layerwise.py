@@ -54,8 +54,8 @@ def hidden_in_chunks(
         room for them keeps them itself.
     dtype: as in `runtime.device`.
     ranks: rank i of P yields only the chunks i, i + P, ...; every rank must use up the iterator.
-    on_chunk: called after each chunk of each layer, with the tokens of that chunk and of the other ranks' chunks of
-        the same turn.
+    on_chunk: called after each chunk of each layer, with the number of tokens that all ranks together read in that
+        turn.
 
     Raises MemoryLimitError before any work when the memory or, with `spill`, the disk does not have the room.
     """

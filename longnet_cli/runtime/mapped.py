@@ -55,7 +55,7 @@ class MappedMemory:
         Raises ValueError where there is no room left for it.
         """
         size = prod(shape) * dtype.itemsize
-        # first: garbage collection may give back the only other tensor meanwhile, and must not reset the map now
+        # counted first: if garbage collection frees the only other tensor meanwhile, the map must not be reset
         self._alive += 1
         if free := self._free[aligned(size)]:
             offset = free.pop()

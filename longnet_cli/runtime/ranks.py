@@ -23,7 +23,7 @@ TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may write a checkpoin
 
 @dataclass(frozen=True)
 class Ranks:
-    """`world` processes as `dp` groups of `sp`. A group shares each of its sequences; other groups have other ones.
+    """`world` processes as `dp` groups of `sp`. A group's ranks share each sequence; other groups have other sequences.
 
     Rank r is the (r % sp)-th of the (r // sp)-th group. `group` is its own group, None if sp is 1. `everyone` is the
     group of all `world` processes, None if these are all processes of the job.

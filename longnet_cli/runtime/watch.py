@@ -75,7 +75,7 @@ def watch(ranks: Ranks, grace: float = GRACE) -> None:
     _over.clear()
     with suppress(OSError, AttributeError):
         # For a process in which C code holds the interpreter's lock, so that no Python thread runs. The handler is C's
-        # `alarm`: it gets the signal's number as its seconds, and after these SIGALRM kills the process.
+        # `alarm`. Called with the signal's number, it lets SIGALRM kill the process after as many seconds.
         libc = ctypes.CDLL(None)
         libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
         libc.signal(_SIGSTKFLT, ctypes.cast(libc.alarm, ctypes.c_void_p))

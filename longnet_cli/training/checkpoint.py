@@ -44,7 +44,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
         self.folder, self.ranks, self.keep = folder, ranks, keep
-        self.saved: int | None = None  # the step of the newest that is on the disk, or being written
+        self.saved: int | None = None  # step of the newest checkpoint on the disk, or being written
         self._thread: threading.Thread | None = None
         self._error: LongNetError | None = None
 
@@ -92,7 +92,7 @@ class Checkpoints:
             save_tensors(partial, tensors)
             if self.ranks.first:
                 _write_state(partial, facts)
-                if final.exists():  # a damaged one: no other is written again
+                if final.exists():  # then it is damaged: no step is written twice otherwise
                     shutil.rmtree(final)
                 os.replace(partial, final)
                 sync_folder(self.folder)

@@ -50,7 +50,7 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> Far
 
 
 def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:
-    """Return how many segments of w tokens later chunks see, in a sequence of `seq_len` tokens cut every `chunk`.
+    """Return how many segments of w tokens later chunks see, in a sequence of `seq_len` tokens in chunks of `chunk`.
 
     A chunk sees the segment inside which it starts, if any, and the `back` segments before its own.
     """

@@ -19,9 +19,9 @@ from longnet_cli.scoring import Score
 class Metrics:
     """A line of metrics. `loss` (nats per token) and `grad_norm` (before clipping) are means since the last line.
 
-    `mfu` is the rate of the net's FLOPs, forward and backward, on documents of their true lengths, as a share of the
-    matrix product rate of all ranks. It is None where that rate is unknown, or lower than the net's own because it was
-    measured under other work. `held_out_*` are None except at evaluations.
+    `mfu` is the net's FLOP rate, forward and backward, with the true lengths of documents, divided by all ranks' rate
+    of matrix products. It is None if that rate is unknown, or lower than the net's because other work slowed its
+    measurement. `held_out_*` are None except at evaluations.
     """
 
     step: int

@@ -58,7 +58,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizers: Optimizers, device: 
 
 
 def _state_of(p: Tensor, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Return the state that its optimizer keeps for a parameter: the dict itself, empty before the first step."""
+    """Return the state of a parameter in its optimizer: the dict itself, empty before the first step."""
     owner = next(o for o in optimizers if any(p is mine for group in o.param_groups for mine in group["params"]))
     return owner.state[p]
 
