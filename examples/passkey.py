@@ -94,7 +94,7 @@ def ask(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     from longnet_cli.data.documents import Document
     from longnet_cli.model_folder import ModelFolder
-    from longnet_cli.runtime.reader import AfterBos, Reader, Window
+    from longnet_cli.runtime.reader import Reader, Window
 
     folder = Path(args.model)
     tokenizer, dtype = ModelFolder(folder).tokenizer(), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
@@ -106,15 +106,14 @@ def ask(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         found: dict[int, list[tuple[bool, float]]] = defaultdict(list)
         for _ in range(args.documents):
             ids, answers = writer.document(args.tokens, args.distances * args.keys)
-            before = AfterBos(Document("", np.zeros(0, np.int64), 0, ""), ModelFolder(folder).bos(tokenizer)).first
+            before = len(net.start_rows(ModelFolder(folder).bos(tokenizer)))
             limit = (net.config.max_tokens or len(ids) + before) - before if pattern == "dense" else len(ids)
             lost = max(0, len(ids) - limit)
             document = Document("pass keys", ids[lost:], len(ids) - lost, "pass keys")
-            text = AfterBos(document, ModelFolder(folder).bos(tokenizer))
-            total = text.first + len(document)
+            text = net.sequence(document, ModelFolder(folder).bos(tokenizer))
             first = min(start for _, start, _ in answers) - 1 - lost + text.first
             reader = Reader(net, chunk=args.chunk, dtype=args.dtype)
-            pieces = [piece for group in reader.read([Window(text, 0, total, first)]) for piece in group]
+            pieces = [piece for group in reader.read([Window(text, 0, len(text), first)]) for piece in group]
             hidden = torch.cat([piece.hidden for piece in pieces if piece.hidden is not None])
             with torch.inference_mode():
                 logprobs = net.logits(hidden).float().log_softmax(-1)

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from longnet_cli.data.documents import Document
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.net import Net
-from longnet_cli.runtime.reader import Bos, bos_ids, check_length
+from longnet_cli.model.sequence import Bos, InputSequence, bos_ids
 from longnet_cli.sizes import format_size
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The cut of documents into windows. `before` is the number of `Bos` ids before each document."""
+    """The cut of documents into windows. The ids of `bos` come before each document."""
 
-    before: int
+    bos: tuple[int, ...]
     contexts: Sequence[int | None]
     stride: int | None
     last: int | None
@@ -40,23 +40,24 @@ class Cut:
                 f"a stride of {stride} tokens needs a context"
                 + (f" of {stride} or more, not {small[0]}" if small[0] else "")
             )
-        return cls(len(bos_ids(bos)), contexts, stride, last)
+        return cls(bos_ids(bos), contexts, stride, last)
 
     @property
     def first(self) -> int:
         """The first target of a document: token 0, or token 1 if nothing precedes the document."""
-        return 0 if self.before else 1
+        return 0 if self.bos else 1
 
-    def check(self, model: Net, document: Document) -> None:
-        """Raise TooLongError for a document with a window that is too long for the model."""
-        more = max(0, self.before - 1)  # ids before the one that predicts the first target
-        fits = max(1, (model.config.max_tokens or 0) - more)
+    def sequence(self, model: Net, document: Document) -> InputSequence[Document]:
+        """Return a document as the model reads it. Raises TooLongError for a window that is too long for the model."""
+        sequence = model.sequence(document, self.bos)
+        more = max(0, sequence.first - 1)  # ids before the one that predicts the first target
+        fits = max(1, (sequence.limit or 0) - more)
         instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
-        check_length(model, self.longest(len(document)) + more, document.where, instead)
+        return sequence.check(instead, self.longest(len(document)) + more)
 
     def inputs(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
         """Yield (start, stop, wanted) for each window: it reads [start, stop), and targets count from `wanted` on."""
-        before = self.before - 1  # from a target to its input
+        before = len(self.bos) - 1  # from a target to its input
         for start, stop, counted in self.windows(tokens, context):
             yield start + before if start > self.first else 0, stop + before, counted + before
 

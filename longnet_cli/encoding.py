@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,21 +26,19 @@ from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.kept import kept_column, kept_settings, kept_value, with_kept
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.tables import numpy_dtype
-from longnet_cli.data.vectors import Vectors
 from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.model import LongNet
-from longnet_cli.model.config import SlideConfig
 from longnet_cli.model.net import Net
+from longnet_cli.model.sequence import Bos, InputSequence
 from longnet_cli.model.weights import model_digest
 from longnet_cli.pooling import ClsPooling, Pool, Pooling, Row
 from longnet_cli.runtime.chunks import same_chunk
 from longnet_cli.runtime.dealing import BATCHES, deal
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.layers import LayerStates
-from longnet_cli.runtime.portions import Portion, portions
+from longnet_cli.runtime.portions import Portion
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.reader import AfterBos, Bos, Piece, Reader, Window, bos_ids, check_length, share_reader
-from longnet_cli.runtime.tiles import check_vectors, rows_of_tiles
+from longnet_cli.runtime.reader import Piece, Reader, Window, share_reader
 
 EmbeddingDtype = Literal["float32", "float16"]
 OnSkip = Callable[[Document, LongNetError], None]  # called with a skipped document and the reason
@@ -84,33 +83,22 @@ class EncodeOptions:
         if self.span is not None and self.all_layers:
             raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
 
-    def rows_of(self, document: Document) -> int:
+    def rows_of(self, sequence: InputSequence[Document]) -> int:
         """Return the number of rows of a document."""
-        return -(-len(document) // self.span) if self.span else 1
+        return -(-len(sequence.document) // self.span) if self.span else 1
 
     def check(self, net: Net) -> None:
         """Raise ConfigError for options that `net` does not support."""
         if self.pool == "cls" and not net.has_cls:
             raise ConfigError("this model has no CLS: take the mean (--pool mean), or the first or last vector")
-        if self.tile_size and not (isinstance(net.config, SlideConfig) and net.config.grid):
+        if self.tile_size and not net.has_grid:
             raise ConfigError("this model has no grid of tiles: leave out --tile-size")
-        if self.all_layers and not isinstance(net, LongNet):
+        if self.all_layers and not net.layer_by_layer:
             raise ConfigError("the layers of a Hugging Face model are not listened to: leave out --all-layers")
 
-    def check_document(self, net: Net, document: Document) -> None:
-        """Raise ConfigError for a document that `net` cannot read, DataError for vectors that do not fit `net`."""
-        has_vectors = isinstance(document, Vectors)
-        if has_vectors != (net.row_size is not None):
-            kinds = ("token ids", "vectors") if has_vectors else ("vectors", "token ids")
-            raise ConfigError(f"{document.where}: the model reads {kinds[0]}, and this document holds {kinds[1]}")
-        if has_vectors:
-            check_vectors(net, cast(Vectors, document), self.tile_size)
-            return
-        check_length(net, self.first(net) + len(document), document.where, "encode it in shorter documents")
-
-    def first(self, net: Net) -> int:
-        """Return the number of ids, or rows, that `net` reads before a document."""
-        return 1 if net.has_cls else len(bos_ids(self.bos)) if net.config.causal else 0
+    def sequence(self, net: Net, document: Document) -> InputSequence[Document]:
+        """Return a document as `net` reads it. Raises as `Net.sequence`, and TooLongError for too many tokens."""
+        return net.sequence(document, self.bos, self.tile_size).check("encode it in shorter documents")
 
     def schema(self, dim: int, model_sha256: str | None = None, kept_fields: Sequence[pa.Field] = ()) -> pa.Schema:
         """Return the schema of embeddings (dim,) from the model with this digest, and of the columns `kept_fields`.
@@ -173,7 +161,7 @@ def encode(
     ranks = ranks or Ranks()
     reader = share_reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
     encoder = _Encoder(reader, options, _schema(options, model, model_digest(model), kept_fields))
-    parts = portions(encoder.checked(documents, stored, on_skip, on_empty), reader.portion)
+    parts = reader.portions(encoder.checked(documents, stored, on_skip, on_empty))
     dealt = deal(parts, encoder.batches, ranks, BATCHES, encoder.tell_progress)
     return pa.RecordBatchReader.from_batches(encoder.schema, (batch for _, found in dealt for batch in found))
 
@@ -259,7 +247,7 @@ def encode_to_folder(
                 on_empty(document)
 
         taken = encoder.checked(documents, stored, skip if on_skip else None, pass_over)
-        parts = portions(islice(taken, done, None), reader.portion, shard=shard_rows, size_of=options.rows_of)
+        parts = reader.portions(islice(taken, done, None), shard=shard_rows, size_of=options.rows_of)
         for part, batches in deal(parts, encoder.batches, ranks, BATCHES, encoder.tell_progress):
             for batch in batches:
                 begun = int(np.count_nonzero(batch["span"].to_numpy() == 0))  # a portion holds whole documents
@@ -283,7 +271,6 @@ class _Encoder:
     def __init__(self, reader: Reader, options: EncodeOptions, schema: pa.Schema) -> None:
         options.check(reader.model)
         self.reader, self.options, self.schema = reader, options, schema
-        self.bos = options.bos if reader.model.config.causal else None
 
     def checked(
         self,
@@ -291,40 +278,41 @@ class _Encoder:
         stored: Iterable[Document],
         on_skip: OnSkip | None,
         on_empty: Callable[[Document], None] | None,
-    ) -> Iterator[Document]:
-        """Return the `documents` that are not empty, each checked before it is yielded.
+    ) -> Iterator[InputSequence[Document]]:
+        """Return the `documents` that are not empty as the model reads them, each checked before it is yielded.
 
         Without `on_skip`, check all `stored` documents now. Raises DataError at the end if no document is left.
         """
+        make = partial(self.options.sequence, self.reader.model)
         for document in stored if on_skip is None else ():
-            self.check(document)
+            make(document)
 
-        def with_tokens() -> Iterator[Document]:
+        def with_tokens() -> Iterator[InputSequence[Document]]:
             found = False
-            for document in checked(documents, self.check, on_skip):
-                if len(document):
+            for sequence in checked(documents, make, on_skip):
+                if len(sequence.document):
                     found = True
-                    yield document
+                    yield sequence
                 elif on_empty:
-                    on_empty(document)
+                    on_empty(sequence.document)
             if not found:
                 raise NothingToEncodeError("there is nothing to encode: every document is empty or left out")
 
         return with_tokens()
 
-    def batches(self, documents: Iterable[Document]) -> pa.RecordBatchReader:
+    def batches(self, sequences: Iterable[InputSequence[Document]]) -> pa.RecordBatchReader:
         """Return a reader of the rows of checked documents, in order."""
         schema, normalize = self.schema, self.options.normalize
         head = torch.inference_mode()(self.reader.model.head)
-        found = (_record_batch(schema, rows, head, normalize) for rows in self._rows(documents) if rows)
+        found = (_record_batch(schema, rows, head, normalize) for rows in self._rows(sequences) if rows)
         return pa.RecordBatchReader.from_batches(schema, found)
 
-    def tell_progress(self, portion: Portion[Document]) -> None:
+    def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
         """Report the tokens that another group of ranks has read."""
         self.reader.on_progress(portion.length)
 
-    def _rows(self, documents: Iterable[Document]) -> Iterator[list[Row]]:
-        windows = map(self._window, documents)
+    def _rows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[list[Row]]:
+        windows = map(self._window, sequences)
         for pieces in self._layer_by_layer(windows) if self.options.all_layers else self.reader.read(windows):
             with torch.inference_mode():
                 rows = [row for piece in pieces for row in piece.window.pooling.add(self._hidden(piece))]
@@ -344,16 +332,10 @@ class _Encoder:
                 window.pooling.layers = states.mean
                 yield from self.reader.read([window])
 
-    def check(self, document: Document) -> None:
-        """Raise ConfigError or DataError for a document that the model cannot read."""
-        self.options.check_document(self.reader.model, document)
-
-    def _window(self, document: Document) -> _PooledWindow:
-        tiles = rows_of_tiles(self.reader.model, cast(Vectors, document), self.options.tile_size)
-        ids = tiles or AfterBos(document, self.bos)
+    def _window(self, sequence: InputSequence[Document]) -> _PooledWindow:
         whole = self.options.pool == "cls"
-        pooling = (ClsPooling if whole else Pooling)(document, self.options.pool, self.options.span)
-        return _PooledWindow(ids, 0, ids.first + len(document), 0 if whole else ids.first, pooling)
+        pooling = (ClsPooling if whole else Pooling)(sequence.document, self.options.pool, self.options.span)
+        return _PooledWindow(sequence, 0, len(sequence), 0 if whole else sequence.first, pooling)
 
     def _hidden(self, piece: Piece[_PooledWindow]) -> Tensor:
         """Return the hidden states of a piece, or zeros that take no memory for a piece of another rank."""

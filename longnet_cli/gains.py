@@ -28,13 +28,13 @@ from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.measures import Clusters, DocumentScore
 from longnet_cli.model.net import Net
+from longnet_cli.model.sequence import Bos, InputSequence
 from longnet_cli.model.weights import model_digest
 from longnet_cli.runtime.chunks import same_chunk
 from longnet_cli.runtime.dealing import BATCHES, deal
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
-from longnet_cli.runtime.portions import portions
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.reader import Bos, Reader, share_reader
+from longnet_cli.runtime.reader import Reader, share_reader
 from longnet_cli.scoring import NothingToScoreError, OnSkip, Scorer
 
 GAIN_BLOCK = 128  # neighbouring tokens gain together; blocks are taken as independent
@@ -120,7 +120,7 @@ def gains(
     """
     ranks = ranks or Ranks()
     scorer = _GainScorer(share_reader(model, ranks=ranks, **running), options, kept_fields, count_bytes)
-    parts = portions(scorer.checked(documents, stored, on_skip), scorer.reader.portion)
+    parts = scorer.reader.portions(scorer.checked(documents, stored, on_skip))
     waiting: list[pa.RecordBatch] = []
     scored = 0
     for _, found in deal(parts, scorer.batches, ranks, BATCHES, scorer.tell_progress):
@@ -202,9 +202,8 @@ def gains_to_folder(
                 on_skip(document, error)
 
         taken = scorer.checked(documents, stored, skip if on_skip else None)
-        parts = portions(
-            islice(taken, done, None), reader.portion, shard=shard_tokens, size_of=lambda document: len(document) + 1
-        )
+        rest = islice(taken, done, None)
+        parts = reader.portions(rest, shard=shard_tokens, size_of=lambda sequence: len(sequence.document) + 1)
         for part, found in deal(parts, scorer.batches, ranks, BATCHES, scorer.tell_progress):
             for batch in found:  # one batch, when all documents of the portion have been read
                 scored += _tokens(batch)
@@ -241,14 +240,14 @@ class _GainScorer:
         self.contexts = options.context or (None,)
         cut = Cut.of(reader.model, options.bos, options.context, options.stride, options.last)
         on_nats = self._on_nats if options.compares else None
-        self.scorer = Scorer(reader, options.bos, cut, count_bytes=count_bytes, on_nats=on_nats)
+        self.scorer = Scorer(reader, cut, count_bytes=count_bytes, on_nats=on_nats)
         self.checked, self.nothing = self.scorer.checked, self.scorer.nothing
         self.tell_progress = self.scorer.tell_progress
         self.open: deque[_Gain] = deque()  # for documents whose scores are still to come
 
-    def batches(self, documents: Iterable[Document]) -> Iterator[pa.RecordBatch]:
+    def batches(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         """Yield one batch with the rows of checked documents, in order."""
-        scores, rows = self.scorer.run(documents), []
+        scores, rows = self.scorer.run(sequences), []
         while found := list(islice(scores, len(self.contexts))):
             row = _row(self.options, found, self.open.popleft() if self.options.compares else None)
             rows.append(row | {field.name: kept_value(found[0], field) for field in self.kept_fields})

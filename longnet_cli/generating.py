@@ -21,9 +21,9 @@ from longnet_cli.data.text_stream import StopTexts, TextStream
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.model.net import Net
+from longnet_cli.model.sequence import Bos, InputSequence
 from longnet_cli.runtime.chunks import default_chunk, open_stream
 from longnet_cli.runtime.device import precision
-from longnet_cli.runtime.reader import AfterBos, Bos, check_length
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -71,18 +71,17 @@ def generate(
     _check(model, tokenizer, max_tokens, temperature, top_p, stop)
     if chunk is not None and chunk < 1:
         raise ConfigError(f"chunk must be 1 or more, not {chunk}")
-    ids = AfterBos(prompt, bos)
-    total = ids.first + len(prompt)
-    if not total:
+    sequence = model.sequence(prompt, bos)
+    if not len(sequence):
         raise DataError(
             f"{prompt.where}: the prompt is empty, and nothing stands before it: there is nothing to continue"
         )
-    check_length(model, total, prompt.where, "give a shorter prompt", skips=False)
-    if model.config.max_tokens is not None:
-        max_tokens = min(max_tokens, model.config.max_tokens - total + 1)  # the last new token is not read
+    sequence.check("give a shorter prompt", skips=False)
+    if sequence.limit is not None:
+        max_tokens = min(max_tokens, sequence.limit - len(sequence) + 1)  # the last new token is not read
     return _Generator(
         model, tokenizer, Sampler(temperature, top_p, seed), end_ids, stop, chunk, dtype, on_progress
-    ).run(ids, total, max_tokens)
+    ).run(sequence, max_tokens)
 
 
 class Sampler:
@@ -136,11 +135,11 @@ class _Generator:
         self.texts = TextStream(tokenizer) if tokenizer else None
         self.stops = StopTexts(stop)
 
-    def run(self, ids: AfterBos, total: int, max_tokens: int) -> Iterator[Step]:
+    def run(self, sequence: InputSequence[Document], max_tokens: int) -> Iterator[Step]:
         logits = None
-        for start in range(0, total, self.chunk):
-            stop = min(start + self.chunk, total)
-            logits = self._read(torch.from_numpy(ids.read(start, stop)))
+        for start in range(0, len(sequence), self.chunk):
+            stop = min(start + self.chunk, len(sequence))
+            logits = self._read(torch.from_numpy(sequence.read(start, stop)))
             self.on_progress(stop - start)
         assert logits is not None
         for number in range(1, max_tokens + 1):

@@ -22,10 +22,11 @@ from longnet_cli.data.documents import Document
 from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.generating import generate
 from longnet_cli.model.net import LOGITS_LIMIT
+from longnet_cli.model.sequence import bos_ids
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.notation import parse_pattern
 from longnet_cli.runtime.device import DTYPES, precision, resolve_dtype
-from longnet_cli.runtime.reader import Piece, Reader, Window, bos_ids, check_length
+from longnet_cli.runtime.reader import Piece, Reader, Window
 from longnet_cli.scoring import score
 
 _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "seed")  # options that a task may set
@@ -149,8 +150,8 @@ class LongNetLM(TemplateLM):
         ids = np.array((context + more)[-(self.max_length + 1) :] if self.max_length else context + more)
         read, wanted = len(ids) - 1, len(ids) - min(len(more), len(ids) - 1) - 1
         instead = "give max_length, to see the last tokens alone"
-        check_length(self.net, read, f"request {index}", instead, skips=False)
-        return _Continuation(self._document(index, ids), 0, read, wanted, index)
+        sequence = self.net.sequence(self._document(index, ids)).check(instead, read, skips=False)
+        return _Continuation(sequence, 0, read, wanted, index)
 
     @torch.inference_mode()
     def _targets(self, piece: Piece[_Continuation]) -> tuple[float, bool]:
@@ -158,7 +159,7 @@ class LongNetLM(TemplateLM):
         total, likeliest = 0.0, True
         if piece.hidden is None or not len(piece):
             return total, likeliest
-        targets = torch.from_numpy(piece.window.ids.read(piece.start + 1, piece.stop + 1)).to(self._device)
+        targets = torch.from_numpy(piece.window.sequence.read(piece.start + 1, piece.stop + 1)).to(self._device)
         size = max(1, LOGITS_LIMIT // self.net.config.vocab_size)
         for hidden, wanted in zip(piece.hidden.split(size), targets.split(size), strict=True):
             with precision(self.options["dtype"], self._device):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from longnet_cli.runtime.reader import Ids
+from longnet_cli.model.sequence import Readable
 
 BLOCK = 1 << 18  # bigrams sorted together: 2 MB of keys stay in the cache
 
@@ -23,7 +23,7 @@ class Bigrams:
     O(n log^2 n). Memory is 16 bytes per distinct bigram, twice that while the longest tables are merged, plus a block.
     """
 
-    def __init__(self, ids: Ids) -> None:
+    def __init__(self, ids: Readable) -> None:
         self.ids, self.end = ids, 1  # the bigrams that end before `end` were read; the first id ends none
         self.tables: list[tuple[np.ndarray, np.ndarray]] = []  # (keys, ascending; places), both (distinct,) int64
 

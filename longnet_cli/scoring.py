@@ -26,12 +26,13 @@ from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteEr
 from longnet_cli.finite_json import to_json
 from longnet_cli.measures import ByPosition, ByRecall, DocumentScore, Score
 from longnet_cli.model.net import Net
+from longnet_cli.model.sequence import Bos, InputSequence
 from longnet_cli.recall import Bigrams
 from longnet_cli.runtime.dealing import Codec, deal
 from longnet_cli.runtime.device import precision, to_device, to_host
-from longnet_cli.runtime.portions import Portion, portions
+from longnet_cli.runtime.portions import Portion
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.reader import AfterBos, Bos, Piece, Reader, Window, bos_ids, share_reader
+from longnet_cli.runtime.reader import Piece, Reader, Window, share_reader
 
 # Called with (document, start, ids, log-probabilities) of the tokens [start, start + n): (n,) int64 and (n,) float32
 OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
@@ -110,7 +111,6 @@ def score(
     reader = share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, on_progress=on_progress)
     scorer = Scorer(
         reader,
-        bos,
         cut,
         by_position=by_position,
         by_recall=by_recall,
@@ -122,8 +122,7 @@ def score(
 
     def run() -> Iterator[DocumentScore]:
         scored = 0
-        parts = portions(taken, reader.portion)
-        for _, found in deal(parts, scorer.run, ranks, Codec(_pack, _unpack), scorer.tell_progress):
+        for _, found in deal(reader.portions(taken), scorer.run, ranks, Codec(_pack, _unpack), scorer.tell_progress):
             for each in found:
                 scored += each.score.n_tokens
                 yield each
@@ -168,7 +167,6 @@ class Scorer:
     def __init__(
         self,
         reader: Reader,
-        bos: Bos,
         cut: Cut,
         *,
         by_position: bool = False,
@@ -177,24 +175,24 @@ class Scorer:
         on_tokens: OnTokens | None = None,
         on_nats: OnNats | None = None,
     ) -> None:
-        self.reader, self.model, self.bos, self.cut = reader, reader.model, bos, cut
+        self.reader, self.model, self.cut = reader, reader.model, cut
         self.by_position, self.by_recall = by_position, by_recall
         self.count_bytes, self.on_tokens, self.on_nats = count_bytes, on_tokens, on_nats
         self.open: deque[_Tally] = deque()  # documents whose windows are being read
 
     def checked(
         self, documents: Iterable[Document], stored: Iterable[Document] = (), on_skip: OnSkip | None = None
-    ) -> Iterator[Document]:
-        """Return the `documents`, each checked before it is yielded. Without `on_skip`, check all `stored` ones now."""
-        check = partial(self.cut.check, self.model)
+    ) -> Iterator[InputSequence[Document]]:
+        """Return the `documents` as the model reads them, checked. Without `on_skip`, check all `stored` ones now."""
+        make = partial(self.cut.sequence, self.model)
         for document in stored if on_skip is None else ():
-            check(document)
-        return checked(documents, check, on_skip)
+            make(document)
+        return checked(documents, make, on_skip)
 
-    def run(self, documents: Iterable[Document]) -> Iterator[DocumentScore]:
+    def run(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[DocumentScore]:
         """Yield the score of each checked document at each context, in order."""
         measured: deque[tuple[Sequence[Piece[_ScoredWindow]], Callable[[], Tensor]]] = deque()
-        for pieces in self.reader.read(self._windows(documents)):
+        for pieces in self.reader.read(self._windows(sequences)):
             measured.append((pieces, self._measure(pieces)))
             # within a window, the device computes the next chunk while the host sums the previous one
             ends = bool(pieces) and pieces[-1].stop == pieces[-1].window.stop
@@ -203,7 +201,7 @@ class Scorer:
             while self.open and self.open[0].n_tokens == self.open[0].expected:
                 yield self.open.popleft().result()
 
-    def tell_progress(self, portion: Portion[Document]) -> None:
+    def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
         """Report the tokens that another group of ranks has scored."""
         scored = portion.items * self.cut.last if self.cut.last else portion.length
         self.reader.on_progress(scored * len(self.cut.contexts))
@@ -214,26 +212,26 @@ class Scorer:
             return NothingToScoreError(f"no token could be scored: no document has {self.cut.least} tokens or more")
         return NothingToScoreError(
             "no token could be scored: every document is empty or left out"
-            if bos_ids(self.bos)
+            if self.cut.bos
             else "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
         )
 
-    def _windows(self, documents: Iterable[Document]) -> Iterator[_ScoredWindow]:
-        for document in documents:
+    def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_ScoredWindow]:
+        for sequence in sequences:
+            document = sequence.document
             if self.cut.last and len(document) < self.cut.least:
                 continue
-            ids = AfterBos(document, self.bos)
             for context in self.cut.contexts:
-                tally = self._tally(document, context, Bigrams(ids))
+                tally = self._tally(document, context, Bigrams(sequence))
                 self.open.append(tally)
                 if not tally.expected:
-                    yield _ScoredWindow(ids, 0, 0, 0, tally)
+                    yield _ScoredWindow(sequence, 0, 0, 0, tally)
                 for start, stop, wanted in self.cut.inputs(len(document), context):
-                    yield _ScoredWindow(ids, start, stop, wanted, tally)
+                    yield _ScoredWindow(sequence, start, stop, wanted, tally)
 
     def _tally(self, document: Document, context: int | None, bigrams: Bigrams) -> _Tally:
         expected = max(0, len(document) - self.cut.first)
-        n_bytes = document.n_bytes if bos_ids(self.bos) else None  # without bos, the first token is not scored
+        n_bytes = document.n_bytes if self.cut.bos else None  # without bos, the first token is not scored
         if self.cut.last:
             expected = self.cut.last
             ids = document.read(len(document) - expected, len(document))
@@ -267,7 +265,7 @@ class Scorer:
 
     def _add(self, piece: Piece[_ScoredWindow], nll: np.ndarray) -> None:
         tally = piece.window.tally
-        first = piece.start + 1 - AfterBos(tally.document, self.bos).first
+        first = piece.start + 1 - len(self.cut.bos)
         if not np.isfinite(nll).all():
             token = first + int(np.argmin(np.isfinite(nll)))
             advice = "--dtype fp16 overflows, take bf16 or fp32" if self.reader.dtype == "fp16" else ADVICE
@@ -288,7 +286,7 @@ class Scorer:
 
     @staticmethod
     def _targets(piece: Piece[_ScoredWindow]) -> np.ndarray:
-        return piece.window.ids.read(piece.start + 1, piece.stop + 1)
+        return piece.window.sequence.read(piece.start + 1, piece.stop + 1)
 
 
 def _pack(found: Iterable[DocumentScore]) -> bytes:

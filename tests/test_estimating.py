@@ -42,6 +42,7 @@ from longnet_cli.estimating.reading_job import (
 from longnet_cli.estimating.sampling import Sample
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import Net
+from longnet_cli.model.sequence import InputSequence
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.chunks import CausalStream
 from longnet_cli.runtime.flops import attention_flops
@@ -186,11 +187,12 @@ def test_what_does_not_fit_is_refused_with_what_to_change(capsys: pytest.Capture
 def test_a_document_that_the_job_refuses_is_refused_or_left_out() -> None:
     net = net_of()
     job = EncodeJob(net, EncodeOptions(bos=BOS))
-    job.check = lambda document: net_limit(document)  # type: ignore[method-assign]
+    job.sequence = lambda document: limited(document)  # type: ignore[method-assign]
 
-    def net_limit(document: Document) -> None:
+    def limited(document: Document) -> InputSequence[Document]:
         if len(document) > 100:
             raise TooLongError(f"{document.where}: too long", "cut it")
+        return net.sequence(document, BOS)
 
     with pytest.raises(TooLongError, match=r"4\.txt"):
         estimated(net, job)

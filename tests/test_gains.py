@@ -178,7 +178,7 @@ def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(model: LongN
         raise DataError("stop")
 
     def write(name: str, found: Iterable[Document], fields: list[pa.Field], resume: bool = False) -> None:
-        options = {"settings": {}, "shard_tokens": 150, "resume": resume, "kept": fields}
+        options = {"settings": {}, "shard_tokens": 150, "resume": resume, "kept_fields": fields}
         gains_to_folder(model, found, tmp_path / name, OPTIONS, **options)
 
     write("whole", documents, kept)

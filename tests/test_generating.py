@@ -49,7 +49,7 @@ def prompt(length: int) -> Document:
 
 
 def run(model: Net, length: int = 50, **options: Any) -> list[Step]:
-    return list(generate(model, prompt(length), **{"bos": None, "words": WORDS, "max_tokens": 40} | options))
+    return list(generate(model, prompt(length), **{"bos": None, "tokenizer": WORDS, "max_tokens": 40} | options))
 
 
 def text_of(steps: list[Step]) -> str:
@@ -137,7 +137,7 @@ def test_it_ends_at_an_id_at_a_text_and_at_the_last_position() -> None:
         ({"top_p": 0.0}, "top_p must be more than 0"),
         ({"top_p": 1.1}, "top_p must be more than 0 and at most 1"),
         ({"stop": [""]}, "a stop text needs characters"),
-        ({"stop": ["a"], "words": None}, "a stop text needs characters, and a tokenizer"),
+        ({"stop": ["a"], "tokenizer": None}, "a stop text needs characters, and a tokenizer"),
         ({"chunk": 0}, "chunk must be 1 or more"),
     ],
 )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig, SlideConfig, SlideEncoder, from_torchscale
-from longnet_cli.model.slide import grid_cells, grid_positions
+from longnet_cli.model.slide import grid_positions
+from longnet_cli.model.tiles import grid_cells
 from longnet_cli.runtime.layerwise import hidden_in_chunks
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "slide_encoder_zero_key.safetensors"

@@ -208,14 +208,13 @@ def encode(
             raise ConfigError(f"{model} reads vectors, which have no tokens: leave out {', '.join(given)}")
     from longnet_cli.encoding import SHARD_ROWS, EncodeOptions, encode_to_folder
     from longnet_cli.encoding import encode as run
-    from longnet_cli.model import SlideConfig
 
     eos_id = end_of_text(eos, loaded.tokenizer)
     columns: dict[str, Any] = {"column": column, "id_column": id_column, "keep": tuple(keep or ())}
     reading = {**columns, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
     documents: Iterator[Any] = read_documents(inputs, loaded.tokenizer, **reading, skip_bad=skip_bad)
     if net.row_size is not None:
-        in_grid = isinstance(net.config, SlideConfig) and net.config.grid > 0
+        in_grid = net.has_grid
         documents = read_vectors(inputs, column, id_column, coords=in_grid)
     kept_fields: list[Any] = []
     if keep and not dry_run:  # first_kept waits for the first document

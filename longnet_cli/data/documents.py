@@ -4,7 +4,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,8 @@ from longnet_cli.errors import ConfigError, DataError, LongNetError
 
 BLOCK = 1 << 18  # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
 SPOOL_BYTES = 256 << 20  # bytes of one document's ids in memory; more go to a file in $TMPDIR
+
+T = TypeVar("T")
 
 
 class Part(NamedTuple):
@@ -39,6 +41,7 @@ class Document:
     """
 
     block = BLOCK
+    width: int | None = None  # of a vector, in documents that have vectors in place of ids
 
     def __init__(
         self,
@@ -155,12 +158,12 @@ class Unread(Document):
 
 def checked(
     documents: Iterable[Document],
-    check: Callable[[Document], None],
+    make: Callable[[Document], T],
     on_skip: Callable[[Document, LongNetError], None] | None = None,
     *,
     reads: bool = True,
-) -> Iterator[Document]:
-    """Yield the documents that `check` accepts, and raise the errors that it raises.
+) -> Iterator[T]:
+    """Yield what `make` returns for each document, and raise the errors that it raises.
 
     With `on_skip`, a document that causes ConfigError or DataError is passed to `on_skip`, with the error, and nothing
     is raised. To find such errors, all ids of each document are read here, unless `reads` is false. A file that changes
@@ -170,7 +173,7 @@ def checked(
         try:
             if isinstance(document, Unread):
                 raise document.error
-            check(document)
+            made = make(document)
             for start in range(0, len(document) if on_skip and reads else 0, document.block):
                 document.read(start, start + document.block)
         except (ConfigError, DataError) as error:
@@ -178,7 +181,7 @@ def checked(
                 raise
             on_skip(document, error)
         else:
-            yield document
+            yield made
 
 
 def collect(parts: Iterable[Part]) -> list[Part]:

@@ -7,7 +7,6 @@ import time
 import torch
 
 from longnet_cli.estimating.forwards import Forwards, Shape
-from longnet_cli.model import SlideConfig
 from longnet_cli.model.net import Net
 from longnet_cli.runtime.device import precision
 
@@ -37,14 +36,10 @@ def measured_rate(net: Net, usual: Shape, scores: bool, dtype: str) -> tuple[flo
 @torch.inference_mode()
 def forward(net: Net, shape: Shape, scores: bool, dtype: str) -> None:
     """Run and await one forward pass over random ids or zero vectors, with logits if `scores`."""
-    device, config = next(net.parameters()).device, net.config
-    if net.row_size is None:
-        ids = torch.randint(config.vocab_size, shape, device=device)
-    else:
-        ids = torch.zeros(*shape, net.row_size + 2 * isinstance(config, SlideConfig), device=device)
-    with precision(dtype, device):
+    ids = net.inputs_like(shape)
+    with precision(dtype, ids.device):
         hidden = net(ids)
         if scores:
             net.nll(hidden, ids)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)

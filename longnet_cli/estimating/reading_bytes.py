@@ -5,6 +5,8 @@ Compared with real runs in tests/test_estimating.py.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from longnet_cli.attention.cache import FIRST_ROWS
@@ -60,9 +62,9 @@ def waiting_bytes(
 
 def hidden_bytes(net: Net, forwards: Forwards, chunk: int, ranks: Ranks) -> int:
     """Return the bytes that a bidirectional net keeps between its layers; 0 if no window is longer than a chunk."""
-    if net.config.causal or forwards.longest <= chunk or not isinstance(net, LongNet):
+    if net.config.causal or forwards.longest <= chunk or not net.layer_by_layer:
         return 0
-    return kept_bytes(net, forwards.longest, chunk, ranks)
+    return kept_bytes(cast(LongNet, net), forwards.longest, chunk, ranks)
 
 
 def cache_bytes(config: NetConfig, tokens: int, itemsize: int) -> int:

@@ -30,6 +30,7 @@ from longnet_cli.estimating.rate import FIRST_SHAPE, forward, measured_rate
 from longnet_cli.estimating.reading_bytes import computing_bytes, hidden_bytes, waiting_bytes
 from longnet_cli.estimating.sampling import Sample
 from longnet_cli.model.net import Net
+from longnet_cli.model.sequence import InputSequence
 from longnet_cli.runtime.chunks import default_chunk
 from longnet_cli.runtime.device import free_memory, peak_memory, resident_memory, resolve_dtype
 from longnet_cli.runtime.portions import portions
@@ -44,8 +45,8 @@ class Job(Protocol):
     skips_empty: bool  # a resumed run does not count empty documents as done
     alone: bool  # no two windows share a forward pass
 
-    def check(self, document: Document) -> None:
-        """Raise ConfigError or DataError for a document that the job refuses."""
+    def sequence(self, document: Document) -> InputSequence[Document]:
+        """Return a document as the net reads it. Raises ConfigError or DataError if the job refuses it."""
 
     def windows(self, tokens: int) -> Iterator[tuple[int, int]]:
         """Yield (tokens, wanted tokens) for each window of a document of this many tokens."""
@@ -62,8 +63,8 @@ class ScoreJob:
     def __init__(self, net: Net, cut: Cut, *, gains: bool = False, recalls: bool = False) -> None:
         self.net, self.cut, self.gains, self.recalls = net, cut, gains, recalls
 
-    def check(self, document: Document) -> None:
-        self.cut.check(self.net, document)
+    def sequence(self, document: Document) -> InputSequence[Document]:
+        return self.cut.sequence(self.net, document)
 
     def windows(self, tokens: int) -> Iterator[tuple[int, int]]:
         if not (self.cut.last and tokens < self.cut.least):
@@ -85,13 +86,14 @@ class EncodeJob:
     def __init__(self, net: Net, options: EncodeOptions) -> None:
         options.check(net)
         self.net, self.options, self.alone = net, options, bool(options.all_layers)
+        self.first = len(net.start_rows(options.bos))
 
-    def check(self, document: Document) -> None:
-        self.options.check_document(self.net, document)
+    def sequence(self, document: Document) -> InputSequence[Document]:
+        return self.options.sequence(self.net, document)
 
     def windows(self, tokens: int) -> Iterator[tuple[int, int]]:
         if tokens:
-            yield self.options.first(self.net) + tokens, tokens
+            yield self.first + tokens, tokens
 
     def keeps(self, longest: int) -> dict[str, int]:
         return {}
@@ -278,7 +280,7 @@ def _lengths(
                     raise
                 yield Unread(error)
 
-    for document in checked(documents(), job.check, skip, reads=False):
-        yield len(document)
+    for sequence in checked(documents(), job.sequence, skip, reads=False):
+        yield len(sequence.document)
     for size in drawn.bytes if drawn else ():
         yield round(size * drawn.tokens_per_byte) if drawn else 0

@@ -148,6 +148,8 @@ class LongNet(Net):
     by layer (a bidirectional net over more tokens than memory holds) calls these itself.
     """
 
+    layer_by_layer = True
+
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
         self.config: LongNetConfig = config

@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import FarKeys, Pattern
+from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.model.sequence import Bos, D, InputSequence, bos_ids
 
 # Called once per layer with (layer index, k, v): this shard's keys, rotated, and values, (B, N, H, D) both, in the
 # autograd graph. Returns the far keys that the shard attends to in that layer. It may keep k and v for later shards.
@@ -71,11 +74,38 @@ class Net(nn.Module):
     note: str | None = None  # one line for users about how the net reads documents
     choices: str = ""  # options for users with too long a sequence, besides shorter ones
     has_cls: bool = False  # whether an extra row, CLS, comes before each sequence
+    has_grid: bool = False  # whether the vectors that it reads lie in a grid
+    layer_by_layer: bool = False  # whether jobs can run its layers one by one, and see the states between them
 
     @property
     def row_size(self) -> int | None:
         """The size of the vectors that the net reads in place of token ids; None if it reads ids."""
         return None
+
+    def start_rows(self, bos: Bos) -> np.ndarray:
+        """Return the rows that the net reads before each document: the ids of `bos`, (n,) int64, if it is causal."""
+        return np.array(bos_ids(bos) if self.config.causal else (), np.int64)
+
+    def sequence(self, document: D, bos: Bos = None, tile_size: float | None = None) -> InputSequence[D]:
+        """Return a document as the net reads it, after `start_rows(bos)`; `tile_size` is for a net with a grid.
+
+        Raises ConfigError for ids where the net reads vectors, or the reverse; DataError for vectors of another size.
+        """
+        if (document.width is None) != (self.row_size is None):
+            kinds = ("token ids", "vectors") if self.row_size is None else ("vectors", "token ids")
+            raise ConfigError(f"{document.where}: the model reads {kinds[0]}, and this document holds {kinds[1]}")
+        if document.width != self.row_size:
+            raise DataError(
+                f"{document.where}: its vectors have {document.width} numbers, and the model reads {self.row_size}"
+            )
+        return InputSequence(document, self.start_rows(bos), self.config.max_tokens, self.choices)
+
+    def inputs_like(self, shape: tuple[int, int]) -> Tensor:
+        """Return inputs of the shape (B, N), on the net's device, to measure with: random ids, or vectors of zeros."""
+        device = next(self.parameters()).device
+        if self.row_size is None:
+            return torch.randint(self.config.vocab_size, shape, device=device)
+        return torch.zeros(*shape, self.row_size, device=device)
 
     def head(self, pooled: Tensor) -> Tensor:
         """Return pooled hidden states (..., dim) after the net's own last step, if it has one."""

@@ -11,9 +11,11 @@ B batch, N tiles.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
-from typing import Literal
+from typing import Literal, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ from longnet_cli.attention import Pattern
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig, SlideConfig
 from longnet_cli.model.longnet import LongNet, Placement
+from longnet_cli.model.sequence import Bos, D, InputSequence
+from longnet_cli.model.tiles import Tiles, grid_cells, outside_grid, tile_cells
 from longnet_cli.model.weights import load_pretrained, save_pretrained
 
 SlidePool = Literal["cls", "mean"]
@@ -44,6 +48,7 @@ class VectorNet(LongNet):
         if not isinstance(config, SlideConfig):
             raise ConfigError("not the configuration of a slide encoder: it has no in_features")
         super().__init__(config)
+        self.has_grid = config.grid > 0
         self.project = nn.Linear(config.in_features, config.dim)
         self.cls = nn.Parameter(torch.empty(config.dim))
         self.norm = nn.LayerNorm(config.dim, HEAD_EPS)
@@ -55,6 +60,18 @@ class VectorNet(LongNet):
     @property
     def row_size(self) -> int | None:
         return self.config.in_features
+
+    def start_rows(self, bos: Bos) -> np.ndarray:
+        """Return the row of CLS, (1, in_features + 2) float32."""
+        return np.full((1, self.config.in_features + 2), CLS_CELL, np.float32)
+
+    def sequence(self, document: D, bos: Bos = None, tile_size: float | None = None) -> InputSequence[D]:
+        """Return a document as the net reads it; see `Net.sequence`. Raises, and warns, as `tile_cells` does, too."""
+        found = super().sequence(document, bos)
+        return replace(found, cells=tile_cells(cast(Tiles, document), self.config, tile_size))
+
+    def inputs_like(self, shape: tuple[int, int]) -> Tensor:
+        return F.pad(super().inputs_like(shape), (0, 2))
 
     def embed(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
         """Return the input of the first layer, (B, N, dim), from rows (B, N, in_features + 2).
@@ -172,21 +189,6 @@ class SlideEncoder(nn.Module):
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write config.json and model.safetensors; see weights.save_pretrained."""
         save_pretrained(self.net, directory)
-
-
-def grid_cells(coords: Tensor, tile_size: float) -> Tensor:
-    """Return the cells in which pixels (..., 2) lie, (..., 2) whole numbers in float64."""
-    return torch.floor(coords.double() / tile_size)
-
-
-def outside_grid(cells: Tensor, grid: int) -> tuple[int, str] | None:
-    """Return the index of the first of the cells (N, 2) outside the grid, and a sentence; None if all are inside."""
-    bad = ~((cells >= 0) & (cells < grid)).all(-1)
-    if not bad.any():
-        return None
-    index = int(bad.nonzero()[0])
-    first, second = cells[index].tolist()
-    return index, f"its cell ({first:.0f}, {second:.0f}) is outside the grid of {grid} x {grid}"
 
 
 def grid_positions(cells: Tensor, dim: int) -> Tensor:

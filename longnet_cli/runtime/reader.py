@@ -13,55 +13,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from longnet_cli.errors import ConfigError, TooLongError
+from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
+from longnet_cli.model.sequence import InputSequence, Readable
 from longnet_cli.runtime.chunks import default_chunk, open_stream, same_chunk
 from longnet_cli.runtime.device import precision, to_device
 from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.layerwise import hidden_in_chunks
+from longnet_cli.runtime.portions import Portion, portions
 from longnet_cli.runtime.ranks import Ranks
 
 PORTION_CHUNKS = 4  # full forward passes per portion that is dealt out
-
-
-class Ids(Protocol):
-    """A sequence of token ids, or of vectors that a net reads in their place. Any slice of it can be read."""
-
-    def read(self, start: int, stop: int, /) -> np.ndarray: ...  # (stop - start,) int64, or (stop - start, n) float32
-
-
-# What a model reads before each document: nothing, one id, or several, as in some tokenizers' templates
-Bos = int | Sequence[int] | None
-
-
-def bos_ids(bos: Bos) -> tuple[int, ...]:
-    """Return the ids of a `Bos`, in order."""
-    return () if bos is None else (bos,) if isinstance(bos, int) else tuple(bos)
-
-
-@dataclass(frozen=True)
-class AfterBos:
-    """The ids that a model reads for a document: the ids of `bos`, then, from index `first` on, the document's own."""
-
-    document: Ids
-    bos: Bos
-
-    @property
-    def first(self) -> int:
-        return len(bos_ids(self.bos))
-
-    def read(self, start: int, stop: int, /) -> np.ndarray:
-        if start >= self.first:
-            return self.document.read(start - self.first, stop - self.first)
-        before = np.array(bos_ids(self.bos)[start:stop], np.int64)
-        return np.concatenate((before, self.document.read(0, max(0, stop - self.first))))
 
 
 @dataclass(frozen=True)
@@ -71,7 +39,7 @@ class Window:
     Hidden states are wanted for the ids [wanted, stop); earlier ids only serve as context.
     """
 
-    ids: Ids
+    sequence: Readable
     start: int
     stop: int
     wanted: int
@@ -81,6 +49,7 @@ class Window:
 
 
 W = TypeVar("W", bound=Window)
+S = TypeVar("S", bound=InputSequence[Any])
 
 
 @dataclass(frozen=True)
@@ -129,10 +98,10 @@ class Reader:
         self.chunk = chunk or int(self.ranks.smallest(default_chunk(model.config, self.device)))
         self.on_progress = on_progress or (lambda tokens: None)
 
-    @property
-    def portion(self) -> int:
-        """Tokens of a portion of short documents: enough for several full forward passes."""
-        return PORTION_CHUNKS * self.chunk
+    def portions(self, sequences: Iterable[S], **shards: Any) -> Iterator[Portion[S]]:
+        """Cut sequences into portions of several full forward passes, as `runtime.portions` does by their documents."""
+        length = PORTION_CHUNKS * self.chunk
+        return portions(sequences, length, length_of=lambda each: len(each.document), **shards)
 
     def read(self, windows: Iterable[W]) -> Iterator[list[Piece[W]]]:
         """Yield the wanted hidden states of all windows, in order, as lists of pieces.
@@ -239,7 +208,7 @@ class Reader:
 
     @staticmethod
     def _ids(window: Window, start: int, stop: int) -> Tensor:
-        return torch.from_numpy(window.ids.read(start, stop))
+        return torch.from_numpy(window.sequence.read(start, stop))
 
 
 def share_reader(model: Net, *, chunk: int | None = None, ranks: Ranks | None = None, **options: Any) -> Reader:
@@ -260,19 +229,6 @@ def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]
         rows = max(1, limit // lengths[order[0]])
         yield order[:rows]
         order = order[rows:]
-
-
-def check_length(model: Net, tokens: int, where: str, instead: str, *, skips: bool = True) -> None:
-    """Raise TooLongError if `model` cannot read `tokens` tokens of the document `where`. `instead` says what to do.
-
-    With `skips`, the advice mentions --skip-bad as well.
-    """
-    limit = model.config.max_tokens
-    if limit is not None and tokens > limit:
-        has = f"was trained on {limit}" if model.choices else f"has {limit} positions"
-        instead += f", or give {model.choices}" if model.choices else ""
-        instead += "; --skip-bad leaves such documents out" if skips else ""
-        raise TooLongError(f"{where}: {tokens} tokens, and the model {has}", instead)
 
 
 class _Share:
