@@ -217,7 +217,7 @@ def train(
             begun = True
             if step:
                 what = f"continuing after step {step:,}" if step < found.train.steps else "all steps are done already"
-                unused = initial and not isinstance(found, PretrainedRecipe)
+                unused = initial and not found.pretrained
                 say(f"{what}; --init is ignored, because this run has already started" if unused else what)
             advance = stack.enter_context(progress("training", total, start=tokens, quiet=quiet))
 

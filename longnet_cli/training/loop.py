@@ -47,7 +47,7 @@ from .gradients import backward
 from .masking import mask_tokens
 from .metrics import Metrics, MetricsLog
 from .optimizer import build_optimizers, learning_rate
-from .recipe import PretrainedRecipe, Recipe, Stage
+from .recipe import Recipe, Stage
 from .start import BEST, CHECKPOINTS, RECIPE, Resume, find_checkpoint
 from .state import frozen_digest, restore, run_tensors
 from .tokens import StoredTokens
@@ -144,7 +144,7 @@ class _TrainingRun:
         if recipe.train.spill or device.type == "cpu":
             self.allocate = MappedMemory(stored_bytes(recipe, device, ranks), recipe.train.spill).empty
         initial = recipe.init
-        if not isinstance(recipe, PretrainedRecipe) and checkpoints_in(output / CHECKPOINTS):
+        if not recipe.pretrained and checkpoints_in(output / CHECKPOINTS):
             initial = None  # a LongNet's weights are all in the checkpoint
         if initial:
             Tokenizer.of_model(find_model(initial), recipe.data.tokenizer, differs=tokenizer_differs)
@@ -448,10 +448,10 @@ def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks
 
 def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
     """Return the id with which each document starts: end-of-text, or what a Hugging Face model was trained with."""
-    if not isinstance(recipe, PretrainedRecipe) or recipe.data.eos is not None:
+    if recipe.pretrained is None or recipe.data.eos is not None:
         found: int | tuple[int, ...] | None = tokenizer.eos_id
     else:
-        found = document_start(find_model(recipe.init), tokenizer)
+        found = document_start(find_model(recipe.pretrained.init), tokenizer)
     if found is None:
         raise ConfigError(f"{NO_END}; training puts it between documents: name a token or an id (--eos, data.eos)")
     if not isinstance(found, int):
@@ -460,8 +460,8 @@ def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
 
 
 def _model(recipe: Recipe, initial: str | None) -> Net:
-    if isinstance(recipe, PretrainedRecipe):
-        return load_trainable(find_model(recipe.init), recipe.model, recipe.adapter)
+    if pretrained := recipe.pretrained:
+        return load_trainable(find_model(pretrained.init), pretrained.model, pretrained.adapter)
     if initial is None:
         return LongNet(recipe.model)
     # weights do not depend on the pattern: training continues with the recipe's
