@@ -160,7 +160,7 @@ def train(
     from longnet_cli.runtime.device import MatmulPeak, keep_freed_memory
     from longnet_cli.runtime.ranks import join, leave
     from longnet_cli.training.loop import train as run
-    from longnet_cli.training.recipe import PretrainedRecipe, parse_overrides
+    from longnet_cli.training.recipe import parse_overrides
     from longnet_cli.training.start import prepare_run
 
     if (seq_len is None) != (steps is None):
@@ -205,8 +205,7 @@ def train(
             typer.echo(printable(line), err=True)
 
     mesh = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
-    trained = found.model.trained if isinstance(found, PretrainedRecipe) else found.model.num_parameters()
-    say(f"training {trained:,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")
+    say(f"training {found.model.trained:,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")
     with ExitStack() as stack:
         shown: dict[str, str] = {}
         begun = False  # until it is True, there is nothing to save

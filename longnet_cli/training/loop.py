@@ -32,7 +32,6 @@ from longnet_cli.model.net import Net
 from longnet_cli.presets import find_model
 from longnet_cli.runtime.chunks import Tokens
 from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, random_state, to_device
-from longnet_cli.runtime.flops import executed_flops
 from longnet_cli.runtime.fsdp import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
 from longnet_cli.runtime.mapped import MappedMemory
 from longnet_cli.runtime.ranks import Ranks
@@ -303,7 +302,7 @@ class _TrainingRun:
         self.progress.data = position
         self.random = random_state(self.device)
         documents = [stop - start for row in starts for start, stop in pairwise([*row, length])]
-        flops = executed_flops(recipe.model, documents, recipe.train.predicted)
+        flops = recipe.model.training_flops(documents, recipe.train.predicted)
         seen = rows * length * ranks.dp
         self.log.add(seen, flops * ranks.dp, loss, norm)  # other groups' documents are assumed to be alike
         return seen
