@@ -23,10 +23,7 @@ from longnet_cli.errors import ConfigError
 from longnet_cli.estimating.estimate import fitting_chunk
 from longnet_cli.estimating.training_job import (
     estimate_training,
-    executed_flops,
-    flops_per_token,
     memory_by_kind,
-    saved_bytes,
     settle_chunk,
 )
 from longnet_cli.model import LongNet, LongNetConfig
@@ -76,7 +73,7 @@ def saved_by_autograd(config: LongNetConfig, dtype: str, tokens: int = 256) -> i
 def test_saved_bytes_are_those_that_autograd_saves(change: dict, dtype: str) -> None:
     one, two = (LongNetConfig(**(MODEL | change | {"num_layers": layers})) for layers in (1, 2))
     layer = saved_by_autograd(two, dtype) - saved_by_autograd(one, dtype)
-    assert saved_bytes(one, 4 if dtype == "fp32" else 2, "cpu") * 256 == layer
+    assert one.saved_bytes(4 if dtype == "fp32" else 2, "cpu")[0] * 256 == layer
 
 
 def test_flops_are_those_that_torch_counts() -> None:
@@ -89,10 +86,10 @@ def test_flops_are_those_that_torch_counts() -> None:
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     one_key = LongNetConfig(**(MODEL | {"segment_lengths": (1,), "dilation_rates": (1,)}))  # next to no attention
     attention = 3.5 * 4 * 64 / 2
-    assert (flops_per_token(one_key, 256) - attention) * 256 == pytest.approx(counted)
-    assert flops_per_token(config, 256) > flops_per_token(one_key, 256)
-    unpredicted = flops_per_token(config, 256) - flops_per_token(config, 256, predicted=0.25)
-    assert unpredicted == pytest.approx(3 * 0.75 * 2 * 64 * 100)
+    assert one_key.training_flops([256]) - attention * 256 == pytest.approx(counted)
+    assert config.training_flops([256]) > one_key.training_flops([256])
+    unpredicted = config.training_flops([256]) - config.training_flops([256], predicted=0.25)
+    assert unpredicted == pytest.approx(256 * 3 * 0.75 * 2 * 64 * 100)
 
 
 RUN = """
@@ -275,9 +272,8 @@ def test_the_last_chunk_alone_is_not_computed_again() -> None:
 
 def test_short_documents_have_little_attention() -> None:
     config = LongNetConfig(**MODEL)
-    whole, apart = executed_flops(config, [512]), executed_flops(config, [32] * 16)
-    assert whole == 512 * flops_per_token(config, 512)
-    assert apart == 512 * flops_per_token(config, 32) < whole
+    whole, apart = config.training_flops([512]), config.training_flops([32] * 16)
+    assert apart == 16 * config.training_flops([32]) < whole
 
 
 def test_muon_keeps_one_number_for_a_matrix() -> None:

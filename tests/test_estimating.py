@@ -30,7 +30,6 @@ from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode
 from longnet_cli.errors import DataError, MemoryLimitError, TooLongError
-from longnet_cli.estimating.reading_bytes import cache_bytes
 from longnet_cli.estimating.reading_job import (
     EncodeJob,
     Job,
@@ -45,7 +44,6 @@ from longnet_cli.model.net import Net
 from longnet_cli.model.sequence import InputSequence
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.chunks import CausalStream
-from longnet_cli.runtime.flops import attention_flops
 from longnet_cli.scoring import score
 
 BOS = 256
@@ -133,7 +131,7 @@ def test_flops_are_those_that_torch_counts(causal: bool, scores: bool) -> None:
             encode(net, documents(), EncodeOptions(bos=BOS), chunk=64).read_all()
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     found = estimated(net, job, chunk=64)
-    attention = found.tokens_read * attention_flops(net.config, 1)
+    attention = found.tokens_read * net.config.attention_flops(1)
     assert found.flops - attention == pytest.approx(counted, rel=1e-6)
 
 
@@ -145,7 +143,7 @@ def test_layer_by_layer_computes_keys_twice_where_chunks_see_each_other(pattern:
         encode(net, found, EncodeOptions(), chunk=64).read_all()
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     flops = estimated(net, EncodeJob(net, EncodeOptions()), found, chunk=64).flops
-    assert flops - attention_flops(net.config, 500) == pytest.approx(counted, rel=1e-6)
+    assert flops - net.config.attention_flops(500) == pytest.approx(counted, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +158,7 @@ def test_the_cache_is_that_of_a_stream(pattern: Pattern, tokens: int) -> None:
         stream = CausalStream(net)
         for start in range(0, tokens, 5000):
             stream(torch.zeros(1, min(5000, tokens - start), dtype=torch.int64))
-    assert cache_bytes(net.config, tokens, 4) == stream.cache_bytes
+    assert net.config.cache_bytes(tokens, 4) == stream.cache_bytes
 
 
 def test_what_does_not_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:

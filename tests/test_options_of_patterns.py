@@ -19,9 +19,10 @@ from torch import Tensor
 
 from longnet_cli.attention import SINKS, FarKeys, KVCache, Pattern, Span, dilated_attention, far_keys
 from longnet_cli.attention.branches import attention_flops, branches
+from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.merging import apart, strided_view
 from longnet_cli.attention.reference import dilated_attention_reference, key_counts
-from longnet_cli.attention.spans import cached_rows, far_spans, lanes
+from longnet_cli.attention.spans import far_spans, lanes
 
 
 def run(function, inputs: list[Tensor], pattern: Pattern, **options) -> list[Tensor]:

@@ -25,8 +25,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from longnet_cli.attention import Pattern
+from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.reference import dilated_attention_reference
-from longnet_cli.attention.spans import cached_rows
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.transformers import (
     LongNetCache,

@@ -43,7 +43,7 @@ from test_transformers import (
 )
 
 from longnet_cli.attention import SINKS, FarKeys, Pattern, Span
-from longnet_cli.attention.spans import cached_rows
+from longnet_cli.attention.cache import cached_rows
 from longnet_cli.cli.app import app
 from longnet_cli.data.sources import Document
 from longnet_cli.data.tokenizer import Tokenizer

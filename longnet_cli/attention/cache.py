@@ -7,6 +7,7 @@ rows and the sinks. So a sequence of any length needs `sum of (1 + look_back) ce
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
@@ -31,7 +32,7 @@ class KVCache:
             cache.append(k, v)
 
     `kv_heads` is the number of heads of k and v, by default `num_heads`. `position` is the number of tokens so far.
-    `nbytes` is the size of the allocated rows, at most batch * head_dim * 2 * `pattern.cached_rows` numbers. A segment
+    `nbytes` is the size of the allocated rows, at most batch * head_dim * 2 * `cached_rows` numbers. A segment
     with more than FIRST_ROWS rows starts with FIRST_ROWS, and gets the others on demand.
 
     Pass `keep`, the length that the sequence may reach, if earlier far keys must stay valid, as for a backward pass
@@ -133,3 +134,18 @@ class KVCache:
             wider[:, :, :have] = rows
             places[place] = wider
         return places[place]
+
+
+def cached_rows(pattern: Pattern, num_heads: int, kv_heads: int = 0, tokens: int = sys.maxsize) -> int:
+    """Return the rows of keys that a cache has allocated after `tokens`, by default the most that it ever allocates.
+
+    That is `pattern.cache_rows` for each head, if no lane is shared.
+    """
+    rows = pattern.sinks * (kv_heads or num_heads)
+    for level, ((w, r), back) in enumerate(zip(pattern.levels, pattern.look_backs, strict=True)):
+        whole = -(-w // r)
+        have = min(whole, FIRST_ROWS)
+        while have < segment_rows(pattern, level, tokens):
+            have = min(whole, 2 * have)
+        rows += (1 + back) * have * len(lanes(pattern, level, num_heads, kv_heads).offsets)
+    return rows

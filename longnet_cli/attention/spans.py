@@ -64,13 +64,6 @@ def segment_rows(pattern: Pattern, level: int, tokens: int) -> int:
     return -(-min(w, tokens) // r)
 
 
-def cached_rows(pattern: Pattern, num_heads: int, kv_heads: int = 0) -> int:
-    """Return the rows of keys that a decoder must keep: `pattern.cache_rows` for each head, if no lane is shared."""
-    levels = range(len(pattern.segment_lengths))
-    rows = sum(pattern.level_rows(i) * len(lanes(pattern, i, num_heads, kv_heads).offsets) for i in levels)
-    return rows + pattern.sinks * (kv_heads or num_heads)
-
-
 def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int | None = None) -> list[Span]:
     """Return the spans that queries of the shard [start, stop) see outside it, by segment; sinks, not turned, are last.
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longnet_cli.attention import Pattern
-from longnet_cli.attention.branches import attention_flops
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.spans import cached_rows
 from longnet_cli.errors import ConfigError
-from longnet_cli.estimating.training_job import activation_bytes
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model import LongNet
 from longnet_cli.model.config import parse_config
-from longnet_cli.model.net import LOGITS_LIMIT, Net
+from longnet_cli.model.net import LOGITS_LIMIT, Net, NetConfig
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.chunks import open_stream
 from longnet_cli.runtime.device import DTYPES, precision
@@ -32,17 +29,15 @@ from .settings import Settings
 if TYPE_CHECKING:
     from longnet_cli.integrations.transformers_net import TransformersNet
 
-NetT = TypeVar("NetT", bound=Net)
-
 
 def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
     """Return a case of the forward pass, on random tokens, of a shipped or saved model (`s.model`) or a random one."""
-    net = _net(s, impl, seq)
+    net, load = _net(s, impl, seq)
     streamed = impl == "dilated" and net.config.streams and s.streams(seq)
     chunk = s.chunk_for(seq) if streamed else seq
 
     def start() -> Callable[..., object]:
-        model, ids = _with_weights(s, net), _tokens(s, net, chunk)
+        model, ids = load(), _tokens(s, net, chunk)
         read = open_stream(model) if streamed else model
 
         def run(tokens: int = chunk) -> Tensor:
@@ -51,20 +46,21 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
         return run
 
-    cache = _cache_bytes(s, net) if streamed else None
+    cache = None
+    if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
+        longest = max(net.config.pattern.segment_lengths)
+        cache = s.batch * net.config.cache_bytes(longest, DTYPES[s.dtype].itemsize)
     row = _row(s, net, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
-    return Case(row, _flops(s, net, 1, 1), _memory(s, net, chunk) + (cache or 0), start, streamed)
+    return Case(row, _flops(s, net.config, 1, 1), _memory(s, net, chunk) + (cache or 0), start, streamed)
 
 
 def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
     """Return a case of one sequence's loss and gradients, by `s.chunk` tokens if given: a step without its update."""
-    net = _net(s, impl, seq)
-    if not isinstance(net, LongNet):
-        raise ConfigError(f"{s.model}: --op train measures LongNets; a Hugging Face model trains by itself")
+    net, load = _net(s, impl, seq)
     chunk = min(s.chunk or seq, seq)
 
     def start() -> Callable[[], object]:
-        model, ids = _with_weights(s, net).train(), _tokens(s, net, seq)
+        model, ids = load().train(), _tokens(s, net, seq)
 
         def run() -> Tensor:
             model.zero_grad()
@@ -74,14 +70,18 @@ def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
     again = chunk < seq  # then the backward pass computes each chunk's forward pass again
     row = _row(s, net, impl, direction, seq, chunk=chunk if again else None)
-    return Case(row, _flops(s, net, 3 + again, 3.5 + again), _training_memory(s, net.config, seq, chunk), start)
+    return Case(row, _flops(s, net.config, 3 + again, 3.5 + again), _training_memory(s, net.config, seq, chunk), start)
 
 
-def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
-    """Return the net of a row: a LongNet on the meta device, or a Hugging Face model with its weights."""
+def _net(s: Settings, impl: str, seq: int) -> tuple[Net, Callable[[], Net]]:
+    """Return the net of a row, and a function that returns it with its weights.
+
+    A LongNet is on the meta device until then. A Hugging Face model has its weights from the start.
+    """
     folder = ModelFolder.find(s.model) if s.model is not None else None
     if folder and folder.of_transformers:
-        return _transformers(s, impl, seq, folder)
+        net = _transformers(s, impl, seq, folder)
+        return net, lambda: net
     if folder is None:
         dim = s.heads * s.head_dim
         shape = {"dim": dim, "num_layers": s.layers, "num_heads": s.heads, "ffn_dim": 4 * dim, "vocab_size": s.vocab}
@@ -98,7 +98,8 @@ def _net(s: Settings, impl: str, seq: int) -> LongNet | TransformersNet:
     if impl == "dense":  # one segment for the whole sequence
         found = found.model_copy(update=vars(Pattern((seq,), (1,))))
     with torch.device("meta"):
-        return LongNet(found)
+        empty = LongNet(found)
+    return empty, partial(_with_weights, s, empty)
 
 
 def _transformers(s: Settings, impl: str, seq: int, folder: ModelFolder) -> TransformersNet:
@@ -113,6 +114,8 @@ def _transformers(s: Settings, impl: str, seq: int, folder: ModelFolder) -> Tran
     limit = net.config.max_tokens
     if limit is not None and seq > limit:
         raise ConfigError(f"{s.model}: --seq {seq}, and the model has {limit} positions")
+    if s.op == "train":
+        raise ConfigError(f"{s.model}: --op train measures LongNets; a Hugging Face model trains by itself")
     return net
 
 
@@ -121,10 +124,8 @@ def _loaded(path: Path, pattern: Pattern | None, device: torch.device, dtype: st
     return ModelFolder(path).net(pattern=pattern, device=device, dtype=DTYPES[dtype])
 
 
-def _with_weights(s: Settings, net: NetT) -> NetT:
-    """Return the net with its weights. A LongNet's are read, or drawn, only when its row is measured."""
-    if not isinstance(net, LongNet):
-        return net
+def _with_weights(s: Settings, net: LongNet) -> LongNet:
+    """Return the net with its weights, which are read or drawn."""
     if s.model is not None:
         net.load_state_dict(LongNet.from_pretrained(s.model, s.device).state_dict(), assign=True)
     else:
@@ -137,33 +138,20 @@ def _tokens(s: Settings, net: Net, count: int) -> Tensor:
     return torch.randint(net.config.vocab_size, (s.batch, count), device=s.device)
 
 
-def _flops(
-    s: Settings, net: LongNet | TransformersNet, of_matrices: float, of_attention: float
-) -> Callable[[int], float]:
+def _flops(s: Settings, c: NetConfig, of_matrices: float, of_attention: float) -> Callable[[int], float]:
     """Return a function for the FLOPs of the first n tokens. `of_matrices` and `of_attention` count forward passes."""
-    c, tables = net.config, {module.weight for module in net.modules() if isinstance(module, nn.Embedding)}
-    output = net.output or net.embedding if isinstance(net, LongNet) else net.model.get_output_embeddings()
-    assert output is not None
-    # the matrices that multiply every token; a table is read by rows, and counts only if it is tied to the output
-    matrices = {p for p in net.parameters() if p.dim() > 1} - tables | {output.weight}
-    numbers = sum(p.numel() for p in matrices)
-
-    def flops(tokens: int) -> float:
-        attended = attention_flops(c.pattern, c.num_heads, c.head_dim, tokens, True, s.batch)
-        return of_attention * c.num_layers * attended + of_matrices * 2 * s.batch * tokens * numbers
-
-    return flops
+    matrices = c.layer_flops() + c.vocabulary_flops()
+    return lambda n: s.batch * (of_attention * c.attention_flops(n) + of_matrices * n * matrices)
 
 
 def _memory(s: Settings, net: Net, chunk: int) -> int:
     """Return the bytes of the weights, one layer's activations and the logits."""
-    c, tokens = net.config, s.batch * chunk
-    logits = min(tokens * c.vocab_size, LOGITS_LIMIT)
-    weights = sum(p.numel() * p.element_size() for p in net.parameters())
-    return 4 * (tokens * (10 * c.dim + 2 * c.ffn_dim) + 2 * logits) + weights
+    tokens = s.batch * chunk
+    logits = 8 * min(tokens * net.config.vocab_size, LOGITS_LIMIT)
+    return net.config.forward_bytes(tokens) + logits + sum(p.numel() * p.element_size() for p in net.parameters())
 
 
-def _training_memory(s: Settings, c: LongNetConfig, seq: int, chunk: int) -> int:
+def _training_memory(s: Settings, c: NetConfig, seq: int, chunk: int) -> int:
     """Return the bytes of weights and gradients, logits, a chunk's activations, and rows that chunks keep for others.
 
     They are counted as in `estimating.training_job`.
@@ -172,21 +160,11 @@ def _training_memory(s: Settings, c: LongNetConfig, seq: int, chunk: int) -> int
     numbers = c.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
     kept = s.batch * sum(far_bytes(c, seq, chunk, itemsize))
     logits = 12 * min(tokens * c.vocab_size, LOGITS_LIMIT)
-    return numbers + tokens * activation_bytes(c, itemsize, s.device.type) + kept + logits
-
-
-def _cache_bytes(s: Settings, net: Net) -> int | None:
-    """Return the bytes of the rows of open segments, whatever the sequence; None if the net uses another cache."""
-    if getattr(net.config, "memory", "segments") != "segments":
-        return None
-    c = net.config
-    rows = cached_rows(c.pattern, c.num_heads, getattr(c, "kv_heads", c.num_heads))
-    return 2 * s.batch * c.num_layers * c.head_dim * rows * DTYPES[s.dtype].itemsize
+    return numbers + tokens * c.activation_bytes(itemsize, s.device.type) + kept + logits
 
 
 def _row(s: Settings, net: Net, impl: str, direction: str, seq: int, **values: int | None) -> Measurement:
     c = net.config
-    as_it_comes = impl == "dense" and not isinstance(net, LongNet)
-    kernel = "sdpa" if as_it_comes else select_kernel(s.device, DTYPES[s.dtype], c.head_dim).name
+    kernel = select_kernel(s.device, DTYPES[s.dtype], c.head_dim).name if net.dilated else "sdpa"
     shape = {"heads": c.num_heads, "head_dim": c.head_dim, "kernel": kernel}
-    return Measurement.of(s, impl, direction, seq, None if as_it_comes else c.pattern, **shape, **values)
+    return Measurement.of(s, impl, direction, seq, c.pattern if net.dilated else None, **shape, **values)

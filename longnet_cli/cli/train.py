@@ -151,7 +151,7 @@ def train(
     from longnet_cli.runtime.device import MatmulPeak, keep_freed_memory
     from longnet_cli.runtime.ranks import join, leave
     from longnet_cli.training.loop import train as run
-    from longnet_cli.training.recipe import PretrainedRecipe, parse_overrides
+    from longnet_cli.training.recipe import parse_overrides
     from longnet_cli.training.start import prepare_run
 
     if (seq_len is None) != (steps is None):
@@ -196,8 +196,7 @@ def train(
             typer.echo(printable(line), err=True)
 
     mesh = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
-    trained = found.model.trained if isinstance(found, PretrainedRecipe) else found.model.num_parameters()
-    print_note(f"training {trained:,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")
+    print_note(f"training {found.model.trained:,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")
     with ExitStack() as stack:
         shown: dict[str, str] = {}
         begun = False  # until it is True, there is nothing to save
@@ -208,7 +207,7 @@ def train(
             begun = True
             if step:
                 what = f"continuing after step {step:,}" if step < found.train.steps else "all steps are done already"
-                unused = initial and not isinstance(found, PretrainedRecipe)
+                unused = initial and not found.pretrained
                 print_note(f"{what}; --init is ignored, because this run has already started" if unused else what)
             advance = stack.enter_context(progress("training", total, start=tokens, quiet=quiet))
 

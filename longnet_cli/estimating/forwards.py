@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.model.net import NetConfig
-from longnet_cli.runtime.flops import attention_flops, layer_flops, vocabulary_flops
 from longnet_cli.runtime.reader import batches_by_length
 
 
@@ -67,9 +66,10 @@ class Forwards:
 
     def flops(self, scores: bool) -> float:
         """Return the FLOPs of all forward passes, with the logits of the wanted tokens if `scores`."""
-        matrices = layer_flops(self.config) * self.read + self.twice * 6 * self.config.num_layers * self.config.dim**2
-        attended = sum(rows * attention_flops(self.config, tokens) for tokens, rows in self._lengths.items())
-        return matrices + attended + (vocabulary_flops(self.config) * self.wanted if scores else 0)
+        config = self.config
+        matrices = config.layer_flops() * self.read + self.twice * 6 * config.num_layers * config.dim**2
+        attended = sum(rows * config.attention_flops(tokens) for tokens, rows in self._lengths.items())
+        return matrices + attended + (config.vocabulary_flops() * self.wanted if scores else 0)
 
     def _sees_outside(self, tokens: int) -> bool:
         """Return whether the chunks of a window in a bidirectional net see keys of each other."""

@@ -9,12 +9,9 @@ from typing import cast
 
 import torch
 
-from longnet_cli.attention.cache import FIRST_ROWS
-from longnet_cli.attention.spans import lanes
 from longnet_cli.estimating.forwards import Forwards
 from longnet_cli.model import LongNet
-from longnet_cli.model.net import LOGITS_LIMIT, Net, NetConfig
-from longnet_cli.runtime.chunks import forward_bytes
+from longnet_cli.model.net import LOGITS_LIMIT, Net
 from longnet_cli.runtime.device import DTYPES, resolve_dtype
 from longnet_cli.runtime.layerwise import fits_beside, kept_bytes
 from longnet_cli.runtime.ranks import Ranks
@@ -32,7 +29,7 @@ def computing_bytes(forwards: Forwards, chunk: int, scores: bool, dtype: str, de
     config = forwards.config
     cut = config.streams and forwards.longest > chunk
     tokens = min(forwards.largest, chunk) if config.streams else forwards.largest
-    activations = round(forward_bytes(config, tokens) * (IN_CHUNKS if cut else WHOLE))
+    activations = round(config.forward_bytes(tokens) * (IN_CHUNKS if cut else WHOLE))
     if not scores:
         return {"activations": activations}
     most = max(tokens, min(forwards.together, 2 * chunk))
@@ -52,10 +49,10 @@ def waiting_bytes(
     kinds = {"hidden": 2 * 4 * config.dim * max(waiting, 2 * chunk if cut else 0)}  # in pieces, and joined
     if cut and config.causal:
         itemsize = DTYPES[resolve_dtype(dtype, device)].itemsize
-        kinds["cache"] = cache_bytes(config, forwards.longest, itemsize)
+        kinds["cache"] = config.cache_bytes(forwards.longest, itemsize)
     elif cut and not spill:
         size = hidden_bytes(net, forwards, chunk, ranks)
-        if device.type == "cpu" or fits_beside(forward_bytes(config, chunk), size, device):
+        if device.type == "cpu" or fits_beside(config.forward_bytes(chunk), size, device):
             kinds["hidden"] += size
     return kinds
 
@@ -65,19 +62,3 @@ def hidden_bytes(net: Net, forwards: Forwards, chunk: int, ranks: Ranks) -> int:
     if net.config.causal or forwards.longest <= chunk or not net.layer_by_layer:
         return 0
     return kept_bytes(cast(LongNet, net), forwards.longest, chunk, ranks)
-
-
-def cache_bytes(config: NetConfig, tokens: int, itemsize: int) -> int:
-    """Return the bytes of keys and values that a causal stream caches of `tokens`, with `itemsize` bytes per number."""
-    kv_heads = config.kv_dim // config.head_dim
-    if getattr(config, "memory", "segments") != "segments":  # a transformers cache keeps all, and grows by copying
-        return 2 * (config.num_layers + 1) * config.kv_dim * tokens * itemsize
-    rows = config.pattern.sinks * kv_heads
-    for level, ((w, r), back) in enumerate(zip(config.pattern.levels, config.pattern.look_backs, strict=True)):
-        whole, needed = -(-w // r), -(-min(w, tokens) // r)
-        have = min(whole, FIRST_ROWS)
-        while have < needed:
-            have = min(whole, 2 * have)
-        held = len(lanes(config.pattern, level, config.num_heads, kv_heads).offsets)
-        rows += (1 + back) * have * held
-    return 2 * config.num_layers * config.head_dim * rows * itemsize

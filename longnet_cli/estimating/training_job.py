@@ -14,15 +14,13 @@ import torch
 from longnet_cli.estimating.estimate import Estimate, fitting_chunk
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import LOGITS_LIMIT, NetConfig
-from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.chunks import SHORTEST_CHUNK
 from longnet_cli.runtime.device import free_memory, matmul_peak, resident_memory, resolve_dtype
-from longnet_cli.runtime.flops import attention_flops, executed_flops, layer_flops, vocabulary_flops
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training.checks import check_ranks
 from longnet_cli.training.far_bytes import far_bytes, stored_bytes
 from longnet_cli.training.optimizer import build_optimizers
-from longnet_cli.training.recipe import OptimizerRecipe, PretrainedRecipe, Recipe, Stage
+from longnet_cli.training.recipe import OptimizerRecipe, Recipe, Stage
 
 GPU_CHUNK = 1 << 17  # tokens: longer chunks do not keep a GPU busier, even if there is memory for them
 EFFICIENCY = 0.4  # share of the measured matmul peak that a training step is assumed to reach
@@ -89,7 +87,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
         lambda chunk: sum(memory_by_kind(recipe.with_chunk(chunk), device, ranks).values()), train.chunk, free, shortest
     )
     tokens = [stage.steps * train.windows(stage) * stage.seq_len for stage in train.stages]
-    plain = [flops_per_token(config, stage.seq_len, train.predicted) for stage in train.stages]
+    plain = [config.training_flops([stage.seq_len], train.predicted) / stage.seq_len for stage in train.stages]
     executed = [each + _computed_again(recipe, stage, ranks) for each, stage in zip(plain, train.stages, strict=True)]
     flops = sum(n * each for n, each in zip(tokens, executed, strict=True))
     peak = matmul_peak(device, dtype)
@@ -121,11 +119,6 @@ def _load_all(device: torch.device) -> None:
         optimizer.step()
 
 
-def flops_per_token(config: NetConfig, seq_len: int, predicted: float = 1.0) -> float:
-    """Return the `executed_flops` per token of sequences of `seq_len` tokens."""
-    return executed_flops(config, [seq_len], predicted) / seq_len
-
-
 def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
     """Return the bytes of one rank at its peak over all stages, by kind.
 
@@ -134,12 +127,14 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
     are in the host's memory, and not counted.
     """
     config: NetConfig = recipe.model
-    numbers, trained = _weights(recipe)
-    matrices = config.layer_weights
+    trained, matrices = config.trained, config.layer_weights
+    numbers = config.num_parameters() + (trained if config.frozen else 0)
     itemsize = 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
     copies = 0 if itemsize == 4 else itemsize * (matrices + config.vocab_size * config.dim)
     moments = 8 * trained - (4 * (trained if config.frozen else matrices) if recipe.optimizer.name == "muon" else 0)
     share = ranks.world if recipe.parallel.shard == "full" else 1  # besides its share, a rank holds all in a step
+    lora = recipe.pretrained.adapter if recipe.pretrained else None
+    a_token = config.activation_bytes(itemsize, device.type, recipe.train.activation_checkpointing, lora)
     stages = []
     for stage in recipe.train.stages:
         tokens = _tokens_at_once(recipe, stage, ranks)
@@ -147,7 +142,7 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
         logits = min(round(tokens * recipe.train.predicted) * config.vocab_size, LOGITS_LIMIT)
         stages.append(
             {
-                "activations": tokens * _activations(recipe, itemsize, device.type),
+                "activations": tokens * a_token,
                 "logits": logits * 12,  # float32: log-softmax, its gradient, the logits' gradient
                 "cache": far.passing if recipe.train.spill else far.passing + far.stored,
             }
@@ -158,59 +153,6 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
     kinds["optimizer"] = moments // share
     alone = device.type == "cpu" and ranks.world == 1
     return kinds | largest | {"checkpoint": 2 * (4 * trained + moments) if alone else 0}
-
-
-def _weights(recipe: Recipe) -> tuple[int, int]:
-    """Return (numbers in memory, numbers that are trained)."""
-    config = recipe.model
-    if not isinstance(recipe, PretrainedRecipe):
-        return config.num_parameters(), config.num_parameters()
-    return config.num_parameters() + (recipe.model.trained if config.frozen else 0), recipe.model.trained
-
-
-def _activations(recipe: Recipe, itemsize: int, device: str) -> int:
-    """Return the `activation_bytes` of the recipe's net."""
-    again, config = recipe.train.activation_checkpointing, recipe.model
-    if not isinstance(recipe, PretrainedRecipe):
-        return activation_bytes(config, itemsize, device, again)
-    from longnet_cli.estimating.saved_tensors import measured_bytes  # imports transformers
-
-    layer, besides = measured_bytes(
-        ModelFolder.find(recipe.init).path, recipe.adapter, "fp32" if itemsize == 4 else "bf16"
-    )
-    widest = itemsize * (config.ffn_dim + 2 * config.dim)  # what one layer's backward pass adds
-    return besides + layer + (config.num_layers - 1) * (4 * config.dim if again else layer) + widest
-
-
-def activation_bytes(config: LongNetConfig, itemsize: int, device: str, again: bool = False) -> int:
-    """Return the bytes per token that all layers save for the backward pass, and that one layer's backward pass adds.
-
-    With `again` (`train.activation_checkpointing`), all layers but one save only their input. `itemsize` is the bytes
-    per number of matrix products; the residual stream, norms and lse are float32. Counted from `model/longnet.py`, and
-    tested against what autograd saves.
-    """
-    d, f, s = config.dim, config.ffn_dim, itemsize
-    per_layer = saved_bytes(config, itemsize, device)
-    embedded = 8 + 4 * d + 8 + s * d  # the ids; the input of the last norm, its mean and deviation, its output
-    tables = {"none": 0, "rope": 1, "xpos": 2}[config.position] * 4 * config.head_dim
-    layers = per_layer + (config.num_layers - 1) * (4 * d if again else per_layer)
-    return layers + embedded + tables + s * (f + 2 * d)
-
-
-def saved_bytes(config: LongNetConfig, itemsize: int, device: str) -> int:
-    """Return the part of `activation_bytes` that one layer saves for its backward pass, per token."""
-    d, f, s = config.dim, config.ffn_dim, itemsize
-    inner = 2 * s if device == "cpu" else 8  # mean and deviation of an inner norm: of its input's type on a CPU
-    attention = 4 * d + 8 + s * d  # its input, mean and deviation of that; the normed input
-    attention += 4 * s * d + 4 * config.num_heads  # q, k, v, out; lse
-    ffn = 4 * d + 8 + s * d + s * f  # the same, and the input of gelu
-    if config.norm == "subln":
-        attention += s * d + inner  # the normed output
-        ffn += 2 * s * f + inner  # the norm's input and output
-    else:
-        ffn += s * f  # the output of gelu
-    dropout = 2 * d * (s if device == "cpu" else 1) if config.dropout else 0
-    return attention + ffn + dropout
 
 
 def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
@@ -229,9 +171,9 @@ def _computed_again(recipe: Recipe, stage: Stage, ranks: Ranks) -> float:
     """
     config, chunk = recipe.model, recipe.train.chunk * ranks.sp
     share = (-(-stage.seq_len // chunk) - 1) * chunk / stage.seq_len
-    layers = layer_flops(config) + attention_flops(config, stage.seq_len) / stage.seq_len
+    layers = config.layer_flops() + config.attention_flops(stage.seq_len) / stage.seq_len
     again = share * layers + (layers if recipe.train.activation_checkpointing else 0)
     predicted = recipe.train.predicted
     if _tokens_at_once(recipe, stage, ranks) * predicted * config.vocab_size > LOGITS_LIMIT:
-        again += predicted * vocabulary_flops(config)
+        again += predicted * config.vocabulary_flops()
     return again

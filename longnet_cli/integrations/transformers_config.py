@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from longnet_cli.attention import Pattern
+from longnet_cli.model.costs import Costs
 
 
-class TransformersConfig(BaseModel):
+class TransformersConfig(Costs, BaseModel):
     """The facts of `NetConfig`; `source` is the model's own configuration, as JSON."""
 
     model_config = ConfigDict(frozen=True)
@@ -35,14 +37,18 @@ class TransformersConfig(BaseModel):
     def streams(self) -> bool:
         return self.memory != "none"
 
-    @property
-    def frozen(self) -> bool:
-        return self.trained != self.parameters
-
-    @property
-    def kv_dim(self) -> int:
-        return self.kv_heads * self.head_dim
-
     def num_parameters(self) -> int:
         """Return the number of parameters, with tied embeddings counted once."""
         return self.parameters
+
+    def cache_bytes(self, tokens: int, itemsize: int) -> int:
+        if self.memory == "segments":
+            return super().cache_bytes(tokens, itemsize)
+        keys = (self.num_layers + 1) * self.kv_heads * self.head_dim * tokens  # all are kept; one layer is being copied
+        return 2 * keys * itemsize
+
+    def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
+        """Return what two small models of this kind save on the CPU. Raises ConfigError as `add_lora` does."""
+        from longnet_cli.integrations.saved_tensors import measured_bytes  # imports transformers
+
+        return measured_bytes(self.source, json.dumps(lora), "fp32" if itemsize == 4 else "bf16")

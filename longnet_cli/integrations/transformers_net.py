@@ -75,7 +75,7 @@ class TransformersNet(Net):
         self.model = model.eval()
         self.folder: Path | None = None  # where it was loaded from, with its tokenizer's files
         self._save_adapter: Callable[[Path, State], None] | None = None  # writes LoRA's adapter
-        dilated = model.config._attn_implementation == ATTENTION_NAME
+        self.dilated = dilated = model.config._attn_implementation == ATTENTION_NAME
         self.config: TransformersConfig = _facts(model, dilated, as_trained)
         self._accepted = frozenset(inspect.signature(model.base_model.forward).parameters)
         self._cache_name = next((name for name in _CACHE_NAMES if name in self._accepted), None)

@@ -19,6 +19,7 @@ from pydantic import (
 
 from longnet_cli.attention import Pattern
 from longnet_cli.configuration import StrictModel, validate
+from longnet_cli.model.costs import Costs
 from longnet_cli.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
 
 # zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
@@ -27,7 +28,7 @@ XPOS_MAX_SEGMENT = 65536
 _OPTIONS = ("look_back", "overlap", "queries", "sinks", "level_bias")  # of a pattern, beyond levels and offsets
 
 
-class LongNetConfig(StrictModel):
+class LongNetConfig(Costs, StrictModel):
     """The immutable configuration of a LongNet. `vocab_size=0` is a net without embedding (GigaPath, LongViT).
 
     The fields of `attention.Pattern` are fields here, with the same names, meanings and defaults. In their place you
@@ -158,12 +159,12 @@ class LongNetConfig(StrictModel):
         return self.dim // self.num_heads
 
     @property
-    def frozen(self) -> bool:
-        return False
+    def trained(self) -> int:
+        return self.num_parameters()
 
     @property
-    def kv_dim(self) -> int:
-        return self.dim
+    def kv_heads(self) -> int:
+        return self.num_heads
 
     @property
     def layer_weights(self) -> int:
@@ -186,6 +187,23 @@ class LongNetConfig(StrictModel):
         ffn = d * f + f + f * d + d + (2 * f if self.norm == "subln" else 0)
         embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * (attention + ffn + 4 * d) + (2 * d if self.final_norm else 0)
+
+    def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
+        """Count the tensors that `model/longnet.py` saves. The residual stream, norms and lse are float32."""
+        d, f, s = self.dim, self.ffn_dim, itemsize
+        inner = 2 * s if device == "cpu" else 8  # mean and deviation of an inner norm: of its input's type on a CPU
+        attention = 4 * d + 8 + s * d  # its input, mean and deviation of that; the normed input
+        attention += 4 * s * d + 4 * self.num_heads  # q, k, v, out; lse
+        ffn = 4 * d + 8 + s * d + s * f  # the same, and the input of gelu
+        if self.norm == "subln":
+            attention += s * d + inner  # the normed output
+            ffn += 2 * s * f + inner  # the norm's input and output
+        else:
+            ffn += s * f  # the output of gelu
+        dropout = 2 * d * (s if device == "cpu" else 1) if self.dropout else 0
+        embedded = 8 + 4 * d + 8 + s * d  # the ids; the input of the last norm, its mean and deviation, its output
+        tables = {"none": 0, "rope": 1, "xpos": 2}[self.position] * 4 * self.head_dim
+        return attention + ffn + dropout, embedded + tables
 
 
 class SlideConfig(LongNetConfig):

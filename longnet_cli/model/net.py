@@ -41,12 +41,15 @@ class NetConfig(Protocol):
     def head_dim(self) -> int: ...
 
     @property
-    def kv_dim(self) -> int:
-        """The size of a token's keys in one layer, and of its values."""
+    def kv_heads(self) -> int:
+        """The number of heads of keys and values, a divisor of num_heads."""
 
     @property
-    def frozen(self) -> bool:
-        """True if LoRA weights are trained in place of the net's own."""
+    def trained(self) -> int:
+        """The number of trained parameters: all of the net's, or LoRA's."""
+
+    @property
+    def frozen(self) -> bool: ...
 
     @property
     def layer_weights(self) -> int:
@@ -64,6 +67,22 @@ class NetConfig(Protocol):
         """The tokens of the longest sequence that the net reads; None for no limit."""
 
     def num_parameters(self) -> int: ...
+    def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
+        """Return the bytes that a token saves for the backward pass: in each layer, and outside the layers.
+
+        `itemsize` is the bytes per number of matrix products, `device` is "cpu" or "cuda". `lora` holds the arguments
+        of `integrations.lora.add_lora`, or is None.
+        """
+
+    # the methods of `model.costs.Costs`
+    def layer_flops(self) -> int: ...
+    def vocabulary_flops(self) -> int: ...
+    def attention_flops(self, tokens: int) -> int: ...
+    def training_flops(self, documents: Sequence[int], predicted: float = 1.0) -> float: ...
+    def forward_bytes(self, tokens: int) -> int: ...
+    def cache_bytes(self, tokens: int, itemsize: int) -> int: ...
+    def activation_bytes(self, itemsize: int, device: str, again: bool = False, lora: dict | None = None) -> int: ...
+
     def model_dump_json(self) -> str: ...
 
 
@@ -73,6 +92,7 @@ class Net(nn.Module):
     config: NetConfig
     note: str | None = None  # one line for users about how the net reads documents
     choices: str = ""  # options for users with too long a sequence, besides shorter ones
+    dilated: bool = True  # whether its attention is ours
     has_cls: bool = False  # whether an extra row, CLS, comes before each sequence
     has_grid: bool = False  # whether the vectors that it reads lie in a grid
     layer_by_layer: bool = False  # whether jobs can run its layers one by one, and see the states between them

@@ -51,18 +51,13 @@ def default_chunk(config: NetConfig, device: torch.device) -> int:
     budget = CHUNK_BYTES
     if device.type == "cuda":
         budget = max(budget, (free_memory(device) or 0) // 8)
-    return max(SHORTEST_CHUNK, 1 << (budget // forward_bytes(config, 1)).bit_length() - 1)
+    return max(SHORTEST_CHUNK, 1 << (budget // config.forward_bytes(1)).bit_length() - 1)
 
 
 def same_chunk(config: NetConfig, device: torch.device, ranks: Ranks, earlier: int | None) -> int:
     """Return one chunk for all `ranks`: `earlier` if rank 0 gives one, otherwise the smallest of their defaults."""
     chunk = int(ranks.smallest(earlier or default_chunk(config, device)))
     return int(ranks.largest(earlier or 0)) or chunk
-
-
-def forward_bytes(config: NetConfig, tokens: int) -> int:
-    """Return the bytes of one layer's activations at their peak, without gradients, in float32."""
-    return 4 * tokens * (10 * config.dim + 2 * config.ffn_dim)
 
 
 def open_stream(net: Net, group: dist.ProcessGroup | None = None) -> Callable[..., Tensor]:

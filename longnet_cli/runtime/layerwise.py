@@ -28,7 +28,6 @@ from longnet_cli.attention.spans import common_span, far_spans, lanes, level_of,
 from longnet_cli.errors import MemoryLimitError
 from longnet_cli.model import LongNet
 from longnet_cli.model.longnet import Block, Placement
-from longnet_cli.runtime.chunks import forward_bytes
 from longnet_cli.runtime.device import DTYPES, free_memory, precision, resolve_dtype, to_device
 from longnet_cli.runtime.mapped import MappedMemory, aligned
 from longnet_cli.runtime.ranks import Ranks
@@ -61,7 +60,7 @@ def hidden_in_chunks(
     """
     run = _Layers(model, tokens, chunk, dtype, ranks or Ranks())
     allocate: Callable[..., Tensor]
-    if run.device.type != "cpu" and fits_beside(forward_bytes(model.config, chunk), run.nbytes, run.device):
+    if run.device.type != "cpu" and fits_beside(model.config.forward_bytes(chunk), run.nbytes, run.device):
         allocate = partial(torch.empty, device=run.device)
     else:
         if spill is None:

@@ -9,16 +9,14 @@ from longnet_cli.errors import ConfigError, MemoryLimitError
 from longnet_cli.runtime.device import free_memory
 from longnet_cli.runtime.ranks import Ranks
 
-from .recipe import PretrainedRecipe, Recipe
+from .recipe import Recipe
 
 
 def check_memory(recipe: Recipe) -> None:
     """Raise MemoryLimitError for a net whose weights alone exceed the free memory, before the net is built."""
     needed, free = 4 * recipe.model.num_parameters(), free_memory(torch.device("cpu"))
     if free is not None and needed > free:
-        change = (
-            "take a smaller model" if isinstance(recipe, PretrainedRecipe) else "lower model.dim or model.num_layers"
-        )
+        change = "take a smaller model" if recipe.pretrained else "lower model.dim or model.num_layers"
         raise MemoryLimitError(
             f"the weights take {needed / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB of memory are free: {change}"
         )

@@ -32,11 +32,11 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> Far
     """Return the bytes for one sequence of `seq_len` tokens, with `itemsize` bytes per number of a key."""
     if seq_len <= chunk:
         return FarBytes(0, 0)
-    pattern, kv_heads = config.pattern, config.kv_dim // config.head_dim
+    pattern = config.pattern
     backs = dict(enumerate(pattern.look_backs))
     stored = passing = 0
     for level in (SINKS, *backs) if pattern.sinks else backs:
-        held = len(lanes(pattern, level, config.num_heads, kv_heads).offsets)
+        held = len(lanes(pattern, level, config.num_heads, config.kv_heads).offsets)
         numbers = 2 * segment_rows(pattern, level, seq_len) * held * config.head_dim
         seen = at_once = 1
         if level != SINKS:

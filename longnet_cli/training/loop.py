@@ -30,7 +30,6 @@ from longnet_cli.model.net import Net
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.chunks import Tokens
 from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, random_state, to_device
-from longnet_cli.runtime.flops import executed_flops
 from longnet_cli.runtime.fsdp import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
 from longnet_cli.runtime.mapped import MappedMemory
 from longnet_cli.runtime.ranks import Ranks
@@ -45,7 +44,7 @@ from .gradients import backward
 from .masking import mask_tokens
 from .metrics import Metrics, MetricsLog
 from .optimizer import build_optimizers, learning_rate
-from .recipe import PretrainedRecipe, Recipe, Stage
+from .recipe import Recipe, Stage
 from .start import BEST, CHECKPOINTS, RECIPE, Resume, find_checkpoint
 from .state import frozen_digest, restore, run_tensors
 from .tokens import StoredTokens
@@ -142,7 +141,7 @@ class _TrainingRun:
         if recipe.train.spill or device.type == "cpu":
             self.allocate = MappedMemory(stored_bytes(recipe, device, ranks), recipe.train.spill).empty
         initial = recipe.init
-        if not isinstance(recipe, PretrainedRecipe) and checkpoints_in(output / CHECKPOINTS):
+        if not recipe.pretrained and checkpoints_in(output / CHECKPOINTS):
             initial = None  # a LongNet's weights are all in the checkpoint
         if initial:
             ModelFolder.find(initial).tokenizer(recipe.data.tokenizer, differs=tokenizer_differs)
@@ -301,7 +300,7 @@ class _TrainingRun:
         self.progress.data = position
         self.random = random_state(self.device)
         documents = [stop - start for row in starts for start, stop in pairwise([*row, length])]
-        flops = executed_flops(recipe.model, documents, recipe.train.predicted)
+        flops = recipe.model.training_flops(documents, recipe.train.predicted)
         seen = rows * length * ranks.dp
         self.log.add(seen, flops * ranks.dp, loss, norm)  # other groups' documents are assumed to be alike
         return seen
@@ -446,10 +445,10 @@ def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks
 
 def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
     """Return the id with which each document starts: end-of-text, or what a Hugging Face model was trained with."""
-    if not isinstance(recipe, PretrainedRecipe) or recipe.data.eos is not None:
+    if recipe.pretrained is None or recipe.data.eos is not None:
         found: int | tuple[int, ...] | None = tokenizer.eos_id
     else:
-        found = ModelFolder.find(recipe.init).bos(tokenizer)
+        found = ModelFolder.find(recipe.pretrained.init).bos(tokenizer)
     if found is None:
         raise ConfigError(f"{NO_END}; training puts it between documents: name a token or an id (--eos, data.eos)")
     if not isinstance(found, int):
@@ -458,8 +457,8 @@ def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
 
 
 def _model(recipe: Recipe, initial: str | None) -> Net:
-    if isinstance(recipe, PretrainedRecipe):
-        return ModelFolder.find(recipe.init).trainable(recipe.model, recipe.adapter)
+    if pretrained := recipe.pretrained:
+        return ModelFolder.find(pretrained.init).trainable(pretrained.model, pretrained.adapter)
     if initial is None:
         return LongNet(recipe.model)
     # weights do not depend on the pattern: training continues with the recipe's

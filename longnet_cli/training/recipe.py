@@ -203,6 +203,11 @@ class Recipe(StrictModel):
         return self
 
     @property
+    def pretrained(self) -> PretrainedRecipe | None:
+        """This recipe, if it trains a Hugging Face model, which brings its weights; None for a LongNet."""
+        return None
+
+    @property
     def names_chunk(self) -> bool:
         """Return whether `train.chunk` was given, and is not a default."""
         return "chunk" in self.train.model_fields_set
@@ -242,6 +247,10 @@ class PretrainedRecipe(Recipe):
             raise ValueError(f"{self.init} reads up to {most} tokens, and train.stages needs {longest}{choice}")
         if self.train.compile:
             raise ValueError("train.compile is for a LongNet: leave it out")
+        return self
+
+    @property
+    def pretrained(self) -> PretrainedRecipe:
         return self
 
     @property

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import torch
 import transformers as hf
@@ -16,36 +12,30 @@ from torch import Tensor
 from longnet_cli.attention import Pattern
 from longnet_cli.integrations.lora import add_lora
 from longnet_cli.integrations.transformers import use_dilated_attention
-from longnet_cli.integrations.transformers_net import read_architecture
-from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.device import precision
 
 _TOKENS = 64
 
 
-def measured_bytes(folder: str | Path, lora: Mapping[str, Any] | None, dtype: str) -> tuple[int, int]:
+@lru_cache  # called for every chunk that might fit
+def measured_bytes(source: str, lora: str, dtype: str) -> tuple[int, int]:
     """Return (bytes per layer, other bytes) that a token saves for the backward pass; `dtype` as in `runtime.device`.
 
-    Models of one and of two layers are made in memory that is never written to, so they take almost no space. Tensors
-    that do not grow with the tokens (weights, their casts) are not counted.
+    `source` and `lora` are JSON: the model's configuration, and the arguments of `add_lora`, or null. Models of one
+    and of two layers are made in memory that is never written to, so they take almost no space. Tensors that do not
+    grow with the tokens (weights, their casts) are not counted.
     """
-    return _counted(str(folder), json.dumps(lora), dtype)
-
-
-@lru_cache  # called for every chunk that might fit
-def _counted(folder: str, lora: str, dtype: str) -> tuple[int, int]:
-    one, two = (_a_token(folder, layers, json.loads(lora), dtype) for layers in (1, 2))
+    one, two = (_a_token(json.loads(source), layers, json.loads(lora), dtype) for layers in (1, 2))
     return two - one, 2 * one - two
 
 
-def _a_token(folder: str, layers: int, lora: Mapping[str, Any] | None, dtype: str) -> int:
-    config, architecture = read_architecture(Path(folder), ModelFolder(Path(folder)).config)
-    config = copy.deepcopy(config)
+def _a_token(settings: dict, layers: int, lora: dict | None, dtype: str) -> int:
+    config = hf.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
     config.num_hidden_layers = layers
     if kinds := getattr(config, "layer_types", None):
         config.layer_types = kinds[:layers]
     with torch.device("meta"):
-        model = architecture(config)
+        model = getattr(hf, settings["architectures"][0])(config)
     model = model.to_empty(device="cpu").train()
     use_dilated_attention(model, Pattern.dense())
     if lora is not None:
