@@ -32,13 +32,26 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 180  # seconds of one case
-NUMBER = r"(?:-?[\d.]+(?:e[+-]?\d+)?|null)"
 
-# What is measured, and so differs from run to run. Each is narrow: what surrounds the number stays.
-MASKS: tuple[tuple[str, str], ...] = (
+# What is measured, and so differs from run to run: patterns in text, and what is left of each.
+MEASURED = "tokens_per_second|flops_per_second|matmul_peak|mfu|seconds|reading_seconds|peak_memory_bytes|peak_bytes"
+MASKS = tuple(
+    (re.compile(pattern, re.MULTILINE), instead)
+    for pattern, instead in (
+        (rf'"({MEASURED}|free_bytes|program)": ?(null|[\d.e+-]+)', r'"\1": 0'),  # speed and memory, in JSON
+        (r'"sha256": "\w{64}"', '"sha256": ""'),  # in a checkpoint's state.json, of files that `content` sorts
+        (r", [\d.]+ (us|ms|s) each \(", ", TIME each ("),  # the end of `generate`
+        (r"^(program|peak memory|free) +[\d.]+ .iB", r"\1 SIZE"),  # `--dry-run`, whose program is measured
+        (r"  #+$", "  BAR"),  # its shares of the peak
+        (r"and [\d.]+ .iB are free", "and SIZE are free"),  # its refusal
+        (r"^time +\S.*?  at ", "time TIME  at "),  # its time, from a rate and a batch that are measured
+        (r"(at|of) [\d.]+[kMGT]? FLOP/s \(measured", r"\1 RATE FLOP/s (measured"),
+        (r"a forward of [\d,]+ x", "a forward of ROWS x"),
+    )
 )
 
-# Lines of shell; a line that is indented continues the one before. $in is the folder of inputs.
+# Lines of shell; a line that is indented continues the one before. $in is the folder of inputs, $data names its
+# tokens to `train`.
 CASES = r"""
 version: python -m longnet_cli --version
 help: longnet --help; longnet; longnet data --help; longnet nothing
@@ -69,7 +82,8 @@ inspect-json: for name in tokens ids.arrow bad.jsonl bad-ids.arrow;
 inspect-bad: longnet data inspect $in/bad.jsonl $in/bad-ids.arrow $in/cut.arrow --tokenizer $in/tokens
 
 encode-folder: longnet encode $in/texts -o vectors
-encode-shards: longnet encode $in/rows.jsonl -o vectors --keep title,year,body.note --shard-rows 3 --shard-format parquet
+encode-shards: longnet encode $in/rows.jsonl -o vectors --keep title,year,body.note --shard-rows 3
+    --shard-format parquet
 encode-files: for end in arrow parquet jsonl; do longnet encode $in/rows.parquet -o vectors.$end --keep year; done
 encode-stream: longnet encode $in/ids.stream -o - --span 100 --eos 0
 encode-pipe: longnet tokenize $in/texts --tokenizer longnet-tiny -o - -q | longnet encode - --embedding-dtype float16
@@ -85,12 +99,14 @@ encode-pattern: longnet encode $in/texts --model $in/native --pattern window:32,
 encode-llama: longnet encode $in/rows.jsonl --model $in/llama -o vectors.arrow --keep year --span 32
 encode-llama-window: longnet encode $in/texts --model $in/llama --pattern window:32,sinks=4 -o vectors --all-layers
     --chunk 100
-encode-llama-skip: longnet encode $in/texts --model $in/llama -o vectors --skip-bad
+encode-llama-skip: longnet encode $in/rows.jsonl $in/texts --model $in/llama -o vectors --skip-bad
 encode-slides: longnet encode $in/made/slides.parquet --model $in/made/encoder --pool mean -o slides.parquet
 encode-slides-layers: longnet encode $in/made/slides.parquet --model $in/made/encoder --all-layers --chunk 256
     --no-normalize -o slides
 encode-slides-span: longnet encode $in/slide.h5 --model $in/made/encoder --span 100 --pool mean -o -
 encode-slides-tiles: longnet encode $in/slide.h5 --model $in/made/encoder --tile-size 8192 -o slides.jsonl
+encode-book: longnet encode $in/texts --model $in/native --span 16 -o chunks.arrow &&
+    longnet encode chunks.arrow --model $in/reader --pool mean -o books.jsonl
 encode-slides-bad: longnet encode $in/bad-tiles.parquet --model $in/made/encoder -o one;
     longnet encode $in/bad-tiles.parquet --model $in/made/encoder -o two --skip-bad
 encode-ranks: longnet encode $in/many.jsonl -o vectors --dp 2 --shard-rows 16 --model $in/native
@@ -102,6 +118,7 @@ score-jsonl: longnet score $in/rows.jsonl --format jsonl --keep title,year,body.
 score-stdin: longnet score - --format jsonl < $in/texts/readme.md
 score-contexts: longnet score $in/texts --context 32,128 --model $in/native
 score-contexts-jsonl: longnet score $in/rows.jsonl --context 16,64 --stride 8 --format jsonl --model $in/native
+    --by-position --by-recall
 score-by: longnet score $in/texts --by-position --by-recall --model $in/native
 score-by-json: longnet score $in/texts --context 64,256 --by-position --by-recall --format json > scores.json &&
     longnet plot scores.json
@@ -111,7 +128,8 @@ score-logprobs-parquet: longnet score $in/ids.arrow --token-logprobs tokens.parq
 score-pattern: longnet score $in/texts --pattern 64/1,256/4 --format json;
     longnet score $in/texts --segment-lengths 64,256 --dilation-rates 1,2
 score-dtype: longnet score $in/texts --dtype bf16 --model $in/native --format json
-score-ids: longnet score $in/ids.stream $in/tokens $in/split.parquet --tokenizer-differs --format jsonl
+score-ids: longnet score $in/ids.stream $in/tokens;
+    for name in ids.stream tokens split.parquet; do longnet score $in/$name --model $in/native --format jsonl; done
 score-flat: longnet score $in/flat.parquet --eos 0 --column input_ids --format jsonl
 score-skip-bad: longnet score $in/bad.jsonl $in/bad-ids.arrow $in/cut.arrow $in/texts --skip-bad --format json
 score-bad: longnet score $in/bad.jsonl
@@ -124,47 +142,52 @@ score-llama-long: longnet score $in/texts --model $in/llama
 score-llama-contexts: longnet score $in/texts --model $in/llama --context 64,128 --by-recall
 score-llama-skip: longnet score $in/texts $in/rows.jsonl --model $in/llama --skip-bad
 score-llama-pretrained: longnet score $in/texts --model $in/llama --pattern pretrained --format json
-score-llama-window: longnet score $in/texts --model $in/llama --pattern window:32,sinks=4 --chunk 64 --token-logprobs t.arrow
+score-llama-window: longnet score $in/texts --model $in/llama --pattern window:32,sinks=4 --chunk 64
+    --token-logprobs t.arrow
 score-llama-dense: longnet score $in/texts --model $in/llama --pattern dense -o gains --context 64,256
 score-gguf: longnet score $in/texts/nearest.py --model $in/model.gguf --pattern window:32,sinks=4
 score-ranks: longnet score $in/texts --sp 2 --chunk 100 --format json --model $in/native
 score-dealt: longnet score $in/many.jsonl --dp 2 -o gains --context 16,64 --model $in/native
 
 generate: longnet generate 'def read_lines(path):' --max-tokens 20
-generate-seed: longnet generate - -n 24 --temperature 0.8 --top-p 0.9 --seed 1 --format jsonl < $in/texts/nearest.py
+generate-seed: longnet generate -i $in/prompts.jsonl -n 16 --temperature 0.8 --top-p 0.9 --seed 1 --format jsonl
 generate-prompts: longnet generate -i $in/prompts.jsonl -n 12 --model $in/native --temperature 1.5 --seed 7 --stop e
-generate-pattern: longnet generate -i $in/texts -n 8 --pattern window:64,sinks=2 --chunk 50 --bos none --format jsonl
+generate-pattern: head -c 900 $in/texts/tiles.py | longnet generate - -n 8 --pattern window:64,sinks=2
+    --chunk 50 --bos none --format jsonl
 generate-llama: longnet generate 'import os' --model $in/llama -n 16 --format jsonl --temperature 1 --seed 3
 generate-llama-window: longnet generate -i $in/prompts.jsonl --model $in/llama -n 8 --pattern window:16,sinks=2
 generate-chat: longnet generate 'What is a cache?' --chat --model $in/llama -n 8 --format jsonl
 generate-chat-native: longnet generate 'What is a cache?' --chat --model $in/native
 generate-long: longnet generate - --model $in/llama -n 4 < $in/texts/readme.md
 
-train: longnet train $in/recipe.toml --data $in/tokens --tokenizer $in/tokens -o run --steps 3 --seq-len 128 && longnet plot run
-train-stages: longnet train $in/recipe.toml --data $in/tokens --tokenizer $in/tokens -o run --pattern window:32,sinks=2
+train: longnet train $in/recipe.toml $data -o run --steps 3 --seq-len 128 && longnet plot run --show loss,lr
+train-stages: longnet train $in/recipe.toml $data -o run --pattern window:32,sinks=2
     --set 'data.held_out=["../../in/texts/tiles.py"]' --set train.evaluate_every=2 --set train.chunk=64
     --set optimizer.name=muon --set train.seed=3
 train-masked: longnet train $in/masked.toml --data $in/rows.jsonl -o run
 train-mix: longnet train $in/recipe.toml --tokenizer $in/tokens -o run --steps 2 --seq-len 64
     --set 'data.mix=[{inputs=["../../in/tokens"],weight=2},{inputs=["../../in/rows.jsonl"],weight=1}]'
-train-init: longnet train $in/recipe.toml --init $in/native --data $in/tokens --tokenizer $in/tokens -o run --steps 2 --seq-len 64
-train-llama: longnet train --init $in/llama --data $in/rows.jsonl --pattern window:32,sinks=4 -o run --seq-len 96 --steps 3
-    --set optimizer.lr=1e-3 --set train.chunk=48 --set train.batch_tokens=192
+train-init: longnet train $in/recipe.toml --init $in/native $data -o run --steps 2
+    --seq-len 128 --set train.chunk=64 --spill .
+train-llama: longnet train --init $in/llama --data $in/rows.jsonl --pattern window:32,sinks=4 -o run --seq-len 96
+    --steps 3 --set optimizer.lr=1e-3 --set train.chunk=48 --set train.batch_tokens=192
 train-llama-dense: longnet train --init $in/llama --data $in/texts -o run --seq-len 64 --steps 2
     --set train.batch_tokens=128 && longnet score $in/rows.jsonl --model ./run
-train-lora: longnet train --init $in/llama --data $in/rows.jsonl --pattern window:32,sinks=4 -o run --seq-len 64 --steps 2
-    --set train.batch_tokens=128 --set lora.rank=4 --set train.log_every=1
-train-again: longnet train $in/recipe.toml --data $in/tokens --tokenizer $in/tokens -o run --steps 2 --seq-len 64;
-    longnet train $in/recipe.toml --data $in/tokens --tokenizer $in/tokens -o run --steps 4 --seq-len 64;
+train-lora: longnet train --init $in/llama --data $in/rows.jsonl --pattern window:32,sinks=4 -o run --seq-len 64
+    --steps 2 --set train.batch_tokens=128 --set lora.rank=4 --set train.log_every=1
+train-again: longnet train $in/recipe.toml $data -o run --steps 2 --seq-len 64;
+    longnet train $in/recipe.toml $data -o run --steps 4 --seq-len 64;
     longnet train -o run; longnet train $in/recipe.toml --no-resume -o run; longnet score $in/rows.jsonl --model ./run
-train-from: longnet train -o run --resume $in/run; longnet train -o other --resume $in/run --set optimizer.lr=1
-train-ranks: longnet train $in/recipe.toml --data $in/tokens --tokenizer $in/tokens -o run --nproc 2 --steps 2 --seq-len 128
+train-from: for rate in 0.01 1; do longnet train -o run-$rate
+    --resume $in/run $data --set optimizer.lr=$rate; done
+train-ranks: longnet train $in/recipe.toml $data -o run --nproc 2 --steps 2 --seq-len 128
     --shard full
 
-dry-train: longnet train $in/recipe.toml --data $in/tokens --tokenizer $in/tokens --dry-run
-dry-train-json: longnet train longnet-tiny --data $in/tokens --tokenizer $in/tokens --dry-run --format json --chunk 1Ki
+dry-train: longnet train $in/recipe.toml $data --dry-run
+dry-train-json: longnet train longnet-tiny $data --dry-run --format json --chunk 1Ki
 dry-train-large: longnet train longnet-2.7b --data $in/texts --dry-run
-dry-train-llama: longnet train --init $in/llama --data $in/rows.jsonl --pattern window:32,sinks=4 --seq-len 96 --steps 3 --dry-run
+dry-train-llama: longnet train --init $in/llama --data $in/rows.jsonl --pattern window:32,sinks=4 --seq-len 96
+    --steps 3 --dry-run
 dry-train-lora: longnet train --init $in/llama --data $in/rows.jsonl --seq-len 64 --steps 3 --set lora.rank=4 --dry-run
 dry-score: longnet score $in/texts --dry-run; longnet score $in/texts --dry-run --context 64,1Ki -o gains --format json
 dry-score-sample: longnet score $in/many.jsonl --dry-run --sample 30 -o gains.arrow --skip-bad
@@ -193,7 +216,8 @@ wrong-key: longnet train $in/recipe.toml --set optimizer.learning_rate=1 -o run
 wrong-value: longnet train $in/recipe.toml --set optimizer.lr=-1 -o run
 wrong-recipe: longnet train $in/texts/readme.md -o run
 wrong-pattern: longnet pattern 64/3/1; longnet pattern window:1Ki,sinks=-1; longnet score $in/texts --pattern nonsense
-wrong-tokenizer: longnet score $in/texts --tokenizer $in/tokens; longnet score $in/texts --tokenizer bytes --tokenizer-differs
+wrong-tokenizer: longnet score $in/texts --tokenizer $in/tokens;
+    longnet score $in/prompts.jsonl --tokenizer bytes --tokenizer-differs
 wrong-size: longnet score $in/texts --chunk 12Q; longnet score $in/texts --context 0
 wrong-column: longnet score $in/rows.parquet --column nothing; longnet encode $in/rows.jsonl --keep nothing -o v.arrow
 wrong-output: longnet encode $in/texts -o v.csv; cp $in/rows.parquet .; longnet encode rows.parquet -o rows.parquet
@@ -202,13 +226,22 @@ wrong-folder: longnet tokenize $in/texts -o tokens -q; longnet tokenize $in/text
 wrong-web: longnet score https://example.org/a.txt
 wrong-weights: longnet score $in/texts --model $in/damaged; longnet score $in/texts --model $in/edited
 wrong-llama: longnet score $in/texts --model $in/surplus; longnet score $in/rows.jsonl --model $in/llama --sp 2
-wrong-data: longnet score $in/cut.arrow; longnet score $in/bad-ids.arrow; longnet train $in/recipe.toml --data $in/bad.jsonl
-wrong-vectors: longnet encode $in/texts --model $in/made/encoder -o v.arrow; longnet score $in/texts --model $in/made/encoder;
+wrong-data: longnet score $in/cut.arrow; longnet score $in/bad-ids.arrow;
+    longnet train $in/recipe.toml --data $in/bad.jsonl
+wrong-vectors: longnet encode $in/texts --model $in/made/encoder -o v.arrow;
+    longnet score $in/texts --model $in/made/encoder;
     longnet encode $in/made/slides.parquet --model $in/made/encoder --bos 1 -o v.arrow
 wrong-options: longnet score $in/texts --sample 30; longnet score $in/texts --keep a; longnet score $in/texts --resume;
     longnet generate a --top-p 0.5; longnet encode $in/texts -o v.arrow --shard-rows 2; longnet train
-closed-pipe: longnet encode $in/many.jsonl --model $in/native -o - | head -c 100
-too-large: longnet score $in/texts --model $in/llama --chunk 1e15 --pattern dense; longnet train longnet-2.7b --data $in/texts -o run
+examples: longnet encode $in/texts --model $in/native -o v.arrow && python "$checkout/examples/nearest.py" v.arrow
+imports: python -c 'from longnet_cli.attention import DilatedAttention, Pattern, dilated_attention;
+    from longnet_cli.batches import encode_batches, score_batches; from longnet_cli.data.tokenizer import Tokenizer;
+    from longnet_cli.integrations.loading import load_net; from longnet_cli.generating import generate;
+    from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention, use_own_attention;
+    from longnet_cli.model import LongNet, LongNetConfig, SlideConfig, SlideEncoder, from_torchscale, to_torchscale'
+closed-pipe: longnet encode $in/many.jsonl --model $in/native --span 2 -o - | head -c 100
+full-disk: longnet score $in/rows.jsonl --model $in/native > /dev/full
+stopped: for signal in INT TERM; do sleep 2 | timeout -s $signal --preserve-status 1.5 longnet score -; echo $?; done
 bench: longnet bench --op nothing; longnet bench --impl nothing
 """
 
@@ -216,8 +249,10 @@ bench: longnet bench --op nothing; longnet bench --impl nothing
 RESUMED = r"""
 tokens/shard-00003.arrow: longnet tokenize $in/more.jsonl -o tokens --shard-tokens 5000
 vectors/vectors-00002.arrow: longnet encode $in/many.jsonl -o vectors --shard-rows 6 --span 20
+    --model $in/native
 gains/gains-00002.arrow: longnet score $in/many.jsonl -o gains --context 16,64 --shard-tokens 300
-run/checkpoints/step-00000003: longnet train $in/resumed.toml --data $in/tokens --tokenizer $in/tokens -o run
+    --model $in/native
+run/checkpoints/step-00000003: longnet train $in/resumed.toml $data -o run
 """
 
 CHAT = """{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}
@@ -264,9 +299,9 @@ def make_texts(place: Path) -> list[dict[str, Any]]:
     """Make the inputs that are text: files, JSON Lines, recipes; return the rows of the JSON Lines."""
     texts = place / "texts"
     texts.mkdir()
-    (texts / "readme.md").write_text((ROOT / "README.md").read_text()[:3000])
+    (texts / "readme.md").write_text((ROOT / "README.md").read_text()[:1600])
     for name in ("nearest.py", "unigram.py", "tiles.py"):
-        (texts / name).write_text((ROOT / "examples" / name).read_text()[:2000])
+        (texts / name).write_text((ROOT / "examples" / name).read_text()[:1200])
     (texts / "empty.txt").write_text("")
     (place / "list.txt").write_text("texts/nearest.py\ntexts/unigram.py\n")
     for name, (model, data, train) in RECIPES.items():
@@ -347,6 +382,8 @@ def make_models(place: Path, other: Path) -> None:
     import test_gguf
     import test_official
 
+    from longnet_cli import model
+
     torch.manual_seed(0)
     sizes = {"vocab_size": 4100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 256}
@@ -362,6 +399,19 @@ def make_models(place: Path, other: Path) -> None:
     shutil.copytree(place / "llama", place / "surplus")
     facts = json.loads((place / "llama/config.json").read_text())
     (place / "surplus/config.json").write_text(json.dumps(facts | {"num_hidden_layers": 1}))
+    levels = {"segment_lengths": (16, 64), "dilation_rates": (1, 4)}
+    slides = model.SlideConfig(
+        in_features=32,
+        grid=0,
+        position="rope",
+        padding="exact",
+        dim=32,
+        num_layers=2,
+        num_heads=4,
+        ffn_dim=64,
+        **levels,
+    )
+    model.SlideEncoder(slides).save_pretrained(place / "reader")
     test_gguf.write_gguf(place / "model.gguf", test_gguf.random_llama())
     torch.save({"model": test_official.slide_state()}, place / "slide_encoder.pth")
     (place / "cut.pth").write_bytes((place / "slide_encoder.pth").read_bytes()[:5000])
@@ -398,11 +448,16 @@ class Checkout:
     """The commands of one checkout, forked from a process that has imported its code and what models need."""
 
     def __init__(self, place: Path, temporary: Path) -> None:
-        self.module = load(place / "tests/forked.py")
+        self.place, self.module = place, load(place / "tests/forked.py")
         hidden = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "LONGNET_TRACEBACK", "PYTHONPATH")
         self.env = {name: value for name, value in os.environ.items() if name not in hidden}
         self.env |= {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        self.env |= {"checkout": str(place), "in": "../../in"}
+        self.env |= {"PYTHONHASHSEED": "0"}  # some libraries write sets of names in their order
+        self.env |= {
+            "checkout": str(place),
+            "in": "../../in",
+            "data": "--data ../../in/tokens --tokenizer ../../in/tokens",
+        }
         temporary.mkdir()
         (temporary / "sitecustomize.py").write_text(PRELOADED)
         first = self.env | {"PYTHONPATH": os.pathsep.join([str(temporary), str(place)])}
@@ -429,6 +484,8 @@ class Checkout:
                 env=self.env | {"codes": str(folder / "codes")},
                 timeout=TIMEOUT,
             )
+        said = (folder / "stderr").read_bytes()
+        (folder / "stderr").write_bytes(said.replace(os.fsencode(self.place), b"CHECKOUT"))
         with (folder / "codes").open("a") as file:
             print(f"all: {done.returncode}", file=file)
 
@@ -441,7 +498,10 @@ class Checkout:
 
     def interrupt(self, line: str, sign: str, folder: Path) -> None:
         """Start a command in a folder, and kill it when a file named `sign` is there; again if it ended first."""
-        command = [self.forked.longnet, *shlex.split(line.replace("$in", self.env["in"]))[1:]]
+        command = [
+            self.forked.longnet,
+            *shlex.split(line.replace("$data", self.env["data"]).replace("$in", self.env["in"]))[1:],
+        ]
         output = folder / sign.partition("/")[0]
         for _ in range(10):
             process = self.module.Command(
@@ -493,10 +553,24 @@ def differences(before: Path, after: Path) -> Iterator[str]:
         if old is None or new is None:
             yield f"{name}: only {'after' if old is None else 'before'}"
         elif old.is_file() and new.is_file():
-            if difference := compare(old.read_bytes(), new.read_bytes()):
+            if difference := compare(*(content(path) for path in (old, new))):
                 yield f"{name}: {difference}"
         elif old.is_file() != new.is_file():
             yield f"{name}: a folder and a file"
+
+
+def content(path: Path) -> bytes:
+    """Return the bytes of a file, but the tensors and metadata of a checkpoint by name: they are in no fixed order."""
+    data = path.read_bytes()
+    if path.suffix != ".safetensors" or path.parents[1].name != "checkpoints":
+        return data
+    end = 8 + int.from_bytes(data[:8], "little")
+    facts = json.loads(data[8:end])
+    more = facts.pop("__metadata__")
+    more["DCP_SHARDING_INFO"] = json.loads(more["DCP_SHARDING_INFO"])
+    tensors = {name: tensor.pop("data_offsets") for name, tensor in facts.items()}
+    found = [data[end + first : end + last] for _, (first, last) in sorted(tensors.items())]
+    return b"".join([json.dumps([facts, more], sort_keys=True).encode(), *found])
 
 
 def compare(old: bytes, new: bytes) -> str | None:
@@ -551,7 +625,8 @@ def key_that_differs(old: Any, new: Any, key: str = "") -> str:
 def shorten(old: object, new: object) -> str:
     """Return two values with the first place where they differ, at most some 80 characters of each."""
     a, b = str(old), str(new)
-    start = max(0, len(os.path.commonprefix([a, b])) - 30)
+    same = next((n for n, pair in enumerate(zip(a, b, strict=False)) if len(set(pair)) > 1), 0)
+    start = max(0, same - 30)
     return " -> ".join(repr(("..." if start else "") + text[start : start + 80]) for text in (a, b))
 
 
@@ -597,6 +672,12 @@ def main() -> int:
     for case in cases:
         for found in differences(output / "before" / case, output / "after" / case):
             print(f"{case}: {found}")
+            failures += 1
+    for case, (sign, _) in resumed.items():
+        for found in differences(
+            *(place / case / Path(sign).parts[0] for place in (inputs / "whole", output / "after"))
+        ):
+            print(f"{case}, resumed and uninterrupted: {found}")
             failures += 1
     return 1 if failures else 0
 
