@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"in", "work", "before", "after"}  # inputs; where cases run; what they left
 TIMEOUT = 180  # seconds of one case
 
 # What is measured, and so differs from run to run: patterns in text, and what is left of each.
@@ -50,8 +52,8 @@ MASKS = tuple(
     )
 )
 
-# Lines of shell; a line that is indented continues the one before. $in is the folder of inputs, $data names its
-# tokens to `train`.
+# Lines of shell, with these variables; a line that is indented continues the one before.
+WORDS = {"in": "../../in", "data": "--data ../../in/tokens --tokenizer ../../in/tokens"}  # inputs; tokens for `train`
 CASES = r"""
 version: python -m longnet_cli --version
 help: longnet --help; longnet; longnet data --help; longnet nothing
@@ -255,6 +257,23 @@ gains/gains-00002.arrow: longnet score $in/many.jsonl -o gains --context 16,64 -
 run/checkpoints/step-00000003: longnet train $in/resumed.toml $data -o run
 """
 
+# What the other checkout makes of the inputs, in their folder: a tokenizer, models, and a run that has ended.
+PREPARED = r"""
+longnet tokenize texts -o tokens --train-vocab 400 --eos
+longnet train recipe.toml --data tokens --tokenizer tokens -o run
+longnet convert ./run -o native --dtype fp32
+longnet train masked.toml --data rows.jsonl -o encoder
+python "$checkout/examples/tiles.py" made
+cp -r native damaged && truncate -s -500 damaged/model.safetensors
+cp -r native edited && sed -i 's/"num_layers": 2/"num_layers": 1/' edited/config.json
+"""
+
+# Imported before the first fork, because it takes seconds; the first process ends without what its libraries say then.
+PRELOADED = """
+import atexit, os, peft, transformers.models.llama.modeling_llama
+atexit.register(os._exit, 0)
+"""
+
 CHAT = """{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
@@ -392,50 +411,22 @@ def make_models(place: Path, other: Path) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(place / "llama")
     words = json.loads((other / "models/longnet-tiny/tokenizer.json").read_text())
     like = words["added_tokens"][0]
-    words["added_tokens"] += [like | {"id": 4096 + n, "content": f"<|im_{word}|>"} for n, word in enumerate(ENDS)]
+    words["added_tokens"] += [
+        like | {"id": 4096 + n, "content": f"<|im_{word}|>"} for n, word in enumerate(("start", "end"))
+    ]
     (place / "llama/tokenizer.json").write_text(json.dumps(words))
     settings = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "chat_template": CHAT}
     (place / "llama/tokenizer_config.json").write_text(json.dumps(settings))
     shutil.copytree(place / "llama", place / "surplus")
     facts = json.loads((place / "llama/config.json").read_text())
     (place / "surplus/config.json").write_text(json.dumps(facts | {"num_hidden_layers": 1}))
-    levels = {"segment_lengths": (16, 64), "dilation_rates": (1, 4)}
-    slides = model.SlideConfig(
-        in_features=32,
-        grid=0,
-        position="rope",
-        padding="exact",
-        dim=32,
-        num_layers=2,
-        num_heads=4,
-        ffn_dim=64,
-        **levels,
-    )
+    levels: dict[str, Any] = {"segment_lengths": (16, 64), "dilation_rates": (1, 4)}
+    levels |= {"in_features": 32, "grid": 0, "position": "rope", "padding": "exact"}
+    slides = model.SlideConfig(**levels, dim=32, num_layers=2, num_heads=4, ffn_dim=64)
     model.SlideEncoder(slides).save_pretrained(place / "reader")
     test_gguf.write_gguf(place / "model.gguf", test_gguf.random_llama())
     torch.save({"model": test_official.slide_state()}, place / "slide_encoder.pth")
     (place / "cut.pth").write_bytes((place / "slide_encoder.pth").read_bytes()[:5000])
-
-
-ENDS = ("start", "end")
-
-# What the other checkout makes of the inputs, in their folder: a tokenizer, models, and a run that has ended.
-PREPARED = r"""
-longnet tokenize texts -o tokens --train-vocab 400 --eos
-longnet train recipe.toml --data tokens --tokenizer tokens -o run
-longnet convert ./run -o native --dtype fp32
-longnet train masked.toml --data rows.jsonl -o encoder
-python "$checkout/examples/tiles.py" made
-cp -r native damaged && truncate -s -500 damaged/model.safetensors
-cp -r native edited && sed -i 's/"num_layers": 2/"num_layers": 1/' edited/config.json
-"""
-
-
-# Imported before the first fork, because it takes seconds; the first process ends without what its libraries say then.
-PRELOADED = """
-import atexit, os, peft, transformers.models.llama.modeling_llama
-atexit.register(os._exit, 0)
-"""
 
 
 def parse(text: str) -> dict[str, str]:
@@ -449,17 +440,17 @@ class Checkout:
 
     def __init__(self, place: Path, temporary: Path) -> None:
         self.place, self.module = place, load(place / "tests/forked.py")
-        hidden = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "LONGNET_TRACEBACK", "PYTHONPATH")
+        hidden = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "LONGNET_TRACEBACK", "LONGNET_KERNEL")
         self.env = {name: value for name, value in os.environ.items() if name not in hidden}
         self.env |= {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        self.env |= {"PYTHONHASHSEED": "0"}  # some libraries write sets of names in their order
-        self.env |= {
-            "checkout": str(place),
-            "in": "../../in",
-            "data": "--data ../../in/tokens --tokenizer ../../in/tokens",
-        }
+        self.env |= {"PYTHONHASHSEED": "0"}  # peft writes a set of names in its order
+        self.env |= {"checkout": str(place), **WORDS}
         temporary.mkdir()
         (temporary / "sitecustomize.py").write_text(PRELOADED)
+        asked = [sys.executable, "-c", "import longnet_cli; print(longnet_cli.__file__)"]
+        found = subprocess.run(asked, cwd=temporary, env=self.env, capture_output=True, text=True).stdout
+        if not Path(found).is_relative_to(place):
+            raise RuntimeError(f"commands of {place} would run {found or 'nothing'}")
         first = self.env | {"PYTHONPATH": os.pathsep.join([str(temporary), str(place)])}
         self.forked = self.module.Forked(temporary, first)
         self.env["PATH"] = os.pathsep.join([str(temporary), str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -475,19 +466,25 @@ class Checkout:
         """Run a line of shell in a folder, and leave there what it printed and the exit code of each command."""
         record = 'longnet() { command longnet "$@"; local code=$?; echo "$1: $code" >> "$codes"; return $code; }'
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 ["bash", "-o", "pipefail", "-c", f"{record}\n{line}"],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
                 cwd=folder,
                 env=self.env | {"codes": str(folder / "codes")},
-                timeout=TIMEOUT,
+                start_new_session=True,
             )
+            try:
+                code: object = process.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                code = f"killed after {TIMEOUT} s"
         said = (folder / "stderr").read_bytes()
         (folder / "stderr").write_bytes(said.replace(os.fsencode(self.place), b"CHECKOUT"))
         with (folder / "codes").open("a") as file:
-            print(f"all: {done.returncode}", file=file)
+            print(f"all: {code}", file=file)
 
     def prepare(self, place: Path) -> None:
         """Make what PREPARED says. Raises RuntimeError if a command fails."""
@@ -498,10 +495,9 @@ class Checkout:
 
     def interrupt(self, line: str, sign: str, folder: Path) -> None:
         """Start a command in a folder, and kill it when a file named `sign` is there; again if it ended first."""
-        command = [
-            self.forked.longnet,
-            *shlex.split(line.replace("$data", self.env["data"]).replace("$in", self.env["in"]))[1:],
-        ]
+        for name, words in WORDS.items():
+            line = line.replace(f"${name}", words)
+        command = [self.forked.longnet, *shlex.split(line)[1:]]
         output = folder / sign.partition("/")[0]
         for _ in range(10):
             process = self.module.Command(
@@ -528,15 +524,14 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def run_all(cases: dict[str, str], checkout: Checkout, work: Path, name: str) -> None:
-    """Run all cases in the folder `work`, so that every path is the same for both checkouts; rename it at the end."""
-    work.mkdir()
-    began = time.monotonic()
-    for number, (case, line) in enumerate(cases.items()):
-        show(f"{name}: {number + 1} of {len(cases)}, {case}")
-        (work / case).mkdir()
+def run_all(cases: dict[str, str], checkout: Checkout, output: Path, name: str) -> None:
+    """Run all cases in the folder `work`, so that paths are the same for both, and rename it to `name`."""
+    work, began = output / "work", time.monotonic()
+    for number, (case, line) in enumerate(cases.items(), 1):
+        show(f"{name}: {number} of {len(cases)}, {case}")
+        (work / case).mkdir(parents=True)
         checkout.run(line, work / case)
-    work.rename(work.with_name(name))
+    work.rename(output / name)
     show(f"{name}: {len(cases)} cases in {time.monotonic() - began:.0f} s\n")
 
 
@@ -630,56 +625,68 @@ def shorten(old: object, new: object) -> str:
     return " -> ".join(repr(("..." if start else "") + text[start : start + 80]) for text in (a, b))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("other", type=Path, help="the checkout to compare with")
-    parser.add_argument("-o", "--output", type=Path, help="a folder for inputs and outputs (default: a temporary one)")
-    parser.add_argument("--only", default="", help="run only cases whose names hold this word")
-    args = parser.parse_args()
-    output = (args.output or Path(tempfile.mkdtemp(prefix="same_output"))).resolve()
-    other, work, inputs = args.other.resolve(), output / "work", output / "in"
-    for name in ("work", "in", "before", "after"):
-        shutil.rmtree(output / name, ignore_errors=True)
-    inputs.mkdir(parents=True)
-    cases = {name: line for name, line in parse(CASES).items() if args.only in name}
+def interrupt_all(resumed: dict[str, tuple[str, str]], before: Checkout, output: Path) -> None:
+    """Run the commands to resume in in/whole, and start and kill them in in/interrupted, in folders of their names."""
+    work = output / "work"
+    for name, (sign, line) in resumed.items():
+        for kind in ("whole", "interrupted"):
+            (work / name).mkdir(parents=True)
+            if kind == "whole":
+                before.run(line, work / name)
+            else:
+                before.interrupt(line, sign, work / name)
+            (output / "in" / kind).mkdir(exist_ok=True)
+            (work / name).rename(output / "in" / kind / name)
+        work.rmdir()
+
+
+def compare_checkouts(other: Path, output: Path, only: str) -> list[str]:
+    """Run the cases whose names hold `only` with both checkouts, and return what differs, a line each."""
+    cases = {name: line for name, line in parse(CASES).items() if only in name}
     resumed = {f"resume-{sign.partition('/')[0]}": (sign, line) for sign, line in parse(RESUMED).items()}
-    resumed = {name: case for name, case in resumed.items() if args.only in name}
+    resumed = {name: command for name, command in resumed.items() if only in name}
+    cases |= {name: f"cp -a $in/interrupted/{name}/. . && {line} --resume" for name, (_, line) in resumed.items()}
+    inputs = output / "in"
+    inputs.mkdir(parents=True)
     make_tables(inputs, make_texts(inputs))
     maker = multiprocessing.get_context("fork").Process(target=make_models, args=(inputs, other))
-    maker.start()
+    maker.start()  # a process of its own, which ends with all that it imports
     maker.join()
     if maker.exitcode:
-        return 2
+        raise RuntimeError("the models could not be made")
     with tempfile.TemporaryDirectory() as temporary:
         with Checkout(other, Path(temporary) / "before") as before:
             before.prepare(inputs)
-            for name, (sign, line) in resumed.items():
-                place, whole = work / name, inputs / "whole" / name
-                place.mkdir(parents=True)
-                before.run(line, place)
-                whole.parent.mkdir(exist_ok=True)
-                shutil.move(place, whole)
-                place.mkdir()
-                before.interrupt(line, sign, place)
-                (inputs / "interrupted").mkdir(exist_ok=True)
-                shutil.move(place, inputs / "interrupted" / name)
-                cases[name] = f"cp -a $in/interrupted/{name}/. . && {line} --resume"
-            shutil.rmtree(work, ignore_errors=True)
-            run_all(cases, before, work, "before")
+            interrupt_all(resumed, before, output)
+            run_all(cases, before, output, "before")
         with Checkout(ROOT, Path(temporary) / "after") as after:
-            run_all(cases, after, work, "after")
-    failures = 0
-    for case in cases:
-        for found in differences(output / "before" / case, output / "after" / case):
-            print(f"{case}: {found}")
-            failures += 1
+            run_all(cases, after, output, "after")
+    found = [
+        f"{case}: {line}" for case in cases for line in differences(output / "before" / case, output / "after" / case)
+    ]
     for case, (sign, _) in resumed.items():
-        for found in differences(
-            *(place / case / Path(sign).parts[0] for place in (inputs / "whole", output / "after"))
-        ):
-            print(f"{case}, resumed and uninterrupted: {found}")
-            failures += 1
-    return 1 if failures else 0
+        whole, again = (output / place / case / sign.partition("/")[0] for place in ("in/whole", "after"))
+        found += [f"{case}, uninterrupted and resumed: {line}" for line in differences(whole, again)]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("other", type=Path, help="the checkout to compare with")
+    parser.add_argument("-o", "--output", type=Path, help="keep inputs and outputs here (default: only if they differ)")
+    parser.add_argument("--only", default="", metavar="WORD", help="run only cases whose names hold this word")
+    args = parser.parse_args()
+    output = (args.output or Path(tempfile.mkdtemp(prefix="same-output-"))).resolve()
+    if output.exists() and not FOLDERS.issuperset(os.listdir(output)):
+        parser.error(f"{output} holds something else: name another folder")
+    shutil.rmtree(output, ignore_errors=True)
+    found = compare_checkouts(args.other.resolve(), output, args.only)
+    print("\n".join(found) or "all is the same")
+    if not found and not args.output:
+        shutil.rmtree(output)
+    else:
+        show(f"before and after are in {output}\n")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
