@@ -128,7 +128,7 @@ score-last: longnet score $in/texts --context 64,256 --last 100 --format json --
 score-logprobs: longnet score $in/rows.jsonl --token-logprobs tokens.arrow --chunk 64 --bos 5
 score-logprobs-parquet: longnet score $in/ids.arrow --token-logprobs tokens.parquet --bos none --ppl
 score-pattern: longnet score $in/texts --pattern 64/1,256/4 --format json;
-    longnet score $in/texts --segment-lengths 64,256 --dilation-rates 1,2
+    longnet score $in/texts --pattern 64/1,256/2
 score-dtype: longnet score $in/texts --dtype bf16 --model $in/native --format json
 score-ids: longnet score $in/ids.stream $in/tokens;
     for name in ids.stream tokens split.parquet; do longnet score $in/$name --model $in/native --format jsonl; done
@@ -237,8 +237,7 @@ wrong-options: longnet score $in/texts --sample 30; longnet score $in/texts --ke
     longnet generate a --top-p 0.5; longnet encode $in/texts -o v.arrow --shard-rows 2; longnet train
 examples: longnet encode $in/texts --model $in/native -o v.arrow && python "$checkout/examples/nearest.py" v.arrow
 imports: python -c 'from longnet_cli.attention import DilatedAttention, Pattern, dilated_attention;
-    from longnet_cli.batches import encode_batches, score_batches; from longnet_cli.data.tokenizer import Tokenizer;
-    from longnet_cli.integrations.loading import load_net; from longnet_cli.generating import generate;
+    from longnet_cli.data.tokenizer import Tokenizer; from longnet_cli.generating import generate;
     from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention, use_own_attention;
     from longnet_cli.model import LongNet, LongNetConfig, SlideConfig, SlideEncoder, from_torchscale, to_torchscale'
 closed-pipe: longnet encode $in/many.jsonl --model $in/native --span 2 -o - | head -c 100
