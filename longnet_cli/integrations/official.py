@@ -28,7 +28,7 @@ from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.model import LongNet, LongNetConfig, SlideConfig
 from longnet_cli.model.integrity import TYPE_NAMES, check_finite
 from longnet_cli.model.slide import VectorNet
-from longnet_cli.model.torchscale import DERIVED_BUFFERS, MODULES, renamed
+from longnet_cli.model.torchscale import DERIVED_BUFFERS, MODULES, renamed, without_prefix
 from longnet_cli.model.weights import list_names
 
 _INSIDE = ("model", "module", "state_dict", "teacher")  # keys of the state dict in training checkpoints
@@ -133,9 +133,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     state = dict(found)
     if any(name.startswith("backbone.") for name in state):  # a student or a teacher: leave out its head
         state = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
-    while (match := _SHARED.match(next(iter(state)))) and all(name.startswith(match[0]) for name in state):
-        state = {name.removeprefix(match[0]): tensor for name, tensor in state.items()}
-    return state
+    return without_prefix(state, _SHARED)
 
 
 class _Found:
