@@ -32,6 +32,8 @@ def writing(what: str | Path) -> Iterator[None]:
         raise LongNetError(f"{what}: cannot write: {error.strerror or error}") from error
 
 
+# Not atomicwrites (archived) or filelock (locks alone): no library flushes the folder too, removes what killed writers
+# left, and writes to pipes.
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing under a temporary name in its folder; rename it when the block ends without an error.

@@ -42,6 +42,7 @@ def progress(
         yield _lines(description, meter, every)
 
 
+# Not tqdm, nor the time and speed columns of rich: logs get plain lines, and the time left follows the last minute.
 class _Meter:
     """A counter of the work done, with its status in words.
 

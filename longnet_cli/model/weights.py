@@ -188,7 +188,7 @@ def list_names(what: str, names: Sequence[str]) -> str:
 def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file: the size of a JSON header, the header, the bytes of the tensors.
 
-    The library's own writer orders the metadata at random; here, equal models give equal files.
+    The library's own writer orders the metadata at random (its issue #584); here, equal models give equal files.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so each is aligned
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
