@@ -1,4 +1,4 @@
-"""What many tests make: a tiny net, a document, a corpus, a table in a file; and how tensors are compared."""
+"""What many tests make: a tiny net, a document, a corpus, a table in a file; golden tensors; closeness."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
+import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from longnet_cli.data.documents import Document
@@ -69,3 +71,15 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
         error = (a.double() - b.double()).norm().item() / max(b.double().norm().item(), floor, 1e-30)
         assert error <= tolerance, f"{name} is off by {error:.2e}"
+
+
+def read_golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    """The state dict, the other tensors and the configuration of a golden file. Without it, the test is skipped."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "golden" / f"{name}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"the golden tensors are not beside this checkout: {path}")
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        theirs = json.loads(file.metadata()["config"])
+    state = {key.removeprefix("model."): x for key, x in tensors.items() if key.startswith("model.")}
+    return state, {key: x for key, x in tensors.items() if not key.startswith("model.")}, theirs
