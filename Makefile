@@ -10,10 +10,16 @@ PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test matrix gpu docs lint check wheel-check clean
+.PHONY: demo docs/demo.svg test matrix gpu docs lint check wheel-check clean
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+# What `make demo` prints, as a picture. `script` runs a command in a terminal; it is of util-linux.
+docs/demo.svg: .venv/.installed
+	mkdir -p build
+	PATH="$(CURDIR)/$(BIN):$$PATH" script -qec "stty cols 127; bash examples/demo.sh" /dev/null > build/demo.txt
+	$(BIN)/python examples/draw_terminal.py $@ < build/demo.txt
 
 test: .venv/.installed-dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal

@@ -119,6 +119,8 @@ def reference() -> str:
     return "\n".join(lines)
 
 
+# By hand: the tables of mkdocs-click 0.9 lack the options of typer 0.29, which has a click of its own. Its plain style
+# and mkdocs-typer show the help as one block of text, without panels.
 def options() -> str:
     """The page of all commands, with a table of options for each panel of their help."""
     import typer

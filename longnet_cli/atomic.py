@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -31,6 +32,8 @@ def writing(what: str | Path) -> Iterator[None]:
         raise LongNetError(f"{what}: cannot write: {error.strerror or error}") from error
 
 
+# Not atomicwrites (archived) or filelock (locks alone): no library flushes the folder too, removes what killed writers
+# left, and writes to pipes.
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing under a temporary name in its folder; rename it when the block ends without an error.
@@ -47,7 +50,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             target = Path(os.path.realpath(path))  # not for >(command), whose real path does not exist
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target.parent, target.name)
-        temporary, file = (target, open(target, "wb")) if direct else _new_temporary(target)  # noqa: SIM115
+        temporary, place = (target, target) if direct else _new_temporary(target)
+        file = open(place, "wb")  # noqa: SIM115
     try:
         yield file
         with writing(path):
@@ -72,35 +76,47 @@ def is_temporary(name: str) -> bool:
 
 
 def remove_leftovers(folder: Path, target: str | None = None) -> None:
-    """Delete the temporary files that killed writers left in a folder: all of them, or only those for `target`.
+    """Delete the temporary files and folders that killed writers left: all of them, or only those for `target`.
 
-    A running writer holds a lock on its temporary file, which is then kept.
+    A running writer holds a lock on its own, which is then kept.
     """
     for name in os.listdir(folder):
         match = _TEMPORARY.fullmatch(name)
         if match and target in (None, match[1]):
-            with suppress(OSError), open(folder / name, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                (folder / name).unlink()
+            with suppress(OSError), _descriptor(folder / name) as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(folder / name)
 
 
-def _new_temporary(target: Path) -> tuple[Path, BinaryIO]:
-    """Create and lock a temporary file beside `target`. The lock shows `remove_leftovers` that it is in use."""
+def _new_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
+    """Create and lock a temporary file or folder beside `target`. Return its path and its descriptor.
+
+    The lock shows `remove_leftovers` that it is in use.
+    """
     while True:
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         try:
-            file = open(temporary, "xb")  # noqa: SIM115 (its user closes it)
+            if folder:
+                temporary.mkdir()
+            handle = os.open(temporary, os.O_RDONLY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             with suppress(OSError):  # a network file system without locks, where leftovers are never removed
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_nlink:  # otherwise another writer removed it before it was locked
-                return temporary, file
-            file.close()
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_nlink:  # otherwise another writer removed it before it was locked
+                return temporary, handle
+            os.close(handle)
         except FileExistsError:
             continue
         except BaseException:  # Ctrl-C and SIGTERM may come between any two lines
             with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+                _remove(temporary)
             raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_file(path: str | Path, data: bytes) -> None:
@@ -110,33 +126,54 @@ def write_file(path: str | Path, data: bytes) -> None:
 
 
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """Create a temporary folder to fill; rename it to `path` when the block ends without an error.
+def whole_folder(path: str | Path, last: str | None = None, temporary: Path | None = None) -> Iterator[Path]:
+    """Create a temporary folder to fill. When the block ends without an error, `path` holds its files, on the disk.
 
-    Raises ConfigError if `path` exists and is not an empty folder, or if the folder cannot be created; LongNetError
-    for a full disk or a failed write.
+    Without `last`, the temporary folder is renamed to `path`, which must not exist or be an empty folder. With `last`,
+    `path` may hold files: those of the same names are replaced, the largest first, and `last` at the end. So a new
+    folder that has the file `last` is whole. `temporary` is a name to use for the temporary folder.
+
+    Raises ConfigError if `path` is in use, or if the folder cannot be created; LongNetError for a full disk or a failed
+    write.
     """
-    target = Path(os.path.abspath(path))
+    target, handle = Path(os.path.abspath(path)), None
+    parent = target if last else target.parent
     with _opening(path):
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if not last and target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ConfigError(f"{path} exists and is not an empty folder: name a new one, or remove it first")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        temporary.mkdir()
+        parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(parent, None if last else target.name)
+        if temporary:
+            temporary.mkdir()
+        else:
+            temporary, handle = _new_temporary(parent / target.name, folder=True)
     try:
         with writing(path):
             yield temporary
-            os.replace(temporary, target)
-            sync_folder(target.parent)
+            files = sorted(temporary.iterdir(), key=lambda file: (file.name == last, -file.stat().st_size))
+            for file in files:
+                with _descriptor(file) as opened:
+                    os.fsync(opened)
+            for made in files if last else [temporary]:
+                os.replace(made, target / made.name if last else target)
+            sync_folder(parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:
     """Make the renames in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with _descriptor(folder) as handle:
         os.fsync(handle)
+
+
+@contextmanager
+def _descriptor(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
     finally:
         os.close(handle)
 
@@ -170,3 +207,12 @@ def _opening(path: str | Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise (LongNetError if full else ConfigError)(f"{path}: cannot write: {error.strerror}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from longnet_cli.atomic import new_folder
+from longnet_cli.atomic import whole_folder
 from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
 from longnet_cli.integrations.official import Given, convert_official, is_checkpoint
 from longnet_cli.model.foreign import BESIDE_TOKENIZER
@@ -53,7 +53,7 @@ def _with_weights_of(model: ModelFolder, output: Path, dtype: str) -> str:
         raise ConfigError(f"{folder}: give the type to convert the weights to: --dtype bf16 halves the size")
     net = model.native().from_pretrained(folder, dtype=DTYPES[dtype])
     tokenizer = folder / TOKENIZER
-    with new_folder(output) as place:
+    with whole_folder(output) as place:
         check_finite(net.state_dict(), f"{folder} as {dtype}")
         texts = (tokenizer.read_text(encoding="utf-8"), model.eos) if tokenizer.is_file() else ()
         net.save_pretrained(place, *texts)

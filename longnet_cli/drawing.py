@@ -9,9 +9,9 @@ import numpy as np
 
 from longnet_cli.describing import NOTHING, Subject, picture
 from longnet_cli.plotting import new_figure, save_figure
+from longnet_cli.plotting.text import colored
 from longnet_cli.sizes import format_size
 
-_COLORS = (36, 33, 35, 32, 34, 31)
 _SIZE = 480  # rows and columns of a picture
 
 
@@ -37,7 +37,7 @@ def legend(subject: Subject, *, color: bool = False, blocks: bool = True) -> str
     names = [f"level {i}" for i in range(len(subject.pattern.levels))] + ["sinks"] * (subject.pattern.sinks > 0)
     levels = len(subject.pattern.levels)
     if color and blocks:
-        return "  ".join(f"\x1b[{_COLORS[i % len(_COLORS)]}m\u2588\x1b[0m {name}" for i, name in enumerate(names))
+        return "  ".join(colored(i, "\u2588") + f" {name}" for i, name in enumerate(names))
     return "  ".join(f"{_letter(i, levels)} {name}" for i, name in enumerate(names))
 
 
@@ -55,10 +55,9 @@ def _half_blocks(above: Sequence[int], below: Sequence[int]) -> str:
             if top == NOTHING and bottom == NOTHING:
                 yield " "
             elif top == NOTHING:
-                yield f"\x1b[{_COLORS[bottom % len(_COLORS)]}m\u2584\x1b[0m"
+                yield colored(bottom, "\u2584")
             else:
-                behind = f";{_COLORS[bottom % len(_COLORS)] + 10}" if bottom != NOTHING else ""
-                yield f"\x1b[{_COLORS[top % len(_COLORS)]}{behind}m\u2580\x1b[0m"
+                yield colored(top, "\u2580", None if bottom == NOTHING else bottom)
 
     return "".join(cells()).rstrip()
 

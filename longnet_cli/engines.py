@@ -26,7 +26,7 @@ from longnet_cli.encoding import EmbeddingDtype, EncodeOptions, NothingToEncodeE
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 from longnet_cli.gains import GainOptions, gains
 from longnet_cli.model_folder import Loaded, ModelFolder
-from longnet_cli.notation import format_pattern, parse_pattern
+from longnet_cli.notation import format_pattern, read_pattern
 from longnet_cli.pooling import Pool
 from longnet_cli.runtime.device import select_device
 from longnet_cli.scoring import NothingToScoreError, OnSkip
@@ -131,10 +131,7 @@ def score_batches(
 
 @cache
 def _load(model: str, tokenizer: str | None, pattern: str | None, bos: str | None, device: str, dtype: str) -> Loaded:
-    try:
-        parsed = parse_pattern(pattern) if pattern is not None else None
-    except ValueError as error:
-        raise ConfigError(f"pattern: {error}") from None
+    parsed = read_pattern(pattern, "pattern")
     folder = ModelFolder.find(model, gguf=True)
     return folder.load(device=select_device(device), dtype=dtype, tokenizer=tokenizer, pattern=parsed, bos=bos)
 

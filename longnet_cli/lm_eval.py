@@ -24,7 +24,7 @@ from longnet_cli.generating import generate
 from longnet_cli.model.net import LOGITS_LIMIT
 from longnet_cli.model.sequence import bos_ids
 from longnet_cli.model_folder import ModelFolder
-from longnet_cli.notation import parse_pattern
+from longnet_cli.notation import read_pattern
 from longnet_cli.runtime.device import DTYPES, precision, resolve_dtype
 from longnet_cli.runtime.reader import Piece, Reader, Window
 from longnet_cli.scoring import score
@@ -72,7 +72,7 @@ class LongNetLM(TemplateLM):
         self.bos, self.ends = folder.bos(tokenizer), folder.ends(tokenizer)
         self.before = bos_ids(self.bos) if add_bos_token else tokenizer.ids_before
         weights = DTYPES[resolve_dtype(dtype, self._device)]
-        self.net = folder.net(pattern=_pattern(pattern), device=self._device, dtype=weights)
+        self.net = folder.net(pattern=read_pattern(pattern, "pattern"), device=self._device, dtype=weights)
 
     @property
     def tokenizer_name(self) -> str:
@@ -174,13 +174,6 @@ class _Continuation(Window):
     """The context and the continuation of request `index`."""
 
     index: int
-
-
-def _pattern(text: str | None) -> Any:
-    try:
-        return None if text is None else parse_pattern(text)
-    except ValueError as error:
-        raise ConfigError(f"pattern: {error}") from None
 
 
 def main(args: Iterable[str] | None = None) -> None:

@@ -14,12 +14,13 @@ In an option with one number per level, slashes separate the numbers. Sizes have
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
 from longnet_cli.attention import Pattern
+from longnet_cli.errors import ConfigError
 from longnet_cli.sizes import format_size, parse_size
 
 _LEVEL = re.compile(r"\.?\d[\w.+]*/\.?\d", re.ASCII)
@@ -77,6 +78,14 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
 def is_pattern(text: str) -> bool:
     """Return whether `text` is meant as a pattern, rather than as a path or the name of something else."""
     return bool(_LEVEL.match(text)) or re.split("[:,]", text, maxsplit=1)[0] in _CONSTRUCTORS
+
+
+def read_pattern(written: str | Mapping[str, Any] | None, name: str) -> Pattern | None:
+    """Return the pattern of a text or of fields, None for None. Raises ConfigError that begins with `name`."""
+    try:
+        return parse_pattern(written) if isinstance(written, str) else Pattern(**written) if written else None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def parse_pattern(text: str) -> Pattern:

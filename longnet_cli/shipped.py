@@ -9,6 +9,7 @@ from longnet_cli.configuration import nearest
 from longnet_cli.errors import ConfigError, refuse_web_address
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
 MODEL_TYPE = "longnet"  # in config.json of a LongNet; older ones lack it
 
 # Metadata keys of model.safetensors: digests of what was saved together. Other tools drop them when they save.

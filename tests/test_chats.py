@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.ipc as ipc
-import pyarrow.parquet as pq
 import pytest
 import tokenizers
+from builders import write_rows
 from processes import contents
 
 from longnet_cli.data.documents import Document, Unread
@@ -44,15 +42,7 @@ def words(tmp_path: Path) -> Tokenizer:
 
 
 def write(path: Path, chats: list[list[dict]]) -> Path:
-    rows = [{"id": index, "messages": chat, "n": index} for index, chat in enumerate(chats)]
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        with ipc.new_stream(path, (table := pa.Table.from_pylist(rows)).schema) as writer:
-            writer.write_table(table)
-    return path
+    return write_rows(path, [{"id": index, "messages": chat, "n": index} for index, chat in enumerate(chats)])
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.stream"])

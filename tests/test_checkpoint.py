@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import write_corpus
 from processes import Start, kill_training, wait_for
 
 from longnet_cli.data.tokenizer import Tokenizer
@@ -30,10 +31,7 @@ from longnet_cli.training.start import prepare_run
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    path = tmp_path / "corpus.txt"
-    path.write_text("".join(f"{n} green bottles hanging on the wall, " for n in range(400)))
-    (tmp_path / "held_out.txt").write_text("and if one green bottle should accidentally fall")
-    return path
+    return write_corpus(tmp_path, 400, 1)
 
 
 def recipe(corpus: Path, **overrides: object) -> Recipe:

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
-import torch
+from builders import tiny_model
 from conftest import RunLongnet
 
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model import LongNet
 from longnet_cli.scoring import score
 
 SCORE_KEYS = {"nll_sum", "n_tokens", "n_bytes", "ppl", "bpb"}
@@ -29,15 +29,7 @@ TEXTS = {"a.txt": "Call me Ishmael.", "b.txt": "Some years ago\nnever mind how l
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random causal model of bytes, with its tokenizer."""
-    torch.manual_seed(0)
-    config = LongNetConfig(
-        vocab_size=257, dim=16, num_layers=2, num_heads=2, ffn_dim=32, segment_lengths=(8, 32), dilation_rates=(1, 2)
-    )
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    LongNet(config).save_pretrained(folder)
-    Tokenizer.bytes().save(folder / "tokenizer.json")
-    return folder
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-import torch
+from builders import tiny_net
 from conftest import RunLongnet
 from processes import Start
 
 from longnet_cli.data.chat import ChatTemplate
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model import LongNet
 from longnet_cli.model.weights import model_digest
 from longnet_cli.model_folder import ModelFolder
 
@@ -40,11 +40,8 @@ def words_of_chat() -> Tokenizer:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random causal model of bytes, with a tokenizer that has a chat template."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 259, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32}
-    net = LongNet(LongNetConfig(**sizes, segment_lengths=(8, 32), dilation_rates=(1, 2)))
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    net.save_pretrained(folder, words_of_chat().to_json())
+    tiny_net(vocab_size=259).save_pretrained(folder, words_of_chat().to_json())
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<|endoftext|>"}}))
     return folder

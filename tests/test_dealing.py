@@ -23,15 +23,14 @@ import pyarrow.ipc as ipc
 import pytest
 import torch
 import torch.distributed as dist
+from builders import tiny_model
 from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import contents, processes_of, wait_for
 from test_exchange import run_ranks
 
-from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import DataError
-from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime import dealing
 from longnet_cli.runtime.dealing import Codec, deal
 from longnet_cli.runtime.portions import Portion, portions
@@ -127,12 +126,7 @@ def _deal_at_random() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model, and documents of 0 to 400 tokens in JSON Lines and as token ids."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32}
-    levels = {"segment_lengths": (16, 64, 256), "dilation_rates": (1, 2, 4), "position": "rope"}
-    LongNet(LongNetConfig(**sizes, **levels, causal=True)).save_pretrained(
-        tmp_path / "net", Tokenizer.bytes().to_json()
-    )
+    tiny_model(tmp_path / "net", segment_lengths=(16, 64, 256), dilation_rates=(1, 2, 4), position="rope")
     chance = np.random.default_rng(0)
     rows = [chance.integers(97, 122, length) for length in [0, 1, *chance.integers(1, 400, 60)]]
     texts = [{"id": f"d{index}", "text": bytes(row.tolist()).decode(), "n": index} for index, row in enumerate(rows)]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -32,18 +33,6 @@ def run(function, inputs: list[Tensor], pattern: Pattern, **options) -> list[Ten
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
     out = function(q, k, v, pattern, **options)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3], materialize_grads=True)]
-
-
-def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """Relative in the norm of each tensor.
-
-    With one visible key dq and dk are exactly 0, the difference of two equal numbers: hence a floor of a tenth of the
-    largest tensor's norm, which larger problems never touch.
-    """
-    floor = max(x.double().norm().item() for x in expected) * 0.1
-    for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        error = (a.double() - b.double()).norm().item() / max(b.double().norm().item(), floor, 1e-30)
-        assert error <= tolerance, f"{name} is off by {error:.2e}"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

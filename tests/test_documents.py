@@ -10,10 +10,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from builders import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import PAPER_64TH, Choice, Problem, choices, cuts, problems, split, turn
-from test_dilated import assert_close, run
+from test_dilated import run
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention, far_keys

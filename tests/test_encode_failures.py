@@ -15,24 +15,18 @@ from pathlib import Path
 
 import pyarrow.ipc as ipc
 import pytest
-import torch
+from builders import tiny_model
 from conftest import RunLongnet
 from processes import Start, assert_full, contents, kill_and_resume, wait_for
 
-from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.model import LongNet, LongNetConfig
-
-SIZES = {"vocab_size": 257, "dim": 32, "num_layers": 4, "num_heads": 4, "ffn_dim": 64, "position": "rope"}
-LEVELS = {"segment_lengths": (64, 1024), "dilation_rates": (1, 4)}
+SIZES = {"dim": 32, "num_layers": 4, "num_heads": 4, "ffn_dim": 64, "position": "rope"}
+SIZES |= {"segment_lengths": (64, 1024), "dilation_rates": (1, 4)}
 
 
 @pytest.fixture(params=[True], ids=["causal"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Random weights; tests may ask for a net that is not causal."""
-    torch.manual_seed(0)
-    config = LongNetConfig(**SIZES, **LEVELS, causal=request.param)
-    LongNet(config).save_pretrained(tmp_path / "model", Tokenizer.bytes().to_json())
-    return tmp_path / "model"
+    return tiny_model(tmp_path / "model", **SIZES, causal=request.param)
 
 
 @pytest.fixture

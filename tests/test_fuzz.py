@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import typer
+from builders import tiny_model
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from longnet_cli.cli.app import app
-from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model import LongNetConfig
 from longnet_cli.training.recipe import Recipe
 
 EXAMPLES = 1000
@@ -156,7 +156,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "run").mkdir()
     (folder / "run/metrics.jsonl").write_text("".join(f'{{"step": {n}, "loss": {5 - n}}}\n' for n in range(1, 4)))
-    LongNet(LongNetConfig(**SIZES, **LEVELS)).save_pretrained(folder / "model", Tokenizer.bytes().to_json())
+    tiny_model(folder / "model", **SIZES, **LEVELS)
     shutil.copytree(folder / "model", folder / "other")
     weights = folder / "other/model.safetensors"
     save_file(load_file(weights), weights)  # as another tool does: without digests

@@ -20,17 +20,16 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 import torch
+from builders import tiny_model
 from conftest import RunLongnet
 from processes import kill_training, processes_of, wait_for
 
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model import LongNet
 from longnet_cli.training.checkpoint import checkpoints_in, find_damage, read_state
 from longnet_cli.training.loop import train
 from longnet_cli.training.recipe import load_recipe
 
-SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32}
 LEVELS = {"segment_lengths": (16, 64, 256), "dilation_rates": (1, 2, 4), "position": "rope"}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TEXT = "the quick brown fox jumps over the lazy dog, and again. " * 60
@@ -55,9 +54,7 @@ def prepare(tmp_path: Path) -> Path:
     for index in range(5):
         (tmp_path / f"texts/{index}.txt").write_text(TEXT[: 90 * 4**index])
     for name, causal in (("decoder", True), ("encoder", False)):
-        torch.manual_seed(0)
-        model = LongNet(LongNetConfig(**SIZES, **LEVELS, causal=causal))
-        model.save_pretrained(tmp_path / name, Tokenizer.bytes().to_json())
+        tiny_model(tmp_path / name, **LEVELS, causal=causal)
     recipe = f"""
         [model]
         dim = 16

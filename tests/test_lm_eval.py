@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'longnet-cli[lm-eval]'")
 
 import transformers as hf
+from builders import tiny_model
 
 import longnet_cli.integrations.transformers
 from longnet_cli.attention import Pattern
@@ -22,7 +23,6 @@ from longnet_cli.errors import ConfigError
 from longnet_cli.generating import generate
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.lm_eval import LongNetLM
-from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.scoring import score
 
@@ -34,10 +34,7 @@ PAIRS = [("What is", " this?"), ("", "begin"), ("One, two, ", "three"), (TEXT, "
 
 
 def native(folder: Path) -> Path:
-    torch.manual_seed(0)
-    net = LongNet(LongNetConfig(vocab_size=BYTES.vocab_size, **SHAPE, **LEVELS))
-    net.save_pretrained(folder / "native", BYTES.to_json())
-    return folder / "native"
+    return tiny_model(folder / "native", **SHAPE, **LEVELS)
 
 
 def dilated(folder: Path) -> Path:

@@ -1,19 +1,15 @@
 """Proves that the net is torchscale's (goldens), never looks ahead, and gives one answer however its input is cut."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from builders import read_golden
 from torch import Tensor
 
 from longnet_cli.attention import SINKS, FarKeys, Pattern, Span, far_keys
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig, from_torchscale
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 PATTERN = {"segment_lengths": (16, 48, 96), "dilation_rates": (1, 2, 5)}
 
 
@@ -33,12 +29,7 @@ def token_ids(batch: int, length: int) -> Tensor:
 
 @pytest.mark.parametrize("name", ["decoder_subln_xpos", "encoder_subln_zero_key"])
 def test_golden(name: str) -> None:
-    path = GOLDEN / f"{name}.safetensors"
-    if not path.is_file():
-        pytest.skip(f"the golden tensors are not beside this checkout: {path}")
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        theirs = json.loads(file.metadata()["config"])
+    state, tensors, theirs = read_golden(name)
     config = LongNetConfig(
         vocab_size=theirs.get("vocab_size", 0),
         dim=theirs["dim"],
@@ -53,7 +44,7 @@ def test_golden(name: str) -> None:
         position="xpos" if theirs["xpos"] else "none",
         norm_eps=theirs["layernorm_eps"],
     )
-    net = from_torchscale({key: tensor for key, tensor in tensors.items() if key.startswith("model.")}, config)
+    net = from_torchscale({f"model.{key}": tensor for key, tensor in state.items()}, config)
     with torch.no_grad():
         if name.startswith("decoder"):
             ours, wanted = net.logits(net(tensors["tokens"])), tensors["logits"]

@@ -11,28 +11,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import make_document, tiny_net
 
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.measures import ByPosition, DocumentScore, Score, Total
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model import LongNet
 from longnet_cli.scoring import score
 
 BOS = 256
-CONFIG = LongNetConfig(
-    vocab_size=257, dim=16, num_layers=2, num_heads=2, ffn_dim=32, segment_lengths=(20, 40), dilation_rates=(1, 2)
-)
 
 
 @pytest.fixture(scope="module")
 def model() -> LongNet:
-    torch.manual_seed(0)
-    return LongNet(CONFIG).double().eval()
-
-
-def make_document(length: int) -> Document:
-    tokens = np.random.default_rng(length).integers(0, 256, length, dtype=np.int32)
-    return Document(str(length), tokens, length, f"{length}.txt")
+    return tiny_net(segment_lengths=(20, 40)).double().eval()
 
 
 def token_nll(model: LongNet, ids: np.ndarray) -> np.ndarray:

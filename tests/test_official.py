@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from builders import read_golden
 from conftest import RunLongnet
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from longnet_cli.model import LongNet, LongNetConfig, SlideConfig, SlideEncoder, to_torchscale
-
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
-
-
-def read_golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """State dict, the other tensors, and the configuration."""
-    path = GOLDEN / f"{name}.safetensors"
-    if not path.is_file():
-        pytest.skip(f"the golden tensors are not beside this checkout: {path}")
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        theirs = json.loads(file.metadata()["config"])
-    state = {key.removeprefix("model."): x for key, x in tensors.items() if key.startswith("model.")}
-    return state, {key: x for key, x in tensors.items() if not key.startswith("model.")}, theirs
 
 
 def levels(theirs: dict) -> list[str]:

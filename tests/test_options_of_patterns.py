@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from builders import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Choice, choices, cuts, split, turn
@@ -30,14 +31,6 @@ def run(function, inputs: list[Tensor], pattern: Pattern, **options) -> list[Ten
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
     out = function(q, k, v, pattern, **options)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3], materialize_grads=True)]
-
-
-def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """Relative in the norm of each tensor, with a floor of a tenth of the largest, for gradients that cancel."""
-    floor = max(x.double().norm().item() for x in expected) * 0.1
-    for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        error = (a.double() - b.double()).norm().item() / max(b.double().norm().item(), floor, 1e-30)
-        assert error <= tolerance, f"{name} is off by {error:.2e}"
 
 
 def turning(choice: Choice) -> dict:

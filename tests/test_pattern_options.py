@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow.ipc as ipc
 import pytest
-import torch
+from builders import tiny_model
 from typer.testing import CliRunner, Result
 
 from longnet_cli.attention import Pattern
@@ -21,23 +21,16 @@ from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.config import parse_config
 from longnet_cli.model.weights import load_config
-from longnet_cli.notation import PATTERN_FIELDS
 from longnet_cli.training.recipe import load_recipe
 
 SHAPE = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope"}
 NESTED = "nested:32,base=8,sinks=4,level_bias=log_rate"
 STAGES = {"train.stages": [{"seq_len": 64, "steps": 1}]}
-CARRIED = set(PATTERN_FIELDS) <= set(LongNetConfig.model_fields)
-carried = pytest.mark.skipif(not CARRIED, reason="a LongNet has no fields for the options of a pattern yet")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    LongNet(LongNetConfig(**SHAPE, segment_lengths=(8, 32), dilation_rates=(1, 2))).save_pretrained(folder)
-    Tokenizer.bytes().save(folder / "tokenizer.json")
-    return folder
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", position="rope")
 
 
 @pytest.fixture
@@ -140,18 +133,6 @@ def test_a_configuration_with_another_pattern(model: Path) -> None:
         parse_config({**SHAPE, "pattern": 7}, "x")
 
 
-@pytest.mark.skipif(CARRIED, reason="a LongNet takes all options of a pattern")
-def test_what_a_net_does_not_take_yet_is_refused_by_name(model: Path, text: Path, tmp_path: Path) -> None:
-    words = "a LongNet takes no look_back, sinks so far"
-    assert words in refused("score", text, "--model", model, "--pattern", "window:1Ki,sinks=4")
-    assert words in refused(
-        "bench", "--op", "model", "--model", model, "--seq", "64", "--pattern", "window:1Ki,sinks=4"
-    )
-    with pytest.raises(ConfigError, match=words):
-        load_recipe("longnet-tiny", {"model.vocab_size": 257, "model.pattern": "window:1Ki,sinks=4"})
-
-
-@carried
 def test_every_option_reaches_the_net(model: Path, text: Path) -> None:
     result = run("score", text, "--model", model, "--pattern", NESTED, "--format", "json")
     assert result.exit_code == 0, result.output

@@ -20,30 +20,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
-import torch
+from builders import tiny_model
 from processes import Start
 from test_sources import FORMATS, IDS, TEXTS, token_table, write_file, write_parquet, write_stream
 
 from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model import LongNet
 from longnet_cli.scoring import score
 from longnet_cli.tokenizing import tokenize
 
 BYTES = Tokenizer.bytes()
-CONFIG = LongNetConfig(
-    vocab_size=257, dim=16, num_layers=2, num_heads=2, ffn_dim=32, segment_lengths=(8, 32), dilation_rates=(1, 2)
-)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random causal model of bytes, with its tokenizer."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    LongNet(CONFIG).save_pretrained(folder, BYTES.to_json())
-    return folder
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 # --- the same documents in every form --------------------------------------------------------------------------------
@@ -334,8 +327,7 @@ def peaks(tmp_path: Path, command_env: dict[str, str]) -> Iterator[Callable[...,
 @pytest.mark.parametrize("last", ["score - --format jsonl", "encode - --span 10"])
 def test_memory_of_a_chain_does_not_grow_with_its_input(peaks, tmp_path: Path, last: str) -> None:
     """Of 12 and of 48 million tokens. Of those `tokenize` holds at most some 10 million: see test_tokenizing.py."""
-    small_net = CONFIG.model_copy(update={"dim": 8, "num_layers": 1, "num_heads": 1, "ffn_dim": 8})
-    LongNet(small_net).save_pretrained(tmp_path / "small", BYTES.to_json())
+    tiny_model(tmp_path / "small", dim=8, num_layers=1, num_heads=1, ffn_dim=8)
     chain = ("tokenize - -o - --quiet", f"{last} -m ./small --chunk 16Ki")
     small, size = peaks(3000, *chain)
     large, four_times = peaks(12000, *chain)

@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
+from builders import write_corpus
 from test_exchange import run_ranks
 from test_fsdp import mesh
 
@@ -40,6 +41,11 @@ NESTED = Pattern((8, 32), (1, 4), look_back=1, overlap="once", queries="all", si
 
 
 @pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path, 100, 4)
+
+
+@pytest.fixture
 def llama(tmp_path: Path) -> Path:
     """The folder of a small Llama of random weights, larger than an initialisation has them, so that layers matter."""
     torch.manual_seed(0)
@@ -48,14 +54,6 @@ def llama(tmp_path: Path) -> Path:
     (tmp_path / "llama/tokenizer.json").write_text(Tokenizer.bytes().to_json())
     (tmp_path / "llama/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     return tmp_path / "llama"
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    path = tmp_path / "corpus.txt"
-    path.write_text("".join(f"{n} green bottles hanging on the wall, " for n in range(100)))
-    (tmp_path / "held_out.txt").write_text("and if one green bottle should accidentally fall, " * 4)
-    return path
 
 
 def recipe(llama: Path, corpus: Path, **changes: object) -> Recipe:

@@ -8,13 +8,12 @@ import pytest
 pytest.importorskip("sentence_transformers", reason="not installed: pip install 'longnet-cli[sentence-transformers]'")
 
 import torch
+from builders import tiny_model
 from sentence_transformers import SentenceTransformer
 
 import longnet_cli.integrations.transformers
 from longnet_cli.data.documents import Document
-from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode
-from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.shipped import model_path
 
@@ -42,12 +41,8 @@ def test_a_shipped_model_gives_the_vectors_of_encode() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_it_is_trained_and_saved_as_a_model_of_both(causal: bool, tmp_path: Path) -> None:
-    words = Tokenizer.bytes()
-    torch.manual_seed(0)
-    shape = {"vocab_size": words.vocab_size, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48}
-    levels = {"segment_lengths": (16, 64), "dilation_rates": (1, 2)}
-    config = LongNetConfig(**shape, **levels, causal=causal, position="rope")
-    LongNet(config).save_pretrained(tmp_path / "first", words.to_json())
+    shape = {"dim": 32, "num_heads": 4, "ffn_dim": 48, "segment_lengths": (16, 64)}
+    tiny_model(tmp_path / "first", **shape, causal=causal, position="rope")
     model = SentenceTransformer(str(tmp_path / "first"), device="cpu")
     texts = TEXTS[:2]
     features = model.preprocess(texts)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
+from processes import contents
 
 from longnet_cli.data.inputs import find_sources
 from longnet_cli.data.manifest import UNFINISHED, read_manifest
@@ -38,10 +39,6 @@ def write(
             if document % 2:
                 folder.end_shard()
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_finished_folder_holds_its_shards_and_a_manifest_of_them(tmp_path):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from builders import read_golden
 from torch import Tensor
 
 from longnet_cli.errors import ConfigError
@@ -16,7 +15,6 @@ from longnet_cli.model.slide import grid_positions
 from longnet_cli.model.tiles import grid_cells
 from longnet_cli.runtime.layerwise import hidden_in_chunks
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "slide_encoder_zero_key.safetensors"
 SIZES = {"dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 64, "in_features": 6, "grid": 50}
 LEVELS = {"segment_lengths": (16, 48, 96), "dilation_rates": (1, 2, 5)}
 
@@ -40,14 +38,9 @@ def slide(tiles: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def golden() -> tuple[SlideEncoder, dict[str, Tensor]]:
     """Put it together by hand; `longnet convert` is tested in test_official.py."""
-    if not GOLDEN.is_file():
-        pytest.skip(f"the golden tensors are not beside this checkout: {GOLDEN}")
-    with safe_open(GOLDEN, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        theirs = json.loads(file.metadata()["config"])
+    state, tensors, theirs = read_golden("slide_encoder_zero_key")
     theirs.pop("final_norm_eps")
     config = SlideConfig(**theirs)
-    state = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
     inner = from_torchscale(
         state, LongNetConfig(**{name: getattr(config, name) for name in LongNetConfig.model_fields})
     )

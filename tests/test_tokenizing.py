@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 import tokenizers
+from processes import contents
 
 from longnet_cli import tokenizing
 from longnet_cli.data import tokenizer as tokenizer_module
@@ -32,10 +33,6 @@ def corpus(tmp_path: Path) -> Path:
     for name, text in TEXTS.items():
         (folder / name).write_bytes(text.encode())
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def documents(place: Path, tokenizer: Tokenizer) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders import write_corpus
 from test_checkpoint import recipe
 from test_exchange import run_ranks
 from test_fsdp import mesh
@@ -32,10 +33,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    path = tmp_path / "corpus.txt"
-    path.write_text("".join(f"{n} green bottles hanging on the wall, " for n in range(400)))
-    (tmp_path / "held_out.txt").write_text("and if one green bottle should accidentally fall, " * 9)
-    return path
+    return write_corpus(tmp_path, 400, 9)
 
 
 def train_on(dp: int, corpus: Path, output: Path, shard: str, stop: int = 0) -> None:

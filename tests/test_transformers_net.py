@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
+from builders import make_document
 from test_transformers import (
     BIASED,
     CAUSAL,
@@ -45,7 +46,6 @@ from test_transformers import (
 from longnet_cli.attention import SINKS, FarKeys, Pattern, Span
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.cli.app import app
-from longnet_cli.data.sources import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode, encode_to_folder
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
@@ -59,11 +59,6 @@ OPTIONS = ["--pattern", "8/1,24/3,60/5"]
 TEXT = "Far keys are one more branch, and branches merge. " * 6  # 300 tokens of a byte each
 SMALL = {"vocab_size": 257, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
 SMALL |= {"intermediate_size": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-
-
-def make_document(length: int, name: str = "a") -> Document:
-    tokens = np.random.default_rng(length).integers(1, 97, length, dtype=np.int32)
-    return Document(name, tokens, length, f"{name}.txt")
 
 
 def net_of(
@@ -179,7 +174,7 @@ def test_query_heads_that_share_a_key_head_share_its_rows() -> None:
 def test_scores_are_those_of_the_models_own_loss(model: Callable[[], hf.PreTrainedModel], attention: str) -> None:
     """Of documents alone and in company, in one chunk and in many."""
     net = net_of(model, attention)
-    documents = [make_document(length, str(length)) for length in (130, 3, 260, 1, 50)]
+    documents = [make_document(length) for length in (130, 3, 260, 1, 50)]
     for chunk in (10_000, 64, 7):
         rows = list(score(net, documents, bos=0, chunk=chunk))
         for document, row in zip(documents, rows, strict=True):
@@ -196,7 +191,7 @@ def test_vectors_are_the_means_of_the_models_own_hidden_states(
     model: Callable[[], hf.PreTrainedModel], attention: str
 ) -> None:
     net = net_of(model, attention)
-    documents = [make_document(length, str(length)) for length in (5, 33, 1, 200, 64)]
+    documents = [make_document(length) for length in (5, 33, 1, 200, 64)]
     for chunk in (1000, 40):
         table = encode(net, documents, EncodeOptions(bos=0, normalize=False), chunk=chunk).read_all()
         before = [0] if net.config.causal else []

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
+from builders import write_rows
 from conftest import RunLongnet
 
 from longnet_cli.data.documents import Unread
@@ -34,19 +35,7 @@ FORMS = ("x.arrow", "x.stream", "x.parquet", "x.jsonl")
 
 @pytest.fixture(params=FORMS)
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return write(tmp_path / request.param, ROWS)
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    table = pa.Table.from_pylist(rows)
-    if path.suffix == ".parquet":
-        pq.write_table(table, path, row_group_size=2)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        with (ipc.new_stream if path.suffix == ".stream" else ipc.new_file)(path, table.schema) as writer:
-            writer.write_table(table, max_chunksize=2)
-    return path
+    return write_rows(tmp_path / request.param, ROWS)
 
 
 def read(path: Path, **options: object) -> list[tuple[str, list[int], dict]]:
@@ -69,16 +58,16 @@ def test_a_column_may_be_inside_of_others(path: Path) -> None:
 def test_a_name_with_a_dot_comes_before_one_inside(tmp_path: Path) -> None:
     rows = [{"doc": {"body": "inside"}, "doc.body": "beside"}]
     for form in FORMS:
-        assert [text.text for text in read_texts([write(tmp_path / form, rows)], "doc.body")] == ["beside"]
+        assert [text.text for text in read_texts([write_rows(tmp_path / form, rows)], "doc.body")] == ["beside"]
 
 
 def test_what_is_in_a_null_is_null(tmp_path: Path) -> None:
     rows = [{"doc": {"body": "a"}, "n": {"a": 1}}, {"doc": {"body": "b"}, "n": None}, {"doc": None, "n": {"a": 2}}]
     for form in FORMS:
-        file = write(tmp_path / form, rows)
+        file = write_rows(tmp_path / form, rows)
         with pytest.raises(DataError, match=r"(row 2|line 3)"):
             list(read_texts([file], "doc.body"))
-        good = write(tmp_path / form, rows[:2])
+        good = write_rows(tmp_path / form, rows[:2])
         assert [kept for _, _, kept in read(good, column="doc.body", keep=("n.a",))] == [{"n.a": 1}, {"n.a": None}]
 
 
@@ -94,9 +83,9 @@ def test_documents_are_named_by_id_and_by_any_column(path: Path) -> None:
 
 def test_an_id_that_is_no_name_is_not_taken_for_one(tmp_path: Path) -> None:
     for form in ("x.arrow", "x.parquet"):
-        file = write(tmp_path / form, [{"id": 0.5, "text": "a"}, {"id": 0.5, "text": "b"}])
+        file = write_rows(tmp_path / form, [{"id": 0.5, "text": "a"}, {"id": 0.5, "text": "b"}])
         assert [name for name, _, _ in read(file)] == [f"{form}:0", f"{form}:1"]
-    both = write(
+    both = write_rows(
         tmp_path / "both.parquet", [{"id": 1, "doc_id": "a", "text": "x"}, {"id": 1, "doc_id": "b", "text": "y"}]
     )
     assert [name for name, _, _ in read(both)] == ["a", "b"]
@@ -128,7 +117,7 @@ def test_json_says_of_what_type_it_is_in_its_first_lines(tmp_path: Path) -> None
     assert [kept["n"] for _, _, kept in read(file, keep=("n",))] == [None, 1.0, 1.5]
     with pytest.raises(DataError, match="the values of 'n' are not of one type"):
         read(mixed, keep=("n",))
-    late = write(tmp_path / "x.jsonl", [{"text": "a" * 500, "n": 1}] * 2500 + [{"text": "b", "n": 1.5}])
+    late = write_rows(tmp_path / "x.jsonl", [{"text": "a" * 500, "n": 1}] * 2500 + [{"text": "b", "n": 1.5}])
     with pytest.raises(DataError, match=r"line 2501: 'n' is not int64, as it is in the first lines"):
         read(late, keep=("n",))
 

@@ -47,6 +47,7 @@ def test_saved_is_loaded(tmp_path: Path, tied: bool) -> None:
 def test_saving_replaces_and_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = LongNet(small()), LongNet(small())
     (tmp_path / ".model.safetensors.0123abcd.tmp").write_bytes(b"of one that was killed")
+    (tmp_path / ".model.89abcdef.tmp").mkdir()
     first.save_pretrained(tmp_path)
 
     def fails(*_: object) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from longnet_cli.attention import Pattern
+from longnet_cli.errors import is_out_of_memory
 from longnet_cli.notation import format_levels
 from longnet_cli.runtime.device import peak_memory, resident_memory
 
@@ -112,7 +113,7 @@ def measure(case: Case, s: Settings, deadline: float) -> Measurement:
                 seconds.append(largest(_seconds(run, s.device)))
             return case.measured(0, case.row.seq, statistics.median(seconds or [warm_up]), peak)
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not _too_large(error):
             raise
         return replace(case.row, status="oom", reason="memory ran out")
 
@@ -149,7 +150,7 @@ def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: Callable
         except KeyboardInterrupt as error:
             status, reason, interrupted = "stopped", f"interrupted after {position} tokens", error
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not _too_large(error):
                 raise
             status, reason = "oom", f"memory ran out after {position} tokens"
         if position:
@@ -225,8 +226,6 @@ class PeakMemory:
             self.seen = max(self.seen, resident_memory(self.device))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _too_large(error: Exception) -> bool:
     """Return whether memory ran out, or a tensor would have more bytes than torch can count."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "DefaultCPUAllocator" in str(error) or "calculation overflowed" in str(error)
+    return is_out_of_memory(error) or "calculation overflowed" in str(error)

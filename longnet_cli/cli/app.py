@@ -27,7 +27,7 @@ from longnet_cli.cli.plot import plot
 from longnet_cli.cli.score import score
 from longnet_cli.cli.tokenize import tokenize
 from longnet_cli.cli.train import train
-from longnet_cli.errors import InputWarning, LongNetError, MemoryLimitError
+from longnet_cli.errors import InputWarning, LongNetError, MemoryLimitError, is_out_of_memory
 from longnet_cli.runtime.launch import LAUNCHED, LOST, started_by_torchrun, under_torchrun
 from longnet_cli.runtime.signals import unwind_on_signals
 
@@ -153,7 +153,7 @@ def _explain(error: BaseException) -> int:
         return 1
     if os.environ.get("LONGNET_TRACEBACK") == "1":
         traceback.print_exception(error)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         _say(": ".join(filter(None, ("out of memory", str(error)))))
         return MemoryLimitError.exit_code
     if isinstance(error, OSError) and error.strerror:
@@ -161,13 +161,6 @@ def _explain(error: BaseException) -> int:
     else:
         _say(f"{type(error).__name__}: {error} (run with LONGNET_TRACEBACK=1 for the traceback)")
     return 1
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` means that memory ran out. Torch's error is known by name: importing torch is slow."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _let_the_first_speak(error: BaseException) -> None:

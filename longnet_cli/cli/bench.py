@@ -22,8 +22,9 @@ from longnet_cli.cli.options import (
     size_option,
     sizes_option,
 )
-from longnet_cli.cli.output import RowFormat, RowWriter, format_bytes, format_count, format_duration, tell
+from longnet_cli.cli.output import RowFormat, RowWriter, tell
 from longnet_cli.cli.progress import progress
+from longnet_cli.sizes import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
     from longnet_cli.benchmark import Case, Measurement

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from longnet_cli.cli.output import emit_json, format_bytes, format_count, format_duration
+from longnet_cli.cli.output import emit_json
 from longnet_cli.cli.progress import progress
 from longnet_cli.errors import ConfigError
+from longnet_cli.sizes import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
     import torch

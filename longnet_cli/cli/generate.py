@@ -32,8 +32,9 @@ from longnet_cli.cli.options import (
     read_pattern,
     size_option,
 )
-from longnet_cli.cli.output import emit_jsonl, format_duration, note, printable, tell
+from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.progress import progress
+from longnet_cli.sizes import format_duration
 
 if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate

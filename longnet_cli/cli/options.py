@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from longnet_cli.cli.command import BARE, OTHER
-from longnet_cli.errors import ConfigError
 from longnet_cli.sizes import parse_size, parse_sizes
 
 if TYPE_CHECKING:
@@ -32,12 +31,9 @@ def parse_device(text: str) -> str:
 
 def read_pattern(pattern: str | None) -> Pattern | None:
     """Return the pattern of --pattern, None without one. Raises ConfigError."""
-    from longnet_cli.notation import parse_pattern
+    from longnet_cli import notation
 
-    try:
-        return None if pattern is None else parse_pattern(pattern)
-    except ValueError as error:
-        raise ConfigError(f"--pattern: {error}") from None
+    return notation.read_pattern(pattern, "--pattern")
 
 
 def _option_parser(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:

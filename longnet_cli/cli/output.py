@@ -137,44 +137,6 @@ def _escape(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-def format_count(count: float) -> str:
-    """Format 1234567 as `1.23M`: three significant digits, powers of 1000."""
-    return _scaled(count, 1000, ("", "k", "M", "G", "T", "P", "E"))
-
-
-def format_bytes(size: float) -> str:
-    """Format 3221225472 as `3.00 GiB`: powers of 1024."""
-    return _scaled(size, 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB", " EiB"))
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds: 0.00123 -> `1.23 ms`, 75 -> `1m15s`, 3700 -> `1h01m`, 200000 -> `2d07h`."""
-    if seconds < 59.95:
-        for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-            if seconds * scale >= 0.9995:
-                return f"{_three_digits(seconds * scale)} {unit}"
-        return f"{seconds * 1e9:.0f} ns" if seconds > 0 else "0 s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m{rest:02}s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours < 24 else f"{hours // 24}d{hours % 24:02}h"
-
-
-def _scaled(value: float, base: int, units: Sequence[str]) -> str:
-    power = 0
-    while abs(value) >= base * 0.9995 and power < len(units) - 1:
-        value /= base
-        power += 1
-    whole = power == 0 and value == int(value)
-    return (str(int(value)) if whole else _three_digits(value)) + units[power]
-
-
-def _three_digits(value: float) -> str:
-    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
-    return f"{value:.{digits}f}"
-
-
 def _write(text: str) -> None:
     # looked up each time: a progress bar on the same terminal replaces sys.stdout while it is shown
     sys.stdout.write(text)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from longnet_cli.cli.options import OUTPUT, option, size_option
-from longnet_cli.cli.output import can_print, emit_json, format_count, printable, shows_color
+from longnet_cli.cli.output import can_print, emit_json, printable, shows_color
+from longnet_cli.sizes import format_count
 
 if TYPE_CHECKING:
     from longnet_cli.describing import Costs, Description, LevelCosts

@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from longnet_cli.cli.output import format_count, format_duration, printable
+from longnet_cli.cli.output import printable
+from longnet_cli.sizes import format_count, format_duration
 
 RECENT = 60.0  # seconds
 Advance = Callable[..., None]
@@ -41,6 +42,7 @@ def progress(
         yield _lines(description, meter, every)
 
 
+# Not tqdm, nor the time and speed columns of rich: logs get plain lines, and the time left follows the last minute.
 class _Meter:
     """A counter of the work done, with its status in words.
 

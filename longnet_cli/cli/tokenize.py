@@ -20,11 +20,12 @@ from longnet_cli.cli.options import (
     option,
     size_option,
 )
-from longnet_cli.cli.output import format_count, tell
+from longnet_cli.cli.output import tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.skipped import Skipped
 from longnet_cli.errors import ConfigError
 from longnet_cli.runtime.launch import under_torchrun
+from longnet_cli.sizes import format_count
 
 TOKENS = "Tokens"
 

@@ -29,10 +29,11 @@ from longnet_cli.cli.options import (
     read_pattern,
     size_option,
 )
-from longnet_cli.cli.output import format_bytes, printable
+from longnet_cli.cli.output import printable
 from longnet_cli.cli.progress import Advance, progress
 from longnet_cli.errors import ConfigError
 from longnet_cli.runtime.launch import LAUNCHED
+from longnet_cli.sizes import format_bytes
 
 if TYPE_CHECKING:
     from longnet_cli.runtime.ranks import Ranks

@@ -37,6 +37,7 @@ def chat_settings(tokenizer: Tokenizer | None) -> dict[str, str]:
     return {} if template is None else {"chat_template": digest([template, _named_tokens(settings)])}
 
 
+# Not apply_chat_template: a base install has no transformers, and text in a message could be a special token there.
 class ChatTemplate:
     """The chat template in a model's folder, for its `tokenizer`.
 

@@ -33,6 +33,7 @@ def bare_name(name: str) -> str:
     return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
 
 
+# Not pyarrow.CompressedInputStream, which reads no xz.
 def unpack(kind: str, packed: Any, where: str) -> io.BufferedReader:
     """Return a file that unpacks a binary file. Reading raises DataError, with `where`, for damaged or cut data."""
     return io.BufferedReader(_Unpacked(kind, packed, where), UNPACKED_BUFFER)

@@ -26,6 +26,7 @@ _TEXT, _IDS = pa.large_string(), pa.large_list(pa.int64())
 _CHAT = pa.list_(pa.map_(pa.string(), pa.string()))  # of messages with any keys
 
 
+# Not pyarrow.json: one bad line ends its file, without its number, and rows of a pipe wait for a whole block.
 def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
     """Open a JSON Lines input as a table. Return None for plain text, and leave all of it in the pipe.
 

@@ -15,6 +15,7 @@ from longnet_cli.data.tables import one_line
 from longnet_cli.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 
 
+# Not fsspec alone: pyarrow reads s3:// and gs:// without another package.
 def connect(uri: str) -> tuple[fs.FileSystem, str]:
     """Return the filesystem of a URI, pyarrow's own or otherwise fsspec's, and the path on it.
 

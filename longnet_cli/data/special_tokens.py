@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from longnet_cli.configuration import parse, read_text
 from longnet_cli.errors import ConfigError
+from longnet_cli.shipped import END_OF_TEXT
 
 if TYPE_CHECKING:
     from longnet_cli.data.tokenizer import Tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
 SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenizer.json
 
 # The end-of-text token: the one that SETTINGS names (models that mask tokens have only `sep_token`), otherwise the

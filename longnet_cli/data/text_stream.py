@@ -16,6 +16,9 @@ REPLACEMENT = "\ufffd"  # stands for bytes that are no character, or not yet one
 LONGEST_WAIT = 64  # tokens to wait for such bytes to become a character
 
 
+# Not tokenizers.decoders.DecodeStream: as of 0.23.3 it has no end that returns bytes cut in a character, it waits for
+# bytes that never become one, in quadratic time, and it raises "Invalid prefix" when a token changes the bytes before
+# it into U+FFFD, which SentencePiece's byte fallback does (vLLM's pull request #19449 works around that).
 class TextStream:
     """A decoder of ids, one by one: the parts together are the text of all ids, without special tokens.
 

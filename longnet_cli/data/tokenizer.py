@@ -22,7 +22,6 @@ from longnet_cli.atomic import write_file
 from longnet_cli.configuration import digest, read_text
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
 from longnet_cli.data.special_tokens import (
-    END_OF_TEXT,
     EOS_KEYS,
     EOS_NAMES,
     SETTINGS,
@@ -31,7 +30,7 @@ from longnet_cli.data.special_tokens import (
     token_id,
 )
 from longnet_cli.errors import ConfigError, refuse_web_address
-from longnet_cli.shipped import TOKENIZER, list_models, preset_dir
+from longnet_cli.shipped import END_OF_TEXT, TOKENIZER, list_models, preset_dir
 
 # One call of the library takes more than linear time (4 MB cost 8 times as much as 1 MB) and keeps some 100 bytes per
 # token. So a text is encoded in pieces of PIECE characters, and pieces in groups of GROUP characters.

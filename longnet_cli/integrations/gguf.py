@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from longnet_cli.atomic import new_folder
+from longnet_cli.atomic import whole_folder
 from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.model.integrity import check_finite
 
@@ -35,7 +35,7 @@ def convert_gguf(path: Path, folder: Path, dtype: torch.dtype | None = None) -> 
 
     hf.utils.logging.set_verbosity_error()
     hf.utils.logging.disable_progress_bar()
-    with new_folder(folder) as place:
+    with whole_folder(folder) as place:
         try:
             kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
             wide = max(kinds & {"F16", "BF16"}, default="F32")

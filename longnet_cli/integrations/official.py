@@ -8,7 +8,6 @@ given by the user, or taken from the official model.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import pickle
 import re
 import warnings
@@ -23,13 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longnet_cli.atomic import new_folder, write_file
+from longnet_cli.atomic import file_sha256, whole_folder, write_file
 from longnet_cli.configuration import validate
 from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.model import LongNet, LongNetConfig, SlideConfig
 from longnet_cli.model.integrity import TYPE_NAMES, check_finite
 from longnet_cli.model.slide import VectorNet
-from longnet_cli.model.torchscale import DERIVED_BUFFERS, MODULES, renamed
+from longnet_cli.model.torchscale import DERIVED_BUFFERS, MODULES, renamed, without_prefix
 from longnet_cli.model.weights import list_names
 
 _INSIDE = ("model", "module", "state_dict", "teacher")  # keys of the state dict in training checkpoints
@@ -93,7 +92,7 @@ def convert_official(path: Path, output: Path, dtype: torch.dtype | None, given:
     kinds = Counter(tensor.dtype for tensor in state.values() if tensor.dtype in TYPE_NAMES)
     net = net.to(dtype or kinds.most_common(1)[0][0])
     check_finite(net.state_dict(), str(path))
-    with new_folder(output) as place:
+    with whole_folder(output) as place:
         net.save_pretrained(place)
         write_file(place / "README.md", found.card().encode())
     left_out = f"; left out: {_listed(found.left_out)}" if found.left_out else ""
@@ -134,9 +133,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     state = dict(found)
     if any(name.startswith("backbone.") for name in state):  # a student or a teacher: leave out its head
         state = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
-    while (match := _SHARED.match(next(iter(state)))) and all(name.startswith(match[0]) for name in state):
-        state = {name.removeprefix(match[0]): tensor for name, tensor in state.items()}
-    return state
+    return without_prefix(state, _SHARED)
 
 
 class _Found:
@@ -201,7 +198,7 @@ class _Found:
         return CARD.format(
             what=self.what[0].upper() + self.what[1:],
             name=self.path.name,
-            sha256=_sha256(self.path),
+            sha256=file_sha256(self.path),
             parameters=config.num_parameters(),
             layers=config.num_layers,
             dim=config.dim,
@@ -302,11 +299,3 @@ class _Found:
 
 def _listed(names: Sequence[str]) -> str:
     return list_names("", names).strip()
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()

@@ -43,7 +43,7 @@ from longnet_cli.integrations.transformers_auto import ATTENTION_NAME, mark, reg
 from longnet_cli.integrations.transformers_cache import LongNetCache as LongNetCache
 from longnet_cli.integrations.transformers_cache import Memory
 from longnet_cli.integrations.transformers_longnet import LongNetPreTrainedModel  # registers its classes
-from longnet_cli.integrations.transformers_padding import columns_of, rows_of
+from longnet_cli.integrations.transformers_padding import AlignedRows, by_rows, columns_of
 from longnet_cli.integrations.transformers_rotary import make_phases_exact, turns
 
 _TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks, or None
@@ -189,29 +189,24 @@ def dilated_attention_forward(
         settings |= {"start": options["start"], "far": provider(module.layer_idx, k, v)}
     if provider or documents is not None:
         return dilated_attention(q, k, v, pattern, documents=documents, **settings), None
-    out = None
-    for rows in rows_of(attention_mask, before, q.shape[:2]):
-        skip, start = max(0, rows.first - before), max(0, before - rows.first)
-        some_q, some_k, some_v = (x if rows.members is None else x[rows.members] for x in (q, k, v))
-        cache = None
+
+    def attend(rows: AlignedRows) -> Tensor:
+        some_q, some_k, some_v = (rows.of(x) for x in (q, k, v))
         if memory:
-            some_k, some_v = some_k[:, skip:], some_v[:, skip:]
-            members = range(len(q)) if rows.members is None else rows.members
-            cache = memory.cache(rows.first, members, pattern, q.shape[2], some_k)
+            some_k, some_v = some_k[:, rows.skip :], some_v[:, rows.skip :]
+            cache = memory.cache(rows, pattern, q.shape[2], some_k)
             far = cache.far()
         else:
             some_k, some_v = some_k[:, rows.first :], some_v[:, rows.first :]
-            far = _cached(some_k, some_v, pattern, q.shape[2], start) if start else []
-            some_k, some_v = some_k[:, start:], some_v[:, start:]
-        settings |= {"start": start, "far": far, "lengths": rows.lengths}
-        found = dilated_attention(some_q[:, skip:], some_k, some_v, pattern, **settings)
-        if cache:
+            far = _cached(some_k, some_v, pattern, q.shape[2], rows.start) if rows.start else []
+            some_k, some_v = some_k[:, rows.start :], some_v[:, rows.start :]
+        shard: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
+        found = dilated_attention(some_q[:, rows.skip :], some_k, some_v, pattern, **settings, **shard)
+        if memory:
             cache.append(some_k, some_v)
-        if rows.members is None:
-            out = found
-        else:
-            out = torch.zeros_like(q) if out is None else out
-            out[rows.members, skip:] = found
+        return found
+
+    out = by_rows(attention_mask, before, q.shape, attend)
     if memory:
         memory.step(q.shape[1])
     # if no row has a token, return zeros with a gradient of zeros

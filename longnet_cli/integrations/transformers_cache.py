@@ -95,16 +95,17 @@ class Memory(CacheLayerMixin):
         """Announce new keys, of `batch` rows, which an attention is about to add."""
         self.waits, self._batch = True, batch
 
-    def cache(self, first: int, rows: Sequence[int], pattern: Pattern, num_heads: int, k: Tensor) -> KVCache:
-        """Return the cache of the `rows` that start at column `first`, whose new keys are k (rows, n, K, D).
+    def cache(self, rows: AlignedRows, pattern: Pattern, num_heads: int, k: Tensor) -> KVCache:
+        """Return the cache of some rows, whose new keys are k (rows, n, K, D).
 
         Raises ValueError if other rows started there, or if the cache does not hold all their earlier columns.
         """
+        first, members = rows.first, [*range(len(k))] if rows.members is None else rows.members
         if first not in self._parts:
             options: dict[str, Any] = {"kv_heads": k.shape[2], "dtype": k.dtype, "device": k.device}
-            self._parts[first] = _CachedRows([*rows], KVCache(pattern, len(k), num_heads, k.shape[3], **options))
+            self._parts[first] = _CachedRows(members, KVCache(pattern, len(k), num_heads, k.shape[3], **options))
         part = self._parts[first]
-        if part.rows != [*rows] or part.cache.position != max(0, self.position - first):
+        if part.rows != members or part.cache.position != max(0, self.position - first):
             raise ValueError("the padding of a batch changed while it was cached: pass the whole attention_mask")
         return part.cache
 
@@ -174,8 +175,7 @@ class Memories:
 
         def far(index: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
             self.append()  # only now: it may overwrite far keys that the previous layer has just read
-            members = range(len(k)) if rows.members is None else rows.members
-            cache = self.layers[index].cache(rows.first, members, self.config.pattern, self.config.num_heads, k)
+            cache = self.layers[index].cache(rows, self.config.pattern, self.config.num_heads, k)
             self._pending.append(lambda: cache.append(k, v))
             return cache.far()
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import transformers as hf
 from torch import Tensor
 
-from longnet_cli.atomic import sync_folder
+from longnet_cli.atomic import whole_folder
 from longnet_cli.configuration import digest, parse, read_text
-from longnet_cli.errors import CheckpointError
+from longnet_cli.errors import CheckpointError, LongNetError
 from longnet_cli.integrations.transformers_auto import from_file
 from longnet_cli.model.foreign import BESIDE_TOKENIZER
 
@@ -37,9 +35,7 @@ def write_folder(
     `dense` leaves the pattern out of config.json. Raises CheckpointError if the folder cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder, prefix=".saving-") as place:
-            made = Path(place)
+        with whole_folder(folder, last=_CONFIG) as made:
             model.save_pretrained(made, state_dict=dict(state), max_shard_size=1 << 62)
             settings = json.loads((made / _CONFIG).read_text(encoding="utf-8"))
             if dense:
@@ -51,13 +47,9 @@ def write_folder(
                 for name in (*BESIDE_TOKENIZER, _TOKENIZER):
                     if (source / name).is_file():
                         shutil.copyfile(source / name, made / name)
-            for path in sorted(made.iterdir(), key=lambda path: path.name == _CONFIG):  # last: it marks a whole folder
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(path, folder / path.name)
-        sync_folder(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot write the model: {error.strerror or error}") from None
+    except LongNetError as error:
+        cause = getattr(error.__cause__, "strerror", None) or error.__cause__ or error
+        raise CheckpointError(f"{folder}: cannot write the model: {cause}") from None
 
 
 def _same_tokenizer(path: Path, text: str) -> bool:

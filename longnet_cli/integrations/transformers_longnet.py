@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from longnet_cli.errors import CheckpointError
 from longnet_cli.integrations.transformers_cache import LongNetCache, Memories
 from longnet_cli.integrations.transformers_longnet_config import LongNetHFConfig
-from longnet_cli.integrations.transformers_padding import columns_of, rows_of
+from longnet_cli.integrations.transformers_padding import AlignedRows, by_rows, columns_of
 from longnet_cli.model import LongNet
 from longnet_cli.model.foreign import TRANSFORMERS_KEYS, architecture
 from longnet_cli.model.weights import list_names, save_pretrained
@@ -120,20 +120,17 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         before = cache.get_seq_length() if cache is not None else 0
         columns = _columns(attention_mask, position_ids, before + given.shape[1])
         memory = None if cache is None else Memories(cache, given.shape[0], self.net.config)
-        out = None
-        for rows in rows_of(columns, before, given.shape[:2]):
-            skip, start = max(0, rows.first - before), max(0, before - rows.first)
-            some = (given if rows.members is None else given[rows.members])[:, skip:]
+
+        def run(rows: AlignedRows) -> Tensor:
+            some = rows.of(given)[:, rows.skip :]
             place = {"tokens": some} if input_ids is not None else {"embeddings": some}
             far = memory.of(rows) if memory else None
-            found = self.net(**place, start=start, lengths=rows.lengths, far=far)
+            found = self.net(**place, start=rows.start, lengths=rows.lengths, far=far)
             if memory:
                 memory.append()
-            if rows.members is None and not skip:
-                out = found
-            else:
-                out = found.new_zeros(*given.shape[:2], found.shape[-1]) if out is None else out
-                out[rows.members if rows.members is not None else slice(None), skip:] = found
+            return found
+
+        out = by_rows(columns, before, given.shape, run)
         if memory:
             memory.step(given.shape[1])
         if out is None:  # no row has a token

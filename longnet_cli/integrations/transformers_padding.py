@@ -5,7 +5,7 @@ B batch, N new tokens, L columns (the new tokens and all before them).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,37 +15,50 @@ from torch import Tensor
 class AlignedRows(NamedTuple):
     """Rows of a batch that start at column `first`, and so are at the same position.
 
-    `members` None means all rows. `lengths` is the number of real tokens of each row in this call; None means all.
+    `members` None means all rows. `skip` new columns come before their first new token, which is at position `start`.
+    `lengths` is the number of real tokens of each row in this call; None means all.
     """
 
     members: list[int] | None
     first: int
+    skip: int
+    start: int
     lengths: Sequence[int] | Tensor | None
 
+    def of(self, x: Tensor) -> Tensor:
+        """Return these rows of a tensor (B, ...)."""
+        return x if self.members is None else x[self.members]
 
-def rows_of(columns: Tensor | None, before: int, shape: Sequence[int]) -> Iterator[AlignedRows]:
-    """Yield the rows of (batch, tokens) new tokens after `before` columns, grouped by the column at which they start.
 
-    `columns` is the result of `columns_of`. Rows without a token yet are left out.
+def by_rows(
+    columns: Tensor | None, before: int, shape: Sequence[int], compute: Callable[[AlignedRows], Tensor]
+) -> Tensor | None:
+    """Return `compute` of all groups of rows, (rows, N - skip, ...), put together: (B, N, ...), with zeros elsewhere.
+
+    `shape` begins with (B, N): new tokens after `before` columns. `columns` is the result of `columns_of`. Rows without
+    a token yet are left out. Returns None if no row has a token.
     """
-    batch, tokens = shape
     if columns is None:
-        yield AlignedRows(None, 0, None)
-    elif torch.compiler.is_compiling():  # values are unknown there: padding must be on the right
+        return compute(AlignedRows(None, 0, 0, before, None))
+    if torch.compiler.is_compiling():  # values are unknown there: padding must be on the right
         stops = columns[:, 1]
-        yield AlignedRows(None, 0, stops.where(stops < 0, (stops - before).clamp(min=0)))
-    else:
-        found: dict[int, list[int]] = {}
-        spans = columns.tolist()
-        for row, (first, stop) in enumerate(spans):
-            if first < stop:
-                found.setdefault(first, []).append(row)
-        for first, members in found.items():
-            begin = max(first, before)
-            lengths = [max(0, spans[row][1] - begin) for row in members]
-            whole = all(n == before + tokens - begin for n in lengths)
-            alone = len(members) == batch and begin == before
-            yield AlignedRows(None if alone else members, first, None if whole else lengths)
+        return compute(AlignedRows(None, 0, 0, before, stops.where(stops < 0, (stops - before).clamp(min=0))))
+    groups: dict[int, list[int]] = {}
+    spans = columns.tolist()
+    for row, (first, stop) in enumerate(spans):
+        if first < stop:
+            groups.setdefault(first, []).append(row)
+    out = None
+    for first, members in groups.items():
+        begin = max(first, before)
+        lengths = [max(0, spans[row][1] - begin) for row in members]
+        known = None if all(n == before + shape[1] - begin for n in lengths) else lengths
+        if len(members) == shape[0] and begin == before:
+            return compute(AlignedRows(None, first, 0, before - first, known))
+        found = compute(AlignedRows(members, first, begin - before, begin - first, known))
+        out = found.new_zeros(*shape[:2], *found.shape[2:]) if out is None else out
+        out[members, begin - before :] = found
+    return out
 
 
 def columns_of(tokens: Tensor) -> Tensor | None:

@@ -46,7 +46,7 @@ def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> 
     state = {k: t for k, t in state_dict.items() if not DERIVED_BUFFERS.fullmatch(k)}
     if not config.vocab_size:
         state = {k: t for k, t in state.items() if k.startswith("encoder.")} or state
-    state = _without_prefix(state)
+    state = without_prefix(state)
     places = {theirs: renamed(theirs) for theirs in state}
     if unknown := [theirs for theirs, ours in places.items() if ours is None]:
         raise CheckpointError(f"torchscale weights: {list_names('unexpected', unknown)}")
@@ -89,11 +89,8 @@ def renamed(name: str, modules: Mapping[str, str] = MODULES) -> str | None:
     return f"{match[1]}{modules[match[2]]}.{match[3]}" if match and match[2] in modules else None
 
 
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_prefix(state: dict[str, Tensor], prefix: re.Pattern[str] = _PREFIX) -> dict[str, Tensor]:
     """Strip prefixes that all keys share, such as `model.decoder.` of a decoder inside a fairseq model."""
-    while state:
-        match = _PREFIX.match(next(iter(state)))
-        if not match or not all(key.startswith(match[0]) for key in state):
-            break
+    while (match := prefix.match(next(iter(state), ""))) and all(key.startswith(match[0]) for key in state):
         state = {key.removeprefix(match[0]): tensor for key, tensor in state.items()}
     return state

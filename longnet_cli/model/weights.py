@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -14,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from longnet_cli.atomic import atomic_write
+from longnet_cli.atomic import whole_folder
 from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.model.config import LongNetConfig, parse_config
@@ -62,14 +61,13 @@ def save_pretrained(
     }
     texts[TOKENIZER] = tokenizer_json
     try:
-        with ExitStack() as files:  # they get their names in reverse order, config.json last
+        with whole_folder(folder, last=CONFIG) as place:
             for name, text in texts.items():
                 if text is not None:
-                    file = files.enter_context(atomic_write(folder / name))
-                    file.write(text.encode())
-                    file.flush()
-            _write_tensors(files.enter_context(atomic_write(folder / WEIGHTS)), tensors, {"format": "pt", **digests})
-    except (OSError, LongNetError) as error:
+                    (place / name).write_text(text, encoding="utf-8")
+            with (place / WEIGHTS).open("wb") as file:
+                _write_tensors(file, tensors, {"format": "pt", **digests})
+    except LongNetError as error:
         raise CheckpointError(f"{folder}: cannot write the model: {_one_line(error.__cause__ or error)}") from None
 
 
@@ -190,7 +188,7 @@ def list_names(what: str, names: Sequence[str]) -> str:
 def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file: the size of a JSON header, the header, the bytes of the tensors.
 
-    The library's own writer orders the metadata at random; here, equal models give equal files.
+    The library's own writer orders the metadata at random (its issue #584); here, equal models give equal files.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so each is aligned
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}

@@ -7,42 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from longnet_cli.sizes import format_size
+from longnet_cli.sizes import short_number
 
 Row = Mapping[str, Any]
-
-
-def plain(value: float) -> str:
-    """Format a number: 12345.6 -> `12,346`, 0.00123 -> `0.00123`."""
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}"
-
-
-def size(value: float) -> str:
-    """Format a size: 1e9 -> `1e9`, 131072 -> `128Ki`, 500 -> `500`."""
-    power = round(math.log10(value)) if value >= 1e4 else 0
-    return f"1e{power}" if power and value == 10**power else format_size(round(value))
-
-
-def duration(seconds: float) -> str:
-    """Format seconds: 0.00000139 -> `1.39 us`, 22 -> `22 s`, 1e7 -> `116 days`."""
-    units = ((31557600, "years"), (86400, "days"), (3600, "h"), (1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
-    for scale, unit in units:
-        if seconds >= scale * (3 if scale > 1 else 0.9995):  # 2 h are 7,200 s
-            return f"{_three_digits(seconds / scale)} {unit}"
-    return f"{seconds:.3g} s"
-
-
-def memory(value: float) -> str:
-    """Format bytes: 3221225472 -> `3 GiB`."""
-    power = 0
-    while value >= 1023.5 and power < 6:
-        value /= 1024
-        power += 1
-    return f"{_three_digits(value)} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[power]}"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 @dataclass(frozen=True)
@@ -55,7 +22,7 @@ class Axis:
 
     title: str
     base: int = 0
-    write: Callable[[float], str] = plain
+    write: Callable[[float], str] = short_number
     at: str = "{}"
     beyond: str = "never"
 

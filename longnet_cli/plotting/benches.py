@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from longnet_cli.errors import DataError
+from longnet_cli.sizes import short_bytes, short_duration, short_size
 
-from .axes import Axis, Curve, Panel, Point, Row, duration, memory, number, point, size
+from .axes import Axis, Curve, Panel, Point, Row, number, point
 
-TOKENS = Axis("tokens in the sequence", base=10, write=size, at="{} tokens")
+TOKENS = Axis("tokens in the sequence", base=10, write=short_size, at="{} tokens")
 
 # The key of each panel, its axis, and the power of the length with which dense attention grows (None: unknown)
 PANELS = (
-    ("seconds", Axis("time", base=10, write=duration), 2),
-    ("seconds_per_token", Axis("time per token", base=10, write=duration), 1),
-    ("peak_rss_bytes", Axis("peak memory", base=2, write=memory), None),
-    ("bytes", Axis("received by a rank", base=2, write=memory), None),
+    ("seconds", Axis("time", base=10, write=short_duration), 2),
+    ("seconds_per_token", Axis("time per token", base=10, write=short_duration), 1),
+    ("peak_rss_bytes", Axis("peak memory", base=2, write=short_bytes), None),
+    ("bytes", Axis("received by a rank", base=2, write=short_bytes), None),
 )
 
 # Keys in which rows of one length may differ, and the words that a curve's name then has for them

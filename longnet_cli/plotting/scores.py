@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from longnet_cli.errors import DataError
+from longnet_cli.sizes import short_size
 
-from .axes import Axis, Curve, Panel, Row, number, point, size
+from .axes import Axis, Curve, Panel, Row, number, point
 
-CONTEXT = Axis("context, tokens", base=2, write=size, at="context {}")
+CONTEXT = Axis("context, tokens", base=2, write=short_size, at="context {}")
 NATS = Axis("nats per token")
 
 # Keys of a total, with their axes and the keys of their standard errors
 TOTALS = (("ppl", Axis("perplexity"), "ppl_se"), ("ppl_ratio", Axis("perplexity / that of the first"), "ppl_ratio_se"))
 # Keys of a total's lists, with their axes. A row is drawn where its range starts.
 LISTS = (
-    ("by_position", Axis("tokens seen, from", base=2, write=size, at="{} tokens seen")),
+    ("by_position", Axis("tokens seen, from", base=2, write=short_size, at="{} tokens seen")),
     ("by_segment_position", Axis("place in the shortest segment, from", at="place {}")),
-    ("by_recall", Axis("said tokens ago, from", base=2, write=size, at="{} tokens ago", beyond="new")),
+    ("by_recall", Axis("said tokens ago, from", base=2, write=short_size, at="{} tokens ago", beyond="new")),
 )
 
 
@@ -67,7 +68,7 @@ class Scores:
             for total in self.rows:
                 context = number(total.get("context"))
                 words = [self.name] if several or context is None else []
-                name = ", ".join(words if context is None else [*words, f"context {size(context)}"])
+                name = ", ".join(words if context is None else [*words, f"context {short_size(context)}"])
                 rows = [(_start(row, key), row) for row in total.get(key) or []]
                 for beyond in (False, True):  # no line joins new tokens with the others
                     points = [

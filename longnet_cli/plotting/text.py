@@ -83,7 +83,7 @@ class _Drawing:
         return self._colored(owner, chr(0x2800 + there) if isinstance(there, int) else there)
 
     def _colored(self, owner: int, text: str) -> str:
-        return f"\x1b[{_COLORS[owner % len(_COLORS)]}m{text}\x1b[0m" if self.color else text
+        return colored(owner, text) if self.color else text
 
     def lines(self) -> Iterator[str]:
         panel = self.panel
@@ -114,6 +114,12 @@ class _Drawing:
         for line in textwrap.wrap(summary, self.columns - 3):
             yield mark + line
             mark = " " * (3 if self.color else 2)
+
+
+def colored(owner: int, text: str, behind: int | None = None) -> str:
+    """Return text for a terminal in the colour of curve or level `owner`, on the colour of `behind`."""
+    ground = "" if behind is None else f";{_COLORS[behind % len(_COLORS)] + 10}"
+    return f"\x1b[{_COLORS[owner % len(_COLORS)]}{ground}m{text}\x1b[0m"
 
 
 def _letter(owner: int) -> str:

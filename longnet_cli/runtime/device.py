@@ -76,6 +76,7 @@ def check_kernel(device: torch.device, dtype: str, head_dim: int) -> str:
         raise ConfigError(str(error)) from None
 
 
+# Not psutil, which knows neither a container's limit nor a process's peak.
 def free_memory(device: torch.device) -> int | None:
     """Return the bytes of memory that are free; None where the system does not say."""
     if device.type == "cuda":

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.atomic import sync_folder, write_file
+from longnet_cli.atomic import file_sha256, whole_folder, write_file
 from longnet_cli.configuration import parse, read_text
 from longnet_cli.errors import CheckpointError, LongNetError
 from longnet_cli.runtime.ranks import Ranks
@@ -81,27 +81,23 @@ class Checkpoints:
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".{final.name}.incomplete"
+        partial = self.folder / f".{final.name}.incomplete"  # all ranks know this name
         try:
+            with ExitStack() as stack:
+                if self.ranks.first:
+                    # a final one is damaged: no step is written twice otherwise
+                    for old in (final, *self.folder.glob(".step-*.incomplete")):
+                        shutil.rmtree(old, ignore_errors=True)
+                    stack.enter_context(whole_folder(final, temporary=partial))
+                self.ranks.barrier()
+                save_tensors(partial, tensors)
+                if self.ranks.first:
+                    _write_state(partial, facts)
             if self.ranks.first:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for leftover in self.folder.glob(".step-*.incomplete"):
-                    shutil.rmtree(leftover)
-                partial.mkdir()
-            self.ranks.barrier()
-            save_tensors(partial, tensors)
-            if self.ranks.first:
-                _write_state(partial, facts)
-                if final.exists():  # then it is damaged: no step is written twice otherwise
-                    shutil.rmtree(final)
-                os.replace(partial, final)
-                sync_folder(self.folder)
                 found = checkpoints_in(self.folder)
                 for old in found[found.index(final) + self.keep :]:  # later ones are damaged, and do not count
                     shutil.rmtree(old)
         except Exception as error:  # any error: in a thread it would be lost, and the run without checkpoints
-            if self.ranks.first:
-                shutil.rmtree(partial, ignore_errors=True)
             cause = error.__cause__ or error
             reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
             self._error = LongNetError(f"{final}: cannot write the checkpoint: {reason}; the one before it is kept")
@@ -146,7 +142,7 @@ def find_damage(checkpoint: Path) -> str | None:
             size = (checkpoint / name).stat().st_size
             if size != known["bytes"]:
                 return f"{name} has {size:,} bytes of {known['bytes']:,}"
-            if _sha256(checkpoint / name) != known["sha256"]:
+            if file_sha256(checkpoint / name) != known["sha256"]:
                 return f"the SHA-256 of {name} is not the one it was saved with"
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
@@ -215,7 +211,7 @@ def _cause(error: Any) -> BaseException:
 
 def _write_state(folder: Path, facts: Mapping[str, Any]) -> None:
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
         if path.name != STATE
     }
@@ -226,11 +222,3 @@ def _write_state(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def _canonical(state: Any) -> bytes:
     return json.dumps(state, sort_keys=True).encode()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

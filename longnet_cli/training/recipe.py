@@ -10,14 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from longnet_cli.attention import Pattern
 from longnet_cli.configuration import StrictModel, parse, read_text, validate
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, LongNetError, refuse_web_address
 from longnet_cli.integrations.transformers_config import TransformersConfig
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model_folder import ModelFolder
-from longnet_cli.notation import PATTERN_FIELDS, parse_pattern
+from longnet_cli.notation import PATTERN_FIELDS, read_pattern
 from longnet_cli.shipped import preset_dir
 from longnet_cli.sizes import parse_size
 
@@ -331,10 +330,7 @@ def _pretrained(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dic
             )
     elif model.get("as_trained"):
         written = None
-    try:
-        pattern = parse_pattern(written) if isinstance(written, str) else Pattern(**written) if written else None
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: model.pattern: {error}") from None
+    pattern = read_pattern(written, f"{where}: model.pattern")
     lora = validate(LoraRecipe, data["lora"], f"{where}: lora").model_dump() if data.get("lora") is not None else None
     return {"model": folder.net_config(pattern, lora), "data": {"tokenizer": str(folder.path)} | source}
 
