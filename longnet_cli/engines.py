@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, Wanted, choose_columns
 from longnet_cli.data.documents import Document
-from longnet_cli.data.sources import documents_of
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tables import Table
 from longnet_cli.encoding import EmbeddingDtype, EncodeOptions, NothingToEncodeError, encode
 from longnet_cli.errors import ConfigError, DataError, LongNetError
@@ -209,12 +209,12 @@ class _DocumentTable:
         own = [index for index, name in enumerate(self.names) if name not in (self.id_column, "doc_id", "part")]
         table = self.table.select(own)
         found = Table(self.where, self.where, table.schema, lambda names: iter(table.select(names).to_batches()))
-        wanted = Wanted(self.how.column)
-        columns = choose_columns(found, wanted)
+        columns = choose_columns(found, Wanted(self.how.column))
         if columns.type in INTEGERS:
             raise ConfigError(
                 f"{self.where}: column {columns.documents!r} has one id per row: in batches a row is a document, a "
                 "list of ids or a text"
             )
         loaded = self.how.load()
-        return documents_of(found, loaded.tokenizer, wanted, vocab_size=loaded.net.config.vocab_size)
+        inputs = Inputs((), loaded.tokenizer, self.how.column, vocab_size=loaded.net.config.vocab_size)
+        return inputs.documents_of(found)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longnet_cli.data.sources import Document
+from longnet_cli.data.documents import Document
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.measures import ByPosition, DocumentScore, Score, Total
 from longnet_cli.model import LongNet, LongNetConfig

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from longnet_cli.data import remote
-from longnet_cli.data.inputs import find_sources
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.names import find_sources
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 
@@ -51,7 +51,7 @@ def fill(filesystem: fs.FileSystem, folder: str) -> None:
 
 
 def read(*uris: str, tokenizer: Tokenizer | None = None) -> list[list[int]]:
-    return [document.read().tolist() for document in read_documents(uris, tokenizer)]
+    return [document.read().tolist() for document in Inputs(uris, tokenizer).documents()]
 
 
 @pytest.fixture
@@ -176,5 +176,5 @@ def test_s3_reads_a_file_larger_than_a_request(s3):
     with filesystem.open_output_stream(path) as file, ipc.new_file(file, TABLE.schema) as writer:
         for part in np.split(ids, 3):
             writer.write_batch(pa.record_batch([pa.array([part], TABLE.schema.field(0).type)], schema=TABLE.schema))
-    documents = read_documents([f"s3://shelf/large.arrow?{s3}"], None)
+    documents = Inputs([f"s3://shelf/large.arrow?{s3}"]).documents()
     assert np.array_equal(np.concatenate([document.read() for document in documents]), ids)

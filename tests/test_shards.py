@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 
-from longnet_cli.data.inputs import find_sources
 from longnet_cli.data.manifest import UNFINISHED, read_manifest
+from longnet_cli.data.names import find_sources
 from longnet_cli.data.shards import ShardFolder
 from longnet_cli.errors import ConfigError, DataError
 

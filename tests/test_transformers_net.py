@@ -45,7 +45,7 @@ from test_transformers import (
 from longnet_cli.attention import SINKS, FarKeys, Pattern, Span
 from longnet_cli.attention.spans import cached_rows
 from longnet_cli.cli.app import app
-from longnet_cli.data.sources import Document
+from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode, encode_to_folder
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError

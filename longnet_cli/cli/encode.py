@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from longnet_cli.cli.options import (
     DtypeOption,
     EosOption,
     IdColumnOption,
-    Inputs,
+    InputsArgument,
     KeepOption,
     ModelOption,
     NprocOption,
@@ -50,7 +51,7 @@ VECTORS = "Vectors"
 
 
 def encode(
-    inputs: Inputs,
+    inputs: InputsArgument,
     tokenizer: TokenizerOption = None,
     tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
@@ -149,23 +150,22 @@ def encode(
     check_sample(sample, dry_run)
     if output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():  # checked before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
+    from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.overwriting import refuse_overwriting
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.model_folder import ModelFolder
 
     model_folder = ModelFolder.find(model, gguf=True)
     reads = [model_folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
-    refuse_overwriting("-o", [output], inputs, reads, skip_bad=skip_bad)
+    data = Inputs(inputs, column=column, id_column=id_column, keep=tuple(keep or ()), skip_bad=skip_bad)
+    refuse_overwriting("-o", [output], data, reads)
     if spill and not os.path.isdir(spill):
         raise ConfigError(f"--spill {spill}: no such folder")
     launch(nproc, inputs, model_folder, sp=sp, dp=dp)
     from longnet_cli.data.chat import chat_settings
-    from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.kept import first_kept
-    from longnet_cli.data.manifest import tokens_in
     from longnet_cli.data.outputs import ShardWriter, is_folder
     from longnet_cli.data.shards import run_to_resume
-    from longnet_cli.data.sources import read_documents, read_untokenized, stored_documents
     from longnet_cli.data.special_tokens import end_of_text
     from longnet_cli.data.vector_sources import read_vectors
     from longnet_cli.notation import format_pattern
@@ -211,17 +211,16 @@ def encode(
     from longnet_cli.model import SlideConfig
 
     eos_id = end_of_text(eos, loaded.tokenizer)
-    columns: dict[str, Any] = {"column": column, "id_column": id_column, "keep": tuple(keep or ())}
-    reading = {**columns, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
-    documents: Iterator[Any] = read_documents(inputs, loaded.tokenizer, **reading, skip_bad=skip_bad)
+    data = replace(data, tokenizer=loaded.tokenizer, vocab_size=net.config.vocab_size, eos_id=eos_id)
+    documents: Iterator[Any] = data.documents()
     if net.row_size is not None:
         in_grid = isinstance(net.config, SlideConfig) and net.config.grid > 0
-        documents = read_vectors(inputs, column, id_column, coords=in_grid)
+        documents = read_vectors(data, coords=in_grid)
     kept_fields: list[Any] = []
     if keep and not dry_run:  # first_kept waits for the first document
         kept_fields, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
-    stored = stored_documents(inputs, loaded.tokenizer, **reading) if limited else ()
+    stored = data.stored() if limited else ()
     skipped = Skipped(quiet)
     options = EncodeOptions(
         bos=loaded.bos,
@@ -239,7 +238,7 @@ def encode(
         from longnet_cli.estimating.reading_job import EncodeJob
 
         if sample and net.row_size is None:
-            documents = read_untokenized(inputs, loaded.tokenizer, **reading, skip_bad=skip_bad)
+            documents = data.untokenized()
         found = estimate_reading(
             net,
             EncodeJob(net, options),
@@ -261,7 +260,7 @@ def encode(
             show_reading(found, format, "encoding")
         return
     done = earlier.totals["tokens"] if earlier else 0
-    with progress("encoding", total=tokens_in(inputs), start=done, quiet=quiet) as advance:
+    with progress("encoding", total=data.num_tokens(), start=done, quiet=quiet) as advance:
         running: dict[str, Any] = {
             "stored": stored,
             "kept_fields": kept_fields,
@@ -280,7 +279,7 @@ def encode(
                 output,
                 options,
                 settings={
-                    "inputs": inputs_fingerprint(inputs),
+                    "inputs": data.fingerprint(),
                     "column": column,
                     **({"id_column": id_column} if id_column else {}),
                     "eos": eos_id,

@@ -22,8 +22,8 @@ from longnet_cli.data.compressed import bare_name, compression, unpack
 from longnet_cli.data.files import StoredFile, no_place
 from longnet_cli.data.folders import JSON_SUFFIXES, SHARD_SUFFIXES, sniff
 from longnet_cli.data.hdf5 import open_hdf5
-from longnet_cli.data.inputs import Source
 from longnet_cli.data.jsonlines import open_json_lines
+from longnet_cli.data.names import Source
 from longnet_cli.data.tables import Pipe, Table, Text, pick, reading
 from longnet_cli.errors import DataError
 

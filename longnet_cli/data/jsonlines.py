@@ -13,7 +13,7 @@ import pyarrow as pa
 from longnet_cli.data.columns import ID_COLUMNS, Wanted
 from longnet_cli.data.compressed import bare_name
 from longnet_cli.data.folders import JSON_SUFFIXES
-from longnet_cli.data.inputs import Source
+from longnet_cli.data.names import Source
 from longnet_cli.data.tables import CHAT_COLUMN, TOKEN_COLUMNS, Pipe, Table, one_line
 from longnet_cli.errors import DataError
 

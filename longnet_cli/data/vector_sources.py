@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.data.columns import FLOATS, INTEGERS, Wanted, is_text, is_vector, is_vectors
+from longnet_cli.data.columns import FLOATS, INTEGERS, is_text, is_vector, is_vectors
 from longnet_cli.data.documents import Part, collect
 from longnet_cli.data.files import StoredIds
 from longnet_cli.data.formats import open_source
-from longnet_cli.data.inputs import find_sources
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tables import Table, Text, reading
 from longnet_cli.data.vectors import Vectors
 from longnet_cli.errors import ConfigError, DataError
@@ -29,9 +28,7 @@ COORDS: tuple[tuple[str, ...], ...] = (("coords",), ("x", "y"))
 TILE_SIZE = b"longnet.tile_size"  # in a schema's metadata: the side of a tile, in the units of its coordinates
 
 
-def read_vectors(
-    inputs: Sequence[str | Path], column: str | None = None, id_column: str | None = None, *, coords: bool = True
-) -> Iterator[Vectors]:
+def read_vectors(inputs: Inputs, *, coords: bool = True) -> Iterator[Vectors]:
     """Yield the documents of every input, in order, as vectors.
 
     Either a row is a vector: neighbouring rows with one `id_column` (without it `slide_id` or `doc_id`) are a
@@ -41,14 +38,14 @@ def read_vectors(
 
     Raises ConfigError for a missing column, DataError for text and for missing, empty or damaged data.
     """
-    for source in find_sources(inputs):
-        opened = open_source(source, Wanted(column, id_column))
+    for source in inputs.sources:
+        opened = open_source(source, inputs.wanted)
         if isinstance(opened, Text):
             raise DataError(
                 f"{opened.where}: this is text, and the model reads vectors: give Arrow, Parquet or HDF5 files with a "
                 f"column {', '.join(VECTOR_COLUMNS)}"
             )
-        yield from _documents(opened, _choose(opened, column, id_column, coords))
+        yield from _documents(opened, _choose(opened, inputs.column, inputs.id_column, coords))
 
 
 @dataclass(frozen=True)
