@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,6 @@ import pytest
 from longnet_cli.data import documents
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tables import numpy_dtype
-from longnet_cli.data.vector_sources import read_vectors
 from longnet_cli.data.vectors import Vectors
 from longnet_cli.errors import ConfigError, DataError, MemoryLimitError
 
@@ -68,8 +68,8 @@ def write(table: pa.Table, path: Path, rows: int = 1 << 20) -> Path:
     return path
 
 
-def read(*names: Path | str, coords: bool = True, **options: str) -> list[Vectors]:
-    return [*read_vectors(Inputs(names, **options), coords=coords)]
+def read(*names: Path | str, **options: Any) -> list[Vectors]:
+    return [*Inputs(names, vectors=True, **options).documents()]
 
 
 def check(found: list[Vectors], *, coords: bool = True, atol: float = 0.0) -> None:
@@ -125,7 +125,7 @@ def test_parts_count_on(tmp_path: Path) -> None:
     table = by_row().append_column("part", pa.array(parts))
     check(read(write(table, tmp_path / "whole.arrow", 3)))
     broken = pa.concat_tables([table.slice(0, 4), table.slice(5)])
-    with pytest.raises(DataError, match="row 4: the parts of document 'a' do not count on from 4: rows are missing"):
+    with pytest.raises(DataError, match="row 4: part 5 of document 'a' stands where part 4 should: rows are missing"):
         read(write(broken, tmp_path / "broken.arrow", 4))
 
 
@@ -218,7 +218,7 @@ HUGE[2, 4] = 1e300
         ),
         (change(features=pa.array([[1.0], None, [1.0]])), "row 1: the value is null"),
         (change(features=pa.array([[1.0], [None], [1.0]])), "row 1: a number of the vector is null"),
-        (change(features=pa.array([[[1.0]], [], [[1.0], [None]]])), "row 2: a number of the vector is null"),
+        (change(features=pa.array([[[1.0]], [], [[1.0], [None]]]), x=None), "row 2: a number of the vector is null"),
         (
             change(features=pa.array([[[1.0]], [[1.0, 2.0], [1.0]], []]), x=None),
             "row 1: its vector has 1 numbers, those",

@@ -167,7 +167,6 @@ def encode(
     from longnet_cli.data.outputs import ShardWriter, is_folder
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.special_tokens import end_of_text
-    from longnet_cli.data.vector_sources import read_vectors
     from longnet_cli.notation import format_pattern
 
     in_folder = is_folder(output)
@@ -202,7 +201,6 @@ def encode(
             "--tokenizer-differs": tokenizer_differs,
             "--eos": eos,
             "--bos": bos,
-            "--keep": keep,
         }
         if given := [name for name, value in of_tokens.items() if value]:
             raise ConfigError(f"{model} reads vectors, which have no tokens: leave out {', '.join(given)}")
@@ -212,10 +210,9 @@ def encode(
 
     eos_id = end_of_text(eos, loaded.tokenizer)
     data = replace(data, tokenizer=loaded.tokenizer, vocab_size=net.config.vocab_size, eos_id=eos_id)
+    in_grid = isinstance(net.config, SlideConfig) and net.config.grid > 0
+    data = replace(data, vectors=net.row_size is not None, coords=in_grid)
     documents: Iterator[Any] = data.documents()
-    if net.row_size is not None:
-        in_grid = isinstance(net.config, SlideConfig) and net.config.grid > 0
-        documents = read_vectors(data, coords=in_grid)
     kept_fields: list[Any] = []
     if keep and not dry_run:  # first_kept waits for the first document
         kept_fields, documents = first_kept(documents)
@@ -237,12 +234,10 @@ def encode(
     if memory:
         from longnet_cli.estimating.reading_job import EncodeJob
 
-        if sample and net.row_size is None:
-            documents = data.untokenized()
         found = estimate_reading(
             net,
             EncodeJob(net, options),
-            documents,
+            data.untokenized() if sample else documents,
             output,
             resume=resume,
             room=memory,

@@ -18,7 +18,9 @@ import numpy as np
 
 from longnet_cli.data.columns import (
     INTEGERS,
+    VECTOR_COLUMNS,
     Columns,
+    Form,
     TokenTypes,
     Wanted,
     choose_columns,
@@ -37,6 +39,7 @@ from longnet_cli.data.names import Source, find_sources
 from longnet_cli.data.tables import Table, Text, reading
 from longnet_cli.data.text_columns import table_texts
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.vector_columns import vector_documents
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 
 SPOOLED_PART = 1 << 24  # characters per read of a text in a temporary file
@@ -54,6 +57,10 @@ class Inputs:
     (without it, the tokenizer's, otherwise the one in the file's metadata). `Document.read` checks ids against
     `vocab_size` (without it, the tokenizer's, otherwise the one in the file's metadata).
 
+    With `vectors`, documents are read as vectors. Either a row is a vector: neighbouring rows with one `slide_id` or
+    `doc_id` are a document, and a table without such a column is one. Or a row is a document, a list of vectors.
+    Coordinates are in a column `coords` of pairs, or in `x` and `y`; without `coords` they are not read.
+
     Reading raises ConfigError for a missing tokenizer or column, for no input, for stdin given twice, and for a
     tokenizer other than the one that made the tokens; DataError for missing, empty or damaged data and for inputs with
     different types of token. With `skip_bad`, each file and row that would raise DataError becomes an `Unread`
@@ -68,6 +75,8 @@ class Inputs:
     vocab_size: int | None = None
     eos_id: int | None = None
     skip_bad: bool = False
+    vectors: bool = False
+    coords: bool = True
     _expanded: list[tuple[list[Source], list[DataError]]] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -165,7 +174,8 @@ class Inputs:
 
     def columns_of(self, table: Table) -> Columns:
         """Choose the columns of a table that `documents` reads."""
-        return choose_columns(table, self.wanted)
+        form: Form = "vectors" if self.vectors else "tokens"
+        return choose_columns(table, self.wanted, form, coords=self.vectors and self.coords)
 
     def documents_of(self, opened: Text | Table, types: TokenTypes | None = None) -> Iterator[Any]:
         """Yield the documents of one opened file, as `documents` does. `types` checks its type of token."""
@@ -191,18 +201,25 @@ class Inputs:
             self._refuse_columns(opened)
             yield _spooled(opened) if self.skip_bad else opened
         else:
-            columns = choose_columns(opened, self.wanted, ids=False, chats=self.tokenizer is not None)
+            columns = choose_columns(opened, self.wanted, "text", chats=self.tokenizer is not None)
             yield from table_texts(opened, columns, self.tokenizer, self.skip_bad)
 
     def _items(self, opened: Text | Table, types: TokenTypes | None) -> Iterator[Any]:
         if isinstance(opened, Text):
+            if self.vectors:
+                raise DataError(
+                    f"{opened.where}: this is text, and the model reads vectors: give Arrow, Parquet or HDF5 files "
+                    f"with a column {', '.join(VECTOR_COLUMNS)}"
+                )
             self._refuse_columns(opened)
             yield opened
             return
         columns = self.columns_of(opened)
         if types:
             types.check(opened, columns)
-        if is_text(columns.type) or is_chat(columns.type):
+        if self.vectors:
+            yield from vector_documents(opened, columns, self.skip_bad)
+        elif is_text(columns.type) or is_chat(columns.type):
             yield from table_texts(opened, columns, self.tokenizer, self.skip_bad)
         else:
             yield from self._ids(opened, columns)

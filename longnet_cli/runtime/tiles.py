@@ -82,10 +82,12 @@ def rows_of_tiles(net: Net, document: Tiles, tile_size: float | None) -> AfterCl
 
 
 def check_vectors(net: Net, document: Tiles, tile_size: float | None) -> None:
-    """Check a document without reading its vectors, and warn where most tiles share their cells.
+    """Check a document without reading its vectors, and warn where most tiles share their cells. Any net reads none.
 
     Raises DataError for vectors of another size than the net's, and as `tile_cells` does.
     """
+    if not len(document):
+        return
     if document.width != net.row_size:
         raise DataError(
             f"{document.where}: its vectors have {document.width} numbers, and the model reads {net.row_size}"
