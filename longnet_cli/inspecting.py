@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from longnet_cli.data.columns import TokenTypes, choose_columns, token_type
+from longnet_cli.data.columns import TokenTypes, token_type
 from longnet_cli.data.documents import BLOCK, Document
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.inputs import Inputs
@@ -120,7 +120,7 @@ def _open(found: Inspection, source: Source, types: TokenTypes, inputs: Inputs) 
     else:
         found.formats[opened.format] += 1
         _note_metadata(found, opened.where, opened.schema.metadata or {})
-        columns = choose_columns(opened, inputs.wanted)
+        columns = inputs.columns_of(opened)
         kind = token_type(columns.type)
         found.token_types[str(kind or "text")] += 1
         with _noting(found):

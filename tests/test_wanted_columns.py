@@ -133,6 +133,19 @@ def test_json_says_of_what_type_it_is_in_its_first_lines(tmp_path: Path) -> None
         read(late, keep=("n",))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_column_to_keep_that_no_row_has_is_an_error(tmp_path: Path, run_longnet: RunLongnet, form: str) -> None:
+    """It lists the columns. A key that some lines have is null in the others."""
+    write(tmp_path / form, ROWS)
+    for name in ("titel", "doc.titel"):
+        done = run_longnet("score", form, "--keep", f"n,{name}", "--format", "jsonl", "--skip-bad")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"{form}: there is no column '{name}'; its columns are " in done.stderr
+        assert all(f"{key}" in done.stderr for key in ROWS[0])
+    (tmp_path / "some.jsonl").write_text('{"text": "a"}\n{"text": "b", "n": {"m": 1}}\n')
+    assert [kept["n.m"] for _, _, kept in read(tmp_path / "some.jsonl", keep=("n.m",))] == [None, 1]
+
+
 def test_score_and_encode_carry_columns_to_their_rows(tmp_path: Path, run_longnet: RunLongnet) -> None:
     day = datetime.date(2026, 11, 26)
     table = pa.table({"text": ["one", "two"], "day": [day, None], "tag": pa.array(["a", "b"]).dictionary_encode()})

@@ -210,8 +210,8 @@ def encode(
 
     eos_id = end_of_text(eos, loaded.tokenizer)
     data = replace(data, tokenizer=loaded.tokenizer, vocab_size=net.config.vocab_size, eos_id=eos_id)
-    in_grid = isinstance(net.config, SlideConfig) and net.config.grid > 0
-    data = replace(data, vectors=net.row_size is not None, coords=in_grid)
+    if net.row_size is not None:
+        data = replace(data, vectors=True, coords=isinstance(net.config, SlideConfig) and net.config.grid > 0)
     documents: Iterator[Any] = data.documents()
     kept_fields: list[Any] = []
     if keep and not dry_run:  # first_kept waits for the first document

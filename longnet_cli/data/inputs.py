@@ -138,16 +138,14 @@ class Inputs:
 
     def documents(self) -> Iterator[Any]:
         """Yield the documents of every file, in order: each a Document of token ids, or Vectors."""
-        types = TokenTypes()
-        return self._each(lambda opened: self.documents_of(opened, types))
+        return self._each(self.documents_of)
 
     def untokenized(self) -> Iterator[Any]:
         """Yield the documents of `documents`, but leave each Text untokenized.
 
         Even with `skip_bad`, a text that cannot be read to its end raises DataError while it is read.
         """
-        types = TokenTypes()
-        return self._each(lambda opened: self._items(opened, types))
+        return self._each(self._items)
 
     def texts(self) -> Iterator[Text]:
         """Yield the documents of text files and of text columns, in order. A long file is read part by part.
@@ -183,20 +181,20 @@ class Inputs:
             yield _encode(found, self.tokenizer, self.vocab_size) if isinstance(found, Text) else found
 
     def _each(
-        self, read: Callable[[Text | Table], Iterator[Any]], unread: Callable[[DataError], Any] = Unread
+        self, read: Callable[[Text | Table, TokenTypes], Iterator[Any]], unread: Callable[[DataError], Any] = Unread
     ) -> Iterator[Any]:
         """Yield the items that `read` returns for each file. With `skip_bad`, yield errors instead of raising them."""
-        sources = self.sources
+        sources, types = self.sources, TokenTypes()
         yield from map(unread, self._files()[1])
         for source in sources:
             try:
-                yield from read(open_source(source, self.wanted))
+                yield from read(open_source(source, self.wanted), types)
             except DataError as error:
                 if not self.skip_bad or isinstance(error, FileChangedError):
                     raise
                 yield unread(error)
 
-    def _texts(self, opened: Text | Table) -> Iterator[Text]:
+    def _texts(self, opened: Text | Table, _: TokenTypes) -> Iterator[Text]:
         if isinstance(opened, Text):
             self._refuse_columns(opened)
             yield _spooled(opened) if self.skip_bad else opened
