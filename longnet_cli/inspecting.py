@@ -11,7 +11,7 @@ from longnet_cli.data.columns import TokenTypes, token_type
 from longnet_cli.data.documents import BLOCK, Document
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.names import Source, expand, once
+from longnet_cli.data.names import Source, once
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, refuse_web_address
@@ -98,7 +98,7 @@ def inspect(inputs: Inputs, *, on_progress: Callable[[int], None] | None = None)
     for item in inputs.names:
         refuse_web_address(str(item))
         with _noting(found):
-            sources += expand(str(item))
+            sources += Inputs([item]).sources
     for source in once(sources):
         with _noting(found):
             for document in _open(found, source, types, inputs):

@@ -13,9 +13,9 @@ from conftest import ROOT
 from processes import wait_for
 
 from longnet_cli.data import files
+from longnet_cli.data.columns import Wanted
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.names import find_sources
 from longnet_cli.errors import DataError
 
 ROWS, LENGTH = 8, 1 << 16
@@ -81,8 +81,8 @@ def test_ids_of_a_file_that_changes_after_it_was_opened(tmp_path, kind, change):
 @pytest.mark.parametrize("kind", ["list", "flat", "stream", "parquet", "json lines"])
 def test_a_table_that_changes_before_it_is_read(tmp_path, kind, change):
     path = write(tmp_path / "x.arrow", kind)
-    (source,) = find_sources([path])
-    opened = open_source(source)
+    (source,) = Inputs([path]).sources
+    opened = open_source(source, Wanted())
     CHANGES[change](path)
     with pytest.raises(DataError, match=r"x\.arrow.*: the file changed while it was read"):
         list(Inputs((), eos_id=249).documents_of(opened))

@@ -22,7 +22,6 @@ import pytest
 from conftest import RunLongnet
 
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.names import find_sources
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import DataError
 
@@ -77,9 +76,9 @@ def test_a_folder_of_compressed_files_is_read(suffix: str, tmp_path: Path) -> No
     pack = PACKERS[suffix]
     for name in (f"a.txt{suffix}", f"b.txt{suffix}", f"code.tar{suffix}"):
         (tmp_path / name).write_bytes(pack(b"text"))
-    assert [source.name for source in find_sources([tmp_path])] == [f"a.txt{suffix}", f"b.txt{suffix}"]
+    assert [source.name for source in Inputs([tmp_path]).sources] == [f"a.txt{suffix}", f"b.txt{suffix}"]
     (tmp_path / f"c.jsonl{suffix}").write_bytes(pack(b'{"text": "x"}\n'))
-    assert [source.name for source in find_sources([tmp_path])] == [f"c.jsonl{suffix}"]
+    assert [source.name for source in Inputs([tmp_path]).sources] == [f"c.jsonl{suffix}"]
     (tmp_path / f"c.jsonl{suffix}").write_bytes(pack(b"hello"))
     with pytest.raises(DataError, match=r"line 1: not JSON Lines of documents"):
         texts(tmp_path)

@@ -152,13 +152,9 @@ def test_other_inputs_or_options_are_not_resumed(corpus, tmp_path, changed, opti
     if changed == "inputs":
         (corpus / "c.txt").write_text("longer than before")
     expected = contents(tmp_path / "out")
+    inputs = Inputs([corpus], column="body" if changed == "column" else None)
     with pytest.raises(ConfigError, match=f"cannot resume: {changed} was "):
-        tokenize(
-            Inputs([corpus], column="body" if changed == "column" else None),
-            tmp_path / "out",
-            resume=True,
-            **{"shard_tokens": 20} | options,
-        )
+        tokenize(inputs, tmp_path / "out", resume=True, **{"shard_tokens": 20} | options)
     assert contents(tmp_path / "out") == expected
 
 

@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from longnet_cli.cli.command import Command, CommandGroup
-from longnet_cli.cli.options import (
-    INPUT,
-    OUTPUT,
-    ColumnOption,
-    EosOption,
-    IdColumnOption,
-    InputsArgument,
-    QuietOption,
-    option,
-)
+from longnet_cli.cli.options import INPUT, OUTPUT, ColumnOption, EosOption, IdColumnOption, Names, QuietOption, option
 from longnet_cli.cli.output import emit_json, printable
 from longnet_cli.cli.progress import progress
 
@@ -37,7 +28,7 @@ def group() -> None:
 
 @data.command(cls=Command)
 def inspect(
-    inputs: InputsArgument,
+    inputs: Names,
     tokenizer: Annotated[
         str | None,
         option(

@@ -25,9 +25,9 @@ from longnet_cli.cli.options import (
     DtypeOption,
     EosOption,
     IdColumnOption,
-    InputsArgument,
     KeepOption,
     ModelOption,
+    Names,
     NprocOption,
     PatternOption,
     QuietOption,
@@ -51,7 +51,7 @@ VECTORS = "Vectors"
 
 
 def encode(
-    inputs: InputsArgument,
+    inputs: Names,
     tokenizer: TokenizerOption = None,
     tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,

@@ -148,7 +148,7 @@ def generate(
         )
     eos_id = end_of_text(eos, loaded.tokenizer)
     data = Inputs(inputs or ["-"], loaded.tokenizer, column, vocab_size=net.config.vocab_size, eos_id=eos_id)
-    documents = _messages(data, text, loaded.chat) if loaded.chat else _documents(data, text)
+    documents = _documents(data, text, loaded.chat)
     bos_ids = None if chat and bos is None else loaded.bos  # a template has its own start ids
     seed = seed if seed is not None else _new_seed()
     origin = model_origin(net, model, loaded.tokenizer_sha256) if format == "jsonl" else {}
@@ -194,24 +194,19 @@ def _text(prompt: str | None, inputs: list[str] | None) -> str | None:
     return None if prompt == "-" else prompt
 
 
-def _documents(inputs: Inputs, text: str | None) -> Iterator[Document]:
-    from longnet_cli.data.documents import Document
-
-    if text is not None and inputs.tokenizer is not None:
-        yield Document("prompt", inputs.tokenizer.encode(text), len(text.encode()), "PROMPT")
-    else:
-        yield from inputs.documents()
-
-
-def _messages(inputs: Inputs, prompt: str | None, template: ChatTemplate) -> Iterator[Document]:
+def _documents(inputs: Inputs, prompt: str | None, template: ChatTemplate | None) -> Iterator[Document]:
     from longnet_cli.data.documents import Document
     from longnet_cli.data.tables import Text
 
-    given = [Text("prompt", prompt, "PROMPT")] if prompt is not None else None
-    for text in given or replace(inputs, tokenizer=None).texts():  # without a tokenizer, no column of chats is taken
-        yield Document(
-            text.doc_id, template.encode("".join(text.parts)), None, text.where, limit=template.tokenizer.vocab_size
-        )
+    if template:  # without a tokenizer, no column of chats is taken
+        texts = replace(inputs, tokenizer=None).texts() if prompt is None else [Text("prompt", prompt, "PROMPT")]
+        for text in texts:
+            ids = template.encode("".join(text.parts))
+            yield Document(text.doc_id, ids, None, text.where, limit=template.tokenizer.vocab_size)
+    elif prompt is not None and inputs.tokenizer is not None:
+        yield Document("prompt", inputs.tokenizer.encode(prompt), len(prompt.encode()), "PROMPT")
+    else:
+        yield from inputs.documents()
 
 
 def _new_seed() -> int:

@@ -23,9 +23,9 @@ from longnet_cli.cli.options import (
     DtypeOption,
     EosOption,
     IdColumnOption,
-    InputsArgument,
     KeepOption,
     ModelOption,
+    Names,
     NprocOption,
     PatternOption,
     QuietOption,
@@ -53,7 +53,7 @@ ROW_KEYS = {"kind", "doc_id", "context", "nll_sum", "n_tokens", "n_bytes", "ppl"
 
 
 def score(
-    inputs: InputsArgument,
+    inputs: Names,
     tokenizer: TokenizerOption = None,
     tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,

@@ -11,7 +11,7 @@ from longnet_cli.cli.options import (
     INPUT,
     OUTPUT,
     IdColumnOption,
-    InputsArgument,
+    Names,
     QuietOption,
     ResumeOption,
     ShardFormatOption,
@@ -30,7 +30,7 @@ TOKENS = "Tokens"
 
 
 def tokenize(
-    inputs: InputsArgument,
+    inputs: Names,
     output: Annotated[
         str,
         option(

@@ -45,9 +45,6 @@ class Wanted:
         return [name for name in (self.column, self.id_column, *self.keep) if name is not None]
 
 
-USUAL = Wanted()
-
-
 class Columns(NamedTuple):
     """The columns of a table to read; None for one that it lacks. `type` is the type of the documents' column.
 
@@ -123,9 +120,9 @@ def choose_columns(
     counts = doc_id is not None and "part" in table.schema.names and pa.types.is_integer(_type(table, "part"))
     for name in wanted.keep:
         _type(table, name)
-    places = next((names for names in COORDS if coords and {*names} <= {*table.schema.names}), ())
+    places = [names for names in COORDS if form == "vectors" and coords and {*names} <= {*table.schema.names}]
     part = "part" if counts and not flat else None
-    chosen = Columns(documents, kind, None if flat else doc_id, part, wanted.keep, places)
+    chosen = Columns(documents, kind, None if flat else doc_id, part, wanted.keep, *places[:1])
     for used in (*chosen.names, "doc_id", "part"):
         if table.schema.names.count(used) > 1:
             raise DataError(f"{table.where}: several columns are named {used!r}: rename them, or leave the others out")

@@ -85,8 +85,7 @@ class Inputs:
     def _files(self) -> tuple[list[Source], list[DataError]]:
         """Return the files, and the errors of the inputs that are missing."""
         if not self._expanded:
-            missing: list[DataError] = []
-            self._expanded.append((find_sources(self.names, missing), missing))
+            self._expanded.append(find_sources(self.names))
         return self._expanded[0]
 
     @property
@@ -170,10 +169,10 @@ class Inputs:
             if isinstance(opened, Table) and stays_in_file(self.columns_of(opened).type):
                 yield from self.documents_of(opened)
 
-    def columns_of(self, table: Table) -> Columns:
-        """Choose the columns of a table that `documents` reads."""
-        form: Form = "vectors" if self.vectors else "tokens"
-        return choose_columns(table, self.wanted, form, coords=self.vectors and self.coords)
+    def columns_of(self, table: Table, *, ids: bool = True) -> Columns:
+        """Choose the columns of a table that `documents` reads or, without `ids`, `texts`."""
+        form: Form = "vectors" if self.vectors else "tokens" if ids else "text"
+        return choose_columns(table, self.wanted, form, chats=ids or self.tokenizer is not None, coords=self.coords)
 
     def documents_of(self, opened: Text | Table, types: TokenTypes | None = None) -> Iterator[Any]:
         """Yield the documents of one opened file, as `documents` does. `types` checks its type of token."""
@@ -194,25 +193,24 @@ class Inputs:
                     raise
                 yield unread(error)
 
-    def _texts(self, opened: Text | Table, _: TokenTypes) -> Iterator[Text]:
-        if isinstance(opened, Text):
-            self._refuse_columns(opened)
-            yield _spooled(opened) if self.skip_bad else opened
-        else:
-            columns = choose_columns(opened, self.wanted, "text", chats=self.tokenizer is not None)
-            yield from table_texts(opened, columns, self.tokenizer, self.skip_bad)
+    def _texts(self, opened: Text | Table, types: TokenTypes) -> Iterator[Text]:
+        for text in self._items(opened, types, ids=False):
+            yield _spooled(text) if self.skip_bad else text
 
-    def _items(self, opened: Text | Table, types: TokenTypes | None) -> Iterator[Any]:
+    def _items(self, opened: Text | Table, types: TokenTypes | None, *, ids: bool = True) -> Iterator[Any]:
         if isinstance(opened, Text):
             if self.vectors:
                 raise DataError(
                     f"{opened.where}: this is text, and the model reads vectors: give Arrow, Parquet or HDF5 files "
                     f"with a column {', '.join(VECTOR_COLUMNS)}"
                 )
-            self._refuse_columns(opened)
+            if asked := self.wanted.names:
+                raise ConfigError(
+                    f"{opened.where}: column {asked[0]!r} is asked for, and this is plain text, which has no columns"
+                )
             yield opened
             return
-        columns = self.columns_of(opened)
+        columns = self.columns_of(opened, ids=ids)
         if types:
             types.check(opened, columns)
         if self.vectors:
@@ -240,14 +238,6 @@ class Inputs:
                 continue
             parts, where = collect(group.values), table.place(group.row)
             yield Document(group.doc_id, parts, tokenizer, where, limit=vocab_size, place=table.place, kept=group.kept)
-
-    def _refuse_columns(self, opened: Text) -> None:
-        """Raise ConfigError for a column that is asked for where there is only text."""
-        if self.wanted.names:
-            raise ConfigError(
-                f"{opened.where}: column {self.wanted.names[0]!r} is asked for, and this is plain text, which has no "
-                "columns"
-            )
 
 
 def _check_eos(where: str, eos_id: int | None, vocab_size: int | None) -> None:

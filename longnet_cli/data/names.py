@@ -7,7 +7,7 @@ import stat
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -36,20 +36,21 @@ class Source:
     filesystem: "FileSystem | None" = None
 
 
-def find_sources(inputs: Sequence[str | Path], missing: list[DataError] | None = None) -> list[Source]:
-    """Expand folders, globs, lists and URIs into files. A name that occurs twice becomes the whole path.
+def find_sources(names: Sequence[str | Path]) -> tuple[list[Source], list[DataError]]:
+    """Expand folders, globs, lists and URIs into files; return these, and the errors of inputs that cannot be found.
 
-    A file that is reached more than once, by another name or through a link, is read once, in its first place, and a
-    warning names it. The DataError of an input that cannot be found is added to `missing` if given, and otherwise
-    raised. Raises ConfigError for no input and for stdin given twice.
+    A name that occurs twice becomes the whole path. A file that is reached more than once, by another name or through a
+    link, is read once, in its first place, and a warning names it. Raises ConfigError for no input and for stdin given
+    twice.
     """
-    if not inputs:
+    if not names:
         raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
-    if sum(str(item) in ("-", "@-") for item in inputs) > 1:
+    if sum(str(name) in ("-", "@-") for name in names) > 1:
         raise ConfigError("stdin (-) can be read only once")
-    found = once(source for item in inputs for source in expand(str(item), missing))
+    missing: list[DataError] = []
+    found = once(_expand_all([_as_text(str(name)) for name in names], missing, in_list=False))
     times = Counter(source.name for source in found)
-    return [source if times[source.name] == 1 else replace(source, name=source.where) for source in found]
+    return [source if times[source.name] == 1 else replace(source, name=source.where) for source in found], missing
 
 
 def once(sources: Iterable[Source]) -> list[Source]:
@@ -73,31 +74,17 @@ def once(sources: Iterable[Source]) -> list[Source]:
     return list(first.values())
 
 
-def expand(item: str, missing: list[DataError] | None = None) -> list[Source]:
-    """Return the files that one input names, with `missing` as in `find_sources`."""
-    found = []
-    for source in _expand_all([_as_text(item)], missing, in_list=False):
-        try:
-            source.where.encode()
-            found.append(source)
-        except UnicodeEncodeError:
-            error = DataError(f"{source.where!a}: the name is not UTF-8: rename it")
-            if missing is None:
-                raise error from None
-            missing.append(error)
-    return found
-
-
-def _expand_all(items: Iterable[str], missing: list[DataError] | None, *, in_list: bool) -> list[Source]:
-    found: list[Source] = []
+def _expand_all(items: Iterable[str], missing: list[DataError], *, in_list: bool) -> Iterator[Source]:
+    """Yield the files that inputs name, and add an error to `missing` for each input that cannot be found."""
     for item in items:
         try:
-            found += _expand(item, missing, in_list=in_list)
+            for source in _expand(item, missing, in_list=in_list):
+                if any("\ud800" <= character <= "\udfff" for character in source.where):
+                    missing.append(DataError(f"{source.where!a}: the name is not UTF-8: rename it"))
+                else:
+                    yield source
         except DataError as error:
-            if missing is None:
-                raise
             missing.append(error)
-    return found
 
 
 def _as_text(path: str) -> str:
@@ -113,7 +100,7 @@ def _as_path(text: str) -> str:
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
-def _expand(item: str, missing: list[DataError] | None, *, in_list: bool) -> list[Source]:
+def _expand(item: str, missing: list[DataError], *, in_list: bool) -> Iterable[Source]:
     if not item:  # such as an unset variable in a script
         raise ConfigError("an input is empty: name a file, a folder, a glob, @list.txt, or - for stdin")
     refuse_web_address(item)
