@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 
+from longnet_cli.data.documents import Unread
 from longnet_cli.data.feed import in_two_threads
 from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import Inputs
@@ -40,7 +41,7 @@ TEXT_CHARS = 4 << 20  # characters of text encoded together
 
 # Called with (documents, tokens, bytes) so far, including an earlier run
 OnProgress = Callable[[int, int, int], None]
-OnSkip = Callable[[Text, DataError], None]  # called with a skipped text and the reason
+OnSkip = Callable[[Unread, DataError], None]  # called in place of a skipped text, with the reason
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def tokenize(
     loaded = loaded.with_eos(eos_id)
     schema = token_schema(vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256)
 
-    def skip(text: Text, error: DataError) -> None:
+    def skip(text: Unread, error: DataError) -> None:
         if folder:
             folder.skip()
         if on_skip:
@@ -173,14 +174,15 @@ def _tokenizer(
         return Tokenizer.from_description(earlier)
     if any(str(item) == "-" for item in inputs.names):
         raise ConfigError("training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file")
-    return Tokenizer.train((part for text in inputs.texts() for part in text.parts), train_vocab)
+    texts = (text for text in inputs.texts() if isinstance(text, Text))
+    return Tokenizer.train((part for text in texts for part in text.parts), train_vocab)
 
 
-def _readable(texts: Iterator[Text], on_skip: OnSkip) -> Iterator[Text]:
-    """Yield the texts without an error, and pass the others to `on_skip`. Raises DataError if all have errors."""
+def _readable(texts: Iterator[Text | Unread], on_skip: OnSkip) -> Iterator[Text]:
+    """Yield the texts that could be read, and pass the others to `on_skip`. Raises DataError if all are left out."""
     found = skipped = False
     for text in texts:
-        if text.error:
+        if isinstance(text, Unread):
             skipped = True
             on_skip(text, text.error)
         else:

@@ -63,13 +63,6 @@ def test_a_name_of_several_columns_is_refused_where_it_is_used(tmp_path, write, 
     assert tokens(read(write(tmp_path / "y", unused))) == [[1], [2]]
 
 
-def test_a_column_of_plain_text_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
-    for reads in (read, lambda path, column: list(Inputs([path], column=column).texts())):
-        with pytest.raises(ConfigError, match=r"a\.txt: column 'body' is asked for, and this is plain text"):
-            reads(tmp_path / "a.txt", column="body")
-
-
 def test_a_null_in_a_dictionary_is_named(tmp_path):
     texts = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int8()), pa.array(["a", None]))
     with pytest.raises(DataError, match="row 1: the value is null"):

@@ -206,8 +206,6 @@ HUGE[2, 4] = 1e300
             change(features=pa.array([[[1.0]], [[1.0, 2.0], [1.0]], []]), x=None),
             "row 1: its vector has 1 numbers, those",
         ),
-        (change(slide_id=["a", None, "b"]), "row 1, slide_id: the value is null"),
-        (change(slide_id=pa.array([0.5, 1.5, 2.5])), "slide_id has type double: text or whole numbers are needed"),
         (change(x=pa.array([0.0, np.nan, 1.0])), "row 1: coordinates [nan, 1.0] are no place"),
         (change(x=["0", "1", "2"]), "x has type string: numbers are needed"),
         (change(coords=pa.array(["0,1", "1,2", "3,4"])), "coords has type string: lists of numbers are needed"),
@@ -234,11 +232,3 @@ def test_coordinates_that_are_not_wanted_are_not_looked_at(tmp_path: Path) -> No
     table = change(x=["a", "b", "c"], features=pa.array([[], [[1.0]], [[2.0, 3.0]]]))
     found = read(write(table, tmp_path / "s.arrow"), coords=False)
     assert [(len(x), x.width, x.coords) for x in found] == [(1, 1, None), (1, 2, None)]
-
-
-def test_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("tiles\n")
-    with pytest.raises(DataError, match="this is text, and the model reads vectors"):
-        read(tmp_path)
-    with pytest.raises(ConfigError, match="there is no column 'feats'"):
-        read(write(by_row(), tmp_path / "s.arrow"), column="feats")

@@ -20,6 +20,7 @@ from conftest import RunLongnet
 from longnet_cli.data.documents import Unread
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
+from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError
 
@@ -192,9 +193,9 @@ def test_rows_and_files_that_cannot_be_read_are_told_one_by_one(tmp_path: Path) 
     found = list(Inputs(inputs, BYTES, skip_bad=True).documents())
     texts = list(Inputs(inputs, skip_bad=True).texts())
     good = [bytes(each.read().tolist()).decode() for each in found if not isinstance(each, Unread)]
-    assert good == ["a", "b", "c", "d", "e", "f"] == [text.text for text in texts if not text.error]
+    assert good == ["a", "b", "c", "d", "e", "f"] == [text.text for text in texts if isinstance(text, Text)]
     errors = [str(each.error).removeprefix(f"{tmp_path}/") for each in found if isinstance(each, Unread)]
-    assert errors == [str(text.error).removeprefix(f"{tmp_path}/") for text in texts if text.error]
+    assert errors == [str(text.error).removeprefix(f"{tmp_path}/") for text in texts if isinstance(text, Unread)]
     for error, start in zip(
         errors,
         (

@@ -64,7 +64,7 @@ class Inputs:
     Reading raises ConfigError for a missing tokenizer or column, for no input, for stdin given twice, and for a
     tokenizer other than the one that made the tokens; DataError for missing, empty or damaged data and for inputs with
     different types of token. With `skip_bad`, each file and row that would raise DataError becomes an `Unread`
-    document, or a Text with that `error`. Raises ConfigError for an `eos_id` that no token can have.
+    document. Raises ConfigError for an `eos_id` that no token can have.
     """
 
     names: Sequence[str | Path]
@@ -146,13 +146,13 @@ class Inputs:
         """
         return self._each(self._items)
 
-    def texts(self) -> Iterator[Text]:
-        """Yield the documents of text files and of text columns, in order. A long file is read part by part.
+    def texts(self) -> Iterator[Any]:
+        """Yield the Text of text files and of text columns, in order. A long file is read part by part.
 
         Chats are read only with a tokenizer. With `skip_bad`, a long file is read to its end before its Text is
         yielded, and waits in a file in $TMPDIR.
         """
-        return self._each(self._texts, lambda error: Text("", "", str(error), error=error))
+        return self._each(self._texts)
 
     def stored(self) -> Iterator[Any]:
         """Yield the documents of `documents` whose lengths are known at once and which can be read a second time.
@@ -179,23 +179,21 @@ class Inputs:
         for found in self._items(opened, types):
             yield _encode(found, self.tokenizer, self.vocab_size) if isinstance(found, Text) else found
 
-    def _each(
-        self, read: Callable[[Text | Table, TokenTypes], Iterator[Any]], unread: Callable[[DataError], Any] = Unread
-    ) -> Iterator[Any]:
+    def _each(self, read: Callable[[Text | Table, TokenTypes], Iterator[Any]]) -> Iterator[Any]:
         """Yield the items that `read` returns for each file. With `skip_bad`, yield errors instead of raising them."""
         sources, types = self.sources, TokenTypes()
-        yield from map(unread, self._files()[1])
+        yield from map(Unread, self._files()[1])
         for source in sources:
             try:
                 yield from read(open_source(source, self.wanted), types)
             except DataError as error:
                 if not self.skip_bad or isinstance(error, FileChangedError):
                     raise
-                yield unread(error)
+                yield Unread(error)
 
-    def _texts(self, opened: Text | Table, types: TokenTypes) -> Iterator[Text]:
+    def _texts(self, opened: Text | Table, types: TokenTypes) -> Iterator[Text | Unread]:
         for text in self._items(opened, types, ids=False):
-            yield _spooled(text) if self.skip_bad else text
+            yield _spooled(text) if self.skip_bad and isinstance(text, Text) else text
 
     def _items(self, opened: Text | Table, types: TokenTypes | None, *, ids: bool = True) -> Iterator[Any]:
         if isinstance(opened, Text):
@@ -291,8 +289,6 @@ def _spooled(text: Text) -> Text:
 
 
 def _encode(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> Document:
-    if text.error is not None:
-        return Unread(text.error)
     if tokenizer is None:
         raise ConfigError(f"{text.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)")
     if text.ids:

@@ -6,17 +6,18 @@ from typing import Any
 import numpy as np
 
 from longnet_cli.data.columns import Columns, is_chat
+from longnet_cli.data.documents import Unread
 from longnet_cli.data.grouping import Label, group_rows, read_batches
 from longnet_cli.data.tables import Table, Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError
 
 
-def table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad: bool) -> Iterator[Text]:
+def table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad: bool) -> Iterator[Text | Unread]:
     """Yield the documents of a column of text, or of chats as the tokenizer's template writes them.
 
     Raises ConfigError for chats without a tokenizer that has a template, DataError for rows that cannot be read; with
-    `skip_bad`, such a row is a Text with that `error`.
+    `skip_bad`, such a row is Unread.
     """
     join = _chat_reader(table, columns, tokenizer) if is_chat(columns.type) else None
 
@@ -34,7 +35,7 @@ def table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, ski
                 error = DataError(f"{place}: {refused}")
                 if not skip_bad:
                     raise error from None
-        yield Text(group.doc_id, text, place, group.kept, error, ids=ids)
+        yield Unread(error) if error else Text(group.doc_id, text, place, group.kept, ids=ids)
 
 
 def _chat_reader(

@@ -270,8 +270,6 @@ def _lengths(
             if drawn is None:
                 raise ConfigError(f"{item.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)")
             try:
-                if item.error:
-                    raise item.error
                 drawn.add(item)
             except DataError as error:
                 if skip is None or isinstance(error, FileChangedError):
