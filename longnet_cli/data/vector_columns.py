@@ -48,7 +48,9 @@ def vector_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator
                 label = batch.label(index)
                 if not nested and columns.doc_id is None:
                     label = label._replace(doc_id=table.name)
-                if label.doc_id is not None:  # a bad row must not cut its document in two: `_parts` raises its error
+                if (
+                    label.error and label.doc_id is not None
+                ):  # a bad row must not cut its document in two: `_part` raises its error
                     label = label._replace(error=None)
                 yield label, _Row(batch, values, valid, index)
 
