@@ -35,6 +35,7 @@ REFERENCE = {
         "longnet_cli.integrations.transformers_cache": ("LongNetCache",),
     },
     "Jobs": {
+        "longnet_cli.data.inputs": ("Inputs",),
         "longnet_cli.tokenizing": ("tokenize",),
         "longnet_cli.training.loop": ("train",),
         "longnet_cli.scoring": ("score",),

@@ -42,7 +42,7 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
 
     from longnet_cli.attention.branches import attention_flops
     from longnet_cli.data.documents import Document
-    from longnet_cli.data.sources import read_documents
+    from longnet_cli.data.inputs import Inputs
     from longnet_cli.model_folder import ModelFolder
     from longnet_cli.runtime.device import peak_memory
     from longnet_cli.scoring import score
@@ -54,7 +54,7 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
         raise ConfigError(f"{folder} has a pattern of its own: dense is for a model without one")
     context = net.config.max_tokens if dense else None
     rows: list[Row] = []
-    for found in read_documents(paths, tokenizer):
+    for found in Inputs(paths, tokenizer).documents():
         ids = found.read(0, min(len(found), limit or len(found)))
         name = Path(found.where).name
         document = Document(name, ids, len(ids), name)

@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.training.masking import MASKED, RANDOM
 
@@ -22,7 +22,7 @@ from longnet_cli.training.masking import MASKED, RANDOM
 def frequencies(inputs: list[str], tokenizer: Tokenizer, more: float = 0.0) -> np.ndarray:
     """Return the share of each token id, (vocab_size,), after adding `more` to each count."""
     counts = np.full(tokenizer.vocab_size, more)
-    for document in read_documents(inputs, tokenizer):
+    for document in Inputs(inputs, tokenizer).documents():
         counts += np.bincount(document.read(0, len(document)), minlength=len(counts))
     return counts / counts.sum()
 

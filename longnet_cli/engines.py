@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, Wanted, choose_columns
+from longnet_cli.data.columns import ID_COLUMNS, INTEGERS
 from longnet_cli.data.documents import Document
-from longnet_cli.data.sources import documents_of
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tables import Table
 from longnet_cli.encoding import EmbeddingDtype, EncodeOptions, NothingToEncodeError, encode
 from longnet_cli.errors import ConfigError, DataError, LongNetError
@@ -206,12 +206,13 @@ class _DocumentTable:
         own = [index for index, name in enumerate(self.names) if name not in (self.id_column, "doc_id", "part")]
         table = self.table.select(own)
         found = Table(self.where, self.where, table.schema, lambda names: iter(table.select(names).to_batches()))
-        wanted = Wanted(self.how.column)
-        columns = choose_columns(found, wanted)
+        inputs = Inputs((), column=self.how.column)
+        columns = inputs.columns_of(found)
         if columns.type in INTEGERS:
             raise ConfigError(
                 f"{self.where}: column {columns.documents!r} has one id per row: in batches a row is a document, a "
                 "list of ids or a text"
             )
         loaded = self.how.load()
-        return documents_of(found, loaded.tokenizer, wanted, vocab_size=loaded.net.config.vocab_size)
+        inputs = replace(inputs, tokenizer=loaded.tokenizer, vocab_size=loaded.net.config.vocab_size)
+        return inputs.documents_of(found)

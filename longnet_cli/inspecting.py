@@ -2,17 +2,16 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from longnet_cli.data.columns import TokenTypes, Wanted, choose_columns, token_type
+from longnet_cli.data.columns import TokenTypes, token_type
 from longnet_cli.data.documents import BLOCK, Document
 from longnet_cli.data.formats import open_source
-from longnet_cli.data.inputs import Source, expand, once
-from longnet_cli.data.sources import check_eos, documents_of
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.names import Source, once
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, refuse_web_address
@@ -86,35 +85,23 @@ class Inspection:
         }
 
 
-def inspect(
-    inputs: Sequence[str | Path],
-    tokenizer: Tokenizer | None = None,
-    *,
-    column: str | None = None,
-    id_column: str | None = None,
-    vocab_size: int | None = None,
-    eos_id: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
-) -> Inspection:
+def inspect(inputs: Inputs, *, on_progress: Callable[[int], None] | None = None) -> Inspection:
     """Read every document of every input; a problem ends its document or its file, never the inspection.
 
-    `tokenizer`, the columns, `vocab_size` and `eos_id` are as for `read_documents`. Text without a tokenizer counts one
-    token per byte. `on_progress` gets the tokens of each document. Raises ConfigError for no input, for a web address,
-    and for an `eos_id` outside the vocabulary.
+    Text without a tokenizer counts one token per byte. `on_progress` gets the tokens of each document. Raises
+    ConfigError for no input and for a web address.
     """
-    if not inputs:
+    if not inputs.names:
         raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
-    found, wanted = Inspection(), Wanted(column, id_column)
-    types = TokenTypes()
-    check_eos("", eos_id, vocab_size or (tokenizer.vocab_size if tokenizer else None))
+    found, types = Inspection(), TokenTypes()
     sources: list[Source] = []
-    for item in inputs:
+    for item in inputs.names:
         refuse_web_address(str(item))
         with _noting(found):
-            sources += expand(str(item))
+            sources += Inputs([item]).sources
     for source in once(sources):
         with _noting(found):
-            for document in _open(found, source, types, tokenizer, wanted, vocab_size, eos_id):
+            for document in _open(found, source, types, inputs):
                 with _noting(found):
                     _count(found, document)
                     if on_progress:
@@ -124,30 +111,23 @@ def inspect(
     return found
 
 
-def _open(
-    found: Inspection,
-    source: Source,
-    types: TokenTypes,
-    tokenizer: Tokenizer | None,
-    wanted: Wanted,
-    vocab_size: int | None,
-    eos_id: int | None,
-) -> Iterator[Document]:
+def _open(found: Inspection, source: Source, types: TokenTypes, inputs: Inputs) -> Iterator[Document]:
     """Record the format of a source, and yield its documents."""
-    opened = open_source(source, wanted)
+    opened = open_source(source, inputs.wanted)
     kind = None
     if isinstance(opened, Text):
         found.formats["text"] += 1
     else:
         found.formats[opened.format] += 1
         _note_metadata(found, opened.where, opened.schema.metadata or {})
-        columns = choose_columns(opened, wanted)
+        columns = inputs.columns_of(opened)
         kind = token_type(columns.type)
         found.token_types[str(kind or "text")] += 1
         with _noting(found):
             types.check(opened, columns)
-    reads = tokenizer if tokenizer or kind is not None else Tokenizer.bytes()
-    yield from documents_of(opened, reads, wanted, vocab_size=vocab_size, eos_id=eos_id)
+    if kind is None and not inputs.tokenizer:
+        inputs = replace(inputs, tokenizer=Tokenizer.bytes())
+    yield from inputs.documents_of(opened)
 
 
 def _note_metadata(found: Inspection, where: str, metadata: dict[bytes, bytes]) -> None:

@@ -1,7 +1,7 @@
 """The `tokenize` job: text documents in, shards of token ids out, with the tokenizer that made them.
 
-    read_texts --in_two_threads--> Tokenizer.encode_parts -> TokenBatches -> ShardFolder or ShardWriter
-                  or `deal`
+    Inputs.texts --in_two_threads--> Tokenizer.encode_parts -> TokenBatches -> ShardFolder or ShardWriter
+                    or `deal`
 
 Memory holds the largest row of text and one record batch, however large a file of text or the corpus is.
 """
@@ -9,7 +9,7 @@ Memory holds the largest row of text and one record batch, however large a file 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from operator import attrgetter
@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.data.compressed import compression
+from longnet_cli.data.documents import Unread
 from longnet_cli.data.feed import in_two_threads
-from longnet_cli.data.folders import sniff
 from longnet_cli.data.formats import Text
-from longnet_cli.data.inputs import find_sources, inputs_fingerprint
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.outputs import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_schema
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
-from longnet_cli.data.sources import read_texts
 from longnet_cli.data.special_tokens import end_of_text
 from longnet_cli.data.token_batches import TokenBatches
 from longnet_cli.data.tokenizer import Tokenizer
@@ -43,7 +41,7 @@ TEXT_CHARS = 4 << 20  # characters of text encoded together
 
 # Called with (documents, tokens, bytes) so far, including an earlier run
 OnProgress = Callable[[int, int, int], None]
-OnSkip = Callable[[Text, DataError], None]  # called with a skipped text and the reason
+OnSkip = Callable[[Unread, DataError], None]  # called in place of a skipped text, with the reason
 
 
 @dataclass(frozen=True)
@@ -62,13 +60,11 @@ class TokenizeResult:
 
 
 def tokenize(
-    inputs: Sequence[str | Path],
+    inputs: Inputs,
     output: str | Path,
     *,
     tokenizer: str | Path | Tokenizer = "bytes",
     train_vocab: int | None = None,
-    column: str | None = None,
-    id_column: str | None = None,
     shard_tokens: int = SHARD_TOKENS,
     shard_format: ShardFormat = "arrow",
     eos: str | int | bool = False,
@@ -105,32 +101,30 @@ def tokenize(
         raise ConfigError("a tokenizer is trained by one process: train it first, without --dp")
     # a folder that cannot be resumed is refused here, before a tokenizer is trained
     earlier = run_to_resume(output, resume=resume) if in_folder and first else None
-    skip_bad = on_skip is not None
+    inputs = replace(inputs, skip_bad=on_skip is not None)
     folder: ShardFolder | None = None
-    loaded = _tokenizer(inputs, tokenizer, train_vocab, column, earlier.tokenizer if earlier else None, skip_bad)
+    loaded = _tokenizer(inputs, tokenizer, train_vocab, earlier.tokenizer if earlier else None)
     appended = end_of_text(eos, loaded)
     own, eos_id = loaded.eos_id, loaded.eos_id if appended is None else appended
     loaded = loaded.with_eos(eos_id)
     schema = token_schema(vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256)
 
-    def skip(text: Text, error: DataError) -> None:
+    def skip(text: Unread, error: DataError) -> None:
         if folder:
             folder.skip()
         if on_skip:
             on_skip(text, error)
 
-    texts = _apart(
-        _readable(read_texts(inputs, column, id_column=id_column, tokenizer=loaded, skip_bad=skip_bad), skip)
-    )
+    texts = _apart(_readable(replace(inputs, tokenizer=loaded).texts(), skip))
     with ExitStack() as stack:
         rows: TokenBatches | None = None
         if in_folder and first:
             from longnet_cli.data.chat import chat_settings  # loads Jinja, which files and streams do not need
 
             settings = {
-                "inputs": inputs_fingerprint(inputs),
-                "column": column,
-                **({"id_column": id_column} if id_column else {}),
+                "inputs": inputs.fingerprint(),
+                "column": inputs.column,
+                **({"id_column": inputs.id_column} if inputs.id_column else {}),
                 "tokenizer": loaded.sha256,
                 "train_vocab": train_vocab,
                 "eos": appended is not None if appended in (None, own) else str(appended),  # 1 would equal True
@@ -168,27 +162,8 @@ def tokenizer_beside(output: str | Path) -> Path | None:
     return Path(output).with_suffix(".tokenizer.json") if str(output).endswith(OUTPUT_SUFFIXES) else None
 
 
-def text_bytes(inputs: Sequence[str | Path]) -> int | None:
-    """Return the bytes of the inputs, up to which `on_progress` counts; None unless all are plain text files."""
-    total = 0
-    for source in find_sources(inputs, []):  # reading will report missing ones
-        if source.path is None or not source.path.is_file():
-            return None
-        with suppress(OSError), open(source.path, "rb") as file:  # reading it will report its error
-            head = file.read(8)
-            if sniff(head) != "text" or compression(head):
-                return None
-            total += source.path.stat().st_size
-    return total
-
-
 def _tokenizer(
-    inputs: Sequence[str | Path],
-    tokenizer: str | Path | Tokenizer,
-    train_vocab: int | None,
-    column: str | None,
-    earlier: dict[str, str] | None,
-    skip_bad: bool,
+    inputs: Inputs, tokenizer: str | Path | Tokenizer, train_vocab: int | None, earlier: dict[str, str] | None
 ) -> Tokenizer:
     """Return the given tokenizer, or the one that an `earlier` run trained (`Tokenizer.description`), or train one."""
     if train_vocab is None:
@@ -197,17 +172,17 @@ def _tokenizer(
         raise ConfigError("give a tokenizer or train one, not both")
     if earlier is not None:
         return Tokenizer.from_description(earlier)
-    if any(str(item) == "-" for item in inputs):
+    if any(str(item) == "-" for item in inputs.names):
         raise ConfigError("training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file")
-    texts = read_texts(inputs, column, skip_bad=skip_bad)
+    texts = (text for text in inputs.texts() if isinstance(text, Text))
     return Tokenizer.train((part for text in texts for part in text.parts), train_vocab)
 
 
-def _readable(texts: Iterator[Text], on_skip: OnSkip) -> Iterator[Text]:
-    """Yield the texts without an error, and pass the others to `on_skip`. Raises DataError if all have errors."""
+def _readable(texts: Iterator[Text | Unread], on_skip: OnSkip) -> Iterator[Text]:
+    """Yield the texts that could be read, and pass the others to `on_skip`. Raises DataError if all are left out."""
     found = skipped = False
     for text in texts:
-        if text.error:
+        if isinstance(text, Unread):
             skipped = True
             on_skip(text, text.error)
         else:

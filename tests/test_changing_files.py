@@ -13,9 +13,9 @@ from conftest import ROOT
 from processes import wait_for
 
 from longnet_cli.data import files
+from longnet_cli.data.columns import Wanted
 from longnet_cli.data.formats import open_source
-from longnet_cli.data.inputs import find_sources
-from longnet_cli.data.sources import documents_of, read_documents
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.errors import DataError
 
 ROWS, LENGTH = 8, 1 << 16
@@ -67,7 +67,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {"shrink": shrink, "empty": empty, 
 @pytest.mark.parametrize("kind", ["list", "flat", "stream"])
 def test_ids_of_a_file_that_changes_after_it_was_opened(tmp_path, kind, change):
     path = write(tmp_path / "x.arrow", kind)
-    documents = list(read_documents([path], None, eos_id=249))
+    documents = list(Inputs([path], eos_id=249).documents())
     last = documents[-1]
     assert len(last.read(0, 10)) == min(10, len(last))
     CHANGES[change](path)
@@ -81,11 +81,11 @@ def test_ids_of_a_file_that_changes_after_it_was_opened(tmp_path, kind, change):
 @pytest.mark.parametrize("kind", ["list", "flat", "stream", "parquet", "json lines"])
 def test_a_table_that_changes_before_it_is_read(tmp_path, kind, change):
     path = write(tmp_path / "x.arrow", kind)
-    (source,) = find_sources([path])
-    opened = open_source(source)
+    (source,) = Inputs([path]).sources
+    opened = open_source(source, Wanted())
     CHANGES[change](path)
     with pytest.raises(DataError, match=r"x\.arrow.*: the file changed while it was read"):
-        list(documents_of(opened, None, eos_id=249))
+        list(Inputs((), eos_id=249).documents_of(opened))
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -100,7 +100,7 @@ def test_a_text_that_changes_while_it_is_read(tmp_path, change):
 
 def test_a_file_replaced_by_a_rename_is_read_as_it_was(tmp_path):
     path = write(tmp_path / "x.arrow", "list")
-    (document, *_) = read_documents([path], None)
+    (document, *_) = Inputs([path]).documents()
     write(tmp_path / "new", "flat")
     os.replace(tmp_path / "new", path)
     assert document.read().sum() == (np.arange(LENGTH) % 250).sum()

@@ -14,7 +14,7 @@ from builders import write_rows
 from processes import contents
 
 from longnet_cli.data.documents import Document, Unread
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.tokenizing import tokenize
@@ -50,7 +50,7 @@ def test_a_chat_is_what_transformers_makes_of_it(words: Tokenizer, tmp_path: Pat
     hf = pytest.importorskip("transformers")
     fast = hf.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "words/tokenizer.json"), bos_token="<|endoftext|>")
     path = write(tmp_path / name, CHATS)
-    found = list(read_documents([path], words, keep=("n",)))
+    found = list(Inputs([path], words, keep=("n",)).documents())
     for document, chat in zip(found, CHATS, strict=True):
         text = fast.apply_chat_template(chat, chat_template=TEMPLATE, tokenize=False)
         assert "<|endoftext|>" + words.decode(document.read()) == text  # the start is the reader's, as of any document
@@ -58,27 +58,27 @@ def test_a_chat_is_what_transformers_makes_of_it(words: Tokenizer, tmp_path: Pat
     assert [token for token in found[0].read().tolist() if token > 255] == [start, end] * 2  # one is a message's words
     assert [(document.doc_id, document.kept["n"].as_py()) for document in found] == [("0", 0), ("1", 1)]
     assert found[1].n_bytes == len("system\nwörld\n".encode())
-    assert list(read_documents([path], words, column="messages"))[1].read().tolist() == found[1].read().tolist()
+    assert list(Inputs([path], words, column="messages").documents())[1].read().tolist() == found[1].read().tolist()
 
 
 def test_what_is_no_chat_is_named(words: Tokenizer, tmp_path: Path) -> None:
     lines = [{"messages": CHATS[0]}, {"messages": [{"content": "x"}]}, {"messages": [{"role": "user", "content": [1]}]}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = list(read_documents([tmp_path / "x.jsonl"], words, skip_bad=True))
+    found = list(Inputs([tmp_path / "x.jsonl"], words, skip_bad=True).documents())
     assert [str(each.error).partition(", ")[2] for each in found if isinstance(each, Unread)] == [
         "line 2: 'messages' holds what is no message, with a role and a content",
         "line 3: 'messages' holds a message whose 'content' is no text",
     ]
     with pytest.raises(ConfigError, match="'messages' holds chats, which need the chat template of a tokenizer"):
-        list(read_documents([write(tmp_path / "y.parquet", CHATS)], Tokenizer.bytes()))
+        list(Inputs([write(tmp_path / "y.parquet", CHATS)], Tokenizer.bytes()).documents())
     (tmp_path / "words/chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(DataError, match=r"y\.parquet, row 0: .*roles must alternate"):
-        list(read_documents([tmp_path / "y.parquet"], words))
-    refused: list[Document] = list(read_documents([tmp_path / "y.parquet"], words, skip_bad=True))
+        list(Inputs([tmp_path / "y.parquet"], words).documents())
+    refused: list[Document] = list(Inputs([tmp_path / "y.parquet"], words, skip_bad=True).documents())
     assert [isinstance(each, Unread) for each in refused] == [True, True]
     (tmp_path / "words/chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match="no chat template"):
-        list(read_documents([tmp_path / "y.parquet"], words))
+        list(Inputs([tmp_path / "y.parquet"], words).documents())
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.stream"])
@@ -88,9 +88,11 @@ def test_tokenize_writes_the_ids_that_are_read(words: Tokenizer, tmp_path: Path,
     texts = tmp_path / "a.txt"
     texts.write_text("text <|im_end|>")
     inputs: list[Path] = [write(tmp_path / name, many), *([texts] if column is None else [])]
-    result = tokenize(inputs, tmp_path / "out", tokenizer=tmp_path / "words", column=column, eos=True, shard_tokens=999)
-    found = list(read_documents([tmp_path / "out"], None))
-    wanted = list(read_documents(inputs, words, column=column))
+    result = tokenize(
+        Inputs(inputs, column=column), tmp_path / "out", tokenizer=tmp_path / "words", eos=True, shard_tokens=999
+    )
+    found = list(Inputs([tmp_path / "out"]).documents())
+    wanted = list(Inputs(inputs, words, column=column).documents())
     assert [each.doc_id for each in found] == [each.doc_id for each in wanted]
     for document, same in zip(found, wanted, strict=True):
         assert document.read().tolist() == [*same.read().tolist(), words.id_of("<|im_end|>")]
@@ -119,7 +121,7 @@ def test_tokenize_resumes_among_chats_that_the_template_refuses(words: Tokenizer
         f"longnet: note: left out: x.jsonl, line {line}: {tmp_path / 'words'}" for line in (2, 4, 6)
     ]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert [each.doc_id for each in read_documents([tmp_path / "out"], None)] == ["0", "2", "4"]
+    assert [each.doc_id for each in Inputs([tmp_path / "out"]).documents()] == ["0", "2", "4"]
 
 
 def test_tokenize_says_that_chats_need_a_template(words: Tokenizer, tmp_path: Path, run_longnet) -> None:

@@ -283,10 +283,10 @@ def test_what_may_change_in_a_resumed_run(stopped: tuple[Recipe, Path, bytes], t
 
 def test_windows_resume_where_the_batch_was(corpus: Path) -> None:
     """The state of a batch and `places` name the same windows."""
-    from longnet_cli.data.sources import read_documents
+    from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.windows import TokenStream
 
-    stream = TokenStream(list(read_documents([str(corpus)], Tokenizer.bytes())), 256)
+    stream = TokenStream(list(Inputs([str(corpus)], Tokenizer.bytes()).documents()), 256)
     windows = TokenWindows([stream], 32, 4, 0)
     (where,) = windows.places(0, 8)
     assert "corpus.txt" in where

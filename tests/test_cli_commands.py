@@ -17,7 +17,7 @@ import pytest
 from builders import tiny_model
 from conftest import RunLongnet
 
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode
 from longnet_cli.model import LongNet
@@ -49,7 +49,7 @@ def test_tokenize_writes_what_the_other_commands_read(run_longnet: RunLongnet, t
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == "3 documents, 63 tokens, 1.00 bytes per token, vocabulary 257 -> shards (3 shards)\n"
     tokenizer = Tokenizer.load(tmp_path / "shards")
-    read = read_documents([tmp_path / "shards"], tokenizer)
+    read = Inputs([tmp_path / "shards"], tokenizer).documents()
     assert {document.doc_id: tokenizer.decode(document.tokens) for document in read} == TEXTS
 
 
@@ -131,7 +131,7 @@ def test_score_shows_what_was_said_before(run_longnet: RunLongnet, model: Path, 
 
 def test_score_formats_agree_with_the_library(run_longnet: RunLongnet, model: Path, texts: Path) -> None:
     tokenizer = Tokenizer.load(model)
-    documents = read_documents([texts], tokenizer)
+    documents = Inputs([texts], tokenizer).documents()
     expected = list(score(LongNet.from_pretrained(model), documents, bos=tokenizer.eos_id, context=8))
     arguments = ["score", "--ppl", texts, "--model", model, "--context", "8", "--device", "cpu", "--format"]
     as_json, as_lines, as_text = (run_longnet(*arguments, format) for format in ("json", "jsonl", "text"))
@@ -186,7 +186,7 @@ def test_encode_pipes_into_any_arrow_reader(
     tokenizer = Tokenizer.load(model)
     net = LongNet.from_pretrained(model)
     expected = (
-        encode(net, read_documents([texts], tokenizer), EncodeOptions(bos=tokenizer.eos_id)).read_all().to_pylist()
+        encode(net, Inputs([texts], tokenizer).documents(), EncodeOptions(bos=tokenizer.eos_id)).read_all().to_pylist()
     )
     got = json.loads(done.stdout)
     assert [row["doc_id"] for row in got] == list(TEXTS)

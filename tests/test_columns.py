@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 from test_sources import FORMATS, IDS, read, tokens, write_file, write_parquet, write_stream
 
-from longnet_cli.data.sources import read_texts
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.errors import ConfigError, DataError
 
 
@@ -15,7 +15,7 @@ def test_the_column_can_be_chosen(tmp_path):
     assert tokens(read(path)) == [[1]]
     assert tokens(read(path, column="body")) == [[98, 98]]
     assert tokens(read(path, column="mask")) == [[0]]
-    assert [text.text for text in read_texts([path])] == ["aa"]
+    assert [text.text for text in Inputs([path]).texts()] == ["aa"]
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,6 @@ def test_a_name_of_several_columns_is_refused_where_it_is_used(tmp_path, write, 
         read(write(tmp_path / "x", table))
     unused = pa.Table.from_arrays([ids, others, others], names=["input_ids", "n", "n"])
     assert tokens(read(write(tmp_path / "y", unused))) == [[1], [2]]
-
-
-def test_a_column_of_plain_text_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
-    for reads in (read, lambda path, column: list(read_texts([path], column))):
-        with pytest.raises(ConfigError, match=r"a\.txt: column 'body' is asked for, and this is plain text"):
-            reads(tmp_path / "a.txt", column="body")
 
 
 def test_a_null_in_a_dictionary_is_named(tmp_path):

@@ -21,8 +21,7 @@ import pyarrow.ipc as ipc
 import pytest
 from conftest import RunLongnet
 
-from longnet_cli.data.inputs import find_sources
-from longnet_cli.data.sources import read_documents, read_texts
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import DataError
 
@@ -51,7 +50,7 @@ def suffix(request: pytest.FixtureRequest) -> str:
 
 
 def texts(path: Path) -> list[str]:
-    return ["".join(text.parts) for text in read_texts([path])]
+    return ["".join(text.parts) for text in Inputs([path]).texts()]
 
 
 def test_text_json_lines_and_arrow_are_read_by_their_first_bytes(suffix: str, tmp_path: Path) -> None:
@@ -77,9 +76,9 @@ def test_a_folder_of_compressed_files_is_read(suffix: str, tmp_path: Path) -> No
     pack = PACKERS[suffix]
     for name in (f"a.txt{suffix}", f"b.txt{suffix}", f"code.tar{suffix}"):
         (tmp_path / name).write_bytes(pack(b"text"))
-    assert [source.name for source in find_sources([tmp_path])] == [f"a.txt{suffix}", f"b.txt{suffix}"]
+    assert [source.name for source in Inputs([tmp_path]).sources] == [f"a.txt{suffix}", f"b.txt{suffix}"]
     (tmp_path / f"c.jsonl{suffix}").write_bytes(pack(b'{"text": "x"}\n'))
-    assert [source.name for source in find_sources([tmp_path])] == [f"c.jsonl{suffix}"]
+    assert [source.name for source in Inputs([tmp_path]).sources] == [f"c.jsonl{suffix}"]
     (tmp_path / f"c.jsonl{suffix}").write_bytes(pack(b"hello"))
     with pytest.raises(DataError, match=r"line 1: not JSON Lines of documents"):
         texts(tmp_path)
@@ -90,11 +89,11 @@ def test_damage_is_one_line(suffix: str, tmp_path: Path) -> None:
     for data in (packed[:-3], packed[: len(packed) // 2], packed[:-12] + b"\0" * 12):
         path.write_bytes(data)
         with pytest.raises(DataError, match=r"x: the \w+ data is damaged or truncated") as caught:
-            list(read_documents([path], BYTES))
+            list(Inputs([path], BYTES).documents())
         assert "\n" not in str(caught.value)
     path.write_bytes(PACKERS[suffix](packed))  # only one skin is taken off: there are files that unpack to themselves
     with pytest.raises(DataError, match="neither Arrow, Parquet nor UTF-8 text"):
-        list(read_documents([path], BYTES))
+        list(Inputs([path], BYTES).documents())
 
 
 def test_the_same_numbers_as_from_the_plain_file(suffix: str, tmp_path: Path, run_longnet: RunLongnet) -> None:
@@ -116,16 +115,16 @@ def test_a_long_text_goes_through_in_parts(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("longnet_cli.data.formats.TEXT_PART", 7)
     path = tmp_path / "x.txt"
     path.write_text("\ufeff" + TEXT)
-    (text,) = read_texts([path])
+    (text,) = Inputs([path]).texts()
     assert len(list(text.parts)) > 1000
     assert texts(path) == [TEXT]
-    (document,) = read_documents([path], BYTES)
+    (document,) = Inputs([path], BYTES).documents()
     assert bytes(document.read().tolist()) == TEXT.encode()
     assert document.n_bytes == len(TEXT.encode())
     for bad, where in ((b"0123456789\xff", 10), (b"0123456789abc\0", 13), (b"abcdef\xc3x", 6), (b"abcdef\xc3", 6)):
         path.write_bytes(bad)
         with pytest.raises(DataError, match=rf"x\.txt: neither .*: the byte at offset {where} is 0x"):
-            list(read_documents([path], BYTES))
+            list(Inputs([path], BYTES).documents())
 
 
 UNPACKED = 1 << 30

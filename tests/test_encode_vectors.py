@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +19,8 @@ from test_official import levels, read_golden
 from test_slide import build, slide
 from torch import Tensor
 
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.errors import DataError
 from longnet_cli.model import LongNet, LongNetConfig, SlideEncoder
 
 SLIDES = {"s1": 70, "s2": 131, "s3": 1, "s4": 40}  # tiles
@@ -239,10 +243,6 @@ def changed(**columns: object) -> pa.Table:
     return table
 
 
-BAD = torch.cat([slide(count, seed)[0] for seed, count in enumerate(SLIDES.values())])
-BAD[100, 3] = torch.nan
-
-
 @pytest.mark.parametrize(
     ("columns", "words", "code", "line"),
     [
@@ -253,7 +253,6 @@ BAD[100, 3] = torch.nan
             3,
             "have 5 numbers, and the model reads 6",
         ),
-        ({"features": tiles(BAD, None, "")["features"]}, [], 3, "row 100: number 3 of the vector is nan"),
         ({}, ["--tile-size", "32"], 3, "is outside the grid of 50 x 50 of 32 pixels"),
         ({}, ["--eos", "0"], 2, "reads vectors, which have no tokens: leave out --eos"),
         ({}, ["--bos", "0", "--tokenizer", "bytes"], 2, "leave out --tokenizer, --bos"),
@@ -273,13 +272,79 @@ def test_what_is_refused(
     assert not (tmp_path / "out.arrow").exists()
 
 
-def test_bad_slides_are_left_out_where_that_is_asked_for(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
-    table = changed(features=tiles(BAD, None, "")["features"])
-    words = ["encode", "-", "--model", model, "-o", tmp_path / "out.arrow", "--no-normalize", "--skip-bad"]
-    done = run_longnet(*words, input=stream(table), text=False)
+def edited(nested: bool, name: str, tile: int | None, value: object) -> pa.Table:
+    """The slides, a row each or a row per tile. In s2, one tile or all of it has another value."""
+    kinds = {"features": pa.list_(pa.float32()), "coords": pa.list_(pa.int64())}
+    parts = [slides().filter(pc.field("slide_id") == slide) for slide in SLIDES]
+    columns = {key: [part[key].to_pylist() for part in parts] for key in kinds}
+    rows = columns[name][1]
+    columns[name][1] = value if tile is None else [*rows[:tile], value, *rows[tile + 1 :]]
+    if nested:
+        lists = {key: pa.array(x, pa.list_(kinds[key])) for key, x in columns.items()}
+        return pa.table({"slide_id": [*SLIDES], **lists})
+    flat = {key: pa.array([cell for rows in x for cell in rows], kinds[key]) for key, x in columns.items()}
+    return pa.table({"slide_id": slides()["slide_id"], **flat})
+
+
+BAD = [
+    ("features", 30, [1.0, None, 3.0, 4.0, 5.0, 6.0], "a number of the vector is null"),
+    ("features", 30, [1.0, np.nan, 3.0, 4.0, 5.0, 6.0], "number 1 of the vector is nan"),
+    ("features", 30, None, "the value is null"),
+    ("features", 30, [1.0, 2.0], "its vector has 2 numbers, those before it have 6"),
+    ("coords", 30, None, "coords needs two numbers for each vector"),
+    ("coords", 30, [1], "coords needs two numbers for each vector"),
+    ("coords", 30, [1, None], "coordinates [1.0, nan] are no place"),
+    ("features", None, None, "the value is null"),
+    ("coords", None, None, "131 vectors and 0 coordinates"),
+    ("coords", None, [[1, 2]] * 9, "131 vectors and 9 coordinates"),
+]
+
+
+@pytest.mark.parametrize(
+    ("nested", "bad"), [(nested, bad) for bad in BAD for nested in (False, True) if nested or bad[1] is not None]
+)
+def test_a_bad_slide_is_left_out_as_if_it_were_not_there(
+    run_longnet: RunLongnet, tmp_path: Path, model: Path, nested: bool, bad: tuple
+) -> None:
+    table, line = edited(nested, *bad[:3]), bad[3]
+    pq.write_table(table, tmp_path / "x.parquet")
+    ipc_file(table, tmp_path / "x.arrow")
+    for path in (tmp_path / "x.parquet", tmp_path / "x.arrow"):
+        with pytest.raises(DataError, match=rf"{path.name}, row {1 if nested else 100}\b.*: {re.escape(line)}"):
+            [x.read() for x in Inputs([path], vectors=True).documents()]
+    words = ["encode", path, "--model", model, "--keep", "slide_id", "-o", tmp_path / "out.arrow"]
+    done = run_longnet(*words, "--skip-bad")
+    left_out, *others = done.stderr.splitlines()
+    assert left_out.startswith(f"longnet: note: left out: {path}, row ")
+    assert (done.returncode, line in left_out, others) == (6, True, ["longnet: note: 1 document left out"])
+    found = (tmp_path / "out.arrow").read_bytes()
+    ipc_file(table.filter(pc.field("slide_id") != "s2"), path)
+    assert run_longnet(*words).returncode == 0
+    assert found == (tmp_path / "out.arrow").read_bytes()
+    assert ipc.open_file(tmp_path / "out.arrow").read_all()["slide_id"].to_pylist() == ["s1", "s3", "s4"]
+
+
+def test_files_of_vectors_that_cannot_be_read_are_left_out(
+    run_longnet: RunLongnet, tmp_path: Path, model: Path
+) -> None:
+    """A missing and a truncated file; an empty document is passed over, and --dry-run counts the same."""
+    table = edited(True, "features", None, [])
+    empty = edited(True, "coords", None, [])["coords"]
+    pq.write_table(table.set_column(2, "coords", empty), tmp_path / "good.parquet")
+    data = (tmp_path / "good.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(data[: len(data) // 2])
+    words = ["encode", "missing.parquet", "cut.parquet", "good.parquet", "--model", model, "--no-normalize"]
+    assert run_longnet(*words, "-o", tmp_path / "out.arrow").returncode == 3
+    done = run_longnet(*words, "--skip-bad", "-o", tmp_path / "out.arrow")
     assert done.returncode == 6, done.stderr
-    assert b"left out: stdin, row 100: number 3 of the vector is nan" in done.stderr
+    said = done.stderr.splitlines()
+    assert said[0] == "longnet: note: left out: missing.parquet: no such file or folder"
+    assert said[1].startswith("longnet: note: left out: cut.parquet: the data is damaged or truncated")
+    assert said[2:] == ["longnet: note: 1 document empty", "longnet: note: 2 documents left out"]
     same(vectors(tmp_path / "out.arrow"), {name: x for name, x in expected().items() if name != "s2"})
+    for sample in ([], ["--sample", "2"]):
+        found = json.loads(run_longnet(*words, "--skip-bad", "--dry-run", "--format", "json", *sample).stdout)
+        assert (found["documents"], found["left_out"], found["tokens"]) == (3, 2, 111)
 
 
 def test_models_of_tokens_read_no_vectors_and_the_other_way_round(

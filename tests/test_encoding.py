@@ -13,9 +13,9 @@ import pyarrow.ipc as ipc
 import pytest
 import torch
 
+from longnet_cli.data.documents import Document
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.shards import ShardFolder
-from longnet_cli.data.sources import Document
 from longnet_cli.encoding import EncodeOptions, encode, encode_to_folder
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model import LongNet, LongNetConfig

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from longnet_cli.cli.app import app
 from longnet_cli.data.documents import Document
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.logprobs import write_token_logprobs
@@ -256,7 +256,7 @@ def test_documents_with_pass_keys_fill_training_windows(tmp_path: Path) -> None:
     output = tmp_path / "keys.arrow"
     names = {"model": str(model), "texts": [str(text)], "seed": 0, "documents": 3, "tokens": 1600, "keys": 3}
     passkey.make(argparse.Namespace(**names, output=str(output)))
-    documents = list(read_documents([output], ModelFolder(model).tokenizer()))
+    documents = list(Inputs([output], ModelFolder(model).tokenizer()).documents())
     windows = TokenWindows([TokenStream(documents, 7)], 1600, 1, seed=0)
     batches = [batch for (batch, _), _ in zip(windows, range(3), strict=False)]
     assert sorted(batch.starts[0][1] for batch in batches) == [0, 1600, 3200]

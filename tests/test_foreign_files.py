@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_sources import pipe, tokens
 
-from longnet_cli.data.sources import read_documents, read_texts
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 
 TEXTS = ["hello", "wörld, 漢字\n", "x" * 70, "hello"]  # one repeats, as categories do
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.slow
 
 
 def read_ids(path: Path, column: str | None = None) -> list[list[int]]:
-    return tokens(list(read_documents([path], None, column=column, vocab_size=257, eos_id=256)))
+    return tokens(list(Inputs([path], column=column, vocab_size=257, eos_id=256).documents()))
 
 
 def read_text(path: Path, column: str | None = None) -> list[str]:
     """By both ways in."""
-    encoded = read_documents([path], Tokenizer.bytes(), column=column)
-    texts = [text.text for text in read_texts([path], column)]
+    encoded = Inputs([path], Tokenizer.bytes(), column=column).documents()
+    texts = [text.text for text in Inputs([path], column=column).texts()]
     assert [bytes(document.tokens.tolist()).decode() for document in encoded] == texts
     return texts
 

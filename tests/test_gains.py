@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import RunLongnet
 
+from longnet_cli.data.documents import Document
 from longnet_cli.data.shards import read_manifest
-from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.gains import GAIN_BLOCK, GainOptions, gains, gains_to_folder
 from longnet_cli.measures import Clusters

@@ -11,9 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from test_sources import write_stream
+from typer.testing import CliRunner
 
+from longnet_cli.cli.app import app
+from longnet_cli.data import inputs
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.sources import read_texts
+from longnet_cli.data.names import find_sources
 from longnet_cli.data.tables import reading
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, InputWarning, MemoryLimitError
@@ -24,7 +28,7 @@ from longnet_cli.training.recipe import load_recipe
 
 
 def names(*inputs: Any) -> list[str]:
-    return [text.doc_id for text in read_texts(inputs)]
+    return [text.doc_id for text in Inputs(inputs).texts()]
 
 
 def test_folders_are_read_in_natural_order_without_what_is_not_text(tmp_path):
@@ -139,7 +143,7 @@ def test_web_addresses_are_refused_wherever_an_input_is_named(tmp_path, address)
     ways = {
         "input": lambda: names(address),
         "list": lambda: names(f"@{tmp_path}/list"),
-        "inspect": lambda: inspect([address]),
+        "inspect": lambda: inspect(Inputs([address])),
         "tokenizer": lambda: Tokenizer.load(address),
         "model": lambda: ModelFolder.find(address),
         "recipe": lambda: load_recipe(address, {}),
@@ -151,6 +155,20 @@ def test_web_addresses_are_refused_wherever_an_input_is_named(tmp_path, address)
         ) as caught:
             call()
         assert str(caught.value).startswith(address), way
+
+
+@pytest.mark.parametrize(
+    "command", ["score", "score -o out", "encode -o out.arrow", "encode -o out", "tokenize -o out"]
+)
+def test_names_are_expanded_once(tmp_path, monkeypatch, command):
+    """However often a run asks: to overwrite nothing, to check lengths, to read, for the digest in a manifest."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one")
+    Path("out.arrow").write_text("an output that exists is compared with the inputs")
+    expanded = []
+    monkeypatch.setattr(inputs, "find_sources", lambda *items: expanded.append(items) or find_sources(*items))
+    done = CliRunner().invoke(app, [*command.split(), "*.txt", "-q"])
+    assert (done.exit_code, len(expanded)) == (0, 1), done.output
 
 
 def test_names_are_utf_8_whatever_the_locale(tmp_path, run_longnet):
@@ -172,10 +190,10 @@ def test_what_runs_out_is_not_bad_data(tmp_path, command_env):
         write_stream(tmp_path / f"{number:02}.arrow", pa.table({"ids": [[1, 2]]}))
     script = """if True:
         import resource
-        from longnet_cli.data.sources import read_documents
+        from longnet_cli.data.inputs import Inputs
         resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
         try:
-            list(read_documents(["."], None))
+            list(Inputs(["."]).documents())
         except Exception as error:
             print(error.exit_code, error)
     """

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longnet_cli import inspecting
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
 from longnet_cli.inspecting import Inspection, inspect
@@ -33,7 +34,7 @@ def test_counts_of_good_files(tmp_path):
     write(tmp_path / "a.arrow", rows, tokenizer_sha256=BYTES.sha256)
     write(tmp_path / "b.arrow", rows[:1], tokenizer_sha256=BYTES.sha256)
     seen: list[int] = []
-    found = inspect([tmp_path], BYTES, on_progress=seen.append)
+    found = inspect(Inputs([tmp_path], BYTES), on_progress=seen.append)
     assert found.as_dict() == {
         "documents": 5,
         "tokens": 15,
@@ -54,13 +55,13 @@ def test_counts_of_good_files(tmp_path):
         "problems": [],
     }
     assert seen == [2, 0, 8, 3, 2]
-    assert inspect([tmp_path]).n_bytes is None  # without a tokenizer nobody knows
+    assert inspect(Inputs([tmp_path])).n_bytes is None  # without a tokenizer nobody knows
 
 
 def test_text_and_json_lines_count_bytes_without_a_tokenizer(tmp_path):
     (tmp_path / "a.txt").write_text("wörld")
     (tmp_path / "b.jsonl").write_text('{"text": "ab"}\n{"text": "c"}\n')
-    found = inspect([tmp_path / "a.txt", tmp_path / "b.jsonl"])
+    found = inspect(Inputs([tmp_path / "a.txt", tmp_path / "b.jsonl"]))
     assert (found.documents, found.tokens, found.n_bytes, found.num_problems) == (3, 9, 9, 0)
     assert found.formats == {"text": 1, "JSON Lines": 1}
 
@@ -81,9 +82,9 @@ def test_lengths_agree_with_the_statistics_module(lengths):
 def test_blocks_do_not_show(tmp_path, monkeypatch):
     ids = np.random.default_rng(0).integers(3, 250, 1000).tolist()
     write(tmp_path / "a.arrow", [ids])
-    whole = inspect([tmp_path], BYTES)
+    whole = inspect(Inputs([tmp_path], BYTES))
     monkeypatch.setattr(inspecting, "BLOCK", 7)
-    assert inspect([tmp_path], BYTES) == whole
+    assert inspect(Inputs([tmp_path], BYTES)) == whole
     assert (whole.low, whole.high) == (min(ids), max(ids))
 
 
@@ -95,7 +96,7 @@ def test_every_problem_is_found_and_what_is_good_is_counted(tmp_path):
     (tmp_path / "empty.txt").touch()
     wide = write(tmp_path / "wide.arrow", [[7]], pa.list_(pa.int64()), tokenizer_sha256="b" * 64)
     inputs = [good, tmp_path / "missing.arrow", bad, cut, tmp_path / "empty.txt", wide]
-    found = inspect(inputs, vocab_size=300)
+    found = inspect(Inputs(inputs, vocab_size=300))
     assert (found.documents, found.tokens, found.low, found.high) == (5, 5, 1, 7)
     assert found.lengths[0] == 1  # empty.txt
     for problem, expected in zip(
@@ -117,14 +118,14 @@ def test_every_problem_is_found_and_what_is_good_is_counted(tmp_path):
 
 def test_problems_without_end_are_counted_but_not_all_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(inspecting, "MAX_PROBLEMS", 3)
-    found = inspect([write(tmp_path / "a.arrow", [[-1]] * 10)])
+    found = inspect(Inputs([write(tmp_path / "a.arrow", [[-1]] * 10)]))
     assert (found.documents, found.num_problems, len(found.problems)) == (0, 10, 3)
     assert (found.n_bytes, found.low, found.histogram()) == (None, None, [])
 
 
 def test_no_input_is_a_mistake():
     with pytest.raises(ConfigError, match="no input"):
-        inspect([])
+        inspect(Inputs([]))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def test_the_command_in_text_and_json(run_longnet: RunLongnet, tmp_path: Path) -
     assert text.stdout.endswith("\nno problems found\n")
     value = run_longnet("data", "inspect", "-", "--format", "json", input="hello")
     assert value.returncode == 0
-    assert json.loads(value.stdout) == inspect([write_text(tmp_path / "b.txt", "hello")]).as_dict()
+    assert json.loads(value.stdout) == inspect(Inputs([write_text(tmp_path / "b.txt", "hello")])).as_dict()
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -3,7 +3,7 @@
 import pytest
 from test_sources import BYTES, pipe, read, tokens
 
-from longnet_cli.data.sources import read_documents, read_texts
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.errors import DataError
 
 
@@ -60,20 +60,20 @@ def test_bytes_that_are_not_utf8_in_a_line_are_named(tmp_path):
 )
 def test_text_that_only_begins_like_json_lines_stays_text(tmp_path, text):
     (tmp_path / "x.txt").write_text(text)
-    assert [found.text for found in read_texts([tmp_path / "x.txt"])] == [text]
-    assert pipe(text.encode(), "[t.text for t in read_texts(['-'])]") == [text]
+    assert [found.text for found in Inputs([tmp_path / "x.txt"]).texts()] == [text]
+    assert pipe(text.encode(), "[t.text for t in Inputs(['-']).texts()]") == [text]
 
 
 def test_json_lines_by_another_key_and_with_a_byte_order_mark(tmp_path):
     (tmp_path / "x").write_text('\ufeff{"body": "a", "text": "b"}\n{"text": "c", "body": "d"}\n\n', "utf-8")
-    assert [text.text for text in read_texts([tmp_path / "x"])] == ["b", "c"]
-    assert [text.text for text in read_texts([tmp_path / "x"], "body")] == ["a", "d"]
+    assert [text.text for text in Inputs([tmp_path / "x"]).texts()] == ["b", "c"]
+    assert [text.text for text in Inputs([tmp_path / "x"], column="body").texts()] == ["a", "d"]
 
 
 def test_json_lines_are_read_as_they_come(tmp_path, monkeypatch):
     monkeypatch.setattr("longnet_cli.data.jsonlines.BATCH_BYTES", 1)
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
-    documents = read_documents([tmp_path / "x.jsonl"], BYTES)
+    documents = Inputs([tmp_path / "x.jsonl"], BYTES).documents()
     assert next(documents).read().tolist() == [97]
     with pytest.raises(DataError, match="line 3: not JSON: Expecting value at character 8"):
         next(documents)

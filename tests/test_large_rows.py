@@ -19,7 +19,7 @@ MEASURE = """
 import json, sys, threading, time
 import numpy as np, pyarrow as pa
 from longnet_cli.data import documents
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.inputs import Inputs
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -44,7 +44,7 @@ print(json.dumps({**result, "peak": max(peak, anonymous()) - before}))
 SCAN = """
 total = count = 0
 started = time.perf_counter()
-for document in read_documents([path], None, vocab_size=50_000):
+for document in Inputs([path], vocab_size=50_000).documents():
     for start in range(0, len(document), 2048):
         total += int(document.read(start, start + 2049)[:2048].sum())
     count += len(document)
@@ -101,7 +101,7 @@ def test_a_row_of_1e9_tokens_opens_at_once(tmp_path, command_env, capsys, kind):
     assert (tmp_path / "x.arrow").stat().st_size > 4e9
     body = """
 started = time.perf_counter()
-document, = read_documents([path], None, vocab_size=50_000)
+document, = Inputs([path], vocab_size=50_000).documents()
 opened = time.perf_counter()
 window = document.read(len(document) - 2049)
 result = {"count": len(document), "window": len(window)}

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.model import LongNet
@@ -73,7 +73,7 @@ def side_by_side(recipe: Recipe, folder: Path) -> tuple[float, float, LongNet]:
     with pa.ipc.new_file(data, table.schema) as file:
         file.write_table(table)
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": [str(data)]})})
-    stream = TokenStream(list(read_documents([str(data)], tokenizer, column=None)), 256)
+    stream = TokenStream(list(Inputs([str(data)], tokenizer, column=None).documents()), 256)
     windows = TokenWindows([stream], stage.seq_len, rows, recipe.train.seed)
     taken = [batch for batch, _ in islice(windows, stage.steps)]
     batches = [torch.from_numpy(batch.read_all()) for batch in taken]

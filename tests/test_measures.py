@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from builders import make_document, tiny_net
 
-from longnet_cli.data.sources import Document
+from longnet_cli.data.documents import Document
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.measures import ByPosition, DocumentScore, Score, Total
 from longnet_cli.model import LongNet

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import RunLongnet
 
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.errors import DataError
 
 IDS = [[1, 2, 3, 4, 5, 6, 7], [250, 251, 252], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70], [9, 8], [100, 101, 102]]
@@ -199,14 +199,14 @@ def text_mutations() -> Iterator[Mutation]:
 # Reads each (place, how) of a list and says at once what came of it, so that after a crash it is known where.
 READER = """
 import json, os, resource, sys, threading
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.errors import LongNetError
 
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # a damaged size may ask for any amount
 
 def read(path, piped):
     if not piped:
-        return [d.read().tolist() for d in read_documents([path], None, vocab_size=257)]
+        return [d.read().tolist() for d in Inputs([path], vocab_size=257).documents()]
     inner, outer = os.pipe()
     with open(path, "rb") as file:
         data = file.read()
@@ -220,7 +220,7 @@ def read(path, piped):
     feeder.start()
     try:
         with os.fdopen(inner) as sys.stdin:
-            return [d.read().tolist() for d in read_documents(["-"], None, vocab_size=257)]
+            return [d.read().tolist() for d in Inputs(["-"], vocab_size=257).documents()]
     finally:
         feeder.join()
 
@@ -303,7 +303,7 @@ def test_an_arrow_file_with_two_schemas_is_refused(tmp_path):
     data = ipc_file(table({"doc_id": ["a"] * len(IDS), "input_ids": IDS}, INT32))
     path.write_bytes(data.replace(b"doc_id", b"dok_id", 1))
     with pytest.raises(DataError, match=r"x\.arrow: .*two different schemas"):
-        list(read_documents([path], None))
+        list(Inputs([path]).documents())
 
 
 @pytest.mark.parametrize("lost", ["first", "last", "twice"])
@@ -322,7 +322,7 @@ def test_an_index_that_has_lost_or_repeats_a_batch_is_refused(tmp_path, lost):
     (tmp_path / "x.arrow").write_bytes(data)
     assert ipc.open_file(tmp_path / "x.arrow").read_all().num_rows in (3, 4, 5)  # pyarrow sees nothing
     with pytest.raises(DataError, match=r"x\.arrow: .*its index has lost a batch"):
-        list(read_documents([tmp_path / "x.arrow"], None))
+        list(Inputs([tmp_path / "x.arrow"]).documents())
 
 
 def test_there_are_hundreds():

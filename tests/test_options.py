@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from longnet_cli.cli.app import app
 from longnet_cli.cli.command import Command
-from longnet_cli.cli.options import INPUT, Inputs, QuietOption, bare_or, option, parse_device
+from longnet_cli.cli.options import INPUT, Names, QuietOption, bare_or, option, parse_device
 from longnet_cli.errors import ConfigError
 
 COMMANDS = ["tokenize", "convert", "train", "plot", "score", "encode", "generate", "bench", "data inspect"]
@@ -28,7 +28,7 @@ app = typer.Typer()
 
 @app.command(cls=Command)
 def show(
-    inputs: Inputs,
+    inputs: Names,
     seq: Annotated[Sequence[int], sizes_option(INPUT, "--seq", "Lengths.")] = (8192, 32768),
     chunk: Annotated[int, size_option(INPUT, "--chunk", "Tokens.")] = 65536,
     limit: Annotated[int | None, size_option(INPUT, "--limit", "Tokens.")] = None,
@@ -154,7 +154,7 @@ def parse(*args: str) -> Any:
 
     @small.command(cls=Command)
     def show(
-        inputs: Inputs,
+        inputs: Names,
         end: Annotated[str | None, option(INPUT, "--end", "[TOKEN]", "End here.")] = None,
         quiet: QuietOption = False,
     ) -> None:

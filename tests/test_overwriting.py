@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.overwriting import refuse_overwriting
-from longnet_cli.data.sources import read_documents
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode
 from longnet_cli.errors import CheckpointError, ConfigError, NotFiniteError
@@ -39,8 +39,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_file_is_known_by_every_name(files: Path, output: str, inputs: list[str]) -> None:
     inputs = [item.format(files) for item in inputs]
     with pytest.raises(ConfigError, match=r"^-o .*arrow is .*arrow, which this command reads: name another output$"):
-        refuse_overwriting("-o", [output], inputs)
-    refuse_overwriting("-o", ["b.arrow.new", "new"], inputs)
+        refuse_overwriting("-o", [output], Inputs(inputs))
+    refuse_overwriting("-o", ["b.arrow.new", "new"], Inputs(inputs))
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,12 @@ def test_a_file_is_known_by_every_name(files: Path, output: str, inputs: list[st
 )
 def test_lists_folders_and_models_count(files: Path, output: str, inputs: list[str], also: list[Path | None]) -> None:
     with pytest.raises(ConfigError, match=r"^-o .* (is|holds) .*, which this command reads: name another output$"):
-        refuse_overwriting("-o", [output], inputs, also)
+        refuse_overwriting("-o", [output], Inputs(inputs), also)
 
 
 def test_what_is_not_read_may_be_replaced(files: Path) -> None:
-    refuse_overwriting("-o", ["b.arrow", "model", "new", "/dev/null", "-"], ["a.arrow"])
-    refuse_overwriting("-o", ["folder"], ["a.arrow", "model/config.json"])
+    refuse_overwriting("-o", ["b.arrow", "model", "new", "/dev/null", "-"], Inputs(["a.arrow"]))
+    refuse_overwriting("-o", ["folder"], Inputs(["a.arrow", "model/config.json"]))
 
 
 def small() -> LongNet:
@@ -102,7 +102,7 @@ def test_numbers_that_are_not_finite_name_document_and_token(tmp_path: Path, chu
     inputs, bos = [tmp_path / "good.txt", tmp_path / "z.txt"], Tokenizer.bytes().eos_id
 
     def documents() -> list:
-        return list(read_documents(inputs, Tokenizer.bytes()))
+        return list(Inputs(inputs, Tokenizer.bytes()).documents())
 
     net.embedding.weight.requires_grad_(False)
     with pytest.raises(

@@ -24,7 +24,7 @@ from builders import tiny_model
 from processes import Start
 from test_sources import FORMATS, IDS, TEXTS, token_table, write_file, write_parquet, write_stream
 
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode
 from longnet_cli.model import LongNet
@@ -62,7 +62,7 @@ def hugging_face(folder: Path) -> Path:
 def own_shards(folder: Path) -> Path:
     place = folder / "texts"
     place.mkdir()
-    tokenize([text_files(place)], folder / "shards", shard_tokens=10)
+    tokenize(Inputs([text_files(place)]), folder / "shards", shard_tokens=10)
     return folder / "shards"
 
 
@@ -76,7 +76,7 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "hugging face": hugging_face,
     "shards of tokenize": own_shards,
     "one file of tokenize in parquet": lambda folder: tokenize(
-        [text_files(folder)], folder / "x.parquet", shard_tokens=10
+        Inputs([text_files(folder)]), folder / "x.parquet", shard_tokens=10
     ).shards[0],
 }
 PIPED = ("file", "stream", "parquet list", "flat column", "split documents in parquet", "json lines of ids")
@@ -88,7 +88,7 @@ def answer(model: Path) -> Callable[[list[str | Path]], tuple[Any, ...]]:
     net = LongNet.from_pretrained(model)
 
     def run(inputs: list[str | Path]) -> tuple[Any, ...]:
-        documents = list(read_documents(inputs, BYTES))
+        documents = list(Inputs(inputs, BYTES).documents())
         tokens = [document.read().tolist() for document in documents]
         scores = [found.score.as_dict() for found in score(net, documents, bos=BYTES.eos_id)]
         table = encode(net, documents, EncodeOptions(bos=BYTES.eos_id, span=30)).read_all()
@@ -264,7 +264,7 @@ def test_a_closed_end_is_one_line(shell, texts: Path) -> None:
 def test_a_command_of_the_shell_is_written_to_as_a_file(shell, texts: Path, tmp_path: Path) -> None:
     done = shell("longnet tokenize texts -o >(cat > copy.arrow; touch done) -q; until [ -e done ]; do sleep 0.1; done")
     assert (done.returncode, done.stderr) == (0, "")
-    assert [document.read().tolist() for document in read_documents([tmp_path / "copy.arrow"], BYTES)] == IDS
+    assert [document.read().tolist() for document in Inputs([tmp_path / "copy.arrow"], BYTES).documents()] == IDS
 
 
 def test_two_results_do_not_share_stdout(run_longnet) -> None:

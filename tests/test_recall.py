@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longnet_cli import recall
-from longnet_cli.data.sources import Document
+from longnet_cli.data.documents import Document
 from longnet_cli.measures import ByRecall, DocumentScore, Score, Total
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.recall import Bigrams

@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from longnet_cli.data import remote
-from longnet_cli.data.inputs import find_sources
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 
@@ -51,7 +50,7 @@ def fill(filesystem: fs.FileSystem, folder: str) -> None:
 
 
 def read(*uris: str, tokenizer: Tokenizer | None = None) -> list[list[int]]:
-    return [document.read().tolist() for document in read_documents(uris, tokenizer)]
+    return [document.read().tolist() for document in Inputs(uris, tokenizer).documents()]
 
 
 @pytest.fixture
@@ -78,11 +77,11 @@ def test_text_and_names_with_spaces(store):
 
 def test_folders_and_globs_are_as_on_a_disk(store):
     names = ["part-2.arrow", "part-10.arrow", "stream.arrow", "x.parquet"]
-    found = find_sources(["store://bucket/"])
-    assert [source.name for source in found] == names == [source.name for source in find_sources([store])]
+    found = Inputs(["store://bucket/"]).sources
+    assert [source.name for source in found] == names == [source.name for source in Inputs([store]).sources]
     assert found[0].where == "store://bucket/part-2.arrow"
-    assert [source.name for source in find_sources(["store://bucket/p*.arrow?region=x"])] == names[:2]
-    assert len(find_sources(["store://bucket/**/*.arrow"])) == 4
+    assert [source.name for source in Inputs(["store://bucket/p*.arrow?region=x"]).sources] == names[:2]
+    assert len(Inputs(["store://bucket/**/*.arrow"]).sources) == 4
     assert read("store://bucket/part*.arrow") == IDS * 2
 
 
@@ -101,7 +100,7 @@ def test_a_failure_is_one_line_that_names_the_uri(store):
             read(uri)
         assert str(caught.value).startswith(uri)
         assert "\n" not in str(caught.value)
-    (found,) = find_sources(["store://bucket/x.parquet"])
+    (found,) = Inputs(["store://bucket/x.parquet"]).sources
     (store / "x.parquet").unlink()
     with pytest.raises(DataError, match=r"^store://bucket/x.parquet: cannot read: "):
         remote.open_remote(found.filesystem, str(found.path), found.where)
@@ -113,7 +112,7 @@ def test_file_uris_are_local_files(tmp_path):
     uri = folder.as_uri()
     assert "%20" in uri
     assert read(f"{uri}/part-2.arrow") == read(f"{uri}/part-1*.arrow") == IDS
-    (source, *_) = find_sources([uri])
+    (source, *_) = Inputs([uri]).sources
     assert (source.path, source.filesystem) == (folder / "part-2.arrow", None)  # so it is mapped
 
 
@@ -130,7 +129,7 @@ def test_fsspec_reaches_what_pyarrow_cannot():
     memory = pytest.importorskip("fsspec", reason="fsspec is not installed").filesystem("memory")
     fill(fs.PyFileSystem(fs.FSSpecHandler(memory)), "/bucket")
     assert read("memory://bucket/part-2.arrow") == read("memory://bucket/x.parquet") == IDS
-    assert [source.name for source in find_sources(["memory://bucket/part*.arrow"])] == [
+    assert [source.name for source in Inputs(["memory://bucket/part*.arrow"]).sources] == [
         "part-2.arrow",
         "part-10.arrow",
     ]
@@ -176,5 +175,5 @@ def test_s3_reads_a_file_larger_than_a_request(s3):
     with filesystem.open_output_stream(path) as file, ipc.new_file(file, TABLE.schema) as writer:
         for part in np.split(ids, 3):
             writer.write_batch(pa.record_batch([pa.array([part], TABLE.schema.field(0).type)], schema=TABLE.schema))
-    documents = read_documents([f"s3://shelf/large.arrow?{s3}"], None)
+    documents = Inputs([f"s3://shelf/large.arrow?{s3}"]).documents()
     assert np.array_equal(np.concatenate([document.read() for document in documents]), ids)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longnet_cli.data.sources import Document
+from longnet_cli.data.documents import Document
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.logprobs import logprob_schema, write_token_logprobs
 from longnet_cli.model import LongNet, LongNetConfig

@@ -10,7 +10,7 @@ import pyarrow.ipc as ipc
 import pytest
 from processes import contents
 
-from longnet_cli.data.inputs import find_sources
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import UNFINISHED, read_manifest
 from longnet_cli.data.shards import ShardFolder
 from longnet_cli.errors import ConfigError, DataError
@@ -165,12 +165,12 @@ def test_a_reader_takes_no_half_of_a_data_set(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", fail_at=5)
     with pytest.raises(DataError, match="--resume"):
-        find_sources([tmp_path / "out"])
+        _ = Inputs([tmp_path / "out"]).sources
     folder = write(tmp_path / "out", resume=True)
-    assert [source.path for source in find_sources([tmp_path / "out"])] == folder.paths
+    assert [source.path for source in Inputs([tmp_path / "out"]).sources] == folder.paths
     folder.paths[1].unlink()
     with pytest.raises(DataError, match=r"vectors-00001\.arrow: no such file"):
-        find_sources([tmp_path / "out"])
+        _ = Inputs([tmp_path / "out"]).sources
 
 
 def test_a_finished_folder_of_parquet_resumes_too(tmp_path):
@@ -191,7 +191,7 @@ def test_a_finished_folder_of_parquet_resumes_too(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     names = ["_manifest.parquet", *(f"shard-0000{index}.parquet" for index in range(5))]
     assert sorted(os.listdir(tmp_path / "out")) == names
-    assert [source.name for source in find_sources([tmp_path / "out"])] == names[1:]
+    assert [source.name for source in Inputs([tmp_path / "out"]).sources] == names[1:]
     assert read_manifest(tmp_path / "out").totals["rows"] == 15
     os.truncate(tmp_path / "out/shard-00001.parquet", 100)
     (tmp_path / "out/_unfinished.json").write_text(read_manifest(tmp_path / "out").to_json())

@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from longnet_cli.data import documents as documents_module
-from longnet_cli.data import id_columns, sources
-from longnet_cli.data.sources import Document, read_documents, read_texts
+from longnet_cli.data import id_columns
+from longnet_cli.data.documents import Document
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.tables import Table
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 
@@ -60,13 +62,13 @@ def tokens(documents: list[Document]) -> list[list[int]]:
 
 
 def read(*inputs: Any, tokenizer: Tokenizer | None = BYTES, **options: Any) -> list[Document]:
-    return list(read_documents(inputs, tokenizer, **options))
+    return list(Inputs(inputs, tokenizer, **options).documents())
 
 
-def pipe(data: bytes, code: str = "[d.read().tolist() for d in read_documents(['-'], Tokenizer.bytes())]") -> Any:
+def pipe(data: bytes, code: str = "[d.read().tolist() for d in Inputs(['-'], Tokenizer.bytes()).documents()]") -> Any:
     """What `code` gives in another process that gets `data` through a pipe, in small writes; or its error."""
     script = (
-        "import json\nfrom longnet_cli.data.sources import *\nfrom longnet_cli.data.tokenizer import Tokenizer\n"
+        "import json\nfrom longnet_cli.data.inputs import *\nfrom longnet_cli.data.tokenizer import Tokenizer\n"
         "from longnet_cli.errors import DataError\n"
         f"try: print(json.dumps({code}))\nexcept DataError as error: print(json.dumps(str(error)))"
     )
@@ -179,10 +181,10 @@ def test_stdin_gives_the_same_documents(tmp_path, name):
 
 
 def test_stdin_text_and_a_redirected_file(tmp_path):
-    assert pipe(TEXTS[1].encode(), "[t.text for t in read_texts(['-'])]") == [TEXTS[1]]
+    assert pipe(TEXTS[1].encode(), "[t.text for t in Inputs(['-']).texts()]") == [TEXTS[1]]
     script = (
-        "from longnet_cli.data.sources import *\n"
-        "document, *_ = read_documents(['-'], None)\n"
+        "from longnet_cli.data.inputs import *\n"
+        "document, *_ = Inputs(['-']).documents()\n"
         "print(document.doc_id, document.read().tolist(), type(document.parts[0].ids).__name__)"
     )
     with open(FORMATS["file"](tmp_path)) as file:
@@ -204,7 +206,7 @@ def test_text_files_are_read_byte_for_byte(tmp_path):
     assert tokens(documents) == IDS
     assert [document.doc_id for document in documents] == ["0.txt", "1.txt", "2.txt"]
     (tmp_path / "crlf.txt").write_bytes("\ufeffa\r\nb".encode())
-    assert next(read_texts([tmp_path / "crlf.txt"])).text == "a\r\nb"  # a mark is no text
+    assert next(Inputs([tmp_path / "crlf.txt"]).texts()).text == "a\r\nb"  # a mark is no text
     (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf")
     assert [document.read().tolist() for document in read(tmp_path / "empty.txt")] == [[]]
 
@@ -258,10 +260,10 @@ def test_a_disk_without_room_for_a_document_is_one_line(tmp_path, monkeypatch):
 def test_slices_of_columns_keep_to_their_rows(kind):
     rows = [[1, 2], [3, 4], [5, 6], [7, 900]]
     batch = pa.record_batch({"ids": pa.array(rows, kind)}).slice(1, 2)
-    table = sources.Table("x", "x", batch.schema, lambda columns: iter([batch]))
-    assert tokens(list(sources.documents_of(table, None, vocab_size=100))) == rows[1:3]
+    table = Table("x", "x", batch.schema, lambda columns: iter([batch]))
+    assert tokens(list(Inputs((), vocab_size=100).documents_of(table))) == rows[1:3]
     with pytest.raises(DataError, match="row 1, offset 1: token id 6"):
-        tokens(list(sources.documents_of(table, None, vocab_size=6)))
+        tokens(list(Inputs((), vocab_size=6).documents_of(table)))
 
 
 def test_blocks_do_not_show_in_a_flat_stream(tmp_path, monkeypatch):

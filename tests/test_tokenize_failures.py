@@ -20,7 +20,7 @@ import pyarrow.ipc as ipc
 import pytest
 from processes import assert_full, contents, kill_and_resume, wait_for
 
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.errors import DataError
 from longnet_cli.shipped import model_path
 
@@ -125,7 +125,7 @@ def test_a_cut_stream_is_refused(start, corpus, tmp_path, ending):
             process.kill()
         assert process.wait(30) == (-9 if ending == "kill" else 3)
     with pytest.raises(DataError, match="truncated"):
-        list(read_documents([tmp_path / "cut.arrow"], None))
+        list(Inputs([tmp_path / "cut.arrow"]).documents())
 
 
 def test_a_full_disk_keeps_finished_shards_and_room_lets_it_resume(start, run_longnet, corpus, tmp_path, small_disk):

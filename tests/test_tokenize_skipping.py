@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from processes import contents
 
-from longnet_cli.data import formats, sources
+from longnet_cli.data import formats
+from longnet_cli.data import inputs as inputs_module
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.sources import read_texts
+from longnet_cli.data.tables import Text
 from longnet_cli.errors import DataError, LongNetError
 from longnet_cli.tokenizing import tokenize
 
@@ -113,7 +115,7 @@ def test_quiet_says_nothing_and_ends_with_the_same_code(run_longnet, inputs):
 @pytest.mark.parametrize("packed", [False, True])
 def test_of_a_long_text_that_ends_badly_nothing_is_written(tmp_path, monkeypatch, packed):
     """What is bad is behind what would have been written by then."""
-    for module, name, size in ((formats, "TEXT_PART", 1000), (sources, "SPOOLED_PART", 700)):
+    for module, name, size in ((formats, "TEXT_PART", 1000), (inputs_module, "SPOOLED_PART", 700)):
         monkeypatch.setattr(module, name, size)
     text = "".join(f"wörd {index}\r\n" for index in range(3000))
     (tmp_path / "long.txt").write_bytes(text.encode())
@@ -125,13 +127,13 @@ def test_of_a_long_text_that_ends_badly_nothing_is_written(tmp_path, monkeypatch
     def skip(text: object, error: LongNetError) -> None:
         skipped.append(str(error))
 
-    found = tokenize([bad, tmp_path / "long.txt", tmp_path / "short.txt"], tmp_path / "out", on_skip=skip)
-    good = tokenize([tmp_path / "long.txt", tmp_path / "short.txt"], tmp_path / "good")
+    found = tokenize(Inputs([bad, tmp_path / "long.txt", tmp_path / "short.txt"]), tmp_path / "out", on_skip=skip)
+    good = tokenize(Inputs([tmp_path / "long.txt", tmp_path / "short.txt"]), tmp_path / "good")
     assert found.documents == good.documents == 2
     assert (tmp_path / "out/shard-00000.arrow").read_bytes() == (tmp_path / "good/shard-00000.arrow").read_bytes()
     assert len(skipped) == 1
     assert skipped[0].startswith(f"{bad}: ")
-    (whole,) = read_texts([tmp_path / "long.txt"], skip_bad=True)
+    (whole,) = Inputs([tmp_path / "long.txt"], skip_bad=True).texts()
     assert "".join(whole.parts) == text
 
 
@@ -141,10 +143,10 @@ def test_rows_before_damage_do_not_depend_on_how_fast_they_came(tmp_path, monkey
     path.write_bytes(gzip.compress("".join(lines(ROWS * 1000)).encode())[:-100])
 
     def count() -> int:
-        return sum(not text.error for text in read_texts([path], skip_bad=True))
+        return sum(isinstance(text, Text) for text in Inputs([path], skip_bad=True).texts())
 
     fast = count()
     monkeypatch.setattr("longnet_cli.data.jsonlines.PATIENCE", -1)
     assert fast == count() > 5000
     with pytest.raises(DataError, match="the gzip data is damaged or truncated"):
-        list(read_texts([path]))
+        list(Inputs([path]).texts())

@@ -1,4 +1,4 @@
-"""Proves that what `tokenize` writes, `read_documents` reads back: the same documents, tokens and byte counts."""
+"""Proves that what `tokenize` writes, `Inputs` reads back: the same documents, tokens and byte counts."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from processes import contents
 
 from longnet_cli import tokenizing
 from longnet_cli.data import tokenizer as tokenizer_module
-from longnet_cli.data.manifest import read_manifest, tokens_in
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.shipped import model_path
@@ -36,7 +36,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def documents(place: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    found = list(read_documents([place], tokenizer))
+    found = list(Inputs([place], tokenizer).documents())
     assert [document.n_bytes for document in found] == [len(tokenizer.decode(d.tokens).encode()) for d in found]
     return {document.doc_id: tokenizer.decode(document.tokens) for document in found}
 
@@ -46,7 +46,7 @@ def documents(place: Path, tokenizer: Tokenizer) -> dict[str, str]:
 def test_written_is_read(corpus, tmp_path, output, train_vocab):
     progress = []
     result = tokenize(
-        [corpus], tmp_path / output, train_vocab=train_vocab, on_progress=lambda *done: progress.append(done)
+        Inputs([corpus]), tmp_path / output, train_vocab=train_vocab, on_progress=lambda *done: progress.append(done)
     )
     assert documents(tmp_path / output, result.tokenizer) == TEXTS
     size = sum(len(text.encode()) for text in TEXTS.values())
@@ -59,7 +59,7 @@ def test_written_is_read(corpus, tmp_path, output, train_vocab):
 
 def test_shards_end_at_documents_and_batches_cut_rows(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizing, "BATCH_BYTES", 100)
-    result = tokenize([corpus], tmp_path / "out", shard_tokens=100)
+    result = tokenize(Inputs([corpus]), tmp_path / "out", shard_tokens=100)
     assert [shard.name for shard in result.shards] == ["shard-00000.arrow", "shard-00001.arrow"]
     reader = ipc.open_file(result.shards[0])
     batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
@@ -78,7 +78,7 @@ def test_documents_of_one_name_stay_apart(tmp_path):
         with ipc.new_file(tmp_path / name, table.schema) as writer:
             writer.write_table(table.slice(0 if name == "b.arrow" else 1))
             writer.write_table(table.slice(0, 1))
-    result = tokenize([tmp_path / "a.arrow", tmp_path / "b.arrow"], tmp_path / "out.arrow")
+    result = tokenize(Inputs([tmp_path / "a.arrow", tmp_path / "b.arrow"]), tmp_path / "out.arrow")
     found = documents(tmp_path / "out.arrow", result.tokenizer)
     assert result.documents == 5
     assert list(found.values())[:2] == ["two", "one"]
@@ -86,7 +86,7 @@ def test_documents_of_one_name_stay_apart(tmp_path):
 
 
 def test_stdout_is_a_stream(corpus, tmp_path):
-    script = f"from longnet_cli.tokenizing import tokenize; tokenize([{str(corpus)!r}], '-')"
+    script = f"from longnet_cli.tokenizing import *; tokenize(Inputs([{str(corpus)!r}]), '-')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     (tmp_path / "stream.arrow").write_bytes(done.stdout)
     assert documents(tmp_path / "stream.arrow", Tokenizer.bytes()) == TEXTS
@@ -95,21 +95,21 @@ def test_stdout_is_a_stream(corpus, tmp_path):
 def test_a_failure_leaves_finished_shards_to_resume_from(corpus, tmp_path):
     (corpus / "z.txt").write_bytes(b"\xff bad")
     with pytest.raises(DataError):
-        tokenize([corpus], tmp_path / "out.arrow")
+        tokenize(Inputs([corpus]), tmp_path / "out.arrow")
     assert os.listdir(tmp_path) == ["corpus"]
     with pytest.raises(DataError):
-        tokenize([corpus], tmp_path / "out", shard_tokens=20)
+        tokenize(Inputs([corpus]), tmp_path / "out", shard_tokens=20)
     assert sorted(os.listdir(tmp_path / "out")) == ["_unfinished.json", "shard-00000.arrow"]
     (corpus / "z.txt").write_bytes(b"good!")  # of the same size
-    again = tokenize([corpus], tmp_path / "out", shard_tokens=20, resume=True)
-    whole = tokenize([corpus], tmp_path / "whole", shard_tokens=20)
+    again = tokenize(Inputs([corpus]), tmp_path / "out", shard_tokens=20, resume=True)
+    whole = tokenize(Inputs([corpus]), tmp_path / "whole", shard_tokens=20)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert (again.documents, again.tokens, again.bytes) == (whole.documents, whole.tokens, whole.bytes)
     assert [shard.name for shard in again.shards] == [shard.name for shard in whole.shards]
 
 
 def test_what_is_in_finished_shards_is_not_tokenized_again(corpus, tmp_path, monkeypatch):
-    whole = tokenize([corpus], tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True)
+    whole = tokenize(Inputs([corpus]), tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True)
     seen: list[str] = []
     encode_parts = Tokenizer.encode_parts
     monkeypatch.setattr(
@@ -122,12 +122,15 @@ def test_what_is_in_finished_shards_is_not_tokenized_again(corpus, tmp_path, mon
         state = manifest | {"shards": manifest["shards"][:finished]}
         (tmp_path / "whole/_unfinished.json").write_text(json.dumps(state))
         seen.clear()
-        again = tokenize([corpus], tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True, resume=True)
+        again = tokenize(Inputs([corpus]), tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True, resume=True)
         assert [text for text in seen if text] == list(TEXTS.values())[finished:]
         assert (again.documents, again.tokens, again.bytes) == (whole.documents, whole.tokens, whole.bytes)
         assert contents(tmp_path / "whole") == expected
     seen.clear()
-    assert tokenize([corpus], tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True, resume=True) is not None
+    assert (
+        tokenize(Inputs([corpus]), tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True, resume=True)
+        is not None
+    )
     assert seen == []
 
 
@@ -136,18 +139,19 @@ def test_what_is_in_finished_shards_is_not_tokenized_again(corpus, tmp_path, mon
     [
         ("shard_tokens", {"shard_tokens": 21}),
         ("eos", {"eos": True}),
-        ("column", {"column": "body"}),
+        ("column", {}),
         ("train_vocab", {"train_vocab": 300}),
         ("inputs", {}),
     ],
 )
 def test_other_inputs_or_options_are_not_resumed(corpus, tmp_path, changed, options):
-    tokenize([corpus], tmp_path / "out", shard_tokens=20)
+    tokenize(Inputs([corpus]), tmp_path / "out", shard_tokens=20)
     if changed == "inputs":
         (corpus / "c.txt").write_text("longer than before")
     expected = contents(tmp_path / "out")
+    inputs = Inputs([corpus], column="body" if changed == "column" else None)
     with pytest.raises(ConfigError, match=f"cannot resume: {changed} was "):
-        tokenize([corpus], tmp_path / "out", resume=True, **{"shard_tokens": 20} | options)
+        tokenize(inputs, tmp_path / "out", resume=True, **{"shard_tokens": 20} | options)
     assert contents(tmp_path / "out") == expected
 
 
@@ -156,11 +160,11 @@ def test_eos_ends_every_document_also_an_empty_one(tmp_path):
     with ipc.new_file(tmp_path / "in.arrow", table.schema) as writer:
         writer.write_table(table)
     for eos in (False, True):
-        tokenize([tmp_path / "in.arrow"], tmp_path / f"{eos}.arrow", eos=eos)
+        tokenize(Inputs([tmp_path / "in.arrow"]), tmp_path / f"{eos}.arrow", eos=eos)
         ids = ipc.open_file(tmp_path / f"{eos}.arrow").read_all()["input_ids"].to_pylist()
         assert ids == [[*text.encode()] + [256] * eos for text in ("one", "", "two")]
     for eos in (10, "10", "Ċ"):  # as byte-level tokenizers write a newline
-        tokenize([tmp_path / "in.arrow"], tmp_path / "line.arrow", eos=eos)
+        tokenize(Inputs([tmp_path / "in.arrow"]), tmp_path / "line.arrow", eos=eos)
         written = ipc.open_file(tmp_path / "line.arrow").read_all()
         assert written["input_ids"].to_pylist() == [[*text.encode(), 10] for text in ("one", "", "two")]
         assert written.schema.metadata[b"longnet.eos_id"] == b"10"
@@ -179,8 +183,8 @@ def test_parts_of_long_texts_and_any_grouping_give_the_same_ids(tmp_path, monkey
     for index, (group, batch) in enumerate([(1, 1 << 12), (5000, 1 << 12), (1 << 22, 1 << 12), (1 << 22, 1 << 24)]):
         monkeypatch.setattr(tokenizing, "TEXT_CHARS", group)
         monkeypatch.setattr(tokenizing, "BATCH_BYTES", batch)
-        tokenize([tmp_path / "in.arrow"], tmp_path / str(index), tokenizer=words, shard_tokens=3000)
-        read = list(read_documents([tmp_path / str(index)], words))
+        tokenize(Inputs([tmp_path / "in.arrow"]), tmp_path / str(index), tokenizer=words, shard_tokens=3000)
+        read = list(Inputs([tmp_path / str(index)], words).documents())
         assert len(read) == len(texts)
         assert all(np.array_equal(found.tokens, words.encode(text)) for found, text in zip(read, texts, strict=True))
         shards.append(contents(tmp_path / str(index)))
@@ -189,49 +193,49 @@ def test_parts_of_long_texts_and_any_grouping_give_the_same_ids(tmp_path, monkey
 
 def test_the_size_of_the_inputs_is_known_when_all_are_text(corpus, tmp_path):
     sizes = []
-    tokenize([corpus], tmp_path / "out.arrow", on_progress=lambda documents, tokens, size: sizes.append(size))
-    assert tokenizing.text_bytes([corpus]) == sizes[-1] == sum(len(text.encode()) for text in TEXTS.values())
-    assert tokenizing.text_bytes([corpus, tmp_path / "out.arrow"]) is None
+    tokenize(Inputs([corpus]), tmp_path / "out.arrow", on_progress=lambda documents, tokens, size: sizes.append(size))
+    assert Inputs([corpus]).num_bytes() == sizes[-1] == sum(len(text.encode()) for text in TEXTS.values())
+    assert Inputs([corpus, tmp_path / "out.arrow"]).num_bytes() is None
 
 
 def test_the_tokens_of_folders_are_known(corpus, tmp_path):
-    tokens = [tokenize([corpus / name], tmp_path / name[0]).tokens for name in ("a.txt", "b.txt")]
-    assert tokens_in([tmp_path / "a", tmp_path / "b"]) == sum(tokens)
-    assert tokens_in([tmp_path / "a", corpus]) is tokens_in(["-"]) is None
+    tokens = [tokenize(Inputs([corpus / name]), tmp_path / name[0]).tokens for name in ("a.txt", "b.txt")]
+    assert Inputs([tmp_path / "a", tmp_path / "b"]).num_tokens() == sum(tokens)
+    assert Inputs([tmp_path / "a", corpus]).num_tokens() is Inputs(["-"]).num_tokens() is None
 
 
 def test_a_used_folder_is_refused_and_an_empty_one_taken(corpus, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    tokenize([corpus], tmp_path / "empty")
+    tokenize(Inputs([corpus]), tmp_path / "empty")
     monkeypatch.setattr(Tokenizer, "train", None)  # which may take long, so this is said before
     with pytest.raises(ConfigError, match="holds a finished data set"):
-        tokenize([corpus], tmp_path / "empty", train_vocab=300)
+        tokenize(Inputs([corpus]), tmp_path / "empty", train_vocab=300)
     for resume in (False, True):
         for place in (corpus, corpus / "a.txt"):
             with pytest.raises(ConfigError, match="not an empty folder"):
-                tokenize([corpus], place, train_vocab=300, resume=resume)
+                tokenize(Inputs([corpus]), place, train_vocab=300, resume=resume)
 
 
 def test_options_that_do_not_fit_together(corpus, tmp_path):
     with pytest.raises(ConfigError, match="stdin"):
-        tokenize(["-"], tmp_path / "out", train_vocab=300)
+        tokenize(Inputs(["-"]), tmp_path / "out", train_vocab=300)
     with pytest.raises(ConfigError, match="not both"):
-        tokenize([corpus], tmp_path / "out", train_vocab=300, tokenizer=Tokenizer.bytes())
+        tokenize(Inputs([corpus]), tmp_path / "out", train_vocab=300, tokenizer=Tokenizer.bytes())
     with pytest.raises(ConfigError, match="shard_tokens"):
-        tokenize([corpus], tmp_path / "out", shard_tokens=0)
+        tokenize(Inputs([corpus]), tmp_path / "out", shard_tokens=0)
     for output in ("-", tmp_path / "out.arrow"):
         with pytest.raises(ConfigError, match="only a folder of shards can be resumed"):
-            tokenize([corpus], output, resume=True)
+            tokenize(Inputs([corpus]), output, resume=True)
     with pytest.raises(ConfigError, match="-o is empty"):
-        tokenize([corpus], "")
+        tokenize(Inputs([corpus]), "")
     no_end = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[])))
     with pytest.raises(ConfigError, match="--eos"):
-        tokenize([corpus], tmp_path / "out", tokenizer=no_end, eos=True)
+        tokenize(Inputs([corpus]), tmp_path / "out", tokenizer=no_end, eos=True)
     table = pa.table({"input_ids": [[1]]})
     with ipc.new_file(tmp_path / "ids.arrow", table.schema) as writer:
         writer.write_table(table)
     with pytest.raises(ConfigError, match="input_ids"):
-        tokenize([tmp_path / "ids.arrow"], tmp_path / "out")
+        tokenize(Inputs([tmp_path / "ids.arrow"]), tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -242,8 +246,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, output):
     peaks = []
     for copies in (37, 148):
         code = (
-            "import sys; from pathlib import Path; from longnet_cli.tokenizing import tokenize\n"
-            "tokenize([sys.argv[1]] * int(sys.argv[2]), sys.argv[3], shard_tokens=1 << 26)\n"
+            "import sys; from pathlib import Path; from longnet_cli.tokenizing import *\n"
+            "tokenize(Inputs([sys.argv[1]] * int(sys.argv[2])), sys.argv[3], shard_tokens=1 << 26)\n"
             # not ru_maxrss, in which a child begins with what its parent holds
             "status = Path('/proc/self/status').read_text().splitlines()\n"
             "print(next(int(line.split()[1]) // 1024 for line in status if 'VmHWM' in line), file=sys.stderr)"

@@ -19,8 +19,9 @@ from builders import write_rows
 from conftest import RunLongnet
 
 from longnet_cli.data.documents import Unread
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.sources import read_documents, read_texts
+from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError
 
@@ -39,12 +40,12 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def read(path: Path, **options: object) -> list[tuple[str, list[int], dict]]:
-    found = read_documents([path], BYTES, vocab_size=300, **options)  # type: ignore[arg-type]
+    found = Inputs([path], BYTES, vocab_size=300, **options).documents()  # type: ignore[arg-type]
     return [(each.doc_id, each.read().tolist(), {k: v.as_py() for k, v in each.kept.items()}) for each in found]
 
 
 def test_a_column_may_be_inside_of_others(path: Path) -> None:
-    bodies = [text.text for text in read_texts([path], "doc.body")]
+    bodies = [text.text for text in Inputs([path], column="doc.body").texts()]
     assert bodies == ["one", "two", "three"]
     assert [ids for _, ids, _ in read(path, column="doc.ids")] == [[1, 2], [3], []]
     assert [name for name, _, _ in read(path, column="doc.body", id_column="doc.deep.name")] == ["x", "y"]
@@ -58,7 +59,9 @@ def test_a_column_may_be_inside_of_others(path: Path) -> None:
 def test_a_name_with_a_dot_comes_before_one_inside(tmp_path: Path) -> None:
     rows = [{"doc": {"body": "inside"}, "doc.body": "beside"}]
     for form in FORMS:
-        assert [text.text for text in read_texts([write_rows(tmp_path / form, rows)], "doc.body")] == ["beside"]
+        assert [text.text for text in Inputs([write_rows(tmp_path / form, rows)], column="doc.body").texts()] == [
+            "beside"
+        ]
 
 
 def test_what_is_in_a_null_is_null(tmp_path: Path) -> None:
@@ -66,7 +69,7 @@ def test_what_is_in_a_null_is_null(tmp_path: Path) -> None:
     for form in FORMS:
         file = write_rows(tmp_path / form, rows)
         with pytest.raises(DataError, match=r"(row 2|line 3)"):
-            list(read_texts([file], "doc.body"))
+            list(Inputs([file], column="doc.body").texts())
         good = write_rows(tmp_path / form, rows[:2])
         assert [kept for _, _, kept in read(good, column="doc.body", keep=("n.a",))] == [{"n.a": 1}, {"n.a": None}]
 
@@ -74,7 +77,7 @@ def test_what_is_in_a_null_is_null(tmp_path: Path) -> None:
 def test_documents_are_named_by_id_and_by_any_column(path: Path) -> None:
     assert [name for name, _, _ in read(path)] == ["7", "8", "9"]
     assert [name for name, _, _ in read(path, id_column="text", column="doc.body")] == ["first", "second", "third"]
-    assert [text.doc_id for text in read_texts([path], id_column="doc.deep.name")] == ["x", "y"]
+    assert [text.doc_id for text in Inputs([path], id_column="doc.deep.name").texts()] == ["x", "y"]
     with pytest.raises(ConfigError, match="there is no column 'uid'; its columns are"):
         read(path, id_column="uid")
     with pytest.raises((ConfigError, DataError), match="doc"):
@@ -122,6 +125,19 @@ def test_json_says_of_what_type_it_is_in_its_first_lines(tmp_path: Path) -> None
         read(late, keep=("n",))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_column_to_keep_that_no_row_has_is_an_error(tmp_path: Path, run_longnet: RunLongnet, form: str) -> None:
+    """It lists the columns. A key that some lines have is null in the others."""
+    write_rows(tmp_path / form, ROWS)
+    for name in ("titel", "doc.titel"):
+        done = run_longnet("score", form, "--keep", f"n,{name}", "--format", "jsonl", "--skip-bad")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"{form}: there is no column '{name}'; its columns are " in done.stderr
+        assert all(f"{key}" in done.stderr for key in ROWS[0])
+    (tmp_path / "some.jsonl").write_text('{"text": "a"}\n{"text": "b", "n": {"m": 1}}\n')
+    assert [kept["n.m"] for _, _, kept in read(tmp_path / "some.jsonl", keep=("n.m",))] == [None, 1]
+
+
 def test_score_and_encode_carry_columns_to_their_rows(tmp_path: Path, run_longnet: RunLongnet) -> None:
     day = datetime.date(2026, 11, 26)
     table = pa.table({"text": ["one", "two"], "day": [day, None], "tag": pa.array(["a", "b"]).dictionary_encode()})
@@ -165,12 +181,12 @@ def test_rows_and_files_that_cannot_be_read_are_told_one_by_one(tmp_path: Path) 
     (tmp_path / "d.txt").write_bytes(b"\xff\xfe\x00bad")
     (tmp_path / "e.txt").write_text("f")
     inputs = [tmp_path / name for name in ("missing", "a.jsonl", "b.parquet", "c.parquet", "d.txt", "e.txt")]
-    found = list(read_documents(inputs, BYTES, skip_bad=True))
-    texts = list(read_texts(inputs, skip_bad=True))
+    found = list(Inputs(inputs, BYTES, skip_bad=True).documents())
+    texts = list(Inputs(inputs, skip_bad=True).texts())
     good = [bytes(each.read().tolist()).decode() for each in found if not isinstance(each, Unread)]
-    assert good == ["a", "b", "c", "d", "e", "f"] == [text.text for text in texts if not text.error]
+    assert good == ["a", "b", "c", "d", "e", "f"] == [text.text for text in texts if isinstance(text, Text)]
     errors = [str(each.error).removeprefix(f"{tmp_path}/") for each in found if isinstance(each, Unread)]
-    assert errors == [str(text.error).removeprefix(f"{tmp_path}/") for text in texts if text.error]
+    assert errors == [str(text.error).removeprefix(f"{tmp_path}/") for text in texts if isinstance(text, Unread)]
     for error, start in zip(
         errors,
         (
@@ -253,6 +269,6 @@ def _texts(folder: Path, item: str) -> list:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        return list(read_texts([item]))
+        return list(Inputs([item]).texts())
     finally:
         os.chdir(before)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from strategies import document_starts
 
 from longnet_cli.data import windows as module
-from longnet_cli.data.sources import read_documents
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import LONGEST_PERIOD, Batch, Mix, TokenStream, TokenWindows
 from longnet_cli.errors import ConfigError, DataError
@@ -335,7 +335,7 @@ def test_windows_of_a_mapped_shard_are_copies(tmp_path: Path):
     table = pa.table({"input_ids": rows})
     with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
         file.write(table)
-    source = TokenStream(list(read_documents([tmp_path / "a.arrow"], None, vocab_size=100)), 99)
+    source = TokenStream(list(Inputs([tmp_path / "a.arrow"], vocab_size=100).documents()), 99)
     batch, state = next(iter(TokenWindows([source], 82, 1, seed=0)))
     assert batch.read_all().tolist() == [[99, *range(50), 99, 99, *range(50, 80)]]
     assert "a.arrow, row 0" in state["where"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from longnet_cli.cli.command import Command, CommandGroup
-from longnet_cli.cli.options import INPUT, OUTPUT, ColumnOption, EosOption, IdColumnOption, Inputs, QuietOption, option
+from longnet_cli.cli.options import INPUT, OUTPUT, ColumnOption, EosOption, IdColumnOption, Names, QuietOption, option
 from longnet_cli.cli.output import emit_json, printable
 from longnet_cli.cli.progress import progress
 
@@ -28,7 +28,7 @@ def group() -> None:
 
 @data.command(cls=Command)
 def inspect(
-    inputs: Inputs,
+    inputs: Names,
     tokenizer: Annotated[
         str | None,
         option(
@@ -51,6 +51,7 @@ def inspect(
 
     The exit code is 3 if anything is wrong.
     """
+    from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.special_tokens import end_of_text
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.errors import DataError
@@ -58,8 +59,8 @@ def inspect(
 
     words = Tokenizer.load(tokenizer) if tokenizer else None
     with progress("inspecting", total=None, quiet=quiet) as advance:
-        ending = end_of_text(eos, words)
-        found = run(inputs, words, column=column, id_column=id_column, eos_id=ending, on_progress=advance)
+        reads = Inputs(inputs, words, column, id_column, eos_id=end_of_text(eos, words))
+        found = run(reads, on_progress=advance)
     if format == "json":
         emit_json(found.as_dict())
     else:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -24,9 +25,9 @@ from longnet_cli.cli.options import (
     DtypeOption,
     EosOption,
     IdColumnOption,
-    Inputs,
     KeepOption,
     ModelOption,
+    Names,
     NprocOption,
     PatternOption,
     QuietOption,
@@ -50,7 +51,7 @@ VECTORS = "Vectors"
 
 
 def encode(
-    inputs: Inputs,
+    inputs: Names,
     tokenizer: TokenizerOption = None,
     tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
@@ -149,25 +150,23 @@ def encode(
     check_sample(sample, dry_run)
     if output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():  # checked before a model is loaded
         raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
+    from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.overwriting import refuse_overwriting
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.model_folder import ModelFolder
 
     model_folder = ModelFolder.find(model, gguf=True)
     reads = [model_folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
-    refuse_overwriting("-o", [output], inputs, reads, skip_bad=skip_bad)
+    data = Inputs(inputs, column=column, id_column=id_column, keep=tuple(keep or ()), skip_bad=skip_bad)
+    refuse_overwriting("-o", [output], data, reads)
     if spill and not os.path.isdir(spill):
         raise ConfigError(f"--spill {spill}: no such folder")
     launch(nproc, inputs, model_folder, sp=sp, dp=dp)
     from longnet_cli.data.chat import chat_settings
-    from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.kept import first_kept
-    from longnet_cli.data.manifest import tokens_in
     from longnet_cli.data.outputs import ShardWriter, is_folder
     from longnet_cli.data.shards import run_to_resume
-    from longnet_cli.data.sources import read_documents, read_untokenized, stored_documents
     from longnet_cli.data.special_tokens import end_of_text
-    from longnet_cli.data.vector_sources import read_vectors
     from longnet_cli.notation import format_pattern
 
     in_folder = is_folder(output)
@@ -202,7 +201,6 @@ def encode(
             "--tokenizer-differs": tokenizer_differs,
             "--eos": eos,
             "--bos": bos,
-            "--keep": keep,
         }
         if given := [name for name, value in of_tokens.items() if value]:
             raise ConfigError(f"{model} reads vectors, which have no tokens: leave out {', '.join(given)}")
@@ -210,17 +208,15 @@ def encode(
     from longnet_cli.encoding import encode as run
 
     eos_id = end_of_text(eos, loaded.tokenizer)
-    columns: dict[str, Any] = {"column": column, "id_column": id_column, "keep": tuple(keep or ())}
-    reading = {**columns, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
-    documents: Iterator[Any] = read_documents(inputs, loaded.tokenizer, **reading, skip_bad=skip_bad)
+    data = replace(data, tokenizer=loaded.tokenizer, vocab_size=net.config.vocab_size, eos_id=eos_id)
     if net.row_size is not None:
-        in_grid = net.has_grid
-        documents = read_vectors(inputs, column, id_column, coords=in_grid)
+        data = replace(data, vectors=True, coords=net.has_grid)
+    documents: Iterator[Any] = data.documents()
     kept_fields: list[Any] = []
     if keep and not dry_run:  # first_kept waits for the first document
         kept_fields, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
-    stored = stored_documents(inputs, loaded.tokenizer, **reading) if limited else ()
+    stored = data.stored() if limited else ()
     skipped = Skipped(quiet)
     options = EncodeOptions(
         bos=loaded.bos,
@@ -237,12 +233,10 @@ def encode(
     if memory:
         from longnet_cli.estimating.reading_job import EncodeJob
 
-        if sample and net.row_size is None:
-            documents = read_untokenized(inputs, loaded.tokenizer, **reading, skip_bad=skip_bad)
         found = estimate_reading(
             net,
             EncodeJob(net, options),
-            documents,
+            data.untokenized() if sample else documents,
             output,
             resume=resume,
             room=memory,
@@ -260,7 +254,7 @@ def encode(
             show_reading(found, format, "encoding")
         return
     done = earlier.totals["tokens"] if earlier else 0
-    with progress("encoding", total=tokens_in(inputs), start=done, quiet=quiet) as advance:
+    with progress("encoding", total=data.num_tokens(), start=done, quiet=quiet) as advance:
         running: dict[str, Any] = {
             "stored": stored,
             "kept_fields": kept_fields,
@@ -279,7 +273,7 @@ def encode(
                 output,
                 options,
                 settings={
-                    "inputs": inputs_fingerprint(inputs),
+                    "inputs": data.fingerprint(),
                     "column": column,
                     **({"id_column": id_column} if id_column else {}),
                     "eos": eos_id,

@@ -7,9 +7,9 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -39,7 +39,7 @@ from longnet_cli.sizes import format_duration
 if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
     from longnet_cli.data.documents import Document
-    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.data.inputs import Inputs
     from longnet_cli.generating import Step
 
 Format = Literal["text", "jsonl"]
@@ -121,7 +121,8 @@ def generate(
         raise ConfigError("--top-p needs a temperature above 0: add --temperature 1 for the model's own probabilities")
     if seed is not None and not 0 <= seed < 1 << 63:
         raise ConfigError(f"--seed {seed} is not a number from 0 to 2^63 - 1")
-    sources = _sources(prompt, inputs)
+    text = _text(prompt, inputs)
+    from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.special_tokens import end_of_text
     from longnet_cli.model_folder import ModelFolder
     from longnet_cli.runtime.device import select_device
@@ -146,9 +147,9 @@ def generate(
         raise ConfigError(
             f"{model}: there is no tokenizer: give --tokenizer, or token ids with --input and --format jsonl"
         )
-    reading = {"column": column, "vocab_size": net.config.vocab_size, "eos_id": end_of_text(eos, loaded.tokenizer)}
-    template = loaded.chat
-    documents = _messages(sources, template, column) if template else _documents(sources, loaded.tokenizer, reading)
+    eos_id = end_of_text(eos, loaded.tokenizer)
+    data = Inputs(inputs or ["-"], loaded.tokenizer, column, vocab_size=net.config.vocab_size, eos_id=eos_id)
+    documents = _documents(data, text, loaded.chat)
     bos_ids = None if chat and bos is None else loaded.bos  # a template has its own start ids
     seed = seed if seed is not None else _new_seed()
     origin = model_origin(net, model, loaded.tokenizer_sha256) if format == "jsonl" else {}
@@ -171,7 +172,7 @@ def generate(
             )
             first = next(steps)
         printer = _Printer(document, seed if temperature else None, format, origin)
-        if format == "text" and sources.several:
+        if format == "text" and text is None and data.names != ["-"]:
             print(("\n" if index else "") + f"==> {printable(document.doc_id)} <==", flush=True)
         printer.print(first)
         for step in steps:
@@ -179,21 +180,8 @@ def generate(
         printer.end(quiet)
 
 
-@dataclass(frozen=True)
-class _Sources:
-    """The prompts: a text, or inputs as for every other command."""
-
-    prompt: str | None
-    inputs: list[str]
-
-    @property
-    def several(self) -> bool:
-        """Return whether the prompts need names, because there may be more than one."""
-        return self.prompt is None and self.inputs != ["-"]
-
-
-def _sources(prompt: str | None, inputs: list[str] | None) -> _Sources:
-    """Return the prompts to continue. Raises ConfigError for no prompt, both kinds, or text that is not UTF-8."""
+def _text(prompt: str | None, inputs: list[str] | None) -> str | None:
+    """Return the text to continue, None for inputs. Raises ConfigError for none, both, or text that is not UTF-8."""
     from longnet_cli.errors import ConfigError
 
     if prompt is not None and inputs:
@@ -204,29 +192,22 @@ def _sources(prompt: str | None, inputs: list[str] | None) -> _Sources:
         raise ConfigError("PROMPT is not UTF-8: save it as a UTF-8 file and give that with --input")
     if prompt is not None and prompt != "-" and os.path.exists(prompt):
         note(f"{prompt} is continued as text; --input reads the file")
-    return _Sources(None if prompt == "-" else prompt, inputs or ["-"])
+    return None if prompt == "-" else prompt
 
 
-def _documents(sources: _Sources, tokenizer: Tokenizer | None, reading: dict[str, Any]) -> Iterator[Document]:
+def _documents(inputs: Inputs, prompt: str | None, template: ChatTemplate | None) -> Iterator[Document]:
     from longnet_cli.data.documents import Document
-    from longnet_cli.data.sources import read_documents
-
-    if sources.prompt is not None and tokenizer is not None:
-        yield Document("prompt", tokenizer.encode(sources.prompt), len(sources.prompt.encode()), "PROMPT")
-    else:
-        yield from read_documents(sources.inputs, tokenizer, **reading)
-
-
-def _messages(sources: _Sources, template: ChatTemplate, column: str | None) -> Iterator[Document]:
-    from longnet_cli.data.documents import Document
-    from longnet_cli.data.sources import read_texts
     from longnet_cli.data.tables import Text
 
-    given = [Text("prompt", sources.prompt, "PROMPT")] if sources.prompt is not None else None
-    for text in given or read_texts(sources.inputs, column):
-        yield Document(
-            text.doc_id, template.encode("".join(text.parts)), None, text.where, limit=template.tokenizer.vocab_size
-        )
+    if template:  # without a tokenizer, no column of chats is taken
+        texts = replace(inputs, tokenizer=None).texts() if prompt is None else [Text("prompt", prompt, "PROMPT")]
+        for text in texts:
+            ids = template.encode("".join(text.parts))
+            yield Document(text.doc_id, ids, None, text.where, limit=template.tokenizer.vocab_size)
+    elif prompt is not None and inputs.tokenizer is not None:
+        yield Document("prompt", inputs.tokenizer.encode(prompt), len(prompt.encode()), "PROMPT")
+    else:
+        yield from inputs.documents()
 
 
 def _new_seed() -> int:

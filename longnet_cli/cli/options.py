@@ -94,7 +94,7 @@ def bare_or(value: str | None, bare: Any, absent: Any = None) -> Any:
     return absent if value is None else bare if value == BARE else value
 
 
-Inputs = Annotated[
+Names = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT",

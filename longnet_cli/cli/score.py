@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,9 +23,9 @@ from longnet_cli.cli.options import (
     DtypeOption,
     EosOption,
     IdColumnOption,
-    Inputs,
     KeepOption,
     ModelOption,
+    Names,
     NprocOption,
     PatternOption,
     QuietOption,
@@ -52,7 +53,7 @@ ROW_KEYS = {"kind", "doc_id", "context", "nll_sum", "n_tokens", "n_bytes", "ppl"
 
 
 def score(
-    inputs: Inputs,
+    inputs: Names,
     tokenizer: TokenizerOption = None,
     tokenizer_differs: TokenizerDiffersOption = False,
     column: ColumnOption = None,
@@ -174,15 +175,17 @@ def score(
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
     if token_logprobs and (dp or 1) > 1:
         raise ConfigError("--token-logprobs is written by one group of ranks: leave out --dp")
+    from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.overwriting import refuse_overwriting
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.model_folder import ModelFolder
 
     model_folder = ModelFolder.find(model, gguf=True)
     reads = [model_folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
+    data = Inputs(inputs, column=column, id_column=id_column, keep=tuple(keep or ()), skip_bad=skip_bad)
     for name, place in (("--token-logprobs", token_logprobs), ("-o", output)):
         if place is not None:
-            refuse_overwriting(name, [place], inputs, reads, skip_bad=skip_bad)
+            refuse_overwriting(name, [place], data, reads)
     printing: dict[str, Any] = {
         "--by-position": by_position,
         "--by-recall": by_recall,
@@ -193,10 +196,7 @@ def score(
     done = score_rows.check(output, resume=resume, shard_tokens=shard_tokens, others=printing, dry_run=dry_run)
     launch(nproc, inputs, model_folder, sp=sp, dp=dp)
     from longnet_cli.data.chat import chat_settings
-    from longnet_cli.data.inputs import inputs_fingerprint
     from longnet_cli.data.kept import first_kept
-    from longnet_cli.data.manifest import tokens_in
-    from longnet_cli.data.sources import read_documents, read_untokenized, stored_documents
     from longnet_cli.data.special_tokens import end_of_text
     from longnet_cli.measures import Total
     from longnet_cli.notation import format_pattern
@@ -224,9 +224,8 @@ def score(
     from longnet_cli.scoring import score as run
 
     eos_id = end_of_text(eos, loaded.tokenizer)
-    columns: dict[str, Any] = {"column": column, "id_column": id_column, "keep": tuple(keep or ())}
-    reading = {**columns, "vocab_size": net.config.vocab_size, "eos_id": eos_id}
-    documents = read_documents(inputs, loaded.tokenizer, **reading, skip_bad=skip_bad)
+    data = replace(data, tokenizer=loaded.tokenizer, vocab_size=net.config.vocab_size, eos_id=eos_id)
+    documents = data.documents()
     if memory:
         from longnet_cli.cuts import Cut
         from longnet_cli.estimating.reading_job import ScoreJob
@@ -235,7 +234,7 @@ def score(
         found = estimate_reading(
             net,
             ScoreJob(net, cut, gains=output is not None and len(cut.contexts) > 1, recalls=by_recall),
-            read_untokenized(inputs, loaded.tokenizer, **reading, skip_bad=skip_bad) if sample else documents,
+            data.untokenized() if sample else documents,
             output,
             resume=resume,
             room=memory,
@@ -255,12 +254,12 @@ def score(
     if keep and output is not None:  # first_kept waits for the first document
         kept_fields, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
-    stored = stored_documents(inputs, loaded.tokenizer, **reading) if limited else ()
+    stored = data.stored() if limited else ()
     skipped = Skipped(quiet)
     origin = model_origin(net, model, loaded.tokenizer_sha256) if ranks.first and output is None else {}
     tokens = write_token_logprobs(token_logprobs, origin) if token_logprobs and ranks.first else nullcontext()
     times = len(context or [None])  # how often each token is scored
-    total = times * (tokens_in(inputs) or 0) if last is None else 0
+    total = times * (data.num_tokens() or 0) if last is None else 0
     with progress("scoring", total=total or None, start=times * done, quiet=quiet) as advance, tokens as on_tokens:
         running: dict[str, Any] = {
             "stored": stored,
@@ -282,7 +281,7 @@ def score(
                 pattern=format_pattern(net.config.pattern),
             )
             settings = {
-                "inputs": inputs_fingerprint(inputs),
+                "inputs": data.fingerprint(),
                 "column": column,
                 "id_column": id_column,
                 "eos": eos_id,

@@ -12,7 +12,6 @@ from longnet_cli.errors import LEFT_OUT
 
 if TYPE_CHECKING:
     from longnet_cli.data.documents import Document
-    from longnet_cli.data.tables import Text
     from longnet_cli.errors import LongNetError
 
 
@@ -22,7 +21,7 @@ class Skipped:
     def __init__(self, quiet: bool) -> None:
         self.number, self.empty, self._quiet = 0, 0, quiet
 
-    def __call__(self, document: Document | Text, error: LongNetError) -> None:
+    def __call__(self, document: Document, error: LongNetError) -> None:
         """Count a document, a row or a file that is left out, and report the reason."""
         self.number += 1
         note(f"left out: {getattr(error, 'why', str(error))}", self._quiet)

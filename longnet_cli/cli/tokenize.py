@@ -11,7 +11,7 @@ from longnet_cli.cli.options import (
     INPUT,
     OUTPUT,
     IdColumnOption,
-    Inputs,
+    Names,
     QuietOption,
     ResumeOption,
     ShardFormatOption,
@@ -31,7 +31,7 @@ TOKENS = "Tokens"
 
 
 def tokenize(
-    inputs: Inputs,
+    inputs: Names,
     output: Annotated[
         str,
         option(
@@ -89,11 +89,12 @@ def tokenize(
         raise ConfigError(
             "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
         )
+    from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.manifest import read_manifest
     from longnet_cli.data.outputs import is_folder
     from longnet_cli.data.overwriting import refuse_overwriting
     from longnet_cli.data.tokenizer import Tokenizer
-    from longnet_cli.tokenizing import SHARD_TOKENS, text_bytes, tokenizer_beside
+    from longnet_cli.tokenizing import SHARD_TOKENS, tokenizer_beside
     from longnet_cli.tokenizing import tokenize as run
 
     if shard_tokens is not None and not is_folder(output):
@@ -101,9 +102,8 @@ def tokenize(
     if shard_format != "arrow" and not is_folder(output):
         raise ConfigError(f"{output}: --shard-format is for a folder of shards: one file is what its name says")
     beside = tokenizer_beside(output)
-    refuse_overwriting(
-        "-o", [output, *([beside] if beside else [])], inputs, [Tokenizer.find(tokenizer)], skip_bad=skip_bad
-    )
+    data = Inputs(inputs, column=column, id_column=id_column, skip_bad=skip_bad)
+    refuse_overwriting("-o", [output, *([beside] if beside else [])], data, [Tokenizer.find(tokenizer)])
     if train_vocab is not None and (dp or 1) > 1:
         raise ConfigError("--train-vocab is for one process: train the tokenizer first, without --dp")
     launch(None, inputs, dp=dp)
@@ -118,7 +118,7 @@ def tokenize(
     earlier = read_manifest(output) if resume else None
     done = earlier.totals["bytes"] if earlier else 0
     skipped = Skipped(quiet)
-    with progress("tokenizing", total=text_bytes(inputs), unit="B", start=done, quiet=quiet) as advance:
+    with progress("tokenizing", total=data.num_bytes(), unit="B", start=done, quiet=quiet) as advance:
 
         def on_progress(documents: int, tokens: int, size: int) -> None:
             nonlocal done
@@ -126,12 +126,10 @@ def tokenize(
             done = size
 
         result = run(
-            inputs,
+            data,
             output,
             tokenizer=tokenizer,
             train_vocab=train_vocab,
-            column=column,
-            id_column=id_column,
             shard_tokens=shard_tokens or SHARD_TOKENS,
             shard_format=shard_format,
             eos=bare_or(eos, True),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -21,7 +21,12 @@ _LISTS = (
 )
 
 
-ID_COLUMNS = ("doc_id", "id")
+VECTOR_COLUMNS = ("features", "embedding", "embeddings")
+ID_COLUMNS, VECTOR_ID_COLUMNS = ("doc_id", "id"), ("slide_id", "doc_id")
+COORDS = (("coords",), ("x", "y"))
+
+
+Form = Literal["text", "tokens", "vectors"]  # what documents are read as; ids and text are both tokens
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,11 @@ class Wanted:
         return [name for name in (self.column, self.id_column, *self.keep) if name is not None]
 
 
-USUAL = Wanted()
-
-
 class Columns(NamedTuple):
     """The columns of a table to read; None for one that it lacks. `type` is the type of the documents' column.
 
-    Neighbouring rows with the same `doc_id` are one document, whose rows `part` counts.
+    Neighbouring rows with the same `doc_id` are one document, whose rows `part` counts. `coords` are the columns of the
+    coordinates of vectors.
     """
 
     documents: str
@@ -54,12 +57,13 @@ class Columns(NamedTuple):
     doc_id: str | None
     part: str | None
     keep: tuple[str, ...]
+    coords: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
         """The names, each once, with the documents' column first."""
-        found = [name for name in (self.documents, self.doc_id, self.part, *self.keep) if name is not None]
-        return list(dict.fromkeys(found))
+        found = dict.fromkeys((self.documents, self.doc_id, self.part, *self.coords, *self.keep))
+        return [name for name in found if name is not None]
 
 
 def is_chat(kind: pa.DataType) -> bool:
@@ -83,20 +87,26 @@ def _is_list(kind: pa.DataType) -> bool:
     return any(test(kind) for test in _LISTS) and kind.value_type in INTEGERS
 
 
-def choose_columns(table: Table, wanted: Wanted, *, ids: bool = True, chats: bool = True) -> Columns:
+def choose_columns(
+    table: Table, wanted: Wanted, form: Form = "tokens", *, chats: bool = True, coords: bool = False
+) -> Columns:
     """Choose the columns to read.
 
     Documents are in the column asked for, otherwise in a list of ids, otherwise in text or a flat column of ids,
-    otherwise in chats. Ids and chats are considered only with `ids` and `chats`. Names of documents are in the column
-    asked for, otherwise in `doc_id`, otherwise in `id`.
+    otherwise in chats. Ids and chats are considered only for the form `tokens` and with `chats`. Documents of vectors
+    are in the column asked for, otherwise in one of VECTOR_COLUMNS, and their coordinates are chosen with `coords`.
+    Names of documents are in the column asked for, otherwise in the first of ID_COLUMNS or VECTOR_ID_COLUMNS.
 
     Raises ConfigError, listing the columns, when none or several would do, and for an id column or a carried column
     that is asked for beside a flat column. Raises DataError for a name that several columns have, and for document
     names that are not text or integers.
     """
-    documents = _choose(table, wanted.column, ids, chats)
+    if form == "vectors":
+        documents, id_columns = _choose_vectors(table, wanted.column), VECTOR_ID_COLUMNS
+    else:
+        documents, id_columns = _choose(table, wanted.column, form == "tokens", chats), ID_COLUMNS
     kind = _type(table, documents)
-    others = [name for name in ID_COLUMNS if name in table.schema.names and name != documents]
+    others = [name for name in id_columns if name in table.schema.names and name != documents]
     if others[:1] == ["id"] and not _is_name(_type(table, "id")):
         others = []  # such an `id` names no document
     doc_id = wanted.id_column or next(iter(others), None)
@@ -110,7 +120,9 @@ def choose_columns(table: Table, wanted: Wanted, *, ids: bool = True, chats: boo
     counts = doc_id is not None and "part" in table.schema.names and pa.types.is_integer(_type(table, "part"))
     for name in wanted.keep:
         _type(table, name)
-    chosen = Columns(documents, kind, None if flat else doc_id, "part" if counts and not flat else None, wanted.keep)
+    places = [names for names in COORDS if form == "vectors" and coords and {*names} <= {*table.schema.names}]
+    part = "part" if counts and not flat else None
+    chosen = Columns(documents, kind, None if flat else doc_id, part, wanted.keep, *places[:1])
     for used in (*chosen.names, "doc_id", "part"):
         if table.schema.names.count(used) > 1:
             raise DataError(f"{table.where}: several columns are named {used!r}: rename them, or leave the others out")
@@ -158,6 +170,20 @@ def _choose(table: Table, column: str | None, ids: bool, chats: bool) -> str:
     return found[0]
 
 
+def _choose_vectors(table: Table, column: str | None) -> str:
+    kinds = {field.name: field.type for field in table.schema}
+    if column is not None:
+        kinds[column] = _type(table, column)
+    names = VECTOR_COLUMNS if column is None else (column,)
+    found = [name for name in names if name in kinds and (is_vector(kinds[name]) or is_vectors(kinds[name]))]
+    if len(found) > 1:
+        raise _refusal(table, f"several columns may hold the vectors ({', '.join(found)}): choose one (--column)")
+    if not found:
+        which = f"column {column!r} does not hold" if column else f"no column named {', '.join(names)} holds"
+        raise _refusal(table, f"{which} vectors, lists of float16, float32 or float64, which the model reads")
+    return found[0]
+
+
 def _either(names: Sequence[str]) -> str:
     """Return `a, b or c`."""
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
@@ -192,12 +218,17 @@ def token_type(kind: pa.DataType) -> pa.DataType | None:
 
 def is_vector(kind: pa.DataType) -> bool:
     """Return whether each value of a column of this type is a vector: a list of floating-point numbers."""
-    return any(test(kind) for test in _LISTS[:3]) and kind.value_type in FLOATS
+    return is_list(kind) and kind.value_type in FLOATS
 
 
 def is_vectors(kind: pa.DataType) -> bool:
     """Return whether each value of a column of this type is a list of vectors."""
-    return any(test(kind) for test in _LISTS[:3]) and is_vector(kind.value_type)
+    return is_list(kind) and is_vector(kind.value_type)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Return whether a column of this type holds lists, of fixed size or not, that follow one another."""
+    return any(test(kind) for test in _LISTS[:3])
 
 
 def stays_in_file(kind: pa.DataType) -> bool:

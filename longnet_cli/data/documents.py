@@ -40,8 +40,8 @@ class Document:
     tokens in a file reads none of them.
     """
 
-    block = BLOCK
-    width: int | None = None  # of a vector, in documents that have vectors in place of ids
+    block, width = BLOCK, 1  # tokens per step of a pass, numbers per token
+    has_vectors = False  # in place of ids
 
     def __init__(
         self,
@@ -67,13 +67,8 @@ class Document:
         self.parts = [Part(tokens)] if isinstance(tokens, np.ndarray) else tokens
         self._starts = [0]  # of each part, and the end
         for part in self.parts:
-            self._starts.append(self._starts[-1] + len(part.ids))
+            self._starts.append(self._starts[-1] + len(part.ids) // max(1, self.width))
         self._length = self._starts.pop()
-        dtype = self.parts[0].ids.dtype
-        # Seen as unsigned, a negative id is a huge one, so one maximum finds both kinds of bad ids.
-        self._unsigned = np.dtype(f"u{dtype.itemsize}")
-        ceiling = min(np.iinfo(dtype).max, np.iinfo(np.int64).max)
-        self._highest = ceiling if limit is None else min(limit - 1, int(ceiling))
 
     def __len__(self) -> int:
         return self._length
@@ -94,25 +89,42 @@ class Document:
         """
         start, stop, _ = slice(start, stop).indices(self._length)
         out = np.empty(max(0, stop - start), np.int64)
-        index = bisect_right(self._starts, start) - 1
-        done = 0
-        while done < len(out):
-            part = self.parts[index]
-            first = start + done - self._starts[index]
-            stored = part.ids[first : first + min(len(out) - done, BLOCK)]
-            if not len(stored):
-                index += 1
-                continue
-            try:
-                ids = np.asarray(stored)
-            except FileChangedError as error:
-                raise error.at((part.row or 0) + (first if part.flat else 0)) from None
+        for done, part, first, ids in self._stretches(start, stop):
             bad = part.valid is not None and part.valid.slice(first, len(ids)).false_count
             if bad or int(np.maximum.reduce(ids.view(self._unsigned))) > self._highest:
                 raise self._refuse(part, first, ids)
             out[done : done + len(ids)] = ids
-            done += len(ids)
         return out
+
+    def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, Part, int, np.ndarray]]:
+        """Yield the tokens [start, stop), a block of a part at a time.
+
+        A tuple has the number of tokens before, the part, the block's first token in it, and the block's numbers.
+        """
+        index, place = bisect_right(self._starts, start) - 1, start
+        while place < stop:
+            part = self.parts[index]
+            first = place - self._starts[index]
+            stored = part.ids[first * self.width : (first + min(stop - place, self.block)) * self.width]
+            if not len(stored):
+                index += 1
+                continue
+            try:
+                numbers = np.asarray(stored)
+            except FileChangedError as error:
+                raise error.at((part.row or 0) + (first if part.flat else 0)) from None
+            yield place - start, part, first, numbers
+            place += len(numbers) // self.width
+
+    @cached_property
+    def _unsigned(self) -> np.dtype:
+        """The type of the ids without its sign: a negative id is then a huge one, so one maximum finds bad ids."""
+        return np.dtype(f"u{self.parts[0].ids.dtype.itemsize}")
+
+    @cached_property
+    def _highest(self) -> int:
+        ceiling = int(min(np.iinfo(self.parts[0].ids.dtype).max, np.iinfo(np.int64).max))
+        return ceiling if self._limit is None else min(self._limit - 1, ceiling)
 
     @cached_property
     def n_bytes(self) -> int | None:

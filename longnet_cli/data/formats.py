@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from longnet_cli.data import arrow
-from longnet_cli.data.columns import USUAL, Wanted
+from longnet_cli.data.columns import Wanted
 from longnet_cli.data.compressed import bare_name, compression, unpack
 from longnet_cli.data.files import StoredFile, no_place
 from longnet_cli.data.folders import JSON_SUFFIXES, SHARD_SUFFIXES, sniff
 from longnet_cli.data.hdf5 import open_hdf5
-from longnet_cli.data.inputs import Source
 from longnet_cli.data.jsonlines import open_json_lines
+from longnet_cli.data.names import Source
 from longnet_cli.data.tables import Pipe, Table, Text, pick, reading
 from longnet_cli.errors import DataError
 
@@ -34,7 +34,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 REMOTE_BUFFER = 8 << 20  # bytes per request to a store
 
 
-def open_source(source: Source, wanted: Wanted = USUAL) -> Text | Table:
+def open_source(source: Source, wanted: Wanted) -> Text | Table:
     """Open one input. JSON Lines are recognised by the column in `wanted`, otherwise by the usual keys.
 
     Raises DataError for an input that is missing, empty, damaged, or neither a table nor UTF-8 text.

@@ -24,6 +24,7 @@ class ColumnBatch(NamedTuple):
     doc_ids: list[Any] | None
     parts: list[Any] | None
     kept: dict[str, pa.Array]
+    coords: list[pa.Array]
     errors: dict[int, DataError]
 
     def label(self, index: int) -> "Label":
@@ -84,9 +85,8 @@ def read_batches(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Col
         if errors and not skip_bad:
             raise errors[min(errors)]
         ids, parts = (values.get(name) if name else None for name in (columns.doc_id, columns.part))
-        yield ColumnBatch(
-            first, column, ids and [None if each is None else str(each) for each in ids], parts, kept, errors
-        )
+        names = ids and [None if each is None else str(each) for each in ids]
+        yield ColumnBatch(first, column, names, parts, kept, [found[name] for name in columns.coords], errors)
         first += batch.num_rows
     if first == 0 and not is_manifest(table.schema):
         raise DataError(f"{table.where}: the table has 0 rows")

@@ -1,15 +1,14 @@
 """The documents of columns of token ids: lists, a document each, and flat columns that an end-of-text id cuts."""
 
 from collections.abc import Iterator
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import numpy as np
-import pyarrow as pa
 
 from longnet_cli.data.columns import Columns
 from longnet_cli.data.documents import Part, collect
-from longnet_cli.data.files import StoredIds
 from longnet_cli.data.grouping import DocumentRows, Label, group_rows, read_batches
+from longnet_cli.data.lists import list_bounds, numbers
 from longnet_cli.data.manifest import is_manifest
 from longnet_cli.data.tables import Table, reading
 from longnet_cli.errors import ConfigError, DataError
@@ -22,26 +21,13 @@ def list_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[D
 
     def rows() -> Iterator[tuple[Label, Part]]:
         for batch in read_batches(table, columns, skip_bad):
-            # `values` ignores that the column may be a slice; the bounds are positions in all of it.
-            ids, valid = _views(table, batch.column.values)
-            for index, (start, stop) in enumerate(_bounds(batch.column)):
+            ids, valid = numbers(table, batch.column.values)
+            bounds = zip(*(each.tolist() for each in list_bounds(batch.column)), strict=True)
+            for index, (start, stop) in enumerate(bounds):
                 present = valid.slice(start, stop - start) if valid is not None else None
                 yield batch.label(index), Part(ids[start:stop], present, batch.first + index)
 
     yield from group_rows(table, rows())
-
-
-def _bounds(column: pa.Array) -> Iterator[tuple[int, int]]:
-    """Return the start and stop of each list of a column in its `values`."""
-    kind = column.type
-    if pa.types.is_fixed_size_list(kind):
-        places = range(column.offset * kind.list_size, (column.offset + len(column) + 1) * kind.list_size)
-        return pairwise(places[:: kind.list_size] if kind.list_size else [0] * (len(column) + 1))
-    starts = column.offsets.to_numpy().tolist()
-    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        sizes = column.sizes.to_numpy().tolist()
-        return ((start, start + size) for start, size in zip(starts, sizes, strict=True))
-    return pairwise(starts)
 
 
 def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterator[DocumentRows]:
@@ -58,7 +44,7 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
         count = 0
         for batch in read_batches(table, columns, skip_bad=False):
             first = batch.first
-            all_ids, _ = _views(table, batch.column)  # nulls have been refused
+            all_ids, _ = numbers(table, batch.column)  # nulls have been refused
             for block in range(0, len(all_ids), FLAT_BLOCK):
                 ids = all_ids[block : block + FLAT_BLOCK]
                 begin = 0
@@ -78,17 +64,3 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
         yield DocumentRows(f"{table.name}:{index}", row, parts, {}, None)
     if index < 0 and not is_manifest(table.schema):
         raise DataError(f"{table.where}: column {name!r} holds nothing but end-of-text ids")
-
-
-def _views(table: Table, values: pa.Array) -> tuple[np.ndarray | StoredIds, pa.BooleanArray | None]:
-    """Return the (tokens,) ids, a view of their file or of Arrow's memory, and their validity, None for all valid."""
-    valid = None
-    if values.null_count:
-        bitmap, data = values.buffers()
-        bare, valid = (
-            pa.Array.from_buffers(kind, len(values), [None, buffer], offset=values.offset)
-            for kind, buffer in ((values.type, data), (pa.bool_(), bitmap))
-        )
-        values = bare
-    stored = table.stored(values)
-    return values.to_numpy(zero_copy_only=True) if stored is None else stored, valid

@@ -1,216 +1,305 @@
-"""The files that an input names (a file, a folder, a glob, an @list or stdin), in a stable, natural order."""
+"""Input documents: the rows of tables and the texts of files, as text, as token ids or as vectors.
 
-import glob
+    names --find_sources--> Source --open_source--> Text | Table --Inputs--> Text | Document | Vectors
+
+Token columns stay in their file and are sliced, never joined: Arrow's 32-bit list offsets overflow at 2^31 tokens.
+"""
+
 import hashlib
-import os
-import re
-import stat
-import sys
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
-from urllib.parse import unquote
+from typing import Any
 
-from longnet_cli.data.files import read_error
-from longnet_cli.data.folders import choose_files, is_hidden, natural_order
-from longnet_cli.errors import ConfigError, DataError, InputWarning, refuse_web_address
+import numpy as np
 
-if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
+from longnet_cli.data.columns import (
+    INTEGERS,
+    VECTOR_COLUMNS,
+    Columns,
+    Form,
+    TokenTypes,
+    Wanted,
+    choose_columns,
+    is_chat,
+    is_text,
+    stays_in_file,
+)
+from longnet_cli.data.compressed import compression
+from longnet_cli.data.documents import Document, Part, Unread, collect
+from longnet_cli.data.files import FileChangedError, no_place
+from longnet_cli.data.folders import ARROW_KINDS, sniff
+from longnet_cli.data.formats import open_source
+from longnet_cli.data.id_columns import flat_documents, list_documents
+from longnet_cli.data.manifest import read_manifest
+from longnet_cli.data.names import Source, find_sources
+from longnet_cli.data.tables import Table, Text, reading
+from longnet_cli.data.text_columns import table_texts
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.vector_columns import vector_documents
+from longnet_cli.errors import ConfigError, DataError, LongNetError
+
+SPOOLED_PART = 1 << 24  # characters per read of a text in a temporary file
 
 
 @dataclass(frozen=True)
-class Source:
-    """One file to read, or stdin where `path` is None. `name` becomes the doc_id, `where` goes into messages.
+class Inputs:
+    """The documents in the files that `names` stand for: files, folders, globs, @lists, URIs and `-` for stdin.
 
-    Both are the path's UTF-8 text, in any locale. `filesystem` holds the path, None on this machine.
+    The names are expanded when the files are first needed, and only once: a copy (`dataclasses.replace`) has the same
+    files. A row is a document. Neighbouring rows of a file with one `doc_id` or `id` are one document: a `part` column
+    must then count 0, 1, 2, .... For `column`, `id_column` and `keep`, see `Wanted`.
+
+    Text needs the `tokenizer`, and chats (`messages`) its chat template. A flat integer column is cut at `eos_id`
+    (without it, the tokenizer's, otherwise the one in the file's metadata). `Document.read` checks ids against
+    `vocab_size` (without it, the tokenizer's, otherwise the one in the file's metadata).
+
+    With `vectors`, documents are read as vectors. Either a row is a vector: neighbouring rows with one `slide_id` or
+    `doc_id` are a document, and a table without such a column is one. Or a row is a document, a list of vectors.
+    Coordinates are in a column `coords` of pairs, or in `x` and `y`; without `coords` they are not read.
+
+    Reading raises ConfigError for a missing tokenizer or column, for no input, for stdin given twice, and for a
+    tokenizer other than the one that made the tokens; DataError for missing, empty or damaged data and for inputs with
+    different types of token. With `skip_bad`, each file and row that would raise DataError becomes an `Unread`
+    document. Raises ConfigError for an `eos_id` that no token can have.
     """
 
-    path: Path | None
-    name: str
-    where: str
-    filesystem: "FileSystem | None" = None
+    names: Sequence[str | Path]
+    tokenizer: Tokenizer | None = None
+    column: str | None = None
+    id_column: str | None = None
+    keep: tuple[str, ...] = ()
+    vocab_size: int | None = None
+    eos_id: int | None = None
+    skip_bad: bool = False
+    vectors: bool = False
+    coords: bool = True
+    _expanded: list[tuple[list[Source], list[DataError]]] = field(default_factory=list, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_eos("", self.eos_id, self.vocab_size or (self.tokenizer.vocab_size if self.tokenizer else None))
+
+    def _files(self) -> tuple[list[Source], list[DataError]]:
+        """Return the files, and the errors of the inputs that are missing."""
+        if not self._expanded:
+            self._expanded.append(find_sources(self.names))
+        return self._expanded[0]
+
+    @property
+    def sources(self) -> list[Source]:
+        """The files. Raises the DataError of the first missing input, unless `skip_bad`."""
+        sources, missing = self._files()
+        if missing and not self.skip_bad:
+            raise missing[0]
+        return sources
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.column, self.id_column, self.keep)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the files' names, order and sizes (not of pipes), which a resumed run must find again."""
+        digest = hashlib.sha256()
+        sources, _ = self._files()
+        for source in sources:
+            size = source.path.stat().st_size if source.path is not None and source.path.is_file() else None
+            digest.update(f"{source.name}\0{size}\0".encode("utf-8", "surrogateescape"))
+        return f"{len(sources)} file{'s' * (len(sources) != 1)}, {digest.hexdigest()[:16]}"
+
+    def num_tokens(self) -> int | None:
+        """Return the number of token ids if all names are folders whose manifests give it, otherwise None."""
+        total = 0
+        for folder in self.names:
+            try:
+                manifest = read_manifest(folder)
+            except LongNetError:  # the reader of the data reports it
+                return None
+            if manifest is None or not manifest.finished or manifest.tokenizer is None:
+                return None
+            total += manifest.totals["tokens"]
+        return total
+
+    def num_bytes(self) -> int | None:
+        """Return the bytes of the files if all are plain text, otherwise None."""
+        total = 0
+        for source in self._files()[0]:
+            if source.path is None or not source.path.is_file():
+                return None
+            with suppress(OSError), open(source.path, "rb") as file:  # reading it will report its error
+                head = file.read(8)
+                if sniff(head) != "text" or compression(head):
+                    return None
+                total += source.path.stat().st_size
+        return total
+
+    def documents(self) -> Iterator[Any]:
+        """Yield the documents of every file, in order: each a Document of token ids, or Vectors."""
+        return self._each(self.documents_of)
+
+    def untokenized(self) -> Iterator[Any]:
+        """Yield the documents of `documents`, but leave each Text untokenized.
+
+        Even with `skip_bad`, a text that cannot be read to its end raises DataError while it is read.
+        """
+        return self._each(self._items)
+
+    def texts(self) -> Iterator[Any]:
+        """Yield the Text of text files and of text columns, in order. A long file is read part by part.
+
+        Chats are read only with a tokenizer. With `skip_bad`, a long file is read to its end before its Text is
+        yielded, and waits in a file in $TMPDIR.
+        """
+        return self._each(self._texts)
+
+    def stored(self) -> Iterator[Any]:
+        """Yield the documents of `documents` whose lengths are known at once and which can be read a second time.
+
+        They are the token ids or vectors in Arrow and Parquet files on this machine: no text, no JSON, no pipe, no URI.
+        """
+        for source in self.sources:
+            if source.path is None or source.filesystem is not None or not source.path.is_file():
+                continue
+            with reading(source.where), open(source.path, "rb") as file:
+                if sniff(file.read(8)) not in ARROW_KINDS:
+                    continue
+            opened = open_source(source, self.wanted)
+            if isinstance(opened, Table) and stays_in_file(self.columns_of(opened).type):
+                yield from self.documents_of(opened)
+
+    def columns_of(self, table: Table, *, ids: bool = True) -> Columns:
+        """Choose the columns of a table that `documents` reads or, without `ids`, `texts`."""
+        form: Form = "vectors" if self.vectors else "tokens" if ids else "text"
+        return choose_columns(table, self.wanted, form, chats=ids or self.tokenizer is not None, coords=self.coords)
+
+    def documents_of(self, opened: Text | Table, types: TokenTypes | None = None) -> Iterator[Any]:
+        """Yield the documents of one opened file, as `documents` does. `types` checks its type of token."""
+        for found in self._items(opened, types):
+            yield _encode(found, self.tokenizer, self.vocab_size) if isinstance(found, Text) else found
+
+    def _each(self, read: Callable[[Text | Table, TokenTypes], Iterator[Any]]) -> Iterator[Any]:
+        """Yield the items that `read` returns for each file. With `skip_bad`, yield errors instead of raising them."""
+        sources, types = self.sources, TokenTypes()
+        yield from map(Unread, self._files()[1])
+        for source in sources:
+            try:
+                yield from read(open_source(source, self.wanted), types)
+            except DataError as error:
+                if not self.skip_bad or isinstance(error, FileChangedError):
+                    raise
+                yield Unread(error)
+
+    def _texts(self, opened: Text | Table, types: TokenTypes) -> Iterator[Text | Unread]:
+        for text in self._items(opened, types, ids=False):
+            yield _spooled(text) if self.skip_bad and isinstance(text, Text) else text
+
+    def _items(self, opened: Text | Table, types: TokenTypes | None, *, ids: bool = True) -> Iterator[Any]:
+        if isinstance(opened, Text):
+            if self.vectors:
+                raise DataError(
+                    f"{opened.where}: this is text, and the model reads vectors: give Arrow, Parquet or HDF5 files "
+                    f"with a column {', '.join(VECTOR_COLUMNS)}"
+                )
+            if asked := self.wanted.names:
+                raise ConfigError(
+                    f"{opened.where}: column {asked[0]!r} is asked for, and this is plain text, which has no columns"
+                )
+            yield opened
+            return
+        columns = self.columns_of(opened, ids=ids)
+        if types:
+            types.check(opened, columns)
+        if self.vectors:
+            yield from vector_documents(opened, columns, self.skip_bad)
+        elif is_text(columns.type) or is_chat(columns.type):
+            yield from table_texts(opened, columns, self.tokenizer, self.skip_bad)
+        else:
+            yield from self._ids(opened, columns)
+
+    def _ids(self, table: Table, columns: Columns) -> Iterator[Document]:
+        tokenizer, vocab_size, eos_id = self.tokenizer, self.vocab_size, self.eos_id
+        _check_tokenizer(table, tokenizer)
+        if vocab_size is None:
+            vocab_size = tokenizer.vocab_size if tokenizer else _metadata_int(table, "longnet.vocab_size")
+        _check_eos(f"{table.where}: ", eos_id, vocab_size)
+        if columns.type in INTEGERS:
+            if eos_id is None:
+                eos_id = tokenizer.eos_id if tokenizer else _metadata_int(table, "longnet.eos_id")
+            groups = flat_documents(table, columns, eos_id)
+        else:
+            groups = list_documents(table, columns, self.skip_bad)
+        for group in groups:
+            if group.error is not None:
+                yield Unread(group.error)
+                continue
+            parts, where = collect(group.values), table.place(group.row)
+            yield Document(group.doc_id, parts, tokenizer, where, limit=vocab_size, place=table.place, kept=group.kept)
 
 
-def find_sources(inputs: Sequence[str | Path], missing: list[DataError] | None = None) -> list[Source]:
-    """Expand folders, globs, lists and URIs into files. A name that occurs twice becomes the whole path.
-
-    A file that is reached more than once, by another name or through a link, is read once, in its first place, and a
-    warning names it. The DataError of an input that cannot be found is added to `missing` if given, and otherwise
-    raised. Raises ConfigError for no input and for stdin given twice.
-    """
-    if not inputs:
-        raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
-    if sum(str(item) in ("-", "@-") for item in inputs) > 1:
-        raise ConfigError("stdin (-) can be read only once")
-    found = once(source for item in inputs for source in expand(str(item), missing))
-    times = Counter(source.name for source in found)
-    return [source if times[source.name] == 1 else replace(source, name=source.where) for source in found]
+def _check_eos(where: str, eos_id: int | None, vocab_size: int | None) -> None:
+    """Raise ConfigError for an end-of-text id that no token can have."""
+    if eos_id is not None and not 0 <= eos_id < (vocab_size or 1 << 63):
+        limit = f"a vocabulary of {vocab_size}" if vocab_size else "64 bits"
+        raise ConfigError(f"{where}the end-of-text id {eos_id} (--eos) does not fit {limit}")
 
 
-def once(sources: Iterable[Source]) -> list[Source]:
-    """Return the sources, but leave out files that repeat an earlier one (same device and inode), with a warning."""
-    first: dict[object, Source] = {}
-    again: list[str] = []
-    for source in sources:
-        key: object = source.where
-        if source.path is not None and source.filesystem is None:
-            with suppress(OSError):
-                found = source.path.stat()
-                key = found.st_dev, found.st_ino
-        earlier = first.setdefault(key, source)
-        if earlier is not source:
-            again.append(
-                source.where if earlier.where == source.where else f"{source.where}, which is {earlier.where},"
-            )
-    if again:
-        others = f" (and {len(again) - 1} more)" if again[1:] else ""
-        warnings.warn(f"{again[0]} is read once, though it is named more than once{others}", InputWarning, stacklevel=2)
-    return list(first.values())
+def _check_tokenizer(table: Table, tokenizer: Tokenizer | None) -> None:
+    written = (table.schema.metadata or {}).get(b"longnet.tokenizer_sha256")
+    if tokenizer and written and written.decode("utf-8", "replace") != tokenizer.sha256:
+        raise ConfigError(
+            f"{table.where}: its tokens were made by tokenizer {written.decode('utf-8', 'replace')[:12]}, and the one "
+            f"in use is {tokenizer.sha256[:12]}: give the tokenizer.json that the data was made with, or tokenize again"
+        )
 
 
-def expand(item: str, missing: list[DataError] | None = None) -> list[Source]:
-    """Return the files that one input names, with `missing` as in `find_sources`."""
-    found = []
-    for source in _expand_all([_as_text(item)], missing, in_list=False):
+def _metadata_int(table: Table, key: str) -> int | None:
+    written = (table.schema.metadata or {}).get(key.encode())
+    if written is None:
+        return None
+    if not written.isdigit() or len(written) > 18:  # int64 holds any number of 18 digits
+        shown = written.decode("utf-8", "replace")
+        shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
+        raise DataError(f"{table.where}: the data is damaged: {key} in its metadata is {shown!r}, not a number of ids")
+    return int(written)
+
+
+def _spooled(text: Text) -> Text:
+    """Return the same text, read to its end so that errors are raised here. All after its first part is in a file."""
+    rest = iter(text.rest)
+    following = next(rest, None)
+    if following is None:
+        return text
+
+    def parts(read: Iterable[str]) -> Iterator[str]:
         try:
-            source.where.encode()
-            found.append(source)
-        except UnicodeEncodeError:
-            error = DataError(f"{source.where!a}: the name is not UTF-8: rename it")
-            if missing is None:
-                raise error from None
-            missing.append(error)
-    return found
-
-
-def _expand_all(items: Iterable[str], missing: list[DataError] | None, *, in_list: bool) -> list[Source]:
-    found: list[Source] = []
-    for item in items:
-        try:
-            found += _expand(item, missing, in_list=in_list)
-        except DataError as error:
-            if missing is None:
-                raise
-            missing.append(error)
-    return found
-
-
-def _as_text(path: str) -> str:
-    """Return a path as UTF-8 text, in any locale. A byte that is not UTF-8 becomes a surrogate."""
-    try:
-        return os.fsencode(path).decode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # text with characters that the locale's encoding lacks
-        return path
-
-
-def _as_path(text: str) -> str:
-    """Return the path for the system: the inverse of `_as_text`."""
-    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
-
-
-def inputs_fingerprint(inputs: Sequence[str | Path]) -> str:
-    """Return a digest of the inputs' names, order and sizes (not of pipes), which a resumed run must find again."""
-    digest = hashlib.sha256()
-    sources = find_sources(inputs, [])  # the reader reports missing inputs
-    for source in sources:
-        size = source.path.stat().st_size if source.path is not None and source.path.is_file() else None
-        digest.update(f"{source.name}\0{size}\0".encode("utf-8", "surrogateescape"))
-    return f"{len(sources)} file{'s' * (len(sources) != 1)}, {digest.hexdigest()[:16]}"
-
-
-def _expand(item: str, missing: list[DataError] | None, *, in_list: bool) -> list[Source]:
-    if not item:  # such as an unset variable in a script
-        raise ConfigError("an input is empty: name a file, a folder, a glob, @list.txt, or - for stdin")
-    refuse_web_address(item)
-    if item.startswith("file://"):
-        item, in_list = unquote(item.removeprefix("file://")), True  # in a URI, @ starts a name, not a list
-    elif re.match(r"[a-z][a-z0-9+.-]*://", item):
-        from longnet_cli.data.remote import find_remote  # imported late: 20 ms that local input does not need
-
-        filesystem, found = find_remote(item)
-        return [Source(Path(path), name, where, filesystem) for path, name, where in found]
-    path = Path(_as_path(item))
-    if item == "-":
-        return [_stdin_source()]
-    if path.is_dir():
-        return [
-            Source(path / _as_path(name), name, _as_text(str(path / _as_path(name)))) for name in _folder_files(path)
-        ]
-    if path.exists():
-        return [Source(path, _as_text(path.name), item)]
-    if item.startswith("@") and not in_list:
-        return _expand_all(_listed(item[1:]), missing, in_list=True)
-    if glob.has_magic(item):
-        matches = filter(os.path.isfile, glob.glob(_as_path(item), recursive=True))
-        files = sorted(map(_as_text, matches), key=natural_order)
-        if files:
-            return [Source(Path(_as_path(file)), file.rpartition("/")[2], file) for file in files]
-        raise DataError(f"{item}: no file matches")
-    raise DataError(f"{item}: no such file or folder")
-
-
-def _stdin_source() -> Source:
-    """Return the source for stdin. `< file` can seek, like any other file; anything else is read once, forwards."""
-    if sys.stdin is None:
-        raise DataError("stdin is closed")
-    try:
-        handle = sys.stdin.fileno()
-        regular = stat.S_ISREG(os.fstat(handle).st_mode) and os.lseek(handle, 0, os.SEEK_CUR) == 0
-    except (OSError, ValueError):
-        regular = False
-    return Source(Path("/dev/stdin") if regular else None, "stdin", "stdin")
-
-
-@lru_cache(maxsize=1)
-def _read_once(stream: TextIO) -> bytes:
-    """Read all of stdin, and keep it: inputs may be expanded more than once."""
-    return stream.buffer.read()
-
-
-def _listed(name: str) -> list[str]:
-    """Return the inputs in a list, or in stdin for `-`, written as on the command line, one per line.
-
-    Blank lines and # comments are skipped. In a list with NULs, as `find -print0` writes it, all up to a NUL is a
-    name.
-    """
-    where = f"@{name}"
-    try:
-        data = _read_once(sys.stdin) if name == "-" else Path(_as_path(name)).read_bytes()
-    except OSError as error:
-        raise read_error(where, error, "cannot read the list") from error
-    except AttributeError:
-        raise DataError("stdin is closed") from None
-    if b"\0" in data:
-        items = [_as_text(os.fsdecode(item)) for item in data.split(b"\0") if item]
-    else:
-        try:
-            lines = data.decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: cannot read the list: {error}") from error
-        items = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
-    if not items:
-        raise DataError(f"{where}: the list names no input")
-    return items
-
-
-def _folder_files(folder: Path) -> list[str]:
-    found = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        found += [Path(root, name) for name in names]
-
-    def read(name: str, size: int | None) -> bytes:
-        try:
-            with open(folder / _as_path(name), "rb") as file:
-                return file.read(size)
+            with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as file:
+                file.writelines(read)
+                file.seek(0)
+                yield ""  # all has been read by now
+                while part := file.read(SPOOLED_PART):
+                    yield part
         except OSError as error:
-            raise read_error(_as_text(str(folder / _as_path(name))), error) from error
+            raise no_place(error) from error
 
-    names = [_as_text(file.relative_to(folder).as_posix()) for file in found if file.is_file()]
-    return choose_files(_as_text(str(folder)), names, read)
+    waiting = parts(chain((following,), rest))
+    next(waiting)
+    return replace(text, rest=waiting)
+
+
+def _encode(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> Document:
+    if tokenizer is None:
+        raise ConfigError(f"{text.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)")
+    if text.ids:
+        return Document(text.doc_id, text.ids(), tokenizer, text.where, limit=limit, kept=text.kept)
+    n_bytes = 0
+
+    def parts() -> Iterator[Part]:
+        nonlocal n_bytes
+        for ids, size in tokenizer.encode_long(text.parts):
+            n_bytes += size
+            yield Part(ids)
+
+    found = collect(parts()) or [Part(np.empty(0, np.int32))]
+    return Document(text.doc_id, found, n_bytes, text.where, limit=limit, kept=text.kept)

@@ -13,15 +13,16 @@ import pyarrow as pa
 from longnet_cli.data.columns import ID_COLUMNS, Wanted
 from longnet_cli.data.compressed import bare_name
 from longnet_cli.data.folders import JSON_SUFFIXES
-from longnet_cli.data.inputs import Source
+from longnet_cli.data.names import Source
 from longnet_cli.data.tables import CHAT_COLUMN, TOKEN_COLUMNS, Pipe, Table, one_line
-from longnet_cli.errors import DataError
+from longnet_cli.errors import ConfigError, DataError
 
 BATCH_BYTES = 4 << 20  # of the lines in one batch
 LOOK_AHEAD = 1 << 20  # bytes of lines that decide the types of carried columns
 PATIENCE = 0.5  # seconds that a line from a slow producer waits for others
 
 _OBJECT = re.compile(rb'(\xef\xbb\xbf)?\{[ \t]*"')  # no Python dict, pretty-printed .json or CSS rule matches
+_ABSENT = object()  # in place of a value, null or not
 _TEXT, _IDS = pa.large_string(), pa.large_list(pa.int64())
 _CHAT = pa.list_(pa.map_(pa.string(), pa.string()))  # of messages with any keys
 
@@ -32,8 +33,9 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
 
     An input is JSON Lines if its first line is an object with the documents' column of `wanted` or, if it names none,
     with `text`, a list of ids under one of TOKEN_COLUMNS, or `messages`. The first line decides which keys are
-    columns. The first lines decide the types of columns that are carried along. Raises DataError for a file named
-    .jsonl or .ndjson that starts otherwise.
+    columns. The first lines decide the types of columns that are carried along, which a line may lack. Raises DataError
+    for a file named .jsonl or .ndjson that starts otherwise. Reading to the end raises ConfigError, listing the keys,
+    for a column to carry along that no line has.
     """
     column = wanted.column
     named = bare_name(source.name).endswith(JSON_SUFFIXES)
@@ -59,10 +61,14 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
         chosen = pa.schema([schema.field(name) for name in columns])
         rows: list[list[Any]] = []
         size, begun = 0, time.monotonic()
+        missing, keys = wanted.keep, dict[str, None]()
         try:
             for number, row in enumerate(_lines(pipe)):
                 try:
                     value = _parse(row)
+                    if missing:
+                        missing = tuple(name for name in missing if _value(value, name, _ABSENT) is _ABSENT)
+                        keys |= dict.fromkeys(value)
                     rows.append([_cell(value, field.name, field.type, field.name in wanted.keep) for field in chosen])
                 except ValueError as error:
                     whole = row.endswith(b"\n") or not row
@@ -77,6 +83,8 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
             if rows:
                 yield _batch(rows, chosen)
             raise
+        if missing:  # in a small file, before any document has been read
+            raise ConfigError(f"{source.where}: there is no column {missing[0]!r}; its columns are {', '.join(keys)}")
         if rows:
             yield _batch(rows, chosen)
 
@@ -125,13 +133,13 @@ def _kept_types(pipe: Pipe, where: str, names: Sequence[str]) -> dict[str, pa.Da
     return types
 
 
-def _value(row: dict[str, Any], name: str) -> Any:
-    """Return the value of a key, which may lead into objects (`doc.body`); None where there is none."""
+def _value(row: dict[str, Any], name: str, default: Any = None) -> Any:
+    """Return the value of a key, which may lead into objects (`doc.body`), or the default where there is none."""
     if name in row or "." not in name:
-        return row.get(name)
+        return row.get(name, default)
     value: Any = row
     for step in name.split("."):
-        value = value.get(step) if isinstance(value, dict) else None
+        value = value.get(step, default) if isinstance(value, dict) else default
     return value
 
 

@@ -21,7 +21,7 @@ from longnet_cli.configuration import parse, read_text
 from longnet_cli.data.files import read_error
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import one_line
-from longnet_cli.errors import DataError, LongNetError
+from longnet_cli.errors import DataError
 
 UNFINISHED = "_unfinished.json"
 FINISHED = ("_manifest.arrow", "_manifest.parquet", "_manifest.json")  # the last one is in folders written until 2026
@@ -94,20 +94,6 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: not a manifest of shards ({one_line(error)})") from error
     return None
-
-
-def tokens_in(inputs: Iterable[str | Path]) -> int | None:
-    """Return the number of token ids in the inputs if all are folders whose manifests give it, otherwise None."""
-    total = 0
-    for folder in inputs:
-        try:
-            manifest = read_manifest(folder)
-        except LongNetError:  # the reader of the data reports it
-            return None
-        if manifest is None or not manifest.finished or manifest.tokenizer is None:
-            return None
-        total += manifest.totals["tokens"]
-    return total
 
 
 def manifest_text(name: str, data: bytes) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from longnet_cli.data.inputs import find_sources
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.errors import ConfigError
 
 Identity = tuple[int, int]  # device and inode: the same for hard links, symbolic links and other spellings of a path
@@ -15,23 +15,20 @@ Identity = tuple[int, int]  # device and inode: the same for hard links, symboli
 def refuse_overwriting(
     option: str,
     outputs: Sequence[str | Path],
-    inputs: Sequence[str | Path] = (),
+    inputs: Inputs | None = None,
     also: Iterable[str | Path | None] = (),
-    *,
-    skip_bad: bool = False,
 ) -> None:
     """Raise ConfigError where writing to one of `outputs` would change or replace a file that the command reads.
 
     An output file must not be one of the inputs; an output folder must not contain one, at any depth; `-` is the file
-    behind stdout. `inputs` are expanded as for reading. `also` are other files that are read, or model folders, whose
-    own files count; None is ignored. `option` is the name of the output's option, for the message. An input that
-    cannot be found raises DataError, unless `skip_bad`.
+    behind stdout. `also` are other files that are read, or model folders, whose own files count; None is ignored.
+    `option` is the name of the output's option, for the message. Raises what `inputs.sources` raises.
     """
     places = {place: output for output in outputs if (place := _identity(output))}  # the outputs that exist
     if not places:
         return
     folders = {place for place, output in places.items() if str(output) != "-" and Path(output).is_dir()}
-    for path in _read_files(inputs, also, skip_bad):
+    for path in _read_files(inputs, also):
         found = _identity(path)
         if found not in places:
             found = next(filter(folders.__contains__, _folders_of(os.path.realpath(path.parent))), None)
@@ -42,11 +39,10 @@ def refuse_overwriting(
             raise ConfigError(f"{shown} {what}, which this command reads: name another output")
 
 
-def _read_files(inputs: Sequence[str | Path], also: Iterable[str | Path | None], skip_bad: bool) -> Iterator[Path]:
+def _read_files(inputs: Inputs | None, also: Iterable[str | Path | None]) -> Iterator[Path]:
     if inputs:
-        yield from (Path(str(item)[1:]) for item in inputs if str(item).startswith("@"))
-        sources = find_sources(inputs, [] if skip_bad else None)
-        yield from (source.path for source in sources if source.path and not source.filesystem)
+        yield from (Path(str(name)[1:]) for name in inputs.names if str(name).startswith("@"))
+        yield from (source.path for source in inputs.sources if source.path and not source.filesystem)
     for path in also:
         if path is None:
             continue

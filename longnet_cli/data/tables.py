@@ -23,16 +23,14 @@ class Text:
     """A document as text. `where` is "file" or "file, row 3" (rows count from 0).
 
     For a long document, `text` is its start, and `rest` the parts that follow, which can be read once, before the next
-    document. `kept` holds the values of the columns that are carried along. `error` says why the document could not be
-    read. For a chat, `text` is the output of the template. Then `ids` returns the chat's ids, (tokens,) int64, which
-    differ from the ids of `text`.
+    document. `kept` holds the values of the columns that are carried along. For a chat, `text` is the output of the
+    template. Then `ids` returns the chat's ids, (tokens,) int64, which differ from the ids of `text`.
     """
 
     doc_id: str
     text: str
     where: str
     kept: Mapping[str, pa.Scalar] = field(default_factory=dict)
-    error: DataError | None = None
     rest: Iterable[str] = ()
     ids: Callable[[], np.ndarray] | None = None
 

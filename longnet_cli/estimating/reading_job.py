@@ -182,7 +182,7 @@ def estimate_documents(
 ) -> ReadingEstimate:
     """Estimate what a `job` of `net` takes for these documents, from their lengths and one measured forward pass.
 
-    Texts among the `documents` (`data.sources.read_untokenized`) need the `tokenizer`; a `sample` of this many is
+    Texts among the `documents` (`Inputs.untokenized`) need the `tokenizer`; a `sample` of this many is
     tokenized. A resumed run has already read the first `done` documents. `room` is the memory before the net was
     loaded. `chunk`, `dtype` and `ranks` are as in `runtime.reader.Reader`. `on_progress` gets the tokens of each
     document.
@@ -272,8 +272,6 @@ def _lengths(
             if drawn is None:
                 raise ConfigError(f"{item.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)")
             try:
-                if item.error:
-                    raise item.error
                 drawn.add(item)
             except DataError as error:
                 if skip is None or isinstance(error, FileChangedError):

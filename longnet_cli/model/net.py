@@ -111,10 +111,10 @@ class Net(nn.Module):
 
         Raises ConfigError for ids where the net reads vectors, or the reverse; DataError for vectors of another size.
         """
-        if (document.width is None) != (self.row_size is None):
+        if document.has_vectors != (self.row_size is not None):
             kinds = ("token ids", "vectors") if self.row_size is None else ("vectors", "token ids")
             raise ConfigError(f"{document.where}: the model reads {kinds[0]}, and this document holds {kinds[1]}")
-        if document.width != self.row_size:
+        if document.has_vectors and len(document) and document.width != self.row_size:
             raise DataError(
                 f"{document.where}: its vectors have {document.width} numbers, and the model reads {self.row_size}"
             )

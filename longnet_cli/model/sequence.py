@@ -29,9 +29,10 @@ class DocumentLike(Readable, Protocol):
     """A document, as `data.documents.Document` and `data.vectors.Vectors` are."""
 
     where: str
+    has_vectors: bool  # in place of token ids
 
     @property
-    def width(self) -> int | None: ...  # the numbers of a vector; None for token ids
+    def width(self) -> int: ...  # the numbers of a vector
     def __len__(self) -> int: ...
 
 

@@ -68,6 +68,8 @@ class VectorNet(LongNet):
     def sequence(self, document: D, bos: Bos = None, tile_size: float | None = None) -> InputSequence[D]:
         """Return a document as the net reads it; see `Net.sequence`. Raises, and warns, as `tile_cells` does, too."""
         found = super().sequence(document, bos)
+        if not len(document):
+            return found  # no job reads it
         return replace(found, cells=tile_cells(cast(Tiles, document), self.config, tile_size))
 
     def inputs_like(self, shape: tuple[int, int]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longnet_cli.data.sources import Document
+from longnet_cli.data.documents import Document
 from longnet_cli.errors import DataError
 from longnet_cli.model.net import IGNORED, Net
 from longnet_cli.runtime.device import precision, to_device

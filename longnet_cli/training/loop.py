@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.atomic import locked_folder, write_file
-from longnet_cli.data.sources import Document, read_documents
+from longnet_cli.data.documents import Document
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.special_tokens import NO_END
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import Batch, TokenStream, TokenWindows
@@ -420,8 +421,8 @@ class _TrainingRun:
 
 
 def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Sequence[str]) -> list[Document]:
-    found = read_documents(inputs, tokenizer, column=recipe.data.column, vocab_size=recipe.model.vocab_size)
-    return list(found)
+    found = Inputs(inputs, tokenizer, recipe.data.column, vocab_size=recipe.model.vocab_size)
+    return list(found.documents())
 
 
 def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:

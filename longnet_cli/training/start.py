@@ -9,6 +9,7 @@ from typing import Any
 
 from longnet_cli.configuration import parse, read_text
 from longnet_cli.data import overwriting
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.model_folder import ModelFolder
@@ -128,4 +129,4 @@ def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None) -> None:
         also += [ModelFolder.find(recipe.init).path if recipe.init else None]
         also += [Path(path) if path else None, Tokenizer.find(data.tokenizer)]
     for read in (inputs, data.held_out or []):
-        overwriting.refuse_overwriting("-o", files, read, also)
+        overwriting.refuse_overwriting("-o", files, Inputs(read) if read else None, also)

@@ -1,0 +1,192 @@
+"""The files that an input names (a file, a folder, a glob, an @list or stdin), in a stable, natural order."""
+
+import glob
+import os
+import re
+import stat
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+from urllib.parse import unquote
+
+from longnet_cli.data.files import read_error
+from longnet_cli.data.folders import choose_files, is_hidden, natural_order
+from longnet_cli.errors import ConfigError, DataError, InputWarning, refuse_web_address
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to read, or stdin where `path` is None. `name` becomes the doc_id, `where` goes into messages.
+
+    Both are the path's UTF-8 text, in any locale. `filesystem` holds the path, None on this machine.
+    """
+
+    path: Path | None
+    name: str
+    where: str
+    filesystem: "FileSystem | None" = None
+
+
+def find_sources(names: Sequence[str | Path]) -> tuple[list[Source], list[DataError]]:
+    """Expand folders, globs, lists and URIs into files; return these, and the errors of inputs that cannot be found.
+
+    A name that occurs twice becomes the whole path. A file that is reached more than once, by another name or through a
+    link, is read once, in its first place, and a warning names it. Raises ConfigError for no input and for stdin given
+    twice.
+    """
+    if not names:
+        raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
+    if sum(str(name) in ("-", "@-") for name in names) > 1:
+        raise ConfigError("stdin (-) can be read only once")
+    missing: list[DataError] = []
+    found = once(_expand_all([_as_text(str(name)) for name in names], missing, in_list=False))
+    times = Counter(source.name for source in found)
+    return [source if times[source.name] == 1 else replace(source, name=source.where) for source in found], missing
+
+
+def once(sources: Iterable[Source]) -> list[Source]:
+    """Return the sources, but leave out files that repeat an earlier one (same device and inode), with a warning."""
+    first: dict[object, Source] = {}
+    again: list[str] = []
+    for source in sources:
+        key: object = source.where
+        if source.path is not None and source.filesystem is None:
+            with suppress(OSError):
+                found = source.path.stat()
+                key = found.st_dev, found.st_ino
+        earlier = first.setdefault(key, source)
+        if earlier is not source:
+            again.append(
+                source.where if earlier.where == source.where else f"{source.where}, which is {earlier.where},"
+            )
+    if again:
+        others = f" (and {len(again) - 1} more)" if again[1:] else ""
+        warnings.warn(f"{again[0]} is read once, though it is named more than once{others}", InputWarning, stacklevel=2)
+    return list(first.values())
+
+
+def _expand_all(items: Iterable[str], missing: list[DataError], *, in_list: bool) -> Iterator[Source]:
+    """Yield the files that inputs name, and add an error to `missing` for each input that cannot be found."""
+    for item in items:
+        try:
+            for source in _expand(item, missing, in_list=in_list):
+                if any("\ud800" <= character <= "\udfff" for character in source.where):
+                    missing.append(DataError(f"{source.where!a}: the name is not UTF-8: rename it"))
+                else:
+                    yield source
+        except DataError as error:
+            missing.append(error)
+
+
+def _as_text(path: str) -> str:
+    """Return a path as UTF-8 text, in any locale. A byte that is not UTF-8 becomes a surrogate."""
+    try:
+        return os.fsencode(path).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # text with characters that the locale's encoding lacks
+        return path
+
+
+def _as_path(text: str) -> str:
+    """Return the path for the system: the inverse of `_as_text`."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def _expand(item: str, missing: list[DataError], *, in_list: bool) -> Iterable[Source]:
+    if not item:  # such as an unset variable in a script
+        raise ConfigError("an input is empty: name a file, a folder, a glob, @list.txt, or - for stdin")
+    refuse_web_address(item)
+    if item.startswith("file://"):
+        item, in_list = unquote(item.removeprefix("file://")), True  # in a URI, @ starts a name, not a list
+    elif re.match(r"[a-z][a-z0-9+.-]*://", item):
+        from longnet_cli.data.remote import find_remote  # imported late: 20 ms that local input does not need
+
+        filesystem, found = find_remote(item)
+        return [Source(Path(path), name, where, filesystem) for path, name, where in found]
+    path = Path(_as_path(item))
+    if item == "-":
+        return [_stdin_source()]
+    if path.is_dir():
+        return [
+            Source(path / _as_path(name), name, _as_text(str(path / _as_path(name)))) for name in _folder_files(path)
+        ]
+    if path.exists():
+        return [Source(path, _as_text(path.name), item)]
+    if item.startswith("@") and not in_list:
+        return _expand_all(_listed(item[1:]), missing, in_list=True)
+    if glob.has_magic(item):
+        matches = filter(os.path.isfile, glob.glob(_as_path(item), recursive=True))
+        files = sorted(map(_as_text, matches), key=natural_order)
+        if files:
+            return [Source(Path(_as_path(file)), file.rpartition("/")[2], file) for file in files]
+        raise DataError(f"{item}: no file matches")
+    raise DataError(f"{item}: no such file or folder")
+
+
+def _stdin_source() -> Source:
+    """Return the source for stdin. `< file` can seek, like any other file; anything else is read once, forwards."""
+    if sys.stdin is None:
+        raise DataError("stdin is closed")
+    try:
+        handle = sys.stdin.fileno()
+        regular = stat.S_ISREG(os.fstat(handle).st_mode) and os.lseek(handle, 0, os.SEEK_CUR) == 0
+    except (OSError, ValueError):
+        regular = False
+    return Source(Path("/dev/stdin") if regular else None, "stdin", "stdin")
+
+
+@lru_cache(maxsize=1)
+def _read_once(stream: TextIO) -> bytes:
+    """Read all of stdin, and keep it: inputs may be expanded more than once."""
+    return stream.buffer.read()
+
+
+def _listed(name: str) -> list[str]:
+    """Return the inputs in a list, or in stdin for `-`, written as on the command line, one per line.
+
+    Blank lines and # comments are skipped. In a list with NULs, as `find -print0` writes it, all up to a NUL is a
+    name.
+    """
+    where = f"@{name}"
+    try:
+        data = _read_once(sys.stdin) if name == "-" else Path(_as_path(name)).read_bytes()
+    except OSError as error:
+        raise read_error(where, error, "cannot read the list") from error
+    except AttributeError:
+        raise DataError("stdin is closed") from None
+    if b"\0" in data:
+        items = [_as_text(os.fsdecode(item)) for item in data.split(b"\0") if item]
+    else:
+        try:
+            lines = data.decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: cannot read the list: {error}") from error
+        items = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    if not items:
+        raise DataError(f"{where}: the list names no input")
+    return items
+
+
+def _folder_files(folder: Path) -> list[str]:
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        found += [Path(root, name) for name in names]
+
+    def read(name: str, size: int | None) -> bytes:
+        try:
+            with open(folder / _as_path(name), "rb") as file:
+                return file.read(size)
+        except OSError as error:
+            raise read_error(_as_text(str(folder / _as_path(name))), error) from error
+
+    names = [_as_text(file.relative_to(folder).as_posix()) for file in found if file.is_file()]
+    return choose_files(_as_text(str(folder)), names, read)
