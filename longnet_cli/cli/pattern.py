@@ -11,7 +11,7 @@ from longnet_cli.cli.options import OUTPUT, option, size_option
 from longnet_cli.cli.output import can_print, emit_json, format_count, printable, shows_color
 
 if TYPE_CHECKING:
-    from longnet_cli.describing import Costs, Description, LevelCosts
+    from longnet_cli.describing import Description, LevelCosts, PatternCosts
 
 Format = Literal["text", "json"]
 MEASURE = "What to describe"
@@ -115,7 +115,7 @@ def _print(found: Description) -> None:
         print(f"of {what}, it is linked to {reached} layers")
 
 
-def _costs(costs: Costs | LevelCosts, flops: str) -> str:
+def _costs(costs: PatternCosts | LevelCosts, flops: str) -> str:
     rows = "-" if costs.cache_rows is None else f"{costs.cache_rows:,}"
     keys = f"{costs.keys_per_query:,.0f}" if costs.keys_per_query >= 10 else f"{costs.keys_per_query:.3g}"
     return f"{keys:>16}{flops:>7}{rows:>15}"
