@@ -1,6 +1,6 @@
 """The `pattern` job: a description of a pattern, to read before you train with it. Loads no torch.
 
-Costs come from the operator's own plan. The keys that a query sees are computed from the definition, position by
+PatternCosts come from the operator's own plan. The keys that a query sees are computed from the definition, position by
 position:
 
     level i covers the keys [lo_i, hi_i) of a query; a head sees the covered keys that the level keeps for it
@@ -47,7 +47,7 @@ class LevelCosts:
 
 
 @dataclass(frozen=True)
-class Costs:
+class PatternCosts:
     """The average keys per query, far from the ends; FLOPs of one layer's forward pass; cache rows of one head."""
 
     keys_per_query: float
@@ -69,9 +69,9 @@ class Description:
     name: str
     pattern: str
     levels: list[LevelCosts]
-    sinks: Costs
-    total: Costs
-    dense: Costs
+    sinks: PatternCosts
+    total: PatternCosts
+    dense: PatternCosts
     seq: int
     heads: int
     head_dim: int
@@ -176,9 +176,9 @@ def describe(
         name=name,
         pattern=written,
         levels=levels,
-        sinks=Costs(pattern.sinks, of_sinks, pattern.sinks if causal else None),
-        total=Costs(keys, total, pattern.cache_rows if causal else None),
-        dense=Costs(seq / half, dense, seq if causal else None),
+        sinks=PatternCosts(pattern.sinks, of_sinks, pattern.sinks if causal else None),
+        total=PatternCosts(keys, total, pattern.cache_rows if causal else None),
+        dense=PatternCosts(seq / half, dense, seq if causal else None),
         seq=seq,
         heads=heads,
         head_dim=head_dim,

@@ -30,7 +30,7 @@ from longnet_cli.measures import Clusters, DocumentScore
 from longnet_cli.model.net import Net
 from longnet_cli.model.sequence import Bos, InputSequence
 from longnet_cli.model.weights import model_digest
-from longnet_cli.runtime.chunks import same_chunk
+from longnet_cli.runtime.chunks import chunk_of, default_chunk
 from longnet_cli.runtime.dealing import BATCHES, deal
 from longnet_cli.runtime.device import check_kernel, resolve_dtype
 from longnet_cli.runtime.ranks import Ranks
@@ -167,8 +167,8 @@ def gains_to_folder(
     ranks = ranks or Ranks()
     earlier = run_to_resume(output, resume=resume) if ranks.first else None
     device = next(model.parameters()).device
-    if chunk is None:
-        chunk = same_chunk(model.config, device, ranks, earlier.settings.get("chunk") if earlier else None)
+    before = earlier.settings.get("chunk") if earlier else None
+    chunk = chunk_of(chunk, default_chunk(model.config, device), before, ranks)
     dtype = resolve_dtype(dtype, device)
     decisive = {
         **settings,

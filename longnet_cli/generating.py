@@ -22,7 +22,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.model.net import Net
 from longnet_cli.model.sequence import Bos, InputSequence
-from longnet_cli.runtime.chunks import default_chunk, open_stream
+from longnet_cli.runtime.chunks import chunk_of, default_chunk, open_stream
 from longnet_cli.runtime.device import precision
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -69,8 +69,7 @@ def generate(
     than the model reads; DataError if `bos` and the prompt are both empty; NotFiniteError for a logit that is NaN.
     """
     _check(model, tokenizer, max_tokens, temperature, top_p, stop)
-    if chunk is not None and chunk < 1:
-        raise ConfigError(f"chunk must be 1 or more, not {chunk}")
+    chunk = chunk_of(chunk, default_chunk(model.config, next(model.parameters()).device))
     sequence = model.sequence(prompt, bos)
     if not len(sequence):
         raise DataError(
@@ -123,13 +122,12 @@ class _Generator:
         sampler: Sampler,
         end_ids: Collection[int],
         stop: Sequence[str],
-        chunk: int | None,
+        chunk: int,
         dtype: str,
         on_progress: Callable[[int], None] | None,
     ) -> None:
         self.model, self.sampler, self.end_ids, self.dtype = model, sampler, end_ids, dtype
-        self.device = next(model.parameters()).device
-        self.chunk = chunk or default_chunk(model.config, self.device)
+        self.device, self.chunk = next(model.parameters()).device, chunk
         self.on_progress = on_progress or (lambda tokens: None)
         self.stream = open_stream(model)
         self.texts = TextStream(tokenizer) if tokenizer else None

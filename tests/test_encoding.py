@@ -275,10 +275,10 @@ def test_a_default_chunk_is_that_of_the_run_before(tmp_path: Path, monkeypatch: 
     """On a GPU it depends on the memory that is free."""
     model = LongNet(CONFIG).eval()
     write(model, tmp_path / "whole", chunk=70)
-    monkeypatch.setattr("longnet_cli.runtime.chunks.default_chunk", lambda *_: 70)
+    monkeypatch.setattr("longnet_cli.encoding.default_chunk", lambda *_: 70)
     with pytest.raises(KeyboardInterrupt):
         write(model, tmp_path / "out", stopped_at(7), chunk=None)
-    monkeypatch.setattr("longnet_cli.runtime.chunks.default_chunk", lambda *_: 40)
+    monkeypatch.setattr("longnet_cli.encoding.default_chunk", lambda *_: 40)
     write(model, tmp_path / "out", chunk=None, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -20,13 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.spans import open_spans
 from longnet_cli.errors import ConfigError
-from longnet_cli.estimating.estimate import fitting_chunk
 from longnet_cli.estimating.training_job import (
     estimate_training,
     memory_by_kind,
     settle_chunk,
 )
 from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.runtime.chunks import fitting_chunk
 from longnet_cli.runtime.device import MatmulPeak, precision
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.training.far_bytes import seen_segments

@@ -11,6 +11,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.configuration import validate
 from longnet_cli.errors import ConfigError
 from longnet_cli.notation import format_pattern
+from longnet_cli.runtime.chunks import BENCH_CHUNK, GPU_BENCH_CHUNK, chunk_of
 from longnet_cli.runtime.device import check_kernel, resolve_dtype, select_device
 from longnet_cli.runtime.ranks import Ranks
 
@@ -21,7 +22,6 @@ OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # implementations a
     "exchange": (("dilated", "dense"), ("forward", "backward")),
 }
 LONG = 10**6  # tokens: from here on, a causal forward pass is streamed, and the defaults are for long sequences
-CHUNK, GPU_CHUNK = 1 << 16, 1 << 20  # tokens per chunk of a streamed run; with fewer, a GPU waits for the CPU
 LONGEST = 1 << 40  # tokens; with the most heads of the largest size, int64 still counts the numbers of a sequence
 
 Size = Annotated[int, Field(ge=1, le=1 << 32)]
@@ -143,7 +143,7 @@ class Settings(BaseModel):
 
     def chunk_for(self, seq: int) -> int:
         """Return the tokens per chunk of a streamed run."""
-        return min(seq, self.chunk or (GPU_CHUNK if self.device.type == "cuda" else CHUNK))
+        return min(seq, chunk_of(self.chunk, GPU_BENCH_CHUNK if self.device.type == "cuda" else BENCH_CHUNK))
 
     @property
     def streamed_tokens(self) -> int:

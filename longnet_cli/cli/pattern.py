@@ -12,7 +12,7 @@ from longnet_cli.cli.output import can_print, emit_json, printable, shows_color
 from longnet_cli.sizes import format_count
 
 if TYPE_CHECKING:
-    from longnet_cli.describing import Costs, Description, LevelCosts
+    from longnet_cli.describing import Description, LevelCosts, PatternCosts
 
 Format = Literal["text", "json"]
 MEASURE = "What to describe"
@@ -116,7 +116,7 @@ def _print(found: Description) -> None:
         print(f"of {what}, it is linked to {reached} layers")
 
 
-def _costs(costs: Costs | LevelCosts, flops: str) -> str:
+def _costs(costs: PatternCosts | LevelCosts, flops: str) -> str:
     rows = "-" if costs.cache_rows is None else f"{costs.cache_rows:,}"
     keys = f"{costs.keys_per_query:,.0f}" if costs.keys_per_query >= 10 else f"{costs.keys_per_query:.3g}"
     return f"{keys:>16}{flops:>7}{rows:>15}"

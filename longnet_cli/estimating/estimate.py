@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-from longnet_cli.runtime.chunks import SHORTEST_CHUNK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +71,3 @@ class Estimate:
             "chunk": self.chunk,
             "spill_bytes": self.spilled,
         }
-
-
-def fitting_chunk(
-    needed: Callable[[int], int], chunk: int, free: int | None, shortest: int = SHORTEST_CHUNK
-) -> int | None:
-    """Return a power of two below `chunk`, at least `shortest`, whose `needed` bytes are free.
-
-    Returns None where there is none, and where `chunk` itself fits.
-    """
-    if free is None or needed(chunk) <= free:
-        return None
-    while chunk > shortest:
-        chunk = 1 << (chunk - 1).bit_length() - 1  # the power of two below
-        if chunk >= shortest and needed(chunk) <= free:
-            return chunk
-    return None

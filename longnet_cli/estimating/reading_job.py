@@ -24,14 +24,14 @@ from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions
 from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.estimating.estimate import Estimate, fitting_chunk
+from longnet_cli.estimating.estimate import Estimate
 from longnet_cli.estimating.forwards import Forwards, Shape
 from longnet_cli.estimating.rate import FIRST_SHAPE, forward, measured_rate
 from longnet_cli.estimating.reading_bytes import computing_bytes, hidden_bytes, waiting_bytes
 from longnet_cli.estimating.sampling import Sample
 from longnet_cli.model.net import Net
 from longnet_cli.model.sequence import InputSequence
-from longnet_cli.runtime.chunks import default_chunk
+from longnet_cli.runtime.chunks import chunk_of, default_chunk, fitting_chunk
 from longnet_cli.runtime.device import free_memory, peak_memory, resident_memory, resolve_dtype
 from longnet_cli.runtime.portions import portions
 from longnet_cli.runtime.ranks import Ranks
@@ -191,7 +191,7 @@ def estimate_documents(
     nothing to read.
     """
     ranks, config, device = ranks or Ranks(), net.config, next(net.parameters()).device
-    chunk = chunk or int(ranks.smallest(default_chunk(config, device)))
+    chunk = chunk_of(chunk, default_chunk(config, device), ranks=ranks)
     forwards = Forwards(config, chunk)
     drawn = Sample(sample, tokenizer) if sample and tokenizer else None
     left_out: list[Document] = []

@@ -7,22 +7,23 @@ were held at one time. This is true whenever a step has more than one chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from longnet_cli.estimating.estimate import Estimate, fitting_chunk
+from longnet_cli.estimating.estimate import Estimate
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import LOGITS_LIMIT, NetConfig
-from longnet_cli.runtime.chunks import SHORTEST_CHUNK
+from longnet_cli.runtime.chunks import GPU_TRAINING_CHUNK, SHORTEST_CHUNK, TRAINING_CHUNK, chunk_of, fitting_chunk
 from longnet_cli.runtime.device import free_memory, matmul_peak, resident_memory, resolve_dtype
 from longnet_cli.runtime.ranks import Ranks
+from longnet_cli.runtime.reader import batches_by_length
 from longnet_cli.training.checks import check_ranks
 from longnet_cli.training.far_bytes import far_bytes, stored_bytes
 from longnet_cli.training.optimizer import build_optimizers
 from longnet_cli.training.recipe import OptimizerRecipe, Recipe, Stage
 
-GPU_CHUNK = 1 << 17  # tokens: longer chunks do not keep a GPU busier, even if there is memory for them
 EFFICIENCY = 0.4  # share of the measured matmul peak that a training step is assumed to reach
 
 
@@ -57,17 +58,14 @@ class TrainingEstimate(Estimate):
 def settle_chunk(recipe: Recipe, device: torch.device, ranks: Ranks) -> Recipe:
     """Return the recipe with a `train.chunk` that keeps a GPU busy, unless it names one. All ranks call it together.
 
-    The chunk is the longest power of two up to `GPU_CHUNK` that leaves a fifth of the free memory, and at least the
-    default, which a CPU uses.
+    The chunk is the longest power of two up to `GPU_TRAINING_CHUNK` that leaves a fifth of the free memory, and at
+    least the default, which a CPU uses.
     """
     if device.type == "cpu" or recipe.names_chunk:
         return recipe
-    chunk, free = GPU_CHUNK, free_memory(device) or 0
-    while chunk > recipe.train.chunk:
-        if sum(memory_by_kind(recipe.with_chunk(chunk), device, ranks).values()) <= 0.8 * free:
-            break
-        chunk //= 2
-    return recipe.with_chunk(int(ranks.smallest(chunk)))
+    needed = partial(_needed_bytes, recipe, device, ranks)
+    longest = fitting_chunk(needed, GPU_TRAINING_CHUNK, 0.8 * (free_memory(device) or 0), TRAINING_CHUNK)
+    return recipe.with_chunk(chunk_of(None, longest or TRAINING_CHUNK, ranks=ranks))
 
 
 def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> TrainingEstimate:
@@ -83,9 +81,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     memory = {"program": program, **memory_by_kind(recipe, device, ranks)}
     whole = not config.causal
     shortest = -(-max(stage.seq_len for stage in train.stages) // ranks.sp) if whole else SHORTEST_CHUNK
-    fitting = fitting_chunk(
-        lambda chunk: sum(memory_by_kind(recipe.with_chunk(chunk), device, ranks).values()), train.chunk, free, shortest
-    )
+    fitting = fitting_chunk(partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest)
     tokens = [stage.steps * train.windows(stage) * stage.seq_len for stage in train.stages]
     plain = [config.training_flops([stage.seq_len], train.predicted) / stage.seq_len for stage in train.stages]
     executed = [each + _computed_again(recipe, stage, ranks) for each, stage in zip(plain, train.stages, strict=True)]
@@ -117,6 +113,10 @@ def _load_all(device: torch.device) -> None:
     net.nll(net(ids), ids).sum().backward()
     for optimizer in build_optimizers(net, OptimizerRecipe()):
         optimizer.step()
+
+
+def _needed_bytes(recipe: Recipe, device: torch.device, ranks: Ranks, chunk: int) -> int:
+    return sum(memory_by_kind(recipe.with_chunk(chunk), device, ranks).values())
 
 
 def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
@@ -159,7 +159,7 @@ def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
     """Return the most tokens of a forward pass on one rank, as `gradients.backward` groups or cuts sequences."""
     chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.train.windows(stage) // ranks.dp)
     if recipe.train.across_documents:
-        rows = min(max(1, chunk // stage.seq_len), rows)
+        rows = len(next(batches_by_length([stage.seq_len] * rows, chunk)))
     return -(-min(chunk, rows * stage.seq_len) // ranks.sp)  # documents of several windows may fill a chunk
 
 

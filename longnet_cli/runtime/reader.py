@@ -10,7 +10,7 @@ with one exception: another rank may have computed a piece. So the job adds up i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -18,11 +18,10 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
 from longnet_cli.model.sequence import InputSequence, Readable
-from longnet_cli.runtime.chunks import default_chunk, open_stream, same_chunk
+from longnet_cli.runtime.chunks import chunk_of, default_chunk, open_stream
 from longnet_cli.runtime.device import precision, to_device
 from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.layerwise import hidden_in_chunks
@@ -50,6 +49,7 @@ class Window:
 
 W = TypeVar("W", bound=Window)
 S = TypeVar("S", bound=InputSequence[Any])
+Z = TypeVar("Z", bound=Sized)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,44 @@ class Piece(Generic[W]):
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ReadingStep(Generic[Z]):
+    """Windows that are read at one time. `batches` has the indices of those that share a forward pass, or is None.
+
+    If it is None, there is one window, longer than a chunk, which is read chunk by chunk.
+    """
+
+    windows: list[Z]
+    batches: list[list[int]] | None
+
+
+def plan(windows: Iterable[Z], chunk: int, streams: bool) -> Iterator[ReadingStep[Z]]:
+    """Yield the steps in which windows, of which only the lengths count, are read by a net that `streams` or not.
+
+    Short windows wait until they fill a forward pass of `chunk` tokens. Every window is in one step, in order. This is
+    the rule for `Reader.read`, and so for all jobs; `--dry-run` counts its steps.
+    """
+    waiting: list[Z] = []
+    tokens = 0  # that wait
+
+    def together() -> Iterator[ReadingStep[Z]]:
+        nonlocal waiting, tokens
+        if waiting:
+            yield ReadingStep(waiting, [*batches_by_length([len(window) for window in waiting], chunk)])
+        waiting, tokens = [], 0
+
+    for window in windows:
+        if len(window) > chunk and streams:
+            yield from together()
+            yield ReadingStep([window], None)
+            continue
+        waiting.append(window)
+        tokens += len(window)
+        if tokens >= chunk or not tokens:
+            yield from together()
+    yield from together()
 
 
 class Reader:
@@ -89,13 +127,10 @@ class Reader:
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         """Raise ConfigError for a chunk below 1."""
-        if chunk is not None and chunk < 1:
-            raise ConfigError(f"chunk must be 1 or more, not {chunk}")
         self.model, self.dtype, self.spill = model, dtype, spill
         self.ranks = ranks or Ranks()
         self.device = next(model.parameters()).device
-        # ranks may have different amounts of free memory
-        self.chunk = chunk or int(self.ranks.smallest(default_chunk(model.config, self.device)))
+        self.chunk = chunk_of(chunk, default_chunk(model.config, self.device), ranks=self.ranks)
         self.on_progress = on_progress or (lambda tokens: None)
 
     def portions(self, sequences: Iterable[S], **shards: Any) -> Iterator[Portion[S]]:
@@ -109,28 +144,19 @@ class Reader:
         A list has the pieces of one or more forward passes. Every rank gets the same pieces. A window without ids gives
         a piece without hidden states. Raises what reading ids raises, and MemoryLimitError as `hidden_in_chunks` does.
         """
-        waiting: list[W] = []
-        tokens = 0  # that wait
-        for window in windows:
-            if len(window) > self.chunk and self.model.config.streams:
-                if waiting:
-                    yield self._together(waiting)
-                    waiting, tokens = [], 0
-                yield from self._stream(window) if self.model.config.causal else self._whole(window)
-                continue
-            waiting.append(window)
-            tokens += len(window)
-            if tokens >= self.chunk or not tokens:
-                yield self._together(waiting)
-                waiting, tokens = [], 0
-        if waiting:
-            yield self._together(waiting)
+        for step in plan(windows, self.chunk, self.model.config.streams):
+            if step.batches is not None:
+                yield self._together(step.windows, step.batches)
+            elif self.model.config.causal:
+                yield from self._stream(*step.windows)
+            else:
+                yield from self._whole(*step.windows)
 
     @torch.inference_mode()
-    def _together(self, windows: Sequence[W]) -> list[Piece[W]]:
+    def _together(self, windows: Sequence[W], batches: Sequence[Sequence[int]]) -> list[Piece[W]]:
         """Read short windows in padded forward passes of similar lengths."""
         found: dict[int, Tensor] = {}
-        for turn, batch in enumerate(batches_by_length([len(window) for window in windows], self.chunk)):
+        for turn, batch in enumerate(batches):
             if turn % self.ranks.world == self.ranks.rank:
                 lengths = [len(windows[i]) for i in batch]
                 read = [self._ids(windows[i], windows[i].start, windows[i].stop) for i in batch]
@@ -214,8 +240,7 @@ class Reader:
 def share_reader(model: Net, *, chunk: int | None = None, ranks: Ranks | None = None, **options: Any) -> Reader:
     """Return a Reader for this rank's group, with the same chunk on all `ranks`. `options` go to `Reader`."""
     ranks = ranks or Ranks()
-    if chunk is None:
-        chunk = same_chunk(model.config, next(model.parameters()).device, ranks, None)
+    chunk = chunk_of(chunk, default_chunk(model.config, next(model.parameters()).device), ranks=ranks)
     return Reader(model, chunk=chunk, ranks=ranks.of_group(), **options)
 
 

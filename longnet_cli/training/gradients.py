@@ -15,6 +15,7 @@ from longnet_cli.runtime.chunks import Tokens, backward_in_chunks
 from longnet_cli.runtime.device import precision, to_device
 from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.fsdp import final_backward
+from longnet_cli.runtime.reader import batches_by_length
 
 from .tokens import RegroupedTokens
 
@@ -113,12 +114,13 @@ class _Forward(NamedTuple):
 def plan_forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> Iterator[_Forward]:
     """Cut windows of `length` tokens into forward passes of at most `chunk` tokens, unless one document is longer.
 
-    Windows of one document go side by side, as rows. The documents of other windows go one after the other, in a row.
+    Windows of one document go side by side, as rows, by the rule of reading. The documents of other windows go one
+    after the other, in a row.
     """
     whole = [row for row, found in enumerate(starts) if len(found) == 1]
-    side_by_side = max(1, chunk // length)
-    for first in range(0, len(whole), side_by_side):
-        yield _Forward([[(row, 0, length)] for row in whole[first : first + side_by_side]], None)
+    for batch in batches_by_length([length] * len(whole), chunk):
+        yield _Forward([[(whole[index], 0, length)] for index in batch], None)
+    # the rule of reading sorts by length and pads: here, neighbours stay one run of ids, and nothing is padded
     mixed = [
         (row, *edges) for row, found in enumerate(starts) if len(found) > 1 for edges in pairwise([*found, length])
     ]

@@ -17,6 +17,7 @@ from longnet_cli.integrations.transformers_config import TransformersConfig
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.notation import PATTERN_FIELDS, read_pattern
+from longnet_cli.runtime.chunks import TRAINING_CHUNK
 from longnet_cli.shipped import preset_dir
 from longnet_cli.sizes import parse_size
 
@@ -123,7 +124,7 @@ class TrainRecipe(StrictModel):
     objective: Literal["causal", "masked"] = "causal"
     mask_rate: float = Field(default=0.15, gt=0, lt=1)
     batch_tokens: Size = 16384
-    chunk: Size = 16384
+    chunk: Size = TRAINING_CHUNK
     across_documents: bool = False
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     spill: str | None = None  # a folder, instead of memory, for the rows that chunks keep for each other

@@ -58,6 +58,7 @@ def prepare_run(
             "its values"
         )
     found = load_recipe(recipe or own, overrides)
+    # then the recipe names it: the order of `runtime.chunks.chunk_of`
     if earlier and not found.names_chunk and (chunk := _chunk_of(earlier)):
         found = found.with_chunk(chunk)
     if writes:
