@@ -8,8 +8,6 @@ resumed, or shared by many processes, writes the same bytes as an uninterrupted 
 
 from __future__ import annotations
 
-import tempfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -21,12 +19,11 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.cuts import Cut
-from longnet_cli.data.documents import SPOOL_BYTES, Document
-from longnet_cli.data.files import no_place
+from longnet_cli.data.documents import Document
 from longnet_cli.data.kept import kept_column, kept_settings, kept_value, with_kept
 from longnet_cli.data.shards import ShardFolder, run_to_resume
 from longnet_cli.errors import ConfigError, LongNetError
-from longnet_cli.measures import Clusters, DocumentScore
+from longnet_cli.measures import DocumentScore
 from longnet_cli.model.net import Net
 from longnet_cli.model.sequence import Bos, InputSequence
 from longnet_cli.model.weights import model_digest
@@ -37,8 +34,6 @@ from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reader import Reader, share_reader
 from longnet_cli.scoring import NothingToScoreError, OnSkip, Scorer
 
-GAIN_BLOCK = 128  # neighbouring tokens gain together; blocks are taken as independent
-MANY_NATS = 2.0  # a token that gains this much is exp(2), about 7, times as likely
 SHARD_TOKENS = 1 << 22
 BATCH_ROWS = 1 << 12
 
@@ -239,36 +234,27 @@ class _GainScorer:
         self.schema = options.schema(kept_fields)
         self.contexts = options.context or (None,)
         cut = Cut.of(reader.model, options.bos, options.context, options.stride, options.last)
-        on_nats = self._on_nats if options.compares else None
-        self.scorer = Scorer(reader, cut, count_bytes=count_bytes, on_nats=on_nats)
+        self.scorer = Scorer(reader, cut, count_bytes=count_bytes)
         self.checked, self.nothing = self.scorer.checked, self.scorer.nothing
         self.tell_progress = self.scorer.tell_progress
-        self.open: deque[_Gain] = deque()  # for documents whose scores are still to come
 
     def batches(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         """Yield one batch with the rows of checked documents, in order."""
         scores, rows = self.scorer.run(sequences), []
         while found := list(islice(scores, len(self.contexts))):
-            row = _row(self.options, found, self.open.popleft() if self.options.compares else None)
+            row = _row(self.options, found)
             rows.append(row | {field.name: kept_value(found[0], field) for field in self.kept_fields})
         yield _record_batch(rows, self.schema, self.kept_fields)
 
-    def _on_nats(self, document: Document, context: int | None, nats: np.ndarray) -> None:
-        if not self.open or self.open[-1].document is not document:
-            self.open.append(_Gain(document))
-        if context == self.contexts[0]:
-            self.open[-1].keep(nats)
-        elif context == self.contexts[-1]:
-            self.open[-1].compare(nats)
 
-
-def _row(options: GainOptions, found: Sequence[DocumentScore], gain: _Gain | None) -> dict[str, Any]:
+def _row(options: GainOptions, found: Sequence[DocumentScore]) -> dict[str, Any]:
     """Return the row of a document, from its scores at all contexts. Columns that it lacks are null."""
     score = found[0].score
     row: dict[str, Any] = {"doc_id": found[0].doc_id, "n_tokens": score.n_tokens, "n_bytes": score.n_bytes}
     if score.n_tokens:
         row |= {name: each.score.nll_sum / score.n_tokens for name, each in zip(options.nats, found, strict=True)}
-        row |= gain.as_dict() if gain else {}
+    gain = found[-1].gain
+    row |= gain._asdict() if gain else {}
     return row
 
 
@@ -281,47 +267,3 @@ def _record_batch(
     ]
     found += [kept_column((row[field.name] for row in rows), field) for field in kept_fields]
     return pa.record_batch(found, schema=schema)
-
-
-class _Gain:
-    """The gain of one document. It takes nats in pieces, in order: at the shortest context, then at the longest."""
-
-    def __init__(self, document: Document) -> None:
-        self.document = document
-        self._kept: Any = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 (float32 nats, closed at the end)
-        self._read = 0  # bytes of the kept nats
-        self._open = np.empty(0)  # gains in the block that is not full yet
-        self._blocks = Clusters(2)  # of each, the sum of gains and the number of tokens
-        self._many = 0
-
-    def keep(self, nats: np.ndarray) -> None:
-        """Take the next (n,) float32 nats at the shortest context. Raises LongNetError if the disk is full."""
-        try:
-            self._kept.write(nats.tobytes())
-        except OSError as error:
-            raise no_place(error) from error
-
-    def compare(self, nats: np.ndarray) -> None:
-        """Take the next (n,) float32 nats at the longest context."""
-        self._kept.seek(self._read)
-        kept = np.frombuffer(self._kept.read(nats.nbytes), np.float32)
-        self._read += nats.nbytes
-        gained = kept.astype(np.float64) - nats
-        self._many += int(np.count_nonzero(gained > MANY_NATS))
-        gained = np.concatenate((self._open, gained))
-        whole = len(gained) // GAIN_BLOCK * GAIN_BLOCK
-        self._end_blocks(gained[:whole].reshape(-1, GAIN_BLOCK))
-        self._open = gained[whole:]
-
-    def as_dict(self) -> dict[str, float | None]:
-        """Return the columns of the gain. Call it when all tokens have been compared."""
-        self._kept.close()
-        if len(self._open):
-            self._end_blocks(self._open[None])
-        total, tokens = self._blocks.sums
-        error = self._blocks.error(np.array([1.0, 0.0]), 1)
-        return {"gain": float(total / tokens), "gain_se": error, "gain_share": self._many / float(tokens)}
-
-    def _end_blocks(self, gained: np.ndarray) -> None:
-        """Add full blocks of gains, (blocks, tokens per block)."""
-        self._blocks.extend(np.stack((gained.sum(1), np.full(len(gained), float(gained.shape[1]))), axis=1))

@@ -16,8 +16,9 @@ from conftest import RunLongnet
 from longnet_cli.data.shards import read_manifest
 from longnet_cli.data.sources import Document
 from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.gains import GAIN_BLOCK, GainOptions, gains, gains_to_folder
-from longnet_cli.measures import Clusters
+from longnet_cli.gain import GAIN_BLOCK
+from longnet_cli.gains import GainOptions, gains, gains_to_folder
+from longnet_cli.measures import Clusters, Gain
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.scoring import NothingToScoreError, score
 
@@ -80,6 +81,18 @@ def test_a_row_is_what_the_tokens_say(model: LongNet, chunk: int | None) -> None
     assert max(shares) > 0
 
 
+def test_contexts_in_any_order_give_the_same_gain(model: LongNet) -> None:
+    documents = [make_document(length, str(length)) for length in (1, 300, 0, 1000)]
+    orders = ((16, 400), (400, 16), (100, 400, 16))
+    sorted_, turned, more = (list(score(model, documents, bos=BOS, context=order, chunk=70)) for order in orders)
+    assert [(each.doc_id, each.context) for each in turned[:4]] == [("1", 400), ("1", 16), ("300", 400), ("300", 16)]
+    gains = [[each.gain for each in found if each.context == 400] for found in (sorted_, turned, more)]
+    assert all(each.gain is None for found in (sorted_, turned, more) for each in found if each.context != 400)
+    for found in gains[1:]:
+        np.testing.assert_allclose(np.array(found, float), np.array(gains[0], float), rtol=1e-4, atol=1e-5)
+    assert gains[0][2] == (None, None, None)
+
+
 def test_one_context_has_no_gain(model: LongNet) -> None:
     table = pa.Table.from_batches(gains(model, [make_document(50)], GainOptions(bos=BOS)))
     assert table.column_names == ["doc_id", "n_tokens", "n_bytes", "nats"]
@@ -140,6 +153,8 @@ def test_the_command_writes_what_it_prints(run_longnet: RunLongnet, tmp_path: Pa
         assert row["nats_64"] == pytest.approx(short["nll_sum"] / short["n_tokens"])
         assert row["nats_1024"] == pytest.approx(long["nll_sum"] / long["n_tokens"])
         assert row["gain"] == pytest.approx(row["nats_64"] - row["nats_1024"])
+        assert {name: row[name] for name in Gain._fields} == {name: long[name] for name in Gain._fields}
+        assert not short.keys() & {*Gain._fields}
 
 
 @pytest.mark.parametrize(

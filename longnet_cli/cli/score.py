@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 Format = Literal["text", "json", "jsonl"]
 MEASURE = "What to measure"
 ROW_KEYS = {"kind", "doc_id", "context", "nll_sum", "n_tokens", "n_bytes", "ppl", "bpb", "by_position", "by_recall"}
+GAIN_KEYS = {"gain", "gain_se", "gain_share"}  # of documents that are scored at several contexts
 
 
 def score(
@@ -168,7 +169,8 @@ def score(
         raise ConfigError("--dry-run prints one value: give --format text or json")
     if keep and format == "text" and output is None and not dry_run:
         raise ConfigError("--keep carries columns to rows: give -o, or --format jsonl or json")
-    if keep and output is None and (taken := sorted({*keep} & ROW_KEYS)):
+    keys = ROW_KEYS | (GAIN_KEYS if len(context or ()) > 1 else set())
+    if keep and output is None and (taken := sorted({*keep} & keys)):
         raise ConfigError(f"--keep {taken[0]}: the output has a key of this name")
     if token_logprobs == "-":
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
@@ -234,7 +236,7 @@ def score(
         cut = Cut.of(net, loaded.bos, context, stride, last)
         found = estimate_reading(
             net,
-            ScoreJob(net, cut, gains=output is not None and len(cut.contexts) > 1, recalls=by_recall),
+            ScoreJob(net, cut, recalls=by_recall),
             read_untokenized(inputs, loaded.tokenizer, **reading, skip_bad=skip_bad) if sample else documents,
             output,
             resume=resume,
@@ -333,6 +335,8 @@ def _print(
             values["context"] = document.context
         if document.by_recall:
             values |= document.by_recall.as_dict()
+        if document.gain:
+            values |= document.gain._asdict()
         values |= {name: value.as_py() for name, value in document.kept.items()}
         if format == "text":
             _print_row(document.doc_id, document.score, document.context if several else None, header=index == 0)
