@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import cast
 
@@ -22,7 +22,8 @@ from torch import Tensor
 from longnet_cli.cuts import Cut
 from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.kept import Sent
-from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
+from longnet_cli.data.left_out import OnSkip
+from longnet_cli.errors import ConfigError, NotFiniteError, NoTokensError
 from longnet_cli.finite_json import to_json
 from longnet_cli.gain import GainTally
 from longnet_cli.measures import ByPosition, ByRecall, DocumentScore, Gain, Score
@@ -37,13 +38,8 @@ from longnet_cli.runtime.reader import Piece, Reader, Window, share_reader
 
 # Called with (document, start, ids, log-probabilities) of the tokens [start, start + n): (n,) int64 and (n,) float32
 OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
-OnSkip = Callable[[Document, LongNetError], None]  # called with a skipped document and the reason
 
 ADVICE = "the model's weights are too large for its numbers, or damaged"
-
-
-class NothingToScoreError(DataError):
-    """An error for documents without any token to score."""
 
 
 def score(
@@ -96,7 +92,7 @@ def score(
     An empty document scores 0 tokens. The model is moved to `device`; None leaves it where it is. `on_tokens` gets the
     log-probabilities of all tokens in order. `on_progress` gets the number of tokens that each forward pass has scored.
     Raises ConfigError for a model that cannot score, options that contradict each other and a document with more tokens
-    than the model reads, NothingToScoreError at the end if no document had a token to score, NotFiniteError for a
+    than the model reads, NoTokensError at the end if no document had a token to score, NotFiniteError for a
     log-probability that is NaN or infinite.
     """
     cut = Cut.of(model, bos, context, stride, last)
@@ -108,24 +104,25 @@ def score(
     if device is not None:
         model.to(device)
     reader = share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, on_progress=on_progress)
-    scorer = Scorer(
-        reader,
-        cut,
-        by_position=by_position,
-        by_recall=by_recall,
-        count_bytes=count_bytes,
-        on_tokens=on_tokens,
-    )
-    taken = scorer.checked(documents, stored, on_skip)
+    scorer = Scorer(reader, cut, by_position, by_recall, count_bytes, on_tokens)
+    make = partial(cut.sequence, model)
+    for document in stored if on_skip is None else ():
+        make(document)
 
     def run() -> Iterator[DocumentScore]:
         scored = 0
-        for _, found in deal(reader.portions(taken), scorer.run, ranks, Codec(_pack, _unpack), scorer.tell_progress):
+        for _, found in deal(
+            reader.portions(checked(documents, make, on_skip)),
+            scorer.run,
+            ranks,
+            Codec(_pack, _unpack),
+            scorer.tell_progress,
+        ):
             for each in found:
                 scored += each.score.n_tokens
                 yield each
         if not scored and (ranks.first or ranks.dp == 1):
-            raise scorer.nothing()
+            raise NoTokensError(cut.nothing)
 
     return run()
 
@@ -167,32 +164,17 @@ class _ScoredWindow(Window):
     tally: _Tally
 
 
+@dataclass
 class Scorer:
-    """A scorer of documents, in order, on the ranks of one group. The arguments are as in `score`."""
+    """A scorer of documents, in order, on the ranks of one group. The fields are as the arguments of `score`."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        cut: Cut,
-        *,
-        by_position: bool = False,
-        by_recall: bool = False,
-        count_bytes: Callable[[np.ndarray], int | None] | None = None,
-        on_tokens: OnTokens | None = None,
-    ) -> None:
-        self.reader, self.model, self.cut = reader, reader.model, cut
-        self.by_position, self.by_recall = by_position, by_recall
-        self.count_bytes, self.on_tokens = count_bytes, on_tokens
-        self.open: deque[_Tally] = deque()  # documents whose windows are being read
-
-    def checked(
-        self, documents: Iterable[Document], stored: Iterable[Document] = (), on_skip: OnSkip | None = None
-    ) -> Iterator[InputSequence[Document]]:
-        """Return the `documents` as the model reads them, checked. Without `on_skip`, check all `stored` ones now."""
-        make = partial(self.cut.sequence, self.model)
-        for document in stored if on_skip is None else ():
-            make(document)
-        return checked(documents, make, on_skip)
+    reader: Reader
+    cut: Cut
+    by_position: bool = False
+    by_recall: bool = False
+    count_bytes: Callable[[np.ndarray], int | None] | None = None
+    on_tokens: OnTokens | None = None
+    open: deque[_Tally] = field(default_factory=deque, init=False)  # documents whose windows are being read
 
     def run(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[DocumentScore]:
         """Yield the score of each checked document at each context, in order."""
@@ -210,16 +192,6 @@ class Scorer:
         """Report the tokens that another group of ranks has scored."""
         scored = portion.items * self.cut.last if self.cut.last else portion.length
         self.reader.on_progress(scored * len(self.cut.contexts))
-
-    def nothing(self) -> NothingToScoreError:
-        """Return the error for documents without a token to score."""
-        if self.cut.last:
-            return NothingToScoreError(f"no token could be scored: no document has {self.cut.least} tokens or more")
-        return NothingToScoreError(
-            "no token could be scored: every document is empty or left out"
-            if self.cut.bos
-            else "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
-        )
 
     def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_ScoredWindow]:
         contexts = [context for context in self.cut.contexts if context is not None]
@@ -243,7 +215,7 @@ class Scorer:
             expected = self.cut.last
             ids = document.read(len(document) - expected, len(document))
             n_bytes = self.count_bytes(ids) if self.count_bytes else None
-        positions = ByPosition(min(self.model.config.pattern.segment_lengths)) if self.by_position else None
+        positions = ByPosition(min(self.reader.model.config.pattern.segment_lengths)) if self.by_position else None
         recall = ByRecall() if self.by_recall else None
         return _Tally(document, context, expected, n_bytes, positions, recall, bigrams, gain)
 
@@ -259,7 +231,7 @@ class Scorer:
             ids = np.concatenate([self._targets(piece) for piece, _ in mine])
             targets = to_device(torch.from_numpy(ids), device)
             with precision(self.reader.dtype, device):
-                found = self.model.nll(hidden, targets)
+                found = self.reader.model.nll(hidden, targets)
             for (_, place), part in zip(mine, found.split([len(piece) for piece, _ in mine]), strict=True):
                 place.copy_(part)
         ranks.sum(nll)

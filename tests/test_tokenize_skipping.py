@@ -15,6 +15,7 @@ import pytest
 from processes import contents
 
 from longnet_cli.data import formats, sources
+from longnet_cli.data.left_out import LeftOut
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.sources import read_texts
 from longnet_cli.errors import DataError, LongNetError
@@ -125,7 +126,7 @@ def test_of_a_long_text_that_ends_badly_nothing_is_written(tmp_path, monkeypatch
     def skip(text: object, error: LongNetError) -> None:
         skipped.append(str(error))
 
-    found = tokenize([bad, tmp_path / "long.txt", tmp_path / "short.txt"], tmp_path / "out", on_skip=skip)
+    found = tokenize([bad, tmp_path / "long.txt", tmp_path / "short.txt"], tmp_path / "out", left_out=LeftOut(skip))
     good = tokenize([tmp_path / "long.txt", tmp_path / "short.txt"], tmp_path / "good")
     assert found.documents == good.documents == 2
     assert (tmp_path / "out/shard-00000.arrow").read_bytes() == (tmp_path / "good/shard-00000.arrow").read_bytes()
