@@ -55,6 +55,15 @@ class Cut:
         instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
         return sequence.check(instead, self.longest(len(document)) + more)
 
+    @property
+    def nothing(self) -> str:
+        """What to say of documents without a token to score."""
+        if self.last:
+            return f"no token could be scored: no document has {self.least} tokens or more"
+        if self.bos:
+            return "no token could be scored: every document is empty or left out"
+        return "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
+
     def inputs(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
         """Yield (start, stop, wanted) for each window: it reads [start, stop), and targets count from `wanted` on."""
         before = len(self.bos) - 1  # from a target to its input

@@ -1,20 +1,14 @@
 """The `encode` job: vectors of documents, or of their spans, pooled from the hidden states after the final norm.
 
-    documents --Reader--> hidden states --Pooling--> rows --> Arrow batches
-
-Documents are first grouped into portions, and each portion is encoded independently of the others. So a run that is
-resumed, or shared by many processes, pads and sums as an uninterrupted run of one process does.
+documents --Reader--> hidden states --Pooling--> rows --> Arrow batches, which `rows` writes
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -22,32 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longnet_cli.data.documents import Document, checked
-from longnet_cli.data.kept import kept_column, kept_settings, kept_value, with_kept
-from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
+from longnet_cli.data.documents import Document
+from longnet_cli.data.kept import kept_columns, row_schema
+from longnet_cli.data.left_out import OnSkip
 from longnet_cli.data.tables import numpy_dtype
-from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
+from longnet_cli.errors import ConfigError, NotFiniteError
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
 from longnet_cli.model.sequence import Bos, InputSequence
-from longnet_cli.model.weights import model_digest
 from longnet_cli.pooling import ClsPooling, Pool, Pooling, Row
-from longnet_cli.runtime.chunks import chunk_of, default_chunk
-from longnet_cli.runtime.dealing import BATCHES, deal
-from longnet_cli.runtime.device import check_kernel, resolve_dtype
+from longnet_cli.rows import RowJob
 from longnet_cli.runtime.layers import LayerStates
-from longnet_cli.runtime.portions import Portion
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reader import Piece, Reader, Window, share_reader
 
 EmbeddingDtype = Literal["float32", "float16"]
-OnSkip = Callable[[Document, LongNetError], None]  # called with a skipped document and the reason
-
-SHARD_ROWS = 1 << 14
-
-
-class NothingToEncodeError(DataError):
-    """An error for documents without any token to encode."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +66,6 @@ class EncodeOptions:
         if self.span is not None and self.all_layers:
             raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
 
-    def rows_of(self, sequence: InputSequence[Document]) -> int:
-        """Return the number of rows of a document."""
-        return -(-len(sequence.document) // self.span) if self.span else 1
-
     def check(self, net: Net) -> None:
         """Raise ConfigError for options that `net` does not support."""
         if self.pool == "cls" and not net.has_cls:
@@ -100,8 +79,8 @@ class EncodeOptions:
         """Return a document as `net` reads it. Raises as `Net.sequence`, and TooLongError for too many tokens."""
         return net.sequence(document, self.bos, self.tile_size).check("encode it in shorter documents")
 
-    def schema(self, dim: int, model_sha256: str | None = None, kept_fields: Sequence[pa.Field] = ()) -> pa.Schema:
-        """Return the schema of embeddings (dim,) from the model with this digest, and of the columns `kept_fields`.
+    def schema(self, net: Net, model_sha256: str, kept_fields: Sequence[pa.Field] = ()) -> pa.Schema:
+        """Return the schema of embeddings from `net`, which has this digest, and of the columns `kept_fields`.
 
         A vector stands for the tokens [start, end) of document `doc_id`. The metadata keys are `longnet.*`; unknown
         values are left out.
@@ -114,18 +93,17 @@ class EncodeOptions:
             "longnet.tokenizer_sha256": self.tokenizer_sha256,
             "longnet.pattern": self.pattern,
         }
-        number = pa.float32() if self.embedding_dtype == "float32" else pa.float16()
+        vector = pa.list_(pa.float32() if self.embedding_dtype == "float32" else pa.float16(), net.config.dim)
         fields = [
             pa.field("doc_id", pa.string()),
             pa.field("span", pa.int32()),
             pa.field("start", pa.int64()),
             pa.field("end", pa.int64()),
             pa.field("n_tokens", pa.int64()),
-            pa.field("embedding", pa.list_(number, dim)),
+            pa.field("embedding", vector),
+            *([pa.field("layers", pa.list_(vector, net.config.num_layers + 1))] if self.all_layers else []),
         ]
-        return pa.schema(
-            with_kept(fields, kept_fields), metadata={key: value for key, value in known.items() if value is not None}
-        )
+        return row_schema(fields, kept_fields, known)
 
 
 def encode(
@@ -158,104 +136,9 @@ def encode(
     ConfigError for a document with more tokens than the model reads, MemoryLimitError for hidden states that do not
     fit, NotFiniteError for a vector with NaN or an infinity.
     """
-    ranks = ranks or Ranks()
     reader = share_reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
-    encoder = _Encoder(reader, options, _schema(options, model, model_digest(model), kept_fields))
-    parts = reader.portions(encoder.checked(documents, stored, on_skip, on_empty))
-    dealt = deal(parts, encoder.batches, ranks, BATCHES, encoder.tell_progress)
-    return pa.RecordBatchReader.from_batches(encoder.schema, (batch for _, found in dealt for batch in found))
-
-
-def encode_to_folder(
-    model: Net,
-    documents: Iterable[Document],
-    output: str | Path,
-    options: EncodeOptions,
-    *,
-    settings: Mapping[str, Any],
-    shard_rows: int = SHARD_ROWS,
-    shard_format: ShardFormat = "arrow",
-    resume: bool = False,
-    chunk: int | None = None,
-    stored: Iterable[Document] = (),
-    kept_fields: Sequence[pa.Field] = (),
-    spill: str | Path | None = None,
-    dtype: str = "auto",
-    ranks: Ranks | None = None,
-    on_skip: OnSkip | None = None,
-    on_empty: Callable[[Document], None] | None = None,
-    on_progress: Callable[[int], None] | None = None,
-) -> ShardFolder | None:
-    """Write the rows of `encode` to `vectors-00000.arrow`, ... (or .parquet) in the folder `output`; return it closed.
-
-    Of several `ranks`, only the first one accesses the folder. The others get None.
-
-    A shard ends with the document that brings it to `shard_rows` rows. `resume` continues a folder that an earlier run
-    left unfinished, without encoding the documents of finished shards again. On the same machine with as many threads,
-    the result is byte for byte as if the run had never stopped. `settings` (JSON values) identifies the documents;
-    settings, model and options must be the same as in the earlier run. Only a `chunk` of None takes the earlier run's
-    value, because on a GPU the default depends on the free memory. A resumed run also passes to `on_skip` the documents
-    that the earlier run skipped; the manifest has their number.
-
-    Raises ConfigError for invalid options and for a folder that is in use, DataError for no document or a damaged
-    shard, LongNetError when a write fails. After an error the finished shards stay.
-    """
-    if shard_rows < 1:
-        raise ConfigError(f"shard_rows must be 1 or more, not {shard_rows}")
-    ranks = ranks or Ranks()
-    earlier = run_to_resume(output, resume=resume) if ranks.first else None
-    device = next(model.parameters()).device
-    before = earlier.settings.get("chunk") if earlier else None
-    chunk = chunk_of(chunk, default_chunk(model.config, device), before, ranks)
-    dtype = resolve_dtype(dtype, device)
-    digest = model_digest(model)
-    decisive = {
-        **settings,
-        "pattern": options.pattern,  # before the model, whose digest then differs too: errors name the first
-        "model": digest[:16],
-        "kernel": check_kernel(device, dtype, model.config.head_dim),
-        **asdict(options),
-        **kept_settings(kept_fields),
-        "chunk": chunk,
-        "dtype": dtype,
-        "shard_rows": shard_rows,
-        **({"ranks": ranks.sp} if ranks.sp > 1 else {}),  # more ranks sum in another order
-    }
-    schema = _schema(options, model, digest, kept_fields)
-    with ExitStack() as stack:
-        folder = None
-        if ranks.first:
-            shards = ShardFolder(output, schema, settings=decisive, name="vectors", format=shard_format, resume=resume)
-            folder = stack.enter_context(shards)
-        if ranks.any(folder is not None and folder.finished):
-            return folder
-        done = int(ranks.largest(folder.documents if folder else 0))
-
-        def skip(document: Document, error: LongNetError) -> None:
-            if folder:
-                folder.skip()
-            if on_skip:
-                on_skip(document, error)
-
-        reader = share_reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
-        encoder = _Encoder(reader, options, schema)
-
-        def pass_over(document: Document) -> None:
-            if folder:
-                folder.skip("empty")
-            if on_empty:
-                on_empty(document)
-
-        taken = encoder.checked(documents, stored, skip if on_skip else None, pass_over)
-        parts = reader.portions(islice(taken, done, None), shard=shard_rows, size_of=options.rows_of)
-        for part, batches in deal(parts, encoder.batches, ranks, BATCHES, encoder.tell_progress):
-            for batch in batches:
-                begun = int(np.count_nonzero(batch["span"].to_numpy() == 0))  # a portion holds whole documents
-                if folder:
-                    folder.write(batch, documents=begun, tokens=int(batch["n_tokens"].to_numpy().sum()))
-            if folder and part.ends_shard:
-                folder.end_shard()
-    return folder
+    encoder = Encoder(reader, options, kept_fields)
+    return encoder.rows(documents, stored=stored, ranks=ranks, on_skip=on_skip, on_empty=on_empty)
 
 
 @dataclass(frozen=True)
@@ -265,51 +148,29 @@ class _PooledWindow(Window):
     pooling: Pooling
 
 
-class _Encoder:
-    """An encoder of documents to rows of vectors, in the same order."""
+class Encoder(RowJob):
+    """The job that `rows.write_rows` needs to write the rows of `encode`."""
 
-    def __init__(self, reader: Reader, options: EncodeOptions, schema: pa.Schema) -> None:
+    options: EncodeOptions
+    shard_name, shard_unit, shard_size = "vectors", "rows", 1 << 14
+    skips_empty = True
+    nothing = "there is nothing to encode: every document is empty or left out"
+
+    def __init__(self, reader: Reader, options: EncodeOptions, kept_fields: Sequence[pa.Field] = ()) -> None:
         options.check(reader.model)
-        self.reader, self.options, self.schema = reader, options, schema
+        super().__init__(reader, options, kept_fields)
+        self.schema = options.schema(reader.model, self.digest, kept_fields)
 
-    def checked(
-        self,
-        documents: Iterable[Document],
-        stored: Iterable[Document],
-        on_skip: OnSkip | None,
-        on_empty: Callable[[Document], None] | None,
-    ) -> Iterator[InputSequence[Document]]:
-        """Return the `documents` that are not empty as the model reads them, each checked before it is yielded.
+    def sequence(self, document: Document) -> InputSequence[Document]:
+        return self.options.sequence(self.reader.model, document)
 
-        Without `on_skip`, check all `stored` documents now. Raises DataError at the end if no document is left.
-        """
-        make = partial(self.options.sequence, self.reader.model)
-        for document in stored if on_skip is None else ():
-            make(document)
+    def size(self, sequence: InputSequence[Document]) -> int:
+        return -(-len(sequence.document) // self.options.span) if self.options.span else 1
 
-        def with_tokens() -> Iterator[InputSequence[Document]]:
-            found = False
-            for sequence in checked(documents, make, on_skip):
-                if len(sequence.document):
-                    found = True
-                    yield sequence
-                elif on_empty:
-                    on_empty(sequence.document)
-            if not found:
-                raise NothingToEncodeError("there is nothing to encode: every document is empty or left out")
-
-        return with_tokens()
-
-    def batches(self, sequences: Iterable[InputSequence[Document]]) -> pa.RecordBatchReader:
-        """Return a reader of the rows of checked documents, in order."""
-        schema, normalize = self.schema, self.options.normalize
+    def batches(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         head = torch.inference_mode()(self.reader.model.head)
-        found = (_record_batch(schema, rows, head, normalize) for rows in self._rows(sequences) if rows)
-        return pa.RecordBatchReader.from_batches(schema, found)
-
-    def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
-        """Report the tokens that another group of ranks has read."""
-        self.reader.on_progress(portion.length)
+        for rows in filter(None, self._rows(sequences)):
+            yield _record_batch(self.schema, rows, head, self.options.normalize, self.kept_fields)
 
     def _rows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[list[Row]]:
         windows = map(self._window, sequences)
@@ -352,17 +213,12 @@ class _Encoder:
         return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]
 
 
-def _schema(options: EncodeOptions, model: Net, digest: str, kept_fields: Sequence[pa.Field]) -> pa.Schema:
-    """Return the schema of the rows of `model`, with the column `layers` after `embedding` if `all_layers` is set."""
-    schema = options.schema(model.config.dim, digest, kept_fields)
-    if options.all_layers:
-        kind = pa.list_(schema.field("embedding").type, model.config.num_layers + 1)
-        schema = schema.insert(schema.get_field_index("embedding") + 1, pa.field("layers", kind))
-    return schema
-
-
 def _record_batch(
-    schema: pa.Schema, rows: Sequence[Row], head: Callable[[Tensor], Tensor], normalize: bool
+    schema: pa.Schema,
+    rows: Sequence[Row],
+    head: Callable[[Tensor], Tensor],
+    normalize: bool,
+    kept_fields: Sequence[pa.Field],
 ) -> pa.RecordBatch:
     found = [torch.stack([row.vector for row in rows])]  # (rows, dim)
     if rows[0].layers is not None:
@@ -370,21 +226,15 @@ def _record_batch(
     arrays = [_array(schema.field("embedding").type, rows, head(vectors), normalize) for vectors in found]
     if rows[0].layers is not None:
         arrays[1] = pa.FixedSizeListArray.from_arrays(arrays[1], schema.field("layers").type.list_size)
-    return pa.record_batch(
-        [
-            pa.array([row.document.doc_id for row in rows], pa.string()),
-            pa.array([row.span for row in rows], pa.int32()),
-            pa.array([row.start for row in rows], pa.int64()),
-            pa.array([row.end for row in rows], pa.int64()),
-            pa.array([row.end - row.start for row in rows], pa.int64()),
-            *arrays,
-            *(
-                kept_column((kept_value(row.document, field) for row in rows), field)
-                for field in list(schema)[5 + len(arrays) :]
-            ),
-        ],
-        schema=schema,
-    )
+    columns = [
+        pa.array([row.document.doc_id for row in rows], pa.string()),
+        pa.array([row.span for row in rows], pa.int32()),
+        pa.array([row.start for row in rows], pa.int64()),
+        pa.array([row.end for row in rows], pa.int64()),
+        pa.array([row.end - row.start for row in rows], pa.int64()),
+    ]
+    kept = kept_columns([row.document for row in rows], kept_fields)
+    return pa.record_batch([*columns, *arrays, *kept], schema=schema)
 
 
 def _array(kind: pa.DataType, rows: Sequence[Row], vectors: Tensor, normalize: bool) -> pa.Array:

@@ -22,14 +22,15 @@ from longnet_cli.data.columns import ID_COLUMNS, INTEGERS
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tables import Table
-from longnet_cli.encoding import EmbeddingDtype, EncodeOptions, NothingToEncodeError, encode
-from longnet_cli.errors import ConfigError, DataError, LongNetError
-from longnet_cli.gains import GainOptions, gains
+from longnet_cli.encoding import EmbeddingDtype, EncodeOptions, Encoder
+from longnet_cli.errors import ConfigError, DataError, LongNetError, NoTokensError
 from longnet_cli.model_folder import Loaded, ModelFolder
 from longnet_cli.notation import format_pattern, read_pattern
 from longnet_cli.pooling import Pool
+from longnet_cli.rows import RowJob
 from longnet_cli.runtime.device import select_device
-from longnet_cli.scoring import NothingToScoreError, OnSkip
+from longnet_cli.runtime.reader import Reader
+from longnet_cli.score_rows import RowScorer, ScoreOptions
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,12 @@ class Reading:
         """Return the model and its tokenizer, loaded once per process. Raises what `ModelFolder.load` raises."""
         return _load(self.model, self.tokenizer, self.pattern, self.bos, self.device, self.dtype)
 
+    def reader(self) -> Reader:
+        """Return a reader with the model."""
+        return Reader(self.load().net, chunk=self.chunk, dtype=self.dtype)
+
     def origin(self) -> dict[str, Any]:
-        """Return the fields of `EncodeOptions` and `GainOptions` that describe the model."""
+        """Return the fields of `EncodeOptions` and `ScoreOptions` that describe the model."""
         loaded = self.load()
         return {
             "bos": loaded.bos,
@@ -87,21 +92,8 @@ def encode_batches(
     bad values, TypeError for an unknown option, and what `encode` raises.
     """
     how = Reading(**reading)
-
-    def run(documents: Iterator[Document], on_skip: OnSkip | None) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
-        chosen = EncodeOptions(
-            pool=pool, span=span, normalize=normalize, embedding_dtype=embedding_dtype, **how.origin()
-        )
-        net, index = how.load().net, -1
-        reader = encode(net, documents, chosen, chunk=how.chunk, dtype=how.dtype, on_skip=on_skip)
-        with suppress(NothingToEncodeError):  # there may be tokens in other batches
-            for batch in reader:
-                indices = index + np.cumsum(batch["span"].to_numpy() == 0)
-                index = int(indices[-1])
-                yield batch, indices
-        yield pa.RecordBatch.from_pylist([], reader.schema), np.empty(0, int)
-
-    return _mapped(batches, how, run, empty=False)
+    chosen: dict[str, Any] = {"pool": pool, "span": span, "normalize": normalize, "embedding_dtype": embedding_dtype}
+    return _mapped(batches, how, lambda: Encoder(how.reader(), EncodeOptions(**chosen, **how.origin())))
 
 
 def score_batches(
@@ -110,23 +102,18 @@ def score_batches(
     """Score the documents of a table or of record batches, and return the rows of `longnet score -o`.
 
     A table gives a table. Record batches give a lazy iterator of record batches. The output has the columns of
-    `GainOptions.schema`, then the columns of `keep`. The options are `context`, `stride` and the options of `Reading`.
+    `ScoreOptions.schema`, then the columns of `keep`. The options are `context`, `stride` and the options of `Reading`.
     With several contexts, the rows also show what a document gains from the longest one.
 
     Raises ConfigError for invalid options and for a batch without the id column or the document column, DataError for
     bad values, TypeError for an unknown option, and what `score` raises.
     """
     how = Reading(**reading)
-    contexts = None if context is None else (context,) if isinstance(context, int) else tuple(context)
-
-    def run(documents: Iterator[Document], on_skip: OnSkip | None) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
-        chosen, net, index = GainOptions(context=contexts, stride=stride, **how.origin()), how.load().net, 0
-        with suppress(NothingToScoreError):  # there may be tokens in other batches
-            for batch in gains(net, documents, chosen, chunk=how.chunk, dtype=how.dtype, on_skip=on_skip):
-                yield batch, np.arange(index, index + batch.num_rows)
-                index += batch.num_rows
-
-    return _mapped(batches, how, run, empty=True)
+    chosen: dict[str, Any] = {
+        "context": (context,) if isinstance(context, int) else context and tuple(context),
+        "stride": stride,
+    }
+    return _mapped(batches, how, lambda: RowScorer(how.reader(), ScoreOptions(**chosen, **how.origin())))
 
 
 @cache
@@ -136,17 +123,17 @@ def _load(model: str, tokenizer: str | None, pattern: str | None, bos: str | Non
     return folder.load(device=select_device(device), dtype=dtype, tokenizer=tokenizer, pattern=parsed, bos=bos)
 
 
-# Takes documents; yields batches of rows, and for each row the index of its document, skipped documents not counted
-Run = Callable[[Iterator[Document], OnSkip | None], Iterator[tuple[pa.RecordBatch, np.ndarray]]]
-
-
-def _mapped(batches: Any, how: Reading, run: Run, *, empty: bool) -> Any:
-    """Apply `run` to a table or to batches, and return the same kind. With `empty`, empty documents are read too."""
+def _mapped(batches: Any, how: Reading, make_job: Callable[[], RowJob]) -> Any:
+    """Apply a job to a table or to batches, and return the same kind."""
     if isinstance(batches, pa.Table):
-        return pa.Table.from_batches(_DocumentTable(batches, "table", how).rows(run, empty))
-    tables = (pa.Table.from_batches([batch]) for batch in batches)
-    found = (_DocumentTable(table, f"batch {index}", how).rows(run, empty) for index, table in enumerate(tables))
-    return (rows for batch in found for rows in batch if rows.num_rows)
+        return pa.Table.from_batches(_DocumentTable(batches, "table", how).rows(make_job()))
+
+    def rows() -> Iterator[pa.RecordBatch]:
+        job = make_job()
+        for index, batch in enumerate(batches):
+            yield from _DocumentTable(pa.Table.from_batches([batch]), f"batch {index}", how).rows(job)
+
+    return (batch for batch in rows() if batch.num_rows)
 
 
 class _DocumentTable:
@@ -178,21 +165,29 @@ class _DocumentTable:
                     "row is a document: join its parts, or read the files themselves (longnet encode, longnet score)"
                 )
 
-    def rows(self, run: Run, empty: bool) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of all documents. If there are none, yield an empty batch, so that the schema is known."""
+    def rows(self, job: RowJob) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of all documents, then an empty batch, so that the schema is known if there are none."""
         taken: list[int] = []
 
         def documents() -> Iterator[Document]:
             for row, document in enumerate(self.documents() if len(self.table) else ()):
-                if len(document) or empty:
+                if len(document) or not job.skips_empty:
                     taken.append(row)
                     yield document
 
         def skip(document: Document, error: LongNetError) -> None:
             taken.pop()  # the skipped document is always the last one taken
 
-        for batch, indices in run(documents(), skip if self.how.skip_bad else None):
-            places = pa.array(np.array(taken, int)[indices])
+        def batches() -> Iterator[pa.RecordBatch]:
+            with suppress(NoTokensError):  # there may be tokens in other batches
+                yield from job.rows(documents(), on_skip=skip if self.how.skip_bad else None)
+            yield pa.RecordBatch.from_pylist([], job.schema)
+
+        done = 0  # documents
+        for batch in batches():
+            begins = batch["span"].to_numpy() == 0 if "span" in batch.schema.names else np.ones(len(batch), bool)
+            places = pa.array(np.array(taken, int)[done + np.cumsum(begins) - 1])
+            done += int(np.count_nonzero(begins))
             columns = [self.doc_ids, *(self.table[name] for name in self.how.keep)]
             if clash := set(batch.schema.names) & set(self.how.keep):
                 raise ConfigError(f"keep {min(clash)}: the output has a column of this name")

@@ -29,6 +29,10 @@ class DataError(LongNetError):
     exit_code = 3
 
 
+class NoTokensError(DataError):
+    """Documents without any token to read."""
+
+
 class CheckpointError(LongNetError):
     """A model directory that is missing, damaged or does not fit the configuration. Exit code 4."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -114,9 +114,25 @@ def _rows(table: np.ndarray, ranges: Sequence[Range]) -> list[Row]:
     ]
 
 
+class Gain(NamedTuple):
+    """What a document gains from the longest of several contexts over the shortest one. All are None without tokens.
+
+    `gain` is the nats per token at the shortest context minus the nats at the longest, `gain_se` its standard error
+    over blocks of 128 tokens (None for fewer than two blocks), `gain_share` the share of tokens that gain more than 2
+    nats.
+    """
+
+    gain: float | None
+    gain_se: float | None
+    gain_share: float | None
+
+
 @dataclass(frozen=True)
 class DocumentScore:
-    """The score of one document. `where` is its file and row, `context` the context of the scoring (None: all)."""
+    """The score of one document. `where` is its file and row, `context` the context of the scoring (None: all).
+
+    Of a document that is scored at several contexts, the score at the longest one has the `gain`.
+    """
 
     doc_id: str
     where: str
@@ -124,6 +140,7 @@ class DocumentScore:
     context: int | None = None
     by_position: ByPosition | None = None
     by_recall: ByRecall | None = None
+    gain: Gain | None = None
     kept: Mapping[str, pa.Scalar] = field(default_factory=dict)  # columns that are carried to the output
 
 

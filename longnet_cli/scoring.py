@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import cast
 
@@ -22,9 +22,11 @@ from torch import Tensor
 from longnet_cli.cuts import Cut
 from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.kept import Sent
-from longnet_cli.errors import ConfigError, DataError, LongNetError, NotFiniteError
+from longnet_cli.data.left_out import OnSkip
+from longnet_cli.errors import ConfigError, NotFiniteError, NoTokensError
 from longnet_cli.finite_json import to_json
-from longnet_cli.measures import ByPosition, ByRecall, DocumentScore, Score
+from longnet_cli.gain import GainTally
+from longnet_cli.measures import ByPosition, ByRecall, DocumentScore, Gain, Score
 from longnet_cli.model.net import Net
 from longnet_cli.model.sequence import Bos, InputSequence
 from longnet_cli.recall import Bigrams
@@ -36,15 +38,8 @@ from longnet_cli.runtime.reader import Piece, Reader, Window, share_reader
 
 # Called with (document, start, ids, log-probabilities) of the tokens [start, start + n): (n,) int64 and (n,) float32
 OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
-# Called with (document, context, nats) of its next n tokens at that context: (n,) float32; n is 0 if it has no tokens
-OnNats = Callable[[Document, int | None, np.ndarray], None]
-OnSkip = Callable[[Document, LongNetError], None]  # called with a skipped document and the reason
 
 ADVICE = "the model's weights are too large for its numbers, or damaged"
-
-
-class NothingToScoreError(DataError):
-    """An error for documents without any token to score."""
 
 
 def score(
@@ -65,7 +60,6 @@ def score(
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
     on_tokens: OnTokens | None = None,
-    on_nats: OnNats | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[DocumentScore]:
     """Yield the score of each document, in order. Every token is scored exactly once.
@@ -74,7 +68,9 @@ def score(
     is scored too. With None, the first token is not scored, and the number of scored bytes is unknown. Without
     `context`, a document is one causal pass. With it, a token sees at most `context` tokens before it: the document is
     cut into disjoint windows of that many targets. Each window starts again at position 0, and its first input is the
-    token before its first target. With several contexts, a document has a score for each, in turn, of the same tokens.
+    token before its first target. With several contexts, a document has a score for each, in turn, of the same tokens,
+    and the score at the longest has the gain over the shortest. For the gain, 4 bytes per token of a document are kept,
+    in a file in $TMPDIR if they are many.
 
     With a `stride`, windows overlap. Each has `context` targets, of which only the last `stride` count, so a counted
     token has seen more than `context - stride` tokens before it, if its document has them. With `last`, only this many
@@ -94,10 +90,9 @@ def score(
     without `on_skip`, these lengths are checked before anything else.
 
     An empty document scores 0 tokens. The model is moved to `device`; None leaves it where it is. `on_tokens` gets the
-    log-probabilities of all tokens in order. `on_nats` gets their negatives at each context, before the document's
-    score is yielded. `on_progress` gets the number of tokens that each forward pass has scored.
+    log-probabilities of all tokens in order. `on_progress` gets the number of tokens that each forward pass has scored.
     Raises ConfigError for a model that cannot score, options that contradict each other and a document with more tokens
-    than the model reads, NothingToScoreError at the end if no document had a token to score, NotFiniteError for a
+    than the model reads, NoTokensError at the end if no document had a token to score, NotFiniteError for a
     log-probability that is NaN or infinite.
     """
     cut = Cut.of(model, bos, context, stride, last)
@@ -109,25 +104,25 @@ def score(
     if device is not None:
         model.to(device)
     reader = share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, on_progress=on_progress)
-    scorer = Scorer(
-        reader,
-        cut,
-        by_position=by_position,
-        by_recall=by_recall,
-        count_bytes=count_bytes,
-        on_tokens=on_tokens,
-        on_nats=on_nats,
-    )
-    taken = scorer.checked(documents, stored, on_skip)
+    scorer = Scorer(reader, cut, by_position, by_recall, count_bytes, on_tokens)
+    make = partial(cut.sequence, model)
+    for document in stored if on_skip is None else ():
+        make(document)
 
     def run() -> Iterator[DocumentScore]:
         scored = 0
-        for _, found in deal(reader.portions(taken), scorer.run, ranks, Codec(_pack, _unpack), scorer.tell_progress):
+        for _, found in deal(
+            reader.portions(checked(documents, make, on_skip)),
+            scorer.run,
+            ranks,
+            Codec(_pack, _unpack),
+            scorer.tell_progress,
+        ):
             for each in found:
                 scored += each.score.n_tokens
                 yield each
         if not scored and (ranks.first or ranks.dp == 1):
-            raise scorer.nothing()
+            raise NoTokensError(cut.nothing)
 
     return run()
 
@@ -143,14 +138,22 @@ class _Tally:
     by_position: ByPosition | None
     by_recall: ByRecall | None
     bigrams: Bigrams  # read for by_recall only
+    gain: GainTally | None  # shared by the tallies of the document at all contexts
     nll_sum: float = 0.0
     n_tokens: int = 0
 
+    @property
+    def ends(self) -> bool:
+        """Return whether all tokens have been counted, and also compared if the result has a gain."""
+        compared = self.gain.tokens if self.gain and self.context == self.gain.longest else self.expected
+        return self.n_tokens == compared == self.expected
+
     def result(self) -> DocumentScore:
         score = Score(self.nll_sum, self.n_tokens, self.n_bytes if self.n_tokens else 0)
+        gain = self.gain.result() if self.gain and self.context == self.gain.longest else None
         tables = self.by_position, self.by_recall
         return DocumentScore(
-            self.document.doc_id, self.document.where, score, self.context, *tables, self.document.kept
+            self.document.doc_id, self.document.where, score, self.context, *tables, gain, self.document.kept
         )
 
 
@@ -161,33 +164,17 @@ class _ScoredWindow(Window):
     tally: _Tally
 
 
+@dataclass
 class Scorer:
-    """A scorer of documents, in order, on the ranks of one group. The arguments are as in `score`."""
+    """A scorer of documents, in order, on the ranks of one group. The fields are as the arguments of `score`."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        cut: Cut,
-        *,
-        by_position: bool = False,
-        by_recall: bool = False,
-        count_bytes: Callable[[np.ndarray], int | None] | None = None,
-        on_tokens: OnTokens | None = None,
-        on_nats: OnNats | None = None,
-    ) -> None:
-        self.reader, self.model, self.cut = reader, reader.model, cut
-        self.by_position, self.by_recall = by_position, by_recall
-        self.count_bytes, self.on_tokens, self.on_nats = count_bytes, on_tokens, on_nats
-        self.open: deque[_Tally] = deque()  # documents whose windows are being read
-
-    def checked(
-        self, documents: Iterable[Document], stored: Iterable[Document] = (), on_skip: OnSkip | None = None
-    ) -> Iterator[InputSequence[Document]]:
-        """Return the `documents` as the model reads them, checked. Without `on_skip`, check all `stored` ones now."""
-        make = partial(self.cut.sequence, self.model)
-        for document in stored if on_skip is None else ():
-            make(document)
-        return checked(documents, make, on_skip)
+    reader: Reader
+    cut: Cut
+    by_position: bool = False
+    by_recall: bool = False
+    count_bytes: Callable[[np.ndarray], int | None] | None = None
+    on_tokens: OnTokens | None = None
+    open: deque[_Tally] = field(default_factory=deque, init=False)  # documents whose windows are being read
 
     def run(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[DocumentScore]:
         """Yield the score of each checked document at each context, in order."""
@@ -198,7 +185,7 @@ class Scorer:
             ends = bool(pieces) and pieces[-1].stop == pieces[-1].window.stop
             while len(measured) > (0 if ends else 1):
                 self._add_up(*measured.popleft())
-            while self.open and self.open[0].n_tokens == self.open[0].expected:
+            while self.open and self.open[0].ends:
                 yield self.open.popleft().result()
 
     def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
@@ -206,39 +193,31 @@ class Scorer:
         scored = portion.items * self.cut.last if self.cut.last else portion.length
         self.reader.on_progress(scored * len(self.cut.contexts))
 
-    def nothing(self) -> NothingToScoreError:
-        """Return the error for documents without a token to score."""
-        if self.cut.last:
-            return NothingToScoreError(f"no token could be scored: no document has {self.cut.least} tokens or more")
-        return NothingToScoreError(
-            "no token could be scored: every document is empty or left out"
-            if self.cut.bos
-            else "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
-        )
-
     def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_ScoredWindow]:
+        contexts = [context for context in self.cut.contexts if context is not None]
         for sequence in sequences:
             document = sequence.document
             if self.cut.last and len(document) < self.cut.least:
                 continue
+            gain = GainTally(contexts) if len(contexts) > 1 else None
             for context in self.cut.contexts:
-                tally = self._tally(document, context, Bigrams(sequence))
+                tally = self._tally(document, context, Bigrams(sequence), gain)
                 self.open.append(tally)
                 if not tally.expected:
                     yield _ScoredWindow(sequence, 0, 0, 0, tally)
                 for start, stop, wanted in self.cut.inputs(len(document), context):
                     yield _ScoredWindow(sequence, start, stop, wanted, tally)
 
-    def _tally(self, document: Document, context: int | None, bigrams: Bigrams) -> _Tally:
+    def _tally(self, document: Document, context: int | None, bigrams: Bigrams, gain: GainTally | None) -> _Tally:
         expected = max(0, len(document) - self.cut.first)
         n_bytes = document.n_bytes if self.cut.bos else None  # without bos, the first token is not scored
         if self.cut.last:
             expected = self.cut.last
             ids = document.read(len(document) - expected, len(document))
             n_bytes = self.count_bytes(ids) if self.count_bytes else None
-        positions = ByPosition(min(self.model.config.pattern.segment_lengths)) if self.by_position else None
+        positions = ByPosition(min(self.reader.model.config.pattern.segment_lengths)) if self.by_position else None
         recall = ByRecall() if self.by_recall else None
-        return _Tally(document, context, expected, n_bytes, positions, recall, bigrams)
+        return _Tally(document, context, expected, n_bytes, positions, recall, bigrams, gain)
 
     @torch.inference_mode()
     def _measure(self, pieces: Sequence[Piece[_ScoredWindow]]) -> Callable[[], Tensor]:
@@ -252,7 +231,7 @@ class Scorer:
             ids = np.concatenate([self._targets(piece) for piece, _ in mine])
             targets = to_device(torch.from_numpy(ids), device)
             with precision(self.reader.dtype, device):
-                found = self.model.nll(hidden, targets)
+                found = self.reader.model.nll(hidden, targets)
             for (_, place), part in zip(mine, found.split([len(piece) for piece, _ in mine]), strict=True):
                 place.copy_(part)
         ranks.sum(nll)
@@ -279,8 +258,8 @@ class Scorer:
             tally.by_position.add(piece.start - piece.window.start, nll)
         if tally.by_recall:
             tally.by_recall.add(tally.bigrams.distances(piece.start + 1, piece.stop + 1), nll)
-        if self.on_nats:
-            self.on_nats(tally.document, tally.context, nll)
+        if tally.gain and tally.context is not None:
+            tally.gain.add(tally.context, nll)
         if self.on_tokens and len(nll):
             self.on_tokens(tally.document, first, self._targets(piece), -nll)
 
@@ -306,6 +285,7 @@ def _pack(found: Iterable[DocumentScore]) -> bytes:
                 *astuple(each.score),
                 each.context,
                 *tables,
+                each.gain,
                 {name: value.as_py() for name, value in each.kept.items()},
             ]
         )
@@ -313,7 +293,7 @@ def _pack(found: Iterable[DocumentScore]) -> bytes:
 
 
 def _unpack(data: bytes) -> Iterator[DocumentScore]:
-    for doc_id, where, nll_sum, n_tokens, n_bytes, context, positions, recall, kept in json.loads(data):
+    for doc_id, where, nll_sum, n_tokens, n_bytes, context, positions, recall, gain, kept in json.loads(data):
         yield DocumentScore(
             doc_id,
             where,
@@ -321,5 +301,6 @@ def _unpack(data: bytes) -> Iterator[DocumentScore]:
             context,
             ByPosition(positions[0], *map(np.array, positions[1:])) if positions else None,
             ByRecall(np.array(recall[0])) if recall else None,
+            Gain(*gain) if gain else None,
             {name: cast(pa.Scalar, Sent(value)) for name, value in kept.items()},
         )

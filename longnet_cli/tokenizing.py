@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from longnet_cli.data.documents import Unread
 from longnet_cli.data.feed import in_two_threads
 from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.left_out import LeftOut, OnSkip
 from longnet_cli.data.outputs import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_schema
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.special_tokens import end_of_text
@@ -41,7 +42,6 @@ TEXT_CHARS = 4 << 20  # characters of text encoded together
 
 # Called with (documents, tokens, bytes) so far, including an earlier run
 OnProgress = Callable[[int, int, int], None]
-OnSkip = Callable[[Unread, DataError], None]  # called in place of a skipped text, with the reason
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def tokenize(
     shard_format: ShardFormat = "arrow",
     eos: str | int | bool = False,
     resume: bool = False,
-    on_skip: OnSkip | None = None,
+    left_out: LeftOut | None = None,
     ranks: Ranks | None = None,
     on_progress: OnProgress | None = None,
 ) -> TokenizeResult | None:
@@ -83,9 +83,8 @@ def tokenize(
 
     `resume` continues a folder that an earlier run with the same inputs and options left unfinished. The result is byte
     for byte as if the run had never stopped, and finished shards are not tokenized again. A file or a row that cannot
-    be read ends the run. With `on_skip`, it is passed to `on_skip` and left out instead. A resumed run passes the
-    earlier run's skipped files and rows again, and the manifest has their number. Several `ranks` share the work: rank
-    0 writes the same bytes, and the others get None.
+    be read ends the run, unless `left_out` counts it. A resumed run counts again what the earlier run left out, and the
+    manifest has the number. Several `ranks` share the work: rank 0 writes the same bytes, and the others get None.
 
     Raises ConfigError for options that do not fit together and for a folder that is in use, DataError for bad input or
     if everything is left out, LongNetError when a write fails. After an error there is no output file, and a folder
@@ -93,30 +92,22 @@ def tokenize(
     """
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
-    in_folder = is_folder(output)
-    if resume and not in_folder:
-        raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
-    first = ranks is None or ranks.first
+    in_folder = is_folder(output, resume=resume)
+    left_out, first = left_out or LeftOut(), ranks is None or ranks.first
     if train_vocab is not None and ranks is not None and ranks.world > 1:
         raise ConfigError("a tokenizer is trained by one process: train it first, without --dp")
     # a folder that cannot be resumed is refused here, before a tokenizer is trained
     earlier = run_to_resume(output, resume=resume) if in_folder and first else None
-    inputs = replace(inputs, skip_bad=on_skip is not None)
-    folder: ShardFolder | None = None
+    inputs = replace(inputs, skip_bad=left_out.skip is not None)
     loaded = _tokenizer(inputs, tokenizer, train_vocab, earlier.tokenizer if earlier else None)
     appended = end_of_text(eos, loaded)
     own, eos_id = loaded.eos_id, loaded.eos_id if appended is None else appended
     loaded = loaded.with_eos(eos_id)
     schema = token_schema(vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256)
 
-    def skip(text: Unread, error: DataError) -> None:
-        if folder:
-            folder.skip()
-        if on_skip:
-            on_skip(text, error)
-
-    texts = _apart(_readable(replace(inputs, tokenizer=loaded).texts(), skip))
+    texts = _apart(_readable(replace(inputs, tokenizer=loaded).texts(), left_out.skip))
     with ExitStack() as stack:
+        folder: ShardFolder | None = None
         rows: TokenBatches | None = None
         if in_folder and first:
             from longnet_cli.data.chat import chat_settings  # loads Jinja, which files and streams do not need
@@ -131,10 +122,8 @@ def tokenize(
                 "shard_tokens": shard_tokens,
                 **chat_settings(loaded),
             }
-            kept = loaded.description
-            folder = stack.enter_context(
-                ShardFolder(output, schema, settings=settings, format=shard_format, tokenizer=kept, resume=resume)
-            )
+            about: dict[str, Any] = {"settings": settings, "format": shard_format, "tokenizer": loaded.description}
+            folder = stack.enter_context(ShardFolder(output, schema, **about, resume=resume, left_out=left_out))
             rows = TokenBatches(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
         elif first:
             writer = stack.enter_context(ShardWriter(output, schema))
@@ -178,12 +167,13 @@ def _tokenizer(
     return Tokenizer.train((part for text in texts for part in text.parts), train_vocab)
 
 
-def _readable(texts: Iterator[Text | Unread], on_skip: OnSkip) -> Iterator[Text]:
+def _readable(texts: Iterator[Text | Unread], on_skip: OnSkip | None) -> Iterator[Text]:
     """Yield the texts that could be read, and pass the others to `on_skip`. Raises DataError if all are left out."""
     found = skipped = False
     for text in texts:
         if isinstance(text, Unread):
             skipped = True
+            assert on_skip  # without it, the inputs raise the error
             on_skip(text, text.error)
         else:
             found = True

@@ -3,6 +3,7 @@ out is the Arrow table that DESIGN.md promises."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import torch
 from longnet_cli.data.documents import Document
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.shards import ShardFolder
-from longnet_cli.encoding import EncodeOptions, encode, encode_to_folder
+from longnet_cli.encoding import EncodeOptions, Encoder, encode
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.weights import model_digest
+from longnet_cli.rows import write_rows
 
 BOS = 256
 SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32}
@@ -182,9 +184,8 @@ def write(model: LongNet, place: Path, documents: Iterable[Document] = DOCUMENTS
     names = {field.name for field in fields(EncodeOptions)}
     rows = EncodeOptions(**{"bos": BOS} | {name: value for name, value in options.items() if name in names})
     reading = {name: value for name, value in options.items() if name not in names}
-    return encode_to_folder(
-        model, documents, place, rows, **{"settings": {"inputs": "x"}, "chunk": 70, "shard_rows": 3} | reading
-    )
+    more = {"settings": {"inputs": "x"}, "chunk": 70, "shard_size": 3} | reading
+    return write_rows(partial(Encoder, options=rows), model, documents, place, **more)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -243,7 +244,7 @@ OTHER = [
     ("chunk", {"chunk": 71}),
     ("embedding_dtype", {"embedding_dtype": "float16"}),
     ("bos", {"bos": None}),
-    ("shard_rows", {"shard_rows": 4}),
+    ("shard_rows", {"shard_size": 4}),
     ("inputs", {"settings": {"inputs": "y"}}),
     ("tokenizer_sha256", {"tokenizer_sha256": "ab"}),
     ("dtype", {"dtype": "bf16"}),

@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +48,12 @@ from longnet_cli.attention import SINKS, FarKeys, Pattern, Span
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.cli.app import app
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.encoding import EncodeOptions, encode, encode_to_folder
+from longnet_cli.encoding import EncodeOptions, Encoder, encode
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.integrations.transformers_net import TransformersNet
 from longnet_cli.model_folder import ModelFolder
+from longnet_cli.rows import write_rows
 from longnet_cli.runtime.chunks import CausalStream, open_stream
 from longnet_cli.scoring import score
 
@@ -296,7 +298,8 @@ def test_encode_to_a_file_and_to_a_folder(folder: Path, encoder: Path, tmp_path:
 def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_path: Path) -> None:
     def run(**options) -> None:
         net = ModelFolder(folder).net(**options)
-        encode_to_folder(net, [make_document(20)], tmp_path / "out", EncodeOptions(bos=256), settings={}, resume=True)
+        job = partial(Encoder, options=EncodeOptions(bos=256))
+        write_rows(job, net, [make_document(20)], tmp_path / "out", resume=True)
 
     run(pattern=LEVELS)
     run(pattern=LEVELS)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -44,7 +42,7 @@ from longnet_cli.cli.options import (
 )
 from longnet_cli.cli.output import tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.skipped import Skipped
+from longnet_cli.cli.writing import check_output, count_left_out, end
 from longnet_cli.errors import ConfigError
 
 VECTORS = "Vectors"
@@ -148,8 +146,6 @@ def encode(
     The columns are doc_id, span, start, end, n_tokens and embedding. Rows come in input order.
     """
     check_sample(sample, dry_run)
-    if output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():  # checked before a model is loaded
-        raise ConfigError("embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them")
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.overwriting import refuse_overwriting
     from longnet_cli.data.tokenizer import Tokenizer
@@ -161,23 +157,14 @@ def encode(
     refuse_overwriting("-o", [output], data, reads)
     if spill and not os.path.isdir(spill):
         raise ConfigError(f"--spill {spill}: no such folder")
+    for_folder = {"--shard-rows": shard_rows, "--shard-format": shard_format != "arrow"}
+    where_to = "embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them"
+    earlier = check_output(output, where_to, for_folder, resume=resume, dry_run=dry_run)
     launch(nproc, inputs, model_folder, sp=sp, dp=dp)
     from longnet_cli.data.chat import chat_settings
     from longnet_cli.data.kept import first_kept
-    from longnet_cli.data.outputs import ShardWriter, is_folder
-    from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.special_tokens import end_of_text
     from longnet_cli.notation import format_pattern
-
-    in_folder = is_folder(output)
-    if resume and not in_folder:
-        raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
-    if shard_rows is not None and not in_folder:
-        raise ConfigError(f"{output}: --shard-rows is for a folder of shards: a single file or stream has no parts")
-    if shard_format != "arrow" and not in_folder:
-        raise ConfigError(f"{output}: --shard-format is for a folder of shards: one file is what its name says")
-    earlier = run_to_resume(output, resume=resume) if in_folder and not dry_run else None
-
     from longnet_cli.runtime.ranks import join, leave
 
     ranks, where = join(device, sp=sp, dp=dp)
@@ -204,8 +191,8 @@ def encode(
         }
         if given := [name for name, value in of_tokens.items() if value]:
             raise ConfigError(f"{model} reads vectors, which have no tokens: leave out {', '.join(given)}")
-    from longnet_cli.encoding import SHARD_ROWS, EncodeOptions, encode_to_folder
-    from longnet_cli.encoding import encode as run
+    from longnet_cli.encoding import EncodeOptions, Encoder
+    from longnet_cli.rows import write_rows
 
     eos_id = end_of_text(eos, loaded.tokenizer)
     data = replace(data, tokenizer=loaded.tokenizer, vocab_size=net.config.vocab_size, eos_id=eos_id)
@@ -217,7 +204,6 @@ def encode(
         kept_fields, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
     stored = data.stored() if limited else ()
-    skipped = Skipped(quiet)
     options = EncodeOptions(
         bos=loaded.bos,
         pool=pool or ("cls" if net.has_cls and span is None else "mean"),
@@ -254,43 +240,30 @@ def encode(
             show_reading(found, format, "encoding")
         return
     done = earlier.totals["tokens"] if earlier else 0
+    left_out = count_left_out(skip_bad, quiet)
     with progress("encoding", total=data.num_tokens(), start=done, quiet=quiet) as advance:
-        running: dict[str, Any] = {
-            "stored": stored,
-            "kept_fields": kept_fields,
-            "chunk": chunk,
-            "spill": spill,
-            "dtype": dtype,
-            "ranks": ranks,
-            "on_skip": skipped if skip_bad else None,
-            "on_empty": skipped.pass_over,
-            "on_progress": advance,
-        }
-        if in_folder:
-            folder = encode_to_folder(
-                net,
-                documents,
-                output,
-                options,
-                settings={
-                    "inputs": data.fingerprint(),
-                    "column": column,
-                    **({"id_column": id_column} if id_column else {}),
-                    "eos": eos_id,
-                    **chat_settings(loaded.tokenizer),
-                },
-                shard_rows=shard_rows or SHARD_ROWS,
-                shard_format=shard_format,
-                resume=resume,
-                **running,
-            )
-            if folder:
-                skipped.set_counts(folder.totals)
-        else:
-            batches = run(net, documents, options, **running)
-            with ShardWriter(output, batches.schema) if ranks.first else nullcontext() as writer:
-                for batch in batches:
-                    if writer:
-                        writer.write(batch)
+        write_rows(
+            partial(Encoder, options=options, kept_fields=kept_fields),
+            net,
+            documents,
+            output,
+            settings={
+                "inputs": data.fingerprint(),
+                "column": column,
+                **({"id_column": id_column} if id_column else {}),
+                "eos": eos_id,
+                **chat_settings(loaded.tokenizer),
+            },
+            shard_size=shard_rows,
+            shard_format=shard_format,
+            resume=resume,
+            stored=stored,
+            left_out=left_out,
+            ranks=ranks,
+            chunk=chunk,
+            dtype=dtype,
+            spill=spill,
+            on_progress=advance,
+        )
     leave()
-    skipped.end(ranks.first)
+    end(left_out, first=ranks.first, quiet=quiet)

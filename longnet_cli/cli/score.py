@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from longnet_cli.cli import score_rows
 from longnet_cli.cli.dry_run import check_sample, estimate_reading, room, show_reading
 from longnet_cli.cli.nproc import launch
 from longnet_cli.cli.options import (
@@ -42,14 +41,16 @@ from longnet_cli.cli.options import (
 )
 from longnet_cli.cli.output import emit_json, emit_jsonl, printable, tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.skipped import Skipped
+from longnet_cli.cli.writing import check_output, count_left_out, end
 
 if TYPE_CHECKING:
+    from longnet_cli.data.left_out import LeftOut
     from longnet_cli.measures import DocumentScore, Score, Total
 
 Format = Literal["text", "json", "jsonl"]
 MEASURE = "What to measure"
 ROW_KEYS = {"kind", "doc_id", "context", "nll_sum", "n_tokens", "n_bytes", "ppl", "bpb", "by_position", "by_recall"}
+GAIN_KEYS = {"gain", "gain_se", "gain_share"}  # of documents that are scored at several contexts
 
 
 def score(
@@ -169,7 +170,8 @@ def score(
         raise ConfigError("--dry-run prints one value: give --format text or json")
     if keep and format == "text" and output is None and not dry_run:
         raise ConfigError("--keep carries columns to rows: give -o, or --format jsonl or json")
-    if keep and output is None and (taken := sorted({*keep} & ROW_KEYS)):
+    keys = ROW_KEYS | (GAIN_KEYS if len(context or ()) > 1 else set())
+    if keep and output is None and (taken := sorted({*keep} & keys)):
         raise ConfigError(f"--keep {taken[0]}: the output has a key of this name")
     if token_logprobs == "-":
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
@@ -186,14 +188,17 @@ def score(
     for name, place in (("--token-logprobs", token_logprobs), ("-o", output)):
         if place is not None:
             refuse_overwriting(name, [place], data, reads)
-    printing: dict[str, Any] = {
-        "--by-position": by_position,
-        "--by-recall": by_recall,
-        "--token-logprobs": token_logprobs,
-    }
-    if not dry_run:  # the estimate of a dry run has --format too
-        printing[f"--format {format}"] = format != "text"
-    done = score_rows.check(output, resume=resume, shard_tokens=shard_tokens, others=printing, dry_run=dry_run)
+    for_folder = {"--resume": resume, "--shard-tokens": shard_tokens}
+    for_printing = {"--token-logprobs": token_logprobs, f"--format {format}": format != "text" and not dry_run}
+    if given := [name for name, value in (for_folder if output is None else for_printing).items() if value]:
+        fits = "a folder of rows: name it (-o FOLDER)"
+        if output is not None:
+            fits = "scores that are printed, and -o writes rows: leave one out"
+        raise ConfigError(f"{given[0]} is for {fits}")
+    earlier = None
+    if output is not None:
+        where_to = "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
+        earlier = check_output(output, where_to, for_folder, resume=resume, dry_run=dry_run)
     launch(nproc, inputs, model_folder, sp=sp, dp=dp)
     from longnet_cli.data.chat import chat_settings
     from longnet_cli.data.kept import first_kept
@@ -218,9 +223,10 @@ def score(
     net = loaded.net
     if parsed:
         tell(f"pattern {format_pattern(net.config.pattern)}", quiet)
-    from longnet_cli.gains import GainOptions
     from longnet_cli.logprobs import write_token_logprobs
     from longnet_cli.model.weights import model_origin
+    from longnet_cli.rows import write_rows
+    from longnet_cli.score_rows import RowScorer, ScoreOptions
     from longnet_cli.scoring import score as run
 
     eos_id = end_of_text(eos, loaded.tokenizer)
@@ -233,7 +239,7 @@ def score(
         cut = Cut.of(net, loaded.bos, context, stride, last)
         found = estimate_reading(
             net,
-            ScoreJob(net, cut, gains=output is not None and len(cut.contexts) > 1, recalls=by_recall),
+            ScoreJob(net, cut, recalls=by_recall),
             data.untokenized() if sample else documents,
             output,
             resume=resume,
@@ -255,72 +261,66 @@ def score(
         kept_fields, documents = first_kept(documents)
     limited = net.config.max_tokens is not None and not skip_bad
     stored = data.stored() if limited else ()
-    skipped = Skipped(quiet)
+    left_out = count_left_out(skip_bad, quiet)
     origin = model_origin(net, model, loaded.tokenizer_sha256) if ranks.first and output is None else {}
     tokens = write_token_logprobs(token_logprobs, origin) if token_logprobs and ranks.first else nullcontext()
     times = len(context or [None])  # how often each token is scored
+    done = times * earlier.totals["tokens"] if earlier else 0
     total = times * (data.num_tokens() or 0) if last is None else 0
-    with progress("scoring", total=total or None, start=times * done, quiet=quiet) as advance, tokens as on_tokens:
-        running: dict[str, Any] = {
-            "stored": stored,
-            "count_bytes": loaded.tokenizer.n_bytes if loaded.tokenizer else None,
-            "chunk": chunk,
-            "dtype": dtype,
-            "ranks": ranks,
-            "on_skip": skipped if skip_bad else None,
-            "on_progress": advance,
-        }
+    measured: dict[str, Any] = {
+        "bos": loaded.bos,
+        "context": tuple(context) if context else None,
+        "stride": stride,
+        "last": last,
+        "by_position": by_position,
+        "by_recall": by_recall,
+    }
+    running: dict[str, Any] = {"stored": stored, "chunk": chunk, "dtype": dtype, "ranks": ranks}
+    count_bytes = loaded.tokenizer.n_bytes if loaded.tokenizer else None
+    with progress("scoring", total=total or None, start=done, quiet=quiet) as advance, tokens as on_tokens:
         if output is not None:
-            options = GainOptions(
-                bos=loaded.bos,
-                context=tuple(context) if context else None,
-                stride=stride,
-                last=last,
-                model_name=model,
-                tokenizer_sha256=loaded.tokenizer_sha256,
-                pattern=format_pattern(net.config.pattern),
+            origins: dict[str, Any] = {"model_name": model, "tokenizer_sha256": loaded.tokenizer_sha256}
+            options = ScoreOptions(**measured, **origins, pattern=format_pattern(net.config.pattern))
+            write_rows(
+                partial(RowScorer, options=options, kept_fields=kept_fields, count_bytes=count_bytes),
+                net,
+                documents,
+                output,
+                settings={
+                    "inputs": data.fingerprint(),
+                    "column": column,
+                    "id_column": id_column,
+                    "eos": eos_id,
+                    **chat_settings(loaded.tokenizer),
+                },
+                shard_size=shard_tokens,
+                resume=resume,
+                left_out=left_out,
+                on_progress=advance,
+                **running,
             )
-            settings = {
-                "inputs": data.fingerprint(),
-                "column": column,
-                "id_column": id_column,
-                "eos": eos_id,
-                **chat_settings(loaded.tokenizer),
-            }
-            running |= {
-                "kept_fields": kept_fields,
-                "settings": settings,
-                "shard_tokens": shard_tokens,
-                "resume": resume,
-            }
-            folder = score_rows.write(net, documents, output, options, **running)
-            if folder:
-                skipped.set_counts(folder.totals)
         else:
             scores = run(
                 net,
                 documents,
-                bos=loaded.bos,
-                context=context,
-                stride=stride,
-                last=last,
-                by_position=by_position,
-                by_recall=by_recall,
-                device=where,
+                count_bytes=count_bytes,
+                on_skip=left_out.skip,
                 on_tokens=on_tokens,
+                on_progress=advance,
+                **measured,
                 **running,
             )
             if ranks.first:
-                _print(scores, format, Total(context or [None]), origin, skipped)
+                _print(scores, format, Total(context or [None]), origin, left_out)
             else:
                 for _ in scores:
                     pass
     leave()
-    skipped.end(ranks.first)
+    end(left_out, first=ranks.first, quiet=quiet)
 
 
 def _print(
-    scores: Iterator[DocumentScore], format: Format, total: Total, origin: dict[str, str], skipped: Skipped
+    scores: Iterator[DocumentScore], format: Format, total: Total, origin: dict[str, str], left_out: LeftOut
 ) -> None:
     """Print each document as soon as it is scored, then the total. The format json prints one value at the end."""
     several = len(total.contexts) > 1
@@ -332,6 +332,8 @@ def _print(
             values["context"] = document.context
         if document.by_recall:
             values |= document.by_recall.as_dict()
+        if document.gain:
+            values |= document.gain._asdict()
         values |= {name: value.as_py() for name, value in document.kept.items()}
         if format == "text":
             _print_row(document.doc_id, document.score, document.context if several else None, header=index == 0)
@@ -340,7 +342,7 @@ def _print(
         else:
             rows.append(values)
     known = {key.removeprefix("longnet."): value for key, value in origin.items() if key != "longnet.model"}
-    totals = [{**values, **known, "n_skipped": skipped.number} for values in total.as_dicts()]
+    totals = [{**values, **known, "n_skipped": left_out.skipped} for values in total.as_dicts()]
     if format == "text":
         for score, context in zip(total.scores, total.contexts, strict=True):
             _print_row("total", score, context if several else None)

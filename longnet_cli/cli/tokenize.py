@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 from longnet_cli.cli.nproc import launch
@@ -22,7 +21,7 @@ from longnet_cli.cli.options import (
 )
 from longnet_cli.cli.output import tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.skipped import Skipped
+from longnet_cli.cli.writing import check_output, count_left_out, end
 from longnet_cli.errors import ConfigError
 from longnet_cli.runtime.launch import under_torchrun
 from longnet_cli.sizes import format_count
@@ -85,25 +84,18 @@ def tokenize(
 
     Every command also reads text. If you read the same data often, tokenize it once.
     """
-    if output == "-" and sys.stdout and sys.stdout.isatty():  # checked before a tokenizer is trained
-        raise ConfigError(
-            "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
-        )
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.manifest import read_manifest
-    from longnet_cli.data.outputs import is_folder
     from longnet_cli.data.overwriting import refuse_overwriting
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.tokenizing import SHARD_TOKENS, tokenizer_beside
     from longnet_cli.tokenizing import tokenize as run
 
-    if shard_tokens is not None and not is_folder(output):
-        raise ConfigError(f"{output}: --shard-tokens is for a folder of shards: a single file or stream has no parts")
-    if shard_format != "arrow" and not is_folder(output):
-        raise ConfigError(f"{output}: --shard-format is for a folder of shards: one file is what its name says")
     beside = tokenizer_beside(output)
     data = Inputs(inputs, column=column, id_column=id_column, skip_bad=skip_bad)
     refuse_overwriting("-o", [output, *([beside] if beside else [])], data, [Tokenizer.find(tokenizer)])
+    for_folder = {"--shard-tokens": shard_tokens, "--shard-format": shard_format != "arrow"}
+    where_to = "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
+    earlier = check_output(output, where_to, for_folder, resume=resume)
     if train_vocab is not None and (dp or 1) > 1:
         raise ConfigError("--train-vocab is for one process: train the tokenizer first, without --dp")
     launch(None, inputs, dp=dp)
@@ -115,9 +107,8 @@ def tokenize(
         if dp not in (None, ranks.world):
             raise ConfigError(f"--dp is {dp}, and there are {ranks.world} processes: leave it out")
         quiet = quiet or not ranks.first
-    earlier = read_manifest(output) if resume else None
     done = earlier.totals["bytes"] if earlier else 0
-    skipped = Skipped(quiet)
+    left_out = count_left_out(skip_bad, quiet)
     with progress("tokenizing", total=data.num_bytes(), unit="B", start=done, quiet=quiet) as advance:
 
         def on_progress(documents: int, tokens: int, size: int) -> None:
@@ -135,13 +126,11 @@ def tokenize(
             eos=bare_or(eos, True),
             resume=resume,
             ranks=ranks,
-            on_skip=skipped if skip_bad else None,
+            left_out=left_out,
             on_progress=on_progress,
         )
     if ranks:
         leave()
-    if earlier and earlier.finished:
-        skipped.set_counts(earlier.totals)
     if result:
         counts = [
             f"{result.documents} document{'s' * (result.documents != 1)}",
@@ -151,6 +140,6 @@ def tokenize(
         ]
         shards = f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
         place = "stdout" if output == "-" else output
-        left_out = f"; {skipped.number} document{'s' * (skipped.number > 1)} left out" if skipped.number else ""
-        tell(f"{', '.join(counts)} -> {place}{shards}{left_out}", quiet)
-    skipped.end(result is not None, reported=True)
+        skipped = f"; {left_out.skipped} document{'s' * (left_out.skipped > 1)} left out" if left_out.skipped else ""
+        tell(f"{', '.join(counts)} -> {place}{shards}{skipped}", quiet)
+    end(left_out, first=result is not None, quiet=True)  # the line above has the count

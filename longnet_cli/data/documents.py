@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.data.files import FileChangedError, StoredIds, no_place
+from longnet_cli.data.left_out import OnSkip
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError, LongNetError
+from longnet_cli.errors import ConfigError, DataError
 
 BLOCK = 1 << 18  # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
 SPOOL_BYTES = 256 << 20  # bytes of one document's ids in memory; more go to a file in $TMPDIR
@@ -171,7 +172,8 @@ class Unread(Document):
 def checked(
     documents: Iterable[Document],
     make: Callable[[Document], T],
-    on_skip: Callable[[Document, LongNetError], None] | None = None,
+    on_skip: OnSkip | None = None,
+    on_empty: Callable[[Document], None] | None = None,
     *,
     reads: bool = True,
 ) -> Iterator[T]:
@@ -179,7 +181,7 @@ def checked(
 
     With `on_skip`, a document that causes ConfigError or DataError is passed to `on_skip`, with the error, and nothing
     is raised. To find such errors, all ids of each document are read here, unless `reads` is false. A file that changes
-    while it is read raises its error in any case.
+    while it is read raises its error in any case. With `on_empty`, an empty document is passed to it, not yielded.
     """
     for document in documents:
         try:
@@ -193,7 +195,10 @@ def checked(
                 raise
             on_skip(document, error)
         else:
-            yield made
+            if len(document) or on_empty is None:
+                yield made
+            else:
+                on_empty(document)
 
 
 def collect(parts: Iterable[Part]) -> list[Part]:

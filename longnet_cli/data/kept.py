@@ -40,11 +40,15 @@ def first_kept(documents: Iterable[Document]) -> tuple[list[pa.Field], Iterator[
     return [pa.field(name, value.type) for name, value in kept.items()], chain(found, remaining)
 
 
-def with_kept(fields: Sequence[pa.Field], kept: Sequence[pa.Field]) -> list[pa.Field]:
-    """Return the columns of an output, followed by `kept`. Raises ConfigError for a name in both."""
+def row_schema(fields: Sequence[pa.Field], kept: Sequence[pa.Field], known: Mapping[str, str | None]) -> pa.Schema:
+    """Return the schema of an output: `fields`, then `kept`, and the metadata `known` without unknown values.
+
+    Raises ConfigError for a name in both.
+    """
     if taken := {field.name for field in fields} & {field.name for field in kept}:
         raise ConfigError(f"--keep {min(taken)}: the output has a column of this name")
-    return [*fields, *kept]
+    metadata = {key: value for key, value in known.items() if value is not None}
+    return pa.schema([*fields, *kept], metadata=metadata)
 
 
 def kept_settings(kept: Sequence[pa.Field]) -> dict[str, list[str]]:
@@ -52,8 +56,16 @@ def kept_settings(kept: Sequence[pa.Field]) -> dict[str, list[str]]:
     return {"keep": [f"{field.name}: {field.type}" for field in kept]} if kept else {}
 
 
-def kept_value(carrier: Carrier, field: pa.Field) -> pa.Scalar:
-    """Return the value that a document carries along for a column. Raises DataError for a value of another type."""
+def kept_columns(carriers: Sequence[Carrier], fields: Sequence[pa.Field]) -> list[pa.Array]:
+    """Return the columns `fields` of rows. Raises DataError for a value of another type."""
+    # `pa.array` would refuse null lists
+    return [
+        pa.concat_arrays([pa.nulls(0, field.type), *(pa.repeat(_value(carrier, field), 1) for carrier in carriers)])
+        for field in fields
+    ]
+
+
+def _value(carrier: Carrier, field: pa.Field) -> pa.Scalar:
     value = carrier.kept[field.name]
     try:
         return value if value.type == field.type else value.cast(field.type)
@@ -61,8 +73,3 @@ def kept_value(carrier: Carrier, field: pa.Field) -> pa.Scalar:
         raise DataError(
             f"{carrier.where}: {field.name!r} is {value.type}, and {field.type} in the first document"
         ) from error
-
-
-def kept_column(values: Iterable[pa.Scalar], field: pa.Field) -> pa.Array:
-    """Return values of a column's type as one array. `pa.array` would refuse null lists among them."""
-    return pa.concat_arrays([pa.nulls(0, field.type), *(pa.repeat(value, 1) for value in values)])

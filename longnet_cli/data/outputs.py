@@ -23,16 +23,19 @@ OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl")  # names of one f
 _JSON_ROWS = 1024  # turned into Python objects at a time, at some 40 bytes per number
 
 
-def is_folder(output: str | Path) -> bool:
+def is_folder(output: str | Path, *, resume: bool = False) -> bool:
     """Return whether an output names a folder of shards, and not `-`, a file (by its suffix), a pipe or a device.
 
-    Raises ConfigError for an empty name.
+    Raises ConfigError for an empty name, and where something else than a folder is to `resume`.
     """
     if not str(output):  # such as an unset variable in a script
         raise ConfigError("-o is empty: name a folder or a file")
     path = Path(output)
     special = path.exists() and not (path.is_file() or path.is_dir())
-    return str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES) and not special
+    found = str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES) and not special
+    if resume and not found:
+        raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
+    return found
 
 
 class ShardWriter:

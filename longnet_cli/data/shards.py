@@ -22,6 +22,7 @@ import pyarrow as pa
 from longnet_cli.atomic import is_temporary, locked_folder, remove_leftovers, sync_folder, write_file, writing
 from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, read_error
+from longnet_cli.data.left_out import LeftOut
 from longnet_cli.data.manifest import UNFINISHED, Manifest, read_manifest
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import one_line
@@ -57,7 +58,8 @@ class ShardFolder:
     The folder must be new or empty. With `resume` it may also be the folder of an earlier run with the same
     `settings`, finished or not: `documents` then says how many documents to skip, and `finished` whether nothing is
     left to do. Shards are byte for byte the same as without the interruption, if batches depend only on the documents
-    since the last `end_shard`.
+    since the last `end_shard`. The manifest gets the counts of `left_out`, which a resumed run counts again; a folder
+    that is finished already gives its own counts to `left_out`.
 
     Raises ConfigError for a folder in use, other settings or a folder that cannot be written, DataError for a damaged
     shard of the earlier run, LongNetError when a write fails. After an error the finished shards stay.
@@ -73,6 +75,7 @@ class ShardFolder:
         format: ShardFormat = "arrow",
         tokenizer: dict[str, str] | None = None,
         resume: bool = False,
+        left_out: LeftOut | None = None,
     ) -> None:
         """Keep `tokenizer` in the manifest. A `format` other than the default becomes one of the settings."""
         self.folder = Path(folder)
@@ -85,12 +88,13 @@ class ShardFolder:
         self._open = ExitStack()  # holds the writer, so that an error discards its file
         self._writer: ShardWriter | None = None
         self._counts: Counter[str] = Counter()
-        self._left_out: Counter[str] = Counter()
+        self._left_out = left_out or LeftOut()
 
     @property
     def documents(self) -> int:
         """The number of documents in finished shards."""
-        return self._manifest.totals["documents"]
+        totals = self._manifest.totals  # folders from before 2026-11-26 count what was left out among their documents
+        return totals["documents"] - totals["left_out"]
 
     @property
     def totals(self) -> Counter[str]:
@@ -121,6 +125,10 @@ class ShardFolder:
             self._writer = ShardWriter(self._next_path(), self.schema)
             self._open.enter_context(self._writer)
         self._writer.write(batch)
+        self.count(**counts)
+
+    def count(self, **counts: int) -> None:
+        """Add to the counts of the open shard."""
         self._counts.update(counts)
 
     def end_shard(self) -> None:
@@ -133,10 +141,6 @@ class ShardFolder:
         self._manifest.shards.append(shard)
         self._say()
 
-    def skip(self, why: Literal["skipped", "empty"] = "skipped") -> None:
-        """Count a document that is in no shard. A resumed run counts all of them again."""
-        self._left_out[why] += 1
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -145,7 +149,7 @@ class ShardFolder:
                 self._open.__exit__(kind, error, traceback)
             elif not self._manifest.finished:
                 self.end_shard()
-                self._manifest.skipped, self._manifest.empty = self._left_out["skipped"], self._left_out["empty"]
+                self._manifest.skipped, self._manifest.empty = self._left_out.skipped, self._left_out.empty
                 self._manifest.write_finished(self.folder, self.schema, self._suffix)
                 with writing(self.folder):
                     os.remove(self.folder / UNFINISHED)
@@ -163,7 +167,9 @@ class ShardFolder:
                 _check_shard(self.folder / shard["name"], self.schema, shard["rows"])
             self._manifest = earlier
         remove_leftovers(self.folder)
-        if not self._manifest.finished:
+        if self._manifest.finished:
+            self._left_out.take(self.totals)
+        else:
             self._say()
 
     def _say(self) -> None:

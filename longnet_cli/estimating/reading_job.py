@@ -56,12 +56,12 @@ class Job(Protocol):
 
 
 class ScoreJob:
-    """The job `score`: with `gains`, tokens are compared at several contexts; with `recalls`, bigrams are kept."""
+    """The job `score`: at several contexts, nats are kept for the gain; with `recalls`, bigrams are kept."""
 
     scores, skips_empty, alone = True, False, False
 
-    def __init__(self, net: Net, cut: Cut, *, gains: bool = False, recalls: bool = False) -> None:
-        self.net, self.cut, self.gains, self.recalls = net, cut, gains, recalls
+    def __init__(self, net: Net, cut: Cut, *, recalls: bool = False) -> None:
+        self.net, self.cut, self.recalls = net, cut, recalls
 
     def sequence(self, document: Document) -> InputSequence[Document]:
         return self.cut.sequence(self.net, document)
@@ -73,7 +73,7 @@ class ScoreJob:
                     yield stop - start, stop - wanted
 
     def keeps(self, longest: int) -> dict[str, int]:
-        nats = min(4 * longest, SPOOL_BYTES) if self.gains else 0
+        nats = min(4 * longest, SPOOL_BYTES) if len(self.cut.contexts) > 1 else 0
         bigrams = 32 * min(longest, self.net.config.vocab_size**2) if self.recalls else 0
         return {kind: size for kind, size in (("nats", nats), ("bigrams", bigrams)) if size}
 

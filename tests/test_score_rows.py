@@ -2,7 +2,10 @@
 and that a run that is killed and resumed writes the bytes of one that was not."""
 
 import json
-from collections.abc import Iterable, Iterator
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +17,22 @@ import torch
 from conftest import RunLongnet
 
 from longnet_cli.data.documents import Document
-from longnet_cli.data.shards import read_manifest
-from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.gains import GAIN_BLOCK, GainOptions, gains, gains_to_folder
-from longnet_cli.measures import Clusters
+from longnet_cli.data.left_out import LeftOut
+from longnet_cli.data.manifest import read_manifest
+from longnet_cli.errors import ConfigError, DataError, NoTokensError
+from longnet_cli.gain import GAIN_BLOCK
+from longnet_cli.measures import Clusters, Gain
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.scoring import NothingToScoreError, score
+from longnet_cli.rows import write_rows
+from longnet_cli.runtime.reader import Reader
+from longnet_cli.score_rows import RowScorer, ScoreOptions
+from longnet_cli.scoring import score
 
 BOS = 256
 CONFIG = LongNetConfig(
     vocab_size=257, dim=16, num_layers=2, num_heads=2, ffn_dim=32, segment_lengths=(8, 32), dilation_rates=(1, 2)
 )
-OPTIONS = GainOptions(bos=BOS, context=(400, 16))
+OPTIONS = ScoreOptions(bos=BOS, context=(400, 16))
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +49,25 @@ def make_document(length: int, name: str = "a") -> Document:
     return Document(name, np.random.default_rng(length).integers(0, 256, length), length, f"{name}.txt")
 
 
+def rows(
+    model: LongNet,
+    documents: Iterable[Document],
+    options: ScoreOptions = OPTIONS,
+    kept: Sequence[pa.Field] = (),
+    chunk: int | None = None,
+) -> pa.Table:
+    return RowScorer(Reader(model, chunk=chunk), options, kept).rows(documents).read_all()
+
+
+def write(
+    model: LongNet, place: Path, documents: Iterable[Document], kept: Sequence[pa.Field] = (), **more: object
+) -> LeftOut:
+    """A shard ends with the document that brings it to 150 tokens; bad documents are left out."""
+    left_out, job = LeftOut(lambda document, error: None), partial(RowScorer, options=OPTIONS, kept_fields=kept)
+    write_rows(job, model, iter(documents), place, shard_size=150, left_out=left_out, **more)
+    return left_out
+
+
 def nats(model: LongNet, document: Document, context: int) -> np.ndarray:
     """Of each token, float64 of the float32 that scoring tells token by token."""
     found: list[np.ndarray] = []
@@ -54,7 +80,7 @@ def nats(model: LongNet, document: Document, context: int) -> np.ndarray:
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_a_row_is_what_the_tokens_say(model: LongNet, chunk: int | None) -> None:
     documents = [make_document(length, str(length)) for length in (1, 300, 0, 1000, 128)]
-    table = pa.Table.from_batches(gains(model, documents, OPTIONS, chunk=chunk))
+    table = rows(model, documents, chunk=chunk)
     assert table.schema == OPTIONS.schema()
     assert table["doc_id"].to_pylist() == ["1", "300", "0", "1000", "128"]
     shares = []
@@ -80,8 +106,20 @@ def test_a_row_is_what_the_tokens_say(model: LongNet, chunk: int | None) -> None
     assert max(shares) > 0
 
 
+def test_contexts_in_any_order_give_the_same_gain(model: LongNet) -> None:
+    documents = [make_document(length, str(length)) for length in (1, 300, 0, 1000)]
+    orders = ((16, 400), (400, 16), (100, 400, 16))
+    sorted_, turned, more = (list(score(model, documents, bos=BOS, context=order, chunk=70)) for order in orders)
+    assert [(each.doc_id, each.context) for each in turned[:4]] == [("1", 400), ("1", 16), ("300", 400), ("300", 16)]
+    gains = [[each.gain for each in found if each.context == 400] for found in (sorted_, turned, more)]
+    assert all(each.gain is None for found in (sorted_, turned, more) for each in found if each.context != 400)
+    for found in gains[1:]:
+        np.testing.assert_allclose(np.array(found, float), np.array(gains[0], float), rtol=1e-4, atol=1e-5)
+    assert gains[0][2] == (None, None, None)
+
+
 def test_one_context_has_no_gain(model: LongNet) -> None:
-    table = pa.Table.from_batches(gains(model, [make_document(50)], GainOptions(bos=BOS)))
+    table = rows(model, [make_document(50)], ScoreOptions(bos=BOS))
     assert table.column_names == ["doc_id", "n_tokens", "n_bytes", "nats"]
 
 
@@ -101,29 +139,27 @@ def test_a_resumed_folder_has_the_same_bytes(model: LongNet, tmp_path: Path) -> 
     documents = [make_document(length, str(length)) for length in (100, 0, 0, 300, 20, 500, 0, 30)]
     bad = Document("bad", np.array([999]), 1, "bad.txt", limit=257)
     documents[3:3] = [bad]
-    options = {"settings": {}, "shard_tokens": 150, "on_skip": lambda document, error: None}
-
-    def write(name: str, found: list[Document], resume: bool = False) -> None:
-        gains_to_folder(model, iter(found), tmp_path / name, OPTIONS, resume=resume, **options)
 
     def stopping() -> list[Document]:
         yield from documents[:6]
         raise DataError("stop")
 
-    write("whole", documents)
+    assert write(model, tmp_path / "whole", documents).skipped == 1
     with pytest.raises(DataError, match="stop"):
-        write("cut", stopping())
+        write(model, tmp_path / "cut", stopping())
     assert 0 < read_manifest(tmp_path / "cut").totals["documents"] < len(documents)
-    write("cut", documents, resume=True)
+    assert write(model, tmp_path / "cut", documents, resume=True).skipped == 1
+    assert write(model, tmp_path / "cut", [], resume=True).skipped == 1  # it is finished, and its manifest says so
     whole, cut = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
     assert whole == cut
     manifest = read_manifest(tmp_path / "whole")
     assert (manifest.skipped, manifest.totals["documents"], manifest.totals["rows"]) == (1, 8, 8)
+    assert not manifest.settings.keys() & {"by_position", "by_recall"}  # folders of older runs do not have these
 
 
 def test_nothing_to_score_is_said_at_the_end(model: LongNet, tmp_path: Path) -> None:
-    with pytest.raises(NothingToScoreError):
-        gains_to_folder(model, [make_document(0)], tmp_path / "out", OPTIONS, settings={})
+    with pytest.raises(NoTokensError):
+        write(model, tmp_path / "out", [make_document(0)])
 
 
 def test_the_command_writes_what_it_prints(run_longnet: RunLongnet, tmp_path: Path) -> None:
@@ -140,6 +176,30 @@ def test_the_command_writes_what_it_prints(run_longnet: RunLongnet, tmp_path: Pa
         assert row["nats_64"] == pytest.approx(short["nll_sum"] / short["n_tokens"])
         assert row["nats_1024"] == pytest.approx(long["nll_sum"] / long["n_tokens"])
         assert row["gain"] == pytest.approx(row["nats_64"] - row["nats_1024"])
+        assert {name: row[name] for name in Gain._fields} == {name: long[name] for name in Gain._fields}
+        assert not short.keys() & {*Gain._fields}
+
+
+def test_tables_by_position_and_by_recall_are_columns(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": "one two three, " * n}) + "\n" for n in (30, 0, 400)))
+    for context, ends in (("16,64", ("_16", "_64")), (None, ("",))):
+        words = ("x.jsonl", "-q", "--by-recall", "--by-position", *(["--context", context] if context else []))
+        for output in ("gains.parquet", "gains"):
+            assert run_longnet("score", *words, "-o", output).returncode == 0
+        found = pq.read_table(tmp_path / "gains.parquet")
+        shard = pa.ipc.open_file(tmp_path / "gains" / "gains-00000.arrow").read_all()
+        assert shard.to_pylist() == found.to_pylist()
+        printed = [json.loads(line) for line in run_longnet("score", *words, "--format", "jsonl").stdout.splitlines()]
+        for index, end in enumerate(ends):
+            of_context = [row for row in printed[index :: len(ends)] if row["kind"] == "document"]
+            assert found[f"by_recall{end}"].to_pylist() == [row["by_recall"] for row in of_context]
+            total = printed[len(printed) - len(ends) + index]
+            for name in ("by_position", "by_segment_position"):
+                tables = found[f"{name}{end}"].to_pylist()
+                counts = [Counter({row["from"]: row["n_tokens"] for row in table}) for table in tables]
+                assert sum(counts, Counter()) == {row["from"]: row["n_tokens"] for row in total[name]}
+        assert run_longnet("score", *words, "-o", "gains", "--resume").returncode == 0  # it is finished
+        shutil.rmtree(tmp_path / "gains")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +207,7 @@ def test_the_command_writes_what_it_prints(run_longnet: RunLongnet, tmp_path: Pa
     [
         (["--resume"], "--resume is for a folder of rows"),
         (["-o", "x.parquet", "--resume"], "--resume is for a folder of shards"),
-        (["-o", "x", "--by-recall"], "--by-recall is for scores that are printed"),
+        (["-o", "x", "--token-logprobs", "y.arrow"], "--token-logprobs is for scores that are printed"),
         (["-o", "x", "--format", "json"], "--format json is for scores that are printed"),
         (["-o", "a.txt"], "a.txt, which this command reads"),
     ],
@@ -169,7 +229,7 @@ def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(model: LongN
     documents = [make_document(length, str(length)) for length in (100, 0, 300, 20, 200)]
     for document, value in zip(documents, values, strict=True):
         document.kept = {"tags": pa.scalar(value, kept[0].type)}
-    table = pa.Table.from_batches(gains(model, documents, OPTIONS, kept_fields=kept))
+    table = rows(model, documents, kept=kept)
     assert table.schema == OPTIONS.schema(kept)
     assert table["tags"].to_pylist() == values
 
@@ -177,17 +237,13 @@ def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(model: LongN
         yield from documents[:4]
         raise DataError("stop")
 
-    def write(name: str, found: Iterable[Document], fields: list[pa.Field], resume: bool = False) -> None:
-        options = {"settings": {}, "shard_tokens": 150, "resume": resume, "kept_fields": fields}
-        gains_to_folder(model, found, tmp_path / name, OPTIONS, **options)
-
-    write("whole", documents, kept)
+    write(model, tmp_path / "whole", documents, kept)
     with pytest.raises(DataError, match="stop"):
-        write("cut", stopping(), kept)
+        write(model, tmp_path / "cut", stopping(), kept)
     for other in ([], [pa.field("tags", pa.string())]):
         with pytest.raises(ConfigError, match="keep"):
-            write("cut", documents, other, resume=True)
-    write("cut", documents, kept, resume=True)
+            write(model, tmp_path / "cut", documents, other, resume=True)
+    write(model, tmp_path / "cut", documents, kept, resume=True)
     whole, cut = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
     assert whole == cut
     shards = [pa.ipc.open_file(path).read_all() for path in sorted((tmp_path / "cut").glob("gains-*.arrow"))]
@@ -200,7 +256,7 @@ def test_a_kept_value_of_another_type_and_a_name_that_is_taken_are_refused(model
     for document, value in zip(documents, (1, "one"), strict=True):
         document.kept = {"year": pa.scalar(value)}
     with pytest.raises(DataError, match=r"b\.txt: 'year' is string, and int64 in the first document"):
-        list(gains(model, documents, OPTIONS, kept_fields=[pa.field("year", pa.int64())]))
+        rows(model, documents, kept=[pa.field("year", pa.int64())])
     with pytest.raises(ConfigError, match="--keep gain: the output has a column of this name"):
         OPTIONS.schema([pa.field("gain", pa.float64())])
 
