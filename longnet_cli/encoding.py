@@ -25,7 +25,7 @@ from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
 from longnet_cli.model.sequence import Bos, InputSequence
 from longnet_cli.pooling import ClsPooling, Pool, Pooling, Row
-from longnet_cli.rows import RowJob
+from longnet_cli.row_jobs import RowJob
 from longnet_cli.runtime.layers import LayerStates
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reader import Piece, Reader, Window, share_reader

@@ -27,7 +27,7 @@ from longnet_cli.errors import ConfigError, DataError, LongNetError, NoTokensErr
 from longnet_cli.model_folder import Loaded, ModelFolder
 from longnet_cli.notation import format_pattern, read_pattern
 from longnet_cli.pooling import Pool
-from longnet_cli.rows import RowJob
+from longnet_cli.row_jobs import RowJob
 from longnet_cli.runtime.device import select_device
 from longnet_cli.runtime.reader import Reader
 from longnet_cli.score_rows import RowScorer, ScoreOptions

@@ -18,7 +18,7 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.kept import kept_columns, row_schema
 from longnet_cli.measures import DocumentScore, Gain
 from longnet_cli.model.sequence import Bos, InputSequence
-from longnet_cli.rows import RowJob
+from longnet_cli.row_jobs import RowJob
 from longnet_cli.runtime.portions import Portion
 from longnet_cli.runtime.reader import Reader
 from longnet_cli.scoring import Scorer

@@ -21,7 +21,7 @@ from longnet_cli.encoding import EncodeOptions, Encoder, encode
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.weights import model_digest
-from longnet_cli.rows import write_rows
+from longnet_cli.row_jobs import write_rows
 
 BOS = 256
 SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32}
@@ -276,10 +276,10 @@ def test_a_default_chunk_is_that_of_the_run_before(tmp_path: Path, monkeypatch: 
     """On a GPU it depends on the memory that is free."""
     model = LongNet(CONFIG).eval()
     write(model, tmp_path / "whole", chunk=70)
-    monkeypatch.setattr("longnet_cli.encoding.default_chunk", lambda *_: 70)
+    monkeypatch.setattr("longnet_cli.row_jobs.default_chunk", lambda *_: 70)
     with pytest.raises(KeyboardInterrupt):
         write(model, tmp_path / "out", stopped_at(7), chunk=None)
-    monkeypatch.setattr("longnet_cli.encoding.default_chunk", lambda *_: 40)
+    monkeypatch.setattr("longnet_cli.row_jobs.default_chunk", lambda *_: 40)
     write(model, tmp_path / "out", chunk=None, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -23,7 +23,7 @@ from longnet_cli.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.gain import GAIN_BLOCK
 from longnet_cli.measures import Clusters, Gain
 from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.rows import write_rows
+from longnet_cli.row_jobs import write_rows
 from longnet_cli.runtime.reader import Reader
 from longnet_cli.score_rows import RowScorer, ScoreOptions
 from longnet_cli.scoring import score

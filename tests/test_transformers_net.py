@@ -53,7 +53,7 @@ from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.integrations.transformers_net import TransformersNet
 from longnet_cli.model_folder import ModelFolder
-from longnet_cli.rows import write_rows
+from longnet_cli.row_jobs import write_rows
 from longnet_cli.runtime.chunks import CausalStream, open_stream
 from longnet_cli.scoring import score
 

@@ -192,7 +192,7 @@ def encode(
         if given := [name for name, value in of_tokens.items() if value]:
             raise ConfigError(f"{model} reads vectors, which have no tokens: leave out {', '.join(given)}")
     from longnet_cli.encoding import EncodeOptions, Encoder
-    from longnet_cli.rows import write_rows
+    from longnet_cli.row_jobs import write_rows
 
     eos_id = end_of_text(eos, loaded.tokenizer)
     data = replace(data, tokenizer=loaded.tokenizer, vocab_size=net.config.vocab_size, eos_id=eos_id)

@@ -225,7 +225,7 @@ def score(
         tell(f"pattern {format_pattern(net.config.pattern)}", quiet)
     from longnet_cli.logprobs import write_token_logprobs
     from longnet_cli.model.weights import model_origin
-    from longnet_cli.rows import write_rows
+    from longnet_cli.row_jobs import write_rows
     from longnet_cli.score_rows import RowScorer, ScoreOptions
     from longnet_cli.scoring import score as run
 
