@@ -8,14 +8,12 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
+from longnet_cli.cli import options as shared
 from longnet_cli.cli.nproc import launch
 from longnet_cli.cli.options import (
     COMPUTE,
     OUTPUT,
     PATTERN,
-    DeviceOption,
-    DtypeOption,
-    QuietOption,
     names_option,
     option,
     read_pattern,
@@ -110,15 +108,15 @@ def bench(
         int | None,
         size_option(COMPUTE, "--nproc", "Start N processes (ranks) on this machine.", "this process", metavar="N"),
     ] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    device: shared.DeviceOption = "auto",
+    dtype: shared.DtypeOption = "auto",
     chunk: Annotated[
         int | None,
         size_option(
             COMPUTE, "--chunk", "Compute this many tokens at a time.", "all; from 1e6 causal tokens 64Ki, 1Mi on a GPU"
         ),
     ] = None,
-    quiet: QuietOption = False,
+    quiet: shared.QuietOption = False,
 ) -> None:
     """Measure dilated attention against dense attention, row by row, up to a billion tokens: --seq 1e9.
 

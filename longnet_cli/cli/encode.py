@@ -8,38 +8,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
+from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading, room, show_reading
 from longnet_cli.cli.nproc import launch
-from longnet_cli.cli.options import (
-    COMPUTE,
-    DEFAULT_MODEL,
-    OUTPUT,
-    BosOption,
-    ChunkOption,
-    ColumnOption,
-    DeviceOption,
-    DpOption,
-    DryRunOption,
-    DtypeOption,
-    EosOption,
-    IdColumnOption,
-    KeepOption,
-    ModelOption,
-    Names,
-    NprocOption,
-    PatternOption,
-    QuietOption,
-    ResumeOption,
-    SampleOption,
-    ShardFormatOption,
-    SkipBadOption,
-    SpOption,
-    TokenizerDiffersOption,
-    TokenizerOption,
-    option,
-    read_pattern,
-    size_option,
-)
+from longnet_cli.cli.options import COMPUTE, DEFAULT_MODEL, OUTPUT, Names, option, read_pattern, size_option
 from longnet_cli.cli.output import tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.writing import check_output, count_left_out, end
@@ -50,16 +22,16 @@ VECTORS = "Vectors"
 
 def encode(
     inputs: Names,
-    tokenizer: TokenizerOption = None,
-    tokenizer_differs: TokenizerDiffersOption = False,
-    column: ColumnOption = None,
-    id_column: IdColumnOption = None,
-    keep: KeepOption = None,
-    eos: EosOption = None,
-    bos: BosOption = None,
-    skip_bad: SkipBadOption = False,
-    model: ModelOption = DEFAULT_MODEL,
-    pattern: PatternOption = None,
+    tokenizer: shared.TokenizerOption = None,
+    tokenizer_differs: shared.TokenizerDiffersOption = False,
+    column: shared.ColumnOption = None,
+    id_column: shared.IdColumnOption = None,
+    keep: shared.KeepOption = None,
+    eos: shared.EosOption = None,
+    bos: shared.BosOption = None,
+    skip_bad: shared.SkipBadOption = False,
+    model: shared.ModelOption = DEFAULT_MODEL,
+    pattern: shared.PatternOption = None,
     pool: Annotated[
         Literal["mean", "last", "first", "cls"] | None,
         option(
@@ -117,17 +89,17 @@ def encode(
     shard_rows: Annotated[
         int | None, size_option(OUTPUT, "--shard-rows", "Start a new shard after this many vectors.", "16Ki")
     ] = None,
-    shard_format: ShardFormatOption = "arrow",
-    resume: ResumeOption = False,
-    dry_run: DryRunOption = False,
-    sample: SampleOption = None,
+    shard_format: shared.ShardFormatOption = "arrow",
+    resume: shared.ResumeOption = False,
+    dry_run: shared.DryRunOption = False,
+    sample: shared.SampleOption = None,
     format: Annotated[Format, option(OUTPUT, "--format", "text|json", "Print --dry-run in this format.")] = "text",
-    nproc: NprocOption = None,
-    sp: SpOption = None,
-    dp: DpOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    chunk: ChunkOption = None,
+    nproc: shared.NprocOption = None,
+    sp: shared.SpOption = None,
+    dp: shared.DpOption = None,
+    device: shared.DeviceOption = "auto",
+    dtype: shared.DtypeOption = "auto",
+    chunk: shared.ChunkOption = None,
     spill: Annotated[
         str | None,
         option(
@@ -137,7 +109,7 @@ def encode(
             "Keep a bidirectional model's hidden states here, for documents longer than memory.",
         ),
     ] = None,
-    quiet: QuietOption = False,
+    quiet: shared.QuietOption = False,
 ) -> None:
     """Turn each document, or each span of it, into one vector, for search or clustering.
 

@@ -13,25 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from longnet_cli.cli.options import (
-    DEFAULT_MODEL,
-    INPUT,
-    OUTPUT,
-    BosOption,
-    ChunkOption,
-    ColumnOption,
-    DeviceOption,
-    DtypeOption,
-    EosOption,
-    ModelOption,
-    PatternOption,
-    QuietOption,
-    TokenizerDiffersOption,
-    TokenizerOption,
-    option,
-    read_pattern,
-    size_option,
-)
+from longnet_cli.cli import options as shared
+from longnet_cli.cli.options import DEFAULT_MODEL, INPUT, OUTPUT, option, read_pattern, size_option
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.sizes import format_duration
@@ -69,13 +52,13 @@ def generate(
         bool,
         option(INPUT, "--chat", None, "Put each prompt into the tokenizer's chat template, as a user's message."),
     ] = False,
-    tokenizer: TokenizerOption = None,
-    tokenizer_differs: TokenizerDiffersOption = False,
-    column: ColumnOption = None,
-    eos: EosOption = None,
-    bos: BosOption = None,
-    model: ModelOption = DEFAULT_MODEL,
-    pattern: PatternOption = None,
+    tokenizer: shared.TokenizerOption = None,
+    tokenizer_differs: shared.TokenizerDiffersOption = False,
+    column: shared.ColumnOption = None,
+    eos: shared.EosOption = None,
+    bos: shared.BosOption = None,
+    model: shared.ModelOption = DEFAULT_MODEL,
+    pattern: shared.PatternOption = None,
     max_tokens: Annotated[int, size_option(SAMPLING, "--max-tokens -n", "Generate at most this many tokens.")] = 256,
     temperature: Annotated[
         float,
@@ -104,10 +87,10 @@ def generate(
         Format,
         option(OUTPUT, "--format", "text|jsonl", "Stream the text, or print one line of JSON per prompt."),
     ] = "text",
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    chunk: ChunkOption = None,
-    quiet: QuietOption = False,
+    device: shared.DeviceOption = "auto",
+    dtype: shared.DtypeOption = "auto",
+    chunk: shared.ChunkOption = None,
+    quiet: shared.QuietOption = False,
 ) -> None:
     """Continue texts of any length with a model, token by token; only the new text goes to stdout.
 

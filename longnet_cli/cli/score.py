@@ -8,37 +8,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import check_sample, estimate_reading, room, show_reading
 from longnet_cli.cli.nproc import launch
-from longnet_cli.cli.options import (
-    DEFAULT_MODEL,
-    OUTPUT,
-    BosOption,
-    ChunkOption,
-    ColumnOption,
-    DeviceOption,
-    DpOption,
-    DryRunOption,
-    DtypeOption,
-    EosOption,
-    IdColumnOption,
-    KeepOption,
-    ModelOption,
-    Names,
-    NprocOption,
-    PatternOption,
-    QuietOption,
-    ResumeOption,
-    SampleOption,
-    SkipBadOption,
-    SpOption,
-    TokenizerDiffersOption,
-    TokenizerOption,
-    option,
-    read_pattern,
-    size_option,
-    sizes_option,
-)
+from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, read_pattern, size_option, sizes_option
 from longnet_cli.cli.output import emit_json, emit_jsonl, printable, tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.writing import check_output, count_left_out, end
@@ -55,16 +28,16 @@ GAIN_KEYS = {"gain", "gain_se", "gain_share"}  # of documents that are scored at
 
 def score(
     inputs: Names,
-    tokenizer: TokenizerOption = None,
-    tokenizer_differs: TokenizerDiffersOption = False,
-    column: ColumnOption = None,
-    id_column: IdColumnOption = None,
-    keep: KeepOption = None,
-    eos: EosOption = None,
-    bos: BosOption = None,
-    skip_bad: SkipBadOption = False,
-    model: ModelOption = DEFAULT_MODEL,
-    pattern: PatternOption = None,
+    tokenizer: shared.TokenizerOption = None,
+    tokenizer_differs: shared.TokenizerDiffersOption = False,
+    column: shared.ColumnOption = None,
+    id_column: shared.IdColumnOption = None,
+    keep: shared.KeepOption = None,
+    eos: shared.EosOption = None,
+    bos: shared.BosOption = None,
+    skip_bad: shared.SkipBadOption = False,
+    model: shared.ModelOption = DEFAULT_MODEL,
+    pattern: shared.PatternOption = None,
     ppl: Annotated[
         bool,
         option(MEASURE, "--ppl", None, "Measure perplexity and bits per byte. This is the default.", False),
@@ -146,16 +119,16 @@ def score(
     shard_tokens: Annotated[
         int | None, size_option(OUTPUT, "--shard-tokens", "Start a new shard after this many tokens.", "4Mi")
     ] = None,
-    resume: ResumeOption = False,
-    dry_run: DryRunOption = False,
-    sample: SampleOption = None,
-    nproc: NprocOption = None,
-    sp: SpOption = None,
-    dp: DpOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    chunk: ChunkOption = None,
-    quiet: QuietOption = False,
+    resume: shared.ResumeOption = False,
+    dry_run: shared.DryRunOption = False,
+    sample: shared.SampleOption = None,
+    nproc: shared.NprocOption = None,
+    sp: shared.SpOption = None,
+    dp: shared.DpOption = None,
+    device: shared.DeviceOption = "auto",
+    dtype: shared.DtypeOption = "auto",
+    chunk: shared.ChunkOption = None,
+    quiet: shared.QuietOption = False,
 ) -> None:
     """Measure how well a model predicts text: perplexity (ppl) and bits per byte (bpb), lower is better.
 

@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from longnet_cli.cli import options as shared
 from longnet_cli.cli.nproc import launch
-from longnet_cli.cli.options import (
-    COMPUTE,
-    INPUT,
-    OUTPUT,
-    IdColumnOption,
-    Names,
-    QuietOption,
-    ResumeOption,
-    ShardFormatOption,
-    SkipBadOption,
-    bare_or,
-    option,
-    size_option,
-)
+from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Names, bare_or, option, size_option
 from longnet_cli.cli.output import tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.writing import check_output, count_left_out, end
@@ -44,13 +32,13 @@ def tokenize(
     shard_tokens: Annotated[
         int | None, size_option(OUTPUT, "--shard-tokens", "Start a new shard after this many tokens.", "128Mi")
     ] = None,
-    shard_format: ShardFormatOption = "arrow",
-    resume: ResumeOption = False,
+    shard_format: shared.ShardFormatOption = "arrow",
+    resume: shared.ResumeOption = False,
     column: Annotated[
         str | None, option(INPUT, "--column", "NAME", "Read this column.", "text, otherwise messages")
     ] = None,
-    id_column: IdColumnOption = None,
-    skip_bad: SkipBadOption = False,
+    id_column: shared.IdColumnOption = None,
+    skip_bad: shared.SkipBadOption = False,
     tokenizer: Annotated[
         str,
         option(
@@ -78,7 +66,7 @@ def tokenize(
         int | None,
         size_option(COMPUTE, "--dp", "Share the documents among N processes (ranks).", "this process", metavar="N"),
     ] = None,
-    quiet: QuietOption = False,
+    quiet: shared.QuietOption = False,
 ) -> None:
     """Turn text into token ids once, to read them many times.
 

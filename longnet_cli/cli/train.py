@@ -12,23 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, show_training
 from longnet_cli.cli.nproc import launch
-from longnet_cli.cli.options import (
-    COMPUTE,
-    INPUT,
-    OUTPUT,
-    DeviceOption,
-    DpOption,
-    NprocOption,
-    PatternOption,
-    QuietOption,
-    SpOption,
-    bare_or,
-    option,
-    read_pattern,
-    size_option,
-)
+from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, bare_or, option, read_pattern, size_option
 from longnet_cli.cli.output import printable
 from longnet_cli.cli.progress import Advance, progress
 from longnet_cli.errors import ConfigError
@@ -107,9 +94,9 @@ def train(
         ),
     ] = False,
     format: Annotated[Format, option(OUTPUT, "--format", "text|json", "Print --dry-run in this format.")] = "text",
-    nproc: NprocOption = None,
-    sp: SpOption = None,
-    dp: DpOption = None,
+    nproc: shared.NprocOption = None,
+    sp: shared.SpOption = None,
+    dp: shared.DpOption = None,
     shard: Annotated[
         str | None,
         option(
@@ -120,8 +107,8 @@ def train(
             "none",
         ),
     ] = None,
-    pattern: PatternOption = None,
-    device: DeviceOption = "auto",
+    pattern: shared.PatternOption = None,
+    device: shared.DeviceOption = "auto",
     dtype: Annotated[
         str | None,
         option(COMPUTE, "--dtype", "auto|fp32|bf16", "Compute matrix products in this precision.", BY_RECIPE),
@@ -140,7 +127,7 @@ def train(
             BY_RECIPE,
         ),
     ] = None,
-    quiet: QuietOption = False,
+    quiet: shared.QuietOption = False,
 ) -> None:
     """Train a model by a recipe.
 
