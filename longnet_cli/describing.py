@@ -149,6 +149,8 @@ def describe(
     """Describe a pattern; `seq` None is `default_length`. Raises ConfigError for one that cannot be used this way."""
     if refusal := pattern.refusal(causal, "exact"):
         raise ConfigError(f"{name or format_pattern(pattern)}: {refusal}")
+    if pattern.chosen:
+        raise ConfigError(f"{name or format_pattern(pattern)}: chosen blocks are not described yet")
     seq = seq or default_length(pattern)
     _refuse_the_boundless(pattern, seq)
     half = 2 if causal else 1

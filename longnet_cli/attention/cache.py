@@ -52,6 +52,8 @@ class KVCache:
         keep: int = 0,
         allocate: Callable[..., Tensor] = torch.empty,
     ) -> None:
+        if pattern.chosen:
+            raise ValueError(f"chosen={pattern.chosen}: a cache does not keep what blocks are chosen from yet")
         self.pattern, self.num_heads, self.kv_heads, self.keep = pattern, num_heads, kv_heads or num_heads, keep
         self.position = 0
         self._sizes, self._allocate = (batch, head_dim), partial(allocate, dtype=dtype, device=device)

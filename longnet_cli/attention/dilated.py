@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .branches import Turned, branches, united
+from .choosing import Chosen
+from .groups import Part, groups_of
 from .kernels import select_kernel
 from .merging import Plan, merged_backward, merged_forward, unit_stride
 from .merging import kernel_calls as kernel_calls
@@ -125,6 +127,9 @@ def dilated_attention(
         (keys (B, S, n, K, D), distances (S,) int64) -> the same keys, that many positions further on. Linear and
         differentiable. Without it, every segment sees the sinks as they are.
 
+    Chosen blocks are moved by `turn` in the same way, and un-rotated by minus their positions (`choosing`). The choice
+    of blocks has no gradient.
+
     Sinks are the document's own first rows if the shard has them, otherwise far keys of level `SINKS`.
 
     Raises ValueError for shapes, patterns, far keys, sinks, lengths or kernels that do not fit.
@@ -135,6 +140,8 @@ def dilated_attention(
     spans = tuple(keys.span for keys in far)
     found = sink_rows(pattern, start, q.shape[1], documents, spans) if pattern.sinks and turn else None
     sinks = _Sinks(found, turn, pattern.sinks, _kept(found, far)) if found and turn else None
+    if pattern.chosen and torch.compiler.is_compiling():
+        raise ValueError("chosen blocks are not supported in compiled graphs yet")
     if torch.compiler.is_compiling():  # one opaque operator (`compiled`): a graph cannot trace the integers of a plan
         for keys in far:
             if keys.ready:
@@ -153,9 +160,10 @@ def dilated_attention(
         true_lengths = None if lengths is None else torch.as_tensor(lengths)
         options = (numbers, documents, *levels, causal, start, padding, total, scale, kernel)
         return torch.ops.longnet.dilated_attention(q, k, v, far_tensors, true_lengths, *options, **seen)[0]
-    chosen = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
-    plan = plan_calls(chosen, q, k, v, pattern, causal, start, far, lengths, documents, padding, total, found)
-    return _MergedBranches.apply(plan, scale, chosen, far, sinks, q, k, v, *far_tensors)
+    kernel_ = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
+    plan = plan_calls(kernel_, q, k, v, pattern, causal, start, far, lengths, documents, padding, total, found)
+    chosen = Chosen(pattern, plan.chosen, turn) if plan.chosen else None
+    return _MergedBranches.apply(plan, scale, kernel_, far, sinks, chosen, q, k, v, *far_tensors)
 
 
 def plan_calls(
@@ -178,6 +186,8 @@ def plan_calls(
     Turned `sinks` come after the far keys. Raises ValueError as `dilated_attention` does.
     """
     _check(q, k, v, start, padding)
+    if pattern.chosen and start:
+        raise ValueError(f"chosen={pattern.chosen} needs the whole document: no shard that starts at {start}")
     if refusal := pattern.refusal(causal, padding):
         raise ValueError(refusal)
     for keys in far:
@@ -216,7 +226,7 @@ def _plan(
     packs: bool,
 ) -> Plan:
     """Plan the calls of all blocks. `unions`: unite levels where that is less work; `packs`: pack similar calls."""
-    plan, sinks = [], dict(turned)
+    plan, sinks, chosen = [], dict(turned), []
     for first, last, begin, stop in blocks:
         # only the first document may have started before the shard
         position, outside = (start, spans) if begin == 0 else (0, ())
@@ -226,8 +236,12 @@ def _plan(
             found = united(pattern, heads, stop - begin, causal, kv_heads)
         if found is None:
             found = branches(pattern, heads, position, stop - begin, causal, padding, outside, total, kv_heads, seen)
-        plan.append((slice(first, last), slice(begin, stop), found))
-    return Plan.of(plan, batch, tokens, heads, kv_heads, packs)
+        place = slice(first, last), slice(begin, stop)
+        plan.append((*place, found))
+        if pattern.chosen:
+            groups = groups_of(pattern, position, position + stop - begin)
+            chosen += [Part(*place, position, each) for each in groups]
+    return Plan.of(plan, batch, tokens, heads, kv_heads, packs, chosen)
 
 
 class _Sinks(NamedTuple):
@@ -269,6 +283,7 @@ class _MergedBranches(torch.autograd.Function):
         kernel: Kernel,
         far_keys: Sequence[FarKeys],
         sinks: _Sinks | None,
+        chosen: Chosen | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -285,11 +300,11 @@ class _MergedBranches(torch.autograd.Function):
                 there.extend(sinks.turned(k, v, far_tensors))
             return there[2 * index : 2 * index + 2]
 
-        out, lse = merged_forward(plan, scale, kernel, q, k, v, arrived)
+        out, lse = merged_forward(plan, scale, kernel, q, k, v, arrived, chosen)
         while waiting:  # also for keys that no query needed: their buffers must not be freed in flight
             waiting.pop()()
         ctx.save_for_backward(q, k, v, out, lse, *far_tensors)
-        ctx.plan, ctx.scale, ctx.kernel, ctx.sinks = plan, scale, kernel, sinks
+        ctx.plan, ctx.scale, ctx.kernel, ctx.sinks, ctx.chosen = plan, scale, kernel, sinks, chosen
         ctx.back = [keys.back for keys in far_keys]
         return out
 
@@ -313,13 +328,13 @@ class _MergedBranches(torch.autograd.Function):
 
         there = [*far, *(sinks.turned(k, v, far) if sinks else ())]
         far_first = on_far if any(back) else None
-        grads = merged_backward(ctx.plan, ctx.scale, ctx.kernel, dout, q, k, v, out, lse, there, far_first)
+        grads = merged_backward(ctx.plan, ctx.scale, ctx.kernel, dout, q, k, v, out, lse, there, far_first, ctx.chosen)
         if not far_first:
             on_far(grads[3:])
         for d, dx in zip(of_sinks, grads[1:3], strict=False):
             assert sinks is not None
             sinks.rows.give_own(d, dx)
-        return (None,) * 5 + tuple(d.to(x.dtype) for d, x in zip(grads, (q, k, v, *far), strict=False))
+        return (None,) * 6 + tuple(d.to(x.dtype) for d, x in zip(grads, (q, k, v, *far), strict=False))
 
 
 def _blocks(

@@ -108,7 +108,7 @@ def write_pattern(config: Any, pattern: Pattern) -> None:
     A folder that is saved with it cannot be opened without this integration (`transformers_auto`).
     """
     mark(config)
-    options = asdict(pattern)
+    options = {key: x for key, x in asdict(pattern).items() if pattern.chosen or not key.startswith("chosen")}
     config.dilated_attention = {key: list(x) if isinstance(x, tuple) else x for key, x in options.items()}
 
 
@@ -126,9 +126,12 @@ def pattern_of(config: Any) -> Pattern:
     if not isinstance(found, Mapping):
         raise ConfigError(f"dilated_attention in the model's config: a table of levels is needed, got {found!r}")
     try:
-        return Pattern(**found)
+        pattern = Pattern(**found)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"dilated_attention in the model's config: {error}") from None
+    if pattern.chosen:
+        raise ConfigError(f"chosen={pattern.chosen}: models of transformers do not choose blocks yet")
+    return pattern
 
 
 def dilated_attention_forward(

@@ -24,7 +24,7 @@ from longnet_cli.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
 # zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
 XPOS_MAX_SEGMENT = 65536
 
-_OPTIONS = ("look_back", "overlap", "queries", "sinks", "level_bias")  # of a pattern, beyond levels and offsets
+_OPTIONS = [name for name in PATTERN_FIELDS if name not in ("segment_lengths", "dilation_rates", "head_offsets")]
 
 
 class LongNetConfig(StrictModel):
@@ -50,6 +50,9 @@ class LongNetConfig(StrictModel):
     queries: Literal["dilated", "all"] = "dilated"
     sinks: int = 0
     level_bias: Literal["log_rate"] | tuple[float, ...] | None = None
+    chosen: int = 0
+    chosen_block: int = Pattern.chosen_block
+    chosen_every: int = Pattern.chosen_every
     padding: Literal["exact", "zero_key"] = "exact"
     causal: bool = True
     position: Literal["xpos", "rope", "none"] = "xpos"
@@ -124,6 +127,8 @@ class LongNetConfig(StrictModel):
             raise ValueError('padding="zero_key" is only for causal=false: a causal net never sees the zero keys')
         if refusal := self.pattern.refusal(self.causal, self.padding):  # `pattern` itself raises ValueError
             raise ValueError(refusal)
+        if self.chosen:
+            raise ValueError(f"chosen={self.chosen}: nets do not choose blocks yet")
         if self.position == "xpos":
             self._check_xpos()
         return self
@@ -143,7 +148,7 @@ class LongNetConfig(StrictModel):
                 f'position="xpos" needs segments that nest, and {odd[0]} does not divide {longest}; use position="rope"'
             )
         if any(self.pattern.look_backs) or self.sinks:
-            name = "sinks" if self.sinks else "look_back"
+            name = "chosen blocks" if self.chosen else "sinks" if self.sinks else "look_back"
             raise ValueError(
                 f'position="xpos" has no {name}: its keys are only seen from their own segment; use position="rope"'
             )
