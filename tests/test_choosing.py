@@ -18,7 +18,7 @@ from strategies import Choice, chosen_choices, cuts, split, turn
 from test_options_of_patterns import assert_close, run, turning
 from torch import Tensor
 
-from longnet_cli.attention import KVCache, Pattern, choosing, dilated_attention, reference
+from longnet_cli.attention import KVCache, Past, Pattern, choosing, dilated_attention, past, reference
 from longnet_cli.attention.choosing import Chosen
 from longnet_cli.attention.groups import Groups, Part, groups_of
 from longnet_cli.attention.reference import chosen_blocks, dilated_attention_reference
@@ -59,11 +59,11 @@ def test_equals_the_reference(choice: Choice, number: int) -> None:
     assert_close(found, expected, 1e-12)
 
 
-@given(choice=chosen_choices(), number=st.sampled_from([512, 6]))
-def test_chooses_what_the_reference_chooses(choice: Choice, number: int) -> None:
+@given(choice=chosen_choices(), number=st.sampled_from([512, 1]), scale=st.sampled_from([0.1, 3.0]))
+def test_chooses_what_the_reference_chooses(choice: Choice, number: int, scale: float) -> None:
     q, k, *_ = choice.qkv()
-    with preselected(max(number, choice.pattern.chosen)):
-        asked = (q, k, choice.pattern, 0.4, turn if choice.rotary else None)
+    with preselected(max(number, choice.pattern.chosen - 1)):
+        asked = (q, k, choice.pattern, scale, turn if choice.rotary else None)
         assert choice_of(*asked) == chosen_blocks(*asked)
 
 
@@ -88,6 +88,16 @@ def test_documents_in_a_row_equal_each_alone(choice: Choice, sizes: list[int]) -
 
     found = run(dilated_attention, choice.qkv(), choice.pattern, documents=documents, turn=turn)
     assert_close(found, run(each_alone, choice.qkv(), choice.pattern), 1e-12)
+
+
+def test_rows_of_a_padded_batch_equal_each_alone() -> None:
+    lengths = [50, 170, 120, 120, 0, 99]
+    choice = Choice(WINDOW, 6, 170, 4, 8, 0, True, None, 2, kv_heads=2)
+    q, k, v, _ = choice.qkv()
+    found = dilated_attention(q, k, v, WINDOW, lengths=lengths, turn=turn)
+    for row, n in enumerate(lengths):
+        alone = dilated_attention(*(x[row : row + 1, : max(n, 1)] for x in (q, k, v)), WINDOW, turn=turn)
+        torch.testing.assert_close(found[row, :n], alone[0, :n], rtol=1e-12, atol=1e-12)
 
 
 @given(choice=chosen_choices(), at=st.floats(0, 1))
@@ -169,8 +179,8 @@ def test_the_best_512_of_many_blocks_are_compared() -> None:
 def test_groups_in_many_calls_equal_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = Choice(WINDOW, 2, 120, 6, 8, 0, True, None, 1, kv_heads=2, rotary=True)
     whole = run(dilated_attention, choice.qkv(), WINDOW, turn=turn)
-    for name in ("GATHERED", "SLICE"):
-        monkeypatch.setattr(choosing, name, 8)
+    monkeypatch.setattr(choosing, "GATHERED", 8)
+    monkeypatch.setattr(past, "SLICE", 8)
     assert_close(run(dilated_attention, choice.qkv(), WINDOW, turn=turn), whole, 1e-12)
 
 
@@ -216,7 +226,10 @@ def test_wrong_options_say_what_is_wrong(options: dict, message: str) -> None:
     [
         ({"causal": False}, "chosen=4 is for causal attention"),
         ({"padding": "zero_key"}, 'padding="zero_key" goes with no chosen blocks'),
-        ({"start": 9}, "chosen=4 needs the whole document: no shard that starts at 9"),
+        (
+            {"start": 9},
+            "chosen=4: the shard starts at 9, and far keys hold the past of 0 tokens: give that of a KVCache",
+        ),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(call: dict, message: str) -> None:
@@ -225,6 +238,83 @@ def test_wrong_calls_say_what_is_wrong(call: dict, message: str) -> None:
         dilated_attention(x, x, x, WINDOW, **call)
 
 
-def test_a_cache_refuses_chosen_blocks() -> None:
-    with pytest.raises(ValueError, match="chosen=4: a cache does not keep what blocks are chosen from yet"):
-        KVCache(WINDOW, 1, 2, 4)
+@given(choice=chosen_choices(), sizes=cuts(), first=st.sampled_from([1, 64]), number=st.sampled_from([512, 1]))
+def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list[int], first: int, number: int) -> None:
+    """In fp64, every shard chooses what the whole chooses. The past lies in one piece of memory, or in several."""
+    (q, k, v, _), pattern = choice.qkv(), choice.pattern
+    with patch.object(past, "FIRST_BLOCKS", first), preselected(max(number, pattern.chosen - 1)):
+        whole = dilated_attention(q, k, v, pattern, **turning(choice))
+        cache = KVCache(pattern, choice.batch, choice.heads, choice.head_dim, kv_heads=choice.kv_heads, dtype=q.dtype)
+        parts = []
+        for part in zip(*(x.split(split(choice.tokens, sizes), 1) for x in (q, k, v)), strict=True):
+            parts.append(dilated_attention(*part, pattern, start=cache.position, far=cache.far(), **turning(choice)))
+            cache.append(*part[1:], q=part[0])
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("before", [64, 83, 149])
+@pytest.mark.parametrize("lengths", [None, [60, 11]])
+def test_gradients_of_a_shard_that_starts_anywhere(before: int, lengths: list[int] | None) -> None:
+    """Those of the whole, of a loss that is the shard's alone, without what flows into the past."""
+    choice = Choice(WINDOW, 2, before + 60, 6, 8, 0, True, None, 1, kv_heads=2, rotary=True)
+    inputs = choice.qkv()
+    cache = KVCache(WINDOW, 2, 6, 8, kv_heads=2, dtype=torch.float64)
+    shard = [x[:, before:] for x in inputs]
+    cache.append(*(x[:, :before] for x in inputs[1:3]), q=inputs[0][:, :before])
+    inputs[3][:, :before] = 0
+    options = {"start": before, "far": cache.far(), "turn": turn, "lengths": lengths}
+    found = run(dilated_attention, shard, WINDOW, **options)
+    whole = {"turn": turn, "lengths": lengths and [before + n for n in lengths]}
+    expected = [x[:, before:] for x in run(dilated_attention, inputs, WINDOW, **whole)]
+    assert_close(found, expected, 1e-12)
+    k = cache.far()[0]
+    assert isinstance(k, Past)
+    assert not k.waiting.requires_grad
+
+
+def test_an_open_group_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder's tokens see what the first of their group has chosen, without another vote."""
+    voted = []
+    own = choosing._chosen
+    monkeypatch.setattr(choosing, "_chosen", lambda voters, *more: voted.append(1) or own(voters, *more))
+    q, k, v, _ = Choice(WINDOW, 1, 200, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
+    cache = KVCache(WINDOW, 1, 4, 8, kv_heads=2, dtype=q.dtype)
+    for part in zip(*(x.split(1, 1) for x in (q, k, v)), strict=True):
+        dilated_attention(*part, WINDOW, start=cache.position, far=cache.far())
+        cache.append(*part[1:], q=part[0])
+    assert len(voted) == 2 * len(range(64, 200, 4))  # with its first token, and with the next, from the past
+
+
+def test_rows_of_a_cache_are_reordered() -> None:
+    choice = Choice(WINDOW, 3, 150, 4, 8, 0, True, None, 1, kv_heads=2, rotary=True)
+    q, k, v, _ = choice.qkv()
+    rows, cache = [2, 0, 0], KVCache(WINDOW, 3, 4, 8, kv_heads=2, dtype=q.dtype)
+    for first, last in ((0, 90), (90, 99)):
+        some = [x[:, first:last] for x in (q, k, v)]
+        dilated_attention(*some, WINDOW, start=first, far=cache.far(), turn=turn)
+        cache.append(*some[1:], q=some[0])
+    cache.select(rows)
+    some = [x[rows, 99:] for x in (q, k, v)]
+    found = dilated_attention(*some, WINDOW, start=99, far=cache.far(), turn=turn)
+    whole = dilated_attention(*(x[rows] for x in (q, k, v)), WINDOW, turn=turn)
+    torch.testing.assert_close(found, whole[:, 99:], rtol=1e-12, atol=1e-12)
+
+
+def test_a_cache_holds_all_keys_once_more() -> None:
+    cache = KVCache(WINDOW, 1, 4, 8, kv_heads=2)
+    empty = cache.nbytes
+    x = torch.zeros(1, 8 * 64, 4, 8)
+    cache.append(x[:, :, :2], x[:, :, :2], q=x)
+    kept = cache.far()[0]
+    assert isinstance(kept, Past)
+    kept.settle(None)
+    keys, queries = 2 * 2 * 8 * 4 * 8 * 64, 4 * 8 * 4 * (4 + 7)
+    assert cache.nbytes - empty == kept.nbytes == keys + keys // 8 + keys // 16 + queries
+
+
+def test_a_cache_needs_queries_and_keeps_no_earlier_far_keys() -> None:
+    with pytest.raises(ValueError, match="chosen=4: earlier far keys do not stay valid"):
+        KVCache(WINDOW, 1, 2, 4, keep=100)
+    k = torch.zeros(1, 3, 2, 4)
+    with pytest.raises(ValueError, match="chosen blocks need the queries of earlier tokens: give q"):
+        KVCache(WINDOW, 1, 2, 4).append(k, k)

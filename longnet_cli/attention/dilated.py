@@ -28,6 +28,7 @@ from .kernels import select_kernel
 from .merging import Plan, merged_backward, merged_forward, unit_stride
 from .merging import kernel_calls as kernel_calls
 from .merging import strided_view as strided_view
+from .past import Past
 from .pattern import Padding, Pattern
 from .plain_call import Kernel
 from .sinks import SinkRows, Turn, sink_rows
@@ -100,7 +101,7 @@ def dilated_attention(
     *,
     causal: bool = True,
     start: int = 0,
-    far: Sequence[FarKeys] | None = None,
+    far: Sequence[FarKeys | Past] | None = None,
     lengths: Sequence[int] | Tensor | None = None,
     documents: Sequence[int] | None = None,
     padding: Padding = "exact",
@@ -114,7 +115,8 @@ def dilated_attention(
     Query head h reads key head h // (H / K). The shard is positions [start, start + tokens) of its sequence, any
     start, any length. A query that takes part in no level gets zeros.
 
-    far: keys from outside the shard; in causal attention, they lie before it.
+    far: keys from outside the shard; in causal attention, they lie before it. For chosen blocks, also the `Past` before
+        it, which a `KVCache` gives; it gets no gradient.
     lengths: true length of each row of a right-padded batch, 0 to tokens. Each row gets what it would get alone, and
         zeros beyond its length.
     documents: lengths of the documents that follow each other in every row, `tokens` in all. Each document attends only
@@ -128,20 +130,29 @@ def dilated_attention(
         differentiable. Without it, every segment sees the sinks as they are.
 
     Chosen blocks are moved by `turn` in the same way, and un-rotated by minus their positions (`choosing`). The choice
-    of blocks has no gradient.
+    of blocks has no gradient. A compiled graph breaks at them.
 
     Sinks are the document's own first rows if the shard has them, otherwise far keys of level `SINKS`.
 
     Raises ValueError for shapes, patterns, far keys, sinks, lengths or kernels that do not fit.
     """
-    far = tuple(far or ())
+    if pattern.chosen and torch.compiler.is_compiling():  # a choice is data, and `turn` cannot be called in a graph
+        return _outside_graphs(
+            q, k, v, pattern, causal=causal, start=start, far=far, lengths=lengths, documents=documents,
+            padding=padding, total=total, scale=scale, kernel=kernel, turn=turn,
+        )  # fmt: skip
+    past = next((each for each in far or () if isinstance(each, Past)), None)
+    if pattern.chosen and start != (past.position if past else 0):
+        raise ValueError(
+            f"chosen={pattern.chosen}: the shard starts at {start}, and far keys hold the past of "
+            f"{past.position if past else 0} tokens: give that of a KVCache"
+        )
+    far = tuple(each for each in far or () if isinstance(each, FarKeys))
     far_tensors = [x for keys in far for x in (keys.k, keys.v)]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     spans = tuple(keys.span for keys in far)
     found = sink_rows(pattern, start, q.shape[1], documents, spans) if pattern.sinks and turn else None
     sinks = _Sinks(found, turn, pattern.sinks, _kept(found, far)) if found and turn else None
-    if pattern.chosen and torch.compiler.is_compiling():
-        raise ValueError("chosen blocks are not supported in compiled graphs yet")
     if torch.compiler.is_compiling():  # one opaque operator (`compiled`): a graph cannot trace the integers of a plan
         for keys in far:
             if keys.ready:
@@ -162,8 +173,11 @@ def dilated_attention(
         return torch.ops.longnet.dilated_attention(q, k, v, far_tensors, true_lengths, *options, **seen)[0]
     kernel_ = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
     plan = plan_calls(kernel_, q, k, v, pattern, causal, start, far, lengths, documents, padding, total, found)
-    chosen = Chosen(pattern, plan.chosen, turn) if plan.chosen else None
+    chosen = Chosen(pattern, plan.chosen, turn, past) if plan.chosen else None
     return _MergedBranches.apply(plan, scale, kernel_, far, sinks, chosen, q, k, v, *far_tensors)
+
+
+_outside_graphs = torch.compiler.disable(dilated_attention)
 
 
 def plan_calls(
@@ -186,8 +200,6 @@ def plan_calls(
     Turned `sinks` come after the far keys. Raises ValueError as `dilated_attention` does.
     """
     _check(q, k, v, start, padding)
-    if pattern.chosen and start:
-        raise ValueError(f"chosen={pattern.chosen} needs the whole document: no shard that starts at {start}")
     if refusal := pattern.refusal(causal, padding):
         raise ValueError(refusal)
     for keys in far:

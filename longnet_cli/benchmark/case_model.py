@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import attention_flops
+from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.spans import cached_rows
 from longnet_cli.errors import ConfigError
@@ -51,7 +52,7 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
         return run
 
-    cache = _cache_bytes(s, net) if streamed else None
+    cache = _cache_bytes(s, net, seq) if streamed else None
     row = _row(s, net, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
     return Case(row, _flops(s, net, 1, 1), _memory(s, net, chunk) + (cache or 0), start, streamed)
 
@@ -175,13 +176,14 @@ def _training_memory(s: Settings, c: LongNetConfig, seq: int, chunk: int) -> int
     return numbers + tokens * activation_bytes(c, itemsize, s.device.type) + kept + logits
 
 
-def _cache_bytes(s: Settings, net: Net) -> int | None:
-    """Return the bytes of the rows of open segments, whatever the sequence; None if the net uses another cache."""
+def _cache_bytes(s: Settings, net: Net, seq: int) -> int | None:
+    """Return the bytes of the rows of open segments, and of the past of chosen blocks; None for another cache."""
     if getattr(net.config, "memory", "segments") != "segments":
         return None
     c = net.config
-    rows = cached_rows(c.pattern, c.num_heads, getattr(c, "kv_heads", c.num_heads))
-    return 2 * s.batch * c.num_layers * c.head_dim * rows * DTYPES[s.dtype].itemsize
+    kv_heads, itemsize = getattr(c, "kv_heads", c.num_heads), DTYPES[s.dtype].itemsize
+    rows = 2 * c.head_dim * itemsize * cached_rows(c.pattern, c.num_heads, kv_heads)
+    return s.batch * c.num_layers * (rows + past_bytes(c.pattern, kv_heads, c.head_dim, seq, itemsize))
 
 
 def _row(s: Settings, net: Net, impl: str, direction: str, seq: int, **values: int | None) -> Measurement:

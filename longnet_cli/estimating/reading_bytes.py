@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from longnet_cli.attention.cache import FIRST_ROWS
+from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.spans import lanes
 from longnet_cli.estimating.forwards import Forwards
 from longnet_cli.model import LongNet
@@ -78,4 +79,5 @@ def cache_bytes(config: NetConfig, tokens: int, itemsize: int) -> int:
             have = min(whole, 2 * have)
         held = len(lanes(config.pattern, level, config.num_heads, kv_heads).offsets)
         rows += (1 + back) * have * held
-    return 2 * config.num_layers * config.head_dim * rows * itemsize
+    past = past_bytes(config.pattern, kv_heads, config.head_dim, tokens, itemsize)
+    return config.num_layers * (2 * config.head_dim * rows * itemsize + past)

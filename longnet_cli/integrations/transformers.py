@@ -189,7 +189,7 @@ def dilated_attention_forward(
     settings: dict[str, Any] = {"causal": causal, "scale": scaling, "turn": turn}
     provider, documents = options.get("far"), options.get("documents")
     if provider:
-        settings |= {"start": options["start"], "far": provider(module.layer_idx, k, v)}
+        settings |= {"start": options["start"], "far": provider(module.layer_idx, q, k, v)}
     if provider or documents is not None:
         return dilated_attention(q, k, v, pattern, documents=documents, **settings), None
     out = None
@@ -204,12 +204,12 @@ def dilated_attention_forward(
             far = cache.far()
         else:
             some_k, some_v = some_k[:, rows.first :], some_v[:, rows.first :]
-            far = _cached(some_k, some_v, pattern, q.shape[2], start) if start else []
+            far = [*_cached(some_k, some_v, pattern, q.shape[2], start)] if start else []
             some_k, some_v = some_k[:, start:], some_v[:, start:]
         settings |= {"start": start, "far": far, "lengths": rows.lengths}
         found = dilated_attention(some_q[:, skip:], some_k, some_v, pattern, **settings)
         if cache:
-            cache.append(some_k, some_v)
+            cache.append(some_k, some_v, q=some_q[:, skip:])
         if rows.members is None:
             out = found
         else:

@@ -127,8 +127,6 @@ class LongNetConfig(StrictModel):
             raise ValueError('padding="zero_key" is only for causal=false: a causal net never sees the zero keys')
         if refusal := self.pattern.refusal(self.causal, self.padding):  # `pattern` itself raises ValueError
             raise ValueError(refusal)
-        if self.chosen:
-            raise ValueError(f"chosen={self.chosen}: nets do not choose blocks yet")
         if self.position == "xpos":
             self._check_xpos()
         return self
