@@ -16,6 +16,7 @@ import numpy as np
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import level_flops
+from longnet_cli.attention.groups import compared_means
 from longnet_cli.errors import ConfigError
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.notation import format_levels, format_pattern, is_pattern, parse_pattern
@@ -63,13 +64,16 @@ class Description:
     the tokens that a head sees among the 64 up to and including a query: at least, and on average. `reach` maps a
     number of layers to the share of tokens that are linked to a query through any heads within that many layers. The
     share is of the tokens up to and including the query (bidirectional: of all tokens), and leaves out queries in the
-    first quarter. `reach` is None for sequences of more than 64Ki tokens.
+    first quarter. `reach` is None for sequences of more than 64Ki tokens, and for chosen blocks, which any content may
+    link. With them, `compared` counts the mean keys that each voter is compared with at the end of the sequence.
     """
 
     name: str
     pattern: str
     levels: list[LevelCosts]
     sinks: PatternCosts
+    chosen: PatternCosts
+    compared: int
     total: PatternCosts
     dense: PatternCosts
     seq: int
@@ -155,8 +159,8 @@ def describe(
     name, written = name or format_pattern(pattern), format_levels(pattern)
     if pattern == Pattern.dense():
         pattern = Pattern((seq,), (1,))  # the part of its one segment that the sequence fills
-    *flops, of_sinks = level_flops(pattern, heads, head_dim, seq, causal)
-    total = sum(flops) + of_sinks
+    *flops, of_others = level_flops(pattern, heads, head_dim, seq, causal)
+    total = sum(flops) + of_others
     levels = [
         LevelCosts(
             segment_length=w,
@@ -169,15 +173,18 @@ def describe(
         )
         for level, (w, r) in enumerate(pattern.levels)
     ]
-    keys = sum(level.keys_per_query for level in levels) + pattern.sinks
+    keys = sum(level.keys_per_query for level in levels) + pattern.sinks + pattern.chosen_keys
+    kept = seq if pattern.chosen else 0
     dense = sum(level_flops(Pattern((seq,), (1,)), heads, head_dim, seq, causal))
     least, mean = _nearest(pattern, seq, heads, causal)
     return Description(
         name=name,
         pattern=written,
         levels=levels,
-        sinks=PatternCosts(pattern.sinks, of_sinks, pattern.sinks if causal else None),
-        total=PatternCosts(keys, total, pattern.cache_rows if causal else None),
+        sinks=PatternCosts(pattern.sinks, 0 if pattern.chosen else of_others, pattern.sinks if causal else None),
+        chosen=PatternCosts(pattern.chosen_keys, of_others if pattern.chosen else 0, kept if causal else None),
+        compared=compared_means(pattern, seq) if pattern.chosen else 0,
+        total=PatternCosts(keys, total, pattern.cache_rows + kept if causal else None),
         dense=PatternCosts(seq / half, dense, seq if causal else None),
         seq=seq,
         heads=heads,
@@ -185,7 +192,7 @@ def describe(
         causal=causal,
         nearest_least=least,
         nearest_mean=mean,
-        reach=reach(pattern, seq, heads, causal, layers) if seq <= LONGEST_REACH else None,
+        reach=reach(pattern, seq, heads, causal, layers) if seq <= LONGEST_REACH and not pattern.chosen else None,
     )
 
 
@@ -355,7 +362,7 @@ def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = Tr
 
     The picture is (n, n) with n at most `size`. A cell stands for neighbouring queries and neighbouring keys. It holds
     the first level by which some head of one of the queries sees one of the keys. If only sinks are seen, it holds the
-    number of levels; if nothing is seen, NOTHING.
+    number of levels, and also if the key may be chosen; if nothing is seen, NOTHING.
     """
     size = min(size, seq)
     edges = np.array([seq * i // size for i in range(size + 1)])
@@ -373,8 +380,9 @@ def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = Tr
                 key = _next_kept(np.maximum(low[None], begin), w, r, offset)
                 seen = (asking < high)[:, None] & (key < np.minimum(high[None], end))
                 found[seen & (found == NOTHING)] = level
-    if pattern.sinks:
-        seen = _sees_sinks(pattern, low)[:, None] & (low < pattern.sinks)[None]
+    if pattern.sinks or pattern.chosen:
+        first = low[:, None] if pattern.chosen else pattern.sinks
+        seen = (_sees_sinks(pattern, low) | (pattern.chosen > 0))[:, None] & (low[None] < first)
         found[seen & (found == NOTHING)] = len(pattern.levels)
     return found
 

@@ -34,7 +34,8 @@ def draw_text(
 
 def legend(subject: Subject, *, color: bool = False, blocks: bool = True) -> str:
     """Return a line that explains the marks of `draw_text`."""
-    names = [f"level {i}" for i in range(len(subject.pattern.levels))] + ["sinks"] * (subject.pattern.sinks > 0)
+    names = [f"level {i}" for i in range(len(subject.pattern.levels))]
+    names += ["sinks"] * (subject.pattern.sinks > 0) + ["some, chosen"] * (subject.pattern.chosen > 0)
     levels = len(subject.pattern.levels)
     if color and blocks:
         return "  ".join(colored(i, "\u2588") + f" {name}" for i, name in enumerate(names))
@@ -80,7 +81,8 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path, *, c
         colors = ["white", *tones, "crimson"]
         extent = (0, seq, seq, 0)
         axes.imshow(cells, cmap=ListedColormap(colors), vmin=-1, vmax=levels, interpolation="nearest", extent=extent)
-        if len(rows := np.flatnonzero((cells == levels).any(1))):  # a few tokens wide: invisible as cells
+        rows = np.flatnonzero((cells == levels).any(1))
+        if subject.pattern.sinks and len(rows):  # a few tokens wide: invisible as cells
             axes.vlines(0, rows[0] * seq / len(cells), seq, color="crimson", linewidth=5)
         axes.set_title(subject.name, fontsize=9)
         axes.set_xlabel("key")
@@ -91,5 +93,6 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path, *, c
         axes.set_yticks(ticks, names)
         marks = [(f"{format_size(w)}, rate {r}", colors[i + 1]) for i, (w, r) in enumerate(subject.pattern.levels)]
         marks += [("sinks", "crimson")] if subject.pattern.sinks else []
+        marks += [("some, chosen", "crimson")] if subject.pattern.chosen else []
         axes.legend(handles=[Patch(color=c, label=n) for n, c in marks], fontsize=7, loc="upper right", frameon=False)
     save_figure(figure, output, dpi=120)

@@ -3,6 +3,7 @@
     paper                                    one of the constructors of `Pattern`, by its name
     geometric:1e9,base=2048,ratio=2          with its size
     window:1Ki,look_back=1,sinks=4           with options of `Pattern`, which go with every constructor
+    window:1Ki,chosen=32x32,chosen_every=4   32 blocks of 32 tokens, chosen every 4 tokens
     nested:1Mi,base=1Ki,ratio=4,sinks=4
     pretrained
     dense                                    every key, at any length
@@ -65,6 +66,12 @@ def _bias(text: str) -> str | tuple[float, ...]:
         raise ValueError(f"log_rate or one number per level is needed, as 0/1.5, not '{text}'") from None
 
 
+def _chosen(text: str) -> tuple[int, int]:
+    """Return the number of chosen blocks and their size."""
+    number, times, block = text.partition("x")
+    return _count(number), parse_size(block) if times else Pattern.chosen_block
+
+
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "look_back": _counts,
     "overlap": str,
@@ -72,6 +79,8 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
     "sinks": _count,
     "level_bias": _bias,
     "head_offsets": str,
+    "chosen": _chosen,
+    "chosen_every": _count,
 }
 
 
@@ -136,6 +145,8 @@ def _read(name: str, items: Iterable[str], words: Sequence[str]) -> tuple[list[s
             given[key] = _OPTIONS.get(key, parse_size)(value)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
+    if "chosen" in given:
+        given["chosen"], given["chosen_block"] = given["chosen"]
     return sizes, given
 
 
@@ -193,9 +204,16 @@ def _made(pattern: Pattern) -> Iterator[tuple[str, Pattern]]:
 
 def _options(made: Pattern, pattern: Pattern, separator: str) -> str:
     """Return the options in which `pattern` differs from `made`, as text after `separator`."""
-    changed = {name: getattr(pattern, name) for name in _OPTIONS if getattr(pattern, name) != getattr(made, name)}
-    words = ",".join(f"{name}={_value(value)}" for name, value in changed.items())
+    changed = {name: _value(getattr(pattern, name)) for name in _changed(made, pattern)}
+    if changed.pop("chosen_block", None) or "chosen" in changed:
+        changed["chosen"] = f"{_value(pattern.chosen)}x{_value(pattern.chosen_block)}"
+    words = ",".join(f"{name}={value}" for name, value in changed.items())
     return separator + words if words else ""
+
+
+def _changed(made: Pattern, pattern: Pattern) -> list[str]:
+    """Return the names of the options, beyond levels, in which `pattern` differs from `made`."""
+    return [name for name in (*_OPTIONS, "chosen_block") if getattr(pattern, name) != getattr(made, name)]
 
 
 def _value(value: Any) -> str:
@@ -216,5 +234,4 @@ def _reads_as(text: str, pattern: Pattern) -> bool:
 def pattern_fields(pattern: Pattern) -> dict[str, Any]:
     """Return the arguments that make a pattern: its levels, and the options that differ from the defaults."""
     levels = {name: getattr(pattern, name) for name in ("segment_lengths", "dilation_rates")}
-    plain = Pattern(**levels)
-    return levels | {n: getattr(pattern, n) for n in _OPTIONS if getattr(pattern, n) != getattr(plain, n)}
+    return levels | {name: getattr(pattern, name) for name in _changed(Pattern(**levels), pattern)}

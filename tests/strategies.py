@@ -147,6 +147,36 @@ def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
     )
 
 
+@st.composite
+def chosen_patterns(draw: st.DrawFn) -> Pattern:
+    """Windows with chosen blocks."""
+    block = 4 * draw(st.integers(1, 3))
+    every = draw(st.sampled_from([n for n in range(1, block + 1) if block % n == 0]))
+    width, back, number = block * draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 4))
+    return Pattern((width,), (1,), look_back=back, chosen=number, chosen_block=block, chosen_every=every)
+
+
+@st.composite
+def chosen_choices(draw: st.DrawFn) -> Choice:
+    """Calls with chosen blocks, long enough that some are left out."""
+    pattern = draw(chosen_patterns())
+    batch, kv_heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    tokens = draw(st.integers(1, 4 * pattern.segment_lengths[0] + 2 * pattern.chosen_keys))
+    return Choice(
+        pattern=pattern,
+        batch=batch,
+        tokens=tokens,
+        heads=kv_heads * draw(st.integers(1, 3)),
+        head_dim=draw(st.sampled_from([2, 8])),
+        start=0,
+        causal=True,
+        lengths=draw(st.none() | st.tuples(*[st.integers(0, tokens)] * batch)),
+        seed=draw(st.integers(0, 2**31)),
+        kv_heads=kv_heads,
+        rotary=draw(st.booleans()),
+    )
+
+
 def cuts() -> st.SearchStrategy[list[int]]:
     """Sizes of the chunks of a sequence, taken in turn: single tokens, primes, one chunk, and mixtures."""
     return st.sampled_from([[1], [2], [7], [13], [64], [10**6]]) | st.lists(st.integers(1, 90), min_size=1, max_size=5)

@@ -13,7 +13,7 @@ import torch
 from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import PAPER_64TH, cuts, patterns, patterns_with_options, split
+from strategies import PAPER_64TH, chosen_patterns, cuts, patterns, patterns_with_options, split
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
@@ -82,6 +82,29 @@ def test_any_chunks_give_the_logits_of_the_whole(
     assert stream.cache_bytes == 2 * 2 * batch * model.config.dim * whole.itemsize * model.config.pattern.cache_rows
 
 
+@pytest.mark.parametrize("position", ["rope", "none"])
+@given(pattern=chosen_patterns(), batch=st.integers(1, 2), tokens=st.integers(1, 150), sizes=cuts())
+def test_any_chunks_choose_what_the_whole_chooses(
+    position: str, pattern: Pattern, batch: int, tokens: int, sizes: list[int]
+) -> None:
+    """In fp64, in which no score is as good as equal to another."""
+    model, ids = net(pattern, position).double(), draw(batch, tokens)
+    with torch.no_grad():
+        whole = model(ids)
+        stream = CausalStream(model)
+        parts = [stream(part) for part in ids.split(split(tokens, sizes), 1)]
+    assert error(torch.cat(parts, 1), whole) <= 1e-12
+
+
+def test_chosen_blocks_are_not_trained_in_chunks() -> None:
+    pattern = Pattern((8,), (1,), look_back=1, chosen=2, chosen_block=4, chosen_every=4)
+    model, ids = net(pattern), draw(1, 60)
+    whole = backward_in_chunks(model, ids, ids, 60)
+    assert whole == pytest.approx(model.nll(model(ids), ids).sum(dtype=torch.float64).item())
+    with pytest.raises(ConfigError, match="chosen=2: a sequence of 60 tokens is trained in one chunk, not in chunks"):
+        backward_in_chunks(model, ids, ids, 59)
+
+
 def gradients(model: LongNet) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -144,7 +167,7 @@ def whole_graph(model: LongNet, ids: Tensor, targets: Tensor, chunk: int) -> Ten
     start = 0
     for part, wanted in zip(ids.split(chunk, 1), targets.split(chunk, 1), strict=True):
 
-        def far(layer: int, k: Tensor, v: Tensor, start: int = start) -> list:
+        def far(layer: int, q: Tensor, k: Tensor, v: Tensor, start: int = start) -> list:
             before = past[layer]
             past[layer] = [*before, (k, v)]
             spans = [Span(i, start // w * w, start) for i, (w, _) in enumerate(pattern.levels) if start % w]

@@ -107,6 +107,17 @@ def test_other_patterns_compiled(options: dict, rotary: bool) -> None:
         compare(function, torch.compile(function, backend="aot_eager", fullgraph=True), tensors(3, 80))
 
 
+@pytest.mark.parametrize("options", [{}, {"documents": [20, 60]}, {"lengths": [17, 80]}])
+def test_chosen_blocks_compiled(options: dict) -> None:
+    """Outside the graph, which breaks at them."""
+    pattern = Pattern((8,), (1,), look_back=1, chosen=2, chosen_block=4, chosen_every=4)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dilated_attention(q.sin(), k[:, :, :2], v[:, :, :2] * 2, pattern, **options, turn=turn).cos()
+
+    compare(attend, torch.compile(attend, backend="aot_eager"), tensors(3, 80))
+
+
 def test_one_graph_for_all_lengths() -> None:
     """Lengths of a batch and numbers of tokens are data of the operator: a new one compiles nothing."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -19,6 +19,7 @@ PAPER = {
     "segment_lengths": [2048, 4096, 8192, 16384, 32768],
     "dilation_rates": [1, 2, 4, 6, 12],
 }
+WITHOUT_LEVELS = {"segment_lengths": None, "dilation_rates": None}
 
 
 def message(**changes: object) -> str:
@@ -41,6 +42,18 @@ def test_paper_configuration() -> None:
     assert parse_config(config.model_dump(mode="json"), "again") == config
 
 
+def test_chosen_blocks_are_written_where_they_differ_from_the_defaults() -> None:
+    data = {key: value for key, value in PAPER.items() if key not in WITHOUT_LEVELS} | {"position": "rope"}
+    written = parse_config(data | {"pattern": "window:1Ki,chosen=16"}, "x").model_dump(mode="json")
+    assert {key: written[key] for key in written if key.startswith("chosen")} == {"chosen": 16}
+    config = parse_config(data | {"pattern": "window:1Ki,chosen=16x64,chosen_every=4"}, "x")
+    written = config.model_dump(mode="json")
+    assert (written["chosen"], written["chosen_block"], written["chosen_every"]) == (16, 64, 4)
+    assert parse_config(written, "again") == config
+    plain = parse_config(data | {"pattern": "window:1Ki"}, "x").model_dump(mode="json")
+    assert not any(key.startswith("chosen") for key in plain)
+
+
 def test_unknown_key_names_the_nearest() -> None:
     assert message(num_layer=12) == "config.json: unknown key 'num_layer': did you mean 'num_layers'?"
     # the misspelt key is also a missing one, which is not worth a second complaint
@@ -54,6 +67,12 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"dim": None}, "missing key 'dim'"),
         ({"dim": "big"}, "dim: "),
         ({"dim": 770}, "dim 770 is not divisible by num_heads 12"),
+        ({"chosen": 4}, "chosen=4 needs a window: one level at rate 1 that looks back"),
+        ({"pattern": "window:1Ki,chosen=4x32", **WITHOUT_LEVELS}, 'position="xpos" has no chosen blocks'),
+        (
+            {"pattern": "window:1Ki,chosen=4x32", "causal": False, "position": "rope", **WITHOUT_LEVELS},
+            "chosen=4 is for causal attention",
+        ),
         ({"num_heads": 256}, "even head size, got 3"),
         ({"num_layers": 0}, "num_layers: "),
         ({"position": "alibi"}, "position: "),

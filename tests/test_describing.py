@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from longnet_cli.attention import KVCache, Pattern
 from longnet_cli.attention.branches import attention_flops
+from longnet_cli.attention.groups import groups_of
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.cli.app import app
 from longnet_cli.describing import NOTHING, describe, find_subject, keys_of_heads, picture, reach
@@ -33,8 +34,8 @@ EVEN = [
     Pattern.nested(64, 16, 2, sinks=4),
     Pattern((16, 64), (1, 4), **TILED, queries="all"),
 ]
-KEYS = {"name", "pattern", "levels", "sinks", "total", "dense", "seq", "heads", "head_dim", "causal", "nearest_least",
-        "nearest_mean", "reach"}  # fmt: skip
+KEYS = {"name", "pattern", "levels", "sinks", "chosen", "compared", "total", "dense", "seq", "heads", "head_dim",
+        "causal", "nearest_least", "nearest_mean", "reach"}  # fmt: skip
 TINY = "1024/1,16384/4,look_back=1,overlap=once,queries=all,level_bias=0/-4"  # of longnet-tiny
 ROW = {"segment_length", "dilation_rate", "look_back", "keys_per_query", "flops", "flops_share", "cache_rows"}
 
@@ -89,6 +90,27 @@ def test_figures_of_known_patterns() -> None:
     assert window.reach == pytest.approx({1: 192 / 1280, 3: 448 / 1280}, rel=0.01)
     tiled = Pattern((64, 256, 1024), (1, 4, 16), **TILED, queries="all")
     assert describe(tiled, seq=seq, heads=heads).reach == pytest.approx({1: 0.475, 2: 1, 4: 1}, abs=0.003)
+
+
+def test_chosen_blocks() -> None:
+    """The keys, what is compared, and what is kept, as the operator has it."""
+    pattern = Pattern((16,), (1,), look_back=2, chosen=4, chosen_block=8, chosen_every=4)
+    for seq in (30, 48, 70, 96, 5000, 5003):
+        found = describe(pattern, seq=seq, heads=3, head_dim=4)
+        attended = compared = 0
+        for groups in groups_of(pattern, 0, seq):
+            attended += groups.number * groups.queries * min(groups.near, 32)
+            means = groups.near // 4 - 2
+            if groups.near > 32:
+                compared += groups.number * 8 * (means if means <= 2 * 512 else means // 2 + 2 * 512)
+        assert found.chosen.flops == 3 * 4 * (4 * attended + 2 * compared)
+    assert found.total.flops == sum(level.flops for level in found.levels) + found.chosen.flops
+    assert (found.chosen.keys_per_query, found.chosen.cache_rows, found.compared) == (32, 5003, 4960 // 8 - 1 + 2 * 512)
+    assert found.total.cache_rows == 3 * 16 + 5003
+    assert found.reach is None
+    cells = picture(pattern, 100, 100, 3)
+    assert (cells[99, :64] == 1).all()
+    assert (cells[99, 64:] == 0).all()
 
 
 def test_a_billion_tokens() -> None:

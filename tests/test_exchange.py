@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.data.windows import TokenStream, TokenWindows
+from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet
 from longnet_cli.runtime import exchange as exchange_module
 from longnet_cli.runtime.chunks import CausalStream
@@ -121,7 +122,7 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
         exchange = Exchange(config, edges, cuts=cuts)
         out = dilated_attention(
             *mine, pattern, causal=causal, start=exchange.start, documents=exchange.documents,
-            far=exchange(0, *mine[1:]), **rotary,
+            far=exchange(0, *mine), **rotary,
         )  # fmt: skip
         found = [out.detach(), *torch.autograd.grad(out, mine, dout[:, first:last])]
         floor = 0.1 * max(x.double().norm().item() for x in expected)
@@ -406,3 +407,9 @@ def test_layer_by_layer_over_ranks(world: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_streaming_over_ranks(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, streaming_in_shards)
+
+
+def test_ranks_choose_no_blocks_yet() -> None:
+    pattern = Pattern((8,), (1,), look_back=1, chosen=2, chosen_block=4, chosen_every=4)
+    with pytest.raises(ConfigError, match="chosen=2: ranks do not share a document's past yet: leave out --sp"):
+        Exchange(net(pattern).config, [0, 8, 16], rank=0)

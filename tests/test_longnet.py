@@ -100,11 +100,11 @@ def test_two_shards_are_one_sequence(position: str, cut: int) -> None:
     net = build(position=position)
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def keep(layer: int, k: Tensor, v: Tensor) -> list[FarKeys]:
+    def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[FarKeys]:
         kept[layer] = (k, v)
         return []
 
-    def give(layer: int, k: Tensor, v: Tensor) -> list[FarKeys]:
+    def give(layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[FarKeys]:
         assert k.shape == v.shape == (2, length - cut, 4, 8)
         pattern = net.config.pattern
         segments = [(level, cut // w * w) for level, w in enumerate(pattern.segment_lengths)]
@@ -140,20 +140,20 @@ def test_sinks_are_seen_at_one_distance_however_far_the_rest_is() -> None:
     net, tokens = LongNet(small(position="rope", **vars(Pattern.window(64, sinks=4)))), token_ids(1, 8192)
     sinks: list[tuple[Tensor, Tensor]] = []
 
-    def keep(layer: int, k: Tensor, v: Tensor) -> list[FarKeys]:
+    def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[FarKeys]:
         sinks.append((k, v))
         return []
 
     net(tokens[:, :4], far=keep)
     hidden = [
-        net(tokens[:, 4:], start=start, far=lambda layer, k, v: [FarKeys(SINKS, 0, 4, *sinks[layer])])
+        net(tokens[:, 4:], start=start, far=lambda layer, q, k, v: [FarKeys(SINKS, 0, 4, *sinks[layer])])
         for start in (2 * 64, 2 * 64 + 10**6, 2 * 64 + 10**8)
     ]
     for moved in hidden[1:]:
         torch.testing.assert_close(moved, hidden[0], rtol=0, atol=1e-4)
     # and they matter to every token: with other values there, all are others
     other = [(k, v.flip(1)) for k, v in sinks]
-    seen = net(tokens[:, 4:], start=2 * 64, far=lambda layer, k, v: [FarKeys(SINKS, 0, 4, *other[layer])])
+    seen = net(tokens[:, 4:], start=2 * 64, far=lambda layer, q, k, v: [FarKeys(SINKS, 0, 4, *other[layer])])
     assert (seen - hidden[0]).abs().amax(-1).min() > 1e-2
 
 

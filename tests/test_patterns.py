@@ -11,7 +11,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import choices, patterns
+from strategies import choices, chosen_patterns, patterns
 
 from longnet_cli.attention import Pattern
 from longnet_cli.notation import format_levels, format_pattern, is_pattern, parse_pattern, pattern_fields
@@ -27,6 +27,11 @@ READ = {
     "nested:1Mi,base=1Ki,ratio=4,sinks=4": Pattern.nested(1 << 20, 1024, 4, 4),
     "pretrained": Pattern.pretrained(),
     "pretrained:512,sinks=8": Pattern.pretrained(512, 8),
+    "window:1Ki,chosen=32x32": Pattern((1024,), (1,), look_back=1, chosen=32),
+    "window:1Ki,chosen=16": Pattern((1024,), (1,), look_back=1, chosen=16),
+    "window:1Ki,chosen=16x64,chosen_every=4": Pattern(
+        (1024,), (1,), look_back=1, chosen=16, chosen_block=64, chosen_every=4
+    ),
     "1Ki/1,4Ki/4": Pattern((1024, 4096), (1, 4)),
     " 16/1 , 64/4 , head_offsets = grouped , level_bias = 0/-1.5": Pattern(
         (16, 64), (1, 4), "grouped", level_bias=(0, -1.5)
@@ -40,6 +45,10 @@ WRITTEN = {
     "nested:1Mi,queries=dilated": Pattern(
         Pattern.nested(1 << 20).segment_lengths, (1, 4, 16, 64, 256, 1024), look_back=1, overlap="once",
         level_bias=(0, -2, -2, -2, -2, -2),
+    ),
+    "window:1Ki,chosen=32x32": Pattern((1024,), (1,), look_back=1, chosen=32),
+    "window:1Ki,chosen=1Kix64,chosen_every=4": Pattern(
+        (1024,), (1,), look_back=1, chosen=1024, chosen_block=64, chosen_every=4
     ),
     "4Ki/1,1Ki/4": Pattern((4096, 1024), (1, 4)),
     "1Ki/1,1Ki/4,look_back=1/5,overlap=once,queries=all,sinks=4,level_bias=log_rate": FAR,
@@ -63,6 +72,11 @@ WRONG = {
     "window:1Ki,overlap=onse": 'overlap must be "repeat" or "once", got \'onse\'',
     "window:1Ki,level_bias=big": "level_bias: log_rate or one number per level is needed, as 0/1.5, not 'big'",
     "window:1Ki,level_bias=nan": 'level_bias needs "log_rate" or 1 numbers',
+    "window:1Ki,chosen=": "chosen: '' is not a size",
+    "window:1Ki,chosen=32x": "chosen: '' is not a size",
+    "window:1Ki,chosen=32,chosen_block=64": "window has no option 'chosen_block'",
+    "window:1Ki,chosen=32,sinks=4": "chosen=32 excludes sinks",
+    "window:1Ki,chosen_every=4": "chosen_block and chosen_every say how blocks are chosen: give their number, chosen",
     "paper:1Ki": "paper takes no size, and '1Ki' is one more",
     "paper:look_back=1/2": "look_back needs one number from 0, or 5, one per level",
     "geometric:1e9,ratio=1": "need length >= 1, base >= 1, ratio >= 2",
@@ -92,7 +106,7 @@ def test_wrong_words(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@given(patterns() | choices().map(lambda choice: choice.pattern))
+@given(patterns() | choices().map(lambda choice: choice.pattern) | chosen_patterns())
 def test_round_trip(pattern: Pattern) -> None:
     text = format_pattern(pattern)
     assert parse_pattern(text) == parse_pattern(format_levels(pattern)) == pattern

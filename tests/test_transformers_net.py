@@ -129,8 +129,8 @@ def nats_from(net: TransformersNet, tokens: torch.Tensor, start: int) -> torch.T
     """Of tokens (B, N) that stand from `start` on, after their sinks at 0, 1, 2 ..., which stay there."""
     n, kept = net.config.pattern.sinks, {}
     with torch.no_grad():
-        net(tokens[:, :n], far=lambda layer, k, v: kept.setdefault(layer, (k, v))[:0])
-        hidden = net(tokens[:, n:-1], start=start + n, far=lambda layer, k, v: [FarKeys(SINKS, 0, n, *kept[layer])])
+        net(tokens[:, :n], far=lambda layer, q, k, v: kept.setdefault(layer, (k, v))[:0])
+        hidden = net(tokens[:, n:-1], start=start + n, far=lambda layer, q, k, v: [FarKeys(SINKS, 0, n, *kept[layer])])
         return net.nll(hidden, tokens[:, n + 1 :])
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .cache import KVCache
     from .dilated import FarKeys, dilated_attention, far_keys
     from .module import DilatedAttention
+    from .past import Past
 
 __all__ = [
     "SINKS",
@@ -20,6 +21,7 @@ __all__ = [
     "FarKeys",
     "KVCache",
     "Level",
+    "Past",
     "Pattern",
     "Span",
     "dilated_attention",
@@ -30,6 +32,7 @@ _MODULES = {
     "DilatedAttention": "module",
     "FarKeys": "dilated",
     "KVCache": "cache",
+    "Past": "past",
     "dilated_attention": "dilated",
     "far_keys": "dilated",
 }

@@ -24,6 +24,7 @@ from itertools import chain
 from math import lcm
 from typing import NamedTuple
 
+from .groups import chosen_flops
 from .pattern import Padding, Pattern
 from .rows import Heads, Rows, progressions, rows_before
 from .spans import SINKS, Span, lanes, level_of, sink_segments
@@ -150,10 +151,13 @@ def attention_flops(
 def level_flops(
     pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, batch: int = 1, kv_heads: int = 0
 ) -> list[int]:
-    """Return the share of each level in `attention_flops`, and last the share of calls on sinks alone."""
+    """Return the share of each level in `attention_flops`, and last that of calls on sinks alone or chosen blocks."""
     call = _Call(pattern, heads, kv_heads or heads, 0, tokens, causal)
     parts = [*(call.near(level, False, 0) for level in range(len(pattern.levels))), call.sinks((), None)]
-    return [2 * head_dim * batch * sum(map(_pairs, part)) for part in parts]
+    flops = [2 * head_dim * batch * sum(map(_pairs, part)) for part in parts]
+    if pattern.chosen:
+        flops[-1] += batch * chosen_flops(pattern, heads, head_dim, tokens)
+    return flops
 
 
 class _Zone(NamedTuple):

@@ -2,7 +2,8 @@
 
 These are the rows of the level's open segment and of the `look_back` segments before it. Later queries read only these
 rows and the sinks. So a sequence of any length needs `sum of (1 + look_back) ceil(w / r)` rows per lane, and the sinks:
-40,960 rows per head for a billion tokens of `Pattern.geometric(2**30)`.
+40,960 rows per head for a billion tokens of `Pattern.geometric(2**30)`. With chosen blocks, the cache also keeps all
+rows of the past (`past`), and grows with the document.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .dilated import FarKeys
 from .merging import strided_view
+from .past import Past
 from .pattern import Pattern
 from .spans import SINKS, Span, common_span, lanes, open_spans, segment_rows, span_rows, span_views
 
@@ -29,7 +31,7 @@ class KVCache:
         cache = KVCache(pattern, batch, heads, head_dim)
         for q, k, v in shards:
             out = dilated_attention(q, k, v, pattern, start=cache.position, far=cache.far())
-            cache.append(k, v)
+            cache.append(k, v, q=q)  # q is for chosen blocks alone
 
     `kv_heads` is the number of heads of k and v, by default `num_heads`. `position` is the number of tokens so far.
     `nbytes` is the size of the allocated rows, at most batch * head_dim * 2 * `cached_rows` numbers. A segment
@@ -53,6 +55,8 @@ class KVCache:
         keep: int = 0,
         allocate: Callable[..., Tensor] = torch.empty,
     ) -> None:
+        if pattern.chosen and keep:
+            raise ValueError(f"chosen={pattern.chosen}: earlier far keys do not stay valid")
         self.pattern, self.num_heads, self.kv_heads, self.keep = pattern, num_heads, kv_heads or num_heads, keep
         self.position = 0
         self._sizes, self._allocate = (batch, head_dim), partial(allocate, dtype=dtype, device=device)
@@ -63,14 +67,16 @@ class KVCache:
         ]
         self._sinks = self._new_rows(pattern.sinks, SINKS)
         self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as they were turned last
+        self.past = Past(pattern) if pattern.chosen else None
 
     @property
     def nbytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (*chain(*self._levels), self._sinks))
+        rows = sum(x.numel() * x.element_size() for x in (*chain(*self._levels), self._sinks))
+        return rows + (self.past.nbytes if self.past else 0)
 
-    def far(self) -> list[FarKeys]:
+    def far(self) -> list[FarKeys | Past]:
         """Return the far keys of the next shard: views, valid until the next `append`, or always with `keep`."""
-        found = []
+        found: list[FarKeys | Past] = [self.past] if self.past and self.position else []
         for span in open_spans(self.pattern, self.position):
             rows = max(span_rows(self.pattern, span, self.num_heads, self.kv_heads))
             if rows:
@@ -81,9 +87,18 @@ class KVCache:
 
     @torch.no_grad()
     def append(
-        self, k: Tensor, v: Tensor, *, start: int | None = None, stop: int | None = None, others: Iterable[FarKeys] = ()
+        self,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q: Tensor | None = None,
+        start: int | None = None,
+        stop: int | None = None,
+        others: Iterable[FarKeys] = (),
     ) -> None:
         """Store the next shard's keys and values (batch, tokens, key heads, head_dim); gradients do not flow.
+
+        Chosen blocks need its queries q (batch, tokens, heads, head_dim) as well; without them, raises ValueError.
 
         If several ranks hold shards of one chunk that ends at `stop`, each rank stores its own shard, which starts at
         `start`, and the rows of the `others`.
@@ -91,6 +106,10 @@ class KVCache:
         start = self.position if start is None else start
         stop = start + k.shape[1] if stop is None else stop
         others = list(others)
+        if self.past:
+            if q is None:
+                raise ValueError("chosen blocks need the queries of earlier tokens: give q")
+            self.past.append(q, k, v)
         for span in open_spans(self.pattern, stop):
             w = self.pattern.segment_lengths[max(span.level, 0)]
             segment = span.start // w * w
@@ -116,6 +135,8 @@ class KVCache:
         self._levels = [[x.index_select(1, index) for x in places] for places in self._levels]
         self._sinks = self._sinks.index_select(1, index)
         self._turned = {}
+        if self.past:
+            self.past.select(index)
 
     def _new_rows(self, number: int, level: int) -> Tensor:
         """Allocate memory for `number` rows, (k and v, B, rows, lanes, D)."""

@@ -22,10 +22,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .branches import Turned, branches, united
+from .choosing import Chosen
+from .groups import Part, groups_of
 from .kernels import select_kernel
 from .merging import Plan, merged_backward, merged_forward, unit_stride
 from .merging import kernel_calls as kernel_calls
 from .merging import strided_view as strided_view
+from .past import Past
 from .pattern import Padding, Pattern
 from .plain_call import Kernel
 from .sinks import SinkRows, Turn, sink_rows
@@ -98,7 +101,7 @@ def dilated_attention(
     *,
     causal: bool = True,
     start: int = 0,
-    far: Sequence[FarKeys] | None = None,
+    far: Sequence[FarKeys | Past] | None = None,
     lengths: Sequence[int] | Tensor | None = None,
     documents: Sequence[int] | None = None,
     padding: Padding = "exact",
@@ -112,7 +115,8 @@ def dilated_attention(
     Query head h reads key head h // (H / K). The shard is positions [start, start + tokens) of its sequence, any
     start, any length. A query that takes part in no level gets zeros.
 
-    far: keys from outside the shard; in causal attention, they lie before it.
+    far: keys from outside the shard; in causal attention, they lie before it. For chosen blocks, also the `Past` before
+        it, which a `KVCache` gives; it gets no gradient.
     lengths: true length of each row of a right-padded batch, 0 to tokens. Each row gets what it would get alone, and
         zeros beyond its length.
     documents: lengths of the documents that follow each other in every row, `tokens` in all. Each document attends only
@@ -125,11 +129,25 @@ def dilated_attention(
         (keys (B, S, n, K, D), distances (S,) int64) -> the same keys, that many positions further on. Linear and
         differentiable. Without it, every segment sees the sinks as they are.
 
+    Chosen blocks are moved by `turn` in the same way, and un-rotated by minus their positions (`choosing`). The choice
+    of blocks has no gradient. A compiled graph breaks at them.
+
     Sinks are the document's own first rows if the shard has them, otherwise far keys of level `SINKS`.
 
     Raises ValueError for shapes, patterns, far keys, sinks, lengths or kernels that do not fit.
     """
-    far = tuple(far or ())
+    if pattern.chosen and torch.compiler.is_compiling():  # a choice is data, and `turn` cannot be called in a graph
+        return _outside_graphs(
+            q, k, v, pattern, causal=causal, start=start, far=far, lengths=lengths, documents=documents,
+            padding=padding, total=total, scale=scale, kernel=kernel, turn=turn,
+        )  # fmt: skip
+    past = next((each for each in far or () if isinstance(each, Past)), None)
+    if pattern.chosen and start != (past.position if past else 0):
+        raise ValueError(
+            f"chosen={pattern.chosen}: the shard starts at {start}, and far keys hold the past of "
+            f"{past.position if past else 0} tokens: give that of a KVCache"
+        )
+    far = tuple(each for each in far or () if isinstance(each, FarKeys))
     far_tensors = [x for keys in far for x in (keys.k, keys.v)]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     spans = tuple(keys.span for keys in far)
@@ -153,9 +171,13 @@ def dilated_attention(
         true_lengths = None if lengths is None else torch.as_tensor(lengths)
         options = (numbers, documents, *levels, causal, start, padding, total, scale, kernel)
         return torch.ops.longnet.dilated_attention(q, k, v, far_tensors, true_lengths, *options, **seen)[0]
-    chosen = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
-    plan = plan_calls(chosen, q, k, v, pattern, causal, start, far, lengths, documents, padding, total, found)
-    return _MergedBranches.apply(plan, scale, chosen, far, sinks, q, k, v, *far_tensors)
+    kernel_ = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
+    plan = plan_calls(kernel_, q, k, v, pattern, causal, start, far, lengths, documents, padding, total, found)
+    chosen = Chosen(pattern, plan.chosen, turn, past) if plan.chosen else None
+    return _MergedBranches.apply(plan, scale, kernel_, far, sinks, chosen, q, k, v, *far_tensors)
+
+
+_outside_graphs = torch.compiler.disable(dilated_attention)
 
 
 def plan_calls(
@@ -216,7 +238,7 @@ def _plan(
     packs: bool,
 ) -> Plan:
     """Plan the calls of all blocks. `unions`: unite levels where that is less work; `packs`: pack similar calls."""
-    plan, sinks = [], dict(turned)
+    plan, sinks, chosen = [], dict(turned), []
     for first, last, begin, stop in blocks:
         # only the first document may have started before the shard
         position, outside = (start, spans) if begin == 0 else (0, ())
@@ -226,8 +248,12 @@ def _plan(
             found = united(pattern, heads, stop - begin, causal, kv_heads)
         if found is None:
             found = branches(pattern, heads, position, stop - begin, causal, padding, outside, total, kv_heads, seen)
-        plan.append((slice(first, last), slice(begin, stop), found))
-    return Plan.of(plan, batch, tokens, heads, kv_heads, packs)
+        place = slice(first, last), slice(begin, stop)
+        plan.append((*place, found))
+        if pattern.chosen:
+            groups = groups_of(pattern, position, position + stop - begin)
+            chosen += [Part(*place, position, each) for each in groups]
+    return Plan.of(plan, batch, tokens, heads, kv_heads, packs, chosen)
 
 
 class _Sinks(NamedTuple):
@@ -269,6 +295,7 @@ class _MergedBranches(torch.autograd.Function):
         kernel: Kernel,
         far_keys: Sequence[FarKeys],
         sinks: _Sinks | None,
+        chosen: Chosen | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -285,11 +312,11 @@ class _MergedBranches(torch.autograd.Function):
                 there.extend(sinks.turned(k, v, far_tensors))
             return there[2 * index : 2 * index + 2]
 
-        out, lse = merged_forward(plan, scale, kernel, q, k, v, arrived)
+        out, lse = merged_forward(plan, scale, kernel, q, k, v, arrived, chosen)
         while waiting:  # also for keys that no query needed: their buffers must not be freed in flight
             waiting.pop()()
         ctx.save_for_backward(q, k, v, out, lse, *far_tensors)
-        ctx.plan, ctx.scale, ctx.kernel, ctx.sinks = plan, scale, kernel, sinks
+        ctx.plan, ctx.scale, ctx.kernel, ctx.sinks, ctx.chosen = plan, scale, kernel, sinks, chosen
         ctx.back = [keys.back for keys in far_keys]
         return out
 
@@ -313,13 +340,13 @@ class _MergedBranches(torch.autograd.Function):
 
         there = [*far, *(sinks.turned(k, v, far) if sinks else ())]
         far_first = on_far if any(back) else None
-        grads = merged_backward(ctx.plan, ctx.scale, ctx.kernel, dout, q, k, v, out, lse, there, far_first)
+        grads = merged_backward(ctx.plan, ctx.scale, ctx.kernel, dout, q, k, v, out, lse, there, far_first, ctx.chosen)
         if not far_first:
             on_far(grads[3:])
         for d, dx in zip(of_sinks, grads[1:3], strict=False):
             assert sinks is not None
             sinks.rows.give_own(d, dx)
-        return (None,) * 5 + tuple(d.to(x.dtype) for d, x in zip(grads, (q, k, v, *far), strict=False))
+        return (None,) * 6 + tuple(d.to(x.dtype) for d, x in zip(grads, (q, k, v, *far), strict=False))
 
 
 def _blocks(

@@ -25,12 +25,14 @@ import torch
 from torch import Tensor
 
 from .branches import Branch, Union, branches
+from .groups import Part
 from .packing import Block, Pack, packed
 from .plain_call import Kernel
 from .rows import Rows
 
 if TYPE_CHECKING:
     from . import one_pass
+    from .choosing import Chosen
 
 Call = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
 FarTensors = Callable[[int], Sequence[Tensor]]  # index of far keys -> their key-like tensors, once they are there
@@ -41,28 +43,49 @@ class Plan:
     """All calls of a batch: blocks as views, then packs.
 
     `covered`: no branch is packed, and the `first` branches reach every row. `squares`: besides, in each `first` branch
-        queries and keys are the same rows of the same heads (H = K).
+        queries and keys are the same rows of the same heads (H = K). `chosen`: the groups of queries that see chosen
+        blocks.
     """
 
     blocks: Sequence[Block]
     packs: Sequence[Pack] = ()
     covered: bool = False
     squares: bool = False
+    chosen: Sequence[Part] = ()
 
     @classmethod
-    def of(cls, blocks: Sequence[Block], batch: int, tokens: int, heads: int, kv_heads: int, packs: bool) -> Plan:
+    def of(
+        cls,
+        blocks: Sequence[Block],
+        batch: int,
+        tokens: int,
+        heads: int,
+        kv_heads: int,
+        packs: bool,
+        chosen: Sequence[Part] = (),
+    ) -> Plan:
         """Plan the calls of some blocks. `packs`: the kernel takes packed sequences."""
         views, gathered = packed(blocks, tokens, heads, kv_heads) if packs else (blocks, [])
         full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in blocks)
         covered = not gathered and full == batch * tokens and all(found and found[0].first for *_, found in blocks)
         even = all(branch.queries == branch.keys for *_, found in blocks for branch in found if branch.first)
-        return cls(views, gathered, covered, covered and even and heads == kv_heads)
+        return cls(views, gathered, covered, covered and even and heads == kv_heads, chosen)
 
 
 def merged_forward(
-    plan: Plan, scale: float, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, far: FarTensors | None = None
+    plan: Plan,
+    scale: float,
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far: FarTensors | None = None,
+    chosen: Chosen | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (out, LSE): (B, N, H, D) like q, and (B, N, H) in fp32 (fp64 for fp64). `far` returns far k and v."""
+    """Return (out, LSE): (B, N, H, D) like q, and (B, N, H) in fp32 (fp64 for fp64).
+
+    `far` returns far k and v. `chosen` chooses the blocks of `plan.chosen`, and keeps the choice for the backward pass.
+    """
     q, k, v = (unit_stride(x) for x in (q, k, v))
     merge: Merge | one_pass.OnePassMerge = (fused.OnePassMerge if (fused := _fused(q)) else Merge)(q, plan.covered)
     with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
@@ -72,6 +95,9 @@ def merged_forward(
             queries, keys = pack.rows(q.device)
             q_, k_, v_ = _rows(q)[queries.places], _rows(k)[keys.places], _rows(v)[keys.places]
             merge.add_rows(pack, queries.places, *kernel.forward_packed(q_, k_, v_, queries, keys, pack.causal, scale))
+        if chosen:
+            chosen.choose(q, k, scale)
+            chosen.merge(kernel, scale, q, k, v, merge)
         return merge.result()
 
 
@@ -87,6 +113,7 @@ def merged_backward(
     lse: Tensor,
     far: Sequence[Tensor],
     on_far: Callable[[Sequence[Tensor]], None] | None = None,
+    chosen: Chosen | None = None,
 ) -> list[Tensor]:
     """Return dq, dk, dv and the gradients of the far tensors (k, v, k, v, ...), from the merged out and LSE.
 
@@ -137,7 +164,11 @@ def merged_backward(
             )
             for total, rows, part in zip(totals, (queries, keys, keys), of_pack, strict=True):
                 total.add_rows(rows.places, part, repeated=rows is not queries)
-    return [*(total.result() for total in totals), *dfar]
+        of_chosen = chosen.gradients(kernel, scale, tensors[:4], (k, v), of_q) if chosen else ()
+    grads = [total.result() for total in totals]
+    for index, d in enumerate(of_chosen, 1):
+        grads[index] = grads[index] + d
+    return [*grads, *dfar]
 
 
 class Merge:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .pattern import Padding, Pattern
+from .pattern import MEAN_OF, NEIGHBOUR, PRESELECTED, VOTERS, Padding, Pattern
 from .sinks import Turn
 
 
@@ -28,7 +29,8 @@ def dilated_attention_reference(
     """Return dilated attention of (batch, tokens, heads, head_dim) tensors, in O(tokens^2) memory; differentiable.
 
     A key counts once for every level at which the query sees it (a multiset, paper Eq. 9-10), or e^bias times if the
-    level has a bias. k and v may have fewer heads. Sinks are the first rows given, so `start` must be 0 with sinks.
+    level has a bias. k and v may have fewer heads. Sinks are the first rows given, and blocks are chosen among the rows
+    given, so `start` must be 0 with sinks or chosen blocks. A choice has no gradient.
     """
     if lengths is not None:
         out = q * 0  # zeros, and in the graph even where every length is 0
@@ -40,6 +42,8 @@ def dilated_attention_reference(
                 )
                 out = out.index_put((torch.tensor(b), torch.arange(n)), alone[0])
         return out
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    choice = chosen_blocks(q, k, pattern, scale, turn) if pattern.chosen else []
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     counts, zeros = key_counts(pattern, q.shape[2], q.shape[1], causal, start, padding)
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k)
@@ -50,11 +54,72 @@ def dilated_attention_reference(
         sinks = k[:, None, :n].expand(-1, len(segments), -1, -1, -1)
         turned = turn(sinks, (segments - b) * w - n)[:, of]  # sink i is seen at (s - b) w - n + i
         scores[:, :, late, :n] = torch.einsum("bnhd,bnmhd->bhnm", q[:, late], turned)
-    logits = scores * (q.shape[-1] ** -0.5 if scale is None else scale) + counts.to(q).log()
+    counts = counts.expand(len(q), -1, -1, -1)
+    if choice:
+        places, found = [], []
+        for row, queries, blocks in choice:
+            near, size = queries.start // w * w - b * w, pattern.chosen_block
+            for place, block in enumerate(blocks):
+                keys = range(block * size, (block + 1) * size)
+                moved = k[row, keys]
+                if turn:  # the block's first key is seen as if it stood so many blocks before the near keys
+                    distance = near - (len(blocks) - place) * size - keys.start
+                    moved = turn(moved[None, None], torch.tensor([distance]))[0, 0]
+                places.append(torch.cartesian_prod(*map(torch.tensor, ([row], queries, keys))))
+                found.append(torch.einsum("nhd,mhd->nmh", q[row, queries], moved).flatten(0, 1))
+        seen = torch.cat(places).unbind(1)  # rows of the batch, queries, keys
+        scores = scores.movedim(1, 3).index_put(seen, torch.cat(found)).movedim(3, 1)
+        counts = counts.movedim(1, 3).index_put(seen, counts.new_ones(())).movedim(3, 1)
+    logits = scores * scale + counts.to(q).log()
     logits = torch.cat([logits, zeros.to(q).log().expand(*scores.shape[:3], 1)], dim=-1)
-    covered = counts.any(dim=-1, keepdim=True)  # (heads, tokens, 1): the queries that take part in some level
+    covered = counts.any(dim=-1, keepdim=True)  # (batch, heads, tokens, 1): queries that take part in some level
     weights = torch.where(covered, logits, 0.0).softmax(-1) * covered
     return torch.einsum("bhnm,bmhd->bnhd", weights[..., :-1], v)
+
+
+@torch.no_grad()
+def chosen_blocks(
+    q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: Turn | None
+) -> list[tuple[int, range, list[int]]]:
+    """Return (row of the batch, its queries, the blocks that they see) for each group of queries that sees blocks.
+
+    q (B, N, H, D) and k (B, N, K, D) are rotated, if at all, by `turn`.
+    """
+    w, b, every, size = pattern.segment_lengths[0], pattern.look_backs[0], pattern.chosen_every, pattern.chosen_block
+    tokens = q.shape[1]
+    if turn:  # un-rotated: by minus the position
+        q, k = (turn(x[:, :, None], -torch.arange(tokens))[:, :, 0] for x in (q, k))
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    found = []
+    for row, start in itertools.product(range(len(q)), range(0, tokens, every)):
+        near = max(0, (start // w - b) * w)
+        blocks = list(range(near // size))
+        if len(blocks) > pattern.chosen:
+            blocks = [0, *_voted(q[row, start - VOTERS + 1 : start + 1], k[row, size:near], pattern, scale)]
+        if blocks:
+            found.append((row, range(start, min(start + every, tokens)), blocks))
+    return found
+
+
+def _voted(voters: Tensor, keys: Tensor, pattern: Pattern, scale: float) -> list[int]:
+    """Return the blocks, in order, that voters (VOTERS, H, D) choose among those of keys (n, H, D), from block 1 on."""
+
+    def votes(candidates: list[int], per_mean: int) -> list[float]:
+        """Return a score for each block; those that are no candidates get no vote."""
+        means = keys.unflatten(0, (-1, per_mean)).mean(1).unflatten(0, (len(blocks), -1))[candidates]
+        scores = torch.einsum("vhd,cmhd->vhcm", voters, means) * scale
+        shares = scores.logsumexp(-1).softmax(-1).mean((0, 1))
+        own = torch.zeros(len(blocks)).to(shares).index_put((torch.tensor(candidates),), shares).tolist()
+        return [max(score, NEIGHBOUR * before) for before, score in zip([0.0, *own], own, strict=False)]
+
+    def best(scores: list[float], number: int) -> list[int]:
+        return sorted(sorted(blocks, key=lambda block: -scores[block])[:number])  # stable: the earlier one of equals
+
+    blocks = [*range(len(keys) // pattern.chosen_block)]
+    candidates = blocks
+    if len(blocks) > PRESELECTED:
+        candidates = best(votes(blocks, pattern.chosen_block), PRESELECTED)
+    return [1 + block for block in best(votes(candidates, MEAN_OF), pattern.chosen - 1)]
 
 
 def key_counts(

@@ -12,6 +12,7 @@ from torch import Tensor
 from longnet_cli.attention import KVCache, Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, branches
 from longnet_cli.attention.dilated import kernel_calls
+from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.runtime.device import DTYPES
 
@@ -30,7 +31,10 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     dense, backward = impl == "dense", direction == "backward"
     streamed = impl == "dilated" and not backward and s.streams(seq)
     chunk = s.chunk_for(seq) if streamed else seq
-    cache_bytes = 2 * s.batch * s.heads * s.head_dim * dtype.itemsize * pattern.cache_rows if streamed else None
+    cache_bytes = None
+    if streamed:
+        rows = 2 * s.heads * s.head_dim * dtype.itemsize * pattern.cache_rows
+        cache_bytes = s.batch * (rows + past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize))
     # each implementation gets the layout that it is made for
     shape = (s.batch, s.heads, chunk, s.head_dim) if dense else (s.batch, chunk, s.heads, s.head_dim)
 
@@ -56,7 +60,7 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
             def run(tokens: int) -> None:
                 q_, k_, v_ = (x[:, :tokens] for x in (q, k, v))
                 dilated_attention(q_, k_, v_, pattern, start=past.position, far=past.far())
-                past.append(k_, v_)
+                past.append(k_, v_, q=q_)
 
             return run
 

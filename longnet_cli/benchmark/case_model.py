@@ -48,7 +48,7 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
     cache = None
     if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
-        longest = max(net.config.pattern.segment_lengths)
+        longest = max(seq, *net.config.pattern.segment_lengths)
         cache = s.batch * net.config.cache_bytes(longest, DTYPES[s.dtype].itemsize)
     row = _row(s, net, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
     return Case(row, _flops(s, net.config, 1, 1), _memory(s, net, chunk) + (cache or 0), start, streamed)

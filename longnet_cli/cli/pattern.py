@@ -25,7 +25,8 @@ def pattern(
             metavar="PATTERN",
             help="Patterns: paper, geometric:1e9,base=2Ki,ratio=2, window:1Ki,look_back=1,sinks=4, "
             "nested:1Mi,base=1Ki,ratio=4, pretrained, dense, or levels (segment length / rate) as 1Ki/1,4Ki/4. "
-            "All take look_back=, overlap=once, queries=all, sinks=, level_bias=, head_offsets=. "
+            "All take look_back=, overlap=once, queries=all, sinks=, level_bias=, head_offsets=; a window takes "
+            "chosen=32x32, chosen_every=. "
             "Or a recipe (.toml) or a model, by name or path.",
             show_default=False,
         ),
@@ -106,10 +107,14 @@ def _print(found: Description) -> None:
         print(shape + _costs(level, f"{level.flops_share:.0%}"))
     if found.sinks.keys_per_query:
         print(f"{'sinks':<37}" + _costs(found.sinks, f"{found.sinks.flops / (found.total.flops or 1):.0%}"))
+    if found.chosen.keys_per_query:
+        print(f"{'chosen':<37}" + _costs(found.chosen, f"{found.chosen.flops / (found.total.flops or 1):.0%}"))
     print(f"{'total':<37}" + _costs(found.total, format_count(found.total.flops)))
     print(f"{'dense':<37}" + _costs(found.dense, format_count(found.dense.flops)))
     print()
     print(f"of the nearest 64 tokens, a query sees {found.nearest_mean:.1f} on average, {found.nearest_least} at least")
+    if found.chosen.keys_per_query:
+        print(f"blocks are chosen from the whole past: at the end, a voter is compared with {found.compared:,} means")
     if found.reach is not None:
         what = "the past" if found.causal else "the sequence"
         reached = ", ".join(f"{_percent(share)} in {number}" for number, share in found.reach.items())

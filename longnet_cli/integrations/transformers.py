@@ -108,7 +108,7 @@ def write_pattern(config: Any, pattern: Pattern) -> None:
     A folder that is saved with it cannot be opened without this integration (`transformers_auto`).
     """
     mark(config)
-    options = asdict(pattern)
+    options = {key: x for key, x in asdict(pattern).items() if pattern.chosen or not key.startswith("chosen")}
     config.dilated_attention = {key: list(x) if isinstance(x, tuple) else x for key, x in options.items()}
 
 
@@ -126,9 +126,12 @@ def pattern_of(config: Any) -> Pattern:
     if not isinstance(found, Mapping):
         raise ConfigError(f"dilated_attention in the model's config: a table of levels is needed, got {found!r}")
     try:
-        return Pattern(**found)
+        pattern = Pattern(**found)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"dilated_attention in the model's config: {error}") from None
+    if pattern.chosen:
+        raise ConfigError(f"chosen={pattern.chosen}: models of transformers do not choose blocks yet")
+    return pattern
 
 
 def dilated_attention_forward(
@@ -186,7 +189,7 @@ def dilated_attention_forward(
     settings: dict[str, Any] = {"causal": causal, "scale": scaling, "turn": turn}
     provider, documents = options.get("far"), options.get("documents")
     if provider:
-        settings |= {"start": options["start"], "far": provider(module.layer_idx, k, v)}
+        settings |= {"start": options["start"], "far": provider(module.layer_idx, q, k, v)}
     if provider or documents is not None:
         return dilated_attention(q, k, v, pattern, documents=documents, **settings), None
 
@@ -198,12 +201,12 @@ def dilated_attention_forward(
             far = cache.far()
         else:
             some_k, some_v = some_k[:, rows.first :], some_v[:, rows.first :]
-            far = _cached(some_k, some_v, pattern, q.shape[2], rows.start) if rows.start else []
+            far = [*_cached(some_k, some_v, pattern, q.shape[2], rows.start)] if rows.start else []
             some_k, some_v = some_k[:, rows.start :], some_v[:, rows.start :]
         shard: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
         found = dilated_attention(some_q[:, rows.skip :], some_k, some_v, pattern, **settings, **shard)
         if memory:
-            cache.append(some_k, some_v)
+            cache.append(some_k, some_v, q=some_q[:, rows.skip :])
         return found
 
     out = by_rows(attention_mask, before, q.shape, attend)

@@ -17,7 +17,7 @@ import transformers as hf
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from longnet_cli.attention import FarKeys, KVCache, Pattern
+from longnet_cli.attention import FarKeys, KVCache, Past, Pattern
 from longnet_cli.integrations.transformers_padding import AlignedRows
 from longnet_cli.model.net import FarProvider, NetConfig
 
@@ -173,10 +173,10 @@ class Memories:
     def of(self, rows: AlignedRows) -> FarProvider:
         """Return the function that gives these rows their far keys."""
 
-        def far(index: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
+        def far(index: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[FarKeys | Past]:
             self.append()  # only now: it may overwrite far keys that the previous layer has just read
             cache = self.layers[index].cache(rows, self.config.pattern, self.config.num_heads, k)
-            self._pending.append(lambda: cache.append(k, v))
+            self._pending.append(lambda: cache.append(k, v, q=q))
             return cache.far()
 
         return far

@@ -208,7 +208,7 @@ class TransformersNet(Net):
         """Return whether all layers take far keys, tried on two tokens. Sliding windows and recurrence do not."""
         asked: list[int] = []
 
-        def far(layer: int, k: Tensor, v: Tensor) -> list:
+        def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> list:
             asked.append(layer)
             return []
 

@@ -25,7 +25,7 @@ from longnet_cli.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
 # zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
 XPOS_MAX_SEGMENT = 65536
 
-_OPTIONS = ("look_back", "overlap", "queries", "sinks", "level_bias")  # of a pattern, beyond levels and offsets
+_OPTIONS = [name for name in PATTERN_FIELDS if name not in ("segment_lengths", "dilation_rates", "head_offsets")]
 
 
 class LongNetConfig(Costs, StrictModel):
@@ -51,6 +51,9 @@ class LongNetConfig(Costs, StrictModel):
     queries: Literal["dilated", "all"] = "dilated"
     sinks: int = 0
     level_bias: Literal["log_rate"] | tuple[float, ...] | None = None
+    chosen: int = 0
+    chosen_block: int = Pattern.chosen_block
+    chosen_every: int = Pattern.chosen_every
     padding: Literal["exact", "zero_key"] = "exact"
     causal: bool = True
     position: Literal["xpos", "rope", "none"] = "xpos"
@@ -144,7 +147,7 @@ class LongNetConfig(Costs, StrictModel):
                 f'position="xpos" needs segments that nest, and {odd[0]} does not divide {longest}; use position="rope"'
             )
         if any(self.pattern.look_backs) or self.sinks:
-            name = "sinks" if self.sinks else "look_back"
+            name = "chosen blocks" if self.chosen else "sinks" if self.sinks else "look_back"
             raise ValueError(
                 f'position="xpos" has no {name}: its keys are only seen from their own segment; use position="rope"'
             )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from longnet_cli.attention import branches
 from longnet_cli.attention.branches import BACKWARD_FLOPS
 from longnet_cli.attention.cache import cached_rows
+from longnet_cli.attention.groups import past_bytes
 
 if TYPE_CHECKING:
     from longnet_cli.model.net import NetConfig
@@ -61,7 +62,8 @@ class Costs:
         the sums of their gradients.
         """
         rows = cached_rows(self.pattern, self.num_heads, self.kv_heads, tokens)
-        return 2 * self.num_layers * self.head_dim * rows * itemsize
+        past = past_bytes(self.pattern, self.kv_heads, self.head_dim, tokens, itemsize)
+        return self.num_layers * (2 * self.head_dim * rows * itemsize + past)
 
     def activation_bytes(
         self: NetConfig, itemsize: int, device: str, again: bool = False, lora: dict | None = None

@@ -22,12 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longnet_cli.attention import FarKeys, Pattern, dilated_attention
+from longnet_cli.attention import FarKeys, Past, Pattern, dilated_attention
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model.net import FarProvider, Net
 from longnet_cli.model.positions import PositionTable, position_table, rotate, sink_turn
 from longnet_cli.model.weights import load_pretrained, save_pretrained
+
+LayerProvider = Callable[[Tensor, Tensor, Tensor], Sequence[FarKeys | Past]]  # a FarProvider of one layer
 
 
 class Placement(NamedTuple):
@@ -84,7 +86,7 @@ class Attention(nn.Module):
         x: Tensor,
         table: PositionTable | None,
         place: Placement,
-        far: Callable[[Tensor, Tensor], Sequence[FarKeys]] | None,
+        far: LayerProvider | None,
     ) -> Tensor:
         q, k, v = self.project(x, table)
         mixed = dilated_attention(
@@ -93,7 +95,7 @@ class Attention(nn.Module):
             v,
             self.pattern,
             causal=self.config.causal,
-            far=far(k, v) if far else None,
+            far=far(q, k, v) if far else None,
             padding=self.config.padding,
             turn=self.turn,
             **place._asdict(),
@@ -135,7 +137,7 @@ class Block(nn.Module):
         x: Tensor,
         table: PositionTable | None,
         place: Placement = Placement(),  # noqa: B008 (immutable)
-        far: Callable[[Tensor, Tensor], Sequence[FarKeys]] | None = None,
+        far: LayerProvider | None = None,
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), table, place, far))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
@@ -277,5 +279,5 @@ class LongNet(Net):
         save_pretrained(self, directory, tokenizer_json, eos=eos)
 
 
-def _of_layer(far: FarProvider, index: int) -> Callable[[Tensor, Tensor], Sequence[FarKeys]]:
-    return lambda k, v: far(index, k, v)
+def _of_layer(far: FarProvider, index: int) -> LayerProvider:
+    return lambda q, k, v: far(index, q, k, v)

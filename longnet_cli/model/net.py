@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longnet_cli.attention import FarKeys, Pattern
+from longnet_cli.attention import FarKeys, Past, Pattern
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.model.sequence import Bos, D, InputSequence, bos_ids
 
-# Called once per layer with (layer index, k, v): this shard's keys, rotated, and values, (B, N, H, D) both, in the
-# autograd graph. Returns the far keys that the shard attends to in that layer. It may keep k and v for later shards.
-FarProvider = Callable[[int, Tensor, Tensor], Sequence[FarKeys]]
+# Called once per layer with (layer index, q, k, v): this shard's queries and keys, rotated, and values, (B, N, H, D)
+# each, in the autograd graph. Returns the far keys that the shard attends to in that layer, and the past from which it
+# chooses blocks. It may keep q, k and v for later shards.
+FarProvider = Callable[[int, Tensor, Tensor, Tensor], Sequence[FarKeys | Past]]
 
 LOGITS_LIMIT = 1 << 26  # elements of logits that `nll` holds at a time: 256 MiB in float32
 IGNORED = -100  # a target without loss

@@ -89,9 +89,9 @@ def rotate(q: Tensor, k: Tensor, table: PositionTable | None) -> tuple[Tensor, T
 
 
 def sink_turn(config: LongNetConfig) -> Turn | None:
-    """Return a function that turns rotated keys (B, S, n, H, D) by S distances, for sinks; None without rope.
+    """Return a function that turns rotated keys (B, S, n, H, D) by S distances, for sinks and chosen blocks.
 
-    xPos would also scale them, so it has no sinks (`LongNetConfig`).
+    None without rope. xPos would also scale keys, so it has neither (`LongNetConfig`).
     """
     return partial(_turn_by, config) if config.position == "rope" else None
 

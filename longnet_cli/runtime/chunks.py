@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, KVCache
+from longnet_cli.attention import FarKeys, KVCache, Past
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.net import Net, NetConfig
 from longnet_cli.runtime.device import free_memory, precision, random_state, set_random_state
@@ -101,7 +101,8 @@ class CausalStream:
         for tokens in chunks:          # (B, n) ids each, the same B
             hidden = stream(tokens)    # (B, n, dim), as one pass over the whole sequence gives
 
-    It computes no gradients. Its state is one KVCache per layer, `cache_bytes` in all, bounded whatever the `position`.
+    It computes no gradients. Its state is one KVCache per layer, `cache_bytes` in all, bounded whatever the `position`,
+    except with chosen blocks, which need all keys.
     The ranks of a `group` share every chunk: each passes its own shard and the chunk's `edges`, and holds the whole
     cache. `keep` and `allocate` go to KVCache. Cached rows on another device than the net's are copied for each chunk.
     Raises ConfigError for a bidirectional net.
@@ -137,7 +138,7 @@ class CausalStream:
         start = edges[exchange.rank] if edges and exchange else self.position
         pending: list[Callable[[], None]] = []
 
-        def far(layer: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
+        def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[FarKeys | Past]:
             if layer == len(self.caches):
                 self.caches.append(self._new_cache(k))
             if pending:  # only now: this may overwrite far keys that the layer before has just read
@@ -145,7 +146,7 @@ class CausalStream:
             cache = self.caches[layer]
             near, others = exchange.run(k, v) if exchange else ([], [])
             stop = edges[-1] if edges else None
-            pending.append(lambda: cache.append(k, v, start=start, stop=stop, others=others))
+            pending.append(lambda: cache.append(k, v, q=q, start=start, stop=stop, others=others))
             return [*(_on(k.device, keys) for keys in cache.far()), *near]
 
         hidden = self.model(tokens, embeddings=embeddings, start=start, far=far)
@@ -153,7 +154,7 @@ class CausalStream:
         self.position = edges[-1] if edges else self.position + hidden.shape[1]
         return hidden
 
-    def far(self) -> list[list[FarKeys]]:
+    def far(self) -> list[list[FarKeys | Past]]:
         """Return the far keys of the next chunk, layer by layer."""
         return [cache.far() for cache in self.caches] or [[] for _ in range(self.model.config.num_layers)]
 
@@ -172,8 +173,12 @@ class CausalStream:
         )
 
 
-def _on(device: torch.device, keys: FarKeys) -> FarKeys:
-    return keys if keys.k.device == device else replace(keys, k=keys.k.to(device), v=keys.v.to(device))
+def _on(device: torch.device, keys: FarKeys | Past) -> FarKeys | Past:
+    return (
+        keys
+        if isinstance(keys, Past) or keys.k.device == device
+        else replace(keys, k=keys.k.to(device), v=keys.v.to(device))
+    )
 
 
 def backward_in_chunks(
@@ -201,6 +206,11 @@ def backward_in_chunks(
     pass of the step follows, which sharded weights need to know (`runtime.fsdp`). `on_chunk` is called after each
     chunk, forward and backward.
     """
+    if model.config.pattern.chosen and tokens.shape[1] > chunk:
+        raise ConfigError(
+            f"chosen={model.config.pattern.chosen}: a sequence of {tokens.shape[1]} tokens is trained in one chunk, "
+            f"not in chunks of {chunk}"
+        )
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
     stream = CausalStream(model, group=group, keep=tokens.shape[1], allocate=allocate)
@@ -208,7 +218,8 @@ def backward_in_chunks(
     chunks = [_Chunk(model, start, stop, group) for start, stop in pairwise(edges)]
     tape = []  # per chunk: the random state that its dropout draws from, its far keys
     for index, part in enumerate(chunks):
-        tape.append((random_state(device), stream.far()))
+        far = [[keys for keys in layer if isinstance(keys, FarKeys)] for layer in stream.far()]
+        tape.append((random_state(device), far))
         if index < len(chunks) - 1:  # the last one is only computed with its gradient
             with precision(dtype, device):
                 stream(tokens[:, part.mine], edges=part.edges)
@@ -252,11 +263,11 @@ class _Chunk:
         made: list[tuple[Tensor, Tensor]] = []  # keys and values, per layer
         leaves: list[list[FarKeys]] = []
 
-        def provide(layer: int, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
+        def provide(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
             if layer == len(made):  # otherwise activation checkpointing computes it again
                 made.append((k, v))
                 leaves.append([gradients.leaves(layer, x, k.device) for x in far[layer]])
-            return [*leaves[layer], *(self.exchange(layer, k, v) if self.exchange else ())]
+            return [*leaves[layer], *(self.exchange(layer, q, k, v) if self.exchange else ())]
 
         with precision(dtype, tokens.device):
             hidden = self.model(tokens, start=self.mine.start, far=provide)

@@ -35,6 +35,7 @@ from longnet_cli.attention import FarKeys, Span
 from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.rows import rows_before
 from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, span_positions, span_rows
+from longnet_cli.errors import ConfigError
 from longnet_cli.model.net import NetConfig
 
 
@@ -70,6 +71,8 @@ class Exchange:
         cached: bool = False,
     ) -> None:
         self.pattern, self.num_heads, self.causal = config.pattern, config.num_heads, config.causal
+        if self.pattern.chosen:
+            raise ConfigError(f"chosen={self.pattern.chosen}: ranks do not share a document's past yet: leave out --sp")
         if not self.causal and len({*cuts} - {edges[0], edges[-1]}):
             raise ValueError("documents over several ranks are for causal nets")
         self.group, self.cached = group, cached
@@ -106,7 +109,7 @@ class Exchange:
         """This rank's part of the chunk's tokens."""
         return slice(self.edges[self.rank] - self.edges[0], self.edges[self.rank + 1] - self.edges[0])
 
-    def __call__(self, layer: int, k: Tensor, v: Tensor) -> list[FarKeys]:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[FarKeys]:
         """Send a layer's keys and values (B, n, H, D); return the far keys of the shard, as a `FarProvider` does."""
         return self.run(k, v)[0]
 

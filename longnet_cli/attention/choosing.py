@@ -1,0 +1,319 @@
+"""The branch of chosen blocks: beyond a window, the content decides which keys of the past a query sees.
+
+A document's keys form blocks of B = `chosen_block`, its queries groups of `chosen_every`. The near keys of a group
+start at n, and the blocks before n are candidates. Block 0 is always seen. The others get votes:
+
+    means    of MEAN_OF neighbouring keys, un-rotated: what a block is compared by
+    votes    of the VOTERS queries that end with the group's first, un-rotated, of every head: for each, the softmax of
+             its scores with all means. A block's score is the mean of its share; 0.99 of its predecessor's, if more
+    choice   the blocks with the highest scores. If there are many, their mean keys decide first which are compared
+
+All heads see the same blocks, so a block is one piece of memory. The m blocks that a group sees stand right before n,
+without gaps: block j as if its first key stood at n - (m - j) B. The shift is one per block, and `turn` turns its keys.
+
+The choice is a constant in the backward pass. Everything else is a branch like any other, on gathered keys, in batches
+of groups.
+
+N tokens, H query heads, K key heads, D head_dim, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .branches import Branch
+from .groups import Part
+from .merging import GradientSum, Merge, accumulator, strided_view
+from .past import Means, Past, unrotated
+from .pattern import NEIGHBOUR, PRESELECTED, VOTERS, Pattern
+from .plain_call import Kernel
+from .rows import Rows
+from .sinks import Turn
+
+if TYPE_CHECKING:
+    from .one_pass import OnePassGradientSum, OnePassMerge
+
+GATHERED = 1 << 24  # numbers of gathered keys, and of scores of votes, that exist at a time: 64 MiB in fp32
+
+
+class Chosen:
+    """The chosen blocks of one call of `dilated_attention`, for all `parts` of its batch.
+
+    `choose` comes first; `merge` and `gradients` attend to what was chosen. `blocks` holds the choice for each part
+    and row: (groups, m) int64, ascending. `past` holds the tokens before the shard, if there are any.
+    """
+
+    def __init__(self, pattern: Pattern, parts: Sequence[Part], turn: Turn | None, past: Past | None = None) -> None:
+        self.pattern, self.parts, self.turn, self.past = pattern, parts, turn, past
+        self.blocks: list[list[Tensor]] = []
+
+    @torch.no_grad()
+    def choose(self, q: Tensor, k: Tensor, scale: float) -> None:
+        """Choose blocks for queries q (B, N, H, D) among the keys k (B, N, K, D) and those of the past."""
+        if self.past:
+            self.past.settle(self.turn)
+        found: dict[tuple[int, int], Means] = {}  # by first row and first token of a document
+        last = {(part.rows.start, part.columns.start): part.groups.near for part in self.parts}
+        for part in self.parts:
+            rows = range(part.rows.start, part.rows.stop)
+            blocks = part.groups.near // self.pattern.chosen_block
+            group = part.groups.first // self.pattern.chosen_every * self.pattern.chosen_every
+            if blocks <= self.pattern.chosen:
+                self.blocks.append([torch.arange(blocks, device=q.device)[None]] * len(rows))
+                continue
+            open_group = self._past(part) if group < part.start else None  # all of its voters are in the past
+            if open_group and open_group.held and open_group.held[0] == group:
+                self.blocks.append(open_group.held[1][part.rows])
+                continue
+            place = rows.start, part.columns.start
+            if place not in found:
+                found[place] = self._means(k[part.rows, part.columns], part, last[place])
+            chosen = [self._voted(q[row, part.columns], row, part, found[place], scale) for row in rows]
+            if open_group and len(rows) == len(q):
+                open_group.held = group, chosen
+            self.blocks.append(chosen)
+
+    def merge(self, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, merge: Merge | OnePassMerge) -> None:
+        """Attend from q to the chosen rows of k and v, and merge the results."""
+        for call in self._calls(kernel, q, k):
+            q_, *places = (call.queries(x) for x in (q, *merge.places))
+            k_, v_ = call.keys(k, v)
+            part, lse = kernel.forward(_folded(q_, k), call.turned(k_, self.turn), v_.transpose(1, 2), False, scale)
+            merge.add(call.branch, places, part.reshape(q_.shape), lse.reshape(q_.shape[:-1]))
+
+    def gradients(
+        self,
+        kernel: Kernel,
+        scale: float,
+        tensors: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        of_q: GradientSum | OnePassGradientSum,
+    ) -> list[Tensor]:
+        """Return the gradients of the chosen rows of k and v, in fp32 or fp64, and add those of q to `of_q`.
+
+        `tensors` are dout, q, and the merged out and lse (B, N, H, 1); `keys` are k and v. The past gets no gradient.
+        """
+        _, q, _, _ = tensors
+        found = [torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in keys]
+        for call in self._calls(kernel, q, keys[0]):
+            place, *queries = (call.queries(x) for x in (of_q.place, *tensors))
+            dout_, q_, out_, lse_ = (_folded(x, keys[0]) for x in queries)
+            k_, v_ = call.keys(*keys)
+            k_ = call.turned(k_, self.turn)
+            dq, dk, dv = kernel.backward(dout_, q_, k_, v_.transpose(1, 2), out_, lse_[..., 0], False, scale)
+            of_q.add(place, dq.reshape(queries[1].shape), call.branch.queries, fresh=False)
+            for into, d in zip(found, (call.turned_back(dk, self.turn), dv.transpose(1, 2)), strict=True):
+                call.add(into, d)
+        return found
+
+    def _past(self, part: Part) -> Past | None:
+        """Return the past of the document of a part; only the first document of a shard has any."""
+        return self.past if part.start else None
+
+    def _calls(self, kernel: Kernel, q: Tensor, k: Tensor) -> Iterator[_Call]:
+        heads, (kv_heads, head_dim) = q.shape[2], k.shape[2:]
+        for part, of_rows in zip(self.parts, self.blocks, strict=True):
+            for row, blocks in enumerate(of_rows, part.rows.start):
+                queries, keys = part.groups.queries, blocks.shape[1] * self.pattern.chosen_block
+                most = kernel.max_batch(kv_heads, max(heads // kv_heads * queries, keys), head_dim)
+                step = max(1, min(most, GATHERED // (keys * kv_heads * head_dim)))
+                for first in range(0, len(blocks), step):
+                    some = blocks[first : first + step]
+                    yield _Call.of(self.pattern, part, self._past(part), row, first, some, heads)
+
+    def _means(self, k: Tensor, part: Part, stop: int) -> Means:
+        """Return the means of a document's blocks before position `stop`, for keys k (rows, N, K, D) of the shard."""
+        past, size = self._past(part), self.pattern.chosen_block
+        if not past:
+            means = Means(self.pattern, k, stop // size)
+            means.write(slice(None), 0, k[:, :stop], self.turn)
+            return means
+        if past.means is None:
+            past.means = Means(self.pattern, past.waiting[0], stop // size)
+        if past.stored * size < stop:  # written behind those of the past, until its own take their place
+            keys = torch.cat([past.waiting[0, part.rows], k[:, : stop - part.start]], 1)
+            past.means.write(part.rows, past.stored, keys, self.turn)
+        return past.means
+
+    def _voted(self, q: Tensor, row: int, part: Part, means: Means, scale: float) -> Tensor:
+        """Return the blocks (groups, m) that each group sees, by the votes of q (N, H, D), tokens of the document."""
+        number, every = part.groups.number, self.pattern.chosen_every
+        start = part.groups.first // every * every
+        step = min(every, VOTERS)  # groups that are closer share voters
+        if every < VOTERS:
+            positions = torch.arange(start + 1 - VOTERS, start + 1 + (number - 1) * every)
+        else:
+            places = torch.arange(1 - VOTERS, 1)
+            positions = (torch.arange(start, start + number * every, every)[:, None] + places).flatten()
+        inside = (positions - part.start).to(q.device)
+        voters = q[inside.clamp(min=0)]
+        if (past := self._past(part)) and (before := int((positions < part.start).sum())):
+            assert past.queries is not None
+            voters[:before] = past.queries[row, inside[:before]]  # counted from the end
+        voters = unrotated(voters[None], positions, self.turn)[0] * scale
+        own = row if past else row - part.rows.start
+        candidates = part.groups.near // self.pattern.chosen_block - 1
+        fine, coarse = (x[own, :, 1 : 1 + candidates] for x in (means.fine, means.coarse))
+        width = candidates if candidates > PRESELECTED else candidates * fine.shape[2]
+        size = max(1, GATHERED // (VOTERS * q.shape[1] * width))
+        found = []
+        for first in range(0, number, size):
+            some = voters[first * step : (min(first + size, number) - 1) * step + VOTERS]
+            found.append(_chosen(some, step, fine, coarse, self.pattern.chosen - 1))
+        chosen = torch.cat(found) + 1
+        return torch.cat([chosen.new_zeros(number, 1), chosen], 1)
+
+
+def _chosen(voters: Tensor, step: int, fine: Tensor, coarse: Tensor, number: int) -> Tensor:
+    """Return the `number` candidates (groups, number) with the highest scores, in order.
+
+    The voters (n, H, D) of a group are VOTERS rows, and each next group's start `step` rows later. fine (K, C, means,
+    D) and coarse (K, C, D) are the mean keys of the candidates.
+    """
+    candidates, per_block = fine.shape[1:3]
+    if candidates <= PRESELECTED:
+        shares = _shares(voters, fine.flatten(1, 2)).unflatten(1, (candidates, per_block)).sum(2)
+        return _best(_next_too(_of_groups(shares, step)), number)
+    scores = _next_too(_of_groups(_shares(voters, coarse), step))
+    kept = _best(scores, PRESELECTED)
+    scores.zero_()
+    for group, (own, score) in enumerate(zip(kept, scores, strict=True)):
+        shares = _shares(voters[group * step :][:VOTERS], fine.index_select(1, own).flatten(1, 2))
+        score[own] = shares.sum(0).unflatten(0, (PRESELECTED, per_block)).sum(1) / VOTERS
+    return _best(_next_too(scores), number)
+
+
+def _shares(voters: Tensor, means: Tensor) -> Tensor:
+    """Return each voter's softmax over means (K, M, D), averaged over its heads: (n, M) for voters (n, H, D)."""
+    by_head = voters.unflatten(1, (len(means), -1)).transpose(0, 1)  # (K, n, H / K, D)
+    scores = by_head.flatten(1, 2) @ means.mT
+    return scores.softmax(-1).unflatten(1, by_head.shape[1:3]).sum((0, 2)) / voters.shape[1]
+
+
+def _of_groups(shares: Tensor, step: int) -> Tensor:
+    """Return the mean (groups, C) over the voters of each group, of shares (n, C)."""
+    number = (len(shares) - VOTERS) // step + 1
+    return sum(shares[place::step][:number] for place in range(VOTERS)) / VOTERS  # type: ignore[return-value]
+
+
+def _next_too(scores: Tensor) -> Tensor:
+    """Return scores (groups, C) in which the block after a good block is nearly as good."""
+    return torch.cat([scores[:, :1], torch.maximum(scores[:, 1:], NEIGHBOUR * scores[:, :-1])], 1)
+
+
+def _best(scores: Tensor, number: int) -> Tensor:
+    """Return the indices (groups, number) of the highest scores (groups, C), ascending; of equals, the earlier ones."""
+    if not number:
+        return scores.new_empty(len(scores), 0, dtype=torch.int64)
+    scores = scores.nan_to_num(0)  # what is not finite chooses the first blocks
+    least = scores.topk(number).values[:, -1:]
+    more, same = scores > least, scores == least
+    seen = more | (same & (same.cumsum(1) <= number - more.sum(1, keepdim=True)))
+    return seen.nonzero()[:, 1].view(-1, number)
+
+
+class _Call(NamedTuple):
+    """One call of attention: groups of one row of a batch on the tokens of their `blocks` (groups * m,).
+
+    distances (groups * m,): positions by which each block's keys are moved; None if they stay.
+    """
+
+    size: int
+    part: Part
+    past: Past | None
+    row: int
+    branch: Branch
+    blocks: Tensor
+    distances: Tensor | None
+
+    @classmethod
+    def of(
+        cls, pattern: Pattern, part: Part, past: Past | None, row: int, first: int, blocks: Tensor, heads: int
+    ) -> _Call:
+        """Make the call for groups from `first` on, with these blocks (groups, m)."""
+        size, every, near = pattern.chosen_block, pattern.chosen_every, part.groups.near
+        groups, m = blocks.shape
+        token = part.groups.first - part.start + first * every
+        queries = Rows(groups, every, heads, 0, 1, part.groups.queries, 1, token, 0)
+        distances = None
+        if near > m * size:
+            places = near - (m - torch.arange(m, device=blocks.device)) * size
+            distances = (places - blocks * size).flatten()
+        return cls(size, part, past, row, Branch(queries, queries, causal=False), blocks.flatten(), distances)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """View the call's rows of x (B, N, H, D) as (groups, H, rows, D)."""
+        return strided_view(x[self.row : self.row + 1, self.part.columns], self.branch.queries)[0]
+
+    def keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather the call's rows of k and v (B, N, K, D), and of the past: (groups, keys, K, D) each."""
+        groups, past = self.branch.queries.segments, self.past
+        own = [self._own(x) for x in (k, v)]
+        if not past:
+            k_, v_ = (x.index_select(0, self.blocks) for x in own)
+        else:
+            inside, cut, before = (where.nonzero()[:, 0] for where in self._places(past))
+            found = k.new_empty(2, len(self.blocks), self.size, *k.shape[2:])
+            if len(before) == len(self.blocks):
+                found = past.take(self.row, self.blocks)
+            elif len(before):
+                found[:, before] = past.take(self.row, self.blocks[before])
+            for into, x, of_past, all_of in zip(found, own, past.waiting, (k, v), strict=True):
+                if len(inside):
+                    into[inside] = x.index_select(0, self.blocks[inside] - self._first)
+                if len(cut):
+                    ends = all_of[self.row, self.part.columns][: self.size - of_past.shape[1]]
+                    into[cut] = torch.cat([of_past[self.row], ends])
+            k_, v_ = found
+        return k_.unflatten(0, (groups, -1)).flatten(1, 2), v_.unflatten(0, (groups, -1)).flatten(1, 2)
+
+    @property
+    def _first(self) -> int:
+        """The first block of which the shard has all tokens."""
+        return -(-self.part.start // self.size)
+
+    def _own(self, x: Tensor) -> Tensor:
+        """View the whole blocks of a shard's x (B, N, K, D) as (blocks, tokens of a block, K, D)."""
+        rows = x[self.row, self.part.columns][self._first * self.size - self.part.start :]
+        number = len(rows) // self.size
+        return rows[: number * self.size].unflatten(0, (number, self.size))
+
+    def _places(self, past: Past) -> tuple[Tensor, Tensor, Tensor]:
+        """Return masks of the blocks in the shard, of the one that the shard's start cuts, and of those before."""
+        inside, before = self.blocks >= self._first, self.blocks < past.stored
+        return inside, ~(inside | before), before
+
+    def turned(self, k: Tensor, turn: Turn | None) -> Tensor:
+        """Return keys (groups, keys, K, D), moved to where the groups see them, as (groups, K, keys, D)."""
+        if turn and self.distances is not None:
+            blocks = k.flatten(0, 1).unflatten(0, (-1, self.size))
+            k = turn(blocks[None], self.distances)[0].to(k.dtype).view(k.shape)
+        return k.transpose(1, 2)
+
+    def turned_back(self, dk: Tensor, turn: Turn | None) -> Tensor:
+        """Return the gradient of the argument of `turned`, given that of its result; `turn` is linear."""
+        if turn is None or self.distances is None:
+            return dk.transpose(1, 2)
+        with torch.enable_grad():
+            leaf = dk.transpose(1, 2).detach().contiguous().requires_grad_()
+            return torch.autograd.grad(self.turned(leaf, turn), leaf, dk)[0]
+
+    def add(self, into: Tensor, d: Tensor) -> None:
+        """Add gradients (groups, keys, K, D) of gathered rows to the gradient of the shard's rows (B, N, K, D)."""
+        d = d.flatten(0, 1).unflatten(0, (-1, self.size)).to(into.dtype)
+        if not self.past:
+            self._own(into).index_add_(0, self.blocks, d)
+            return
+        inside, cut, _ = self._places(self.past)
+        self._own(into).index_add_(0, self.blocks[inside] - self._first, d[inside])
+        held = self.past.waiting.shape[2]
+        into[self.row, self.part.columns][: self.size - held] += d[cut].sum(0)[held:]
+
+
+def _folded(x: Tensor, k: Tensor) -> Tensor:
+    """Return x (groups, H, rows, D) as (groups, K, H / K * rows, D): heads that share a key head are rows of it."""
+    return x.reshape(len(x), k.shape[2], -1, x.shape[-1])

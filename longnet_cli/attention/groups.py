@@ -1,0 +1,84 @@
+"""Groups of queries that see the same chosen blocks (`choosing`), and what choosing costs. Pure integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+from .pattern import MEAN_OF, PRESELECTED, VOTERS, Pattern
+
+
+class Groups(NamedTuple):
+    """Neighbouring groups of queries that see equally many blocks: `number` groups of `queries` rows each.
+
+    first: position of the first query. near: position at which the near keys of all groups start.
+    """
+
+    first: int
+    number: int
+    queries: int
+    near: int
+
+
+class Part(NamedTuple):
+    """Groups of one document: rows and tokens of the batch that hold it, and the position of the first such token."""
+
+    rows: slice
+    columns: slice
+    start: int
+    groups: Groups
+
+
+def groups_of(pattern: Pattern, start: int, stop: int) -> Iterator[Groups]:
+    """Yield the groups of queries at positions [start, stop) that see blocks; those that see all blocks are one."""
+    w, back, every = pattern.segment_lengths[0], pattern.look_backs[0], pattern.chosen_every
+    for segment in range(max(start // w, back + 1), (stop - 1) // w + 1):
+        first, last, near = max(start, segment * w), min(stop, (segment + 1) * w), (segment - back) * w
+        if near <= pattern.chosen_keys:
+            yield Groups(first, 1, last - first, near)
+            continue
+        begin, end = -(-first // every) * every, last // every * every
+        if first < begin:
+            yield Groups(first, 1, min(begin, last) - first, near)
+        if begin < end:
+            yield Groups(begin, (end - begin) // every, every, near)
+        if max(begin, end) < last:
+            yield Groups(end, 1, last - end, near)
+
+
+def compared_means(pattern: Pattern, stop: int) -> int:
+    """Return the mean keys that each voter of the group which ends at position `stop` is compared with."""
+    (w,), (back,) = pattern.segment_lengths, pattern.look_backs
+    near = ((stop - 1) // w - back) * w
+    candidates, per_block = near // pattern.chosen_block - 1, pattern.chosen_block // MEAN_OF
+    if near <= pattern.chosen_keys:
+        return 0
+    return candidates * per_block if candidates <= PRESELECTED else candidates + PRESELECTED * per_block
+
+
+def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int) -> int:
+    """Return the FLOPs of a layer's chosen blocks in a document of `tokens`: of the votes, and of the attention."""
+    (w,), (back,) = pattern.segment_lengths, pattern.look_backs
+
+    def of_segment(segment: int, queries: int) -> int:
+        near = (segment - back) * w
+        attended = 4 * queries * min(near, pattern.chosen_keys)
+        return attended + 2 * -(-queries // pattern.chosen_every) * VOTERS * compared_means(pattern, (segment + 1) * w)
+
+    whole, rest = divmod(tokens, w)
+    # between these segments, the numbers grow evenly
+    edges = [0, pattern.chosen_keys // w, pattern.chosen_block * (PRESELECTED + 1) // w, whole - back - 1]
+    steps = sorted(back + 1 + max(0, min(edge, whole - back - 1)) for edge in edges)
+    total = of_segment(whole, rest) if whole > back else 0
+    for first, stop in pairwise(steps):
+        total += (stop - first) * (of_segment(first, w) + of_segment(max(first, stop - 1), w)) // 2
+    return heads * head_dim * total
+
+
+def past_bytes(pattern: Pattern, kv_heads: int, head_dim: int, tokens: int, itemsize: int) -> int:
+    """Return the bytes of one layer's past: all keys and values, of `itemsize` bytes per number, and mean keys."""
+    if not pattern.chosen:
+        return 0
+    means = tokens // MEAN_OF + tokens // pattern.chosen_block
+    return kv_heads * head_dim * (2 * itemsize * tokens + max(4, itemsize) * means)
