@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longnet_cli.attention import KVCache, Past, Pattern, choosing, dilated_attention, past, reference
 from longnet_cli.attention.choosing import Chosen
-from longnet_cli.attention.groups import Groups, Part, groups_of
+from longnet_cli.attention.groups import GroupedPart, Groups, groups_of
 from longnet_cli.attention.reference import chosen_blocks, dilated_attention_reference
 
 WINDOW = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
@@ -29,7 +29,7 @@ WINDOW = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_ever
 def choice_of(q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: choosing.Turn | None) -> list:
     """What the operator chooses, in the form of `chosen_blocks`."""
     every, (batch, tokens) = pattern.chosen_every, q.shape[:2]
-    parts = [Part(slice(0, batch), slice(0, tokens), 0, each) for each in groups_of(pattern, 0, tokens)]
+    parts = [GroupedPart(slice(0, batch), slice(0, tokens), 0, each) for each in groups_of(pattern, 0, tokens)]
     chosen = Chosen(pattern, parts, turn)
     chosen.choose(q, k, scale)
     found = []
@@ -166,7 +166,7 @@ def test_the_best_512_of_many_blocks_are_compared() -> None:
     k[:, 2400:2404], k[:, 2404:2408] = 3, -9
 
     def choose() -> list[int]:
-        chosen = Chosen(pattern, [Part(slice(0, 1), slice(0, start + 8), 0, Groups(start, 1, 8, near))], None)
+        chosen = Chosen(pattern, [GroupedPart(slice(0, 1), slice(0, start + 8), 0, Groups(start, 1, 8, near))], None)
         chosen.choose(q, k, 1.0)
         return chosen.blocks[0][0][0].tolist()
 

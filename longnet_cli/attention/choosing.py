@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
-from .groups import Part
+from .groups import GroupedPart
 from .merging import GradientSum, Merge, accumulator, strided_view
 from .past import Means, Past, unrotated
 from .pattern import NEIGHBOUR, PRESELECTED, VOTERS, Pattern
@@ -47,7 +47,9 @@ class Chosen:
     and row: (groups, m) int64, ascending. `past` holds the tokens before the shard, if there are any.
     """
 
-    def __init__(self, pattern: Pattern, parts: Sequence[Part], turn: Turn | None, past: Past | None = None) -> None:
+    def __init__(
+        self, pattern: Pattern, parts: Sequence[GroupedPart], turn: Turn | None, past: Past | None = None
+    ) -> None:
         self.pattern, self.parts, self.turn, self.past = pattern, parts, turn, past
         self.blocks: list[list[Tensor]] = []
 
@@ -110,11 +112,11 @@ class Chosen:
                 call.add(into, d)
         return found
 
-    def _past(self, part: Part) -> Past | None:
+    def _past(self, part: GroupedPart) -> Past | None:
         """Return the past of the document of a part; only the first document of a shard has any."""
         return self.past if part.start else None
 
-    def _calls(self, kernel: Kernel, q: Tensor, k: Tensor) -> Iterator[_Call]:
+    def _calls(self, kernel: Kernel, q: Tensor, k: Tensor) -> Iterator[_GroupCall]:
         heads, (kv_heads, head_dim) = q.shape[2], k.shape[2:]
         for part, of_rows in zip(self.parts, self.blocks, strict=True):
             for row, blocks in enumerate(of_rows, part.rows.start):
@@ -123,9 +125,9 @@ class Chosen:
                 step = max(1, min(most, GATHERED // (keys * kv_heads * head_dim)))
                 for first in range(0, len(blocks), step):
                     some = blocks[first : first + step]
-                    yield _Call.of(self.pattern, part, self._past(part), row, first, some, heads)
+                    yield _GroupCall.of(self.pattern, part, self._past(part), row, first, some, heads)
 
-    def _means(self, k: Tensor, part: Part, stop: int) -> Means:
+    def _means(self, k: Tensor, part: GroupedPart, stop: int) -> Means:
         """Return the means of a document's blocks before position `stop`, for keys k (rows, N, K, D) of the shard."""
         past, size = self._past(part), self.pattern.chosen_block
         if not past:
@@ -139,7 +141,7 @@ class Chosen:
             past.means.write(part.rows, past.stored, keys, self.turn)
         return past.means
 
-    def _voted(self, q: Tensor, row: int, part: Part, means: Means, scale: float) -> Tensor:
+    def _voted(self, q: Tensor, row: int, part: GroupedPart, means: Means, scale: float) -> Tensor:
         """Return the blocks (groups, m) that each group sees, by the votes of q (N, H, D), tokens of the document."""
         number, every = part.groups.number, self.pattern.chosen_every
         start = part.groups.first // every * every
@@ -216,14 +218,14 @@ def _best(scores: Tensor, number: int) -> Tensor:
     return seen.nonzero()[:, 1].view(-1, number)
 
 
-class _Call(NamedTuple):
+class _GroupCall(NamedTuple):
     """One call of attention: groups of one row of a batch on the tokens of their `blocks` (groups * m,).
 
     distances (groups * m,): positions by which each block's keys are moved; None if they stay.
     """
 
     size: int
-    part: Part
+    part: GroupedPart
     past: Past | None
     row: int
     branch: Branch
@@ -232,8 +234,8 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(
-        cls, pattern: Pattern, part: Part, past: Past | None, row: int, first: int, blocks: Tensor, heads: int
-    ) -> _Call:
+        cls, pattern: Pattern, part: GroupedPart, past: Past | None, row: int, first: int, blocks: Tensor, heads: int
+    ) -> _GroupCall:
         """Make the call for groups from `first` on, with these blocks (groups, m)."""
         size, every, near = pattern.chosen_block, pattern.chosen_every, part.groups.near
         groups, m = blocks.shape

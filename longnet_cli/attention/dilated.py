@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from .branches import Turned, branches, united
 from .choosing import Chosen
-from .groups import Part, groups_of
+from .groups import GroupedPart, groups_of
 from .kernels import select_kernel
 from .merging import Plan, merged_backward, merged_forward, unit_stride
 from .merging import kernel_calls as kernel_calls
@@ -252,7 +252,7 @@ def _plan(
         plan.append((*place, found))
         if pattern.chosen:
             groups = groups_of(pattern, position, position + stop - begin)
-            chosen += [Part(*place, position, each) for each in groups]
+            chosen += [GroupedPart(*place, position, each) for each in groups]
     return Plan.of(plan, batch, tokens, heads, kv_heads, packs, chosen)
 
 

@@ -21,7 +21,7 @@ class Groups(NamedTuple):
     near: int
 
 
-class Part(NamedTuple):
+class GroupedPart(NamedTuple):
     """Groups of one document: rows and tokens of the batch that hold it, and the position of the first such token."""
 
     rows: slice

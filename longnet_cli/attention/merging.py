@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .branches import Branch, Union, branches
-from .groups import Part
+from .groups import GroupedPart
 from .packing import Block, Pack, packed
 from .plain_call import Kernel
 from .rows import Rows
@@ -51,7 +51,7 @@ class Plan:
     packs: Sequence[Pack] = ()
     covered: bool = False
     squares: bool = False
-    chosen: Sequence[Part] = ()
+    chosen: Sequence[GroupedPart] = ()
 
     @classmethod
     def of(
@@ -62,7 +62,7 @@ class Plan:
         heads: int,
         kv_heads: int,
         packs: bool,
-        chosen: Sequence[Part] = (),
+        chosen: Sequence[GroupedPart] = (),
     ) -> Plan:
         """Plan the calls of some blocks. `packs`: the kernel takes packed sequences."""
         views, gathered = packed(blocks, tokens, heads, kv_heads) if packs else (blocks, [])
