@@ -6,8 +6,9 @@
 
 Each case is a line of shell, run in a folder of its own by either checkout. What it prints, its exit code and every
 file that it writes are compared byte by byte; in text, what MASKS name is left out first. Inputs are made once, models
-and folders of interrupted runs by the other checkout, which both then read and continue. Exit codes: 0, all is the
-same; 1, something differs: a line for each file says what. It takes one core, five minutes and the extras hf, lora, gguf and h5.
+and folders of interrupted runs by the other checkout, which both then read and continue. It needs one core, four to
+five minutes of it, and the extras hf, lora, gguf and h5. Exit codes: 0, all is the same; 1, something differs: a line
+for each file says what.
 """
 
 from __future__ import annotations
