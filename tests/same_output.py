@@ -2,12 +2,13 @@
 
     python tests/same_output.py ../before                 # the checkout before the change; this one is after it
     python tests/same_output.py ../before -o runs/same    # keep inputs and outputs in this folder
-    python tests/same_output.py ../before --only train    # only cases whose names hold this word
+    python tests/same_output.py ../before --only 'train|resume'    # only cases of these names
 
 Each case is a line of shell, run in a folder of its own by either checkout. What it prints, its exit code and every
 file that it writes are compared byte by byte; in text, what MASKS name is left out first. Inputs are made once, models
-and folders of interrupted runs by the other checkout, which both then read and continue. Exit codes: 0, all is the
-same; 1, something differs: a line says what. It takes one core, five minutes and the extras hf, lora, gguf and h5.
+and folders of interrupted runs by the other checkout, which both then read and continue. It needs one core, four to
+five minutes of it, and the extras hf, lora, gguf and h5. Exit codes: 0, all is the same; 1, something differs: a line
+for each file says what.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,7 +80,7 @@ tokenize-bad: longnet tokenize $in/bad.jsonl -o tokens --shard-tokens 20;
 tokenize-ranks: longnet tokenize $in/many.jsonl -o tokens --dp 2 --shard-tokens 2k
 
 inspect: for name in texts rows.jsonl rows.parquet ids.arrow ids.stream tokens flat.parquet vectors.arrow;
-    do longnet data inspect $in/$name; done
+    do longnet data inspect $in/$name; done; longnet data inspect $in/flat.parquet --eos 0
 inspect-json: for name in tokens ids.arrow bad.jsonl bad-ids.arrow;
     do longnet data inspect $in/$name --tokenizer longnet-tiny --format json; done
 inspect-bad: longnet data inspect $in/bad.jsonl $in/bad-ids.arrow $in/cut.arrow --tokenizer $in/tokens
@@ -92,14 +94,15 @@ encode-pipe: longnet tokenize $in/texts --tokenizer longnet-tiny -o - -q | longn
 encode-pools: for pool in mean last first;
     do longnet encode $in/ids.arrow --model $in/native --pool $pool --no-normalize -o $pool.arrow; done
 encode-cls: longnet encode $in/ids.arrow --model $in/native --pool cls -o vectors.arrow
-encode-layers: longnet encode $in/ids.arrow --model $in/native --all-layers --span 64 --chunk 50 -o layers.parquet
+encode-layers: longnet encode $in/ids.arrow --model $in/native --all-layers --chunk 50 -o layers.parquet;
+    longnet encode $in/ids.arrow --all-layers --span 64 -o refused.arrow
 encode-flat: longnet encode $in/flat.parquet --model $in/native --eos 0 -o vectors.arrow
 encode-skip-bad: longnet encode $in/bad.jsonl $in/bad-ids.arrow $in/cut.arrow -o vectors --skip-bad
 encode-bad: longnet encode $in/bad-ids.arrow -o vectors.arrow
 encode-both-ways: longnet encode $in/texts --model $in/encoder -o vectors.arrow --span 50 --chunk 100 --spill .
 encode-pattern: longnet encode $in/texts --model $in/native --pattern window:32,sinks=2 --bos none -o vectors.jsonl
 encode-llama: longnet encode $in/rows.jsonl --model $in/llama -o vectors.arrow --keep year --span 32
-encode-llama-window: longnet encode $in/texts --model $in/llama --pattern window:32,sinks=4 -o vectors --all-layers
+encode-llama-window: longnet encode $in/texts --model $in/llama --pattern window:32,sinks=4 -o vectors
     --chunk 100
 encode-llama-skip: longnet encode $in/rows.jsonl $in/texts --model $in/llama -o vectors --skip-bad
 encode-slides: longnet encode $in/made/slides.parquet --model $in/made/encoder --pool mean -o slides.parquet
@@ -200,7 +203,8 @@ dry-encode-slides: longnet encode $in/made/slides.parquet --model $in/made/encod
 dry-encode-llama: longnet encode $in/texts --model $in/llama --pattern window:32,sinks=4 --dry-run --chunk 128
 
 pattern: longnet pattern paper window:1Ki,sinks=4 geometric:64Ki nested:1Mi dense
-pattern-models: longnet pattern longnet-tiny $in/native $in/recipe.toml $in/llama $in/made/encoder longnet-125m
+pattern-models: longnet pattern longnet-tiny $in/native $in/recipe.toml $in/made/encoder longnet-125m;
+    longnet pattern $in/llama
 pattern-json: longnet pattern 64/1,256/4,look_back=1,overlap=once,queries=all,sinks=2,level_bias=log_rate pretrained
     --format json --seq 4Ki --heads 4 --layers 3
 pattern-both-ways: longnet pattern 64/1,256/4,head_offsets=grouped --bidirectional
@@ -542,11 +546,12 @@ def show(line: str) -> None:
 def differences(before: Path, after: Path) -> Iterator[str]:
     """Yield `FILE: what differs` for two folders of a case."""
     found = [{str(path.relative_to(place)): path for path in place.rglob("*")} for place in (before, after)]
-    for name in sorted(found[0] | found[1]):
-        old, new = (files.get(name) for files in found)
-        if old is None or new is None:
-            yield f"{name}: only {'after' if old is None else 'before'}"
-        elif old.is_file() and new.is_file():
+    for side, more, less in (("before", found[0], found[1]), ("after", found[1], found[0])):
+        if alone := sorted(more.keys() - less.keys()):
+            yield f"{alone[0]}: only {side}{f', and {len(alone) - 1} more files' if alone[1:] else ''}"
+    for name in sorted(found[0].keys() & found[1].keys()):
+        old, new = found[0][name], found[1][name]
+        if old.is_file() and new.is_file():
             if difference := compare(*(content(path) for path in (old, new))):
                 yield f"{name}: {difference}"
         elif old.is_file() != new.is_file():
@@ -574,19 +579,22 @@ def compare(old: bytes, new: bytes) -> str | None:
     try:
         texts = [mask(data.decode()) for data in (old, new)]
     except UnicodeDecodeError:
-        offset = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-        return f"byte {offset}, of {len(old)} and {len(new)} bytes"
+        return f"byte {first_difference(old, new)}, of {len(old)} and {len(new)} bytes"
     if texts[0] == texts[1]:
         return None
     values = [value_of(text) for text in texts]
     if None not in values:
         return key_that_differs(*values)
-    lines = [text.splitlines() for text in texts]
-    for number, (a, b) in enumerate(zip(*lines, strict=False), 1):
-        if a != b:
-            values = [value_of(a), value_of(b)]
-            return f"line {number}: {shorten(a, b) if None in values else key_that_differs(*values)}"
-    return f"{len(lines[0])} and {len(lines[1])} lines"
+    lines = zip_longest(*(text.splitlines(keepends=True) for text in texts), fillvalue="")
+    number, pair = next((number, pair) for number, pair in enumerate(lines, 1) if len(set(pair)) > 1)
+    values = [value_of(line) for line in pair]
+    return f"line {number}: {shorten(*pair) if None in values else key_that_differs(*values)}"
+
+
+def first_difference(old: Sequence[object], new: Sequence[object]) -> int:
+    return next(
+        (n for n, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), min(len(old), len(new))
+    )
 
 
 def mask(text: str) -> str:
@@ -619,8 +627,7 @@ def key_that_differs(old: Any, new: Any, key: str = "") -> str:
 def shorten(old: object, new: object) -> str:
     """Return two values with the first place where they differ, at most some 80 characters of each."""
     a, b = str(old), str(new)
-    same = next((n for n, pair in enumerate(zip(a, b, strict=False)) if len(set(pair)) > 1), 0)
-    start = max(0, same - 30)
+    start = max(0, first_difference(a, b) - 30)
     return " -> ".join(repr(("..." if start else "") + text[start : start + 80]) for text in (a, b))
 
 
@@ -640,10 +647,10 @@ def interrupt_all(resumed: dict[str, tuple[str, str]], before: Checkout, output:
 
 
 def compare_checkouts(other: Path, output: Path, only: str) -> list[str]:
-    """Run the cases whose names hold `only` with both checkouts, and return what differs, a line each."""
-    cases = {name: line for name, line in parse(CASES).items() if only in name}
+    """Run the cases whose names match `only` with both checkouts, and return what differs, a line each."""
+    cases = {name: line for name, line in parse(CASES).items() if re.search(only, name)}
     resumed = {f"resume-{sign.partition('/')[0]}": (sign, line) for sign, line in parse(RESUMED).items()}
-    resumed = {name: command for name, command in resumed.items() if only in name}
+    resumed = {name: command for name, command in resumed.items() if re.search(only, name)}
     cases |= {name: f"cp -a $in/interrupted/{name}/. . && {line} --resume" for name, (_, line) in resumed.items()}
     inputs = output / "in"
     inputs.mkdir(parents=True)
@@ -673,7 +680,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("other", type=Path, help="the checkout to compare with")
     parser.add_argument("-o", "--output", type=Path, help="keep inputs and outputs here (default: only if they differ)")
-    parser.add_argument("--only", default="", metavar="WORD", help="run only cases whose names hold this word")
+    parser.add_argument("--only", default="", metavar="REGEX", help="run only cases whose names match")
     args = parser.parse_args()
     output = (args.output or Path(tempfile.mkdtemp(prefix="same-output-"))).resolve()
     if output.exists() and not FOLDERS.issuperset(os.listdir(output)):
