@@ -57,7 +57,7 @@ class Cut:
 
     @property
     def nothing(self) -> str:
-        """What to say of documents without a token to score."""
+        """The error text for documents without a token to score."""
         if self.last:
             return f"no token could be scored: no document has {self.least} tokens or more"
         if self.bos:

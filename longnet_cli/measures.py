@@ -115,7 +115,7 @@ def _rows(table: np.ndarray, ranges: Sequence[Range]) -> list[Row]:
 
 
 class Gain(NamedTuple):
-    """What a document gains from the longest of several contexts over the shortest one. All are None without tokens.
+    """The gain of a document from the longest of several contexts over the shortest one. All are None without tokens.
 
     `gain` is the nats per token at the shortest context minus the nats at the longest, `gain_se` its standard error
     over blocks of 128 tokens (None for fewer than two blocks), `gain_share` the share of tokens that gain more than 2

@@ -108,7 +108,7 @@ def test_memory_of_a_backward(monkeypatch: pytest.MonkeyPatch, tokens: int, fuse
     from longnet_cli.attention.kernels import KERNELS
 
     monkeypatch.setattr(merging, "_fused", lambda q: one_pass if fused else None)
-    monkeypatch.setattr(one_pass._Pieces, "launch", lambda *_, **__: None)  # which needs memory to read
+    monkeypatch.setattr(one_pass._LaunchParts, "launch", lambda *_, **__: None)  # which needs memory to read
     kernel = KERNELS["cuda_flash"]
     with FakeTensorMode():
         q, k, v, out, dout = (torch.empty(1, tokens, 12, 64, dtype=torch.bfloat16) for _ in range(5))

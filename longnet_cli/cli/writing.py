@@ -1,4 +1,4 @@
-"""What the commands with `-o` share: its checks before a model is loaded, the counts of --skip-bad, exit code 6."""
+"""Functions for the commands with `-o`: checks before a model is loaded, the counts of --skip-bad, exit code 6."""
 
 from __future__ import annotations
 
