@@ -97,7 +97,9 @@ class Sampler:
         """Return an id and its log-probability. Raises NotFiniteError if a logit is NaN, or if all are infinite."""
         logits = logits.float()
         logprobs = logits.log_softmax(-1)
-        index = self._draw(logits) if self.temperature else logits.argmax(-1)
+        # The inverse of a smaller temperature is infinite in float32: 0 / 0 would be drawn from.
+        draws = self.temperature >= torch.finfo(torch.float32).tiny
+        index = self._draw(logits) if draws else logits.argmax(-1)
         found, logprob = int(index), float(logprobs[index])
         if logprob != logprob:
             raise NotFiniteError("the model's logits are not finite: its weights are too large, or damaged")

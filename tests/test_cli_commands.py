@@ -246,6 +246,10 @@ def test_failures_are_one_line_and_their_exit_code(run_longnet: RunLongnet, mode
         (2, [*train, "hole.parquet/run"], "hole.parquet is a file, and -o names the folder of a run"),
         (2, [*train, ""], "--output is empty"),
         (2, ["train", "no-such-recipe"], "no recipe 'no-such-recipe'. Shipped recipes: "),
+        (2, ["train", "no-such-recipe"], "; a path ends in .toml\n"),
+        (2, ["train", "other/my.toml"], "no recipe 'other/my.toml': no such file. Shipped recipes: "),
+        (2, ["train", "--resume", "a" * 10_000], "aaa: File name too long"),
+        (2, ["train", "recipe.toml", "--resume", "a" * 10_000], "aaa: File name too long"),
         (2, ["train", "-o", "run"], "there is no run in run"),
     ]
     before = set(tmp_path.iterdir())

@@ -178,3 +178,8 @@ def test_the_value_of_an_option_may_be_left_out() -> None:
         "--end took 'a' as its value, and no INPUT is left: write --end last",
     )
     assert "--end is empty" in str(parse("a", "--end", ""))
+
+
+def test_a_refused_choice_is_said_without_the_words_of_a_library() -> None:
+    output = CliRunner().invoke(app, ["score", "x", "--format", "yaml"]).output
+    assert "'--format': 'yaml' is not one of 'text'," in output

@@ -60,6 +60,7 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, [*marked, *args[len(words) :]])
         except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # pydantic's, by which typer parses
             missing: Any = error.param
             if not name or missing is None or missing.param_type_name != "argument":
                 raise

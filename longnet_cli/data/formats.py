@@ -24,13 +24,12 @@ from longnet_cli.data.folders import JSON_SUFFIXES, SHARD_SUFFIXES, sniff
 from longnet_cli.data.hdf5 import open_hdf5
 from longnet_cli.data.jsonlines import open_json_lines
 from longnet_cli.data.names import Source
-from longnet_cli.data.tables import Pipe, Table, Text, pick, reading
+from longnet_cli.data.tables import BYTE_ORDER_MARK, Pipe, Table, Text, pick, reading
 from longnet_cli.errors import DataError
 
 PARQUET_BATCH_BYTES = 64 << 20
 TEXT_BUFFER = 1 << 20  # bytes per read of a text
 TEXT_PART = 16 << 20  # bytes of a text in memory at a time; a longer text is read in parts
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 REMOTE_BUFFER = 8 << 20  # bytes per request to a store
 
 

@@ -14,14 +14,15 @@ from longnet_cli.data.columns import ID_COLUMNS, Wanted
 from longnet_cli.data.compressed import bare_name
 from longnet_cli.data.folders import JSON_SUFFIXES
 from longnet_cli.data.names import Source
-from longnet_cli.data.tables import CHAT_COLUMN, TOKEN_COLUMNS, Pipe, Table, one_line
+from longnet_cli.data.tables import BYTE_ORDER_MARK, CHAT_COLUMN, TOKEN_COLUMNS, Pipe, Table, one_line
 from longnet_cli.errors import ConfigError, DataError
 
 BATCH_BYTES = 4 << 20  # of the lines in one batch
 LOOK_AHEAD = 1 << 20  # bytes of lines that decide the types of carried columns
+HEAD_LINES, HEAD_BYTES = 100, 16 << 20  # of the lines that tell whether an input is JSON Lines
 PATIENCE = 0.5  # seconds that a line from a slow producer waits for others
 
-_OBJECT = re.compile(rb'(\xef\xbb\xbf)?\{[ \t]*"')  # no Python dict, pretty-printed .json or CSS rule matches
+_BEGINNING = re.compile(rb"(\xef\xbb\xbf)?\{|\s")
 _ABSENT = object()  # in place of a value, null or not
 _TEXT, _IDS = pa.large_string(), pa.large_list(pa.int64())
 _CHAT = pa.list_(pa.map_(pa.string(), pa.string()))  # of messages with any keys
@@ -31,28 +32,41 @@ _CHAT = pa.list_(pa.map_(pa.string(), pa.string()))  # of messages with any keys
 def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
     """Open a JSON Lines input as a table. Return None for plain text, and leave all of it in the pipe.
 
-    An input is JSON Lines if its first line is an object with the documents' column of `wanted` or, if it names none,
-    with `text`, a list of ids under one of TOKEN_COLUMNS, or `messages`. The first line decides which keys are
-    columns. The first lines decide the types of columns that are carried along, which a line may lack. Raises DataError
-    for a file named .jsonl or .ndjson that starts otherwise. Reading to the end raises ConfigError, listing the keys,
+    An input is JSON Lines if its name says so, or if its first line that is not blank begins with `{` and one of the
+    first HEAD_LINES is an object, unless they are one JSON value of several lines or one object without a usual key.
+    The first line with the documents' column of `wanted` or, if it names none, with `text`, a list of ids under one of
+    TOKEN_COLUMNS, or `messages`, decides which keys are columns; nothing after it is waited for. The lines before it
+    are bad. The first lines decide the types of columns that are carried along, which a line may lack. Raises
+    DataError for JSON Lines that begin without such a line. Reading to the end raises ConfigError, listing the keys,
     for a column to carry along that no line has.
     """
     column = wanted.column
     named = bare_name(source.name).endswith(JSON_SUFFIXES)
-    line = pipe.readline() if named or _OBJECT.match(pipe.peek(32)) else b""
-    pipe.unread(line)
-    try:
-        first = _parse(line)
-    except ValueError as error:
-        first, problem = {}, str(error)
-    else:
-        problem = f"no key {column!r}" if column else f"no key text, {', '.join(TOKEN_COLUMNS)}"
-    names = [*first, *(name for name in wanted.names if name not in first)]
-    fields = {name: kind for name in names if (kind := _column_type(name, _value(first, name), wanted.id_column))}
-    if not fields.keys() & ({column} if column else {"text", CHAT_COLUMN, *TOKEN_COLUMNS}):
-        if named and line:
-            raise DataError(f"{source.where}, line 1: not JSON Lines of documents: {problem}")
+    usual = (column,) if column else ("text", *TOKEN_COLUMNS, CHAT_COLUMN)
+    fields: dict[str, pa.DataType] = {}
+    lines, objects, problems = list[bytes](), list[dict[str, Any]](), list[str]()
+    for line in _head(pipe, named):
+        lines.append(line)
+        try:
+            row = _parse(line.strip() and line)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if named or line.startswith((b"{", BYTE_ORDER_MARK)):  # the objects in a pretty-printed one are indented
+            objects.append(row)
+            names = [*row, *(name for name in wanted.names if name not in row)]
+            kinds = {name: kind for name in names if (kind := _column_type(name, _value(row, name), wanted.id_column))}
+            fields = fields or (kinds if kinds.keys() & {*usual} else {})
+            problems.append(_problem(row, usual))
+        if fields and (named or not _is_one_value(lines)):
+            break
+    head = b"".join(lines)
+    pipe.unread(head)
+    other = not fields and b"\n" not in head.strip() and not any(row.keys() & {*usual, "text"} for row in objects)
+    if not head or (not named and (not objects or other or _is_one_value(lines))):
         return None
+    if not fields:
+        raise DataError(f"{source.where}, line 1: not JSON Lines of documents: {problems[0]}")
     fields |= _kept_types(pipe, source.where, [name for name in wanted.keep if name not in (*fields, column)])
     schema = pa.schema(list(fields.items()))
     bad: dict[int, str] = {}
@@ -89,6 +103,40 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
             yield _batch(rows, chosen)
 
     return Table(source.name, source.where, schema, batches, "JSON Lines", numbered="line", typed=False, bad=bad)
+
+
+def _head(pipe: Pipe, named: bool) -> Iterator[bytes]:
+    """Yield the first lines, if the input is `named` JSON Lines or the first that is not blank begins with `{`."""
+    size = count = 0
+    while count < HEAD_LINES and size < HEAD_BYTES and (named or _BEGINNING.match(pipe.peek(4))):
+        if not (line := pipe.readline()):
+            break
+        yield line
+        if line.strip() and line[:1].isspace() and not named:  # indented text
+            break
+        named = named or bool(line.strip())
+        size += len(line) if count else 0  # a first line of any size has a second
+        count += 1
+
+
+def _is_one_value(lines: list[bytes]) -> bool:
+    """Return whether the lines are, or begin, one JSON value of several lines, such as pretty-printed JSON."""
+    text = b"".join(lines).removeprefix(BYTE_ORDER_MARK).decode("utf-8", "replace").strip()
+    try:
+        return "\n" in text[: json.JSONDecoder().raw_decode(text)[1]]
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _problem(row: dict[str, Any], names: Sequence[str]) -> str:
+    """Return why a row has no document under any of `names`."""
+    found = next((name for name in names if _value(row, name, _ABSENT) is not _ABSENT), None)
+    if found:
+        null = _value(row, found) is None
+        return f"{found!r} is {'null' if null else 'neither text, a list of token ids nor a chat'}"
+    return f"no key {names[0]!r}" if len(names) == 1 else f"no key text, {', '.join(TOKEN_COLUMNS)}"
 
 
 def _lines(pipe: Pipe) -> Iterator[bytes]:
@@ -148,7 +196,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     if not line:
         raise ValueError("the line is empty: JSON Lines holds one object a line")
     try:
-        value = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").rstrip())
+        value = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte {error.start} is 0x{line[error.start]:02x}") from error
     except json.JSONDecodeError as error:

@@ -16,6 +16,7 @@ from longnet_cli.errors import DataError, MemoryLimitError
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
 CHAT_COLUMN = "messages"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)

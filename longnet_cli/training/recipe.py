@@ -358,7 +358,8 @@ def _read(path: str) -> tuple[Any, str]:
         return parse(read_text(file), json.loads if form == "JSON" else tomllib.loads), str(path)
     except FileNotFoundError:
         shipped = ", ".join(sorted(p.stem for p in preset_dir().glob("*.toml")))
-        raise ConfigError(f"no recipe '{path}'. Shipped recipes: {shipped}; a path ends in .toml") from None
+        missing, hint = (": no such file", "") if file == Path(path) and file.suffix else ("", "; a path ends in .toml")
+        raise ConfigError(f"no recipe '{path}'{missing}. Shipped recipes: {shipped}{hint}") from None
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
     except ValueError as error:  # of the parser, or not UTF-8

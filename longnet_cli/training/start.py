@@ -87,11 +87,14 @@ def find_checkpoint(output: Path, resume: Resume, ranks: Ranks, on_note: Callabl
 
 
 def _recipe_of_run(folder: Path, resume: Resume) -> str | None:
-    """Return the path of the recipe that the resumed run has written; None if there is none."""
+    """Return the path of the recipe that the resumed run has written, None without one. Raises ConfigError."""
     if resume is False:
         return None
     runs = [folder] if resume is True else [Path(resume), Path(resume).parent.parent]  # a run, or its checkpoint
-    return next((str(run / RECIPE) for run in runs if (run / RECIPE).exists()), None)
+    try:
+        return next((str(run / RECIPE) for run in runs if (run / RECIPE).exists()), None)
+    except OSError as error:  # the name is too long
+        raise ConfigError(f"{runs[0]}: {error.strerror}") from None
 
 
 def _chunk_of(recipe: str) -> int | None:
