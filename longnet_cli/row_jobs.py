@@ -140,6 +140,7 @@ def write_rows(
     resume: bool = False,
     stored: Iterable[Document] = (),
     left_out: LeftOut | None = None,
+    opened: Sequence[tuple[str, str | None]] | None = None,
     ranks: Ranks | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
@@ -155,7 +156,8 @@ def write_rows(
     machine with as many threads, the result is byte for byte as if the run had never stopped. `settings` (JSON values)
     identifies the documents; settings, model and options must be the same as in the earlier run. Only a `chunk` of None
     takes the earlier run's value, because on a GPU the default depends on the free memory. A resumed run leaves out
-    again what the earlier run left out. The manifest has the counts of `left_out`.
+    again what the earlier run left out. The manifest has the counts of `left_out`, and the digests of the `opened`
+    inputs (see `Inputs`): those of finished shards must be the same in a resumed run.
 
     Raises ConfigError for invalid options and for a folder that is in use, DataError for no document or a damaged
     shard, LongNetError when a write fails. After an error there is no output file, and a folder keeps its finished
@@ -195,13 +197,14 @@ def write_rows(
         folder = None
         if ranks.first:
             about: dict[str, Any] = {"settings": decisive, "name": job.shard_name, "format": shard_format}
-            folder = ShardFolder(output, job.schema, **about, resume=resume, left_out=left_out)
+            folder = ShardFolder(output, job.schema, **about, resume=resume, left_out=left_out, opened=opened)
             stack.enter_context(folder)
         if ranks.any(folder is not None and folder.finished):
             return folder
         done = ranks.from_first(folder.documents if folder else 0)
         tokens = ranks.from_first(folder.totals["tokens"] if folder else 0)
-        sequences = islice(job.checked(documents, stored, left_out.skip, left_out.pass_over), done, None)
+        every = job.checked(documents, stored, left_out.skip, left_out.pass_over)
+        sequences = folder.unread(every) if folder else islice(every, done, None)
         for part, batch in job.deal(sequences, ranks, tokens, shard=shard_size, size_of=job.size):
             if folder and batch is not None:
                 folder.write(batch, tokens=_tokens(batch))

@@ -105,7 +105,8 @@ def tokenize(
     loaded = loaded.with_eos(eos_id)
     schema = token_schema(vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256)
 
-    texts = _apart(_readable(replace(inputs, tokenizer=loaded).texts(), left_out.skip))
+    opened: list[tuple[str, str | None]] | None = [] if in_folder and first else None
+    texts = _apart(_readable(replace(inputs, tokenizer=loaded, opened=opened).texts(), left_out.skip))
     with ExitStack() as stack:
         folder: ShardFolder | None = None
         rows: TokenBatches | None = None
@@ -123,7 +124,8 @@ def tokenize(
                 **chat_settings(loaded),
             }
             about: dict[str, Any] = {"settings": settings, "format": shard_format, "tokenizer": loaded.description}
-            folder = stack.enter_context(ShardFolder(output, schema, **about, resume=resume, left_out=left_out))
+            folder = ShardFolder(output, schema, **about, resume=resume, left_out=left_out, opened=opened)
+            stack.enter_context(folder)
             rows = TokenBatches(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
         elif first:
             writer = stack.enter_context(ShardWriter(output, schema))
@@ -135,7 +137,8 @@ def tokenize(
         if ranks:
             finished, done = ranks.any(finished), ranks.from_first(done)
         if not finished:
-            prompt, remaining = str(output) == "-", islice(texts, done, None)
+            prompt = str(output) == "-"
+            remaining = folder.unread(texts) if folder else islice(texts, done, None)
             _run(remaining, loaded, rows, ranks, eos_id=appended, prompt=prompt, on_progress=on_progress)
     if rows is None:
         return None

@@ -164,6 +164,7 @@ def test_a_resumed_run_is_one_that_was_not_stopped(run_longnet: RunLongnet, tmp_
     manifest = json.loads(ipc.open_file(place).schema.metadata[b"longnet.manifest"])
     place.unlink()  # as when it was killed before the last shard
     assert manifest["shards"].pop()["name"] == "vectors-00003.arrow"
+    del manifest["digest"]  # as older versions wrote it
     (tmp_path / "cut/_unfinished.json").write_text(json.dumps(manifest))
     (tmp_path / "cut/vectors-00003.arrow").unlink()
     done = run_longnet(*words, tmp_path / "cut", "--resume")

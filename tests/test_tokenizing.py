@@ -116,6 +116,7 @@ def test_what_is_in_finished_shards_is_not_tokenized_again(corpus, tmp_path, mon
         Tokenizer, "encode_parts", lambda self, texts: (seen.extend(texts), encode_parts(self, texts))[1]
     )
     manifest = json.loads(read_manifest(tmp_path / "whole").to_json())
+    del manifest["digest"]  # as older versions wrote it
     expected = contents(tmp_path / "whole")
     for finished in range(4):  # as if killed after so many shards, one more having just got its name
         (tmp_path / "whole/_manifest.arrow").unlink()

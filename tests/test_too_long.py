@@ -137,6 +137,7 @@ def test_bad_documents_are_left_out_and_counted(llama: Path, tmp_path: Path) -> 
     manifest = json.loads(read_manifest(tmp_path / "out").to_json())
     assert manifest["totals"] == {"rows": 2, "documents": 2, "tokens": 65, "skipped": 2, "empty": 1}
     manifest["shards"].pop()
+    del manifest["digest"]  # as older versions wrote it
     (tmp_path / "out" / "_unfinished.json").write_text(json.dumps(manifest))
     finished.unlink()
     assert run(*shards, "--resume").exit_code == 6

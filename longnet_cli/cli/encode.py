@@ -135,6 +135,7 @@ def encode(
     launch(nproc, inputs, model_folder, sp=sp, dp=dp)
     from longnet_cli.data.chat import chat_settings
     from longnet_cli.data.kept import first_kept
+    from longnet_cli.data.outputs import is_folder
     from longnet_cli.data.special_tokens import end_of_text
     from longnet_cli.notation import format_pattern
     from longnet_cli.runtime.ranks import join, leave
@@ -167,7 +168,9 @@ def encode(
     from longnet_cli.row_jobs import write_rows
 
     eos_id = end_of_text(eos, loaded.tokenizer)
-    data = replace(data, tokenizer=loaded.tokenizer, vocab_size=net.config.vocab_size, eos_id=eos_id)
+    keeps = not dry_run and ranks.first and is_folder(output)
+    opened: list[tuple[str, str | None]] | None = [] if keeps else None
+    data = replace(data, tokenizer=loaded.tokenizer, vocab_size=net.config.vocab_size, eos_id=eos_id, opened=opened)
     if net.row_size is not None:
         data = replace(data, vectors=True, coords=net.has_grid)
     documents: Iterator[Any] = data.documents()
@@ -231,6 +234,7 @@ def encode(
             resume=resume,
             stored=stored,
             left_out=left_out,
+            opened=opened,
             ranks=ranks,
             chunk=chunk,
             dtype=dtype,

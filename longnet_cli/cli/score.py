@@ -175,6 +175,7 @@ def score(
     launch(nproc, inputs, model_folder, sp=sp, dp=dp)
     from longnet_cli.data.chat import chat_settings
     from longnet_cli.data.kept import first_kept
+    from longnet_cli.data.outputs import is_folder
     from longnet_cli.data.special_tokens import end_of_text
     from longnet_cli.measures import Total
     from longnet_cli.notation import format_pattern
@@ -203,7 +204,9 @@ def score(
     from longnet_cli.scoring import score as run
 
     eos_id = end_of_text(eos, loaded.tokenizer)
-    data = replace(data, tokenizer=loaded.tokenizer, vocab_size=net.config.vocab_size, eos_id=eos_id)
+    keeps = output is not None and not dry_run and ranks.first and is_folder(output)
+    opened: list[tuple[str, str | None]] | None = [] if keeps else None
+    data = replace(data, tokenizer=loaded.tokenizer, vocab_size=net.config.vocab_size, eos_id=eos_id, opened=opened)
     documents = data.documents()
     if memory:
         from longnet_cli.cuts import Cut
@@ -269,6 +272,7 @@ def score(
                 shard_size=shard_tokens,
                 resume=resume,
                 left_out=left_out,
+                opened=opened,
                 on_progress=advance,
                 **running,
             )

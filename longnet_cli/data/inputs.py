@@ -29,6 +29,7 @@ from longnet_cli.data.columns import (
     stays_in_file,
 )
 from longnet_cli.data.compressed import compression
+from longnet_cli.data.contents import content_digest
 from longnet_cli.data.documents import Document, Part, Unread, collect
 from longnet_cli.data.files import FileChangedError, no_place
 from longnet_cli.data.folders import ARROW_KINDS, sniff
@@ -61,6 +62,8 @@ class Inputs:
     `doc_id` are a document, and a table without such a column is one. Or a row is a document, a list of vectors.
     Coordinates are in a column `coords` of pairs, or in `x` and `y`; without `coords` they are not read.
 
+    A list `opened` gets the name and the digest (`data.contents`) of each file, before its first document is read.
+
     Reading raises ConfigError for a missing tokenizer or column, for no input, for stdin given twice, and for a
     tokenizer other than the one that made the tokens; DataError for missing, empty or damaged data and for inputs with
     different types of token. With `skip_bad`, each file and row that would raise DataError becomes an `Unread`
@@ -77,6 +80,7 @@ class Inputs:
     skip_bad: bool = False
     vectors: bool = False
     coords: bool = True
+    opened: list[tuple[str, str | None]] | None = field(default=None, repr=False, compare=False)
     _expanded: list[tuple[list[Source], list[DataError]]] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -184,6 +188,8 @@ class Inputs:
         sources, types = self.sources, TokenTypes()
         yield from map(Unread, self._files()[1])
         for source in sources:
+            if self.opened is not None:
+                self.opened.append((source.where, content_digest(source)))
             try:
                 yield from read(open_source(source, self.wanted), types)
             except DataError as error:

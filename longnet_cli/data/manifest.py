@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from longnet_cli.configuration import parse, read_text
+from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.data.files import read_error
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import one_line
@@ -36,7 +36,8 @@ class Manifest:
     `settings` holds everything that decides the bytes of the shards: inputs and options. `shards` has one dict per
     shard, in order: `name`, `rows`, and the counts that were given to `ShardFolder.write`, such as `documents`.
     `skipped` counts the documents that could not be read, `empty` the documents with nothing in them; no shard has
-    either kind. `tokenizer` is the value of `Tokenizer.description`.
+    either kind. `tokenizer` is the value of `Tokenizer.description`. `contents` has the digest of each input that was
+    opened, in order (`data.contents`); it is empty in folders begun by older versions.
     """
 
     settings: dict[str, Any]
@@ -45,6 +46,7 @@ class Manifest:
     skipped: int = 0
     empty: int = 0
     tokenizer: dict[str, str] | None = None
+    contents: list[str | None] = field(default_factory=list)
 
     @property
     def totals(self) -> Counter[str]:
@@ -62,8 +64,9 @@ class Manifest:
             "totals": dict(self.totals),
             "shards": self.shards,
             **({"tokenizer": self.tokenizer} if self.tokenizer else {}),
+            **({"contents": self.contents} if self.contents else {}),
         }
-        return json.dumps(content, indent=1) + "\n"
+        return json.dumps({**content, "digest": digest(content)}, indent=1) + "\n"
 
     def write_finished(self, folder: Path, schema: pa.Schema, suffix: str) -> None:
         """Write the table without rows, whole or not at all, with the `schema` and `suffix` of the shards."""
@@ -81,12 +84,19 @@ def read_manifest(folder: str | Path) -> Manifest | None:
             content = parse(text)
             if content["version"] != MANIFEST_VERSION:
                 raise DataError(f"{path}: version {content['version']} of the manifest is not known to this longnet")
-            shards = [{**shard, "name": str(shard["name"]), "rows": int(shard["rows"])} for shard in content["shards"]]
-            skipped, empty = (int(content["totals"].get(name, 0)) for name in ("skipped", "empty"))
-            tokenizer = content.get("tokenizer")
-            return Manifest(
-                dict(content["settings"]), name != UNFINISHED, shards, skipped, empty, tokenizer and dict(tokenizer)
-            )
+            written = content.pop("digest", None)  # older versions wrote none
+            if written is not None and written != digest(content):
+                raise ValueError("it was changed: its digest is that of other content")
+            shards = [{**shard, "name": str(shard["name"]), "rows": shard["rows"]} for shard in content["shards"]]
+            skipped, empty = (content["totals"].get(name, 0) for name in ("skipped", "empty"))
+            counts = [count for shard in shards for key, count in shard.items() if key != "name"]
+            for count in (skipped, empty, *counts):
+                if type(count) is not int or count < 0:
+                    raise ValueError(f"{count!r} is not a count")
+            tokenizer, contents = content.get("tokenizer"), content.get("contents", [])
+            settings = dict(content["settings"])
+            tokenizer = tokenizer and dict(tokenizer)
+            return Manifest(settings, name != UNFINISHED, shards, skipped, empty, tokenizer, list(contents))
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:

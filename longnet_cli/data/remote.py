@@ -74,6 +74,22 @@ def open_remote(filesystem: fs.FileSystem, path: str, where: str) -> Any:
         return filesystem.open_input_file(path)
 
 
+def version(filesystem: fs.FileSystem, path: str) -> str | None:
+    """Return the ETag of a file in a store, otherwise its size and time of writing; None if the store gives neither."""
+    try:
+        if isinstance(filesystem, fs.PyFileSystem) and isinstance(filesystem.handler, fs.FSSpecHandler):
+            found = filesystem.handler.fs.info(path)
+        else:
+            with filesystem.open_input_stream(path) as file:
+                found = {str(key): value for key, value in (file.metadata() or {}).items()}
+        if tag := found.get("ETag") or found.get("etag"):
+            return str(tag)
+        info = filesystem.get_file_info(path)
+        return f"{info.size} {info.mtime_ns}" if info.mtime_ns else None
+    except Exception:  # as its libraries raise; reading the file will report it
+        return None
+
+
 def _files_below(filesystem: fs.FileSystem, path: str) -> list[str]:
     """Return the names of all files below a folder, relative to it."""
     entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True))

@@ -11,11 +11,12 @@ list does not count, and is written again. A resumed run skips as many documents
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 
@@ -29,6 +30,7 @@ from longnet_cli.data.tables import one_line
 from longnet_cli.errors import ConfigError, DataError
 
 ShardFormat = Literal["arrow", "parquet"]
+T = TypeVar("T")
 
 
 def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
@@ -59,7 +61,7 @@ class ShardFolder:
     `settings`, finished or not: `documents` then says how many documents to skip, and `finished` whether nothing is
     left to do. Shards are byte for byte the same as without the interruption, if batches depend only on the documents
     since the last `end_shard`. The manifest gets the counts of `left_out`, which a resumed run counts again; a folder
-    that is finished already gives its own counts to `left_out`.
+    that is finished already gives its own counts to `left_out`. It also gets the digests in `opened` (see `Inputs`).
 
     Raises ConfigError for a folder in use, other settings or a folder that cannot be written, DataError for a damaged
     shard of the earlier run, LongNetError when a write fails. After an error the finished shards stay.
@@ -76,6 +78,7 @@ class ShardFolder:
         tokenizer: dict[str, str] | None = None,
         resume: bool = False,
         left_out: LeftOut | None = None,
+        opened: Sequence[tuple[str, str | None]] | None = None,
     ) -> None:
         """Keep `tokenizer` in the manifest. A `format` other than the default becomes one of the settings."""
         self.folder = Path(folder)
@@ -89,6 +92,7 @@ class ShardFolder:
         self._writer: ShardWriter | None = None
         self._counts: Counter[str] = Counter()
         self._left_out = left_out or LeftOut()
+        self._opened = () if opened is None else opened  # it grows
 
     @property
     def documents(self) -> int:
@@ -119,6 +123,25 @@ class ShardFolder:
             self._lock = stack.pop_all()
         return self
 
+    def unread(self, documents: Iterator[T]) -> Iterator[T]:
+        """Yield the documents after those of finished shards.
+
+        Raises DataError if those come from files that have changed since they were read, or if there are fewer.
+        """
+        found = sum(1 for _ in islice(documents, self.documents))
+        if self.documents:
+            for (where, now), then in zip(self._opened, self._manifest.contents, strict=False):
+                if now and then and now != then:
+                    raise DataError(
+                        f"{where}: cannot resume: the file has changed since {self.folder} was begun: give the same "
+                        "contents, or a new folder"
+                    )
+        if found < self.documents:
+            raise DataError(
+                f"{self.folder}: cannot resume: finished shards hold {self.documents} documents, and the inputs {found}"
+            )
+        yield from documents
+
     def write(self, batch: pa.RecordBatch, **counts: int) -> None:
         """Append a batch to the open shard, and add the `counts` (`documents=3`, ...) to the counts of that shard."""
         if self._writer is None:
@@ -139,6 +162,7 @@ class ShardFolder:
         self._writer, self._counts = None, Counter()
         self._open.close()  # gives the file its final name
         self._manifest.shards.append(shard)
+        self._note_inputs()
         self._say()
 
     def __exit__(
@@ -149,6 +173,7 @@ class ShardFolder:
                 self._open.__exit__(kind, error, traceback)
             elif not self._manifest.finished:
                 self.end_shard()
+                self._note_inputs()
                 self._manifest.skipped, self._manifest.empty = self._left_out.skipped, self._left_out.empty
                 self._manifest.write_finished(self.folder, self.schema, self._suffix)
                 with writing(self.folder):
@@ -163,7 +188,11 @@ class ShardFolder:
         earlier = run_to_resume(self.folder, resume=self._resume)
         if earlier is not None:
             self._refuse_other_settings(earlier)
-            for shard in earlier.shards:
+            for index, shard in enumerate(earlier.shards):
+                if shard["name"] != (name := self._path(index).name):
+                    raise DataError(
+                        f"{self.folder}: cannot resume: its manifest lists {shard['name']!r} and not {name}"
+                    )
                 _check_shard(self.folder / shard["name"], self.schema, shard["rows"])
             self._manifest = earlier
         remove_leftovers(self.folder)
@@ -171,6 +200,10 @@ class ShardFolder:
             self._left_out.take(self.totals)
         else:
             self._say()
+
+    def _note_inputs(self) -> None:
+        digests = [digest for _, digest in self._opened]
+        self._manifest.contents[: len(digests)] = digests
 
     def _say(self) -> None:
         """Write the manifest of the finished shards."""
@@ -186,7 +219,10 @@ class ShardFolder:
                 )
 
     def _next_path(self) -> Path:
-        return self.folder / f"{self._name}-{len(self._manifest.shards):05d}{self._suffix}"
+        return self._path(len(self._manifest.shards))
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{self._name}-{index:05d}{self._suffix}"
 
 
 def _check_shard(path: Path, schema: pa.Schema, rows: int) -> None:
