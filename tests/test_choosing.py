@@ -252,6 +252,19 @@ def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("every", [1, 4, 16])
+@pytest.mark.parametrize("size", [1, 16, 100, 1000])
+def test_chunks_and_single_tokens_equal_the_whole(every: int, size: int) -> None:
+    pattern = Pattern((32,), (1,), look_back=1, chosen=4, chosen_block=16, chosen_every=every)
+    q, k, v, _ = Choice(pattern, 1, 1100 if size > 1 else 300, 4, 8, 0, True, None, 1, kv_heads=2, rotary=True).qkv()
+    whole, parts = dilated_attention(q, k, v, pattern, turn=turn), []
+    cache = KVCache(pattern, 1, 4, 8, kv_heads=2, dtype=q.dtype)
+    for part in zip(*(x.split(size, 1) for x in (q, k, v)), strict=True):
+        parts.append(dilated_attention(*part, pattern, start=cache.position, far=cache.far(), turn=turn))
+        cache.append(*part[1:], q=part[0])
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("before", [64, 83, 149])
 @pytest.mark.parametrize("lengths", [None, [60, 11]])
 def test_gradients_of_a_shard_that_starts_anywhere(before: int, lengths: list[int] | None) -> None:
@@ -308,7 +321,7 @@ def test_a_cache_holds_all_keys_once_more() -> None:
     kept = cache.far()[0]
     assert isinstance(kept, Past)
     kept.settle(None)
-    keys, queries = 2 * 2 * 8 * 4 * 8 * 64, 4 * 8 * 4 * (4 + 7)
+    keys, queries = 2 * 2 * 8 * 4 * 8 * 64, 4 * 8 * 4 * (4 + 6)
     assert cache.nbytes - empty == kept.nbytes == keys + keys // 8 + keys // 16 + queries
 
 

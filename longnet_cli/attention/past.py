@@ -67,7 +67,7 @@ class Past:
     """The first `position` tokens of a document, for a batch: what later queries choose blocks from.
 
     A `KVCache` keeps one, and gives it out with its far keys. Shards are appended as they come; whole blocks are stored
-    by `settle`, which needs `turn`. `queries` (B, n, H, D) are the last queries, at most a group's and its voters.
+    by `settle`, which needs `turn`. `queries` (B, n, H, D) are the last queries: an open group's, and its voters.
     """
 
     def __init__(self, pattern: Pattern) -> None:
@@ -76,7 +76,7 @@ class Past:
         self.means: Means | None = None
         self.pieces: list[Tensor] = []  # (k and v, B, blocks, tokens of a block, K, D)
         self.stored = 0  # blocks
-        self.held: tuple[int, list[Tensor]] | None = None  # the open group's first position, and its choice
+        self.held: tuple[int, list[Tensor]] | None = None  # the first position of the last open group, and its choice
         self._waiting: list[Tensor] = []  # (k and v, B, tokens, K, D), after the stored blocks
 
     @property
@@ -96,11 +96,9 @@ class Past:
         """Add the next tokens' queries (B, n, H, D), and keys and values (B, n, K, D)."""
         self._waiting.append(torch.stack([k, v]))
         self.position += k.shape[1]
-        last = self.pattern.chosen_every + VOTERS - 1
+        last = self.pattern.chosen_every + VOTERS - 2  # of the open group, the last token may be missing
         found = q if self.queries is None or q.shape[1] >= last else torch.cat([self.queries, q], 1)
         self.queries = found[:, -last:].clone()
-        if self.held and self.held[0] + self.pattern.chosen_every <= self.position:
-            self.held = None
 
     @torch.no_grad()
     def settle(self, turn: Turn | None) -> None:
