@@ -190,7 +190,7 @@ class _Layers:
         x = x.to(self.device)
         with precision(self.dtype, self.device):
             place = Placement(start, total=self.tokens)
-            x = layer(x, self.model.positions(x, start), place, lambda k, v: far)
+            x = layer(x, self.model.positions(x, start), place, lambda q, k, v: far)
             return self.model.final_norm(x) if last else x
 
     def _collect(self, collected: Tensor, start: int, k: Tensor, v: Tensor) -> None:
