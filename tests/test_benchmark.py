@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -73,7 +74,7 @@ def test_the_peak_is_sampled_where_the_mark_cannot_be_reset(monkeypatch: pytest.
     def refuse(*_: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(measurement.Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "write_text", refuse)
     (row,) = rows_of([64], impl=["dilated"], **TINY)
     assert row.peak_rss_bytes is not None
     assert row.peak_rss_bytes > 2**20

@@ -14,6 +14,7 @@ from torch import Tensor
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.errors import ConfigError
+from longnet_cli.estimating.training_job import logits_bytes
 from longnet_cli.model import LongNet
 from longnet_cli.model.config import parse_config
 from longnet_cli.model.net import LOGITS_LIMIT, Net, NetConfig
@@ -152,15 +153,11 @@ def _memory(s: Settings, net: Net, chunk: int) -> int:
 
 
 def _training_memory(s: Settings, c: NetConfig, seq: int, chunk: int) -> int:
-    """Return the bytes of weights and gradients, logits, a chunk's activations, and rows that chunks keep for others.
-
-    They are counted as in `estimating.training_job`.
-    """
+    """Return the bytes of weights and gradients, logits, a chunk's activations, and rows that chunks keep."""
     tokens, itemsize = s.batch * chunk, DTYPES[s.dtype].itemsize
     numbers = c.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
     kept = s.batch * sum(far_bytes(c, seq, chunk, itemsize))
-    logits = 12 * min(tokens * c.vocab_size, LOGITS_LIMIT)
-    return numbers + tokens * c.activation_bytes(itemsize, s.device.type) + kept + logits
+    return numbers + tokens * c.activation_bytes(itemsize, s.device.type) + kept + logits_bytes(c, tokens)
 
 
 def _row(s: Settings, net: Net, impl: str, direction: str, seq: int, **values: int | None) -> Measurement:

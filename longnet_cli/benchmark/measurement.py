@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +13,7 @@ import torch
 from longnet_cli.attention import Pattern
 from longnet_cli.errors import is_out_of_memory
 from longnet_cli.notation import format_levels
-from longnet_cli.runtime.device import peak_memory, resident_memory
+from longnet_cli.runtime.device import PeakMemory, trim_memory
 
 from .settings import Settings
 
@@ -106,6 +102,7 @@ def measure(case: Case, s: Settings, deadline: float) -> Measurement:
     largest = s.ranks.largest
     seconds: list[float] = []
     try:
+        trim_memory(s.device)  # what earlier rows freed would count here
         with PeakMemory(s.device) as peak:
             run = case.start()
             warm_up = largest(_seconds(run, s.device))
@@ -127,6 +124,7 @@ def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: Callable
     total, chunk = case.row.seq, case.row.chunk or case.row.seq
     position, decade, status, reason = 0, FIRST_DECADE, "ok", None
     interrupted: KeyboardInterrupt | None = None
+    trim_memory(s.device)
     with PeakMemory(s.device) as peak:
         whole = part = _Clock(0)
         try:
@@ -186,44 +184,6 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-class PeakMemory:
-    """The peak of memory in use since the block started, in `bytes`: resident memory of the process, or GPU memory.
-
-    Linux can reset its own high-water mark. If a container forbids that, a thread looks every few milliseconds. If the
-    system does not tell, `bytes` is None.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seen, self.done = device, 0, threading.Event()
-        self.sampler: threading.Thread | None = None
-
-    def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return self
-        with suppress(OSError, AttributeError):  # glibc keeps memory that earlier rows freed: it would count here
-            ctypes.CDLL(None).malloc_trim(0)
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            self.seen = resident_memory(self.device)
-            self.sampler = threading.Thread(target=self._sample, daemon=True)
-            self.sampler.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-
-    @property
-    def bytes(self) -> int | None:
-        return self.seen or None if self.sampler else peak_memory(self.device)
-
-    def _sample(self) -> None:
-        while not self.done.wait(0.005):
-            self.seen = max(self.seen, resident_memory(self.device))
 
 
 def _too_large(error: Exception) -> bool:

@@ -98,30 +98,31 @@ def estimate_reading(
     """Return the estimate of a job that would write to `output`, or print; `options` are for `estimating.estimate`."""
     from longnet_cli.estimating.reading_job import estimate_documents
 
-    fate, done = _fate(output, resume)
+    fate, done, chunk = _fate(output, resume)
+    options["chunk"] = options["chunk"] or chunk
     with progress("counting", total=None, quiet=quiet) as advance:
         return estimate_documents(net, job, documents, output=fate, done=done, on_progress=advance, **options)
 
 
-def _fate(output: str | None, resume: bool) -> tuple[str, int]:
-    """Return what would happen to an output, in words, and the number of documents that an earlier run has done."""
+def _fate(output: str | None, resume: bool) -> tuple[str, int, int | None]:
+    """Return what would happen to an output, in words, the documents that an earlier run has done, and its chunk."""
     from longnet_cli.data.outputs import is_folder
     from longnet_cli.data.shards import run_to_resume
 
     if output is None:
-        return "printed", 0
+        return "printed", 0, None
     if output == "-":
-        return "an Arrow stream on stdout", 0
+        return "an Arrow stream on stdout", 0, None
     if not is_folder(output):
-        return f"{output}, which {'is replaced' if Path(output).exists() else 'is new'}", 0
+        return f"{output}, which {'is replaced' if Path(output).exists() else 'is new'}", 0, None
     try:
         earlier = run_to_resume(output, resume=resume)
     except ConfigError as error:
-        return f"refused: {error}", 0
+        return f"refused: {error}", 0, None
     if earlier is None:
-        return f"{output}, a new folder of shards", 0
+        return f"{output}, a new folder of shards", 0, None
     done = earlier.totals["documents"]
-    return f"{output}, after document {done:,} of an earlier run", done
+    return f"{output}, after document {done:,} of an earlier run", done, earlier.settings.get("chunk")
 
 
 def _show(found: Estimate, format: Format, job: str, before: Sequence[Row], after: Sequence[Row]) -> None:

@@ -1,9 +1,9 @@
 """The estimate of `score --dry-run` and `encode --dry-run`, before a long job: documents, tokens, FLOPs, memory, time.
 
-    documents --lengths--> windows --Forwards--> FLOPs, and the sizes that make up memory
-    a short forward pass of the model --> FLOP/s --> time
+    documents --lengths--> windows --the Reader's plan--> PlanSums --> FLOPs, and the sizes that make up memory
+    a short read of random tokens --Probe--> FLOP/s, and the bytes of a forward pass
 
-Only that forward pass is computed, and nothing is written.
+Only these tokens are read, and nothing is written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -24,10 +24,9 @@ from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions
 from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.estimating.counting import Extent, PlanSums, Shape
 from longnet_cli.estimating.estimate import Estimate
-from longnet_cli.estimating.forwards import Forwards, Shape
-from longnet_cli.estimating.rate import FIRST_SHAPE, forward, measured_rate
-from longnet_cli.estimating.reading_bytes import computing_bytes, hidden_bytes, waiting_bytes
+from longnet_cli.estimating.probe import FIRST_TOKENS, Probe
 from longnet_cli.estimating.sampling import Sample
 from longnet_cli.model.net import Net
 from longnet_cli.model.sequence import InputSequence
@@ -38,41 +37,29 @@ from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reader import PORTION_CHUNKS
 
 
-class Job(Protocol):
-    """A job to estimate: its windows of documents, and the extra memory that it keeps."""
-
-    scores: bool  # it computes logits
-    skips_empty: bool  # a resumed run does not count empty documents as done
-    alone: bool  # no two windows share a forward pass
-
-    def sequence(self, document: Document) -> InputSequence[Document]:
-        """Return a document as the net reads it. Raises ConfigError or DataError if the job refuses it."""
-
-    def windows(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """Yield (tokens, wanted tokens) for each window of a document of this many tokens."""
-
-    def keeps(self, longest: int) -> dict[str, int]:
-        """Return the bytes that the job keeps for a document of `longest` tokens, by kind."""
-
-
 class ScoreJob:
     """The job `score`: at several contexts, nats are kept for the gain; with `recalls`, bigrams are kept."""
 
-    scores, skips_empty, alone = True, False, False
+    scores = True  # it computes logits
+    skips_empty = False  # a resumed run counts empty documents as done
+    alone = False  # windows share a forward pass
 
     def __init__(self, net: Net, cut: Cut, *, recalls: bool = False) -> None:
         self.net, self.cut, self.recalls = net, cut, recalls
 
     def sequence(self, document: Document) -> InputSequence[Document]:
+        """Return a document as the net reads it. Raises ConfigError or DataError if the job refuses it."""
         return self.cut.sequence(self.net, document)
 
     def windows(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """Yield (tokens, wanted tokens) for each window of a document of this many tokens."""
         if not (self.cut.last and tokens < self.cut.least):
             for context in self.cut.contexts:
                 for start, stop, wanted in self.cut.inputs(tokens, context):
                     yield stop - start, stop - wanted
 
     def keeps(self, longest: int) -> dict[str, int]:
+        """Return the bytes that the job keeps for a document of `longest` tokens, by kind."""
         nats = min(4 * longest, SPOOL_BYTES) if len(self.cut.contexts) > 1 else 0
         bigrams = 32 * min(longest, self.net.config.vocab_size**2) if self.recalls else 0
         return {kind: size for kind, size in (("nats", nats), ("bigrams", bigrams)) if size}
@@ -97,6 +84,9 @@ class EncodeJob:
 
     def keeps(self, longest: int) -> dict[str, int]:
         return {}
+
+
+Job = ScoreJob | EncodeJob
 
 
 class Room(NamedTuple):
@@ -180,7 +170,7 @@ def estimate_documents(
     skip_bad: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> ReadingEstimate:
-    """Estimate what a `job` of `net` takes for these documents, from their lengths and one measured forward pass.
+    """Estimate what a `job` of `net` takes for these documents, from their lengths and a short, measured read.
 
     Texts among the `documents` (`Inputs.untokenized`) need the `tokenizer`; a `sample` of this many is
     tokenized. A resumed run has already read the first `done` documents. `room` is the memory before the net was
@@ -192,7 +182,7 @@ def estimate_documents(
     """
     ranks, config, device = ranks or Ranks(), net.config, next(net.parameters()).device
     chunk = chunk_of(chunk, default_chunk(config, device), ranks=ranks)
-    forwards = Forwards(config, chunk)
+    sums = PlanSums(net, chunk)
     drawn = Sample(sample, tokenizer) if sample and tokenizer else None
     left_out: list[Document] = []
     begin = time.perf_counter()
@@ -200,63 +190,67 @@ def estimate_documents(
     found = _lengths(job, items, drawn, (lambda document, error: left_out.append(document)) if skip_bad else None)
     lengths = islice(filter(None, found), done, None) if job.skips_empty else found
     number = tokens = longest = 0
-    for part in portions(lengths, PORTION_CHUNKS * chunk, length_of=lambda length: length):
-        for length in part:
+
+    def windows(lengths: Iterable[int]) -> Iterator[Extent]:
+        nonlocal number, tokens, longest
+        for length in lengths:
             number, tokens, longest = number + 1, tokens + length, max(longest, length)
-            for window in job.windows(length):
-                forwards.add(*window, alone=job.alone)
+            yield from (Extent(*window) for window in job.windows(length))
             if on_progress:
                 on_progress(length)
-        forwards.end()
-    if not forwards.read and not done:
+
+    for part in portions(lengths, PORTION_CHUNKS * chunk, length_of=lambda length: length):
+        for together in ([window] for window in windows(part)) if job.alone else [windows(part)]:
+            sums.add(together)
+    if not sums.read and not done:
         raise DataError("there is nothing to read: every document is empty, too short or left out")
     reading = time.perf_counter() - begin + (drawn.seconds_of_all - drawn.seconds if drawn else 0)
 
-    forward(net, Shape(1, 8), job.scores, dtype)  # torch loads much on first use, which `program` counts
+    held = peak_memory(device)
+    probe = Probe(net, job.scores, dtype)
     weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
-    program = max(0, resident_memory(device) - weights)
+    program = max(0, probe.before - weights)
     free = None if room.free is None else max(0, room.free - max(0, program - room.held))
+    usual = sums.usual if sums.read else Shape(1, FIRST_TOKENS)
+    cut, left = sums.in_chunks(chunk), math.inf if free is None else free - weights
+    rate, measured = probe.measure(usual, sums.longest if cut and usual == (1, chunk) else 0, left)
+    if cut and usual != (1, chunk):
+        probe.measure(Shape(1, chunk), sums.longest, left)
 
     def memory(chunk: int) -> dict[str, int]:
-        kinds = {"weights": weights, **computing_bytes(forwards, chunk, job.scores, dtype, device)}
-        kinds |= waiting_bytes(net, forwards, chunk, dtype, spill, ranks.of_group()) | job.keeps(longest)
+        kinds = {"weights": weights, **probe.bytes(sums.tokens_at_once(chunk), sums.logits_at_once(chunk))}
+        kinds |= sums.kept_bytes(chunk, dtype, spill, ranks.of_group()) | job.keeps(longest)
         return {kind: size for kind, size in kinds.items() if size}
 
     kinds = {"program": program, **memory(chunk)}
-    before = peak_memory(device) - sum(kinds.values())  # for files whose weights were converted to another type
-    if before > 0:
-        kinds["loading"] = before
-    spilled = hidden_bytes(net, forwards, chunk, ranks.of_group()) if spill else 0
-    too_long = config.max_tokens if forwards.longest > (config.max_tokens or math.inf) else None
-    known: dict[str, Any] = {
-        "parameters": config.num_parameters(),
-        "memory": kinds,
-        "free": free,
-        "tokens": tokens,
-        "flops": (flops := forwards.flops(job.scores)),
-        "flops_per_token": flops / (tokens or 1),
-        "dtype": resolve_dtype(dtype, device),
-        "chunk": chunk,
-        "chunk_that_fits": fitting_chunk(lambda chunk: sum(memory(chunk).values()), chunk, free)
-        if config.streams
-        else None,
-        "spilled": spilled,
-        "documents": number,
-        "left_out": len(left_out),
-        "longest": longest,
-        "sampled": drawn.sampled if drawn and drawn.bytes else None,
-        "tokens_error": drawn.error if drawn else 0.0,
-        "tokens_read": forwards.read,
-        "reading": reading,
-        "output": output,
-        "too_long": too_long,
-        "streams": config.streams,
-    }
-    fits = free is None or sum(memory(chunk).values()) <= free
-    shape = forwards.usual if forwards.read and fits else FIRST_SHAPE
-    rate, measured = measured_rate(net, shape, job.scores, dtype)
-    seconds = flops / (rate * ranks.world) + reading
-    return ReadingEstimate(**known, rate=rate, measured=measured, seconds=seconds)
+    if held > sum(kinds.values()):  # for files whose weights were converted to another type
+        kinds["loading"] = held - sum(kinds.values())
+    flops = sums.flops(job.scores)
+    return ReadingEstimate(
+        parameters=config.num_parameters(),
+        memory=kinds,
+        free=free,
+        tokens=tokens,
+        flops=flops,
+        flops_per_token=flops / (tokens or 1),
+        seconds=flops / (rate * ranks.world) + reading,
+        dtype=resolve_dtype(dtype, device),
+        chunk=chunk,
+        chunk_that_fits=fitting_chunk(lambda n: sum(memory(n).values()), chunk, free) if config.streams else None,
+        spilled=sums.hidden_bytes(chunk, ranks.of_group()) if spill else 0,
+        documents=number,
+        left_out=len(left_out),
+        longest=longest,
+        sampled=drawn.sampled if drawn and drawn.bytes else None,
+        tokens_error=drawn.error if drawn else 0.0,
+        tokens_read=sums.read,
+        rate=rate,
+        measured=measured,
+        reading=reading,
+        output=output,
+        too_long=config.max_tokens if sums.longest > (config.max_tokens or math.inf) else None,
+        streams=config.streams,
+    )
 
 
 def _lengths(

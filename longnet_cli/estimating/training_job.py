@@ -139,11 +139,10 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
     for stage in recipe.train.stages:
         tokens = _tokens_at_once(recipe, stage, ranks)
         far = far_bytes(config, stage.seq_len, recipe.train.chunk * ranks.sp, itemsize)
-        logits = min(round(tokens * recipe.train.predicted) * config.vocab_size, LOGITS_LIMIT)
         stages.append(
             {
                 "activations": tokens * a_token,
-                "logits": logits * 12,  # float32: log-softmax, its gradient, the logits' gradient
+                "logits": logits_bytes(config, round(tokens * recipe.train.predicted)),
                 "cache": far.passing if recipe.train.spill else far.passing + far.stored,
             }
         )
@@ -153,6 +152,11 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
     kinds["optimizer"] = moments // share
     alone = device.type == "cpu" and ranks.world == 1
     return kinds | largest | {"checkpoint": 2 * (4 * trained + moments) if alone else 0}
+
+
+def logits_bytes(config: NetConfig, tokens: int) -> int:
+    """Return the bytes of their log-softmax, of its gradient and of the logits' gradient, all float32."""
+    return 12 * min(tokens * config.vocab_size, LOGITS_LIMIT)
 
 
 def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -128,6 +129,49 @@ def peak_memory(device: torch.device) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     # not on Linux, where it would include the memory of the process that started this one
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class PeakMemory:
+    """The peak of memory in use since the block started, in `bytes`: resident memory of the process, or GPU memory.
+
+    Linux can reset its own high-water mark. If a container forbids that, a thread looks every few milliseconds. If the
+    system does not tell, `bytes` is None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seen, self.done = device, 0, threading.Event()
+        self.sampler: threading.Thread | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return self
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self.seen = resident_memory(self.device)
+            self.sampler = threading.Thread(target=self._sample, daemon=True)
+            self.sampler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+
+    @property
+    def bytes(self) -> int | None:
+        return self.seen or None if self.sampler else peak_memory(self.device)
+
+    def _sample(self) -> None:
+        while not self.done.wait(0.005):
+            self.seen = max(self.seen, resident_memory(self.device))
+
+
+def trim_memory(device: torch.device) -> None:
+    """Give freed memory, which glibc and torch keep for later tensors, back to the system."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory() -> None:
