@@ -37,7 +37,8 @@ from .sinks import Turn
 if TYPE_CHECKING:
     from .one_pass import OnePassGradientSum, OnePassMerge
 
-GATHERED = 1 << 24  # numbers of gathered keys, and of scores of votes, that exist at a time: 64 MiB in fp32
+GATHERED = 1 << 24  # numbers of gathered keys that exist at a time: 64 MiB in fp32
+SCORES = 1 << 20  # numbers of scores of votes that exist at a time: 4 MiB in fp32, which a cache of a CPU holds
 
 
 class Chosen:
@@ -159,32 +160,33 @@ class Chosen:
         voters = unrotated(voters[None], positions, self.turn)[0] * scale
         own = row if past else row - part.rows.start
         candidates = part.groups.near // self.pattern.chosen_block - 1
-        fine, coarse = (x[own, :, 1 : 1 + candidates] for x in (means.fine, means.coarse))
-        width = candidates if candidates > PRESELECTED else candidates * fine.shape[2]
-        size = max(1, GATHERED // (VOTERS * q.shape[1] * width))
+        width = candidates if candidates > PRESELECTED else candidates * means.fine.shape[3]
+        size = max(1, SCORES // (VOTERS * q.shape[1] * width))
         found = []
         for first in range(0, number, size):
             some = voters[first * step : (min(first + size, number) - 1) * step + VOTERS]
-            found.append(_chosen(some, step, fine, coarse, self.pattern.chosen - 1))
+            found.append(_chosen(some, step, candidates, means.fine[own], means.coarse[own], self.pattern.chosen - 1))
         chosen = torch.cat(found) + 1
         return torch.cat([chosen.new_zeros(number, 1), chosen], 1)
 
 
-def _chosen(voters: Tensor, step: int, fine: Tensor, coarse: Tensor, number: int) -> Tensor:
-    """Return the `number` candidates (groups, number) with the highest scores, in order.
+def _chosen(voters: Tensor, step: int, candidates: int, fine: Tensor, coarse: Tensor, number: int) -> Tensor:
+    """Return the `number` candidates (groups, number) with the highest scores, in order; the first one is 0.
 
     The voters (n, H, D) of a group are VOTERS rows, and each next group's start `step` rows later. fine (K, C, means,
-    D) and coarse (K, C, D) are the mean keys of the candidates.
+    D) and coarse (K, C, D) are the mean keys of all blocks: one that is no candidate, the `candidates`, others.
     """
-    candidates, per_block = fine.shape[1:3]
+    per_block = fine.shape[2]
     if candidates <= PRESELECTED:
-        shares = _shares(voters, fine.flatten(1, 2)).unflatten(1, (candidates, per_block)).sum(2)
+        shares = _shares(voters, fine[:, 1 : 1 + candidates].flatten(1, 2))
+        shares = shares.unflatten(1, (candidates, per_block)).sum(2)
         return _best(_next_too(_of_groups(shares, step)), number)
-    scores = _next_too(_of_groups(_shares(voters, coarse), step))
+    scores = _next_too(_of_groups(_shares(voters, coarse[:, 1 : 1 + candidates]), step))
     kept = _best(scores, PRESELECTED)
     scores.zero_()
     for group, (own, score) in enumerate(zip(kept, scores, strict=True)):
-        shares = _shares(voters[group * step :][:VOTERS], fine.index_select(1, own).flatten(1, 2))
+        # a view that leaves out the first block would be copied whole before rows are selected from it
+        shares = _shares(voters[group * step :][:VOTERS], fine.index_select(1, own + 1).flatten(1, 2))
         score[own] = shares.sum(0).unflatten(0, (PRESELECTED, per_block)).sum(1) / VOTERS
     return _best(_next_too(scores), number)
 
@@ -193,7 +195,7 @@ def _shares(voters: Tensor, means: Tensor) -> Tensor:
     """Return each voter's softmax over means (K, M, D), averaged over its heads: (n, M) for voters (n, H, D)."""
     by_head = voters.unflatten(1, (len(means), -1)).transpose(0, 1)  # (K, n, H / K, D)
     scores = by_head.flatten(1, 2) @ means.mT
-    return scores.softmax(-1).unflatten(1, by_head.shape[1:3]).sum((0, 2)) / voters.shape[1]
+    return scores.softmax(-1).unflatten(1, by_head.shape[1:3]).sum(2).sum(0) / voters.shape[1]
 
 
 def _of_groups(shares: Tensor, step: int) -> Tensor:
