@@ -23,6 +23,7 @@ from torch import Tensor
 
 from longnet_cli.attention.past import Blocks
 from longnet_cli.errors import ConfigError, MemoryLimitError
+from longnet_cli.sizes import format_bytes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
 
@@ -93,7 +94,7 @@ class SpillFile:
         """Write bytes at the end, and return the place of the first one."""
         first = self.size
         while rest:
-            with _explained(self.folder, f"{self.size / 2**30:.2f} GiB of keys and values are written"):
+            with _explained(self.folder, f"{format_bytes(self.size)} of keys and values are written"):
                 done = os.pwrite(self._file.fileno(), rest, self.size)
             self.size, rest = self.size + done, rest[done:]
         return first
