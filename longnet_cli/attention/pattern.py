@@ -195,6 +195,11 @@ class Pattern:
         return self.chosen * self.chosen_block
 
     @property
+    def moves_keys(self) -> bool:
+        """Whether some keys are seen at another distance than their own: those of sinks and of chosen blocks."""
+        return bool(self.sinks or self.chosen)
+
+    @property
     def cache_rows(self) -> int:
         """The rows of keys that a decoder must keep for one head: sum of (1 + look_back) ceil(w / r), plus the sinks.
 
