@@ -142,8 +142,9 @@ class Rotation:
         cos, sin = phase.cos().to(wide.dtype), phase.sin().to(wide.dtype)
         pairs, rest = wide.split([2 * phase.shape[-1], wide.shape[-1] - 2 * phase.shape[-1]], -1)
         x, y = pairs.unflatten(-1, (2, -1) if self.axis == -2 else (-1, 2)).unbind(self.axis)
-        turned = torch.stack([x * cos - y * sin, x * sin + y * cos], self.axis).flatten(-2)
-        return torch.cat([turned, rest], -1).to(keys.dtype)
+        found = torch.addcmul(x * cos, y, sin, value=-1), torch.addcmul(x * sin, y, cos)
+        turned = found if self.axis == -2 else (torch.stack(found, -1).flatten(-2),)
+        return torch.cat([*turned, rest], -1).to(keys.dtype)
 
 
 def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
