@@ -35,7 +35,7 @@ from longnet_cli.integrations.transformers import write_pattern
 from longnet_cli.model.net import Net
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.notation import parse_pattern
-from longnet_cli.runtime.chunks import CausalStream, open_stream
+from longnet_cli.runtime.chunks import open_stream
 from longnet_cli.sizes import parse_size
 
 PREFACE = 200  # tokens before the first passage
@@ -52,40 +52,36 @@ def nats_of(net: Net, stream: Any, ids: np.ndarray) -> np.ndarray:
     return net.nll(hidden[0, :-1], tokens[1:]).numpy()
 
 
-def answers(net: Net, stream: Any, ids: np.ndarray, numbers: list[int | None]) -> Iterator[Row]:
-    """Read a passage with each of the numbers as `chosen_every`, in processes that leave the stream as it was."""
-    for every in numbers:
-        source, sink = os.pipe()
-        child = os.fork()
-        if not child:
-            os.close(source)
-            begin = time.perf_counter()
-            if every:
-                choose_every(every, net, stream)
-            nats = float(nats_of(net, stream, ids).mean())
-            os.write(sink, json.dumps({"nats": nats, "seconds": time.perf_counter() - begin}).encode())
-            os._exit(0)
-        os.close(sink)
-        with os.fdopen(source) as pipe:
-            said = pipe.read()
-        if os.waitpid(child, 0)[1]:
-            raise ConfigError(f"the process that reads a passage ended without an answer  (every {every})")
-        yield {"every": every} | json.loads(said)
+def nats_apart(net: Net, stream: Any, ids: np.ndarray, every: int | None = None) -> list[float]:
+    """Return the nats as `nats_of`, but leave the stream as it was: a forked process reads the ids.
+
+    With `every`, a model of transformers chooses blocks every so many tokens there.
+    """
+    source, sink = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(source)
+        if every:
+            pattern = replace(net.config.pattern, chosen_every=every)
+            write_pattern(net.model.config, pattern)
+            for cache in stream.caches:
+                cache.pattern = cache.past.pattern = pattern
+                cache.past.held = None
+        os.write(sink, json.dumps(nats_of(net, stream, ids).tolist()).encode())
+        os._exit(0)
+    os.close(sink)
+    with os.fdopen(source) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(said)
 
 
-def choose_every(every: int, net: Net, stream: CausalStream) -> None:
-    """Let a stream of a model of transformers choose blocks `every` so many tokens from now on."""
-    pattern = replace(net.config.pattern, chosen_every=every)
-    write_pattern(net.model.config, pattern)
-    for cache in stream.caches:
-        cache.pattern = cache.past.pattern = pattern
-        cache.past.held = None
-
-
-def measure(net: Net, written: str, passages: dict[str, np.ndarray], filler: np.ndarray, options: Any) -> Iterator[Row]:
-    """Yield the rows of a pattern."""
+def measure(
+    net: Net, start: np.ndarray, written: str, passages: dict[str, np.ndarray], filler: np.ndarray, options: Any
+) -> Iterator[Row]:
+    """Yield the rows of a pattern. `start` are the ids before a document."""
     stream, pattern = open_stream(net), net.config.pattern
-    nats_of(net, stream, filler[:PREFACE])
+    nats_of(net, stream, np.concatenate([start, filler[:PREFACE]]))
     first = {name: float(nats_of(net, stream, ids).mean()) for name, ids in passages.items()}
     numbers = options.every if pattern.chosen else [None]
     at = PREFACE
@@ -95,9 +91,12 @@ def measure(net: Net, written: str, passages: dict[str, np.ndarray], filler: np.
             nats_of(net, stream, filler[at:stop])
             at = stop
         for name, ids in (passages | {NATURAL: filler[at : at + options.tokens]}).items():
-            for found in answers(net, stream, ids, numbers):
-                place = {"pattern": written, "exact": options.exact, "distance": distance, "passage": name}
-                yield place | found | {"first": first.get(name)}
+            for every in numbers:
+                begin = time.perf_counter()
+                nats = float(np.mean(nats_apart(net, stream, ids, every)))
+                row = {"pattern": written, "distance": distance, "passage": name, "every": every}
+                row |= {"exact": options.exact, "nats": nats, "first": first.get(name)}
+                yield row | {"seconds": round(time.perf_counter() - begin, 2)}
 
 
 def table(rows: list[Row]) -> Iterator[str]:
@@ -150,7 +149,8 @@ def main() -> None:
         held = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
         for written, pattern in patterns.items():
             net = folder.net(pattern=pattern, dtype=held)
-            for row in measure(net, written, passages, filler, options):
+            start = net.start_rows(folder.bos(tokenizer))
+            for row in measure(net, start, written, passages, filler, options):
                 print(json.dumps(row), flush=True)
                 rows.append(row)
     except (LongNetError, ValueError, OSError) as error:
