@@ -11,6 +11,7 @@ only on how many keys the pattern lets a token see.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -55,6 +56,7 @@ def generate(
     stop: Sequence[str] = (),
     chunk: int | None = None,
     dtype: str = "auto",
+    spill: str | Path | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Step]:
     """Yield up to `max_tokens` tokens that continue `bos` and `prompt`, each as soon as it is known.
@@ -64,9 +66,10 @@ def generate(
     `top_p`. Generation ends at one of `end_ids`, whose text is not shown, and at one of the texts `stop`, no part of
     which is shown. `tokenizer` decodes texts, in whole characters; without it, they are empty.
 
-    `chunk` and `dtype` are as in `runtime.reader.Reader`. `on_progress` gets the number of prompt tokens that each
-    forward pass has read. Raises ConfigError for a model that cannot generate, invalid options, and a prompt longer
-    than the model reads; DataError if `bos` and the prompt are both empty; NotFiniteError for a logit that is NaN.
+    `chunk`, `dtype` and `spill` are as in `runtime.reader.Reader`. `on_progress` gets the number of prompt tokens that
+    each forward pass has read. Raises ConfigError for a model that cannot generate, invalid options, and a prompt
+    longer than the model reads; DataError if `bos` and the prompt are both empty; NotFiniteError for a logit that is
+    NaN.
     """
     _check(model, tokenizer, max_tokens, temperature, top_p, stop)
     chunk = chunk_of(chunk, default_chunk(model.config, next(model.parameters()).device))
@@ -79,7 +82,7 @@ def generate(
     if sequence.limit is not None:
         max_tokens = min(max_tokens, sequence.limit - len(sequence) + 1)  # the last new token is not read
     return _Generator(
-        model, tokenizer, Sampler(temperature, top_p, seed), end_ids, stop, chunk, dtype, on_progress
+        model, tokenizer, Sampler(temperature, top_p, seed), end_ids, stop, chunk, dtype, spill, on_progress
     ).run(sequence, max_tokens)
 
 
@@ -126,12 +129,13 @@ class _Generator:
         stop: Sequence[str],
         chunk: int,
         dtype: str,
+        spill: str | Path | None,
         on_progress: Callable[[int], None] | None,
     ) -> None:
         self.model, self.sampler, self.end_ids, self.dtype = model, sampler, end_ids, dtype
         self.device, self.chunk = next(model.parameters()).device, chunk
         self.on_progress = on_progress or (lambda tokens: None)
-        self.stream = open_stream(model)
+        self.stream = open_stream(model, spill=spill)
         self.texts = TextStream(tokenizer) if tokenizer else None
         self.stops = StopTexts(stop)
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -56,6 +57,7 @@ def score(
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
+    spill: str | Path | None = None,
     device: torch.device | str | None = None,
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
@@ -80,10 +82,10 @@ def score(
     `by_position` also sums the nats by position in the window. `by_recall` sums them by how many tokens ago the
     document had the same bigram, even if that was before the window; `recall.Bigrams` says how much memory it takes.
 
-    `chunk`, `dtype` and `ranks` are as in `runtime.reader.Reader`: memory does not depend on the document's length,
-    and none of them changes a number beyond rounding. All ranks need the same documents. In one group of ranks, which
-    share each document, all get all results. Several groups divide the documents between them; then rank 0 gets all
-    results and the others none.
+    `chunk`, `dtype`, `spill` and `ranks` are as in `runtime.reader.Reader`: memory does not depend on the document's
+    length, without chosen blocks, and none of them changes a number beyond rounding. All ranks need the same documents.
+    In one group of ranks, which share each document, all get all results. Several groups divide the documents between
+    them; then rank 0 gets all results and the others none.
 
     A document that is too long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to
     `on_skip` and left out instead. The `stored` documents are the part of `documents` whose lengths are cheap to read;
@@ -103,7 +105,7 @@ def score(
         raise ConfigError("log-probabilities of tokens are written by one group of ranks: leave out --dp")
     if device is not None:
         model.to(device)
-    reader = share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, on_progress=on_progress)
+    reader = share_reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
     scorer = Scorer(reader, cut, by_position, by_recall, count_bytes, on_tokens)
     make = partial(cut.sequence, model)
     for document in stored if on_skip is None else ():

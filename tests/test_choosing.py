@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -22,6 +23,7 @@ from longnet_cli.attention import KVCache, Past, Pattern, choosing, dilated_atte
 from longnet_cli.attention.choosing import Chosen
 from longnet_cli.attention.groups import GroupedPart, Groups, groups_of
 from longnet_cli.attention.reference import chosen_blocks, dilated_attention_reference
+from longnet_cli.runtime.mapped import BlockFile, SpillFile
 
 WINDOW = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 
@@ -298,10 +300,12 @@ def test_an_open_group_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(voted) == 2 * len(range(64, 200, 4))  # with its first token, and with the next, from the past
 
 
-def test_rows_of_a_cache_are_reordered() -> None:
+@pytest.mark.parametrize("spilled", [False, True])
+def test_rows_of_a_cache_are_reordered(spilled: bool, tmp_path: Path) -> None:
     choice = Choice(WINDOW, 3, 150, 4, 8, 0, True, None, 1, kv_heads=2, rotary=True)
     q, k, v, _ = choice.qkv()
-    rows, cache = [2, 0, 0], KVCache(WINDOW, 3, 4, 8, kv_heads=2, dtype=q.dtype)
+    blocks = BlockFile(SpillFile(tmp_path)) if spilled else None
+    rows, cache = [2, 0, 0], KVCache(WINDOW, 3, 4, 8, kv_heads=2, dtype=q.dtype, blocks=blocks)
     for first, last in ((0, 90), (90, 99)):
         some = [x[:, first:last] for x in (q, k, v)]
         dilated_attention(*some, WINDOW, start=first, far=cache.far(), turn=turn)

@@ -153,6 +153,16 @@ def test_the_cache_is_that_of_a_stream(pattern: Pattern, tokens: int) -> None:
     assert net.config.cache_bytes(tokens, 4) == stream.cache_bytes
 
 
+def test_chosen_blocks_are_kept_in_memory_or_on_a_disk() -> None:
+    net = net_of(**vars(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=16)))
+    job, found = ScoreJob(net, Cut.of(net, BOS, None, None, None)), documents((60_000,))
+    kept = estimated(net, job, found, chunk=256, room=Room(1 << 40, 1))
+    spilled = estimated(net, job, found, chunk=256, spill="disk")
+    assert spilled.spilled == kept.memory["cache"] - spilled.memory["cache"] == net.config.spilled_bytes(60_000, 4)
+    assert spilled.spilled == 2 * 4 * 60_000 * net.config.dim * net.config.num_layers
+    assert (kept.spilled, kept.advice) == (0, "keep the keys and values on a disk (--spill DIR)")
+
+
 def test_what_does_not_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
     net = net_of(dim=64, ffn_dim=256)
     job = EncodeJob(net, EncodeOptions(bos=BOS))

@@ -6,19 +6,21 @@ pytest tests/test_mapped.py
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from builders import tiny_model
 from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import patterns, patterns_with_options
+from strategies import chosen_patterns, cuts, patterns, patterns_with_options, split
 from test_chunks import draw, gradients, net
 
 from longnet_cli.attention import Pattern
 from longnet_cli.errors import ConfigError, MemoryLimitError
-from longnet_cli.runtime.chunks import backward_in_chunks
+from longnet_cli.runtime.chunks import CausalStream, backward_in_chunks
 from longnet_cli.runtime.mapped import MappedMemory
 from longnet_cli.training.far_bytes import far_bytes
 from longnet_cli.training.gradients import backward
@@ -115,6 +117,45 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path, small_disk: Path) 
     done = run_longnet(*command, "--seq-len", "1Ki")
     assert done.returncode == 0, done.stderr
     assert list(small_disk.iterdir()) == []
+
+
+@given(pattern=chosen_patterns(), batch=st.integers(1, 2), tokens=st.integers(1, 150), sizes=cuts())
+def test_a_file_of_blocks_changes_no_bit_and_has_the_stated_size(
+    tmp_path_factory: pytest.TempPathFactory, pattern: Pattern, batch: int, tokens: int, sizes: list[int]
+) -> None:
+    model, ids = net(pattern), draw(batch, tokens)
+    in_memory, spilled = CausalStream(model), CausalStream(model, spill=tmp_path_factory.getbasetemp())
+    for part in ids.split(split(tokens, sizes), 1):
+        assert torch.equal(spilled(part), in_memory(part))
+    assert spilled.file
+    blocks = [cache.past.blocks.number for cache in spilled.caches if cache.past]
+    whole = blocks[0] * pattern.chosen_block
+    assert spilled.file.size == batch * model.config.spilled_bytes(whole, 4)
+
+
+def test_the_commands_with_chosen_blocks(run_longnet: RunLongnet, tmp_path: Path, small_disk: Path) -> None:
+    """The same output, a line that says how much is kept, and one line where the disk is full."""
+    pattern = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
+    model = f"{tiny_model(tmp_path / 'model', position='rope', **vars(pattern))}/"
+    for text, repeats in (("short.txt", 7), ("long.txt", 300)):
+        (tmp_path / text).write_text("some words, and others. " * repeats)
+    spill, full = ["--spill", small_disk], f"longnet: error: --spill {small_disk}: No space left on device, 25"
+    for command, more in (("score", ["-q"]), ("encode", ["-o", "-"]), ("generate", ["-n", "20", "-q"])):
+        words = [command, *(["-i"] if command == "generate" else []), "short.txt", "-m", model, "--chunk", "60", *more]
+        found, expected = (run_longnet(*words, *end, text=False) for end in (spill, []))
+        assert found.returncode == 0, found.stderr
+        assert found.stdout == expected.stdout
+        said = re.sub(r"[\d.]+ KiB of memory", "some memory", found.stderr.decode())
+        line = f"168 tokens keep some memory and 42.0 KiB in {small_disk} for chosen blocks\n"  # 2 x 16 in 2 layers
+        assert said == ("" if "-q" in more else line)
+        words[words.index("short.txt")] = "long.txt"
+        done = run_longnet(*words, *spill, text=False)
+        assert done.returncode == 5
+        assert done.stderr.decode().splitlines()[-1].startswith(full)
+        assert list(small_disk.iterdir()) == []
+    done = run_longnet("score", "short.txt", "-m", model, "--pattern", "window:16", *spill)
+    assert done.returncode == 2
+    assert "--spill is for keys and values of chosen blocks, and the pattern has none" in done.stderr
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .dilated import FarKeys
 from .merging import strided_view
-from .past import Past
+from .past import Blocks, Past
 from .pattern import Pattern
 from .spans import SINKS, Span, common_span, lanes, open_spans, segment_rows, span_rows, span_views
 
@@ -39,7 +39,8 @@ class KVCache:
 
     Pass `keep`, the length that the sequence may reach, if earlier far keys must stay valid, as for a backward pass
     over all shards. Then every segment gets new memory for all its rows at once, and takes over no older segment's.
-    `allocate` makes the memory; it takes the arguments of torch.empty.
+    `allocate` makes the memory; it takes the arguments of torch.empty. The blocks of the past, if they are chosen, are
+    kept in `blocks`, by default in memory.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         keep: int = 0,
         allocate: Callable[..., Tensor] = torch.empty,
+        blocks: Blocks | None = None,
     ) -> None:
         if pattern.chosen and keep:
             raise ValueError(f"chosen={pattern.chosen}: earlier far keys do not stay valid")
@@ -67,7 +69,7 @@ class KVCache:
         ]
         self._sinks = self._new_rows(pattern.sinks, SINKS)
         self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as they were turned last
-        self.past = Past(pattern) if pattern.chosen else None
+        self.past = Past(pattern, blocks) if pattern.chosen else None
 
     @property
     def nbytes(self) -> int:

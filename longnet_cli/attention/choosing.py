@@ -37,7 +37,8 @@ from .sinks import Turn
 if TYPE_CHECKING:
     from .one_pass import OnePassGradientSum, OnePassMerge
 
-GATHERED = 1 << 24  # numbers of gathered keys, and of scores of votes, that exist at a time: 64 MiB in fp32
+GATHERED = 1 << 24  # numbers of gathered keys that exist at a time: 64 MiB in fp32
+SCORES = 1 << 20  # numbers of scores of votes that exist at a time: 4 MiB in fp32, which a cache of a CPU holds
 
 
 class Chosen:
@@ -84,7 +85,7 @@ class Chosen:
         for call in self._calls(kernel, q, k):
             q_, *places = (call.queries(x) for x in (q, *merge.places))
             k_, v_ = call.keys(k, v)
-            part, lse = kernel.forward(_folded(q_, k), call.turned(k_, self.turn), v_.transpose(1, 2), False, scale)
+            part, lse = kernel.forward(_folded(q_, k), call.turned(k_, self.turn), call.in_groups(v_), False, scale)
             merge.add(call.branch, places, part.reshape(q_.shape), lse.reshape(q_.shape[:-1]))
 
     def gradients(
@@ -106,9 +107,9 @@ class Chosen:
             dout_, q_, out_, lse_ = (_folded(x, keys[0]) for x in queries)
             k_, v_ = call.keys(*keys)
             k_ = call.turned(k_, self.turn)
-            dq, dk, dv = kernel.backward(dout_, q_, k_, v_.transpose(1, 2), out_, lse_[..., 0], False, scale)
+            dq, dk, dv = kernel.backward(dout_, q_, k_, call.in_groups(v_), out_, lse_[..., 0], False, scale)
             of_q.add(place, dq.reshape(queries[1].shape), call.branch.queries, fresh=False)
-            for into, d in zip(found, (call.turned_back(dk, self.turn), dv.transpose(1, 2)), strict=True):
+            for into, d in zip(found, (call.turned_back(dk, self.turn), call.in_blocks(dv)), strict=True):
                 call.add(into, d)
         return found
 
@@ -136,9 +137,9 @@ class Chosen:
             return means
         if past.means is None:
             past.means = Means(self.pattern, past.waiting[0], stop // size)
-        if past.stored * size < stop:  # written behind those of the past, until its own take their place
+        if past.blocks.number * size < stop:  # written behind those of the past, until its own take their place
             keys = torch.cat([past.waiting[0, part.rows], k[:, : stop - part.start]], 1)
-            past.means.write(part.rows, past.stored, keys, self.turn)
+            past.means.write(part.rows, past.blocks.number, keys, self.turn)
         return past.means
 
     def _voted(self, q: Tensor, row: int, part: GroupedPart, means: Means, scale: float) -> Tensor:
@@ -159,32 +160,33 @@ class Chosen:
         voters = unrotated(voters[None], positions, self.turn)[0] * scale
         own = row if past else row - part.rows.start
         candidates = part.groups.near // self.pattern.chosen_block - 1
-        fine, coarse = (x[own, :, 1 : 1 + candidates] for x in (means.fine, means.coarse))
-        width = candidates if candidates > PRESELECTED else candidates * fine.shape[2]
-        size = max(1, GATHERED // (VOTERS * q.shape[1] * width))
+        width = candidates if candidates > PRESELECTED else candidates * means.fine.shape[3]
+        size = max(1, SCORES // (VOTERS * q.shape[1] * width))
         found = []
         for first in range(0, number, size):
             some = voters[first * step : (min(first + size, number) - 1) * step + VOTERS]
-            found.append(_chosen(some, step, fine, coarse, self.pattern.chosen - 1))
+            found.append(_chosen(some, step, candidates, means.fine[own], means.coarse[own], self.pattern.chosen - 1))
         chosen = torch.cat(found) + 1
         return torch.cat([chosen.new_zeros(number, 1), chosen], 1)
 
 
-def _chosen(voters: Tensor, step: int, fine: Tensor, coarse: Tensor, number: int) -> Tensor:
-    """Return the `number` candidates (groups, number) with the highest scores, in order.
+def _chosen(voters: Tensor, step: int, candidates: int, fine: Tensor, coarse: Tensor, number: int) -> Tensor:
+    """Return the `number` candidates (groups, number) with the highest scores, in order; the first one is 0.
 
     The voters (n, H, D) of a group are VOTERS rows, and each next group's start `step` rows later. fine (K, C, means,
-    D) and coarse (K, C, D) are the mean keys of the candidates.
+    D) and coarse (K, C, D) are the mean keys of all blocks: one that is no candidate, the `candidates`, others.
     """
-    candidates, per_block = fine.shape[1:3]
+    per_block = fine.shape[2]
     if candidates <= PRESELECTED:
-        shares = _shares(voters, fine.flatten(1, 2)).unflatten(1, (candidates, per_block)).sum(2)
+        shares = _shares(voters, fine[:, 1 : 1 + candidates].flatten(1, 2))
+        shares = shares.unflatten(1, (candidates, per_block)).sum(2)
         return _best(_next_too(_of_groups(shares, step)), number)
-    scores = _next_too(_of_groups(_shares(voters, coarse), step))
+    scores = _next_too(_of_groups(_shares(voters, coarse[:, 1 : 1 + candidates]), step))
     kept = _best(scores, PRESELECTED)
     scores.zero_()
     for group, (own, score) in enumerate(zip(kept, scores, strict=True)):
-        shares = _shares(voters[group * step :][:VOTERS], fine.index_select(1, own).flatten(1, 2))
+        # a view that leaves out the first block would be copied whole before rows are selected from it
+        shares = _shares(voters[group * step :][:VOTERS], fine.index_select(1, own + 1).flatten(1, 2))
         score[own] = shares.sum(0).unflatten(0, (PRESELECTED, per_block)).sum(1) / VOTERS
     return _best(_next_too(scores), number)
 
@@ -193,7 +195,7 @@ def _shares(voters: Tensor, means: Tensor) -> Tensor:
     """Return each voter's softmax over means (K, M, D), averaged over its heads: (n, M) for voters (n, H, D)."""
     by_head = voters.unflatten(1, (len(means), -1)).transpose(0, 1)  # (K, n, H / K, D)
     scores = by_head.flatten(1, 2) @ means.mT
-    return scores.softmax(-1).unflatten(1, by_head.shape[1:3]).sum((0, 2)) / voters.shape[1]
+    return scores.softmax(-1).unflatten(1, by_head.shape[1:3]).sum(2).sum(0) / voters.shape[1]
 
 
 def _of_groups(shares: Tensor, step: int) -> Tensor:
@@ -251,27 +253,24 @@ class _GroupCall(NamedTuple):
         """View the call's rows of x (B, N, H, D) as (groups, H, rows, D)."""
         return strided_view(x[self.row : self.row + 1, self.part.columns], self.branch.queries)[0]
 
-    def keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather the call's rows of k and v (B, N, K, D), and of the past: (groups, keys, K, D) each."""
-        groups, past = self.branch.queries.segments, self.past
-        own = [self._own(x) for x in (k, v)]
+    def keys(self, k: Tensor, v: Tensor) -> Tensor:
+        """Gather the call's blocks of k and v (B, N, K, D), and of the past: (k and v, blocks, tokens, K, D)."""
+        found = k.new_empty(2, len(self.blocks), self.size, *k.shape[2:])
+        own, past = [self._own(x) for x in (k, v)], self.past
         if not past:
-            k_, v_ = (x.index_select(0, self.blocks) for x in own)
-        else:
-            inside, cut, before = (where.nonzero()[:, 0] for where in self._places(past))
-            found = k.new_empty(2, len(self.blocks), self.size, *k.shape[2:])
-            if len(before) == len(self.blocks):
-                found = past.take(self.row, self.blocks)
-            elif len(before):
-                found[:, before] = past.take(self.row, self.blocks[before])
-            for into, x, of_past, all_of in zip(found, own, past.waiting, (k, v), strict=True):
-                if len(inside):
-                    into[inside] = x.index_select(0, self.blocks[inside] - self._first)
-                if len(cut):
-                    ends = all_of[self.row, self.part.columns][: self.size - of_past.shape[1]]
-                    into[cut] = torch.cat([of_past[self.row], ends])
-            k_, v_ = found
-        return k_.unflatten(0, (groups, -1)).flatten(1, 2), v_.unflatten(0, (groups, -1)).flatten(1, 2)
+            for into, x in zip(found, own, strict=True):
+                torch.index_select(x, 0, self.blocks, out=into)
+            return found
+        inside, cut, before = (where.nonzero()[:, 0] for where in self._places(past))
+        if len(before):
+            past.blocks.take(self.row, self.blocks[before], found, before)
+        for into, x, of_past, all_of in zip(found, own, past.waiting, (k, v), strict=True):
+            if len(inside):
+                into[inside] = x.index_select(0, self.blocks[inside] - self._first)
+            if len(cut):
+                ends = all_of[self.row, self.part.columns][: self.size - of_past.shape[1]]
+                into[cut] = torch.cat([of_past[self.row], ends])
+        return found
 
     @property
     def _first(self) -> int:
@@ -286,27 +285,34 @@ class _GroupCall(NamedTuple):
 
     def _places(self, past: Past) -> tuple[Tensor, Tensor, Tensor]:
         """Return masks of the blocks in the shard, of the one that the shard's start cuts, and of those before."""
-        inside, before = self.blocks >= self._first, self.blocks < past.stored
+        inside, before = self.blocks >= self._first, self.blocks < past.blocks.number
         return inside, ~(inside | before), before
 
+    def in_groups(self, x: Tensor) -> Tensor:
+        """Return gathered rows (blocks, tokens, K, D) as (groups, K, keys, D)."""
+        return x.unflatten(0, (self.branch.queries.segments, -1)).flatten(1, 2).transpose(1, 2)
+
+    def in_blocks(self, x: Tensor) -> Tensor:
+        """Return rows (groups, K, keys, D) as (blocks, tokens, K, D)."""
+        return x.transpose(1, 2).flatten(0, 1).unflatten(0, (-1, self.size))
+
     def turned(self, k: Tensor, turn: Turn | None) -> Tensor:
-        """Return keys (groups, keys, K, D), moved to where the groups see them, as (groups, K, keys, D)."""
+        """Return gathered keys (blocks, tokens, K, D), moved to where the groups see them, as (groups, K, keys, D)."""
         if turn and self.distances is not None:
-            blocks = k.flatten(0, 1).unflatten(0, (-1, self.size))
-            k = turn(blocks[None], self.distances)[0].to(k.dtype).view(k.shape)
-        return k.transpose(1, 2)
+            k = turn(k[None], self.distances)[0].to(k.dtype)
+        return self.in_groups(k)
 
     def turned_back(self, dk: Tensor, turn: Turn | None) -> Tensor:
         """Return the gradient of the argument of `turned`, given that of its result; `turn` is linear."""
         if turn is None or self.distances is None:
-            return dk.transpose(1, 2)
+            return self.in_blocks(dk)
         with torch.enable_grad():
-            leaf = dk.transpose(1, 2).detach().contiguous().requires_grad_()
+            leaf = self.in_blocks(dk).detach().contiguous().requires_grad_()
             return torch.autograd.grad(self.turned(leaf, turn), leaf, dk)[0]
 
     def add(self, into: Tensor, d: Tensor) -> None:
-        """Add gradients (groups, keys, K, D) of gathered rows to the gradient of the shard's rows (B, N, K, D)."""
-        d = d.flatten(0, 1).unflatten(0, (-1, self.size)).to(into.dtype)
+        """Add gradients (blocks, tokens, K, D) of gathered rows to the gradient of the shard's rows (B, N, K, D)."""
+        d = d.to(into.dtype)
         if not self.past:
             self._own(into).index_add_(0, self.blocks, d)
             return

@@ -76,9 +76,9 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int) -> in
     return heads * head_dim * total
 
 
-def past_bytes(pattern: Pattern, kv_heads: int, head_dim: int, tokens: int, itemsize: int) -> int:
-    """Return the bytes of one layer's past: all keys and values, of `itemsize` bytes per number, and mean keys."""
+def past_bytes(pattern: Pattern, kv_heads: int, head_dim: int, tokens: int, itemsize: int) -> tuple[int, int]:
+    """Return the bytes of one layer's past: of all keys and values, `itemsize` per number, and of the mean keys."""
     if not pattern.chosen:
-        return 0
+        return 0, 0
     means = tokens // MEAN_OF + tokens // pattern.chosen_block
-    return kv_heads * head_dim * (2 * itemsize * tokens + max(4, itemsize) * means)
+    return kv_heads * head_dim * 2 * itemsize * tokens, kv_heads * head_dim * max(4, itemsize) * means

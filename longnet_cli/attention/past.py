@@ -1,7 +1,8 @@
 """The past of a document, from which blocks are chosen: all keys and values, mean keys, and the last queries.
 
-It grows with the document. Keys and values lie in pieces of memory, in whole blocks; mean keys, an eighth of that for
-keys of four bytes, in one. Keys, values and queries are stored as they come, rotated; mean keys are un-rotated.
+It grows with the document. Keys and values lie in pieces of memory or elsewhere, in whole blocks; mean keys, a seventh
+of that for keys of four bytes, in one. Keys, values and queries are stored as they come, rotated; mean keys are
+un-rotated.
 
 B batch, H query heads, K key heads, D head_dim.
 """
@@ -35,16 +36,17 @@ class Means:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.fine, self.coarse))
+        return self.fine.nbytes + self.coarse.nbytes
 
     def write(self, rows: slice, first: int, keys: Tensor, turn: Turn | None) -> None:
         """Write the means of blocks from `first` on, in some rows of the batch: keys (rows, tokens, K, D) of theirs."""
         have, needed, size = self.fine.shape[2], first + keys.shape[1] // self._block, self._block
-        if have < needed:
-            more = max(needed, have * 3 // 2) - have
-            self.fine, self.coarse = (
-                torch.cat([x, x.new_empty(*x.shape[:2], more, *x.shape[3:])], 2) for x in (self.fine, self.coarse)
-            )
+        if have < needed:  # more room than is needed costs no memory as long as nothing is written there
+            room = max(needed, have * 3 // 2)
+            wider = [x.new_empty(*x.shape[:2], room, *x.shape[3:]) for x in (self.fine, self.coarse)]
+            for old, new in zip((self.fine, self.coarse), wider, strict=True):
+                new[:, :, :have] = old
+            self.fine, self.coarse = wider
         for begin in range(first, needed, max(1, SLICE // size)):
             stop = min(begin + max(1, SLICE // size), needed)
             some = keys[:, (begin - first) * size : (stop - first) * size]
@@ -63,26 +65,71 @@ def unrotated(x: Tensor, positions: Tensor, turn: Turn | None) -> Tensor:
     return x if turn is None else turn(x[:, :, None], -positions.to(x.device))[:, :, 0]
 
 
-class Past:
-    """The first `position` tokens of a document, for a batch: what later queries choose blocks from.
+class Blocks:
+    """The blocks of keys and values of a document, for a batch, in memory that grows in pieces and is never copied.
 
-    A `KVCache` keeps one, and gives it out with its far keys. Shards are appended as they come; whole blocks are stored
-    by `settle`, which needs `turn`. `queries` (B, n, H, D) are the last queries: an open group's, and its voters.
+    Another class with these methods may keep them elsewhere (`runtime.mapped.BlockFile`).
     """
 
-    def __init__(self, pattern: Pattern) -> None:
-        self.pattern, self.position = pattern, 0
-        self.queries: Tensor | None = None
-        self.means: Means | None = None
-        self.pieces: list[Tensor] = []  # (k and v, B, blocks, tokens of a block, K, D)
-        self.stored = 0  # blocks
-        self.held: tuple[int, list[Tensor]] | None = None  # the first position of the last open group, and its choice
-        self._waiting: list[Tensor] = []  # (k and v, B, tokens, K, D), after the stored blocks
+    def __init__(self) -> None:
+        self.number = 0
+        self._pieces: list[Tensor] = []  # (k and v, B, blocks, tokens of a block, K, D)
 
     @property
     def nbytes(self) -> int:
-        found = [*self.pieces, *self._waiting] + ([] if self.queries is None else [self.queries])
-        return sum(x.numel() * x.element_size() for x in found) + (self.means.nbytes if self.means else 0)
+        """The bytes of memory that they take."""
+        return sum(piece.nbytes for piece in self._pieces)
+
+    def append(self, blocks: Tensor) -> None:
+        """Add blocks (k and v, B, n, tokens of a block, K, D)."""
+        done = 0
+        while done < blocks.shape[2]:
+            room = sum(piece.shape[2] for piece in self._pieces)
+            if room == self.number:
+                number = max(FIRST_BLOCKS, room // 2)
+                self._pieces.append(blocks.new_empty(*blocks.shape[:2], number, *blocks.shape[3:]))
+                room += number
+            piece = self._pieces[-1]
+            n = min(room - self.number, blocks.shape[2] - done)
+            at = piece.shape[2] - (room - self.number)
+            piece[:, :, at : at + n] = blocks[:, :, done : done + n]
+            done, self.number = done + n, self.number + n
+
+    def take(self, row: int, blocks: Tensor, into: Tensor, places: Tensor) -> None:
+        """Copy blocks (n,) of one row of the batch to places (n,) of `into` (k and v, _, tokens of a block, K, D)."""
+        first = 0
+        for piece in self._pieces:
+            inside = ((blocks >= first) & (blocks < first + piece.shape[2])).nonzero()[:, 0]
+            for x, y in zip(into, piece[:, row], strict=True):
+                x.index_copy_(0, places[inside], y.index_select(0, blocks[inside] - first))
+            first += piece.shape[2]
+
+    def select(self, rows: Tensor) -> None:
+        """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""
+        self._pieces = [piece.index_select(1, rows) for piece in self._pieces]
+
+
+class Past:
+    """The first `position` tokens of a document, for a batch: what later queries choose blocks from.
+
+    A `KVCache` keeps one, and gives it out with its far keys. Shards are appended as they come; `settle`, which needs
+    `turn`, moves whole blocks to `blocks`, and from then on `append` does. `queries` (B, n, H, D) are the last queries:
+    an open group's, and its voters.
+    """
+
+    def __init__(self, pattern: Pattern, blocks: Blocks | None = None) -> None:
+        self.pattern, self.position = pattern, 0
+        self.queries: Tensor | None = None
+        self.means: Means | None = None
+        self.blocks = Blocks() if blocks is None else blocks
+        self.held: tuple[int, list[Tensor]] | None = None  # the first position of the last open group, and its choice
+        self._waiting: list[Tensor] = []  # (k and v, B, tokens, K, D), after the stored blocks
+        self._turn: tuple[Turn | None] | None = None  # once it is known
+
+    @property
+    def nbytes(self) -> int:
+        found = self._waiting + ([] if self.queries is None else [self.queries])
+        return sum(x.nbytes for x in found) + self.blocks.nbytes + (self.means.nbytes if self.means else 0)
 
     @property
     def waiting(self) -> Tensor:
@@ -99,53 +146,28 @@ class Past:
         last = self.pattern.chosen_every + VOTERS - 2  # of the open group, the last token may be missing
         found = q if self.queries is None or q.shape[1] >= last else torch.cat([self.queries, q], 1)
         self.queries = found[:, -last:].clone()
+        if self._turn:
+            self.settle(*self._turn)
 
     @torch.no_grad()
     def settle(self, turn: Turn | None) -> None:
         """Store the blocks that are whole, and their means."""
+        self._turn = (turn,)
         size, rows = self.pattern.chosen_block, self.waiting
         if not (blocks := rows.shape[2] // size):
             return
         whole = rows[:, :, : blocks * size]
         if self.means is None:
             self.means = Means(self.pattern, whole[0], max(blocks, FIRST_BLOCKS))
-        self.means.write(slice(None), self.stored, whole[0], turn)
-        self._store(whole.unflatten(2, (blocks, size)))
+        self.means.write(slice(None), self.blocks.number, whole[0], turn)
+        self.blocks.append(whole.unflatten(2, (blocks, size)))
         self._waiting = [rows[:, :, blocks * size :].clone()]
-
-    def take(self, row: int, blocks: Tensor) -> Tensor:
-        """Return stored blocks (n,) of one row of the batch: (k and v, n, tokens of a block, K, D)."""
-        if len(self.pieces) == 1:
-            return self.pieces[0][:, row].index_select(1, blocks)
-        first, found = 0, None
-        for piece in self.pieces:
-            inside = ((blocks >= first) & (blocks < first + piece.shape[2])).nonzero()[:, 0]
-            part = piece[:, row].index_select(1, blocks[inside] - first)
-            found = part.new_empty(2, len(blocks), *part.shape[2:]) if found is None else found
-            found[:, inside] = part
-            first += piece.shape[2]
-        assert found is not None
-        return found
 
     def select(self, rows: Tensor) -> None:
         """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""
-        self.pieces, self._waiting = ([x.index_select(1, rows) for x in xs] for xs in (self.pieces, self._waiting))
+        self.blocks.select(rows)
+        self._waiting = [x.index_select(1, rows) for x in self._waiting]
         self.queries = None if self.queries is None else self.queries.index_select(0, rows)
         self.held = None
         if self.means:
             self.means.select(rows)
-
-    def _store(self, blocks: Tensor) -> None:
-        """Write blocks (k and v, B, n, tokens of a block, K, D) after the stored ones."""
-        done = 0
-        while done < blocks.shape[2]:
-            room = sum(piece.shape[2] for piece in self.pieces)
-            if room == self.stored:
-                number = max(FIRST_BLOCKS, room // 2)
-                self.pieces.append(blocks.new_empty(*blocks.shape[:2], number, *blocks.shape[3:]))
-                room += number
-            piece = self.pieces[-1]
-            n = min(room - self.stored, blocks.shape[2] - done)
-            at = piece.shape[2] - (room - self.stored)
-            piece[:, :, at : at + n] = blocks[:, :, done : done + n]
-            done, self.stored = done + n, self.stored + n

@@ -34,7 +34,7 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     cache_bytes = None
     if streamed:
         rows = 2 * s.heads * s.head_dim * dtype.itemsize * pattern.cache_rows
-        cache_bytes = s.batch * (rows + past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize))
+        cache_bytes = s.batch * (rows + sum(past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize)))
     # each implementation gets the layout that it is made for
     shape = (s.batch, s.heads, chunk, s.head_dim) if dense else (s.batch, chunk, s.heads, s.head_dim)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -11,9 +10,10 @@ from typing import Annotated, Any, Literal
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading, room, show_reading
 from longnet_cli.cli.nproc import launch
-from longnet_cli.cli.options import COMPUTE, DEFAULT_MODEL, OUTPUT, Names, option, read_pattern, size_option
+from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, read_pattern, size_option
 from longnet_cli.cli.output import tell
 from longnet_cli.cli.progress import progress
+from longnet_cli.cli.state import check_spill, say_state
 from longnet_cli.cli.writing import check_output, count_left_out, end
 from longnet_cli.errors import ConfigError
 
@@ -100,15 +100,7 @@ def encode(
     device: shared.DeviceOption = "auto",
     dtype: shared.DtypeOption = "auto",
     chunk: shared.ChunkOption = None,
-    spill: Annotated[
-        str | None,
-        option(
-            COMPUTE,
-            "--spill",
-            "DIR",
-            "Keep a bidirectional model's hidden states here, for documents longer than memory.",
-        ),
-    ] = None,
+    spill: shared.SpillOption = None,
     quiet: shared.QuietOption = False,
 ) -> None:
     """Turn each document, or each span of it, into one vector, for search or clustering.
@@ -127,8 +119,7 @@ def encode(
     reads = [model_folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
     data = Inputs(inputs, column=column, id_column=id_column, keep=tuple(keep or ()), skip_bad=skip_bad)
     refuse_overwriting("-o", [output], data, reads)
-    if spill and not os.path.isdir(spill):
-        raise ConfigError(f"--spill {spill}: no such folder")
+    check_spill(spill)
     for_folder = {"--shard-rows": shard_rows, "--shard-format": shard_format != "arrow"}
     where_to = "embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them"
     earlier = check_output(output, where_to, for_folder, resume=resume, dry_run=dry_run)
@@ -214,6 +205,8 @@ def encode(
         if ranks.first:
             show_reading(found, format, "encoding")
         return
+    known = data.stored() if not skip_bad else ()
+    documents = say_state(documents, known, net, chunk=chunk, dtype=dtype, spill=spill, quiet=quiet)
     done = earlier.totals["tokens"] if earlier else 0
     left_out = count_left_out(skip_bad, quiet)
     with progress("encoding", total=data.num_tokens(), start=done, quiet=quiet) as advance:

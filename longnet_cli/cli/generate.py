@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ from longnet_cli.cli import options as shared
 from longnet_cli.cli.options import DEFAULT_MODEL, INPUT, OUTPUT, option, read_pattern, size_option
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.progress import progress
+from longnet_cli.cli.state import check_spill, say_state
 from longnet_cli.sizes import format_duration
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def generate(
     device: shared.DeviceOption = "auto",
     dtype: shared.DtypeOption = "auto",
     chunk: shared.ChunkOption = None,
+    spill: shared.SpillOption = None,
     quiet: shared.QuietOption = False,
 ) -> None:
     """Continue texts of any length with a model, token by token; only the new text goes to stdout.
@@ -104,6 +106,7 @@ def generate(
         raise ConfigError("--top-p needs a temperature above 0: add --temperature 1 for the model's own probabilities")
     if seed is not None and not 0 <= seed < 1 << 63:
         raise ConfigError(f"--seed {seed} is not a number from 0 to 2^63 - 1")
+    check_spill(spill)
     text = _text(prompt, inputs)
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.special_tokens import end_of_text
@@ -123,6 +126,7 @@ def generate(
         on_note=partial(tell, quiet=quiet),
     )
     net = loaded.net
+    check_spill(spill, net)
     from longnet_cli.generating import generate as run
     from longnet_cli.model.weights import model_origin
 
@@ -132,7 +136,9 @@ def generate(
         )
     eos_id = end_of_text(eos, loaded.tokenizer)
     data = Inputs(inputs or ["-"], loaded.tokenizer, column, vocab_size=net.config.vocab_size, eos_id=eos_id)
-    documents = _documents(data, text, loaded.chat)
+    reading: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
+    found = _documents(data, text, loaded.chat)
+    documents = say_state(found, (), net, more=max_tokens, **reading, quiet=quiet)
     bos_ids = None if chat and bos is None else loaded.bos  # a template has its own start ids
     seed = seed if seed is not None else _new_seed()
     origin = model_origin(net, model, loaded.tokenizer_sha256) if format == "jsonl" else {}
@@ -149,8 +155,7 @@ def generate(
                 seed=seed,
                 end_ids=loaded.ends,
                 stop=stop or (),
-                chunk=chunk,
-                dtype=dtype,
+                **reading,
                 on_progress=advance,
             )
             first = next(steps)

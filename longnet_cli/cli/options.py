@@ -236,6 +236,17 @@ ChunkOption = Annotated[
         "what fits the memory",
     ),
 ]
+SpillOption = Annotated[
+    str | None,
+    option(
+        COMPUTE,
+        "--spill",
+        "DIR",
+        "Keep here, not in memory, what grows with a document: keys and values, for a pattern with chosen blocks, or "
+        "a bidirectional model's hidden states.",
+        "in memory",
+    ),
+]
 NprocOption = Annotated[
     int | None,
     size_option(

@@ -14,6 +14,7 @@ from longnet_cli.cli.nproc import launch
 from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, read_pattern, size_option, sizes_option
 from longnet_cli.cli.output import emit_json, emit_jsonl, printable, tell
 from longnet_cli.cli.progress import progress
+from longnet_cli.cli.state import check_spill, say_state
 from longnet_cli.cli.writing import check_output, count_left_out, end
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def score(
     device: shared.DeviceOption = "auto",
     dtype: shared.DtypeOption = "auto",
     chunk: shared.ChunkOption = None,
+    spill: shared.SpillOption = None,
     quiet: shared.QuietOption = False,
 ) -> None:
     """Measure how well a model predicts text: perplexity (ppl) and bits per byte (bpb), lower is better.
@@ -172,6 +174,7 @@ def score(
     if output is not None:
         where_to = "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
         earlier = check_output(output, where_to, for_folder, resume=resume, dry_run=dry_run)
+    check_spill(spill)
     launch(nproc, inputs, model_folder, sp=sp, dp=dp)
     from longnet_cli.data.chat import chat_settings
     from longnet_cli.data.kept import first_kept
@@ -195,6 +198,7 @@ def score(
         on_note=partial(tell, quiet=quiet),
     )
     net = loaded.net
+    check_spill(spill, net)
     if parsed:
         tell(f"pattern {format_pattern(net.config.pattern)}", quiet)
     from longnet_cli.logprobs import write_token_logprobs
@@ -224,6 +228,7 @@ def score(
             sample=sample,
             chunk=chunk,
             dtype=dtype,
+            spill=spill,
             ranks=ranks,
             skip_bad=skip_bad,
             quiet=quiet,
@@ -251,7 +256,10 @@ def score(
         "by_position": by_position,
         "by_recall": by_recall,
     }
-    running: dict[str, Any] = {"stored": stored, "chunk": chunk, "dtype": dtype, "ranks": ranks}
+    running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
+    known = data.stored() if not skip_bad else ()
+    documents = say_state(documents, known, net, contexts=context, **running, quiet=quiet)
+    running |= {"stored": stored, "ranks": ranks}
     count_bytes = loaded.tokenizer.n_bytes if loaded.tokenizer else None
     with progress("scoring", total=total or None, start=done, quiet=quiet) as advance, tokens as on_tokens:
         if output is not None:

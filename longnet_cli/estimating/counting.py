@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+import torch
+
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import LOGITS_LIMIT, Net
@@ -102,19 +104,24 @@ class PlanSums:
         tokens = max(min(self.together, 2 * chunk), 2 * chunk if cut else 0)
         kinds = {"hidden": 2 * 4 * config.dim * tokens}  # in pieces, and joined
         if cut and config.causal:
-            itemsize = DTYPES[resolve_dtype(dtype, device)].itemsize
-            kinds["cache"] = config.cache_bytes(self.longest, itemsize)
+            kinds["cache"] = config.cache_bytes(self.longest, _itemsize(dtype, device))
+            kinds["cache"] -= self.spilled_bytes(chunk, dtype, ranks) if spill else 0
         elif cut and not spill:
-            size = self.hidden_bytes(chunk, ranks)
+            size = self.spilled_bytes(chunk, dtype, ranks)
             if device.type == "cpu" or fits_beside(config.forward_bytes(chunk), size, device):
                 kinds["hidden"] += size
         return kinds
 
-    def hidden_bytes(self, chunk: int, ranks: Ranks) -> int:
-        """Return the bytes that a bidirectional net keeps between its layers; 0 if no window is longer than a chunk."""
-        if self.config.causal or self.longest <= chunk or not self.net.layer_by_layer:
+    def spilled_bytes(self, chunk: int, dtype: str, ranks: Ranks) -> int:
+        """Return the bytes of the file of `--spill`; 0 if no window is read in chunks.
+
+        A bidirectional net keeps hidden states there between its layers, a causal one the blocks that are chosen from.
+        """
+        if not self.in_chunks(chunk):
             return 0
-        return kept_bytes(cast(LongNet, self.net), self.longest, chunk, ranks)
+        if self.config.causal:
+            return self.config.spilled_bytes(self.longest, _itemsize(dtype, next(self.net.parameters()).device))
+        return kept_bytes(cast(LongNet, self.net), self.longest, chunk, ranks) if self.net.layer_by_layer else 0
 
     def _sees_outside(self, tokens: int) -> bool:
         """Return whether the chunks of a window in a bidirectional net see keys of each other."""
@@ -126,3 +133,7 @@ class PlanSums:
         self.largest = max(self.largest, shape.rows * shape.tokens)
         before, _ = self._shapes.get(shape.tokens.bit_length(), (0, shape))
         self._shapes[shape.tokens.bit_length()] = before + tokens, shape
+
+
+def _itemsize(dtype: str, device: torch.device) -> int:
+    return DTYPES[resolve_dtype(dtype, device)].itemsize

@@ -124,12 +124,15 @@ class ReadingEstimate(Estimate):
     output: str
     too_long: int | None  # the most tokens that the model reads, if a window has more
     streams: bool
+    spillable: int  # bytes that --spill would keep on a disk
 
     HELD: ClassVar[tuple[str, ...]] = ("program", "loading")  # loading is over, its memory free again
 
     def _other_advice(self) -> str:
         if self.largest == "hidden":
             return "keep the hidden states on a disk (--spill DIR)"
+        if self.largest == "cache" and self.spillable:
+            return "keep the keys and values on a disk (--spill DIR)"
         if self.largest == "cache":
             return "a pattern with shorter segments (--pattern) remembers less"
         if not self.streams:
@@ -225,7 +228,7 @@ def estimate_documents(
     kinds = {"program": program, **memory(chunk)}
     if held > sum(kinds.values()):  # for files whose weights were converted to another type
         kinds["loading"] = held - sum(kinds.values())
-    flops = sums.flops(job.scores)
+    flops, on_disk = sums.flops(job.scores), sums.spilled_bytes(chunk, dtype, ranks.of_group())
     return ReadingEstimate(
         parameters=config.num_parameters(),
         memory=kinds,
@@ -237,7 +240,8 @@ def estimate_documents(
         dtype=resolve_dtype(dtype, device),
         chunk=chunk,
         chunk_that_fits=fitting_chunk(lambda n: sum(memory(n).values()), chunk, free) if config.streams else None,
-        spilled=sums.hidden_bytes(chunk, ranks.of_group()) if spill else 0,
+        spilled=on_disk if spill else 0,
+        spillable=0 if spill else on_disk,
         documents=number,
         left_out=len(left_out),
         longest=longest,

@@ -58,12 +58,16 @@ class Costs:
     def cache_bytes(self: NetConfig, tokens: int, itemsize: int) -> int:
         """Return the bytes of keys and values that a causal stream holds after `tokens`, `itemsize` bytes per number.
 
-        Training in chunks keeps more (`training.far_bytes`): the rows of all segments, until the backward pass, and
-        the sums of their gradients.
+        `spilled_bytes` of them may be in a file instead. Training in chunks keeps more (`training.far_bytes`): the rows
+        of all segments, until the backward pass, and the sums of their gradients.
         """
         rows = cached_rows(self.pattern, self.num_heads, self.kv_heads, tokens)
-        past = past_bytes(self.pattern, self.kv_heads, self.head_dim, tokens, itemsize)
+        past = sum(past_bytes(self.pattern, self.kv_heads, self.head_dim, tokens, itemsize))
         return self.num_layers * (2 * self.head_dim * rows * itemsize + past)
+
+    def spilled_bytes(self: NetConfig, tokens: int, itemsize: int) -> int:
+        """Return the bytes that a causal stream writes to the file of `--spill`: all blocks, for chosen ones."""
+        return self.num_layers * past_bytes(self.pattern, self.kv_heads, self.head_dim, tokens, itemsize)[0]
 
     def activation_bytes(
         self: NetConfig, itemsize: int, device: str, again: bool = False, lora: dict | None = None

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -27,6 +28,7 @@ from longnet_cli.runtime.device import free_memory, precision, random_state, set
 from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.far_gradients import FarGradients
 from longnet_cli.runtime.fsdp import final_backward
+from longnet_cli.runtime.mapped import BlockFile, SpillFile
 from longnet_cli.runtime.ranks import Ranks
 
 CHUNK_BYTES = 256 << 20  # for one chunk's activations; a GPU takes an eighth of its free memory if that is more
@@ -89,9 +91,18 @@ def fitting_chunk(
     return chunk
 
 
-def open_stream(net: Net, group: dist.ProcessGroup | None = None) -> Callable[..., Tensor]:
-    """Return a function that reads a causal sequence in chunks (B, n) and returns each chunk's hidden states."""
-    return net.stream() or CausalStream(net, group=group)
+def open_stream(
+    net: Net, group: dist.ProcessGroup | None = None, spill: str | Path | None = None
+) -> Callable[..., Tensor]:
+    """Return a function that reads a causal sequence in chunks (B, n) and returns each chunk's hidden states.
+
+    With `spill`, keys and values of chosen blocks are kept in a file in that folder. Raises ConfigError for a net that
+    has a cache of its own, in memory.
+    """
+    own = net.stream()
+    if own and spill and net.config.pattern.chosen:
+        raise ConfigError("this model keeps a cache of its own, in memory: leave out --spill")
+    return own or CausalStream(net, group=group, spill=spill)
 
 
 class CausalStream:
@@ -105,7 +116,8 @@ class CausalStream:
     except with chosen blocks, which need all keys.
     The ranks of a `group` share every chunk: each passes its own shard and the chunk's `edges`, and holds the whole
     cache. `keep` and `allocate` go to KVCache. Cached rows on another device than the net's are copied for each chunk.
-    Raises ConfigError for a bidirectional net.
+    With chosen blocks and `spill`, all keys and values go to one file in that folder, and only what chooses them is in
+    memory. Raises ConfigError for a bidirectional net, and what `mapped.SpillFile` raises.
     """
 
     def __init__(
@@ -115,9 +127,11 @@ class CausalStream:
         group: dist.ProcessGroup | None = None,
         keep: int = 0,
         allocate: Callable[..., Tensor] = torch.empty,
+        spill: str | Path | None = None,
     ) -> None:
         if not model.config.causal:
             raise ConfigError("a bidirectional model sees the whole sequence at once: it cannot be streamed")
+        self.file = SpillFile(spill) if spill and model.config.pattern.chosen else None
         self.model, self.group, self.keep, self.allocate = model, group, keep, allocate
         self.position = 0
         self.caches: list[KVCache] = []  # made with the first chunk, whose keys have the dtype and the device
@@ -170,6 +184,7 @@ class CausalStream:
             device=k.device,
             keep=self.keep,
             allocate=self.allocate,
+            blocks=BlockFile(self.file) if self.file else None,
         )
 
 

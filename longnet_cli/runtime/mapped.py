@@ -1,4 +1,8 @@
-"""Separate memory for tensors that outlive a chunk: host memory, or a disk (`--spill FOLDER`)."""
+"""Separate memory for tensors that outlive a chunk: host memory, or a disk (`--spill FOLDER`).
+
+Of a known size, it is a map. Blocks of a document of any length go to a file that grows and is not mapped: the pages of
+a map that were read count as memory of the process.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import os
 import tempfile
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
@@ -16,7 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longnet_cli.attention.past import Blocks
 from longnet_cli.errors import ConfigError, MemoryLimitError
+from longnet_cli.sizes import format_bytes
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
 
 
 class MappedMemory:
@@ -33,19 +42,13 @@ class MappedMemory:
 
     def __init__(self, size: int, folder: str | Path | None = None) -> None:
         size = max(1, size)  # a map cannot be empty
-        try:
+        with _explained(folder, f"{size / 2**30:.2f} GiB are needed"):
             if folder is None:
                 self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             else:
                 with tempfile.TemporaryFile(dir=folder) as file:
                     os.posix_fallocate(file.fileno(), 0, size)  # a write to a map of a full disk would kill the process
                     self._map = mmap.mmap(file.fileno(), size)
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
-            problem = f"{error.strerror}, {size / 2**30:.2f} GiB are needed" if full else f"{error.strerror}"
-            if folder is None:
-                raise MemoryLimitError(f"{problem}: keep them on a disk, with --spill FOLDER") from error
-            raise (MemoryLimitError if full else ConfigError)(f"--spill {folder}: {problem}") from error
         self._used = self._alive = 0
         self._free: defaultdict[int, list[int]] = defaultdict(list)  # size -> offsets of the rooms of that size
 
@@ -74,6 +77,74 @@ class MappedMemory:
         if not self._alive:  # the next sequence may need other sizes
             self._used = 0
             self._free.clear()
+
+
+class SpillFile:
+    """An unnamed file in a folder, which grows with what is written. The system removes it when the process ends.
+
+    Raises ConfigError for a folder that cannot be written to, MemoryLimitError where the disk has no room.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder, self.size = folder, 0
+        with _explained(folder, "there is no room for a file"):
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+
+    def append(self, rest: memoryview) -> int:
+        """Write bytes at the end, and return the place of the first one."""
+        first = self.size
+        while rest:
+            with _explained(self.folder, f"{format_bytes(self.size)} of keys and values are written"):
+                done = os.pwrite(self._file.fileno(), rest, self.size)
+            self.size, rest = self.size + done, rest[done:]
+        return first
+
+    def read(self, first: int, into: Sequence[memoryview]) -> None:
+        """Fill rooms for bytes, one after the other, with the bytes from `first` on."""
+        done = os.preadv(self._file.fileno(), into, first)
+        if done != sum(map(len, into)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), f"--spill {self.folder}")
+
+
+class BlockFile(Blocks):
+    """The blocks of a layer in a file, which several layers share: keys and values of a block are one piece of it."""
+
+    def __init__(self, file: SpillFile) -> None:
+        super().__init__()
+        self._file = file
+        self._places: list[list[int]] = []  # of each block, in each row of the batch
+
+    def append(self, blocks: Tensor) -> None:
+        data = blocks.permute(2, 1, 0, 3, 4, 5).cpu().contiguous()  # (n, B, k and v, tokens of a block, K, D)
+        first, size = self._file.append(data.view(torch.uint8).flatten().numpy().data), data[0, 0].nbytes
+        rows = range(0, size * data.shape[1], size)
+        self._places += [[block + row for row in rows] for block in range(first, self._file.size, data[0].nbytes)]
+        self.number = len(self._places)
+
+    def take(self, row: int, blocks: Tensor, into: Tensor, places: Tensor) -> None:
+        there = into.device.type == "cpu"
+        host = into if there else torch.empty(2, len(blocks), *into.shape[2:], dtype=into.dtype)
+        keys, values = (x.view(torch.uint8).flatten(1).numpy() for x in host)
+        for block, place in zip(blocks.tolist(), places.tolist() if there else range(len(blocks)), strict=True):
+            self._file.read(self._places[block][row], [keys[place].data, values[place].data])
+        if not there:
+            into.index_copy_(1, places, host.to(into.device))
+
+    def select(self, rows: Tensor) -> None:
+        self._places = [[block[row] for row in rows.tolist()] for block in self._places]
+
+
+@contextmanager
+def _explained(folder: str | Path | None, full: str) -> Iterator[None]:
+    """Turn an OSError into one for the user; `full` is what to say of a full disk or memory."""
+    try:
+        yield
+    except OSError as error:
+        is_full = error.errno in _FULL
+        problem = f"{error.strerror}, {full}" if is_full else f"{error.strerror}"
+        if folder is None:
+            raise MemoryLimitError(f"{problem}: keep them on a disk, with --spill FOLDER") from error
+        raise (MemoryLimitError if is_full else ConfigError)(f"--spill {folder}: {problem}") from error
 
 
 def aligned(size: int) -> int:

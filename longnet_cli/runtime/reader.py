@@ -107,9 +107,10 @@ class Reader:
     """A net that reads windows of any length.
 
     `chunk` is the most tokens of one forward pass; the default is `default_chunk`. Short windows share a forward pass.
-    A longer window goes chunk by chunk, with the same result. A causal net needs no more memory for it; a bidirectional
-    net keeps the window's hidden states in memory or, with `spill`, in a file in that folder. A net that does not
-    stream reads any window in one forward pass.
+    A longer window goes chunk by chunk, with the same result. A causal net needs no more memory for it, unless its
+    pattern has chosen blocks: then it keeps the window's keys and values, and a bidirectional net keeps the hidden
+    states, in memory or, with `spill`, in a file in that folder. A net that does not stream reads any window in one
+    forward pass.
 
     Several `ranks`, which must all read the same windows, share every long window, `chunk` tokens each, and divide the
     forward passes over short windows. `dtype` is as in `runtime.device`. On every rank, `on_progress` gets the number
@@ -177,7 +178,7 @@ class Reader:
         Nothing here waits for a GPU: while it computes a chunk, the ids of the next chunk are read and sent to it.
         Reading takes less than a hundredth of the computing time, too little for a thread of its own.
         """
-        stream, ranks = open_stream(self.model, self.ranks.group), self.ranks
+        stream, ranks = open_stream(self.model, self.ranks.group, self.spill), self.ranks
         for edges in self._chunks(window):
             ids = to_device(self._ids(window, edges[ranks.rank], edges[ranks.rank + 1])[None], self.device)
             inside = [edge - window.start for edge in edges]
