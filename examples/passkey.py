@@ -12,6 +12,11 @@ token of the number first, given the tokens before it. Greedy decoding then give
 numbers). If the model does not read that far back, `questions` is 0 and `nats` is null. `dense` reads only the last
 tokens of a document, as many as the model was trained on. `make` writes documents to train on, as Arrow with
 `input_ids`. Their distances start at an eighth of their length. Each document fills a training window of `--tokens`.
+
+    python examples/passkey.py alone runs/real/smollm2 runs/real/prose/secA*.txt dense window:1Ki,chosen=32x32
+
+`alone` hides all `--keys` in one document, evenly, none in its last 1,800 tokens, and asks each question as if it came
+alone after the document. Patterns with chosen blocks read the questions with every number of `--every` in turn.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from longnet_cli.model_folder import ModelFolder
 from longnet_cli.notation import parse_pattern
 from longnet_cli.sizes import parse_size
 
+LAST = 1800  # tokens after the last pass key of `alone`
 COLORS = ["red", "blue", "green", "black", "white", "brown", "yellow", "silver", "golden", "purple"]
 ANIMALS = ["fox", "bear", "horse", "eagle", "whale", "tiger", "rabbit", "camel", "snake", "goose"]
 DISTANCES = [1000, 2000, 4000, 7000, 16_000, 32_000]
@@ -132,15 +138,61 @@ def ask(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {**row, "nats": nats}
 
 
+def alone(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a row per pattern and number of `--every`: all questions about one document, each in a forked process."""
+    import torch
+    from passage import nats_apart, nats_of
+
+    from longnet_cli.runtime.chunks import open_stream
+
+    torch.set_num_threads(1)  # other threads would be missing in a forked process
+    folder = ModelFolder.find(args.model)
+    tokenizer = folder.tokenizer()
+    writer = Writer(tokenizer, args.texts, args.seed)
+    names = writer.rng.permutation([f"{c} {a}" for c, a in product(COLORS, ANIMALS)])[: args.keys]
+    numbers = writer.rng.integers(10_000, 100_000, args.keys)
+    parts, step, begin = [], (args.tokens - LAST) // args.keys, int(writer.rng.integers(len(writer.prose) // 2))
+    for name, number in zip(names, numbers, strict=True):
+        sentence = tokenizer.encode(f"\nRemember this: the pass key of the {name} is {number}.\n")
+        parts += [writer.prose[begin : begin + step - len(sentence)], sentence]
+        begin += step
+    ids = np.concatenate([*parts, writer.prose[begin : begin + LAST]]).astype(np.int64)
+    for written in args.patterns:
+        net = folder.net(pattern=None if written == "dense" else parse_pattern(written))
+        stream = open_stream(net)
+        text = np.concatenate([net.start_rows(folder.bos(tokenizer)), ids])
+        for start in range(0, len(text), args.chunk):
+            nats_of(net, stream, text[start : start + args.chunk])
+        for every in args.every if net.config.pattern.chosen else [None]:
+            nats = []
+            for name, number in zip(names, numbers, strict=True):
+                question = tokenizer.encode(f"\nThe pass key of the {name} is")
+                answer = tokenizer.encode(f" {number}")
+                whole = np.concatenate([question, answer]).astype(np.int64)
+                nats += nats_apart(net, stream, whole, every)[len(question) - 1 :]
+            row = {"pattern": written, "every": every, "tokens": len(text), "questions": args.keys}
+            yield {**row, "nats": float(np.mean(nats))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     uses = parser.add_subparsers(dest="use", required=True)
-    for name, text in (("ask", "print what patterns find again"), ("make", "write documents to train on")):
+    for name, text in (
+        ("ask", "print what patterns find again"),
+        ("alone", "print what patterns find again, one question at a time"),
+        ("make", "write documents to train on"),
+    ):
         use = uses.add_parser(name, help=text, description=text)
         use.add_argument("model", help="a Hugging Face model folder, whose tokenizer and weights are taken")
         use.add_argument("words", nargs="+", metavar="FILE|PATTERN", help="texts of prose and, to ask, patterns")
-        use.add_argument("--documents", type=int, default=4)
         use.add_argument("--seed", type=int, default=0)
+        if name == "alone":
+            use.add_argument("--tokens", type=parse_size, default=6761, help="of the document")
+            use.add_argument("--keys", type=int, default=8, help="pass keys in the document")
+            use.add_argument("--every", type=int, nargs="+", default=[16, 4, 1], help="chosen_every of the questions")
+            use.add_argument("--chunk", type=parse_size, default=4096, help="tokens that are in memory at once")
+            continue
+        use.add_argument("--documents", type=int, default=4)
         if name == "ask":
             use.add_argument("--tokens", type=parse_size, default=33_000, help="of each document")
             use.add_argument("--keys", type=int, default=4, help="pass keys of each distance in a document")
@@ -154,8 +206,8 @@ def main() -> None:
     args = parser.parse_args()
     args.texts = [word for word in args.words if Path(word).is_file()]
     args.patterns = [word for word in args.words if word not in args.texts]
-    if not args.texts or bool(args.patterns) != (args.use == "ask"):
-        parser.error("give files of prose" + (" and patterns" if args.use == "ask" else ", each of which exists"))
+    if not args.texts or bool(args.patterns) != (args.use != "make"):
+        parser.error("give files of prose" + (" and patterns" if args.use != "make" else ", each of which exists"))
     if not (Path(args.model) / "config.json").is_file():
         parser.error(f"{args.model}: not the folder of a model")
     try:
@@ -164,7 +216,7 @@ def main() -> None:
         if args.use == "make":
             make(args)
         else:
-            for row in ask(args):
+            for row in (ask if args.use == "ask" else alone)(args):
                 print(json.dumps(row), flush=True)
     except ValueError as error:
         parser.error(str(error))

@@ -5,7 +5,8 @@
     window:1Ki,look_back=1,sinks=4           with options of `Pattern`, which go with every constructor
     window:1Ki,chosen=32x32,chosen_every=4   32 blocks of 32 tokens, chosen every 4 tokens
     nested:1Mi,base=1Ki,ratio=4,sinks=4
-    pretrained
+    pretrained                               a window and sinks, for models that were trained with dense attention
+    finding                                  a window and chosen blocks
     dense                                    every key, at any length
     1Ki/1,4Ki/4,look_back=1/5,overlap=once   levels, each as segment length / dilation rate
 
@@ -42,10 +43,11 @@ _CONSTRUCTORS = {
     "window": _Constructor(Pattern.window, "width"),
     "nested": _Constructor(Pattern.nested, "length", words=("base", "ratio")),
     "pretrained": _Constructor(Pattern.pretrained, "width", needed=False),
+    "finding": _Constructor(Pattern.finding, "width", needed=False),
     "dense": _Constructor(Pattern.dense),
 }
 PATTERN_FIELDS = tuple(field.name for field in fields(Pattern))
-FORMS = "paper, geometric:LENGTH, window:WIDTH, nested:LENGTH, pretrained, dense, or levels as 1Ki/1,4Ki/4"
+FORMS = "paper, geometric:LENGTH, window:WIDTH, nested:LENGTH, pretrained, finding, dense, or levels as 1Ki/1,4Ki/4"
 
 
 def _count(text: str) -> int:

@@ -249,6 +249,42 @@ def test_pass_keys_are_asked_for_at_their_distances(tmp_path: Path) -> None:
         assert row["nats"] == pytest.approx(nats, rel=1e-5)
 
 
+@pytest.mark.parametrize("pattern", ["window:64,sinks=4", "window:64,chosen=2x32,chosen_every=4"])
+def test_what_is_read_apart_is_what_would_come_next(
+    pattern: str, tmp_path: Path, command_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passages and questions: the nats are those of one pass over all that was read, and them."""
+    model, text = small_llama(tmp_path / "llama", 400), tmp_path / "prose.txt"
+    text.write_text("All is well that ends well; what ends is another matter. " * 100)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # of the test's process
+    folder = ModelFolder(model)
+    ids, net = folder.tokenizer().encode(text.read_text()), folder.net(pattern=parse_pattern(pattern))
+
+    def nats(parts: list[np.ndarray]) -> np.ndarray:
+        whole, found = np.concatenate(parts), []
+        document = Document("", whole, len(whole), "")
+        list(score(net, [document], bos=7, on_tokens=lambda *token: found.append(token[3])))
+        return -np.concatenate(found)
+
+    words = ["--passages", text, "--filler", text, "--tokens", "50", "--distances", "300", "--every", "4"]
+    command = [sys.executable, ROOT / "examples/passage.py", model, pattern, *words]
+    done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=True)
+    again, natural = map(json.loads, done.stdout.splitlines())
+    passage = ids[(len(ids) - 50) // 2 :][:50]
+    before = [ids[:200], passage, ids[200:500]]
+    assert again["nats"] == pytest.approx(nats([*before, passage])[-49:].mean(), rel=1e-5)
+    assert natural["nats"] == pytest.approx(nats([*before, ids[500:550]])[-49:].mean(), rel=1e-5)
+    assert again["first"] == pytest.approx(nats([ids[:200], passage])[-49:].mean(), rel=1e-5)
+
+    passkey = imported(ROOT / "examples/passkey.py")
+    monkeypatch.setattr(passkey, "LAST", 300)
+    names = {"model": str(model), "texts": [str(text)], "seed": 3, "tokens": 1000, "keys": 2, "chunk": 128}
+    (row,) = passkey.alone(argparse.Namespace(**names, patterns=[pattern], every=[4]))
+    assert (row["questions"], row["every"]) == (2, 4 if "chosen" in pattern else None)
+    assert 0 < row["nats"] < 20
+
+
 def test_documents_with_pass_keys_fill_training_windows(tmp_path: Path) -> None:
     passkey = imported(ROOT / "examples/passkey.py")
     model, text = small_llama(tmp_path / "llama", 400), tmp_path / "prose.txt"

@@ -27,6 +27,10 @@ READ = {
     "nested:1Mi,base=1Ki,ratio=4,sinks=4": Pattern.nested(1 << 20, 1024, 4, 4),
     "pretrained": Pattern.pretrained(),
     "pretrained:512,sinks=8": Pattern.pretrained(512, 8),
+    "finding": Pattern((1024,), (1,), look_back=1, chosen=32),
+    "finding:512,chosen=16x64,chosen_every=4": Pattern(
+        (512,), (1,), look_back=1, chosen=16, chosen_block=64, chosen_every=4
+    ),
     "window:1Ki,chosen=32x32": Pattern((1024,), (1,), look_back=1, chosen=32),
     "window:1Ki,chosen=16": Pattern((1024,), (1,), look_back=1, chosen=16),
     "window:1Ki,chosen=16x64,chosen_every=4": Pattern(

@@ -24,6 +24,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.converting import convert
 from longnet_cli.data.documents import Document
 from longnet_cli.model_folder import ModelFolder
+from longnet_cli.notation import parse_pattern
 from longnet_cli.scoring import score
 
 PROSE = Path(__file__).resolve().parents[2] / "shared" / "golden" / "prose.safetensors"
@@ -73,6 +74,15 @@ def test_nats_of_a_model_that_was_trained_densely(
     document = Document("prose", ids[1:4097].numpy(), 4096, "prose")
     list(score(net, [document], bos=bos, dtype="fp32", on_tokens=lambda *token: logprobs.append(token[3])))
     assert -np.concatenate(logprobs)[2048:].mean() == pytest.approx(nats, abs=2e-3)
+
+
+def test_chosen_blocks_are_dense_attention_until_one_is_left_out(folder: Path, ids: torch.Tensor) -> None:
+    own = ModelFolder(folder).net(pattern=None)
+    chosen = ModelFolder(folder).net(pattern=parse_pattern("window:1Ki,chosen=32x32"))
+    for tokens, equal in ((3000, True), (3073, False)):
+        with torch.inference_mode():
+            one, other = (net.logits(net(ids[None, :tokens])) for net in (own, chosen))
+        assert ((one - other).abs().max() <= 1e-4) == equal
 
 
 def test_a_document_is_the_same_at_any_position(folder: Path, ids: torch.Tensor) -> None:

@@ -45,6 +45,7 @@ LEVELS = Pattern((8, 24, 60), (1, 3, 5))
 WINDOW = Pattern.window(16, sinks=3)
 FAR = Pattern((16, 16), (1, 4), "modulo", (1, 3), "once", "all", 4, "log_rate")  # a window, and a far level before it
 NESTED = Pattern.nested(128, base=8, ratio=4)
+CHOSEN = Pattern((16,), (1,), look_back=1, chosen=2, chosen_block=8, chosen_every=4)
 BIASED = Pattern((8, 20), (1, 3), "grouped", look_back=1, sinks=2, level_bias=(0.5, -0.5))
 
 
@@ -158,7 +159,11 @@ def test_the_papers_pattern_is_the_dense_reference(model: Callable[[], hf.PreTra
 
 @pytest.mark.parametrize(
     ("model", "pattern"),
-    [*((llama, x) for x in (WINDOW, FAR, NESTED, BIASED)), *((x, FAR) for x in (qwen2, gpt2, bert, modernbert))],
+    [
+        *((llama, x) for x in (WINDOW, FAR, NESTED, BIASED)),
+        *((x, FAR) for x in (qwen2, gpt2, bert, modernbert)),
+        *((x, CHOSEN) for x in (llama, qwen3, gpt2)),
+    ],
 )
 def test_patterns_with_options_are_the_dense_reference(
     model: Callable[[], hf.PreTrainedModel], pattern: Pattern
@@ -310,7 +315,10 @@ def left_padded(tokens: int) -> Tensor:
     return right_padded(tokens).flip(1)
 
 
-@pytest.mark.parametrize(("model", "pattern"), [(llama, WINDOW), (qwen3, NESTED), (gpt2, LEVELS), (mixed, FAR)])
+@pytest.mark.parametrize(
+    ("model", "pattern"),
+    [(llama, WINDOW), (qwen3, NESTED), (gpt2, LEVELS), (mixed, FAR), (llama, CHOSEN), (gpt2, CHOSEN)],
+)
 def test_generate_is_exact_with_any_cache(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
     """Token for token what one pass over all before it has as its best, for rows of different lengths too."""
     net = use_dilated_attention(built(model), pattern)
@@ -320,7 +328,11 @@ def test_generate_is_exact_with_any_cache(model: Callable[[], hf.PreTrainedModel
         padded = {} if mask is None else {"attention_mask": mask}
         bounded = LongNetCache(net.config)
         found = net.generate(ids(30), past_key_values=bounded, **padded, **options)
-        assert torch.equal(net.generate(ids(30), **padded, **options), found)
+        if pattern.chosen:
+            with pytest.raises(ConfigError, match=r"lost the queries that choose: pass past_key_values=LongNetCache"):
+                net.generate(ids(30), **padded, **options)
+        else:
+            assert torch.equal(net.generate(ids(30), **padded, **options), found)
         assert bounded.get_seq_length() == 69
     in_chunks = {"past_key_values": LongNetCache(net.config), "prefill_chunk_size": 7}
     assert torch.equal(net.generate(ids(30), attention_mask=left_padded(30), **in_chunks, **options), found)
@@ -378,7 +390,7 @@ def test_a_model_compiles_to_one_graph(model: Callable[[], hf.PreTrainedModel], 
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("pattern", [Pattern((8, 32), (1, 4), "grouped"), NESTED, BIASED, FAR])
+@pytest.mark.parametrize("pattern", [Pattern((8, 32), (1, 4), "grouped"), NESTED, BIASED, FAR, CHOSEN])
 def test_the_pattern_is_saved_and_loaded(tmp_path: Path, pattern: Pattern) -> None:
     net = use_dilated_attention(built(llama), pattern)
     net.save_pretrained(tmp_path)
@@ -386,7 +398,7 @@ def test_the_pattern_is_saved_and_loaded(tmp_path: Path, pattern: Pattern) -> No
     assert pattern_of(again.config) == pattern
     assert torch.equal(again(ids(100)).logits, net(ids(100)).logits)
     own = type(built(llama)).from_pretrained(tmp_path)  # no Auto class, which would call use_dilated_attention
-    if pattern.sinks:
+    if pattern.moves_keys:
         with pytest.raises(ConfigError, match=r"call use_dilated_attention\(model\) after loading"):
             own(ids(100))
         use_dilated_attention(own)

@@ -161,6 +161,16 @@ class Pattern:
         return cls.window(width, sinks=sinks)
 
     @classmethod
+    def finding(cls, width: int = 1024, chosen: int = 32) -> Pattern:
+        """Return a window and chosen blocks of 32 tokens: what a pretrained model can find again in all of the past.
+
+        A query sees 1.5 * width + 32 * chosen keys on average (2,560 by default), and 2 * width + 32 * chosen at most.
+        This must not exceed the length that the model was trained on. The keys of the whole document are kept.
+        docs/finding.md says what is found, and what it costs.
+        """
+        return cls((width,), (1,), look_back=1, chosen=chosen)
+
+    @classmethod
     def dense(cls) -> Pattern:
         """Return dense attention: one segment at rate 1, longer than any sequence. Its cache grows without end."""
         return cls((1 << 40,), (1,))
@@ -193,6 +203,11 @@ class Pattern:
     def chosen_keys(self) -> int:
         """The number of keys in the chosen blocks of a query."""
         return self.chosen * self.chosen_block
+
+    @property
+    def moves_keys(self) -> bool:
+        """Whether some keys are seen at another distance than their own: those of sinks and of chosen blocks."""
+        return bool(self.sinks or self.chosen)
 
     @property
     def cache_rows(self) -> int:

@@ -179,8 +179,8 @@ PatternOption = Annotated[
         PATTERN,
         "--pattern",
         "PATTERN",
-        "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, nested:1Mi, pretrained, dense, or levels "
-        "such as 1Ki/1,4Ki/4. `longnet pattern PATTERN` describes one.",
+        "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, nested:1Mi, pretrained, finding, dense, or "
+        "levels such as 1Ki/1,4Ki/4. `longnet pattern PATTERN` describes one.",
         "the model's own",
     ),
 ]

@@ -24,10 +24,9 @@ def pattern(
         typer.Argument(
             metavar="PATTERN",
             help="Patterns: paper, geometric:1e9,base=2Ki,ratio=2, window:1Ki,look_back=1,sinks=4, "
-            "nested:1Mi,base=1Ki,ratio=4, pretrained, dense, or levels (segment length / rate) as 1Ki/1,4Ki/4. "
-            "All take look_back=, overlap=once, queries=all, sinks=, level_bias=, head_offsets=; a window takes "
-            "chosen=32x32, chosen_every=. "
-            "Or a recipe (.toml) or a model, by name or path.",
+            "nested:1Mi,base=1Ki,ratio=4, pretrained, finding, dense, or levels (segment length / rate) as "
+            "1Ki/1,4Ki/4. All take look_back=, overlap=once, queries=all, sinks=, level_bias=, head_offsets=; "
+            "a window takes chosen=32x32, chosen_every=. Or a recipe (.toml) or a model, by name or path.",
             show_default=False,
         ),
     ],

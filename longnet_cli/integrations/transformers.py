@@ -12,11 +12,12 @@ Importing this file registers the name. It also lets the Auto classes open folde
 The model keeps its projections, positions and heads; only its attention over queries, keys and values is replaced.
 Causal decoders, bidirectional encoders and grouped-query heads are supported. A batch may be padded on either side, in
 a compiled model only on the right. Generation is exact, with a DynamicCache, or with a LongNetCache in bounded memory.
+With chosen blocks, only a LongNetCache will do: it keeps the queries that choose, and all keys of the past.
 Layers that the model itself limits to a sliding window stay as they are, on torch's sdpa.
 
-Sinks are moved by the model's own rotations (`transformers_rotary`), which a config does not describe. With sinks, a
-model that is not loaded by AutoModel, AutoModelForCausalLM or AutoModelForMaskedLM therefore needs
-`use_dilated_attention` after loading, too.
+Sinks and chosen blocks are moved by the model's own rotations (`transformers_rotary`), which a config does not
+describe. With them, a model that is not loaded by AutoModel, AutoModelForCausalLM or AutoModelForMaskedLM therefore
+needs `use_dilated_attention` after loading, too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention
+from longnet_cli.attention import FarKeys, Past, Pattern, Span, dilated_attention
 from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.transformers_auto import ATTENTION_NAME, mark, register, unmark
@@ -46,7 +47,7 @@ from longnet_cli.integrations.transformers_longnet import LongNetPreTrainedModel
 from longnet_cli.integrations.transformers_padding import AlignedRows, by_rows, columns_of
 from longnet_cli.integrations.transformers_rotary import make_phases_exact, turns
 
-_TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks, or None
+_TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks and chosen blocks, or None
 _OWN = "_own_attention"  # attribute of a model: the name of its earlier attention
 
 # settings of a config that dilated attention does not support
@@ -63,10 +64,10 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     """Make all global attention layers of a model dilated, in place. Its weights stay the same.
 
     `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it. None takes the pattern that
-    is already there. With sinks, the model runs on a few tokens, to find out how it rotates its keys by position.
+    is already there. With sinks or chosen blocks, the model runs on a few tokens, to find out how it rotates its keys.
     Rotary phases become exact at any position, where possible (`transformers_rotary.make_phases_exact`). Returns the
     model. Raises ConfigError for a model that has no pattern, no layer with global attention, attention of another
-    kind, or positions by which sinks cannot be moved.
+    kind, or positions by which sinks and chosen blocks cannot be moved.
     """
     config = model.config
     if isinstance(model, LongNetPreTrainedModel):
@@ -74,13 +75,13 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     if pattern is not None:
         write_pattern(config, pattern)
     mark(config)
-    sinks = pattern_of(config).sinks
+    moves = pattern_of(config).moves_keys
     kinds = getattr(config, "layer_types", None) or [
         "sliding_attention" if getattr(config, "sliding_window", 0) else ""
     ]
     if all(kind == "sliding_attention" for kind in kinds):
         raise ConfigError("every layer of this model has a sliding window: there is no global attention to replace")
-    found = turns(model) if sinks else {}
+    found = turns(model) if moves else {}
     if config._attn_implementation != ATTENTION_NAME:
         setattr(model, _OWN, config._attn_implementation)
     model.set_attn_implementation(ATTENTION_NAME)
@@ -126,12 +127,9 @@ def pattern_of(config: Any) -> Pattern:
     if not isinstance(found, Mapping):
         raise ConfigError(f"dilated_attention in the model's config: a table of levels is needed, got {found!r}")
     try:
-        pattern = Pattern(**found)
+        return Pattern(**found)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"dilated_attention in the model's config: {error}") from None
-    if pattern.chosen:
-        raise ConfigError(f"chosen={pattern.chosen}: models of transformers do not choose blocks yet")
-    return pattern
 
 
 def dilated_attention_forward(
@@ -171,8 +169,11 @@ def dilated_attention_forward(
             f"dilated attention takes a padding mask (batch, tokens), not one of {tuple(attention_mask.shape)}"
         )
     turn = getattr(module, _TURN, None)
-    if pattern.sinks and not hasattr(module, _TURN):
-        raise ConfigError("sinks are moved by a model's own positions: call use_dilated_attention(model) after loading")
+    if pattern.moves_keys and not hasattr(module, _TURN):
+        what = "chosen blocks" if pattern.chosen else "sinks"
+        raise ConfigError(
+            f"{what} are moved by a model's own positions: call use_dilated_attention(model) after loading"
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     memory = Memory.of(key)
     # as autocast does for sdpa: rotated q and k come in float32, v in the type of its projection
@@ -194,13 +195,19 @@ def dilated_attention_forward(
         return dilated_attention(q, k, v, pattern, documents=documents, **settings), None
 
     def attend(rows: AlignedRows) -> Tensor:
+        far: list[FarKeys | Past]
         some_q, some_k, some_v = (rows.of(x) for x in (q, k, v))
         if memory:
             some_k, some_v = some_k[:, rows.skip :], some_v[:, rows.skip :]
             cache = memory.cache(rows, pattern, q.shape[2], some_k)
-            far = cache.far()
+            far = [*cache.far()]
         else:
             some_k, some_v = some_k[:, rows.first :], some_v[:, rows.first :]
+            if rows.start and pattern.chosen:
+                raise ConfigError(
+                    f"chosen={pattern.chosen}: this cache has lost the queries that choose: pass "
+                    "past_key_values=LongNetCache(model.config), or use_cache=False"
+                )
             far = [*_cached(some_k, some_v, pattern, q.shape[2], rows.start)] if rows.start else []
             some_k, some_v = some_k[:, rows.start :], some_v[:, rows.start :]
         shard: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}

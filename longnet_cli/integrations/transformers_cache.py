@@ -27,7 +27,8 @@ _MEMORY = "_longnet_memory"  # attribute of the keys that `update` returns
 class LongNetCache(hf.DynamicCache):
     """The cache of a causal model with dilated attention, for a batch; `config` is the model's.
 
-    It takes chunks of any size, down to one token. Its memory is `nbytes`, whatever the length. Layers with a sliding
+    It takes chunks of any size, down to one token. Its memory is `nbytes`, whatever the length; with chosen blocks, it
+    keeps the whole past, and grows. Layers with a sliding
     window, or without attention, keep what a DynamicCache keeps for them. Rows can be reordered and repeated, as beam
     search needs. The cache cannot be cropped, as assisted generation would need. Gradients do not flow into it.
     """

@@ -337,8 +337,8 @@ def _without_attention(data: Any) -> Any:
 
 
 def _reach(pattern: Pattern) -> int:
-    """Return how many tokens back a query sees at most in the first level."""
-    return (1 + pattern.look_backs[0]) * pattern.segment_lengths[0]
+    """Return how many tokens back a query sees at most in the first level, with the chosen blocks before it."""
+    return (1 + pattern.look_backs[0]) * pattern.segment_lengths[0] + pattern.chosen_keys
 
 
 def _too_wide(model: hf.PreTrainedModel, pattern: Pattern) -> str | None:
@@ -347,7 +347,8 @@ def _too_wide(model: hf.PreTrainedModel, pattern: Pattern) -> str | None:
     if not trained or _reach(pattern) <= trained or _positions(model):
         return None
     return (
-        f"its first level reaches {_reach(pattern)} tokens back, and the model was trained on {trained}: "
+        f"its {'chosen blocks reach' if pattern.chosen else 'first level reaches'} {_reach(pattern)} tokens back, and "
+        f"the model was trained on {trained}: "
         f"window:{max(4, trained // 2)},sinks=4 stays within"
     )
 

@@ -1,10 +1,10 @@
-"""The rotations of keys by position in Hugging Face models, for sinks (`attention.sinks`) and far positions.
+"""The rotations of keys by position in Hugging Face models, for sinks, chosen blocks and far positions.
 
 No setting says where a model rotates its keys, or which numbers of a head make a pair, so the model is run on a few
 tokens to find out. A single token attends only to itself. Without a table of learned positions, its hidden states do
 not depend on its position, so its keys at two positions differ by exactly one rotation, in every layer. A layer that
 does not rotate its keys (SmolLM3 has some) keeps its sinks as they are, which is exact. A model with learned positions
-keeps the sinks of all layers as they are. A model that fits no known rotation is refused.
+keeps the sinks of all layers as they are. So it is with chosen blocks. A model that fits no known rotation is refused.
 
 Phases of transformers are float32: at position 10^6 the fastest pair is off by 0.06, at 10^8 it is noise. Beyond the
 length that a model was trained on, `make_phases_exact` takes float64 phases, modulo 2 pi, as a LongNet does.
@@ -142,8 +142,9 @@ class Rotation:
         cos, sin = phase.cos().to(wide.dtype), phase.sin().to(wide.dtype)
         pairs, rest = wide.split([2 * phase.shape[-1], wide.shape[-1] - 2 * phase.shape[-1]], -1)
         x, y = pairs.unflatten(-1, (2, -1) if self.axis == -2 else (-1, 2)).unbind(self.axis)
-        turned = torch.stack([x * cos - y * sin, x * sin + y * cos], self.axis).flatten(-2)
-        return torch.cat([turned, rest], -1).to(keys.dtype)
+        found = torch.addcmul(x * cos, y, sin, value=-1), torch.addcmul(x * sin, y, cos)
+        turned = found if self.axis == -2 else (torch.stack(found, -1).flatten(-2),)
+        return torch.cat([*turned, rest], -1).to(keys.dtype)
 
 
 def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
@@ -155,11 +156,11 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
     name = type(model).__name__
     ropes = rope_parameters(model.config)
     if any(rope.get("mrope_section") for rope in ropes):
-        raise ConfigError(f"{name} has positions in several dimensions (mrope), in which sinks cannot be moved")
+        raise ConfigError(f"{name} has positions in several dimensions (mrope), in which keys cannot be moved")
     if changing := {rope.get("rope_type") for rope in ropes} & {*ROPE_OF_LENGTH}:
         raise ConfigError(f"{name} has positions that depend on the sequence's length (rope_type {changing.pop()})")
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ConfigError(f"{name} has no weights yet: a pattern with sinks is tried on its keys")
+        raise ConfigError(f"{name} has no weights yet: how it turns its keys cannot be tried")
     frequencies = [x for key, x in model.base_model.named_buffers() if key.endswith("inv_freq")]
     tables = [
         m for key, m in model.base_model.named_modules() if key.endswith(_LEARNED) and isinstance(m, nn.Embedding)
@@ -167,7 +168,7 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
     if tables and not frequencies:
         return dict.fromkeys(_keys(model))
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        raise ConfigError(f"{name} takes no position_ids: how it turns its keys, which sinks need, cannot be tried")
+        raise ConfigError(f"{name} takes no position_ids: how it turns its keys cannot be tried")
     before, after = (_keys(model, position) for position in (_POSITION, _POSITION + _DISTANCE))
     found: dict[nn.Module, Turn | None] = {}
     for layer, k in before.items():
@@ -181,7 +182,7 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
         else:
             raise ConfigError(
                 f"{name} turns its keys by position in a way of its own (layer {getattr(layer, 'layer_idx', '?')}): "
-                "sinks cannot be moved with it"
+                "its keys cannot be moved with it"
             )
     return found
 

@@ -1,0 +1,162 @@
+"""Say a passage again, long after a model has read it, to see what the model finds again. Nothing is trained.
+
+    python examples/real_model.py runs/real
+    python examples/passage.py runs/real/smollm2 --filler runs/real/prose/sec[A-E]*.txt \\
+      --passages runs/real/prose/secJ5.txt examples/recall.py window:1Ki,sinks=4 window:1Ki,chosen=32x32
+
+A document starts with 200 tokens of filler, and one passage from the middle of each file. Then comes filler again. At
+each distance, each passage is read for the second time, as if the document went on with it there. The filler is read
+once per pattern; a forked process reads a passage. In a model of transformers, a pattern with chosen blocks reads the
+passages with every number of `--every` in turn. With `--exact`, blocks are chosen by all of their keys.
+
+It writes one line of JSON per pattern, distance and passage: `pattern, distance, passage, every, exact, nats` (per
+token of the second reading), `first` (of the first reading) and `seconds`. The passage "natural" is the filler that
+comes next, for comparison. The table on stderr has the nats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from longnet_cli.attention import Pattern, choosing, past
+from longnet_cli.errors import ConfigError, LongNetError
+from longnet_cli.integrations.transformers import write_pattern
+from longnet_cli.model.net import Net
+from longnet_cli.model_folder import ModelFolder
+from longnet_cli.notation import parse_pattern
+from longnet_cli.runtime.chunks import open_stream
+from longnet_cli.sizes import parse_size
+
+PREFACE = 200  # tokens before the first passage
+NATURAL = "natural"
+
+Row = dict[str, Any]
+
+
+@torch.inference_mode()
+def nats_of(net: Net, stream: Any, ids: np.ndarray) -> np.ndarray:
+    """Read the next ids (n,); return the nats (n - 1,) of all but the first."""
+    tokens = torch.from_numpy(ids)
+    hidden = stream(tokens[None])
+    return net.nll(hidden[0, :-1], tokens[1:]).numpy()
+
+
+def nats_apart(net: Net, stream: Any, ids: np.ndarray, every: int | None = None) -> list[float]:
+    """Return the nats as `nats_of`, but leave the stream as it was: a forked process reads the ids.
+
+    With `every`, a model of transformers chooses blocks every so many tokens there.
+    """
+    source, sink = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(source)
+        if every:
+            pattern = replace(net.config.pattern, chosen_every=every)
+            write_pattern(net.model.config, pattern)
+            for cache in stream.caches:
+                cache.pattern = cache.past.pattern = pattern
+                cache.past.held = None
+        os.write(sink, json.dumps(nats_of(net, stream, ids).tolist()).encode())
+        os._exit(0)
+    os.close(sink)
+    with os.fdopen(source) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(said)
+
+
+def measure(
+    net: Net, start: np.ndarray, written: str, passages: dict[str, np.ndarray], filler: np.ndarray, options: Any
+) -> Iterator[Row]:
+    """Yield the rows of a pattern. `start` are the ids before a document."""
+    stream, pattern = open_stream(net), net.config.pattern
+    nats_of(net, stream, np.concatenate([start, filler[:PREFACE]]))
+    first = {name: float(nats_of(net, stream, ids).mean()) for name, ids in passages.items()}
+    numbers = options.every if pattern.chosen else [None]
+    at = PREFACE
+    for distance in options.distances:
+        while at < PREFACE + distance:
+            stop = min(at + options.chunk, PREFACE + distance)
+            nats_of(net, stream, filler[at:stop])
+            at = stop
+        for name, ids in (passages | {NATURAL: filler[at : at + options.tokens]}).items():
+            for every in numbers:
+                begin = time.perf_counter()
+                nats = float(np.mean(nats_apart(net, stream, ids, every)))
+                row = {"pattern": written, "distance": distance, "passage": name, "every": every}
+                row |= {"exact": options.exact, "nats": nats, "first": first.get(name)}
+                yield row | {"seconds": round(time.perf_counter() - begin, 2)}
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """Yield lines of Markdown: a row per pattern and way, a column per passage and distance."""
+    columns = list(dict.fromkeys((row["distance"], row["passage"]) for row in rows))
+    yield "| pattern | " + " | ".join(f"{name} at {distance:,}" for distance, name in columns) + " |"
+    yield "|---" * (len(columns) + 1) + "|"
+    ways: dict[tuple, dict] = {}
+    for row in rows:
+        ways.setdefault((row["pattern"], row["every"], row["exact"]), {})[row["distance"], row["passage"]] = row["nats"]
+    for (pattern, every, exact), nats in ways.items():
+        name = f"`{pattern}`" + (f", every {every}" if every else "") + (", exact" if exact else "")
+        yield f"| {name} | " + " | ".join(f"{nats[column]:.3f}" for column in columns) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a model folder")
+    parser.add_argument("patterns", nargs="+")
+    parser.add_argument("--passages", nargs="+", required=True, metavar="FILE", help="the middle of each is a passage")
+    parser.add_argument("--filler", nargs="+", required=True, metavar="FILE", help="text, joined")
+    parser.add_argument("--tokens", type=parse_size, default=1000, help="of a passage")
+    parser.add_argument("--distances", type=parse_size, nargs="+", default=[10_000, 60_000], help="tokens of filler")
+    parser.add_argument("--every", type=int, nargs="+", default=[16, 4, 1], help="chosen_every of the second reading")
+    parser.add_argument("--exact", action="store_true", help="choose by all keys of a block, not by means")
+    parser.add_argument("--chunk", type=parse_size, default=4096, help="tokens of a forward pass")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and keys")
+    options = parser.parse_intermixed_args()
+    if options.exact:
+        past.MEAN_OF, choosing.PRESELECTED = 1, sys.maxsize
+    torch.set_num_threads(1)  # other threads would be missing in a forked process
+    folder = ModelFolder.find(options.model)
+    tokenizer = folder.tokenizer()
+
+    def read(path: str) -> np.ndarray:
+        return tokenizer.encode(Path(path).read_text(encoding="utf-8", errors="replace")).astype(np.int64)
+
+    rows: list[Row] = []
+    try:
+        patterns: dict[str, Pattern] = {text: parse_pattern(text) for text in options.patterns}
+        filler = np.concatenate([read(path) for path in options.filler])
+        needed = PREFACE + max(options.distances) + options.tokens
+        if len(filler) < needed:
+            raise ConfigError(f"the filler has {len(filler)} tokens, and {needed} are needed: give more files")
+        passages = {}
+        for path in options.passages:
+            ids = read(path)
+            begin = max(0, (len(ids) - options.tokens) // 2)
+            passages[Path(path).name] = ids[begin : begin + options.tokens]
+        held = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+        for written, pattern in patterns.items():
+            net = folder.net(pattern=pattern, dtype=held)
+            start = net.start_rows(folder.bos(tokenizer))
+            for row in measure(net, start, written, passages, filler, options):
+                print(json.dumps(row), flush=True)
+                rows.append(row)
+    except (LongNetError, ValueError, OSError) as error:
+        parser.exit(2, f"passage: {error}\n")
+    print(*table(rows), sep="\n", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
