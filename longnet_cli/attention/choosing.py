@@ -183,12 +183,12 @@ def _chosen(voters: Tensor, step: int, candidates: int, fine: Tensor, coarse: Te
         return _best(_next_too(_of_groups(shares, step)), number)
     scores = _next_too(_of_groups(_shares(voters, coarse[:, 1 : 1 + candidates]), step))
     kept = _best(scores, PRESELECTED)
-    # a view that leaves out the first block would be copied whole before rows are selected from it
-    means = fine.index_select(1, kept.flatten() + 1).unflatten(1, kept.shape).flatten(2, 3)  # (K, groups, M, D)
-    of_groups = voters.unfold(0, VOTERS, step).unflatten(1, (len(fine), -1))  # (groups, K, H / K, D, VOTERS)
-    shares = (of_groups.permute(1, 0, 4, 2, 3).flatten(2, 3) @ means.mT).softmax(-1).sum(2).sum(0)
-    shares = shares.unflatten(1, (PRESELECTED, per_block)).sum(2) / (VOTERS * voters.shape[1])
-    return _best(_next_too(scores.zero_().scatter_(1, kept, shares)), number)
+    scores.zero_()
+    for group, (own, score) in enumerate(zip(kept, scores, strict=True)):  # one at a time stays in a cache
+        # a view that leaves out the first block would be copied whole before rows are selected from it
+        shares = _shares(voters[group * step :][:VOTERS], fine.index_select(1, own + 1).flatten(1, 2))
+        score[own] = shares.sum(0).unflatten(0, (PRESELECTED, per_block)).sum(1) / VOTERS
+    return _best(_next_too(scores), number)
 
 
 def _shares(voters: Tensor, means: Tensor) -> Tensor:
