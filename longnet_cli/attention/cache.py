@@ -69,7 +69,7 @@ class KVCache:
         ]
         self._sinks = self._new_rows(pattern.sinks, SINKS)
         self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as they were turned last
-        self.past = Past(pattern, blocks) if pattern.chosen else None
+        self.past = Past(pattern, blocks, allocate) if pattern.chosen else None
 
     @property
     def nbytes(self) -> int:

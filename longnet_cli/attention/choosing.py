@@ -136,7 +136,7 @@ class Chosen:
             means.write(slice(None), 0, k[:, :stop], self.turn)
             return means
         if past.means is None:
-            past.means = Means(self.pattern, past.waiting[0], stop // size)
+            past.means = Means(self.pattern, past.waiting[0], stop // size, past.allocate)
         if past.blocks.number * size < stop:  # written behind those of the past, until its own take their place
             keys = torch.cat([past.waiting[0, part.rows], k[:, : stop - part.start]], 1)
             past.means.write(part.rows, past.blocks.number, keys, self.turn)

@@ -9,6 +9,9 @@ B batch, H query heads, K key heads, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -26,13 +29,15 @@ class Means:
     fine: (B, K, blocks, means, D), of MEAN_OF keys each. coarse: (B, K, blocks, D), of whole blocks.
     """
 
-    def __init__(self, pattern: Pattern, like: Tensor, blocks: int) -> None:
+    def __init__(
+        self, pattern: Pattern, like: Tensor, blocks: int, allocate: Callable[..., Tensor] = torch.empty
+    ) -> None:
         """Allocate memory for as many blocks of keys like (B, tokens, K, D)."""
         self._block = pattern.chosen_block
+        self._allocate = partial(allocate, dtype=accumulator(like.dtype), device=like.device)
         batch, _, heads, head_dim = like.shape
-        dtype = accumulator(like.dtype)
-        self.fine = like.new_empty(batch, heads, blocks, self._block // MEAN_OF, head_dim, dtype=dtype)
-        self.coarse = like.new_empty(batch, heads, blocks, head_dim, dtype=dtype)
+        self.fine = self._allocate((batch, heads, blocks, self._block // MEAN_OF, head_dim))
+        self.coarse = self._allocate((batch, heads, blocks, head_dim))
 
     @property
     def nbytes(self) -> int:
@@ -43,10 +48,10 @@ class Means:
         have, needed, size = self.fine.shape[2], first + keys.shape[1] // self._block, self._block
         if have < needed:  # more room than is needed costs no memory as long as nothing is written there
             room = max(needed, have * 3 // 2)
-            wider = [x.new_empty(*x.shape[:2], room, *x.shape[3:]) for x in (self.fine, self.coarse)]
-            for old, new in zip((self.fine, self.coarse), wider, strict=True):
-                new[:, :, :have] = old
-            self.fine, self.coarse = wider
+            for name, old in (("fine", self.fine), ("coarse", self.coarse)):
+                wider = self._allocate((*old.shape[:2], room, *old.shape[3:]))
+                wider[:, :, :have] = old
+                setattr(self, name, wider)
         for begin in range(first, needed, max(1, SLICE // size)):
             stop = min(begin + max(1, SLICE // size), needed)
             some = keys[:, (begin - first) * size : (stop - first) * size]
@@ -71,8 +76,8 @@ class Blocks:
     Another class with these methods may keep them elsewhere (`runtime.mapped.BlockFile`).
     """
 
-    def __init__(self) -> None:
-        self.number = 0
+    def __init__(self, allocate: Callable[..., Tensor] = torch.empty) -> None:
+        self.number, self._allocate = 0, allocate
         self._pieces: list[Tensor] = []  # (k and v, B, blocks, tokens of a block, K, D)
 
     @property
@@ -87,7 +92,8 @@ class Blocks:
             room = sum(piece.shape[2] for piece in self._pieces)
             if room == self.number:
                 number = max(FIRST_BLOCKS, room // 2)
-                self._pieces.append(blocks.new_empty(*blocks.shape[:2], number, *blocks.shape[3:]))
+                shape = (*blocks.shape[:2], number, *blocks.shape[3:])
+                self._pieces.append(self._allocate(shape, dtype=blocks.dtype, device=blocks.device))
                 room += number
             piece = self._pieces[-1]
             n = min(room - self.number, blocks.shape[2] - done)
@@ -117,11 +123,13 @@ class Past:
     an open group's, and its voters.
     """
 
-    def __init__(self, pattern: Pattern, blocks: Blocks | None = None) -> None:
-        self.pattern, self.position = pattern, 0
+    def __init__(
+        self, pattern: Pattern, blocks: Blocks | None = None, allocate: Callable[..., Tensor] = torch.empty
+    ) -> None:
+        self.pattern, self.position, self.allocate = pattern, 0, allocate
         self.queries: Tensor | None = None
         self.means: Means | None = None
-        self.blocks = Blocks() if blocks is None else blocks
+        self.blocks = Blocks(allocate) if blocks is None else blocks
         self.held: tuple[int, list[Tensor]] | None = None  # the first position of the last open group, and its choice
         self._waiting: list[Tensor] = []  # (k and v, B, tokens, K, D), after the stored blocks
         self._turn: tuple[Turn | None] | None = None  # once it is known
@@ -158,7 +166,7 @@ class Past:
             return
         whole = rows[:, :, : blocks * size]
         if self.means is None:
-            self.means = Means(self.pattern, whole[0], max(blocks, FIRST_BLOCKS))
+            self.means = Means(self.pattern, whole[0], max(blocks, FIRST_BLOCKS), self.allocate)
         self.means.write(slice(None), self.blocks.number, whole[0], turn)
         self.blocks.append(whole.unflatten(2, (blocks, size)))
         self._waiting = [rows[:, :, blocks * size :].clone()]

@@ -28,7 +28,7 @@ from longnet_cli.runtime.device import free_memory, precision, random_state, set
 from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.far_gradients import FarGradients
 from longnet_cli.runtime.fsdp import final_backward
-from longnet_cli.runtime.mapped import BlockFile, SpillFile
+from longnet_cli.runtime.mapped import BlockFile, SpillFile, mapped_empty
 from longnet_cli.runtime.ranks import Ranks
 
 CHUNK_BYTES = 256 << 20  # for one chunk's activations; a GPU takes an eighth of its free memory if that is more
@@ -113,11 +113,11 @@ class CausalStream:
             hidden = stream(tokens)    # (B, n, dim), as one pass over the whole sequence gives
 
     It computes no gradients. Its state is one KVCache per layer, `cache_bytes` in all, bounded whatever the `position`,
-    except with chosen blocks, which need all keys.
-    The ranks of a `group` share every chunk: each passes its own shard and the chunk's `edges`, and holds the whole
-    cache. `keep` and `allocate` go to KVCache. Cached rows on another device than the net's are copied for each chunk.
-    With chosen blocks and `spill`, all keys and values go to one file in that folder, and only what chooses them is in
-    memory. Raises ConfigError for a bidirectional net, and what `mapped.SpillFile` raises.
+    except with chosen blocks, which need all keys. The ranks of a `group` share every chunk: each passes its own shard
+    and the chunk's `edges`, and holds the whole cache. `keep` and `allocate` go to KVCache; for chosen blocks, memory
+    is in maps by default. Cached rows on another device than the net's are copied for each chunk. With chosen blocks
+    and `spill`, all keys and values go to one file in that folder, and only what chooses them is in memory. Raises
+    ConfigError for a bidirectional net, and what `mapped.SpillFile` raises.
     """
 
     def __init__(
@@ -126,13 +126,14 @@ class CausalStream:
         *,
         group: dist.ProcessGroup | None = None,
         keep: int = 0,
-        allocate: Callable[..., Tensor] = torch.empty,
+        allocate: Callable[..., Tensor] | None = None,
         spill: str | Path | None = None,
     ) -> None:
         if not model.config.causal:
             raise ConfigError("a bidirectional model sees the whole sequence at once: it cannot be streamed")
         self.file = SpillFile(spill) if spill and model.config.pattern.chosen else None
-        self.model, self.group, self.keep, self.allocate = model, group, keep, allocate
+        self.model, self.group, self.keep = model, group, keep
+        self.allocate = allocate or (mapped_empty if model.config.pattern.chosen else torch.empty)
         self.position = 0
         self.caches: list[KVCache] = []  # made with the first chunk, whose keys have the dtype and the device
 

@@ -79,6 +79,16 @@ class MappedMemory:
             self._free.clear()
 
 
+def mapped_empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Return an uninitialized tensor with a map of its own, which goes back to the system with it.
+
+    On a GPU, it is that of torch.empty. Raises MemoryLimitError where memory has no room.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return MappedMemory(prod(shape) * dtype.itemsize).empty(shape, dtype=dtype)
+
+
 class SpillFile:
     """An unnamed file in a folder, which grows with what is written. The system removes it when the process ends.
 
