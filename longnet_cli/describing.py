@@ -65,7 +65,9 @@ class Description:
     number of layers to the share of tokens that are linked to a query through any heads within that many layers. The
     share is of the tokens up to and including the query (bidirectional: of all tokens), and leaves out queries in the
     first quarter. `reach` is None for sequences of more than 64Ki tokens, and for chosen blocks, which any content may
-    link. With them, `compared` counts the mean keys that each voter is compared with at the end of the sequence.
+    link. With them, `compared` counts the mean keys that each voter is compared with at the end of the sequence, and
+    `read_bytes` the bytes, in float32, that a query there reads of them and of blocks, per layer and key head. A group
+    of queries reads them once.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Description:
     sinks: PatternCosts
     chosen: PatternCosts
     compared: int
+    read_bytes: int
     total: PatternCosts
     dense: PatternCosts
     seq: int
@@ -176,6 +179,7 @@ def describe(
     keys = sum(level.keys_per_query for level in levels) + pattern.sinks + pattern.chosen_keys
     kept = seq if pattern.chosen else 0
     dense = sum(level_flops(Pattern((seq,), (1,)), heads, head_dim, seq, causal))
+    compared = compared_means(pattern, seq) if pattern.chosen else 0
     least, mean = _nearest(pattern, seq, heads, causal)
     return Description(
         name=name,
@@ -183,7 +187,8 @@ def describe(
         levels=levels,
         sinks=PatternCosts(pattern.sinks, 0 if pattern.chosen else of_others, pattern.sinks if causal else None),
         chosen=PatternCosts(pattern.chosen_keys, of_others if pattern.chosen else 0, kept if causal else None),
-        compared=compared_means(pattern, seq) if pattern.chosen else 0,
+        compared=compared,
+        read_bytes=4 * head_dim * (compared + 2 * pattern.chosen_keys) // pattern.chosen_every if compared else 0,
         total=PatternCosts(keys, total, pattern.cache_rows + kept if causal else None),
         dense=PatternCosts(seq / half, dense, seq if causal else None),
         seq=seq,

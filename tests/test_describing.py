@@ -34,8 +34,8 @@ EVEN = [
     Pattern.nested(64, 16, 2, sinks=4),
     Pattern((16, 64), (1, 4), **TILED, queries="all"),
 ]
-KEYS = {"name", "pattern", "levels", "sinks", "chosen", "compared", "total", "dense", "seq", "heads", "head_dim",
-        "causal", "nearest_least", "nearest_mean", "reach"}  # fmt: skip
+KEYS = {"name", "pattern", "levels", "sinks", "chosen", "compared", "read_bytes", "total", "dense", "seq", "heads",
+        "head_dim", "causal", "nearest_least", "nearest_mean", "reach"}  # fmt: skip
 TINY = "1024/1,16384/4,look_back=1,overlap=once,queries=all,level_bias=0/-4"  # of longnet-tiny
 ROW = {"segment_length", "dilation_rate", "look_back", "keys_per_query", "flops", "flops_share", "cache_rows"}
 
@@ -106,6 +106,7 @@ def test_chosen_blocks() -> None:
         assert found.chosen.flops == 3 * 4 * (4 * attended + 2 * compared)
     assert found.total.flops == sum(level.flops for level in found.levels) + found.chosen.flops
     assert (found.chosen.keys_per_query, found.chosen.cache_rows, found.compared) == (32, 5003, 4960 // 8 - 1 + 2 * 512)
+    assert found.read_bytes == 4 * 4 * (found.compared + 2 * 32) // 4
     assert found.total.cache_rows == 3 * 16 + 5003
     assert found.reach is None
     cells = picture(pattern, 100, 100, 3)

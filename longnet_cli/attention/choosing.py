@@ -37,7 +37,7 @@ from .sinks import Turn
 if TYPE_CHECKING:
     from .one_pass import OnePassGradientSum, OnePassMerge
 
-GATHERED = 1 << 24  # numbers of gathered keys that exist at a time: 64 MiB in fp32
+GATHERED = 1 << 22  # numbers of gathered keys that exist at a time: 16 MiB in fp32
 SCORES = 1 << 20  # numbers of scores of votes that exist at a time: 4 MiB in fp32, which a cache of a CPU holds
 
 
@@ -183,12 +183,12 @@ def _chosen(voters: Tensor, step: int, candidates: int, fine: Tensor, coarse: Te
         return _best(_next_too(_of_groups(shares, step)), number)
     scores = _next_too(_of_groups(_shares(voters, coarse[:, 1 : 1 + candidates]), step))
     kept = _best(scores, PRESELECTED)
-    scores.zero_()
-    for group, (own, score) in enumerate(zip(kept, scores, strict=True)):
-        # a view that leaves out the first block would be copied whole before rows are selected from it
-        shares = _shares(voters[group * step :][:VOTERS], fine.index_select(1, own + 1).flatten(1, 2))
-        score[own] = shares.sum(0).unflatten(0, (PRESELECTED, per_block)).sum(1) / VOTERS
-    return _best(_next_too(scores), number)
+    # a view that leaves out the first block would be copied whole before rows are selected from it
+    means = fine.index_select(1, kept.flatten() + 1).unflatten(1, kept.shape).flatten(2, 3)  # (K, groups, M, D)
+    of_groups = voters.unfold(0, VOTERS, step).unflatten(1, (len(fine), -1))  # (groups, K, H / K, D, VOTERS)
+    shares = (of_groups.permute(1, 0, 4, 2, 3).flatten(2, 3) @ means.mT).softmax(-1).sum(2).sum(0)
+    shares = shares.unflatten(1, (PRESELECTED, per_block)).sum(2) / (VOTERS * voters.shape[1])
+    return _best(_next_too(scores.zero_().scatter_(1, kept, shares)), number)
 
 
 def _shares(voters: Tensor, means: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def _best(scores: Tensor, number: int) -> Tensor:
     if not number:
         return scores.new_empty(len(scores), 0, dtype=torch.int64)
     scores = scores.nan_to_num(0)  # what is not finite chooses the first blocks
-    least = scores.topk(number).values[:, -1:]
+    least = scores.topk(number, sorted=False).values.amin(1, keepdim=True)
     more, same = scores > least, scores == least
     seen = more | (same & (same.cumsum(1) <= number - more.sum(1, keepdim=True)))
     return seen.nonzero()[:, 1].view(-1, number)

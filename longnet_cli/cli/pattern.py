@@ -9,7 +9,7 @@ import typer
 
 from longnet_cli.cli.options import OUTPUT, option, size_option
 from longnet_cli.cli.output import can_print, emit_json, printable, shows_color
-from longnet_cli.sizes import format_count
+from longnet_cli.sizes import format_bytes, format_count
 
 if TYPE_CHECKING:
     from longnet_cli.describing import Description, LevelCosts, PatternCosts
@@ -114,6 +114,9 @@ def _print(found: Description) -> None:
     print(f"of the nearest 64 tokens, a query sees {found.nearest_mean:.1f} on average, {found.nearest_least} at least")
     if found.chosen.keys_per_query:
         print(f"blocks are chosen from the whole past: at the end, a voter is compared with {found.compared:,} means")
+        print(
+            f"for it, and for the blocks, a query reads {format_bytes(found.read_bytes)} per layer and key head (fp32)"
+        )
     if found.reach is not None:
         what = "the past" if found.causal else "the sequence"
         reached = ", ".join(f"{_percent(share)} in {number}" for number, share in found.reach.items())
