@@ -21,7 +21,7 @@ from jinja2 import ext, nodes, parser, sandbox
 
 from longnet_cli.configuration import digest, read_text
 from longnet_cli.data.special_tokens import SETTINGS, read_settings, special_token
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.tokenizer import Tokenizer, library_call
 from longnet_cli.errors import ConfigError
 from longnet_cli.finite_json import to_json
 
@@ -100,7 +100,8 @@ class ChatTemplate:
             if mark in part:
                 ids += self.tokenizer.encode(part.replace(mark, "")).tolist()
             else:
-                ids += self._inner.encode(part, add_special_tokens=False).ids
+                with library_call():
+                    ids += self._inner.encode(part, add_special_tokens=False).ids
         return np.array(ids, np.int64)
 
     def render(self, message: str) -> str:
