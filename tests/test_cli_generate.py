@@ -172,6 +172,13 @@ def test_a_message_goes_into_the_template(model: Path, run_longnet: RunLongnet) 
         ("{% for %}", "the chat template fails: "),
         ("{{ messages.__class__.__mro__ }}", "the chat template fails: .*unsafe"),
         ("{{ messages.append(1) }}", "the chat template fails: .*unsafe"),
+        ("a\n{{ 1 / 0 }}", r"division by zero \(line 2\)"),
+        ("\n\n{{ messages[7].content }}", r"has no element 7 \(line 3\)"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}\n{{ f() }}", r"recursion depth exceeded \(line 1\)"),
+        ("a\nb{{ messages[0].content ~ '\\ud800' }}", r"half of a character \(a surrogate\) \(line 2\)"),
+        ("{{ 'x' * 3000000000 }}", "it takes more than 512 MiB"),
+        ("{% set a = 'xy' %}" + "{% set a = a ~ a %}" * 40, "it takes more than 512 MiB"),
+        ("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", r"more than \d+ characters \(line 1\)"),
     ],
 )
 def test_templates_that_fail_and_none_runs_code(tmp_path: Path, text: str, message: str) -> None:
@@ -179,6 +186,21 @@ def test_templates_that_fail_and_none_runs_code(tmp_path: Path, text: str, messa
         json.dumps({"chat_template": [{"name": "default", "template": text}]})
     )
     with pytest.raises(ConfigError, match=message):
+        ChatTemplate(tmp_path, words_of_chat()).encode("Hi")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ (messages|length + 6) ** (9 ** 9) }}",
+    ],
+)
+def test_a_template_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Its process is ended, in the middle of a loop or of one operation."""
+    monkeypatch.setattr("longnet_cli.data.rendering.SECONDS", 1)
+    (tmp_path / "chat_template.jinja").write_text(text)
+    with pytest.raises(ConfigError, match="the chat template fails: it takes more than 1 seconds"):
         ChatTemplate(tmp_path, words_of_chat()).encode("Hi")
 
 

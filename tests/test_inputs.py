@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,33 @@ def test_a_dataset_of_splits_asks_for_one(tmp_path):
     (tmp_path / "train" / "state.json").write_text("{}")
     (tmp_path / "dataset_dict.json").write_text("{}")
     with pytest.raises(ConfigError, match="train"):
+        names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (
+            "train-00000-of-00002 train-00001-of-00002 test-00000-of-00001",
+            "test-00000-of-00001.jsonl, {}/train-*.jsonl",
+        ),
+        ("data/train-0 data/train-1 data/validation-0", "data/train-*.jsonl, {}/data/validation-0.jsonl"),
+        ("wiki_train wiki_dev", "wiki_train.jsonl, {}/wiki_dev.jsonl"),
+        ("train/0 train/1 val/0", "train/*.jsonl, {}/val/0.jsonl"),
+        ("train-0 train-1 extra", None),
+        ("unit-test-notes train-0", None),
+        ("contest latest", None),
+    ],
+)
+def test_a_folder_of_a_hub_asks_for_a_split(tmp_path: Path, files: str, named: str | None) -> None:
+    for file in files.split():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.jsonl").write_text('{"text": "x"}\n')
+    if named is None:
+        assert len(names(tmp_path)) == len(files.split())
+        return
+    said = f"{tmp_path} holds several splits of a data set: name one of {tmp_path}/{named.format(tmp_path)}"
+    with pytest.raises(ConfigError, match=f"{re.escape(said)}$"):
         names(tmp_path)
 
 

@@ -210,6 +210,11 @@ def test_tables_by_position_and_by_recall_are_columns(run_longnet: RunLongnet, t
         (["-o", "x", "--token-logprobs", "y.arrow"], "--token-logprobs is for scores that are printed"),
         (["-o", "x", "--format", "json"], "--format json is for scores that are printed"),
         (["-o", "a.txt"], "a.txt, which this command reads"),
+        (
+            ["-o", "v.csv"],
+            "-o v.csv: .csv is not written: the name of a file ends in .arrow, .feather, .parquet or .jsonl",
+        ),
+        (["--token-logprobs", "v.jsonl.gz"], "--token-logprobs v.jsonl.gz: .gz is not written"),
     ],
 )
 def test_what_cannot_be_written_is_refused(

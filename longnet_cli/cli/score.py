@@ -153,6 +153,7 @@ def score(
     if token_logprobs and (dp or 1) > 1:
         raise ConfigError("--token-logprobs is written by one group of ranks: leave out --dp")
     from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.outputs import refuse_other_suffix
     from longnet_cli.data.overwriting import refuse_overwriting
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.model_folder import ModelFolder
@@ -162,6 +163,7 @@ def score(
     data = Inputs(inputs, column=column, id_column=id_column, keep=tuple(keep or ()), skip_bad=skip_bad)
     for name, place in (("--token-logprobs", token_logprobs), ("-o", output)):
         if place is not None:
+            refuse_other_suffix(name, place)
             refuse_overwriting(name, [place], data, reads)
     for_folder = {"--resume": resume, "--shard-tokens": shard_tokens}
     for_printing = {"--token-logprobs": token_logprobs, f"--format {format}": format != "text" and not dry_run}

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import pickletools
 import re
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -109,6 +112,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         found: Any
         if pickled:  # a Namespace, such as a run's options, is plain data
+            _check_pickle(path)
             with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
                 warnings.simplefilter("ignore")  # about pickle protocols; an unknown one raises below
                 found = torch.load(path, map_location="cpu", weights_only=True)
@@ -130,10 +134,36 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for name, tensor in found.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: not a plain state dict: {name} is of type {type(tensor).__name__}")
+        plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{path}: {name} of shape {tuple(tensor.shape)} has not all of its numbers in the file"
+            )
     state = dict(found)
     if any(name.startswith("backbone.") for name in state):  # a student or a teacher: leave out its head
         state = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
     return without_prefix(state, _SHARED)
+
+
+def _check_pickle(path: Path) -> None:
+    """Raise ValueError or UnpicklingError for a file of `torch.save` that declares more data than it has."""
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):  # the older format: four pickles, then the numbers
+            file.seek(0)
+            pickles: list[Any] = [file] * 4
+        else:
+            archive = zipfile.ZipFile(file)
+            records = archive.infolist()
+            size = sum(record.file_size for record in records)
+            if size > path.stat().st_size or any(record.compress_type for record in records):
+                raise ValueError("its records are compressed, or lie in each other, as torch.save never does")
+            pickles = [archive.open(record) for record in records if record.filename.endswith("data.pkl")]
+        for each in pickles:
+            with suppress(ValueError):  # damage, which torch reports
+                for operation, argument, _ in pickletools.genops(each):
+                    # torch allows this one, of any size
+                    if operation.name == "GLOBAL" and (asked := str(argument)).endswith(" bytearray"):
+                        raise pickle.UnpicklingError(f"GLOBAL {asked.replace(' ', '.')} was asked for")
 
 
 class _Found:
@@ -220,7 +250,7 @@ class _Found:
             "vocab_size": 0,
             "dim": dim,
             "ffn_dim": ffn,
-            "num_layers": max(layers) + 1,
+            "num_layers": len(layers),
             "norm": "subln" if any(".inner_attn_ln." in name for name in self.state) else "pre",
             "final_norm": f"{self.prefix}layer_norm.weight" in self.state,
             "head_offsets": "grouped",

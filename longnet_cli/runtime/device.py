@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.errors import ConfigError
+from longnet_cli.errors import ConfigError, InputWarning
 
+CPU_INFO = Path("/proc/cpuinfo")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,10 +39,23 @@ def select_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
-    """Resolve `--dtype`: auto is bf16 on a GPU that supports it, otherwise fp32."""
+    """Resolve `--dtype`: auto is bf16 on a GPU that supports it, otherwise fp32.
+
+    Warns once, with InputWarning, of bf16 on a CPU that computes it slowly.
+    """
+    if name == "bf16" and device.type == "cpu":
+        _warn_of_slow_bf16()
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+@cache
+def _warn_of_slow_bf16() -> None:
+    with suppress(OSError):  # not Linux: unknown
+        found = re.findall(r"^(?:flags|Features)\s*:(.*)", CPU_INFO.read_text(), re.MULTILINE)
+        if found and not {"avx512_bf16", "amx_bf16", "bf16"} & {*found[0].split()}:
+            warnings.warn("this CPU has no bf16 instructions: --dtype fp32 is faster here", InputWarning, stacklevel=3)
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
