@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 import torch
+from builders import MadeInputs
 
 from longnet_cli.data.documents import Document
 from longnet_cli.data.manifest import read_manifest
@@ -184,8 +185,8 @@ def write(model: LongNet, place: Path, documents: Iterable[Document] = DOCUMENTS
     names = {field.name for field in fields(EncodeOptions)}
     rows = EncodeOptions(**{"bos": BOS} | {name: value for name, value in options.items() if name in names})
     reading = {name: value for name, value in options.items() if name not in names}
-    more = {"settings": {"inputs": "x"}, "chunk": 70, "shard_size": 3} | reading
-    return write_rows(partial(Encoder, options=rows), model, documents, place, **more)
+    more = {"inputs": MadeInputs("x", made=documents), "chunk": 70, "shard_size": 3} | reading
+    return write_rows(partial(Encoder, options=rows), model, output=place, **more)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -245,7 +246,7 @@ OTHER = [
     ("embedding_dtype", {"embedding_dtype": "float16"}),
     ("bos", {"bos": None}),
     ("shard_rows", {"shard_size": 4}),
-    ("inputs", {"settings": {"inputs": "y"}}),
+    ("inputs", {"inputs": MadeInputs("y", made=DOCUMENTS)}),
     ("tokenizer_sha256", {"tokenizer_sha256": "ab"}),
     ("dtype", {"dtype": "bf16"}),
 ]

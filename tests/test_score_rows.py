@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from builders import MadeInputs
 from conftest import RunLongnet
 
 from longnet_cli.data.documents import Document
@@ -60,11 +62,11 @@ def rows(
 
 
 def write(
-    model: LongNet, place: Path, documents: Iterable[Document], kept: Sequence[pa.Field] = (), **more: object
+    model: LongNet, place: Path, documents: Iterable[Document], keep: tuple[str, ...] = (), **more: object
 ) -> LeftOut:
     """A shard ends with the document that brings it to 150 tokens; bad documents are left out."""
-    left_out, job = LeftOut(lambda document, error: None), partial(RowScorer, options=OPTIONS, kept_fields=kept)
-    write_rows(job, model, iter(documents), place, shard_size=150, left_out=left_out, **more)
+    left_out, inputs = LeftOut(lambda document, error: None), MadeInputs((), keep=keep, made=documents)
+    write_rows(partial(RowScorer, options=OPTIONS), model, inputs, place, shard_size=150, left_out=left_out, **more)
     return left_out
 
 
@@ -237,13 +239,15 @@ def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(model: LongN
         yield from documents[:4]
         raise DataError("stop")
 
-    write(model, tmp_path / "whole", documents, kept)
+    write(model, tmp_path / "whole", documents, ("tags",))
     with pytest.raises(DataError, match="stop"):
-        write(model, tmp_path / "cut", stopping(), kept)
-    for other in ([], [pa.field("tags", pa.string())]):
+        write(model, tmp_path / "cut", stopping(), ("tags",))
+    text = copy(documents[0])
+    text.kept = {"tags": pa.scalar("a")}
+    for keep, first in ((), documents[0]), (("tags",), text):
         with pytest.raises(ConfigError, match="keep"):
-            write(model, tmp_path / "cut", documents, other, resume=True)
-    write(model, tmp_path / "cut", documents, kept, resume=True)
+            write(model, tmp_path / "cut", [first, *documents[1:]], keep, resume=True)
+    write(model, tmp_path / "cut", documents, ("tags",), resume=True)
     whole, cut = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
     assert whole == cut
     shards = [pa.ipc.open_file(path).read_all() for path in sorted((tmp_path / "cut").glob("gains-*.arrow"))]

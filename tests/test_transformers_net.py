@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
-from builders import make_document
+from builders import MadeInputs, make_document
 from test_transformers import (
     BIASED,
     CAUSAL,
@@ -299,7 +299,7 @@ def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_
     def run(**options) -> None:
         net = ModelFolder(folder).net(**options)
         job = partial(Encoder, options=EncodeOptions(bos=256))
-        write_rows(job, net, [make_document(20)], tmp_path / "out", resume=True)
+        write_rows(job, net, MadeInputs((), made=[make_document(20)]), tmp_path / "out", resume=True)
 
     run(pattern=LEVELS)
     run(pattern=LEVELS)
