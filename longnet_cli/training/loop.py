@@ -6,9 +6,9 @@ import math
 import platform
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import accumulate, islice, pairwise
@@ -147,10 +147,10 @@ class _TrainingRun:
         if initial:
             ModelFolder.find(initial).tokenizer(recipe.data.tokenizer, differs=tokenizer_differs)
         self.windows = make_windows(recipe, self.tokenizer, self.eos_id, ranks)
-        held_out = recipe.data.held_out
+        held_out = recipe.data.held_out_files
         self.held_out = _documents(recipe, self.tokenizer, held_out) if held_out else []
         if held_out and not any(map(len, self.held_out)):
-            raise DataError(f"data.held_out, {', '.join(held_out)}: every document is empty")
+            raise DataError(f"data.held_out, {', '.join(map(str, held_out.names))}: every document is empty")
         torch.manual_seed(recipe.train.seed)
         self.model = _model(recipe, initial).to(device).train()
         self.frozen = frozen_digest(self.model)
@@ -420,15 +420,17 @@ class _TrainingRun:
         self.ranks.barrier()  # otherwise another rank could end, and end this one while it writes
 
 
-def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Sequence[str]) -> list[Document]:
-    found = Inputs(inputs, tokenizer, recipe.data.column, vocab_size=recipe.model.vocab_size)
-    return list(found.documents())
+def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs) -> list[Document]:
+    column, vocab_size = recipe.data.column, recipe.model.vocab_size
+    return list(replace(inputs, tokenizer=tokenizer, column=column, vocab_size=vocab_size).documents())
 
 
 def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
     """Return the training data, cut into the windows of each stage."""
     mix, train = recipe.data.sources, recipe.train
-    sources = [TokenStream(_documents(recipe, tokenizer, source.inputs), eos_id) for source in mix]
+    if not mix:
+        raise ConfigError("no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe")
+    sources = [TokenStream(_documents(recipe, tokenizer, source.files), eos_id) for source in mix]
     weights = [source.weight for source in mix]
     return [
         TokenWindows(
@@ -465,10 +467,7 @@ def _model(recipe: Recipe, initial: str | None) -> Net:
     # weights do not depend on the pattern: training continues with the recipe's
     model = ModelFolder.find(initial).net(pattern=recipe.model.pattern)
     if model.config != recipe.model:
-        changed = [
-            name
-            for name in type(model.config).model_fields
-            if getattr(model.config, name) != getattr(recipe.model, name)
-        ]
+        fields = type(recipe.model).model_fields
+        changed = [name for name in fields if getattr(model.config, name) != getattr(recipe.model, name)]
         raise ConfigError(f"{initial} differs from the recipe in model.{', model.'.join(changed)}")
     return model
