@@ -30,7 +30,7 @@ from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.chunks import Tokens
-from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, random_state, to_device
+from longnet_cli.runtime.device import check_kernel, peak_memory, random_state, to_device
 from longnet_cli.runtime.fsdp import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
 from longnet_cli.runtime.mapped import MappedMemory
 from longnet_cli.runtime.ranks import Ranks
@@ -82,7 +82,7 @@ def train(
     tokenizer_differs: bool = False,
     resume: Resume = True,
     ranks: Ranks | None = None,
-    peak: MatmulPeak | None = None,
+    peak: float | None = None,
     on_begin: Callable[[int, int], None] | None = None,
     on_step: OnStep | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -98,9 +98,9 @@ def train(
     has one), or the path of a checkpoint or a run. A resumed run gives the numbers of an uninterrupted run, bit by bit
     on a CPU with as many processes.
     The tokenizer of the model `recipe.init` must be the recipe's, unless `tokenizer_differs`. The `ranks` of a group
-    share each sequence, `train.chunk` tokens each, and the groups share the sequences of a step; rank 0 writes. `peak`
-    is for the MFU. Prints nothing: `on_begin` gets the steps and tokens that are done already, `on_note` a line about
-    each damaged checkpoint.
+    share each sequence, `train.chunk` tokens each, and the groups share the sequences of a step; rank 0 writes. `peak`,
+    the `matmul_peak` of a rank, is for the MFU. Prints nothing: `on_begin` gets the steps and tokens that are done
+    already, `on_note` a line about each damaged checkpoint.
 
     Raises ConfigError for a model, tokenizer or checkpoint that does not fit the recipe, DataError for too little data,
     CheckpointError when all checkpoints are damaged, LongNetError when the loss is no longer finite or jumps, or when
@@ -126,7 +126,7 @@ class _TrainingRun:
         device: torch.device,
         tokenizer_differs: bool,
         ranks: Ranks,
-        peak: MatmulPeak | None,
+        peak: float | None,
         on_step: OnStep | None,
     ) -> None:
         self.recipe, self.output, self.device, self.ranks = recipe, output, device, ranks
@@ -367,8 +367,7 @@ class _TrainingRun:
         line = None
         if held_out or last or progress.step % train.log_every == 0:
             rate, memory = self._learning_rate(progress.step - 1), peak_memory(self.device)
-            with self.log.paused():
-                peak = self.peak.again() * self.ranks.world if self.peak else None
+            peak = self.peak * self.ranks.world if self.peak else None
             line = self.log.write(progress.step, rate, stage.seq_len, memory=memory, peak=peak, held_out=held_out)
             for tracker in self.trackers:
                 tracker.log(line.step, asdict(line))
