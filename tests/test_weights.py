@@ -246,7 +246,7 @@ def test_torchscale_refusals() -> None:
             from_torchscale(state | changes, net.config)
         assert part in str(caught.value)
     del state["layers.1.self_attn.q_proj.bias"]
-    with pytest.raises(CheckpointError, match=r"missing tensor layers\.1\.attention\.q\.bias"):
+    with pytest.raises(CheckpointError, match=r"missing tensor layers\.1\.self_attn\.q_proj\.bias"):
         from_torchscale(state, net.config)
 
 
@@ -312,7 +312,7 @@ def test_gigapath() -> None:
     encoder = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
     assert {name: t.shape for name, t in to_torchscale(net).items()} == {name: t.shape for name, t in encoder.items()}
     del state["encoder.layers.3.ffn.ffn_layernorm.bias"]
-    with pytest.raises(CheckpointError, match=r"missing tensor layers\.3\.ffn\.inner_norm\.bias"):
+    with pytest.raises(CheckpointError, match=r"missing tensor layers\.3\.ffn\.ffn_layernorm\.bias"):
         from_torchscale(state, config)
 
 
