@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading, show_reading
+from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading
 from longnet_cli.cli.model_and_inputs import ModelAndInputs
 from longnet_cli.cli.options import COMPUTE, DEFAULT_MODEL, OUTPUT, Names, option, size_option
 from longnet_cli.cli.progress import progress
@@ -122,20 +122,11 @@ def encode(
     for_folder = {"--shard-rows": shard_rows, "--shard-format": shard_format != "arrow"}
     where_to = "embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them"
     earlier = check_output(output, where_to, for_folder, resume=resume, dry_run=dry_run)
-    loaded, data, ranks, memory, quiet = named.open(
-        nproc=nproc,
-        sp=sp,
-        dp=dp,
-        device=device,
-        dtype=dtype,
-        tokenizer_differs=tokenizer_differs,
-        pattern=pattern,
-        bos=bos,
-        eos=eos,
-        dry_run=dry_run,
-        quiet=quiet,
-        vectors=True,
-    )
+    opened = named.open(
+        nproc=nproc, sp=sp, dp=dp, device=device, dtype=dtype, tokenizer_differs=tokenizer_differs, pattern=pattern,
+        bos=bos, eos=eos, dry_run=dry_run, quiet=quiet, vectors=True,
+    )  # fmt: skip
+    loaded, data, ranks, room, quiet = opened
     net = loaded.net
     from longnet_cli.encoding import EncodeOptions, Encoder
     from longnet_cli.notation import format_pattern
@@ -154,28 +145,11 @@ def encode(
         tokenizer_sha256=loaded.tokenizer_sha256,
         pattern=format_pattern(net.config.pattern),
     )
-    if memory:
+    if room:
         from longnet_cli.estimating.reading_job import EncodeJob
 
-        found = estimate_reading(
-            net,
-            EncodeJob(net, options),
-            data.untokenized() if sample else data.documents(),
-            output,
-            resume=resume,
-            room=memory,
-            tokenizer=loaded.tokenizer,
-            sample=sample,
-            chunk=chunk,
-            dtype=dtype,
-            spill=spill,
-            ranks=ranks,
-            skip_bad=skip_bad,
-            quiet=quiet,
-        )
-        leave()
-        if ranks.first:
-            show_reading(found, format, "encoding")
+        job, settings = EncodeJob(net, options), {"chunk": chunk, "dtype": dtype, "spill": spill}
+        estimate_reading(opened, job, "encoding", output, format, sample=sample, resume=resume, **settings)
         return
     done = earlier.totals["tokens"] if earlier else 0
     left_out = count_left_out(skip_bad, quiet)

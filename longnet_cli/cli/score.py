@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.dry_run import check_sample, estimate_reading, show_reading
+from longnet_cli.cli.dry_run import check_sample, estimate_reading
 from longnet_cli.cli.model_and_inputs import ModelAndInputs
 from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, size_option, sizes_option
 from longnet_cli.cli.output import emit_json, emit_jsonl, printable, tell
@@ -163,19 +163,11 @@ def score(
     if output is not None:
         where_to = "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
         earlier = check_output(output, where_to, for_folder, resume=resume, dry_run=dry_run)
-    loaded, data, ranks, memory, quiet = named.open(
-        nproc=nproc,
-        sp=sp,
-        dp=dp,
-        device=device,
-        dtype=dtype,
-        tokenizer_differs=tokenizer_differs,
-        pattern=pattern,
-        bos=bos,
-        eos=eos,
-        dry_run=dry_run,
-        quiet=quiet,
-    )
+    opened = named.open(
+        nproc=nproc, sp=sp, dp=dp, device=device, dtype=dtype, tokenizer_differs=tokenizer_differs, pattern=pattern,
+        bos=bos, eos=eos, dry_run=dry_run, quiet=quiet,
+    )  # fmt: skip
+    loaded, data, ranks, room, quiet = opened
     net = loaded.net
     from longnet_cli.notation import format_pattern
 
@@ -189,29 +181,14 @@ def score(
     from longnet_cli.score_rows import RowScorer, ScoreOptions
     from longnet_cli.scoring import score as run
 
-    if memory:
+    if room:
         from longnet_cli.cuts import Cut
         from longnet_cli.estimating.reading_job import ScoreJob
 
-        cut = Cut.of(net, loaded.bos, context, stride, last)
-        found = estimate_reading(
-            net,
-            ScoreJob(net, cut, recalls=by_recall),
-            data.untokenized() if sample else data.documents(),
-            output,
-            resume=resume,
-            room=memory,
-            tokenizer=loaded.tokenizer,
-            sample=sample,
-            chunk=chunk,
-            dtype=dtype,
-            ranks=ranks,
-            skip_bad=skip_bad,
-            quiet=quiet,
-        )
-        leave()
-        if ranks.first:
-            show_reading(found, "json" if format == "json" else "text", "scoring")
+        job = ScoreJob(net, Cut.of(net, loaded.bos, context, stride, last), recalls=by_recall)
+        shown: Literal["json", "text"] = "json" if format == "json" else "text"
+        settings = {"chunk": chunk, "dtype": dtype}
+        estimate_reading(opened, job, "scoring", output, shown, sample=sample, resume=resume, **settings)
         return
     left_out = count_left_out(skip_bad, quiet)
     origin = model_origin(net, model, loaded.tokenizer_sha256) if ranks.first and output is None else {}
