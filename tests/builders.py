@@ -38,9 +38,10 @@ def tiny_model(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def make_document(length: int) -> Document:
+def make_document(length: int, name: str = "a") -> Document:
     tokens = np.random.default_rng(length).integers(1, 97, length, dtype=np.int32)
-    return Document(str(length), tokens, length, f"{length}.txt")
+    tokens.flags.writeable = False  # as a memory map is
+    return Document(name, tokens, length, f"{name}.txt")
 
 
 @dataclass(frozen=True)

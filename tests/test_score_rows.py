@@ -15,7 +15,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import MadeInputs
+from builders import MadeInputs, make_document, tiny_net
 from conftest import RunLongnet
 
 from longnet_cli.data.documents import Document
@@ -24,31 +24,23 @@ from longnet_cli.data.manifest import read_manifest
 from longnet_cli.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.gain import GAIN_BLOCK
 from longnet_cli.measures import Clusters, Gain
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model import LongNet
 from longnet_cli.row_jobs import write_rows
 from longnet_cli.runtime.reader import Reader
 from longnet_cli.score_rows import RowScorer, ScoreOptions
 from longnet_cli.scoring import score
 
 BOS = 256
-CONFIG = LongNetConfig(
-    vocab_size=257, dim=16, num_layers=2, num_heads=2, ffn_dim=32, segment_lengths=(8, 32), dilation_rates=(1, 2)
-)
 OPTIONS = ScoreOptions(bos=BOS, context=(400, 16))
 
 
 @pytest.fixture(scope="module")
 def model() -> LongNet:
-    torch.manual_seed(0)
-    net = LongNet(CONFIG).eval()
+    net = tiny_net().eval()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(3)  # so that some tokens gain more than 2 nats
     return net
-
-
-def make_document(length: int, name: str = "a") -> Document:
-    return Document(name, np.random.default_rng(length).integers(0, 256, length), length, f"{name}.txt")
 
 
 def rows(

@@ -132,14 +132,6 @@ def test_a_failed_write_is_one_line_and_leaves_nothing(tmp_path, name, limit):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_full_device_is_one_line(tmp_path):
-    (tmp_path / "x.arrow").symlink_to("/dev/full")
-    failed = pytest.raises(LongNetError, match=r"x\.arrow: cannot write: No space left on device")
-    with failed, ShardWriter(tmp_path / "x.arrow", SCHEMA) as writer:
-        writer.write(BATCH)
-    assert os.listdir(tmp_path) == ["x.arrow"]
-
-
 STREAM = """
 import sys
 sys.path.append(sys.argv[2])
