@@ -118,9 +118,10 @@ def test_a_name_of_a_file_is_a_text_and_said_to_be_one(model: Path, run_longnet:
         (["x", "-i", "y.txt"], 2, "PROMPT and --input are both given"),
         (["x", "--top-p", "0.9"], 2, "--top-p needs a temperature above 0"),
         (["x", "--seed", "-1"], 2, "--seed -1 is not a number from 0"),
-        (["x", "--temperature", "-1"], 2, "temperature must be 0 or more"),
         (["x", "--chat"], 2, "no chat template"),
         (["-i", "missing.txt"], 3, "missing.txt"),
+        (["\udcff"], 2, "PROMPT is not UTF-8"),
+        ([], 3, "stdin: the file is empty (0 bytes)\n"),
     ],
 )
 def test_what_is_refused_is_one_line(run_longnet: RunLongnet, arguments: list[str], code: int, message: str) -> None:
@@ -129,17 +130,6 @@ def test_what_is_refused_is_one_line(run_longnet: RunLongnet, arguments: list[st
     assert done.stderr.startswith("longnet: error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-def test_without_a_word_the_prompt_is_stdin(run_longnet: RunLongnet) -> None:
-    done = run_longnet("generate", input="")
-    assert (done.returncode, done.stderr) == (3, "longnet: error: stdin: the file is empty (0 bytes)\n")
-
-
-def test_a_prompt_that_is_no_text_is_refused(run_longnet: RunLongnet) -> None:
-    done = run_longnet("generate", "\udcff", "-q")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "PROMPT is not UTF-8" in done.stderr
 
 
 def test_a_closed_pipe_and_ctrl_c_end_it(model: Path, start: Start) -> None:

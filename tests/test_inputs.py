@@ -186,13 +186,20 @@ def test_web_addresses_are_refused_wherever_an_input_is_named(tmp_path, address)
 
 
 @pytest.mark.parametrize(
-    "command", ["score", "score -o out", "encode -o out.arrow", "encode -o out", "tokenize -o out"]
+    "command",
+    [*("score", "score -o out", "encode -o out.arrow", "encode -o out", "tokenize -o out"), "train x.toml --data"],
 )
 def test_names_are_expanded_once(tmp_path, monkeypatch, command):
     """However often a run asks: to overwrite nothing, to check lengths, to read, for the digest in a manifest."""
     monkeypatch.chdir(tmp_path)
-    Path("a.txt").write_text("one")
-    Path("out.arrow").write_text("an output that exists is compared with the inputs")
+    Path("a.txt").write_text("one" * 20)
+    Path("x.toml").write_text(
+        "model = {dim = 8, num_layers = 1, num_heads = 1, ffn_dim = 8, segment_lengths = [8], dilation_rates = [1]}\n"
+        "train = {stages = [{seq_len = 16, steps = 1}], batch_tokens = 16}\n"
+    )
+    Path("runs/train").mkdir(parents=True)
+    for path in ("out.arrow", "runs/train/metrics.jsonl"):
+        Path(path).write_text("")  # an output that exists is compared with the inputs
     expanded = []
     monkeypatch.setattr(inputs, "find_sources", lambda *items: expanded.append(items) or find_sources(*items))
     done = CliRunner().invoke(app, [*command.split(), "*.txt", "-q"])

@@ -142,14 +142,6 @@ def test_only_a_name_without_the_ending_of_a_file_is_a_folder(tmp_path):
     assert not is_folder(tmp_path / "v.parquet")
 
 
-def test_a_full_device_is_one_line(tmp_path):
-    (tmp_path / "x.arrow").symlink_to("/dev/full")
-    failed = pytest.raises(LongNetError, match=r"x\.arrow: cannot write: No space left on device")
-    with failed, ShardWriter(tmp_path / "x.arrow", SCHEMA) as writer:
-        writer.write(BATCH)
-    assert os.listdir(tmp_path) == ["x.arrow"]
-
-
 STREAM = """
 import sys
 sys.path.append(sys.argv[2])

@@ -31,13 +31,13 @@ from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.model import LongNet, LongNetConfig, SlideConfig
 from longnet_cli.model.integrity import TYPE_NAMES, check_finite
 from longnet_cli.model.slide import VectorNet
-from longnet_cli.model.torchscale import DERIVED_BUFFERS, MODULES, renamed, without_prefix
+from longnet_cli.model.torchscale import DERIVED_BUFFERS, official_name, renamed_net, without_prefix
 from longnet_cli.model.weights import list_names
 
 _INSIDE = ("model", "module", "state_dict", "teacher")  # keys of the state dict in training checkpoints
 _SHARED = re.compile(r"(module|model|backbone|slide_encoder|encoder|decoder)\.")
-_SLIDE = {"cls_token": "cls", "patch_embed.proj.weight": "project.weight", "patch_embed.proj.bias": "project.bias"}
-_SLIDE |= {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}
+_SLIDE = {"cls": "cls_token", "project.weight": "patch_embed.proj.weight", "project.bias": "patch_embed.proj.bias"}
+_SLIDE |= {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}  # our name -> theirs, of all but the layers
 _RATES = (1, 2, 4, 8, 16)
 _LONGVIT = {  # number of positions (patches of 32 pixels) -> segment lengths
     1024: (64, 128, 256, 512, 1024),
@@ -191,32 +191,10 @@ class _Found:
 
     def build(self) -> LongNet:
         """Return the net with its weights, in float32."""
-        kind = VectorNet if self.slide else LongNet
-        with torch.device("meta"):
-            net = kind(self.config)
-        names = {theirs: ours for theirs in self.state if (ours := self._ours(theirs))}
-        expected = {self._theirs(ours): tuple(tensor.shape) for ours, tensor in net.state_dict().items()}
-        state = dict(self.state)
-        if self.config.vocab_size and self.config.tie_embeddings:
-            state.pop("output_projection.weight", None)
-        problems = []
-        if missing := [name for name in expected if name not in state]:
-            problems.append(list_names("missing", missing))
-        if surplus := [name for name in state if name not in expected]:
-            problems.append(list_names("unexpected", surplus))
-        for name, needed in expected.items():
-            if name == "cls_token":
-                needed = (1, 1, *needed)
-            if name in state and tuple(state[name].shape) != needed:
-                problems.append(f"{name} has shape {tuple(state[name].shape)}, the others need {needed}")
-        if problems:
-            shown = problems[:4] + [f"{len(problems) - 4} more shapes differ"] * (len(problems) > 4)
-            raise CheckpointError(f"{self.path}: {self.what}: {'; '.join(shown)}")
-        weights = {names[theirs]: tensor.to(torch.float32) for theirs, tensor in state.items()}
-        if self.slide:
-            weights["cls"] = weights["cls"].flatten()
-        net.load_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, assign=True)
-        return net.eval()
+        kind, state = VectorNet if self.slide else LongNet, dict(self.state)
+        if "cls_token" in state:
+            state["cls_token"] = state["cls_token"].flatten()
+        return renamed_net(kind, self.config, state, self._official_name, f"{self.path}: {self.what}")
 
     def card(self) -> str:
         """Return the text of the folder's README.md."""
@@ -316,15 +294,8 @@ class _Found:
     def _shape(self, name: str) -> tuple[int, ...] | None:
         return tuple(self.state[name].shape) if name in self.state else None
 
-    def _ours(self, theirs: str) -> str | None:
-        if self.slide and theirs in _SLIDE:
-            return _SLIDE[theirs]
-        return renamed(theirs.removeprefix(self.prefix)) if theirs.startswith(self.prefix) else None
-
-    def _theirs(self, ours: str) -> str:
-        if self.slide and ours in (names := {ours: theirs for theirs, ours in _SLIDE.items()}):
-            return names[ours]
-        return f"{self.prefix}{renamed(ours, {ours: theirs for theirs, ours in MODULES.items()})}"
+    def _official_name(self, ours: str) -> str:
+        return _SLIDE[ours] if self.slide and ours in _SLIDE else f"{self.prefix}{official_name(ours)}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -226,19 +226,3 @@ def matmul_peak(device: torch.device, dtype: str = "auto") -> float:
             best = min(best, time.perf_counter() - start)
         times += 1
     return 2 * n**3 / best
-
-
-class MatmulPeak:
-    """The best `matmul_peak` so far, in `rate` (FLOP/s). Later measurements can only raise it."""
-
-    EVERY = 30.0  # seconds between two measurements, which take a hundredth of the time
-
-    def __init__(self, device: torch.device, dtype: str = "auto") -> None:
-        self.device, self.dtype = device, dtype
-        self.rate, self._looked = matmul_peak(device, dtype), time.monotonic()
-
-    def again(self) -> float:
-        """Return the rate, after another measurement if one is due. Measure no GPU again: the run uses its memory."""
-        if self.device.type == "cpu" and time.monotonic() >= self._looked + self.EVERY:
-            self.rate, self._looked = max(self.rate, matmul_peak(self.device, self.dtype)), time.monotonic()
-        return self.rate
