@@ -43,7 +43,7 @@ class Template:
         root = str(Path(__file__).parents[2])
         serve = f"sys.path.insert(0, {root!r}); from longnet_cli.data.rendering import serve; serve({SECONDS})"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"import sys; {serve}"],
+            [sys.executable, "-P", "-c", f"import sys; {serve}"],  # -P: no module of the current folder is run
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
