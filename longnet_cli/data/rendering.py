@@ -41,9 +41,10 @@ class Template:
 
     def __init__(self, source: str) -> None:
         root = str(Path(__file__).parents[2])
-        serve = f"sys.path.insert(0, {root!r}); from longnet_cli.data.rendering import serve; serve({SECONDS})"
+        path = f"sys.path[:] = [{root!r}, *filter(None, sys.path)]"  # no module of the current folder is run
+        serve = f"{path}; from longnet_cli.data.rendering import serve; serve({SECONDS})"
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"import sys; {serve}"],  # -P: no module of the current folder is run
+            [sys.executable, "-c", f"import sys; {serve}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
