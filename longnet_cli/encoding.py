@@ -149,7 +149,7 @@ class _PooledWindow(Window):
 
 
 class Encoder(RowJob):
-    """The job that `rows.write_rows` needs to write the rows of `encode`."""
+    """The job that `row_jobs.write_rows` needs for the rows of `encode`."""
 
     options: EncodeOptions
     shard_name, shard_unit, shard_size = "vectors", "rows", 1 << 14

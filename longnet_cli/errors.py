@@ -23,6 +23,10 @@ class TooLongError(ConfigError):
         self.why = why
 
 
+class RefusedError(ConfigError):
+    """What a chat template refuses: it is wrong, or the messages are."""
+
+
 class DataError(LongNetError):
     """Bad, truncated or unreadable input data; the message names file, row and offset. Exit code 3."""
 

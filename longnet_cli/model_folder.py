@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.data.special_tokens import SETTINGS, special_token, token_id
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
     from longnet_cli.data.chat import ChatTemplate
     from longnet_cli.integrations.transformers_config import TransformersConfig
+    from longnet_cli.integrations.transformers_net import TransformersNet
     from longnet_cli.model import LongNetConfig
     from longnet_cli.model.net import Net
 
@@ -205,7 +206,7 @@ class ModelFolder:
         pattern: Pattern | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-    ) -> Any:
+    ) -> Net:
         """Load the net, a `Net` in eval mode, on `device`. `pattern` replaces the model's own.
 
         The weights of a Hugging Face model are of type `dtype` (default: float32). A LongNet's are float32 always.
@@ -232,7 +233,7 @@ class ModelFolder:
         `lora` holds the arguments of `lora.add_lora`, or is None to train all weights.
         Raises as `net` does, and ConfigError if the gradient of a long sequence cannot go through the model.
         """
-        net = self.net(pattern=None if config.as_trained else config.pattern)
+        net = cast("TransformersNet", self.net(pattern=None if config.as_trained else config.pattern))
         net.check_trainable()
         for parameter in net.parameters():  # mapped from files until now, which may vanish during a run
             parameter.data = parameter.data.clone()

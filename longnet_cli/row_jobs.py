@@ -9,9 +9,9 @@ pads and sums as an uninterrupted run of one process does, and a folder has the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from longnet_cli.data.documents import Document, checked
-from longnet_cli.data.kept import kept_settings
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.kept import first_kept, kept_settings
 from longnet_cli.data.left_out import LeftOut, OnSkip
 from longnet_cli.data.outputs import ShardWriter, is_folder
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
@@ -51,6 +52,7 @@ class RowJob(ABC):
     shard_size: ClassVar[int]
     batch_rows: ClassVar[int] = 1  # a file or a stream has batches of this many rows or more
     skips_empty: ClassVar[bool] = False  # an empty document has no row
+    says_no_id_column: ClassVar[bool] = False  # its folders have the setting `id_column` even if it is None
     nothing: str  # the error for rows without any token
 
     def __init__(self, reader: Reader, options: Any, kept_fields: Sequence[pa.Field] = ()) -> None:
@@ -129,35 +131,35 @@ class RowJob(ABC):
 
 
 def write_rows(
-    make_job: Callable[[Reader], RowJob],
+    make_job: Callable[..., RowJob],
     model: Net,
-    documents: Iterable[Document],
+    inputs: Inputs,
     output: str | Path,
     *,
-    settings: Mapping[str, Any] | None = None,
     shard_size: int | None = None,
     shard_format: ShardFormat = "arrow",
     resume: bool = False,
-    stored: Iterable[Document] = (),
     left_out: LeftOut | None = None,
-    opened: Sequence[tuple[str, str | None]] | None = None,
+    telling: Callable[[Iterator[Document]], Iterator[Document]] = iter,
     ranks: Ranks | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
     **reading: Any,
 ) -> ShardFolder | None:
-    """Write the rows of a job to `output`: a folder of shards, a file (by its suffix) or `-`, a stream on stdout.
+    """Write the rows of the documents in `inputs` to `output`: a folder of shards, a file, or `-`, a stream on stdout.
 
     Return the closed folder; None for a file or a stream. Of several `ranks`, only the first one writes. The others get
-    None. `chunk`, `dtype` and `reading` are as in `runtime.reader.Reader`, and `stored` is as in `encoding.encode`.
+    None. `make_job(reader, kept_fields=...)` returns the job. `chunk`, `dtype` and `reading` are as in
+    `runtime.reader.Reader`.
 
     A shard ends with the document that brings it to `shard_size`, in the job's `shard_unit`. `resume` continues a
     folder that an earlier run left unfinished, without reading the documents of finished shards again. On the same
-    machine with as many threads, the result is byte for byte as if the run had never stopped. `settings` (JSON values)
-    identifies the documents; settings, model and options must be the same as in the earlier run. Only a `chunk` of None
-    takes the earlier run's value, because on a GPU the default depends on the free memory. A resumed run leaves out
-    again what the earlier run left out. The manifest has the counts of `left_out`, and the digests of the `opened`
-    inputs (see `Inputs`): those of finished shards must be the same in a resumed run.
+    machine with as many threads, the result is byte for byte as if the run had never stopped. Inputs, model and options
+    must be the same as in the earlier run. Only a `chunk` of None takes the earlier run's value, because on a GPU the
+    default depends on the free memory. A resumed run leaves out again what the earlier run left out. The manifest has
+    the counts of `left_out`, and the digests of the inputs: those of finished shards must be the same in a resumed run.
+
+    `telling` gets the documents, and yields them: it may say something of each one before it is read.
 
     Raises ConfigError for invalid options and for a folder that is in use, DataError for no document or a damaged
     shard, LongNetError when a write fails. After an error there is no output file, and a folder keeps its finished
@@ -169,7 +171,15 @@ def write_rows(
     before = earlier.settings.get("chunk") if earlier else None
     chunk = chunk_of(chunk, default_chunk(model.config, device), before, ranks)
     dtype = resolve_dtype(dtype, device)
-    job = make_job(share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **reading))
+    opened: list[tuple[str, str | None]] | None = [] if in_folder and ranks.first else None
+    inputs = replace(inputs, opened=opened)
+    kept: Sequence[pa.Field] = ()
+    documents: Iterator[Document] = inputs.documents()
+    if inputs.keep:  # first_kept waits for the first document
+        kept, documents = first_kept(documents)
+    documents = telling(documents)
+    stored = inputs.stored() if model.config.max_tokens is not None else ()
+    job = make_job(share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **reading), kept_fields=kept)
     if not in_folder:
         on_left_out: dict[str, Any] = {"on_skip": left_out.skip, "on_empty": left_out.pass_over}
         rows = job.rows(documents, stored=stored, ranks=ranks, **on_left_out)
@@ -181,8 +191,14 @@ def write_rows(
     shard_size = job.shard_size if shard_size is None else shard_size
     if shard_size < 1:
         raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
+    from longnet_cli.data.chat import chat_settings  # loads Jinja, which files and streams do not need
+
     decisive = {
-        **(settings or {}),
+        "inputs": inputs.fingerprint(),
+        "column": inputs.column,
+        **({"id_column": inputs.id_column} if inputs.id_column or job.says_no_id_column else {}),
+        "eos": inputs.eos_id,
+        **chat_settings(inputs.tokenizer),
         "pattern": job.options.pattern,  # before the model, whose digest then differs too: errors name the first
         "model": job.digest[:16],
         "kernel": check_kernel(device, dtype, model.config.head_dim),

@@ -79,11 +79,11 @@ class ScoreOptions:
 
 
 class RowScorer(RowJob):
-    """The job that `rows.write_rows` needs to write the rows of `score -o`. `count_bytes` is as in `scoring.score`."""
+    """The job that `row_jobs.write_rows` needs for the rows of `score -o`. `count_bytes` is as in `scoring.score`."""
 
     options: ScoreOptions
     shard_name, shard_unit, shard_size = "gains", "tokens", 1 << 22
-    batch_rows = 1 << 12
+    batch_rows, says_no_id_column = 1 << 12, True
 
     def __init__(
         self,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from longnet_cli.data.documents import Document
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.model import LongNet, LongNetConfig
 
@@ -35,9 +38,23 @@ def tiny_model(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def make_document(length: int) -> Document:
+def make_document(length: int, name: str = "a") -> Document:
     tokens = np.random.default_rng(length).integers(1, 97, length, dtype=np.int32)
-    return Document(str(length), tokens, length, f"{length}.txt")
+    tokens.flags.writeable = False  # as a memory map is
+    return Document(name, tokens, length, f"{name}.txt")
+
+
+@dataclass(frozen=True)
+class MadeInputs(Inputs):
+    """Documents that were made, in place of files."""
+
+    made: Iterable[Document] = ()
+
+    def documents(self) -> Iterator[Document]:
+        return iter(self.made)
+
+    def fingerprint(self) -> str:
+        return str(self.names)
 
 
 def write_corpus(folder: Path, bottles: int, held_out: int) -> Path:

@@ -1,4 +1,6 @@
-"""Shards of any sizes with their cache = the whole sequence, and the cache's size is the formula's.
+"""The cache's size is the formula's, its rows come when they are needed, and far positions are as good as near ones.
+
+That any shards with their cache equal the whole is proved in test_options_of_patterns.py, for every pattern.
 
 pytest tests/test_cache.py
 """
@@ -7,29 +9,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import PAPER_64TH, Problem, cuts, problems, split
+from strategies import PAPER_64TH
 
 from longnet_cli.attention import KVCache, Pattern, dilated_attention
-
-
-@given(problem=problems(lengths=False), sizes=cuts(), keep=st.booleans())
-def test_any_shards_with_their_cache_equal_the_whole(problem: Problem, sizes: list[int], keep: bool) -> None:
-    q, k, v = problem.tensors(3)
-    whole = dilated_attention(q, k, v, problem.pattern)
-    sizes_of = problem.pattern, problem.batch, problem.heads, problem.head_dim
-    cache = KVCache(*sizes_of, dtype=q.dtype, keep=problem.tokens if keep else 0)
-    parts, seen = [], []
-    for part in zip(*(x.split(split(problem.tokens, sizes), 1) for x in (q, k, v)), strict=True):
-        seen.append((part, cache.position, cache.far()))
-        parts.append(dilated_attention(*part, problem.pattern, start=cache.position, far=cache.far()))
-        cache.append(*part[1:])
-    assert cache.position == problem.tokens
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
-    if keep:  # the far keys given out on the way are still what they were
-        again = [dilated_attention(*part, problem.pattern, start=start, far=far) for part, start, far in seen]
-        assert all(map(torch.equal, again, parts))
 
 
 def test_its_bytes_are_the_formulas_and_do_not_grow() -> None:

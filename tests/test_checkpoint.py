@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import write_corpus
+from builders import SIZES, write_corpus
 from processes import Start, kill_training, wait_for
 
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.data.windows import TokenWindows
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.model import LongNet
 from longnet_cli.runtime.ranks import Ranks
@@ -36,15 +35,7 @@ def corpus(tmp_path: Path) -> Path:
 
 def recipe(corpus: Path, **overrides: object) -> Recipe:
     settings = {
-        "model": {
-            "dim": 16,
-            "num_layers": 2,
-            "num_heads": 2,
-            "ffn_dim": 32,
-            "segment_lengths": [16, 32],
-            "dilation_rates": [1, 2],
-            "dropout": 0.1,
-        },
+        "model": SIZES | {"segment_lengths": [16, 32], "dilation_rates": [1, 2], "dropout": 0.1},
         "data.train": [str(corpus)],
         "data.held_out": [str(corpus.parent / "held_out.txt")],
         "schedule.warmup_steps": 2,
@@ -279,17 +270,6 @@ def test_what_may_change_in_a_resumed_run(stopped: tuple[Recipe, Path, bytes], t
     settings["train"]["seed"] = 5
     with pytest.raises(ConfigError, match=r"another optimizer.lr, train.seed: go on with the recipe of its run"):
         train(Recipe.model_validate(settings), run)
-
-
-def test_windows_resume_where_the_batch_was(corpus: Path) -> None:
-    """The state of a batch and `places` name the same windows."""
-    from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.windows import TokenStream
-
-    stream = TokenStream(list(Inputs([str(corpus)], Tokenizer.bytes()).documents()), 256)
-    windows = TokenWindows([stream], 32, 4, 0)
-    (where,) = windows.places(0, 8)
-    assert "corpus.txt" in where
 
 
 def test_a_checkpoint_that_cannot_be_written(corpus: Path, small_disk: Path) -> None:

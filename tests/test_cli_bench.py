@@ -65,31 +65,6 @@ def test_skipped_and_stopped_rows_give_their_reason(bench: Bench) -> None:
     assert result.exit_code == 0
 
 
-def test_a_streamed_run_has_its_decades_and_says_what_it_is(bench: Bench) -> None:
-    result = bench("--seq", "2e6", "--impl", "dilated", "--format", "jsonl")
-    assert result.exit_code == 0, result.output
-    rows = rows_of(result.stdout)
-    assert [(row["start"], row["stop"], row["status"]) for row in rows] == [
-        (0, 10**6, "ok"), (10**6, 2 * 10**6, "ok"), (None, None, "ok")
-    ]  # fmt: skip
-    assert rows[0]["chunk"] == 65536
-    assert rows[0]["cache_bytes"] == 2 * 2 * 8 * 4 * 32
-    assert "1 x 2 heads x 8, causal, pattern 16/1,32/2" in result.stderr.splitlines()[0]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        ["--impl", "sparse"], ["--pattern", "16"], ["--seq", "0"], ["--segment-lengths", "16"], ["--seq", "1e18"],
-        ["--heads", "0"], ["--max-time", "nan"], ["--repeats", "9223372036854775807"],
-    ],
-)  # fmt: skip
-def test_wrong_options_write_no_row(bench: Bench, wrong: list[str]) -> None:
-    result = bench("--seq", "64", "--format", "json", *wrong)
-    assert result.exit_code != 0  # `run` makes a ConfigError code 2
-    assert result.stdout == ""
-
-
 def test_ranks_exchange_as_much_for_a_longer_sequence(run_longnet: Callable[..., subprocess.CompletedProcess]) -> None:
     options = ["--heads", "2", "--head-dim", "8", "--pattern", "geometric", "--base", "16", "--repeats", "1"]
     options += ["--direction", "forward,backward", "--format", "jsonl", "--nproc", "2"]

@@ -4,12 +4,8 @@ Whatever goes wrong is one line on stderr and the documented exit code; whatever
 """
 
 import json
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
@@ -19,7 +15,6 @@ from conftest import RunLongnet
 
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.encoding import EncodeOptions, encode
 from longnet_cli.model import LongNet
 from longnet_cli.scoring import score
 
@@ -158,41 +153,7 @@ def test_score_formats_agree_with_the_library(run_longnet: RunLongnet, model: Pa
     assert lines[-1].split() == ["63", f"{total['ppl']:.3f}", f"{total['bpb']:.3f}", "total"]
 
 
-def test_stdin_a_file_and_its_shard_score_the_same(run_longnet: RunLongnet, model: Path, texts: Path) -> None:
-    shard = run_longnet("tokenize", "-", "-o", "shard.arrow", input=TEXTS["b.txt"])
-    assert shard.returncode == 0
-    inputs = ("-", texts / "b.txt", "shard.arrow")
-    done = run_longnet("score", "--ppl", *inputs, "--model", model, "--format", "json", input=TEXTS["b.txt"])
-    piped, file, tokens = json.loads(done.stdout)["documents"]
-    assert (piped["doc_id"], file["doc_id"]) == ("stdin", "b.txt")
-    assert file["n_bytes"] == len(TEXTS["b.txt"])
-    for other in (piped, tokens):
-        assert [other[key] for key in SCORE_KEYS] == pytest.approx([file[key] for key in SCORE_KEYS], rel=1e-6)
-
-
 # --- encode ----------------------------------------------------------------------------------------------
-
-
-def test_encode_pipes_into_any_arrow_reader(
-    command_env: dict[str, str], longnet: Path, model: Path, texts: Path
-) -> None:
-    """The vectors that a plain pyarrow program reads are the library's."""
-    reader = "import json, sys, pyarrow as pa; table = pa.ipc.open_stream(sys.stdin.buffer).read_all(); "
-    reader += "print(json.dumps(table.to_pylist()))"
-    python = shlex.quote(sys.executable)
-    command = f"{longnet} encode {texts} -o - --model {model} | {python} -c '{reader}'"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=command_env, check=True)
-    assert done.stderr == ""
-    tokenizer = Tokenizer.load(model)
-    net = LongNet.from_pretrained(model)
-    expected = (
-        encode(net, Inputs([texts], tokenizer).documents(), EncodeOptions(bos=tokenizer.eos_id)).read_all().to_pylist()
-    )
-    got = json.loads(done.stdout)
-    assert [row["doc_id"] for row in got] == list(TEXTS)
-    for row, wanted in zip(got, expected, strict=True):
-        np.testing.assert_allclose(row.pop("embedding"), wanted.pop("embedding"), atol=1e-5)
-        assert row == wanted
 
 
 def test_encode_without_output_streams_and_to_a_name_writes_parquet(

@@ -118,9 +118,10 @@ def test_a_name_of_a_file_is_a_text_and_said_to_be_one(model: Path, run_longnet:
         (["x", "-i", "y.txt"], 2, "PROMPT and --input are both given"),
         (["x", "--top-p", "0.9"], 2, "--top-p needs a temperature above 0"),
         (["x", "--seed", "-1"], 2, "--seed -1 is not a number from 0"),
-        (["x", "--temperature", "-1"], 2, "temperature must be 0 or more"),
         (["x", "--chat"], 2, "no chat template"),
         (["-i", "missing.txt"], 3, "missing.txt"),
+        (["\udcff"], 2, "PROMPT is not UTF-8"),
+        ([], 3, "stdin: the file is empty (0 bytes)\n"),
     ],
 )
 def test_what_is_refused_is_one_line(run_longnet: RunLongnet, arguments: list[str], code: int, message: str) -> None:
@@ -129,17 +130,6 @@ def test_what_is_refused_is_one_line(run_longnet: RunLongnet, arguments: list[st
     assert done.stderr.startswith("longnet: error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-def test_without_a_word_the_prompt_is_stdin(run_longnet: RunLongnet) -> None:
-    done = run_longnet("generate", input="")
-    assert (done.returncode, done.stderr) == (3, "longnet: error: stdin: the file is empty (0 bytes)\n")
-
-
-def test_a_prompt_that_is_no_text_is_refused(run_longnet: RunLongnet) -> None:
-    done = run_longnet("generate", "\udcff", "-q")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "PROMPT is not UTF-8" in done.stderr
 
 
 def test_a_closed_pipe_and_ctrl_c_end_it(model: Path, start: Start) -> None:
@@ -172,6 +162,13 @@ def test_a_message_goes_into_the_template(model: Path, run_longnet: RunLongnet) 
         ("{% for %}", "the chat template fails: "),
         ("{{ messages.__class__.__mro__ }}", "the chat template fails: .*unsafe"),
         ("{{ messages.append(1) }}", "the chat template fails: .*unsafe"),
+        ("a\n{{ 1 / 0 }}", r"division by zero \(line 2\)"),
+        ("\n\n{{ messages[7].content }}", r"has no element 7 \(line 3\)"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}\n{{ f() }}", r"recursion depth exceeded \(line 1\)"),
+        ("a\nb{{ messages[0].content ~ '\\ud800' }}", r"half of a character \(a surrogate\) \(line 2\)"),
+        ("{{ 'x' * 3000000000 }}", "it takes more than 512 MiB"),
+        ("{% set a = 'xy' %}" + "{% set a = a ~ a %}" * 40, "it takes more than 512 MiB"),
+        ("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", r"more than \d+ characters \(line 1\)"),
     ],
 )
 def test_templates_that_fail_and_none_runs_code(tmp_path: Path, text: str, message: str) -> None:
@@ -179,6 +176,21 @@ def test_templates_that_fail_and_none_runs_code(tmp_path: Path, text: str, messa
         json.dumps({"chat_template": [{"name": "default", "template": text}]})
     )
     with pytest.raises(ConfigError, match=message):
+        ChatTemplate(tmp_path, words_of_chat()).encode("Hi")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ (messages|length + 6) ** (9 ** 9) }}",
+    ],
+)
+def test_a_template_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Its process is ended, in the middle of a loop or of one operation."""
+    monkeypatch.setattr("longnet_cli.data.rendering.SECONDS", 1)
+    (tmp_path / "chat_template.jinja").write_text(text)
+    with pytest.raises(ConfigError, match="the chat template fails: it takes more than 1 seconds"):
         ChatTemplate(tmp_path, words_of_chat()).encode("Hi")
 
 

@@ -17,7 +17,7 @@ from builders import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from strategies import PAPER_64TH, Problem, cuts, problems, split
+from strategies import Problem, problems
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention, far_keys
@@ -52,24 +52,6 @@ def test_the_math_kernel_is_as_exact(problem: Problem) -> None:
     assert_close(found, run(dilated_attention_reference, inputs, problem.pattern, **problem.options), 1e-12)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("head_offsets", ["modulo", "grouped"])
-def test_the_papers_pattern_over_many_segments(causal: bool, head_offsets: str) -> None:
-    pattern = Pattern(PAPER_64TH.segment_lengths, PAPER_64TH.dilation_rates, head_offsets)
-    problem = Problem(pattern, 1, 900, 12, 4, 77, causal, None, seed=1)
-    inputs = problem.tensors(4)
-    found = run(dilated_attention, inputs, pattern, **problem.options)
-    assert_close(found, run(dilated_attention_reference, inputs, pattern, **problem.options), 1e-12)
-
-
-@given(problem=problems())
-def test_zero_keys_equal_the_reference(problem: Problem) -> None:
-    inputs = problem.tensors(4)
-    options = {"causal": problem.causal, "lengths": problem.lengths, "padding": "zero_key"}
-    found = run(dilated_attention, inputs, problem.pattern, **options)
-    assert_close(found, run(dilated_attention_reference, inputs, problem.pattern, **options), 1e-12)
-
-
 @given(problem=problems(lengths=False), cuts=st.sets(st.integers(1, 199), max_size=4), zero_keys=st.booleans())
 def test_shards_with_their_far_keys_equal_the_whole(problem: Problem, cuts: set[int], zero_keys: bool) -> None:
     """Also gradients: those of far keys flow back into the shard that they were taken from."""
@@ -97,42 +79,6 @@ def test_shards_with_their_far_keys_equal_the_whole(problem: Problem, cuts: set[
     found = run(in_shards, inputs, pattern, causal=problem.causal)
     whole = run(dilated_attention, inputs, pattern, causal=problem.causal, start=start, padding=padding)
     assert_close(found, whole, 1e-12)
-
-
-@given(problem=problems(lengths=False), sizes=cuts())
-def test_documents_in_a_row_equal_each_alone(problem: Problem, sizes: list[int]) -> None:
-    inputs, pattern = problem.tensors(4), problem.pattern
-    documents = split(problem.tokens, sizes)
-
-    def each_alone(*qkv: Tensor, causal: bool) -> Tensor:
-        *qkv, pattern = qkv
-        parts = zip(*(x.split(documents, 1) for x in qkv), strict=True)
-        return torch.cat([dilated_attention(*part, pattern, causal=causal) for part in parts], dim=1)
-
-    found = run(dilated_attention, inputs, pattern, causal=problem.causal, documents=documents)
-    assert_close(found, run(each_alone, inputs, pattern, causal=problem.causal), 1e-12)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_token_reaches_what_the_pattern_says(causal: bool) -> None:
-    """Perturb each of 200 tokens: exactly the queries that share a level's rows with it change."""
-    pattern = Pattern((16, 60, 200), (1, 3, 5))
-    problem = Problem(pattern, 1, 200, 6, 4, 0, causal, None, seed=3)
-    q, k, v = problem.tensors(3)
-    out = dilated_attention(q, k, v, pattern, causal=causal)
-    positions = torch.arange(200)
-    for token in range(200):
-        k2, v2 = k.clone(), v.clone()
-        k2[:, token] += 1
-        v2[:, token] += 1
-        changed = (dilated_attention(q, k2, v2, pattern, causal=causal) != out).any(-1)[0]  # (tokens, heads)
-        expected = torch.zeros(200, 6, dtype=torch.bool)
-        for level, (w, r) in enumerate(pattern.levels):
-            for head, offset in enumerate(pattern.offsets(level, 6)):
-                rows = (positions // w == token // w) & (positions % w % r == offset)
-                if rows[token]:
-                    expected[:, head] |= rows & (positions >= token) if causal else rows
-        assert torch.equal(changed, expected), token
 
 
 def test_uncovered_queries_are_zero_and_pass_no_gradient() -> None:

@@ -95,12 +95,13 @@ def test_documents_equal_the_reference(problem: Problem, sizes: list[int], kerne
     assert_close(found, run(each_alone(documents), inputs, problem.pattern, causal=problem.causal), 1e-12)
 
 
+@pytest.mark.parametrize("kernel", ["packed", "cpu_flash"])
 @settings(max_examples=20)
 @given(problem=problems(), zero_keys=st.booleans())
-def test_padded_rows_equal_the_reference(problem: Problem, zero_keys: bool) -> None:
+def test_padded_rows_equal_the_reference(problem: Problem, zero_keys: bool, kernel: str) -> None:
     options = {"causal": problem.causal, "lengths": problem.lengths, "padding": "zero_key" if zero_keys else "exact"}
     inputs = problem.tensors(4)
-    found = run(dilated_attention, inputs, problem.pattern, kernel="packed", **options)
+    found = run(dilated_attention, inputs, problem.pattern, kernel=kernel, **options)
     assert_close(found, run(dilated_attention_reference, inputs, problem.pattern, **options), 1e-12)
 
 

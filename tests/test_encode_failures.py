@@ -17,7 +17,7 @@ import pyarrow.ipc as ipc
 import pytest
 from builders import tiny_model
 from conftest import RunLongnet
-from processes import Start, assert_full, contents, kill_and_resume, wait_for
+from processes import Start, kill_and_resume, wait_for
 
 SIZES = {"dim": 32, "num_layers": 4, "num_heads": 4, "ffn_dim": 64, "position": "rope"}
 SIZES |= {"segment_lengths": (64, 1024), "dilation_rates": (1, 4)}
@@ -65,34 +65,6 @@ def test_a_signal_leaves_finished_shards_and_no_others(
     assert process.returncode == code
     names = sorted(os.listdir(tmp_path / "out"))
     assert names == ["_unfinished.json", *(f"vectors-{index:05d}.arrow" for index in range(len(names) - 1))]
-
-
-def test_a_full_disk_keeps_finished_shards_and_room_lets_it_resume(
-    start: Start, run_longnet: RunLongnet, corpus: Path, model: Path, tmp_path: Path, small_disk: Path
-) -> None:
-    words = [*command(corpus, model), "-o"]
-    assert run_longnet(*words, "whole").returncode == 0
-    whole, out = contents(tmp_path / "whole"), small_disk / "out"
-    assert len(assert_full(start(*words, out), "No space left on device", out, whole)) >= 2
-    subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
-    assert run_longnet(*words, out, "--resume").returncode == 0
-    assert contents(out) == whole
-
-
-def test_a_shard_too_large_for_the_file_system_is_one_line(
-    run_longnet: RunLongnet, longnet: Path, corpus: Path, model: Path, tmp_path: Path, command_env: dict[str, str]
-) -> None:
-    """The limit on file sizes, in KiB, which any user may set, does as a full disk does. The long document hits it."""
-    words = [*command(corpus, model), "-o"]
-    assert run_longnet(*words, "whole").returncode == 0
-    whole, out = contents(tmp_path / "whole"), tmp_path / "out"
-    limited = ["bash", "-c", f'ulimit -f 40; exec {longnet} "$@"', "bash", *words, out]
-    process = subprocess.Popen(
-        list(map(str, limited)), env=command_env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert len(assert_full(process, "File too large", out, whole)) >= 3
-    assert run_longnet(*words, out, "--resume").returncode == 0
-    assert contents(out) == whole
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pytest
 import torch
+from builders import tiny_net
 from conftest import RunLongnet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,7 +40,7 @@ from longnet_cli.estimating.reading_job import (
     estimate_documents,
 )
 from longnet_cli.estimating.sampling import Sample
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
 from longnet_cli.model.sequence import InputSequence
 from longnet_cli.model_folder import ModelFolder
@@ -48,17 +49,12 @@ from longnet_cli.runtime.device import trim_memory
 from longnet_cli.scoring import score
 
 BOS = 256
-SMALL: dict[str, Any] = {
-    "vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope",
-    "segment_lengths": (8, 32), "dilation_rates": (1, 2),
-}  # fmt: skip
 ROOM = Room(0, None)
 LENGTHS = (30, 1, 0, 70, 500, 7, 7, 90)
 
 
 def net_of(**changes: Any) -> LongNet:
-    torch.manual_seed(0)
-    return LongNet(LongNetConfig(**(SMALL | changes))).eval()
+    return tiny_net(**{"position": "rope"} | changes).eval()
 
 
 def documents(lengths: tuple[int, ...] = LENGTHS) -> list[Document]:

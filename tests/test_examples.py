@@ -172,16 +172,8 @@ def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env
     small_llama(tmp_path / "llama", 64)
     (tmp_path / "a.txt").write_text("some text " * 30)
     (tmp_path / "b.txt").write_text("another text " * 30)
-    words = [
-        tmp_path / "llama",
-        tmp_path / "a.txt",
-        tmp_path / "b.txt",
-        "--tokens",
-        "200",
-        "dense",
-        "window:16,sinks=2",
-    ]
-    command = [sys.executable, ROOT / "examples/compare_patterns.py", *words]
+    command = [sys.executable, ROOT / "examples/compare_patterns.py", tmp_path / "llama", tmp_path / "a.txt"]
+    command += [tmp_path / "b.txt", "--tokens", "200", "dense", "window:16,sinks=2"]
     done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["pattern"], row["document"], row["from"], row["tokens"]) for row in rows[3:8]] == [

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,33 @@ def test_a_dataset_of_splits_asks_for_one(tmp_path):
         names(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (
+            "train-00000-of-00002 train-00001-of-00002 test-00000-of-00001",
+            "test-00000-of-00001.jsonl, {}/train-*.jsonl",
+        ),
+        ("data/train-0 data/train-1 data/validation-0", "data/train-*.jsonl, {}/data/validation-0.jsonl"),
+        ("wiki_train wiki_dev", "wiki_train.jsonl, {}/wiki_dev.jsonl"),
+        ("train/0 train/1 val/0", "train/*.jsonl, {}/val/0.jsonl"),
+        ("train-0 train-1 extra", None),
+        ("unit-test-notes train-0", None),
+        ("contest latest", None),
+    ],
+)
+def test_a_folder_of_a_hub_asks_for_a_split(tmp_path: Path, files: str, named: str | None) -> None:
+    for file in files.split():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.jsonl").write_text('{"text": "x"}\n')
+    if named is None:
+        assert len(names(tmp_path)) == len(files.split())
+        return
+    said = f"{tmp_path} holds several splits of a data set: name one of {tmp_path}/{named.format(tmp_path)}"
+    with pytest.raises(ConfigError, match=f"{re.escape(said)}$"):
+        names(tmp_path)
+
+
 def test_globs_and_lists(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a1.txt", "a10.txt", "a2.txt", "b.txt", "[c].txt"):
@@ -158,13 +186,20 @@ def test_web_addresses_are_refused_wherever_an_input_is_named(tmp_path, address)
 
 
 @pytest.mark.parametrize(
-    "command", ["score", "score -o out", "encode -o out.arrow", "encode -o out", "tokenize -o out"]
+    "command",
+    [*("score", "score -o out", "encode -o out.arrow", "encode -o out", "tokenize -o out"), "train x.toml --data"],
 )
 def test_names_are_expanded_once(tmp_path, monkeypatch, command):
     """However often a run asks: to overwrite nothing, to check lengths, to read, for the digest in a manifest."""
     monkeypatch.chdir(tmp_path)
-    Path("a.txt").write_text("one")
-    Path("out.arrow").write_text("an output that exists is compared with the inputs")
+    Path("a.txt").write_text("one" * 20)
+    Path("x.toml").write_text(
+        "model = {dim = 8, num_layers = 1, num_heads = 1, ffn_dim = 8, segment_lengths = [8], dilation_rates = [1]}\n"
+        "train = {stages = [{seq_len = 16, steps = 1}], batch_tokens = 16}\n"
+    )
+    Path("runs/train").mkdir(parents=True)
+    for path in ("out.arrow", "runs/train/metrics.jsonl"):
+        Path(path).write_text("")  # an output that exists is compared with the inputs
     expanded = []
     monkeypatch.setattr(inputs, "find_sources", lambda *items: expanded.append(items) or find_sources(*items))
     done = CliRunner().invoke(app, [*command.split(), "*.txt", "-q"])

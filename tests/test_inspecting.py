@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from longnet_cli import inspecting
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError
 from longnet_cli.inspecting import Inspection, inspect
 
 BYTES = Tokenizer.bytes()
@@ -121,11 +120,6 @@ def test_problems_without_end_are_counted_but_not_all_kept(tmp_path, monkeypatch
     found = inspect(Inputs([write(tmp_path / "a.arrow", [[-1]] * 10)]))
     assert (found.documents, found.num_problems, len(found.problems)) == (0, 10, 3)
     assert (found.n_bytes, found.low, found.histogram()) == (None, None, [])
-
-
-def test_no_input_is_a_mistake():
-    with pytest.raises(ConfigError, match="no input"):
-        inspect(Inputs([]))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

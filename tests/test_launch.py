@@ -32,6 +32,7 @@ from longnet_cli.training.recipe import load_recipe
 
 LEVELS = {"segment_lengths": (16, 64, 256), "dilation_rates": (1, 2, 4), "position": "rope"}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TRAIN = ["-m", "longnet_cli", "train"]
 TEXT = "the quick brown fox jumps over the lazy dog, and again. " * 60
 
 
@@ -143,13 +144,6 @@ def test_vectors_are_those_of_one_process(
     torch.testing.assert_close(*vectors, rtol=1e-5, atol=1e-5)
 
 
-def test_what_several_ranks_cannot_do_is_one_line(folder: Path, run_longnet: RunLongnet) -> None:
-    done = run_longnet("score", "-", "-m", f"{folder}/decoder", "--nproc", "2", input="text")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
-    assert "stdin can be read by one process" in done.stderr
-
-
 def test_a_rank_with_bad_data_ends_the_job_and_says_where(
     folder: Path, run_longnet: RunLongnet, command_env: dict[str, str]
 ) -> None:
@@ -184,7 +178,7 @@ def workers(job: subprocess.Popen) -> list[int]:
 
 def start_training(folder: Path, env: dict[str, str], *start: str, until: int) -> subprocess.Popen:
     """A long run of two ranks, which has begun or gone on, and reached a step."""
-    command = [sys.executable, *start, "-m", "longnet_cli", "train", str(folder / "recipe.toml")]
+    command = [sys.executable, *start, *TRAIN, str(folder / "recipe.toml")]
     command += ["-o", str(folder / "run"), "--set", "train.stages=[{seq_len=256, steps=100000}]"]
     command += ["--set", "train.save_every=50", *([] if start else ["--nproc", "2"])]
     job = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
@@ -228,16 +222,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
 def test_a_launcher_killed_while_its_ranks_start_leaves_none(
     start: list[str], folder: Path, command_env: dict[str, str]
 ) -> None:
-    command = [
-        sys.executable,
-        *start,
-        "-m",
-        "longnet_cli",
-        "train",
-        str(folder / "recipe.toml"),
-        "-o",
-        str(folder / "run"),
-    ]
+    command = [sys.executable, *start, *TRAIN, f"{folder}/recipe.toml", "-o", f"{folder}/run"]
     with subprocess.Popen([*command, *([] if start else ["--nproc", "2"])], env=command_env) as job:
         wait_for(lambda: job.poll() is not None or len(processes_of(folder / "run")) == 3)
         job.kill()
@@ -246,15 +231,8 @@ def test_a_launcher_killed_while_its_ranks_start_leaves_none(
 
 
 def test_sigusr1_saves_on_all_ranks_and_they_go_on(folder: Path, command_env: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "longnet_cli", "train", str(folder / "recipe.toml"), "-o", str(folder / "run")]
-    command += [
-        "--nproc",
-        "2",
-        "--set",
-        "train.stages=[{seq_len=256, steps=100000}]",
-        "--set",
-        "train.save_every=99999",
-    ]
+    command = [sys.executable, *TRAIN, f"{folder}/recipe.toml", "-o", f"{folder}/run", "--nproc", "2", "--set"]
+    command += ["train.stages=[{seq_len=256, steps=100000}]", "--set", "train.save_every=99999"]
     metrics = folder / "run/metrics.jsonl"
     with subprocess.Popen(command, env=command_env, stderr=subprocess.PIPE, text=True) as job:
 

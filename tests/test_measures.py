@@ -83,15 +83,6 @@ def test_windows_are_plain_forwards(
             assert row == pytest.approx([nats[chosen].sum(), chosen.sum()], rel=1e-6)
 
 
-def test_without_a_stride_windows_are_disjoint_as_ever(model: LongNet) -> None:
-    (found,) = score(model, [make_document(95)], bos=BOS, context=30, by_position=True, dtype="fp32")
-    ids = np.concatenate(([BOS], make_document(95).tokens))
-    assert found.score.nll_sum == pytest.approx(
-        sum(token_nll(model, ids[i : i + 31]).sum() for i in range(0, 95, 30)), rel=1e-7
-    )
-    assert found.by_position.seen[:, 1].tolist()[:6] == [4, 8, 14, 24, 45, 0]
-
-
 def test_ranges_of_positions() -> None:
     table = ByPosition(20)
     table.add(0, np.ones(3))

@@ -31,7 +31,6 @@ from longnet_cli.errors import DataError
 
 IDS = [[1, 2, 3, 4, 5, 6, 7], [250, 251, 252], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70], [9, 8], [100, 101, 102]]
 TABLE = {"doc_id": ["alpha", "beta", "gamma", "delta", "epsilon"], "input_ids": IDS}
-VOCABULARY = 257
 ERROR, SAME, DATA = "error", "same", "data"
 
 

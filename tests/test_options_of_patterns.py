@@ -131,22 +131,6 @@ def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list
         assert all(map(torch.equal, again, parts))
 
 
-@given(choice=choices(), sizes=cuts())
-def test_documents_in_a_row_equal_each_alone(choice: Choice, sizes: list[int]) -> None:
-    """Each has its own sinks."""
-    documents = split(choice.tokens, sizes)
-    options = {"causal": choice.causal} | turning(choice)
-    choice = replace(choice, start=0, rotary=False)
-
-    def each_alone(*qkv: Tensor, **options) -> Tensor:
-        *qkv, pattern = qkv
-        parts = zip(*(x.split(documents, 1) for x in qkv), strict=True)
-        return torch.cat([dilated_attention(*part, pattern, **options) for part in parts], dim=1)
-
-    found = run(dilated_attention, choice.qkv(), choice.pattern, documents=documents, **options)
-    assert_close(found, run(each_alone, choice.qkv(), choice.pattern, **options), 1e-12)
-
-
 @given(choice=choices())
 def test_flops_are_those_of_the_pairs_that_meet(choice: Choice) -> None:
     """Those of a causal square count half: the pairs that meet, less half of those of a row and itself."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longnet_cli.cli.output import FORMATS, RowWriter, emit_json, emit_jsonl, printable
+from longnet_cli.cli.output import FORMATS, RowWriter, emit_jsonl, printable
 from longnet_cli.sizes import format_bytes, format_count, format_duration
 
 COLUMNS = ["op", "seq", "seconds", "status"]
@@ -127,11 +127,6 @@ def test_any_document_name_is_ascii_and_one_line(capsys):
     assert text.isascii()
     assert text.count("\n") == 1
     assert json.loads(text)["doc_id"] == name
-
-
-def test_json_is_one_document(capsys):
-    emit_json({"total": {"nll_sum": 0.1}, "documents": []})
-    assert json.loads(capsys.readouterr().out) == {"total": {"nll_sum": 0.1}, "documents": []}
 
 
 @pytest.mark.parametrize(

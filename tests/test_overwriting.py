@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import tiny_net
 
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.overwriting import refuse_overwriting
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode
 from longnet_cli.errors import CheckpointError, ConfigError, NotFiniteError
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model import LongNet
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.scoring import score
 
@@ -66,8 +67,7 @@ def test_what_is_not_read_may_be_replaced(files: Path) -> None:
 
 
 def small() -> LongNet:
-    sizes = {"vocab_size": 300, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24}
-    return LongNet(LongNetConfig(**sizes, segment_lengths=(8, 16), dilation_rates=(1, 2), tie_embeddings=False)).eval()
+    return tiny_net(vocab_size=300, segment_lengths=(8, 16), tie_embeddings=False).eval()
 
 
 def test_the_tokenizer_of_a_model_is_asked_for_by_content(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
-"""Proves that `longnet` is a good neighbour in a pipe: the same answer from every form of the same documents, first
-results before the input ends, memory that does not grow, and a clean end whoever ends it.
-
-The matrix runs in this process, the rest are real commands and real pipes. pytest tests/test_pipelines.py
+"""Proves that `longnet` is a good neighbour in a pipe: first results before the input ends, memory that does not grow,
+and a clean end whoever ends it. pytest tests/test_pipelines.py
 """
 
 from __future__ import annotations
@@ -22,14 +20,10 @@ import pyarrow.ipc as ipc
 import pytest
 from builders import tiny_model
 from processes import Start
-from test_sources import FORMATS, IDS, TEXTS, token_table, write_file, write_parquet, write_stream
+from test_sources import IDS, TEXTS, token_table, write_file
 
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.encoding import EncodeOptions, encode
-from longnet_cli.model import LongNet
-from longnet_cli.scoring import score
-from longnet_cli.tokenizing import tokenize
 
 BYTES = Tokenizer.bytes()
 
@@ -37,101 +31,6 @@ BYTES = Tokenizer.bytes()
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-# --- the same documents in every form --------------------------------------------------------------------------------
-
-
-def text_files(folder: Path) -> Path:
-    for index, text in enumerate(TEXTS):
-        (folder / f"{index}.txt").write_bytes(text.encode())
-    return folder
-
-
-def hugging_face(folder: Path) -> Path:
-    """What `datasets.save_to_disk` leaves: streams in the order of state.json, which is not that of their names."""
-    table = token_table(pa.list_(pa.int32()))
-    names = ["data-00001-of-00002.arrow", "data-00000-of-00002.arrow"]
-    for name, rows in zip(names, (table.slice(0, 2), table.slice(2)), strict=True):
-        write_stream(folder / name, rows)
-    write_stream(folder / "cache-0123.arrow", table)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
-    return folder
-
-
-def own_shards(folder: Path) -> Path:
-    place = folder / "texts"
-    place.mkdir()
-    tokenize(Inputs([text_files(place)]), folder / "shards", shard_tokens=10)
-    return folder / "shards"
-
-
-FORMS: dict[str, Callable[[Path], Path]] = {
-    **FORMATS,
-    "stream of large_list<uint16>": lambda folder: write_stream(
-        folder / "x.arrow", token_table(pa.large_list(pa.uint16()))
-    ),
-    "parquet of list<int64>": lambda folder: write_parquet(folder / "x.parquet", token_table(pa.list_(pa.int64()))),
-    "text files": text_files,
-    "hugging face": hugging_face,
-    "shards of tokenize": own_shards,
-    "one file of tokenize in parquet": lambda folder: tokenize(
-        Inputs([text_files(folder)]), folder / "x.parquet", shard_tokens=10
-    ).shards[0],
-}
-PIPED = ("file", "stream", "parquet list", "flat column", "split documents in parquet", "json lines of ids")
-
-
-@pytest.fixture
-def answer(model: Path) -> Callable[[list[str | Path]], tuple[Any, ...]]:
-    """What the inputs hold, what it costs a model and where it lies: everything but the documents' names."""
-    net = LongNet.from_pretrained(model)
-
-    def run(inputs: list[str | Path]) -> tuple[Any, ...]:
-        documents = list(Inputs(inputs, BYTES).documents())
-        tokens = [document.read().tolist() for document in documents]
-        scores = [found.score.as_dict() for found in score(net, documents, bos=BYTES.eos_id)]
-        table = encode(net, documents, EncodeOptions(bos=BYTES.eos_id, span=30)).read_all()
-        return tokens, scores, table.drop_columns(["doc_id"]).to_pylist()
-
-    return run
-
-
-@pytest.fixture
-def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
-    """`piped(data)` makes stdin the end of a real pipe that another thread writes `data` into."""
-
-    def run(data: bytes) -> None:
-        end, start = os.pipe()
-        monkeypatch.setattr(sys, "stdin", open(end))  # noqa: SIM115
-
-        def write() -> None:
-            with open(start, "wb") as file:
-                file.write(data)
-
-        threading.Thread(target=write, daemon=True).start()
-
-    return run
-
-
-def test_every_form_gives_the_same_tokens_scores_and_vectors(tmp_path: Path, answer, piped) -> None:
-    """To the last bit: nothing but the ids may reach the model."""
-    found: dict[str, tuple[Any, ...]] = {}
-    for name, make in FORMS.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        path = make(folder)
-        found[name] = answer([path])
-        if name in PIPED:
-            piped(path.read_bytes())
-            found[f"{name} through a pipe"] = answer(["-"])
-    assert len(found) == len(FORMS) + len(PIPED) >= 30
-    tokens, scores, vectors = found["text files"]
-    assert tokens == IDS
-    assert [one["n_bytes"] for one in scores] == [len(text.encode()) for text in TEXTS]
-    assert [row["n_tokens"] for row in vectors] == [5, 15, 30, 30, 10]
-    for name, other in found.items():
-        assert other == found["text files"], name
 
 
 # --- chains of commands ----------------------------------------------------------------------------------------------
@@ -152,7 +51,9 @@ def shell(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> Callabl
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     (tmp_path / "texts").mkdir()
-    return text_files(tmp_path / "texts")
+    for index, text in enumerate(TEXTS):
+        (tmp_path / f"texts/{index}.txt").write_bytes(text.encode())
+    return tmp_path / "texts"
 
 
 def test_chained_commands_say_what_single_ones_say(shell, model: Path, texts: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from longnet_cli import plotting
-from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.errors import ConfigError
 from longnet_cli.plotting import Curve, Point, panels, read, read_all
 from longnet_cli.plotting.runs import Run
 
@@ -80,29 +79,6 @@ def test_a_picture_shows_a_curve_of_one_point(tmp_path: Path) -> None:
     circle = "M 0 3"  # of a marker, around its middle
     assert circle in (tmp_path / "1.svg").read_text()
     assert circle not in (tmp_path / "2.svg").read_text()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"step": 1}\nnonsense\n{"step": 2}\n', "row 2: not JSON"),
-        ('{"step": 1}\n[2]\n', "row 2: not a line of metrics"),
-        ('{"loss": 1}\n', "row 1: not a line of metrics"),
-        ('{"step": "1"}\n', "row 1: not a line of metrics"),
-        ("", "no line of metrics yet"),
-        ('{"step"', "no line of metrics yet"),
-        ("\udcff", "not UTF-8"),
-        (None, "No such file"),
-    ],
-)
-def test_what_is_no_metrics_is_named(tmp_path: Path, text: str | None, message: str) -> None:
-    file = tmp_path / "metrics.jsonl"
-    if text is not None:
-        file.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(DataError, match=re.escape(str(file))) as error:
-        read(file)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:

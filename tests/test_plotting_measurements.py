@@ -126,6 +126,14 @@ def test_rows_of_bench_in_every_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('{"step": 1}\nnonsense\n{"step": 2}\n', "row 2: not JSON"),
+        ('{"step": 1}\n[2]\n', "row 2: not a line of metrics"),
+        ('{"loss": 1}\n', "row 1: not a line of metrics"),
+        ('{"step": "1"}\n', "row 1: not a line of metrics"),
+        ("", "no line of metrics yet"),
+        ('{"step"', "no line of metrics yet"),
+        ("\udcff", "not UTF-8"),
+        (None, "No such file"),
         ('{\n "total": {\n', "row 3: not JSON"),
         ('{"total": 3}\n', "row 1: not a score"),
         ('{"totals": [{"by_recall": [3]}], "total": {}}\n', "row 1: not a score"),
@@ -139,9 +147,11 @@ def test_rows_of_bench_in_every_form(tmp_path: Path) -> None:
         ('{"impl": "x", "seq": 1, "seconds": 1' + "0" * 400 + "}\n", "nothing to draw"),
     ],
 )
-def test_what_is_none_of_them_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_what_is_none_of_them_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    """Neither metrics of a run, nor rows of `bench`, nor scores."""
     file = tmp_path / "file.json"
-    file.write_text(text)
+    if text is not None:
+        file.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=re.escape(message)) as error:
         panels([read(file)])
     assert str(error.value).startswith((str(file), "file: "))

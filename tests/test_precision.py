@@ -5,12 +5,16 @@ pytest tests/test_precision.py
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from pathlib import Path
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.runtime import device
 
 
 class Casts(TorchDispatchMode):
@@ -47,3 +51,19 @@ def test_products_share_one_cast_and_inner_norms_stay_narrow() -> None:
     assert counted.normed == [wide, narrow, wide, narrow, wide]
     assert found.dtype is wide
     assert (found - expected).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("flags", "notes"),
+    [("flags : sse avx2 avx512f", 1), ("flags\t\t: avx512_bf16", 0), ("Features : bf16", 0), ("", 0)],
+)
+def test_slow_bf16_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, notes: int) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
+    monkeypatch.setattr(device, "CPU_INFO", tmp_path / "cpuinfo")
+    device._warn_of_slow_bf16.cache_clear()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        chosen = [device.resolve_dtype(name, torch.device("cpu")) for name in ("auto", "fp32", "bf16", "bf16")]
+    assert chosen == ["fp32", "fp32", "bf16", "bf16"]
+    said = "this CPU has no bf16 instructions: --dtype fp32 is faster here"
+    assert [str(each.message) for each in found] == [said] * notes

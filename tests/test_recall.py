@@ -10,21 +10,17 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
+from builders import tiny_net
 from hypothesis import given
 from hypothesis import strategies as st
 
 from longnet_cli import recall
 from longnet_cli.data.documents import Document
 from longnet_cli.measures import ByRecall, DocumentScore, Score, Total
-from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.recall import Bigrams
 from longnet_cli.scoring import score
 
 BOS = 6
-CONFIG = LongNetConfig(
-    vocab_size=7, dim=16, num_layers=1, num_heads=2, ffn_dim=32, segment_lengths=(20, 40), dilation_rates=(1, 2)
-)
 
 
 def as_document(ids: list[int], name: str = "a") -> Document:
@@ -64,8 +60,7 @@ def test_losses_are_those_of_single_tokens(
     bos: int | None, context: int | list[int] | None, stride: int | None, last: int | None
 ) -> None:
     """Of counted tokens only, whose bigrams were seen anywhere before in the document; the chunk changes nothing."""
-    torch.manual_seed(0)
-    model = LongNet(CONFIG).double().eval()
+    model = tiny_net(vocab_size=7, num_layers=1, segment_lengths=(20, 40)).double().eval()
     draw = np.random.default_rng(0)
     documents = [as_document(draw.integers(0, 6, length).tolist(), str(length)) for length in (150, 0, 3, 75)]
     options = {"bos": bos, "stride": stride, "last": last, "count_bytes": len, "dtype": "fp32"}

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from builders import MadeInputs, make_document, tiny_net
 from conftest import RunLongnet
 
 from longnet_cli.data.documents import Document
@@ -22,31 +24,23 @@ from longnet_cli.data.manifest import read_manifest
 from longnet_cli.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.gain import GAIN_BLOCK
 from longnet_cli.measures import Clusters, Gain
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model import LongNet
 from longnet_cli.row_jobs import write_rows
 from longnet_cli.runtime.reader import Reader
 from longnet_cli.score_rows import RowScorer, ScoreOptions
 from longnet_cli.scoring import score
 
 BOS = 256
-CONFIG = LongNetConfig(
-    vocab_size=257, dim=16, num_layers=2, num_heads=2, ffn_dim=32, segment_lengths=(8, 32), dilation_rates=(1, 2)
-)
 OPTIONS = ScoreOptions(bos=BOS, context=(400, 16))
 
 
 @pytest.fixture(scope="module")
 def model() -> LongNet:
-    torch.manual_seed(0)
-    net = LongNet(CONFIG).eval()
+    net = tiny_net().eval()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(3)  # so that some tokens gain more than 2 nats
     return net
-
-
-def make_document(length: int, name: str = "a") -> Document:
-    return Document(name, np.random.default_rng(length).integers(0, 256, length), length, f"{name}.txt")
 
 
 def rows(
@@ -60,11 +54,11 @@ def rows(
 
 
 def write(
-    model: LongNet, place: Path, documents: Iterable[Document], kept: Sequence[pa.Field] = (), **more: object
+    model: LongNet, place: Path, documents: Iterable[Document], keep: tuple[str, ...] = (), **more: object
 ) -> LeftOut:
     """A shard ends with the document that brings it to 150 tokens; bad documents are left out."""
-    left_out, job = LeftOut(lambda document, error: None), partial(RowScorer, options=OPTIONS, kept_fields=kept)
-    write_rows(job, model, iter(documents), place, shard_size=150, left_out=left_out, **more)
+    left_out, inputs = LeftOut(lambda document, error: None), MadeInputs((), keep=keep, made=documents)
+    write_rows(partial(RowScorer, options=OPTIONS), model, inputs, place, shard_size=150, left_out=left_out, **more)
     return left_out
 
 
@@ -210,6 +204,11 @@ def test_tables_by_position_and_by_recall_are_columns(run_longnet: RunLongnet, t
         (["-o", "x", "--token-logprobs", "y.arrow"], "--token-logprobs is for scores that are printed"),
         (["-o", "x", "--format", "json"], "--format json is for scores that are printed"),
         (["-o", "a.txt"], "a.txt, which this command reads"),
+        (
+            ["-o", "v.csv"],
+            "-o v.csv: .csv is not written: the name of a file ends in .arrow, .feather, .parquet or .jsonl",
+        ),
+        (["--token-logprobs", "v.jsonl.gz"], "--token-logprobs v.jsonl.gz: .gz is not written"),
     ],
 )
 def test_what_cannot_be_written_is_refused(
@@ -237,13 +236,15 @@ def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(model: LongN
         yield from documents[:4]
         raise DataError("stop")
 
-    write(model, tmp_path / "whole", documents, kept)
+    write(model, tmp_path / "whole", documents, ("tags",))
     with pytest.raises(DataError, match="stop"):
-        write(model, tmp_path / "cut", stopping(), kept)
-    for other in ([], [pa.field("tags", pa.string())]):
+        write(model, tmp_path / "cut", stopping(), ("tags",))
+    text = copy(documents[0])
+    text.kept = {"tags": pa.scalar("a")}
+    for keep, first in ((), documents[0]), (("tags",), text):
         with pytest.raises(ConfigError, match="keep"):
-            write(model, tmp_path / "cut", documents, other, resume=True)
-    write(model, tmp_path / "cut", documents, kept, resume=True)
+            write(model, tmp_path / "cut", [first, *documents[1:]], keep, resume=True)
+    write(model, tmp_path / "cut", documents, ("tags",), resume=True)
     whole, cut = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
     assert whole == cut
     shards = [pa.ipc.open_file(path).read_all() for path in sorted((tmp_path / "cut").glob("gains-*.arrow"))]

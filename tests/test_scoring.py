@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import make_document, tiny_net
 
 from longnet_cli.data.documents import Document
 from longnet_cli.errors import ConfigError, DataError
 from longnet_cli.logprobs import logprob_schema, write_token_logprobs
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.model import LongNet
 from longnet_cli.scoring import (
     DocumentScore,
     Score,
@@ -23,21 +24,11 @@ from longnet_cli.scoring import (
 
 BOS = 256
 CHUNK = 4000  # tokens of a forward in tests that need several
-CONFIG = LongNetConfig(
-    vocab_size=257, dim=16, num_layers=2, num_heads=2, ffn_dim=32, segment_lengths=(8, 32), dilation_rates=(1, 2)
-)
 
 
 @pytest.fixture(scope="module")
 def model() -> LongNet:
-    torch.manual_seed(0)
-    return LongNet(CONFIG).eval()
-
-
-def make_document(length: int, name: str = "a", n_bytes: int | None = None) -> Document:
-    tokens = np.random.default_rng(length).integers(0, 256, length, dtype=np.int32)
-    tokens.flags.writeable = False  # as a memory map is
-    return Document(name, tokens, length if n_bytes is None else n_bytes, f"{name}.txt")
+    return tiny_net().eval()
 
 
 def plain_nll(model: LongNet, ids: list[int]) -> float:
@@ -186,7 +177,7 @@ def test_leaves_no_inference_mode_behind(model: LongNet) -> None:
 )
 def test_a_model_that_cannot_score(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):  # at the call, not at the first document
-        score(LongNet(LongNetConfig(**(CONFIG.model_dump() | change))), [], bos=BOS)
+        score(tiny_net(**change), [], bos=BOS)
 
 
 def test_context_must_be_positive(model: LongNet) -> None:

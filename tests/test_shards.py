@@ -28,10 +28,11 @@ def rows(document: int) -> pa.RecordBatch:
 
 
 def write(
-    place: Path, *, documents: int = 7, fail_at: int | None = None, resume: bool = False, **settings
+    place: Path, *, documents: int = 7, fail_at: int | None = None, resume: bool = False, format="arrow", **settings
 ) -> ShardFolder:
     """Two documents a shard; `fail_at` raises before that document."""
-    with ShardFolder(place, SCHEMA, settings=SETTINGS | settings, name="vectors", resume=resume) as folder:
+    about = {"settings": SETTINGS | settings, "name": "vectors", "format": format}
+    with ShardFolder(place, SCHEMA, **about, resume=resume) as folder:
         for document in range(folder.documents, documents):
             if document == fail_at:
                 raise KeyboardInterrupt
@@ -174,26 +175,18 @@ def test_a_reader_takes_no_half_of_a_data_set(tmp_path):
 
 
 def test_a_finished_folder_of_parquet_resumes_too(tmp_path):
-    def run(place: Path, fail_at: int | None = None, resume: bool = False) -> None:
-        with ShardFolder(place, SCHEMA, settings=SETTINGS, format="parquet", resume=resume) as folder:
-            for document in range(folder.documents, 5):
-                if document == fail_at:
-                    raise KeyboardInterrupt
-                folder.write(rows(document), documents=1)
-                folder.end_shard()
-
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "out", fail_at=3)
+        write(tmp_path / "out", fail_at=3, format="parquet")
     with pytest.raises(ConfigError, match="shard_format was 'parquet' and is now None"):
         write(tmp_path / "out", resume=True)
-    run(tmp_path / "out", resume=True)
-    run(tmp_path / "whole")
+    write(tmp_path / "out", resume=True, format="parquet")
+    write(tmp_path / "whole", format="parquet")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    names = ["_manifest.parquet", *(f"shard-0000{index}.parquet" for index in range(5))]
+    names = ["_manifest.parquet", *(f"vectors-0000{index}.parquet" for index in range(4))]
     assert sorted(os.listdir(tmp_path / "out")) == names
     assert [source.name for source in Inputs([tmp_path / "out"]).sources] == names[1:]
-    assert read_manifest(tmp_path / "out").totals["rows"] == 15
-    os.truncate(tmp_path / "out/shard-00001.parquet", 100)
+    assert read_manifest(tmp_path / "out").totals["rows"] == 21
+    os.truncate(tmp_path / "out/vectors-00001.parquet", 100)
     (tmp_path / "out/_unfinished.json").write_text(read_manifest(tmp_path / "out").to_json())
-    with pytest.raises(DataError, match=r"shard-00001\.parquet: cannot resume"):
-        run(tmp_path / "out", resume=True)
+    with pytest.raises(DataError, match=r"vectors-00001\.parquet: cannot resume"):
+        write(tmp_path / "out", resume=True, format="parquet")

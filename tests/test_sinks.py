@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from longnet_cli.atomic import atomic_write
-from longnet_cli.data.outputs import ShardWriter, token_batch, token_schema
+from longnet_cli.data.outputs import ShardWriter, is_folder, token_batch, token_schema
 from longnet_cli.errors import ConfigError, LongNetError
 
 SCHEMA = token_schema(vocab_size=257, eos_id=256, tokenizer_sha256="abc")
@@ -132,12 +132,14 @@ def test_a_failed_write_is_one_line_and_leaves_nothing(tmp_path, name, limit):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_full_device_is_one_line(tmp_path):
-    (tmp_path / "x.arrow").symlink_to("/dev/full")
-    failed = pytest.raises(LongNetError, match=r"x\.arrow: cannot write: No space left on device")
-    with failed, ShardWriter(tmp_path / "x.arrow", SCHEMA) as writer:
-        writer.write(BATCH)
-    assert os.listdir(tmp_path) == ["x.arrow"]
+def test_only_a_name_without_the_ending_of_a_file_is_a_folder(tmp_path):
+    for name in ("v", "run.v2", "2026-11-27", "a.b-c", "old.csv"):
+        (tmp_path / "old.csv").mkdir(exist_ok=True)
+        assert is_folder(tmp_path / name)
+    for name in ("v.csv", "v.TXT", "v.PARQUET", "v.json", "v.jsonl.gz", "v.npy", "v.h5"):
+        with pytest.raises(ConfigError, match="is not written"):
+            is_folder(tmp_path / name)
+    assert not is_folder(tmp_path / "v.parquet")
 
 
 STREAM = """

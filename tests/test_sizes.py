@@ -35,28 +35,21 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "k", "abc", "8kb", "1e", "1__0", "_1", "0x10", "1,5", "inf", "nan", "٣", "1e-3"])
-def test_what_is_no_size_gets_an_example(text):
-    with pytest.raises(ValueError, match=r"is not a size: write 1000000, .* or 64Ki"):
-        parse_size(text)
+NO_SIZES = ["", "k", "abc", "8kb", "1e", "1__0", "_1", "0x10", "1,5", "inf", "nan", "٣", "1e-3", "-1", "-8k"]
 
 
-@pytest.mark.parametrize("text", ["-1", "-8k"])
-def test_negative_sizes_are_refused(text):
-    with pytest.raises(ValueError, match="is not a size"):
-        parse_size(text)
-
-
-@pytest.mark.parametrize("text", ["0", "0k", "1e99", "9223372036854775808"])
-def test_sizes_out_of_range(text):
-    with pytest.raises(ValueError, match="is out of range"):
-        parse_size(text)
-
-
-@pytest.mark.parametrize("text", ["1.5", "1.0001k", "0.5"])
-def test_a_part_of_a_token_is_refused(text):
-    with pytest.raises(ValueError, match="is not a whole number"):
-        parse_size(text)
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (NO_SIZES, "is not a size: write 1000000, .* or 64Ki"),
+        (["0", "0k", "1e99", "9223372036854775808"], "is out of range"),
+        (["1.5", "1.0001k", "0.5"], "is not a whole number"),
+    ],
+)
+def test_what_is_no_size_is_told(texts, message):
+    for text in texts:
+        with pytest.raises(ValueError, match=message):
+            parse_size(text)
 
 
 @given(st.integers(1, 2**63 - 1))
@@ -83,9 +76,6 @@ def test_lists_keep_their_order():
     assert parse_sizes("8k,32k,1e6") == [8000, 32_000, 1_000_000]
     assert parse_sizes("64Ki") == [65_536]
     assert parse_sizes("2, 1, 2") == [2, 1, 2]
-
-
-@pytest.mark.parametrize("text", ["", ",", "8k,", "8k,,32k", "8k;32k"])
-def test_lists_with_holes_are_refused(text):
-    with pytest.raises(ValueError, match="is not a size"):
-        parse_sizes(text)
+    for text in ("", ",", "8k,", "8k,,32k", "8k;32k"):
+        with pytest.raises(ValueError, match="is not a size"):
+            parse_sizes(text)

@@ -85,13 +85,6 @@ def test_documents_of_one_name_stay_apart(tmp_path):
     assert "0#1" in found
 
 
-def test_stdout_is_a_stream(corpus, tmp_path):
-    script = f"from longnet_cli.tokenizing import *; tokenize(Inputs([{str(corpus)!r}]), '-')"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
-    (tmp_path / "stream.arrow").write_bytes(done.stdout)
-    assert documents(tmp_path / "stream.arrow", Tokenizer.bytes()) == TEXTS
-
-
 def test_a_failure_leaves_finished_shards_to_resume_from(corpus, tmp_path):
     (corpus / "z.txt").write_bytes(b"\xff bad")
     with pytest.raises(DataError):

@@ -28,13 +28,8 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, TooLongError
 from longnet_cli.model_folder import ModelFolder
 
-SIZES = {
-    "vocab_size": 260,
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "intermediate_size": 64,
-}
+SIZES = {"vocab_size": 260, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
+SIZES |= {"intermediate_size": 64}
 LIMIT = 64  # tokens that the model was trained on, with the one before each document
 
 

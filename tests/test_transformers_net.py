@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
-from builders import make_document
+from builders import MadeInputs, make_document
 from test_transformers import (
     BIASED,
     CAUSAL,
@@ -45,7 +45,7 @@ from test_transformers import (
     rotary,
 )
 
-from longnet_cli.attention import SINKS, FarKeys, Pattern, Span
+from longnet_cli.attention import SINKS, FarKeys, Pattern
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.cli.app import app
 from longnet_cli.data.tokenizer import Tokenizer
@@ -157,20 +157,6 @@ def test_positions_that_are_made_in_another_way_end(monkeypatch: pytest.MonkeyPa
     )
     net = TransformersNet(built(llama))
     assert net.config.max_tokens == 1 << 20
-
-
-def test_query_heads_that_share_a_key_head_share_its_rows() -> None:
-    """Nine query heads on three key heads, as SmolLM2 has: a third of the finest level and of the sinks."""
-    sizes = SMALL | {"hidden_size": 72, "num_attention_heads": 9, "num_hidden_layers": 1}
-    counted = {}
-    for key_heads in (3, 9):
-        config = hf.LlamaConfig(**sizes, num_key_value_heads=key_heads)
-        stream = CausalStream(TransformersNet(use_dilated_attention(hf.LlamaForCausalLM(config), FAR)))
-        stream(ids(100, batch=1))
-        assert stream.cache_bytes == 4 * 2 * 8 * cached_rows(FAR, 9, key_heads)
-        counted[key_heads] = [(keys.span, keys.k[..., 0].numel()) for keys in stream.far()[0] if keys.level < 1]
-    assert counted[3] == [(Span(0, 80, 96), 16 * 3), (Span(0, 96, 100), 4 * 3), (Span(SINKS, 0, 4), 4 * 3)]
-    assert counted[9] == [(span, 3 * rows) for span, rows in counted[3]]
 
 
 @pytest.mark.parametrize("attention", ["dilated", "dense", "own"])
@@ -301,7 +287,7 @@ def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_
     def run(**options) -> None:
         net = ModelFolder(folder).net(**options)
         job = partial(Encoder, options=EncodeOptions(bos=256))
-        write_rows(job, net, [make_document(20)], tmp_path / "out", resume=True)
+        write_rows(job, net, MadeInputs((), made=[make_document(20)]), tmp_path / "out", resume=True)
 
     run(pattern=LEVELS)
     run(pattern=LEVELS)
@@ -406,16 +392,10 @@ def test_weights_that_are_refused(spoilt: Callable[..., Path], folder: Path) -> 
     assert "pickled weights are never read" in str(error)
 
 
-def test_options_that_are_refused(folder: Path, encoder: Path, tmp_path: Path) -> None:
+def test_options_that_are_refused(folder: Path, encoder: Path) -> None:
     text = folder / "text.txt"
-    shards = refused("encode", text, "--model", folder, *OPTIONS, "-o", tmp_path / "x.arrow", "--shard-rows", "5")
-    assert "--shard-rows is for a folder of shards" in str(shards)
-    assert "'8' is not a level" in str(refused("score", text, "--model", folder, "--pattern", "8"))
     assert "in one process" in str(refused("score", text, "--model", folder, *OPTIONS, "--nproc", "2"))
     assert "bidirectional" in str(refused("score", text, "--model", encoder, *OPTIONS))
-    (tmp_path / "long.txt").write_text("x" * 321)
-    long = refused("encode", tmp_path / "long.txt", "--model", encoder, *OPTIONS, "-o", tmp_path / "out.arrow")
-    assert "321 tokens, and the model has 320 positions" in str(long)
 
 
 def test_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:

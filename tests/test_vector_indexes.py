@@ -6,24 +6,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
+from builders import make_document, tiny_net
 
-from longnet_cli.data.documents import Document
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.encoding import EncodeOptions, encode
-from longnet_cli.model import LongNet, LongNetConfig
-
-SHAPE = {"vocab_size": 257, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48}
 
 
 @pytest.fixture
 def vectors(tmp_path: Path) -> np.ndarray:
     """(40, 32) float32, a view of the column `embedding` of a file that is mapped."""
-    torch.manual_seed(0)
-    net = LongNet(LongNetConfig(**SHAPE, segment_lengths=(16, 64), dilation_rates=(1, 2)))
-    drawn = np.random.default_rng(0)
-    documents = [Document(str(i), drawn.integers(256, size=30), None, "test") for i in range(40)]
-    batches = encode(net, documents, EncodeOptions(bos=256))
+    batches = encode(tiny_net(dim=32), [make_document(30 + i) for i in range(40)], EncodeOptions(bos=256))
     with ShardWriter(tmp_path / "vectors.arrow", batches.schema) as writer:
         for batch in batches:
             writer.write(batch)

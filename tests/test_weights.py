@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.errors import CheckpointError
 from longnet_cli.model import LongNet, LongNetConfig, from_torchscale, to_torchscale
 from longnet_cli.model.weights import save_pretrained
 
@@ -186,19 +186,6 @@ def test_wrong_files_are_told_in_one_line(tmp_path: Path, spoil: Callable[[Path]
     assert "\n" not in text
 
 
-def test_wrong_configuration_and_unknown_name(tmp_path: Path) -> None:
-    LongNet(small()).save_pretrained(tmp_path)
-    data = json.loads((tmp_path / "config.json").read_text())
-    data["num_layer"] = data.pop("num_layers")
-    (tmp_path / "config.json").write_text(json.dumps(data))
-    with pytest.raises(ConfigError, match=r"config\.json: unknown key 'num_layer': did you mean 'num_layers'\?$"):
-        LongNet.from_pretrained(tmp_path)
-    with pytest.raises(CheckpointError):
-        LongNet.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="no-such-model"):
-        LongNet.from_pretrained("no-such-model")
-
-
 def as_torchscale(net: LongNet, prefix: str = "") -> dict[str, Tensor]:
     """The parameters that torchscale would hold for this net, without buffers and ties."""
     left_out = ("xpos.scale", *(["output_projection.weight"] if net.config.tie_embeddings else []))
@@ -246,7 +233,7 @@ def test_torchscale_refusals() -> None:
             from_torchscale(state | changes, net.config)
         assert part in str(caught.value)
     del state["layers.1.self_attn.q_proj.bias"]
-    with pytest.raises(CheckpointError, match=r"missing tensor layers\.1\.attention\.q\.bias"):
+    with pytest.raises(CheckpointError, match=r"missing tensor layers\.1\.self_attn\.q_proj\.bias"):
         from_torchscale(state, net.config)
 
 
@@ -312,21 +299,5 @@ def test_gigapath() -> None:
     encoder = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
     assert {name: t.shape for name, t in to_torchscale(net).items()} == {name: t.shape for name, t in encoder.items()}
     del state["encoder.layers.3.ffn.ffn_layernorm.bias"]
-    with pytest.raises(CheckpointError, match=r"missing tensor layers\.3\.ffn\.inner_norm\.bias"):
+    with pytest.raises(CheckpointError, match=r"missing tensor layers\.3\.ffn\.ffn_layernorm\.bias"):
         from_torchscale(state, config)
-
-
-def test_a_small_gigapath_takes_weights_out_of_a_larger_model() -> None:
-    config = LongNetConfig.gigapath().model_copy(
-        update={"dim": 32, "num_layers": 2, "ffn_dim": 48, "segment_lengths": (8, 24, 64, 96, 128)}
-    )
-    net = LongNet(config)
-    around = {
-        "cls_token": torch.zeros(1, 1, 32),
-        "norm.weight": torch.ones(32),
-        "patch_embed.proj.bias": torch.ones(32),
-    }
-    inside = {f"encoder.{name}": tensor for name, tensor in to_torchscale(net).items()}
-    again = from_torchscale(around | inside, config)
-    x = torch.randn(1, 101, 32)
-    assert torch.equal(again(embeddings=x), net.eval()(embeddings=x))

@@ -374,8 +374,3 @@ def test_wrong_mixes(data: dict, message: str):
     with pytest.raises(ConfigError) as error:
         recipe(**data)
     assert message in str(error.value)
-
-
-def test_a_recipe_without_data_can_be_read_but_not_trained():
-    with pytest.raises(ConfigError, match="no training data: give --data INPUT"):
-        _ = recipe().data.sources

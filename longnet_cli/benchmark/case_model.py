@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ def _transformers(s: Settings, impl: str, seq: int, folder: ModelFolder) -> Tran
 
 @lru_cache(maxsize=1)  # only one: the next row needs another attention
 def _loaded(path: Path, pattern: Pattern | None, device: torch.device, dtype: str) -> TransformersNet:
-    return ModelFolder(path).net(pattern=pattern, device=device, dtype=DTYPES[dtype])
+    return cast("TransformersNet", ModelFolder(path).net(pattern=pattern, device=device, dtype=DTYPES[dtype]))
 
 
 def _with_weights(s: Settings, net: LongNet) -> LongNet:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,12 +14,10 @@ from longnet_cli.sizes import format_bytes, format_count, format_duration
 if TYPE_CHECKING:
     import torch
 
-    from longnet_cli.data.documents import Document
-    from longnet_cli.data.tables import Text
+    from longnet_cli.cli.model_and_inputs import Opened
     from longnet_cli.estimating.estimate import Estimate
     from longnet_cli.estimating.reading_job import Job, ReadingEstimate, Room
     from longnet_cli.estimating.training_job import TrainingEstimate
-    from longnet_cli.model.net import Net
     from longnet_cli.model_folder import ModelFolder
 
 Format = Literal["text", "json"]
@@ -86,22 +84,30 @@ def room(folder: ModelFolder, dtype: str, device: torch.device) -> Room:
 
 
 def estimate_reading(
-    net: Net,
+    opened: Opened,
     job: Job,
-    documents: Iterable[Document | Text],
+    doing: str,
     output: str | None,
+    format: Format,
     *,
+    sample: int | None,
     resume: bool,
-    quiet: bool,
     **options: Any,
-) -> ReadingEstimate:
-    """Return the estimate of a job that would write to `output`, or print; `options` are for `estimating.estimate`."""
+) -> None:
+    """Print the estimate of a job that would write to `output`, or print; `options` are for `estimate_documents`."""
     from longnet_cli.estimating.reading_job import estimate_documents
+    from longnet_cli.runtime.ranks import leave
 
     fate, done, chunk = _fate(output, resume)
-    options["chunk"] = options["chunk"] or chunk
-    with progress("counting", total=None, quiet=quiet) as advance:
-        return estimate_documents(net, job, documents, output=fate, done=done, on_progress=advance, **options)
+    options |= {"chunk": options["chunk"] or chunk, "sample": sample, "room": opened.room, "ranks": opened.ranks}
+    net, inputs = opened.loaded.net, opened.inputs
+    documents = inputs.untokenized() if sample else inputs.documents()
+    options |= {"tokenizer": inputs.tokenizer, "skip_bad": inputs.skip_bad}
+    with progress("counting", total=None, quiet=opened.quiet) as advance:
+        found = estimate_documents(net, job, documents, output=fate, done=done, on_progress=advance, **options)
+    leave()
+    if opened.ranks.first:
+        show_reading(found, format, doing)
 
 
 def _fate(output: str | None, resume: bool) -> tuple[str, int, int | None]:

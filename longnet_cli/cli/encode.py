@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading, room, show_reading
-from longnet_cli.cli.nproc import launch
-from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, read_pattern, size_option
-from longnet_cli.cli.output import tell
+from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading
+from longnet_cli.cli.model_and_inputs import ModelAndInputs
+from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, size_option
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.state import check_spill, say_state
 from longnet_cli.cli.writing import check_output, count_left_out, end
-from longnet_cli.errors import ConfigError
 
 VECTORS = "Vectors"
 
@@ -110,66 +106,23 @@ def encode(
     The columns are doc_id, span, start, end, n_tokens and embedding. Rows come in input order.
     """
     check_sample(sample, dry_run)
-    from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.overwriting import refuse_overwriting
-    from longnet_cli.data.tokenizer import Tokenizer
-    from longnet_cli.model_folder import ModelFolder
-
-    model_folder = ModelFolder.find(model, gguf=True)
-    reads = [model_folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
-    data = Inputs(inputs, column=column, id_column=id_column, keep=tuple(keep or ()), skip_bad=skip_bad)
-    refuse_overwriting("-o", [output], data, reads)
+    named = ModelAndInputs(inputs, model, tokenizer, column, id_column, keep, skip_bad)
+    named.refuse_overwriting("-o", output)
     check_spill(spill)
     for_folder = {"--shard-rows": shard_rows, "--shard-format": shard_format != "arrow"}
     where_to = "embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them"
     earlier = check_output(output, where_to, for_folder, resume=resume, dry_run=dry_run)
-    launch(nproc, inputs, model_folder, sp=sp, dp=dp)
-    from longnet_cli.data.chat import chat_settings
-    from longnet_cli.data.kept import first_kept
-    from longnet_cli.data.outputs import is_folder
-    from longnet_cli.data.special_tokens import end_of_text
-    from longnet_cli.notation import format_pattern
-    from longnet_cli.runtime.ranks import join, leave
-
-    ranks, where = join(device, sp=sp, dp=dp)
-    quiet = quiet or not ranks.first
-    memory = room(model_folder, dtype, where) if dry_run else None  # before the model is loaded
-    parsed = read_pattern(pattern)
-    loaded = model_folder.load(
-        device=where,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        tokenizer_differs=tokenizer_differs,
-        pattern=parsed,
-        bos=bos,
-        vectors=True,
-        on_note=partial(tell, quiet=quiet),
-    )
+    opened = named.open(
+        nproc=nproc, sp=sp, dp=dp, device=device, dtype=dtype, tokenizer_differs=tokenizer_differs, pattern=pattern,
+        bos=bos, eos=eos, dry_run=dry_run, quiet=quiet, vectors=True,
+    )  # fmt: skip
+    loaded, data, ranks, room, quiet = opened
     net = loaded.net
-    if net.row_size is not None:
-        of_tokens: dict[str, Any] = {
-            "--tokenizer": tokenizer,
-            "--tokenizer-differs": tokenizer_differs,
-            "--eos": eos,
-            "--bos": bos,
-        }
-        if given := [name for name, value in of_tokens.items() if value]:
-            raise ConfigError(f"{model} reads vectors, which have no tokens: leave out {', '.join(given)}")
     from longnet_cli.encoding import EncodeOptions, Encoder
+    from longnet_cli.notation import format_pattern
     from longnet_cli.row_jobs import write_rows
+    from longnet_cli.runtime.ranks import leave
 
-    eos_id = end_of_text(eos, loaded.tokenizer)
-    keeps = not dry_run and ranks.first and is_folder(output)
-    opened: list[tuple[str, str | None]] | None = [] if keeps else None
-    data = replace(data, tokenizer=loaded.tokenizer, vocab_size=net.config.vocab_size, eos_id=eos_id, opened=opened)
-    if net.row_size is not None:
-        data = replace(data, vectors=True, coords=net.has_grid)
-    documents: Iterator[Any] = data.documents()
-    kept_fields: list[Any] = []
-    if keep and not dry_run:  # first_kept waits for the first document
-        kept_fields, documents = first_kept(documents)
-    limited = net.config.max_tokens is not None and not skip_bad
-    stored = data.stored() if limited else ()
     options = EncodeOptions(
         bos=loaded.bos,
         pool=pool or ("cls" if net.has_cls and span is None else "mean"),
@@ -182,57 +135,30 @@ def encode(
         tokenizer_sha256=loaded.tokenizer_sha256,
         pattern=format_pattern(net.config.pattern),
     )
-    if memory:
+    running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
+    if room:
         from longnet_cli.estimating.reading_job import EncodeJob
 
-        found = estimate_reading(
-            net,
-            EncodeJob(net, options),
-            data.untokenized() if sample else documents,
-            output,
-            resume=resume,
-            room=memory,
-            tokenizer=loaded.tokenizer,
-            sample=sample,
-            chunk=chunk,
-            dtype=dtype,
-            spill=spill,
-            ranks=ranks,
-            skip_bad=skip_bad,
-            quiet=quiet,
-        )
-        leave()
-        if ranks.first:
-            show_reading(found, format, "encoding")
+        job = EncodeJob(net, options)
+        estimate_reading(opened, job, "encoding", output, format, sample=sample, resume=resume, **running)
         return
     known = data.stored() if not skip_bad else ()
-    documents = say_state(documents, known, net, chunk=chunk, dtype=dtype, spill=spill, quiet=quiet)
     done = earlier.totals["tokens"] if earlier else 0
     left_out = count_left_out(skip_bad, quiet)
     with progress("encoding", total=data.num_tokens(), start=done, quiet=quiet) as advance:
         write_rows(
-            partial(Encoder, options=options, kept_fields=kept_fields),
+            partial(Encoder, options=options),
             net,
-            documents,
+            data,
             output,
-            settings={
-                "inputs": data.fingerprint(),
-                "column": column,
-                **({"id_column": id_column} if id_column else {}),
-                "eos": eos_id,
-                **chat_settings(loaded.tokenizer),
-            },
             shard_size=shard_rows,
             shard_format=shard_format,
             resume=resume,
-            stored=stored,
             left_out=left_out,
-            opened=opened,
+            telling=partial(say_state, stored=known, net=net, **running, quiet=quiet),
             ranks=ranks,
-            chunk=chunk,
-            dtype=dtype,
-            spill=spill,
             on_progress=advance,
+            **running,
         )
     leave()
     end(left_out, first=ranks.first, quiet=quiet)

@@ -138,7 +138,7 @@ def generate(
     data = Inputs(inputs or ["-"], loaded.tokenizer, column, vocab_size=net.config.vocab_size, eos_id=eos_id)
     reading: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
     found = _documents(data, text, loaded.chat)
-    documents = say_state(found, (), net, more=max_tokens, **reading, quiet=quiet)
+    documents = say_state(found, stored=(), net=net, more=max_tokens, **reading, quiet=quiet)
     bos_ids = None if chat and bos is None else loaded.bos  # a template has its own start ids
     seed = seed if seed is not None else _new_seed()
     origin = model_origin(net, model, loaded.tokenizer_sha256) if format == "jsonl" else {}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.dry_run import check_sample, estimate_reading, room, show_reading
-from longnet_cli.cli.nproc import launch
-from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, read_pattern, size_option, sizes_option
+from longnet_cli.cli.dry_run import check_sample, estimate_reading
+from longnet_cli.cli.model_and_inputs import ModelAndInputs
+from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, size_option, sizes_option
 from longnet_cli.cli.output import emit_json, emit_jsonl, printable, tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.state import check_spill, say_state
@@ -152,17 +151,9 @@ def score(
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
     if token_logprobs and (dp or 1) > 1:
         raise ConfigError("--token-logprobs is written by one group of ranks: leave out --dp")
-    from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.overwriting import refuse_overwriting
-    from longnet_cli.data.tokenizer import Tokenizer
-    from longnet_cli.model_folder import ModelFolder
-
-    model_folder = ModelFolder.find(model, gguf=True)
-    reads = [model_folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
-    data = Inputs(inputs, column=column, id_column=id_column, keep=tuple(keep or ()), skip_bad=skip_bad)
-    for name, place in (("--token-logprobs", token_logprobs), ("-o", output)):
-        if place is not None:
-            refuse_overwriting(name, [place], data, reads)
+    named = ModelAndInputs(inputs, model, tokenizer, column, id_column, keep, skip_bad)
+    named.refuse_overwriting("--token-logprobs", token_logprobs)
+    named.refuse_overwriting("-o", output)
     for_folder = {"--resume": resume, "--shard-tokens": shard_tokens}
     for_printing = {"--token-logprobs": token_logprobs, f"--format {format}": format != "text" and not dry_run}
     if given := [name for name, value in (for_folder if output is None else for_printing).items() if value]:
@@ -175,73 +166,34 @@ def score(
         where_to = "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
         earlier = check_output(output, where_to, for_folder, resume=resume, dry_run=dry_run)
     check_spill(spill)
-    launch(nproc, inputs, model_folder, sp=sp, dp=dp)
-    from longnet_cli.data.chat import chat_settings
-    from longnet_cli.data.kept import first_kept
-    from longnet_cli.data.outputs import is_folder
-    from longnet_cli.data.special_tokens import end_of_text
-    from longnet_cli.measures import Total
-    from longnet_cli.notation import format_pattern
-    from longnet_cli.runtime.ranks import join, leave
-
-    ranks, where = join(device, sp=sp, dp=dp)
-    quiet = quiet or not ranks.first
-    memory = room(model_folder, dtype, where) if dry_run else None  # before the model is loaded
-    parsed = read_pattern(pattern)
-    loaded = model_folder.load(
-        device=where,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        tokenizer_differs=tokenizer_differs,
-        pattern=parsed,
-        bos=bos,
-        on_note=partial(tell, quiet=quiet),
-    )
+    opened = named.open(
+        nproc=nproc, sp=sp, dp=dp, device=device, dtype=dtype, tokenizer_differs=tokenizer_differs, pattern=pattern,
+        bos=bos, eos=eos, dry_run=dry_run, quiet=quiet,
+    )  # fmt: skip
+    loaded, data, ranks, room, quiet = opened
     net = loaded.net
     check_spill(spill, net)
-    if parsed:
+    from longnet_cli.notation import format_pattern
+
+    if pattern:
         tell(f"pattern {format_pattern(net.config.pattern)}", quiet)
     from longnet_cli.logprobs import write_token_logprobs
+    from longnet_cli.measures import Total
     from longnet_cli.model.weights import model_origin
     from longnet_cli.row_jobs import write_rows
+    from longnet_cli.runtime.ranks import leave
     from longnet_cli.score_rows import RowScorer, ScoreOptions
     from longnet_cli.scoring import score as run
 
-    eos_id = end_of_text(eos, loaded.tokenizer)
-    keeps = output is not None and not dry_run and ranks.first and is_folder(output)
-    opened: list[tuple[str, str | None]] | None = [] if keeps else None
-    data = replace(data, tokenizer=loaded.tokenizer, vocab_size=net.config.vocab_size, eos_id=eos_id, opened=opened)
-    documents = data.documents()
-    if memory:
+    running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
+    if room:
         from longnet_cli.cuts import Cut
         from longnet_cli.estimating.reading_job import ScoreJob
 
-        cut = Cut.of(net, loaded.bos, context, stride, last)
-        found = estimate_reading(
-            net,
-            ScoreJob(net, cut, recalls=by_recall),
-            data.untokenized() if sample else documents,
-            output,
-            resume=resume,
-            room=memory,
-            tokenizer=loaded.tokenizer,
-            sample=sample,
-            chunk=chunk,
-            dtype=dtype,
-            spill=spill,
-            ranks=ranks,
-            skip_bad=skip_bad,
-            quiet=quiet,
-        )
-        leave()
-        if ranks.first:
-            show_reading(found, "json" if format == "json" else "text", "scoring")
+        job = ScoreJob(net, Cut.of(net, loaded.bos, context, stride, last), recalls=by_recall)
+        shown: Literal["json", "text"] = "json" if format == "json" else "text"
+        estimate_reading(opened, job, "scoring", output, shown, sample=sample, resume=resume, **running)
         return
-    kept_fields: list[Any] = []
-    if keep and output is not None:  # first_kept waits for the first document
-        kept_fields, documents = first_kept(documents)
-    limited = net.config.max_tokens is not None and not skip_bad
-    stored = data.stored() if limited else ()
     left_out = count_left_out(skip_bad, quiet)
     origin = model_origin(net, model, loaded.tokenizer_sha256) if ranks.first and output is None else {}
     tokens = write_token_logprobs(token_logprobs, origin) if token_logprobs and ranks.first else nullcontext()
@@ -256,38 +208,33 @@ def score(
         "by_position": by_position,
         "by_recall": by_recall,
     }
-    running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
     known = data.stored() if not skip_bad else ()
-    documents = say_state(documents, known, net, contexts=context, **running, quiet=quiet)
-    running |= {"stored": stored, "ranks": ranks}
+    telling: Callable[[Iterable[Any]], Iterator[Any]] = partial(
+        say_state, stored=known, net=net, contexts=context, **running, quiet=quiet
+    )
+    running["ranks"] = ranks
     count_bytes = loaded.tokenizer.n_bytes if loaded.tokenizer else None
     with progress("scoring", total=total or None, start=done, quiet=quiet) as advance, tokens as on_tokens:
         if output is not None:
             origins: dict[str, Any] = {"model_name": model, "tokenizer_sha256": loaded.tokenizer_sha256}
             options = ScoreOptions(**measured, **origins, pattern=format_pattern(net.config.pattern))
             write_rows(
-                partial(RowScorer, options=options, kept_fields=kept_fields, count_bytes=count_bytes),
+                partial(RowScorer, options=options, count_bytes=count_bytes),
                 net,
-                documents,
+                data,
                 output,
-                settings={
-                    "inputs": data.fingerprint(),
-                    "column": column,
-                    "id_column": id_column,
-                    "eos": eos_id,
-                    **chat_settings(loaded.tokenizer),
-                },
                 shard_size=shard_tokens,
                 resume=resume,
                 left_out=left_out,
-                opened=opened,
+                telling=telling,
                 on_progress=advance,
                 **running,
             )
         else:
             scores = run(
                 net,
-                documents,
+                telling(data.documents()),
+                stored=data.stored() if net.config.max_tokens is not None else (),
                 count_bytes=count_bytes,
                 on_skip=left_out.skip,
                 on_tokens=on_tokens,

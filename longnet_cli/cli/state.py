@@ -24,9 +24,9 @@ def check_spill(spill: str | None, net: Net | None = None) -> None:
 
 def say_state(
     documents: Iterable[Any],
+    *,
     stored: Iterable[Any],
     net: Net,
-    *,
     chunk: int | None,
     dtype: str,
     spill: str | None,

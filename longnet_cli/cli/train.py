@@ -136,7 +136,7 @@ def train(
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # held until the run listens; before, it would kill
     launch(nproc, sp=sp, dp=dp)
     from longnet_cli.estimating.training_job import estimate_training, settle_chunk
-    from longnet_cli.runtime.device import MatmulPeak, keep_freed_memory
+    from longnet_cli.runtime.device import keep_freed_memory, matmul_peak
     from longnet_cli.runtime.ranks import join, leave
     from longnet_cli.training.loop import train as run
     from longnet_cli.training.recipe import parse_overrides
@@ -212,7 +212,7 @@ def train(
                 tokenizer_differs=tokenizer_differs,
                 resume=going_on,
                 ranks=ranks,
-                peak=MatmulPeak(where, found.train.dtype),
+                peak=matmul_peak(where, found.train.dtype),
                 on_begin=on_begin,
                 on_step=on_step,
                 on_note=print_note,

@@ -1,29 +1,26 @@
 """Chat templates, which turn messages into the text of a prompt or of a whole chat.
 
-A template is Jinja source in the model's folder. It runs in Jinja's sandbox: it sees only the messages, the special
-tokens and the time, and can change nothing. Only the template itself can write special tokens: text in a message that
-looks like one is encoded as its characters, as in any document.
+A template is Jinja source in the model's folder. It runs in Jinja's sandbox, within limits of time and memory: it sees
+only the messages, the special tokens and the time, and can change nothing. Only the template itself can write special
+tokens: text in a message that looks like one is encoded as its characters, as in any document.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
 import numpy as np
 import tokenizers
-from jinja2 import ext, nodes, parser, sandbox
 
 from longnet_cli.configuration import digest, read_text
+from longnet_cli.data.rendering import EndlessError, RenderError, Template
 from longnet_cli.data.special_tokens import SETTINGS, read_settings, special_token
-from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError
-from longnet_cli.finite_json import to_json
+from longnet_cli.data.tokenizer import Tokenizer, library_call
+from longnet_cli.errors import ConfigError, RefusedError
 
 TEMPLATE = "chat_template.jinja"
 
@@ -50,14 +47,9 @@ class ChatTemplate:
         found = _template(folder, self._settings)
         if found is None:
             raise ConfigError(f"{folder}: no chat template ({TEMPLATE}, or chat_template in {SETTINGS}) for chats")
-        environment = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, indent=None: to_json(value, indent=indent, ensure_ascii=False)
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         try:
-            self._template = environment.from_string(found)
-        except jinja2.TemplateError as error:
+            self._template = Template(found)
+        except RenderError as error:
             raise self._error(error) from None
         self._special = [added["content"] for added in tokenizer.added_tokens if added["special"]]
         self._inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
@@ -71,7 +63,7 @@ class ChatTemplate:
         """Return the text of a chat, and a function that returns its ids, (tokens,) int64.
 
         Each message has a `role` and a `content`. The ids leave out the `bos_token` that a template may put first:
-        the reader of a document puts its own there. Raises ConfigError for messages that the template refuses.
+        the reader of a document puts its own there. Raises RefusedError for messages that the template refuses.
         """
         rendered, mark = self._marked(messages, prompt=False)
         return rendered.replace(mark, ""), partial(self._encode_chat, rendered, mark)
@@ -100,38 +92,25 @@ class ChatTemplate:
             if mark in part:
                 ids += self.tokenizer.encode(part.replace(mark, "")).tolist()
             else:
-                ids += self._inner.encode(part, add_special_tokens=False).ids
+                with library_call():
+                    ids += self._inner.encode(part, add_special_tokens=False).ids
         return np.array(ids, np.int64)
 
     def render(self, message: str) -> str:
-        """Return the text of the prompt. Raises ConfigError for a message that the template refuses."""
+        """Return the text of the prompt. Raises RefusedError for a message that the template refuses."""
         return self._render([{"role": "user", "content": message}], prompt=True)
 
     def _render(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> str:
-        names = _named_tokens(self._settings)
+        variables = {"messages": messages, "add_generation_prompt": prompt, "tools": None, "documents": None}
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **names
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+            return self._template.render(variables | _named_tokens(self._settings))
+        except RenderError as error:
             raise self._error(error) from None
 
-    def _error(self, error: Exception) -> ConfigError:
-        return ConfigError(f"{self.where}: the chat template fails: {' '.join(str(error).split())}")
-
-
-class _Generation(ext.Extension):
-    """The tag `{% generation %}`, which marks an assistant's words for training. Here it renders its body unchanged."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: parser.Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+    def _error(self, error: RenderError) -> ConfigError:
+        return (ConfigError if isinstance(error, EndlessError) else RefusedError)(
+            f"{self.where}: the chat template fails: {error}"
+        )
 
 
 def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from os.path import commonprefix
 
 from longnet_cli.data.compressed import SUFFIXES, bare_name, compression
 from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
@@ -12,6 +13,10 @@ SHARD_SUFFIXES = (".arrow", ".feather", ".parquet")
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 HDF5_SUFFIXES = (".h5", ".hdf5")
 
+# The words by which Hugging Face knows a split in the name of a file
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation")
+
 
 def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> list[str]:
     """Choose the files to read below a folder: the shards of a data set in its order, otherwise every text.
@@ -20,7 +25,7 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     is skipped if there are other files, because it may be the output that is being written. `names` are relative paths.
     `read(name, size)` returns the first `size` bytes of a file, or all bytes if `size` is None. Raises DataError for a
     folder without readable files, a missing shard and an unfinished or damaged data set, ConfigError for a data set of
-    several splits.
+    several splits, also by the names of its files.
     """
 
     def listed(index: str, key: str, name: str) -> list[str] | None:
@@ -44,21 +49,46 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
         return shards
     if "dataset_dict.json" in names:
         splits = sorted({name.split("/")[0] for name in names if "/" in name})
-        raise ConfigError(
-            f"{folder} holds several splits of a data set: name one of {', '.join(f'{folder}/{s}' for s in splits)}"
-        )
+        raise _several(folder, splits)
     files = sorted((name for name in names if not any(map(is_hidden, name.split("/")))), key=natural_order)
     written = _written_folders(names)
     files = [file for file in files if not file.startswith(written)] or files
     for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
         shards = [file for file in files if bare_name(file).endswith(suffixes)]
         if shards:
-            return [shard for shard in shards if "/" not in shard] or shards
+            shards = [shard for shard in shards if "/" not in shard] or shards
+            _refuse_splits(folder, shards)
+            return shards
     chosen = [file for file in files if _looks_like_text(file, read(file, 8192))]
     chosen = chosen or [file for file in files if file.endswith(HDF5_SUFFIXES)]  # last: beside text, they are its data
     if not chosen:
         raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines, text or HDF5 files)")
     return chosen
+
+
+def _refuse_splits(folder: str, shards: Sequence[str]) -> None:
+    """Raise ConfigError if the names of shards say that they are several splits, as in a folder from a hub."""
+    found: dict[str, list[str]] = {}
+    for shard in shards:
+        top, _, name = shard.rpartition("/")
+        words = [word for word in re.split(r"[-_. 0-9]+|of", bare_name(name).rpartition(".")[0].lower()) if word]
+        split = next((_SPLITS[word] for word in (*words[:1], *words[-1:], top.lower()) if word in _SPLITS), None)
+        if split:
+            found.setdefault(split, []).append(shard)
+    if len(found) > 1:
+        raise _several(folder, [_glob(found[split]) for split in sorted(found)])
+
+
+def _glob(names: Sequence[str]) -> str:
+    """Return a glob for files that are all of one split."""
+    start = commonprefix(names)  # noqa: RUF071 (of characters)
+    ending = names[0].rpartition("/")[2].rpartition(".")[2]
+    return names[0] if len(names) == 1 else f"{start.rstrip('0123456789')}*.{ending}"
+
+
+def _several(folder: str, splits: Sequence[str]) -> ConfigError:
+    one = ", ".join(f"{folder}/{split}" for split in splits)
+    return ConfigError(f"{folder} holds several splits of a data set: name one of {one}")
 
 
 def _written_folders(names: Sequence[str]) -> tuple[str, ...]:

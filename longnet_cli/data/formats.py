@@ -28,6 +28,7 @@ from longnet_cli.data.tables import BYTE_ORDER_MARK, Pipe, Table, Text, pick, re
 from longnet_cli.errors import DataError
 
 PARQUET_BATCH_BYTES = 64 << 20
+PARQUET_BATCH_ROWS = 1 << 20  # a row that repeats may take almost no bytes of a file
 TEXT_BUFFER = 1 << 20  # bytes per read of a text
 TEXT_PART = 16 << 20  # bytes of a text in memory at a time; a longer text is read in parts
 REMOTE_BUFFER = 8 << 20  # bytes per request to a store
@@ -155,7 +156,8 @@ def _open_parquet(source: Source, file: Any) -> Table:
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     if sum(group.num_rows for group in groups) != metadata.num_rows:
         raise DataError(f"{source.where}: the data is damaged or truncated (its row groups do not add up)")
-    rows = max(1, PARQUET_BATCH_BYTES * metadata.num_rows // max(1, sum(group.total_byte_size for group in groups)))
+    rows = PARQUET_BATCH_BYTES * metadata.num_rows // max(1, sum(group.total_byte_size for group in groups))
+    rows = min(max(1, rows), PARQUET_BATCH_ROWS)
 
     def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
         reader = parquet.iter_batches(batch_size=rows, columns=columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -14,6 +15,7 @@ from longnet_cli.data.tables import Table, one_line, reading
 from longnet_cli.errors import ConfigError, DataError
 
 BATCH_BYTES = 16 << 20
+MOST_CHUNK_BYTES = 1 << 30  # HDF5 unpacks a chunk whole, whatever its size in the file
 
 
 def open_hdf5(name: str, where: str, file: Any) -> Table:
@@ -43,6 +45,9 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
             said = ", ".join(f"{key} {count}" for key, count in counts.items())
             raise DataError(f"{where}: its datasets have different numbers of rows: {said}")
         total = next(iter(counts.values()), 0)
+        for key, rows in wanted.items():
+            if problem := rows.problem():
+                raise DataError(f"{where}: {key}: {problem}")
         step = max(1, BATCH_BYTES // max(1, sum(rows.nbytes for rows in wanted.values())))
         for start in range(0, total, step):
             stop = min(start + step, total)
@@ -81,6 +86,20 @@ class _RowsDataset:
     def nbytes(self) -> int:
         """The bytes of a row."""
         return self.width * self.dtype.itemsize
+
+    def problem(self) -> str | None:
+        """Return what is wrong with the storage of the rows; None if the file has all of them.
+
+        HDF5 gives zeros for rows that the file declares and does not have.
+        """
+        stored, sizes = self.dataset.id, self.dataset.chunks
+        if sizes is None:
+            return "the file lacks some of its rows" if stored.get_storage_size() < self.dataset.nbytes else None
+        if (size := math.prod(sizes) * self.dtype.itemsize) > MOST_CHUNK_BYTES:
+            return f"its chunks have {size:,} bytes each, and {MOST_CHUNK_BYTES:,} are the most: write smaller ones"
+        declared = math.prod(-(-length // side) for length, side in zip(self.dataset.shape, sizes, strict=True))
+        found = stored.get_num_chunks()
+        return f"the file has {found:,} of its {declared:,} chunks" if found < declared else None
 
     def read(self, start: int, stop: int) -> pa.Array:
         rows = self.dataset[0, start:stop] if self.batched else self.dataset[start:stop]

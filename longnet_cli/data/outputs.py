@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
@@ -19,6 +20,12 @@ from longnet_cli.finite_json import to_json
 
 SHARD_VERSION = 1
 OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl")  # names of one file; any other name is a folder
+# Endings of files that we do not write. Any other ending, as in run.v2, may be a folder's.
+_OTHER_SUFFIX = re.compile(
+    r"\.(csv|tsv|txt|json|ndjson|npy|npz|pt|pth|bin|safetensors|h5|hdf5|pkl|pickle|gz|bz2|xz|zst|zip|tar|tgz|7z|ipc|pq|orc"
+    r"|avro|lance|db|sqlite3?|duckdb|xlsx?|html|md|ya?ml|toml|xml|log)",
+    re.IGNORECASE,
+)
 
 _JSON_ROWS = 1024  # turned into Python objects at a time, at some 40 bytes per number
 
@@ -26,16 +33,27 @@ _JSON_ROWS = 1024  # turned into Python objects at a time, at some 40 bytes per 
 def is_folder(output: str | Path, *, resume: bool = False) -> bool:
     """Return whether an output names a folder of shards, and not `-`, a file (by its suffix), a pipe or a device.
 
-    Raises ConfigError for an empty name, and where something else than a folder is to `resume`.
+    Raises ConfigError for an empty name, for the name of a file of another kind, and where something else than a folder
+    is to `resume`.
     """
     if not str(output):  # such as an unset variable in a script
         raise ConfigError("-o is empty: name a folder or a file")
+    refuse_other_suffix("-o", output)
     path = Path(output)
     special = path.exists() and not (path.is_file() or path.is_dir())
     found = str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES) and not special
     if resume and not found:
         raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
     return found
+
+
+def refuse_other_suffix(option: str, output: str | Path) -> None:
+    """Raise ConfigError if an output, unless it exists, has the name of a kind of file that is not written."""
+    suffix = Path(output).suffix
+    other = _OTHER_SUFFIX.fullmatch(suffix) or suffix.lower() in {*OUTPUT_SUFFIXES} - {suffix}
+    if other and not Path(output).exists():
+        kinds = f"{', '.join(OUTPUT_SUFFIXES[:-1])} or {OUTPUT_SUFFIXES[-1]}"
+        raise ConfigError(f"{option} {output}: {suffix} is not written: the name of a file ends in {kinds}")
 
 
 class ShardWriter:

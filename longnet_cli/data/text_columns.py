@@ -10,7 +10,7 @@ from longnet_cli.data.documents import Unread
 from longnet_cli.data.grouping import Label, group_rows, read_batches
 from longnet_cli.data.tables import Table, Text
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError
+from longnet_cli.errors import ConfigError, DataError, RefusedError
 
 
 def table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad: bool) -> Iterator[Text | Unread]:
@@ -31,7 +31,7 @@ def table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, ski
         if error is None:
             try:
                 text, ids = join(group.values) if join else ("".join(group.values), None)
-            except ConfigError as refused:  # the template refuses these messages
+            except RefusedError as refused:
                 error = DataError(f"{place}: {refused}")
                 if not skip_bad:
                     raise error from None

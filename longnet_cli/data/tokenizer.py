@@ -4,10 +4,13 @@ A document is never anything but text: `<|endoftext|>` written inside one is enc
 count of a document's tokens is the byte count of its text, and no document can forge a boundary.
 """
 
+import base64
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
 from itertools import chain
@@ -37,7 +40,8 @@ from longnet_cli.shipped import END_OF_TEXT, TOKENIZER, list_models, preset_dir
 PIECE = 1 << 16
 GROUP = 1 << 22
 LONGEST_PIECE = 1 << 20
-MOST_IDS = 1 << 24  # in a vocabulary to train: the library takes memory for each before it reads a text
+MOST_IDS = 1 << 24  # in a vocabulary: each takes memory before a text is read
+MOST_GROWTH = 256  # of a text by a normalizer, at worst. Unicode's own, NFKC, makes 18 characters of one.
 
 # Between a letter and one of these signs every byte-level pre-tokenizer starts a new word (GPT-2, cl100k, o200k,
 # Llama 3), so a text cut there gives the same tokens. No apostrophe: o200k keeps the 't of don't with its word.
@@ -53,6 +57,18 @@ def _byte_alphabet() -> list[str]:
 
 
 BYTE_OF = {character: byte for byte, character in enumerate(_byte_alphabet())}
+
+
+@contextmanager
+def library_call() -> Iterator[None]:
+    """Raise ConfigError for a panic of the library, which is no Exception: a regular expression that takes too long."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        said = " ".join(str(error).split())
+        raise ConfigError(f"the tokenizer fails ({said}): see the regular expressions of its tokenizer.json") from None
 
 
 class Tokenizer:
@@ -72,6 +88,8 @@ class Tokenizer:
         self._inner = inner
         self._vocab: dict[str, int] = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocab.values(), default=-1) + 1
+        if self.vocab_size > MOST_IDS:
+            raise ConfigError(f"the tokenizer has an id {self.vocab_size - 1}: {MOST_IDS - 1:,} is the largest")
         named = [special_token((settings or {}).get(key)) for key in EOS_KEYS]
         self.eos_id: int | None = next(
             (self._vocab[name] for name in (*named, *EOS_NAMES) if name in self._vocab), None
@@ -93,6 +111,7 @@ class Tokenizer:
         return found
 
     @cached_property
+    @library_call()
     def ids_before(self) -> tuple[int, ...]:
         """The ids that the tokenizer's template puts before a text: `<s>` for Llama, none for GPT-2."""
         bare = self._inner.encode("a", add_special_tokens=False).ids
@@ -127,9 +146,16 @@ class Tokenizer:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"{path}: cannot read the tokenizer: {reason}") from error
         try:
-            inner = tokenizers.Tokenizer.from_str(text)
+            with library_call():
+                inner = tokenizers.Tokenizer.from_str(text)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"{path}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
+        for part in ("normalizer", "decoder"):
+            if (growth := _growth(json.loads(text).get(part))) > MOST_GROWTH:
+                what = f"its {part} may make a text {growth:,.0f} times as long"
+                raise ConfigError(f"{path}: {what}: {MOST_GROWTH} times is the most")
         if Path(path).name != TOKENIZER:
             return cls(inner, settings)
         found = cls(inner, read_settings(Path(path).with_name(SETTINGS)))
@@ -204,11 +230,13 @@ class Tokenizer:
             return
         for owners, pieces in self._groups(texts):
             # The encodings take 100 bytes per token. Without a name, they are freed before the next group is encoded.
-            for owner, piece, encoding in zip(
-                owners, pieces, self._inner.encode_batch_fast(pieces, add_special_tokens=False), strict=True
-            ):
+            for owner, piece, encoding in zip(owners, pieces, self._encodings(pieces), strict=True):
                 ids = encoding.ids
                 yield owner, np.fromiter(ids, np.int32, len(ids)), len(piece.encode())
+
+    @library_call()
+    def _encodings(self, pieces: Sequence[str]) -> list[Any]:
+        return self._inner.encode_batch_fast(pieces, add_special_tokens=False)
 
     def pieces(self, parts: Iterable[str]) -> Iterator[str]:
         """Cut a text, which comes in parts, into pieces whose tokens together are the tokens of the text.
@@ -233,6 +261,7 @@ class Tokenizer:
                 yield np.concatenate([ids for ids, _ in found]), sum(size for _, size in found)
                 pieces = []
 
+    @library_call()
     def decode(self, ids: np.ndarray, *, special: bool = True) -> str:
         """Return the text of (tokens,) ids, with special tokens if `special`. A cut UTF-8 character becomes U+FFFD."""
         return str(self._inner.decode(np.asarray(ids).tolist(), skip_special_tokens=not special))
@@ -309,6 +338,7 @@ class Tokenizer:
         )
 
     @cached_property
+    @library_call()
     def _can_cut(self) -> bool:
         """Return whether this tokenizer starts a new word at every cut, tried on one word for each sign."""
         words = self._inner.pre_tokenizer
@@ -337,6 +367,23 @@ class Tokenizer:
                     owners, pieces, size = [], [], 0
         if pieces:
             yield owners, pieces
+
+
+def _growth(step: Any) -> float:
+    """Return how many times as long a step of a tokenizer.json (`normalizer`, `decoder`) makes a text, at worst."""
+    found = step if isinstance(step, dict) else {}
+    if found.get("type") == "Sequence":
+        return math.prod(
+            [_growth(each) for key in ("normalizers", "decoders") for each in found.get(key, ())], start=1.0
+        )
+    if found.get("type") == "Replace":
+        replaced = found["pattern"].get("String")  # a regular expression may match the empty text
+        return max(1, len(found["content"]) / len(replaced) if replaced else 1 + len(found["content"]))
+    if found.get("type") == "Precompiled":  # a tree of so many bytes, then what it writes for a character
+        table = base64.b64decode(found["precompiled_charsmap"])
+        written = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
+        return max(1, *(len(each.decode(errors="replace")) for each in written))
+    return 1
 
 
 def cut_text(parts: Iterable[str]) -> Iterator[str]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import pickletools
 import re
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +31,13 @@ from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.model import LongNet, LongNetConfig, SlideConfig
 from longnet_cli.model.integrity import TYPE_NAMES, check_finite
 from longnet_cli.model.slide import VectorNet
-from longnet_cli.model.torchscale import DERIVED_BUFFERS, MODULES, renamed, without_prefix
+from longnet_cli.model.torchscale import DERIVED_BUFFERS, official_name, renamed_net, without_prefix
 from longnet_cli.model.weights import list_names
 
 _INSIDE = ("model", "module", "state_dict", "teacher")  # keys of the state dict in training checkpoints
 _SHARED = re.compile(r"(module|model|backbone|slide_encoder|encoder|decoder)\.")
-_SLIDE = {"cls_token": "cls", "patch_embed.proj.weight": "project.weight", "patch_embed.proj.bias": "project.bias"}
-_SLIDE |= {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}
+_SLIDE = {"cls": "cls_token", "project.weight": "patch_embed.proj.weight", "project.bias": "patch_embed.proj.bias"}
+_SLIDE |= {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}  # our name -> theirs, of all but the layers
 _RATES = (1, 2, 4, 8, 16)
 _LONGVIT = {  # number of positions (patches of 32 pixels) -> segment lengths
     1024: (64, 128, 256, 512, 1024),
@@ -109,6 +112,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         found: Any
         if pickled:  # a Namespace, such as a run's options, is plain data
+            _check_pickle(path)
             with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
                 warnings.simplefilter("ignore")  # about pickle protocols; an unknown one raises below
                 found = torch.load(path, map_location="cpu", weights_only=True)
@@ -130,10 +134,36 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for name, tensor in found.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: not a plain state dict: {name} is of type {type(tensor).__name__}")
+        plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{path}: {name} of shape {tuple(tensor.shape)} has not all of its numbers in the file"
+            )
     state = dict(found)
     if any(name.startswith("backbone.") for name in state):  # a student or a teacher: leave out its head
         state = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
     return without_prefix(state, _SHARED)
+
+
+def _check_pickle(path: Path) -> None:
+    """Raise ValueError or UnpicklingError for a file of `torch.save` that declares more data than it has."""
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):  # the older format: four pickles, then the numbers
+            file.seek(0)
+            pickles: list[Any] = [file] * 4
+        else:
+            archive = zipfile.ZipFile(file)
+            records = archive.infolist()
+            size = sum(record.file_size for record in records)
+            if size > path.stat().st_size or any(record.compress_type for record in records):
+                raise ValueError("its records are compressed, or lie in each other, as torch.save never does")
+            pickles = [archive.open(record) for record in records if record.filename.endswith("data.pkl")]
+        for each in pickles:
+            with suppress(ValueError):  # damage, which torch reports
+                for operation, argument, _ in pickletools.genops(each):
+                    # torch allows this one, of any size
+                    if operation.name == "GLOBAL" and (asked := str(argument)).endswith(" bytearray"):
+                        raise pickle.UnpicklingError(f"GLOBAL {asked.replace(' ', '.')} was asked for")
 
 
 class _Found:
@@ -161,32 +191,10 @@ class _Found:
 
     def build(self) -> LongNet:
         """Return the net with its weights, in float32."""
-        kind = VectorNet if self.slide else LongNet
-        with torch.device("meta"):
-            net = kind(self.config)
-        names = {theirs: ours for theirs in self.state if (ours := self._ours(theirs))}
-        expected = {self._theirs(ours): tuple(tensor.shape) for ours, tensor in net.state_dict().items()}
-        state = dict(self.state)
-        if self.config.vocab_size and self.config.tie_embeddings:
-            state.pop("output_projection.weight", None)
-        problems = []
-        if missing := [name for name in expected if name not in state]:
-            problems.append(list_names("missing", missing))
-        if surplus := [name for name in state if name not in expected]:
-            problems.append(list_names("unexpected", surplus))
-        for name, needed in expected.items():
-            if name == "cls_token":
-                needed = (1, 1, *needed)
-            if name in state and tuple(state[name].shape) != needed:
-                problems.append(f"{name} has shape {tuple(state[name].shape)}, the others need {needed}")
-        if problems:
-            shown = problems[:4] + [f"{len(problems) - 4} more shapes differ"] * (len(problems) > 4)
-            raise CheckpointError(f"{self.path}: {self.what}: {'; '.join(shown)}")
-        weights = {names[theirs]: tensor.to(torch.float32) for theirs, tensor in state.items()}
-        if self.slide:
-            weights["cls"] = weights["cls"].flatten()
-        net.load_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, assign=True)
-        return net.eval()
+        kind, state = VectorNet if self.slide else LongNet, dict(self.state)
+        if "cls_token" in state:
+            state["cls_token"] = state["cls_token"].flatten()
+        return renamed_net(kind, self.config, state, self._official_name, f"{self.path}: {self.what}")
 
     def card(self) -> str:
         """Return the text of the folder's README.md."""
@@ -220,7 +228,7 @@ class _Found:
             "vocab_size": 0,
             "dim": dim,
             "ffn_dim": ffn,
-            "num_layers": max(layers) + 1,
+            "num_layers": len(layers),
             "norm": "subln" if any(".inner_attn_ln." in name for name in self.state) else "pre",
             "final_norm": f"{self.prefix}layer_norm.weight" in self.state,
             "head_offsets": "grouped",
@@ -286,15 +294,8 @@ class _Found:
     def _shape(self, name: str) -> tuple[int, ...] | None:
         return tuple(self.state[name].shape) if name in self.state else None
 
-    def _ours(self, theirs: str) -> str | None:
-        if self.slide and theirs in _SLIDE:
-            return _SLIDE[theirs]
-        return renamed(theirs.removeprefix(self.prefix)) if theirs.startswith(self.prefix) else None
-
-    def _theirs(self, ours: str) -> str:
-        if self.slide and ours in (names := {ours: theirs for theirs, ours in _SLIDE.items()}):
-            return names[ours]
-        return f"{self.prefix}{renamed(ours, {ours: theirs for theirs, ours in MODULES.items()})}"
+    def _official_name(self, ours: str) -> str:
+        return _SLIDE[ours] if self.slide and ours in _SLIDE else f"{self.prefix}{official_name(ours)}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,22 +12,22 @@ from longnet_cli.errors import CheckpointError
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model.longnet import LongNet
 from longnet_cli.model.positions import XPOS_GAMMA
-from longnet_cli.model.weights import empty_net, list_names
+from longnet_cli.model.weights import NetT, list_names
 
-MODULES = {  # torchscale's name -> ours, of a layer, then of the net
-    "self_attn_layer_norm": "attention_norm",
-    "self_attn.q_proj": "attention.q",
-    "self_attn.k_proj": "attention.k",
-    "self_attn.v_proj": "attention.v",
-    "self_attn.inner_attn_ln": "attention.inner_norm",
-    "self_attn.out_proj": "attention.out",
-    "final_layer_norm": "ffn_norm",
+_MODULES = {  # our name -> torchscale's, of a layer, then of the net
+    "attention_norm": "self_attn_layer_norm",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.inner_norm": "self_attn.inner_attn_ln",
+    "attention.out": "self_attn.out_proj",
+    "ffn_norm": "final_layer_norm",
     "ffn.fc1": "ffn.fc1",
-    "ffn.ffn_layernorm": "ffn.inner_norm",
+    "ffn.inner_norm": "ffn.ffn_layernorm",
     "ffn.fc2": "ffn.fc2",
-    "embed_tokens": "embedding",
-    "layer_norm": "final_norm",
-    "output_projection": "output",
+    "embedding": "embed_tokens",
+    "final_norm": "layer_norm",
+    "output": "output_projection",
 }
 _PREFIX = re.compile(r"(model|decoder|encoder)\.")
 DERIVED_BUFFERS = re.compile(r"(.*\.)?(xpos\.scale|version)")  # buffers that the configuration determines
@@ -46,22 +46,48 @@ def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> 
     state = {k: t for k, t in state_dict.items() if not DERIVED_BUFFERS.fullmatch(k)}
     if not config.vocab_size:
         state = {k: t for k, t in state.items() if k.startswith("encoder.")} or state
-    state = without_prefix(state)
-    places = {theirs: renamed(theirs) for theirs in state}
-    if unknown := [theirs for theirs, ours in places.items() if ours is None]:
-        raise CheckpointError(f"torchscale weights: {list_names('unexpected', unknown)}")
-    tensors = {ours: state[theirs].detach().to(torch.float32) for theirs, ours in places.items() if ours is not None}
-    if config.tie_embeddings and config.vocab_size:
-        output = tensors.pop("output.weight", None)
-        embedding = tensors.get("embedding.weight")
-        if output is not None and embedding is not None and not torch.equal(output, embedding):
+    return renamed_net(LongNet, config, without_prefix(state), official_name, "torchscale weights")
+
+
+def renamed_net(
+    build: Callable[[LongNetConfig], NetT],
+    config: LongNetConfig,
+    state: Mapping[str, Tensor],
+    name_of: Callable[[str], str],
+    where: str,
+) -> NetT:
+    """Build a float32 net with the weights in `state`, where `name_of` gives the name of each of our tensors.
+
+    Raises CheckpointError, which names the keys, as `from_torchscale` does.
+    """
+    with torch.device("meta"):
+        net = build(config)
+    state = dict(state)
+    if config.vocab_size and config.tie_embeddings:
+        output, table = state.pop("output_projection.weight", None), state.get("embed_tokens.weight")
+        if output is not None and table is not None and not torch.equal(output, table):
             raise CheckpointError(
-                "torchscale weights: output_projection.weight is not embed_tokens.weight; set tie_embeddings=false"
+                f"{where}: output_projection.weight is not embed_tokens.weight; set tie_embeddings=false"
             )
-    model = empty_net(LongNet, config, {name: tuple(t.shape) for name, t in tensors.items()}, "torchscale weights")
+    names = {name_of(ours): ours for ours in net.state_dict()}
+    shapes = {theirs: tuple(net.state_dict()[ours].shape) for theirs, ours in names.items()}
+    problems = []
+    if missing := [name for name in names if name not in state]:
+        problems.append(list_names("missing", missing))
+    if surplus := [name for name in state if name not in names]:
+        problems.append(list_names("unexpected", surplus))
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)}, the others need {needed}"
+        for name, needed in shapes.items()
+        if name in state and tuple(state[name].shape) != needed
+    ]
+    if problems:
+        shown = problems[:4] + [f"{len(problems) - 4} more shapes differ"] * (len(problems) > 4)
+        raise CheckpointError(f"{where}: {'; '.join(shown)}")
     # our own copy: training the net must not change the caller's dict
-    model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
-    return model.eval()
+    weights = {ours: state[theirs].detach().to(torch.float32, copy=True) for theirs, ours in names.items()}
+    net.load_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, assign=True)
+    return net.eval()
 
 
 def to_torchscale(model: LongNet) -> dict[str, Tensor]:
@@ -72,8 +98,7 @@ def to_torchscale(model: LongNet) -> dict[str, Tensor]:
     torchscale always uses head_offsets="grouped", in bidirectional nets padding="zero_key", and has no position="rope".
     """
     config = model.config
-    modules = {ours: theirs for theirs, ours in MODULES.items()}
-    state = {str(renamed(name, modules)): tensor for name, tensor in model.state_dict().items()}
+    state = {official_name(name): tensor for name, tensor in model.state_dict().items()}
     if config.vocab_size and config.tie_embeddings:
         state["output_projection.weight"] = state["embed_tokens.weight"]
     if config.position == "xpos":
@@ -83,10 +108,10 @@ def to_torchscale(model: LongNet) -> dict[str, Tensor]:
     return state
 
 
-def renamed(name: str, modules: Mapping[str, str] = MODULES) -> str | None:
-    """Return the name of a parameter after `modules` renames its module, or None if `modules` lacks that."""
-    match = re.fullmatch(r"(layers\.\d+\.|)(.+)\.(weight|bias)", name)
-    return f"{match[1]}{modules[match[2]]}.{match[3]}" if match and match[2] in modules else None
+def official_name(ours: str) -> str:
+    """Return torchscale's name of one of our tensors."""
+    ((layer, module, kind),) = re.findall(r"^(layers\.\d+\.|)(.+)\.(weight|bias)$", ours)
+    return f"{layer}{_MODULES[module]}.{kind}"
 
 
 def without_prefix(state: dict[str, Tensor], prefix: re.Pattern[str] = _PREFIX) -> dict[str, Tensor]:

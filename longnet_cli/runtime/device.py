@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.errors import ConfigError
+from longnet_cli.errors import ConfigError, InputWarning
 
+CPU_INFO = Path("/proc/cpuinfo")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,10 +39,23 @@ def select_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
-    """Resolve `--dtype`: auto is bf16 on a GPU that supports it, otherwise fp32."""
+    """Resolve `--dtype`: auto is bf16 on a GPU that supports it, otherwise fp32.
+
+    Warns once, with InputWarning, of bf16 on a CPU that computes it slowly.
+    """
+    if name == "bf16" and device.type == "cpu":
+        _warn_of_slow_bf16()
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+@cache
+def _warn_of_slow_bf16() -> None:
+    with suppress(OSError):  # not Linux: unknown
+        found = re.findall(r"^(?:flags|Features)\s*:(.*)", CPU_INFO.read_text(), re.MULTILINE)
+        if found and not {"avx512_bf16", "amx_bf16", "bf16"} & {*found[0].split()}:
+            warnings.warn("this CPU has no bf16 instructions: --dtype fp32 is faster here", InputWarning, stacklevel=3)
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -209,19 +226,3 @@ def matmul_peak(device: torch.device, dtype: str = "auto") -> float:
             best = min(best, time.perf_counter() - start)
         times += 1
     return 2 * n**3 / best
-
-
-class MatmulPeak:
-    """The best `matmul_peak` so far, in `rate` (FLOP/s). Later measurements can only raise it."""
-
-    EVERY = 30.0  # seconds between two measurements, which take a hundredth of the time
-
-    def __init__(self, device: torch.device, dtype: str = "auto") -> None:
-        self.device, self.dtype = device, dtype
-        self.rate, self._looked = matmul_peak(device, dtype), time.monotonic()
-
-    def again(self) -> float:
-        """Return the rate, after another measurement if one is due. Measure no GPU again: the run uses its memory."""
-        if self.device.type == "cpu" and time.monotonic() >= self._looked + self.EVERY:
-            self.rate, self._looked = max(self.rate, matmul_peak(self.device, self.dtype)), time.monotonic()
-        return self.rate

@@ -6,9 +6,9 @@ import math
 import platform
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import accumulate, islice, pairwise
@@ -30,7 +30,7 @@ from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.runtime.chunks import Tokens
-from longnet_cli.runtime.device import MatmulPeak, check_kernel, peak_memory, random_state, to_device
+from longnet_cli.runtime.device import check_kernel, peak_memory, random_state, to_device
 from longnet_cli.runtime.fsdp import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
 from longnet_cli.runtime.mapped import MappedMemory
 from longnet_cli.runtime.ranks import Ranks
@@ -82,7 +82,7 @@ def train(
     tokenizer_differs: bool = False,
     resume: Resume = True,
     ranks: Ranks | None = None,
-    peak: MatmulPeak | None = None,
+    peak: float | None = None,
     on_begin: Callable[[int, int], None] | None = None,
     on_step: OnStep | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -98,9 +98,9 @@ def train(
     has one), or the path of a checkpoint or a run. A resumed run gives the numbers of an uninterrupted run, bit by bit
     on a CPU with as many processes.
     The tokenizer of the model `recipe.init` must be the recipe's, unless `tokenizer_differs`. The `ranks` of a group
-    share each sequence, `train.chunk` tokens each, and the groups share the sequences of a step; rank 0 writes. `peak`
-    is for the MFU. Prints nothing: `on_begin` gets the steps and tokens that are done already, `on_note` a line about
-    each damaged checkpoint.
+    share each sequence, `train.chunk` tokens each, and the groups share the sequences of a step; rank 0 writes. `peak`,
+    the `matmul_peak` of a rank, is for the MFU. Prints nothing: `on_begin` gets the steps and tokens that are done
+    already, `on_note` a line about each damaged checkpoint.
 
     Raises ConfigError for a model, tokenizer or checkpoint that does not fit the recipe, DataError for too little data,
     CheckpointError when all checkpoints are damaged, LongNetError when the loss is no longer finite or jumps, or when
@@ -126,7 +126,7 @@ class _TrainingRun:
         device: torch.device,
         tokenizer_differs: bool,
         ranks: Ranks,
-        peak: MatmulPeak | None,
+        peak: float | None,
         on_step: OnStep | None,
     ) -> None:
         self.recipe, self.output, self.device, self.ranks = recipe, output, device, ranks
@@ -147,10 +147,10 @@ class _TrainingRun:
         if initial:
             ModelFolder.find(initial).tokenizer(recipe.data.tokenizer, differs=tokenizer_differs)
         self.windows = make_windows(recipe, self.tokenizer, self.eos_id, ranks)
-        held_out = recipe.data.held_out
+        held_out = recipe.data.held_out_files
         self.held_out = _documents(recipe, self.tokenizer, held_out) if held_out else []
         if held_out and not any(map(len, self.held_out)):
-            raise DataError(f"data.held_out, {', '.join(held_out)}: every document is empty")
+            raise DataError(f"data.held_out, {', '.join(map(str, held_out.names))}: every document is empty")
         torch.manual_seed(recipe.train.seed)
         self.model = _model(recipe, initial).to(device).train()
         self.frozen = frozen_digest(self.model)
@@ -367,8 +367,7 @@ class _TrainingRun:
         line = None
         if held_out or last or progress.step % train.log_every == 0:
             rate, memory = self._learning_rate(progress.step - 1), peak_memory(self.device)
-            with self.log.paused():
-                peak = self.peak.again() * self.ranks.world if self.peak else None
+            peak = self.peak * self.ranks.world if self.peak else None
             line = self.log.write(progress.step, rate, stage.seq_len, memory=memory, peak=peak, held_out=held_out)
             for tracker in self.trackers:
                 tracker.log(line.step, asdict(line))
@@ -420,15 +419,17 @@ class _TrainingRun:
         self.ranks.barrier()  # otherwise another rank could end, and end this one while it writes
 
 
-def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Sequence[str]) -> list[Document]:
-    found = Inputs(inputs, tokenizer, recipe.data.column, vocab_size=recipe.model.vocab_size)
-    return list(found.documents())
+def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs) -> list[Document]:
+    column, vocab_size = recipe.data.column, recipe.model.vocab_size
+    return list(replace(inputs, tokenizer=tokenizer, column=column, vocab_size=vocab_size).documents())
 
 
 def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
     """Return the training data, cut into the windows of each stage."""
     mix, train = recipe.data.sources, recipe.train
-    sources = [TokenStream(_documents(recipe, tokenizer, source.inputs), eos_id) for source in mix]
+    if not mix:
+        raise ConfigError("no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe")
+    sources = [TokenStream(_documents(recipe, tokenizer, source.files), eos_id) for source in mix]
     weights = [source.weight for source in mix]
     return [
         TokenWindows(
@@ -465,10 +466,7 @@ def _model(recipe: Recipe, initial: str | None) -> Net:
     # weights do not depend on the pattern: training continues with the recipe's
     model = ModelFolder.find(initial).net(pattern=recipe.model.pattern)
     if model.config != recipe.model:
-        changed = [
-            name
-            for name in type(model.config).model_fields
-            if getattr(model.config, name) != getattr(recipe.model, name)
-        ]
+        fields = type(recipe.model).model_fields
+        changed = [name for name in fields if getattr(model.config, name) != getattr(recipe.model, name)]
         raise ConfigError(f"{initial} differs from the recipe in model.{', model.'.join(changed)}")
     return model

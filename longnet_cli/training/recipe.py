@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from longnet_cli.configuration import StrictModel, parse, read_text, validate
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, LongNetError, refuse_web_address
 from longnet_cli.integrations.transformers_config import TransformersConfig
@@ -37,6 +39,10 @@ class MixedInputs(StrictModel):
     inputs: list[str] = Field(min_length=1)
     weight: float = Field(gt=0)
 
+    @cached_property
+    def files(self) -> Inputs:
+        return Inputs(self.inputs)
+
 
 class DataRecipe(StrictModel):
     """The source of tokens. `tokenizer` is `bytes`, a file or a folder; `eos` is its end-of-text token or the id of it.
@@ -60,12 +66,14 @@ class DataRecipe(StrictModel):
             raise ValueError("set one of data.train = [...] and [[data.mix]] tables, not both")
         return self
 
-    @property
+    @cached_property
     def sources(self) -> list[MixedInputs]:
-        """The sources in `train` or `mix`, as a mix of one or several. Raises ConfigError where neither is set."""
-        if self.train is None and self.mix is None:
-            raise ConfigError("no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe")
-        return self.mix or [MixedInputs(inputs=self.train or [], weight=1)]
+        """The sources in `train` or `mix`, as a mix of one or several; empty where neither is set."""
+        return self.mix or [MixedInputs(inputs=names, weight=1) for names in (self.train,) if names]
+
+    @cached_property
+    def held_out_files(self) -> Inputs | None:
+        return Inputs(self.held_out) if self.held_out else None
 
 
 class OptimizerRecipe(StrictModel):

@@ -9,7 +9,6 @@ from typing import Any
 
 from longnet_cli.configuration import parse, read_text
 from longnet_cli.data import overwriting
-from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.model_folder import ModelFolder
@@ -125,12 +124,11 @@ def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None) -> None:
     A recipe.json and a tokenizer.json beside metrics.jsonl belong to the run itself, which continues with them.
     """
     data, again = recipe.data, (output / "metrics.jsonl").exists()
-    inputs = [*(item for source in (data.train or [], *(mix.inputs for mix in data.mix or [])) for item in source)]
     files = [*(output / name for name in MODEL_FILES), *(output / BEST / name for name in MODEL_FILES)]
     files += [output / RECIPE, output / "metrics.jsonl", output / CHECKPOINTS]
     also: list[Path | None] = []
     if not again:
         also += [ModelFolder.find(recipe.init).path if recipe.init else None]
         also += [Path(path) if path else None, Tokenizer.find(data.tokenizer)]
-    for read in (inputs, data.held_out or []):
-        overwriting.refuse_overwriting("-o", files, Inputs(read) if read else None, also)
+    for inputs in (*(source.files for source in data.sources), data.held_out_files):
+        overwriting.refuse_overwriting("-o", files, inputs, also)

@@ -1,0 +1,166 @@
+"""Jinja templates of strangers, in a process of their own, which bounds their time and memory.
+
+The process reads lines of JSON from stdin, and answers each with a line of JSON: first the template, then its
+variables. It ends with stdin, also if its parent was killed, and by an alarm where a template runs on.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import jinja2
+from jinja2 import ext, nodes, parser, sandbox
+
+from longnet_cli.finite_json import to_json
+
+SECONDS = 20
+MEMORY = 1 << 29  # bytes of address space, and GROWTH for each character that is rendered
+GROWTH = 64
+MOST_TEXT = 1 << 24  # characters of a rendered text, and 16 for each that is given
+
+
+class RenderError(Exception):
+    """What is wrong with a template, or with what it is given, and the line of the template."""
+
+
+class EndlessError(RenderError):
+    """A template that took more time than it may: its process was ended."""
+
+
+class Template:
+    """A Jinja template in a sandbox. Raises RenderError for a template that is no Jinja."""
+
+    def __init__(self, source: str) -> None:
+        root = str(Path(__file__).parents[2])
+        path = f"sys.path[:] = [{root!r}, *filter(None, sys.path)]"  # no module of the current folder is run
+        serve = f"{path}; from longnet_cli.data.rendering import serve; serve({SECONDS})"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"import sys; {serve}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self._process.stdin
+        assert self._process.stdout
+        self._to: IO[bytes] = self._process.stdin
+        self._from: IO[bytes] = self._process.stdout
+        weakref.finalize(self, _end, self._process)
+        self._ask(source)
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """Return the text for these variables, which are JSON. Raises RenderError."""
+        return self._ask(variables)
+
+    def _ask(self, what: Any) -> str:
+        try:
+            self._to.write(json.dumps(what).encode() + b"\n")
+            self._to.flush()
+            answer = self._from.readline()
+        except BrokenPipeError:
+            answer = b""
+        if not answer:
+            self._process.wait()
+            late = self._process.returncode == -signal.SIGALRM
+            raise EndlessError(f"it takes more than {SECONDS} seconds" if late else "its process was killed")
+        found = json.loads(answer)
+        if "failure" in found:
+            raise RenderError(found["failure"])
+        return str(found["text"])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def serve(seconds: int) -> None:
+    """Render templates for the parent process, each in so many seconds, until stdin ends."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    template: jinja2.Template | None = None
+    for line in sys.stdin.buffer:
+        signal.alarm(seconds)
+        try:
+            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+            wanted = MEMORY + GROWTH * len(line)
+            resource.setrlimit(resource.RLIMIT_AS, (wanted if hard < 0 else min(wanted, hard), hard))
+            what = json.loads(line)
+            if isinstance(what, str):
+                template, answer = _environment().from_string(what), {"text": ""}
+            else:
+                assert template
+                answer = {"text": _render(template, what, MOST_TEXT + 16 * len(line))}
+            said = json.dumps(answer)
+        except MemoryError:
+            said = json.dumps({"failure": f"it takes more than {MEMORY >> 20} MiB"})
+        except Exception as error:  # a template may raise anything
+            said = json.dumps({"failure": _described(error, template)})
+        signal.alarm(0)
+        sys.stdout.write(said + "\n")
+        sys.stdout.flush()
+
+
+def _render(template: jinja2.Template, variables: dict[str, Any], most: int) -> str:
+    stream: Any = template.root_render_func(template.new_context(variables))
+    parts, size = [], 0
+    for part in stream:
+        size += len(part)
+        line = _line(template, stream.gi_frame.f_lineno)
+        if size > most:
+            raise RenderError(f"it writes more than {most} characters{line}")
+        try:
+            part.encode()
+        except UnicodeEncodeError:
+            raise RenderError(f"it writes half of a character (a surrogate){line}") from None
+        parts.append(part)
+    return "".join(parts)
+
+
+def _described(error: Exception, template: jinja2.Template | None) -> str:
+    """Return the message of an error, with the line of the template unless the template itself refuses."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, RenderError) or type(error) is jinja2.TemplateError:
+        return said
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"{said} (line {error.lineno})"
+    line, trace = "", error.__traceback__
+    while trace:
+        if template and "__jinja_template__" in trace.tb_frame.f_globals:
+            line = _line(template, trace.tb_lineno)
+        trace = trace.tb_next
+    return said + line
+
+
+def _line(template: jinja2.Template, line_of_code: int) -> str:
+    return f" (line {template.get_corresponding_lineno(line_of_code)})"
+
+
+def _environment() -> sandbox.SandboxedEnvironment:
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: to_json(value, indent=indent, ensure_ascii=False)
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return environment
+
+
+class _Generation(ext.Extension):
+    """The tag `{% generation %}`, which marks an assistant's words for training. Here it renders its body unchanged."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def parse(self, parser: parser.Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
