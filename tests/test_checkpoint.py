@@ -17,7 +17,9 @@ import pytest
 import torch
 from builders import SIZES, write_corpus
 from processes import Start, kill_training, wait_for
+from typer.testing import CliRunner
 
+from longnet_cli.cli.app import app
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.model import LongNet
@@ -373,3 +375,17 @@ def test_a_signal_while_the_data_is_read_claims_no_checkpoint(start: Start, corp
     assert said.startswith(b"training ")
     assert b"saved" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupt_before_the_first_step_says_that_nothing_is_saved(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longnet_cli.training.loop.train", interrupted)
+    (tmp_path / "recipe.json").write_text(recipe(corpus).model_dump_json())
+    done = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.json"), "-o", str(tmp_path / "run")])
+    assert done.exit_code == 130
+    said = "stopped before a step: nothing new is saved, and the same command starts again"
+    assert said in done.stderr.splitlines()

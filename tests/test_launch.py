@@ -230,6 +230,27 @@ def test_a_launcher_killed_while_its_ranks_start_leaves_none(
     assert not (folder / "run").exists()
 
 
+@pytest.mark.parametrize("way", ["killed", "a rank stopped"])
+def test_a_launcher_that_ends_takes_its_ranks_with_it_in_few_words(
+    way: str, folder: Path, command_env: dict[str, str]
+) -> None:
+    """One that is killed, and one that gets SIGTERM while a rank is stopped and hears no signal."""
+    job = start_training(folder, command_env, until=10)
+    began = time.monotonic()
+    if way == "killed":
+        job.kill()
+    else:
+        os.kill(min(workers(job)), signal.SIGSTOP)
+        job.terminate()
+    _, stderr = job.communicate(timeout=90)  # until no rank holds it
+    assert time.monotonic() - began < 60
+    lines = [line for line in stderr.splitlines() if "stopped, and saved" not in line]
+    if way == "killed":
+        assert lines[1:] == ["longnet: error: rank 0: the process that started this rank ended, and this one with it"]
+    else:
+        assert (job.returncode, lines[1:]) == (143, [])
+
+
 def test_sigusr1_saves_on_all_ranks_and_they_go_on(folder: Path, command_env: dict[str, str]) -> None:
     command = [sys.executable, *TRAIN, f"{folder}/recipe.toml", "-o", f"{folder}/run", "--nproc", "2", "--set"]
     command += ["train.stages=[{seq_len=256, steps=100000}]", "--set", "train.save_every=99999"]

@@ -143,6 +143,9 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # the reader, say `head`, has read enough
         return 141
     if _is_lost_rank(error) and LAUNCHED in os.environ:
+        from longnet_cli.runtime.watch import tell_of_lost_parent
+
+        tell_of_lost_parent()
         return LOST
     _let_the_first_speak(error)
     if isinstance(error, LongNetError):

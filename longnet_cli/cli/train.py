@@ -221,6 +221,8 @@ def train(
             stack.close()
             if begun:
                 print_note(f"stopped, and saved in {output}: {_again(output, ranks)} goes on")
+            else:
+                print_note("stopped before a step: nothing new is saved, and the same command starts again")
             raise
     leave()
     loss = f", loss {result.loss:.4f} nats per token" if result.loss == result.loss else ""

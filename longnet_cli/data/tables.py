@@ -184,6 +184,8 @@ def reading(what: str, row: int | None = None) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message that is not blank, otherwise the error's type."""
+    """Return the first line of an error's message that is not blank, otherwise the error's type; no errno."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -9,7 +9,7 @@ import sys
 from typing import NoReturn
 
 from longnet_cli.errors import ConfigError, LongNetError
-from longnet_cli.runtime.signals import hand_on_sigusr1
+from longnet_cli.runtime.signals import continue_children_at_the_end, hand_on_sigusr1
 
 LAUNCHED = "LONGNET_LAUNCHED"  # the id of the `--nproc` process, which reports what happens to its ranks
 LOST = 69  # exit code of a rank of `--nproc` that lost another rank
@@ -45,7 +45,9 @@ def start_ranks(nproc: int) -> NoReturn:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # after a signal, ranks finish the step and save
     hand_on_sigusr1()
+    continue_children_at_the_end()
     logging.disable(logging.ERROR)  # torchrun reports a failure in thirty lines; one is enough
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost store is a warning with forty frames of C++
     os.environ[LAUNCHED] = str(os.getpid())
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; torchrun would handle it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})

@@ -9,6 +9,7 @@ import os
 import signal
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -120,9 +121,32 @@ def hand_on_sigusr1() -> None:
     def hand_on() -> None:
         while True:
             signal.sigwait({signal.SIGUSR1})
-            for children in Path("/proc/self/task").glob("*/children"):
-                with suppress(OSError):  # a thread or a rank that has just ended
-                    for child in children.read_text().split():
-                        os.kill(int(child), signal.SIGUSR1)
+            _signal_children(signal.SIGUSR1)
 
     threading.Thread(target=hand_on, daemon=True).start()
+
+
+def continue_children_at_the_end() -> None:
+    """Once this process gets a signal to end, send SIGCONT to its children each second: a stopped one hears no other.
+
+    Python calls no handler for this, so torchrun may set its own.
+    """
+    asked, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+
+    def send() -> None:
+        while os.read(asked, 1)[0] not in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            pass
+        while True:
+            _signal_children(signal.SIGCONT)
+            time.sleep(1)
+
+    threading.Thread(target=send, daemon=True).start()
+
+
+def _signal_children(number: int) -> None:
+    for children in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # a thread or a rank that has just ended
+            for child in children.read_text().split():
+                os.kill(int(child), number)

@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ GRACE = 20.0  # seconds in which a rank may save, clean up and say what happened
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _SIGSTKFLT = 16  # Linux defines it and never sends it
-_over = threading.Event()
+_over, _orphaned = threading.Event(), threading.Event()
 
 
 def die_with_parent() -> None:
@@ -104,15 +105,33 @@ def _watch(parent: int, lines: Sequence[socket.socket], grace: float) -> None:
     orphaned = os.getppid() != parent
     if orphaned:
         signal.alarm(0)  # cancel the handler's: this thread ends the process
+        _say_orphaned()
         os.kill(os.getpid(), signal.SIGTERM)
     if _over.wait(grace):
         return
-    if LAUNCHED not in os.environ or orphaned:  # otherwise the parent reports it
-        what = "the process that started this rank ended" if orphaned else "another rank ended"
-        with suppress(OSError, ValueError, AttributeError):  # stderr may be gone too
-            sys.stderr.write(f"longnet: error: rank {os.environ.get('RANK')}: {what}, and this one with it\n")
-            sys.stderr.flush()
+    if LAUNCHED not in os.environ and not orphaned:  # otherwise the parent reports it
+        _say("another rank ended")
     os._exit(128 + signal.SIGTERM if orphaned else LOST if LAUNCHED in os.environ else 1)
+
+
+def tell_of_lost_parent() -> None:
+    """Say on rank 0 if the parent has ended, which would have reported a lost rank."""
+    time.sleep(0.5)  # its connections break a moment before it ends
+    if os.getppid() != int(os.environ[LAUNCHED]):
+        _say_orphaned()
+
+
+def _say_orphaned() -> None:
+    """Say once, on rank 0, that the parent has ended."""
+    if os.environ.get("RANK", "0") == "0" and not _orphaned.is_set():
+        _orphaned.set()
+        _say("the process that started this rank ended")
+
+
+def _say(what: str) -> None:
+    with suppress(OSError, ValueError, AttributeError):  # stderr may be gone too
+        sys.stderr.write(f"longnet: error: rank {os.environ.get('RANK')}: {what}, and this one with it\n")
+        sys.stderr.flush()
 
 
 def _connect(ranks: Ranks) -> list[socket.socket]:
