@@ -44,6 +44,17 @@ def make_document(length: int, name: str = "a") -> Document:
     return Document(name, tokens, length, f"{name}.txt")
 
 
+def tiny_llama(folder: Path, **changes: Any) -> Path:
+    """The folder of a Llama of random weights, always the same, for bytes."""
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = hf.LlamaConfig(**{"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256} | sizes | changes)
+    hf.LlamaForCausalLM(config).save_pretrained(folder)
+    Tokenizer.bytes().save(folder / "tokenizer.json")
+    return folder
+
+
 @dataclass(frozen=True)
 class MadeInputs(Inputs):
     """Documents that were made, in place of files."""

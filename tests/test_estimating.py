@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pytest
 import torch
-from builders import tiny_net
+from builders import tiny_llama, tiny_net
 from conftest import RunLongnet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -285,15 +285,7 @@ def test_what_the_command_refuses(run_longnet: RunLongnet, tmp_path: Path, words
 
 
 def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
-    hf = pytest.importorskip("transformers")
-    from longnet_cli.model_folder import ModelFolder
-
-    config = hf.LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    hf.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tiny_llama(tmp_path, num_key_value_heads=2, max_position_embeddings=256)
     net = ModelFolder(tmp_path).net(pattern=Pattern.window(16, sinks=4))
     with counting(net) as made:
         encode(net, documents(), EncodeOptions(), chunk=64).read_all()

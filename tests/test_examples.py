@@ -19,12 +19,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from builders import tiny_llama
 from typer.testing import CliRunner
 
 from longnet_cli.cli.app import app
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.logprobs import write_token_logprobs
 from longnet_cli.model_folder import ModelFolder
@@ -156,20 +156,9 @@ def test_both_llamas_begin_with_the_same_weights() -> None:
     assert dense.config._attn_implementation == "sdpa"
 
 
-def small_llama(folder: Path, tokens: int) -> Path:
-    """A Llama of bytes that reads `tokens` tokens, by its configuration."""
-    hf = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = hf.LlamaConfig(vocab_size=260, max_position_embeddings=tokens, bos_token_id=7, **sizes)
-    hf.LlamaForCausalLM(config).save_pretrained(folder)
-    Tokenizer.bytes().save(folder / "tokenizer.json")
-    return folder
-
-
 def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env: dict[str, str]) -> None:
     """In windows of what the model was trained on, dense; a document as one otherwise. One process per pattern."""
-    small_llama(tmp_path / "llama", 64)
+    tiny_llama(tmp_path / "llama", max_position_embeddings=64, bos_token_id=7)
     (tmp_path / "a.txt").write_text("some text " * 30)
     (tmp_path / "b.txt").write_text("another text " * 30)
     command = [sys.executable, ROOT / "examples/compare_patterns.py", tmp_path / "llama", tmp_path / "a.txt"]
@@ -208,7 +197,8 @@ def test_halves_of_documents_agree_where_gains_do(tmp_path: Path, capsys: pytest
 def test_pass_keys_are_asked_for_at_their_distances(tmp_path: Path) -> None:
     """The log-probabilities are those that `score` gives the same tokens; dense attention reads the last 400."""
     passkey = imported(ROOT / "examples/passkey.py")
-    model, text = small_llama(tmp_path / "llama", 400), tmp_path / "prose.txt"
+    text = tmp_path / "prose.txt"
+    model = tiny_llama(tmp_path / "llama", max_position_embeddings=400, bos_token_id=7)
     text.write_text("All is well that ends well. " * 20)
     names = {"model": str(model), "texts": [str(text)], "seed": 3, "documents": 1, "tokens": 1000, "keys": 2}
     patterns, distances = ["window:64,sinks=4", "dense"], [150, 800]
@@ -279,7 +269,8 @@ def test_what_is_read_apart_is_what_would_come_next(
 
 def test_documents_with_pass_keys_fill_training_windows(tmp_path: Path) -> None:
     passkey = imported(ROOT / "examples/passkey.py")
-    model, text = small_llama(tmp_path / "llama", 400), tmp_path / "prose.txt"
+    text = tmp_path / "prose.txt"
+    model = tiny_llama(tmp_path / "llama", max_position_embeddings=400, bos_token_id=7)
     text.write_text("All is well that ends well. " * 20)
     output = tmp_path / "keys.arrow"
     names = {"model": str(model), "texts": [str(text)], "seed": 0, "documents": 3, "tokens": 1600, "keys": 3}

@@ -83,7 +83,6 @@ def losses(run: Path) -> list[float]:
 
 
 MESHES = [
-    pytest.param(["--nproc", "2"], id="sp2"),
     pytest.param(["--nproc", "2", "--dp", "2"], id="dp2"),
     pytest.param(["--nproc", "2", "--chunk", "50"], id="sp2-chunked"),
     pytest.param(["--nproc", "4", "--dp", "2", "--sp", "2"], id="2x2", marks=pytest.mark.slow),

@@ -3,11 +3,11 @@
 import sys
 
 import pytest
+from builders import tiny_llama
 from typer.testing import CliRunner
 
 from longnet_cli import shipped as module
 from longnet_cli.cli.app import app
-from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.shipped import list_models, preset_dir
@@ -101,11 +101,7 @@ OPENED: list[str] = []  # by the process, since the hook was added
 
 
 def test_encode_reads_config_json_once(tmp_path):
-    hf = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = hf.LlamaConfig(vocab_size=257, **sizes, max_position_embeddings=64, bos_token_id=256, eos_token_id=256)
-    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    Tokenizer.bytes().save(tmp_path / "llama" / "tokenizer.json")
+    tiny_llama(tmp_path / "llama", max_position_embeddings=64)
     (tmp_path / "a.txt").write_text("a text")
     sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
     found = CliRunner().invoke(

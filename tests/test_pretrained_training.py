@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
-from builders import write_corpus
+from builders import tiny_llama, write_corpus
 from test_exchange import run_ranks
 from test_fsdp import mesh
 
@@ -48,10 +48,7 @@ def corpus(tmp_path: Path) -> Path:
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     """The folder of a small Llama of random weights, larger than an initialisation has them, so that layers matter."""
-    torch.manual_seed(0)
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, initializer_range=0.2, bos_token_id=257, eos_token_id=256))
-    model.save_pretrained(tmp_path / "llama")
-    (tmp_path / "llama/tokenizer.json").write_text(Tokenizer.bytes().to_json())
+    tiny_llama(tmp_path / "llama", **SIZES, initializer_range=0.2, bos_token_id=257)
     (tmp_path / "llama/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     return tmp_path / "llama"
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import click
 import pytest
 import typer.main
+from builders import tiny_llama
 
 from longnet_cli.cli.app import app
-from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.shipped import list_models, preset_dir
 from longnet_cli.training.recipe import (
@@ -45,14 +45,10 @@ def blocks(page: Path, language: str) -> list[str]:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """The files that the README's commands name, and nothing else of the checkout; a small Llama is somebody's own."""
-    hf = pytest.importorskip("transformers")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = hf.LlamaConfig(**sizes, num_attention_heads=4, bos_token_id=256, eos_token_id=256)
-    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "my-llama")
-    Tokenizer.bytes().save(tmp_path / "my-llama/tokenizer.json")
+    tiny_llama(tmp_path / "my-llama")
     return tmp_path
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import torch
+from builders import tiny_llama
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner, Result
 
@@ -28,19 +29,12 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, TooLongError
 from longnet_cli.model_folder import ModelFolder
 
-SIZES = {"vocab_size": 260, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
-SIZES |= {"intermediate_size": 64}
 LIMIT = 64  # tokens that the model was trained on, with the one before each document
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=LIMIT, bos_token_id=7)
-    hf.LlamaForCausalLM(config).save_pretrained(place)
-    Tokenizer.bytes().save(place / "tokenizer.json")
-    return place
+    return tiny_llama(tmp_path_factory.mktemp("llama"), vocab_size=260, max_position_embeddings=LIMIT, bos_token_id=7)
 
 
 def run(*args: str | Path | int) -> Result:

@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
-from builders import MadeInputs, make_document
+from builders import MadeInputs, make_document, tiny_llama
 from test_transformers import (
     BIASED,
     CAUSAL,
@@ -213,9 +213,7 @@ def test_saved_is_loaded(model: Callable[[], hf.PreTrainedModel], tmp_path: Path
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama without a pattern, with a tokenizer of bytes."""
     place = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, num_key_value_heads=2)).save_pretrained(place)
-    Tokenizer.bytes().save(place / "tokenizer.json")
+    tiny_llama(place, **SMALL, num_key_value_heads=2)
     (place / "text.txt").write_text(TEXT, encoding="utf-8")
     return place
 
