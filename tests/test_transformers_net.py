@@ -338,6 +338,7 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         ({"model_type": "hyena"}, r"does not know the architecture LlamaForCausalLM \(model_type hyena\)"),
         ({"architectures": ["HyenaForCausalLM"]}, "does not know the architecture HyenaForCausalLM"),
         ({"hidden_size": "many"}, "config.json: "),
+        ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000: 10,000 are the most"),
         ({"architectures": ["BertModel"]}, "does not know the architecture BertModel"),
         ({"architectures": ["pipeline"]}, "does not know the architecture pipeline"),
         ({"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}}, "one entry per level"),

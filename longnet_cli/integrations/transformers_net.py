@@ -52,6 +52,7 @@ from longnet_cli.integrations.transformers_rotary import (
 from longnet_cli.model.integrity import check_finite
 from longnet_cli.model.net import FarProvider, Net
 
+MOST_LAYERS = 10_000  # each is made before a weight is read
 _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of its configuration
 _CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
@@ -315,6 +316,8 @@ def read_architecture(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, A
     data = from_file(_without_attention(settings))
     if "auto_map" in data:
         raise ConfigError(f"{folder}: config.json asks for code of the folder's own (auto_map), which is never run")
+    if isinstance(layers := data.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
+        raise ConfigError(f"{folder}/config.json: num_hidden_layers is {layers}: {MOST_LAYERS:,} are the most")
     kind, names = data.get("model_type"), data.get("architectures") or [None]
     found: Any = getattr(hf, str(names[0]), None)
     known = isinstance(found, type) and issubclass(found, hf.PreTrainedModel) and kind in hf.CONFIG_MAPPING
