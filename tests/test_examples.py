@@ -236,7 +236,8 @@ def test_what_is_read_apart_is_what_would_come_next(
     pattern: str, tmp_path: Path, command_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Passages and questions: the nats are those of one pass over all that was read, and them."""
-    model, text = small_llama(tmp_path / "llama", 400), tmp_path / "prose.txt"
+    model = tiny_llama(tmp_path / "llama", max_position_embeddings=400, bos_token_id=7)
+    text = tmp_path / "prose.txt"
     text.write_text("All is well that ends well; what ends is another matter. " * 100)
     monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # of the test's process
