@@ -107,7 +107,7 @@ class Blocks:
         for piece in self._pieces:
             inside = ((blocks >= first) & (blocks < first + piece.shape[2])).nonzero()[:, 0]
             for x, y in zip(into, piece[:, row], strict=True):
-                x.index_copy_(0, places[inside], y.index_select(0, blocks[inside] - first))
+                x[places[inside]] = y.index_select(0, blocks[inside] - first)
             first += piece.shape[2]
 
     def select(self, rows: Tensor) -> None:
