@@ -20,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from longnet_cli.attention import FarKeys, KVCache, Past, Pattern
 from longnet_cli.integrations.transformers_padding import AlignedRows
 from longnet_cli.model.net import FarProvider, NetConfig
+from longnet_cli.runtime.mapped import mapped_empty
 
 _MEMORY = "_longnet_memory"  # attribute of the keys that `update` returns
 
@@ -104,6 +105,8 @@ class Memory(CacheLayerMixin):
         first, members = rows.first, [*range(len(k))] if rows.members is None else rows.members
         if first not in self._parts:
             options: dict[str, Any] = {"kv_heads": k.shape[2], "dtype": k.dtype, "device": k.device}
+            if pattern.chosen:
+                options["allocate"] = mapped_empty
             self._parts[first] = _CachedRows(members, KVCache(pattern, len(k), num_heads, k.shape[3], **options))
         part = self._parts[first]
         if part.rows != members or part.cache.position != max(0, self.position - first):
