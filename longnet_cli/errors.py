@@ -24,7 +24,7 @@ class TooLongError(ConfigError):
 
 
 class RefusedError(ConfigError):
-    """What a chat template refuses: it is wrong, or the messages are."""
+    """The refusal of a chat template: it is wrong, or the messages are."""
 
 
 class DataError(LongNetError):

@@ -206,7 +206,7 @@ class Pattern:
 
     @property
     def moves_keys(self) -> bool:
-        """Whether some keys are seen at another distance than their own: those of sinks and of chosen blocks."""
+        """True if some keys are seen at another distance than their own: those of sinks and of chosen blocks."""
         return bool(self.sinks or self.chosen)
 
     @property

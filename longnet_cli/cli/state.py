@@ -1,4 +1,4 @@
-"""What a document with chosen blocks keeps while it is read: where (`--spill`), and the line that says how much."""
+"""The state of a document with chosen blocks: where it is kept (`--spill`), and the line that says how much."""
 
 from __future__ import annotations
 

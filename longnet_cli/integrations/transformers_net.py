@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from longnet_cli.integrations.transformers_rotary import (
 )
 from longnet_cli.model.integrity import check_finite
 from longnet_cli.model.net import FarProvider, Net
+from longnet_cli.notation import format_pattern
 
 MOST_LAYERS = 10_000  # each is made before a weight is read
 _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of its configuration
@@ -349,11 +351,12 @@ def _too_wide(model: hf.PreTrainedModel, pattern: Pattern) -> str | None:
     trained = getattr(model.config, "max_position_embeddings", None)
     if not trained or _reach(pattern) <= trained or _positions(model):
         return None
-    return (
-        f"its {'chosen blocks reach' if pattern.chosen else 'first level reaches'} {_reach(pattern)} tokens back, and "
-        f"the model was trained on {trained}: "
-        f"window:{max(4, trained // 2)},sinks=4 stays within"
-    )
+    within, what = f"window:{max(4, trained // 2)},sinks=4", "first level reaches"
+    if pattern.chosen:
+        what, width = "chosen blocks reach", (trained - pattern.chosen_keys) // (1 + pattern.look_backs[0])
+        if width := width // pattern.chosen_block * pattern.chosen_block:
+            within = format_pattern(replace(pattern, segment_lengths=(width,)))
+    return f"its {what} {_reach(pattern)} tokens back, and the model was trained on {trained}: {within} stays within"
 
 
 def _positions(model: hf.PreTrainedModel) -> int | None:

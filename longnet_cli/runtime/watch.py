@@ -115,7 +115,8 @@ def _watch(parent: int, lines: Sequence[socket.socket], grace: float) -> None:
 
 
 def tell_of_lost_parent() -> None:
-    """Say on rank 0 if the parent has ended, which would have reported a lost rank."""
+    """Say on rank 0 if the parent has ended, which would have reported a lost rank. Only for a process at its end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, which ends the others: nothing may come in between
     time.sleep(0.5)  # its connections break a moment before it ends
     if os.getppid() != int(os.environ[LAUNCHED]):
         _say_orphaned()
