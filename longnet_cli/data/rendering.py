@@ -29,7 +29,7 @@ MOST_TEXT = 1 << 24  # characters of a rendered text, and 16 for each that is gi
 
 
 class RenderError(Exception):
-    """What is wrong with a template, or with what it is given, and the line of the template."""
+    """An error in a template, or in what it is given, with the line of the template."""
 
 
 class EndlessError(RenderError):
