@@ -23,7 +23,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.model.net import Net
 from longnet_cli.model.sequence import Bos, InputSequence
-from longnet_cli.runtime.chunks import chunk_of, default_chunk, open_stream
+from longnet_cli.runtime.chunks import CausalStream, chunk_of, default_chunk, open_stream
 from longnet_cli.runtime.device import precision
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -57,6 +57,7 @@ def generate(
     chunk: int | None = None,
     dtype: str = "auto",
     spill: str | Path | None = None,
+    stream: CausalStream | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Step]:
     """Yield up to `max_tokens` tokens that continue `bos` and `prompt`, each as soon as it is known.
@@ -66,24 +67,30 @@ def generate(
     `top_p`. Generation ends at one of `end_ids`, whose text is not shown, and at one of the texts `stop`, no part of
     which is shown. `tokenizer` decodes texts, in whole characters; without it, they are empty.
 
+    `stream` reads the prompt after all that it has read before. When the iterator ends, it has read the new tokens,
+    too, and is ready for the next prompt. With it, the prompt may be empty, and `max_tokens` 0.
+
     `chunk`, `dtype` and `spill` are as in `runtime.reader.Reader`. `on_progress` gets the number of prompt tokens that
     each forward pass has read. Raises ConfigError for a model that cannot generate, invalid options, and a prompt
-    longer than the model reads; DataError if `bos` and the prompt are both empty; NotFiniteError for a logit that is
+    longer than the model reads; DataError if there is nothing to continue; NotFiniteError for a logit that is
     NaN.
     """
-    _check(model, tokenizer, max_tokens, temperature, top_p, stop)
+    _check(model, tokenizer, max_tokens, temperature, top_p, stop, least=0 if stream else 1)
     chunk = chunk_of(chunk, default_chunk(model.config, next(model.parameters()).device))
     sequence = model.sequence(prompt, bos)
-    if not len(sequence):
+    tokens = len(sequence) + (stream.position if stream else 0)
+    if not tokens:
         raise DataError(
             f"{prompt.where}: the prompt is empty, and nothing stands before it: there is nothing to continue"
         )
-    sequence.check("give a shorter prompt", skips=False)
+    sequence.check("give a shorter prompt", tokens, skips=False)
     if sequence.limit is not None:
-        max_tokens = min(max_tokens, sequence.limit - len(sequence) + 1)  # the last new token is not read
+        unread = 0 if stream else 1  # the last new token
+        max_tokens = min(max_tokens, sequence.limit - tokens + unread)
+    sampler = Sampler(temperature, top_p, seed)
     return _Generator(
-        model, tokenizer, Sampler(temperature, top_p, seed), end_ids, stop, chunk, dtype, spill, on_progress
-    ).run(sequence, max_tokens)
+        model, tokenizer, sampler, end_ids, stop, chunk, dtype, stream or open_stream(model, spill=spill), on_progress
+    ).run(sequence, max_tokens, reads_all=stream is not None)
 
 
 class Sampler:
@@ -129,18 +136,20 @@ class _Generator:
         stop: Sequence[str],
         chunk: int,
         dtype: str,
-        spill: str | Path | None,
+        stream: Callable[..., Tensor],
         on_progress: Callable[[int], None] | None,
     ) -> None:
         self.model, self.sampler, self.end_ids, self.dtype = model, sampler, end_ids, dtype
         self.device, self.chunk = next(model.parameters()).device, chunk
         self.on_progress = on_progress or (lambda tokens: None)
-        self.stream = open_stream(model, spill=spill)
+        self.stream = stream
         self.texts = TextStream(tokenizer) if tokenizer else None
         self.stops = StopTexts(stop)
 
-    def run(self, sequence: InputSequence[Document], max_tokens: int) -> Iterator[Step]:
+    def run(self, sequence: InputSequence[Document], max_tokens: int, reads_all: bool) -> Iterator[Step]:
         logits = None
+        if not len(sequence) and isinstance(self.stream, CausalStream) and self.stream.last_hidden is not None:
+            logits = self._logits(self.stream.last_hidden[0])
         for start in range(0, len(sequence), self.chunk):
             stop = min(start + self.chunk, len(sequence))
             logits = self._read(torch.from_numpy(sequence.read(start, stop)))
@@ -150,16 +159,22 @@ class _Generator:
             token, logprob = self.sampler(logits)
             step = self._step(token, logprob, number == max_tokens)
             yield step
+            if not step.finish_reason or reads_all:
+                logits = self._read(torch.tensor([token]))
             if step.finish_reason:
                 return
-            logits = self._read(torch.tensor([token]))
 
     @torch.inference_mode()
     def _read(self, ids: Tensor) -> Tensor:
         """Read the next ids (n,), and return the logits (vocab_size,) after the last one."""
         with precision(self.dtype, self.device):
             hidden = self.stream(ids.long()[None].to(self.device))
-            return self.model.logits(hidden[0, -1])
+        return self._logits(hidden[0, -1])
+
+    @torch.inference_mode()
+    def _logits(self, hidden: Tensor) -> Tensor:
+        with precision(self.dtype, self.device):
+            return self.model.logits(hidden)
 
     def _step(self, token: int, logprob: float, last: bool) -> Step:
         ends = token in self.end_ids
@@ -178,7 +193,13 @@ class _Generator:
 
 
 def _check(
-    model: Net, tokenizer: Tokenizer | None, max_tokens: int, temperature: float, top_p: float, stop: Sequence[str]
+    model: Net,
+    tokenizer: Tokenizer | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    stop: Sequence[str],
+    least: int,
 ) -> None:
     """Raise ConfigError for a model or options with which `generate` cannot work."""
     if not model.config.causal:
@@ -187,8 +208,8 @@ def _check(
         raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot generate tokens")
     if not model.config.streams:
         raise ConfigError("this model reads a text in one forward only, not token by token: it cannot generate")
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens must be 1 or more, not {max_tokens}")
+    if max_tokens < least:
+        raise ConfigError(f"max_tokens must be {least} or more, not {max_tokens}")
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"temperature must be 0 or more, not {temperature}")
     if not 0 < top_p <= 1:

@@ -8,8 +8,9 @@ rows of the past (`past`), and grows with the document.
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 
@@ -60,7 +61,7 @@ class KVCache:
         if pattern.chosen and keep:
             raise ValueError(f"chosen={pattern.chosen}: earlier far keys do not stay valid")
         self.pattern, self.num_heads, self.kv_heads, self.keep = pattern, num_heads, kv_heads or num_heads, keep
-        self.position = 0
+        self.position, self.dtype = 0, dtype
         self._sizes, self._allocate = (batch, head_dim), partial(allocate, dtype=dtype, device=device)
         # each level's segments: segment s is in place s mod (1 + look_back), and row j of a lane is its j-th row there
         self._levels = [
@@ -139,6 +140,34 @@ class KVCache:
         self._turned = {}
         if self.past:
             self.past.select(index)
+
+    def fork(self) -> KVCache:
+        """Return another cache, with the same rows so far: copies, but the blocks of the past are shared."""
+        new = copy.copy(self)
+        new._levels = [[rows.clone() for rows in places] for places in self._levels]
+        new._sinks, new._turned = self._sinks.clone(), {}
+        new.past = self.past and self.past.fork()
+        return new
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all that `restore` needs, by name: tensors that are valid until the next `append`."""
+        for number, span in enumerate(open_spans(self.pattern, self.position)):
+            counts = span_rows(self.pattern, span, self.num_heads, self.kv_heads)
+            rows = self._rows(span)[:, :, : max(counts)].clone()
+            for lane, count in enumerate(counts):
+                rows[:, :, count:, lane] = 0  # no key, but whatever was in memory
+            yield f"rows.{number}", rows
+        if self.past:
+            yield from self.past.state()
+
+    def restore(self, position: int, saved: Mapping[str, Tensor]) -> None:
+        """Become, if new, the cache of `position` tokens whose `state` was saved."""
+        self.position = position
+        for number, span in enumerate(open_spans(self.pattern, position)):
+            rows = saved[f"rows.{number}"]
+            self._rows(span, grow=True)[:, :, : rows.shape[2]] = rows
+        if self.past:
+            self.past.restore(position, saved)
 
     def _new_rows(self, number: int, level: int) -> Tensor:
         """Allocate memory for `number` rows, (k and v, B, rows, lanes, D)."""

@@ -9,7 +9,8 @@ B batch, H query heads, K key heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -47,11 +48,7 @@ class Means:
         """Write the means of blocks from `first` on, in some rows of the batch: keys (rows, tokens, K, D) of theirs."""
         have, needed, size = self.fine.shape[2], first + keys.shape[1] // self._block, self._block
         if have < needed:  # more room than is needed costs no memory as long as nothing is written there
-            room = max(needed, have * 3 // 2)
-            for name, old in (("fine", self.fine), ("coarse", self.coarse)):
-                wider = self._allocate((*old.shape[:2], room, *old.shape[3:]))
-                wider[:, :, :have] = old
-                setattr(self, name, wider)
+            self._move(have, max(needed, have * 3 // 2))
         for begin in range(first, needed, max(1, SLICE // size)):
             stop = min(begin + max(1, SLICE // size), needed)
             some = keys[:, (begin - first) * size : (stop - first) * size]
@@ -62,6 +59,19 @@ class Means:
 
     def select(self, index: Tensor) -> None:
         self.fine, self.coarse = (x.index_select(0, index) for x in (self.fine, self.coarse))
+
+    def fork(self, number: int) -> Means:
+        """Return a copy of the means of the first `number` blocks."""
+        new = copy.copy(self)
+        new._move(number, max(number, FIRST_BLOCKS))
+        return new
+
+    def _move(self, number: int, room: int) -> None:
+        """Move the first `number` blocks to new memory, for `room` blocks."""
+        for name, old in (("fine", self.fine), ("coarse", self.coarse)):
+            wider = self._allocate((*old.shape[:2], room, *old.shape[3:]))
+            wider[:, :, :number] = old[:, :, :number]
+            setattr(self, name, wider)
 
 
 def unrotated(x: Tensor, positions: Tensor, turn: Turn | None) -> Tensor:
@@ -113,6 +123,24 @@ class Blocks:
     def select(self, rows: Tensor) -> None:
         """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""
         self._pieces = [piece.index_select(1, rows) for piece in self._pieces]
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Yield all blocks, some at a time, as `append` takes them."""
+        first = 0
+        for piece in self._pieces:
+            yield piece[:, :, : self.number - first]
+            first += piece.shape[2]
+
+    def adopt(self, blocks: Tensor) -> None:
+        """Add blocks as `append` does, but without a copy: their memory is only read. Call it before `append`."""
+        self._pieces.append(blocks)
+        self.number += blocks.shape[2]
+
+    def fork(self) -> Blocks:
+        """Return other blocks, which share these: what is appended to one is not in the other."""
+        new = copy.copy(self)
+        new._pieces = [*self.pieces()]  # without room: the rest of the last piece is written to here
+        return new
 
 
 class Past:
@@ -179,3 +207,36 @@ class Past:
         self.held = None
         if self.means:
             self.means.select(rows)
+
+    def fork(self) -> Past:
+        """Return another past, with the same tokens so far; blocks are shared."""
+        new = copy.copy(self)
+        new.blocks, new._waiting = self.blocks.fork(), [*self._waiting]
+        new.means = self.means and self.means.fork(self.blocks.number)
+        return new
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all that `restore` needs, by name."""
+        assert self.queries is not None
+        yield "queries", self.queries
+        yield "waiting", self.waiting
+        if self.means:
+            yield "fine", self.means.fine[:, :, : self.blocks.number]
+            yield "coarse", self.means.coarse[:, :, : self.blocks.number]
+        if self.held:  # chosen again, in another shape, other blocks may win where scores nearly tie
+            yield "held_at", torch.tensor([self.held[0]])
+            yield "held", torch.stack(self.held[1])
+        for number, piece in enumerate(self.blocks.pieces()):
+            yield f"blocks.{number}", piece
+
+    def restore(self, position: int, saved: Mapping[str, Tensor]) -> None:
+        """Become the past of `position` tokens whose `state` was saved. Whole blocks are only read, not copied."""
+        self.position, self.queries, self._waiting = position, saved["queries"], [saved["waiting"]]
+        if "fine" in saved:
+            number = saved["fine"].shape[2]
+            self.means = Means(self.pattern, saved["waiting"][0], max(number, FIRST_BLOCKS), self.allocate)
+            self.means.fine[:, :, :number], self.means.coarse[:, :, :number] = saved["fine"], saved["coarse"]
+        if "held" in saved:
+            self.held = int(saved["held_at"]), [*saved["held"]]
+        for number in range(sum(name.startswith("blocks.") for name in saved)):
+            self.blocks.adopt(saved[f"blocks.{number}"])

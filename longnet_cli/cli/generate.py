@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -18,16 +20,19 @@ from longnet_cli.cli.options import DEFAULT_MODEL, INPUT, OUTPUT, option, read_p
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.state import check_spill, say_state
-from longnet_cli.sizes import format_duration
+from longnet_cli.sizes import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.generating import Step
+    from longnet_cli.model_folder import Loaded
+    from longnet_cli.runtime.chunks import CausalStream
 
 Format = Literal["text", "jsonl"]
 SAMPLING = "How to choose tokens"
+MAX_TOKENS = 256
 
 
 def generate(
@@ -35,7 +40,7 @@ def generate(
         str | None,
         typer.Argument(
             metavar="PROMPT",
-            help="Continue this text. If it is -, or if you give neither PROMPT nor --input, read stdin.",
+            help="Continue this text. If it is -, or if you give neither PROMPT nor --input nor --state, read stdin.",
             show_default=False,
         ),
     ] = None,
@@ -46,6 +51,16 @@ def generate(
             "--input -i",
             "INPUT",
             "Continue each document of files, folders, globs, @list or - (stdin). Repeat it for more.",
+            False,
+        ),
+    ] = None,
+    state: Annotated[
+        str | None,
+        option(
+            INPUT,
+            "--state",
+            "DIR",
+            "Continue after what --save-state has saved in this folder, which stays as it is.",
             False,
         ),
     ] = None,
@@ -60,7 +75,15 @@ def generate(
     bos: shared.BosOption = None,
     model: shared.ModelOption = DEFAULT_MODEL,
     pattern: shared.PatternOption = None,
-    max_tokens: Annotated[int, size_option(SAMPLING, "--max-tokens -n", "Generate at most this many tokens.")] = 256,
+    max_tokens: Annotated[
+        int | None,
+        size_option(
+            SAMPLING,
+            "--max-tokens -n",
+            "Generate at most this many tokens.",
+            f"{MAX_TOKENS}, or 0 with --save-state",
+        ),
+    ] = None,
     temperature: Annotated[
         float,
         option(
@@ -88,6 +111,16 @@ def generate(
         Format,
         option(OUTPUT, "--format", "text|jsonl", "Stream the text, or print one line of JSON per prompt."),
     ] = "text",
+    save_state: Annotated[
+        str | None,
+        option(
+            OUTPUT,
+            "--save-state",
+            "DIR",
+            "Save in this folder what was read and generated, for --state. One prompt only.",
+            False,
+        ),
+    ] = None,
     device: shared.DeviceOption = "auto",
     dtype: shared.DtypeOption = "auto",
     chunk: shared.ChunkOption = None,
@@ -107,7 +140,7 @@ def generate(
     if seed is not None and not 0 <= seed < 1 << 63:
         raise ConfigError(f"--seed {seed} is not a number from 0 to 2^63 - 1")
     check_spill(spill)
-    text = _text(prompt, inputs)
+    text = _text(prompt, inputs, state)
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.special_tokens import end_of_text
     from longnet_cli.model_folder import ModelFolder
@@ -130,19 +163,26 @@ def generate(
     from longnet_cli.generating import generate as run
     from longnet_cli.model.weights import model_origin
 
-    if loaded.tokenizer is None and (format == "text" or stop or prompt is not None):
+    if loaded.tokenizer is None and (format == "text" or stop or prompt is not None or text is not None):
         raise ConfigError(
             f"{model}: there is no tokenizer: give --tokenizer, or token ids with --input and --format jsonl"
         )
     eos_id = end_of_text(eos, loaded.tokenizer)
     data = Inputs(inputs or ["-"], loaded.tokenizer, column, vocab_size=net.config.vocab_size, eos_id=eos_id)
     reading: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
+    before = _stream(loaded, dtype, spill, state, save_state)
+    if max_tokens is None:
+        max_tokens = 0 if save_state else MAX_TOKENS
     found = _documents(data, text, loaded.chat)
-    documents = say_state(found, stored=(), net=net, more=max_tokens, **reading, quiet=quiet)
-    bos_ids = None if chat and bos is None else loaded.bos  # a template has its own start ids
+    if save_state:
+        found = _only(found)
+    more = max_tokens + (before.position if before else 0)
+    documents = say_state(found, stored=(), net=net, more=more, **reading, quiet=quiet)
+    bos_ids = None if (chat or state) and bos is None else loaded.bos  # a template has its own start ids
     seed = seed if seed is not None else _new_seed()
     origin = model_origin(net, model, loaded.tokenizer_sha256) if format == "jsonl" else {}
     for index, document in enumerate(documents):
+        stream = before.fork() if before and text is None and not save_state else before
         with progress("reading the prompt", total=len(document), quiet=quiet) as advance:
             steps = run(
                 net,
@@ -156,24 +196,34 @@ def generate(
                 end_ids=loaded.ends,
                 stop=stop or (),
                 **reading,
+                stream=stream,
                 on_progress=advance,
             )
-            first = next(steps)
+            step = next(steps, None)
         printer = _Printer(document, seed if temperature else None, format, origin)
-        if format == "text" and text is None and data.names != ["-"]:
+        if step and format == "text" and text is None and data.names != ["-"]:
             print(("\n" if index else "") + f"==> {printable(document.doc_id)} <==", flush=True)
-        printer.print(first)
-        for step in steps:
+        while step:
             printer.print(step)
+            done = step.finish_reason and not save_state  # otherwise, the last token is read
+            step = None if done else next(steps, None)
         printer.end(quiet)
+    if before and save_state:
+        size = before.save(save_state, name=model, tokenizer_sha256=loaded.tokenizer_sha256)
+        tell(f"{save_state}: the state after {before.position:,} tokens, {format_bytes(size)}", quiet)
 
 
-def _text(prompt: str | None, inputs: list[str] | None) -> str | None:
-    """Return the text to continue, None for inputs. Raises ConfigError for none, both, or text that is not UTF-8."""
+def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> str | None:
+    """Return the text to continue, None for inputs, nothing ("") for a state that is itself continued.
+
+    Raises ConfigError for no text, for both kinds, and for text that is not UTF-8.
+    """
     from longnet_cli.errors import ConfigError
 
     if prompt is not None and inputs:
         raise ConfigError("PROMPT and --input are both given: give one")
+    if prompt is None and not inputs and state:
+        return ""
     if prompt is None and not inputs and (sys.stdin is None or sys.stdin.isatty()):
         raise ConfigError("there is nothing to continue: give a text, --input FILE, or a text on stdin")
     if prompt is not None and any("\ud800" <= character <= "\udfff" for character in prompt):
@@ -187,7 +237,7 @@ def _documents(inputs: Inputs, prompt: str | None, template: ChatTemplate | None
     from longnet_cli.data.documents import Document
     from longnet_cli.data.tables import Text
 
-    if template:  # without a tokenizer, no column of chats is taken
+    if template and prompt != "":  # without a tokenizer, no column of chats is taken
         texts = replace(inputs, tokenizer=None).texts() if prompt is None else [Text("prompt", prompt, "PROMPT")]
         for text in texts:
             ids = template.encode("".join(text.parts))
@@ -196,6 +246,36 @@ def _documents(inputs: Inputs, prompt: str | None, template: ChatTemplate | None
         yield Document("prompt", inputs.tokenizer.encode(prompt), len(prompt.encode()), "PROMPT")
     else:
         yield from inputs.documents()
+
+
+def _stream(
+    loaded: Loaded, dtype: str, spill: str | None, state: str | None, save_state: str | None
+) -> CausalStream | None:
+    """Return a stream that has read --state, or a new one for --save-state; otherwise None. Raises as `load` does."""
+    from longnet_cli.errors import ConfigError
+    from longnet_cli.runtime.chunks import CausalStream
+    from longnet_cli.runtime.device import DTYPES, resolve_dtype
+    from longnet_cli.runtime.saved_state import check_place
+
+    net = loaded.net
+    if (state or save_state) and net.stream():
+        raise ConfigError("this model keeps a cache of its own, which is not saved: leave out --state and --save-state")
+    if save_state:
+        check_place(Path(save_state))
+    if state:
+        keys = DTYPES[resolve_dtype(dtype, next(net.parameters()).device)]
+        return CausalStream.load(net, state, tokenizer_sha256=loaded.tokenizer_sha256, dtype=keys, spill=spill)
+    return CausalStream(net, spill=spill) if save_state else None
+
+
+def _only(documents: Iterator[Document]) -> Iterator[Document]:
+    """Yield the one document. Raises ConfigError for more, before they are read by the model."""
+    from longnet_cli.errors import ConfigError
+
+    found = [*islice(documents, 2)]
+    if len(found) > 1:
+        raise ConfigError(f"--save-state saves one prompt, and {found[1].where} is the second: give one")
+    yield from found
 
 
 def _new_seed() -> int:
@@ -210,13 +290,13 @@ class _Printer:
     def __init__(self, document: Document, seed: int | None, format: Format, origin: dict[str, str]) -> None:
         self.document, self.seed, self.format, self.origin = document, seed, format, origin
         self.steps: list[Step] = []
-        self.number, self.text_ends, self.reason = 0, "", ""
+        self.number, self.text_ends, self.reason = 0, "", "length"
         self.began = time.monotonic()
 
     def print(self, step: Step) -> None:
         """Print the next token, or keep it for the line of JSON."""
         self.number += 1
-        self.reason = step.finish_reason or ""
+        self.reason = step.finish_reason or self.reason
         if self.format == "jsonl":
             self.steps.append(step)
         elif step.text:
@@ -244,9 +324,11 @@ class _Printer:
                     },
                 }
             )
-        elif self.text_ends != "\n":
+        elif self.number and self.text_ends != "\n":
             print(flush=True)
-        if not quiet:
+        if not quiet and not self.number:
+            tell(f"{len(self.document)} tokens read")
+        elif not quiet:
             each = (time.monotonic() - self.began) / max(1, self.number - 1)
             drawn = "" if self.seed is None else f", seed {self.seed}"
             tell(

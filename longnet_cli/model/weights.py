@@ -66,7 +66,7 @@ def save_pretrained(
                 if text is not None:
                     (place / name).write_text(text, encoding="utf-8")
             with (place / WEIGHTS).open("wb") as file:
-                _write_tensors(file, tensors, {"format": "pt", **digests})
+                write_tensors(file, tensors, {"format": "pt", **digests})
     except LongNetError as error:
         raise CheckpointError(f"{folder}: cannot write the model: {_one_line(error.__cause__ or error)}") from None
 
@@ -185,7 +185,7 @@ def list_names(what: str, names: Sequence[str]) -> str:
     return f"{what} {'tensor' if len(names) == 1 else 'tensors'} {shown}"
 
 
-def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file: the size of a JSON header, the header, the bytes of the tensors.
 
     The library's own writer orders the metadata at random (its issue #584); here, equal models give equal files.
@@ -195,7 +195,7 @@ def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapp
     end = 0
     for name in names:
         start, end = end, end + tensors[name].nbytes
-        kind = TYPE_NAMES[tensors[name].dtype]
+        kind = "I64" if tensors[name].dtype == torch.int64 else TYPE_NAMES[tensors[name].dtype]
         header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)

@@ -11,11 +11,12 @@ B batch, N tokens, H heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,12 +25,14 @@ from torch import Tensor
 from longnet_cli.attention import FarKeys, KVCache, Past
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.net import Net, NetConfig
+from longnet_cli.model.weights import model_origin
 from longnet_cli.runtime.device import free_memory, precision, random_state, set_random_state
 from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.far_gradients import FarGradients
 from longnet_cli.runtime.fsdp import final_backward
 from longnet_cli.runtime.mapped import BlockFile, SpillFile, mapped_empty
 from longnet_cli.runtime.ranks import Ranks
+from longnet_cli.runtime.saved_state import read_state, write_state
 
 CHUNK_BYTES = 256 << 20  # for one chunk's activations; a GPU takes an eighth of its free memory if that is more
 SHORTEST_CHUNK = 256  # below it, the calls cost more than the computation
@@ -116,8 +119,13 @@ class CausalStream:
     except with chosen blocks, which need all keys. The ranks of a `group` share every chunk: each passes its own shard
     and the chunk's `edges`, and holds the whole cache. `keep` and `allocate` go to KVCache; for chosen blocks, memory
     is in maps by default. Cached rows on another device than the net's are copied for each chunk. With chosen blocks
-    and `spill`, all keys and values go to one file in that folder, and only what chooses them is in memory. Raises
-    ConfigError for a bidirectional net, and what `mapped.SpillFile` raises.
+    and `spill`, all keys and values go to one file in that folder, and only what chooses them is in memory.
+    `last_hidden` (B, dim) is the last token's hidden state, from which the next token can be drawn. Raises ConfigError
+    for a bidirectional net, and what `mapped.SpillFile` raises.
+
+        stream.save("book.state")
+        stream = CausalStream.load(model, "book.state")
+        answer = stream.fork()         # reads on, and `stream` stays as it is
     """
 
     def __init__(
@@ -135,6 +143,8 @@ class CausalStream:
         self.model, self.group, self.keep = model, group, keep
         self.allocate = allocate or (mapped_empty if model.config.pattern.chosen else torch.empty)
         self.position = 0
+        self.last_hidden: Tensor | None = None
+        self.last_tokens: Tensor | None = None  # (B,); None after vectors
         self.caches: list[KVCache] = []  # made with the first chunk, whose keys have the dtype and the device
 
     @property
@@ -167,11 +177,73 @@ class CausalStream:
         hidden = self.model(tokens, embeddings=embeddings, start=start, far=far)
         pending.pop()()
         self.position = edges[-1] if edges else self.position + hidden.shape[1]
+        self.last_hidden = hidden[:, -1].clone()
+        self.last_tokens = None if tokens is None else tokens[:, -1].clone()
         return hidden
 
     def far(self) -> list[list[FarKeys | Past]]:
         """Return the far keys of the next chunk, layer by layer."""
         return [cache.far() for cache in self.caches] or [[] for _ in range(self.model.config.num_layers)]
+
+    def fork(self) -> CausalStream:
+        """Return another stream that has read the same tokens: what one reads from now on is not in the other.
+
+        Blocks of the past are shared; other rows are copied.
+        """
+        new = copy.copy(self)
+        new.caches = [cache.fork() for cache in self.caches]
+        return new
+
+    def save(self, folder: str | Path, *, name: str | None = None, tokenizer_sha256: str | None = None) -> int:
+        """Save what was read in a folder, for `load`, in place of the state that it holds; return the bytes.
+
+        `name` is the model's, for messages. Raises ConfigError if there is nothing to save, for the stream of several
+        ranks, and as `write_state` does, as it raises LongNetError.
+        """
+        if self.last_hidden is None or self.group is not None:
+            raise ConfigError(f"{folder}: one process saves a state, after it has read something")
+        facts: dict[str, Any] = model_origin(self.model, name, tokenizer_sha256)
+        facts |= {"dtype": _name(self.caches[0].dtype), "tokens": self.position}
+        facts["last_tokens"] = None if self.last_tokens is None else self.last_tokens.tolist()
+        return write_state(Path(folder), facts, self._state())
+
+    @classmethod
+    def load(
+        cls,
+        model: Net,
+        folder: str | Path,
+        *,
+        tokenizer_sha256: str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> CausalStream:
+        """Return a stream that has read what was saved in a folder; it never changes the folder.
+
+        Chosen blocks are mapped from there, unless there is `spill`. `options` are those of a new stream. Raises
+        ConfigError for a state of another model or pattern, or, if they are given, of another tokenizer or `dtype` of
+        keys; DataError for a damaged one.
+        """
+        given = {**model_origin(model, None, tokenizer_sha256), "dtype": dtype and _name(dtype)}
+        facts, saved = read_state(Path(folder), given)
+        stream, config, device = cls(model, **options), model.config, next(model.parameters()).device
+        stream.position, stream.last_hidden = facts["tokens"], saved["last_hidden"].to(device, copy=True)
+        if facts["last_tokens"] is not None:
+            stream.last_tokens = torch.tensor(facts["last_tokens"], device=device)
+        shape = len(stream.last_hidden), 0, config.kv_heads, config.head_dim
+        for layer in range(config.num_layers):
+            begin = f"{layer}."
+            own = {name.removeprefix(begin): x.to(device) for name, x in saved.items() if name.startswith(begin)}
+            cache = stream._new_cache(torch.empty(shape, dtype=getattr(torch, facts["dtype"]), device=device))
+            cache.restore(stream.position, own)
+            stream.caches.append(cache)
+        return stream
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        assert self.last_hidden is not None
+        yield "last_hidden", self.last_hidden
+        for layer, cache in enumerate(self.caches):
+            for name, tensor in cache.state():
+                yield f"{layer}.{name}", tensor
 
     def _new_cache(self, k: Tensor) -> KVCache:
         config, (batch, _, kv_heads, head_dim) = self.model.config, k.shape
@@ -187,6 +259,10 @@ class CausalStream:
             allocate=self.allocate,
             blocks=BlockFile(self.file) if self.file else None,
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _on(device: torch.device, keys: FarKeys | Past) -> FarKeys | Past:

@@ -6,6 +6,7 @@ a map that were read count as memory of the process.
 
 from __future__ import annotations
 
+import copy
 import errno
 import mmap
 import os
@@ -25,6 +26,7 @@ from longnet_cli.attention.past import Blocks
 from longnet_cli.errors import ConfigError, MemoryLimitError
 from longnet_cli.sizes import format_bytes
 
+PIECE_BYTES = 1 << 26  # of blocks that are read from a file at a time
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
 
 
@@ -125,6 +127,7 @@ class BlockFile(Blocks):
         self._places: list[list[int]] = []  # of each block, in each row of the batch
 
     def append(self, blocks: Tensor) -> None:
+        self._like = blocks[:, :, :0]
         data = blocks.permute(2, 1, 0, 3, 4, 5).cpu().contiguous()  # (n, B, k and v, tokens of a block, K, D)
         first, size = self._file.append(data.view(torch.uint8).flatten().numpy().data), data[0, 0].nbytes
         rows = range(0, size * data.shape[1], size)
@@ -142,6 +145,26 @@ class BlockFile(Blocks):
 
     def select(self, rows: Tensor) -> None:
         self._places = [[block[row] for row in rows.tolist()] for block in self._places]
+
+    def pieces(self) -> Iterator[Tensor]:
+        if not self.number:
+            return
+        batch, _, *shape = self._like.shape[1:]
+        step = max(1, PIECE_BYTES // (2 * batch * prod(shape) * self._like.itemsize))
+        for first in range(0, self.number, step):
+            blocks = torch.arange(first, min(first + step, self.number))
+            piece = torch.empty(2, batch, len(blocks), *shape, dtype=self._like.dtype)
+            for row in range(batch):
+                self.take(row, blocks, piece[:, row], blocks - first)
+            yield piece
+
+    def adopt(self, blocks: Tensor) -> None:
+        self.append(blocks)
+
+    def fork(self) -> BlockFile:
+        new = copy.copy(self)
+        new._places = [*self._places]
+        return new
 
 
 @contextmanager

@@ -11,8 +11,6 @@ safetensors, the rest is JSON.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 import threading
@@ -25,9 +23,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.atomic import file_sha256, whole_folder, write_file
-from longnet_cli.configuration import parse, read_text
+from longnet_cli.atomic import whole_folder
 from longnet_cli.errors import CheckpointError, LongNetError
+from longnet_cli.runtime import manifest
 from longnet_cli.runtime.ranks import Ranks
 
 STATE = "state.json"
@@ -92,7 +90,7 @@ class Checkpoints:
                 self.ranks.barrier()
                 save_tensors(partial, tensors)
                 if self.ranks.first:
-                    _write_state(partial, facts)
+                    manifest.write_manifest(partial / STATE, STATE_VERSION, facts)
             if self.ranks.first:
                 found = checkpoints_in(self.folder)
                 for old in found[found.index(final) + self.keep :]:  # later ones are damaged, and do not count
@@ -136,33 +134,12 @@ def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) 
 
 def find_damage(checkpoint: Path) -> str | None:
     """Compare all files of a checkpoint with their sizes and SHA-256; return what is wrong, or None."""
-    try:
-        state = read_state(checkpoint)
-        for name, known in state["files"].items():
-            size = (checkpoint / name).stat().st_size
-            if size != known["bytes"]:
-                return f"{name} has {size:,} bytes of {known['bytes']:,}"
-            if file_sha256(checkpoint / name) != known["sha256"]:
-                return f"the SHA-256 of {name} is not the one it was saved with"
-    except OSError as error:
-        return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
-    except CheckpointError as error:
-        return str(error)
-    return None
+    return manifest.find_damage(checkpoint / STATE, STATE_VERSION)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Read state.json. Raises CheckpointError for other content than was written, OSError for a missing file."""
-    try:
-        data = parse(read_text(checkpoint / STATE))
-        state, digest = data["state"], data["sha256"]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{STATE} was changed or damaged after it was written") from None
-    if hashlib.sha256(_canonical(state)).hexdigest() != digest:
-        raise CheckpointError(f"{STATE} was changed or damaged after it was written")
-    if state.get("version") != STATE_VERSION:
-        raise CheckpointError(f"{STATE} has version {state.get('version')}, not {STATE_VERSION}")
-    return state
+    return manifest.read_manifest(checkpoint / STATE, STATE_VERSION)
 
 
 def tensor_names(checkpoint: Path) -> set[str]:
@@ -207,18 +184,3 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 def _cause(error: Any) -> BaseException:
     """Return the failure of the first rank that has one: torch.distributed.checkpoint wraps all in one exception."""
     return min(error.failures.items())[1][0]
-
-
-def _write_state(folder: Path, facts: Mapping[str, Any]) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != STATE
-    }
-    state = json.loads(json.dumps({"version": STATE_VERSION, **facts, "files": files}))
-    data = {"state": state, "sha256": hashlib.sha256(_canonical(state)).hexdigest()}
-    write_file(folder / STATE, json.dumps(data, indent=1).encode())  # also flushes the folder
-
-
-def _canonical(state: Any) -> bytes:
-    return json.dumps(state, sort_keys=True).encode()
