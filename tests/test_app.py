@@ -12,6 +12,16 @@ from pathlib import Path
 import pytest
 
 HEAVY = ("torch", "numpy", "pyarrow", "tokenizers", "pydantic", "safetensors")
+UNUSED = (
+    "torch._dynamo",
+    "torch._inductor",
+    "sympy",
+    "jinja2",
+    "transformers",
+    "pyarrow.parquet",
+    "pyarrow.fs",
+    "rich",
+)
 
 SCRIPT = """
 import os, signal, sys, typer
@@ -109,17 +119,19 @@ def test_version(run_longnet):
     assert (result.returncode, result.stdout, result.stderr) == (0, f"longnet {__version__}\n", "")
 
 
-def test_help_imports_nothing_heavy(command_env, tmp_path):
-    """What keeps `longnet --help` below 0.3 s, without a clock in a test."""
+@pytest.mark.parametrize(("arguments", "unwanted"), [(["--help"], HEAVY), (["score", "t.txt", "-q"], UNUSED)])
+def test_commands_import_nothing_heavy_that_they_do_not_use(command_env, tmp_path, arguments, unwanted):
+    """What keeps `longnet --help` below 0.3 s, and `score` near `import torch`, without a clock in a test."""
+    (tmp_path / "t.txt").write_text("a small file")
     probe = tmp_path / "probe.py"
     probe.write_text(
         "import atexit, sys\n"
-        f"atexit.register(lambda: print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr))\n"
+        f"atexit.register(lambda: print([name for name in {unwanted!r} if name in sys.modules], file=sys.stderr))\n"
         "from longnet_cli.cli.app import main\n"
         "main()\n"
     )
-    command = [sys.executable, probe, "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, env=command_env, check=False)
+    command = [sys.executable, probe, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=command_env, cwd=tmp_path, check=False)
     assert (result.returncode, result.stderr) == (0, "[]\n")
 
 
