@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -18,6 +19,7 @@ from longnet_cli.cli.options import DEFAULT_MODEL, INPUT, OUTPUT, option, read_p
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.state import check_spill, say_state
+from longnet_cli.errors import LongNetError
 from longnet_cli.sizes import format_duration
 
 if TYPE_CHECKING:
@@ -137,7 +139,9 @@ def generate(
     eos_id = end_of_text(eos, loaded.tokenizer)
     data = Inputs(inputs or ["-"], loaded.tokenizer, column, vocab_size=net.config.vocab_size, eos_id=eos_id)
     reading: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
-    found = _documents(data, text, loaded.chat)
+    found, several = _documents(data, text, loaded.chat), False
+    if format == "text" and text is None and data.names != ["-"]:  # the first line of a pipe waits for no second
+        found, several = _look_ahead(found)
     documents = say_state(found, stored=(), net=net, more=max_tokens, **reading, quiet=quiet)
     bos_ids = None if chat and bos is None else loaded.bos  # a template has its own start ids
     seed = seed if seed is not None else _new_seed()
@@ -160,7 +164,7 @@ def generate(
             )
             first = next(steps)
         printer = _Printer(document, seed if temperature else None, format, origin)
-        if format == "text" and text is None and data.names != ["-"]:
+        if several:
             print(("\n" if index else "") + f"==> {printable(document.doc_id)} <==", flush=True)
         printer.print(first)
         for step in steps:
@@ -196,6 +200,22 @@ def _documents(inputs: Inputs, prompt: str | None, template: ChatTemplate | None
         yield Document("prompt", inputs.tokenizer.encode(prompt), len(prompt.encode()), "PROMPT")
     else:
         yield from inputs.documents()
+
+
+def _look_ahead(documents: Iterator[Document]) -> tuple[Iterator[Document], bool]:
+    """Return the same documents, and whether there are several. The error of a second one comes in its turn."""
+    ahead = list(islice(documents, 1))
+    try:
+        ahead += islice(documents, 1)
+    except LongNetError as error:
+        failure = error
+
+        def fail() -> Iterator[Document]:
+            raise failure
+            yield
+
+        return chain(ahead, fail()), True
+    return chain(ahead, documents), len(ahead) > 1
 
 
 def _new_seed() -> int:
