@@ -30,7 +30,7 @@ from longnet_cli.model import LongNet
 from longnet_cli.model.foreign import TRANSFORMERS_KEYS, architecture
 from longnet_cli.model.weights import list_names, save_pretrained
 from longnet_cli.runtime.chunks import CausalStream, default_chunk
-from longnet_cli.shipped import MODEL_TYPE
+from longnet_cli.shipped import MODEL_TYPE, OLDER_TYPE
 
 # the name of a cache in arguments and outputs of transformers: `cache` in newer versions
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -293,6 +293,7 @@ def _output(found: Any, return_dict: bool | None) -> Any:
 
 
 hf.AutoConfig.register(MODEL_TYPE, LongNetHFConfig)
+hf.CONFIG_MAPPING.register(OLDER_TYPE, LongNetHFConfig)
 hf.AutoModel.register(LongNetHFConfig, LongNetModel)
 hf.AutoModelForCausalLM.register(LongNetHFConfig, LongNetForCausalLM)
 hf.AutoModelForMaskedLM.register(LongNetHFConfig, LongNetForMaskedLM)
