@@ -106,6 +106,19 @@ def test_help_names_the_exit_codes(run_longnet, flag):
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("command", [["score"], ["data", "inspect"], []])
+def test_help_before_a_command_is_its_help(run_longnet, command):
+    asked, expected = run_longnet("help", *command), run_longnet(*command, "--help")
+    assert (asked.returncode, asked.stdout, asked.stderr) == (0, expected.stdout, "")
+
+
+@pytest.mark.parametrize(("typed", "completed"), [("", "longnet-tiny"), ("longnet-t", "longnet-tiny"), ("./", "")])
+def test_the_shell_completes_shipped_models_and_leaves_paths_to_itself(run_longnet, typed, completed):
+    words = {"COMP_WORDS": f"longnet score --model {typed}", "COMP_CWORD": "3"}
+    done = run_longnet(env={"_LONGNET_COMPLETE": "complete_bash", **words}, fresh=True)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, completed.split(), "")
+
+
 def test_no_arguments_is_help(run_longnet):
     result = run_longnet()
     assert result.returncode == 2
