@@ -12,16 +12,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = ("torch", "numpy", "pyarrow", "tokenizers", "pydantic", "safetensors")
-UNUSED = (
-    "torch._dynamo",
-    "torch._inductor",
-    "sympy",
-    "jinja2",
-    "transformers",
-    "pyarrow.parquet",
-    "pyarrow.fs",
-    "rich",
-)
+UNUSED = ("torch._dynamo", "torch._inductor", "sympy", "jinja2", "transformers", "pyarrow.compute", "pyarrow.parquet")
 
 SCRIPT = """
 import os, signal, sys, typer
