@@ -23,13 +23,15 @@ MAX_PROBLEMS = 1000  # problems whose lines are kept
 class Inspection:
     """The contents of the good documents, and a line for each problem (the first MAX_PROBLEMS of `num_problems`).
 
-    `n_bytes` counts UTF-8 bytes, None where unknown; `low` and `high` are the smallest and largest id. `lengths` counts
-    documents by their tokens: it has at most sqrt(2 x tokens) entries, so memory stays small. `formats`, `token_types`
-    and `metadata` (the files' `longnet.*` keys, each with its values) count files.
+    `byte_tokens` of the `tokens` are bytes of text, which no other tokenizer has counted. `n_bytes` counts UTF-8 bytes,
+    None where unknown; `low` and `high` are the smallest and largest id. `lengths` counts documents by their tokens: it
+    has at most sqrt(2 x tokens) entries, so memory stays small. `formats`, `token_types` and `metadata` (the files'
+    `longnet.*` keys, each with its values) count files.
     """
 
     documents: int = 0
     tokens: int = 0
+    byte_tokens: int = 0
     n_bytes: int | None = 0
     low: int | None = None
     high: int | None = None
@@ -73,6 +75,7 @@ class Inspection:
         return {
             "documents": self.documents,
             "tokens": self.tokens,
+            "byte_tokens": self.byte_tokens,
             "n_bytes": self.n_bytes,
             "length": self.length(),
             "histogram": [{"from": low, "to": high, "documents": count} for low, high, count in self.histogram()],
@@ -101,9 +104,9 @@ def inspect(inputs: Inputs, *, on_progress: Callable[[int], None] | None = None)
             sources += Inputs([item]).sources
     for source in once(sources):
         with _noting(found):
-            for document in _open(found, source, types, inputs):
+            for document, in_bytes in _open(found, source, types, inputs):
                 with _noting(found):
-                    _count(found, document)
+                    _count(found, document, in_bytes)
                     if on_progress:
                         on_progress(len(document))
     if not found.documents:
@@ -111,8 +114,8 @@ def inspect(inputs: Inputs, *, on_progress: Callable[[int], None] | None = None)
     return found
 
 
-def _open(found: Inspection, source: Source, types: TokenTypes, inputs: Inputs) -> Iterator[Document]:
-    """Record the format of a source, and yield its documents."""
+def _open(found: Inspection, source: Source, types: TokenTypes, inputs: Inputs) -> Iterator[tuple[Document, bool]]:
+    """Record the format of a source, and yield its documents, each with whether its tokens are bytes."""
     opened = open_source(source, inputs.wanted)
     kind = None
     if isinstance(opened, Text):
@@ -127,7 +130,9 @@ def _open(found: Inspection, source: Source, types: TokenTypes, inputs: Inputs) 
             types.check(opened, columns)
     if kind is None and not inputs.tokenizer:
         inputs = replace(inputs, tokenizer=Tokenizer.bytes())
-    yield from inputs.documents_of(opened)
+    in_bytes = kind is None and inputs.tokenizer is not None and inputs.tokenizer.is_bytes
+    for document in inputs.documents_of(opened):
+        yield document, in_bytes
 
 
 def _note_metadata(found: Inspection, where: str, metadata: dict[bytes, bytes]) -> None:
@@ -142,7 +147,7 @@ def _note_metadata(found: Inspection, where: str, metadata: dict[bytes, bytes]) 
                 raise ConfigError(f"{where}: its tokens were made by tokenizer {own[:12]}, the first by {first[:12]}")
 
 
-def _count(found: Inspection, document: Document) -> None:
+def _count(found: Inspection, document: Document, in_bytes: bool) -> None:
     """Read a document to its end, and add it to `found` if it is good."""
     low, high = math.inf, -math.inf
     for start in range(0, len(document), BLOCK):
@@ -151,6 +156,7 @@ def _count(found: Inspection, document: Document) -> None:
     n_bytes = document.n_bytes
     found.documents += 1
     found.tokens += len(document)
+    found.byte_tokens += len(document) * in_bytes
     found.lengths[len(document)] += 1
     found.n_bytes = None if n_bytes is None or found.n_bytes is None else found.n_bytes + n_bytes
     if len(document):

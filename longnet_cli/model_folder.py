@@ -20,7 +20,7 @@ from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.data.special_tokens import SETTINGS, special_token, token_id
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import CheckpointError, ConfigError, MemoryLimitError
-from longnet_cli.shipped import CONFIG, MODEL_TYPE, TOKENIZER, TOKENIZER_SHA256, WEIGHTS, model_path
+from longnet_cli.shipped import CONFIG, MODEL_TYPE, OLDER_TYPE, TOKENIZER, TOKENIZER_SHA256, WEIGHTS, model_path
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,8 @@ class ModelFolder:
 
     @cached_property
     def of_transformers(self) -> bool:
-        return self.is_gguf or self.config.get("model_type", self.config.get("architectures")) not in (None, MODEL_TYPE)
+        kind = self.config.get("model_type", self.config.get("architectures"))
+        return self.is_gguf or kind not in (None, MODEL_TYPE, OLDER_TYPE)
 
     @cached_property
     def metadata(self) -> dict[str, str]:

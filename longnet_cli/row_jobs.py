@@ -9,6 +9,7 @@ pads and sums as an uninterrupted run of one process does, and a folder has the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
@@ -145,10 +146,10 @@ def write_rows(
     chunk: int | None = None,
     dtype: str = "auto",
     **reading: Any,
-) -> ShardFolder | None:
+) -> Counter[str] | None:
     """Write the rows of the documents in `inputs` to `output`: a folder of shards, a file, or `-`, a stream on stdout.
 
-    Return the closed folder; None for a file or a stream. Of several `ranks`, only the first one writes. The others get
+    Return how many `rows` and `tokens` the output has. Of several `ranks`, only the first one writes. The others get
     None. `make_job(reader, kept_fields=...)` returns the job. `chunk`, `dtype` and `reading` are as in
     `runtime.reader.Reader`.
 
@@ -183,11 +184,13 @@ def write_rows(
     if not in_folder:
         on_left_out: dict[str, Any] = {"on_skip": left_out.skip, "on_empty": left_out.pass_over}
         rows = job.rows(documents, stored=stored, ranks=ranks, **on_left_out)
+        written = Counter[str]()
         with ShardWriter(output, job.schema) if ranks.first else nullcontext() as writer:
             for batch in _joined(rows, job.batch_rows):
+                written.update(rows=len(batch), tokens=_tokens(batch))
                 if writer:
                     writer.write(batch)
-        return None
+        return written if ranks.first else None
     shard_size = job.shard_size if shard_size is None else shard_size
     if shard_size < 1:
         raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
@@ -216,7 +219,7 @@ def write_rows(
             folder = ShardFolder(output, job.schema, **about, resume=resume, left_out=left_out, opened=opened)
             stack.enter_context(folder)
         if ranks.any(folder is not None and folder.finished):
-            return folder
+            return folder.totals if folder else None
         done = ranks.from_first(folder.documents if folder else 0)
         tokens = ranks.from_first(folder.totals["tokens"] if folder else 0)
         every = job.checked(documents, stored, left_out.skip, left_out.pass_over)
@@ -228,7 +231,7 @@ def write_rows(
                 folder.count(documents=part.items)
                 if part.ends_shard:
                     folder.end_shard()
-    return folder
+    return folder.totals if folder else None
 
 
 def _tokens(batch: pa.RecordBatch) -> int:

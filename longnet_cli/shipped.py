@@ -10,7 +10,9 @@ from longnet_cli.errors import ConfigError, refuse_web_address
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
-MODEL_TYPE = "longnet"  # in config.json of a LongNet; older ones lack it
+# `model_type` in config.json of a LongNet: the error of a library that does not know it shows nothing else of a folder
+MODEL_TYPE = "longnet: import longnet_cli.integrations.transformers"
+OLDER_TYPE = "longnet"  # of older folders; the oldest have none
 
 # Metadata keys of model.safetensors: digests of what was saved together. Other tools drop them when they save.
 TENSORS_SHA256, CONFIG_SHA256 = "longnet.tensors_sha256", "longnet.config_sha256"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = ("torch", "numpy", "pyarrow", "tokenizers", "pydantic", "safetensors")
+UNUSED = ("torch._dynamo", "torch._inductor", "sympy", "jinja2", "transformers", "pyarrow.compute", "pyarrow.parquet")
 
 SCRIPT = """
 import os, signal, sys, typer
@@ -96,6 +97,19 @@ def test_help_names_the_exit_codes(run_longnet, flag):
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("command", [["score"], ["data", "inspect"], []])
+def test_help_before_a_command_is_its_help(run_longnet, command):
+    asked, expected = run_longnet("help", *command), run_longnet(*command, "--help")
+    assert (asked.returncode, asked.stdout, asked.stderr) == (0, expected.stdout, "")
+
+
+@pytest.mark.parametrize(("typed", "completed"), [("", "longnet-tiny"), ("longnet-t", "longnet-tiny"), ("./", "")])
+def test_the_shell_completes_shipped_models_and_leaves_paths_to_itself(run_longnet, typed, completed):
+    words = {"COMP_WORDS": f"longnet score --model {typed}", "COMP_CWORD": "3"}
+    done = run_longnet(env={"_LONGNET_COMPLETE": "complete_bash", **words}, fresh=True)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, completed.split(), "")
+
+
 def test_no_arguments_is_help(run_longnet):
     result = run_longnet()
     assert result.returncode == 2
@@ -109,17 +123,19 @@ def test_version(run_longnet):
     assert (result.returncode, result.stdout, result.stderr) == (0, f"longnet {__version__}\n", "")
 
 
-def test_help_imports_nothing_heavy(command_env, tmp_path):
-    """What keeps `longnet --help` below 0.3 s, without a clock in a test."""
+@pytest.mark.parametrize(("arguments", "unwanted"), [(["--help"], HEAVY), (["score", "t.txt", "-q"], UNUSED)])
+def test_commands_import_nothing_heavy_that_they_do_not_use(command_env, tmp_path, arguments, unwanted):
+    """What keeps `longnet --help` below 0.3 s, and `score` near `import torch`, without a clock in a test."""
+    (tmp_path / "t.txt").write_text("a small file")
     probe = tmp_path / "probe.py"
     probe.write_text(
         "import atexit, sys\n"
-        f"atexit.register(lambda: print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr))\n"
+        f"atexit.register(lambda: print([name for name in {unwanted!r} if name in sys.modules], file=sys.stderr))\n"
         "from longnet_cli.cli.app import main\n"
         "main()\n"
     )
-    command = [sys.executable, probe, "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, env=command_env, check=False)
+    command = [sys.executable, probe, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=command_env, cwd=tmp_path, check=False)
     assert (result.returncode, result.stderr) == (0, "[]\n")
 
 

@@ -274,6 +274,31 @@ def test_what_may_change_in_a_resumed_run(stopped: tuple[Recipe, Path, bytes], t
         train(Recipe.model_validate(settings), run)
 
 
+def test_more_steps_extend_a_run_that_has_ended(corpus: Path, tmp_path: Path) -> None:
+    """As if it had them from the start: the constant rate gives the same bytes, others are those of the new end."""
+
+    def run(steps: int, folder: str, decay: str = "constant", last: int = 100) -> Path:
+        stages = [{"seq_len": 32, "steps": 3}, {"seq_len": last, "steps": steps}]
+        settings = {"train.stages": stages, "schedule.decay": decay, "train.log_every": 1}
+        train(recipe(corpus, **settings), tmp_path / folder)
+        return tmp_path / folder
+
+    assert run(2, "extended") == run(4, "extended")
+    whole = run(4, "whole")
+    assert (tmp_path / "extended/model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    for fewer in ({"steps": 3}, {"steps": 5, "last": 64}):
+        with pytest.raises(ConfigError, match=r"another train\.stages: go on"):
+            run(folder="extended", **fewer)
+    for steps, folder in ((2, "falling"), (4, "falling"), (4, "falls")):
+        run(steps, folder, "linear")
+    rates = [
+        [json.loads(line)["lr"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("falling", "falls")
+    ]
+    assert rates[0][5:] == rates[1][5:]
+    assert rates[0][4] < rates[0][5]
+
+
 def test_a_checkpoint_that_cannot_be_written(corpus: Path, small_disk: Path) -> None:
     found = recipe(corpus, **{"train.keep": 9, "train.save_every": 2, "data.held_out": None})
     with pytest.raises(

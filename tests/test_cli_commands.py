@@ -162,10 +162,11 @@ def test_encode_without_output_streams_and_to_a_name_writes_parquet(
     common = ["encode", texts, "--model", model]
     options = ["-o", "out.parquet", "--pool", "last", "--no-normalize", "--embedding-dtype", "float16"]
     streamed, written = (run_longnet(*command, text=False) for command in (common, [*common, *options]))
-    assert (streamed.returncode, streamed.stderr) == (0, b"")
+    counts = f"{len(TEXTS)} vectors of {sum(map(len, map(str.encode, TEXTS.values())))} tokens"
+    assert (streamed.returncode, streamed.stderr.decode()) == (0, f"{counts} -> stdout\n")
     assert ipc.open_stream(streamed.stdout).read_all()["doc_id"].to_pylist() == list(TEXTS)
 
-    assert (written.returncode, written.stdout, written.stderr) == (0, b"", b"")
+    assert (written.returncode, written.stdout, written.stderr.decode()) == (0, b"", f"{counts} -> out.parquet\n")
     table = pq.read_table(tmp_path / "out.parquet")
     assert table.schema.field("embedding").type == pa.list_(pa.float16(), 16)
     assert table.schema.metadata[b"longnet.model"] == str(model).encode()

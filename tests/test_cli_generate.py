@@ -70,7 +70,9 @@ def test_a_prompt_comes_from_anywhere_and_the_text_is_the_same(
     for arguments, given in (([], PROMPT), (["-"], PROMPT), (["-i", "-"], PROMPT), (["--chunk", "4"], PROMPT)):
         assert run_longnet("generate", *arguments, *options, "-q", input=given).stdout == plain.stdout
     from_file = run_longnet("generate", "-i", "prompt.txt", *options, "-q")
-    assert (from_file.stdout, from_file.stderr) == (f"==> prompt.txt <==\n{plain.stdout}", "")
+    assert (from_file.stdout, from_file.stderr) == (plain.stdout, "")
+    both = run_longnet("generate", "-i", "prompt.txt", "-i", "prompts.jsonl", *options, "-q").stdout
+    assert both.startswith(f"==> prompt.txt <==\n{plain.stdout}\n==> a <==\n{plain.stdout}\n==> b <==\n")
     first, second = rows(run_longnet("generate", "-i", "prompts.jsonl", *options, "--format", "jsonl"))
     assert first == row | {"doc_id": "a"}
     assert rows(run_longnet("generate", "Another one", *options, "--format", "jsonl")) == [

@@ -108,7 +108,7 @@ def test_chunks_and_batches_are_each_slide_alone(
 ) -> None:
     pq.write_table(slides(), tmp_path / "slides.parquet")
     options = ["--model", model, "--pool", pool, "--no-normalize", "-o", tmp_path / "out.parquet", *words]
-    done = run_longnet("encode", tmp_path / "slides.parquet", *options)
+    done = run_longnet("encode", tmp_path / "slides.parquet", *options, "-q")
     assert (done.returncode, done.stderr) == (0, "")
     same(vectors(tmp_path / "out.parquet"), expected(pool))
     table = pq.read_table(tmp_path / "out.parquet")
@@ -198,9 +198,10 @@ def test_tiles_that_share_a_cell_are_told(run_longnet: RunLongnet, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     line = "the 400 tiles of 's' fall into 1 cell of 256 pixels: a tile of 8 would fit (--tile-size)"
     assert line in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith(f"\n1 vector of 400 tokens -> {tmp_path / 'out.arrow'}\n")
+    assert done.stderr.count("\n") == 2
     before = vectors(tmp_path / "out.arrow")["s"]
-    done = run_longnet(*words, "--tile-size", "8")
+    done = run_longnet(*words, "--tile-size", "8", "-q")
     assert (done.returncode, done.stderr) == (0, "")
     assert not np.allclose(vectors(tmp_path / "out.arrow")["s"], before)
 
@@ -287,7 +288,7 @@ def test_a_bad_slide_is_left_out_as_if_it_were_not_there(
             [x.read() for x in Inputs([path], vectors=True).documents()]
     words = ["encode", path, "--model", model, "--keep", "slide_id", "-o", tmp_path / "out.arrow"]
     done = run_longnet(*words, "--skip-bad")
-    left_out, *others = done.stderr.splitlines()
+    left_out, _, *others = done.stderr.splitlines()
     assert left_out.startswith(f"longnet: note: left out: {path}, row ")
     assert (done.returncode, line in left_out, others) == (6, True, ["longnet: note: 1 document left out"])
     found = (tmp_path / "out.arrow").read_bytes()
@@ -313,7 +314,8 @@ def test_files_of_vectors_that_cannot_be_read_are_left_out(
     said = done.stderr.splitlines()
     assert said[0] == "longnet: note: left out: missing.parquet: no such file or folder"
     assert said[1].startswith("longnet: note: left out: cut.parquet: the data is damaged or truncated")
-    assert said[2:] == ["longnet: note: 1 document empty", "longnet: note: 2 documents left out"]
+    assert said[2] == f"3 vectors of 111 tokens -> {tmp_path / 'out.arrow'}"
+    assert said[3:] == ["longnet: note: 1 document empty", "longnet: note: 2 documents left out"]
     same(vectors(tmp_path / "out.arrow"), {name: x for name, x in expected().items() if name != "s2"})
     for sample in ([], ["--sample", "2"]):
         found = json.loads(run_longnet(*words, "--skip-bad", "--dry-run", "--format", "json", *sample).stdout)

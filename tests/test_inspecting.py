@@ -37,6 +37,7 @@ def test_counts_of_good_files(tmp_path):
     assert found.as_dict() == {
         "documents": 5,
         "tokens": 15,
+        "byte_tokens": 0,
         "n_bytes": 15,
         "length": {"min": 0, "mean": 3.0, "median": 2.0, "max": 8},
         "histogram": [
@@ -63,6 +64,7 @@ def test_text_and_json_lines_count_bytes_without_a_tokenizer(tmp_path):
     found = inspect(Inputs([tmp_path / "a.txt", tmp_path / "b.jsonl"]))
     assert (found.documents, found.tokens, found.n_bytes, found.num_problems) == (3, 9, 9, 0)
     assert found.formats == {"text": 1, "JSON Lines": 1}
+    assert found.byte_tokens == 9
 
 
 @given(st.lists(st.integers(0, 40), min_size=1))
@@ -133,6 +135,14 @@ def test_the_command_in_text_and_json(run_longnet: RunLongnet, tmp_path: Path) -
     assert "length       min 2, mean 3.5, median 3.5, max 5\nids          1 .. 3\n" in text.stdout
     assert "\nlongnet.eos_id 256 (1 file)\n" in text.stdout
     assert text.stdout.endswith("\nno problems found\n")
+    read = run_longnet("data", "inspect", "-", input="hello").stdout
+    assert "\ntokens       5 (bytes)\n" in read
+    assert f"\n{'bytes':>27} {'documents':>12}\n" in read
+    write_text(tmp_path / "t.txt", "hello")
+    assert "\ntokens       12 (5 of them bytes)\n" in run_longnet("data", "inspect", "a.arrow", "t.txt").stdout
+    own = run_longnet("data", "inspect", "t.txt", "--tokenizer", "longnet-tiny").stdout
+    assert "bytes)" not in own
+    assert f"\n{'tokens':>27} {'documents':>12}\n" in own
     value = run_longnet("data", "inspect", "-", "--format", "json", input="hello")
     assert value.returncode == 0
     assert json.loads(value.stdout) == inspect(Inputs([write_text(tmp_path / "b.txt", "hello")])).as_dict()

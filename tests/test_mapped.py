@@ -147,7 +147,7 @@ def test_the_commands_with_chosen_blocks(run_longnet: RunLongnet, tmp_path: Path
         assert found.stdout == expected.stdout
         said = re.sub(r"[\d.]+ KiB of memory", "some memory", found.stderr.decode())
         line = f"168 tokens keep some memory and 42.0 KiB in {small_disk} for chosen blocks\n"  # 2 x 16 in 2 layers
-        assert said == ("" if "-q" in more else line)
+        assert said == ("" if "-q" in more else f"{line}1 vector of 168 tokens -> stdout\n")
         words[words.index("short.txt")] = "long.txt"
         done = run_longnet(*words, *spill, text=False)
         assert done.returncode == 5

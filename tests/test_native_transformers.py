@@ -20,6 +20,7 @@ from longnet_cli.generating import generate
 from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.foreign import TRANSFORMERS_KEYS
+from longnet_cli.shipped import MODEL_TYPE
 
 BYTES = Tokenizer.bytes()
 CACHE = "cache" if "cache" in hf.modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -77,6 +78,19 @@ def test_auto_classes_open_what_a_longnet_saves(net: LongNet, folder: Path) -> N
     assert words.eos_token == "<|endoftext|>"
 
 
+def test_what_does_not_know_a_longnet_names_the_import(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(hf.CONFIG_MAPPING._extra_content, MODEL_TYPE)
+    with pytest.raises(ValueError, match=r"model type `longnet: import longnet_cli\.integrations\.transformers` but"):
+        hf.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_folder_of_before_that_type_still_opens(net: LongNet, folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "longnet"}))
+    assert LongNet.from_pretrained(folder).config == net.config
+    assert hf.AutoModelForCausalLM.from_pretrained(folder).config.longnet == net.config
+
+
 def test_what_transformers_saves_is_a_longnet_again(net: LongNet, folder: Path, tmp_path: Path) -> None:
     model, report = hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
@@ -85,7 +99,7 @@ def test_what_transformers_saves_is_a_longnet_again(net: LongNet, folder: Path, 
     assert again.config == net.config
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in net.state_dict().items())
     saved = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert (saved["model_type"], saved["eos_token_id"]) == ("longnet", 256)
+    assert (saved["model_type"], saved["eos_token_id"]) == (MODEL_TYPE, 256)
     model.config.save_pretrained(tmp_path / "again")  # the file alone, as transformers writes it
     assert LongNet.from_pretrained(tmp_path / "again").config == net.config
     torch.manual_seed(3)
@@ -289,8 +303,12 @@ def test_vectors_are_those_of_encode(causal: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-6)
         torch.testing.assert_close(trained, found, rtol=0, atol=1e-6)
         assert trained.requires_grad
-    with pytest.raises(ValueError, match="text 1 is empty"):
-        model.embed(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    with torch.no_grad():  # an empty text is where its start token is
+        start = torch.nn.functional.normalize(net(torch.tensor([[256]]))[0] * causal, dim=-1)
+        for some in (["", TEXTS[1], ""], ["", ""]):
+            vectors = model.embed(**words(some, padding=True, return_tensors="pt"))
+            wanted = [torch.tensor(expected[1]) if text else start[0] for text in some]
+            torch.testing.assert_close(vectors, torch.stack(wanted), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("net", ["sinks"], indirect=True)

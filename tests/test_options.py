@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 from longnet_cli.cli.app import app
 from longnet_cli.cli.command import Command
 from longnet_cli.cli.options import INPUT, Names, QuietOption, bare_or, option, parse_device
+from longnet_cli.data.outputs import OUTPUT_SUFFIXES
 from longnet_cli.errors import ConfigError
+from longnet_cli.plotting.picture import PICTURES
 
 COMMANDS = ["tokenize", "convert", "train", "plot", "score", "encode", "generate", "bench", "data inspect"]
 
@@ -183,3 +186,16 @@ def test_the_value_of_an_option_may_be_left_out() -> None:
 def test_a_refused_choice_is_said_without_the_words_of_a_library() -> None:
     output = CliRunner().invoke(app, ["score", "x", "--format", "yaml"]).output
     assert "'--format': 'yaml' is not one of 'text'," in output
+
+
+def test_the_page_of_formats_lists_every_form():
+    page = (Path(__file__).parents[1] / "docs/formats.md").read_text()
+    lines = dict(re.findall(r"^\| `([a-z ]+)` \|(.*)", page.partition("\n| `-o` |")[0], re.MULTILINE))
+    group: Any = typer.main.get_command(app)
+    commands = {**group.commands, "data inspect": group.commands["data"].commands["inspect"]}
+    del commands["data"]
+    for name, command in commands.items():
+        kinds = next((option.metavar for option in command.params if "--format" in option.opts), "")
+        assert re.findall(r"`([a-z]+)`", lines.pop(name).partition(" | ")[0]) == kinds.split("|") * bool(kinds)
+    assert not lines
+    assert [suffix for suffix in (*OUTPUT_SUFFIXES, *PICTURES) if f"`NAME{suffix}`" not in page] == []

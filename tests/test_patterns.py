@@ -5,8 +5,10 @@ pytest tests/test_patterns.py
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -139,6 +141,13 @@ def test_sizes_round_trip(size: int) -> None:
 @pytest.mark.parametrize("text", ["./1Ki/1", "my-run/window", "2024-run/4", "longnet-tiny", "recipe.toml", "2024/run"])
 def test_other_words_are_no_patterns(text: str) -> None:
     assert not is_pattern(text)
+
+
+def test_the_documented_way_from_python() -> None:
+    assert "parse_pattern" in (Pattern.__doc__ or "")
+    page = (Path(__file__).parents[1] / "docs/patterns.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(program)
 
 
 def test_loads_no_torch() -> None:

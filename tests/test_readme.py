@@ -172,3 +172,11 @@ def test_every_shipped_model_has_a_card_and_is_small() -> None:
         folder = preset_dir() / name
         assert (folder / "README.md").exists()
         assert sum(path.stat().st_size for path in folder.iterdir()) <= 8 << 20
+
+
+@pytest.mark.parametrize(
+    ("extra", "needed"), [("hf", {"accelerate"}), ("sentence-transformers", {"accelerate", "datasets"})]
+)
+def test_extras_bring_what_their_page_trains_with(extra: str, needed: set[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert needed <= {line.partition(">")[0] for line in extras[extra]}

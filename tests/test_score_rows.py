@@ -275,6 +275,10 @@ def test_the_command_carries_columns(run_longnet: RunLongnet, tmp_path: Path) ->
             {"doc_id": "a", "meta.year": 1999},
             {"doc_id": "b", "meta.year": None},
         ]
+    pq.write_table(pa.table({"uid": [7, 8], "text": ["one two " * 40, "three"]}), tmp_path / "y.parquet")
+    done = run_longnet("score", "y.parquet", "--id-column", "uid", "--context", "16,64", "-q", "-o", "joined.parquet")
+    joined = pq.read_table(tmp_path / "joined.parquet")
+    assert (done.returncode, joined["uid"].to_pylist(), joined["doc_id"].to_pylist()) == (0, [7, 8], ["7", "8"])
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": "one", "gain": 1.0}) + "\n")
     refused = run_longnet(*words, "gain", "-o", "other.parquet")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)

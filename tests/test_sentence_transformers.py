@@ -37,6 +37,9 @@ def test_a_shipped_model_gives_the_vectors_of_encode() -> None:
     assert found.shape == (len(TEXTS), 256)
     assert model.get_embedding_dimension() == 256
     assert np.abs(found - vectors(folder, TEXTS)).max() < 1e-6
+    empty = model.encode(["", TEXTS[0]])
+    assert np.abs(empty[1] - found[0]).max() < 1e-6
+    assert np.isclose(np.linalg.norm(empty[0]), 1)
 
 
 @pytest.mark.parametrize("causal", [True, False])

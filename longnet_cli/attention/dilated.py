@@ -137,7 +137,7 @@ def dilated_attention(
     Raises ValueError for shapes, patterns, far keys, sinks, lengths or kernels that do not fit.
     """
     if pattern.chosen and torch.compiler.is_compiling():  # a choice is data, and `turn` cannot be called in a graph
-        return _outside_graphs(
+        return torch.compiler.disable(dilated_attention)(
             q, k, v, pattern, causal=causal, start=start, far=far, lengths=lengths, documents=documents,
             padding=padding, total=total, scale=scale, kernel=kernel, turn=turn,
         )  # fmt: skip
@@ -175,9 +175,6 @@ def dilated_attention(
     plan = plan_calls(kernel_, q, k, v, pattern, causal, start, far, lengths, documents, padding, total, found)
     chosen = Chosen(pattern, plan.chosen, turn, past) if plan.chosen else None
     return _MergedBranches.apply(plan, scale, kernel_, far, sinks, chosen, q, k, v, *far_tensors)
-
-
-_outside_graphs = torch.compiler.disable(dilated_attention)
 
 
 def plan_calls(

@@ -19,7 +19,11 @@ BARE = "\0"  # stands for an omitted value: no word of a command line can hold i
 
 
 class CommandGroup(TyperGroup):
-    """A group of commands whose help shows no type for flags."""
+    """A group of commands whose help shows no type for flags. `help COMMAND` is `COMMAND --help`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words of a command line."""
+        return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return all parameters, --help included."""

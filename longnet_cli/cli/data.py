@@ -75,7 +75,10 @@ def _print(found: Inspection) -> None:
         print(printable(f"{name:<12} {'-' if value is None else value}"))
 
     row("documents", found.documents)
-    row("tokens", found.tokens)
+    n_bytes = found.byte_tokens
+    unit = "bytes" if n_bytes == found.tokens > 0 else "tokens"
+    what = " (bytes)" if unit == "bytes" else f" ({n_bytes} of them bytes)" if n_bytes else ""
+    row("tokens", f"{found.tokens}{what}")
     row("bytes", found.n_bytes)
     if found.documents:
         row("length", ", ".join(f"{name} {value:.10g}" for name, value in found.length().items()))
@@ -87,7 +90,7 @@ def _print(found: Inspection) -> None:
     histogram = found.histogram()
     most = max((count for _, _, count in histogram), default=0)
     if histogram:
-        print(f"\n{'tokens':>27} {'documents':>12}")
+        print(f"\n{unit:>27} {'documents':>12}")
     for low, high, count in histogram:
         between = f"{low} .. {high}" if low < high else str(low)
         print(f"{between:>27} {count:>12} {'#' * math.ceil(BAR * count / most)}".rstrip())

@@ -9,9 +9,11 @@ from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading
 from longnet_cli.cli.model_and_inputs import ModelAndInputs
 from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, size_option
+from longnet_cli.cli.output import tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.state import check_spill, say_state
 from longnet_cli.cli.writing import check_output, count_left_out, end
+from longnet_cli.sizes import format_count
 
 VECTORS = "Vectors"
 
@@ -146,7 +148,7 @@ def encode(
     done = earlier.totals["tokens"] if earlier else 0
     left_out = count_left_out(skip_bad, quiet)
     with progress("encoding", total=data.num_tokens(), start=done, quiet=quiet) as advance:
-        write_rows(
+        written = write_rows(
             partial(Encoder, options=options),
             net,
             data,
@@ -161,4 +163,8 @@ def encode(
             **running,
         )
     leave()
+    if written is not None:
+        rows = written["rows"]
+        counts = f"{rows} vector{'s' * (rows != 1)} of {format_count(written['tokens'])} tokens"
+        tell(f"{counts} -> {'stdout' if output == '-' else output}", quiet)
     end(left_out, first=ranks.first, quiet=quiet)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ from longnet_cli.cli.options import DEFAULT_MODEL, INPUT, OUTPUT, option, read_p
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.state import check_spill, say_state
+from longnet_cli.errors import LongNetError
 from longnet_cli.sizes import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -173,9 +174,11 @@ def generate(
     before = _stream(loaded, dtype, spill, state, save_state)
     if max_tokens is None:
         max_tokens = 0 if save_state else MAX_TOKENS
-    found = _documents(data, text, loaded.chat)
+    found, several = _documents(data, text, loaded.chat), False
     if save_state:
         found = _only(found)
+    elif format == "text" and text is None and data.names != ["-"]:  # the first line of a pipe waits for no second
+        found, several = _look_ahead(found)
     more = max_tokens + (before.position if before else 0)
     documents = say_state(found, stored=(), net=net, more=more, **reading, quiet=quiet)
     bos_ids = None if (chat or state) and bos is None else loaded.bos  # a template has its own start ids
@@ -201,7 +204,7 @@ def generate(
             )
             step = next(steps, None)
         printer = _Printer(document, seed if temperature else None, format, origin)
-        if step and format == "text" and text is None and data.names != ["-"]:
+        if step and several:
             print(("\n" if index else "") + f"==> {printable(document.doc_id)} <==", flush=True)
         while step:
             printer.print(step)
@@ -276,6 +279,22 @@ def _only(documents: Iterator[Document]) -> Iterator[Document]:
     if len(found) > 1:
         raise ConfigError(f"--save-state saves one prompt, and {found[1].where} is the second: give one")
     yield from found
+
+
+def _look_ahead(documents: Iterator[Document]) -> tuple[Iterator[Document], bool]:
+    """Return the same documents, and whether there are several. The error of a second one comes in its turn."""
+    ahead = list(islice(documents, 1))
+    try:
+        ahead += islice(documents, 1)
+    except LongNetError as error:
+        failure = error
+
+        def fail() -> Iterator[Document]:
+            raise failure
+            yield
+
+        return chain(ahead, fail()), True
+    return chain(ahead, documents), len(ahead) > 1
 
 
 def _new_seed() -> int:

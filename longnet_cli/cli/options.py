@@ -94,6 +94,13 @@ def bare_or(value: str | None, bare: Any, absent: Any = None) -> Any:
     return absent if value is None else bare if value == BARE else value
 
 
+def complete_model(incomplete: str) -> list[str]:
+    """Return the shipped models whose names begin so; none for a path, which the shell then completes."""
+    from longnet_cli.shipped import list_models
+
+    return [name for name in list_models() if name.startswith(incomplete)]
+
+
 Names = Annotated[
     list[str],
     typer.Argument(
@@ -105,7 +112,13 @@ Names = Annotated[
 ]
 ModelOption = Annotated[
     str,
-    option(MODEL, "--model -m", "NAME|DIR", "Use a shipped model, a folder (with a slash: ./my-run), or a GGUF file."),
+    option(
+        MODEL,
+        "--model -m",
+        "NAME|DIR",
+        "Use a shipped model, a folder (with a slash: ./my-run), or a GGUF file.",
+        autocompletion=complete_model,
+    ),
 ]
 TokenizerOption = Annotated[
     str | None,

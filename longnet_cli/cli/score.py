@@ -151,6 +151,8 @@ def score(
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
     if token_logprobs and (dp or 1) > 1:
         raise ConfigError("--token-logprobs is written by one group of ranks: leave out --dp")
+    if output is not None and id_column and id_column not in {*keys, *(keep or ())}:
+        keep = [id_column, *(keep or ())]  # so that rows join their input by the column's own name and type
     named = ModelAndInputs(inputs, model, tokenizer, column, id_column, keep, skip_bad)
     named.refuse_overwriting("--token-logprobs", token_logprobs)
     named.refuse_overwriting("-o", output)

@@ -44,7 +44,9 @@ def train(
     seq_len: Annotated[
         int | None, size_option(RECIPE, "--seq-len", "Train in one stage, at this context length.")
     ] = None,
-    steps: Annotated[int | None, size_option(RECIPE, "--steps", "Take N steps in that stage.", metavar="N")] = None,
+    steps: Annotated[
+        int | None, size_option(RECIPE, "--steps", "Take N steps in that stage. A larger N extends a run.", metavar="N")
+    ] = None,
     initial: Annotated[
         str | None, option(RECIPE, "--init", "NAME|DIR", "Start from the weights of this model.")
     ] = None,

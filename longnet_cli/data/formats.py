@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from longnet_cli.data import arrow
 from longnet_cli.data.columns import Wanted
@@ -194,5 +193,7 @@ def _leaf_values(column: pa.Array) -> int:
     """Return the number of values that Parquet counts in a column: an empty or missing list is one of them."""
     if not pa.types.is_nested(column.type) or pa.types.is_struct(column.type):
         return len(column)
+    import pyarrow.compute as pc  # imported late: 20 ms that text does not need
+
     lengths = pc.fill_null(pc.list_value_length(column), 0)
     return (pc.sum(pc.equal(lengths, 0)).as_py() or 0) + _leaf_values(column.flatten())

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from longnet_cli.data.files import FileChangedError, StoredIds, read_error
 from longnet_cli.errors import DataError, MemoryLimitError
@@ -102,7 +101,11 @@ def pick(batch: pa.RecordBatch, name: str) -> pa.Array:
     column = batch.column(place.root)
     # List offsets that point outside the data would crash, not raise. This reads no token.
     column.validate(full=True)
-    return pc.struct_field(column, place.fields) if place.fields else column
+    if not place.fields:
+        return column
+    import pyarrow.compute as pc  # imported late: 20 ms that text does not need
+
+    return pc.struct_field(column, place.fields)
 
 
 class Pipe:

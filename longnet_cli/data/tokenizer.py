@@ -222,7 +222,7 @@ class Tokenizer:
 
         Memory is that of GROUP characters, however long a text is. An empty text has no part.
         """
-        if self._is_bytes:
+        if self.is_bytes:
             for owner, text in enumerate(texts):
                 for start in range(0, len(text), GROUP):
                     data = text[start : start + GROUP].encode()
@@ -243,7 +243,7 @@ class Tokenizer:
 
         A few tokenizers need the whole text at once: it is then the only piece.
         """
-        if self._is_bytes:
+        if self.is_bytes:
             return (part for part in parts if part)
         return cut_text(parts) if self._can_cut else filter(None, ("".join(parts),))
 
@@ -324,7 +324,7 @@ class Tokenizer:
         return dict(json.loads(self._inner.to_str()))
 
     @cached_property
-    def _is_bytes(self) -> bool:
+    def is_bytes(self) -> bool:
         """Return whether ids are the text's bytes: encoding then needs neither the library nor its memory."""
         model, pre = self._description["model"], self._description["pre_tokenizer"] or {}
         return (

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from longnet_cli.data.columns import FLOATS, INTEGERS, Columns, is_list, is_vectors
 from longnet_cli.data.documents import Document, Part, Unread, collect
@@ -119,6 +118,8 @@ def _points(axes: Sequence[pa.Array], count: int, place: Callable[[int], str]) -
         if len(values) != count:
             raise DataError(f"{place(0)}: {count} vectors and {len(values)} coordinates")
     if len(axes) == 1:
+        import pyarrow.compute as pc  # imported late: 20 ms that text does not need
+
         sizes = pc.fill_null(pc.list_value_length(axes[0]), 0).to_numpy(zero_copy_only=False)
         if (bad := np.flatnonzero(sizes != 2)).size:
             raise DataError(f"{place(bad[0])}: coords needs two numbers for each vector")

@@ -30,7 +30,7 @@ from longnet_cli.model import LongNet
 from longnet_cli.model.foreign import TRANSFORMERS_KEYS, architecture
 from longnet_cli.model.weights import list_names, save_pretrained
 from longnet_cli.runtime.chunks import CausalStream, default_chunk
-from longnet_cli.shipped import MODEL_TYPE
+from longnet_cli.shipped import MODEL_TYPE, OLDER_TYPE
 
 # the name of a cache in arguments and outputs of transformers: `cache` in newer versions
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -171,23 +171,24 @@ class LongNetModel(LongNetPreTrainedModel):
         """Return vectors (B, dim) of length 1 for texts, given as token ids (B, N), as `longnet encode` makes them.
 
         A vector is the normalized mean of the hidden states at a text's tokens. A causal net first reads the id that
-        starts documents (`config.bos_token_id`). Without gradients, it reads chunk by chunk. Raises ValueError for a
-        text without a token.
+        starts documents (`config.bos_token_id`), whose hidden state is the vector of an empty text. Without that id,
+        its vector is zero. Without gradients, a causal net reads chunk by chunk.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        ids = input_ids.gather(1, (1 - mask).argsort(dim=1, stable=True))  # padding goes to the right
-        counts = mask.sum(1)
-        if not counts.all():
-            raise ValueError(f"text {int(counts.argmin())} is empty: there is nothing to embed")
+        # a tokenizer returns numbers of float32 for texts without tokens
+        ids = input_ids.long().gather(1, (1 - mask).argsort(dim=1, stable=True))  # padding goes to the right
         bos = getattr(self.config, "bos_token_id", None) if self.config.causal else None
-        first = 0 if bos is None else 1
-        if first:
+        if bos is not None:
             ids = F.pad(ids, (1, 0), value=bos)
+        stops = mask.sum(1) + (bos is not None)
+        starts = (stops > 1).long() * (bos is not None)
+        if not stops.any():
+            return self.net.embedding.weight.new_zeros(len(ids), self.config.hidden_size)
         places = torch.arange(ids.shape[1], device=ids.device)
-        wanted = ((places >= first) & (places < first + counts[:, None]))[..., None]  # (B, 1 + N, 1)
+        wanted = ((places >= starts[:, None]) & (places < stops[:, None]))[..., None]  # (B, 1 + N, 1)
         parts: Iterable[Tensor]
         if torch.is_grad_enabled() or not self.config.causal:
-            parts = [self.net(ids, lengths=(first + counts).tolist())]
+            parts = [self.net(ids, lengths=stops.tolist())]
         else:
             stream, chunk = CausalStream(self.net), default_chunk(self.net.config, ids.device)
             parts = (stream(part) for part in ids.split(max(1, chunk // len(ids)), 1))
@@ -195,7 +196,7 @@ class LongNetModel(LongNetPreTrainedModel):
         for hidden in parts:
             total = total + hidden.masked_fill(~wanted[:, at : at + hidden.shape[1]], 0).sum(1, dtype=torch.float64)
             at += hidden.shape[1]
-        return F.normalize((total / counts[:, None]).float(), dim=-1)
+        return F.normalize((total / (stops - starts).clamp(min=1)[:, None]).float(), dim=-1)
 
 
 class LongNetForCausalLM(LongNetPreTrainedModel, hf.GenerationMixin):
@@ -293,6 +294,7 @@ def _output(found: Any, return_dict: bool | None) -> Any:
 
 
 hf.AutoConfig.register(MODEL_TYPE, LongNetHFConfig)
+hf.CONFIG_MAPPING.register(OLDER_TYPE, LongNetHFConfig)
 hf.AutoModel.register(LongNetHFConfig, LongNetModel)
 hf.AutoModelForCausalLM.register(LongNetHFConfig, LongNetForCausalLM)
 hf.AutoModelForMaskedLM.register(LongNetHFConfig, LongNetForMaskedLM)

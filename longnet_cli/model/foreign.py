@@ -13,7 +13,7 @@ from typing import Any
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model.net import NetConfig
-from longnet_cli.shipped import END_OF_TEXT, MODEL_TYPE
+from longnet_cli.shipped import END_OF_TEXT, MODEL_TYPE, OLDER_TYPE
 
 TOKENIZER_CONFIG, MODULES, SENTENCES = "tokenizer_config.json", "modules.json", "sentence_bert_config.json"
 # files that may stand beside a tokenizer.json: they tell a library how to build the tokenizer and write a chat
@@ -57,7 +57,7 @@ def own_keys(data: Any) -> Any:
     if not isinstance(data, Mapping):
         return data
     kind = data.get("model_type", MODEL_TYPE)
-    if kind != MODEL_TYPE:
+    if kind not in (MODEL_TYPE, OLDER_TYPE):
         raise ConfigError(f"model_type {kind!r} is not that of a LongNet, {MODEL_TYPE!r}")
     return {key: value for key, value in data.items() if key not in TRANSFORMERS_KEYS}
 

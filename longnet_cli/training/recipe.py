@@ -224,8 +224,14 @@ class Recipe(StrictModel):
         return self.model_copy(update={"train": self.train.model_copy(update={"chunk": chunk})})
 
     def changed_since(self, saved: Mapping[str, Any]) -> list[str]:
-        """Return the keys (`optimizer.lr`) whose change since a saved recipe keeps a run from continuing exactly."""
-        return [key for key in _changed(saved, self.model_dump(mode="json"), "") if key not in FREE_TO_CHANGE]
+        """Return the keys (`optimizer.lr`) whose change since a saved recipe keeps a run from continuing.
+
+        More steps do not: they follow those of the saved recipe.
+        """
+        mine = self.model_dump(mode="json")
+        extended = _extend(saved["train"]["stages"], mine["train"]["stages"])
+        free = FREE_TO_CHANGE | ({"train.stages"} if extended else set())
+        return [key for key in _changed(saved, mine, "") if key not in free]
 
 
 class LoraRecipe(StrictModel):
@@ -265,6 +271,13 @@ class PretrainedRecipe(Recipe):
     def adapter(self) -> dict[str, Any] | None:
         """The arguments of `integrations.lora.add_lora`; None where all weights are trained."""
         return self.lora.model_dump() if self.lora else None
+
+
+def _extend(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the stages `new` begin with all steps of `old`: the last one may go on, and more may follow."""
+    *first, last = old
+    same, rest = new[: len(first)], new[len(first) :]
+    return same == first and bool(rest) and rest[0]["seq_len"] == last["seq_len"] and rest[0]["steps"] >= last["steps"]
 
 
 def _changed(old: Any, new: Any, path: str) -> Iterator[str]:
