@@ -177,8 +177,9 @@ class CausalStream:
         hidden = self.model(tokens, embeddings=embeddings, start=start, far=far)
         pending.pop()()
         self.position = edges[-1] if edges else self.position + hidden.shape[1]
-        self.last_hidden = hidden[:, -1].clone()
-        self.last_tokens = None if tokens is None else tokens[:, -1].clone()
+        if hidden.shape[1]:  # a rank's shard may be empty
+            self.last_hidden = hidden[:, -1].clone()
+            self.last_tokens = None if tokens is None else tokens[:, -1].clone()
         return hidden
 
     def far(self) -> list[list[FarKeys | Past]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from longnet_cli.atomic import locked_folder, whole_folder
 from longnet_cli.errors import CheckpointError, ConfigError, DataError
 from longnet_cli.model.weights import write_tensors
-from longnet_cli.runtime.manifest import find_damage, read_manifest, write_manifest
+from longnet_cli.runtime.checksums import find_damage, read_manifest, write_manifest
 
 MANIFEST, PIECES = "manifest.json", "piece-*.safetensors"
 STATE_VERSION = 1

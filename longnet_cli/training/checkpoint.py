@@ -25,7 +25,7 @@ from torch import Tensor
 
 from longnet_cli.atomic import whole_folder
 from longnet_cli.errors import CheckpointError, LongNetError
-from longnet_cli.runtime import manifest
+from longnet_cli.runtime import checksums
 from longnet_cli.runtime.ranks import Ranks
 
 STATE = "state.json"
@@ -90,7 +90,7 @@ class Checkpoints:
                 self.ranks.barrier()
                 save_tensors(partial, tensors)
                 if self.ranks.first:
-                    manifest.write_manifest(partial / STATE, STATE_VERSION, facts)
+                    checksums.write_manifest(partial / STATE, STATE_VERSION, facts)
             if self.ranks.first:
                 found = checkpoints_in(self.folder)
                 for old in found[found.index(final) + self.keep :]:  # later ones are damaged, and do not count
@@ -134,12 +134,12 @@ def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) 
 
 def find_damage(checkpoint: Path) -> str | None:
     """Compare all files of a checkpoint with their sizes and SHA-256; return what is wrong, or None."""
-    return manifest.find_damage(checkpoint / STATE, STATE_VERSION)
+    return checksums.find_damage(checkpoint / STATE, STATE_VERSION)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Read state.json. Raises CheckpointError for other content than was written, OSError for a missing file."""
-    return manifest.read_manifest(checkpoint / STATE, STATE_VERSION)
+    return checksums.read_manifest(checkpoint / STATE, STATE_VERSION)
 
 
 def tensor_names(checkpoint: Path) -> set[str]:
