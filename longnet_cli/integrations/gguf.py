@@ -23,6 +23,7 @@ _NEEDED = ("transformers", "gguf", "accelerate")
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # types that are not quantized
 
 _MOST_VALUES = 1 << 22  # in arrays of metadata: words of a vocabulary, and merges. Gemma 3 has 1.3 million
+_MOST_DEPTH = 8  # of arrays in arrays
 _STRING, _ARRAY = 8, 9
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value of each other type
 
@@ -75,15 +76,21 @@ def check_counts(path: Path) -> None:
         size, left, order = path.stat().st_size, _MOST_VALUES, "<"
 
         def number(kind: str) -> int:
-            return int(struct.unpack(order + kind, file.read(struct.calcsize(order + kind)))[0])
+            data = file.read(struct.calcsize(order + kind))
+            if len(data) < struct.calcsize(order + kind):
+                raise ValueError(f"it ends in its metadata, at offset {file.tell()}")
+            return int(struct.unpack(order + kind, data)[0])
 
         def skip(count: int) -> None:
             if count > size - file.tell():
                 raise ValueError(f"it declares {count} bytes at offset {file.tell()}, of a file of {size}")
             file.seek(count, io.SEEK_CUR)
 
-        def value(kind: int) -> None:
+        def value(kind: int, depth: int = 0) -> None:
             nonlocal left
+            if depth > _MOST_DEPTH or kind not in (_STRING, _ARRAY, *_SIZES):
+                what = f"an unknown type, {kind}" if depth <= _MOST_DEPTH else f"arrays in {depth} arrays"
+                raise ValueError(f"its metadata has {what}, at offset {file.tell()}")
             if kind == _STRING:
                 skip(number("Q"))
             elif kind != _ARRAY:
@@ -97,7 +104,7 @@ def check_counts(path: Path) -> None:
                     skip(count * _SIZES[inner])
                 else:
                     for _ in range(count):
-                        value(inner)
+                        value(inner, depth + 1)
 
         file.seek(4)
         if number("I") & 0xFFFF == 0:  # a version of two bytes at the other end
