@@ -11,7 +11,7 @@ from longnet_cli.cli.model_and_inputs import ModelAndInputs
 from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, size_option
 from longnet_cli.cli.output import tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.state import check_spill, say_state
+from longnet_cli.cli.spilling import check_spill, say_state
 from longnet_cli.cli.writing import check_output, count_left_out, end
 from longnet_cli.sizes import format_count
 

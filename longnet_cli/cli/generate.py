@@ -19,7 +19,7 @@ from longnet_cli.cli import options as shared
 from longnet_cli.cli.options import DEFAULT_MODEL, INPUT, OUTPUT, option, read_pattern, size_option
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.state import check_spill, say_state
+from longnet_cli.cli.spilling import check_spill, say_state
 from longnet_cli.errors import LongNetError
 from longnet_cli.sizes import format_bytes, format_duration
 

@@ -13,7 +13,7 @@ from longnet_cli.cli.model_and_inputs import ModelAndInputs
 from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, size_option, sizes_option
 from longnet_cli.cli.output import emit_json, emit_jsonl, printable, tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.state import check_spill, say_state
+from longnet_cli.cli.spilling import check_spill, say_state
 from longnet_cli.cli.writing import check_output, count_left_out, end
 
 if TYPE_CHECKING:
