@@ -1,8 +1,8 @@
 """Say a passage again, long after a model has read it, to see what the model finds again. Nothing is trained.
 
     python examples/real_model.py runs/real
-    python examples/passage.py runs/real/smollm2 --filler runs/real/prose/sec[A-E]*.txt \\
-      --passages runs/real/prose/secJ5.txt examples/recall.py window:1Ki,sinks=4 window:1Ki,chosen=32x32
+    python examples/passage.py runs/real/smollm2 window:1Ki,sinks=4 finding \\
+      --filler runs/real/prose/sec[A-E]*.txt --passages runs/real/prose/secJ5.txt examples/recall.py
 
 A document starts with 200 tokens of filler, and one passage from the middle of each file. Then comes filler again. At
 each distance, each passage is read for the second time, as if the document went on with it there. The filler is read
