@@ -21,8 +21,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,15 @@ Row = dict[str, Any]
 
 
 @torch.inference_mode()
-def nats_of(net: Net, stream: Any, ids: np.ndarray) -> np.ndarray:
-    """Read the next ids (n,); return the nats (n - 1,) of all but the first."""
+def nats_of(net: Net, stream: Any, ids: np.ndarray) -> list[float]:
+    """Read the next ids (n,); return the n - 1 nats of all but the first."""
     tokens = torch.from_numpy(ids)
     hidden = stream(tokens[None])
-    return net.nll(hidden[0, :-1], tokens[1:]).numpy()
+    return net.nll(hidden[0, :-1], tokens[1:]).tolist()
 
 
-def nats_apart(net: Net, stream: Any, ids: np.ndarray, every: int | None = None) -> list[float]:
-    """Return the nats as `nats_of`, but leave the stream as it was: a forked process reads the ids.
+def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = None) -> Any:
+    """Return what `read()` returns (JSON), but leave the stream as it was: a forked process reads.
 
     With `every`, a model of transformers chooses blocks every so many tokens there.
     """
@@ -67,7 +68,7 @@ def nats_apart(net: Net, stream: Any, ids: np.ndarray, every: int | None = None)
             for cache in stream.caches:
                 cache.pattern = cache.past.pattern = pattern
                 cache.past.held = None
-        os.write(sink, json.dumps(nats_of(net, stream, ids).tolist()).encode())
+        os.write(sink, json.dumps(read()).encode())
         os._exit(0)
     os.close(sink)
     with os.fdopen(source) as pipe:
@@ -82,7 +83,7 @@ def measure(
     """Yield the rows of a pattern. `start` are the ids before a document."""
     stream, pattern = open_stream(net), net.config.pattern
     nats_of(net, stream, np.concatenate([start, filler[:PREFACE]]))
-    first = {name: float(nats_of(net, stream, ids).mean()) for name, ids in passages.items()}
+    first = {name: float(np.mean(nats_of(net, stream, ids))) for name, ids in passages.items()}
     numbers = options.every if pattern.chosen else [None]
     at = PREFACE
     for distance in options.distances:
@@ -93,7 +94,7 @@ def measure(
         for name, ids in (passages | {NATURAL: filler[at : at + options.tokens]}).items():
             for every in numbers:
                 begin = time.perf_counter()
-                nats = float(np.mean(nats_apart(net, stream, ids, every)))
+                nats = float(np.mean(apart(net, stream, partial(nats_of, net, stream, ids), every)))
                 row = {"pattern": written, "distance": distance, "passage": name, "every": every}
                 row |= {"exact": options.exact, "nats": nats, "first": first.get(name)}
                 yield row | {"seconds": round(time.perf_counter() - begin, 2)}

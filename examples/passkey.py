@@ -26,6 +26,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def ask(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def alone(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a row per pattern and number of `--every`: all questions about one document, each in a forked process."""
     import torch
-    from passage import nats_apart, nats_of
+    from passage import apart, nats_of
 
     from longnet_cli.runtime.chunks import open_stream
 
@@ -169,7 +170,7 @@ def alone(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 question = tokenizer.encode(f"\nThe pass key of the {name} is")
                 answer = tokenizer.encode(f" {number}")
                 whole = np.concatenate([question, answer]).astype(np.int64)
-                nats += nats_apart(net, stream, whole, every)[len(question) - 1 :]
+                nats += apart(net, stream, partial(nats_of, net, stream, whole), every)[len(question) - 1 :]
             row = {"pattern": written, "every": every, "tokens": len(text), "questions": args.keys}
             yield {**row, "nats": float(np.mean(nats))}
 

@@ -268,6 +268,40 @@ def test_what_is_read_apart_is_what_would_come_next(
     assert 0 < row["nats"] < 20
 
 
+@pytest.mark.parametrize("name", ["niah_single_3", "niah_multikey_2", "niah_multivalue", "vt"])
+def test_ruler_asks_for_what_lies_in_the_document(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values of each question are in the document; the nats are those that `score` gives the same tokens."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # of the test's process
+    ruler = imported(ROOT / "examples/ruler.py")
+    model = tiny_llama(tmp_path / "llama", max_position_embeddings=400, bos_token_id=7)
+    prose, folder = "All is well that ends well. What ends is another matter. " * 9, ModelFolder(model)
+    (tmp_path / "prose.txt").write_text(prose)
+    names = {"model": str(model), "text": [str(tmp_path / "prose.txt")], "seed": 3, "chunk": 500, "questions": 3}
+    pattern = "window:64,chosen=2x32"
+    args = argparse.Namespace(**names, patterns=[pattern], documents=[(3500, name, 1)], every=[16])
+    (row,) = ruler.measure(args)
+
+    words = folder.tokenizer()
+    ids, questions = ruler.Writer(words, prose, [3, 3500, [*ruler.TASKS].index(name), 1]).document(name, 3500, 3)
+    text, nats = words.decode(ids.tolist()), []
+    assert len(questions) == row["questions"]
+    assert 3300 < len(ids) <= 3500
+    for asked in questions:
+        assert all(value.strip() in text for value in asked.values)
+        parts = [ids, words.encode(asked.text)]
+        for value in asked.values:
+            parts += [words.encode(value), words.encode(asked.between)]
+        found: list[tuple] = []
+        whole = np.concatenate(parts[:-1])
+        net = folder.net(pattern=parse_pattern(pattern))
+        list(score(net, [Document("", whole, len(whole), "")], bos=7, on_tokens=lambda *t, to=found: to.append(t)))
+        logprobs = np.concatenate([token[3] for token in found])
+        at = np.cumsum([0, *map(len, parts)])
+        nats += [-logprobs[at[i] : at[i + 1]] for i in range(2, len(parts), 2)]
+    assert row["nats"] == pytest.approx(np.concatenate(nats).mean(), rel=1e-5)
+
+
 def test_documents_with_pass_keys_fill_training_windows(tmp_path: Path) -> None:
     passkey = imported(ROOT / "examples/passkey.py")
     text = tmp_path / "prose.txt"
