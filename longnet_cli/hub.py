@@ -166,9 +166,7 @@ class _Repository:
             with WeakFileLock(place / "longnet.lock"):
                 yield
         except OSError as error:
-            raise CheckpointError(
-                f"{self.name}: cannot be saved in {constants.HF_HUB_CACHE}: {error.strerror or error}"
-            ) from None
+            raise CheckpointError(self._explain(error, constants, answered=False)) from None
 
     @property
     def _not_here(self) -> str:
@@ -265,7 +263,7 @@ class _Repository:
             what = f": {log_in}" if code in (401, 403) else ""
             return f"{here}, and {hub} refuses it ({code} {error.server_message or ''}".rstrip() + f"){what}"
         if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError | TimeoutError):
-            return f"{self.name}: cannot be saved in {constants.HF_HUB_CACHE}: {error.strerror}"
+            return f"{here}, and the cache {constants.HF_HUB_CACHE} cannot be written: {error.strerror}"
         said = " ".join(str(error).split()) or type(error).__name__
         if answered:
             return f"{self.name}: the download broke off ({said}): the same command continues it"

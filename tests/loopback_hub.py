@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -40,8 +41,9 @@ class LoopbackHub:
     """A hub whose repositories are `push`ed: `commits[repo]` has the files of each commit, `refs[repo]` the branches.
 
     Large files are redirected to another path, as the hub does. `requests` are the method and path of all requests.
-    The connection breaks once after each of `breaks` bytes of a large file. `refused` repositories answer with that
-    error, and all others with the `secret` only, if there is one.
+    `ranges` are the parts that were asked for. The connection breaks once after each of `breaks` bytes of a large file.
+    Paths that start with `stalled` get no answer. `refused` repositories answer with that error, and all others with
+    the `secret` only, if there is one.
     """
 
     def __init__(self) -> None:
@@ -50,6 +52,7 @@ class LoopbackHub:
         self.requests: list[str] = []
         self.ranges: list[str] = []
         self.breaks: list[int] = []
+        self.stalled: str | None = None
         self.refused: dict[str, tuple[int, str]] = {}
         self.secret: str | None = None
         self.url = ""
@@ -73,6 +76,11 @@ def loopback_hub() -> Iterator[LoopbackHub]:
 
         def do_GET(self) -> None:
             hub.requests.append(f"{self.command} {self.path}")
+            if self.command == "GET" and hub.stalled and self.path.startswith(hub.stalled):
+                while hub.stalled:
+                    time.sleep(0.01)
+                self.close_connection = True
+                return
             path = self.path.partition("?")[0]
             if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", path):
                 self.info(*match.groups())
@@ -130,7 +138,8 @@ def loopback_hub() -> Iterator[LoopbackHub]:
                 return
             if self.path.startswith("/cdn/") and hub.breaks:
                 body, self.close_connection = body[: hub.breaks.pop(0)], True
-            self.wfile.write(body)
+            with suppress(ConnectionError):
+                self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -139,5 +148,6 @@ def loopback_hub() -> Iterator[LoopbackHub]:
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     Thread(target=server.serve_forever, daemon=True).start()
     yield hub
+    hub.stalled = None
     server.shutdown()
     server.server_close()
