@@ -37,14 +37,14 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOCAL = (".json", ".jsonl", ".toml", ".gguf", ".safetensors", ".pth", ".pt", ".bin")  # endings of files, not of models
 
 
-class Found(NamedTuple):
+class Located(NamedTuple):
     """A folder or a file, and a name that means the same contents later: ORG/NAME@COMMIT for those of a hub."""
 
     path: Path
     name: str
 
 
-def find_model(name: str) -> Found:
+def find_model(name: str) -> Located:
     """Return the folder, or the GGUF file, of a model: a shipped one's name, a path with a slash, or a name on a hub.
 
     The path may lead to nothing. Raises ConfigError for a name that is not shipped, CheckpointError for a model that is
@@ -53,10 +53,10 @@ def find_model(name: str) -> Found:
     if repository := _Repository.of(name):
         return repository.find()
     path = model_path(name)
-    return Found(snapshot, str(snapshot)) if (snapshot := _snapshot_in(path)) else Found(path, name)
+    return Located(snapshot, str(snapshot)) if (snapshot := _snapshot_in(path)) else Located(path, name)
 
 
-def find_tokenizer(name: str) -> Found | None:
+def find_tokenizer(name: str) -> Located | None:
     """Return the folder of a tokenizer that is on a hub, or in the folder of a repository in a cache; otherwise None.
 
     Raises CheckpointError for a tokenizer that is neither here nor can be downloaded.
@@ -64,7 +64,7 @@ def find_tokenizer(name: str) -> Found | None:
     if repository := _Repository.of(name, tokenizer=True):
         return repository.find()
     snapshot = _snapshot_in(Path(name))
-    return Found(snapshot, str(snapshot)) if snapshot else None
+    return Located(snapshot, str(snapshot)) if snapshot else None
 
 
 def refresh(model: str | None, tokenizer: str | None) -> None:
@@ -130,7 +130,7 @@ class _Repository:
             return None
         return cls(name, match[1], match[2] or "main", match[3], tokenizer)
 
-    def find(self, *, update: bool = False) -> Found:
+    def find(self, *, update: bool = False) -> Located:
         """Return the folder or the file in the cache, downloaded if it is not there. `update` asks the hub first."""
         constants = self._library()
         if update or not self._is_cached():
@@ -144,7 +144,7 @@ class _Repository:
         commit = self._commit()
         found = self._folder / "snapshots" / str(commit)
         file = f":{self.file}" if self.file else ""
-        return Found(found / self.file if self.file else found, f"{self.repo}@{commit}{file}")
+        return Located(found / self.file if self.file else found, f"{self.repo}@{commit}{file}")
 
     def _library(self) -> ModuleType:
         try:

@@ -20,7 +20,7 @@ from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.data.special_tokens import SETTINGS, special_token, token_id
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import CheckpointError, ConfigError, MemoryLimitError
-from longnet_cli.hub import Found, find_model
+from longnet_cli.hub import Located, find_model
 from longnet_cli.shipped import (
     CONFIG,
     GENERATION,
@@ -84,7 +84,7 @@ class ModelFolder:
         Raises ConfigError for a name that is not shipped; CheckpointError for a path that holds no complete model, for
         a model that cannot be downloaded and, unless `gguf`, for a GGUF file.
         """
-        place, origin = Found(Path(name), name) if is_gguf(Path(name)) else find_model(name)
+        place, origin = Located(Path(name), name) if is_gguf(Path(name)) else find_model(name)
         found = cls(place, name, origin)
         if not found.is_gguf:
             found._check_complete()
