@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -135,9 +135,7 @@ class _Repository:
         constants = self._library()
         if update or not self._is_cached():
             try:
-                with self._lock(constants):
-                    if update or not self._is_cached():
-                        self._download(constants, update)
+                self._download(constants, update)
             except CheckpointError:
                 if update or not self._is_cached(any_tokenizer=True):
                     raise
@@ -154,19 +152,6 @@ class _Repository:
                 f"{self._not_here}; a model on a hub needs the extra hf: pip install 'longnet-cli[hf]'"
             ) from None
         return constants
-
-    @contextmanager
-    def _lock(self, constants: Any) -> Iterator[None]:
-        """Let one process download, the others wait. Raises CheckpointError for a cache that cannot be written."""
-        from huggingface_hub.utils import WeakFileLock
-
-        place = Path(constants.HF_HUB_CACHE, ".locks", self._folder.name)
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            with WeakFileLock(place / "longnet.lock"):
-                yield
-        except OSError as error:
-            raise CheckpointError(self._explain(error, constants, answered=False)) from None
 
     @property
     def _not_here(self) -> str:
@@ -196,7 +181,10 @@ class _Repository:
         return all((snapshot / name).is_file() for name in needed)
 
     def _download(self, constants: Any, update: bool) -> None:
-        """Download the files that the cache lacks, of one commit. Raises CheckpointError."""
+        """Download the files that the cache lacks, of one commit. Raises CheckpointError.
+
+        Several processes may do so: the library locks each file, and the first one downloads it.
+        """
         from huggingface_hub import HfApi, hf_hub_download
 
         commit, own = None if update else self._commit(), constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -271,6 +259,8 @@ class _Repository:
             why, then = "HF_HUB_OFFLINE is set", "without it"
         else:
             why, then = f"{hub} does not answer ({said})", "with a network"
+        if self._is_cached(any_tokenizer=True):
+            return f"{self.name}: {why}: leave out --update to take what is in the cache {constants.HF_HUB_CACHE}"
         revision = "" if self.revision == "main" else f" --revision {self.revision}"
         file = f" {self.file}" if self.file else ""
         return (
@@ -306,7 +296,7 @@ def _weights(snapshot: Path) -> list[str]:
     """Return the files with the weights of a snapshot, as its index lists them."""
     if not (snapshot / WEIGHTS).exists():
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            return sorted({*parse(read_text(snapshot / SHARDED))["weight_map"].values()})
+            return sorted({str(name) for name in parse(read_text(snapshot / SHARDED))["weight_map"].values()})
     return [WEIGHTS]
 
 
