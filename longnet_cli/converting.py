@@ -8,25 +8,28 @@ from typing import Any
 
 from longnet_cli.atomic import whole_folder
 from longnet_cli.errors import CheckpointError, ConfigError, refuse_web_address
+from longnet_cli.hub import find_model, name_origin
 from longnet_cli.integrations.official import Given, convert_official, is_checkpoint
-from longnet_cli.model.foreign import BESIDE_TOKENIZER
 from longnet_cli.model.integrity import check_finite
 from longnet_cli.model_folder import ModelFolder, is_gguf
 from longnet_cli.runtime.device import DTYPES
-from longnet_cli.shipped import TOKENIZER, list_models
+from longnet_cli.shipped import BESIDE_TOKENIZER, TOKENIZER, list_models
 
 
 def convert(source: str | Path, output: str | Path, dtype: str = "auto", **given: Any) -> str:
     """Write the model `source` to the new folder `output`. Return a few words about what was done.
 
     `source` is a GGUF file, a checkpoint of the official implementation, or the name or folder of a LongNet, whose
-    weights are converted to another type. `given` holds values that a checkpoint lacks, as in `official.Given`.
+    weights are converted to another type. A GGUF file or a LongNet on a hub is named as in --model, and config.json
+    then has its commit (`_name_or_path`). `given` holds values that a checkpoint lacks, as in `official.Given`.
     `dtype` is fp32, bf16, fp16 or auto. auto keeps the file's own type, or takes bf16 if the weights are quantized.
     Raises CheckpointError for a damaged file or a file of an unknown kind, ConfigError for a folder that is in use, for
     missing libraries, for values `given` to any other kind of model, and for a LongNet without a `dtype`.
     """
     refuse_web_address(str(source))
-    path = Path(source)
+    path, origin = Path(source), str(source)
+    if "/" in origin and not path.exists():
+        path, origin = find_model(origin)
     given = {name: value for name, value in given.items() if value is not None}
     if path.is_file() and is_checkpoint(path):
         return convert_official(path, Path(output), DTYPES.get(dtype), Given(**given))
@@ -34,11 +37,11 @@ def convert(source: str | Path, output: str | Path, dtype: str = "auto", **given
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(f"{source}: {names}: only for a checkpoint of the official implementation")
     if path.is_dir() or str(source) in list_models():
-        return _with_weights_of(ModelFolder.find(str(source)), Path(output), dtype)
+        return _with_weights_of(ModelFolder.find(origin), Path(output), dtype)
     if is_gguf(path):
         from longnet_cli.integrations.gguf import convert_gguf
 
-        return convert_gguf(path, Path(output), DTYPES.get(dtype))
+        return convert_gguf(path, Path(output), DTYPES.get(dtype), origin)
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     raise CheckpointError(f"{path}: by its first bytes neither a GGUF file nor a checkpoint (PyTorch, safetensors)")
@@ -57,6 +60,7 @@ def _with_weights_of(model: ModelFolder, output: Path, dtype: str) -> str:
         check_finite(net.state_dict(), f"{folder} as {dtype}")
         texts = (tokenizer.read_text(encoding="utf-8"), model.eos) if tokenizer.is_file() else ()
         net.save_pretrained(place, *texts)
+        name_origin(place, model.origin)
         for name in BESIDE_TOKENIZER:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, place / name)

@@ -67,7 +67,7 @@ class Reading:
         loaded = self.load()
         return {
             "bos": loaded.bos,
-            "model_name": self.model,
+            "model_name": loaded.origin,
             "tokenizer_sha256": loaded.tokenizer_sha256,
             "pattern": format_pattern(loaded.net.config.pattern),
         }

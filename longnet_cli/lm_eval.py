@@ -34,7 +34,7 @@ _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "se
 
 @register_model("longnet")
 class LongNetLM(TemplateLM):
-    """A model for lm-eval. `pretrained` is a folder, with a slash in its name, or the name of a shipped model.
+    """A model for lm-eval. `pretrained` is a folder, with a slash, or a name as in --model.
 
     `pattern` (a text of `longnet_cli.notation`) replaces the model's own. `dtype` and `chunk` are as in
     `runtime.reader.Reader`. A batch is what fits a chunk, whatever the `batch_size`. With `max_length`, the model sees
@@ -61,7 +61,7 @@ class LongNetLM(TemplateLM):
     ) -> None:
         super().__init__()
         folder = ModelFolder.find(str(pretrained))
-        tokenizer = folder.tokenizer()
+        self.origin, tokenizer = folder.origin, folder.tokenizer()
         if tokenizer is None:
             raise ConfigError(f"{folder.path}: there is no tokenizer.json, without which texts cannot be read")
         self.tokenizer = tokenizer
@@ -73,6 +73,10 @@ class LongNetLM(TemplateLM):
         self.before = bos_ids(self.bos) if add_bos_token else tokenizer.ids_before
         weights = DTYPES[resolve_dtype(dtype, self._device)]
         self.net = folder.net(pattern=read_pattern(pattern, "pattern"), device=self._device, dtype=weights)
+
+    def get_model_info(self) -> dict[str, str]:
+        """Return what lm-eval adds to its results: the model, with the commit of one that is on a hub."""
+        return {"pretrained": self.origin}
 
     @property
     def tokenizer_name(self) -> str:

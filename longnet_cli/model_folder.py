@@ -20,7 +20,17 @@ from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.data.special_tokens import SETTINGS, special_token, token_id
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import CheckpointError, ConfigError, MemoryLimitError
-from longnet_cli.shipped import CONFIG, MODEL_TYPE, OLDER_TYPE, TOKENIZER, TOKENIZER_SHA256, WEIGHTS, model_path
+from longnet_cli.hub import Located, find_model
+from longnet_cli.shipped import (
+    CONFIG,
+    GENERATION,
+    MODEL_TYPE,
+    OLDER_TYPE,
+    SHARDED,
+    TOKENIZER,
+    TOKENIZER_SHA256,
+    WEIGHTS,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,16 +42,15 @@ if TYPE_CHECKING:
     from longnet_cli.model import LongNetConfig
     from longnet_cli.model.net import Net
 
-SHARDED = "model.safetensors.index.json"  # what transformers writes beside the shards of a large model
 PICKLED = "pytorch_model*.bin*"
-GENERATION = "generation_config.json"
 NO_BOS = "none"  # the value of --bos
 
 
 class Loaded(NamedTuple):
     """A net, its tokenizer, and the ids `bos` that it reads before each document; None for a missing part.
 
-    `ends` are the ids at which the net's own texts end, `chat` is its chat template if you asked for it.
+    `ends` are the ids at which the net's own texts end, `chat` is its chat template if you asked for it. `origin` is
+    the `ModelFolder.origin` of the net.
     """
 
     net: Net
@@ -49,6 +58,7 @@ class Loaded(NamedTuple):
     bos: int | tuple[int, ...] | None
     ends: frozenset[int]
     chat: ChatTemplate | None
+    origin: str
 
     @property
     def tokenizer_sha256(self) -> str | None:
@@ -59,26 +69,27 @@ class ModelFolder:
     """The model at a path: `is_gguf` for a GGUF file, `of_transformers` for any Hugging Face model.
 
     A LongNet is not a Hugging Face model, though transformers can open it. A GGUF file is one, since it is converted.
-    `name` is what the user calls it, for messages.
+    `name` is what the user calls it, for messages. `origin` names it in outputs: with the commit, if it is on a hub.
     """
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
+    def __init__(self, path: Path, name: str | None = None, origin: str | None = None) -> None:
         self.path, self.name = path, name or str(path)
+        self.origin = origin or self.name
         self.is_gguf = is_gguf(path)
 
     @classmethod
     def find(cls, name: str, *, gguf: bool = False) -> ModelFolder:
-        """Return the model that `name` stands for: a shipped model, or a path with a slash.
+        """Return the model that `name` stands for: a shipped model, a path with a slash, or a model on a hub.
 
-        Raises ConfigError for a name that is not shipped; CheckpointError for a path that holds no complete model and,
-        unless `gguf`, for a GGUF file.
+        Raises ConfigError for a name that is not shipped; CheckpointError for a path that holds no complete model, for
+        a model that cannot be downloaded and, unless `gguf`, for a GGUF file.
         """
-        if is_gguf(Path(name)):
-            if not gguf:
-                raise CheckpointError(f"{name}: a GGUF file: make a folder of it, longnet convert {name} -o DIR")
-            return cls(Path(name), name)
-        found = cls(model_path(name), name)
-        found._check_complete()
+        place, origin = Located(Path(name), name) if is_gguf(Path(name)) else find_model(name)
+        found = cls(place, name, origin)
+        if not found.is_gguf:
+            found._check_complete()
+        elif not gguf:
+            raise CheckpointError(f"{name}: a GGUF file: make a folder of it, longnet convert {name} -o DIR")
         return found
 
     @cached_property
@@ -269,7 +280,7 @@ class ModelFolder:
             on_note(f"{self.name}: converted for this run; longnet convert does it once")
         if device.type == "cpu":
             keep_freed_memory()
-        with self._unpacked(kind) as folder:
+        with self._of_cache(), self._unpacked(kind) as folder:
             found = folder.tokenizer(tokenizer, differs=tokenizer_differs)
             start, ends = folder.bos(found, bos), folder.ends(found)
             template = folder.chat(found) if chat else None
@@ -286,7 +297,7 @@ class ModelFolder:
             )
         if net.note:
             on_note(f"{self.name}: {net.note}")
-        return Loaded(net, found, start, ends, template)
+        return Loaded(net, found, start, ends, template, self.origin)
 
     def check_weights_fit(self, dtype: str, device: torch.device, free: int | None) -> None:
         """Raise MemoryLimitError, before they are loaded, if the weights take more than `free` bytes.
@@ -304,6 +315,17 @@ class ModelFolder:
                 f"{self.name}: the weights take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: choose a "
                 "smaller model, or a larger device"
             )
+
+    @contextmanager
+    def _of_cache(self) -> Iterator[None]:
+        """Add, to the error of a damaged model on a hub, how to download it again."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self.origin == self.name:
+                raise
+            again = next(path for path in self.path.parents if path.name.startswith("models--"))
+            raise CheckpointError(f"{error}; to download it again, remove {again}") from None
 
     @contextmanager
     def _unpacked(self, dtype: str) -> Iterator[ModelFolder]:

@@ -9,6 +9,10 @@ from longnet_cli.configuration import nearest
 from longnet_cli.errors import ConfigError, refuse_web_address
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+SHARDED = "model.safetensors.index.json"  # what transformers writes beside the shards of a large model
+GENERATION = "generation_config.json"
+# files that may stand beside a tokenizer.json: they tell a library how to build the tokenizer and write a chat
+BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
 # `model_type` in config.json of a LongNet: the error of a library that does not know it shows nothing else of a folder
 MODEL_TYPE = "longnet: import longnet_cli.integrations.transformers"

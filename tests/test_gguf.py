@@ -21,6 +21,8 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 import gguf
 import transformers as hf
+from huggingface_hub import constants
+from loopback_hub import fill_cache
 from tokenizers.pre_tokenizers import ByteLevel
 
 from longnet_cli.cli.app import app
@@ -90,6 +92,14 @@ def total(*args: str | Path) -> dict:
     result = run("score", *args, "--format", "json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)["total"]
+
+
+def test_a_file_on_a_hub_has_its_commit_in_the_folder_made_of_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    data = write_gguf(tmp_path / "made.gguf", random_llama()).read_bytes()
+    commit = fill_cache(tmp_path / "hub", "org/llama", {"q.gguf": data})
+    assert run("convert", "org/llama:q.gguf", "-o", tmp_path / "made").exit_code == 0
+    assert json.loads((tmp_path / "made/config.json").read_text())["_name_or_path"] == f"org/llama@{commit}:q.gguf"
 
 
 def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'lo
 
 import transformers as hf
 from builders import tiny_model
+from loopback_hub import fill_cache, read_folder
 
 import longnet_cli.integrations.transformers
 from longnet_cli.attention import Pattern
@@ -107,7 +108,7 @@ def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_evaluates_a_task(tmp_path: Path, command_env: dict[str, str]) -> None:
-    """Bits per byte that lm-eval prints for a task of whole documents, and those of `score`."""
+    """Bits per byte that lm-eval prints for a task of whole documents, and those of `score`. The model is a name."""
     folder, texts = native(tmp_path), [TEXT, "Another document, a short one."]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "documents.yaml").write_text(
@@ -117,17 +118,19 @@ def test_the_command_evaluates_a_task(tmp_path: Path, command_env: dict[str, str
         "metric_list:\n  - metric: bits_per_byte\n"
     )
     command = [sys.executable, "-m", "longnet_cli.lm_eval", "--model", "longnet", "--tasks", "documents"]
-    command += ["--model_args", f"pretrained={folder},chunk=64", "--include_path", str(tmp_path)]
+    commit = fill_cache(tmp_path / "hf/hub", "org/native", read_folder(folder))
+    command += ["--model_args", "pretrained=org/native,chunk=64", "--include_path", str(tmp_path)]
     command += ["--output_path", str(tmp_path / "out")]
-    env = command_env | {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1"}
+    env = command_env | {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "out").rglob("results*.json")
+    assert json.loads(path.read_text())["config"]["pretrained"] == f"org/native@{commit}"
     found = json.loads(path.read_text())["results"]["documents"]["bits_per_byte,none"]
     documents = [Document(str(i), BYTES.encode(text), len(text), "test") for i, text in enumerate(texts)]
     scores = [each.score for each in score(ModelFolder(folder).net(), documents, bos=256)]
     assert found == pytest.approx((scores[0] + scores[1]).bpb, rel=1e-6)
-    missing = [word.replace(str(folder), "./none") for word in command]
+    missing = [word.replace("org/native", "./none") for word in command]
     done = subprocess.run(missing, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 4
     assert done.stderr.splitlines()[-1] == "longnet: error: none: no such folder; expected a model"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -78,6 +79,8 @@ class Command(TyperCommand):
             name = max(parameter.opts, key=len) if parameter.param_type_name == "option" else str(parameter.metavar)
             for value in _items(ctx.params.get(parameter.name or "")):
                 _check(name, value)
+        if ctx.params.get("quiet"):
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads; read when they are imported
         if sys.stdout is None and _prints(ctx.params):  # closed by `>&-`
             raise LongNetError("stdout is closed, and what this command finds goes there: nothing was done")
         return super().invoke(ctx)

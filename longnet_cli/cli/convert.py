@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from longnet_cli.cli.options import OUTPUT, QuietOption, option, size_option, sizes_option
+from longnet_cli.cli.nproc import ask_hub
+from longnet_cli.cli.options import OUTPUT, QuietOption, UpdateOption, option, size_option, sizes_option
 from longnet_cli.cli.output import tell
 
 OFFICIAL = "Official checkpoints"
@@ -19,7 +20,8 @@ def convert(
         typer.Argument(
             metavar="MODEL",
             help="Read this GGUF file (the format of llama.cpp), this checkpoint of an official LongNet "
-            "(slide_encoder.pth, safetensors), or this LongNet, by name or folder.",
+            "(slide_encoder.pth, safetensors), or this LongNet, by name or folder. ORG/NAME:FILE.gguf and ORG/NAME are "
+            "on the Hugging Face hub.",
             show_default=False,
         ),
     ],
@@ -58,6 +60,7 @@ def convert(
             "zero_key",
         ),
     ] = None,
+    update: UpdateOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Turn a GGUF file into a Hugging Face folder, an official checkpoint into a LongNet, or change a LongNet's type.
@@ -67,6 +70,8 @@ def convert(
     """
     from longnet_cli.converting import convert as run
 
+    if update:
+        ask_hub(source, None)
     given = {"heads": heads, "segment_lengths": segment_lengths, "dilation_rates": dilation_rates, "padding": padding}
     what = run(source, output, dtype, **given)
     tell(f"{source}: {what} -> {output}", quiet)

@@ -29,6 +29,7 @@ def encode(
     bos: shared.BosOption = None,
     skip_bad: shared.SkipBadOption = False,
     model: shared.ModelOption = DEFAULT_MODEL,
+    update: shared.UpdateOption = False,
     pattern: shared.PatternOption = None,
     pool: Annotated[
         Literal["mean", "last", "first", "cls"] | None,
@@ -108,7 +109,8 @@ def encode(
     The columns are doc_id, span, start, end, n_tokens and embedding. Rows come in input order.
     """
     check_sample(sample, dry_run)
-    named = ModelAndInputs(inputs, model, tokenizer, column, id_column, keep, skip_bad)
+    earlier_run = output if resume else None
+    named = ModelAndInputs(inputs, model, tokenizer, column, id_column, keep, skip_bad, update, earlier_run)
     named.refuse_overwriting("-o", output)
     check_spill(spill)
     for_folder = {"--shard-rows": shard_rows, "--shard-format": shard_format != "arrow"}
@@ -133,7 +135,7 @@ def encode(
         embedding_dtype=embedding_dtype,
         all_layers=all_layers or None,
         tile_size=tile_size,
-        model_name=model,
+        model_name=loaded.origin,
         tokenizer_sha256=loaded.tokenizer_sha256,
         pattern=format_pattern(net.config.pattern),
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from longnet_cli.cli import options as shared
+from longnet_cli.cli.nproc import ask_hub
 from longnet_cli.cli.options import DEFAULT_MODEL, INPUT, OUTPUT, option, read_pattern, size_option
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.progress import progress
@@ -75,6 +76,7 @@ def generate(
     eos: shared.EosOption = None,
     bos: shared.BosOption = None,
     model: shared.ModelOption = DEFAULT_MODEL,
+    update: shared.UpdateOption = False,
     pattern: shared.PatternOption = None,
     max_tokens: Annotated[
         int | None,
@@ -148,6 +150,8 @@ def generate(
     from longnet_cli.runtime.device import select_device
 
     parsed = read_pattern(pattern)
+    if update:
+        ask_hub(model, tokenizer)
     where = select_device(device)
     loaded = ModelFolder.find(model, gguf=True).load(
         device=where,
@@ -183,7 +187,7 @@ def generate(
     documents = say_state(found, stored=(), net=net, more=more, **reading, quiet=quiet)
     bos_ids = None if (chat or state) and bos is None else loaded.bos  # a template has its own start ids
     seed = seed if seed is not None else _new_seed()
-    origin = model_origin(net, model, loaded.tokenizer_sha256) if format == "jsonl" else {}
+    origin = model_origin(net, loaded.origin, loaded.tokenizer_sha256) if format == "jsonl" else {}
     for index, document in enumerate(documents):
         stream = before.fork() if before and text is None and not save_state else before
         with progress("reading the prompt", total=len(document), quiet=quiet) as advance:
@@ -212,7 +216,7 @@ def generate(
             step = None if done else next(steps, None)
         printer.end(quiet)
     if before and save_state:
-        size = before.save(save_state, name=model, tokenizer_sha256=loaded.tokenizer_sha256)
+        size = before.save(save_state, name=loaded.origin, tokenizer_sha256=loaded.tokenizer_sha256)
         tell(f"{save_state}: the state after {before.position:,} tokens, {format_bytes(size)}", quiet)
 
 
@@ -339,7 +343,7 @@ class _Printer:
                     "seed": self.seed,
                     **{
                         key: self.origin.get(f"longnet.{key}")
-                        for key in ("model_sha256", "tokenizer_sha256", "pattern")
+                        for key in ("model", "model_sha256", "tokenizer_sha256", "pattern")
                     },
                 }
             )

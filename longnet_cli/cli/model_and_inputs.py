@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from longnet_cli.cli.dry_run import room
-from longnet_cli.cli.nproc import launch
+from longnet_cli.cli.nproc import ask_hub, launch
 from longnet_cli.cli.options import read_pattern
 from longnet_cli.cli.output import tell
 from longnet_cli.errors import ConfigError
@@ -36,7 +36,8 @@ class Opened(NamedTuple):
 class ModelAndInputs:
     """The model and the inputs that a command names. The arguments are options of the same names.
 
-    Raises ConfigError and CheckpointError for a model or a tokenizer that is missing.
+    A run that continues the one in the folder `earlier` takes the same commit of a model on a hub. Raises ConfigError
+    and CheckpointError for a model or a tokenizer that is missing.
     """
 
     def __init__(
@@ -48,11 +49,19 @@ class ModelAndInputs:
         id_column: str | None,
         keep: Sequence[str] | None,
         skip_bad: bool,
+        update: bool,
+        earlier: str | None,
     ) -> None:
         from longnet_cli.data.inputs import Inputs
+        from longnet_cli.data.manifest import read_manifest
         from longnet_cli.data.tokenizer import Tokenizer
+        from longnet_cli.hub import as_stored
         from longnet_cli.model_folder import ModelFolder
 
+        if update:
+            ask_hub(model, tokenizer)
+        if earlier and (manifest := read_manifest(earlier)):
+            model = as_stored(model, [manifest.settings.get("model_name")])
         self.names, self.tokenizer, self.folder = names, tokenizer, ModelFolder.find(model, gguf=True)
         self._files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
         self.inputs = Inputs(names, column=column, id_column=id_column, keep=tuple(keep or ()), skip_bad=skip_bad)

@@ -1,4 +1,4 @@
-"""The start of the processes of `--nproc`, and checks of what several processes cannot do."""
+"""The start of the processes of `--nproc`, what is done once before it, and what several processes cannot do."""
 
 from __future__ import annotations
 
@@ -42,6 +42,18 @@ def launch(
         raise ConfigError(f"{name} can be read by one process: save it to a file, which every rank reads for itself")
     if nproc is not None:
         start_ranks(nproc)
+
+
+def ask_hub(model: str | None, tokenizer: str | None) -> None:
+    """Do what --update says: download what is new of a model or a tokenizer on a hub, before any rank is started.
+
+    Raises ConfigError under torchrun, and as `hub.refresh` does.
+    """
+    from longnet_cli.hub import refresh
+
+    if under_torchrun():
+        raise ConfigError("--update is for one process, and torchrun starts several: update first, then start them")
+    refresh(model, tokenizer)
 
 
 def _is_read_once(item: str) -> bool:

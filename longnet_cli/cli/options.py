@@ -95,10 +95,11 @@ def bare_or(value: str | None, bare: Any, absent: Any = None) -> Any:
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """Return the shipped models whose names begin so; none for a path, which the shell then completes."""
+    """Return the shipped and the cached models whose names begin so; none for a path, which the shell completes."""
+    from longnet_cli.hub import list_cached
     from longnet_cli.shipped import list_models
 
-    return [name for name in list_models() if name.startswith(incomplete)]
+    return [name for name in (*list_models(), *list_cached()) if name.startswith(incomplete)]
 
 
 Names = Annotated[
@@ -116,9 +117,14 @@ ModelOption = Annotated[
         MODEL,
         "--model -m",
         "NAME|DIR",
-        "Use a shipped model, a folder (with a slash: ./my-run), or a GGUF file.",
+        "Use a shipped model, a folder (with a slash: ./my-run), a GGUF file, or a model on the Hugging Face hub: "
+        "ORG/NAME, ORG/NAME@REVISION, ORG/NAME:FILE.gguf.",
         autocompletion=complete_model,
     ),
+]
+UpdateOption = Annotated[
+    bool,
+    option(MODEL, "--update", None, "Ask the hub what ORG/NAME is now, instead of taking what was downloaded before."),
 ]
 TokenizerOption = Annotated[
     str | None,
@@ -126,7 +132,7 @@ TokenizerOption = Annotated[
         INPUT,
         "--tokenizer",
         "NAME|PATH",
-        "Use bytes, a tokenizer.json, a folder that holds one, or the tokenizer of a model.",
+        "Use bytes, a tokenizer.json, a folder that holds one, or the tokenizer of a model: shipped, or ORG/NAME.",
         "the model's",
     ),
 ]

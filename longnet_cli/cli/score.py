@@ -37,6 +37,7 @@ def score(
     bos: shared.BosOption = None,
     skip_bad: shared.SkipBadOption = False,
     model: shared.ModelOption = DEFAULT_MODEL,
+    update: shared.UpdateOption = False,
     pattern: shared.PatternOption = None,
     ppl: Annotated[
         bool,
@@ -153,7 +154,8 @@ def score(
         raise ConfigError("--token-logprobs is written by one group of ranks: leave out --dp")
     if output is not None and id_column and id_column not in {*keys, *(keep or ())}:
         keep = [id_column, *(keep or ())]  # so that rows join their input by the column's own name and type
-    named = ModelAndInputs(inputs, model, tokenizer, column, id_column, keep, skip_bad)
+    earlier_run = output if resume else None
+    named = ModelAndInputs(inputs, model, tokenizer, column, id_column, keep, skip_bad, update, earlier_run)
     named.refuse_overwriting("--token-logprobs", token_logprobs)
     named.refuse_overwriting("-o", output)
     for_folder = {"--resume": resume, "--shard-tokens": shard_tokens}
@@ -197,7 +199,7 @@ def score(
         estimate_reading(opened, job, "scoring", output, shown, sample=sample, resume=resume, **running)
         return
     left_out = count_left_out(skip_bad, quiet)
-    origin = model_origin(net, model, loaded.tokenizer_sha256) if ranks.first and output is None else {}
+    origin = model_origin(net, loaded.origin, loaded.tokenizer_sha256) if ranks.first and output is None else {}
     tokens = write_token_logprobs(token_logprobs, origin) if token_logprobs and ranks.first else nullcontext()
     times = len(context or [None])  # how often each token is scored
     done = times * earlier.totals["tokens"] if earlier else 0
@@ -218,7 +220,7 @@ def score(
     count_bytes = loaded.tokenizer.n_bytes if loaded.tokenizer else None
     with progress("scoring", total=total or None, start=done, quiet=quiet) as advance, tokens as on_tokens:
         if output is not None:
-            origins: dict[str, Any] = {"model_name": model, "tokenizer_sha256": loaded.tokenizer_sha256}
+            origins: dict[str, Any] = {"model_name": loaded.origin, "tokenizer_sha256": loaded.tokenizer_sha256}
             options = ScoreOptions(**measured, **origins, pattern=format_pattern(net.config.pattern))
             write_rows(
                 partial(RowScorer, options=options, count_bytes=count_bytes),
@@ -275,7 +277,7 @@ def _print(
             emit_jsonl({"kind": "document", **values})
         else:
             rows.append(values)
-    known = {key.removeprefix("longnet."): value for key, value in origin.items() if key != "longnet.model"}
+    known = {key.removeprefix("longnet."): value for key, value in origin.items()}
     totals = [{**values, **known, "n_skipped": left_out.skipped} for values in total.as_dicts()]
     if format == "text":
         for score, context in zip(total.scores, total.contexts, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.nproc import launch
+from longnet_cli.cli.nproc import ask_hub, launch
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Names, bare_or, option, size_option
 from longnet_cli.cli.output import tell
 from longnet_cli.cli.progress import progress
@@ -45,9 +45,10 @@ def tokenize(
             TOKENS,
             "--tokenizer",
             "NAME|PATH",
-            "Use bytes (one id per byte), a tokenizer.json, or a model's.",
+            "Use bytes (one id per byte), a tokenizer.json, or a model's: shipped, or ORG/NAME on the hub.",
         ),
     ] = "bytes",
+    update: shared.UpdateOption = False,
     train_vocab: Annotated[
         int | None,
         size_option(TOKENS, "--train-vocab", "First train a byte-level BPE tokenizer of this many ids on the inputs."),
@@ -78,6 +79,8 @@ def tokenize(
     from longnet_cli.tokenizing import SHARD_TOKENS, tokenizer_beside
     from longnet_cli.tokenizing import tokenize as run
 
+    if update:
+        ask_hub(None, tokenizer)
     beside = tokenizer_beside(output)
     data = Inputs(inputs, column=column, id_column=id_column, skip_bad=skip_bad)
     refuse_overwriting("-o", [output, *([beside] if beside else [])], data, [Tokenizer.find(tokenizer)])

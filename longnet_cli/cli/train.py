@@ -14,7 +14,7 @@ import typer
 
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, show_training
-from longnet_cli.cli.nproc import launch
+from longnet_cli.cli.nproc import ask_hub, launch
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, bare_or, option, read_pattern, size_option
 from longnet_cli.cli.output import printable
 from longnet_cli.cli.progress import Advance, progress
@@ -48,8 +48,10 @@ def train(
         int | None, size_option(RECIPE, "--steps", "Take N steps in that stage. A larger N extends a run.", metavar="N")
     ] = None,
     initial: Annotated[
-        str | None, option(RECIPE, "--init", "NAME|DIR", "Start from the weights of this model.")
+        str | None,
+        option(RECIPE, "--init", "NAME|DIR", "Start from the weights of this model, as in --model of score."),
     ] = None,
+    update: shared.UpdateOption = False,
     data: Annotated[
         list[str] | None, option(INPUT, "--data", "INPUT", "Train on these inputs, one per --data.", BY_RECIPE)
     ] = None,
@@ -59,7 +61,7 @@ def train(
             INPUT,
             "--tokenizer",
             "NAME|PATH",
-            "Use bytes, a tokenizer.json, or the tokenizer of a model.",
+            "Use bytes, a tokenizer.json, or the tokenizer of a model: shipped, or ORG/NAME on the hub.",
             BY_RECIPE,
         ),
     ] = None,
@@ -136,6 +138,8 @@ def train(
     The same command continues a stopped run, and so does `longnet train -o DIR`. You can also start it with torchrun.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # held until the run listens; before, it would kill
+    if update:
+        ask_hub(initial, tokenizer)
     launch(nproc, sp=sp, dp=dp)
     from longnet_cli.estimating.training_job import estimate_training, settle_chunk
     from longnet_cli.runtime.device import keep_freed_memory, matmul_peak

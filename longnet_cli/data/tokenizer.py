@@ -33,6 +33,7 @@ from longnet_cli.data.special_tokens import (
     token_id,
 )
 from longnet_cli.errors import ConfigError, refuse_web_address
+from longnet_cli.hub import find_tokenizer
 from longnet_cli.shipped import END_OF_TEXT, TOKENIZER, list_models, preset_dir
 
 # One call of the library takes more than linear time (4 MB cost 8 times as much as 1 MB) and keeps some 100 bytes per
@@ -169,9 +170,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, spec: str | Path) -> "Tokenizer":
-        """Load a tokenizer: `bytes`, a tokenizer.json, the folder of a model or a data set, or a shipped model's name.
+        """Load a tokenizer: `bytes`, a tokenizer.json, the folder of a model or a data set, or the name of a model.
 
-        Raises ConfigError for anything else.
+        The name is a shipped model's, or ORG/NAME on a hub. Raises ConfigError for anything else, CheckpointError for a
+        model that is neither here nor can be downloaded.
         """
         path = cls.find(spec)
         return cls.from_file(path) if path else cls.bytes()
@@ -185,6 +187,8 @@ class Tokenizer:
         path = Path(spec)
         if not path.exists() and str(spec) in list_models():
             path = preset_dir() / spec
+        elif found := find_tokenizer(str(spec)):
+            path = found.path
         if not path.is_dir():
             return path
         manifest = None if (path / TOKENIZER).exists() else manifest_in(os.listdir(path))

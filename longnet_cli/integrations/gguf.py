@@ -17,6 +17,7 @@ import torch
 
 from longnet_cli.atomic import whole_folder
 from longnet_cli.errors import CheckpointError, ConfigError
+from longnet_cli.hub import name_origin
 from longnet_cli.model.integrity import check_finite
 
 _NEEDED = ("transformers", "gguf", "accelerate")
@@ -28,10 +29,11 @@ _STRING, _ARRAY = 8, 9
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value of each other type
 
 
-def convert_gguf(path: Path, folder: Path, dtype: torch.dtype | None = None) -> str:
+def convert_gguf(path: Path, folder: Path, dtype: torch.dtype | None = None, origin: str | None = None) -> str:
     """Write the model and the tokenizer of a GGUF file to a new folder: safetensors and JSON, whole or not at all.
 
     `dtype` is the type of the weights. None keeps the file's type, or takes bfloat16 if the weights are quantized.
+    `origin` names the file in config.json, if it is on a hub.
     Returns a description such as `LlamaForCausalLM, of F32, Q4_1 weights as bfloat16`. Raises ConfigError if a library
     is missing or the folder is in use, CheckpointError for a file that transformers cannot read.
     """
@@ -65,6 +67,7 @@ def convert_gguf(path: Path, folder: Path, dtype: torch.dtype | None = None) -> 
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(place)
+        name_origin(place, origin or str(path))
         tokenizer.save_pretrained(place)
         _drop_tokens_beyond(place / "tokenizer.json", model.get_input_embeddings().num_embeddings)
     return f"{type(model).__name__}, of {', '.join(sorted(kinds))} weights as {str(chosen).removeprefix('torch.')}"

@@ -14,7 +14,7 @@ from longnet_cli.atomic import whole_folder
 from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.errors import CheckpointError, LongNetError
 from longnet_cli.integrations.transformers_auto import from_file
-from longnet_cli.model.foreign import BESIDE_TOKENIZER
+from longnet_cli.shipped import BESIDE_TOKENIZER
 
 ADAPTER = "adapter"  # a subfolder: beside the model's files, transformers would take the model for an adapter
 _CONFIG, _TOKENIZER = "config.json", "tokenizer.json"

@@ -16,8 +16,6 @@ from longnet_cli.model.net import NetConfig
 from longnet_cli.shipped import END_OF_TEXT, MODEL_TYPE, OLDER_TYPE
 
 TOKENIZER_CONFIG, MODULES, SENTENCES = "tokenizer_config.json", "modules.json", "sentence_bert_config.json"
-# files that may stand beside a tokenizer.json: they tell a library how to build the tokenizer and write a chat
-BESIDE_TOKENIZER = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 # Keys that transformers writes into config.json, without effect on what a LongNet computes
 TRANSFORMERS_KEYS = frozenset(

@@ -16,12 +16,13 @@ from torch import Tensor
 from longnet_cli.atomic import whole_folder
 from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
+from longnet_cli.hub import find_model
 from longnet_cli.model.config import LongNetConfig, parse_config
 from longnet_cli.model.foreign import foreign_files, foreign_keys, own_keys
 from longnet_cli.model.integrity import TYPE_NAMES, check_finite, check_header, tensor_bytes, tensor_digest
 from longnet_cli.model.net import Net
 from longnet_cli.notation import format_pattern
-from longnet_cli.shipped import CONFIG, CONFIG_SHA256, TENSORS_SHA256, TOKENIZER, TOKENIZER_SHA256, WEIGHTS, model_path
+from longnet_cli.shipped import CONFIG, CONFIG_SHA256, TENSORS_SHA256, TOKENIZER, TOKENIZER_SHA256, WEIGHTS
 
 if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
@@ -91,14 +92,14 @@ def load_pretrained(
 ) -> NetT:
     """Load a model, built by `build`, from its directory or by the name of one that ships; return it in eval mode.
 
-    A string without a slash is a name, never a folder; a `Path` is always a folder. `dtype` is the dtype of the
-    weights in memory, whatever they are stored in; None keeps the stored dtype. `pattern` replaces the model's own: the
-    weights do not depend on it, but the results do. If model.safetensors has the digests of `save_pretrained`, its
-    tensors and config.json must be unchanged; `verify=False` skips this check. Raises CheckpointError of one line (a
-    missing or damaged file, tensors missing, unexpected, of another shape, of integers, or not finite), ConfigError for
-    a wrong config.json or an unknown name.
+    A string without a slash is a name, never a folder; ORG/NAME may be on a hub; a `Path` is always a folder. `dtype`
+    is the dtype of the weights in memory, whatever they are stored in; None keeps the stored dtype. `pattern` replaces
+    the model's own: the weights do not depend on it, but the results do. If model.safetensors has the digests of
+    `save_pretrained`, its tensors and config.json must be unchanged; `verify=False` skips this check. Raises
+    CheckpointError of one line (a missing or damaged file, tensors missing, unexpected, of another shape, of integers,
+    or not finite), ConfigError for a wrong config.json or an unknown name.
     """
-    folder = model_path(name_or_dir) if isinstance(name_or_dir, str) else Path(name_or_dir)
+    folder = find_model(name_or_dir).path if isinstance(name_or_dir, str) else Path(name_or_dir)
     config = load_config(folder, pattern)
     path = folder / WEIGHTS
     if not path.is_file():

@@ -40,7 +40,7 @@ def start_ranks(nproc: int) -> NoReturn:
     for word in words:
         if word == "--nproc":
             next(words, None)
-        elif not word.startswith("--nproc="):
+        elif word != "--update" and not word.startswith("--nproc="):  # this process has updated
             arguments.append(word)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # after a signal, ranks finish the step and save

@@ -15,6 +15,7 @@ from longnet_cli.configuration import StrictModel, parse, read_text, validate
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, LongNetError, refuse_web_address
+from longnet_cli.hub import as_stored, find_tokenizer
 from longnet_cli.integrations.transformers_config import TransformersConfig
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model_folder import ModelFolder
@@ -292,12 +293,14 @@ def _changed(old: Any, new: Any, path: str) -> Iterator[str]:
 SAID_OTHERWISE = {"model.pattern": PATTERN_FIELDS, "data.train": ("mix",), "data.mix": ("train",)}
 
 
-def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
+def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence[Any] = ()) -> Recipe:
     """Read a recipe, apply `overrides` ({"optimizer.lr": 1e-3}) and check the whole.
 
     `path` is a TOML file, a run's recipe.json, the name of a recipe that ships in models/, or None for overrides alone.
     A model without `vocab_size` gets its tokenizer's, plus one id for the mask with the masked objective. If `init` is
     a Hugging Face model, `[model]` has that model's facts; its tokenizer is used unless the recipe names another.
+    The recipe names a model or a tokenizer on a hub with its commit: that in the names `stored` by an earlier run, if
+    one is of the same repository.
     Raises ConfigError, and CheckpointError for an `init` that is no model.
     """
     data, where = _read(path) if path else ({}, "options")
@@ -313,7 +316,14 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         for other in SAID_OTHERWISE.get(key, ()):
             table.pop(other, None)
         table[name] = value
-    if folder := _pretrained_folder(data):
+    folder = _initial_folder(data, stored)
+    if folder:
+        data["init"] = folder.origin
+    given = data.get("data")
+    spec = given.get("tokenizer") if isinstance(given, dict) else None
+    if isinstance(spec, str) and (found := find_tokenizer(as_stored(spec, stored))):
+        data["data"]["tokenizer"] = found.name
+    if folder and folder.of_transformers:
         return validate(PretrainedRecipe, data | _pretrained(data, folder, where), where)
     model, source, train = (data.get(name) for name in ("model", "data", "train"))
     if isinstance(model, dict) and "vocab_size" not in model:
@@ -324,18 +334,17 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     return validate(Recipe, data, where)
 
 
-def _pretrained_folder(data: Mapping[str, Any]) -> ModelFolder | None:
-    """Return the folder of the Hugging Face model that `init` names; None for a LongNet, which may be gone by now."""
+def _initial_folder(data: Mapping[str, Any], stored: Sequence[Any]) -> ModelFolder | None:
+    """Return the folder of the model that `init` names; None without one, and for a LongNet that is gone by now."""
     initial, model = data.get("init"), data.get("model")
     if not isinstance(initial, str):
         return None
     try:
-        folder = ModelFolder.find(initial)
+        return ModelFolder.find(as_stored(initial, stored))
     except LongNetError:
         if isinstance(model, dict) and {"dim", "segment_lengths"} <= model.keys():
             return None  # a resumed run has its weights; a new run reports the missing folder
         raise
-    return folder if folder.of_transformers else None
 
 
 def _pretrained(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dict[str, Any]:
@@ -354,7 +363,7 @@ def _pretrained(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dic
         written = None
     pattern = read_pattern(written, f"{where}: model.pattern")
     lora = validate(LoraRecipe, data["lora"], f"{where}: lora").model_dump() if data.get("lora") is not None else None
-    return {"model": folder.net_config(pattern, lora), "data": {"tokenizer": str(folder.path)} | source}
+    return {"model": folder.net_config(pattern, lora), "data": {"tokenizer": folder.origin} | source}
 
 
 def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:

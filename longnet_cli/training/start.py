@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from .recipe import Recipe, load_recipe
 CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
 RECIPE = "recipe.json"
 MODEL_FILES = (WEIGHTS, TOKENIZER, CONFIG)
+_NAMES = (("init",), ("data", "tokenizer"))  # keys of a recipe whose values may be on a hub
 
 # True continues the run in the output folder, if there is one; False refuses a folder that holds a run; a path
 # continues from that checkpoint, or from the newest checkpoint of that run.
@@ -38,7 +41,7 @@ def prepare_run(
 ) -> Recipe:
     """Return the recipe of a run in the folder `output`, with `overrides`. Without `recipe`, take the resumed run's.
 
-    A resumed run keeps its chunk, unless another is named.
+    A resumed run keeps its chunk, unless another is named, and the commits of a model and a tokenizer on a hub.
 
     Raises ConfigError where there is no recipe and where `output` or a parent is a file. If the run `writes`, also for
     a folder that holds a model but no run, and where the run would overwrite its data, recipe, tokenizer or initial
@@ -56,9 +59,9 @@ def prepare_run(
             f"nothing to train: there is no run in {output}; name a recipe (`longnet train my-recipe.toml`) or --set "
             "its values"
         )
-    found = load_recipe(recipe or own, overrides)
+    found = load_recipe(recipe or own, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ())
     # then the recipe names it: the order of `runtime.chunks.chunk_of`
-    if earlier and not found.names_chunk and (chunk := _chunk_of(earlier)):
+    if earlier and not found.names_chunk and isinstance(chunk := _stored(earlier, "train", "chunk"), int) and chunk > 0:
         found = found.with_chunk(chunk)
     if writes:
         if (folder / WEIGHTS).exists() and not (folder / CHECKPOINTS).exists():
@@ -96,11 +99,10 @@ def _recipe_of_run(folder: Path, resume: Resume) -> str | None:
         raise ConfigError(f"{runs[0]}: {error.strerror}") from None
 
 
-def _chunk_of(recipe: str) -> int | None:
-    """Return the chunk in a run's recipe.json, which is not checked: the files that it names may have moved."""
+def _stored(recipe: str, *keys: str) -> Any:
+    """Return a value in a run's recipe.json, None without it; it is not checked: files that it names may have moved."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        chunk = parse(read_text(Path(recipe)))["train"]["chunk"]
-        return chunk if isinstance(chunk, int) and chunk > 0 else None
+        return reduce(getitem, keys, parse(read_text(Path(recipe))))
     return None
 
 

@@ -1,0 +1,232 @@
+"""Models by their names on a hub: from a cache without a network, and from a hub on the loopback interface."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from builders import tiny_llama, tiny_model
+from loopback_hub import LoopbackHub, fill_cache, loopback_hub, read_folder
+from processes import wait_for
+from safetensors.torch import load, save
+
+from longnet_cli.training.checkpoint import read_state
+
+TEXT = "A document to read, of some length. " * 4
+TINY = "org/tiny"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a small LongNet."""
+    return read_folder(tiny_model(tmp_path_factory.mktemp("made") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of another one, to which a branch moves."""
+    return read_folder(tiny_model(tmp_path_factory.mktemp("made") / "other", ffn_dim=16))
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    with loopback_hub() as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, command_env: dict[str, str]) -> Path:
+    """A cache of this test alone, without a network, and a text to read."""
+    command_env |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        command_env.pop(name, None)
+    (tmp_path / "a.txt").write_text(TEXT)
+    return tmp_path / "hf" / "hub"
+
+
+def total(done) -> dict:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["total"]
+
+
+def refusal(done, code: int = 4) -> str:
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1), done.stderr
+    return done.stderr.removeprefix("longnet: error: ").rstrip("\n")
+
+
+def test_commands_take_a_name_from_the_cache_and_write_its_commit(run_longnet, tmp_path, home, command_env, tiny):
+    command_env["HF_HUB_OFFLINE"] = "1"
+    commit = fill_cache(home, TINY, tiny)
+    name = f"{TINY}@{commit}"
+    found = total(run_longnet("score", "a.txt", "-m", TINY, "--format", "json", "--token-logprobs", "t.arrow"))
+    assert found["model"] == name
+    assert run_longnet("score", "a.txt", "-m", TINY, "-o", "s.arrow").returncode == 0
+    assert run_longnet("encode", "a.txt", "-m", TINY, "--tokenizer", TINY, "-o", "v.arrow").returncode == 0
+    for file in ("t.arrow", "s.arrow", "v.arrow"):
+        with pa.ipc.open_file(tmp_path / file) as table:
+            assert table.schema.metadata[b"longnet.model"].decode() == name, file
+    made = run_longnet("generate", "A doc", "-n", "3", "-m", name, "--format", "jsonl")
+    assert json.loads(made.stdout)["model"] == name
+    assert run_longnet("convert", TINY, "--dtype", "bf16", "-o", "half").returncode == 0
+    assert json.loads((tmp_path / "half/config.json").read_text())["_name_or_path"] == name
+    assert total(run_longnet("score", "a.txt", "-m", "./half", "--format", "json"))["n_tokens"] == found["n_tokens"]
+    assert run_longnet("tokenize", "a.txt", "--tokenizer", TINY, "-o", "tokens").returncode == 0
+    assert total(run_longnet("score", "a.txt", "-m", home / "models--org--tiny", "--format", "json")) == found | {
+        "model": str(home / "models--org--tiny/snapshots" / commit)
+    }
+    words = {"COMP_WORDS": "longnet score --model org/", "COMP_CWORD": "3"}
+    assert run_longnet(env={"_LONGNET_COMPLETE": "complete_bash", **words}, fresh=True).stdout.split() == [TINY]
+
+
+def test_a_folder_here_wins(run_longnet, tmp_path, hub, tiny, other):
+    hub.push(TINY, other)
+    (tmp_path / TINY).mkdir(parents=True)
+    for name, data in tiny.items():
+        (tmp_path / TINY / name).write_bytes(data)
+    found = total(run_longnet("score", "a.txt", "-m", TINY, "--format", "json", env={"HF_ENDPOINT": hub.url}))
+    assert (found["model"], hub.requests) == (TINY, [])
+
+
+def test_only_what_is_read_is_downloaded_once_by_all_processes(start, run_longnet, command_env, hub, home, tiny):
+    hub.secret, command_env["HF_TOKEN"], command_env["HF_ENDPOINT"] = "s3cret", "s3cret", hub.url
+    more = dict.fromkeys(("pytorch_model.bin", "modeling.py", "README.md", "onnx/model.safetensors"), b"other")
+    commit = hub.push(TINY, tiny | more)
+    command = ("score", "a.txt", "-m", TINY, "--format", "json")
+    both = [start(*command), start(*command)]
+    assert [json.loads(each.communicate()[0])["total"]["model"] for each in both] == [f"{TINY}@{commit}"] * 2
+    got = [line.rpartition("/")[2] for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
+    read = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert sorted(got) == sorted(read)
+    assert {path.name for path in (home / "models--org--tiny/snapshots" / commit).iterdir()} == read
+    hub.requests.clear()
+    assert run_longnet(*command).returncode == 0
+    assert hub.requests == []
+
+
+def test_a_broken_download_is_continued(start, run_longnet, command_env, hub, tmp_path):
+    command_env["HF_ENDPOINT"] = hub.url
+    hub.push(TINY, read_folder(tiny_model(tmp_path / "made", vocab_size=200_000)))
+    hub.stalled = "/cdn/"
+    process = start("score", "a.txt", "-m", TINY)
+    wait_for(lambda: any(line.startswith("GET /cdn/") for line in hub.requests))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    hub.stalled = None
+    hub.requests.clear()
+    hub.breaks = [11 << 20]  # huggingface_hub keeps parts of 10 MiB
+    done = run_longnet("score", "a.txt", "-m", TINY)
+    if "the same command continues it" in done.stderr:  # older versions of huggingface_hub
+        done = run_longnet("score", "a.txt", "-m", TINY)
+    assert done.returncode == 0, done.stderr
+    again = [line.rpartition("/")[2] for line in hub.requests if line.startswith("GET /") and "/resolve/" in line]
+    assert (again, hub.ranges) == (["model.safetensors"] * 2, [f"bytes={10 << 20}-"])
+
+
+def test_a_sharded_model_is_downloaded_whole(run_longnet, tmp_path, command_env, hub):
+    command_env["HF_ENDPOINT"] = hub.url
+    files = read_folder(tiny_llama(tmp_path / "llama", max_position_embeddings=256))
+    tensors = load(files.pop("model.safetensors"))
+    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    for file in {*places.values()}:
+        files[file] = save({name: x for name, x in tensors.items() if places[name] == file}, {"format": "pt"})
+    files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": places}).encode()
+    commit = hub.push(TINY, files)
+    # its weights are compared with its configuration: a missing shard would be told
+    assert total(run_longnet("score", "a.txt", "-m", TINY, "--format", "json"))["model"] == f"{TINY}@{commit}"
+
+
+def test_a_moved_branch_is_taken_with_update_and_a_resumed_run_keeps_its_commit(
+    run_longnet, tmp_path, command_env, hub, tiny, other
+):
+    command_env["HF_ENDPOINT"] = hub.url
+    first = f"{TINY}@{hub.push(TINY, tiny)}"
+    training = ["train", "--init", TINY, "--data", "a.txt", "--tokenizer", TINY, "-o", "run", "--seq-len", "16"]
+    training += ["--set", "train.batch_tokens=16", "--set", "optimizer.lr=1e-3"]
+    shape = json.loads(tiny["config.json"])
+    training += [f"--set=model.{key}={json.dumps(shape[key])}" for key in ("dim", "num_layers", "num_heads", "ffn_dim")]
+    training += [f"--set=model.{key}={shape[key]}" for key in ("segment_lengths", "dilation_rates", "vocab_size")]
+    assert run_longnet(*training, "--steps", "1").returncode == 0
+    encoding = ["encode", "a.txt", "-m", TINY, "-o", "vectors"]
+    assert run_longnet(*encoding).returncode == 0
+    second = f"{TINY}@{hub.push(TINY, other)}"
+    command = ("score", "a.txt", "-m", TINY, "--format", "json")
+    hub.requests.clear()
+    assert (total(run_longnet(*command))["model"], hub.requests) == (first, [])
+    assert total(run_longnet(*command, "--update"))["model"] == second
+    assert total(run_longnet(*command))["model"] == second
+    assert total(run_longnet("score", "a.txt", "-m", first, "--format", "json"))["model"] == first
+    assert run_longnet(*encoding, "--resume").returncode == 0
+    done = run_longnet(*training, "--steps", "2")
+    assert "continuing after step 1" in done.stderr
+    recipe = json.loads((tmp_path / "run/recipe.json").read_text())
+    assert (recipe["init"], recipe["data"]["tokenizer"]) == (first, first)
+    (checkpoint,) = tmp_path.glob("run/checkpoints/step-00000002")
+    assert read_state(checkpoint)["recipe"]["init"] == first
+
+
+REFUSED = {
+    "org/none": "org/none: no folder of that name here, and no repository of that name on {hub}, or a private one",
+    "org/gated": "org/gated: no folder of that name here, and {hub}/org/gated is gated: ask for access there",
+    "org/tiny@v9": "org/tiny@v9: org/tiny has no revision v9 on {hub}: name a branch, tag or commit",
+    "org/tiny:a.gguf": "org/tiny:a.gguf: the repository has no file of that name; it has no GGUF files",
+    "org/quantized": "org/quantized: the repository has GGUF files, name one: org/quantized:a.gguf",
+    "org/pickled": "org/pickled: the repository has no config.json with model.safetensors; pickled weights are never",
+}
+
+
+def test_what_a_hub_refuses_is_one_line(run_longnet, command_env, hub, tiny):
+    command_env["HF_ENDPOINT"] = hub.url
+    hub.push(TINY, tiny)
+    hub.push("org/gated", tiny)
+    hub.refused["org/gated"] = (403, "GatedRepo")
+    hub.push("org/quantized", {"a.gguf": b"GGUF", "config.json": b"{}"})
+    hub.push("org/pickled", {"config.json": b"{}", "pytorch_model.bin": b""})
+    for name, said in REFUSED.items():
+        assert refusal(run_longnet("score", "a.txt", "-m", name)).startswith(said.format(hub=hub.url)), name
+    assert "org/pickled: the repository has no tokenizer.json" in refusal(
+        run_longnet("tokenize", "a.txt", "--tokenizer", "org/pickled", "-o", "tokens")
+    )
+    assert "--update is for a model on a hub" in refusal(run_longnet("score", "a.txt", "--update"), 2)
+
+
+def test_without_folder_cache_and_network_one_line_says_how_to_download(run_longnet, command_env, home, hub, tiny):
+    nowhere = f"{TINY}: no folder of that name here, nor in the cache {home}, and "
+    command = ("score", "a.txt", "-m", f"{TINY}@v1")
+    said = refusal(run_longnet(*command))
+    assert said.startswith(nowhere.replace(TINY, f"{TINY}@v1") + "http://127.0.0.1:9 does not answer (")
+    assert said.endswith("the same command downloads it, or hf download org/tiny --revision v1")
+    said = refusal(run_longnet("score", "a.txt", "-m", TINY, env={"HF_HUB_OFFLINE": "1"}))
+    assert said == f"{nowhere}HF_HUB_OFFLINE is set: without it, the same command downloads it, or hf download {TINY}"
+    hub.push(TINY, tiny)
+    hub.stalled = "/api/"
+    silent = {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    assert "does not answer (" in refusal(run_longnet("score", "a.txt", "-m", TINY, env=silent))
+    command_env["PYTHONPATH"] = f"{home}:{command_env['PYTHONPATH']}"
+    home.mkdir(parents=True)
+    (home / "huggingface_hub.py").write_text("raise ImportError")
+    said = refusal(run_longnet("score", "a.txt", "-m", TINY, fresh=True))
+    assert said.endswith("a model on a hub needs the extra hf: pip install 'longnet-cli[hf]'")
+
+
+def test_update_without_a_network_names_the_cache(run_longnet, home, tiny):
+    fill_cache(home, TINY, tiny)
+    said = refusal(run_longnet("score", "a.txt", "-m", TINY, "--update"))
+    assert said.endswith(f": leave out --update to take what is in the cache {home}")
+
+
+def test_a_damaged_cache_is_one_line_or_downloaded_again(run_longnet, command_env, home, hub, tiny):
+    commit = fill_cache(home, TINY, tiny)
+    folder = home / "models--org--tiny"
+    weights = folder / "snapshots" / commit / "model.safetensors"
+    weights.resolve().write_bytes(tiny["model.safetensors"][:-100])
+    said = refusal(run_longnet("score", "a.txt", "-m", TINY))
+    assert said.endswith(f"; to download it again, remove {folder}")
+    weights.resolve().unlink()
+    (folder / "refs/main").write_text("../../elsewhere")
+    assert "nor in the cache" in refusal(run_longnet("score", "a.txt", "-m", TINY))
+    hub.push(TINY, tiny)
+    assert run_longnet("score", "a.txt", "-m", TINY, env={"HF_ENDPOINT": hub.url}).returncode == 0
