@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import json
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -15,11 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import PAPER_64TH, chosen_patterns, cuts, patterns, patterns_with_options, split
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import Pattern
+from longnet_cli.attention.choosing import Chosen
+from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.runtime.chunks import CausalStream, backward_in_chunks, default_chunk
+from longnet_cli.training.gradients import backward
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 NESTED = Pattern((16, 32, 128), (1, 3, 8))  # xPos needs segments that nest
@@ -96,15 +102,6 @@ def test_any_chunks_choose_what_the_whole_chooses(
     assert error(torch.cat(parts, 1), whole) <= 1e-12
 
 
-def test_chosen_blocks_are_not_trained_in_chunks() -> None:
-    pattern = Pattern((8,), (1,), look_back=1, chosen=2, chosen_block=4, chosen_every=4)
-    model, ids = net(pattern), draw(1, 60)
-    whole = backward_in_chunks(model, ids, ids, 60)
-    assert whole == pytest.approx(model.nll(model(ids), ids).sum(dtype=torch.float64).item())
-    with pytest.raises(ConfigError, match="chosen=2: a sequence of 60 tokens is trained in one chunk, not in chunks"):
-        backward_in_chunks(model, ids, ids, 59)
-
-
 def gradients(model: LongNet) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -139,6 +136,66 @@ def test_chunked_training_is_whole_training(
         # a bias of k moves no softmax: its gradient is rounding alone, measured against the largest
         off = (a - b).double().norm().item() / max(b.double().norm().item(), 0.1 * floor)
         assert off <= TOLERANCE[dtype], f"{name} is off by {off:.2e}"
+
+
+@given(
+    position=st.sampled_from(["rope", "none"]),
+    pattern=chosen_patterns(),
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 150),
+    chunk=st.integers(1, 120),
+)
+def test_chunked_training_with_chosen_blocks_is_whole_training(
+    position: str, pattern: Pattern, batch: int, tokens: int, chunk: int
+) -> None:
+    """In fp64, in which no score is as good as equal to another."""
+    model = net(pattern, position).double()
+    ids, targets = draw(batch, tokens), draw(batch, tokens, seed=1)
+    loss = model.nll(model(ids), targets).sum()
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    assert error(backward_in_chunks(model, ids, targets, max(chunk, tokens // 20)), loss.detach()) <= 1e-12
+    floor = max(x.norm().item() for x in expected)
+    for a, b in zip(gradients(model), expected, strict=True):
+        assert (a - b).norm().item() <= 1e-10 * max(b.norm().item(), 0.1 * floor)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("chunk", "checkpointing"), [(36, False), (100, True), (400, True)])
+def test_what_is_computed_again_sees_the_blocks_that_it_saw(
+    chunk: int, checkpointing: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are drawn at random, others each time that a group asks; the whole graph asks once per group and layer."""
+    asked: Counter[int] = Counter()
+
+    def drawn(_: Chosen, q: Tensor, row: int, part: GroupedPart, *more: object) -> Tensor:
+        first, number, _, near = part.groups
+        found = []
+        for group in range(first, first + number * 4, 4):
+            asked[group] += 1
+            draws = torch.Generator().manual_seed(100 * group + asked[group])
+            candidates = 1 + torch.randperm(near // 8 - 1, generator=draws)
+            found.append(torch.cat([torch.zeros(1), candidates[:3].sort().values]).int())
+        return torch.stack(found)
+
+    monkeypatch.setattr(Chosen, "_voted", drawn)
+    model = net(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)).to(dtype)
+    ids, targets = draw(1, 400), draw(1, 400, seed=1)
+    loss = model.nll(model(ids), targets).sum()
+    loss.backward()
+    expected, times = gradients(model), asked.copy()
+    model.zero_grad()
+    asked.clear()
+    if checkpointing:
+        for layer in model.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    found = backward(model, ids, targets, chunk=chunk)
+    assert asked == times
+    assert error(found, loss.detach()) <= TOLERANCE[dtype]
+    floor = max(x.norm().item() for x in expected)
+    for a, b in zip(gradients(model), expected, strict=True):
+        assert (a - b).norm().item() <= 10 * TOLERANCE[dtype] * max(b.norm().item(), 0.1 * floor)
 
 
 def test_training_with_dropout_computes_again_what_it_dropped() -> None:

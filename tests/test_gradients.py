@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import PAPER_64TH, document_starts, patterns_with_options
+from strategies import PAPER_64TH, chosen_patterns, document_starts, patterns_with_options
 from test_chunks import draw, error, gradients, net
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def alone(model: LongNet, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 @given(
-    pattern=st.just(PAPER_64TH) | patterns_with_options(causal=True),
+    pattern=st.just(PAPER_64TH) | patterns_with_options(causal=True) | chosen_patterns(),
     batch=st.integers(1, 4),
     tokens=st.integers(1, 150),
     ends=st.sets(st.integers(0, 149), max_size=8),

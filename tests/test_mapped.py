@@ -39,7 +39,7 @@ class Measured(MappedMemory):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @given(
-    pattern=patterns() | patterns_with_options(causal=True) | st.just(Pattern.dense()),
+    pattern=patterns() | patterns_with_options(causal=True) | chosen_patterns() | st.just(Pattern.dense()),
     tokens=st.integers(2, 200),
     chunk=st.integers(1, 120),
 )

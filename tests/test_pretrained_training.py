@@ -25,6 +25,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError
 from longnet_cli.model_folder import ModelFolder
+from longnet_cli.notation import parse_pattern
 from longnet_cli.runtime.chunks import backward_in_chunks
 from longnet_cli.runtime.mapped import MappedMemory
 from longnet_cli.runtime.ranks import Ranks
@@ -37,6 +38,7 @@ from longnet_cli.training.recipe import PretrainedRecipe, Recipe, load_recipe
 SIZES = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
 WINDOW = "window:16,sinks=3"
+CHOSEN = "window:16,chosen=2x8,chosen_every=4"
 NESTED = Pattern((8, 32), (1, 4), look_back=1, overlap="once", queries="all", sinks=2)
 
 
@@ -82,7 +84,10 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("lora", [None, ["q_proj", "down_proj"]])
-@pytest.mark.parametrize("pattern", [Pattern.dense(), Pattern.window(16, sinks=3), NESTED, Pattern((8, 32), (1, 2))])
+@pytest.mark.parametrize(
+    "pattern",
+    [Pattern.dense(), Pattern.window(16, sinks=3), NESTED, Pattern((8, 32), (1, 2)), parse_pattern(CHOSEN)],
+)
 def test_the_gradient_in_chunks_is_the_whole_one(
     pattern: Pattern, lora: list[str] | None, llama: Path, tmp_path: Path
 ) -> None:
@@ -108,8 +113,9 @@ def test_the_gradient_in_chunks_is_the_whole_one(
         assert (found[1][1][name] - whole).norm() <= 1e-5 * whole.norm(), name
 
 
-def test_documents_in_one_row_are_as_each_alone(llama: Path) -> None:
-    net = ModelFolder(llama).net(pattern=Pattern.window(16, sinks=3))
+@pytest.mark.parametrize("pattern", [WINDOW, CHOSEN])
+def test_documents_in_one_row_are_as_each_alone(pattern: str, llama: Path) -> None:
+    net = ModelFolder(llama).net(pattern=parse_pattern(pattern))
     ids, lengths = torch.randint(257, (1, 90)), [20, 43, 27]
     found = net(ids, documents=lengths)
     expected = torch.cat([net(part) for part in ids.split(lengths, 1)], 1)
@@ -139,7 +145,8 @@ def test_a_run_leaves_a_folder_of_transformers(llama: Path, corpus: Path, tmp_pa
 
 def test_a_resumed_run_is_the_uninterrupted_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
     """Bit for bit, also where it goes on with the far rows in a file."""
-    found = recipe(llama, corpus)
+    chosen = {"model.pattern": CHOSEN}
+    found = recipe(llama, corpus, **chosen)
     train(found, tmp_path / "whole")
 
     def stop(tokens: int, line: Any) -> None:
@@ -148,7 +155,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(llama: Path, corpus: Path, tmp_p
 
     with pytest.raises(KeyboardInterrupt):
         train(found, tmp_path / "parts", on_step=stop)
-    train(recipe(llama, corpus, **{"train.spill": str(tmp_path)}), tmp_path / "parts")
+    train(recipe(llama, corpus, **chosen, **{"train.spill": str(tmp_path)}), tmp_path / "parts")
     assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"), 0)
 
 
@@ -180,15 +187,17 @@ def test_lora_leaves_the_merged_model_and_the_adapter(llama: Path, corpus: Path,
         train(found, tmp_path / "run")
 
 
-def train_on(dp: int, llama: Path, corpus: Path, output: Path, shard: str) -> None:
+def train_on(dp: int, llama: Path, corpus: Path, output: Path, shard: str, pattern: str) -> None:
     ranks = mesh(dp) if torch.distributed.is_initialized() else Ranks()
-    train(recipe(llama, corpus, **{"parallel.shard": shard}), output, ranks=ranks)
+    train(recipe(llama, corpus, **{"parallel.shard": shard, "model.pattern": pattern}), output, ranks=ranks)
 
 
-@pytest.mark.parametrize(("dp", "shard"), [(1, "none"), (2, "full")])
-def test_two_ranks_are_one(dp: int, shard: str, llama: Path, corpus: Path, tmp_path: Path) -> None:
-    train_on(1, llama, corpus, tmp_path / "one", "none")
-    run_ranks(2, tmp_path, train_on, dp, llama, corpus, tmp_path / "two", shard)
+@pytest.mark.parametrize(
+    ("dp", "shard", "pattern"), [(1, "none", WINDOW), (2, "full", WINDOW), (2, "none", CHOSEN), (2, "full", CHOSEN)]
+)
+def test_two_ranks_are_one(dp: int, shard: str, pattern: str, llama: Path, corpus: Path, tmp_path: Path) -> None:
+    train_on(1, llama, corpus, tmp_path / "one", "none", pattern)
+    run_ranks(2, tmp_path, train_on, dp, llama, corpus, tmp_path / "two", shard, pattern)
     assert_same(weights(tmp_path / "two"), weights(tmp_path / "one"), 2e-4)
     one, two = (
         [json.loads(line)["grad_norm"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

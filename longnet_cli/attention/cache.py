@@ -39,7 +39,8 @@ class KVCache:
     with more than FIRST_ROWS rows starts with FIRST_ROWS, and gets the others on demand.
 
     Pass `keep`, the length that the sequence may reach, if earlier far keys must stay valid, as for a backward pass
-    over all shards. Then every segment gets new memory for all its rows at once, and takes over no older segment's.
+    over all shards. Then every segment gets new memory for all its rows at once, and takes over no older segment's. Of
+    chosen blocks, the past is the next shard's, and `Past.before` gives earlier ones.
     `allocate` makes the memory; it takes the arguments of torch.empty. The blocks of the past, if they are chosen, are
     kept in `blocks`, by default in memory.
     """
@@ -58,8 +59,6 @@ class KVCache:
         allocate: Callable[..., Tensor] = torch.empty,
         blocks: Blocks | None = None,
     ) -> None:
-        if pattern.chosen and keep:
-            raise ValueError(f"chosen={pattern.chosen}: earlier far keys do not stay valid")
         self.pattern, self.num_heads, self.kv_heads, self.keep = pattern, num_heads, kv_heads or num_heads, keep
         self.position, self.dtype = 0, dtype
         self._sizes, self._allocate = (batch, head_dim), partial(allocate, dtype=dtype, device=device)
@@ -70,7 +69,11 @@ class KVCache:
         ]
         self._sinks = self._new_rows(pattern.sinks, SINKS)
         self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as they were turned last
-        self.past = Past(pattern, blocks, allocate) if pattern.chosen else None
+        self.past = None
+        if pattern.chosen and keep:  # on a GPU, `allocate` may take memory of the host, and means are always needed
+            self.past = Past(pattern, blocks or Blocks(allocate, keep // pattern.chosen_block), keep=keep)
+        elif pattern.chosen:
+            self.past = Past(pattern, blocks, allocate)
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +82,7 @@ class KVCache:
 
     def far(self) -> list[FarKeys | Past]:
         """Return the far keys of the next shard: views, valid until the next `append`, or always with `keep`."""
-        found: list[FarKeys | Past] = [self.past] if self.past and self.position else []
+        found: list[FarKeys | Past] = [self.past] if self.past and (self.position or self.keep) else []
         for span in open_spans(self.pattern, self.position):
             rows = max(span_rows(self.pattern, span, self.num_heads, self.kv_heads))
             if rows:

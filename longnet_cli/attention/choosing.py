@@ -12,7 +12,7 @@ All heads see the same blocks, so a block is one piece of memory. The m blocks t
 without gaps: block j as if its first key stood at n - (m - j) B. The shift is one per block, and `turn` turns its keys.
 
 The choice is a constant in the backward pass. Everything else is a branch like any other, on gathered keys, in batches
-of groups.
+of groups. A call that is computed again for a backward pass does not choose again, if its `Past` keeps the choice.
 
 N tokens, H query heads, K key heads, D head_dim, C candidates.
 """
@@ -45,7 +45,7 @@ class Chosen:
     """The chosen blocks of one call of `dilated_attention`, for all `parts` of its batch.
 
     `choose` comes first; `merge` and `gradients` attend to what was chosen. `blocks` holds the choice for each part
-    and row: (groups, m) int64, ascending. `past` holds the tokens before the shard, if there are any.
+    and row: (groups, m) int32, ascending. `past` holds the tokens before the shard, if there are any.
     """
 
     def __init__(
@@ -57,8 +57,13 @@ class Chosen:
     @torch.no_grad()
     def choose(self, q: Tensor, k: Tensor, scale: float) -> None:
         """Choose blocks for queries q (B, N, H, D) among the keys k (B, N, K, D) and those of the past."""
+        kept = None
         if self.past:
             self.past.settle(self.turn)
+            kept = self.past.choices
+            if kept is not None and self.past.position in kept:
+                self.blocks = kept[self.past.position]
+                return
         found: dict[tuple[int, int], Means] = {}  # by first row and first token of a document
         last = {(part.rows.start, part.columns.start): part.groups.near for part in self.parts}
         for part in self.parts:
@@ -66,7 +71,7 @@ class Chosen:
             blocks = part.groups.near // self.pattern.chosen_block
             group = part.groups.first // self.pattern.chosen_every * self.pattern.chosen_every
             if blocks <= self.pattern.chosen:
-                self.blocks.append([torch.arange(blocks, device=q.device)[None]] * len(rows))
+                self.blocks.append([torch.arange(blocks, dtype=torch.int32, device=q.device)[None]] * len(rows))
                 continue
             open_group = self._past(part) if group < part.start else None  # all of its voters are in the past
             if open_group and open_group.held and open_group.held[0] == group:
@@ -79,6 +84,8 @@ class Chosen:
             if open_group and len(rows) == len(q):
                 open_group.held = group, chosen
             self.blocks.append(chosen)
+        if self.past and kept is not None:
+            kept[self.past.position] = self.blocks
 
     def merge(self, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, merge: Merge | OnePassMerge) -> None:
         """Attend from q to the chosen rows of k and v, and merge the results."""
@@ -98,7 +105,8 @@ class Chosen:
     ) -> list[Tensor]:
         """Return the gradients of the chosen rows of k and v, in fp32 or fp64, and add those of q to `of_q`.
 
-        `tensors` are dout, q, and the merged out and lse (B, N, H, 1); `keys` are k and v. The past gets no gradient.
+        `tensors` are dout, q, and the merged out and lse (B, N, H, 1); `keys` are k and v. Gradients of the past are
+        added to `past.gradients`.
         """
         _, q, _, _ = tensors
         found = [torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in keys]
@@ -109,8 +117,8 @@ class Chosen:
             k_ = call.turned(k_, self.turn)
             dq, dk, dv = kernel.backward(dout_, q_, k_, call.in_groups(v_), out_, lse_[..., 0], False, scale)
             of_q.add(place, dq.reshape(queries[1].shape), call.branch.queries, fresh=False)
-            for into, d in zip(found, (call.turned_back(dk, self.turn), call.in_blocks(dv)), strict=True):
-                call.add(into, d)
+            for index, d in enumerate((call.turned_back(dk, self.turn), call.in_blocks(dv))):
+                call.add(found[index], d, index)
         return found
 
     def _past(self, part: GroupedPart) -> Past | None:
@@ -125,7 +133,7 @@ class Chosen:
                 most = kernel.max_batch(kv_heads, max(heads // kv_heads * queries, keys), head_dim)
                 step = max(1, min(most, GATHERED // (keys * kv_heads * head_dim)))
                 for first in range(0, len(blocks), step):
-                    some = blocks[first : first + step]
+                    some = blocks[first : first + step].long()
                     yield _GroupCall.of(self.pattern, part, self._past(part), row, first, some, heads)
 
     def _means(self, k: Tensor, part: GroupedPart, stop: int) -> Means:
@@ -166,7 +174,7 @@ class Chosen:
         for first in range(0, number, size):
             some = voters[first * step : (min(first + size, number) - 1) * step + VOTERS]
             found.append(_chosen(some, step, candidates, means.fine[own], means.coarse[own], self.pattern.chosen - 1))
-        chosen = torch.cat(found) + 1
+        chosen = torch.cat(found).int() + 1
         return torch.cat([chosen.new_zeros(number, 1), chosen], 1)
 
 
@@ -310,16 +318,23 @@ class _GroupCall(NamedTuple):
             leaf = self.in_blocks(dk).detach().contiguous().requires_grad_()
             return torch.autograd.grad(self.turned(leaf, turn), leaf, dk)[0]
 
-    def add(self, into: Tensor, d: Tensor) -> None:
-        """Add gradients (blocks, tokens, K, D) of gathered rows to the gradient of the shard's rows (B, N, K, D)."""
+    def add(self, into: Tensor, d: Tensor, index: int) -> None:
+        """Add gradients (blocks, tokens, K, D) of gathered rows to those of the shard's rows (B, N, K, D).
+
+        Gradients of k (`index` 0) or v (1) of the past go to its sum.
+        """
         d = d.to(into.dtype)
         if not self.past:
             self._own(into).index_add_(0, self.blocks, d)
             return
         inside, cut, _ = self._places(self.past)
         self._own(into).index_add_(0, self.blocks[inside] - self._first, d[inside])
-        held = self.past.waiting.shape[2]
-        into[self.row, self.part.columns][: self.size - held] += d[cut].sum(0)[held:]
+        if cut.any():
+            held = self.past.waiting.shape[2]
+            into[self.row, self.part.columns][: self.size - held] += d[cut].sum(0)[held:]
+        if self.past.gradients is not None:  # rows of the shard that are in the block it cuts are added, but never read
+            into = self.past.gradients[index, self.row].unflatten(0, (-1, self.size))
+            into.index_add_(0, self.blocks[~inside].to(into.device), d[~inside].to(into.device))
 
 
 def _folded(x: Tensor, k: Tensor) -> Tensor:

@@ -86,8 +86,9 @@ class Blocks:
     Another class with these methods may keep them elsewhere (`runtime.mapped.BlockFile`).
     """
 
-    def __init__(self, allocate: Callable[..., Tensor] = torch.empty) -> None:
-        self.number, self._allocate = 0, allocate
+    def __init__(self, allocate: Callable[..., Tensor] = torch.empty, room: int = 0) -> None:
+        """Allocate memory for `room` blocks at once, or else for FIRST_BLOCKS."""
+        self.number, self._allocate, self._room = 0, allocate, room
         self._pieces: list[Tensor] = []  # (k and v, B, blocks, tokens of a block, K, D)
 
     @property
@@ -101,7 +102,7 @@ class Blocks:
         while done < blocks.shape[2]:
             room = sum(piece.shape[2] for piece in self._pieces)
             if room == self.number:
-                number = max(FIRST_BLOCKS, room // 2)
+                number = max(FIRST_BLOCKS, room // 2) if room or not self._room else self._room
                 shape = (*blocks.shape[:2], number, *blocks.shape[3:])
                 self._pieces.append(self._allocate(shape, dtype=blocks.dtype, device=blocks.device))
                 room += number
@@ -117,7 +118,7 @@ class Blocks:
         for piece in self._pieces:
             inside = ((blocks >= first) & (blocks < first + piece.shape[2])).nonzero()[:, 0]
             for x, y in zip(into, piece[:, row], strict=True):
-                x[places[inside]] = y.index_select(0, blocks[inside] - first)
+                x[places[inside]] = y.index_select(0, (blocks[inside] - first).to(y.device)).to(x.device)
             first += piece.shape[2]
 
     def select(self, rows: Tensor) -> None:
@@ -149,12 +150,23 @@ class Past:
     A `KVCache` keeps one, and gives it out with its far keys. Shards are appended as they come; `settle`, which needs
     `turn`, moves whole blocks to `blocks`, and from then on `append` does. `queries` (B, n, H, D) are the last queries:
     an open group's, and its voters.
+
+    For a backward pass, `keep` is the length that the document may reach. Then `before` gives earlier pasts, `choices`
+    has what the shards saw, by position, and a shard that is computed again sees the same. The backward pass of a shard
+    adds the gradients of the past to `gradients` (k and v, B, tokens, K, D), whole blocks in fp32 or fp64, if not None.
     """
 
     def __init__(
-        self, pattern: Pattern, blocks: Blocks | None = None, allocate: Callable[..., Tensor] = torch.empty
+        self,
+        pattern: Pattern,
+        blocks: Blocks | None = None,
+        allocate: Callable[..., Tensor] = torch.empty,
+        keep: int = 0,
     ) -> None:
         self.pattern, self.position, self.allocate = pattern, 0, allocate
+        self.choices: dict[int, list[list[Tensor]]] | None = {} if keep else None  # `choosing.Chosen.blocks`
+        self.gradients: Tensor | None = None
+        self._first_means = keep // pattern.chosen_block or FIRST_BLOCKS
         self.queries: Tensor | None = None
         self.means: Means | None = None
         self.blocks = Blocks(allocate) if blocks is None else blocks
@@ -189,12 +201,13 @@ class Past:
     def settle(self, turn: Turn | None) -> None:
         """Store the blocks that are whole, and their means."""
         self._turn = (turn,)
-        size, rows = self.pattern.chosen_block, self.waiting
-        if not (blocks := rows.shape[2] // size):
+        size = self.pattern.chosen_block
+        if not self._waiting or not (blocks := self.waiting.shape[2] // size):
             return
+        rows = self.waiting
         whole = rows[:, :, : blocks * size]
         if self.means is None:
-            self.means = Means(self.pattern, whole[0], max(blocks, FIRST_BLOCKS), self.allocate)
+            self.means = Means(self.pattern, whole[0], max(blocks, self._first_means), self.allocate)
         self.means.write(slice(None), self.blocks.number, whole[0], turn)
         self.blocks.append(whole.unflatten(2, (blocks, size)))
         self._waiting = [rows[:, :, blocks * size :].clone()]
@@ -213,6 +226,27 @@ class Past:
         new = copy.copy(self)
         new.blocks, new._waiting = self.blocks.fork(), [*self._waiting]
         new.means = self.means and self.means.fork(self.blocks.number)
+        return new
+
+    def before(self, position: int, gradients: Tensor | None = None) -> Past:
+        """Return the past of the shard at `position`, with other `gradients`. It shares rows and choices.
+
+        An earlier shard than the next one must have chosen already: its past has no means.
+        """
+        new = copy.copy(self)
+        new.gradients = gradients
+        if position == self.position:
+            return new
+        number = min(position // self.pattern.chosen_block, self.blocks.number)
+        new.position, new.queries, new.means, rows = position, None, None, self.waiting
+        new.blocks = copy.copy(self.blocks)
+        new.blocks.number = number
+        if number < self.blocks.number:  # the block that is cut at `position`
+            rows = rows.new_empty(*rows.shape[:2], self.pattern.chosen_block, *rows.shape[3:])
+            for row in range(rows.shape[1]):
+                place = torch.tensor([row], device=rows.device)
+                self.blocks.take(row, torch.full_like(place, number), rows, place)
+        new._waiting = [rows[:, :, : position - number * self.pattern.chosen_block]]
         return new
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

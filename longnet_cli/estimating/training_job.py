@@ -46,7 +46,7 @@ class TrainingEstimate(Estimate):
             for kind, size in self.memory.items()
             if kind not in ("program", "activations", "logits", "checkpoint")
         }
-        if max(kept, key=kept.__getitem__) == "cache":
+        if max(kept, key=kept.__getitem__) in ("cache", "key_gradients"):
             return "no chunk fits: keep what chunks remember on a disk (--spill DIR) or choose shorter sequences"
         return "no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device"
 
@@ -143,7 +143,8 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
             {
                 "activations": tokens * a_token,
                 "logits": logits_bytes(config, round(tokens * recipe.train.predicted)),
-                "cache": far.passing if recipe.train.spill else far.passing + far.stored,
+                "cache": far.passing + (0 if recipe.train.spill else far.stored - far.gradients),
+                **({"key_gradients": 0 if recipe.train.spill else far.gradients} if config.pattern.chosen else {}),
             }
         )
     largest = max(stages, key=lambda stage: sum(stage.values()))

@@ -293,17 +293,13 @@ def backward_in_chunks(
     backward pass over all N tokens. Memory holds the activations of `chunk` tokens, and the far rows of the levels that
     chunks cut; the price is one more forward pass. Gradients of far rows are summed in fp32 (fp64 for fp64). `dtype` is
     as in `runtime.device`. `allocate` makes the memory of far rows and of these sums, as torch.empty does. That memory
-    may be on the host while the net is on a GPU (`runtime.mapped`).
+    may be on the host while the net is on a GPU (`runtime.mapped`). With chosen blocks, keys and values of all tokens
+    are kept, and the sums of their gradients; what a chunk has chosen is kept, and seen again.
 
     The ranks of a `group` share every chunk; each rank adds and returns its part. `final` says that no other backward
     pass of the step follows, which sharded weights need to know (`runtime.fsdp`). `on_chunk` is called after each
     chunk, forward and backward.
     """
-    if model.config.pattern.chosen and tokens.shape[1] > chunk:
-        raise ConfigError(
-            f"chosen={model.config.pattern.chosen}: a sequence of {tokens.shape[1]} tokens is trained in one chunk, "
-            f"not in chunks of {chunk}"
-        )
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
     stream = CausalStream(model, group=group, keep=tokens.shape[1], allocate=allocate)
@@ -317,6 +313,7 @@ def backward_in_chunks(
             with precision(dtype, device):
                 stream(tokens[:, part.mine], edges=part.edges)
             on_chunk()
+    pasts = [cache.past for cache in stream.caches if cache.past] or new_pasts(model.config)
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)
     gradients = FarGradients(model.config, tokens.shape[1], group, allocate)
@@ -325,11 +322,18 @@ def backward_in_chunks(
         part, (state, far) = chunks.pop(), tape.pop()
         set_random_state(state, device)
         final_backward(model, final and not chunks)
-        total += part.backward(tokens[:, part.mine], targets[:, part.mine], far, gradients, scale, dtype)
+        total += part.backward(tokens[:, part.mine], targets[:, part.mine], far, pasts, gradients, scale, dtype)
+        for past in pasts:
+            past.means = None  # all has been chosen
         after = after or random_state(device)  # the state after the last chunk, as one forward pass leaves it
         on_chunk()
     set_random_state(after, device)
     return total
+
+
+def new_pasts(config: NetConfig) -> list[Past]:
+    """Return the past of a document's first tokens in each layer, which keeps what they choose; [] without a choice."""
+    return [Past(config.pattern, keep=1) for _ in range(config.num_layers if config.pattern.chosen else 0)]
 
 
 class _Chunk:
@@ -348,18 +352,20 @@ class _Chunk:
         tokens: Tensor,
         targets: Tensor,
         far: list[list[FarKeys]],
+        pasts: list[Past],
         gradients: FarGradients,
         scale: float,
         dtype: str,
     ) -> Tensor:
         """Compute the chunk again with `far` as leaves, run its backward pass, and return its sum of nll."""
         made: list[tuple[Tensor, Tensor]] = []  # keys and values, per layer
-        leaves: list[list[FarKeys]] = []
+        leaves: list[list[FarKeys | Past]] = []
 
-        def provide(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[FarKeys]:
+        def provide(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[FarKeys | Past]:
             if layer == len(made):  # otherwise activation checkpointing computes it again
                 made.append((k, v))
                 leaves.append([gradients.leaves(layer, x, k.device) for x in far[layer]])
+                leaves[layer] += [gradients.past(layer, past, self.start, k) for past in pasts[layer : layer + 1]]
             return [*leaves[layer], *(self.exchange(layer, q, k, v) if self.exchange else ())]
 
         with precision(dtype, tokens.device):

@@ -1,4 +1,4 @@
-"""Gradients on their way from the chunks that read far rows to the chunk that made them.
+"""Gradients on their way from the chunks that read far rows, or chose them, to the chunk that made them.
 
 B batch, n tokens of a shard, K key heads, D head dim.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys
+from longnet_cli.attention import FarKeys, Past
 from longnet_cli.attention.dilated import strided_view
 from longnet_cli.attention.rows import rows_before
 from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, segment_rows, span_views
@@ -26,8 +26,9 @@ class FarGradients:
     """The gradients of far rows in one sequence of `tokens`, whose chunks come from last to first.
 
     There is one sum per layer, level and segment, (k and v, B, rows, lanes, D), packed as in KVCache, in fp32 (fp64 for
-    fp64). `allocate` makes its memory, as torch.empty does. In a group, each rank sums the gradients of its own shards.
-    These sums are reduced over the ranks when the chunk that made the rows asks for them.
+    fp64). With chosen blocks, there is one more per layer, for all tokens before the last chunk. `allocate` makes its
+    memory, as torch.empty does. In a group, each rank sums the gradients of its own shards. These sums are reduced over
+    the ranks when the chunk that made the rows asks for them.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class FarGradients:
         self.pattern, self.num_heads, self.tokens = config.pattern, config.num_heads, tokens
         self.group, self.allocate = group, allocate
         self.sums: dict[Key, Tensor] = {}
+        self.of_pasts: dict[int, Tensor] = {}  # by layer: (k and v, B, tokens, K, D)
 
     def leaves(self, layer: int, keys: FarKeys, device: torch.device) -> FarKeys:
         """Return far keys of a chunk on `device`, as leaves of its graph.
@@ -46,6 +48,17 @@ class FarGradients:
         for index, x in enumerate((k, v)):
             x.register_post_accumulate_grad_hook(partial(self._take, (layer, keys.level, keys.start), index))
         return replace(keys, k=k, v=v)
+
+    def past(self, layer: int, past: Past, start: int, k: Tensor) -> Past:
+        """Return the past of the chunk at `start`, which adds the gradients of its rows to their sum.
+
+        `past` is that of a later chunk or of this one; k (B, n, K, D) is the chunk's.
+        """
+        if start and layer not in self.of_pasts:
+            size, wide = self.pattern.chosen_block, torch.float64 if k.dtype is torch.float64 else torch.float32
+            shape = (2, k.shape[0], -(-start // size) * size, *k.shape[2:])
+            self.of_pasts[layer] = self.allocate(shape, dtype=wide, device=k.device).zero_()
+        return past.before(start, self.of_pasts.get(layer))
 
     def _take(self, key: Key, index: int, leaf: Tensor) -> None:
         """Add the gradient of k or v (`index` 0 or 1), (B, rows, lanes, D), to its sum, and free it."""
@@ -66,6 +79,10 @@ class FarGradients:
         The shard starts at `begin`, in the chunk [start, stop), and has the shape and the device of `k` (B, n, K, D).
         """
         total, sizes = None, (self.num_heads, k.shape[2])
+        if layer in self.of_pasts:
+            rows = self.of_pasts[layer][:, :, begin : begin + k.shape[1]]
+            total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=k.device)
+            total[:, :, : rows.shape[2]] = rows
         for span in open_spans(self.pattern, stop):
             key = (layer, span.level, span.start)
             if key not in self.sums or span.stop <= start:

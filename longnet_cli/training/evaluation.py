@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longnet_cli.data.documents import Document
-from longnet_cli.errors import DataError
+from longnet_cli.errors import DataError, NotFiniteError, NoTokensError
 from longnet_cli.model.net import IGNORED, Net
 from longnet_cli.runtime.device import precision, to_device
 from longnet_cli.runtime.ranks import Ranks
@@ -37,8 +38,8 @@ def evaluate(
     """Return the score of held-out documents. A causal net scores each document whole, as `longnet score` does.
 
     With the masked objective, documents are cut into windows of `seq_len` tokens, and the same tokens are hidden every
-    time. `on_part` is called on all ranks after each forward pass. The net ends in training mode, and the random state
-    stays as it was. Raises DataError where no token is hidden.
+    time. `on_part` is called on all ranks after each forward pass, unless they read different documents. The net ends
+    in training mode, and the random state stays as it was. Raises DataError where no token is hidden.
     """
     reading: dict[str, Any] = {
         "chunk": recipe.train.chunk,
@@ -50,9 +51,29 @@ def evaluate(
     try:
         if recipe.train.objective == "masked":
             return _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
+        if model.config.pattern.chosen and ranks.world > 1:
+            return _score_apart(model, documents, recipe, eos_id, ranks)
         return reduce(add, (each.score for each in score(model, documents, bos=eos_id, **reading)))
     finally:
         model.train()
+
+
+def _score_apart(model: Net, documents: Sequence[Document], recipe: Recipe, eos_id: int, ranks: Ranks) -> Score:
+    """Return the score of documents of which each rank reads its own: with chosen blocks, no two can share one."""
+    found, mine = Score(0.0, 0, 0), documents[ranks.rank :: ranks.world]
+    try:
+        for each in score(model, mine, bos=eos_id, chunk=recipe.train.chunk, dtype=recipe.train.dtype):
+            found += each.score
+    except NoTokensError:  # there are fewer documents than ranks
+        pass
+    except NotFiniteError:  # the other ranks wait for the sum
+        found += Score(math.nan, 0, 0)
+    sums = torch.tensor(
+        [found.nll_sum, found.n_tokens, math.nan if found.n_bytes is None else found.n_bytes], dtype=torch.float64
+    )
+    ranks.sum(sums)
+    nats, tokens, size = sums.tolist()
+    return Score(nats, int(tokens), None if math.isnan(size) else int(size))
 
 
 @dataclass(frozen=True)

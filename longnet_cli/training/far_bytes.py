@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.spans import SINKS, lanes, segment_rows
 from longnet_cli.model.net import NetConfig
 from longnet_cli.runtime.device import resolve_dtype
@@ -21,11 +22,13 @@ class FarBytes(NamedTuple):
     """Bytes that chunks of one sequence keep for each other. `stored` can be spilled to a disk, `passing` cannot.
 
     `stored`: keys and values that later chunks see, until the backward pass is past them, and the sums of their
-    gradients. `passing`: temporaries of one chunk and layer for its far rows and, on a GPU, copies of these rows.
+    gradients. `passing`: temporaries of one chunk and layer for its far rows and, on a GPU, copies of these rows; what
+    chooses blocks, and the choices. `gradients`: of `stored`, the sums for blocks that later chunks may choose.
     """
 
     stored: int
     passing: int
+    gradients: int = 0
 
 
 def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> FarBytes:
@@ -46,7 +49,15 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> Far
         sums = aligned(max(4, itemsize) * numbers)
         stored += config.num_layers * (aligned(itemsize * numbers) * seen + sums * at_once)
         passing += (itemsize + 4) * numbers * at_once
-    return FarBytes(stored, passing)
+    gradients = 0
+    if size := pattern.chosen_block if pattern.chosen else 0:
+        whole, earlier = (n // size * size for n in (seq_len, seq_len - 1 - (seq_len - 1) % chunk + size - 1))
+        kept, means = past_bytes(pattern, config.kv_heads, config.head_dim, whole, itemsize)
+        sums = past_bytes(pattern, config.kv_heads, config.head_dim, earlier, max(4, itemsize))[0]
+        gradients = config.num_layers * aligned(sums)
+        stored += config.num_layers * aligned(kept) + gradients
+        passing += config.num_layers * (means + 4 * pattern.chosen * -(-seq_len // pattern.chosen_every))
+    return FarBytes(stored, passing, gradients)
 
 
 def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longnet_cli.attention import Past
 from longnet_cli.model.net import IGNORED, FarProvider, Net
-from longnet_cli.runtime.chunks import Tokens, backward_in_chunks
+from longnet_cli.runtime.chunks import Tokens, backward_in_chunks, new_pasts
 from longnet_cli.runtime.device import precision, to_device
 from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.fsdp import final_backward
@@ -92,6 +93,11 @@ def _nll(
     dtype: str,
 ) -> Tensor:
     """Return the sum of nll of one forward pass. In a bidirectional net, only tokens with a target get logits."""
+    if far is None and (pasts := new_pasts(model.config)):
+
+        def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[Past]:
+            return [pasts[layer]]  # if activation checkpointing computes a layer again, it sees the same blocks
+
     with precision(dtype, ids.device):
         # before the forward pass: for targets on a GPU, this waits for all queued work. A causal net predicts all.
         chosen = None if model.config.causal else (targets != IGNORED).nonzero(as_tuple=True)
