@@ -160,6 +160,22 @@ def level_flops(
     return flops
 
 
+def shard_flops(
+    pattern: Pattern,
+    heads: int,
+    head_dim: int,
+    start: int,
+    tokens: int,
+    causal: bool,
+    spans: tuple[Span, ...],
+    total: int,
+    kv_heads: int = 0,
+) -> int:
+    """Return the executed FLOPs of a shard's forward pass, on its own keys and on the far keys of `spans`."""
+    calls = branches(pattern, heads, start, tokens, causal, "exact", spans, total, kv_heads)
+    return 2 * head_dim * sum(map(_pairs, calls))
+
+
 class _Zone(NamedTuple):
     """Queries of one block of each segment, and the keys they see; positions count from the start of the segment.
 

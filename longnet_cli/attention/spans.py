@@ -79,7 +79,8 @@ def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int 
             inner, near = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]
             until = min(until, ((stop - 1) // inner - near) * inner)
             after = max(after, (start // inner + near + 1) * inner)
-        found += _by_segment(level, w, low, until)
+        if low < until:
+            found += _by_segment(level, w, low, until)
         if not causal:
             assert total is not None
             found += _by_segment(level, w, after, min(total, (last + b + 1) * w))

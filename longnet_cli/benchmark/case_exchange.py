@@ -32,9 +32,9 @@ def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
     token = 2 * dtype.itemsize * s.batch * s.heads * s.head_dim  # bytes of a token's keys and values
     backward, pattern = direction == "backward", s.pattern_for(seq) if impl == "dilated" else None
     if pattern is not None:
-        plans = [Exchange(_config(s, pattern), edges, rank=reader) for reader in range(ranks.world)]
+        plan = Exchange(one_layer(s, pattern), edges, rank=ranks.rank)
+        plans = map(plan.of_rank, range(ranks.world))
         rows = max(sum(parcel.rows for made in each.received for parcel in made) for each in plans)
-        plan = plans[ranks.rank]
         memory = token * (tokens + 2 * rows) * (3 if backward else 1)
     else:
         rows = tokens * (ranks.world - 1)
@@ -74,6 +74,6 @@ def _all_gather(mine: Tensor, backward: bool, world: int) -> Callable[[], object
     return lambda: dist.all_gather(list(of_all), mine)
 
 
-def _config(s: Settings, pattern: Pattern) -> LongNetConfig:
+def one_layer(s: Settings, pattern: Pattern) -> LongNetConfig:
     shape = {"vocab_size": 0, "dim": s.heads * s.head_dim, "num_layers": 1, "num_heads": s.heads, "ffn_dim": 1}
     return parse_config({**shape, "position": "none", "causal": s.causal}, "--pattern", pattern)

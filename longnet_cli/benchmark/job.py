@@ -134,7 +134,7 @@ def machine(s: Settings) -> str:
     """Describe the machine for a reader of the rows: its processor, cores, torch, kernel and the date (UTC)."""
     return ", ".join(
         [
-            torch.cuda.get_device_name(s.device) if s.device.type == "cuda" else _cpu_name(),
+            device_name(s.device),
             f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
             f"torch {torch.__version__}",
             s.dtype,
@@ -144,7 +144,10 @@ def machine(s: Settings) -> str:
     )
 
 
-def _cpu_name() -> str:
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or of this machine's processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from longnet_cli.cli.model_and_inputs import Opened
     from longnet_cli.estimating.estimate import Estimate
+    from longnet_cli.estimating.plan import Plan
     from longnet_cli.estimating.reading_job import Job, ReadingEstimate, Room
     from longnet_cli.estimating.training_job import TrainingEstimate
     from longnet_cli.model_folder import ModelFolder
@@ -66,6 +67,68 @@ def show_reading(found: ReadingEstimate, format: Format, job: str) -> None:
     _show(found, format, job, before, after)
 
 
+def show_plans(plans: Sequence[Plan], format: Format, job: str) -> None:
+    """Print the first plan to stdout, and the next ones in a line each. Raises MemoryLimitError if none fits."""
+    from longnet_cli.estimating.machines import KNOWN_BY, UNTRIED
+    from longnet_cli.estimating.plan import HIDDEN, ROOM
+
+    best, *others = plans
+    machine, step, known = best.machine, best.step, best.machine.known()
+    if format == "json":
+        emit_json({**best.as_dict(), "others": [plan.as_dict() for plan in others], "untried": UNTRIED})
+    else:
+        fitting = sum(plan.fits for plan in plans)
+        choice = f"the fastest of {fitting} that fit, of {len(plans)}" if fitting else f"none of {len(plans)} fits"
+        each = best.flops / step / machine.devices
+        speed = f"{format_count(best.tokens / step)} tokens/s, {format_count(each)} FLOP/s"
+        limits = f"limited by {best.limit}; of memory, {best.largest} is the most"
+        head = [
+            ("machine", machine.name, f"devices: {machine.devices:,}, {machine.node} per node, {machine.dtype}"),
+            ("plan", f"{best.dp} x {best.sp}", best.options),
+            ("", "", choice),
+        ]
+        memory = [(kind, format_bytes(size), _bar(size, best.peak)) for kind, size in best.memory.items()]
+        room = f"of a device; a plan may fill {ROOM:.0%} of its memory, {format_bytes(best.room)}"
+        time = [
+            (part, format_duration(seconds), "while attention runs" if part == HIDDEN else _bar(seconds, step))
+            for part, seconds in best.seconds.items()
+            if seconds
+        ]
+        time.append((best.what, format_duration(step), f"{format_count(best.tokens)} tokens; {speed} per device"))
+        also = [
+            (_duration(plan.total), plan.options + ("" if plan.fits else f", {format_bytes(plan.peak)}: does not fit"))
+            for plan in others[:4]
+        ]
+        _print([
+            head,
+            [*memory, ("peak memory", format_bytes(best.peak), room)],
+            [*time, ("in all", _duration(best.total), limits)],
+            [("" if index else "others", *plan) for index, plan in enumerate(also)],
+            [*(("rates", "", f"{KNOWN_BY[by]}: {', '.join(names)}") for by, names in known.items()), ("", "", UNTRIED)],
+        ])  # fmt: skip
+    if not best.fits:
+        from longnet_cli.errors import MemoryLimitError
+
+        raise MemoryLimitError(
+            f"{job} does not fit {machine.name}: {best.options} needs {format_bytes(best.peak)} of each device, the "
+            f"largest part for {best.largest}, and {format_bytes(best.room)} may be filled; {best.advice}"
+        )
+
+
+def _bar(size: float, whole: float) -> str:
+    return "#" * round(BAR * size / whole)
+
+
+def check_on(on: str | None, dry_run: bool) -> None:
+    """Raise ConfigError for --on without --dry-run, or for a machine that is not known."""
+    from longnet_cli.estimating.machines import find_machine
+
+    if on is not None and not dry_run:
+        raise ConfigError("--on is for --dry-run, which plans: give both, or leave it out")
+    if on is not None:
+        find_machine(on)
+
+
 def check_sample(sample: int | None, dry_run: bool) -> None:
     """Raise ConfigError for --sample without --dry-run, or with fewer texts than an interval needs."""
     if sample is not None and not dry_run:
@@ -92,19 +155,44 @@ def estimate_reading(
     *,
     sample: int | None,
     resume: bool,
+    on: str | None = None,
+    sp: int | None = None,
+    dp: int | None = None,
     **options: Any,
 ) -> None:
-    """Print the estimate of a job that would write to `output`, or print; `options` are for `estimate_documents`."""
-    from longnet_cli.estimating.reading_job import estimate_documents
+    """Print the estimate of a job that would write to `output`, or print; `options` are for `estimate_documents`.
+
+    If the machine `on` is named, print the plan for it.
+    """
+    from longnet_cli.estimating.machines import find_machine
+    from longnet_cli.estimating.reading_job import count_documents, estimate_documents
+    from longnet_cli.estimating.reading_plan import plan_reading
+    from longnet_cli.runtime.chunks import chunk_beside
     from longnet_cli.runtime.ranks import leave
 
     fate, done, chunk = _fate(output, resume)
-    options |= {"chunk": options["chunk"] or chunk, "sample": sample, "room": opened.room, "ranks": opened.ranks}
+    options |= {"chunk": options["chunk"] or chunk}
     net, inputs = opened.loaded.net, opened.inputs
     documents = inputs.untokenized() if sample else inputs.documents()
-    options |= {"tokenizer": inputs.tokenizer, "skip_bad": inputs.skip_bad}
+    counting: dict[str, Any] = {
+        "tokenizer": inputs.tokenizer,
+        "skip_bad": inputs.skip_bad,
+        "sample": sample,
+        "done": done,
+    }
+    if on:
+        machine = find_machine(on)
+        free = int(machine.rate("memory")) if machine.device == "cuda" else 0
+        with progress("counting", total=None, quiet=opened.quiet) as advance:
+            size = options["chunk"] or chunk_beside(net.config, free)
+            counted = count_documents(net, job, documents, size, on_progress=advance, **counting)
+        spill = bool(options["spill"])
+        plans = plan_reading(net, job, counted, machine, sp=sp, dp=dp, dtype=options["dtype"], spill=spill)
+        show_plans(plans, format, doing)
+        return
+    options |= {"room": opened.room, "ranks": opened.ranks, **counting}
     with progress("counting", total=None, quiet=opened.quiet) as advance:
-        found = estimate_documents(net, job, documents, output=fate, done=done, on_progress=advance, **options)
+        found = estimate_documents(net, job, documents, output=fate, on_progress=advance, **options)
     leave()
     if opened.ranks.first:
         show_reading(found, format, doing)
@@ -147,7 +235,7 @@ def _show(found: Estimate, format: Format, job: str, before: Sequence[Row], afte
 
 
 def _memory(found: Estimate) -> list[Row]:
-    rows = [(kind, format_bytes(size), "#" * round(BAR * size / found.peak)) for kind, size in found.memory.items()]
+    rows = [(kind, format_bytes(size), _bar(size, found.peak)) for kind, size in found.memory.items()]
     rows.append(
         ("peak memory", format_bytes(found.peak), f"a process, {found.dtype}, chunks of {found.chunk:,} tokens")
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.dry_run import Format, show_training
+from longnet_cli.cli.dry_run import Format, check_on, show_plans, show_training
 from longnet_cli.cli.nproc import ask_hub, launch
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, bare_or, option, read_pattern, size_option
 from longnet_cli.cli.output import printable
@@ -97,6 +97,7 @@ def train(
             OUTPUT, "--dry-run", None, "Print memory, FLOPs and time, and stop. The exit code is 5 if it does not fit."
         ),
     ] = False,
+    on: shared.OnOption = None,
     format: Annotated[Format, option(OUTPUT, "--format", "text|json", "Print --dry-run in this format.")] = "text",
     nproc: shared.NprocOption = None,
     sp: shared.SpOption = None,
@@ -138,9 +139,11 @@ def train(
     The same command continues a stopped run, and so does `longnet train -o DIR`. You can also start it with torchrun.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # held until the run listens; before, it would kill
+    check_on(on, dry_run)
     if update:
         ask_hub(initial, tokenizer)
-    launch(nproc, sp=sp, dp=dp)
+    if not on:
+        launch(nproc, sp=sp, dp=dp)
     from longnet_cli.estimating.training_job import estimate_training, settle_chunk
     from longnet_cli.runtime.device import keep_freed_memory, matmul_peak
     from longnet_cli.runtime.ranks import join, leave
@@ -172,6 +175,12 @@ def train(
     going_on = not no_resume and bare_or(resume, True, True)
     found = prepare_run(recipe, overrides, output, resume=going_on, writes=not dry_run)
 
+    if on:
+        from longnet_cli.estimating.machines import find_machine
+        from longnet_cli.estimating.training_plan import plan_training
+
+        show_plans(plan_training(found, find_machine(on)), format, "training")
+        return
     ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
     found = settle_chunk(found, where, ranks)
     if dry_run:

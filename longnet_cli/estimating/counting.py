@@ -77,12 +77,23 @@ class PlanSums:
         """The shape of the forward passes that most tokens go through. Raises ValueError where there is none."""
         return max(self._shapes.values())[1]
 
-    def flops(self, scores: bool) -> float:
-        """Return the FLOPs of all forward passes, with the logits of the wanted tokens if `scores`."""
+    def product_flops(self, scores: bool) -> float:
+        """Return the FLOPs of the matrices in all forward passes, with the logits of wanted tokens if `scores`."""
         config = self.config
         matrices = config.layer_flops() * self.read + self.twice * 6 * config.num_layers * config.dim**2
-        attended = sum(rows * config.attention_flops(tokens) for tokens, rows in self._lengths.items())
-        return matrices + attended + (config.vocabulary_flops() * self.wanted if scores else 0)
+        return matrices + (config.vocabulary_flops() * self.wanted if scores else 0)
+
+    def attention_flops(self) -> int:
+        """Return the FLOPs of attention in all forward passes."""
+        return sum(rows * self.config.attention_flops(tokens) for tokens, rows in self._lengths.items())
+
+    def flops(self, scores: bool) -> float:
+        """Return the FLOPs of all forward passes, with the logits of the wanted tokens if `scores`."""
+        return self.product_flops(scores) + self.attention_flops()
+
+    def chunks(self, size: int) -> int:
+        """Return the number of chunks of `size` tokens in all windows that are read in chunks."""
+        return sum(rows * -(-tokens // size) for tokens, rows in self._lengths.items() if self._cut(tokens))
 
     def in_chunks(self, chunk: int) -> bool:
         """Return whether a window is read in chunks of this many tokens."""
@@ -122,6 +133,9 @@ class PlanSums:
         if self.config.causal:
             return self.config.spilled_bytes(self.longest, _itemsize(dtype, next(self.net.parameters()).device))
         return kept_bytes(cast(LongNet, self.net), self.longest, chunk, ranks) if self.net.layer_by_layer else 0
+
+    def _cut(self, tokens: int) -> bool:
+        return self.config.streams and tokens > self.chunk
 
     def _sees_outside(self, tokens: int) -> bool:
         """Return whether the chunks of a window in a bidirectional net see keys of each other."""

@@ -156,6 +156,60 @@ class ReadingEstimate(Estimate):
         }
 
 
+class Counted(NamedTuple):
+    """The documents of a job, counted: their number, tokens, and the longest; those left out; texts that were sampled.
+
+    `seconds` is the time that reading and tokenizing all of them takes.
+    """
+
+    sums: PlanSums
+    number: int
+    tokens: int
+    longest: int
+    left_out: int
+    drawn: Sample | None
+    seconds: float
+
+
+def count_documents(
+    net: Net,
+    job: Job,
+    documents: Iterable[Document | Text],
+    chunk: int,
+    *,
+    tokenizer: Tokenizer | None = None,
+    sample: int | None = None,
+    done: int = 0,
+    skip_bad: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> Counted:
+    """Count what a `job` of `net` reads in chunks of `chunk` tokens; the other arguments are `estimate_documents`'s."""
+    sums = PlanSums(net, chunk)
+    drawn = Sample(sample, tokenizer) if sample and tokenizer else None
+    left_out: list[Document] = []
+    begin = time.perf_counter()
+    items = islice(documents, 0 if job.skips_empty else done, None)
+    found = _lengths(job, items, drawn, (lambda document, error: left_out.append(document)) if skip_bad else None)
+    lengths = islice(filter(None, found), done, None) if job.skips_empty else found
+    number = tokens = longest = 0
+
+    def windows(lengths: Iterable[int]) -> Iterator[Extent]:
+        nonlocal number, tokens, longest
+        for length in lengths:
+            number, tokens, longest = number + 1, tokens + length, max(longest, length)
+            yield from (Extent(*window) for window in job.windows(length))
+            if on_progress:
+                on_progress(length)
+
+    for part in portions(lengths, PORTION_CHUNKS * chunk, length_of=lambda length: length):
+        for together in ([window] for window in windows(part)) if job.alone else [windows(part)]:
+            sums.add(together)
+    if not sums.read and not done:
+        raise DataError("there is nothing to read: every document is empty, too short or left out")
+    seconds = time.perf_counter() - begin + (drawn.seconds_of_all - drawn.seconds if drawn else 0)
+    return Counted(sums, number, tokens, longest, len(left_out), drawn, seconds)
+
+
 def estimate_documents(
     net: Net,
     job: Job,
@@ -185,29 +239,11 @@ def estimate_documents(
     """
     ranks, config, device = ranks or Ranks(), net.config, next(net.parameters()).device
     chunk = chunk_of(chunk, default_chunk(config, device), ranks=ranks)
-    sums = PlanSums(net, chunk)
-    drawn = Sample(sample, tokenizer) if sample and tokenizer else None
-    left_out: list[Document] = []
-    begin = time.perf_counter()
-    items = islice(documents, 0 if job.skips_empty else done, None)
-    found = _lengths(job, items, drawn, (lambda document, error: left_out.append(document)) if skip_bad else None)
-    lengths = islice(filter(None, found), done, None) if job.skips_empty else found
-    number = tokens = longest = 0
-
-    def windows(lengths: Iterable[int]) -> Iterator[Extent]:
-        nonlocal number, tokens, longest
-        for length in lengths:
-            number, tokens, longest = number + 1, tokens + length, max(longest, length)
-            yield from (Extent(*window) for window in job.windows(length))
-            if on_progress:
-                on_progress(length)
-
-    for part in portions(lengths, PORTION_CHUNKS * chunk, length_of=lambda length: length):
-        for together in ([window] for window in windows(part)) if job.alone else [windows(part)]:
-            sums.add(together)
-    if not sums.read and not done:
-        raise DataError("there is nothing to read: every document is empty, too short or left out")
-    reading = time.perf_counter() - begin + (drawn.seconds_of_all - drawn.seconds if drawn else 0)
+    counted = count_documents(
+        net, job, documents, chunk,
+        tokenizer=tokenizer, sample=sample, done=done, skip_bad=skip_bad, on_progress=on_progress,
+    )  # fmt: skip
+    sums, drawn = counted.sums, counted.drawn
 
     held = peak_memory(device)
     probe = Probe(net, job.scores, dtype)
@@ -222,7 +258,7 @@ def estimate_documents(
 
     def memory(chunk: int) -> dict[str, int]:
         kinds = {"weights": weights, **probe.bytes(sums.tokens_at_once(chunk), sums.logits_at_once(chunk))}
-        kinds |= sums.kept_bytes(chunk, dtype, spill, ranks.of_group()) | job.keeps(longest)
+        kinds |= sums.kept_bytes(chunk, dtype, spill, ranks.of_group()) | job.keeps(counted.longest)
         return {kind: size for kind, size in kinds.items() if size}
 
     kinds = {"program": program, **memory(chunk)}
@@ -233,24 +269,24 @@ def estimate_documents(
         parameters=config.num_parameters(),
         memory=kinds,
         free=free,
-        tokens=tokens,
+        tokens=counted.tokens,
         flops=flops,
-        flops_per_token=flops / (tokens or 1),
-        seconds=flops / (rate * ranks.world) + reading,
+        flops_per_token=flops / (counted.tokens or 1),
+        seconds=flops / (rate * ranks.world) + counted.seconds,
         dtype=resolve_dtype(dtype, device),
         chunk=chunk,
         chunk_that_fits=fitting_chunk(lambda n: sum(memory(n).values()), chunk, free) if config.streams else None,
         spilled=on_disk if spill else 0,
         spillable=0 if spill else on_disk,
-        documents=number,
-        left_out=len(left_out),
-        longest=longest,
+        documents=counted.number,
+        left_out=counted.left_out,
+        longest=counted.longest,
         sampled=drawn.sampled if drawn and drawn.bytes else None,
         tokens_error=drawn.error if drawn else 0.0,
         tokens_read=sums.read,
         rate=rate,
         measured=measured,
-        reading=reading,
+        reading=counted.seconds,
         output=output,
         too_long=config.max_tokens if sums.longest > (config.max_tokens or math.inf) else None,
         streams=config.streams,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from longnet_cli.attention.branches import BACKWARD_FLOPS
 from longnet_cli.estimating.estimate import Estimate
 from longnet_cli.model import LongNet, LongNetConfig
 from longnet_cli.model.net import LOGITS_LIMIT, NetConfig
@@ -84,7 +85,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     fitting = fitting_chunk(partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest)
     tokens = [stage.steps * train.windows(stage) * stage.seq_len for stage in train.stages]
     plain = [config.training_flops([stage.seq_len], train.predicted) / stage.seq_len for stage in train.stages]
-    executed = [each + _computed_again(recipe, stage, ranks) for each, stage in zip(plain, train.stages, strict=True)]
+    executed = [sum(step_flops(recipe, stage, ranks)[:3]) for stage in train.stages]
     flops = sum(n * each for n, each in zip(tokens, executed, strict=True))
     peak = matmul_peak(device, dtype)
     return TrainingEstimate(
@@ -168,17 +169,29 @@ def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
     return -(-min(chunk, rows * stage.seq_len) // ranks.sp)  # documents of several windows may fill a chunk
 
 
-def _computed_again(recipe: Recipe, stage: Stage, ranks: Ranks) -> float:
-    """Return the FLOPs per token that are computed again for the backward pass.
+class StepFlops(NamedTuple):
+    """FLOPs per token that a step executes, by kind; `forwards` and `logits` count the forward passes, of both kinds.
 
-    These are the layers of all chunks but the last, all layers if `train.activation_checkpointing`, and the logits if
-    there are more than `LOGITS_LIMIT`.
+    Layers are computed again for the backward pass in all chunks but the last, and in all chunks with
+    `train.activation_checkpointing`; logits, if there are more than `LOGITS_LIMIT`.
     """
-    config, chunk = recipe.model, recipe.train.chunk * ranks.sp
-    share = (-(-stage.seq_len // chunk) - 1) * chunk / stage.seq_len
-    layers = config.layer_flops() + config.attention_flops(stage.seq_len) / stage.seq_len
-    again = share * layers + (layers if recipe.train.activation_checkpointing else 0)
-    predicted = recipe.train.predicted
-    if _tokens_at_once(recipe, stage, ranks) * predicted * config.vocab_size > LOGITS_LIMIT:
-        again += predicted * config.vocabulary_flops()
-    return again
+
+    products: float
+    attention: float
+    attention_backward: float
+    forwards: float
+    logits: float
+
+
+def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
+    """Return the FLOPs per token of a step in this stage, on all ranks."""
+    config, train, chunk = recipe.model, recipe.train, recipe.train.chunk * ranks.sp
+    forwards = 1 + (-(-stage.seq_len // chunk) - 1) * chunk / stage.seq_len + train.activation_checkpointing
+    again = _tokens_at_once(recipe, stage, ranks) * train.predicted * config.vocab_size > LOGITS_LIMIT
+    attention = config.attention_flops(stage.seq_len) / stage.seq_len
+    both = config.training_flops([stage.seq_len], train.predicted) / stage.seq_len  # a forward and a backward pass
+    products = both - (1 + BACKWARD_FLOPS) * attention + (forwards - 1) * config.layer_flops()
+    products += again * train.predicted * config.vocabulary_flops()
+    return StepFlops(
+        products, forwards * attention, BACKWARD_FLOPS * attention, forwards, train.predicted * (1 + again)
+    )

@@ -73,9 +73,12 @@ def default_chunk(config: NetConfig, device: torch.device) -> int:
 
     A power of two, so that the edges of chunks and of segments mostly coincide.
     """
-    budget = CHUNK_BYTES
-    if device.type == "cuda":
-        budget = max(budget, (free_memory(device) or 0) // 8)
+    return chunk_beside(config, (free_memory(device) or 0) if device.type == "cuda" else 0)
+
+
+def chunk_beside(config: NetConfig, free: int) -> int:
+    """Return the default chunk for reading on a GPU with so many bytes free; 0 for a CPU."""
+    budget = max(CHUNK_BYTES, free // 8)
     return max(SHORTEST_CHUNK, 1 << (budget // config.forward_bytes(1)).bit_length() - 1)
 
 

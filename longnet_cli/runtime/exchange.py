@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import lru_cache, partial
 from itertools import chain, pairwise
 from math import prod
@@ -76,21 +77,32 @@ class Exchange:
         if not self.causal and len({*cuts} - {edges[0], edges[-1]}):
             raise ValueError("documents over several ranks are for causal nets")
         self.group, self.cached = group, cached
-        self.rank = dist.get_rank(group) if rank is None else rank
         self.edges = list(edges)
         begin = 0 if cached else self.edges[0]  # a cached chunk continues a document that started at 0
         self.starts = sorted({begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])})
-        ranks = range(len(edges) - 1)
         self._open: dict[int, list[Span]] = {}  # by start of the document
         self._counts: dict[Span, int] = {}  # rows of spans
         self._levels: dict[int, tuple[int, int, set[int]]] = {}  # (w, r, offsets) of each
-        wanted = [self._wanted(reader) for reader in ranks]
-        self.sent = [self._parcels(self.rank, reader, wanted[reader]) for reader in ranks]
-        self.received = [self._parcels(maker, self.rank, wanted[self.rank]) for maker in ranks]
-        self.joined = self._joined()
+        self._reach = max(
+            (1 + b) * w for w, b in zip(self.pattern.segment_lengths, self.pattern.look_backs, strict=True)
+        )
+        self._seen: dict[int, list[tuple[Span, bool]]] = {}  # by reader
         # the same on every rank: a collective is entered by all or by none
-        self.needed = any(self._wants_others(reader, wanted[reader]) for reader in ranks)
+        self.needed = any(self._wants_others(reader) for reader in range(len(edges) - 1))
+        self._plan(dist.get_rank(group) if rank is None else rank)
+
+    def _plan(self, rank: int) -> None:
+        self.rank, ranks = rank, range(len(self.edges) - 1)
+        self.sent = [self._parcels(rank, reader) for reader in ranks]
+        self.received = [self._parcels(maker, rank) for maker in ranks]
+        self.joined = self._joined()
         self._maps: dict[tuple[int, int, int, torch.device], _Maps] = {}
+
+    def of_rank(self, rank: int) -> Exchange:
+        """Return the plan of another rank of the group. The two share what they know of each reader's wants."""
+        other = copy(self)
+        other._plan(rank)
+        return other
 
     @property
     def start(self) -> int:
@@ -155,23 +167,34 @@ class Exchange:
 
     def _wanted(self, reader: int) -> list[tuple[Span, bool]]:
         """Return the spans that a rank keeps (False), then the spans that its shard's first document sees (True)."""
+        if reader in self._seen:
+            return self._seen[reader]
         document, end = self._document(self.edges[reader])
         start, stop = self.edges[reader] - document, min(self.edges[reader + 1], end) - document
         if self.cached and document not in self._open:
             self._open[document] = open_spans(self.pattern, self.edges[-1] - document)
         kept = self._open.get(document, [])
         seen = far_spans(self.pattern, start, stop, self.causal, end - document) if start < stop else []
-        return [*((span, False) for span in kept), *((span, True) for span in seen)]
+        self._seen[reader] = [*((span, False) for span in kept), *((span, True) for span in seen)]
+        return self._seen[reader]
 
-    def _parcels(self, maker: int, reader: int, wanted: Sequence[tuple[Span, bool]]) -> list[Parcel]:
+    def _reaches(self, maker: int, reader: int) -> bool:
+        """Return whether `reader` may want rows of `maker`. With a thousand ranks, most pairs are far apart."""
+        if maker == reader or self.cached or self.pattern.sinks:
+            return maker != reader
+        if maker > reader:
+            return not self.causal and self.edges[maker] < self.edges[reader + 1] + self._reach
+        return self.edges[maker + 1] > self.edges[reader] - self._reach
+
+    def _parcels(self, maker: int, reader: int) -> list[Parcel]:
         """Return the rows of `maker` that `reader` wants."""
-        if maker == reader:
+        if not self._reaches(maker, reader):
             return []
         document, end = self._document(self.edges[reader])
         # the maker's part of that document
         a, b = max(self.edges[maker], document) - document, min(self.edges[maker + 1], end) - document
         found: dict[tuple[int, int], Parcel] = {}
-        for span, attended in wanted:
+        for span, attended in self._wanted(reader):
             if span.start >= b or span.stop <= a:
                 continue
             part = Span(span.level, max(span.start, a), min(span.stop, b))
@@ -222,12 +245,16 @@ class Exchange:
                 found.append(parcel)
         return found
 
-    def _wants_others(self, reader: int, wanted: Sequence[tuple[Span, bool]]) -> bool:
+    def _wants_others(self, reader: int) -> bool:
         """Return whether `reader` gets a row from any other rank."""
         document, _ = self._document(self.edges[reader])
         first = max(0, self.edges[0] - document)  # earlier rows are in caches
         start, stop = self.edges[reader] - document, self.edges[reader + 1] - document
-        parts = (part for (level, a, z), _ in wanted for part in ((level, a, min(z, start)), (level, max(a, stop), z)))
+        parts = (
+            part
+            for (level, a, z), _ in self._wanted(reader)
+            for part in ((level, a, min(z, start)), (level, max(a, stop), z))
+        )
         return any(self._rows(Span(level, max(begin, first), end)) for level, begin, end in parts)
 
 
