@@ -35,7 +35,7 @@ from longnet_cli.runtime.dealing import Codec, deal
 from longnet_cli.runtime.device import precision, to_device, to_host
 from longnet_cli.runtime.portions import Portion
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.reader import Piece, Reader, Window, share_reader
+from longnet_cli.runtime.reader import OnWindows, Piece, Reader, Window, share_reader
 
 # Called with (document, start, ids, log-probabilities) of the tokens [start, start + n): (n,) int64 and (n,) float32
 OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
@@ -63,6 +63,7 @@ def score(
     on_skip: OnSkip | None = None,
     on_tokens: OnTokens | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_choice: OnWindows | None = None,
 ) -> Iterator[DocumentScore]:
     """Yield the score of each document, in order. Every token is scored exactly once.
 
@@ -93,6 +94,7 @@ def score(
 
     An empty document scores 0 tokens. The model is moved to `device`; None leaves it where it is. `on_tokens` gets the
     log-probabilities of all tokens in order. `on_progress` gets the number of tokens that each forward pass has scored.
+    `on_choice` is as in `Reader`.
     Raises ConfigError for a model that cannot score, options that contradict each other and a document with more tokens
     than the model reads, NoTokensError at the end if no document had a token to score, NotFiniteError for a
     log-probability that is NaN or infinite.
@@ -105,7 +107,9 @@ def score(
         raise ConfigError("log-probabilities of tokens are written by one group of ranks: leave out --dp")
     if device is not None:
         model.to(device)
-    reader = share_reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
+    reader = share_reader(
+        model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress, on_choice=on_choice
+    )
     scorer = Scorer(reader, cut, by_position, by_recall, count_bytes, on_tokens)
     make = partial(cut.sequence, model)
     for document in stored if on_skip is None else ():

@@ -23,6 +23,7 @@ from test_generating import foreign, native, prompt
 from test_generating import run as generated
 
 from longnet_cli.attention import Pattern
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, DataError, LongNetError
 from longnet_cli.generating import generate
 from longnet_cli.runtime import mapped
@@ -108,6 +109,46 @@ def test_it_stops_at_the_last_position(tmp_path: Path) -> None:
         generate(model, prompt(7), **options)
     assert len(list(generate(model, prompt(4), **options))) == 2
     assert stream.position == 60
+
+
+@pytest.mark.parametrize("kind", ["window", "chosen blocks"])
+@pytest.mark.parametrize("build", ["llama", "native"])
+def test_a_cache_of_transformers_goes_on_as_if_nothing_had_happened(build: str, kind: str, tmp_path: Path) -> None:
+    """Loaded and forked, whatever another fork reads; a state of another model or pattern is refused."""
+    pytest.importorskip("transformers")
+    from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention
+    from longnet_cli.integrations.transformers_longnet import LongNetForCausalLM
+
+    def make(scale: float = 1.0) -> Any:
+        if build == "llama":
+            model = foreign(PATTERNS[kind]).model
+        else:
+            native(PATTERNS[kind]).save_pretrained(tmp_path / "native", Tokenizer.bytes().to_json())
+            model = LongNetForCausalLM.from_pretrained(tmp_path / "native")
+        next(model.parameters()).data.mul_(scale)
+        return model
+
+    model, ids = make(), torch.randint(90, (2, 200))
+    cache = LongNetCache(model.config)
+    with pytest.raises(ConfigError, match="after it has read rows without padding"):
+        cache.save(tmp_path / "state", model)
+    with torch.no_grad():
+        model(ids[:, :130], past_key_values=cache, use_cache=True)
+        cache.save(tmp_path / "state", model)
+        caches = [LongNetCache.load(tmp_path / "state", model), cache.fork(), cache]
+        model(ids[:, :50], past_key_values=cache.fork(), use_cache=True)
+        caches.append(caches[0].fork())
+        found = [model(ids[:, 130:], past_key_values=each, use_cache=True).logits for each in caches]
+        whole = model(ids, use_cache=False).logits[:, 130:]
+    assert all(torch.equal(each, found[0]) for each in found)
+    torch.testing.assert_close(found[0], whole, rtol=1e-4, atol=1e-4)
+    assert [each.get_seq_length() for each in caches] == [200] * 4
+    with pytest.raises(ConfigError, match="saved by another model, of SHA-256"):
+        LongNetCache.load(tmp_path / "state", make(2.0))
+    if build == "llama":
+        other = use_dilated_attention(make(), Pattern.window(32))
+        with pytest.raises(ConfigError, match=r"it was saved with the pattern .*, and this is window:32$"):
+            LongNetCache.load(tmp_path / "state", other)
 
 
 def states(folder: Path) -> dict[str, bytes]:

@@ -76,13 +76,21 @@ class KVCache:
             self.past = Past(pattern, blocks, allocate)
 
     @property
+    def batch(self) -> int:
+        return self._sinks.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self._sizes[1]
+
+    @property
     def nbytes(self) -> int:
         rows = sum(x.numel() * x.element_size() for x in (*chain(*self._levels), self._sinks))
         return rows + (self.past.nbytes if self.past else 0)
 
     def far(self) -> list[FarKeys | Past]:
         """Return the far keys of the next shard: views, valid until the next `append`, or always with `keep`."""
-        found: list[FarKeys | Past] = [self.past] if self.past and (self.position or self.keep) else []
+        found: list[FarKeys | Past] = [self.past] if self.past else []
         for span in open_spans(self.pattern, self.position):
             rows = max(span_rows(self.pattern, span, self.num_heads, self.kv_heads))
             if rows:

@@ -84,8 +84,13 @@ class Chosen:
             if open_group and len(rows) == len(q):
                 open_group.held = group, chosen
             self.blocks.append(chosen)
+            if self.past and not part.columns.start and group >= part.start:  # each group once
+                self.past.count(part, chosen, len(q))
         if self.past and kept is not None:
             kept[self.past.position] = self.blocks
+        if self.past and self.past.on_choice:
+            for part, of_rows in zip(self.parts, self.blocks, strict=True):
+                self.past.on_choice(part, of_rows)
 
     def merge(self, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, merge: Merge | OnePassMerge) -> None:
         """Attend from q to the chosen rows of k and v, and merge the results."""

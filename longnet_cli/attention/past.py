@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .groups import GroupedPart
 from .merging import accumulator
 from .pattern import MEAN_OF, VOTERS, Pattern
 from .sinks import Turn
@@ -149,7 +150,8 @@ class Past:
 
     A `KVCache` keeps one, and gives it out with its far keys. Shards are appended as they come; `settle`, which needs
     `turn`, moves whole blocks to `blocks`, and from then on `append` does. `queries` (B, n, H, D) are the last queries:
-    an open group's, and its voters.
+    an open group's, and its voters. `counts` (B, blocks) int32 says how many groups have chosen each block. If there is
+    `on_choice`, it gets the parts of each shard and the blocks that their rows see, as in `choosing.Chosen`.
 
     For a backward pass, `keep` is the length that the document may reach. Then `before` gives earlier pasts, `choices`
     has what the shards saw, by position, and a shard that is computed again sees the same. The backward pass of a shard
@@ -166,6 +168,8 @@ class Past:
         self.pattern, self.position, self.allocate = pattern, 0, allocate
         self.choices: dict[int, list[list[Tensor]]] | None = {} if keep else None  # `choosing.Chosen.blocks`
         self.gradients: Tensor | None = None
+        self.counts: Tensor | None = None
+        self.on_choice: Callable[[GroupedPart, list[Tensor]], None] | None = None
         self._first_means = keep // pattern.chosen_block or FIRST_BLOCKS
         self.queries: Tensor | None = None
         self.means: Means | None = None
@@ -212,9 +216,21 @@ class Past:
         self.blocks.append(whole.unflatten(2, (blocks, size)))
         self._waiting = [rows[:, :, blocks * size :].clone()]
 
+    def count(self, part: GroupedPart, chosen: list[Tensor], batch: int) -> None:
+        """Count the blocks (groups, m) that groups have chosen in each row of the part, of a batch of `batch` rows."""
+        have, blocks = self.counts, part.groups.near // self.pattern.chosen_block
+        if have is None or have.shape[1] < blocks:
+            self.counts = chosen[0].new_zeros(batch, blocks * 3 // 2)
+            if have is not None:
+                self.counts[:, : have.shape[1]] = have
+        assert self.counts is not None
+        for row, found in zip(self.counts[part.rows], chosen, strict=True):
+            row.index_add_(0, found.flatten(), torch.ones_like(found.flatten()))
+
     def select(self, rows: Tensor) -> None:
         """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""
         self.blocks.select(rows)
+        self.counts = None if self.counts is None else self.counts.index_select(0, rows)
         self._waiting = [x.index_select(1, rows) for x in self._waiting]
         self.queries = None if self.queries is None else self.queries.index_select(0, rows)
         self.held = None
@@ -226,6 +242,7 @@ class Past:
         new = copy.copy(self)
         new.blocks, new._waiting = self.blocks.fork(), [*self._waiting]
         new.means = self.means and self.means.fork(self.blocks.number)
+        new.counts = None if self.counts is None else self.counts.clone()
         return new
 
     def before(self, position: int, gradients: Tensor | None = None) -> Past:
@@ -257,6 +274,8 @@ class Past:
         if self.means:
             yield "fine", self.means.fine[:, :, : self.blocks.number]
             yield "coarse", self.means.coarse[:, :, : self.blocks.number]
+        if self.counts is not None:
+            yield "counts", self.counts
         if self.held:  # chosen again, in another shape, other blocks may win where scores nearly tie
             yield "held_at", torch.tensor([self.held[0]])
             yield "held", torch.stack(self.held[1])
@@ -270,6 +289,8 @@ class Past:
             number = saved["fine"].shape[2]
             self.means = Means(self.pattern, saved["waiting"][0], max(number, FIRST_BLOCKS), self.allocate)
             self.means.fine[:, :, :number], self.means.coarse[:, :, :number] = saved["fine"], saved["coarse"]
+        if "counts" in saved:
+            self.counts = saved["counts"].clone()
         if "held" in saved:
             self.held = int(saved["held_at"]), [*saved["held"]]
         for number in range(sum(name.startswith("blocks.") for name in saved)):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from longnet_cli.generating import Step
     from longnet_cli.model_folder import Loaded
     from longnet_cli.runtime.chunks import CausalStream
+    from longnet_cli.sources import Passage
 
 Format = Literal["text", "jsonl"]
 SAMPLING = "How to choose tokens"
@@ -124,6 +125,16 @@ def generate(
             False,
         ),
     ] = None,
+    sources: Annotated[
+        bool,
+        option(
+            OUTPUT,
+            "--sources",
+            None,
+            "Print on stderr, or in the line of JSON, the passages that the answer chose more than the text before it "
+            "did. It needs a pattern with chosen blocks.",
+        ),
+    ] = False,
     device: shared.DeviceOption = "auto",
     dtype: shared.DtypeOption = "auto",
     chunk: shared.ChunkOption = None,
@@ -167,8 +178,12 @@ def generate(
     check_spill(spill, net)
     from longnet_cli.generating import generate as run
     from longnet_cli.model.weights import model_origin
+    from longnet_cli.runtime.chunks import CausalStream
+    from longnet_cli.runtime.reader import check_choices
+    from longnet_cli.sources import Sources
 
-    if loaded.tokenizer is None and (format == "text" or stop or prompt is not None or text is not None):
+    check_choices(net, sources)
+    if loaded.tokenizer is None and (format == "text" or stop or sources or prompt is not None or text is not None):
         raise ConfigError(
             f"{model}: there is no tokenizer: give --tokenizer, or token ids with --input and --format jsonl"
         )
@@ -190,6 +205,8 @@ def generate(
     origin = model_origin(net, loaded.origin, loaded.tokenizer_sha256) if format == "jsonl" else {}
     for index, document in enumerate(documents):
         stream = before.fork() if before and text is None and not save_state else before
+        stream = stream or (CausalStream(net, spill=spill) if sources else None)
+        watch = Sources(stream) if sources and stream else None
         with progress("reading the prompt", total=len(document), quiet=quiet) as advance:
             steps = run(
                 net,
@@ -207,6 +224,8 @@ def generate(
                 on_progress=advance,
             )
             step = next(steps, None)
+        if watch:
+            watch.begin()
         printer = _Printer(document, seed if temperature else None, format, origin)
         if step and several:
             print(("\n" if index else "") + f"==> {printable(document.doc_id)} <==", flush=True)
@@ -214,7 +233,8 @@ def generate(
             printer.print(step)
             done = step.finish_reason and not save_state  # otherwise, the last token is read
             step = None if done else next(steps, None)
-        printer.end(quiet)
+        found_sources = watch.found(loaded.tokenizer) if watch and loaded.tokenizer else None
+        printer.end(quiet, found_sources)
     if before and save_state:
         size = before.save(save_state, name=loaded.origin, tokenizer_sha256=loaded.tokenizer_sha256)
         tell(f"{save_state}: the state after {before.position:,} tokens, {format_bytes(size)}", quiet)
@@ -327,8 +347,8 @@ class _Printer:
             sys.stdout.write(_shown(step.text) if sys.stdout.isatty() else step.text)
             sys.stdout.flush()
 
-    def end(self, quiet: bool) -> None:
-        """Finish the output. Unless `quiet`, also report counts and speed on stderr."""
+    def end(self, quiet: bool, sources: list[Passage] | None) -> None:
+        """Finish the output, with its sources. Unless `quiet`, also report counts and speed on stderr."""
         if self.format == "jsonl":
             emit_jsonl(
                 {
@@ -345,10 +365,17 @@ class _Printer:
                         key: self.origin.get(f"longnet.{key}")
                         for key in ("model", "model_sha256", "tokenizer_sha256", "pattern")
                     },
+                    **({} if sources is None else {"sources": [source._asdict() for source in sources]}),
                 }
             )
         elif self.number and self.text_ends != "\n":
             print(flush=True)
+        if sources is not None and self.format == "text":
+            for number, source in enumerate(sources, 1):
+                where = f"characters {source.start:,} to {source.end:,}, {source.share:.0%} of the choices"
+                tell(f"source {number}: {where} ({source.share_before:.0%} before): {' '.join(source.text.split())}")
+            if not sources:
+                tell("no sources: nothing was chosen more than before")
         if not quiet and not self.number:
             tell(f"{len(self.document)} tokens read")
         elif not quiet:

@@ -106,6 +106,16 @@ def score(
             "replaced when the new one is whole.",
         ),
     ] = None,
+    chosen: Annotated[
+        str | None,
+        option(
+            OUTPUT,
+            "--chosen",
+            "FILE",
+            "Write which chosen blocks each group of tokens sees in each layer, to an .arrow or .parquet file. The "
+            "pattern must have chosen blocks.",
+        ),
+    ] = None,
     output: Annotated[
         str | None,
         option(
@@ -150,18 +160,26 @@ def score(
     keys = ROW_KEYS | (GAIN_KEYS if len(context or ()) > 1 else set())
     if keep and output is None and (taken := sorted({*keep} & keys)):
         raise ConfigError(f"--keep {taken[0]}: the output has a key of this name")
-    if token_logprobs == "-":
-        raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
-    if token_logprobs and (dp or 1) > 1:
-        raise ConfigError("--token-logprobs is written by one group of ranks: leave out --dp")
+    for name, file in (("--token-logprobs", token_logprobs), ("--chosen", chosen)):
+        if file == "-":
+            raise ConfigError(f"{name} needs a file: stdout carries the scores")
+        if file and (dp or 1) > 1:
+            raise ConfigError(f"{name} is written by one group of ranks: leave out --dp")
+    if chosen and context:
+        raise ConfigError("--chosen is for whole documents: leave out --context")
     if output is not None and id_column and id_column not in {*keys, *(keep or ())}:
         keep = [id_column, *(keep or ())]  # so that rows join their input by the column's own name and type
     earlier_run = output if resume else None
     named = ModelAndInputs(inputs, model, tokenizer, column, id_column, keep, skip_bad, update, earlier_run)
     named.refuse_overwriting("--token-logprobs", token_logprobs)
+    named.refuse_overwriting("--chosen", chosen)
     named.refuse_overwriting("-o", output)
     for_folder = {"--resume": resume, "--shard-tokens": shard_tokens}
-    for_printing = {"--token-logprobs": token_logprobs, f"--format {format}": format != "text" and not dry_run}
+    for_printing = {
+        "--token-logprobs": token_logprobs,
+        "--chosen": chosen,
+        f"--format {format}": format != "text" and not dry_run,
+    }
     if given := [name for name, value in (for_folder if output is None else for_printing).items() if value]:
         fits = "a folder of rows: name it (-o FOLDER)"
         if output is not None:
@@ -184,14 +202,17 @@ def score(
 
     if pattern:
         tell(f"pattern {format_pattern(net.config.pattern)}", quiet)
+    from longnet_cli.chosen_blocks import write_chosen
     from longnet_cli.logprobs import write_token_logprobs
     from longnet_cli.measures import Total
     from longnet_cli.model.weights import model_origin
     from longnet_cli.row_jobs import write_rows
     from longnet_cli.runtime.ranks import leave
+    from longnet_cli.runtime.reader import check_choices
     from longnet_cli.score_rows import RowScorer, ScoreOptions
     from longnet_cli.scoring import score as run
 
+    check_choices(net, chosen is not None)
     running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
     if room:
         from longnet_cli.cuts import Cut
@@ -205,6 +226,7 @@ def score(
     left_out = count_left_out(skip_bad, quiet)
     origin = model_origin(net, loaded.origin, loaded.tokenizer_sha256) if ranks.first and output is None else {}
     tokens = write_token_logprobs(token_logprobs, origin) if token_logprobs and ranks.first else nullcontext()
+    choices = write_chosen(chosen, net.config.pattern, origin) if chosen and ranks.first else nullcontext()
     times = len(context or [None])  # how often each token is scored
     done = times * earlier.totals["tokens"] if earlier else 0
     total = times * (data.num_tokens() or 0) if last is None else 0
@@ -222,7 +244,8 @@ def score(
     )
     running["ranks"] = ranks
     count_bytes = loaded.tokenizer.n_bytes if loaded.tokenizer else None
-    with progress("scoring", total=total or None, start=done, quiet=quiet) as advance, tokens as on_tokens:
+    shown_progress = progress("scoring", total=total or None, start=done, quiet=quiet)
+    with shown_progress as advance, tokens as on_tokens, choices as on_choice:
         if output is not None:
             origins: dict[str, Any] = {"model_name": loaded.origin, "tokenizer_sha256": loaded.tokenizer_sha256}
             options = ScoreOptions(**measured, **origins, pattern=format_pattern(net.config.pattern))
@@ -246,6 +269,7 @@ def score(
                 count_bytes=count_bytes,
                 on_skip=left_out.skip,
                 on_tokens=on_tokens,
+                on_choice=on_choice,
                 on_progress=advance,
                 **measured,
                 **running,

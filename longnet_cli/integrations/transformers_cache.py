@@ -2,6 +2,12 @@
 
     model.generate(**inputs, past_key_values=LongNetCache(model.config))
 
+What was read can be saved, loaded and forked: read once, ask often.
+
+    cache.save("book.state", model)
+    cache = LongNetCache.load("book.state", model)
+    model.generate(book_and_question, past_key_values=cache.fork())
+
 A layer's `update` returns only the new keys, with the layer itself attached as the memory of all earlier keys. Dilated
 attention takes its far keys from this memory, and then adds the new keys to it. Rows of a left-padded batch start at
 different columns, so they are at different positions. Rows that start at the same column share a KVCache.
@@ -9,7 +15,10 @@ different columns, so they are at different positions. Rows that start at the sa
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +27,13 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from longnet_cli.attention import FarKeys, KVCache, Past, Pattern
+from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.transformers_padding import AlignedRows
-from longnet_cli.model.net import FarProvider, NetConfig
+from longnet_cli.model.net import FarProvider, Net, NetConfig
+from longnet_cli.model.weights import digest_of, model_origin
+from longnet_cli.notation import format_pattern, parse_pattern
 from longnet_cli.runtime.mapped import mapped_empty
+from longnet_cli.runtime.saved_state import layer_tensors, of_layer, read_state, write_state
 
 _MEMORY = "_longnet_memory"  # attribute of the keys that `update` returns
 
@@ -42,6 +55,51 @@ class LongNetCache(hf.DynamicCache):
     def nbytes(self) -> int:
         """The bytes of the layers with dilated attention."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, Memory))
+
+    def fork(self) -> LongNetCache:
+        """Return another cache that has read the same tokens: what one reads from now on is not in the other.
+
+        Blocks of the past are shared; other rows are copied.
+        """
+        new = copy.copy(self)
+        new.layers = [layer.fork() if isinstance(layer, Memory) else copy.copy(layer) for layer in self.layers]
+        return new
+
+    def save(self, folder: str | Path, model: hf.PreTrainedModel) -> int:
+        """Save what was read in a folder, for `load`, in place of the state that it holds; return the bytes.
+
+        Raises ConfigError for layers that are not dilated, for a padded batch, if nothing was read, and as
+        `runtime.saved_state.write_state` does, as it raises LongNetError.
+        """
+        caches = [layer.whole() if isinstance(layer, Memory) else None for layer in self.layers]
+        known = [cache for cache in caches if cache]
+        if not known or len(known) < len(caches):
+            raise ConfigError(f"{folder}: a cache is saved after it has read rows without padding, in dilated layers")
+        cache = known[0]
+        facts: dict[str, Any] = {
+            **_origin(model, cache.pattern),
+            "dtype": str(cache.dtype).removeprefix("torch."),
+            "tokens": cache.position,
+            "sizes": {"batch": cache.batch, "num_heads": cache.num_heads, "head_dim": cache.head_dim},
+            "kv_heads": cache.kv_heads,
+        }
+        return write_state(Path(folder), facts, layer_tensors(known))
+
+    @classmethod
+    def load(cls, folder: str | Path, model: hf.PreTrainedModel) -> LongNetCache:
+        """Return a cache that has read what `save` has saved; it never changes the folder.
+
+        Chosen blocks are mapped from there. Raises ConfigError for a state of another model or pattern, DataError for a
+        damaged one.
+        """
+        facts, saved = read_state(Path(folder), _origin(model))
+        new, pattern = cls(model.config), parse_pattern(facts["longnet.pattern"])
+        options = {"kv_heads": facts["kv_heads"], "dtype": getattr(torch, facts["dtype"]), "device": model.device}
+        for number, layer in enumerate(new.layers):
+            cache = _new_cache(pattern, **facts["sizes"], **options)
+            cache.restore(facts["tokens"], of_layer(saved, number, model.device))
+            layer.adopt(cache)
+        return new
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -105,13 +163,26 @@ class Memory(CacheLayerMixin):
         first, members = rows.first, [*range(len(k))] if rows.members is None else rows.members
         if first not in self._parts:
             options: dict[str, Any] = {"kv_heads": k.shape[2], "dtype": k.dtype, "device": k.device}
-            if pattern.chosen:
-                options["allocate"] = mapped_empty
-            self._parts[first] = _CachedRows(members, KVCache(pattern, len(k), num_heads, k.shape[3], **options))
+            self._parts[first] = _CachedRows(members, _new_cache(pattern, len(k), num_heads, k.shape[3], **options))
         part = self._parts[first]
         if part.rows != members or part.cache.position != max(0, self.position - first):
             raise ValueError("the padding of a batch changed while it was cached: pass the whole attention_mask")
         return part.cache
+
+    def whole(self) -> KVCache | None:
+        """Return the cache of all rows, if all start at the first column."""
+        return self._parts[0].cache if [*self._parts] == [0] else None
+
+    def adopt(self, cache: KVCache) -> None:
+        """Become, if new, the memory of all rows of a cache."""
+        self.position, self._batch = cache.position, cache.batch
+        self._parts[0] = _CachedRows([*range(cache.batch)], cache)
+
+    def fork(self) -> Memory:
+        """Return another memory, with the same rows so far."""
+        new = copy.copy(self)
+        new._parts = {first: part._replace(cache=part.cache.fork()) for first, part in self._parts.items()}
+        return new
 
     def step(self, tokens: int) -> None:
         """Count new columns, after all of them were added to the caches."""
@@ -159,6 +230,26 @@ class Memory(CacheLayerMixin):
             else:
                 del self._parts[first]
         self._batch = len(rows)
+
+
+def _new_cache(pattern: Pattern, batch: int, num_heads: int, head_dim: int, **options: Any) -> KVCache:
+    if pattern.chosen:
+        options["allocate"] = mapped_empty
+    return KVCache(pattern, batch, num_heads, head_dim, **options)
+
+
+def _origin(model: hf.PreTrainedModel, pattern: Pattern | None = None) -> dict[str, str]:
+    """Return digest and pattern of a model, in the keys of `model_origin`; by default, the pattern of its config."""
+    if isinstance(net := getattr(model, "net", None), Net):
+        return model_origin(net, None, None)
+    settings = json.loads(model.config.to_json_string(use_diff=False))
+    written = settings.pop("dilated_attention", None)
+    if pattern is None and written:
+        pattern = Pattern(**written)
+    for name in ("transformers_version", "_name_or_path"):  # not of the model
+        settings.pop(name, None)
+    known = {"longnet.model_sha256": digest_of(json.dumps(settings, sort_keys=True), model.state_dict())}
+    return known | ({"longnet.pattern": format_pattern(pattern)} if pattern else {})
 
 
 class Memories:

@@ -129,8 +129,13 @@ def load_pretrained(
 
 def model_digest(model: Net) -> str:
     """Return a SHA-256 of configuration and weights, 64 hex digits: equal for models that compute the same."""
-    digest = hashlib.sha256(model.config.model_dump_json().encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    return digest_of(model.config.model_dump_json(), model.state_dict())
+
+
+def digest_of(config: str, weights: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 of a configuration, in JSON, and of named weights."""
+    digest = hashlib.sha256(config.encode())
+    for name, tensor in sorted(weights.items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
@@ -196,7 +201,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
     end = 0
     for name in names:
         start, end = end, end + tensors[name].nbytes
-        kind = "I64" if tensors[name].dtype == torch.int64 else TYPE_NAMES[tensors[name].dtype]
+        kind = {**TYPE_NAMES, torch.int64: "I64", torch.int32: "I32"}[tensors[name].dtype]
         header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, KVCache, Past
+from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.net import Net, NetConfig
 from longnet_cli.model.weights import model_origin
@@ -32,7 +34,7 @@ from longnet_cli.runtime.far_gradients import FarGradients
 from longnet_cli.runtime.fsdp import final_backward
 from longnet_cli.runtime.mapped import BlockFile, SpillFile, mapped_empty
 from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.saved_state import read_state, write_state
+from longnet_cli.runtime.saved_state import layer_tensors, of_layer, read_state, write_state
 
 CHUNK_BYTES = 256 << 20  # for one chunk's activations; a GPU takes an eighth of its free memory if that is more
 SHORTEST_CHUNK = 256  # below it, the calls cost more than the computation
@@ -41,6 +43,9 @@ SHORTEST_CHUNK = 256  # below it, the calls cost more than the computation
 # and patterns, at the same chunk; with a shorter one, a GPU waits for the CPU.
 TRAINING_CHUNK, GPU_TRAINING_CHUNK = 1 << 14, 1 << 17
 BENCH_CHUNK, GPU_BENCH_CHUNK = 1 << 16, 1 << 20
+
+
+OnChoice = Callable[[int, GroupedPart, list[Tensor]], None]  # layer, and as `Past.on_choice`
 
 
 class Tokens(Protocol):
@@ -123,7 +128,8 @@ class CausalStream:
     and the chunk's `edges`, and holds the whole cache. `keep` and `allocate` go to KVCache; for chosen blocks, memory
     is in maps by default. Cached rows on another device than the net's are copied for each chunk. With chosen blocks
     and `spill`, all keys and values go to one file in that folder, and only what chooses them is in memory.
-    `last_hidden` (B, dim) is the last token's hidden state, from which the next token can be drawn. Raises ConfigError
+    `last_hidden` (B, dim) is the last token's hidden state, from which the next token can be drawn. With chosen blocks,
+    `ids` has the token ids that were read, (B, n) int32 each. Raises ConfigError
     for a bidirectional net, and what `mapped.SpillFile` raises.
 
         stream.save("book.state")
@@ -148,6 +154,8 @@ class CausalStream:
         self.position = 0
         self.last_hidden: Tensor | None = None
         self.last_tokens: Tensor | None = None  # (B,); None after vectors
+        self.ids: list[Tensor] = []
+        self.on_choice: OnChoice | None = None
         self.caches: list[KVCache] = []  # made with the first chunk, whose keys have the dtype and the device
 
     @property
@@ -183,7 +191,16 @@ class CausalStream:
         if hidden.shape[1]:  # a rank's shard may be empty
             self.last_hidden = hidden[:, -1].clone()
             self.last_tokens = None if tokens is None else tokens[:, -1].clone()
+        if self.model.config.pattern.chosen and tokens is not None and not self.keep:
+            self.ids.append(tokens.int())
         return hidden
+
+    def watch(self, on_choice: OnChoice) -> None:
+        """Call `on_choice` from now on with what each layer sees of chosen blocks."""
+        self.on_choice = on_choice
+        for layer, cache in enumerate(self.caches):
+            if cache.past:
+                cache.past.on_choice = partial(on_choice, layer)
 
     def far(self) -> list[list[FarKeys | Past]]:
         """Return the far keys of the next chunk, layer by layer."""
@@ -195,7 +212,7 @@ class CausalStream:
         Blocks of the past are shared; other rows are copied.
         """
         new = copy.copy(self)
-        new.caches = [cache.fork() for cache in self.caches]
+        new.caches, new.ids = [cache.fork() for cache in self.caches], [*self.ids]
         return new
 
     def save(self, folder: str | Path, *, name: str | None = None, tokenizer_sha256: str | None = None) -> int:
@@ -234,24 +251,23 @@ class CausalStream:
         if facts["last_tokens"] is not None:
             stream.last_tokens = torch.tensor(facts["last_tokens"], device=device)
         shape = len(stream.last_hidden), 0, config.kv_heads, config.head_dim
+        stream.ids = [saved["ids"]] if "ids" in saved else []
         for layer in range(config.num_layers):
-            begin = f"{layer}."
-            own = {name.removeprefix(begin): x.to(device) for name, x in saved.items() if name.startswith(begin)}
             cache = stream._new_cache(torch.empty(shape, dtype=getattr(torch, facts["dtype"]), device=device))
-            cache.restore(stream.position, own)
+            cache.restore(stream.position, of_layer(saved, layer, device))
             stream.caches.append(cache)
         return stream
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         assert self.last_hidden is not None
         yield "last_hidden", self.last_hidden
-        for layer, cache in enumerate(self.caches):
-            for name, tensor in cache.state():
-                yield f"{layer}.{name}", tensor
+        if self.ids:
+            yield "ids", torch.cat(self.ids, 1)
+        yield from layer_tensors(self.caches)
 
     def _new_cache(self, k: Tensor) -> KVCache:
         config, (batch, _, kv_heads, head_dim) = self.model.config, k.shape
-        return KVCache(
+        cache = KVCache(
             config.pattern,
             batch,
             config.num_heads,
@@ -263,6 +279,9 @@ class CausalStream:
             allocate=self.allocate,
             blocks=BlockFile(self.file) if self.file else None,
         )
+        if cache.past and self.on_choice:
+            cache.past.on_choice = partial(self.on_choice, len(self.caches))
+        return cache
 
 
 def _name(dtype: torch.dtype) -> str:

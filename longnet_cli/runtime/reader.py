@@ -12,16 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from longnet_cli.attention import Past
+from longnet_cli.attention.groups import GroupedPart
+from longnet_cli.errors import ConfigError
 from longnet_cli.model import LongNet
-from longnet_cli.model.net import Net
+from longnet_cli.model.net import FarProvider, Net
 from longnet_cli.model.sequence import InputSequence, Readable
-from longnet_cli.runtime.chunks import chunk_of, default_chunk, open_stream
+from longnet_cli.runtime.chunks import CausalStream, chunk_of, default_chunk, open_stream
 from longnet_cli.runtime.device import precision, to_device
 from longnet_cli.runtime.exchange import Exchange, even_edges
 from longnet_cli.runtime.layerwise import hidden_in_chunks
@@ -47,6 +51,7 @@ class Window:
         return self.stop - self.start
 
 
+OnWindows = Callable[[Sequence[Window], int, GroupedPart, list[Tensor]], None]  # as `Reader.on_choice`
 W = TypeVar("W", bound=Window)
 S = TypeVar("S", bound=InputSequence[Any])
 Z = TypeVar("Z", bound=Sized)
@@ -114,7 +119,8 @@ class Reader:
 
     Several `ranks`, which must all read the same windows, share every long window, `chunk` tokens each, and divide the
     forward passes over short windows. `dtype` is as in `runtime.device`. On every rank, `on_progress` gets the number
-    of wanted tokens of each forward pass.
+    of wanted tokens of each forward pass. `on_choice` gets the windows of a forward pass, and what their layers see of
+    chosen blocks, as `runtime.chunks.OnChoice`.
     """
 
     def __init__(
@@ -126,13 +132,16 @@ class Reader:
         spill: str | Path | None = None,
         ranks: Ranks | None = None,
         on_progress: Callable[[int], None] | None = None,
+        on_choice: OnWindows | None = None,
     ) -> None:
-        """Raise ConfigError for a chunk below 1."""
+        """Raise ConfigError for a chunk below 1, and for `on_choice` where nothing is chosen."""
+        check_choices(model, on_choice is not None)
         self.model, self.dtype, self.spill = model, dtype, spill
         self.ranks = ranks or Ranks()
         self.device = next(model.parameters()).device
         self.chunk = chunk_of(chunk, default_chunk(model.config, self.device), ranks=self.ranks)
         self.on_progress = on_progress or (lambda tokens: None)
+        self.on_choice = on_choice
 
     def portions(self, sequences: Iterable[S], **shards: Any) -> Iterator[Portion[S]]:
         """Cut sequences into portions of several full forward passes, as `runtime.portions` does by their documents."""
@@ -164,7 +173,9 @@ class Reader:
                 padded = torch.nn.utils.rnn.pad_sequence(read, batch_first=True)
                 with precision(self.dtype, self.device):
                     # padding is on the right, where a causal net does not see it
-                    more = {} if self.model.config.causal else {"lengths": lengths}
+                    more: dict[str, Any] = {} if self.model.config.causal else {"lengths": lengths}
+                    if self.on_choice:
+                        more["far"] = self._watched([windows[i] for i in batch])
                     found.update(zip(batch, self.model(to_device(padded, self.device), **more), strict=True))
             self.on_progress(sum(windows[i].stop - windows[i].wanted for i in batch))
         return [
@@ -179,12 +190,22 @@ class Reader:
         Reading takes less than a hundredth of the computing time, too little for a thread of its own.
         """
         stream, ranks = open_stream(self.model, self.ranks.group, self.spill), self.ranks
+        if self.on_choice and isinstance(stream, CausalStream):
+            stream.watch(partial(self.on_choice, [window]))
         for edges in self._chunks(window):
             ids = to_device(self._ids(window, edges[ranks.rank], edges[ranks.rank + 1])[None], self.device)
             inside = [edge - window.start for edge in edges]
             with torch.inference_mode(), precision(self.dtype, self.device):
                 hidden = stream(ids, edges=inside if ranks.group else None)
             yield self._shared(window, edges, hidden[0])
+
+    def _watched(self, windows: Sequence[Window]) -> FarProvider:
+        """Return a function that gives each layer an empty past, which tells what the windows of a batch see."""
+        assert self.on_choice
+        pasts = [Past(self.model.config.pattern) for _ in range(self.model.config.num_layers)]
+        for layer, past in enumerate(pasts):
+            past.on_choice = partial(self.on_choice, windows, layer)
+        return lambda layer, q, k, v: [pasts[layer]]
 
     def _whole(self, window: W) -> Iterator[list[Piece[W]]]:
         """Read a bidirectional window: in one forward pass if it fits all ranks together, otherwise layer by layer."""
@@ -236,6 +257,14 @@ class Reader:
     @staticmethod
     def _ids(window: Window, start: int, stop: int) -> Tensor:
         return torch.from_numpy(window.sequence.read(start, stop))
+
+
+def check_choices(model: Net, wanted: bool = True) -> None:
+    """Raise ConfigError for a model whose choices of blocks cannot be told, if they are `wanted`."""
+    if wanted and not model.config.pattern.chosen:
+        raise ConfigError("the pattern has no chosen blocks to tell about: add --pattern finding")
+    if wanted and model.stream():
+        raise ConfigError("this model keeps a cache of its own, which does not tell what was chosen")
 
 
 def share_reader(model: Net, *, chunk: int | None = None, ranks: Ranks | None = None, **options: Any) -> Reader:

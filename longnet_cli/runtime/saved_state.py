@@ -15,10 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from longnet_cli.atomic import locked_folder, whole_folder
+from longnet_cli.attention import KVCache
 from longnet_cli.errors import CheckpointError, ConfigError, DataError
 from longnet_cli.model.weights import write_tensors
 from longnet_cli.runtime.checksums import find_damage, read_manifest, write_manifest
@@ -99,6 +101,19 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
     except (CheckpointError, OSError, SafetensorError) as error:
         raise DataError(f"{folder}: a damaged state: {' '.join(str(error).split())}") from None
     return saved, tensors
+
+
+def layer_tensors(caches: Iterable[KVCache]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the layers' caches, by name."""
+    for layer, cache in enumerate(caches):
+        for name, tensor in cache.state():
+            yield f"{layer}.{name}", tensor
+
+
+def of_layer(tensors: Mapping[str, Tensor], layer: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the tensors of one layer's cache on a device, for `KVCache.restore`."""
+    begin = f"{layer}."
+    return {name.removeprefix(begin): x.to(device) for name, x in tensors.items() if name.startswith(begin)}
 
 
 def _pieces(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
