@@ -57,7 +57,7 @@ def test_the_passages_that_the_answer_chose(saved: bool, tmp_path: Path, monkeyp
     assert [first, *steps][-1].finish_reason == "length"
     found = watch.found(WORDS)
     assert [(round(each.share * 18), each.share_before) for each in found] == [(17, 0), (9, 0)]
-    assert [each[:2] for each in found] == [(64, 69), (48, 58)]  # bytes 96 to 104, and 72 to 88; a cut character is out
+    assert [each[:2] for each in found] == [(64, 69), (48, 59)]  # bytes 96 to 104, and 72 to 88; a cut character is out
     assert all(each.text == text[each.start : each.end] for each in found)
 
 

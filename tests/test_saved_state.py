@@ -143,6 +143,13 @@ def test_a_cache_of_transformers_goes_on_as_if_nothing_had_happened(build: str, 
     assert all(torch.equal(each, found[0]) for each in found)
     torch.testing.assert_close(found[0], whole, rtol=1e-4, atol=1e-4)
     assert [each.get_seq_length() for each in caches] == [200] * 4
+    asked = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    asked["attention_mask"] = torch.ones(2, 140, dtype=torch.int64)
+    answers = [
+        model.generate(ids[:, :140], past_key_values=each, **asked)
+        for each in (LongNetCache.load(tmp_path / "state", model), LongNetCache(model.config))
+    ]
+    assert torch.equal(*answers)
     with pytest.raises(ConfigError, match="saved by another model, of SHA-256"):
         LongNetCache.load(tmp_path / "state", make(2.0))
     if build == "llama":
