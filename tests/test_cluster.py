@@ -60,7 +60,9 @@ def own(tmp_path: Path) -> Machine:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("pattern", ["8/1,16/2,48/3", "geometric:200,base=4", "window:16,sinks=3", "nested:200,base=8"])
+@pytest.mark.parametrize(
+    "pattern", ["8/1,16/2,48/3", "geometric:200,base=4", "window:16", "window:16,sinks=3", "nested:200,base=8"]
+)
 def test_ranks_receive_what_their_queries_see(pattern: str, causal: bool) -> None:
     """The reference, a dense mask, says which keys outside a shard its queries see."""
     levels = Pattern.geometric(200, 4) if pattern.startswith("geo") else None
