@@ -34,7 +34,7 @@ def calibrate(device: torch.device, dtype: str, ranks: Ranks, folder: Path) -> M
     torch.manual_seed(0)
 
     def best(run: Callable[[], object]) -> float:
-        return ranks.largest(_best(run, device, ranks))
+        return ranks.largest(fastest(run, device, ranks))
 
     x, weight = torch.randn(_TOKENS, _DIM, **made), torch.randn(4 * _DIM, _DIM, **made)
     pattern = Pattern((2048,), (1,))
@@ -73,17 +73,17 @@ def _elementwise(x: torch.Tensor, wide: torch.Tensor) -> tuple[torch.Tensor, tor
     return F.layer_norm(x, x.shape[1:]) + x, F.layer_norm(F.gelu(wide), wide.shape[1:])
 
 
-def _best(run: Callable[[], object], device: torch.device, ranks: Ranks) -> float:
+def fastest(run: Callable[[], object], device: torch.device, ranks: Ranks) -> float:
     """Return the seconds of the fastest of the runs in `SECONDS`, after one that warms up. All ranks run as often."""
-    fastest, begin, times = float("inf"), clock(device), 0
+    best, begin, times = float("inf"), clock(device), 0
     while times < 4 or ranks.any(clock(device) < begin + SECONDS):
         start = clock(device)
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        fastest = min(fastest, clock(device) - start) if times else fastest
+        best = min(best, clock(device) - start) if times else best
         times += 1
-    return fastest
+    return best
 
 
 def clock(device: torch.device) -> float:

@@ -5,7 +5,6 @@ A rank that would send other rows than its reader expects ends the simulation.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,7 +56,6 @@ def simulate(s: Settings, on_rank: Callable[[int], None] = lambda count: None) -
 
     `on_rank` is called after each rank's plan. Raises LongNetError for ranks whose plans differ.
     """
-    gc.freeze()  # otherwise, going through torch's objects takes longer than the plans
     for seq in s.seq:
         yield _simulate(s, s.pattern_for(seq), seq, on_rank)
 

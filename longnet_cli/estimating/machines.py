@@ -73,10 +73,8 @@ class Machine(StrictModel):
         for rate in Rates.model_fields:
             tables = [table for table in KNOWN_BY if getattr(getattr(self, table), rate) is not None]
             if len(tables) != 1:
-                where = (
-                    f"is in {' and in '.join(tables)}" if tables else f"is missing: give it in {' or '.join(KNOWN_BY)}"
-                )
-                raise ValueError(f"{rate} {where}; each rate is in one table")
+                found = f"is in {' and in '.join(tables)}" if tables else "is missing"
+                raise ValueError(f"{rate} {found}: give it in one of the tables {', '.join(KNOWN_BY)}")
         return self
 
     def rate(self, name: str) -> float:
