@@ -13,7 +13,8 @@ computes the same rectangle in all of them.
     #  both level 0                                              1 1 # 0 0
 
 A shard is the positions [start, start + tokens) of one sequence. Keys outside the shard are far keys (the packed rows
-of a span) or sinks; each needs one more rectangle.
+of a span) or sinks; each needs one more rectangle. A single token's own row may be among the far keys, which saves the
+near call of that level.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ UNION_LIMIT = 1 << 24  # numbers in the table of a `Union`: 64 MiB in float32
 class Branch(NamedTuple):
     """One attention call: query rows of the shard against key rows of the shard (near) or of far keys.
 
-    The heads of `queries` are query heads; the heads of `keys` are key heads, or lanes of far keys. `far` is the index
-    of the far keys, None for near ones. `zero_keys` keys with logit 0 and value 0 join the softmax
+    The heads of `queries` are query heads; the heads of `keys` are key heads, or lanes of far keys. Of a single token,
+    all query heads of a key head are rows, if they see the same keys. `far` is the index of the far keys, None for near
+    ones. `zero_keys` keys with logit 0 and value 0 join the softmax
     (`padding="zero_key"`). `first` marks the branches that reach every row of the shard before any other branch does.
     `bias` is added to all scores. A call with a `union` computes all levels at once.
     """
@@ -96,15 +98,16 @@ def branches(
     call = _Call(pattern, num_heads, kv_heads or num_heads, start, start + tokens, causal)
     covering = next((i for i, r in enumerate(pattern.dilation_rates) if r == 1), None)
     found: list[Branch] = []
-    for level in sorted(range(len(pattern.levels)), key=lambda i: i != covering):
+    for level in range(len(pattern.levels)):
         zero_keys = (total or start + tokens) if padding == "zero_key" else 0
-        found += call.near(level, level == covering, zero_keys)
+        if not any(span.level == level and call.holds(span) for span in spans):
+            found += call.near(level, level == covering, zero_keys)
     for index, span in enumerate(spans):
         call.check(span)
         if span.level != SINKS:
-            found += call.far(span, index)
+            found += call.far(span, index, span.level == covering)
     found += call.sinks(spans, turned)
-    return tuple(found)
+    return tuple(sorted(found, key=lambda branch: not branch.first))
 
 
 @lru_cache(maxsize=256)
@@ -115,7 +118,7 @@ def united(pattern: Pattern, num_heads: int, tokens: int, causal: bool, kv_heads
     `UNION_LIMIT`, and if the union takes fewer products than the levels one by one. `Union` explains the numbers added
     to scores.
     """
-    whole = any(w >= tokens and r == 1 for w, r in pattern.levels)
+    whole = any(w >= tokens > 1 and r == 1 for w, r in pattern.levels)
     if not whole or num_heads * _table_size(tokens) ** 2 > UNION_LIMIT:
         return None
     apart = branches(pattern, num_heads, 0, tokens, causal, "exact", (), 0, kv_heads)
@@ -229,26 +232,30 @@ class _Call(NamedTuple):
             if zero_keys and not self.causal:
                 missing = [-(-w // r) - rows_before(min(w, zero_keys - part.keys[0] // w * w), o, r) for o in offsets]
             equal = [(*pair, zeros) if min(pair) else None for *pair, zeros in zip(counts, rows, missing, strict=True)]
-            for heads in self._runs(r, equal, queries, firsts, kv_of):
+            runs, group = self._runs(r, equal, queries, firsts, kv_of)
+            for heads in runs:
                 yield Branch(
-                    self._query_rows(level, part.segments, w, heads, counts, queries),
+                    self._query_rows(part.segments, w, heads, counts, r, queries, group),
                     Rows(
                         part.segments, w, *heads.of(kv_of), rows[heads.first], r, firsts[heads.first],
                         heads.growth(firsts),
                     ),
-                    part.square,
+                    part.square and group == 1,
                     zero_keys=missing[heads.first],
                     first=covering and part.own,
                     bias=bias,
                 )  # fmt: skip
 
-    def far(self, span: Span, index: int) -> Iterator[Branch]:
+    def far(self, span: Span, index: int, covering: bool) -> Iterator[Branch]:
         """Yield the calls of the shard's queries on the rows of `span`: full attention, never causal."""
         w, r = level_of(self.pattern, span.level)
         _, offsets, lane_of = lanes(self.pattern, span.level, self.num_heads, self.kv_heads)
         inside, segment = span.start % w, span.start // w * w
         low = max(span.start, self.pattern.sinks) if span.level else span.start
-        zones = [zone._replace(square=False, own=False) for zone in _zones(self.pattern, span.level, w, self.causal)]
+        zones = [
+            zone._replace(square=False, own=zone.own and self.holds(span))
+            for zone in _zones(self.pattern, span.level, w, self.causal)
+        ]
         for part in self._rectangles(zones, w, r, low, span.stop, apart=True):
             queries, counts = self._queries(span.level, w, part.queries)
             skipped = [rows_before(inside, o, r) for o in offsets]
@@ -258,13 +265,15 @@ class _Call(NamedTuple):
             pairs = [(count, rows[lane]) for count, lane in zip(counts, lane_of, strict=True)]
             equal = [pair if min(pair) else None for pair in pairs]
             of_head = [firsts[lane] for lane in lane_of]
-            for heads in self._runs(r, equal, queries, of_head, lane_of):
+            runs, group = self._runs(r, equal, queries, of_head, lane_of)
+            for heads in runs:
                 lane = lane_of[heads.first]
                 yield Branch(
-                    self._query_rows(span.level, 1, w, heads, counts, queries),
+                    self._query_rows(1, w, heads, counts, r, queries, group),
                     Rows(1, w, *heads.of(lane_of), rows[lane], 1, firsts[lane], heads.growth(of_head)),
                     causal=False,
                     far=index,
+                    first=covering and part.own,
                     bias=self.pattern.biases[span.level],
                 )
 
@@ -292,6 +301,10 @@ class _Call(NamedTuple):
             keys = Rows(0, w, 0, 0, 0, span.stop - span.start, 1, 0, 0)
             yield from self._sink_rows(1, queries, keys, index)
 
+    def holds(self, span: Span) -> bool:
+        """Return whether the row of the shard, which is a single token, is the last one of the far keys."""
+        return self.causal and self.start + 1 == self.stop == span.stop
+
     def check(self, span: Span) -> None:
         """Raise ValueError for far keys that the shard cannot attend to."""
         start, stop, where = span.start, span.stop, f"far keys [{span.start}, {span.stop})"
@@ -304,6 +317,8 @@ class _Call(NamedTuple):
         w, r = level_of(self.pattern, span.level)
         if not start // w * w <= start < stop <= start // w * w + w:
             raise ValueError(f"{where} of level ({w}, {r}) leave their segment")
+        if self.holds(span):
+            return
         if start < self.stop and stop > self.start:
             raise ValueError(f"{where} overlap the shard [{self.start}, {self.stop})")
         if self.causal and start >= self.start:
@@ -363,23 +378,34 @@ class _Call(NamedTuple):
         return firsts, [rows_before(stop, o, r) - b for o, b in zip(offsets, before, strict=True)]
 
     def _query_rows(
-        self, level: int, segments: int, w: int, heads: Heads, counts: Sequence[int], firsts: Sequence[int]
+        self, segments: int, w: int, heads: Heads, counts: Sequence[int], r: int, firsts: Sequence[int], group: int
     ) -> Rows:
-        step = 1 if self.pattern.queries == "all" else self.pattern.dilation_rates[level]
-        return Rows(segments, w, *heads, counts[heads.first], step, firsts[heads.first], heads.growth(firsts))
+        rows, step = (counts[heads.first], 1 if self.pattern.queries == "all" else r) if group == 1 else (group, 0)
+        skew = heads.growth(firsts)
+        return Rows(segments, w, *heads, rows, step, firsts[heads.first], skew, row_heads=int(group > 1))
 
-    def _runs(self, r: int, equal: Sequence[tuple[int, ...] | None], *even: Sequence[int]) -> list[Heads]:
-        group = self.num_heads // self.kv_heads
+    def _runs(self, r: int, equal: Sequence[tuple[int, ...] | None], *even: Sequence[int]) -> tuple[list[Heads], int]:
+        """Return runs of heads for one view each, and the number of neighbours that each head stands for.
+
+        Query heads of one key head are neighbours. If a single token's see the same keys, they become rows of a call.
+        """
+        group, values = self.num_heads // self.kv_heads, list(zip(*even, strict=True))
         steps = (1, r, -(-self.num_heads // r), group, lcm(r, group))
-        return progressions(equal, list(zip(*even, strict=True)), steps)
+        heads = [*zip(equal, values, strict=True)]
+        if self.start + 1 < self.stop or heads != [x for x in heads[::group] for _ in range(group)]:
+            return progressions(equal, values, steps), 1
+        runs = progressions(equal[::group], values[::group], steps)
+        return [Heads(number, first * group, step * group) for number, first, step in runs], group
 
     def _sink_rows(self, segments: int, queries: tuple[int, int], keys: Rows, far: int | None) -> Iterator[Branch]:
         w, (first, stop) = self.pattern.segment_lengths[0], queries
         kv_of = [h * self.kv_heads // self.num_heads for h in range(self.num_heads)]
-        for heads in self._runs(1, [()] * self.num_heads, kv_of):
+        every = [first - self.start] * self.num_heads
+        runs, group = self._runs(1, [()] * self.num_heads, kv_of)
+        for heads in runs:
             number, head, step = heads.of(kv_of)
             yield Branch(
-                Rows(segments, w, *heads, stop - first, 1, first - self.start, 0),
+                self._query_rows(segments, w, heads, [stop - first] * self.num_heads, 1, every, group),
                 keys._replace(segments=segments, heads=number, first_head=head, head_step=step),
                 causal=False,
                 far=far,

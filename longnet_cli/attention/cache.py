@@ -68,6 +68,7 @@ class KVCache:
             for level, ((w, r), back) in enumerate(zip(pattern.levels, pattern.look_backs, strict=True))
         ]
         self._sinks = self._new_rows(pattern.sinks, SINKS)
+        self._stored: Tensor | None = None  # k of a token whose rows are there before it is appended
         self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as they were turned last
         self.past = None
         if pattern.chosen and keep:  # on a GPU, `allocate` may take memory of the host, and means are always needed
@@ -88,10 +89,23 @@ class KVCache:
         rows = sum(x.numel() * x.element_size() for x in (*chain(*self._levels), self._sinks))
         return rows + (self.past.nbytes if self.past else 0)
 
-    def far(self) -> list[FarKeys | Past]:
-        """Return the far keys of the next shard: views, valid until the next `append`, or always with `keep`."""
+    def far(self, k: Tensor | None = None, v: Tensor | None = None) -> list[FarKeys | Past]:
+        """Return the far keys of the next shard: views, valid until the next `append`, or always with `keep`.
+
+        If the shard is a single token, its k and v may be given, to be appended later. Without gradients, its rows are
+        then stored at once and end the far keys, which saves a call per level.
+        """
+        own = 0
+        if (
+            k is not None
+            and v is not None
+            and k.shape[1] == 1
+            and not (self.keep or k.requires_grad or v.requires_grad)
+        ):
+            own, self._stored = 1, k
+            self._store(k, v, self.position, open_spans(self.pattern, self.position, own))
         found: list[FarKeys | Past] = [self.past] if self.past else []
-        for span in open_spans(self.pattern, self.position):
+        for span in open_spans(self.pattern, self.position, own):
             rows = max(span_rows(self.pattern, span, self.num_heads, self.kv_heads))
             if rows:
                 whole = span.level == SINKS and self.position >= self.pattern.sinks
@@ -99,7 +113,6 @@ class KVCache:
                 found.append(FarKeys(*span, k, v, turned=self._turned if whole else None))
         return found
 
-    @torch.no_grad()
     def append(
         self,
         k: Tensor,
@@ -119,12 +132,18 @@ class KVCache:
         """
         start = self.position if start is None else start
         stop = start + k.shape[1] if stop is None else stop
-        others = list(others)
         if self.past:
             if q is None:
                 raise ValueError("chosen blocks need the queries of earlier tokens: give q")
             self.past.append(q, k, v)
-        for span in open_spans(self.pattern, stop):
+        if k is not self._stored:
+            self._store(k, v, start, open_spans(self.pattern, stop), list(others))
+        self.position, self._stored = stop, None
+
+    def _store(self, k: Tensor, v: Tensor, start: int, spans: Iterable[Span], others: Sequence[FarKeys] = ()) -> None:
+        """Store the rows of `spans` that a shard or the `others` have."""
+        k, v = k.detach(), v.detach()
+        for span in spans:
             w = self.pattern.segment_lengths[max(span.level, 0)]
             segment = span.start // w * w
             if self.keep and span.level != SINKS and segment >= self.position:
@@ -141,13 +160,12 @@ class KVCache:
                     for views in span_views(self.pattern, keys.span, self.num_heads, start, self.kv_heads):
                         strided_view(rows[0], views.segment).copy_(strided_view(keys.k, views.packed))
                         strided_view(rows[1], views.segment).copy_(strided_view(keys.v, views.packed))
-        self.position = stop
 
     def select(self, rows: Sequence[int]) -> None:
         """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""
         index = torch.tensor(rows, device=self._sinks.device)
-        self._levels = [[x.index_select(1, index) for x in places] for places in self._levels]
-        self._sinks = self._sinks.index_select(1, index)
+        self._levels = [[_selected(x, index) for x in places] for places in self._levels]
+        self._sinks = _selected(self._sinks, index)
         self._turned = {}
         if self.past:
             self.past.select(index)
@@ -164,7 +182,7 @@ class KVCache:
         """Yield all that `restore` needs, by name: tensors that are valid until the next `append`."""
         for number, span in enumerate(open_spans(self.pattern, self.position)):
             counts = span_rows(self.pattern, span, self.num_heads, self.kv_heads)
-            rows = self._rows(span)[:, :, : max(counts)].clone()
+            rows = self._rows(span)[:, :, : max(counts)].clone(memory_format=torch.contiguous_format)
             for lane, count in enumerate(counts):
                 rows[:, :, count:, lane] = 0  # no key, but whatever was in memory
             yield f"rows.{number}", rows
@@ -181,9 +199,9 @@ class KVCache:
             self.past.restore(position, saved)
 
     def _new_rows(self, number: int, level: int) -> Tensor:
-        """Allocate memory for `number` rows, (k and v, B, rows, lanes, D)."""
+        """Allocate memory for `number` rows, (k and v, B, rows, lanes, D), where the rows of a lane are neighbours."""
         (batch, head_dim), held = self._sizes, len(lanes(self.pattern, level, self.num_heads, self.kv_heads).offsets)
-        return self._allocate((2, batch, number, held, head_dim))
+        return self._allocate((2, batch, held, number, head_dim)).transpose(2, 3)
 
     def _rows(self, span: Span, *, grow: bool = False) -> Tensor:
         """Return the memory of a span's segment, (k and v, B, rows, lanes, D); `grow` makes room for all its rows."""
@@ -193,10 +211,14 @@ class KVCache:
         place = span.start // w % len(places)
         rows, have = places[place], places[place].shape[2]
         if grow and have < (needed := max(span_rows(self.pattern, span, self.num_heads, self.kv_heads))):
-            wider = rows.new_empty(*rows.shape[:2], min(-(-w // r), max(needed, 2 * have)), *rows.shape[3:])
-            wider[:, :, :have] = rows
-            places[place] = wider
+            sizes = (*rows.shape[:2], rows.shape[3], min(-(-w // r), max(needed, 2 * have)), rows.shape[4])
+            places[place] = rows.new_empty(sizes).transpose(2, 3)
+            places[place][:, :, :have] = rows
         return places[place]
+
+
+def _selected(rows: Tensor, index: Tensor) -> Tensor:
+    return rows.transpose(2, 3).index_select(1, index).transpose(2, 3)
 
 
 def cached_rows(pattern: Pattern, num_heads: int, kv_heads: int = 0, tokens: int = sys.maxsize) -> int:

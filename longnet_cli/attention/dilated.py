@@ -115,8 +115,9 @@ def dilated_attention(
     Query head h reads key head h // (H / K). The shard is positions [start, start + tokens) of its sequence, any
     start, any length. A query that takes part in no level gets zeros.
 
-    far: keys from outside the shard; in causal attention, they lie before it. For chosen blocks, also the `Past` before
-        it, which a `KVCache` gives; it gets no gradient.
+    far: keys from outside the shard; in causal attention, they lie before it. If the shard is a single token, its own
+        row may be the last of some levels' far keys; then k and v are not read there. For chosen blocks, also the
+        `Past` before it, which a `KVCache` gives; it gets no gradient.
     lengths: true length of each row of a right-padded batch, 0 to tokens. Each row gets what it would get alone, and
         zeros beyond its length.
     documents: lengths of the documents that follow each other in every row, `tokens` in all. Each document attends only
@@ -174,6 +175,8 @@ def dilated_attention(
     kernel_ = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
     plan = plan_calls(kernel_, q, k, v, pattern, causal, start, far, lengths, documents, padding, total, found)
     chosen = Chosen(pattern, plan.chosen, turn, past) if plan.chosen else None
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *far_tensors))):
+        return _merged(plan, scale, kernel_, far, sinks, chosen, q, k, v, far_tensors)[0]
     return _MergedBranches.apply(plan, scale, kernel_, far, sinks, chosen, q, k, v, *far_tensors)
 
 
@@ -208,7 +211,7 @@ def plan_calls(
         raise ValueError("documents have their own lengths: no total or lengths beside them")
     if total is not None and (total < start + tokens or lengths is not None):
         raise ValueError(f"total={total} must hold the shard [{start}, {start + tokens}), and excludes lengths")
-    if lengths is not None and any(keys.start >= start for keys in far):
+    if lengths is not None and any(keys.start >= start + tokens for keys in far):
         raise ValueError("far keys after the shard cannot be combined with lengths")
     spans = tuple(keys.span for keys in far)
     blocks = tuple(_blocks(lengths, documents, batch, tokens))
@@ -281,6 +284,35 @@ def _kept(sinks: SinkRows, far: Sequence[FarKeys]) -> dict[tuple[int, ...], tupl
     return holders[0].turned if len(holders) == 1 and sinks.firsts == (0,) else None
 
 
+def _merged(
+    plan: Plan,
+    scale: float,
+    kernel: Kernel,
+    far_keys: Sequence[FarKeys],
+    sinks: _Sinks | None,
+    chosen: Chosen | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return out and LSE of all branches, as `merged_forward` does."""
+    waiting = [keys.ready for keys in far_keys if keys.ready]
+    there = [unit_stride(x) for x in far]
+
+    def arrived(index: int) -> list[Tensor]:
+        while waiting:
+            waiting.pop()()
+        if sinks and 2 * index == len(there):
+            there.extend(sinks.turned(k, v, far))
+        return there[2 * index : 2 * index + 2]
+
+    found = merged_forward(plan, scale, kernel, q, k, v, arrived, chosen)
+    while waiting:  # also for keys that no query needed: their buffers must not be freed in flight
+        waiting.pop()()
+    return found
+
+
 class _MergedBranches(torch.autograd.Function):
     """All branches of a shard, merged. It saves only q, k, v, far keys, out and LSE; the backward turns sinks again."""
 
@@ -299,19 +331,7 @@ class _MergedBranches(torch.autograd.Function):
         *far: Tensor,
     ) -> Tensor:
         q, k, v, *far_tensors = (unit_stride(x) for x in (q, k, v, *far))
-        waiting = [keys.ready for keys in far_keys if keys.ready]
-        there = list(far_tensors)
-
-        def arrived(index: int) -> list[Tensor]:
-            while waiting:
-                waiting.pop()()
-            if sinks and 2 * index == len(there):
-                there.extend(sinks.turned(k, v, far_tensors))
-            return there[2 * index : 2 * index + 2]
-
-        out, lse = merged_forward(plan, scale, kernel, q, k, v, arrived, chosen)
-        while waiting:  # also for keys that no query needed: their buffers must not be freed in flight
-            waiting.pop()()
+        out, lse = _merged(plan, scale, kernel, far_keys, sinks, chosen, q, k, v, far_tensors)
         ctx.save_for_backward(q, k, v, out, lse, *far_tensors)
         ctx.plan, ctx.scale, ctx.kernel, ctx.sinks, ctx.chosen = plan, scale, kernel, sinks, chosen
         ctx.back = [keys.back for keys in far_keys]

@@ -15,11 +15,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from math import exp, log
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def merged_forward(
     """
     q, k, v = (unit_stride(x) for x in (q, k, v))
     merge: Merge | one_pass.OnePassMerge = (fused.OnePassMerge if (fused := _fused(q)) else Merge)(q, plan.covered)
-    with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
+    with without_autocast(q.device):
         for branch, (q_, *places), (k_, v_) in kernel_calls(plan.blocks, kernel, (q, *merge.places), (k, v), far):
             merge.add(branch, places, *kernel.forward(q_, k_, v_, branch.causal, scale, *_bias(branch, q_)))
         for pack in plan.packs:
@@ -137,7 +138,7 @@ def merged_backward(
     def far_tensors(index: int) -> Sequence[Tensor]:
         return *far[2 * index : 2 * index + 2], *dfar[2 * index : 2 * index + 2]
 
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         near = (k, v, *(total.place for total in of_near))
         calls: Iterable[Call] = kernel_calls(plan.blocks, kernel, tensors, near, far_tensors)
         for branch, qs, ks in sorted(calls, key=lambda call: call[0].far is None) if far_first else calls:
@@ -171,6 +172,12 @@ def merged_backward(
     return [*grads, *dfar]
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which kernels choose their own precision."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
 class Merge:
     """The running out and LSE of all branches, in fp32 or fp64, by torch operators."""
 
@@ -179,7 +186,9 @@ class Merge:
         dtype = accumulator(q.dtype)
         self._dtype = q.dtype
         self._out = (torch.empty if covered else torch.zeros)(q.shape, dtype=dtype, device=q.device)
-        self._lse = torch.full(q.shape[:3], float("-inf"), dtype=dtype, device=q.device)
+        self._lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+        if not covered:
+            self._lse.fill_(float("-inf"))
         self.places = (self._out, self._lse[..., None])
 
     def add(self, branch: Branch | Pack, places: Sequence[Tensor], part: Tensor, lse: Tensor) -> None:
@@ -296,8 +305,8 @@ def apart(total: Tensor, part: Tensor, keys: Rows) -> Iterator[tuple[Tensor, Ten
     """Yield views of `total` (batch, heads, rows, D) and the parts to add to them; no view shows a number twice."""
     if keys.heads > 1 and keys.head_step == keys.skew == 0:  # all heads of the call read the same rows
         total, part = total[:, :1], part.sum(1, keepdim=True)
-    rows = -(-keys.segment_step // keys.row_step)  # of one segment, at most
-    if keys.segments > 1 and keys.rows > rows:  # segments look back over each other: one segment's rows at a time
+    # if segments look back over each other, one segment's rows at a time
+    if keys.segments > 1 and keys.rows > (rows := -(-keys.segment_step // keys.row_step)):
         yield from zip(total.split(rows, 2), part.split(rows, 2), strict=True)
     else:
         yield total, part
@@ -315,19 +324,18 @@ def kernel_calls(
     `far` returns as many tensors for far keys as `key_like` has. It is called right before a call that needs them.
     """
     for run, columns, found in blocks:
-        queries = [x[run, columns] for x in query_like]
         for branch in found:
             if branch.far is None:
-                sources = [x[run, columns] for x in key_like]
+                sources, first = key_like, columns.start
             else:
                 assert far is not None
-                sources = [x[run] for x in far(branch.far)]
-            views = [strided_view(x, branch.queries) for x in queries]
-            views += [strided_view(x, branch.keys) for x in sources]
+                sources, first = far(branch.far), 0
+            views = [_view(x, branch.queries, run, columns.start) for x in query_like]
+            views += [_view(x, branch.keys, run, first) for x in sources]
             rows = max(branch.queries.rows, branch.keys.rows)
             limit = kernel.max_batch(branch.queries.heads, rows, query_like[0].shape[-1])
             for call in _batched(views, limit):
-                yield branch, call[: len(queries)], call[len(queries) :]
+                yield branch, call[: len(query_like)], call[len(query_like) :]
 
 
 def _bias(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
@@ -364,22 +372,40 @@ def _tokens(rows: Rows, segment: int, index: int) -> slice:
 
 def strided_view(x: Tensor, rows: Rows) -> Tensor:
     """View x (batch, tokens, heads, last dim) as the rows (batch, segments, heads, rows, last dim), without a copy."""
-    batch, token, head, last = x.stride()
-    size = (x.shape[0], rows.segments, rows.heads, rows.rows, x.shape[3])
-    stride = (batch, rows.segment_step * token, rows.head_step * head + rows.skew * token, rows.row_step * token, last)
-    return x.as_strided(size, stride, x.storage_offset() + rows.first_token * token + rows.first_head * head)
+    return x.as_strided(*_layout(x, rows, 0, x.shape[0], 0))
+
+
+def _view(x: Tensor, rows: Rows, run: slice, column: int) -> Tensor:
+    """View the rows `run` of a batch x, tokens counted from `column`, like `strided_view`.
+
+    The result is (batch or segments, heads, rows, last dim) if batch or segments is 1.
+    """
+    size, stride, offset = _layout(x, rows, run.start, run.stop, column)
+    if size[0] == 1:
+        size, stride = size[1:], stride[1:]
+    elif size[1] == 1:
+        size, stride = size[:1] + size[2:], stride[:1] + stride[2:]
+    return x.as_strided(size, stride, offset)
+
+
+def _layout(x: Tensor, rows: Rows, start: int, stop: int, column: int) -> tuple[Any, Any, Any]:
+    """Return size, stride and offset of `strided_view`, for rows [start, stop) of a batch, from token `column` on."""
+    segments, segment_step, heads, first_head, head_step, number, row_step, first, skew, row_heads = rows
+    of_batch, token, head, last = x.stride()
+    size = (stop - start, segments, heads, number, x.shape[3])
+    of_head, of_row = head_step * head + skew * token, row_step * token + row_heads * head
+    offset = x.storage_offset() + start * of_batch + (first + column) * token + first_head * head
+    return size, (of_batch, segment_step * token, of_head, of_row, last), offset
 
 
 def _batched(views: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
-    """Yield (batch, segments, ..) views as (batch * segments, ..), at most `limit` at a time.
+    """Yield views as (batch * segments, ..), at most `limit` at a time.
 
     If batch and segments do not merge into one stride, loop over the shorter of the two.
     """
     batch, segments = views[0].shape[:2]
-    if batch == 1:
-        groups = [[x[0] for x in views]]
-    elif segments == 1:
-        groups = [[x[:, 0] for x in views]]
+    if views[0].dim() == 4:
+        groups = [views]
     elif all(x.stride(0) == segments * x.stride(1) for x in views):
         groups = [[x.flatten(0, 1) for x in views]]
     else:

@@ -156,6 +156,12 @@ class _LaunchParts:
     def add(
         self, place: Tensor, heads: int, part: Tensor, lse: Tensor | None = None, bias: float = 0.0, zero_keys: int = 0
     ) -> None:
+        if place.shape[2] > 1 and place.stride(2) < heads:  # rows that are heads of one token
+            for i in range(place.shape[2]):
+                row = slice(i, i + 1)
+                of_row = None if lse is None else lse[:, :, row]
+                self.add(place[:, :, row], heads, part[:, :, row], of_row, bias, zero_keys)
+            return
         part = part if part.stride(-1) == 1 else part.contiguous()
         self._hold(part, lse, None, _ViewRows.of(place, heads), bias, zero_keys)
 

@@ -127,7 +127,11 @@ class _Taken(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows) -> _Taken:
-        heads = frozenset(rows.first_head + i * rows.head_step for i in range(rows.heads))
+        heads = frozenset(
+            rows.first_head + i * rows.head_step + j * rows.row_heads
+            for i in range(rows.heads)
+            for j in range(rows.rows if rows.row_heads else 1)
+        )
         last = (rows.segments - 1) * rows.segment_step + (rows.heads - 1) * rows.skew + (rows.rows - 1) * rows.row_step
         return cls(heads, rows.first_token, rows.first_token + last)
 
@@ -143,7 +147,7 @@ def _append(into: Sequences, rows: Rows, token: int, heads: int) -> None:
         for head in range(rows.heads):
             into.firsts.append((first + head * rows.skew) * heads + rows.first_head + head * rows.head_step)
     number = rows.segments * rows.heads
-    into.steps.extend([rows.row_step * heads] * number)
+    into.steps.extend([rows.row_step * heads + rows.row_heads] * number)
     into.counts.extend([rows.rows] * number)
 
 

@@ -14,8 +14,8 @@ class Rows(NamedTuple):
     """Rows that one strided view of a (batch, tokens, heads, head_dim) tensor can show.
 
     The view has `segments` segments, `segment_step` tokens apart. Each segment has `heads` heads: `first_head`, then
-    every `head_step`-th (0: the same head each time). Each head has `rows` rows, `row_step` tokens apart. The first
-    head's first row is token `first_token`; each next head starts `skew` tokens later.
+    every `head_step`-th (0: the same head each time). Each head has `rows` rows, `row_step` tokens apart and `row_heads`
+    heads apart. The first head's first row is token `first_token`; each next head starts `skew` tokens later.
     """
 
     segments: int
@@ -27,6 +27,7 @@ class Rows(NamedTuple):
     row_step: int
     first_token: int
     skew: int
+    row_heads: int = 0
 
 
 class Heads(NamedTuple):

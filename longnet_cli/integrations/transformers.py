@@ -23,7 +23,9 @@ needs `use_dilated_attention` after loading, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,6 +50,7 @@ from longnet_cli.integrations.transformers_padding import AlignedRows, by_rows, 
 from longnet_cli.integrations.transformers_rotary import make_phases_exact, turns
 
 _TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks and chosen blocks, or None
+_PATTERN = "_dilated_pattern"  # attribute of an attention module: what its config says, and the `Pattern` of that
 _OWN = "_own_attention"  # attribute of a model: the name of its earlier attention
 
 # settings of a config that dilated attention does not support
@@ -132,6 +135,25 @@ def pattern_of(config: Any) -> Pattern:
         raise ConfigError(f"dilated_attention in the model's config: {error}") from None
 
 
+@lru_cache(maxsize=64)
+def _shared(pattern: Pattern) -> Pattern:
+    """Return the first one of equal patterns: what is cached for a pattern is then found sooner."""
+    return pattern
+
+
+def _pattern_of(module: nn.Module) -> Pattern:
+    """Return the pattern of an attention, which is made only once, because to read a config of transformers is slow."""
+    config: Any = module.config
+    if torch.compiler.is_compiling():
+        return pattern_of(config)
+    written, pattern = module.__dict__.get(_PATTERN, (None, None))
+    if written is None or written != getattr(config, "dilated_attention", None):
+        pattern = _shared(pattern_of(config))
+        module.__dict__[_PATTERN] = deepcopy(config.dilated_attention), pattern
+        mark(config)  # even if the pattern came from elsewhere, the model is to be saved with it
+    return pattern
+
+
 def dilated_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -153,9 +175,7 @@ def dilated_attention_forward(
     if options.get("sliding_window") is not None:
         options |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    pattern = pattern_of(module.config)
-    if not torch.compiler.is_compiling():
-        mark(module.config)  # even if the pattern came from elsewhere, the model is to be saved with it
+    pattern = _pattern_of(module)
     for name in _REFUSED_OPTIONS:
         if options.get(name) is not None and options[name] is not False:
             raise ConfigError(f"dilated attention has no {name}")
@@ -168,8 +188,8 @@ def dilated_attention_forward(
         raise ValueError(
             f"dilated attention takes a padding mask (batch, tokens), not one of {tuple(attention_mask.shape)}"
         )
-    turn = getattr(module, _TURN, None)
-    if pattern.moves_keys and not hasattr(module, _TURN):
+    turn = module.__dict__.get(_TURN)
+    if pattern.moves_keys and _TURN not in module.__dict__:
         what = "chosen blocks" if pattern.chosen else "sinks"
         raise ConfigError(
             f"{what} are moved by a model's own positions: call use_dilated_attention(model) after loading"
@@ -197,10 +217,13 @@ def dilated_attention_forward(
     def attend(rows: AlignedRows) -> Tensor:
         far: list[FarKeys | Past]
         some_q, some_k, some_v = (rows.of(x) for x in (q, k, v))
+        if rows.skip:
+            some_q = some_q[:, rows.skip :]
         if memory:
-            some_k, some_v = some_k[:, rows.skip :], some_v[:, rows.skip :]
+            if rows.skip:
+                some_k, some_v = some_k[:, rows.skip :], some_v[:, rows.skip :]
             cache = memory.cache(rows, pattern, q.shape[2], some_k)
-            far = [*cache.far()]
+            far = cache.far(some_k, some_v)
         else:
             some_k, some_v = some_k[:, rows.first :], some_v[:, rows.first :]
             if rows.start and pattern.chosen:
@@ -211,9 +234,9 @@ def dilated_attention_forward(
             far = [*_cached(some_k, some_v, pattern, q.shape[2], rows.start)] if rows.start else []
             some_k, some_v = some_k[:, rows.start :], some_v[:, rows.start :]
         shard: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
-        found = dilated_attention(some_q[:, rows.skip :], some_k, some_v, pattern, **settings, **shard)
+        found = dilated_attention(some_q, some_k, some_v, pattern, **settings, **shard)
         if memory:
-            cache.append(some_k, some_v, q=some_q[:, rows.skip :])
+            cache.append(some_k, some_v, q=some_q)
         return found
 
     out = by_rows(attention_mask, before, q.shape, attend)

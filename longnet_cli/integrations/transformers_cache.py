@@ -50,6 +50,7 @@ class LongNetCache(hf.DynamicCache):
     def __init__(self, config: hf.PretrainedConfig) -> None:
         super().__init__(config=config)
         self.layers: list[Any] = [Memory() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self._last: Any = None  # the layer whose `update` was called last
 
     @property
     def nbytes(self) -> int:
@@ -105,10 +106,11 @@ class LongNetCache(hf.DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the keys and values for a layer's attention. Raises ValueError if an earlier layer was not dilated."""
-        if any(isinstance(layer, Memory) and layer.waits for layer in self.layers):
+        if isinstance(self._last, Memory) and self._last.waits:
             raise ValueError(
                 "a LongNetCache is for dilated attention: call use_dilated_attention(model, pattern) before"
             )
+        self._last = self.layers[layer_idx]
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
@@ -272,7 +274,7 @@ class Memories:
             self.append()  # only now: it may overwrite far keys that the previous layer has just read
             cache = self.layers[index].cache(rows, self.config.pattern, self.config.num_heads, k)
             self._pending.append(lambda: cache.append(k, v, q=q))
-            return cache.far()
+            return cache.far(k, v)
 
         return far
 

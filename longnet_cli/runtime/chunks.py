@@ -183,7 +183,8 @@ class CausalStream:
             near, others = exchange.run(k, v) if exchange else ([], [])
             stop = edges[-1] if edges else None
             pending.append(lambda: cache.append(k, v, q=q, start=start, stop=stop, others=others))
-            return [*(_on(k.device, keys) for keys in cache.far()), *near]
+            kept = cache.far() if exchange else cache.far(k, v)
+            return [*(_on(k.device, keys) for keys in kept), *near]
 
         hidden = self.model(tokens, embeddings=embeddings, start=start, far=far)
         pending.pop()()
