@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def advice(self) -> str:
-        if self.largest == "cache":
+        if self.peak - self.memory.get("cache", 0) <= self.room:
             return "keep what chunks remember on a disk (--spill DIR)"
         return "take more devices or larger ones, shorter sequences or a smaller model"
 
