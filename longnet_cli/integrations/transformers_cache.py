@@ -93,8 +93,9 @@ class LongNetCache(hf.DynamicCache):
         Chosen blocks are mapped from there. Raises ConfigError for a state of another model or pattern, DataError for a
         damaged one.
         """
-        facts, saved = read_state(Path(folder), _origin(model))
-        new, pattern = cls(model.config), parse_pattern(facts["longnet.pattern"])
+        given = _origin(model)
+        facts, saved = read_state(Path(folder), given)
+        new, pattern = cls(model.config), parse_pattern(given.get("longnet.pattern", facts["longnet.pattern"]))
         options = {"kv_heads": facts["kv_heads"], "dtype": getattr(torch, facts["dtype"]), "device": model.device}
         for number, layer in enumerate(new.layers):
             cache = _new_cache(pattern, **facts["sizes"], **options)
@@ -243,7 +244,7 @@ def _new_cache(pattern: Pattern, batch: int, num_heads: int, head_dim: int, **op
 def _origin(model: hf.PreTrainedModel, pattern: Pattern | None = None) -> dict[str, str]:
     """Return digest and pattern of a model, in the keys of `model_origin`; by default, the pattern of its config."""
     if isinstance(net := getattr(model, "net", None), Net):
-        return model_origin(net, None, None)
+        return model_origin(net, None, None, every=False)
     settings = json.loads(model.config.to_json_string(use_diff=False))
     written = settings.pop("dilated_attention", None)
     if pattern is None and written:

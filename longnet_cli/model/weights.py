@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -127,9 +128,15 @@ def load_pretrained(
     return model.eval()
 
 
-def model_digest(model: Net) -> str:
-    """Return a SHA-256 of configuration and weights, 64 hex digits: equal for models that compute the same."""
-    return digest_of(model.config.model_dump_json(), model.state_dict())
+def model_digest(model: Net, *, every: bool = True) -> str:
+    """Return a SHA-256 of configuration and weights, 64 hex digits: equal for models that compute the same.
+
+    Without `every`, it is equal also for models that choose blocks at other places (`chosen_every`).
+    """
+    config = model.config.model_dump_json()
+    if model.config.pattern.chosen and not every:  # in the JSON of a Hugging Face model, it stands in a string as well
+        config = re.sub(r'\\?"chosen_every\\?": ?\d+', "", config)
+    return digest_of(config, model.state_dict())
 
 
 def digest_of(config: str, weights: Mapping[str, Tensor]) -> str:
@@ -141,14 +148,14 @@ def digest_of(config: str, weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def model_origin(model: Net, name: str | None, tokenizer_sha256: str | None) -> dict[str, str]:
-    """Return the metadata of a model's outputs, without unknown values.
+def model_origin(model: Net, name: str | None, tokenizer_sha256: str | None, *, every: bool = True) -> dict[str, str]:
+    """Return the metadata of a model's outputs, without unknown values. `every` is as in `model_digest`.
 
     The keys are `longnet.model` (its name), `longnet.model_sha256`, `longnet.tokenizer_sha256` and `longnet.pattern`.
     """
     known = {
         "longnet.model": name,
-        "longnet.model_sha256": model_digest(model),
+        "longnet.model_sha256": model_digest(model, every=every),
         "longnet.tokenizer_sha256": tokenizer_sha256,
         "longnet.pattern": format_pattern(model.config.pattern),
     }

@@ -224,7 +224,7 @@ class CausalStream:
         """
         if self.last_hidden is None or self.group is not None:
             raise ConfigError(f"{folder}: one process saves a state, after it has read something")
-        facts: dict[str, Any] = model_origin(self.model, name, tokenizer_sha256)
+        facts: dict[str, Any] = model_origin(self.model, name, tokenizer_sha256, every=False)
         facts |= {"dtype": _name(self.caches[0].dtype), "tokens": self.position}
         facts["last_tokens"] = None if self.last_tokens is None else self.last_tokens.tolist()
         return write_state(Path(folder), facts, self._state())
@@ -245,7 +245,7 @@ class CausalStream:
         ConfigError for a state of another model or pattern, or, if they are given, of another tokenizer or `dtype` of
         keys; DataError for a damaged one.
         """
-        given = {**model_origin(model, None, tokenizer_sha256), "dtype": dtype and _name(dtype)}
+        given = {**model_origin(model, None, tokenizer_sha256, every=False), "dtype": dtype and _name(dtype)}
         facts, saved = read_state(Path(folder), given)
         stream, config, device = cls(model, **options), model.config, next(model.parameters()).device
         stream.position, stream.last_hidden = facts["tokens"], saved["last_hidden"].to(device, copy=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from longnet_cli.atomic import locked_folder, whole_folder
 from longnet_cli.attention import KVCache
 from longnet_cli.errors import CheckpointError, ConfigError, DataError
 from longnet_cli.model.weights import write_tensors
+from longnet_cli.notation import parse_pattern
 from longnet_cli.runtime.checksums import find_damage, read_manifest, write_manifest
 
 MANIFEST, PIECES = "manifest.json", "piece-*.safetensors"
@@ -78,7 +80,7 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
     """Return the facts of a state, and its tensors by name, which are mapped from its files.
 
     `facts` are those of the caller. Raises ConfigError for a folder without a state, and if they are not those of the
-    state; DataError for a state that is not as it was written.
+    state, though blocks may be chosen more often; DataError for a state that is not as it was written.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -89,7 +91,7 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
             raise ConfigError(f"{folder}: no state, {MANIFEST} is of another kind")
         for key, why in _SAME.items():
             known, given = saved.get(key), facts.get(key)
-            if known and given and known != given:
+            if known and given and known != given and not (key == "longnet.pattern" and _is_finer(given, known)):
                 name = f", {saved['longnet.model']}" if "longnet.model" in saved else ""
                 raise ConfigError(f"{folder}: {why.format(saved=known, given=given, name=name)}")
         if damage := find_damage(path, STATE_VERSION):
@@ -101,6 +103,13 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
     except (CheckpointError, OSError, SafetensorError) as error:
         raise DataError(f"{folder}: a damaged state: {' '.join(str(error).split())}") from None
     return saved, tensors
+
+
+def _is_finer(pattern: str, saved: str) -> bool:
+    """Return whether a pattern is the saved one, but chooses more often: what that needs is in the state."""
+    new, old = parse_pattern(pattern), parse_pattern(saved)
+    every = old.chosen_every
+    return bool(new.chosen and old.chosen) and every % new.chosen_every == 0 and replace(new, chosen_every=every) == old
 
 
 def layer_tensors(caches: Iterable[KVCache]) -> Iterator[tuple[str, Tensor]]:
