@@ -56,6 +56,7 @@ class Sources:
         share = np.bincount(seen, minlength=number) / len(self._seen)
         before = np.pad(self._before, (0, number - len(self._before)))
         more, passages = share - before, list[Passage]()
+        more[0] = 0  # every group sees the first block
         ids, size = torch.cat(self.stream.ids, 1)[0].cpu().numpy(), self.pattern.chosen_block
         while len(passages) < PASSAGES and more.max() > 0:
             best = int(more.argmax())

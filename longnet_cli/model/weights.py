@@ -135,7 +135,7 @@ def model_digest(model: Net, *, every: bool = True) -> str:
     """
     config = model.config.model_dump_json()
     if model.config.pattern.chosen and not every:  # in the JSON of a Hugging Face model, it stands in a string as well
-        config = re.sub(r'\\?"chosen_every\\?": ?\d+', "", config)
+        config = re.sub(r', ?\\?"chosen_every\\?": ?\d+', "", config)
     return digest_of(config, model.state_dict())
 
 
