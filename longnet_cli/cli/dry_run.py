@@ -247,7 +247,9 @@ def _memory(found: Estimate) -> list[Row]:
 
 
 def _print(blocks: Sequence[Sequence[Row]]) -> None:
-    lines = (f"{name:<15} {value:>12}  {more}".rstrip() for block in blocks for name, value, more in [*block, EMPTY])
+    lines = (
+        f"{name:<15} {value:>12}  {more}".rstrip() for block in blocks if block for name, value, more in [*block, EMPTY]
+    )
     print("\n".join(lines).rstrip())
 
 
