@@ -64,8 +64,10 @@ def _plan(net: Net, job: Job, counted: Counted, machine: Machine, ranks: Ranks, 
     }
     busy = sum(seconds.values()) - seconds[HIDDEN]
     seconds["waiting"] = max(0.0, busy * (longest / ranks.sp / (tokens or 1) - 1))  # for the longest document
+    on_host = traffic and machine.device == "cuda" and not spill
     return Plan(
         machine=machine,
+        host=kept * min(machine.node, ranks.world) if on_host else 0,
         sp=ranks.sp,
         dp=ranks.dp,
         chunk=chunk,
