@@ -27,7 +27,7 @@ HIDDEN = "exchange, hidden"  # a part of the time that other parts cover
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class JobPlan:
     """One way to share a job: `dp` groups of `sp` devices. Sizes are bytes of one device.
 
     `seconds` has the time by part: of one step of `seq_len` tokens per sequence, or of all documents. `forward` is the
@@ -158,6 +158,6 @@ def meshes(devices: int, sp: int | None, dp: int | None) -> list[tuple[int, int]
     return found
 
 
-def ordered(plans: Sequence[Plan]) -> list[Plan]:
+def ordered(plans: Sequence[JobPlan]) -> list[JobPlan]:
     """Return the plans that fit, the fastest first, then the others, by their memory."""
     return sorted(plans, key=lambda plan: (not plan.fits, plan.total if plan.fits else plan.peak, plan.shard == "full"))
