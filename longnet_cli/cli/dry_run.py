@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from longnet_cli.cli.model_and_inputs import Opened
     from longnet_cli.estimating.estimate import Estimate
-    from longnet_cli.estimating.plan import Plan
+    from longnet_cli.estimating.plan import JobPlan
     from longnet_cli.estimating.reading_job import Job, ReadingEstimate, Room
     from longnet_cli.estimating.training_job import TrainingEstimate
     from longnet_cli.model_folder import ModelFolder
@@ -67,7 +67,7 @@ def show_reading(found: ReadingEstimate, format: Format, job: str) -> None:
     _show(found, format, job, before, after)
 
 
-def show_plans(plans: Sequence[Plan], format: Format, job: str) -> None:
+def show_plans(plans: Sequence[JobPlan], format: Format, job: str) -> None:
     """Print the first plan to stdout, and the next ones in a line each. Raises MemoryLimitError if none fits."""
     from longnet_cli.estimating.machines import KNOWN_BY, UNTRIED
     from longnet_cli.estimating.plan import HIDDEN, ROOM
@@ -247,7 +247,9 @@ def _memory(found: Estimate) -> list[Row]:
 
 
 def _print(blocks: Sequence[Sequence[Row]]) -> None:
-    lines = (f"{name:<15} {value:>12}  {more}".rstrip() for block in blocks for name, value, more in [*block, EMPTY])
+    lines = (
+        f"{name:<15} {value:>12}  {more}".rstrip() for block in blocks if block for name, value, more in [*block, EMPTY]
+    )
     print("\n".join(lines).rstrip())
 
 

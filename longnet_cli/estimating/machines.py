@@ -61,7 +61,7 @@ class Machine(StrictModel):
     name: str = ""
     device: Literal["cpu", "cuda"]
     dtype: Literal["fp32", "bf16"]
-    devices: int = Field(default=1, gt=0)
+    devices: int = Field(default=1, gt=0, le=1 << 16)
     node: int = Field(default=1, gt=0)
     measured: Rates = Rates()
     others: Rates = Rates()

@@ -27,7 +27,7 @@ HIDDEN = "exchange, hidden"  # a part of the time that other parts cover
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class JobPlan:
     """One way to share a job: `dp` groups of `sp` devices. Sizes are bytes of one device.
 
     `seconds` has the time by part: of one step of `seq_len` tokens per sequence, or of all documents. `forward` is the
@@ -48,6 +48,7 @@ class Plan:
     flops: float
     forward: float = 0.0
     what: str = "a step"  # that takes `seconds`
+    host: int = 0  # bytes of a node's memory
 
     @property
     def peak(self) -> int:
@@ -59,7 +60,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.room
+        return self.peak <= self.room and self.host <= self.machine.rate("host_memory")
 
     @property
     def step(self) -> float:
@@ -78,7 +79,7 @@ class Plan:
     @property
     def advice(self) -> str:
         if self.peak - self.memory.get("cache", 0) <= self.room:
-            return "keep what chunks remember on a disk (--spill DIR)"
+            return "keep what chunks remember, or hidden states, on a disk (--spill DIR)"
         return "take more devices or larger ones, shorter sequences or a smaller model"
 
     @property
@@ -93,7 +94,8 @@ class Plan:
             "machine": self.machine.name, "devices": self.machine.devices, "sp": self.sp, "dp": self.dp,
             "chunk": self.chunk, "shard": self.shard or None,
             "activation_checkpointing": self.again, "memory_bytes": self.memory, "peak_bytes": self.peak,
-            "room_bytes": self.room, "fits": self.fits, "seconds_by_part": self.seconds, "limit": self.limit,
+            "room_bytes": self.room, "host_bytes": self.host, "fits": self.fits,
+            "seconds_by_part": self.seconds, "limit": self.limit,
             "seconds_at_once": self.step, "forward_seconds": self.forward, "tokens_at_once": self.tokens,
             "seconds": self.total, "flops": self.flops, "rates": self.machine.known(),
         }  # fmt: skip
@@ -156,6 +158,6 @@ def meshes(devices: int, sp: int | None, dp: int | None) -> list[tuple[int, int]
     return found
 
 
-def ordered(plans: Sequence[Plan]) -> list[Plan]:
+def ordered(plans: Sequence[JobPlan]) -> list[JobPlan]:
     """Return the plans that fit, the fastest first, then the others, by their memory."""
     return sorted(plans, key=lambda plan: (not plan.fits, plan.total if plan.fits else plan.peak, plan.shard == "full"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longnet_cli.errors import ConfigError
 from longnet_cli.estimating.machines import Machine
-from longnet_cli.estimating.plan import HIDDEN, Plan, meshes, ordered, shared
+from longnet_cli.estimating.plan import HIDDEN, JobPlan, meshes, ordered, shared
 from longnet_cli.estimating.reading_job import Counted, Job
 from longnet_cli.model.net import Net
 from longnet_cli.runtime.ranks import Ranks
@@ -12,7 +12,7 @@ from longnet_cli.runtime.ranks import Ranks
 
 def plan_reading(
     net: Net, job: Job, counted: Counted, machine: Machine, *, sp: int | None, dp: int | None, dtype: str, spill: bool
-) -> list[Plan]:
+) -> list[JobPlan]:
     """Return plans for reading the `counted` documents on all devices, as `plan_training` orders them.
 
     The chunk is the one with which they were counted. Raises ConfigError for a dtype that the machine's rates are not
@@ -26,7 +26,7 @@ def plan_reading(
     return ordered([_plan(net, job, counted, machine, Ranks(0, machine.devices, each), spill) for each, _ in found])
 
 
-def _plan(net: Net, job: Job, counted: Counted, machine: Machine, ranks: Ranks, spill: bool) -> Plan:
+def _plan(net: Net, job: Job, counted: Counted, machine: Machine, ranks: Ranks, spill: bool) -> JobPlan:
     config, sums, rate = net.config, counted.sums, machine.rate
     chunk, longest, itemsize = sums.chunk, sums.longest, 2 if machine.dtype == "bf16" else 4
     cut = sums.in_chunks(chunk)
@@ -64,8 +64,10 @@ def _plan(net: Net, job: Job, counted: Counted, machine: Machine, ranks: Ranks, 
     }
     busy = sum(seconds.values()) - seconds[HIDDEN]
     seconds["waiting"] = max(0.0, busy * (longest / ranks.sp / (tokens or 1) - 1))  # for the longest document
-    return Plan(
+    on_host = traffic and machine.device == "cuda" and not spill
+    return JobPlan(
         machine=machine,
+        host=kept * min(machine.node, ranks.world) if on_host else 0,
         sp=ranks.sp,
         dp=ranks.dp,
         chunk=chunk,

@@ -8,7 +8,7 @@ import torch
 
 from longnet_cli.errors import ConfigError
 from longnet_cli.estimating.machines import Machine
-from longnet_cli.estimating.plan import HIDDEN, ROOM, Plan, meshes, ordered, shared
+from longnet_cli.estimating.plan import HIDDEN, ROOM, JobPlan, meshes, ordered, shared
 from longnet_cli.estimating.training_job import memory_by_kind, step_flops
 from longnet_cli.runtime.chunks import GPU_BENCH_CHUNK, SHORTEST_CHUNK
 from longnet_cli.runtime.ranks import Ranks
@@ -21,7 +21,7 @@ UPDATE_BYTES = 40  # per parameter: AdamW reads and writes weights and moments, 
 TENSORS = 20  # parameters of a layer: without FSDP, each has its own all-reduce
 
 
-def plan_training(recipe: Recipe, machine: Machine) -> list[Plan]:
+def plan_training(recipe: Recipe, machine: Machine) -> list[JobPlan]:
     """Return plans for training by a recipe on all devices, the fastest first; those that do not fit come last.
 
     What the recipe names of sp, dp, shard, chunk and activation_checkpointing stays. Of the rest, every choice is
@@ -72,13 +72,13 @@ def _memory(recipe: Recipe, machine: Machine, ranks: Ranks, far: int = 0) -> dic
     return {kind: size for kind, size in {**kinds, "far rows": far}.items() if size}
 
 
-def _plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> Plan:
+def _plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> JobPlan:
     train, config = recipe.train, recipe.model
     steps = {stage: _step(recipe, stage, machine, ranks) for stage in train.stages}
     stage = max(train.stages, key=lambda stage: stage.seq_len)
     seconds, forward, far = steps[stage]
     tokens = train.windows(stage) * stage.seq_len
-    return Plan(
+    return JobPlan(
         machine=machine,
         sp=ranks.sp,
         dp=ranks.dp,
