@@ -50,6 +50,7 @@ def test_the_passages_that_the_answer_chose(saved: bool, tmp_path: Path, monkeyp
     if saved:
         stream.save(tmp_path / "state")
         stream = CausalStream.load(net, tmp_path / "state")
+        stream.fork()(torch.from_numpy(ids[180:]).long()[None])  # which counts for itself alone
     watch = Sources(stream)
     steps = generate(net, Document("d", ids[180:], None, "d"), bos=None, tokenizer=WORDS, stream=stream, max_tokens=17)
     first = next(steps)
@@ -57,6 +58,10 @@ def test_the_passages_that_the_answer_chose(saved: bool, tmp_path: Path, monkeyp
     assert [first, *steps][-1].finish_reason == "length"
     found = watch.found(WORDS)
     assert [(round(each.share * 18), each.share_before) for each in found] == [(17, 0), (9, 0)]
+    counts = [cache.past.counts[0] for cache in stream.caches if cache.past and cache.past.counts is not None]
+    assert [x[1].item() for x in counts] == 2 * [
+        (216 - 64) // 4 + 1
+    ]  # groups from 64, where one block is left out, to 216
     assert [each[:2] for each in found] == [(64, 69), (48, 59)]  # bytes 96 to 104, and 72 to 88; a cut character is out
     assert all(each.text == text[each.start : each.end] for each in found)
 

@@ -126,6 +126,20 @@ def test_the_peak_is_that_of_a_real_run(
     assert_it_is_the_peak(settings, tmp_path, command_env)
 
 
+def test_gradients_of_old_keys_are_stated(tmp_path: Path) -> None:
+    """Of all tokens before the last chunk, in whole blocks: in memory, or in the file of --spill."""
+    model = MODEL | {"segment_lengths": (32,), "dilation_rates": (1,), "look_back": 1, "position": "rope"}
+    model |= {"chosen": 4, "chosen_block": 16, "chosen_every": 4}
+    train = {"chunk": 60, "stages": [{"seq_len": 256, "steps": 1}], "batch_tokens": 256}
+    kept = estimate_training(recipe(model, **train), CPU)
+    spilled = estimate_training(recipe(model, **train, spill=str(tmp_path)), CPU)
+    assert kept.memory["key_gradients"] == 2 * 4 * MODEL["dim"] * 240
+    assert spilled.memory["key_gradients"] == 0
+    moved = kept.memory["cache"] - spilled.memory["cache"] + kept.memory["key_gradients"]
+    assert spilled.spilled == moved > 2 * 4 * MODEL["dim"] * (256 + 240)
+    assert "key_gradients" not in estimate_training(recipe(MODEL, **train), CPU).memory
+
+
 @pytest.mark.slow
 def test_the_peak_of_the_papers_smallest_model(tmp_path: Path, command_env: dict[str, str]) -> None:
     """Weights, gradients, moments and a chunk of 512 tokens are 3.4 GiB, and the checkpoint at the end 3.6 more."""
