@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading
@@ -124,12 +124,14 @@ def encode(
     net = loaded.net
     from longnet_cli.encoding import EncodeOptions, Encoder
     from longnet_cli.notation import format_pattern
+    from longnet_cli.pooling import Pool
     from longnet_cli.row_jobs import write_rows
     from longnet_cli.runtime.ranks import leave
 
+    stored = named.folder.embedder
     options = EncodeOptions(
         bos=loaded.bos,
-        pool=pool or ("cls" if net.has_cls and span is None else "mean"),
+        pool=pool or cast("Pool", stored.pool if stored else "cls" if net.has_cls and span is None else "mean"),
         normalize=normalize,
         span=span,
         embedding_dtype=embedding_dtype,

@@ -82,7 +82,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     whole = not config.causal
     shortest = -(-max(stage.seq_len for stage in train.stages) // ranks.sp) if whole else SHORTEST_CHUNK
     fitting = fitting_chunk(partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest)
-    tokens = [stage.steps * train.windows(stage) * stage.seq_len for stage in train.stages]
+    tokens = [stage.steps * train.step_tokens(stage) for stage in train.stages]
     plain = [config.training_flops([stage.seq_len], train.predicted) / stage.seq_len for stage in train.stages]
     executed = [each + _computed_again(recipe, stage, ranks) for each, stage in zip(plain, train.stages, strict=True)]
     flops = sum(n * each for n, each in zip(tokens, executed, strict=True))
@@ -162,6 +162,8 @@ def logits_bytes(config: NetConfig, tokens: int) -> int:
 def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
     """Return the most tokens of a forward pass on one rank, as `gradients.backward` groups or cuts sequences."""
     chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.train.windows(stage) // ranks.dp)
+    if recipe.train.objective == "contrast":
+        rows *= 2
     if recipe.train.across_documents:
         rows = len(next(batches_by_length([stage.seq_len] * rows, chunk)))
     return -(-min(chunk, rows * stage.seq_len) // ranks.sp)  # documents of several windows may fill a chunk
@@ -170,13 +172,13 @@ def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
 def _computed_again(recipe: Recipe, stage: Stage, ranks: Ranks) -> float:
     """Return the FLOPs per token that are computed again for the backward pass.
 
-    These are the layers of all chunks but the last, all layers if `train.activation_checkpointing`, and the logits if
-    there are more than `LOGITS_LIMIT`.
+    These are the layers of all chunks but the last, all layers if `train.activation_checkpointing`, all layers for the
+    vectors of contrast, and the logits if there are more than `LOGITS_LIMIT`.
     """
     config, chunk = recipe.model, recipe.train.chunk * ranks.sp
     share = (-(-stage.seq_len // chunk) - 1) * chunk / stage.seq_len
     layers = config.layer_flops() + config.attention_flops(stage.seq_len) / stage.seq_len
-    again = share * layers + (layers if recipe.train.activation_checkpointing else 0)
+    again = (share + recipe.train.activation_checkpointing + (recipe.train.objective == "contrast")) * layers
     predicted = recipe.train.predicted
     if _tokens_at_once(recipe, stage, ranks) * predicted * config.vocab_size > LOGITS_LIMIT:
         again += predicted * config.vocabulary_flops()

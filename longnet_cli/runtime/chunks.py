@@ -53,6 +53,11 @@ class Tokens(Protocol):
     def __getitem__(self, index: tuple[int | slice, slice], /) -> Tensor: ...  # (n,), or (b, n) for a slice of rows
 
 
+# A loss that is a sum over tokens: takes the hidden states (B, n, dim) of a slice of them and the slice, returns the
+# sum, float64
+HiddenLoss = Callable[[Tensor, slice], Tensor]
+
+
 def chunk_of(named: int | None, default: int, earlier: int | None = None, ranks: Ranks | None = None) -> int:
     """Return the tokens of a chunk of any job, the same on all `ranks`.
 
@@ -277,7 +282,7 @@ def _on(device: torch.device, keys: FarKeys | Past) -> FarKeys | Past:
 def backward_in_chunks(
     model: Net,
     tokens: Tokens,
-    targets: Tokens,
+    targets: Tokens | HiddenLoss,
     chunk: int,
     *,
     scale: float = 1.0,
@@ -295,6 +300,8 @@ def backward_in_chunks(
     as in `runtime.device`. `allocate` makes the memory of far rows and of these sums, as torch.empty does. That memory
     may be on the host while the net is on a GPU (`runtime.mapped`).
 
+    Another loss, a `HiddenLoss`, can stand in for `targets`: then it takes the place of nll.
+
     The ranks of a `group` share every chunk; each rank adds and returns its part. `final` says that no other backward
     pass of the step follows, which sharded weights need to know (`runtime.fsdp`). `on_chunk` is called after each
     chunk, forward and backward.
@@ -306,6 +313,7 @@ def backward_in_chunks(
         )
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
+    loss = targets if callable(targets) else _next_tokens(model, targets)
     stream = CausalStream(model, group=group, keep=tokens.shape[1], allocate=allocate)
     edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
     chunks = [_Chunk(model, start, stop, group) for start, stop in pairwise(edges)]
@@ -325,11 +333,15 @@ def backward_in_chunks(
         part, (state, far) = chunks.pop(), tape.pop()
         set_random_state(state, device)
         final_backward(model, final and not chunks)
-        total += part.backward(tokens[:, part.mine], targets[:, part.mine], far, gradients, scale, dtype)
+        total += part.backward(tokens[:, part.mine], loss, far, gradients, scale, dtype)
         after = after or random_state(device)  # the state after the last chunk, as one forward pass leaves it
         on_chunk()
     set_random_state(after, device)
     return total
+
+
+def _next_tokens(model: Net, targets: Tokens) -> HiddenLoss:
+    return lambda hidden, mine: model.nll(hidden, targets[:, mine]).sum(dtype=torch.float64)
 
 
 class _Chunk:
@@ -346,13 +358,13 @@ class _Chunk:
     def backward(
         self,
         tokens: Tensor,
-        targets: Tensor,
+        loss: HiddenLoss,
         far: list[list[FarKeys]],
         gradients: FarGradients,
         scale: float,
         dtype: str,
     ) -> Tensor:
-        """Compute the chunk again with `far` as leaves, run its backward pass, and return its sum of nll."""
+        """Compute the chunk again with `far` as leaves, run its backward pass, and return its loss."""
         made: list[tuple[Tensor, Tensor]] = []  # keys and values, per layer
         leaves: list[list[FarKeys]] = []
 
@@ -364,8 +376,8 @@ class _Chunk:
 
         with precision(dtype, tokens.device):
             hidden = self.model(tokens, start=self.mine.start, far=provide)
-            nll = self.model.nll(hidden, targets).sum(dtype=torch.float64)
-        roots, grads = [nll], [torch.full_like(nll, scale)]
+            total = loss(hidden, self.mine)
+        roots, grads = [total], [torch.full_like(total, scale)]
         for layer, (k, v) in enumerate(made):
             found = gradients.of_shard(layer, self.start, self.stop, self.mine.start, k)
             if found is not None:
@@ -374,4 +386,4 @@ class _Chunk:
                         roots.append(made_here)
                         grads.append(gradient.to(made_here.dtype))
         torch.autograd.backward(roots, grads)
-        return nll.detach()
+        return total.detach()
