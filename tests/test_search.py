@@ -5,8 +5,13 @@ pytest tests/test_search.py
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -116,5 +121,61 @@ def test_nearest_answers_a_query(
     env = command_env | {"PATH": f"{longnet.parent}:{command_env['PATH']}"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[:2] == ["1.000  1, tokens 0 to 2", "       blue whale"]
+    assert done.stdout.splitlines()[:2] == ["1.000  1, tokens 0 to 6", "       blue whale"]
     assert pa.ipc.open_file(tmp_path / "v.arrow").schema.names[-3:] == ["char_start", "char_end", "text"]
+
+
+def write_archives(folder: Path) -> list[Path]:
+    """A wheel with six modules, and a Debian package with three manual pages, each with words of its own."""
+    folder.mkdir()
+    wheel, deb, tar = folder / "a.whl", folder / "b.deb", io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as packed:
+        for i in range(6):
+            words = " ".join(f"x = 'module{i} word{i * 50 + j % 40}'\n" for j in range(400)).replace(" x", "x")
+            packed.writestr(f"a/m{i}.py", f'"""The module of word{i * 50} and others."""\n{words}')
+    with tarfile.open(fileobj=tar, mode="w:xz") as packed:
+        for i in range(3):
+            page = f".TH P{i} 1\n.SH NAME\np{i} \\- the tool of word{i}\n.SH DESCRIPTION\n" + f"Of word{i}.\n" * 300
+            content = gzip.compress(page.encode())
+            member = tarfile.TarInfo(f"./usr/share/man/man1/p{i}.1.gz")
+            member.size = len(content)
+            packed.addfile(member, io.BytesIO(content))
+    data = b"!<arch>\n"
+    for name, content in (("debian-binary", b"2.0\n"), ("data.tar.xz", tar.getvalue())):
+        data += (
+            f"{name:<16}{0:<12}{0:<6}{0:<6}{644:<8}{len(content):<10}`\n".encode()
+            + content
+            + b"\n" * (len(content) % 2)
+        )
+    deb.write_bytes(data)
+    return [deb, wheel]
+
+
+def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> None:
+    env = command_env | {"PATH": f"{longnet.parent}:{command_env['PATH']}"}
+
+    def run(*args: str | Path) -> tuple[list[dict], str]:
+        command = [sys.executable, ROOT / "examples/retrieval.py", *args]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+    archives = write_archives(tmp_path / "archives")
+    said = run("make", "bench", *archives)[1]
+    assert [line.split(" pairs")[0] for line in said.splitlines()] == ["man: 3", "py-S: 6", "pydoc: 6"]
+    assert run("make", "again", *reversed(archives))[1] == said
+    pairs = [json.loads(line) for line in (tmp_path / "bench/pairs.jsonl").read_text().splitlines()]
+    pages = {pair["first"]: pair["second"] for pair in pairs if pair["task"] == "man"}
+    assert pages["the tool of word1"].startswith("\nDESCRIPTION\nOf word1.\n")
+    modules = [pair for pair in pairs if pair["task"] == "pydoc"]
+    assert all(pair["first"].startswith("The module") and "The module" not in pair["second"] for pair in modules)
+    found, _ = run("words", "bench", "--read", "32,all")
+    assert len(found) == 2 * 3 * 3
+    assert all(row["recall_1"] == 1 for row in found if row["read"] is None and row["method"] != "256 counts")
+    assert all(row["recall_1"] < 1 for row in found if row["read"] == 32 and row["task"] == "py-S")
+    tiny_model(tmp_path / "model")
+    found, _ = run("vectors", "bench", "--model", "./model", "--read", "16", "--tasks", "man,pydoc")
+    assert [(row["task"], row["centred"], row["n"]) for row in found] == [
+        *(("man", False, 3), ("man", True, 3)),
+        *(("pydoc", False, 6), ("pydoc", True, 6)),
+    ]
