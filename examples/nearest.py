@@ -2,42 +2,98 @@
 
     longnet encode FILES -o vectors.arrow && python examples/nearest.py vectors.arrow
     longnet encode FILES -o - | python examples/nearest.py -
+    python examples/nearest.py vectors.arrow --query "read a file in chunks" --top 5
 
-Prints, for each document, the two that are nearest to it.
+Prints, for each vector, the two that are nearest to it. With --query, prints the vectors nearest to that text, which
+the same model encodes, and the text that they stand for: of text files, or of a column that --keep carried along
+(--text NAME). The mean of all vectors is subtracted, unless the model was trained by contrast, where it has no use.
 """
 
 from __future__ import annotations
 
+import argparse
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+SHOWN = 300  # characters of a hit
+
+
+def read_table(source: str) -> pa.Table:
+    """Return the rows of an Arrow IPC file or (`-`) of a stream on stdin."""
+    if source == "-":
+        return pa.ipc.open_stream(sys.stdin.buffer).read_all()
+    return pa.ipc.open_file(pa.memory_map(source)).read_all()
+
+
+def vectors_of(table: pa.Table) -> np.ndarray:
+    """Return the vectors (rows, dim) of a table, in float32."""
+    column = table["embedding"].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).astype(np.float32)
+
 
 def read_vectors(source: str) -> tuple[list[str], np.ndarray]:
-    """Return names, and vectors (documents, dim) in float32, of an Arrow IPC file or (`-`) of a stream on stdin."""
-    if source == "-":
-        table = pa.ipc.open_stream(sys.stdin.buffer).read_all()
-    else:
-        table = pa.ipc.open_file(pa.memory_map(source)).read_all()
-    column = table["embedding"].combine_chunks()
-    vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).astype(np.float32)
-    return table["doc_id"].to_pylist(), vectors
+    """Return names, and vectors (rows, dim) in float32."""
+    table = read_table(source)
+    return table["doc_id"].to_pylist(), vectors_of(table)
 
 
-def cosines(vectors: np.ndarray) -> np.ndarray:
+def scaled(vectors: np.ndarray, mean: np.ndarray | float) -> np.ndarray:
+    """Return vectors without `mean`, of length 1."""
+    vectors = vectors - mean
+    return vectors / (np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-12)
+
+
+def cosines(vectors: np.ndarray, mean: np.ndarray | float | None = None) -> np.ndarray:
     """Return the cosine of each pair of documents, (documents, documents); -2 for a document and itself."""
-    # Vectors of one model share a large common part: without it, documents differ more.
-    vectors = vectors - vectors.mean(0)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-12
+    # Vectors of a net that predicts tokens share a large common part: without it, documents differ more.
+    vectors = scaled(vectors, vectors.mean(0) if mean is None else mean)
     cosine = vectors @ vectors.T
     np.fill_diagonal(cosine, -2)
     return cosine
 
 
-def main(source: str) -> None:
-    names, vectors = read_vectors(source)
-    cosine = cosines(vectors)
+def encode_query(query: str, facts: dict[bytes, bytes], dims: int) -> np.ndarray:
+    """Return the vector (1, dims) of a text, by the model that the facts of a table name."""
+    command = ["longnet", "encode", "-", "--quiet", "--dims", str(dims), "--model", facts[b"longnet.model"].decode()]
+    prompt = facts.get(b"longnet.query_prompt", b"").decode()
+    command += ["--pool", facts[b"longnet.pooling"].decode(), "--prefix", prompt or "none"]
+    if b"longnet.pattern" in facts:
+        command += ["--pattern", facts[b"longnet.pattern"].decode()]
+    done = subprocess.run(command, input=query.encode(), stdout=subprocess.PIPE, check=True)
+    return vectors_of(pa.ipc.open_stream(done.stdout).read_all())
+
+
+def text_of(row: dict, column: str | None) -> str:
+    """Return the start of the text of a row; empty where it is not known."""
+    if column is None and not Path(row["doc_id"]).is_file():
+        return ""
+    text = row[column] if column else Path(row["doc_id"]).read_bytes().decode()
+    return " ".join(text[row.get("char_start") or 0 : row.get("char_end")][:SHOWN].split())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Rank documents by their vectors.")
+    parser.add_argument("vectors", help="a file that `longnet encode` wrote, or - for a stream on stdin")
+    parser.add_argument("--query", help="find what is nearest to this text")
+    parser.add_argument("--top", type=int, default=3, help="so many hits")
+    parser.add_argument("--text", metavar="NAME", help="the column with the texts")
+    args = parser.parse_args()
+    table = read_table(args.vectors)
+    vectors, facts, names = vectors_of(table), table.schema.metadata or {}, table["doc_id"].to_pylist()
+    mean = 0.0 if b"longnet.query_prompt" in facts else vectors.mean(0)  # trained by contrast, or not
+    if args.query is not None:
+        query = scaled(encode_query(args.query, facts, vectors.shape[1]), mean)[0]
+        found = scaled(vectors, mean) @ query
+        for place in np.argsort(-found)[: args.top].tolist():
+            row = table.slice(place, 1).to_pylist()[0]
+            print(f"{found[place]:.3f}  {names[place]}, tokens {row['start']} to {row['end']}")
+            print(f"       {text_of(row, args.text)}")
+        return
+    cosine = cosines(vectors, mean)
     width = max(map(len, names))
     for row, name in enumerate(names):
         best = np.argsort(-cosine[row])[:2]
@@ -45,4 +101,4 @@ def main(source: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

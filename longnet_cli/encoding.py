@@ -19,11 +19,12 @@ from torch import Tensor
 from longnet_cli.data.documents import Document
 from longnet_cli.data.kept import kept_columns, row_schema
 from longnet_cli.data.left_out import OnSkip
+from longnet_cli.data.places import PLACE_FIELDS, TextPlaces
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.errors import ConfigError, NotFiniteError
 from longnet_cli.model import LongNet
 from longnet_cli.model.net import Net
-from longnet_cli.model.sequence import Bos, InputSequence
+from longnet_cli.model.sequence import Bos, InputSequence, bos_ids
 from longnet_cli.pooling import ClsPooling, Pool, Pooling, Row
 from longnet_cli.row_jobs import RowJob
 from longnet_cli.runtime.layers import LayerStates
@@ -44,7 +45,10 @@ class EncodeOptions:
     With `span`, a document has a row for every `span` tokens.
     `all_layers` adds the column `layers`: such a vector of the first layer's input, and of each layer's output.
     `tile_size` is the side of a tile in the pixels of its coordinates. It overrides the document's and model's values.
-    `model_name`, `tokenizer_sha256` and `pattern` (a text of `longnet_cli.notation`) go into the schema's metadata.
+    The ids `prefix` are read after `bos`, and pooled with the document's first span. `dims` numbers of a vector are
+    kept, before it is scaled.
+    `model_name`, `tokenizer_sha256`, `pattern` (a text of `longnet_cli.notation`) and `query_prompt`, of a model that
+    was trained by contrast, go into the schema's metadata.
     """
 
     bos: Bos = None
@@ -54,6 +58,9 @@ class EncodeOptions:
     embedding_dtype: EmbeddingDtype = "float32"
     all_layers: bool | None = None  # not False: folders started without it keep their settings
     tile_size: int | None = None
+    prefix: list[int] | None = None
+    dims: int | None = None
+    query_prompt: str | None = None
     model_name: str | None = None
     tokenizer_sha256: str | None = None
     pattern: str | None = None
@@ -70,6 +77,12 @@ class EncodeOptions:
         """Raise ConfigError for options that `net` does not support."""
         if self.pool == "cls" and not net.has_cls:
             raise ConfigError("this model has no CLS: take the mean (--pool mean), or the first or last vector")
+        if self.prefix and not net.config.causal:
+            raise ConfigError("a bidirectional model reads nothing before a document: leave out --prefix")
+        if self.dims is not None and not 1 <= self.dims <= net.config.dim:
+            raise ConfigError(
+                f"a vector of this model has {net.config.dim} numbers: --dims {self.dims} is not among them"
+            )
         if self.tile_size and not net.has_grid:
             raise ConfigError("this model has no grid of tiles: leave out --tile-size")
         if self.all_layers and not net.layer_by_layer:
@@ -77,7 +90,8 @@ class EncodeOptions:
 
     def sequence(self, net: Net, document: Document) -> InputSequence[Document]:
         """Return a document as `net` reads it. Raises as `Net.sequence`, and TooLongError for too many tokens."""
-        return net.sequence(document, self.bos, self.tile_size).check("encode it in shorter documents")
+        before = (*bos_ids(self.bos), *(self.prefix or ()))
+        return net.sequence(document, before, self.tile_size).check("encode it in shorter documents")
 
     def schema(self, net: Net, model_sha256: str, kept_fields: Sequence[pa.Field] = ()) -> pa.Schema:
         """Return the schema of embeddings from `net`, which has this digest, and of the columns `kept_fields`.
@@ -89,11 +103,14 @@ class EncodeOptions:
             "longnet.model": self.model_name,
             "longnet.model_sha256": model_sha256,
             "longnet.pooling": self.pool,
+            "longnet.query_prompt": self.query_prompt,
             "longnet.normalized": "true" if self.normalize else "false",
             "longnet.tokenizer_sha256": self.tokenizer_sha256,
             "longnet.pattern": self.pattern,
         }
-        vector = pa.list_(pa.float32() if self.embedding_dtype == "float32" else pa.float16(), net.config.dim)
+        vector = pa.list_(
+            pa.float32() if self.embedding_dtype == "float32" else pa.float16(), self.dims or net.config.dim
+        )
         fields = [
             pa.field("doc_id", pa.string()),
             pa.field("span", pa.int32()),
@@ -160,6 +177,8 @@ class Encoder(RowJob):
         options.check(reader.model)
         super().__init__(reader, options, kept_fields)
         self.schema = options.schema(reader.model, self.digest, kept_fields)
+        self.carried = [field for field in kept_fields if field not in PLACE_FIELDS]
+        self.places: TextPlaces | None = None  # in the document of the last row
 
     def sequence(self, document: Document) -> InputSequence[Document]:
         return self.options.sequence(self.reader.model, document)
@@ -170,7 +189,7 @@ class Encoder(RowJob):
     def batches(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         head = torch.inference_mode()(self.reader.model.head)
         for rows in filter(None, self._rows(sequences)):
-            yield _record_batch(self.schema, rows, head, self.options.normalize, self.kept_fields)
+            yield self._record_batch(rows, head)
 
     def _rows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[list[Row]]:
         windows = map(self._window, sequences)
@@ -195,8 +214,9 @@ class Encoder(RowJob):
 
     def _window(self, sequence: InputSequence[Document]) -> _PooledWindow:
         whole = self.options.pool == "cls"
-        pooling = (ClsPooling if whole else Pooling)(sequence.document, self.options.pool, self.options.span)
-        return _PooledWindow(sequence, 0, len(sequence), 0 if whole else sequence.first, pooling)
+        before = len(self.options.prefix or ())
+        pooling = (ClsPooling if whole else Pooling)(sequence.document, self.options.pool, self.options.span, before)
+        return _PooledWindow(sequence, 0, len(sequence), 0 if whole else sequence.first - before, pooling)
 
     def _hidden(self, piece: Piece[_PooledWindow]) -> Tensor:
         """Return the hidden states of a piece, or zeros that take no memory for a piece of another rank."""
@@ -212,29 +232,33 @@ class Encoder(RowJob):
         self.reader.ranks.sum(vectors, *(row.layers for row in rows if row.layers is not None))
         return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]
 
+    def _record_batch(self, rows: Sequence[Row], head: Callable[[Tensor], Tensor]) -> pa.RecordBatch:
+        schema, options = self.schema, self.options
+        found = [torch.stack([row.vector for row in rows])]  # (rows, dim)
+        if rows[0].layers is not None:
+            found.append(torch.stack([cast(Tensor, row.layers) for row in rows]))  # (rows, num_layers + 1, dim)
+        vectors = [head(each)[..., : options.dims] for each in found]
+        arrays = [_array(schema.field("embedding").type, rows, each, options.normalize) for each in vectors]
+        if rows[0].layers is not None:
+            arrays[1] = pa.FixedSizeListArray.from_arrays(arrays[1], schema.field("layers").type.list_size)
+        columns = [
+            pa.array([row.document.doc_id for row in rows], pa.string()),
+            pa.array([row.span for row in rows], pa.int32()),
+            pa.array([row.start for row in rows], pa.int64()),
+            pa.array([row.end for row in rows], pa.int64()),
+            pa.array([row.end - row.start for row in rows], pa.int64()),
+        ]
+        kept = kept_columns([row.document for row in rows], self.carried)
+        if len(self.carried) < len(self.kept_fields):
+            places = zip(*map(self._place, rows), strict=True)
+            kept = [pa.array(each, pa.int64()) for each in places] + kept
+        return pa.record_batch([*columns, *arrays, *kept], schema=schema)
 
-def _record_batch(
-    schema: pa.Schema,
-    rows: Sequence[Row],
-    head: Callable[[Tensor], Tensor],
-    normalize: bool,
-    kept_fields: Sequence[pa.Field],
-) -> pa.RecordBatch:
-    found = [torch.stack([row.vector for row in rows])]  # (rows, dim)
-    if rows[0].layers is not None:
-        found.append(torch.stack([cast(Tensor, row.layers) for row in rows]))  # (rows, num_layers + 1, dim)
-    arrays = [_array(schema.field("embedding").type, rows, head(vectors), normalize) for vectors in found]
-    if rows[0].layers is not None:
-        arrays[1] = pa.FixedSizeListArray.from_arrays(arrays[1], schema.field("layers").type.list_size)
-    columns = [
-        pa.array([row.document.doc_id for row in rows], pa.string()),
-        pa.array([row.span for row in rows], pa.int32()),
-        pa.array([row.start for row in rows], pa.int64()),
-        pa.array([row.end for row in rows], pa.int64()),
-        pa.array([row.end - row.start for row in rows], pa.int64()),
-    ]
-    kept = kept_columns([row.document for row in rows], kept_fields)
-    return pa.record_batch([*columns, *arrays, *kept], schema=schema)
+    def _place(self, row: Row) -> tuple[int | None, int | None]:
+        """Return where a row's span is in the text of its document. The rows of a document come in order."""
+        if self.places is None or self.places.document is not row.document:
+            self.places = TextPlaces(row.document)
+        return self.places.of(row.start, row.end)
 
 
 def _array(kind: pa.DataType, rows: Sequence[Row], vectors: Tensor, normalize: bool) -> pa.Array:

@@ -26,6 +26,8 @@ from longnet_cli.shipped import (
     GENERATION,
     MODEL_TYPE,
     OLDER_TYPE,
+    POOL_KEY,
+    PROMPTS,
     SHARDED,
     TOKENIZER,
     TOKENIZER_SHA256,
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from longnet_cli.integrations.transformers_config import TransformersConfig
     from longnet_cli.integrations.transformers_net import TransformersNet
     from longnet_cli.model import LongNetConfig
-    from longnet_cli.model.net import Net
+    from longnet_cli.model.net import Embedder, Net
 
 PICKLED = "pytorch_model*.bin*"
 NO_BOS = "none"  # the value of --bos
@@ -100,6 +102,20 @@ class ModelFolder:
     @cached_property
     def _tokenizer_settings(self) -> dict[str, Any]:
         return _table(self.path / SETTINGS)
+
+    @property
+    def embedder(self) -> Embedder | None:
+        """The way in which the net was trained to make vectors; None if it was not. Raises ConfigError."""
+        from longnet_cli.model.net import Embedder
+
+        pool = self.config.get(POOL_KEY)
+        if pool is None:
+            return None
+        if pool not in ("mean", "last"):
+            raise ConfigError(f"{self.path / CONFIG}: {POOL_KEY} must be mean or last, not {pool!r}")
+        found = _table(self.path / PROMPTS).get("prompts")
+        prompts = found if isinstance(found, dict) else {}
+        return Embedder(pool, str(prompts.get("query", "")), str(prompts.get("document", "")))
 
     @cached_property
     def of_transformers(self) -> bool:

@@ -27,19 +27,22 @@ class Row:
 
 
 class Pooling:
-    """The pooling of one document: takes hidden states in order, in pieces of any size; yields the finished rows."""
+    """The pooling of one document: takes hidden states in order, in pieces of any size; yields the finished rows.
 
-    def __init__(self, document: Document, pool: Pool, span: int | None) -> None:
+    The first span also has the hidden states of `before` tokens that stand before the document.
+    """
+
+    def __init__(self, document: Document, pool: Pool, span: int | None, before: int = 0) -> None:
         self.document, self.pool = document, pool
         self.length = span or len(document)
-        self.position = 0
+        self.position, self.first = -before, -before  # the next token; the first one of the open span
         self.layers: Callable[[], Tensor | None] = lambda: None
         self.state: Tensor | None = None  # of the open span: the sum so far (float64), or the first or last state
 
     def add(self, hidden: Tensor) -> Iterator[Row]:
         """Take the next hidden states (n, dim). A span ends every `span` tokens and with the document."""
         while len(hidden):
-            index = self.position // self.length
+            index = max(0, self.position) // self.length
             start, end = index * self.length, min((index + 1) * self.length, len(self.document))
             part, hidden = hidden[: end - self.position], hidden[end - self.position :]
             self.position += len(part)
@@ -49,9 +52,9 @@ class Pooling:
             elif self.pool == "last" or self.state is None:
                 self.state = part[-1 if self.pool == "last" else 0]
             if self.position == end:
-                vector = self.state / (end - start) if self.pool == "mean" else self.state
+                vector = self.state / (end - self.first) if self.pool == "mean" else self.state
                 yield Row(self.document, index, start, end, vector.float(), self.layers())
-                self.state = None
+                self.state, self.first = None, end
 
 
 class ClsPooling(Pooling):

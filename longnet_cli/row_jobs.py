@@ -142,6 +142,7 @@ def write_rows(
     resume: bool = False,
     left_out: LeftOut | None = None,
     telling: Callable[[Iterator[Document]], Iterator[Document]] = iter,
+    of_text: Sequence[pa.Field] = (),
     ranks: Ranks | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
@@ -160,7 +161,8 @@ def write_rows(
     default depends on the free memory. A resumed run leaves out again what the earlier run left out. The manifest has
     the counts of `left_out`, and the digests of the inputs: those of finished shards must be the same in a resumed run.
 
-    `telling` gets the documents, and yields them: it may say something of each one before it is read.
+    `telling` gets the documents, and yields them: it may say something of each one before it is read. The columns
+    `of_text` are added to the job's `kept_fields` if the input is text.
 
     Raises ConfigError for invalid options and for a folder that is in use, DataError for no document or a damaged
     shard, LongNetError when a write fails. After an error there is no output file, and a folder keeps its finished
@@ -176,8 +178,8 @@ def write_rows(
     inputs = replace(inputs, opened=opened)
     kept: Sequence[pa.Field] = ()
     documents: Iterator[Document] = inputs.documents()
-    if inputs.keep:  # first_kept waits for the first document
-        kept, documents = first_kept(documents)
+    if inputs.keep or of_text:  # first_kept waits for the first document
+        kept, documents = first_kept(documents, of_text)
     documents = telling(documents)
     stored = inputs.stored() if model.config.max_tokens is not None else ()
     job = make_job(share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **reading), kept_fields=kept)

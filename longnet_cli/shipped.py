@@ -13,6 +13,8 @@ SHARDED = "model.safetensors.index.json"  # what transformers writes beside the 
 GENERATION = "generation_config.json"
 # files that may stand beside a tokenizer.json: they tell a library how to build the tokenizer and write a chat
 BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+# sentence-transformers' file for prompts; the key of config.json for the pooling of a net that was trained by contrast
+PROMPTS, POOL_KEY = "config_sentence_transformers.json", "embedding_pool"
 END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
 # `model_type` in config.json of a LongNet: the error of a library that does not know it shows nothing else of a folder
 MODEL_TYPE = "longnet: import longnet_cli.integrations.transformers"

@@ -23,6 +23,7 @@ from longnet_cli.cli.app import app
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.shipped import list_models, preset_dir
 from longnet_cli.training.recipe import (
+    ContrastRecipe,
     DataRecipe,
     LoraRecipe,
     OptimizerRecipe,
@@ -135,7 +136,16 @@ def test_toml_block() -> None:
 
 def test_every_key_of_a_recipe_is_explained() -> None:
     page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
-    tables = (DataRecipe, OptimizerRecipe, ScheduleRecipe, TrainRecipe, ParallelRecipe, LoraRecipe, LongNetConfig)
+    tables = (
+        DataRecipe,
+        OptimizerRecipe,
+        ScheduleRecipe,
+        TrainRecipe,
+        ParallelRecipe,
+        LoraRecipe,
+        ContrastRecipe,
+        LongNetConfig,
+    )
     for table in tables:
         for key in table.model_fields:
             assert re.search(rf"`(lora\.)?{key}`", page), f"{table.__name__}.{key}"

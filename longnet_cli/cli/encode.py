@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_on, check_sample, estimate_reading
@@ -13,9 +13,11 @@ from longnet_cli.cli.output import tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.spilling import check_spill, say_state
 from longnet_cli.cli.writing import check_output, count_left_out, end
+from longnet_cli.errors import ConfigError
 from longnet_cli.sizes import format_count
 
 VECTORS = "Vectors"
+NO_PREFIX = "none"
 
 
 def encode(
@@ -38,8 +40,22 @@ def encode(
             "--pool",
             "mean|last|first|cls",
             "Take the mean over the tokens, the last or first token's vector, or a slide encoder's CLS (its default).",
-            "mean",
+            "the model's, otherwise mean",
         ),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        option(
+            VECTORS,
+            "--prefix",
+            "TEXT|none",
+            "Read this before each document, as a part of it.",
+            "the model's prompt for documents",
+        ),
+    ] = None,
+    dims: Annotated[
+        int | None,
+        size_option(VECTORS, "--dims", "Keep the first N numbers of each vector.", "all", metavar="N"),
     ] = None,
     span: Annotated[
         int | None,
@@ -107,7 +123,8 @@ def encode(
 
     A slide encoder, or a model without a vocabulary, reads documents of vectors: a column features, embedding or
     embeddings in Arrow, Parquet or HDF5 files (HDF5 needs the extra `h5`).
-    The columns are doc_id, span, start, end, n_tokens and embedding. Rows come in input order.
+    The columns are doc_id, span, start, end, n_tokens and embedding; for text also char_start and char_end, the place
+    of a vector's tokens in it. Rows come in input order.
     """
     check_sample(sample, dry_run)
     check_on(on, dry_run)
@@ -125,19 +142,31 @@ def encode(
     )  # fmt: skip
     loaded, data, ranks, room, quiet = opened
     net = loaded.net
+    from longnet_cli.data.places import PLACE_FIELDS
     from longnet_cli.encoding import EncodeOptions, Encoder
     from longnet_cli.notation import format_pattern
+    from longnet_cli.pooling import Pool
     from longnet_cli.row_jobs import write_rows
     from longnet_cli.runtime.ranks import leave
 
+    stored = named.folder.embedder
+    if prefix is None:
+        prefix = stored.document if stored else ""
+    elif prefix == NO_PREFIX:
+        prefix = ""
+    elif loaded.tokenizer is None:
+        raise ConfigError(f"{named.folder.name} has no tokenizer, which --prefix needs: give --tokenizer")
     options = EncodeOptions(
         bos=loaded.bos,
-        pool=pool or ("cls" if net.has_cls and span is None else "mean"),
+        pool=pool or cast("Pool", stored.pool if stored else "cls" if net.has_cls and span is None else "mean"),
         normalize=normalize,
         span=span,
         embedding_dtype=embedding_dtype,
         all_layers=all_layers or None,
         tile_size=tile_size,
+        prefix=loaded.tokenizer.encode(prefix).tolist() if prefix and loaded.tokenizer else None,
+        dims=dims,
+        query_prompt=stored.query if stored else None,
         model_name=loaded.origin,
         tokenizer_sha256=loaded.tokenizer_sha256,
         pattern=format_pattern(net.config.pattern),
@@ -163,6 +192,7 @@ def encode(
             shard_format=shard_format,
             resume=resume,
             left_out=left_out,
+            of_text=PLACE_FIELDS,
             telling=partial(say_state, stored=known, net=net, **running, quiet=quiet),
             ranks=ranks,
             on_progress=advance,

@@ -240,9 +240,11 @@ def train(
                 print_note("stopped before a step: nothing new is saved, and the same command starts again")
             raise
     leave()
-    loss = f", loss {result.loss:.4f} nats per token" if result.loss == result.loss else ""
+    contrast = found.train.objective == "contrast"
+    unit = "text" if contrast else "token"
+    loss = f", loss {result.loss:.4f} nats per {unit}" if result.loss == result.loss else ""
     print_note(f"saved {result.output} after {result.steps:,} steps{loss}")
-    use = "score it: longnet score --ppl" if found.model.causal else "use it: longnet encode"
+    use = "score it: longnet score --ppl" if found.model.causal and not contrast else "use it: longnet encode"
     print_note(f"{use} --model {_path(output)} FILE")
 
 
@@ -260,6 +262,8 @@ def describe(line: Metrics) -> dict[str, str]:
         fields["mfu"] = f"{100 * line.mfu:.0f}%"
     if line.held_out_loss is not None:
         fields["held-out"] = f"{line.held_out_loss:.4f}"
+    if line.held_out_mrr is not None:
+        fields["mrr"] = f"{line.held_out_mrr:.3f}"
     return fields
 
 

@@ -308,4 +308,4 @@ def _encode(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> Docum
             yield Part(ids)
 
     found = collect(parts()) or [Part(np.empty(0, np.int32))]
-    return Document(text.doc_id, found, n_bytes, text.where, limit=limit, kept=text.kept)
+    return Document(text.doc_id, found, n_bytes, text.where, limit=limit, kept=text.kept, tokenizer=tokenizer)

@@ -28,8 +28,13 @@ class Sent(NamedTuple):
         return self.value
 
 
-def first_kept(documents: Iterable[Document]) -> tuple[list[pa.Field], Iterator[Document]]:
-    """Return the columns that the first readable document carries along, and all documents."""
+def first_kept(
+    documents: Iterable[Document], of_text: Sequence[pa.Field] = ()
+) -> tuple[list[pa.Field], Iterator[Document]]:
+    """Return the columns that the first readable document carries along, and all documents.
+
+    If that document was made from text, the columns `of_text` come first.
+    """
     found: list[Document] = []
     remaining = iter(documents)
     for document in remaining:
@@ -37,7 +42,8 @@ def first_kept(documents: Iterable[Document]) -> tuple[list[pa.Field], Iterator[
         if not isinstance(document, Unread):
             break
     kept = found[-1].kept if found else {}
-    return [pa.field(name, value.type) for name, value in kept.items()], chain(found, remaining)
+    fields = list(of_text) if found and getattr(found[-1], "tokenizer", None) else []
+    return fields + [pa.field(name, value.type) for name, value in kept.items()], chain(found, remaining)
 
 
 def row_schema(fields: Sequence[pa.Field], kept: Sequence[pa.Field], known: Mapping[str, str | None]) -> pa.Schema:

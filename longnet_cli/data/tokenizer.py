@@ -285,11 +285,16 @@ class Tokenizer:
         if (self._description.get("decoder") or {}).get("type") != "ByteLevel":
             return None
         lengths = np.zeros(self.vocab_size, np.int64)
-        for token, index in self._vocab.items():
-            lengths[index] = len(token)  # in the byte alphabet a character is a byte
-        for added in self._description["added_tokens"]:  # these are written as text
-            lengths[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+        for index, data in self.bytes_of_tokens():
+            lengths[index] = len(data)
         return lengths
+
+    def bytes_of_tokens(self) -> Iterator[tuple[int, list[int]]]:
+        """Yield (id, UTF-8 bytes) of each id of a byte-level tokenizer; added tokens last, special ones without any."""
+        for token, index in self._vocab.items():
+            yield index, [BYTE_OF.get(character, 0) for character in token]
+        for added in self._description["added_tokens"]:  # these are written as text
+            yield added["id"], [] if added["special"] else [*added["content"].encode()]
 
     def n_bytes(self, ids: np.ndarray) -> int | None:
         """Return the number of UTF-8 bytes of (tokens,) ids; None if the tokenizer is not byte-level or lacks an id."""

@@ -150,7 +150,7 @@ class _Epoch:
         self.block = max(1, BLOCK_TOKENS // seq_len)
         bits = self._bits()
         self.phase = int(bits.random_raw()) % (rest + 1)
-        self.blocks = _shuffled(bits, -(-self.windows // self.block))
+        self.blocks = shuffled(bits, -(-self.windows // self.block))
         last = np.flatnonzero(self.blocks == len(self.blocks) - 1)[0]
         sizes = np.full(len(self.blocks), self.block)
         sizes[last] = self.windows - self.block * (len(self.blocks) - 1)
@@ -162,7 +162,7 @@ class _Epoch:
         pool, place = divmod(position, self.block * POOL_BLOCKS)
         if pool != self._pool:
             first = position - place
-            members = _shuffled(self._bits(pool), min(self.block * POOL_BLOCKS, self.windows - first))
+            members = shuffled(self._bits(pool), min(self.block * POOL_BLOCKS, self.windows - first))
             self._pool, self._members = pool, first + members
         visited = int(self._members[place])
         index = int(self.ends.searchsorted(visited, side="right"))
@@ -174,7 +174,7 @@ class _Epoch:
         return np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(*spawn_key, *more)))
 
 
-def _shuffled(bits: np.random.PCG64, count: int) -> np.ndarray:
+def shuffled(bits: np.random.PCG64, count: int) -> np.ndarray:
     """Return 0 .. count - 1 in a random order, (count,) int64."""
     # Bit generators are stable over numpy versions, Generator.permutation is not: a resumed run must not differ.
     return np.argsort(bits.random_raw(count), kind="stable").astype(np.int64)
@@ -221,13 +221,9 @@ class TokenWindows:
             raise ConfigError(f"the rank must be 0 .. {world - 1} (world - 1), not {rank}")
         if len(weights) != len(sources):
             raise ConfigError(f"a mix needs a weight for each source: {len(weights)} weights, {len(sources)} sources")
-        for index, stream in enumerate(sources):
-            if len(stream) < seq_len + 1:
-                name = "the data" if len(sources) == 1 else f"source {index} of the mix"
-                raise DataError(
-                    f"{name} has {len(stream)} tokens, fewer than one window of {seq_len + 1} (seq_len + 1)"
-                )
         self.sources, self.seq_len, self.rows, self.rank, self.world = sources, seq_len, rows, rank, world
+        for index, stream in enumerate(sources):
+            self._check(stream, "the data" if len(sources) == 1 else f"source {index} of the mix")
         self.mix = Mix(weights)
         self.identity = {
             "version": STATE_VERSION,
@@ -244,13 +240,14 @@ class TokenWindows:
         """Yield (batch, state) forever: (rows, seq_len + 1) ids, and the state that resumes after the batch."""
         step = self.step
         while True:
-            starts = []
             numbers = range(step + self.rank, step + self.rows * self.world, self.world)
-            for n in numbers:
-                source, _, start = self.locate(n)
-                starts.append((self.sources[source], start))
             step += self.rows * self.world
-            yield Batch(starts, self.seq_len + 1, numbers), self.state(step)
+            yield self.batch(numbers), self.state(step)
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Return these windows of the run."""
+        places = [self.locate(n) for n in numbers]
+        return Batch([(self.sources[source], start) for source, _, start in places], self.seq_len + 1, numbers)
 
     def locate(self, n: int) -> tuple[int, int, int]:
         """Return (source, epoch, start in the source's stream) of window n of the run. Fast unless n goes back far."""
@@ -277,6 +274,12 @@ class TokenWindows:
             stream = self.sources[source]
             found[stream.documents[stream.locate(start)].where] = None
         return list(found)
+
+    def _check(self, stream: TokenStream, name: str) -> None:
+        if len(stream) < self.seq_len + 1:
+            raise DataError(
+                f"{name} has {len(stream)} tokens, fewer than one window of {self.seq_len + 1} (seq_len + 1)"
+            )
 
     def _epoch(self, source: int, epoch: int) -> _Epoch:
         return _Epoch((self.seed, source, epoch), len(self.sources[source]), self.seq_len)

@@ -29,7 +29,7 @@ from longnet_cli.estimating.estimate import Estimate
 from longnet_cli.estimating.probe import FIRST_TOKENS, Probe
 from longnet_cli.estimating.sampling import Sample
 from longnet_cli.model.net import Net
-from longnet_cli.model.sequence import InputSequence
+from longnet_cli.model.sequence import InputSequence, bos_ids
 from longnet_cli.runtime.chunks import chunk_of, default_chunk, fitting_chunk
 from longnet_cli.runtime.device import free_memory, peak_memory, resident_memory, resolve_dtype
 from longnet_cli.runtime.portions import portions
@@ -73,7 +73,7 @@ class EncodeJob:
     def __init__(self, net: Net, options: EncodeOptions) -> None:
         options.check(net)
         self.net, self.options, self.alone = net, options, bool(options.all_layers)
-        self.first = len(net.start_rows(options.bos))
+        self.first = len(net.start_rows((*bos_ids(options.bos), *(options.prefix or ()))))
 
     def sequence(self, document: Document) -> InputSequence[Document]:
         return self.options.sequence(self.net, document)

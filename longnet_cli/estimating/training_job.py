@@ -83,7 +83,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     whole = not config.causal
     shortest = -(-max(stage.seq_len for stage in train.stages) // ranks.sp) if whole else SHORTEST_CHUNK
     fitting = fitting_chunk(partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest)
-    tokens = [stage.steps * train.windows(stage) * stage.seq_len for stage in train.stages]
+    tokens = [stage.steps * train.step_tokens(stage) for stage in train.stages]
     plain = [config.training_flops([stage.seq_len], train.predicted) / stage.seq_len for stage in train.stages]
     executed = [sum(step_flops(recipe, stage, ranks)[:3]) for stage in train.stages]
     flops = sum(n * each for n, each in zip(tokens, executed, strict=True))
@@ -164,6 +164,8 @@ def logits_bytes(config: NetConfig, tokens: int) -> int:
 def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
     """Return the most tokens of a forward pass on one rank, as `gradients.backward` groups or cuts sequences."""
     chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.train.windows(stage) // ranks.dp)
+    if recipe.train.objective == "contrast":
+        rows *= 2
     if recipe.train.across_documents:
         rows = len(next(batches_by_length([stage.seq_len] * rows, chunk)))
     return -(-min(chunk, rows * stage.seq_len) // ranks.sp)  # documents of several windows may fill a chunk
@@ -187,6 +189,7 @@ def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
     """Return the FLOPs per token of a step in this stage, on all ranks."""
     config, train, chunk = recipe.model, recipe.train, recipe.train.chunk * ranks.sp
     forwards = 1 + (-(-stage.seq_len // chunk) - 1) * chunk / stage.seq_len + train.activation_checkpointing
+    forwards += train.objective == "contrast"  # vectors come first, without gradients
     again = _tokens_at_once(recipe, stage, ranks) * train.predicted * config.vocab_size > LOGITS_LIMIT
     attention = config.attention_flops(stage.seq_len) / stage.seq_len
     both = config.training_flops([stage.seq_len], train.predicted) / stage.seq_len  # a forward and a backward pass

@@ -14,7 +14,9 @@ from longnet_cli.atomic import whole_folder
 from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.errors import CheckpointError, LongNetError
 from longnet_cli.integrations.transformers_auto import from_file
-from longnet_cli.shipped import BESIDE_TOKENIZER
+from longnet_cli.model.foreign import prompts_file
+from longnet_cli.model.net import Embedder
+from longnet_cli.shipped import BESIDE_TOKENIZER, POOL_KEY, PROMPTS
 
 ADAPTER = "adapter"  # a subfolder: beside the model's files, transformers would take the model for an adapter
 _CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
@@ -28,11 +30,13 @@ def write_folder(
     source: Path | None,
     *,
     dense: bool = False,
+    embedder: Embedder | None = None,
 ) -> None:
     """Write config.json, model.safetensors with the weights `state`, and the tokenizer, to `folder`.
 
     `source` is the folder that the model came from. If its tokenizer is the same, the files beside it are copied too.
-    `dense` leaves the pattern out of config.json. Raises CheckpointError if the folder cannot be written.
+    `dense` leaves the pattern out of config.json. `embedder` says how to make vectors. Raises CheckpointError if the
+    folder cannot be written.
     """
     try:
         with whole_folder(folder, last=_CONFIG) as made:
@@ -41,6 +45,9 @@ def write_folder(
             if dense:
                 settings = from_file(settings)
                 settings.pop("dilated_attention", None)
+            if embedder:
+                settings[POOL_KEY] = embedder.pool
+                (made / PROMPTS).write_text(json.dumps(prompts_file(embedder), indent=2) + "\n", encoding="utf-8")
             (made / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             (made / _TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
             if source and _same_tokenizer(source / _TOKENIZER, tokenizer_json):

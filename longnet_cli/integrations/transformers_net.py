@@ -196,7 +196,8 @@ class TransformersNet(Net):
         if self._save_adapter:
             self._save_adapter(folder / ADAPTER, inner)
         weights = merged(self.model, inner)
-        write_folder(self.model, folder, weights, tokenizer_json, self.folder, dense=self.config.as_trained)
+        dense = self.config.as_trained
+        write_folder(self.model, folder, weights, tokenizer_json, self.folder, dense=dense, embedder=self.embedder)
 
     @cached_property
     def _plain_logits(self) -> bool:

@@ -12,12 +12,12 @@ from typing import Any
 
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
-from longnet_cli.model.net import NetConfig
-from longnet_cli.shipped import END_OF_TEXT, MODEL_TYPE, OLDER_TYPE
+from longnet_cli.model.net import Embedder, NetConfig
+from longnet_cli.shipped import END_OF_TEXT, MODEL_TYPE, OLDER_TYPE, POOL_KEY
 
 TOKENIZER_CONFIG, MODULES, SENTENCES = "tokenizer_config.json", "modules.json", "sentence_bert_config.json"
 
-# Keys that transformers writes into config.json, without effect on what a LongNet computes
+# Keys that transformers writes into config.json, or `longnet`, without effect on what a LongNet computes
 TRANSFORMERS_KEYS = frozenset(
     {
         "_commit_hash",
@@ -27,6 +27,7 @@ TRANSFORMERS_KEYS = frozenset(
         "bos_token_id",
         "chunk_size_feed_forward",
         "dtype",
+        POOL_KEY,
         "eos_token_id",
         "experts_implementation",
         "id2label",
@@ -107,6 +108,12 @@ def foreign_files(tokenizer_json: str | None, eos: str | None) -> dict[str, Any]
         },
         MODULES: [{"idx": 0, "name": "0", "path": "", "type": module}],
     }
+
+
+def prompts_file(embedder: Embedder) -> dict[str, Any]:
+    """Return the file in which sentence-transformers keeps a model's prompts, as JSON data."""
+    prompts = {"query": embedder.query, "document": embedder.document}
+    return {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
 
 
 def _ids(tokenizer_json: str | None) -> dict[str, int]:

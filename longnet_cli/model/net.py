@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -89,6 +89,14 @@ class NetConfig(Protocol):
     def model_dump_json(self) -> str: ...
 
 
+class Embedder(NamedTuple):
+    """The way in which a net was trained to make vectors of texts: the pooling, and the prompts before them."""
+
+    pool: str
+    query: str
+    document: str
+
+
 class Net(nn.Module):
     """A net: `net(tokens, start=..., lengths=..., far=...)` returns hidden states like LongNet. `nll` uses `logits`."""
 
@@ -98,6 +106,7 @@ class Net(nn.Module):
     dilated: bool = True  # whether its attention is ours
     has_cls: bool = False  # whether an extra row, CLS, comes before each sequence
     has_grid: bool = False  # whether the vectors that it reads lie in a grid
+    embedder: Embedder | None = None  # is saved with the net
     layer_by_layer: bool = False  # whether jobs can run its layers one by one, and see the states between them
 
     @property

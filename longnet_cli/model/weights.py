@@ -19,11 +19,20 @@ from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.hub import find_model
 from longnet_cli.model.config import LongNetConfig, parse_config
-from longnet_cli.model.foreign import foreign_files, foreign_keys, own_keys
+from longnet_cli.model.foreign import foreign_files, foreign_keys, own_keys, prompts_file
 from longnet_cli.model.integrity import TYPE_NAMES, check_finite, check_header, tensor_bytes, tensor_digest
 from longnet_cli.model.net import Net
 from longnet_cli.notation import format_pattern
-from longnet_cli.shipped import CONFIG, CONFIG_SHA256, TENSORS_SHA256, TOKENIZER, TOKENIZER_SHA256, WEIGHTS
+from longnet_cli.shipped import (
+    CONFIG,
+    CONFIG_SHA256,
+    POOL_KEY,
+    PROMPTS,
+    TENSORS_SHA256,
+    TOKENIZER,
+    TOKENIZER_SHA256,
+    WEIGHTS,
+)
 
 if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
@@ -58,6 +67,9 @@ def save_pretrained(
         digests[TOKENIZER_SHA256] = digest(json.loads(tokenizer_json))
     keys = settings | foreign_keys(model.config, tokenizer_json, eos) | dict(foreign or {})
     data = {CONFIG: keys, **foreign_files(tokenizer_json, eos)}
+    if model.embedder:
+        keys[POOL_KEY] = model.embedder.pool
+        data[PROMPTS] = prompts_file(model.embedder)
     texts: dict[str, str | None] = {
         name: json.dumps(found, indent=2, ensure_ascii=False) + "\n" for name, found in data.items()
     }

@@ -58,6 +58,11 @@ class Tokens(Protocol):
     def __getitem__(self, index: tuple[int | slice, slice], /) -> Tensor: ...  # (n,), or (b, n) for a slice of rows
 
 
+# A loss that is a sum over tokens: takes the hidden states (B, n, dim) of a slice of them and the slice, returns the
+# sum, float64
+HiddenLoss = Callable[[Tensor, slice], Tensor]
+
+
 def chunk_of(named: int | None, default: int, earlier: int | None = None, ranks: Ranks | None = None) -> int:
     """Return the tokens of a chunk of any job, the same on all `ranks`.
 
@@ -300,7 +305,7 @@ def _on(device: torch.device, keys: FarKeys | Past) -> FarKeys | Past:
 def backward_in_chunks(
     model: Net,
     tokens: Tokens,
-    targets: Tokens,
+    targets: Tokens | HiddenLoss,
     chunk: int,
     *,
     scale: float = 1.0,
@@ -319,12 +324,15 @@ def backward_in_chunks(
     may be on the host while the net is on a GPU (`runtime.mapped`). With chosen blocks, keys and values of all tokens
     are kept, and the sums of their gradients; what a chunk has chosen is kept, and seen again.
 
+    Another loss, a `HiddenLoss`, can stand in for `targets`: then it takes the place of nll.
+
     The ranks of a `group` share every chunk; each rank adds and returns its part. `final` says that no other backward
     pass of the step follows, which sharded weights need to know (`runtime.fsdp`). `on_chunk` is called after each
     chunk, forward and backward.
     """
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
+    loss = targets if callable(targets) else _next_tokens(model, targets)
     stream = CausalStream(model, group=group, keep=tokens.shape[1], allocate=allocate)
     edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
     chunks = [_Chunk(model, start, stop, group) for start, stop in pairwise(edges)]
@@ -345,7 +353,7 @@ def backward_in_chunks(
         part, (state, far) = chunks.pop(), tape.pop()
         set_random_state(state, device)
         final_backward(model, final and not chunks)
-        total += part.backward(tokens[:, part.mine], targets[:, part.mine], far, pasts, gradients, scale, dtype)
+        total += part.backward(tokens[:, part.mine], loss, far, pasts, gradients, scale, dtype)
         for past in pasts:
             past.means = None  # all has been chosen
         after = after or random_state(device)  # the state after the last chunk, as one forward pass leaves it
@@ -357,6 +365,10 @@ def backward_in_chunks(
 def new_pasts(config: NetConfig) -> list[Past]:
     """Return the past of a document's first tokens in each layer, which keeps what they choose; [] without a choice."""
     return [Past(config.pattern, keep=1) for _ in range(config.num_layers if config.pattern.chosen else 0)]
+
+
+def _next_tokens(model: Net, targets: Tokens) -> HiddenLoss:
+    return lambda hidden, mine: model.nll(hidden, targets[:, mine]).sum(dtype=torch.float64)
 
 
 class _Chunk:
@@ -373,14 +385,14 @@ class _Chunk:
     def backward(
         self,
         tokens: Tensor,
-        targets: Tensor,
+        loss: HiddenLoss,
         far: list[list[FarKeys]],
         pasts: list[Past],
         gradients: FarGradients,
         scale: float,
         dtype: str,
     ) -> Tensor:
-        """Compute the chunk again with `far` as leaves, run its backward pass, and return its sum of nll."""
+        """Compute the chunk again with `far` as leaves, run its backward pass, and return its loss."""
         made: list[tuple[Tensor, Tensor]] = []  # keys and values, per layer
         leaves: list[list[FarKeys | Past]] = []
 
@@ -393,8 +405,8 @@ class _Chunk:
 
         with precision(dtype, tokens.device):
             hidden = self.model(tokens, start=self.mine.start, far=provide)
-            nll = self.model.nll(hidden, targets).sum(dtype=torch.float64)
-        roots, grads = [nll], [torch.full_like(nll, scale)]
+            total = loss(hidden, self.mine)
+        roots, grads = [total], [torch.full_like(total, scale)]
         for layer, (k, v) in enumerate(made):
             found = gradients.of_shard(layer, self.start, self.stop, self.mine.start, k)
             if found is not None:
@@ -403,4 +415,4 @@ class _Chunk:
                         roots.append(made_here)
                         grads.append(gradient.to(made_here.dtype))
         torch.autograd.backward(roots, grads)
-        return nll.detach()
+        return total.detach()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longnet_cli.data.documents import Document
+from longnet_cli.data.pairs import PairBatch
 from longnet_cli.errors import DataError, NotFiniteError, NoTokensError
 from longnet_cli.model.net import IGNORED, Net
 from longnet_cli.runtime.device import precision, to_device
@@ -20,26 +21,28 @@ from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reader import Reader, Window
 from longnet_cli.scoring import Score, score
 
+from .contrast import TextReader, contrast_loss, ranking, read_pairs
 from .masking import mask_tokens
-from .recipe import Recipe
+from .recipe import ContrastRecipe, Recipe
 
 
 @torch.no_grad()
 def evaluate(
     model: Net,
-    documents: Sequence[Document],
+    documents: Sequence[Document] | PairBatch,
     recipe: Recipe,
     *,
     eos_id: int,
     seq_len: int,
     ranks: Ranks,
     on_part: Callable[[], None],
-) -> Score:
-    """Return the score of held-out documents. A causal net scores each document whole, as `longnet score` does.
+) -> dict[str, float | None]:
+    """Return the metrics of held-out documents. A causal net scores each document whole, as `longnet score` does.
 
     With the masked objective, documents are cut into windows of `seq_len` tokens, and the same tokens are hidden every
-    time. `on_part` is called on all ranks after each forward pass, unless they read different documents. The net ends
-    in training mode, and the random state stays as it was. Raises DataError where no token is hidden.
+    time. With contrast, `documents` are pairs, and each first text is to find its partner among all. `on_part` is
+    called on all ranks after each forward pass that all ranks have. The net ends in training mode, and the random state
+    stays as it was. Raises DataError where no token is hidden.
     """
     reading: dict[str, Any] = {
         "chunk": recipe.train.chunk,
@@ -49,13 +52,31 @@ def evaluate(
     }
     model.eval()
     try:
+        if isinstance(documents, PairBatch):
+            return _rank_pairs(model, documents, recipe, ranks, on_part)
         if recipe.train.objective == "masked":
-            return _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
-        if model.config.pattern.chosen and ranks.world > 1:
-            return _score_apart(model, documents, recipe, eos_id, ranks)
-        return reduce(add, (each.score for each in score(model, documents, bos=eos_id, **reading)))
+            found = _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
+        elif model.config.pattern.chosen and ranks.world > 1:
+            found = _score_apart(model, documents, recipe, eos_id, ranks)
+        else:
+            found = reduce(add, (each.score for each in score(model, documents, bos=eos_id, **reading)))
     finally:
         model.train()
+    loss = found.nll_sum / found.n_tokens
+    return {"held_out_loss": loss, "held_out_ppl": found.ppl, "held_out_bpb": found.bpb}
+
+
+def _rank_pairs(
+    model: Net, batch: PairBatch, recipe: Recipe, ranks: Ranks, on_part: Callable[[], None]
+) -> dict[str, float | None]:
+    settings, pairs = recipe.contrast or ContrastRecipe(), len(batch.keys)
+    place = slice(ranks.dp_rank, pairs, ranks.dp)
+    telling = on_part if ranks.dp == 1 else None  # otherwise groups have different numbers of chunks
+    reader = TextReader(model, settings.pool, recipe.train.chunk, recipe.train.dtype, ranks.group, telling)
+    own = PairBatch(batch.firsts[place], batch.seconds[place], batch.keys[place])
+    vectors, facts = read_pairs(reader, own, place, pairs, ranks)
+    loss = contrast_loss(vectors, facts[:, :3], settings.temperature, settings.dims).item()
+    return {"held_out_loss": loss, **ranking(vectors, facts[:, :3])}
 
 
 def _score_apart(model: Net, documents: Sequence[Document], recipe: Recipe, eos_id: int, ranks: Ranks) -> Score:

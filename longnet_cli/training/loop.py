@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from longnet_cli.atomic import locked_folder, write_file
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.pairs import PairBatch, PairStream, PairWindows
 from longnet_cli.data.special_tokens import NO_END
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import Batch, TokenStream, TokenWindows
@@ -35,17 +36,17 @@ from longnet_cli.runtime.fsdp import clip_gradients, shard_weights, sum_gradient
 from longnet_cli.runtime.mapped import MappedMemory
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.signals import Signals, noted_signals
-from longnet_cli.scoring import Score
 from longnet_cli.training.far_bytes import stored_bytes
 
 from .checkpoint import Checkpoints, checkpoints_in, read_state
 from .checks import check_memory, check_ranks, check_vocabulary
+from .contrast import backward_pairs
 from .evaluation import evaluate
 from .gradients import backward
 from .masking import mask_tokens
 from .metrics import Metrics, MetricsLog
 from .optimizer import build_optimizers, learning_rate
-from .recipe import Recipe, Stage
+from .recipe import ContrastRecipe, Recipe, Stage
 from .start import BEST, CHECKPOINTS, RECIPE, Resume, find_checkpoint
 from .state import frozen_digest, restore, run_tensors
 from .tokens import StoredTokens
@@ -148,11 +149,17 @@ class _TrainingRun:
             ModelFolder.find(initial).tokenizer(recipe.data.tokenizer, differs=tokenizer_differs)
         self.windows = make_windows(recipe, self.tokenizer, self.eos_id, ranks)
         held_out = recipe.data.held_out_files
-        self.held_out = _documents(recipe, self.tokenizer, held_out) if held_out else []
-        if held_out and not any(map(len, self.held_out)):
+        documents = _documents(recipe, self.tokenizer, held_out) if held_out else []
+        if held_out and not any(map(len, documents)):
             raise DataError(f"data.held_out, {', '.join(map(str, held_out.names))}: every document is empty")
+        # for contrast, the same pairs at every evaluation of a stage
+        self.held_out: Sequence[list[Document] | PairBatch] = [documents for _ in recipe.train.stages]
+        if held_out and recipe.train.objective == "contrast":
+            self.held_out = _held_out_pairs(recipe, held_out, self.tokenizer, self.eos_id)
         torch.manual_seed(recipe.train.seed)
         self.model = _model(recipe, initial).to(device).train()
+        if recipe.train.objective == "contrast":
+            self.model.embedder = _contrast(recipe).embedder
         self.frozen = frozen_digest(self.model)
         self.sharded = recipe.parallel.shard == "full"
         if self.sharded:
@@ -254,7 +261,7 @@ class _TrainingRun:
         self.checkpoints.save(self.progress.step, tensors, facts)
         self.saved_at = time.monotonic()
 
-    def _batches(self) -> Iterator[tuple[TokenWindows, Batch, dict[str, Any]]]:
+    def _batches(self) -> Iterator[tuple[TokenWindows, Batch | PairBatch, dict[str, Any]]]:
         """Yield (windows of the stage, a batch of them, the position after it) for each step that is left."""
         end = 0
         for stage, windows in zip(self.recipe.train.stages, self.windows, strict=True):
@@ -267,29 +274,19 @@ class _TrainingRun:
         """Return the index of the stage that a step (1, 2, ...) belongs to."""
         return bisect_left(list(accumulate(stage.steps for stage in self.recipe.train.stages)), step)
 
-    def _step(self, windows: TokenWindows, batch: Batch, position: dict[str, Any]) -> int:
+    def _step(self, windows: TokenWindows, batch: Batch | PairBatch, position: dict[str, Any]) -> int:
         """Run one optimizer step; return the tokens that all ranks read. Nothing changes before the optimizer runs."""
         recipe, ranks = self.recipe, self.ranks
-        ids, targets, count = self._objective(batch, windows.seed)
-        rows, length = ids.shape
-        apart = not recipe.train.across_documents
-        starts = [batch.document_starts(row, length) if apart else [0] for row in range(rows)]
-        nll = backward(
-            self.model,
-            ids,
-            targets,
-            chunk=recipe.train.chunk,
-            scale=1 / count,
-            dtype=recipe.train.dtype,
-            starts=starts,
-            group=ranks.group,
-            allocate=self.allocate,
+        running: dict[str, Any] = {
+            "chunk": recipe.train.chunk,
+            "dtype": recipe.train.dtype,
+            "allocate": self.allocate,
             # not if groups may have different numbers of chunks, or weights are gathered between chunks
-            on_chunk=self._look if ranks.dp == 1 and not self.sharded else None,
-        )
-        sum_gradients(self.model, ranks, nll)
+            "on_chunk": self._look if ranks.dp == 1 and not self.sharded else None,
+        }
+        found, documents, seen = self._gradient(batch, windows.seed, running)
         norm = clip_gradients(self.model, recipe.optimizer.clip)
-        loss, norm = torch.stack((nll / count, norm.double())).tolist()  # the only wait for the device
+        loss, norm = torch.stack((found, norm.double())).tolist()  # the only wait for the device
         self._refuse_divergence(loss, norm, windows, position)
         rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
@@ -300,11 +297,25 @@ class _TrainingRun:
         self.progress.step += 1
         self.progress.data = position
         self.random = random_state(self.device)
-        documents = [stop - start for row in starts for start, stop in pairwise([*row, length])]
         flops = recipe.model.training_flops(documents, recipe.train.predicted)
-        seen = rows * length * ranks.dp
         self.log.add(seen, flops * ranks.dp, loss, norm)  # other groups' documents are assumed to be alike
         return seen
+
+    def _gradient(self, batch: Batch | PairBatch, seed: int, running: dict[str, Any]) -> tuple[Tensor, list[int], int]:
+        """Add the gradient of a step's loss; return the loss, the lengths of documents here, and all ranks' tokens."""
+        recipe, ranks = self.recipe, self.ranks
+        if isinstance(batch, PairBatch):
+            loss, tokens = backward_pairs(self.model, batch, _contrast(recipe), ranks, **running)
+            sum_gradients(self.model, ranks)
+            return loss, [len(text.ids) for text in (*batch.firsts, *batch.seconds)], int(tokens)
+        ids, targets, count = self._objective(batch, seed)
+        rows, length = ids.shape
+        apart = not recipe.train.across_documents
+        starts = [batch.document_starts(row, length) if apart else [0] for row in range(rows)]
+        nll = backward(self.model, ids, targets, scale=1 / count, starts=starts, group=ranks.group, **running)
+        sum_gradients(self.model, ranks, nll)
+        documents = [stop - start for row in starts for start, stop in pairwise([*row, length])]
+        return nll / count, documents, rows * length * ranks.dp
 
     def _objective(self, batch: Batch, seed: int) -> tuple[Tokens, Tokens, int]:
         """Return ids and targets (rows, seq_len) of windows of seq_len + 1 tokens, and how many targets all ranks have.
@@ -358,12 +369,13 @@ class _TrainingRun:
         train, progress = self.recipe.train, self.progress
         if progress.reported == progress.step:
             return None
-        stage: Stage = train.stages[self._stage_of(progress.step)]
+        index = self._stage_of(progress.step)
+        stage: Stage = train.stages[index]
         last = progress.step == train.steps
         held_out = None
-        if self.held_out and (last or progress.step % train.evaluate_every == 0):
+        if self.held_out[index] and (last or progress.step % train.evaluate_every == 0):
             with self.log.paused():
-                held_out = self._evaluate(stage)
+                held_out = self._evaluate(self.held_out[index], stage)
         line = None
         if held_out or last or progress.step % train.log_every == 0:
             rate, memory = self._learning_rate(progress.step - 1), peak_memory(self.device)
@@ -374,20 +386,20 @@ class _TrainingRun:
         progress.reported = progress.step
         return line
 
-    def _evaluate(self, stage: Stage) -> Score:
-        """Return the held-out score. Write best/ if the loss is lower than ever."""
+    def _evaluate(self, held_out: list[Document] | PairBatch, stage: Stage) -> dict[str, float | None]:
+        """Return the held-out metrics. Write best/ if the loss is lower than ever."""
         with whole_weights(self.model):
             try:
                 found = evaluate(
                     self.model,
-                    self.held_out,
+                    held_out,
                     self.recipe,
                     eos_id=self.eos_id,
                     seq_len=stage.seq_len,
                     ranks=self.ranks,
                     on_part=self._look if not self.sharded else lambda: None,
                 )
-                loss = found.nll_sum / found.n_tokens
+                loss = found["held_out_loss"] or 0.0
             except NotFiniteError:
                 loss = math.nan
         if not math.isfinite(loss):
@@ -419,8 +431,12 @@ class _TrainingRun:
         self.ranks.barrier()  # otherwise another rank could end, and end this one while it writes
 
 
-def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs) -> list[Document]:
-    column, vocab_size = recipe.data.column, recipe.model.vocab_size
+def _contrast(recipe: Recipe) -> ContrastRecipe:
+    return recipe.contrast or ContrastRecipe()
+
+
+def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs, column: str | None = None) -> list[Document]:
+    column, vocab_size = column or recipe.data.column, recipe.model.vocab_size
     return list(replace(inputs, tokenizer=tokenizer, column=column, vocab_size=vocab_size).documents())
 
 
@@ -429,20 +445,45 @@ def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks
     mix, train = recipe.data.sources, recipe.train
     if not mix:
         raise ConfigError("no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe")
-    sources = [TokenStream(_documents(recipe, tokenizer, source.files), eos_id) for source in mix]
-    weights = [source.weight for source in mix]
+    contrast = train.objective == "contrast"
+    stream = _pair_stream if contrast else _token_stream
+    sources = [stream(recipe, tokenizer, source.files, eos_id) for source in mix]
+    places: dict[str, Any] = {"weights": [source.weight for source in mix], "rank": ranks.dp_rank, "world": ranks.dp}
+    if contrast:
+        places["before"] = _before_texts(recipe, tokenizer, eos_id)
+    make = PairWindows if contrast else TokenWindows
     return [
-        TokenWindows(
-            sources,
-            stage.seq_len,
-            train.windows(stage) // ranks.dp,
-            train.seed + index,
-            weights=weights,
-            rank=ranks.dp_rank,
-            world=ranks.dp,
-        )
+        make(sources, stage.seq_len, train.windows(stage) // ranks.dp, train.seed + index, **places)
         for index, stage in enumerate(train.stages)
     ]
+
+
+def _token_stream(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs, eos_id: int) -> TokenStream:
+    return TokenStream(_documents(recipe, tokenizer, inputs), eos_id)
+
+
+def _pair_stream(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs, eos_id: int) -> PairStream:
+    pair = recipe.data.pair
+    partners = _documents(recipe, tokenizer, inputs, pair) if pair else None
+    return PairStream(_documents(recipe, tokenizer, inputs), eos_id, partners)
+
+
+def _held_out_pairs(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer, eos_id: int) -> list[PairBatch]:
+    """Return, for each stage, a pair of every held-out document. Raises DataError for fewer than two."""
+    stream, before = _pair_stream(recipe, tokenizer, inputs, eos_id), _before_texts(recipe, tokenizer, eos_id)
+    pairs = range(len(stream.usable))
+    if len(pairs) < 2:
+        raise DataError("data.held_out has fewer than two documents that give a pair: contrast needs others to compare")
+    return [PairWindows([stream], stage.seq_len, 1, 0, before=before).batch(pairs) for stage in recipe.train.stages]
+
+
+def _before_texts(recipe: Recipe, tokenizer: Tokenizer, eos_id: int) -> tuple[list[int], list[int]]:
+    """Return the ids that the net reads before the first and the second text of a pair."""
+    settings = _contrast(recipe)
+    first, second = (
+        [eos_id, *tokenizer.encode(prompt).tolist()] for prompt in (settings.query_prompt, settings.document_prompt)
+    )
+    return first, second
 
 
 def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from longnet_cli.atomic import write_file, writing
 from longnet_cli.configuration import parse
-from longnet_cli.scoring import Score
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """A line of metrics. `loss` (nats per token) and `grad_norm` (before clipping) are means since the last line.
+    """A line of metrics. `loss` and `grad_norm` (before clipping) are means since the last line.
+
+    A loss is in nats per token or, for contrast, nats per text.
 
     `mfu` is the net's FLOP rate, forward and backward, with the true lengths of documents, divided by all ranks' rate
     of matrix products. It is None if that rate is unknown, or lower than the net's because other work slowed its
@@ -36,6 +37,9 @@ class Metrics:
     held_out_loss: float | None = None
     held_out_ppl: float | None = None
     held_out_bpb: float | None = None
+    held_out_recall_1: float | None = None
+    held_out_recall_10: float | None = None
+    held_out_mrr: float | None = None
 
 
 class MetricsLog:
@@ -77,11 +81,15 @@ class MetricsLog:
         *,
         memory: int,
         peak: float | None = None,
-        held_out: Score | None = None,
+        held_out: Mapping[str, float | None] | None = None,
     ) -> Metrics:
-        """Write and return a line for the steps since the last; `peak` is all ranks' matrix product rate in FLOP/s."""
+        """Write and return a line for the steps since the last; `peak` is all ranks' matrix product rate in FLOP/s.
+
+        `held_out` has the fields of an evaluation.
+        """
         seconds = time.perf_counter() - self.began
         share = self.flops / seconds / peak if peak else None
+        found: dict[str, Any] = dict(held_out or {})
         line = Metrics(
             step=step,
             tokens=self.tokens,
@@ -92,10 +100,8 @@ class MetricsLog:
             seq_len=seq_len,
             peak_memory_bytes=memory,
             mfu=share if share is not None and share <= 1 else None,
+            **found,
         )
-        if held_out:
-            loss = held_out.nll_sum / held_out.n_tokens
-            line = replace(line, held_out_loss=loss, held_out_ppl=held_out.ppl, held_out_bpb=held_out.bpb)
         if self.path:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(line), allow_nan=False) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -13,11 +14,13 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from longnet_cli.configuration import StrictModel, parse, read_text, validate
 from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.pairs import SHORTEST
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.errors import ConfigError, LongNetError, refuse_web_address
 from longnet_cli.hub import as_stored, find_tokenizer
 from longnet_cli.integrations.transformers_config import TransformersConfig
 from longnet_cli.model.config import LongNetConfig
+from longnet_cli.model.net import Embedder
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.notation import PATTERN_FIELDS, read_pattern
 from longnet_cli.runtime.chunks import TRAINING_CHUNK
@@ -59,6 +62,7 @@ class DataRecipe(StrictModel):
     # put between documents; a flat column is cut into documents at it; None takes the tokenizer's own
     eos: str | int | None = None
     column: str | None = None
+    pair: str | None = None  # for contrast: a column with the partners of those in `column`
     held_out: list[str] | None = Field(default=None, min_length=1)  # inputs to evaluate with, never trained on
 
     @model_validator(mode="after")
@@ -126,11 +130,12 @@ class TrainRecipe(StrictModel):
     same loss and gradients. A token attends to earlier tokens of its own document or, with `across_documents`, to all
     earlier tokens of its window.
 
-    The objective is the next token ("causal") or, for a bidirectional net, `mask_rate` of the tokens ("masked").
+    The objective is the next token ("causal"), for a bidirectional net `mask_rate` of the tokens ("masked"), or for a
+    causal net vectors of documents ("contrast", see `ContrastRecipe`).
     """
 
     stages: list[Stage] = Field(min_length=1)
-    objective: Literal["causal", "masked"] = "causal"
+    objective: Literal["causal", "masked", "contrast"] = "causal"
     mask_rate: float = Field(default=0.15, gt=0, lt=1)
     batch_tokens: Size = 16384
     chunk: Size = TRAINING_CHUNK
@@ -154,17 +159,45 @@ class TrainRecipe(StrictModel):
 
     @property
     def tokens(self) -> int:
-        """The tokens that all steps see together."""
-        return sum(stage.steps * self.windows(stage) * stage.seq_len for stage in self.stages)
+        """The tokens that all steps see together; for contrast, if spans have their mean length."""
+        return sum(stage.steps * self.step_tokens(stage) for stage in self.stages)
 
     @property
     def predicted(self) -> float:
         """The share of the tokens that have a loss, and so logits."""
-        return self.mask_rate if self.objective == "masked" else 1.0
+        return {"causal": 1.0, "masked": self.mask_rate, "contrast": 0.0}[self.objective]
+
+    def step_tokens(self, stage: Stage) -> int:
+        """Return the tokens of a step, as `tokens` counts them."""
+        if self.objective != "contrast" or stage.seq_len <= SHORTEST:
+            return self.windows(stage) * stage.seq_len
+        return round(2 * self.windows(stage) * (stage.seq_len - SHORTEST) / math.log(stage.seq_len / SHORTEST))
 
     def windows(self, stage: Stage) -> int:
-        """Return the number of sequences in an optimizer step."""
+        """Return the number of sequences in an optimizer step; for contrast, of pairs: two or more."""
+        if self.objective == "contrast":
+            return max(2, self.batch_tokens // (2 * stage.seq_len))
         return max(1, self.batch_tokens // stage.seq_len)
+
+
+class ContrastRecipe(StrictModel):
+    """Training by contrast: of all texts of a step, a vector is to be nearest to that of its partner (InfoNCE).
+
+    Pairs are two spans of one document, each at most a stage's `seq_len` tokens, with lengths even in their logarithm;
+    or, with `data.pair`, a row of two columns. A step has `batch_tokens` / (2 `seq_len`) pairs. `dims` are prefixes of
+    the vector that are trained as well. A prompt is read before each first text (`query_prompt`) or second one
+    (`document_prompt`), and not pooled.
+    """
+
+    pool: Literal["mean", "last"] = "mean"
+    temperature: float = Field(default=0.05, gt=0)
+    dims: list[Annotated[int, Field(gt=0)]] = Field(default_factory=list)
+    query_prompt: str = ""
+    document_prompt: str = ""
+
+    @property
+    def embedder(self) -> Embedder:
+        return Embedder(self.pool, self.query_prompt, self.document_prompt)
 
 
 class ParallelRecipe(StrictModel):
@@ -197,17 +230,26 @@ class Recipe(StrictModel):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     train: TrainRecipe
+    contrast: ContrastRecipe | None = None  # defaults, if the objective is "contrast" and the table is not there
     parallel: ParallelRecipe = ParallelRecipe()
 
     @model_validator(mode="after")
     def _objective_fits_the_model(self) -> Recipe:
         if not self.model.vocab_size:
             raise ValueError("model.vocab_size = 0 is a net that reads vectors: leave it out, training reads tokens")
-        if self.model.causal != (self.train.objective == "causal"):
+        contrast = self.train.objective == "contrast"
+        if self.model.causal != (self.train.objective != "masked"):
             fitting = "causal" if self.model.causal else "masked"
             raise ValueError(
                 f'train.objective = "{self.train.objective}" does not fit model.causal = '
                 f'{str(self.model.causal).lower()}: set train.objective = "{fitting}", or the other model'
+            )
+        if not contrast and (self.contrast or self.data.pair):
+            what = "[contrast]" if self.contrast else "data.pair"
+            raise ValueError(f'{what} is of train.objective = "contrast", not of "{self.train.objective}"')
+        if self.contrast and any(width >= self.model.dim for width in self.contrast.dims):
+            raise ValueError(
+                f"contrast.dims = {self.contrast.dims}: prefixes are shorter than model.dim, {self.model.dim}"
             )
         return self
 

@@ -1,0 +1,265 @@
+"""Measure what vectors find: the other half of a document, or the document that one line describes.
+
+    pip download --no-deps -d archives django twisted sqlalchemy dask bokeh sphinx biopython nltk
+    (cd archives && apt-get download python3-doc perl-doc vim-doc git-doc apache2-doc manpages manpages-dev)
+    python examples/retrieval.py make bench archives/*
+    python examples/retrieval.py words bench --read 2Ki,8Ki,all
+    python examples/retrieval.py vectors bench --model ./my-model --read 512,2Ki,8Ki,all
+
+`make` reads wheels and Debian packages without installing them, and writes the pairs of each task to
+bench/pairs.jsonl. Which documents are taken is decided by the SHA-256 of their text, so equal archives give equal
+pairs; the digest of each task is printed, and identifies it.
+
+    py-S, py-M, py-L    the first 45 % of a Python file of 8-16, 32-64, over 130 kB finds its last 45 %
+    en-S, en-M, en-L    the same with English documentation: text, HTML, pod, reStructuredText
+    pydoc, man          the first line of a docstring finds its module, the NAME line its manual page
+
+`words` and `vectors` print a line of JSON per task and method: recall at 1 with its standard error, and the mean
+reciprocal rank, when only the first bytes (of `words`) or tokens (of `vectors`) of each text are read. Vectors are also
+compared without their mean (`centred`). Halves are compared among at most 100 documents, lines among 80.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gzip
+import hashlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from nearest import read_vectors, scaled
+
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.model_folder import ModelFolder
+from longnet_cli.sizes import parse_size
+
+SIZES = {"S": (8_000, 16_000), "M": (32_000, 64_000), "L": (130_000, 10_000_000)}  # bytes
+HALVES, LINES, SHARE = 100, 80, 0.45
+ENGLISH = (".txt", ".html", ".pod", ".rst")
+Tasks = dict[str, list[tuple[str, str]]]  # name -> pairs of texts
+
+
+def files_in(archive: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield (path, content) of the files in a wheel or a Debian package; .gz files without their compression."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as found:
+            yield from ((name, found.read(name)) for name in sorted(found.namelist()) if not name.endswith("/"))
+        return
+    data, at = archive.read_bytes(), 8  # an ar archive: a header of 60 bytes before each member
+    while at < len(data):
+        name, size = data[at : at + 16].decode().strip().rstrip("/"), int(data[at + 48 : at + 58])
+        if name.startswith("data.tar"):
+            with tarfile.open(fileobj=io.BytesIO(data[at + 60 : at + 60 + size])) as found:
+                for member in found:
+                    if member.isfile() and (file := found.extractfile(member)):
+                        content = file.read()
+                        packed = member.name.endswith(".gz")
+                        yield member.name.removesuffix(".gz"), gzip.decompress(content) if packed else content
+        at += 60 + size + size % 2
+
+
+class _Words(HTMLParser):
+    """Collects the text of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self.skips = 0
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.skips += tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.skips -= tag in ("script", "style")
+
+    def handle_data(self, data: str) -> None:
+        if not self.skips:
+            self.parts.append(data)
+
+
+def plain_text(name: str, text: str) -> str:
+    """Return the text of a page of HTML, or of a manual page, without markup; other text as it is."""
+    if name.endswith(".html"):
+        page = _Words()
+        page.feed(text)
+        return re.sub(r"\s*\n\s*", "\n", "".join(page.parts)).strip()
+    if "/man/" in name:
+        lines = [line for line in text.splitlines() if re.match(r"\.(S[HS]|[BIR]{1,2} )|[^.']|$", line)]
+        kept = (re.sub(r"^\.[BIR]{1,2} ", "", re.sub(r"^\.S[HS] ?", "\n", line)) for line in lines)
+        return re.sub(r"\\f.|\\[&|^]", "", "\n".join(kept)).replace("\\-", "-").strip()
+    return text
+
+
+def described(name: str, text: str) -> tuple[str, str, str] | None:
+    """Return (task, line, the text without it) of a module with a docstring, or of a manual page; None for others."""
+    if name.endswith(".py"):
+        try:
+            docstring = ast.get_docstring(ast.parse(text), clean=False)
+        except (SyntaxError, ValueError, RecursionError):
+            return None
+        line = docstring.strip().split("\n")[0].strip() if docstring else ""
+        return ("pydoc", line, text.replace(docstring or "", "", 1)) if len(line) >= 20 else None
+    found = re.search(r'NAME"?\n+(.+?) - (.+)\n', text) if "/man/" in name else None
+    return ("man", found[2], text[found.end() :]) if found else None
+
+
+def make_tasks(archives: list[Path]) -> Tasks:
+    """Return the pairs of each task, those with the smallest digests first."""
+    found: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)  # task -> digest of the text -> pair
+    for archive in archives:
+        stems = set()  # a page as text and as HTML is one document
+        for name, content in files_in(archive):
+            kind = (
+                "py" if name.endswith(".py") else "man" if "/man/" in name else "en" if name.endswith(ENGLISH) else ""
+            )
+            stem = name.rpartition(".")[0]
+            if kind == "en" and stem in stems:
+                continue
+            stems.add(stem)
+            try:
+                text = plain_text(name, content.decode()) if kind else ""
+            except UnicodeDecodeError:
+                continue
+            size, digest = len(text.encode()), hashlib.sha256(text.encode()).hexdigest()
+            for letter, (least, most) in SIZES.items():
+                if kind in ("py", "en") and least <= size < most:
+                    part = int(SHARE * len(text))
+                    found[f"{kind}-{letter}"][digest] = text[:part], text[-part:]
+            if size >= 2_000 and (pair := described(name, text)):
+                found[pair[0]][digest] = pair[1:]
+    taken: Tasks = {}
+    for task, pairs in sorted(found.items()):
+        most = HALVES if "-" in task else LINES
+        seen: dict[str, str] = {}  # equal lines describe one document only
+        for digest in sorted(pairs):
+            seen.setdefault(pairs[digest][0], digest)
+        taken[task] = [pairs[digest] for digest in list(seen.values())[:most]]
+    return taken
+
+
+def read_tasks(folder: Path) -> Tasks:
+    tasks: Tasks = defaultdict(list)
+    for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        tasks[row["task"]].append((row["first"], row["second"]))
+    return tasks
+
+
+def report(task: str, method: str, read: int | None, scores: np.ndarray, **more: Any) -> None:
+    """Print how well first texts find their second ones, given scores (n, n)."""
+    places = (scores >= scores.diagonal()[:, None]).sum(1)
+    recall, n = float((places == 1).mean()), len(places)
+    error = (recall * (1 - recall) / n) ** 0.5
+    row = {"task": task, "method": method, "read": read, **more, "n": n}
+    row |= {"recall_1": round(recall, 4), "se": round(error, 4), "mrr": round(float((1 / places).mean()), 4)}
+    print(json.dumps(row), flush=True)
+
+
+def word_scores(pairs: list[tuple[str, str]], read: int | None) -> dict[str, np.ndarray]:
+    """Return the scores (n, n) of TF-IDF, BM25 and 256 hashed word counts."""
+    cut = [text.encode()[:read].decode(errors="ignore").lower() for side in zip(*pairs, strict=True) for text in side]
+    bags = [Counter(re.findall(r"\w+", text)) for text in cut]
+    names = {word: index for index, word in enumerate(dict.fromkeys(word for bag in bags for word in bag))}
+    counts, hashed = np.zeros((len(bags), len(names)), np.float32), np.zeros((len(bags), 256), np.float32)
+    for row, bag in enumerate(bags):
+        for word, count in bag.items():
+            counts[row, names[word]] = count
+            hashed[row, zlib.crc32(word.encode()) % 256] += count
+    n, documents = len(pairs), counts[len(pairs) :]
+    holders = (documents > 0).sum(0)
+    weighted = scaled(np.log1p(counts) * np.log((1 + n) / (1 + holders)), 0.0)
+    lengths = documents.sum(1, keepdims=True)
+    frequent = 2.2 * documents / (documents + 1.2 * (0.25 + 0.75 * lengths / max(1, lengths.mean())))
+    buckets = scaled(np.log1p(hashed), 0.0)
+    return {
+        "tf-idf": weighted[:n] @ weighted[n:].T,
+        "bm25": counts[:n] @ (frequent * np.log(1 + (n - holders + 0.5) / (holders + 0.5))).T,
+        "256 counts": buckets[:n] @ buckets[n:].T,
+    }
+
+
+def encode_side(texts: list[str], words: Tokenizer, read: int | None, options: list[str]) -> np.ndarray:
+    """Return the vectors (texts, dim) of the first `read` tokens of each text."""
+    with tempfile.TemporaryDirectory() as place:
+        ids = [words.encode(text)[:read] for text in texts]
+        table = pa.table({"doc_id": [str(i) for i in range(len(ids))], "input_ids": ids})
+        pq.write_table(table, f"{place}/ids.parquet")
+        command = ["longnet", "encode", f"{place}/ids.parquet", "-o", f"{place}/vectors.arrow", "--quiet", *options]
+        subprocess.run(command, check=True)
+        return read_vectors(f"{place}/vectors.arrow")[1].copy()
+
+
+def vector_scores(tasks: Tasks, model: str, read: int | None, options: list[str]) -> None:
+    folder = ModelFolder.find(model)
+    words, embedder = folder.tokenizer(), folder.embedder
+    assert words is not None, f"{model} has no tokenizer"
+    options = ["--model", model, *options]
+    query = ["--prefix", (embedder.query if embedder else "") or "none"]
+    firsts = encode_side([first for pairs in tasks.values() for first, _ in pairs], words, read, options + query)
+    seconds = encode_side([second for pairs in tasks.values() for _, second in pairs], words, read, options)
+    at = 0
+    for task, pairs in tasks.items():
+        mine = slice(at, at + len(pairs))
+        at += len(pairs)
+        for centred in (False, True):
+            mean = seconds[mine].mean(0) if centred else 0.0
+            scores = scaled(firsts[mine], mean) @ scaled(seconds[mine], mean).T
+            report(task, model, read, scores, centred=centred)
+
+
+def sizes(text: str) -> list[int | None]:
+    return [None if each == "all" else parse_size(each) for each in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what vectors find.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("make", help="write the pairs")
+    make.add_argument("folder", type=Path)
+    make.add_argument("archives", type=Path, nargs="+", help="wheels and Debian packages")
+    for name in ("words", "vectors"):
+        command = commands.add_parser(name)
+        command.add_argument("folder", type=Path)
+        command.add_argument("--read", type=sizes, default=[None], help="bytes or tokens of each text, as 2Ki,8Ki,all")
+        command.add_argument("--tasks", help="only these, as py-S,man")
+    command.add_argument("--model", default="longnet-tiny")
+    command.add_argument("options", nargs="*", help="more options of `longnet encode`, after --")
+    args = parser.parse_args()
+    if args.command == "make":
+        args.folder.mkdir(parents=True, exist_ok=True)
+        with (args.folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
+            for task, pairs in make_tasks(sorted(args.archives)).items():
+                rows = [json.dumps({"task": task, "first": a, "second": b}) + "\n" for a, b in pairs]
+                file.writelines(rows)
+                digest = hashlib.sha256("".join(rows).encode()).hexdigest()
+                print(f"{task}: {len(rows)} pairs, SHA-256 {digest[:16]}", file=sys.stderr)
+        return
+    tasks = read_tasks(args.folder)
+    tasks = {task: pairs for task, pairs in tasks.items() if args.tasks is None or task in args.tasks.split(",")}
+    for read in args.read:
+        if args.command == "vectors":
+            vector_scores(tasks, args.model, read, args.options)
+            continue
+        for task, pairs in tasks.items():
+            for method, scores in word_scores(pairs, read).items():
+                report(task, method, read, scores)
+
+
+if __name__ == "__main__":
+    main()
