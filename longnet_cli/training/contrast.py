@@ -28,7 +28,7 @@ from .recipe import ContrastRecipe
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows:
+class _TextRows:
     """Texts (B) that share forward passes. A text's vector is the sum of `shares` (B, N) times hidden states.
 
     `indices` are their places among all texts, `ids` (B, N) are padded on the right. `random` is the state that dropout
@@ -55,7 +55,7 @@ class TextReader:
     dtype: str
     group: dist.ProcessGroup | None = None
     on_chunk: Callable[[], None] | None = None
-    rows: list[_Rows] = field(default_factory=list)
+    rows: list[_TextRows] = field(default_factory=list)
 
     def vectors(self, texts: Sequence[PairText]) -> Tensor:
         """Return vectors (texts, dim) float64, not scaled; in a group, the rank's part of a sum over the ranks."""
@@ -86,7 +86,7 @@ class TextReader:
         for index, rows in enumerate(self.rows, 1):
             wanted = gradient[rows.indices][:, None]  # (B, 1, dim)
 
-            def loss(hidden: Tensor, mine: slice, rows: _Rows = rows, wanted: Tensor = wanted) -> Tensor:
+            def loss(hidden: Tensor, mine: slice, rows: _TextRows = rows, wanted: Tensor = wanted) -> Tensor:
                 wide = hidden if hidden.dtype == torch.float64 else hidden.float()
                 return (wide * (rows.shares[:, mine, None] * wanted).to(wide.dtype)).sum(dtype=torch.float64)
 
@@ -105,13 +105,13 @@ class TextReader:
             )
         set_random_state(after, device)
 
-    def _rows(self, texts: Sequence[PairText], indices: list[int], device: torch.device) -> _Rows:
+    def _rows(self, texts: Sequence[PairText], indices: list[int], device: torch.device) -> _TextRows:
         ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(text.ids) for text in texts], batch_first=True)
         shares = torch.zeros(ids.shape, dtype=torch.float64)
         for share, (read, first) in zip(shares, texts, strict=True):
             first = first if self.pool == "mean" else len(read) - 1
             share[first : len(read)] = 1 / (len(read) - first)
-        return _Rows(indices, to_device(ids, device), to_device(shares, device), random_state(device))
+        return _TextRows(indices, to_device(ids, device), to_device(shares, device), random_state(device))
 
 
 def backward_pairs(
