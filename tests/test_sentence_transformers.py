@@ -8,12 +8,14 @@ import pytest
 pytest.importorskip("sentence_transformers", reason="not installed: pip install 'longnet-cli[sentence-transformers]'")
 
 import torch
-from builders import tiny_model
+from builders import tiny_model, tiny_net
 from sentence_transformers import SentenceTransformer
 
 import longnet_cli.integrations.transformers
 from longnet_cli.data.documents import Document
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.encoding import EncodeOptions, encode
+from longnet_cli.model.net import Embedder
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.shipped import model_path
 
@@ -21,12 +23,16 @@ assert longnet_cli.integrations.transformers  # which registers what SentenceTra
 TEXTS = ["def f(x):\n    return x\n", "A text with <|endoftext|> written in it.", "long " * 400, "\u00e9\U0001f600"]
 
 
-def vectors(folder: Path, texts: list[str]) -> np.ndarray:
+def vectors(folder: Path, texts: list[str], prefix: str = "") -> np.ndarray:
     """What `longnet encode` writes."""
     words = ModelFolder(folder).tokenizer()
     assert words is not None
     documents = [Document(str(i), words.encode(text), None, "test") for i, text in enumerate(texts)]
-    rows = encode(ModelFolder(folder).net(), documents, EncodeOptions(bos=words.eos_id)).read_all()
+    stored = ModelFolder(folder).embedder
+    options = EncodeOptions(
+        bos=words.eos_id, pool=stored.pool if stored else "mean", prefix=words.encode(prefix).tolist() or None
+    )
+    rows = encode(ModelFolder(folder).net(), documents, options).read_all()
     return np.array(rows["embedding"].to_pylist(), np.float32)
 
 
@@ -61,3 +67,14 @@ def test_it_is_trained_and_saved_as_a_model_of_both(causal: bool, tmp_path: Path
     again = SentenceTransformer(str(tmp_path / "second"), device="cpu")
     assert np.array_equal(again.encode(texts), model.encode(texts))
     assert np.abs(vectors(tmp_path / "second", texts) - model.encode(texts)).max() < 1e-6
+
+
+@pytest.mark.parametrize("pool", ["mean", "last"])
+def test_pooling_and_prompts_of_contrast_are_taken_unasked(pool: str, tmp_path: Path) -> None:
+    net = tiny_net(position="rope")
+    net.embedder = Embedder(pool, "query: ", "text: ")
+    net.save(tmp_path / "first", Tokenizer.bytes().to_json(), net.state_dict())
+    SentenceTransformer(str(tmp_path / "first"), device="cpu").save_pretrained(str(tmp_path / "second"))
+    model, texts = SentenceTransformer(str(tmp_path / "second"), device="cpu"), TEXTS[:2]
+    for found, prefix in ((model.encode_query(texts), "query: "), (model.encode_document(texts), "text: ")):
+        assert np.abs(found - vectors(tmp_path / "second", texts, prefix)).max() < 1e-6
