@@ -23,7 +23,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from math import isfinite, log
 from typing import Literal, NamedTuple, get_args
@@ -178,7 +177,7 @@ class Pattern:
         """Return dense attention: one segment at rate 1, longer than any sequence. Its cache grows without end."""
         return cls((1 << 40,), (1,))
 
-    @cached_property
+    @property
     def levels(self) -> tuple[Level, ...]:
         return tuple(Level(w, r) for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
 
@@ -187,7 +186,7 @@ class Pattern:
         """`look_back`, one number per level."""
         return self.look_back  # type: ignore[return-value]
 
-    @cached_property
+    @property
     def biases(self) -> tuple[float, ...]:
         """The number that is added to the scores of each level."""
         if self.level_bias == "log_rate":
