@@ -58,9 +58,16 @@ def cosines(vectors: np.ndarray, mean: np.ndarray | float | None = None) -> np.n
 
 def encode_query(query: str, facts: dict[bytes, bytes], dims: int) -> np.ndarray:
     """Return the vector (1, dims) of a text, by the model that the facts of a table name."""
-    command = ["longnet", "encode", "-", "--quiet", "--dims", str(dims), "--model", facts[b"longnet.model"].decode()]
+    command = [sys.executable, "-m", "longnet_cli", "encode", "-", "--quiet", "--dims", str(dims)]
     prompt = facts.get(b"longnet.query_prompt", b"").decode()
-    command += ["--pool", facts[b"longnet.pooling"].decode(), "--prefix", prompt or "none"]
+    command += [
+        "--model",
+        facts[b"longnet.model"].decode(),
+        "--pool",
+        facts[b"longnet.pooling"].decode(),
+        "--prefix",
+        prompt or "none",
+    ]
     if b"longnet.pattern" in facts:
         command += ["--pattern", facts[b"longnet.pattern"].decode()]
     done = subprocess.run(command, input=query.encode(), stdout=subprocess.PIPE, check=True)
@@ -96,7 +103,7 @@ def main() -> None:
     cosine = cosines(vectors, mean)
     width = max(map(len, names))
     for row, name in enumerate(names):
-        best = np.argsort(-cosine[row])[:2]
+        best = np.argsort(-cosine[row])[: min(2, len(names) - 1)]
         print(f"{name:<{width}}  " + "   ".join(f"{names[i]} ({cosine[row, i]:.2f})" for i in best))
 
 

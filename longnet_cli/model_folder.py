@@ -386,7 +386,12 @@ class ModelFolder:
                 f"{folder}: pickled weights are never read, since a pickle can run code: save them as safetensors"
             )
         if missing:
-            raise CheckpointError(f"{folder}: not a complete model, {' and '.join(missing)} missing")
+            adapter = (
+                "; save an adapter of peft merged (merge_and_unload)"
+                if (folder / "adapter_config.json").is_file()
+                else ""
+            )
+            raise CheckpointError(f"{folder}: not a complete model, {' and '.join(missing)} missing{adapter}")
 
 
 def is_gguf(path: Path) -> bool:

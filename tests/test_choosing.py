@@ -249,7 +249,8 @@ def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list
         cache = KVCache(pattern, choice.batch, choice.heads, choice.head_dim, kv_heads=choice.kv_heads, dtype=q.dtype)
         parts = []
         for part in zip(*(x.split(split(choice.tokens, sizes), 1) for x in (q, k, v)), strict=True):
-            parts.append(dilated_attention(*part, pattern, start=cache.position, far=cache.far(), **turning(choice)))
+            far = cache.far(*part[1:])
+            parts.append(dilated_attention(*part, pattern, start=cache.position, far=far, **turning(choice)))
             cache.append(*part[1:], q=part[0])
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
 

@@ -120,7 +120,8 @@ def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list
     parts, seen = [], []
     for part in zip(*(x.split(split(choice.tokens, sizes), 1) for x in (q, k, v)), strict=True):
         seen.append((part, cache.position, cache.far()))
-        parts.append(dilated_attention(*part, pattern, start=cache.position, far=cache.far(), **turning(choice)))
+        far = cache.far(*part[1:])  # of a single token, with its own row, unless `keep`
+        parts.append(dilated_attention(*part, pattern, start=cache.position, far=far, **turning(choice)))
         cache.append(*part[1:])
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
     rows = cached_rows(pattern, choice.heads, choice.kv_heads)

@@ -212,7 +212,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
     stream.save(folder, name="./mine", tokenizer_sha256="a" * 64)
     old = states(folder)
     for other, more, message in (
-        (net(Pattern.window(16)), {}, "it was saved with the pattern window:16,chosen=4x8.*, and this is window:16$"),
+        (
+            net(Pattern.window(16)),
+            {},
+            "it was saved by ./mine with the pattern window:16,chosen=4x8.*, and this is window:16$",
+        ),
         (net(CHOSEN, heads=2), {}, r"it was saved by another model, ./mine, of SHA-256 \w{12}\.\.\., not \w{12}\.\.\."),
         (model, {"tokenizer_sha256": "b" * 64}, "another tokenizer, of SHA-256 aaaaaaaaaaaa..., not bbbbbbbbbbbb..."),
         (model, {"dtype": torch.bfloat16}, r"saved in float32, and this run computes in bfloat16 \(--dtype\)"),

@@ -82,6 +82,14 @@ def test_a_window_that_reaches_farther_than_the_model_was_trained_is_named(llama
     words = "its first level reaches 66 tokens back, and the model was trained on 64: window:32,sinks=4 stays within"
     for pattern, named in (("window:33,sinks=4", True), ("window:32,sinks=4", False), ("dense", False)):
         assert (words in run("score", tmp_path / "long.txt", "-m", llama, "--pattern", pattern).stderr) is named
+    words = "its chosen blocks reach {} tokens back, and the model was trained on 64: {} stays within"
+    for pattern, reach, within in (
+        ("window:16,chosen=4x16", 96, "window:32,sinks=4"),  # no window is left
+        ("window:32,chosen=2x16", 96, "window:16,chosen=2x16"),
+    ):
+        done = run("score", tmp_path / "long.txt", "-m", llama, "--pattern", pattern)
+        assert words.format(reach, within) in done.stderr
+        assert done.exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["ids.parquet", "ids.arrow"])

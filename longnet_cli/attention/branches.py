@@ -137,8 +137,9 @@ def _table_size(tokens: int) -> int:
 
 
 def _pairs(branch: Branch) -> int:
-    """Return twice the number of scores of a branch; a causal branch has half of its square."""
-    return branch.queries.segments * branch.queries.heads * branch.queries.rows * branch.keys.rows * (2 - branch.causal)
+    """Return twice the number of scores of a branch; a causal branch has half of its square, and so has one token."""
+    half = branch.causal or (branch.far is None and branch.queries.row_heads)
+    return branch.queries.segments * branch.queries.heads * branch.queries.rows * branch.keys.rows * (1 if half else 2)
 
 
 def attention_flops(

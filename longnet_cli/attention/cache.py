@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from .dilated import FarKeys
 from .merging import strided_view
 from .past import Blocks, Past
 from .pattern import Pattern
-from .spans import SINKS, Span, common_span, lanes, open_spans, segment_rows, span_rows, span_views
+from .spans import SINKS, Span, SpanViews, common_span, lanes, level_of, open_spans, segment_rows, span_rows, span_views
 
 FIRST_ROWS = 1 << 14  # rows of a segment that are allocated at first; their number doubles on demand
 
@@ -62,7 +63,8 @@ class KVCache:
         self.pattern, self.num_heads, self.kv_heads, self.keep = pattern, num_heads, kv_heads or num_heads, keep
         self.position, self.dtype = 0, dtype
         self._sizes, self._allocate = (batch, head_dim), partial(allocate, dtype=dtype, device=device)
-        # each level's segments: segment s is in place s mod (1 + look_back), and row j of a lane is its j-th row there
+        # each level's segments, keys and values (2 B, rows, lanes, D): segment s is in place s mod (1 + look_back), and
+        # row j of a lane is its j-th row there
         self._levels = [
             [self._new_rows(0 if keep else min(-(-w // r), FIRST_ROWS), level) for _ in range(1 + back)]
             for level, ((w, r), back) in enumerate(zip(pattern.levels, pattern.look_backs, strict=True))
@@ -78,7 +80,7 @@ class KVCache:
 
     @property
     def batch(self) -> int:
-        return self._sinks.shape[1]
+        return self._sinks.shape[0] // 2
 
     @property
     def head_dim(self) -> int:
@@ -89,28 +91,23 @@ class KVCache:
         rows = sum(x.numel() * x.element_size() for x in (*chain(*self._levels), self._sinks))
         return rows + (self.past.nbytes if self.past else 0)
 
-    def far(self, k: Tensor | None = None, v: Tensor | None = None) -> list[FarKeys | Past]:
+    def far(self, *shard: Tensor) -> list[FarKeys | Past]:
         """Return the far keys of the next shard: views, valid until the next `append`, or always with `keep`.
 
-        If the shard is a single token, its k and v may be given, to be appended later. Without gradients, its rows are
-        then stored at once and end the far keys, which saves a call per level.
+        Its k and v may be given, to be appended later. The rows of a single token are then stored at once, unless they
+        need a gradient, and are the last of the far keys, which saves a call per level.
         """
-        own = 0
-        if (
-            k is not None
-            and v is not None
-            and k.shape[1] == 1
-            and not (self.keep or k.requires_grad or v.requires_grad)
-        ):
-            own, self._stored = 1, k
-            self._store(k, v, self.position, open_spans(self.pattern, self.position, own))
+        gradients = self.keep or any(x.requires_grad for x in shard)
+        own, position = int(not gradients and bool(shard) and shard[0].shape[1] == 1), self.position
+        held = _held(self.pattern, self.num_heads, self.kv_heads, position, own, position, position + own)
+        if own:
+            self._stored = shard[0]
+            self._store(shard, held)
         found: list[FarKeys | Past] = [self.past] if self.past else []
-        for span in open_spans(self.pattern, self.position, own):
-            rows = max(span_rows(self.pattern, span, self.num_heads, self.kv_heads))
+        for span, rows, _ in held:
             if rows:
                 whole = span.level == SINKS and self.position >= self.pattern.sinks
-                k, v = self._rows(span)[:, :, :rows]
-                found.append(FarKeys(*span, k, v, turned=self._turned if whole else None))
+                found.append(FarKeys(*span, *_halves(self._rows(span), rows), turned=self._turned if whole else None))
         return found
 
     def append(
@@ -137,29 +134,28 @@ class KVCache:
                 raise ValueError("chosen blocks need the queries of earlier tokens: give q")
             self.past.append(q, k, v)
         if k is not self._stored:
-            self._store(k, v, start, open_spans(self.pattern, stop), list(others))
+            with torch.no_grad():
+                held = _held(self.pattern, self.num_heads, self.kv_heads, stop, 0, start, start + k.shape[1])
+                self._store((k, v), held, list(others))
         self.position, self._stored = stop, None
 
-    def _store(self, k: Tensor, v: Tensor, start: int, spans: Iterable[Span], others: Sequence[FarKeys] = ()) -> None:
-        """Store the rows of `spans` that a shard or the `others` have."""
-        k, v = k.detach(), v.detach()
-        for span in spans:
+    def _store(self, shard: Sequence[Tensor], held: Sequence[_Held], others: Sequence[FarKeys] = ()) -> None:
+        """Store the rows of spans that a shard, its k and v, or the `others` have."""
+        for span, number, views in held:
             w = self.pattern.segment_lengths[max(span.level, 0)]
             segment = span.start // w * w
             if self.keep and span.level != SINKS and segment >= self.position:
                 places = self._levels[span.level]
-                number = segment_rows(self.pattern, span.level, self.keep)
-                places[segment // w % len(places)] = self._new_rows(number, span.level)
-            rows = self._rows(span, grow=True)
-            own = common_span(self.pattern, span.level, segment, start, start + k.shape[1])
-            for views in span_views(self.pattern, own, self.num_heads, start, self.kv_heads):
-                strided_view(rows[0], views.segment).copy_(strided_view(k, views.shard))
-                strided_view(rows[1], views.segment).copy_(strided_view(v, views.shard))
+                most = segment_rows(self.pattern, span.level, self.keep)
+                places[segment // w % len(places)] = self._new_rows(most, span.level)
+            given = [(shard, each.shard, each.segment) for each in views]
             for keys in others:
                 if keys.level == span.level and segment <= keys.start < span.stop:
-                    for views in span_views(self.pattern, keys.span, self.num_heads, start, self.kv_heads):
-                        strided_view(rows[0], views.segment).copy_(strided_view(keys.k, views.packed))
-                        strided_view(rows[1], views.segment).copy_(strided_view(keys.v, views.packed))
+                    taken = span_views(self.pattern, keys.span, self.num_heads, 0, self.kv_heads)
+                    given += [((keys.k, keys.v), each.packed, each.segment) for each in taken]
+            for tensors, there, here in given:
+                for rows, x in zip(_halves(self._rows(span, number)), tensors, strict=True):
+                    strided_view(rows, here).copy_(strided_view(x, there))
 
     def select(self, rows: Sequence[int]) -> None:
         """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""
@@ -182,7 +178,7 @@ class KVCache:
         """Yield all that `restore` needs, by name: tensors that are valid until the next `append`."""
         for number, span in enumerate(open_spans(self.pattern, self.position)):
             counts = span_rows(self.pattern, span, self.num_heads, self.kv_heads)
-            rows = self._rows(span)[:, :, : max(counts)].clone(memory_format=torch.contiguous_format)
+            rows = torch.stack(_halves(self._rows(span), max(counts)))
             for lane, count in enumerate(counts):
                 rows[:, :, count:, lane] = 0  # no key, but whatever was in memory
             yield f"rows.{number}", rows
@@ -194,31 +190,61 @@ class KVCache:
         self.position = position
         for number, span in enumerate(open_spans(self.pattern, position)):
             rows = saved[f"rows.{number}"]
-            self._rows(span, grow=True)[:, :, : rows.shape[2]] = rows
+            self._rows(span, rows.shape[2])[:, : rows.shape[2]] = rows.flatten(0, 1)
         if self.past:
             self.past.restore(position, saved)
 
     def _new_rows(self, number: int, level: int) -> Tensor:
-        """Allocate memory for `number` rows, (k and v, B, rows, lanes, D), where the rows of a lane are neighbours."""
+        """Allocate memory for `number` rows, (2 B, rows, lanes, D), where the rows of a lane are neighbours."""
         (batch, head_dim), held = self._sizes, len(lanes(self.pattern, level, self.num_heads, self.kv_heads).offsets)
-        return self._allocate((2, batch, held, number, head_dim)).transpose(2, 3)
+        return self._allocate((2 * batch, held, number, head_dim)).transpose(1, 2)
 
-    def _rows(self, span: Span, *, grow: bool = False) -> Tensor:
-        """Return the memory of a span's segment, (k and v, B, rows, lanes, D); `grow` makes room for all its rows."""
+    def _rows(self, span: Span, number: int = 0) -> Tensor:
+        """Return the memory of a span's segment, (2 B, rows, lanes, D), with room for `number` rows or more."""
         if span.level == SINKS:
             return self._sinks
-        places, (w, r) = self._levels[span.level], self.pattern.levels[span.level]
+        places, (w, r) = self._levels[span.level], level_of(self.pattern, span.level)
         place = span.start // w % len(places)
-        rows, have = places[place], places[place].shape[2]
-        if grow and have < (needed := max(span_rows(self.pattern, span, self.num_heads, self.kv_heads))):
-            sizes = (*rows.shape[:2], rows.shape[3], min(-(-w // r), max(needed, 2 * have)), rows.shape[4])
-            places[place] = rows.new_empty(sizes).transpose(2, 3)
-            places[place][:, :, :have] = rows
+        rows, have = places[place], places[place].shape[1]
+        if have < number:
+            sizes = (rows.shape[0], rows.shape[2], min(-(-w // r), max(number, 2 * have)), rows.shape[3])
+            places[place] = rows.new_empty(sizes).transpose(1, 2)
+            places[place][:, :have] = rows
         return places[place]
 
 
+class _Held(NamedTuple):
+    """A span that a cache holds, the rows of its longest lane, and views of those rows that a shard has."""
+
+    span: Span
+    rows: int
+    views: tuple[SpanViews, ...]
+
+
+@lru_cache(maxsize=16)  # all layers of a step ask for the same
+def _held(
+    pattern: Pattern, num_heads: int, kv_heads: int, position: int, own: int, start: int, stop: int
+) -> tuple[_Held, ...]:
+    """Return all spans of `open_spans(pattern, position, own)`, for the shard [start, stop)."""
+    found = []
+    for span in open_spans(pattern, position, own):
+        w = pattern.segment_lengths[max(span.level, 0)]
+        of_shard = common_span(pattern, span.level, span.start // w * w, start, stop)
+        views = span_views(pattern, of_shard, num_heads, start, kv_heads)
+        found.append(_Held(span, max(span_rows(pattern, span, num_heads, kv_heads)), tuple(views)))
+    return tuple(found)
+
+
+def _halves(rows: Tensor, number: int | None = None) -> tuple[Tensor, Tensor]:
+    """View the keys and the values of rows (2 B, rows, lanes, D), by default all rows: (B, number, lanes, D) each."""
+    batch, stride, begin = rows.shape[0] // 2, rows.stride(), rows.storage_offset()
+    size = (batch, rows.shape[1] if number is None else number, *rows.shape[2:])
+    return rows.as_strided(size, stride, begin), rows.as_strided(size, stride, begin + batch * stride[0])
+
+
 def _selected(rows: Tensor, index: Tensor) -> Tensor:
-    return rows.transpose(2, 3).index_select(1, index).transpose(2, 3)
+    both = torch.cat([index, index + rows.shape[0] // 2])
+    return rows.transpose(1, 2).index_select(0, both).transpose(1, 2)
 
 
 def cached_rows(pattern: Pattern, num_heads: int, kv_heads: int = 0, tokens: int = sys.maxsize) -> int:

@@ -36,6 +36,7 @@ from .spans import SINKS, Span, lanes, span_positions, span_rows
 
 Place = tuple[int, int, int, int]  # rows [first, last) of a batch, tokens [begin, stop)
 
+_sink_rows = lru_cache(maxsize=4)(sink_rows)  # all layers of a step ask for the same
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -148,11 +149,14 @@ def dilated_attention(
             f"chosen={pattern.chosen}: the shard starts at {start}, and far keys hold the past of "
             f"{past.position if past else 0} tokens: give that of a KVCache"
         )
-    far = tuple(each for each in far or () if isinstance(each, FarKeys))
+    far = tuple([each for each in far or () if isinstance(each, FarKeys)])
     far_tensors = [x for keys in far for x in (keys.k, keys.v)]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    spans = tuple(keys.span for keys in far)
-    found = sink_rows(pattern, start, q.shape[1], documents, spans) if pattern.sinks and turn else None
+    found = None
+    if pattern.sinks and turn:
+        of_documents = None if documents is None else tuple(documents)
+        look_up = sink_rows if torch.compiler.is_compiling() else _sink_rows
+        found = look_up(pattern, start, q.shape[1], of_documents, tuple(keys.span for keys in far))
     sinks = _Sinks(found, turn, pattern.sinks, _kept(found, far)) if found and turn else None
     if torch.compiler.is_compiling():  # one opaque operator (`compiled`): a graph cannot trace the integers of a plan
         for keys in far:
@@ -160,7 +164,7 @@ def dilated_attention(
                 keys.ready()
         if sinks:  # nor can it call `turn`: it gets turned sinks, after the far keys
             far_tensors += sinks.turned(k, v, far_tensors)
-        numbers = [number for span in spans for number in span]
+        numbers = [number for keys in far for number in keys.span]
         levels = (list(pattern.segment_lengths), list(pattern.dilation_rates), pattern.head_offsets)
         seen = {
             "look_back": list(pattern.look_backs),
@@ -199,47 +203,60 @@ def plan_calls(
 
     Turned `sinks` come after the far keys. Raises ValueError as `dilated_attention` does.
     """
-    _check(q, k, v, start, padding)
-    if refusal := pattern.refusal(causal, padding):
-        raise ValueError(refusal)
-    for keys in far:
-        _check_far(keys, q, k, pattern)
-    batch, tokens, heads, _ = q.shape
-    if padding == "zero_key" and total is None and (start or far):
-        raise ValueError('padding="zero_key" depends on the length of the whole sequence: give total')
-    if documents is not None and (total is not None or lengths is not None):
-        raise ValueError("documents have their own lengths: no total or lengths beside them")
-    if total is not None and (total < start + tokens or lengths is not None):
-        raise ValueError(f"total={total} must hold the shard [{start}, {start + tokens}), and excludes lengths")
-    if lengths is not None and any(keys.start >= start + tokens for keys in far):
-        raise ValueError("far keys after the shard cannot be combined with lengths")
-    spans = tuple(keys.span for keys in far)
-    blocks = tuple(_blocks(lengths, documents, batch, tokens))
+    tensors = tuple([(x.shape, x.dtype, x.device) for x in (q, k, v, *[y for x in far for y in (x.k, x.v)])])
+    spans = tuple([x.span for x in far])
+    known = None if lengths is None else _whole_numbers("lengths", lengths)
+    ends = None if documents is None else _whole_numbers("documents", documents)
     turned = tuple(sinks.rows.items()) if sinks else ()
-    options = (causal, padding, spans, total or 0, turned, kernel.biased and padding == "exact", kernel.packs)
-    return _plan(pattern, heads, k.shape[2], batch, tokens, start, blocks, *options)
+    options = (known, ends, padding, total, turned, kernel.biased and padding == "exact", kernel.packs)
+    return _plan(pattern, tensors, spans, causal, start, *options)
+
+
+class _Facts(NamedTuple):
+    """The facts of a tensor on which a plan depends."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 @lru_cache(maxsize=4)  # all layers of a step share one plan, and a plan of a thousand documents is large
 def _plan(
     pattern: Pattern,
-    heads: int,
-    kv_heads: int,
-    batch: int,
-    tokens: int,
-    start: int,
-    blocks: tuple[Place, ...],
-    causal: bool,
-    padding: Padding,
+    tensors: tuple[tuple[torch.Size, torch.dtype, torch.device], ...],
     spans: tuple[Span, ...],
-    total: int,
+    causal: bool,
+    start: int,
+    lengths: tuple[int, ...] | None,
+    documents: tuple[int, ...] | None,
+    padding: Padding,
+    total: int | None,
     turned: tuple[tuple[int, int], ...],
     unions: bool,
     packs: bool,
 ) -> Plan:
-    """Plan the calls of all blocks. `unions`: unite levels where that is less work; `packs`: pack similar calls."""
+    """Check everything, and plan the calls of all blocks.
+
+    `tensors` are the facts of q, k, v, and of k and v of each of the far keys, whose `spans` are given. `unions`: unite
+    levels where that is less work; `packs`: pack similar calls.
+    """
+    q, k, v, *of_far = (_Facts(*x) for x in tensors)
+    _check(q, k, v, start, padding)
+    if refusal := pattern.refusal(causal, padding):
+        raise ValueError(refusal)
+    for i, span in enumerate(spans):
+        _check_far(span, of_far[2 * i : 2 * i + 2], q, k, pattern)
+    (batch, tokens, heads, _), kv_heads = q.shape, k.shape[2]
+    if padding == "zero_key" and total is None and (start or spans):
+        raise ValueError('padding="zero_key" depends on the length of the whole sequence: give total')
+    if documents is not None and (total is not None or lengths is not None):
+        raise ValueError("documents have their own lengths: no total or lengths beside them")
+    if total is not None and (total < start + tokens or lengths is not None):
+        raise ValueError(f"total={total} must hold the shard [{start}, {start + tokens}), and excludes lengths")
+    if lengths is not None and any(span.start >= start + tokens for span in spans):
+        raise ValueError("far keys after the shard cannot be combined with lengths")
     plan, sinks, chosen = [], dict(turned), []
-    for first, last, begin, stop in blocks:
+    for first, last, begin, stop in _blocks(lengths, documents, batch, tokens):
         # only the first document may have started before the shard
         position, outside = (start, spans) if begin == 0 else (0, ())
         seen = Turned(len(spans), sinks[begin]) if begin in sinks else None
@@ -247,7 +264,8 @@ def _plan(
         if unions and position == 0 and not outside and not seen:
             found = united(pattern, heads, stop - begin, causal, kv_heads)
         if found is None:
-            found = branches(pattern, heads, position, stop - begin, causal, padding, outside, total, kv_heads, seen)
+            rest = total or 0, kv_heads, seen
+            found = branches(pattern, heads, position, stop - begin, causal, padding, outside, *rest)
         place = slice(first, last), slice(begin, stop)
         plan.append((*place, found))
         if pattern.chosen:
@@ -366,14 +384,11 @@ class _MergedBranches(torch.autograd.Function):
         return (None,) * 6 + tuple(d.to(x.dtype) for d, x in zip(grads, (q, k, v, *far), strict=False))
 
 
-def _blocks(
-    lengths: Sequence[int] | Tensor | None, documents: Sequence[int] | None, batch: int, tokens: int
-) -> Iterator[Place]:
+def _blocks(lengths: Sequence[int] | None, documents: Sequence[int] | None, batch: int, tokens: int) -> Iterator[Place]:
     """Yield the batch as blocks: in each, every row is one sequence, and one set of calls serves all rows."""
     if documents is not None:
-        documents = _whole_numbers("documents", documents)
         if min(documents, default=0) < 1 or sum(documents) != tokens:
-            raise ValueError(f"documents need lengths of at least 1 that make {tokens} tokens, got {documents}")
+            raise ValueError(f"documents need lengths of at least 1 that make {tokens} tokens, got {[*documents]}")
         stop = 0
         for length in documents:
             start, stop = stop, stop + length
@@ -382,25 +397,28 @@ def _blocks(
     if lengths is None:
         yield 0, batch, 0, tokens
         return
-    found = _whole_numbers("lengths", lengths)
-    if len(found) != batch or not all(0 <= n <= tokens for n in found):
-        why = ": -1 is a row with tokens after padding, which has to be on the right" if -1 in found else ""
-        raise ValueError(f"lengths needs {batch} numbers from 0 to {tokens}, got {found}{why}")
-    for length, rows in groupby(range(batch), key=found.__getitem__):  # neighbours of equal length go together
+    if len(lengths) != batch or not all(0 <= n <= tokens for n in lengths):
+        why = ": -1 is a row with tokens after padding, which has to be on the right" if -1 in lengths else ""
+        raise ValueError(f"lengths needs {batch} numbers from 0 to {tokens}, got {[*lengths]}{why}")
+    for length, rows in groupby(range(batch), key=lengths.__getitem__):  # neighbours of equal length go together
         members = list(rows)
         if length:
             yield members[0], members[-1] + 1, 0, length
 
 
-def _whole_numbers(name: str, numbers: Sequence[int] | Tensor) -> list[int]:
+def _whole_numbers(name: str, numbers: Sequence[int] | Tensor) -> tuple[int, ...]:
     try:
-        return [operator.index(n) for n in (numbers.tolist() if isinstance(numbers, Tensor) else numbers)]
+        return tuple(operator.index(n) for n in (numbers.tolist() if isinstance(numbers, Tensor) else numbers))
     except TypeError:
         raise ValueError(f"{name} needs whole numbers, in one dimension, got {numbers}") from None
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, start: int, padding: str) -> None:
-    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and (*q.shape[:2], q.shape[3]) == (*k.shape[:2], k.shape[3])
+def _check(q: _Facts, k: _Facts, v: _Facts, start: int, padding: str) -> None:
+    fits = (
+        len(q.shape) == len(k.shape) == 4
+        and k.shape == v.shape
+        and (*q.shape[:2], q.shape[3]) == (*k.shape[:2], k.shape[3])
+    )
     if not fits or not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(
             "q, k and v need one shape (batch, tokens, heads, head_dim), where the heads of k and v may be a divisor, "
@@ -416,15 +434,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, start: int, padding: str) -> None:
         raise ValueError(f'padding must be "exact" or "zero_key", got {padding!r}')
 
 
-def _check_far(keys: FarKeys, q: Tensor, k: Tensor, pattern: Pattern) -> None:
-    if keys.level != SINKS and not 0 <= keys.level < len(pattern.levels):
-        raise ValueError(f"far keys name level {keys.level} of {len(pattern.levels)}")
-    rows = span_rows(pattern, keys.span, q.shape[2], k.shape[2])
+def _check_far(span: Span, of_span: Sequence[_Facts], q: _Facts, k: _Facts, pattern: Pattern) -> None:
+    level, start, stop = span
+    if level != SINKS and not 0 <= level < len(pattern.levels):
+        raise ValueError(f"far keys name level {level} of {len(pattern.levels)}")
+    rows = span_rows(pattern, span, q.shape[2], k.shape[2])
     needed = (len(rows), q.shape[3])
-    for x in (keys.k, keys.v):
-        fits = x.dim() == 4 and (x.shape[0], *x.shape[2:]) == (q.shape[0], *needed) and x.shape[1] >= max(rows)
-        if not fits or x.dtype != q.dtype or x.device != q.device:
+    for shape, dtype, device in of_span:
+        fits = len(shape) == 4 and (shape[0], *shape[2:]) == (q.shape[0], *needed) and shape[1] >= max(rows)
+        if not fits or dtype != q.dtype or device != q.device:
             raise ValueError(
-                f"far keys [{keys.start}, {keys.stop}) of level {keys.level} need {(q.shape[0], max(rows), *needed)} "
-                f"in {q.dtype} on {q.device}, got {tuple(x.shape)} in {x.dtype} on {x.device}"
+                f"far keys [{start}, {stop}) of level {level} need {(q.shape[0], max(rows), *needed)} "
+                f"in {q.dtype} on {q.device}, got {tuple(shape)} in {dtype} on {device}"
             )

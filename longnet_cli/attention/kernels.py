@@ -52,7 +52,7 @@ class CpuFlashKernel(Kernel):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        op = torch._scaled_dot_product_flash_attention_for_cpu  # a call by `torch.ops` costs more than the attention
         rows, mask = q.shape[2], None if bias is None else bias[None]
         if not causal or (steps := self._steps(rows, bias is not None, self._MAX_STEPS[0])) == [rows]:
             return op(q, k, v, 0.0, causal and bias is None, attn_mask=mask, scale=scale)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from math import exp, log
@@ -45,7 +44,7 @@ class Plan:
 
     `covered`: no branch is packed, and the `first` branches reach every row. `squares`: besides, in each `first` branch
         queries and keys are the same rows of the same heads (H = K). `chosen`: the groups of queries that see chosen
-        blocks.
+        blocks. `start`: the branch that a forward starts with, without a merge, as it has all heads of a single token.
     """
 
     blocks: Sequence[Block]
@@ -53,6 +52,7 @@ class Plan:
     covered: bool = False
     squares: bool = False
     chosen: Sequence[GroupedPart] = ()
+    start: Branch | None = None
 
     @classmethod
     def of(
@@ -70,7 +70,9 @@ class Plan:
         full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in blocks)
         covered = not gathered and full == batch * tokens and all(found and found[0].first for *_, found in blocks)
         even = all(branch.queries == branch.keys for *_, found in blocks for branch in found if branch.first)
-        return cls(views, gathered, covered, covered and even and heads == kv_heads, chosen)
+        first = blocks[0][2][0] if covered and len(blocks) == tokens == 1 else None
+        start = first if first and first.queries.heads * first.queries.rows == heads and not first.zero_keys else None
+        return cls(views, gathered, covered, covered and even and heads == kv_heads, chosen, start)
 
 
 def merged_forward(
@@ -87,19 +89,34 @@ def merged_forward(
 
     `far` returns far k and v. `chosen` chooses the blocks of `plan.chosen`, and keeps the choice for the backward pass.
     """
-    q, k, v = (unit_stride(x) for x in (q, k, v))
-    merge: Merge | one_pass.OnePassMerge = (fused.OnePassMerge if (fused := _fused(q)) else Merge)(q, plan.covered)
-    with without_autocast(q.device):
-        for branch, (q_, *places), (k_, v_) in kernel_calls(plan.blocks, kernel, (q, *merge.places), (k, v), far):
+    if torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
+            return merged_forward(plan, scale, kernel, q, k, v, far, chosen)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    blocks = plan.blocks
+    merge: Merge | one_pass.OnePassMerge
+    if fused := _fused(q):
+        merge = fused.OnePassMerge(q, plan.covered)
+    elif branch := plan.start:
+        ((rows, columns, (_, *others)),) = blocks
+        k_, v_ = (k, v) if branch.far is None or not far else far(branch.far)
+        views = _view(q, branch.queries, rows, 0), _view(k_, branch.keys, rows, 0), _view(v_, branch.keys, rows, 0)
+        out, lse = kernel.forward(*views, False, scale)
+        merge = Merge(q, True, (out, lse + branch.bias if branch.bias else lse))
+        blocks = [(rows, columns, tuple(others))] if others else ()
+    else:
+        merge = Merge(q, plan.covered)
+    if blocks:
+        for branch, (q_, *places), (k_, v_) in kernel_calls(blocks, kernel, (q, *merge.places), (k, v), far):
             merge.add(branch, places, *kernel.forward(q_, k_, v_, branch.causal, scale, *_bias(branch, q_)))
-        for pack in plan.packs:
-            queries, keys = pack.rows(q.device)
-            q_, k_, v_ = _rows(q)[queries.places], _rows(k)[keys.places], _rows(v)[keys.places]
-            merge.add_rows(pack, queries.places, *kernel.forward_packed(q_, k_, v_, queries, keys, pack.causal, scale))
-        if chosen:
-            chosen.choose(q, k, scale)
-            chosen.merge(kernel, scale, q, k, v, merge)
-        return merge.result()
+    for pack in plan.packs:
+        queries, keys = pack.rows(q.device)
+        q_, k_, v_ = _rows(q)[queries.places], _rows(k)[keys.places], _rows(v)[keys.places]
+        merge.add_rows(pack, queries.places, *kernel.forward_packed(q_, k_, v_, queries, keys, pack.causal, scale))
+    if chosen:
+        chosen.choose(q, k, scale)
+        chosen.merge(kernel, scale, q, k, v, merge)
+    return merge.result()
 
 
 def merged_backward(
@@ -138,7 +155,7 @@ def merged_backward(
     def far_tensors(index: int) -> Sequence[Tensor]:
         return *far[2 * index : 2 * index + 2], *dfar[2 * index : 2 * index + 2]
 
-    with without_autocast(q.device):
+    with torch.autocast(q.device.type, enabled=False):
         near = (k, v, *(total.place for total in of_near))
         calls: Iterable[Call] = kernel_calls(plan.blocks, kernel, tensors, near, far_tensors)
         for branch, qs, ks in sorted(calls, key=lambda call: call[0].far is None) if far_first else calls:
@@ -172,24 +189,28 @@ def merged_backward(
     return [*grads, *dfar]
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context in which kernels choose their own precision."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
-
-
 class Merge:
     """The running out and LSE of all branches, in fp32 or fp64, by torch operators."""
 
-    def __init__(self, q: Tensor, covered: bool) -> None:
-        """Allocate out and LSE. `covered`: the `first` branches write every row, so out needs no zeros."""
+    def __init__(self, q: Tensor, covered: bool, start: tuple[Tensor, Tensor] | None = None) -> None:
+        """Allocate out and LSE. `covered`: the `first` branches write every row, so out needs no zeros.
+
+        `start` is the out and lse of a single token, in the order of heads, that the merge starts with.
+        """
         dtype = accumulator(q.dtype)
         self._dtype = q.dtype
+        if start:
+            out, lse = start
+            self._out, self._lse = out.reshape(q.shape).to(dtype), lse.reshape(q.shape[:3])
+            return
         self._out = (torch.empty if covered else torch.zeros)(q.shape, dtype=dtype, device=q.device)
         self._lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
         if not covered:
             self._lse.fill_(float("-inf"))
-        self.places = (self._out, self._lse[..., None])
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        return self._out, self._lse[..., None]
 
     def add(self, branch: Branch | Pack, places: Sequence[Tensor], part: Tensor, lse: Tensor) -> None:
         """Merge one call in place into `places`, its views of out (.., rows, D) and lse (.., rows, 1)."""

@@ -14,7 +14,7 @@ class Rows(NamedTuple):
     """Rows that one strided view of a (batch, tokens, heads, head_dim) tensor can show.
 
     The view has `segments` segments, `segment_step` tokens apart. Each segment has `heads` heads: `first_head`, then
-    every `head_step`-th (0: the same head each time). Each head has `rows` rows, `row_step` tokens apart and
+    every `head_step`-th (0: the same head each time). Each head has `rows` rows, `row_step` tokens and
     `row_heads` heads apart. The first head's first row is token `first_token`; each next head starts `skew` tokens
     later.
     """

@@ -8,6 +8,7 @@ query head has its own key head, lanes are heads. At rate 1, and for sinks, lane
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from math import lcm
 from typing import NamedTuple
@@ -88,8 +89,7 @@ def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int 
     return found
 
 
-@lru_cache(maxsize=16)  # as for the next two functions: all layers of a step ask for the same
-def open_spans(pattern: Pattern, start: int, own: int = 0) -> tuple[Span, ...]:
+def open_spans(pattern: Pattern, start: int, own: int = 0) -> list[Span]:
     """Return the spans of a causal sequence's first `start` positions that later queries can see, sinks last.
 
     Levels, but not sinks, also have the `own` positions that follow.
@@ -99,7 +99,7 @@ def open_spans(pattern: Pattern, start: int, own: int = 0) -> tuple[Span, ...]:
         found += _by_segment(level, w, max(0, start // w - b) * w, start + own)
     if pattern.sinks and start + own:
         found.append(Span(SINKS, 0, min(pattern.sinks, start)))
-    return tuple(found)
+    return found
 
 
 def sink_segments(pattern: Pattern, start: int, stop: int) -> range:
@@ -117,14 +117,13 @@ def _by_segment(level: int, w: int, start: int, stop: int) -> list[Span]:
     return found
 
 
-@lru_cache(maxsize=256)
-def span_rows(pattern: Pattern, span: Span, num_heads: int, kv_heads: int = 0) -> tuple[int, ...]:
+def span_rows(pattern: Pattern, span: Span, num_heads: int, kv_heads: int = 0) -> list[int]:
     """Return how many rows of `span` each lane has; lanes differ by at most one."""
     w, r = level_of(pattern, span.level)
     inside = span.start % w
     stop = inside + span.stop - span.start
     offsets = lanes(pattern, span.level, num_heads, kv_heads).offsets
-    return tuple(rows_before(stop, o, r) - rows_before(inside, o, r) for o in offsets)
+    return [rows_before(stop, o, r) - rows_before(inside, o, r) for o in offsets]
 
 
 def span_positions(pattern: Pattern, span: Span, num_heads: int, kv_heads: int = 0) -> list[range]:
@@ -149,12 +148,11 @@ class SpanViews(NamedTuple):
     segment: Rows
 
 
-@lru_cache(maxsize=256)
-def span_views(pattern: Pattern, span: Span, num_heads: int, start: int, kv_heads: int = 0) -> tuple[SpanViews, ...]:
-    """Return views of the rows of `span` for a shard that starts at `start` and holds them; none for an empty span."""
+def span_views(pattern: Pattern, span: Span, num_heads: int, start: int, kv_heads: int = 0) -> Iterator[SpanViews]:
+    """Yield views of the rows of `span` for a shard that starts at `start` and holds them; none for an empty span."""
     w, r = level_of(pattern, span.level)
     if span.start >= span.stop:
-        return ()
+        return
     segment = span.start // w * w
     heads, offsets, _ = lanes(pattern, span.level, num_heads, kv_heads)
     before = [rows_before(span.start - segment, o, r) for o in offsets]
@@ -165,14 +163,13 @@ def span_views(pattern: Pattern, span: Span, num_heads: int, start: int, kv_head
     even = list(zip(firsts, heads, strict=True))
     group = num_heads // (kv_heads or num_heads)
     steps = (1, r, -(-len(heads) // r), len(heads) // len({*heads}), lcm(r, group))
-    return tuple(
-        SpanViews(
-            Rows(1, w, *run.of(heads), counts[run.first], r, firsts[run.first], run.growth(firsts)),
-            Rows(1, w, *run, counts[run.first], 1, 0, 0),
-            Rows(1, w, *run, counts[run.first], 1, before[run.first], 0),
+    for run in progressions(equal, even, steps):
+        number, skew = counts[run.first], run.growth(firsts)
+        yield SpanViews(
+            Rows(1, w, *run.of(heads), number, r, firsts[run.first], skew),
+            Rows(1, w, *run, number, 1, 0, 0),
+            Rows(1, w, *run, number, 1, before[run.first], 0),
         )
-        for run in progressions(equal, even, steps)
-    )
 
 
 def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: int) -> Span:

@@ -43,8 +43,8 @@ from longnet_cli.attention import FarKeys, Past, Pattern, Span, dilated_attentio
 from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.transformers_auto import ATTENTION_NAME, mark, register, unmark
+from longnet_cli.integrations.transformers_cache import MEMORY, Memory
 from longnet_cli.integrations.transformers_cache import LongNetCache as LongNetCache
-from longnet_cli.integrations.transformers_cache import Memory
 from longnet_cli.integrations.transformers_longnet import LongNetPreTrainedModel  # registers its classes
 from longnet_cli.integrations.transformers_padding import AlignedRows, by_rows, columns_of
 from longnet_cli.integrations.transformers_rotary import make_phases_exact, turns
@@ -60,7 +60,7 @@ _REFUSED_CONFIG = {
     "attention_chunk_size": "chunked attention",
 }
 # unsupported options of a layer: they go beyond a plain softmax of scaled scores
-_REFUSED_OPTIONS = ("softcap", "s_aux", "position_bias", "head_mask", "output_attentions")
+_REFUSED_OPTIONS = {"softcap", "s_aux", "position_bias", "head_mask", "output_attentions"}
 
 
 def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None) -> PreTrainedModel:
@@ -147,7 +147,7 @@ def _pattern_of(module: nn.Module) -> Pattern:
     if torch.compiler.is_compiling():
         return pattern_of(config)
     written, pattern = module.__dict__.get(_PATTERN, (None, None))
-    if written is None or written != getattr(config, "dilated_attention", None):
+    if written is None or written != object.__getattribute__(config, "__dict__").get("dilated_attention"):
         pattern = _shared(pattern_of(config))
         module.__dict__[_PATTERN] = deepcopy(config.dilated_attention), pattern
         mark(config)  # even if the pattern came from elsewhere, the model is to be saved with it
@@ -176,8 +176,8 @@ def dilated_attention_forward(
         options |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     pattern = _pattern_of(module)
-    for name in _REFUSED_OPTIONS:
-        if options.get(name) is not None and options[name] is not False:
+    for name in _REFUSED_OPTIONS & options.keys():
+        if options[name] is not None and options[name] is not False:
             raise ConfigError(f"dilated attention has no {name}")
     if dropout:
         raise ConfigError(
@@ -195,12 +195,12 @@ def dilated_attention_forward(
             f"{what} are moved by a model's own positions: call use_dilated_attention(model) after loading"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    memory = Memory.of(key)
+    memory: Memory | None = getattr(key, MEMORY, None)
     # as autocast does for sdpa: rotated q and k come in float32, v in the type of its projection
     if torch.is_autocast_enabled(query.device.type):
         kind = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(kind) for x in (query, key, value))
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     before = memory.position if memory else k.shape[1] - q.shape[1]
     if before and (before < 0 or not causal):
         raise ValueError(
@@ -216,7 +216,7 @@ def dilated_attention_forward(
 
     def attend(rows: AlignedRows) -> Tensor:
         far: list[FarKeys | Past]
-        some_q, some_k, some_v = (rows.of(x) for x in (q, k, v))
+        some_q, some_k, some_v = rows.of(q), rows.of(k), rows.of(v)
         if rows.skip:
             some_q = some_q[:, rows.skip :]
         if memory:

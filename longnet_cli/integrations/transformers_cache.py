@@ -35,7 +35,7 @@ from longnet_cli.notation import format_pattern, parse_pattern
 from longnet_cli.runtime.mapped import mapped_empty
 from longnet_cli.runtime.saved_state import layer_tensors, of_layer, read_state, write_state
 
-_MEMORY = "_longnet_memory"  # attribute of the keys that `update` returns
+MEMORY = "_longnet_memory"  # attribute of the keys that `update` returns: the `Memory` of all earlier keys
 
 
 class LongNetCache(hf.DynamicCache):
@@ -143,14 +143,9 @@ class Memory(CacheLayerMixin):
     def nbytes(self) -> int:
         return sum(part.cache.nbytes for part in self._parts.values())
 
-    @staticmethod
-    def of(key_states: Tensor) -> Memory | None:
-        """Return the memory of keys that `update` returned; None for any other keys."""
-        return getattr(key_states, _MEMORY, None)
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         key_states = key_states.view_as(key_states)  # a new tensor object, to carry the attribute
-        setattr(key_states, _MEMORY, self)
+        setattr(key_states, MEMORY, self)
         self.expect(key_states.shape[0])
         return key_states, value_states
 
@@ -163,12 +158,17 @@ class Memory(CacheLayerMixin):
 
         Raises ValueError if other rows started there, or if the cache does not hold all their earlier columns.
         """
-        first, members = rows.first, [*range(len(k))] if rows.members is None else rows.members
+        first, batch = rows.first, k.shape[0]
         if first not in self._parts:
             options: dict[str, Any] = {"kv_heads": k.shape[2], "dtype": k.dtype, "device": k.device}
-            self._parts[first] = _CachedRows(members, _new_cache(pattern, len(k), num_heads, k.shape[3], **options))
+            members = [*range(batch)] if rows.members is None else rows.members
+            self._parts[first] = _CachedRows(members, _new_cache(pattern, batch, num_heads, k.shape[3], **options))
         part = self._parts[first]
-        if part.rows != members or part.cache.position != max(0, self.position - first):
+        if (
+            len(part.rows) != batch
+            or rows.members not in (None, part.rows)
+            or part.cache.position != max(0, self.position - first)
+        ):
             raise ValueError("the padding of a batch changed while it was cached: pass the whole attention_mask")
         return part.cache
 

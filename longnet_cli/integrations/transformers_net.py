@@ -355,7 +355,7 @@ def _too_wide(model: hf.PreTrainedModel, pattern: Pattern) -> str | None:
     within, what = f"window:{max(4, trained // 2)},sinks=4", "first level reaches"
     if pattern.chosen:
         what, width = "chosen blocks reach", (trained - pattern.chosen_keys) // (1 + pattern.look_backs[0])
-        if width := width // pattern.chosen_block * pattern.chosen_block:
+        if (width := width // pattern.chosen_block * pattern.chosen_block) > 0:
             within = format_pattern(replace(pattern, segment_lengths=(width,)))
     return f"its {what} {_reach(pattern)} tokens back, and the model was trained on {trained}: {within} stays within"
 

@@ -172,7 +172,7 @@ class Exchange:
         document, end = self._document(self.edges[reader])
         start, stop = self.edges[reader] - document, min(self.edges[reader + 1], end) - document
         if self.cached and document not in self._open:
-            self._open[document] = [*open_spans(self.pattern, self.edges[-1] - document)]
+            self._open[document] = open_spans(self.pattern, self.edges[-1] - document)
         kept = self._open.get(document, [])
         seen = far_spans(self.pattern, start, stop, self.causal, end - document) if start < stop else []
         self._seen[reader] = [*((span, False) for span in kept), *((span, True) for span in seen)]

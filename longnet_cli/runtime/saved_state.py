@@ -34,7 +34,7 @@ FILE_BYTES = 1 << 26  # a file is full when it has as many
 
 # What must be as it was when the state was saved: the key in the manifest, and how to say that it is not
 _SAME = {
-    "longnet.pattern": "it was saved with the pattern {saved}, and this is {given}",
+    "longnet.pattern": "it was saved{by} with the pattern {saved}, and this is {given}",
     "dtype": "it was saved in {saved}, and this run computes in {given} (--dtype)",
     "longnet.tokenizer_sha256": "it was saved with another tokenizer, of SHA-256 {saved:.12}..., not {given:.12}...",
     "longnet.model_sha256": "it was saved by another model{name}, of SHA-256 {saved:.12}..., not {given:.12}...",
@@ -92,8 +92,9 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
         for key, why in _SAME.items():
             known, given = saved.get(key), facts.get(key)
             if known and given and known != given and not (key == "longnet.pattern" and _is_finer(given, known)):
-                name = f", {saved['longnet.model']}" if "longnet.model" in saved else ""
-                raise ConfigError(f"{folder}: {why.format(saved=known, given=given, name=name)}")
+                model = saved.get("longnet.model")
+                names = {"name": f", {model}" if model else "", "by": f" by {model}" if model else ""}
+                raise ConfigError(f"{folder}: {why.format(saved=known, given=given, **names)}")
         if damage := find_damage(path, STATE_VERSION):
             raise CheckpointError(damage)
         tensors: dict[str, Tensor] = {}
