@@ -80,7 +80,7 @@ TASKS = {
 
 
 class Question(NamedTuple):
-    """What is asked after a document, and the values that answer it."""
+    """A question about a document, and the values that answer it."""
 
     text: str
     values: list[str]

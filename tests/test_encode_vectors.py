@@ -329,8 +329,8 @@ def test_models_of_tokens_read_no_vectors_and_the_other_way_round(
     (tmp_path / "text.txt").write_text("text")
     for words, code, line in (
         (["encode", "slides.parquet", "-o", "x.arrow"], 2, "no column named input_ids"),
-        (["encode", "slides.parquet", "-o", "x.arrow", "--pool", "cls"], 2, "this model has no CLS"),
-        (["encode", "slides.parquet", "-o", "x.arrow", "--tile-size", "8"], 2, "this model has no grid of tiles"),
+        (["encode", "text.txt", "-o", "x.arrow", "--pool", "cls"], 2, "this model has no CLS"),
+        (["encode", "text.txt", "-o", "x.arrow", "--tile-size", "8"], 2, "this model has no grid of tiles"),
         (["encode", "text.txt", "-o", "x.arrow", "--model", model], 3, "this is text, and the model reads vectors"),
         (["score", "text.txt", "--model", model], 2, "it reads vectors, not tokens"),
         (["generate", "text", "--model", model], 2, "it reads vectors, not tokens"),

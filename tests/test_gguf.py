@@ -143,7 +143,8 @@ def test_a_file_is_a_model(tmp_path: Path) -> None:
     pattern = ["--pattern", "window:8,sinks=2"]
     found = run("score", text, "-m", source, "--format", "json", *pattern)
     assert "converted for this run" in found.stderr
-    assert json.loads(found.stdout)["total"] == total(text, "-m", tmp_path / "llama", *pattern)
+    of_folder = total(text, "-m", tmp_path / "llama", *pattern)
+    assert json.loads(found.stdout)["total"] == of_folder | {"model": str(source)}
     assert run("encode", text, "-m", source, "-o", tmp_path / "out.arrow").exit_code == 0
     for command in (["bench", "--op", "model", "--seq", "64", "-m", source], ["pattern", source]):
         refused = run(*command)

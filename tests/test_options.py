@@ -121,7 +121,7 @@ def test_help_is_readable_in_80_columns(name: str) -> None:
     lines = done.output.splitlines()
     text = " ".join(done.output.replace("│", " ").split())
     assert done.exit_code == 0
-    assert len(lines) < 150
+    assert len(lines) < 170
     assert max(map(len, lines)) <= 80
     assert "…" not in text  # no name is cut
     assert not re.search("<[a-z]|x>=", text)  # no `<bool>`, no `<list[str]>`, no range
@@ -136,7 +136,7 @@ def test_each_default_is_shown_once_however_often_help_is_asked_for(name: str) -
     for _ in range(2):
         output = CliRunner().invoke(app, [*name.split(), "-h"], env={"COLUMNS": "300", "NO_COLOR": "1"}).output
         assert max(line.count("(default: ") for line in output.splitlines()) <= 1
-        for shared, default in (("--device", "auto"), ("--model", "longnet-tiny"), ("--pool", "mean")):
+        for shared, default in (("--device", "auto"), ("--model", "longnet-tiny")):
             row = next((line for line in output.splitlines() if re.search(rf"│ {shared} ", line)), None)
             assert row is None or f"(default: {default})" in row or name == "bench"
 

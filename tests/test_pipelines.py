@@ -69,7 +69,8 @@ def test_chained_commands_say_what_single_ones_say(shell, model: Path, texts: Pa
         b"3 vectors of 90 tokens -> stdout\n3 vectors of 90 tokens -> out.arrow\n",
     )
     vectors = ipc.open_stream(chained.stdout).read_all()
-    assert vectors.equals(ipc.open_file(tmp_path / "out.arrow").read_all())
+    of_text = ipc.open_file(tmp_path / "out.arrow").read_all()
+    assert vectors.equals(of_text.drop_columns(["char_start", "char_end"]))
 
 
 WAYS = {

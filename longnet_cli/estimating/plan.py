@@ -102,7 +102,7 @@ class JobPlan:
 
 
 class Shared(NamedTuple):
-    """What it costs one device that ranks share a chunk: per layer, its busiest rank.
+    """Costs of a chunk that ranks share, for one device: per layer, its busiest rank.
 
     `seconds` of an exchange, bytes of far rows that its shard attends to, bytes whose gradients are summed over the
     ranks when the chunk is one of several, and attention FLOPs relative to the mean of all tokens.
