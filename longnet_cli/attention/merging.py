@@ -100,8 +100,10 @@ def merged_forward(
     elif branch := plan.start:
         ((rows, columns, (_, *others)),) = blocks
         k_, v_ = (k, v) if branch.far is None or not far else far(branch.far)
-        views = _view(q, branch.queries, rows, 0), _view(k_, branch.keys, rows, 0), _view(v_, branch.keys, rows, 0)
-        out, lse = kernel.forward(*views, False, scale)
+        q_, k_, v_ = _view(q, branch.queries, rows, 0), _view(k_, branch.keys, rows, 0), _view(v_, branch.keys, rows, 0)
+        if q_.shape[0] == 1:  # heads as a batch: then out comes in their order
+            q_, k_, v_ = q_.transpose(0, 1), k_.transpose(0, 1), v_.transpose(0, 1)
+        out, lse = kernel.forward(q_, k_, v_, False, scale)
         merge = Merge(q, True, (out, lse + branch.bias if branch.bias else lse))
         blocks = [(rows, columns, tuple(others))] if others else ()
     else:
@@ -391,9 +393,12 @@ def _tokens(rows: Rows, segment: int, index: int) -> slice:
     return slice(first, first + (rows.rows - 1) * rows.row_step + 1, rows.row_step)
 
 
-def strided_view(x: Tensor, rows: Rows) -> Tensor:
-    """View x (batch, tokens, heads, last dim) as the rows (batch, segments, heads, rows, last dim), without a copy."""
-    return x.as_strided(*_layout(x, rows, 0, x.shape[0], 0))
+def strided_view(x: Tensor, rows: Rows, first: int = 0, batch: int | None = None) -> Tensor:
+    """View x (batch, tokens, heads, last dim) as the rows (batch, segments, heads, rows, last dim), without a copy.
+
+    `first` and `batch` select a part of the batch.
+    """
+    return x.as_strided(*_layout(x, rows, first, x.shape[0] if batch is None else first + batch, 0))
 
 
 def _view(x: Tensor, rows: Rows, run: slice, column: int) -> Tensor:
