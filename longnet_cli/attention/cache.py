@@ -103,7 +103,7 @@ class KVCache:
         held = _held(self.pattern, self.num_heads, self.kv_heads, position, own, position, position + own)
         if own:
             self._stored = shard[0]
-            self._store(shard, held)
+            self._store((torch.cat(shard),), held)  # as one tensor, in fewer operations
         found: list[FarKeys | Past] = [self.past] if self.past and self.position else []
         for span, rows, _ in held:
             if rows:
@@ -141,7 +141,7 @@ class KVCache:
         self.position, self._stored = stop, None
 
     def _store(self, shard: Sequence[Tensor], held: Sequence[_Held], others: Sequence[FarKeys] = ()) -> None:
-        """Store the rows of spans that a shard, its k and v, or the `others` have."""
+        """Store the rows of spans that a shard has, k and v apart or in one batch, or the `others` have."""
         for span, number, views in held:
             w = self.pattern.segment_lengths[max(span.level, 0)]
             segment = span.start // w * w

@@ -40,7 +40,7 @@ _sink_rows = lru_cache(maxsize=4)(sink_rows)  # all layers of a step ask for the
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # a frozen one takes longer to make, and every layer makes some per token
 class FarKeys:
     """Keys and values from outside the shard: one level's rows at positions [start, stop) of one segment.
 

@@ -144,7 +144,7 @@ def _shared(pattern: Pattern) -> Pattern:
 def _pattern_of(module: nn.Module) -> Pattern:
     """Return the pattern of an attention, which is made only once, because to read a config of transformers is slow."""
     config: Any = module.config
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return pattern_of(config)
     known, written, pattern = module.__dict__.get(_PATTERN, (None, None, None))
     if known is not config or written != object.__getattribute__(config, "__dict__").get("dilated_attention"):
