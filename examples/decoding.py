@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -97,6 +98,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40, help="of each decoder (%(default)s)")
     args = parser.parse_args()
     hf.utils.logging.set_verbosity_error()
+    hf.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # newer versions of transformers rename past_key_values
     own = hf.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     for written in args.pattern:
         pattern = parse_pattern(written)

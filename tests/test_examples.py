@@ -1,5 +1,5 @@
 """The scripts in examples/: the corpus of the shipped model, the Llama of transformers that is trained twice, the
-encoder that finds edited copies of files, patterns compared on a pretrained model, pass keys in
+encoder that finds edited copies of files, patterns compared on a pretrained model, decoders timed, pass keys in
 prose, and the report of a GPU.
 
 pytest tests/test_examples.py
@@ -175,6 +175,24 @@ def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env
     assert sum(row["nats"] for row in rows[:3]) == pytest.approx(total["nll_sum"], rel=1e-6)
     table = [line for line in done.stderr.splitlines() if line.startswith("| `")]
     assert [line.split(" | ")[0] for line in table] == ["| `dense`", "| `window:16,sinks=2`"]
+
+
+def test_decoders_take_turns(tmp_path: Path, command_env: dict[str, str]) -> None:
+    model = tiny_llama(tmp_path / "llama", max_position_embeddings=400)
+    patterns = ["window:16,sinks=2", "window:64,chosen=2x32"]
+    command = [sys.executable, ROOT / "examples/decoding.py", model, *patterns, "--context", "1", "200"]
+    command += ["--batch", "1", "2", "--tokens", "8"]
+    done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    decoders = {1: ("transformers", "LongNetCache", "longnet"), 2: ("transformers", "LongNetCache")}
+    assert [(row["pattern"], row["context"], row["batch"], row["decoder"]) for row in rows] == [
+        (pattern, context, batch, decoder)
+        for pattern in patterns
+        for context in (1, 200)
+        for batch in decoders
+        for decoder in decoders[batch]
+    ]
+    assert all(row["ms"] > 0 and (row["ratio"] == 1) >= (row["decoder"] == "transformers") for row in rows)
 
 
 def test_halves_of_documents_agree_where_gains_do(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

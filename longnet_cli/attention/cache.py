@@ -22,7 +22,19 @@ from .dilated import FarKeys
 from .merging import strided_view
 from .past import Blocks, Past
 from .pattern import Pattern
-from .spans import SINKS, Span, SpanViews, common_span, lanes, level_of, open_spans, segment_rows, span_rows, span_views
+from .spans import (
+    SINKS,
+    Span,
+    SpanViews,
+    common_span,
+    lanes,
+    level_of,
+    open_spans,
+    segment_rows,
+    sink_segments,
+    span_rows,
+    span_views,
+)
 
 FIRST_ROWS = 1 << 14  # rows of a segment that are allocated at first; their number doubles on demand
 
@@ -32,7 +44,7 @@ class KVCache:
 
         cache = KVCache(pattern, batch, heads, head_dim)
         for q, k, v in shards:
-            out = dilated_attention(q, k, v, pattern, start=cache.position, far=cache.far())
+            out = dilated_attention(q, k, v, pattern, start=cache.position, far=cache.far(k, v))
             cache.append(k, v, q=q)  # q is for chosen blocks alone
 
     `kv_heads` is the number of heads of k and v, by default `num_heads`. `position` is the number of tokens so far.
@@ -97,12 +109,12 @@ class KVCache:
         Its k and v may be given, to be appended later. The rows of a single token are then stored at once, unless they
         need a gradient, and are the last of the far keys, which saves a call per level.
         """
-        gradients = self.keep or any(x.requires_grad for x in shard)
-        own, position = int(not gradients and bool(shard) and shard[0].shape[1] == 1), self.position
+        kept = self.keep or (torch.is_grad_enabled() and any(x.requires_grad for x in shard))
+        own, position = int(not kept and bool(shard) and shard[0].shape[1] == 1), self.position
         held = _held(self.pattern, self.num_heads, self.kv_heads, position, own, position, position + own)
         if own:
             self._stored = shard[0]
-            self._store(shard, held)
+            self._store((torch.cat(shard),), held)  # as one tensor, in fewer operations
         found: list[FarKeys | Past] = [self.past] if self.past else []
         for span, rows, _ in held:
             if rows:
@@ -140,7 +152,7 @@ class KVCache:
         self.position, self._stored = stop, None
 
     def _store(self, shard: Sequence[Tensor], held: Sequence[_Held], others: Sequence[FarKeys] = ()) -> None:
-        """Store the rows of spans that a shard, its k and v, or the `others` have."""
+        """Store the rows of spans that a shard has, k and v apart or in one batch, or the `others` have."""
         for span, number, views in held:
             w = self.pattern.segment_lengths[max(span.level, 0)]
             segment = span.start // w * w
@@ -154,8 +166,9 @@ class KVCache:
                     taken = span_views(self.pattern, keys.span, self.num_heads, 0, self.kv_heads)
                     given += [((keys.k, keys.v), each.packed, each.segment) for each in taken]
             for tensors, there, here in given:
-                for rows, x in zip(_halves(self._rows(span, number)), tensors, strict=True):
-                    strided_view(rows, here).copy_(strided_view(x, there))
+                rows, batch = self._rows(span, number), tensors[0].shape[0]
+                for i, x in enumerate(tensors):
+                    strided_view(rows, here, i * batch, batch).copy_(strided_view(x, there))
 
     def select(self, rows: Sequence[int]) -> None:
         """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""
@@ -214,7 +227,10 @@ class KVCache:
 
 
 class _Held(NamedTuple):
-    """A span that a cache holds, the rows of its longest lane, and views of those rows that a shard has."""
+    """A span that a cache holds, the rows of its longest lane, and views of those rows that a shard has.
+
+    If a single token does not need sinks apart, their `rows` are 0.
+    """
 
     span: Span
     rows: int
@@ -230,15 +246,16 @@ def _held(
     for span in open_spans(pattern, position, own):
         w = pattern.segment_lengths[max(span.level, 0)]
         of_shard = common_span(pattern, span.level, span.start // w * w, start, stop)
-        views = span_views(pattern, of_shard, num_heads, start, kv_heads)
-        found.append(_Held(span, max(span_rows(pattern, span, num_heads, kv_heads)), tuple(views)))
+        views = tuple(span_views(pattern, of_shard, num_heads, start, kv_heads))
+        unseen = own and span.level == SINKS and not sink_segments(pattern, start, stop)
+        found.append(_Held(span, 0 if unseen else max(span_rows(pattern, span, num_heads, kv_heads)), views))
     return tuple(found)
 
 
-def _halves(rows: Tensor, number: int | None = None) -> tuple[Tensor, Tensor]:
-    """View the keys and the values of rows (2 B, rows, lanes, D), by default all rows: (B, number, lanes, D) each."""
+def _halves(rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """View the first rows of keys and of values in rows (2 B, rows, lanes, D): (B, number, lanes, D) each."""
     batch, stride, begin = rows.shape[0] // 2, rows.stride(), rows.storage_offset()
-    size = (batch, rows.shape[1] if number is None else number, *rows.shape[2:])
+    size = (batch, number, *rows.shape[2:])
     return rows.as_strided(size, stride, begin), rows.as_strided(size, stride, begin + batch * stride[0])
 
 

@@ -40,7 +40,7 @@ _sink_rows = lru_cache(maxsize=4)(sink_rows)  # all layers of a step ask for the
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # a frozen one takes longer to make, and every layer makes some per token
 class FarKeys:
     """Keys and values from outside the shard: one level's rows at positions [start, stop) of one segment.
 
@@ -255,7 +255,7 @@ def _plan(
         raise ValueError(f"total={total} must hold the shard [{start}, {start + tokens}), and excludes lengths")
     if lengths is not None and any(span.start >= start + tokens for span in spans):
         raise ValueError("far keys after the shard cannot be combined with lengths")
-    plan, sinks, chosen = [], dict(turned), []
+    plan, sinks, chosen, whole = [], dict(turned), [], total or 0
     for first, last, begin, stop in _blocks(lengths, documents, batch, tokens):
         # only the first document may have started before the shard
         position, outside = (start, spans) if begin == 0 else (0, ())
@@ -264,8 +264,7 @@ def _plan(
         if unions and position == 0 and not outside and not seen:
             found = united(pattern, heads, stop - begin, causal, kv_heads)
         if found is None:
-            rest = total or 0, kv_heads, seen
-            found = branches(pattern, heads, position, stop - begin, causal, padding, outside, *rest)
+            found = branches(pattern, heads, position, stop - begin, causal, padding, outside, whole, kv_heads, seen)
         place = slice(first, last), slice(begin, stop)
         plan.append((*place, found))
         if pattern.chosen:

@@ -100,8 +100,9 @@ def merged_forward(
     elif branch := plan.start:
         ((rows, columns, (_, *others)),) = blocks
         k_, v_ = (k, v) if branch.far is None or not far else far(branch.far)
-        views = _view(q, branch.queries, rows, 0), _view(k_, branch.keys, rows, 0), _view(v_, branch.keys, rows, 0)
-        out, lse = kernel.forward(*views, False, scale)
+        pairs = (q, branch.queries), (k_, branch.keys), (v_, branch.keys)
+        q_, k_, v_ = [_view(x, each, rows, 0, True) for x, each in pairs]
+        out, lse = kernel.forward(q_, k_, v_, False, scale)
         merge = Merge(q, True, (out, lse + branch.bias if branch.bias else lse))
         blocks = [(rows, columns, tuple(others))] if others else ()
     else:
@@ -201,7 +202,7 @@ class Merge:
         self._dtype = q.dtype
         if start:
             out, lse = start
-            self._out, self._lse = out.reshape(q.shape).to(dtype), lse.reshape(q.shape[:3])
+            self._out, self._lse = _as(out.reshape(q.shape), dtype), lse.reshape(q.shape[:3])
             return
         self._out = (torch.empty if covered else torch.zeros)(q.shape, dtype=dtype, device=q.device)
         self._lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
@@ -236,7 +237,7 @@ class Merge:
             _rows(x).index_copy_(0, places, rows)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return self._out.to(self._dtype), self._lse
+        return _as(self._out, self._dtype), self._lse
 
 
 class GradientSum:
@@ -391,18 +392,24 @@ def _tokens(rows: Rows, segment: int, index: int) -> slice:
     return slice(first, first + (rows.rows - 1) * rows.row_step + 1, rows.row_step)
 
 
-def strided_view(x: Tensor, rows: Rows) -> Tensor:
-    """View x (batch, tokens, heads, last dim) as the rows (batch, segments, heads, rows, last dim), without a copy."""
-    return x.as_strided(*_layout(x, rows, 0, x.shape[0], 0))
+def strided_view(x: Tensor, rows: Rows, first: int = 0, batch: int | None = None) -> Tensor:
+    """View x (batch, tokens, heads, last dim) as the rows (batch, segments, heads, rows, last dim), without a copy.
+
+    `first` and `batch` select a part of the batch.
+    """
+    return x.as_strided(*_layout(x, rows, first, x.shape[0] if batch is None else first + batch, 0))
 
 
-def _view(x: Tensor, rows: Rows, run: slice, column: int) -> Tensor:
+def _view(x: Tensor, rows: Rows, run: slice, column: int, apart: bool = False) -> Tensor:
     """View the rows `run` of a batch x, tokens counted from `column`, like `strided_view`.
 
-    The result is (batch or segments, heads, rows, last dim) if batch or segments is 1.
+    The result is (batch or segments, heads, rows, last dim) if batch or segments is 1. If both are, and heads shall be
+    `apart`, it is (heads, 1, rows, last dim): then the output of a kernel comes in the order of heads.
     """
     size, stride, offset = _layout(x, rows, run.start, run.stop, column)
-    if size[0] == 1:
+    if apart and size[0] == 1:
+        size, stride = (size[2], *size[1:2], *size[3:]), (stride[2], *stride[1:2], *stride[3:])
+    elif size[0] == 1:
         size, stride = size[1:], stride[1:]
     elif size[1] == 1:
         size, stride = size[:1] + size[2:], stride[:1] + stride[2:]
@@ -437,6 +444,10 @@ def _batched(views: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
             yield group
         else:
             yield from (list(part) for part in zip(*(x.split(limit) for x in group), strict=True))
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # a call that does nothing takes time too
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

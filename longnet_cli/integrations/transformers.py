@@ -50,7 +50,7 @@ from longnet_cli.integrations.transformers_padding import AlignedRows, by_rows, 
 from longnet_cli.integrations.transformers_rotary import make_phases_exact, turns
 
 _TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks and chosen blocks, or None
-_PATTERN = "_dilated_pattern"  # attribute of an attention module: what its config says, and the `Pattern` of that
+_PATTERN = "_dilated_pattern"  # attribute of an attention module: its config, what that says, and the `Pattern`
 _OWN = "_own_attention"  # attribute of a model: the name of its earlier attention
 
 # settings of a config that dilated attention does not support
@@ -144,12 +144,12 @@ def _shared(pattern: Pattern) -> Pattern:
 def _pattern_of(module: nn.Module) -> Pattern:
     """Return the pattern of an attention, which is made only once, because to read a config of transformers is slow."""
     config: Any = module.config
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return pattern_of(config)
-    written, pattern = module.__dict__.get(_PATTERN, (None, None))
-    if written is None or written != object.__getattribute__(config, "__dict__").get("dilated_attention"):
+    known, written, pattern = module.__dict__.get(_PATTERN, (None, None, None))
+    if known is not config or written != object.__getattribute__(config, "__dict__").get("dilated_attention"):
         pattern = _shared(pattern_of(config))
-        module.__dict__[_PATTERN] = deepcopy(config.dilated_attention), pattern
+        module.__dict__[_PATTERN] = config, deepcopy(config.dilated_attention), pattern
         mark(config)  # even if the pattern came from elsewhere, the model is to be saved with it
     return pattern
 

@@ -144,7 +144,6 @@ class Memory(CacheLayerMixin):
         return sum(part.cache.nbytes for part in self._parts.values())
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        key_states = key_states.view_as(key_states)  # a new tensor object, to carry the attribute
         setattr(key_states, MEMORY, self)
         self.expect(key_states.shape[0])
         return key_states, value_states
