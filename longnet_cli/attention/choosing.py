@@ -37,8 +37,8 @@ from .sinks import Turn
 if TYPE_CHECKING:
     from .one_pass import OnePassGradientSum, OnePassMerge
 
-GATHERED = 1 << 22  # numbers of gathered keys that exist at a time: 16 MiB in fp32
-SCORES = 1 << 20  # numbers of scores of votes that exist at a time: 4 MiB in fp32, which a cache of a CPU holds
+GATHERED = 1 << 20  # numbers of gathered keys that exist at a time: 4 MiB in fp32, which a cache of a CPU holds
+SCORES = 1 << 20  # and of scores of votes
 
 
 class Chosen:
@@ -274,15 +274,19 @@ class _GroupCall(NamedTuple):
             for into, x in zip(found, own, strict=True):
                 torch.index_select(x, 0, self.blocks, out=into)
             return found
-        inside, cut, before = (where.nonzero()[:, 0] for where in self._places(past))
-        if len(before):
-            past.blocks.take(self.row, self.blocks[before], found, before)
-        for into, x, of_past, all_of in zip(found, own, past.waiting, (k, v), strict=True):
-            if len(inside):
-                into[inside] = x.index_select(0, self.blocks[inside] - self._first)
-            if len(cut):
-                ends = all_of[self.row, self.part.columns][: self.size - of_past.shape[1]]
-                into[cut] = torch.cat([of_past[self.row], ends])
+        groups = self.blocks.view(self.branch.queries.segments, -1)
+        edges = groups.new_tensor([past.blocks.number, self._first]).expand(len(groups), 2).contiguous()
+        places = torch.searchsorted(groups, edges).tolist()
+        for blocks, group, (before, inside) in zip(
+            groups, found.unflatten(1, groups.shape).unbind(1), places, strict=True
+        ):
+            past.blocks.take(self.row, blocks[:before], group[:, :before])
+            for into, x, of_past, all_of in zip(group, own, past.waiting, (k, v), strict=True):
+                if before < inside:
+                    ends = all_of[self.row, self.part.columns][: self.size - of_past.shape[1]]
+                    torch.cat([of_past[self.row], ends], out=into[before])
+                if inside < len(blocks):
+                    torch.index_select(x, 0, blocks[inside:] - self._first, out=into[inside:])
         return found
 
     @property

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -113,14 +114,18 @@ class Blocks:
             piece[:, :, at : at + n] = blocks[:, :, done : done + n]
             done, self.number = done + n, self.number + n
 
-    def take(self, row: int, blocks: Tensor, into: Tensor, places: Tensor) -> None:
-        """Copy blocks (n,) of one row of the batch to places (n,) of `into` (k and v, _, tokens of a block, K, D)."""
-        first = 0
-        for piece in self._pieces:
-            inside = ((blocks >= first) & (blocks < first + piece.shape[2])).nonzero()[:, 0]
-            for x, y in zip(into, piece[:, row], strict=True):
-                x[places[inside]] = y.index_select(0, (blocks[inside] - first).to(y.device)).to(x.device)
-            first += piece.shape[2]
+    def take(self, row: int, blocks: Tensor, into: Tensor) -> None:
+        """Copy blocks (n,), ascending, of one row of the batch to `into` (k and v, n, tokens of a block, K, D)."""
+        firsts = [0, *accumulate(piece.shape[2] for piece in self._pieces)]
+        places = torch.searchsorted(blocks, blocks.new_tensor(firsts)).tolist()
+        for piece, first, (start, stop) in zip(self._pieces, firsts, pairwise(places), strict=False):
+            if start < stop:
+                index = (blocks[start:stop] - first).to(piece.device)
+                for x, y in zip(into[:, start:stop], piece[:, row], strict=True):
+                    if x.device == y.device:
+                        torch.index_select(y, 0, index, out=x)
+                    else:
+                        x.copy_(y.index_select(0, index))
 
     def select(self, rows: Tensor) -> None:
         """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""
@@ -261,8 +266,7 @@ class Past:
         if number < self.blocks.number:  # the block that is cut at `position`
             rows = rows.new_empty(*rows.shape[:2], self.pattern.chosen_block, *rows.shape[3:])
             for row in range(rows.shape[1]):
-                place = torch.tensor([row], device=rows.device)
-                self.blocks.take(row, torch.full_like(place, number), rows, place)
+                self.blocks.take(row, torch.tensor([number], device=rows.device), rows[:, row : row + 1])
         new._waiting = [rows[:, :, : position - number * self.pattern.chosen_block]]
         return new
 

@@ -141,10 +141,12 @@ class Rotation:
         wide = keys if keys.dtype is torch.float64 else keys.float()
         cos, sin = phase.cos().to(wide.dtype), phase.sin().to(wide.dtype)
         pairs, rest = wide.split([2 * phase.shape[-1], wide.shape[-1] - 2 * phase.shape[-1]], -1)
-        x, y = pairs.unflatten(-1, (2, -1) if self.axis == -2 else (-1, 2)).unbind(self.axis)
-        found = torch.addcmul(x * cos, y, sin, value=-1), torch.addcmul(x * sin, y, cos)
-        turned = found if self.axis == -2 else (torch.stack(found, -1).flatten(-2),)
-        return torch.cat([*turned, rest], -1).to(keys.dtype)
+        pairs = pairs.unflatten(-1, (2, -1) if self.axis == -2 else (-1, 2))
+        turned = pairs * cos.unsqueeze(self.axis)
+        turned.select(self.axis, 0).addcmul_(pairs.select(self.axis, 1), sin, value=-1)
+        turned.select(self.axis, 1).addcmul_(pairs.select(self.axis, 0), sin)
+        turned = turned.flatten(-2)
+        return (torch.cat([turned, rest], -1) if rest.shape[-1] else turned).to(keys.dtype)
 
 
 def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:

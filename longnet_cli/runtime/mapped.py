@@ -134,14 +134,13 @@ class BlockFile(Blocks):
         self._places += [[block + row for row in rows] for block in range(first, self._file.size, data[0].nbytes)]
         self.number = len(self._places)
 
-    def take(self, row: int, blocks: Tensor, into: Tensor, places: Tensor) -> None:
-        there = into.device.type == "cpu"
-        host = into if there else torch.empty(2, len(blocks), *into.shape[2:], dtype=into.dtype)
+    def take(self, row: int, blocks: Tensor, into: Tensor) -> None:
+        host = into if into.device.type == "cpu" else torch.empty_like(into, device="cpu")
         keys, values = (x.view(torch.uint8).flatten(1).numpy() for x in host)
-        for block, place in zip(blocks.tolist(), places.tolist() if there else range(len(blocks)), strict=True):
+        for place, block in enumerate(blocks.tolist()):
             self._file.read(self._places[block][row], [keys[place].data, values[place].data])
-        if not there:
-            into.index_copy_(1, places, host.to(into.device))
+        if host is not into:
+            into.copy_(host)
 
     def select(self, rows: Tensor) -> None:
         self._places = [[block[row] for row in rows.tolist()] for block in self._places]
@@ -155,7 +154,7 @@ class BlockFile(Blocks):
             blocks = torch.arange(first, min(first + step, self.number))
             piece = torch.empty(2, batch, len(blocks), *shape, dtype=self._like.dtype)
             for row in range(batch):
-                self.take(row, blocks, piece[:, row], blocks - first)
+                self.take(row, blocks, piece[:, row])
             yield piece
 
     def adopt(self, blocks: Tensor) -> None:
