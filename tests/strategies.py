@@ -150,7 +150,7 @@ def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
 @st.composite
 def chosen_patterns(draw: st.DrawFn) -> Pattern:
     """Windows with chosen blocks."""
-    block = 4 * draw(st.integers(1, 3))
+    block = 4 * draw(st.integers(1, 4))
     every = draw(st.sampled_from([n for n in range(1, block + 1) if block % n == 0]))
     width, back, number = block * draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 4))
     return Pattern((width,), (1,), look_back=back, chosen=number, chosen_block=block, chosen_every=every)

@@ -5,8 +5,7 @@ pytest tests/test_choosing.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -19,7 +18,7 @@ from strategies import Choice, chosen_choices, cuts, split, turn
 from test_options_of_patterns import assert_close, run, turning
 from torch import Tensor
 
-from longnet_cli.attention import KVCache, Past, Pattern, choosing, dilated_attention, past, reference
+from longnet_cli.attention import KVCache, Past, Pattern, choosing, dilated_attention, groups, past, reference
 from longnet_cli.attention.choosing import Chosen
 from longnet_cli.attention.groups import GroupedPart, Groups, groups_of
 from longnet_cli.attention.reference import chosen_blocks, dilated_attention_reference
@@ -46,16 +45,14 @@ def choice_of(q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: choosi
     return sorted(found, key=lambda each: (each[0], each[1].start))
 
 
-@contextmanager
-def preselected(number: int) -> Iterator[None]:
-    with patch.object(choosing, "PRESELECTED", number), patch.object(reference, "PRESELECTED", number):
-        yield
+def funnel(*stages: tuple[int, int]) -> AbstractContextManager[object]:
+    return patch.object(groups, "FUNNEL", stages)
 
 
 @given(choice=chosen_choices(), number=st.sampled_from([512, 6]))
 def test_equals_the_reference(choice: Choice, number: int) -> None:
     options = {"lengths": choice.lengths} | turning(choice)
-    with preselected(max(number, choice.pattern.chosen)):
+    with funnel((1, number + 1), (2, number)):
         found = run(dilated_attention, choice.qkv(), choice.pattern, **options)
         expected = run(dilated_attention_reference, choice.qkv(), choice.pattern, **options)
     assert_close(found, expected, 1e-12)
@@ -64,7 +61,7 @@ def test_equals_the_reference(choice: Choice, number: int) -> None:
 @given(choice=chosen_choices(), number=st.sampled_from([512, 1]), scale=st.sampled_from([0.1, 3.0]))
 def test_chooses_what_the_reference_chooses(choice: Choice, number: int, scale: float) -> None:
     q, k, *_ = choice.qkv()
-    with preselected(max(number, choice.pattern.chosen - 1)):
+    with funnel((1, number + 1), (2, number)):
         asked = (q, k, choice.pattern, scale, turn if choice.rotary else None)
         assert choice_of(*asked) == chosen_blocks(*asked)
 
@@ -145,7 +142,7 @@ def alike(tokens: int, kinds: list[int]) -> tuple[Tensor, Tensor]:
 def test_of_equal_blocks_the_earlier_is_seen(number: int, dtype: torch.dtype) -> None:
     """Block 8 and its neighbour are first, then blocks 2 and 5 are equal, and one place is left."""
     q, k = (x.to(dtype) for x in alike(112, [0, 0, 2, 0, 0, 2, 0, 0, 4, 0]))
-    with preselected(number):
+    with funnel((1, number)):
         last = choice_of(q, k, WINDOW, 0.5, None)[-1]
         assert last == (0, range(108, 112), [0, 2, 8, 9])
         assert chosen_blocks(q, k, WINDOW, 0.5, None)[-1] == last
@@ -159,9 +156,9 @@ def test_without_votes_the_first_blocks_are_seen() -> None:
     assert choice_of(q, k, WINDOW, 0.5, None)[-1][2] == [0, 1, 2, 3]
 
 
-def test_the_best_512_of_many_blocks_are_compared() -> None:
+def test_only_the_best_of_many_blocks_are_compared() -> None:
     """One block has the best four keys, and four others that hide them in its mean."""
-    near, start = 5000, 5008
+    near, start = 9000, 9008
     pattern = Pattern((8,), (1,), look_back=1, chosen=3, chosen_block=8, chosen_every=8)
     q, k, *_ = Choice(pattern, 1, start + 8, 2, 8, 0, True, None, 5, kv_heads=1).qkv()
     q[:] = 1
@@ -174,7 +171,7 @@ def test_the_best_512_of_many_blocks_are_compared() -> None:
 
     expected = [0, *reference._voted(q[0, start - 7 : start + 1], k[0, 8:near].expand(-1, 2, -1), pattern, 1.0)]
     assert choose() == expected != [0, 300, 301]
-    with patch.object(choosing, "PRESELECTED", 700):
+    with funnel():
         assert choose() == [0, 300, 301]
 
 
@@ -244,7 +241,7 @@ def test_wrong_calls_say_what_is_wrong(call: dict, message: str) -> None:
 def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list[int], first: int, number: int) -> None:
     """In fp64, every shard chooses what the whole chooses. The past lies in one piece of memory, or in several."""
     (q, k, v, _), pattern = choice.qkv(), choice.pattern
-    with patch.object(past, "FIRST_BLOCKS", first), preselected(max(number, pattern.chosen - 1)):
+    with patch.object(past, "FIRST_BLOCKS", first), funnel((1, number + 1), (2, number)):
         whole = dilated_attention(q, k, v, pattern, **turning(choice))
         cache = KVCache(pattern, choice.batch, choice.heads, choice.head_dim, kv_heads=choice.kv_heads, dtype=q.dtype)
         parts = []

@@ -6,7 +6,7 @@ start at n, and the blocks before n are candidates. Block 0 is always seen. The 
     means    of MEAN_OF neighbouring keys, un-rotated: what a block is compared by
     votes    of the VOTERS queries that end with the group's first, un-rotated, of every head: for each, the softmax of
              its scores with all means. A block's score is the mean of its share; 0.99 of its predecessor's, if more
-    choice   the blocks with the highest scores. If there are many, their mean keys decide first which are compared
+    choice   the blocks with the highest scores. If there are many, coarser means decide first which are compared
 
 All heads see the same blocks, so a block is one piece of memory. The m blocks that a group sees stand right before n,
 without gaps: block j as if its first key stood at n - (m - j) B. The shift is one per block, and `turn` turns its keys.
@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
-from .groups import GroupedPart
+from .groups import GroupedPart, stages
 from .merging import GradientSum, Merge, accumulator, strided_view
 from .past import Means, Past, unrotated
-from .pattern import NEIGHBOUR, PRESELECTED, VOTERS, Pattern
+from .pattern import NEIGHBOUR, VOTERS, Pattern
 from .plain_call import Kernel
 from .rows import Rows
 from .sinks import Turn
@@ -173,35 +173,36 @@ class Chosen:
         voters = unrotated(voters[None], positions, self.turn)[0] * scale
         own = row if past else row - part.rows.start
         candidates = part.groups.near // self.pattern.chosen_block - 1
-        width = candidates if candidates > PRESELECTED else candidates * means.fine.shape[3]
-        size = max(1, SCORES // (VOTERS * q.shape[1] * width))
+        funnel = [(means.of[n][own, :, 1 : 1 + candidates], most) for n, most in stages(self.pattern, candidates)]
+        size = max(1, SCORES // (VOTERS * q.shape[1] * candidates * funnel[0][0].shape[2]))
         found = []
         for first in range(0, number, size):
             some = voters[first * step : (min(first + size, number) - 1) * step + VOTERS]
-            found.append(_chosen(some, step, candidates, means.fine[own], means.coarse[own], self.pattern.chosen - 1))
+            found.append(_chosen(some, step, funnel))
         chosen = torch.cat(found).int() + 1
         return torch.cat([chosen.new_zeros(number, 1), chosen], 1)
 
 
-def _chosen(voters: Tensor, step: int, candidates: int, fine: Tensor, coarse: Tensor, number: int) -> Tensor:
-    """Return the `number` candidates (groups, number) with the highest scores, in order; the first one is 0.
+def _chosen(voters: Tensor, step: int, funnel: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """Return the candidates (groups, number) with the highest scores, in order; the first one is 0.
 
-    The voters (n, H, D) of a group are VOTERS rows, and each next group's start `step` rows later. fine (K, C, means,
-    D) and coarse (K, C, D) are the mean keys of all blocks: one that is no candidate, the `candidates`, others.
+    The voters (n, H, D) of a group are VOTERS rows, and each next group's start `step` rows later. Each stage of the
+    funnel has mean keys of all candidates (K, C, means, D), and the number that remain.
     """
-    per_block = fine.shape[2]
-    if candidates <= PRESELECTED:
-        shares = _shares(voters, fine[:, 1 : 1 + candidates].flatten(1, 2))
-        shares = shares.unflatten(1, (candidates, per_block)).sum(2)
-        return _best(_next_too(_of_groups(shares, step)), number)
-    scores = _next_too(_of_groups(_shares(voters, coarse[:, 1 : 1 + candidates]), step))
-    kept = _best(scores, PRESELECTED)
-    scores.zero_()
-    for group, (own, score) in enumerate(zip(kept, scores, strict=True)):  # one at a time stays in a cache
-        # a view that leaves out the first block would be copied whole before rows are selected from it
-        shares = _shares(voters[group * step :][:VOTERS], fine.index_select(1, own + 1).flatten(1, 2))
-        score[own] = shares.sum(0).unflatten(0, (PRESELECTED, per_block)).sum(1) / VOTERS
-    return _best(_next_too(scores), number)
+    (means, most), *others = funnel
+    shares = _shares(voters, means.flatten(1, 2)).unflatten(1, means.shape[1:3]).sum(2)
+    scores = _next_too(_of_groups(shares, step))
+    for means, remain in others:
+        kept, most = _best(scores, most), remain
+        scores.zero_()
+        for group, (own, score) in enumerate(zip(kept, scores, strict=True)):  # one at a time stays in a cache
+            some = means.new_empty(len(means), len(own), *means.shape[2:])
+            for x, into in zip(means, some, strict=True):
+                torch.index_select(x, 0, own, out=into)
+            shares = _shares(voters[group * step :][:VOTERS], some.flatten(1, 2))
+            score[own] = shares.sum(0).unflatten(0, some.shape[1:3]).sum(1) / VOTERS
+        scores = _next_too(scores)
+    return _best(scores, most)
 
 
 def _shares(voters: Tensor, means: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from math import inf
 from typing import NamedTuple
 
-from .pattern import MEAN_OF, PRESELECTED, VOTERS, Pattern
+from .pattern import FUNNEL, MEAN_OF, VOTERS, Pattern
 
 
 class Groups(NamedTuple):
@@ -47,14 +48,24 @@ def groups_of(pattern: Pattern, start: int, stop: int) -> Iterator[Groups]:
             yield Groups(end, 1, last - end, near)
 
 
+def stages(pattern: Pattern, candidates: float = inf) -> list[tuple[int, int]]:
+    """Return the stages of a choice, the coarsest first: the mean keys of a block, and the blocks that remain."""
+    finest = pattern.chosen_block // MEAN_OF
+    some = [(means, most) for means, most in FUNNEL if means < finest and finest % means == 0]
+    first = [(means, most) for means, most in some if candidates > most >= pattern.chosen]
+    return [*first, (finest, pattern.chosen - 1)]
+
+
 def compared_means(pattern: Pattern, stop: int) -> int:
     """Return the mean keys that each voter of the group which ends at position `stop` is compared with."""
     (w,), (back,) = pattern.segment_lengths, pattern.look_backs
     near = ((stop - 1) // w - back) * w
-    candidates, per_block = near // pattern.chosen_block - 1, pattern.chosen_block // MEAN_OF
     if near <= pattern.chosen_keys:
         return 0
-    return candidates * per_block if candidates <= PRESELECTED else candidates + PRESELECTED * per_block
+    found, candidates = 0, near // pattern.chosen_block - 1
+    for means, most in stages(pattern, candidates):
+        found, candidates = found + candidates * means, most
+    return found
 
 
 def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int) -> int:
@@ -68,7 +79,8 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int) -> in
 
     whole, rest = divmod(tokens, w)
     # between these segments, the numbers grow evenly
-    edges = [0, pattern.chosen_keys // w, pattern.chosen_block * (PRESELECTED + 1) // w, whole - back - 1]
+    many = [pattern.chosen_block * (most + 1) // w for _, most in stages(pattern)]
+    edges = [0, pattern.chosen_keys // w, *many, whole - back - 1]
     steps = sorted(back + 1 + max(0, min(edge, whole - back - 1)) for edge in edges)
     total = of_segment(whole, rest) if whole > back else 0
     for first, stop in pairwise(steps):
@@ -80,5 +92,5 @@ def past_bytes(pattern: Pattern, kv_heads: int, head_dim: int, tokens: int, item
     """Return the bytes of one layer's past: of all keys and values, `itemsize` per number, and of the mean keys."""
     if not pattern.chosen:
         return 0, 0
-    means = tokens // MEAN_OF + tokens // pattern.chosen_block
+    means = tokens // pattern.chosen_block * sum(number for number, _ in stages(pattern))
     return kv_heads * head_dim * 2 * itemsize * tokens, kv_heads * head_dim * max(4, itemsize) * means

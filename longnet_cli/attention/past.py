@@ -17,7 +17,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from .groups import GroupedPart
+from .groups import GroupedPart, stages
 from .merging import accumulator
 from .pattern import MEAN_OF, VOTERS, Pattern
 from .sinks import Turn
@@ -29,7 +29,7 @@ SLICE = 1 << 12  # keys that are un-rotated at a time
 class Means:
     """The mean keys of a document's first blocks, for a batch, un-rotated, in fp32 or fp64.
 
-    fine: (B, K, blocks, means, D), of MEAN_OF keys each. coarse: (B, K, blocks, D), of whole blocks.
+    of: for each number of means per block (`groups.stages`), all of them, (B, K, blocks, number, D).
     """
 
     def __init__(
@@ -39,41 +39,51 @@ class Means:
         self._block = pattern.chosen_block
         self._allocate = partial(allocate, dtype=accumulator(like.dtype), device=like.device)
         batch, _, heads, head_dim = like.shape
-        self.fine = self._allocate((batch, heads, blocks, self._block // MEAN_OF, head_dim))
-        self.coarse = self._allocate((batch, heads, blocks, head_dim))
+        self.of = {n: self._allocate((batch, heads, blocks, n, head_dim)) for n, _ in stages(pattern)}
 
     @property
     def nbytes(self) -> int:
-        return self.fine.nbytes + self.coarse.nbytes
+        return sum(x.nbytes for x in self.of.values())
+
+    @property
+    def fine(self) -> Tensor:
+        """The means of MEAN_OF keys each."""
+        return self.of[self._block // MEAN_OF]
 
     def write(self, rows: slice, first: int, keys: Tensor, turn: Turn | None) -> None:
         """Write the means of blocks from `first` on, in some rows of the batch: keys (rows, tokens, K, D) of theirs."""
         have, needed, size = self.fine.shape[2], first + keys.shape[1] // self._block, self._block
         if have < needed:  # more room than is needed costs no memory as long as nothing is written there
-            self._move(have, max(needed, have * 3 // 2))
+            self._move(self.of, have, max(needed, have * 3 // 2))
         for begin in range(first, needed, max(1, SLICE // size)):
             stop = min(begin + max(1, SLICE // size), needed)
             some = keys[:, (begin - first) * size : (stop - first) * size]
             some = unrotated(some, torch.arange(begin * size, stop * size), turn)
             fine = sum(some.unflatten(1, (-1, size // MEAN_OF, MEAN_OF)).unbind(3)) / MEAN_OF
-            self.fine[rows, :, begin:stop] = fine.movedim(3, 1)
-            self.coarse[rows, :, begin:stop] = (sum(fine.unbind(2)) / fine.shape[2]).movedim(2, 1)
+            self.take(rows, begin, fine.movedim(3, 1))
+
+    def take(self, rows: slice, first: int, fine: Tensor) -> None:
+        """Write blocks from `first` on, given their finest means (rows, K, n, means, D)."""
+        for number, means in self.of.items():
+            parts = fine.unflatten(3, (number, -1)).unbind(4)
+            means[rows, :, first : first + fine.shape[2]] = sum(parts) / len(parts)
 
     def select(self, index: Tensor) -> None:
-        self.fine, self.coarse = (x.index_select(0, index) for x in (self.fine, self.coarse))
+        self.of = {number: x.index_select(0, index) for number, x in self.of.items()}
 
     def fork(self, number: int) -> Means:
         """Return a copy of the means of the first `number` blocks."""
         new = copy.copy(self)
-        new._move(number, max(number, FIRST_BLOCKS))
+        new.of = {}
+        new._move(self.of, number, max(number, FIRST_BLOCKS))
         return new
 
-    def _move(self, number: int, room: int) -> None:
-        """Move the first `number` blocks to new memory, for `room` blocks."""
-        for name, old in (("fine", self.fine), ("coarse", self.coarse)):
+    def _move(self, means: dict[int, Tensor], number: int, room: int) -> None:
+        """Move the first `number` blocks of means to new memory, for `room` blocks."""
+        for n, old in means.items():
             wider = self._allocate((*old.shape[:2], room, *old.shape[3:]))
             wider[:, :, :number] = old[:, :, :number]
-            setattr(self, name, wider)
+            self.of[n] = wider
 
 
 def unrotated(x: Tensor, positions: Tensor, turn: Turn | None) -> Tensor:
@@ -277,7 +287,6 @@ class Past:
         yield "waiting", self.waiting
         if self.means:
             yield "fine", self.means.fine[:, :, : self.blocks.number]
-            yield "coarse", self.means.coarse[:, :, : self.blocks.number]
         if self.counts is not None:
             yield "counts", self.counts
         if self.held:  # chosen again, in another shape, other blocks may win where scores nearly tie
@@ -292,7 +301,7 @@ class Past:
         if "fine" in saved:
             number = saved["fine"].shape[2]
             self.means = Means(self.pattern, saved["waiting"][0], max(number, FIRST_BLOCKS), self.allocate)
-            self.means.fine[:, :, :number], self.means.coarse[:, :, :number] = saved["fine"], saved["coarse"]
+            self.means.take(slice(None), 0, saved["fine"])
         if "counts" in saved:
             self.counts = saved["counts"].clone()
         if "held" in saved:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .pattern import MEAN_OF, NEIGHBOUR, PRESELECTED, VOTERS, Padding, Pattern
+from .groups import stages
+from .pattern import NEIGHBOUR, VOTERS, Padding, Pattern
 from .sinks import Turn
 
 
@@ -104,9 +105,9 @@ def chosen_blocks(
 def _voted(voters: Tensor, keys: Tensor, pattern: Pattern, scale: float) -> list[int]:
     """Return the blocks, in order, that voters (VOTERS, H, D) choose among those of keys (n, H, D), from block 1 on."""
 
-    def votes(candidates: list[int], per_mean: int) -> list[float]:
-        """Return a score for each block; those that are no candidates get no vote."""
-        means = keys.unflatten(0, (-1, per_mean)).mean(1).unflatten(0, (len(blocks), -1))[candidates]
+    def votes(candidates: list[int], number: int) -> list[float]:
+        """Return a score for each block, by `number` means of each; those that are no candidates get no vote."""
+        means = keys.unflatten(0, (len(blocks), number, -1)).mean(2)[candidates]
         scores = torch.einsum("vhd,cmhd->vhcm", voters, means) * scale
         shares = scores.logsumexp(-1).softmax(-1).mean((0, 1))
         own = torch.zeros(len(blocks)).to(shares).index_put((torch.tensor(candidates),), shares).tolist()
@@ -117,9 +118,9 @@ def _voted(voters: Tensor, keys: Tensor, pattern: Pattern, scale: float) -> list
 
     blocks = [*range(len(keys) // pattern.chosen_block)]
     candidates = blocks
-    if len(blocks) > PRESELECTED:
-        candidates = best(votes(blocks, pattern.chosen_block), PRESELECTED)
-    return [1 + block for block in best(votes(candidates, MEAN_OF), pattern.chosen - 1)]
+    for number, most in stages(pattern, len(blocks)):
+        candidates = best(votes(candidates, number), most)
+    return [1 + block for block in candidates]
 
 
 def key_counts(
