@@ -12,8 +12,9 @@ log-probabilities, because a model that was not taught to answer goes on with so
 
 It writes one line of JSON per pattern, task, length, document and number of `--every`: `pattern, task, tokens,
 document, every, questions, right` (the share of values of which the model ranks every token first), `nats` (per token
-of the values) and `seconds`. `dense` reads no more tokens than the model was trained on. The table on stderr has the
-means.
+of the values), `sources` (the share of values that one of the three passages has which `generate --sources` would
+print; null without chosen blocks) and `seconds`. `dense` reads no more tokens than the model was trained on. The table
+on stderr has the means.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from longnet_cli.model_folder import ModelFolder
 from longnet_cli.notation import parse_pattern
 from longnet_cli.runtime.chunks import open_stream
 from longnet_cli.sizes import parse_size
+from longnet_cli.sources import Sources
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 WORDS = """
@@ -188,8 +190,11 @@ class Writer:
         return self.tokenizer.encode(text).astype(np.int64)
 
 
-def answer(net: Net, stream: Any, tokenizer: Tokenizer, question: Question) -> list[tuple[bool, float, int]]:
-    """Read a question and its answer; return of each value if all its tokens are ranked first, nats, and tokens."""
+def answer(net: Net, stream: Any, tokenizer: Tokenizer, question: Question) -> list[tuple[bool, float, int, bool]]:
+    """Read a question and its answer.
+
+    Return of each value if all its tokens are ranked first, nats, tokens, and if a source of the answer contains it.
+    """
     parts, places = [tokenizer.encode(question.text)], []
     for number, value in enumerate(question.values):
         if number and question.between:
@@ -199,10 +204,20 @@ def answer(net: Net, stream: Any, tokenizer: Tokenizer, question: Question) -> l
         places.append(slice(start - 1, start - 1 + len(ids)))
         parts.append(ids)
     ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+    watch = Sources(stream) if net.config.pattern.chosen else None
     with torch.inference_mode():
-        logprobs = net.logits(stream(ids[None])[0, :-1]).float().log_softmax(-1)
+        hidden = [stream(ids[None, : len(parts[0])])]
+        if watch:
+            watch.begin()
+        hidden.append(stream(ids[None, len(parts[0]) :]))
+        logprobs = net.logits(torch.cat(hidden, 1)[0, :-1]).float().log_softmax(-1)
     nats, right = -logprobs.gather(1, ids[1:, None])[:, 0], logprobs.argmax(-1) == ids[1:]
-    return [(bool(right[at].all()), float(nats[at].sum()), at.stop - at.start) for at in places]
+    said = [passage.text for passage in watch.found(tokenizer)] if watch else []
+    shown = [any(value.strip() in text for text in said) for value in question.values]
+    return [
+        (bool(right[at].all()), float(nats[at].sum()), at.stop - at.start, source)
+        for at, source in zip(places, shown, strict=True)
+    ]
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -228,9 +243,10 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 found = []
                 for question in questions:
                     found += apart(net, stream, partial(answer, net, stream, tokenizer, question), every)
-                right, nats, lengths = zip(*found, strict=True)
+                right, nats, lengths, shown = zip(*found, strict=True)
                 row = {"pattern": written, "task": name, "tokens": tokens, "document": document, "every": every}
                 row |= {"questions": len(questions), "right": sum(right) / len(right), "nats": sum(nats) / sum(lengths)}
+                row["sources"] = sum(shown) / len(shown) if every else None
                 yield {**row, "seconds": round(time.perf_counter() - begin, 1)}
 
 
