@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from longnet_cli.attention import Pattern, choosing, past
+from longnet_cli.attention import Pattern, groups, past
 from longnet_cli.errors import ConfigError, LongNetError
 from longnet_cli.integrations.transformers import write_pattern
 from longnet_cli.model.net import Net
@@ -127,7 +127,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and keys")
     options = parser.parse_intermixed_args()
     if options.exact:
-        past.MEAN_OF, choosing.PRESELECTED = 1, sys.maxsize
+        past.MEAN_OF = groups.MEAN_OF = 1
+        groups.FUNNEL = ()
     torch.set_num_threads(1)  # other threads would be missing in a forked process
     folder = ModelFolder.find(options.model)
     tokenizer = folder.tokenizer()

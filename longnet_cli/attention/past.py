@@ -1,6 +1,6 @@
 """The past of a document, from which blocks are chosen: all keys and values, mean keys, and the last queries.
 
-It grows with the document. Keys and values lie in pieces of memory or elsewhere, in whole blocks; mean keys, a seventh
+It grows with the document. Keys and values lie in pieces of memory or elsewhere, in whole blocks; mean keys, a fifth
 of that for keys of four bytes, in one. Keys, values and queries are stored as they come, rotated; mean keys are
 un-rotated.
 
