@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shlex
@@ -181,6 +182,7 @@ def train(
 
         show_plans(plan_training(found, find_machine(on)), format, "training")
         return
+    gc.freeze()  # torch's objects, which stay
     ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
     found = settle_chunk(found, where, ranks)
     if dry_run:
