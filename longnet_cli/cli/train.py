@@ -143,8 +143,6 @@ def train(
     check_on(on, dry_run)
     if update:
         ask_hub(initial, tokenizer)
-    if not on:
-        launch(nproc, sp=sp, dp=dp)
     from longnet_cli.estimating.training_job import estimate_training, settle_chunk
     from longnet_cli.runtime.device import keep_freed_memory, matmul_peak
     from longnet_cli.runtime.ranks import join, leave
@@ -176,6 +174,8 @@ def train(
     going_on = not no_resume and bare_or(resume, True, True)
     found = prepare_run(recipe, overrides, output, resume=going_on, writes=not dry_run)
 
+    if not on:  # only now: one process downloads, and refuses what every rank would refuse
+        launch(nproc, sp=sp, dp=dp)
     if on:
         from longnet_cli.estimating.machines import find_machine
         from longnet_cli.estimating.training_plan import plan_training
