@@ -36,7 +36,7 @@ from longnet_cli.notation import parse_pattern
 from longnet_cli.runtime.chunks import CausalStream
 from longnet_cli.sizes import parse_size
 
-TURN = 8  # tokens that a decoder makes before it is the next one's turn
+TURN = 4  # tokens that a decoder makes before it is the next one's turn
 
 
 def random_rows(config: Any, batch: int, tokens: int) -> Iterator[list[torch.Tensor]]:
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("pattern", nargs="+")
     parser.add_argument("--context", nargs="+", type=parse_size, default=[1, 1000, 10_000])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=40, help="of each decoder (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=60, help="of each decoder (%(default)s)")
     args = parser.parse_args()
     hf.utils.logging.set_verbosity_error()
     hf.utils.logging.disable_progress_bar()

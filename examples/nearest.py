@@ -1,4 +1,4 @@
-"""Rank documents by the cosine of their vectors, read from a file or a pipe that `longnet encode` writes.
+"""Rank documents by the cosine of their vectors, which `longnet encode` writes: Arrow, Parquet, a folder or a pipe.
 
     longnet encode FILES -o vectors.arrow && python examples/nearest.py vectors.arrow
     longnet encode FILES -o - | python examples/nearest.py -
@@ -6,7 +6,8 @@
 
 Prints, for each vector, the two that are nearest to it. With --query, prints the vectors nearest to that text, which
 the same model encodes, and the text that they stand for: of text files, or of a column that --keep carried along
-(--text NAME). The mean of all vectors is subtracted, unless the model was trained by contrast, where it has no use.
+(--text NAME). Give the folder that was encoded as --root FOLDER, so that its files are found. The mean of all vectors
+is subtracted, unless the model was trained by contrast, where it has no use.
 """
 
 from __future__ import annotations
@@ -18,15 +19,25 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 
 SHOWN = 300  # characters of a hit
 
 
 def read_table(source: str) -> pa.Table:
-    """Return the rows of an Arrow IPC file or (`-`) of a stream on stdin."""
-    if source == "-":
-        return pa.ipc.open_stream(sys.stdin.buffer).read_all()
-    return pa.ipc.open_file(pa.memory_map(source)).read_all()
+    """Return the rows of a file or a folder of files, Arrow IPC or Parquet, or (`-`) of a stream on stdin.
+
+    Exits with one line if they cannot be read.
+    """
+    try:
+        if source == "-":
+            return pa.ipc.open_stream(sys.stdin.buffer).read_all()
+        files = sorted(Path(source).glob("[!_]*.*")) or [Path(source)]
+        with files[0].open("rb") as file:
+            kind = "parquet" if file.read(4) == b"PAR1" else "ipc"
+        return ds.dataset(files, format=kind).to_table()
+    except (OSError, pa.ArrowException) as error:
+        sys.exit(f"{source}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}")
 
 
 def vectors_of(table: pa.Table) -> np.ndarray:
@@ -74,20 +85,22 @@ def encode_query(query: str, facts: dict[bytes, bytes], dims: int) -> np.ndarray
     return vectors_of(pa.ipc.open_stream(done.stdout).read_all())
 
 
-def text_of(row: dict, column: str | None) -> str:
-    """Return the start of the text of a row; empty where it is not known."""
-    if column is None and not Path(row["doc_id"]).is_file():
+def text_of(row: dict, column: str | None, root: Path) -> str:
+    """Return the start of the text of a row, which is in a column or in a file of `root`; empty if it is not known."""
+    file = root / row["doc_id"]
+    if column is None and not file.is_file():
         return ""
-    text = row[column] if column else Path(row["doc_id"]).read_bytes().decode()
+    text = row[column] if column else file.read_bytes().decode()
     return " ".join(text[row.get("char_start") or 0 : row.get("char_end")][:SHOWN].split())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rank documents by their vectors.")
-    parser.add_argument("vectors", help="a file that `longnet encode` wrote, or - for a stream on stdin")
+    parser.add_argument("vectors", help="a file or a folder that `longnet encode` wrote, or - for a stream on stdin")
     parser.add_argument("--query", help="find what is nearest to this text")
     parser.add_argument("--top", type=int, default=3, help="so many hits")
     parser.add_argument("--text", metavar="NAME", help="the column with the texts")
+    parser.add_argument("--root", type=Path, default=Path(), help="the folder with the text files")
     args = parser.parse_args()
     table = read_table(args.vectors)
     vectors, facts, names = vectors_of(table), table.schema.metadata or {}, table["doc_id"].to_pylist()
@@ -98,7 +111,7 @@ def main() -> None:
         for place in np.argsort(-found)[: args.top].tolist():
             row = table.slice(place, 1).to_pylist()[0]
             print(f"{found[place]:.3f}  {names[place]}, tokens {row['start']} to {row['end']}")
-            print(f"       {text_of(row, args.text)}")
+            print(f"       {text_of(row, args.text, args.root)}")
         return
     cosine = cosines(vectors, mean)
     width = max(map(len, names))

@@ -258,15 +258,13 @@ class _Repository:
         if isinstance(error, errors.OfflineModeIsEnabled):
             why, then = "HF_HUB_OFFLINE is set", "without it"
         else:
-            why, then = f"{hub} does not answer ({said})", "with a network"
+            why, then = f"{hub} does not answer ({type(error).__name__})", "with a network"
         if self._is_cached(any_tokenizer=True):
             return f"{self.name}: {why}: leave out --update to take what is in the cache {constants.HF_HUB_CACHE}"
         revision = "" if self.revision == "main" else f" --revision {self.revision}"
         file = f" {self.file}" if self.file else ""
-        return (
-            f"{here}, nor in the cache {constants.HF_HUB_CACHE}, and {why}: {then}, the same command downloads it, or "
-            f"hf download {self.repo}{file}{revision}"
-        )
+        download = f"hf download {self.repo}{file}{revision}"
+        return f"{here}, nor in {constants.HF_HUB_CACHE}, and {why}: {then}, repeat this or {download}"
 
 
 def _snapshot_in(folder: Path) -> Path | None:

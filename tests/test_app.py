@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 HEAVY = ("torch", "numpy", "pyarrow", "tokenizers", "pydantic", "safetensors")
-UNUSED = ("torch._dynamo", "torch._inductor", "sympy", "jinja2", "transformers", "pyarrow.compute", "pyarrow.parquet")
+UNUSED = (
+    "torch._dynamo",
+    "torch._inductor",
+    "sympy",
+    "jinja2",
+    "transformers",
+    "pyarrow.compute",
+    "pyarrow.parquet",
+    "rich",
+    "longnet_cli.estimating",
+)
 
 SCRIPT = """
 import os, signal, sys, typer
@@ -128,15 +138,16 @@ def test_commands_import_nothing_heavy_that_they_do_not_use(command_env, tmp_pat
     """What keeps `longnet --help` below 0.3 s, and `score` near `import torch`, without a clock in a test."""
     (tmp_path / "t.txt").write_text("a small file")
     probe = tmp_path / "probe.py"
+    found = f"[name for name in {unwanted!r} if name in sys.modules], gc.get_freeze_count() > 0"
     probe.write_text(
-        "import atexit, sys\n"
-        f"atexit.register(lambda: print([name for name in {unwanted!r} if name in sys.modules], file=sys.stderr))\n"
+        "import atexit, gc, sys\n"
+        f"atexit.register(lambda: print({found}, file=sys.stderr))\n"
         "from longnet_cli.cli.app import main\n"
         "main()\n"
     )
     command = [sys.executable, probe, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=command_env, cwd=tmp_path, check=False)
-    assert (result.returncode, result.stderr) == (0, "[]\n")
+    assert (result.returncode, result.stderr) == (0, f"[] {unwanted is UNUSED}\n")  # torch's objects are frozen
 
 
 def test_unknown_option_is_exit_2_with_a_suggestion(run_longnet):

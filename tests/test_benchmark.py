@@ -272,6 +272,7 @@ def test_no_memory_for_the_first_chunk_of_a_streamed_run(monkeypatch: pytest.Mon
 def test_a_whole_model_is_measured_at_once_and_streamed() -> None:
     whole, dense = rows_of([128], op="model", layers=1, vocab=50, heads=2, head_dim=8)
     assert (whole.status, dense.status, whole.chunk, dense.pattern) == ("ok", "ok", None, "128/1")
+    assert whole.model is None
     (row,) = rows_of([128], op="model", chunk=50, layers=1, vocab=50, **LONG)
     assert (row.op, row.status, row.chunk) == ("model", "ok", 50)
     assert row.cache_bytes == 2 * 3 * 8 * 4 * 32
@@ -279,7 +280,7 @@ def test_a_whole_model_is_measured_at_once_and_streamed() -> None:
     (tiny,) = rows_of([64], **shipped)
     config = load_config(model_path("longnet-tiny"))
     assert (tiny.status, tiny.heads, tiny.head_dim) == ("ok", config.num_heads, config.head_dim)
-    assert tiny.pattern == format_levels(config.pattern)
+    assert (tiny.pattern, tiny.model) == (format_levels(config.pattern), "longnet-tiny")
     (asked,) = rows_of([64], pattern=Pattern((8, 32), (1, 2)), **shipped)
     assert (asked.status, asked.pattern) == ("ok", "8/1,32/2")
 

@@ -1,4 +1,4 @@
-"""Other programs open what longnet writes: datasets, polars, duckdb and pyarrow, each on the folder as it is.
+"""Other programs open what longnet writes: datasets, polars, duckdb, pandas and pyarrow, as it is.
 
 pip install -e '.[data-test]'
 pytest tests/test_data_clients.py
@@ -75,6 +75,17 @@ def test_duckdb_reads_a_folder(folders: Path) -> None:
         arrow_table = ds.dataset(folders / f"{name}-arrow", format="ipc")
         assert arrow_table.count_rows() == 3
         assert found == duckdb.sql(f"{asked.format(tokens)} arrow_table").fetchall() == [count]
+
+
+def test_pandas_reads_files_and_a_folder(folders: Path, run_longnet: RunLongnet) -> None:
+    pandas = pytest.importorskip("pandas")
+    for form in ("arrow", "parquet"):
+        assert run_longnet("encode", "in", "-o", f"v.{form}", "-q").returncode == 0
+    arrow, *parquet = pandas.read_feather(folders / "v.arrow"), pandas.read_parquet(folders / "v.parquet")
+    parquet.append(pandas.read_parquet(folders / "vectors-parquet"))
+    for found in (arrow, *parquet):
+        assert found["doc_id"].to_list() == [f"{name}.txt" for name in TEXTS]
+        assert found["embedding"][0] == pytest.approx(arrow["embedding"][0], abs=1e-5)
 
 
 def test_every_output_names_model_and_tokenizer_by_their_digests(tmp_path: Path, run_longnet: RunLongnet) -> None:

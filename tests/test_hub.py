@@ -194,13 +194,15 @@ def test_what_a_hub_refuses_is_one_line(run_longnet, command_env, hub, tiny):
 
 
 def test_without_folder_cache_and_network_one_line_says_how_to_download(run_longnet, command_env, home, hub, tiny):
-    nowhere = f"{TINY}: no folder of that name here, nor in the cache {home}, and "
+    nowhere = f"{TINY}: no folder of that name here, nor in {home}, and "
     command = ("score", "a.txt", "-m", f"{TINY}@v1")
     said = refusal(run_longnet(*command))
     assert said.startswith(nowhere.replace(TINY, f"{TINY}@v1") + "http://127.0.0.1:9 does not answer (")
-    assert said.endswith("the same command downloads it, or hf download org/tiny --revision v1")
+    assert said.endswith("with a network, repeat this or hf download org/tiny --revision v1")
     said = refusal(run_longnet("score", "a.txt", "-m", TINY, env={"HF_HUB_OFFLINE": "1"}))
-    assert said == f"{nowhere}HF_HUB_OFFLINE is set: without it, the same command downloads it, or hf download {TINY}"
+    assert said == f"{nowhere}HF_HUB_OFFLINE is set: without it, repeat this or hf download {TINY}"
+    run = ("train", "--init", TINY, "--data", "a.txt", "--seq-len", "8", "--steps", "1", "-o", "run", "--nproc", "2")
+    assert refusal(run_longnet(*run)).startswith(nowhere)  # asked once, before the ranks start
     hub.push(TINY, tiny)
     hub.stalled = "/api/"
     silent = {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
@@ -227,6 +229,6 @@ def test_a_damaged_cache_is_one_line_or_downloaded_again(run_longnet, command_en
     assert said.endswith(f"; to download it again, remove {folder}")
     weights.resolve().unlink()
     (folder / "refs/main").write_text("../../elsewhere")
-    assert "nor in the cache" in refusal(run_longnet("score", "a.txt", "-m", TINY))
+    assert "nor in " in refusal(run_longnet("score", "a.txt", "-m", TINY))
     hub.push(TINY, tiny)
     assert run_longnet("score", "a.txt", "-m", TINY, env={"HF_ENDPOINT": hub.url}).returncode == 0

@@ -15,7 +15,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -111,18 +110,38 @@ def test_what_does_not_fit_is_said(tmp_path: Path, run_longnet: RunLongnet) -> N
         assert message in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("texts", "vectors", "options"),
+    [
+        (["texts.parquet", "--keep", "text"], ["v.arrow"], ["--text", "text"]),
+        (["texts"], ["v.parquet"], ["--root", "texts"]),
+        (["texts"], ["v", "--shard-rows", "2"], ["--root", "texts"]),
+    ],
+)
 def test_nearest_answers_a_query(
-    tmp_path: Path, run_longnet: RunLongnet, command_env: dict[str, str], longnet: Path
+    texts: list[str],
+    vectors: list[str],
+    options: list[str],
+    tmp_path: Path,
+    run_longnet: RunLongnet,
+    command_env: dict[str, str],
 ) -> None:
     rows = [{"id": str(i), "text": text} for i, text in enumerate(("red fox", "blue whale", "green frog"))]
     write_rows(tmp_path / "texts.parquet", rows)
-    run_longnet("encode", "texts.parquet", "--keep", "text", "-o", "v.arrow")
-    command = [sys.executable, ROOT / "examples/nearest.py", "v.arrow", "--query", "blue whale", "--text", "text"]
-    env = command_env | {"PATH": f"{longnet.parent}:{command_env['PATH']}"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    (tmp_path / "texts").mkdir()
+    for row in rows:
+        (tmp_path / "texts" / row["id"]).write_text(row["text"])
+    command = [sys.executable, ROOT / "examples/nearest.py", vectors[0], "--query", "blue whale", *options]
+
+    def ask() -> subprocess.CompletedProcess:
+        return subprocess.run(command, cwd=tmp_path, env=command_env, capture_output=True, text=True, check=False)
+
+    missing = ask()
+    assert (missing.returncode, missing.stderr) == (1, f"{vectors[0]}: No such file or directory\n")
+    assert run_longnet("encode", *texts, "-o", *vectors).returncode == 0
+    done = ask()
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:2] == ["1.000  1, tokens 0 to 6", "       blue whale"]
-    assert pa.ipc.open_file(tmp_path / "v.arrow").schema.names[-3:] == ["char_start", "char_end", "text"]
 
 
 def write_archives(folder: Path) -> list[Path]:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from builders import make_document, tiny_net
+from pyarrow import feather
 
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.encoding import EncodeOptions, encode
@@ -19,9 +19,8 @@ def vectors(tmp_path: Path) -> np.ndarray:
     with ShardWriter(tmp_path / "vectors.arrow", batches.schema) as writer:
         for batch in batches:
             writer.write(batch)
-    with pa.memory_map(str(tmp_path / "vectors.arrow")) as source:
-        column = pa.ipc.open_file(source).read_all()["embedding"].combine_chunks()
-    return column.values.to_numpy().reshape(-1, 32)
+    table = feather.read_table(tmp_path / "vectors.arrow", memory_map=True)
+    return table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
 
 
 def nearest(vectors: np.ndarray) -> Any:

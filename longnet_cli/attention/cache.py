@@ -28,7 +28,6 @@ from .spans import (
     SpanViews,
     common_span,
     lanes,
-    level_of,
     open_spans,
     segment_rows,
     sink_segments,
@@ -154,17 +153,18 @@ class KVCache:
     def _store(self, shard: Sequence[Tensor], held: Sequence[_Held], others: Sequence[FarKeys] = ()) -> None:
         """Store the rows of spans that a shard has, k and v apart or in one batch, or the `others` have."""
         for span, number, views in held:
-            w = self.pattern.segment_lengths[max(span.level, 0)]
-            segment = span.start // w * w
-            if self.keep and span.level != SINKS and segment >= self.position:
-                places = self._levels[span.level]
-                most = segment_rows(self.pattern, span.level, self.keep)
-                places[segment // w % len(places)] = self._new_rows(most, span.level)
             given = [(shard, each.shard, each.segment) for each in views]
-            for keys in others:
-                if keys.level == span.level and segment <= keys.start < span.stop:
-                    taken = span_views(self.pattern, keys.span, self.num_heads, 0, self.kv_heads)
-                    given += [((keys.k, keys.v), each.packed, each.segment) for each in taken]
+            if self.keep or others:
+                w = self.pattern.segment_lengths[max(span.level, 0)]
+                segment = span.start // w * w
+                if self.keep and span.level != SINKS and segment >= self.position:
+                    places = self._levels[span.level]
+                    most = segment_rows(self.pattern, span.level, self.keep)
+                    places[segment // w % len(places)] = self._new_rows(most, span.level)
+                for keys in others:
+                    if keys.level == span.level and segment <= keys.start < span.stop:
+                        taken = span_views(self.pattern, keys.span, self.num_heads, 0, self.kv_heads)
+                        given += [((keys.k, keys.v), each.packed, each.segment) for each in taken]
             for tensors, there, here in given:
                 rows, batch = self._rows(span, number), tensors[0].shape[0]
                 for i, x in enumerate(tensors):
@@ -216,10 +216,11 @@ class KVCache:
         """Return the memory of a span's segment, (2 B, rows, lanes, D), with room for `number` rows or more."""
         if span.level == SINKS:
             return self._sinks
-        places, (w, r) = self._levels[span.level], level_of(self.pattern, span.level)
+        places, w = self._levels[span.level], self.pattern.segment_lengths[span.level]
         place = span.start // w % len(places)
         rows, have = places[place], places[place].shape[1]
         if have < number:
+            r = self.pattern.dilation_rates[span.level]
             sizes = (rows.shape[0], rows.shape[2], min(-(-w // r), max(number, 2 * have)), rows.shape[3])
             places[place] = rows.new_empty(sizes).transpose(1, 2)
             places[place][:, :have] = rows

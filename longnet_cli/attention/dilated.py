@@ -143,12 +143,14 @@ def dilated_attention(
             q, k, v, pattern, causal=causal, start=start, far=far, lengths=lengths, documents=documents,
             padding=padding, total=total, scale=scale, kernel=kernel, turn=turn,
         )  # fmt: skip
-    past = next((each for each in far or () if isinstance(each, Past)), None)
-    if pattern.chosen and start != (past.position if past else 0):
-        raise ValueError(
-            f"chosen={pattern.chosen}: the shard starts at {start}, and far keys hold the past of "
-            f"{past.position if past else 0} tokens: give that of a KVCache"
-        )
+    past = None
+    if pattern.chosen:
+        past = next((each for each in far or () if isinstance(each, Past)), None)
+        if start != (before := past.position if past else 0):
+            raise ValueError(
+                f"chosen={pattern.chosen}: the shard starts at {start}, and far keys hold the past of {before} tokens: "
+                "give that of a KVCache"
+            )
     far = tuple([each for each in far or () if isinstance(each, FarKeys)])
     far_tensors = [x for keys in far for x in (keys.k, keys.v)]
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -163,5 +163,6 @@ def _training_memory(s: Settings, c: NetConfig, seq: int, chunk: int) -> int:
 def _row(s: Settings, net: Net, impl: str, direction: str, seq: int, **values: int | None) -> Measurement:
     c = net.config
     kernel = select_kernel(s.device, DTYPES[s.dtype], c.head_dim).name if net.dilated else "sdpa"
-    shape = {"heads": c.num_heads, "head_dim": c.head_dim, "kernel": kernel}
-    return Measurement.of(s, impl, direction, seq, c.pattern if net.dilated else None, **shape, **values)
+    name = None if s.model is None else ModelFolder.find(s.model).origin
+    facts = {"heads": c.num_heads, "head_dim": c.head_dim, "kernel": kernel, "model": name}
+    return Measurement.of(s, impl, direction, seq, c.pattern if net.dilated else None, **facts, **values)

@@ -28,7 +28,8 @@ class Measurement:
     time). A streamed run, `chunk` tokens at a time, also gives a row for each decade of its positions, [start, stop).
     `cpu_seconds` is the CPU time of all threads: on a shared machine, it shows whether other processes slowed the run.
     `bytes` counts the bytes received by one of several `ranks`: the rank that receives the most. `peak_rss_bytes` is
-    the process's peak from making the inputs to the last run; on a GPU, the peak of torch's allocator.
+    the process's peak from making the inputs to the last run; on a GPU, the peak of torch's allocator. `model` is the
+    name of a saved model, with its commit if it is on a hub.
     """
 
     op: str
@@ -56,6 +57,7 @@ class Measurement:
     cpu_seconds: float | None = None
     bytes: int | None = None
     ranks: int | None = None
+    model: str | None = None
 
     @classmethod
     def of(

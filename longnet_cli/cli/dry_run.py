@@ -121,11 +121,11 @@ def _bar(size: float, whole: float) -> str:
 
 def check_on(on: str | None, dry_run: bool) -> None:
     """Raise ConfigError for --on without --dry-run, or for a machine that is not known."""
-    from longnet_cli.estimating.machines import find_machine
-
     if on is not None and not dry_run:
         raise ConfigError("--on is for --dry-run, which plans: give both, or leave it out")
     if on is not None:
+        from longnet_cli.estimating.machines import find_machine
+
         find_machine(on)
 
 

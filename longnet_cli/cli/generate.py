@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -163,6 +164,7 @@ def generate(
     parsed = read_pattern(pattern)
     if update:
         ask_hub(model, tokenizer)
+    gc.freeze()  # torch's objects, which stay
     where = select_device(device)
     loaded = ModelFolder.find(model, gguf=True).load(
         device=where,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -99,6 +100,7 @@ class ModelAndInputs:
         from longnet_cli.data.special_tokens import end_of_text
         from longnet_cli.runtime.ranks import join
 
+        gc.freeze()  # torch's objects, which stay: otherwise every collection of garbage goes through them
         ranks, where = join(device, sp=sp, dp=dp)
         quiet = quiet or not ranks.first
         memory = room(self.folder, dtype, where) if dry_run else None  # before the model is loaded

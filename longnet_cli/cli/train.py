@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shlex
@@ -142,8 +143,6 @@ def train(
     check_on(on, dry_run)
     if update:
         ask_hub(initial, tokenizer)
-    if not on:
-        launch(nproc, sp=sp, dp=dp)
     from longnet_cli.estimating.training_job import estimate_training, settle_chunk
     from longnet_cli.runtime.device import keep_freed_memory, matmul_peak
     from longnet_cli.runtime.ranks import join, leave
@@ -175,12 +174,15 @@ def train(
     going_on = not no_resume and bare_or(resume, True, True)
     found = prepare_run(recipe, overrides, output, resume=going_on, writes=not dry_run)
 
+    if not on:  # only now: one process downloads, and refuses what every rank would refuse
+        launch(nproc, sp=sp, dp=dp)
     if on:
         from longnet_cli.estimating.machines import find_machine
         from longnet_cli.estimating.training_plan import plan_training
 
         show_plans(plan_training(found, find_machine(on)), format, "training")
         return
+    gc.freeze()  # torch's objects, which stay
     ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
     found = settle_chunk(found, where, ranks)
     if dry_run:
