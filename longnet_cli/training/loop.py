@@ -291,7 +291,7 @@ class _TrainingRun:
         rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("times", 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
