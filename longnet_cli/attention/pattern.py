@@ -278,10 +278,8 @@ class Pattern:
         except (TypeError, ValueError):
             bias = ()
         if len(bias) != levels or not all(map(isfinite, bias)):
-            raise ValueError(
-                f'level_bias needs "log_rate" or {levels} numbers, one per level, or "learned" or "learned:-4", '
-                f"got {self.level_bias!r}"
-            )
+            either = 'a number, as "learned:-4"' if learned else f'"log_rate" or {levels} numbers, one per level'
+            raise ValueError(f"level_bias needs {either}, got {self.level_bias!r}")
         if learned and (levels < 2 or self.dilation_rates[0] > 1):
             raise ValueError('level_bias="learned" needs two levels or more, the first at rate 1')
         if not learned:
