@@ -160,7 +160,7 @@ def test_they_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
     settings = {"model.pattern": "8/1,32/2,look_back=1,overlap=once,queries=all,level_bias=learned:-3"}
     settings |= {"model.position": "rope", "train.stages": [{"seq_len": 64, "steps": 1}], "schedule.warmup_steps": 0}
-    for name, optimizer, rate in (("adamw", {}, 0.03), ("muon", {"optimizer.level_bias_lr": 0.1}, 0.1)):
+    for name, optimizer, rate in (("adamw", {}, 0.1), ("muon", {"optimizer.level_bias_lr": 0.03}, 0.03)):
         found = recipe(tmp_path / "corpus.txt", **settings, **optimizer, **{"optimizer.name": name})
         train(found, tmp_path / name)
         bias = LongNet.from_pretrained(tmp_path / name).layers[0].attention.level_bias

@@ -504,7 +504,7 @@ def _model(recipe: Recipe, initial: str | None) -> Net:
         return ModelFolder.find(pretrained.init).trainable(pretrained.model, pretrained.adapter)
     if initial is None:
         return LongNet(recipe.model)
-    # weights do not depend on the pattern: training continues with the recipe's
+    # only learned biases depend on the pattern, and start anew: training continues with the recipe's
     model = ModelFolder.find(initial).net(pattern=recipe.model.pattern)
     if model.config != recipe.model:
         fields = type(recipe.model).model_fields
