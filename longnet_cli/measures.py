@@ -131,6 +131,8 @@ class Gain(NamedTuple):
 class DocumentScore:
     """The score of one document. `where` is its file and row, `context` the context of the scoring (None: all).
 
+    `key` is the score of its key tokens, if a judge has named them.
+
     Of a document that is scored at several contexts, the score at the longest one has the `gain`.
     """
 
@@ -142,6 +144,7 @@ class DocumentScore:
     by_recall: ByRecall | None = None
     gain: Gain | None = None
     kept: Mapping[str, pa.Scalar] = field(default_factory=dict)  # columns that are carried to the output
+    key: Score | None = None
 
 
 class Clusters:
@@ -202,6 +205,7 @@ class Total:
         self.places: list[dict[str, tuple[Sequence[Range], list[Clusters]]]] = [{} for _ in contexts]  # by position
         self.clusters = Clusters(len(self.contexts) + 2)  # of documents that have tokens
         self.recall = [Clusters(len(self.contexts) + 2) for _ in ByRecall.RANGES]
+        self.keys: Clusters | None = None  # of documents that have key tokens
         self._waiting: list[DocumentScore] = []
 
     def add(self, document: DocumentScore) -> None:
@@ -218,6 +222,11 @@ class Total:
         found, self._waiting = self._waiting, []
         if score.n_tokens:
             self.clusters.add([*(each.score.nll_sum for each in found), score.n_bytes or 0, score.n_tokens])
+        keys = [each.key for each in found if each.key]
+        if keys:
+            self.keys = self.keys or Clusters(len(self.contexts) + 2)
+            if keys[0].n_tokens:
+                self.keys.add([*(key.nll_sum for key in keys), 0, keys[0].n_tokens])
         tables = [each.by_recall.table for each in found if each.by_recall]
         for row in np.flatnonzero(tables[0][:, 1]) if tables else ():
             self.recall[row].add([*(table[row, 0] for table in tables), 0, tables[0][row, 1]])
@@ -240,6 +249,19 @@ class Total:
             "bpb_se": None if score.bpb is None else _times(1 / math.log(2), self.clusters.error(nats, BYTES)),
             **self._compare(self.clusters, index),
             **tables,
+            **({"key_tokens": self._of_keys(self.keys, index)} if self.keys else {}),
+        }
+
+    def _of_keys(self, keys: Clusters, index: int) -> dict[str, float | int | None]:
+        """Return the perplexity of key tokens at a context, and their share of all tokens."""
+        score = Score(float(keys.sums[index]), int(keys.sums[TOKENS]), None)
+        return {
+            "n_tokens": score.n_tokens,
+            "share": score.n_tokens / max(1, self.scores[index].n_tokens),
+            "n_docs": keys.documents,
+            "ppl": score.ppl,
+            "ppl_se": _times(score.ppl, keys.error(np.eye(len(keys.sums))[index], TOKENS)),
+            **self._compare(keys, index),
         }
 
     def _compare(self, clusters: Clusters, index: int) -> dict[str, float | None]:

@@ -60,12 +60,12 @@ def _counts(text: str) -> int | tuple[int, ...]:
 
 
 def _bias(text: str) -> str | tuple[float, ...]:
-    if text == "log_rate":
+    if text == "log_rate" or text.partition(":")[0] == "learned":
         return text
     try:
         return tuple(map(float, text.split("/")))
     except ValueError:
-        raise ValueError(f"log_rate or one number per level is needed, as 0/1.5, not '{text}'") from None
+        raise ValueError(f"log_rate, learned or one number per level is needed, as 0/1.5, not '{text}'") from None
 
 
 def _chosen(text: str) -> tuple[int, int]:

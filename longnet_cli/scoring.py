@@ -27,6 +27,7 @@ from longnet_cli.data.left_out import OnSkip
 from longnet_cli.errors import ConfigError, NotFiniteError, NoTokensError
 from longnet_cli.finite_json import to_json
 from longnet_cli.gain import GainTally
+from longnet_cli.key_tokens import Judge
 from longnet_cli.measures import ByPosition, ByRecall, DocumentScore, Gain, Score
 from longnet_cli.model.net import Net
 from longnet_cli.model.sequence import Bos, InputSequence
@@ -54,6 +55,7 @@ def score(
     last: int | None = None,
     by_position: bool = False,
     by_recall: bool = False,
+    judge: Judge | None = None,
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
@@ -82,6 +84,7 @@ def score(
 
     `by_position` also sums the nats by position in the window. `by_recall` sums them by how many tokens ago the
     document had the same bigram, even if that was before the window; `recall.Bigrams` says how much memory it takes.
+    `judge` also sums the nats of key tokens, which takes 17 bytes per token of a document.
 
     `chunk`, `dtype`, `spill` and `ranks` are as in `runtime.reader.Reader`: memory does not depend on the document's
     length, without chosen blocks, and none of them changes a number beyond rounding. All ranks need the same documents.
@@ -105,12 +108,14 @@ def score(
         raise ConfigError("log-probabilities of tokens need one context: give only one")
     if on_tokens and ranks.dp > 1:
         raise ConfigError("log-probabilities of tokens are written by one group of ranks: leave out --dp")
+    if judge and ranks.dp > 1:
+        raise ConfigError("key tokens are read by one group of ranks: leave out --dp")
     if device is not None:
         model.to(device)
     reader = share_reader(
         model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress, on_choice=on_choice
     )
-    scorer = Scorer(reader, cut, by_position, by_recall, count_bytes, on_tokens)
+    scorer = Scorer(reader, cut, by_position, by_recall, count_bytes, on_tokens, judge)
     make = partial(cut.sequence, model)
     for document in stored if on_skip is None else ():
         make(document)
@@ -127,6 +132,8 @@ def score(
             for each in found:
                 scored += each.score.n_tokens
                 yield each
+        if judge:
+            judge.end()
         if not scored and (ranks.first or ranks.dp == 1):
             raise NoTokensError(cut.nothing)
 
@@ -145,8 +152,10 @@ class _Tally:
     by_recall: ByRecall | None
     bigrams: Bigrams  # read for by_recall only
     gain: GainTally | None  # shared by the tallies of the document at all contexts
+    keys: np.ndarray | None  # of the scored tokens, whether they are key tokens: (expected,) bool
     nll_sum: float = 0.0
     n_tokens: int = 0
+    key_nll_sum: float = 0.0
 
     @property
     def ends(self) -> bool:
@@ -158,8 +167,9 @@ class _Tally:
         score = Score(self.nll_sum, self.n_tokens, self.n_bytes if self.n_tokens else 0)
         gain = self.gain.result() if self.gain and self.context == self.gain.longest else None
         tables = self.by_position, self.by_recall
+        key = None if self.keys is None else Score(self.key_nll_sum, int(self.keys.sum()), None)
         return DocumentScore(
-            self.document.doc_id, self.document.where, score, self.context, *tables, gain, self.document.kept
+            self.document.doc_id, self.document.where, score, self.context, *tables, gain, self.document.kept, key
         )
 
 
@@ -180,6 +190,7 @@ class Scorer:
     by_recall: bool = False
     count_bytes: Callable[[np.ndarray], int | None] | None = None
     on_tokens: OnTokens | None = None
+    judge: Judge | None = None
     open: deque[_Tally] = field(default_factory=deque, init=False)  # documents whose windows are being read
 
     def run(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[DocumentScore]:
@@ -206,15 +217,24 @@ class Scorer:
             if self.cut.last and len(document) < self.cut.least:
                 continue
             gain = GainTally(contexts) if len(contexts) > 1 else None
+            first = len(document) - self.cut.last if self.cut.last else self.cut.first
+            keys = self.judge.keys(document, first, max(0, len(document) - first)) if self.judge else None
             for context in self.cut.contexts:
-                tally = self._tally(document, context, Bigrams(sequence), gain)
+                tally = self._tally(document, context, Bigrams(sequence), gain, keys)
                 self.open.append(tally)
                 if not tally.expected:
                     yield _ScoredWindow(sequence, 0, 0, 0, tally)
                 for start, stop, wanted in self.cut.inputs(len(document), context):
                     yield _ScoredWindow(sequence, start, stop, wanted, tally)
 
-    def _tally(self, document: Document, context: int | None, bigrams: Bigrams, gain: GainTally | None) -> _Tally:
+    def _tally(
+        self,
+        document: Document,
+        context: int | None,
+        bigrams: Bigrams,
+        gain: GainTally | None,
+        keys: np.ndarray | None,
+    ) -> _Tally:
         expected = max(0, len(document) - self.cut.first)
         n_bytes = document.n_bytes if self.cut.bos else None  # without bos, the first token is not scored
         if self.cut.last:
@@ -223,7 +243,7 @@ class Scorer:
             n_bytes = self.count_bytes(ids) if self.count_bytes else None
         positions = ByPosition(min(self.reader.model.config.pattern.segment_lengths)) if self.by_position else None
         recall = ByRecall() if self.by_recall else None
-        return _Tally(document, context, expected, n_bytes, positions, recall, bigrams, gain)
+        return _Tally(document, context, expected, n_bytes, positions, recall, bigrams, gain, keys)
 
     @torch.inference_mode()
     def _measure(self, pieces: Sequence[Piece[_ScoredWindow]]) -> Callable[[], Tensor]:
@@ -259,6 +279,9 @@ class Scorer:
                 f"not finite: {advice}"
             )
         tally.nll_sum += float(nll.sum(dtype=np.float64))
+        if tally.keys is not None:
+            keys = tally.keys[tally.n_tokens : tally.n_tokens + len(nll)]
+            tally.key_nll_sum += float(nll[keys].sum(dtype=np.float64))
         tally.n_tokens += len(nll)
         if tally.by_position:
             tally.by_position.add(piece.start - piece.window.start, nll)

@@ -96,7 +96,8 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
     largest tensor's norm, which larger problems never touch.
     """
     floor = max(x.double().norm().item() for x in expected) * 0.1
-    for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+    names = ("out", "dq", "dk", "dv", "d(level_bias)")[: len(found)]
+    for name, a, b in zip(names, found, expected, strict=True):
         error = (a.double() - b.double()).norm().item() / max(b.double().norm().item(), floor, 1e-30)
         assert error <= tolerance, f"{name} is off by {error:.2e}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -44,6 +45,7 @@ CASES = {
     "window and sinks": (WINDOW, {"turn": turn}),
     "nested, sinks, shared key heads": (NESTED, {"heads": 4, "kv_heads": 2, "turn": turn}),
     "all queries, biases": (ALL, {"kv_heads": 1}),
+    "learned biases": (replace(ALL, level_bias="learned:-0.7"), {"kv_heads": 1}),
     "both ways": (LOOK_BOTH, {"causal": False, "heads": 4, "kv_heads": 2}),
     "uncovered queries": (SPARSE, {}),
     "head_dim that is no power of 2": (WINDOW, {"head_dim": 20}),
@@ -157,7 +159,7 @@ def test_any_options(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_packed_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a few calls of gathered rows; key heads that are shared come more than once."""
     monkeypatch.setitem(KERNELS, "packed", PackedMath())
-    for pattern, kv_heads in ((PAPER, 3), (NESTED, 1)):
+    for pattern, kv_heads in ((PAPER, 3), (NESTED, 1), (replace(NESTED, level_bias="learned"), 1)):
         inputs, options = tensors(torch.float32, kv_heads=kv_heads), {"documents": (5, 17, 1, 22), "kernel": "packed"}
         found = run(dilated_attention, inputs, pattern, **options)
         assert_close(found, by_torch(monkeypatch, inputs, pattern, **options), 1e-6)

@@ -117,7 +117,8 @@ def pattern_with_options(pick: random.Random, causal: bool) -> Pattern:
     free = (overlap == "once" or not causal) and not plain
     queries = pick.choice(["dilated", "all"]) if free else "dilated"
     sinks = 0 if plain else pick.randint(0, min(widths[0], 6))
-    bias = pick.choice([None, "log_rate", [pick.uniform(-2, 2) for _ in widths]])
+    learned = ["learned:-0.7"] if levels > 1 and rates[0] == 1 else []
+    bias = pick.choice([None, "log_rate", [pick.uniform(-2, 2) for _ in widths], *learned])
     offsets = pick.choice(["modulo", "grouped"])
     return Pattern(tuple(widths), tuple(rates), offsets, tuple(backs), overlap, queries, sinks, bias)
 

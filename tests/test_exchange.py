@@ -139,8 +139,12 @@ def test_attention_in_shards_is_that_of_the_whole(world: int, tmp_path: Path) ->
 
 def net_in_shards(dtype: torch.dtype) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    for seed, causal, cuts in ((0, True, [0]), (1, False, [0]), (2, True, [0, 100, 131, 300])):
-        model = net(PAPER_64TH, causal=causal).to(dtype)
+    learned = Pattern((16, 64, 128), (1, 4, 4), look_back=1, overlap="once", queries="all", level_bias="learned:-1")
+    cut = [0, 100, 131, 300]
+    for seed, (pattern, causal, cuts) in enumerate(
+        [(PAPER_64TH, True, [0]), (PAPER_64TH, False, [0]), (PAPER_64TH, True, cut), (learned, True, cut)]
+    ):
+        model = net(pattern, causal=causal).to(dtype)
         tokens = 397
         ids, targets = draw(1, tokens, seed), draw(1, tokens, seed + 9)
         targets[:, : tokens // world] = -100  # the first rank has nothing to lose: no hang, no NaN

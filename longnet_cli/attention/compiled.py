@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .dilated import FarKeys, plan_calls
 from .kernels import select_kernel
+from .level_bias import LevelBias
 from .merging import Plan, accumulator, merged_backward, merged_forward, unit_stride
 from .pattern import Padding, Pattern
 from .plain_call import Kernel
@@ -22,9 +23,11 @@ from .sinks import sink_rows
 
 # `far` has k and v of each of the far keys in turn, then k and v of turned sinks. `spans` has level, start and stop of
 # each of the far keys. An empty look_back or level_bias means none.
+# `biases` are learned ones; `levels` is then the lse of each level, and otherwise empty.
 _OPTIONS = (
-    "Tensor[] far, Tensor? lengths, SymInt[] spans, SymInt[]? documents, int[] segment_lengths, int[] dilation_rates, "
-    "str head_offsets, bool causal, SymInt start, str padding, SymInt? total, float scale, str? kernel, *, "
+    "Tensor[] far, Tensor? lengths, Tensor? biases, SymInt[] spans, SymInt[]? documents, int[] segment_lengths, "
+    "int[] dilation_rates, str head_offsets, bool causal, SymInt start, str padding, SymInt? total, float scale, "
+    "str? kernel, *, "
     'int[] look_back=[], str overlap="repeat", str queries="dilated", int sinks=0, float[] level_bias=[]'
 )
 
@@ -35,6 +38,7 @@ def _prepare(
     v: Tensor,
     far: Sequence[Tensor],
     lengths: Tensor | None,
+    biases: Tensor | None,
     spans: Sequence[int],
     documents: Sequence[int] | None,
     segment_lengths: Sequence[int],
@@ -53,9 +57,10 @@ def _prepare(
     sinks: int = 0,
     level_bias: Sequence[float] = (),
 ) -> tuple[Plan, float, Kernel]:
+    fixed = tuple(level_bias) if any(level_bias) else None
     pattern = Pattern(
         tuple(segment_lengths), tuple(dilation_rates), head_offsets, tuple(look_back) or 0, overlap, queries, sinks,
-        tuple(level_bias) if any(level_bias) else None,
+        fixed if biases is None else "learned",
     )  # fmt: skip
     far_keys = [
         FarKeys(level, begin, end, k_, v_)
@@ -71,24 +76,38 @@ def _prepare(
 @torch.library.custom_op(
     "longnet::dilated_attention",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, far: Sequence[Tensor], *options: Any, **seen: Any
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far: Sequence[Tensor],
+    lengths: Tensor | None,
+    biases: Tensor | None,
+    *options: Any,
+    **seen: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     far = [unit_stride(x) for x in far]
-    return merged_forward(*_prepare(q, k, v, far, *options, **seen), q, k, v, lambda i: far[2 * i : 2 * i + 2])
+    learned = None if biases is None else LevelBias(biases, q, keep=True)
+    call = _prepare(q, k, v, far, lengths, biases, *options, **seen)
+    out, lse = merged_forward(*call, q, k, v, lambda i: far[2 * i : 2 * i + 2], learned=learned)
+    return out, lse, lse.new_empty(0) if learned is None or learned.lse is None else learned.lse
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+def _(
+    q: Tensor, k: Tensor, v: Tensor, far: Any, lengths: Any, biases: Tensor | None, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+    return q.new_empty(q.shape), lse, lse.new_empty(0 if biases is None else (*lse.shape, len(biases)))
 
 
 @torch.library.custom_op(
     "longnet::dilated_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> Tensor[]",
+    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor levels, {_OPTIONS})"
+    " -> Tensor[]",
 )
 def _backward(
     dout: Tensor,
@@ -97,37 +116,56 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    levels: Tensor,
     far: Sequence[Tensor],
+    lengths: Tensor | None,
+    biases: Tensor | None,
     *options: Any,
     **seen: Any,
 ) -> list[Tensor]:
     far = [unit_stride(x) for x in far]
-    grads = merged_backward(*_prepare(q, k, v, far, *options, **seen), dout, q, k, v, out, lse, far)
+    learned = None if biases is None else LevelBias(biases, q, lse=levels)
+    call = _prepare(q, k, v, far, lengths, biases, *options, **seen)
+    grads = merged_backward(*call, dout, q, k, v, out, lse, far, learned=learned)
+    if learned and biases is not None:
+        grads, far = [*grads, learned.gradient(dout, out, lse).contiguous()], [*far, biases]
     return [d.to(x.dtype) for d, x in zip(grads, (q, k, v, *far), strict=True)]
 
 
 @_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, far: Sequence[Tensor], *_: Any, **__: Any
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    levels: Tensor,
+    far: Sequence[Tensor],
+    lengths: Tensor | None,
+    biases: Tensor | None,
+    *_: Any,
+    **__: Any,
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in (q, k, v, *far)]
+    return [x.new_empty(x.shape) for x in (q, k, v, *far, *([] if biases is None else [biases]))]
 
 
 def _save(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    q, k, v, far, lengths, *ctx.options = inputs
+    q, k, v, far, lengths, biases, *ctx.options = inputs
     ctx.seen = keyword_only_inputs
-    ctx.save_for_backward(q, k, v, *output, lengths, *far)
+    ctx.save_for_backward(q, k, v, *output, lengths, biases, *far)
 
 
-def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
-    q, k, v, out, lse, lengths, *far = ctx.saved_tensors
-    dq, dk, dv, *dfar = torch.ops.longnet.dilated_attention_backward(
-        dout, q, k, v, out, lse, far, lengths, *ctx.options, **ctx.seen
+def _gradients(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    q, k, v, out, lse, levels, lengths, biases, *far = ctx.saved_tensors
+    dq, dk, dv, *others = torch.ops.longnet.dilated_attention_backward(
+        dout, q, k, v, out, lse, levels, far, lengths, biases, *ctx.options, **ctx.seen
     )
+    dbiases = None if biases is None else others.pop()
     # torch takes an empty list for a list of tensors, and wants a list of as many gradients
-    return (dq, dk, dv, dfar, None, *([] if isinstance(x, list) and not x else None for x in ctx.options))
+    return (dq, dk, dv, others, None, dbiases, *([] if isinstance(x, list) and not x else None for x in ctx.options))
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

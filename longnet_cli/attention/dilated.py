@@ -25,6 +25,7 @@ from .branches import Turned, branches, united
 from .choosing import Chosen
 from .groups import GroupedPart, groups_of
 from .kernels import select_kernel
+from .level_bias import LevelBias
 from .merging import Plan, merged_backward, merged_forward, unit_stride
 from .merging import kernel_calls as kernel_calls
 from .merging import strided_view as strided_view
@@ -110,6 +111,7 @@ def dilated_attention(
     scale: float | None = None,
     kernel: str | None = None,
     turn: Turn | None = None,
+    level_bias: Tensor | None = None,
 ) -> Tensor:
     """Attend from q (B, N, H, D) to k, v (B, N, K, D) by `pattern`; return (B, N, H, D) like q. Differentiable.
 
@@ -130,6 +132,8 @@ def dilated_attention(
     turn: function that moves sinks to the place where a segment sees them, for k that is rotated by position:
         (keys (B, S, n, K, D), distances (S,) int64) -> the same keys, that many positions further on. Linear and
         differentiable. Without it, every segment sees the sinks as they are.
+    level_bias: biases (levels - 1, H) of a pattern with learned ones, for the levels after the first; by default, all
+        are the pattern's start value.
 
     Chosen blocks are moved by `turn` in the same way, and un-rotated by minus their positions (`choosing`). The choice
     of blocks has no gradient. A compiled graph breaks at them.
@@ -143,6 +147,13 @@ def dilated_attention(
             q, k, v, pattern, causal=causal, start=start, far=far, lengths=lengths, documents=documents,
             padding=padding, total=total, scale=scale, kernel=kernel, turn=turn,
         )  # fmt: skip
+    if (start_value := pattern.learned_bias) is not None:
+        shape = len(pattern.levels) - 1, q.shape[2]
+        level_bias = q.new_full(shape, start_value) if level_bias is None else level_bias
+        if level_bias.shape != shape:
+            raise ValueError(f"level_bias needs {shape}, (levels - 1, heads), got {tuple(level_bias.shape)}")
+    elif level_bias is not None:
+        raise ValueError('biases are for a pattern with level_bias="learned"')
     past = None
     if pattern.chosen:
         past = next((each for each in far or () if isinstance(each, Past)), None)
@@ -176,14 +187,16 @@ def dilated_attention(
             "level_bias": list(pattern.biases),
         }
         true_lengths = None if lengths is None else torch.as_tensor(lengths)
-        options = (numbers, documents, *levels, causal, start, padding, total, scale, kernel)
+        options = (level_bias, numbers, documents, *levels, causal, start, padding, total, scale, kernel)
         return torch.ops.longnet.dilated_attention(q, k, v, far_tensors, true_lengths, *options, **seen)[0]
     kernel_ = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
     plan = plan_calls(kernel_, q, k, v, pattern, causal, start, far, lengths, documents, padding, total, found)
     chosen = Chosen(pattern, plan.chosen, turn, past) if plan.chosen else None
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *far_tensors))):
-        return _merged(plan, scale, kernel_, far, sinks, chosen, q, k, v, far_tensors)[0]
-    return _MergedBranches.apply(plan, scale, kernel_, far, sinks, chosen, q, k, v, *far_tensors)
+    given = [x for x in (q, k, v, level_bias, *far_tensors) if x is not None]
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
+        learned = None if level_bias is None else LevelBias(level_bias, q)
+        return _merged(plan, scale, kernel_, far, sinks, chosen, learned, q, k, v, far_tensors)[0]
+    return _MergedBranches.apply(plan, scale, kernel_, far, sinks, chosen, level_bias, q, k, v, *far_tensors)
 
 
 def plan_calls(
@@ -210,7 +223,8 @@ def plan_calls(
     known = None if lengths is None else _whole_numbers("lengths", lengths)
     ends = None if documents is None else _whole_numbers("documents", documents)
     turned = tuple(sinks.rows.items()) if sinks else ()
-    options = (known, ends, padding, total, turned, kernel.biased and padding == "exact", kernel.packs)
+    unions = kernel.biased and padding == "exact" and pattern.learned_bias is None
+    options = (known, ends, padding, total, turned, unions, kernel.packs)
     return _plan(pattern, tensors, spans, causal, start, *options)
 
 
@@ -310,6 +324,7 @@ def _merged(
     far_keys: Sequence[FarKeys],
     sinks: _Sinks | None,
     chosen: Chosen | None,
+    learned: LevelBias | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -326,14 +341,17 @@ def _merged(
             there.extend(sinks.turned(k, v, far))
         return there[2 * index : 2 * index + 2]
 
-    found = merged_forward(plan, scale, kernel, q, k, v, arrived, chosen)
+    found = merged_forward(plan, scale, kernel, q, k, v, arrived, chosen, learned)
     while waiting:  # also for keys that no query needed: their buffers must not be freed in flight
         waiting.pop()()
     return found
 
 
 class _MergedBranches(torch.autograd.Function):
-    """All branches of a shard, merged. It saves only q, k, v, far keys, out and LSE; the backward turns sinks again."""
+    """All branches of a shard, merged. The backward turns sinks again.
+
+    It saves only q, k, v, far keys, out and LSE, and for learned biases the lse of each level.
+    """
 
     @staticmethod
     def forward(
@@ -344,14 +362,16 @@ class _MergedBranches(torch.autograd.Function):
         far_keys: Sequence[FarKeys],
         sinks: _Sinks | None,
         chosen: Chosen | None,
+        level_bias: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         *far: Tensor,
     ) -> Tensor:
         q, k, v, *far_tensors = (unit_stride(x) for x in (q, k, v, *far))
-        out, lse = _merged(plan, scale, kernel, far_keys, sinks, chosen, q, k, v, far_tensors)
-        ctx.save_for_backward(q, k, v, out, lse, *far_tensors)
+        learned = None if level_bias is None else LevelBias(level_bias, q, keep=ctx.needs_input_grad[6])
+        out, lse = _merged(plan, scale, kernel, far_keys, sinks, chosen, learned, q, k, v, far_tensors)
+        ctx.save_for_backward(q, k, v, out, lse, level_bias, learned and learned.lse, *far_tensors)
         ctx.plan, ctx.scale, ctx.kernel, ctx.sinks, ctx.chosen = plan, scale, kernel, sinks, chosen
         ctx.back = [keys.back for keys in far_keys]
         return out
@@ -359,7 +379,8 @@ class _MergedBranches(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *far = ctx.saved_tensors
+        q, k, v, out, lse, level_bias, of_levels, *far = ctx.saved_tensors
+        learned = None if level_bias is None else LevelBias(level_bias, q, lse=of_levels)
         sinks: _Sinks | None = ctx.sinks
         back: list[Callable[[Tensor, Tensor], object] | None] = ctx.back
         of_sinks: tuple[Tensor, ...] = ()  # gradients of each document's sinks
@@ -376,13 +397,15 @@ class _MergedBranches(torch.autograd.Function):
 
         there = [*far, *(sinks.turned(k, v, far) if sinks else ())]
         far_first = on_far if any(back) else None
-        grads = merged_backward(ctx.plan, ctx.scale, ctx.kernel, dout, q, k, v, out, lse, there, far_first, ctx.chosen)
+        saved = (dout, q, k, v, out, lse, there)
+        grads = merged_backward(ctx.plan, ctx.scale, ctx.kernel, *saved, far_first, ctx.chosen, learned)
         if not far_first:
             on_far(grads[3:])
         for d, dx in zip(of_sinks, grads[1:3], strict=False):
             assert sinks is not None
             sinks.rows.give_own(d, dx)
-        return (None,) * 6 + tuple(d.to(x.dtype) for d, x in zip(grads, (q, k, v, *far), strict=False))
+        of_bias = learned.gradient(dout, out, lse).to(level_bias.dtype) if learned and learned.lse is not None else None
+        return (None,) * 6 + (of_bias,) + tuple(d.to(x.dtype) for d, x in zip(grads, (q, k, v, *far), strict=False))
 
 
 def _blocks(lengths: Sequence[int] | None, documents: Sequence[int] | None, batch: int, tokens: int) -> Iterator[Place]:

@@ -28,6 +28,7 @@ MAX_SEQUENCES = 1 << 14  # per call: they are a dimension of the kernel's grid
 MAX_ROWS = 6 << 20
 
 Block = tuple[slice, slice, tuple[Branch, ...]]  # rows and tokens of a batch, and the calls of each row
+_Key = tuple[bool, int, float, int, int]  # what branches of a pack have in common, as in `Pack`, and a number
 
 
 class Sequences(NamedTuple):
@@ -45,7 +46,7 @@ class Sequences(NamedTuple):
 class Pack:
     """One call of query rows on key rows, sequence by sequence. It has no query row twice.
 
-    `causal`, `zero_keys` and `bias` are as in `Branch`. A pack is never `first`: it comes after all views.
+    `causal`, `zero_keys`, `bias` and `learned` are as in `Branch`. A pack is never `first`: it comes after all views.
     """
 
     queries: Sequences
@@ -53,6 +54,7 @@ class Pack:
     causal: bool
     zero_keys: int
     bias: float
+    learned: int = 0
     first: bool = False
     _there: dict[torch.device, tuple[PackedRows, PackedRows]] = field(default_factory=dict)
 
@@ -87,12 +89,12 @@ def packed(blocks: Sequence[Block], tokens: int, heads: int, kv_heads: int) -> t
     if len(blocks) < 2:
         return list(blocks), []
     views: list[Block] = []
-    groups: dict[tuple[bool, int, float, int], tuple[Sequences, Sequences]] = defaultdict(
+    groups: dict[_Key, tuple[Sequences, Sequences]] = defaultdict(
         lambda: (Sequences([], [], []), Sequences([], [], []))
     )
     for rows, columns, found in blocks:
         left = []
-        taken: dict[tuple[bool, int, float, int], list[_Taken]] = defaultdict(list)
+        taken: dict[_Key, list[_Taken]] = defaultdict(list)
         for branch in found:
             if (
                 branch.far is not None
@@ -105,10 +107,10 @@ def packed(blocks: Sequence[Block], tokens: int, heads: int, kv_heads: int) -> t
                 left.append(branch)
                 continue
             mine, place = _Taken.of(branch.queries), 0
-            key = (branch.causal, branch.zero_keys, branch.bias, place)
+            key = (branch.causal, branch.zero_keys, branch.bias, branch.learned, place)
             while any(map(mine.meets, taken[key])):
                 place += 1
-                key = (*key[:3], place)
+                key = (*key[:4], place)
             taken[key].append(mine)
             for into, part, width in zip(groups[key], (branch.queries, branch.keys), (heads, kv_heads), strict=True):
                 for row in range(rows.start, rows.stop):
@@ -151,13 +153,12 @@ def _append(into: Sequences, rows: Rows, token: int, heads: int) -> None:
     into.counts.extend([rows.rows] * number)
 
 
-def _calls(key: tuple[bool, int, float, int], queries: Sequences, keys: Sequences) -> Iterator[Pack]:
+def _calls(key: _Key, queries: Sequences, keys: Sequences) -> Iterator[Pack]:
     """Yield packs that are each small enough for one call."""
-    causal, zero_keys, bias, _ = key
     begin, longest = 0, 0
     for index, counts in enumerate(zip(queries.counts, keys.counts, strict=True)):
         longest, count = max(longest, *counts), index - begin
         if count and (count >= MAX_SEQUENCES or (count + 1) * longest > MAX_ROWS):
-            yield Pack(queries.cut(begin, index), keys.cut(begin, index), causal, zero_keys, bias)
+            yield Pack(queries.cut(begin, index), keys.cut(begin, index), *key[:4])
             begin, longest = index, max(counts)
-    yield Pack(queries.cut(begin, None), keys.cut(begin, None), causal, zero_keys, bias)
+    yield Pack(queries.cut(begin, None), keys.cut(begin, None), *key[:4])

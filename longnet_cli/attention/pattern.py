@@ -65,7 +65,8 @@ class Pattern:
     sinks: number of first tokens of a document that every query sees, once. A query sees them at the first level if
         that covers them, otherwise in a call of their own. Other levels leave them out.
     level_bias: added to the scores of a level: one number per level, or "log_rate" (log r: a kept key stands for r
-        keys). For models that were trained with dense attention.
+        keys). For models that were trained with dense attention. Or "learned": the net has a bias per head of each
+        level after the first, which starts at `FAR_BIAS`, or at -4 with "learned:-4".
     chosen: number of blocks of `chosen_block` tokens before a window that every query sees: the first block of the
         document, and those that the last queries vote for (`choosing`). All query heads of a layer see the same blocks,
         and so do the queries of a group of `chosen_every` tokens. Causal attention with one level at rate 1 only.
@@ -80,7 +81,7 @@ class Pattern:
     overlap: Overlap = "repeat"
     queries: Queries = "dilated"
     sinks: int = 0
-    level_bias: Literal["log_rate"] | Sequence[float] | None = None
+    level_bias: str | Sequence[float] | None = None
     chosen: int = 0
     chosen_block: int = 32
     chosen_every: int = 16
@@ -188,10 +189,19 @@ class Pattern:
 
     @property
     def biases(self) -> tuple[float, ...]:
-        """The number that is added to the scores of each level."""
+        """The number that is added to the scores of each level, without learned biases."""
         if self.level_bias == "log_rate":
             return tuple(log(r) for r in self.dilation_rates)
-        return tuple(self.level_bias or (0.0,) * len(self.dilation_rates))
+        fixed = None if isinstance(self.level_bias, str) else self.level_bias
+        return tuple(fixed or (0.0,) * len(self.dilation_rates))
+
+    @property
+    def learned_bias(self) -> float | None:
+        """The number at which learned biases start; None if no biases are learned."""
+        if not isinstance(self.level_bias, str) or self.level_bias == "log_rate":
+            return None
+        _, colon, start = self.level_bias.partition(":")
+        return float(start) if colon else FAR_BIAS
 
     @property
     def keys_per_query(self) -> float:
@@ -262,13 +272,18 @@ class Pattern:
         if self.level_bias is None or self.level_bias == "log_rate":
             return
         levels = len(self.segment_lengths)
+        learned = isinstance(self.level_bias, str) and self.level_bias.partition(":")[0] == "learned"
         try:
-            bias = tuple(map(float, self.level_bias))
+            bias = (self.learned_bias or 0.0,) * levels if learned else tuple(map(float, self.level_bias))
         except (TypeError, ValueError):
             bias = ()
         if len(bias) != levels or not all(map(isfinite, bias)):
-            raise ValueError(f'level_bias needs "log_rate" or {levels} numbers, one per level, got {self.level_bias!r}')
-        self._set("level_bias", bias)
+            either = 'a number, as "learned:-4"' if learned else f'"log_rate" or {levels} numbers, one per level'
+            raise ValueError(f"level_bias needs {either}, got {self.level_bias!r}")
+        if learned and (levels < 2 or self.dilation_rates[0] > 1):
+            raise ValueError('level_bias="learned" needs two levels or more, the first at rate 1')
+        if not learned:
+            self._set("level_bias", bias)
 
     def _check_order(self) -> None:
         """Raise ValueError if, with levels in this order, some part of attention is no rectangle of rows and keys."""

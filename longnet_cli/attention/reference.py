@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -26,12 +25,14 @@ def dilated_attention_reference(
     padding: Padding = "exact",
     scale: float | None = None,
     turn: Turn | None = None,
+    level_bias: Tensor | None = None,
 ) -> Tensor:
     """Return dilated attention of (batch, tokens, heads, head_dim) tensors, in O(tokens^2) memory; differentiable.
 
     A key counts once for every level at which the query sees it (a multiset, paper Eq. 9-10), or e^bias times if the
-    level has a bias. k and v may have fewer heads. Sinks are the first rows given, and blocks are chosen among the rows
-    given, so `start` must be 0 with sinks or chosen blocks. A choice has no gradient.
+    level has a bias; learned ones are `level_bias` (levels - 1, heads). k and v may have fewer heads. Sinks are the
+    first rows given, and blocks are chosen among the rows given, so `start` must be 0 with sinks or chosen blocks. A
+    choice has no gradient.
     """
     if lengths is not None:
         out = q * 0  # zeros, and in the graph even where every length is 0
@@ -39,14 +40,17 @@ def dilated_attention_reference(
             if n:
                 q_, k_, v_ = (x[b : b + 1, :n] for x in (q, k, v))
                 alone = dilated_attention_reference(
-                    q_, k_, v_, pattern, causal=causal, start=start, padding=padding, scale=scale, turn=turn
-                )
+                    q_, k_, v_, pattern, causal=causal, start=start, padding=padding, scale=scale, turn=turn,
+                    level_bias=level_bias,
+                )  # fmt: skip
                 out = out.index_put((torch.tensor(b), torch.arange(n)), alone[0])
         return out
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     choice = chosen_blocks(q, k, pattern, scale, turn) if pattern.chosen else []
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-    counts, zeros = key_counts(pattern, q.shape[2], q.shape[1], causal, start, padding)
+    if pattern.learned_bias is not None and level_bias is None:
+        level_bias = q.new_full((len(pattern.levels) - 1, q.shape[2]), pattern.learned_bias)
+    counts, zeros = key_counts(pattern, q.shape[2], q.shape[1], causal, start, padding, level_bias)
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k)
     n, w, b = pattern.sinks, pattern.segment_lengths[0], pattern.look_backs[0]
     late = torch.arange(min((b + 1) * w, q.shape[1]), q.shape[1])  # queries whose first level covers no sinks
@@ -71,7 +75,8 @@ def dilated_attention_reference(
         seen = torch.cat(places).unbind(1)  # rows of the batch, queries, keys
         scores = scores.movedim(1, 3).index_put(seen, torch.cat(found)).movedim(3, 1)
         counts = counts.movedim(1, 3).index_put(seen, counts.new_ones(())).movedim(3, 1)
-    logits = scores * scale + counts.to(q).log()
+    unseen = (counts == 0).to(q.device)
+    logits = scores * scale + counts.to(q).masked_fill(unseen, 1).log().masked_fill(unseen, float("-inf"))
     logits = torch.cat([logits, zeros.to(q).log().expand(*scores.shape[:3], 1)], dim=-1)
     covered = counts.any(dim=-1, keepdim=True)  # (batch, heads, tokens, 1): queries that take part in some level
     weights = torch.where(covered, logits, 0.0).softmax(-1) * covered
@@ -124,15 +129,24 @@ def _voted(voters: Tensor, keys: Tensor, pattern: Pattern, scale: float) -> list
 
 
 def key_counts(
-    pattern: Pattern, heads: int, tokens: int, causal: bool, start: int, padding: Padding
+    pattern: Pattern,
+    heads: int,
+    tokens: int,
+    causal: bool,
+    start: int,
+    padding: Padding,
+    level_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return how often each query sees each key, (heads, tokens, tokens), and zero keys, (heads, tokens, 1).
 
-    A key of a level with a bias counts e^bias times.
+    A key of a level with a bias counts e^bias times; learned biases count if they are given.
     """
     position = torch.arange(start, start + tokens)
     query, key = position[:, None], position[None, :]
-    counts = torch.zeros(heads, tokens, tokens, dtype=torch.float64)
+    parts: list[list[Tensor]] = [[] for _ in range(heads)]  # of each head, by level
+    biases = torch.tensor(pattern.biases, dtype=torch.float64)[:, None].expand(-1, heads)
+    if level_bias is not None:
+        biases = torch.cat([biases[:1], level_bias.double()])
     zeros = torch.zeros(heads, tokens, 1, dtype=torch.int64)
     covered = torch.zeros(tokens, tokens, dtype=torch.bool)  # by the level before
     for level, (w, r) in enumerate(pattern.levels):
@@ -148,8 +162,9 @@ def key_counts(
             sampled = inside % r == offset
             asks = torch.ones_like(sampled) if pattern.queries == "all" else sampled
             seen = asks[:, None] & sampled[None, :] & may
-            counts[head] += seen.double() * math.exp(pattern.biases[level])
+            parts[head].append(seen.double() * biases[level, head].exp())
             if padding == "zero_key" and not causal:  # each segment is padded to ceil(w / r) rows per head
                 zeros[head, :, 0] += asks * (-(-w // r) - seen.sum(-1))
     w, b = pattern.segment_lengths[0], pattern.look_backs[0]
+    counts = torch.stack([torch.stack(of_head).sum(0) for of_head in parts])
     return counts + ((query // w > b) & (key < pattern.sinks)), zeros

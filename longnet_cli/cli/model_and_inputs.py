@@ -37,7 +37,8 @@ class Opened(NamedTuple):
 class ModelAndInputs:
     """The model and the inputs that a command names. The arguments are options of the same names.
 
-    A run that continues the one in the folder `earlier` takes the same commit of a model on a hub. Raises ConfigError
+    A run that continues the one in the folder `earlier` takes the same commit of a model on a hub. No
+    output may replace one of `others`, which the command reads as well. Raises ConfigError
     and CheckpointError for a model or a tokenizer that is missing.
     """
 
@@ -52,6 +53,7 @@ class ModelAndInputs:
         skip_bad: bool,
         update: bool,
         earlier: str | None,
+        others: Sequence[str] = (),
     ) -> None:
         from longnet_cli.data.inputs import Inputs
         from longnet_cli.data.manifest import read_manifest
@@ -64,7 +66,7 @@ class ModelAndInputs:
         if earlier and (manifest := read_manifest(earlier)):
             model = as_stored(model, [manifest.settings.get("model_name")])
         self.names, self.tokenizer, self.folder = names, tokenizer, ModelFolder.find(model, gguf=True)
-        self._files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
+        self._files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None, *others]
         self.inputs = Inputs(names, column=column, id_column=id_column, keep=tuple(keep or ()), skip_bad=skip_bad)
 
     def refuse_overwriting(self, option: str, output: str | None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import check_on, check_sample, estimate_reading
 from longnet_cli.cli.model_and_inputs import ModelAndInputs
-from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, size_option, sizes_option
+from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, names_option, option, size_option, sizes_option
 from longnet_cli.cli.output import emit_json, emit_jsonl, printable, tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.spilling import check_spill, say_state
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Format = Literal["text", "json", "jsonl"]
 MEASURE = "What to measure"
 ROW_KEYS = {"kind", "doc_id", "context", "nll_sum", "n_tokens", "n_bytes", "ppl", "bpb", "by_position", "by_recall"}
+ROW_KEYS |= {"key_nll_sum", "key_n_tokens"}
 GAIN_KEYS = {"gain", "gain_se", "gain_share"}  # of documents that are scored at several contexts
 
 
@@ -90,6 +91,16 @@ def score(
             "such a place are one more group.",
         ),
     ] = False,
+    key_tokens: Annotated[
+        Sequence[str] | None,
+        names_option(
+            MEASURE,
+            "--key-tokens",
+            "Measure the tokens for which long context matters as well, by two files that a judge wrote with "
+            "--token-logprobs: SHORT.arrow,LONG.arrow.",
+            False,
+        ),
+    ] = None,
     format: Annotated[
         Format,
         option(
@@ -165,12 +176,18 @@ def score(
             raise ConfigError(f"{name} needs a file: stdout carries the scores")
         if file and (dp or 1) > 1:
             raise ConfigError(f"{name} is written by one group of ranks: leave out --dp")
+    if key_tokens and len(key_tokens) != 2:
+        raise ConfigError("--key-tokens needs two files, of a short and of a long context: SHORT.arrow,LONG.arrow")
+    if key_tokens and (dp or 1) > 1:
+        raise ConfigError("--key-tokens is for one group of ranks: leave out --dp")
     if chosen and context:
         raise ConfigError("--chosen is for whole documents: leave out --context")
     if output is not None and id_column and id_column not in {*keys, *(keep or ())}:
         keep = [id_column, *(keep or ())]  # so that rows join their input by the column's own name and type
     earlier_run = output if resume else None
-    named = ModelAndInputs(inputs, model, tokenizer, column, id_column, keep, skip_bad, update, earlier_run)
+    named = ModelAndInputs(
+        inputs, model, tokenizer, column, id_column, keep, skip_bad, update, earlier_run, key_tokens or ()
+    )
     named.refuse_overwriting("--token-logprobs", token_logprobs)
     named.refuse_overwriting("--chosen", chosen)
     named.refuse_overwriting("-o", output)
@@ -178,6 +195,7 @@ def score(
     for_printing = {
         "--token-logprobs": token_logprobs,
         "--chosen": chosen,
+        "--key-tokens": key_tokens,
         f"--format {format}": format != "text" and not dry_run,
     }
     if given := [name for name, value in (for_folder if output is None else for_printing).items() if value]:
@@ -203,6 +221,7 @@ def score(
     if pattern:
         tell(f"pattern {format_pattern(net.config.pattern)}", quiet)
     from longnet_cli.chosen_blocks import write_chosen
+    from longnet_cli.key_tokens import Judge
     from longnet_cli.logprobs import write_token_logprobs
     from longnet_cli.measures import Total
     from longnet_cli.model.weights import model_origin
@@ -223,6 +242,7 @@ def score(
         planned: dict[str, Any] = {"on": on, "sp": sp, "dp": dp}
         estimate_reading(opened, job, "scoring", output, shown, sample=sample, resume=resume, **planned, **running)
         return
+    judge = Judge(key_tokens, loaded.tokenizer_sha256) if key_tokens else None
     left_out = count_left_out(skip_bad, quiet)
     origin = model_origin(net, loaded.origin, loaded.tokenizer_sha256) if ranks.first and output is None else {}
     tokens = write_token_logprobs(token_logprobs, origin) if token_logprobs and ranks.first else nullcontext()
@@ -266,6 +286,7 @@ def score(
                 net,
                 telling(data.documents()),
                 stored=data.stored() if net.config.max_tokens is not None else (),
+                judge=judge,
                 count_bytes=count_bytes,
                 on_skip=left_out.skip,
                 on_tokens=on_tokens,
@@ -298,6 +319,8 @@ def _print(
             values |= document.by_recall.as_dict()
         if document.gain:
             values |= document.gain._asdict()
+        if document.key:
+            values |= {"key_nll_sum": document.key.nll_sum, "key_n_tokens": document.key.n_tokens}
         values |= {name: value.as_py() for name, value in document.kept.items()}
         if format == "text":
             _print_row(document.doc_id, document.score, document.context if several else None, header=index == 0)
@@ -314,7 +337,9 @@ def _print(
             _print_comparison(totals)
         for values in totals:
             _print_losses(values, totals[0]["context"])
-        if several or totals[0].keys() & {"by_position", "by_recall"}:
+        if "key_tokens" in totals[0]:
+            _print_key_tokens(totals)
+        if several or totals[0].keys() & {"by_position", "by_recall", "key_tokens"}:
             print(f"+- is a standard error, clustered by document ({totals[0]['n_docs']} documents)")
     elif format == "jsonl":
         for values in totals:
@@ -340,6 +365,17 @@ def _print_comparison(totals: list[dict[str, Any]]) -> None:
         keys = ("ppl", "ppl_se", "bpb", "bpb_se", "ppl_ratio", "ppl_ratio_se")
         numbers = [_number(row.get(key)).rjust(width) for key, width in zip(keys, (12, 8, 8, 8, 12, 8), strict=True)]
         print(f"{row['context']:>9} {' '.join(numbers)}")
+
+
+def _print_key_tokens(totals: list[dict[str, Any]]) -> None:
+    """Print one line per context: the key tokens, their share, their perplexity, and that of all tokens beside it."""
+    context = totals[0]["context"]
+    print(f"\n{'key tokens':>12} {'share':>8} {'ppl':>12} {'+-':>8} {'ppl of all':>12}" + "  context" * bool(context))
+    for row in totals:
+        found = row["key_tokens"]
+        numbers = f"{_number(found['share']):>8} {_number(found['ppl']):>12} {_number(found['ppl_se']):>8}"
+        end = f" {row['context']:>8}" if context else ""
+        print(f"{found['n_tokens']:>12} {numbers} {_number(row['ppl']):>12}{end}")
 
 
 def _print_losses(total: dict[str, Any], first: int | None) -> None:

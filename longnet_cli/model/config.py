@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -50,7 +50,7 @@ class LongNetConfig(Costs, StrictModel):
     overlap: Literal["repeat", "once"] = "repeat"
     queries: Literal["dilated", "all"] = "dilated"
     sinks: int = 0
-    level_bias: Literal["log_rate"] | tuple[float, ...] | None = None
+    level_bias: Annotated[str, Field(pattern="^(log_rate|learned(:.+)?)$")] | tuple[float, ...] | None = None
     chosen: int = 0
     chosen_block: int = Pattern.chosen_block
     chosen_every: int = Pattern.chosen_every
@@ -107,7 +107,7 @@ class LongNetConfig(Costs, StrictModel):
         try:
             found = check(value)
         except ValidationError:
-            one = "one number" if info.field_name == "look_back" else '"log_rate"'
+            one = "one number" if info.field_name == "look_back" else '"log_rate", "learned"'
             raise ValueError(f"must be {one}, or one number per level") from None
         levels = len(info.data.get("segment_lengths", ()))
         same = info.field_name == "look_back" and isinstance(found, tuple) and len(found) == levels
@@ -186,17 +186,22 @@ class LongNetConfig(Costs, StrictModel):
     def num_parameters(self) -> int:
         """Return the number of trainable parameters; tied embeddings count once."""
         d, f = self.dim, self.ffn_dim
-        attention = 4 * (d * d + d) + (2 * d if self.norm == "subln" else 0)
+        attention = 4 * (d * d + d) + (2 * d if self.norm == "subln" else 0) + self._learned_biases
         ffn = d * f + f + f * d + d + (2 * f if self.norm == "subln" else 0)
         embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * (attention + ffn + 4 * d) + (2 * d if self.final_norm else 0)
+
+    @property
+    def _learned_biases(self) -> int:
+        """The number of learned biases of levels in a layer."""
+        return 0 if self.pattern.learned_bias is None else (len(self.segment_lengths) - 1) * self.num_heads
 
     def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
         """Count the tensors that `model/longnet.py` saves. The residual stream, norms and lse are float32."""
         d, f, s = self.dim, self.ffn_dim, itemsize
         inner = 2 * s if device == "cpu" else 8  # mean and deviation of an inner norm: of its input's type on a CPU
         attention = 4 * d + 8 + s * d  # its input, mean and deviation of that; the normed input
-        attention += 4 * s * d + 4 * self.num_heads  # q, k, v, out; lse
+        attention += 4 * s * d + 4 * self.num_heads + 4 * self._learned_biases  # q, k, v, out; lse; those of levels
         ffn = 4 * d + 8 + s * d + s * f  # the same, and the input of gelu
         if self.norm == "subln":
             attention += s * d + inner  # the normed output

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from longnet_cli.errors import CheckpointError
+from longnet_cli.errors import CheckpointError, ConfigError
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model.longnet import LongNet
 from longnet_cli.model.positions import XPOS_GAMMA
@@ -109,7 +109,9 @@ def to_torchscale(model: LongNet) -> dict[str, Tensor]:
 
 
 def official_name(ours: str) -> str:
-    """Return torchscale's name of one of our tensors."""
+    """Return torchscale's name of one of our tensors. Raises ConfigError for one that it does not have."""
+    if ours.endswith(".level_bias"):
+        raise ConfigError('torchscale has no learned biases: level_bias = "learned" is for a LongNet alone')
     ((layer, module, kind),) = re.findall(r"^(layers\.\d+\.|)(.+)\.(weight|bias)$", ours)
     return f"{layer}{_MODULES[module]}.{kind}"
 

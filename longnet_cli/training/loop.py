@@ -291,7 +291,7 @@ class _TrainingRun:
         rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("times", 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
@@ -504,7 +504,7 @@ def _model(recipe: Recipe, initial: str | None) -> Net:
         return ModelFolder.find(pretrained.init).trainable(pretrained.model, pretrained.adapter)
     if initial is None:
         return LongNet(recipe.model)
-    # weights do not depend on the pattern: training continues with the recipe's
+    # only learned biases depend on the pattern, and start anew: training continues with the recipe's
     model = ModelFolder.find(initial).net(pattern=recipe.model.pattern)
     if model.config != recipe.model:
         fields = type(recipe.model).model_fields

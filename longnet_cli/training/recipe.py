@@ -81,8 +81,13 @@ class DataRecipe(StrictModel):
         return Inputs(self.held_out) if self.held_out else None
 
 
+LEVEL_BIAS_LR = 0.1  # such a bias has to move by several units while the weights around it are young: docs/results.md
+
+
 class OptimizerRecipe(StrictModel):
     """AdamW; weights decay, biases and norms do not. Defaults from the paper's Table 3.
+
+    The learned biases of levels (`level_bias = "learned"`) have a learning rate of their own, of the same schedule.
 
     `name = "muon"` gives the matrices of the layers to torch's Muon, at the same learning rate, and leaves embeddings,
     biases and norms to AdamW.
@@ -90,10 +95,16 @@ class OptimizerRecipe(StrictModel):
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=6e-4, gt=0)
+    level_bias_lr: float | None = Field(default=None, gt=0)  # of learned biases of levels; None is LEVEL_BIAS_LR
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=2.0, gt=0)  # of the gradient's norm
+
+    @property
+    def level_bias_rate(self) -> float:
+        """The peak learning rate of learned biases of levels."""
+        return self.level_bias_lr or LEVEL_BIAS_LR
 
 
 class ScheduleRecipe(StrictModel):
