@@ -45,12 +45,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from nearest import read_vectors, scaled
 
+from longnet_cli.data.pairs import draw_spans
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.sizes import parse_size
 
 SIZES = {"S": (8_000, 16_000), "M": (32_000, 64_000), "L": (130_000, 10_000_000)}  # bytes
 HALVES, LINES, SHARE = 100, 80, 0.45
+LONGEST = 32_000  # characters of a text to train with
 ENGLISH = (".txt", ".html", ".pod", ".rst")
 Tasks = dict[str, list[tuple[str, str]]]  # name -> pairs of texts
 
@@ -119,9 +121,8 @@ def described(name: str, text: str) -> tuple[str, str, str] | None:
     return ("man", found[2], text[found.end() :]) if found else None
 
 
-def make_tasks(archives: list[Path]) -> Tasks:
-    """Return the pairs of each task, those with the smallest digests first."""
-    found: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)  # task -> digest of the text -> pair
+def documents_in(archives: list[Path]) -> Iterator[tuple[str, str, str]]:
+    """Yield (kind, path, text) of the Python files ("py"), manual pages ("man") and other documents ("en")."""
     for archive in archives:
         stems = set()  # a page as text and as HTML is one document
         for name, content in files_in(archive):
@@ -136,13 +137,21 @@ def make_tasks(archives: list[Path]) -> Tasks:
                 text = plain_text(name, content.decode()) if kind else ""
             except UnicodeDecodeError:
                 continue
-            size, digest = len(text.encode()), hashlib.sha256(text.encode()).hexdigest()
-            for letter, (least, most) in SIZES.items():
-                if kind in ("py", "en") and least <= size < most:
-                    part = int(SHARE * len(text))
-                    found[f"{kind}-{letter}"][digest] = text[:part], text[-part:]
-            if size >= 2_000 and (pair := described(name, text)):
-                found[pair[0]][digest] = pair[1:]
+            if text:
+                yield kind, name, text
+
+
+def make_tasks(archives: list[Path]) -> Tasks:
+    """Return the pairs of each task, those with the smallest digests first."""
+    found: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)  # task -> digest of the text -> pair
+    for kind, name, text in documents_in(archives):
+        size, digest = len(text.encode()), hashlib.sha256(text.encode()).hexdigest()
+        for letter, (least, most) in SIZES.items():
+            if kind in ("py", "en") and least <= size < most:
+                part = int(SHARE * len(text))
+                found[f"{kind}-{letter}"][digest] = text[:part], text[-part:]
+        if size >= 2_000 and (pair := described(name, text)):
+            found[pair[0]][digest] = pair[1:]
     taken: Tasks = {}
     for task, pairs in sorted(found.items()):
         most = HALVES if "-" in task else LINES
@@ -151,6 +160,32 @@ def make_tasks(archives: list[Path]) -> Tasks:
             seen.setdefault(pairs[digest][0], digest)
         taken[task] = [pairs[digest] for digest in list(seen.values())[:most]]
     return taken
+
+
+def write_training(folder: Path, archives: list[Path], bench: Tasks) -> None:
+    """Write pairs of text as `make_tasks` has them, and of two spans of a document, but none with a text of `bench`."""
+    seen = {text[:500] for pairs in bench.values() for pair in pairs for text in pair}
+    found: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
+    for kind, name, text in documents_in(archives):
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        pair = described(name, text) if len(text) >= 1_000 else None
+        starts = {text[:500], *(part[:500] for part in (pair or ())[1:])}
+        if len(text) < 1_000 or starts & seen:
+            continue
+        seen |= starts
+        if pair:
+            found[pair[0]][digest] = pair[1], pair[2][:LONGEST]
+        if kind != "man":
+            for number in range(1 + min(7, len(text) // LONGEST)):
+                spans = draw_spans(len(text) // 16, [LONGEST // 16] * 2, (int(digest[:8], 16), number))
+                first, second = (text[16 * start : 16 * stop] for start, stop in spans)
+                found[f"{kind}-spans"][f"{digest}{number}"] = first, second
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, pairs in sorted(found.items()):
+        rows = [json.dumps({"first": a, "second": b}) + "\n" for _, (a, b) in sorted(pairs.items())]
+        for name, part in {task: rows[32:], f"{task}.held_out": rows[:32]}.items():
+            (folder / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
+        print(f"{task}: {len(rows)} pairs", file=sys.stderr)
 
 
 def read_tasks(folder: Path) -> Tasks:
@@ -230,6 +265,12 @@ def sizes(text: str) -> list[int | None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what vectors find.")
     commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser(
+        "training", help="write pairs to train with, from archives that are not in a benchmark"
+    )
+    training.add_argument("folder", type=Path)
+    training.add_argument("bench", type=Path, help="its texts are left out")
+    training.add_argument("archives", type=Path, nargs="+", help="wheels and Debian packages")
     make = commands.add_parser("make", help="write the pairs")
     make.add_argument("folder", type=Path)
     make.add_argument("archives", type=Path, nargs="+", help="wheels and Debian packages")
@@ -250,7 +291,10 @@ def main() -> None:
                 digest = hashlib.sha256("".join(rows).encode()).hexdigest()
                 print(f"{task}: {len(rows)} pairs, SHA-256 {digest[:16]}", file=sys.stderr)
         return
-    tasks = read_tasks(args.folder)
+    tasks = read_tasks(args.bench if args.command == "training" else args.folder)
+    if args.command == "training":
+        write_training(args.folder, sorted(args.archives), tasks)
+        return
     tasks = {task: pairs for task, pairs in tasks.items() if args.tasks is None or task in args.tasks.split(",")}
     for read in args.read:
         if args.command == "vectors":
