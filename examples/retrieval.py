@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from nearest import read_vectors, scaled
+from nearest import read_table, scaled, vectors_of
 
 from longnet_cli.data.pairs import draw_spans
 from longnet_cli.data.tokenizer import Tokenizer
@@ -229,33 +229,63 @@ def word_scores(pairs: list[tuple[str, str]], read: int | None) -> dict[str, np.
     }
 
 
-def encode_side(texts: list[str], words: Tokenizer, read: int | None, options: list[str]) -> np.ndarray:
-    """Return the vectors (texts, dim) of the first `read` tokens of each text."""
+def encode_side(
+    texts: list[str], words: Tokenizer, reads: list[int | None], options: list[str], before: int
+) -> list[np.ndarray]:
+    """Return the vectors (texts, dim) of the first tokens of each text, for each number in `reads`.
+
+    A causal model has one state after so many tokens, whatever follows: the spans of one pass give all these vectors.
+    `before` tokens of a prompt are pooled with the first span.
+    """
+    span = min((read for read in reads if read), default=0) if len(reads) > 1 else 0
     with tempfile.TemporaryDirectory() as place:
-        ids = [words.encode(text)[:read] for text in texts]
+        longest = None if None in reads else max(read or 0 for read in reads)
+        ids = [words.encode(text)[:longest] for text in texts]
         table = pa.table({"doc_id": [str(i) for i in range(len(ids))], "input_ids": ids})
         pq.write_table(table, f"{place}/ids.parquet")
         command = ["longnet", "encode", f"{place}/ids.parquet", "-o", f"{place}/vectors.arrow", "--quiet", *options]
-        subprocess.run(command, check=True)
-        return read_vectors(f"{place}/vectors.arrow")[1].copy()
+        subprocess.run([*command, "--no-normalize", *(["--span", str(span)] if span else [])], check=True)
+        rows = read_table(f"{place}/vectors.arrow")
+        vectors = vectors_of(rows).copy()
+    owners = np.array(rows["doc_id"].to_pylist(), np.int64)
+    starts, ends, tokens = (rows[name].to_numpy() for name in ("start", "end", "n_tokens"))
+    mean = (rows.schema.metadata or {}).get(b"longnet.pooling") == b"mean"
+    weighted = vectors * (tokens + before * (starts == 0))[:, None] if mean else vectors
+    found = []
+    for read in reads:
+        assert not (read and span and read % span), f"--read {read} is no multiple of {span}"
+        out = np.zeros((len(texts), vectors.shape[1]), np.float32)
+        taken = ends <= (read or ends.max())
+        if mean:
+            np.add.at(out, owners[taken], weighted[taken])
+        else:
+            last = taken & ~np.append((owners[1:] == owners[:-1]) & taken[1:], False)
+            out[owners[last]] = vectors[last]
+        found.append(scaled(out, 0.0))
+    return found
 
 
-def vector_scores(tasks: Tasks, model: str, read: int | None, options: list[str]) -> None:
+def vector_scores(tasks: Tasks, model: str, reads: list[int | None], options: list[str]) -> None:
     folder = ModelFolder.find(model)
     words, embedder = folder.tokenizer(), folder.embedder
     assert words is not None, f"{model} has no tokenizer"
     options = ["--model", model, *options]
-    query = ["--prefix", (embedder.query if embedder else "") or "none"]
-    firsts = encode_side([first for pairs in tasks.values() for first, _ in pairs], words, read, options + query)
-    seconds = encode_side([second for pairs in tasks.values() for _, second in pairs], words, read, options)
-    at = 0
-    for task, pairs in tasks.items():
-        mine = slice(at, at + len(pairs))
-        at += len(pairs)
-        for centred in (False, True):
-            mean = seconds[mine].mean(0) if centred else 0.0
-            scores = scaled(firsts[mine], mean) @ scaled(seconds[mine], mean).T
-            report(task, model, read, scores, centred=centred)
+    prompts = (embedder.query, embedder.document) if embedder else ("", "")
+    for group in [reads] if folder.config.get("causal", True) else [[read] for read in reads]:
+        sides = []
+        for side, prompt in enumerate(prompts):
+            texts = [pair[side] for pairs in tasks.values() for pair in pairs]
+            prefix, before = ["--prefix", prompt or "none"], len(words.encode(prompt))
+            sides.append(encode_side(texts, words, group, options + prefix, before))
+        for read, firsts, seconds in zip(group, *sides, strict=True):
+            at = 0
+            for task, pairs in tasks.items():
+                mine = slice(at, at + len(pairs))
+                at += len(pairs)
+                for centred in (False, True):
+                    mean = seconds[mine].mean(0) if centred else 0.0
+                    scores = scaled(firsts[mine], mean) @ scaled(seconds[mine], mean).T
+                    report(task, model, read, scores, centred=centred)
 
 
 def sizes(text: str) -> list[int | None]:
@@ -279,9 +309,11 @@ def main() -> None:
         command.add_argument("folder", type=Path)
         command.add_argument("--read", type=sizes, default=[None], help="bytes or tokens of each text, as 2Ki,8Ki,all")
         command.add_argument("--tasks", help="only these, as py-S,man")
+        command.add_argument("--pairs", type=int, help="only so many pairs of each")
     command.add_argument("--model", default="longnet-tiny")
-    command.add_argument("options", nargs="*", help="more options of `longnet encode`, after --")
-    args = parser.parse_args()
+    command.epilog = "More options of `longnet encode` may follow after --."
+    given = [*sys.argv[1:], "--"]
+    args, options = parser.parse_args(given[: given.index("--")]), given[given.index("--") + 1 : -1]
     if args.command == "make":
         args.folder.mkdir(parents=True, exist_ok=True)
         with (args.folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
@@ -295,11 +327,12 @@ def main() -> None:
     if args.command == "training":
         write_training(args.folder, sorted(args.archives), tasks)
         return
-    tasks = {task: pairs for task, pairs in tasks.items() if args.tasks is None or task in args.tasks.split(",")}
+    wanted = args.tasks.split(",") if args.tasks else tasks
+    tasks = {task: pairs[: args.pairs] for task, pairs in tasks.items() if task in wanted}
+    if args.command == "vectors":
+        vector_scores(tasks, args.model, args.read, options)
+        return
     for read in args.read:
-        if args.command == "vectors":
-            vector_scores(tasks, args.model, read, args.options)
-            continue
         for task, pairs in tasks.items():
             for method, scores in word_scores(pairs, read).items():
                 report(task, method, read, scores)

@@ -20,7 +20,7 @@ SHORTEST = 16  # tokens of a span, if half of the document has as many
 
 
 class PairText(NamedTuple):
-    """A text as the net reads it: ids (n,) int64, of which those from index `first` on are the text's own."""
+    """A text as the net reads it: ids (n,) int64, of which those from index `first` on are pooled."""
 
     ids: np.ndarray
     first: int
@@ -87,7 +87,10 @@ class PairWindows(TokenWindows):
     """
 
     def __init__(self, *args: object, before: tuple[Sequence[int], Sequence[int]], **options: object) -> None:
-        """`before` are the ids before first and second texts. Raises ConfigError if they leave no room for a text."""
+        """`before` are the ids before first and second texts, of which only the first id is not pooled.
+
+        Raises ConfigError if they leave no room for a text.
+        """
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self.before = [np.asarray(ids, np.int64) for ids in (*before, before[1])]  # a negative is a second text
         self.longest = [self.seq_len - len(ids) for ids in before]
@@ -102,7 +105,9 @@ class PairWindows(TokenWindows):
             stream = self.sources[source]
             assert isinstance(stream, PairStream)
             found, key = stream.pair(stream.locate(start), self.longest, (self.seed, n))
-            texts.append([PairText(np.concatenate(x), len(x[0])) for x in zip(self.before, found, strict=False)])
+            texts.append(
+                [PairText(np.concatenate(x), min(1, len(x[0]))) for x in zip(self.before, found, strict=False)]
+            )
             keys.append(key)
         sides = [[*side] for side in zip(*texts, strict=True)]
         return PairBatch(sides[0], sides[1], sides[2] if len(sides) > 2 else [], np.array(keys, np.int64))

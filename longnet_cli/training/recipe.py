@@ -187,7 +187,7 @@ class ContrastRecipe(StrictModel):
     Pairs are two spans of one document, each at most a stage's `seq_len` tokens, with lengths even in their logarithm;
     or, with `data.pair`, a row of two columns, and perhaps of a third with hard negatives. A step has `batch_tokens` /
     (2 `seq_len`) pairs. `dims` are prefixes of the vector that are trained as well. A prompt is read before each first
-    text (`query_prompt`) or second one (`document_prompt`), and not pooled.
+    text (`query_prompt`) or second one (`document_prompt`), as a part of it.
     """
 
     pool: Literal["mean", "last"] = "mean"
