@@ -15,7 +15,8 @@ pairs; the digest of each task is printed, and identifies it.
     pydoc, man          the first line of a docstring finds its module, the NAME line its manual page
 
 `words` and `vectors` print a line of JSON per task and method: recall at 1 with its standard error, and the mean
-reciprocal rank, when only the first bytes (of `words`) or tokens (of `vectors`) of each text are read. Vectors are also
+reciprocal rank, when only the first bytes (of `words`) or tokens (of `vectors`) of each text are read (`read`; `bytes`
+are the mean of second texts). Vectors are also
 compared without their mean (`centred`). Halves are compared among at most 100 documents, lines among 80.
 """
 
@@ -46,8 +47,9 @@ import pyarrow.parquet as pq
 from nearest import read_table, scaled, vectors_of
 
 from longnet_cli.data.pairs import draw_spans
-from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.model_folder import ModelFolder
+from longnet_cli.plotting.axes import Axis, Curve, Panel, Point
+from longnet_cli.plotting.picture import draw_picture
 from longnet_cli.sizes import parse_size
 
 SIZES = {"S": (8_000, 16_000), "M": (32_000, 64_000), "L": (130_000, 10_000_000)}  # bytes
@@ -196,12 +198,15 @@ def read_tasks(folder: Path) -> Tasks:
     return tasks
 
 
-def report(task: str, method: str, read: int | None, scores: np.ndarray, **more: Any) -> None:
-    """Print how well first texts find their second ones, given scores (n, n)."""
+def report(
+    task: str, method: str, read: int | None, scores: np.ndarray, seconds: list[str], shares: list[float], **more: Any
+) -> None:
+    """Print how well first texts find their `seconds`, of which these shares were read, given scores (n, n)."""
     places = (scores >= scores.diagonal()[:, None]).sum(1)
     recall, n = float((places == 1).mean()), len(places)
     error = (recall * (1 - recall) / n) ** 0.5
-    row = {"task": task, "method": method, "read": read, **more, "n": n}
+    size = round(float(np.mean([len(text.encode()) * share for text, share in zip(seconds, shares, strict=True)])))
+    row = {"task": task, "method": method, "read": read, "bytes": size, **more, "n": n}
     row |= {"recall_1": round(recall, 4), "se": round(error, 4), "mrr": round(float((1 / places).mean()), 4)}
     print(json.dumps(row), flush=True)
 
@@ -229,9 +234,7 @@ def word_scores(pairs: list[tuple[str, str]], read: int | None) -> dict[str, np.
     }
 
 
-def encode_side(
-    texts: list[str], words: Tokenizer, reads: list[int | None], options: list[str], before: int
-) -> list[np.ndarray]:
+def encode_side(texts: list[np.ndarray], reads: list[int | None], options: list[str], before: int) -> list[np.ndarray]:
     """Return the vectors (texts, dim) of the first tokens of each text, for each number in `reads`.
 
     A causal model has one state after so many tokens, whatever follows: the spans of one pass give all these vectors.
@@ -240,8 +243,7 @@ def encode_side(
     span = min((read for read in reads if read), default=0) if len(reads) > 1 else 0
     with tempfile.TemporaryDirectory() as place:
         longest = None if None in reads else max(read or 0 for read in reads)
-        ids = [words.encode(text)[:longest] for text in texts]
-        table = pa.table({"doc_id": [str(i) for i in range(len(ids))], "input_ids": ids})
+        table = pa.table({"doc_id": [*map(str, range(len(texts)))], "input_ids": [ids[:longest] for ids in texts]})
         pq.write_table(table, f"{place}/ids.parquet")
         command = ["longnet", "encode", f"{place}/ids.parquet", "-o", f"{place}/vectors.arrow", "--quiet", *options]
         subprocess.run([*command, "--no-normalize", *(["--span", str(span)] if span else [])], check=True)
@@ -271,12 +273,12 @@ def vector_scores(tasks: Tasks, model: str, reads: list[int | None], options: li
     assert words is not None, f"{model} has no tokenizer"
     options = ["--model", model, *options]
     prompts = (embedder.query, embedder.document) if embedder else ("", "")
+    ids = [[words.encode(pair[side]) for pairs in tasks.values() for pair in pairs] for side in (0, 1)]
     for group in [reads] if folder.config.get("causal", True) else [[read] for read in reads]:
         sides = []
-        for side, prompt in enumerate(prompts):
-            texts = [pair[side] for pairs in tasks.values() for pair in pairs]
+        for side, prompt in zip(ids, prompts, strict=True):
             prefix, before = ["--prefix", prompt or "none"], len(words.encode(prompt))
-            sides.append(encode_side(texts, words, group, options + prefix, before))
+            sides.append(encode_side(side, group, options + prefix, before))
         for read, firsts, seconds in zip(group, *sides, strict=True):
             at = 0
             for task, pairs in tasks.items():
@@ -285,7 +287,19 @@ def vector_scores(tasks: Tasks, model: str, reads: list[int | None], options: li
                 for centred in (False, True):
                     mean = seconds[mine].mean(0) if centred else 0.0
                     scores = scaled(firsts[mine], mean) @ scaled(seconds[mine], mean).T
-                    report(task, model, read, scores, centred=centred)
+                    shares = [min(1.0, (read or 1e9) / max(1, len(found))) for found in ids[1][mine]]
+                    report(task, model, read, scores, [pair[1] for pair in pairs], shares, centred=centred)
+
+
+def draw(results: list[Path], task: str, output: Path) -> None:
+    """Draw recall at 1 by how much of a document is read, one curve for each method; vectors as they are."""
+    curves: dict[str, list[Point]] = defaultdict(list)
+    for path in results:
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if row["task"] == task and not row.get("centred"):
+                curves[Path(row["method"]).name].append(Point(row["bytes"], row["recall_1"], row["se"]))
+    x, y = Axis("bytes read of each text", base=2), Axis(f"recall at 1, {task}", write=lambda share: f"{share:.2f}")
+    draw_picture([Panel("recall_1", x, y, [Curve(name, sorted(points)) for name, points in curves.items()])], output)
 
 
 def sizes(text: str) -> list[int | None]:
@@ -313,7 +327,14 @@ def main() -> None:
     command.add_argument("--model", default="longnet-tiny")
     command.epilog = "More options of `longnet encode` may follow after --."
     given = [*sys.argv[1:], "--"]
+    command = commands.add_parser("picture", help="draw recall by how much is read")
+    command.add_argument("output", type=Path, help="a .png, .svg or .pdf")
+    command.add_argument("results", type=Path, nargs="+", help="files with what `words` and `vectors` have printed")
+    command.add_argument("--task", default="py-L")
     args, options = parser.parse_args(given[: given.index("--")]), given[given.index("--") + 1 : -1]
+    if args.command == "picture":
+        draw(args.results, args.task, args.output)
+        return
     if args.command == "make":
         args.folder.mkdir(parents=True, exist_ok=True)
         with (args.folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
@@ -334,8 +355,10 @@ def main() -> None:
         return
     for read in args.read:
         for task, pairs in tasks.items():
+            seconds = [second for _, second in pairs]
+            shares = [min(1.0, (read or 1e9) / len(second.encode())) for second in seconds]
             for method, scores in word_scores(pairs, read).items():
-                report(task, method, read, scores)
+                report(task, method, read, scores, seconds, shares)
 
 
 if __name__ == "__main__":
