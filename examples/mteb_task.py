@@ -57,11 +57,13 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--task", default="man")
     parser.add_argument("--pairs", type=int, help="only so many")
+    parser.add_argument("--read", type=int, help="only the first so many tokens of each text")
     args = parser.parse_args()
     rows = map(json.loads, (args.folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines())
     task = LocalPairs()
     task.pairs = [row for row in rows if row["task"] == args.task][: args.pairs]
     model = SentenceTransformer(args.model, trust_remote_code=True)
+    model.max_seq_length = args.read or model.max_seq_length
     (result,) = mteb.evaluate(model, task, cache=None, co2_tracker=False).task_results
     scores = result.scores["test"][0]
     print(json.dumps({"task": args.task, "ndcg_10": scores["ndcg_at_10"], "recall_1": scores["recall_at_1"]}))

@@ -25,10 +25,14 @@ from longnet_cli.model_folder import ModelFolder
 
 
 class TextVectors(InputModule):
-    """The model in a folder, and its tokenizer. It is not trained here; a document may be longer than memory."""
+    """The model in a folder, and its tokenizer. It is not trained here; a document may be longer than memory.
+
+    Texts are cut to `max_seq_length` tokens, if it is not None.
+    """
 
     def __init__(self, folder: str) -> None:
         super().__init__()
+        self.max_seq_length: int | None = None
         self.folder = ModelFolder(Path(folder))
         self.net, words, embedder = self.folder.net(), self.folder.tokenizer(), self.folder.embedder
         if words is None:
@@ -39,7 +43,10 @@ class TextVectors(InputModule):
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
         """Return the ids (B, N) of texts, each after the prompt, padded on the right, and their `lengths` (B,)."""
         before = self.words.encode(prompt or "")
-        ids = [torch.from_numpy(np.concatenate((before, self.words.encode(text)))) for text in inputs]
+        ids = [
+            torch.from_numpy(np.concatenate((before, self.words.encode(text)))[: self.max_seq_length])
+            for text in inputs
+        ]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         return {"input_ids": padded, "lengths": torch.tensor([len(each) for each in ids])}
 

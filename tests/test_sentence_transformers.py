@@ -104,3 +104,5 @@ def test_a_hugging_face_model_trained_by_contrast_gives_the_vectors_of_encode(
     for found, prefix in ((model.encode_query(TEXTS), "query: "), (model.encode_document(TEXTS), "text: ")):
         assert np.abs(found - vectors(tmp_path / "first", TEXTS, prefix)).max() < 1e-6
     assert not model.encode("").any()
+    model.max_seq_length = 4
+    assert np.array_equal(model.encode(["long " * 9]), model.encode(["long"]))
