@@ -54,7 +54,6 @@ from longnet_cli.sizes import parse_size
 
 SIZES = {"S": (8_000, 16_000), "M": (32_000, 64_000), "L": (130_000, 10_000_000)}  # bytes
 HALVES, LINES, SHARE = 100, 80, 0.45
-LONGEST = 32_000  # characters of a text to train with
 ENGLISH = (".txt", ".html", ".pod", ".rst")
 Tasks = dict[str, list[tuple[str, str]]]  # name -> pairs of texts
 
@@ -164,7 +163,7 @@ def make_tasks(archives: list[Path]) -> Tasks:
     return taken
 
 
-def write_training(folder: Path, archives: list[Path], bench: Tasks) -> None:
+def write_training(folder: Path, archives: list[Path], bench: Tasks, longest: int) -> None:
     """Write pairs of text as `make_tasks` has them, and of two spans of a document, but none with a text of `bench`."""
     seen = {text[:500] for pairs in bench.values() for pair in pairs for text in pair}
     found: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
@@ -176,10 +175,10 @@ def write_training(folder: Path, archives: list[Path], bench: Tasks) -> None:
             continue
         seen |= starts
         if pair:
-            found[pair[0]][digest] = pair[1], pair[2][:LONGEST]
+            found[pair[0]][digest] = pair[1], pair[2][:longest]
         if kind != "man":
-            for number in range(1 + min(7, len(text) // LONGEST)):
-                spans = draw_spans(len(text) // 16, [LONGEST // 16] * 2, (int(digest[:8], 16), number))
+            for number in range(1 + min(7, len(text) // longest)):
+                spans = draw_spans(len(text) // 16, [longest // 16] * 2, (int(digest[:8], 16), number))
                 first, second = (text[16 * start : 16 * stop] for start, stop in spans)
                 found[f"{kind}-spans"][f"{digest}{number}"] = first, second
     folder.mkdir(parents=True, exist_ok=True)
@@ -315,6 +314,7 @@ def main() -> None:
     training.add_argument("folder", type=Path)
     training.add_argument("bench", type=Path, help="its texts are left out")
     training.add_argument("archives", type=Path, nargs="+", help="wheels and Debian packages")
+    training.add_argument("--longest", type=int, default=32_000, help="characters of a text")
     make = commands.add_parser("make", help="write the pairs")
     make.add_argument("folder", type=Path)
     make.add_argument("archives", type=Path, nargs="+", help="wheels and Debian packages")
@@ -346,7 +346,7 @@ def main() -> None:
         return
     tasks = read_tasks(args.bench if args.command == "training" else args.folder)
     if args.command == "training":
-        write_training(args.folder, sorted(args.archives), tasks)
+        write_training(args.folder, sorted(args.archives), tasks, args.longest)
         return
     wanted = args.tasks.split(",") if args.tasks else tasks
     tasks = {task: pairs[: args.pairs] for task, pairs in tasks.items() if task in wanted}
