@@ -15,7 +15,8 @@ pairs; the digest of each task is printed, and identifies it.
     pydoc, man          the first line of a docstring finds its module, the NAME line its manual page
 
 `words` and `vectors` print a line of JSON per task and method: recall at 1 with its standard error, and the mean
-reciprocal rank, when only the first bytes (of `words`) or tokens (of `vectors`) of each text are read. Vectors are also
+reciprocal rank, when only the first bytes (of `words`) or tokens (of `vectors`) of each text are read (`read`; `bytes`
+are the mean of second texts). Vectors are also
 compared without their mean (`centred`). Halves are compared among at most 100 documents, lines among 80.
 """
 
@@ -43,10 +44,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from nearest import read_vectors, scaled
+from nearest import read_table, scaled, vectors_of
 
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.pairs import draw_spans
 from longnet_cli.model_folder import ModelFolder
+from longnet_cli.plotting.axes import Axis, Curve, Panel, Point
+from longnet_cli.plotting.picture import draw_picture
 from longnet_cli.sizes import parse_size
 
 SIZES = {"S": (8_000, 16_000), "M": (32_000, 64_000), "L": (130_000, 10_000_000)}  # bytes
@@ -119,9 +122,8 @@ def described(name: str, text: str) -> tuple[str, str, str] | None:
     return ("man", found[2], text[found.end() :]) if found else None
 
 
-def make_tasks(archives: list[Path]) -> Tasks:
-    """Return the pairs of each task, those with the smallest digests first."""
-    found: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)  # task -> digest of the text -> pair
+def documents_in(archives: list[Path]) -> Iterator[tuple[str, str, str]]:
+    """Yield (kind, path, text) of the Python files ("py"), manual pages ("man") and other documents ("en")."""
     for archive in archives:
         stems = set()  # a page as text and as HTML is one document
         for name, content in files_in(archive):
@@ -136,13 +138,21 @@ def make_tasks(archives: list[Path]) -> Tasks:
                 text = plain_text(name, content.decode()) if kind else ""
             except UnicodeDecodeError:
                 continue
-            size, digest = len(text.encode()), hashlib.sha256(text.encode()).hexdigest()
-            for letter, (least, most) in SIZES.items():
-                if kind in ("py", "en") and least <= size < most:
-                    part = int(SHARE * len(text))
-                    found[f"{kind}-{letter}"][digest] = text[:part], text[-part:]
-            if size >= 2_000 and (pair := described(name, text)):
-                found[pair[0]][digest] = pair[1:]
+            if text:
+                yield kind, name, text
+
+
+def make_tasks(archives: list[Path]) -> Tasks:
+    """Return the pairs of each task, those with the smallest digests first."""
+    found: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)  # task -> digest of the text -> pair
+    for kind, name, text in documents_in(archives):
+        size, digest = len(text.encode()), hashlib.sha256(text.encode()).hexdigest()
+        for letter, (least, most) in SIZES.items():
+            if kind in ("py", "en") and least <= size < most:
+                part = int(SHARE * len(text))
+                found[f"{kind}-{letter}"][digest] = text[:part], text[-part:]
+        if size >= 2_000 and (pair := described(name, text)):
+            found[pair[0]][digest] = pair[1:]
     taken: Tasks = {}
     for task, pairs in sorted(found.items()):
         most = HALVES if "-" in task else LINES
@@ -153,6 +163,32 @@ def make_tasks(archives: list[Path]) -> Tasks:
     return taken
 
 
+def write_training(folder: Path, archives: list[Path], bench: Tasks, longest: int) -> None:
+    """Write pairs of text as `make_tasks` has them, and of two spans of a document, but none with a text of `bench`."""
+    seen = {text[:500] for pairs in bench.values() for pair in pairs for text in pair}
+    found: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
+    for kind, name, text in documents_in(archives):
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        pair = described(name, text) if len(text) >= 1_000 else None
+        starts = {text[:500], *(part[:500] for part in (pair or ())[1:])}
+        if len(text) < 1_000 or starts & seen:
+            continue
+        seen |= starts
+        if pair:
+            found[pair[0]][digest] = pair[1], pair[2][:longest]
+        if kind != "man":
+            for number in range(1 + min(7, len(text) // longest)):
+                spans = draw_spans(len(text) // 16, [longest // 16] * 2, (int(digest[:8], 16), number))
+                first, second = (text[16 * start : 16 * stop] for start, stop in spans)
+                found[f"{kind}-spans"][f"{digest}{number}"] = first, second
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, pairs in sorted(found.items()):
+        rows = [json.dumps({"first": a, "second": b}) + "\n" for _, (a, b) in sorted(pairs.items())]
+        for name, part in {task: rows[32:], f"{task}.held_out": rows[:32]}.items():
+            (folder / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
+        print(f"{task}: {len(rows)} pairs", file=sys.stderr)
+
+
 def read_tasks(folder: Path) -> Tasks:
     tasks: Tasks = defaultdict(list)
     for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines():
@@ -161,12 +197,15 @@ def read_tasks(folder: Path) -> Tasks:
     return tasks
 
 
-def report(task: str, method: str, read: int | None, scores: np.ndarray, **more: Any) -> None:
-    """Print how well first texts find their second ones, given scores (n, n)."""
+def report(
+    task: str, method: str, read: int | None, scores: np.ndarray, seconds: list[str], shares: list[float], **more: Any
+) -> None:
+    """Print how well first texts find their `seconds`, of which these shares were read, given scores (n, n)."""
     places = (scores >= scores.diagonal()[:, None]).sum(1)
     recall, n = float((places == 1).mean()), len(places)
     error = (recall * (1 - recall) / n) ** 0.5
-    row = {"task": task, "method": method, "read": read, **more, "n": n}
+    size = round(float(np.mean([len(text.encode()) * share for text, share in zip(seconds, shares, strict=True)])))
+    row = {"task": task, "method": method, "read": read, "bytes": size, **more, "n": n}
     row |= {"recall_1": round(recall, 4), "se": round(error, 4), "mrr": round(float((1 / places).mean()), 4)}
     print(json.dumps(row), flush=True)
 
@@ -194,33 +233,72 @@ def word_scores(pairs: list[tuple[str, str]], read: int | None) -> dict[str, np.
     }
 
 
-def encode_side(texts: list[str], words: Tokenizer, read: int | None, options: list[str]) -> np.ndarray:
-    """Return the vectors (texts, dim) of the first `read` tokens of each text."""
+def encode_side(texts: list[np.ndarray], reads: list[int | None], options: list[str], before: int) -> list[np.ndarray]:
+    """Return the vectors (texts, dim) of the first tokens of each text, for each number in `reads`.
+
+    A causal model has one state after so many tokens, whatever follows: the spans of one pass give all these vectors.
+    `before` tokens of a prompt are pooled with the first span.
+    """
+    span = min((read for read in reads if read), default=0) if len(reads) > 1 else 0
     with tempfile.TemporaryDirectory() as place:
-        ids = [words.encode(text)[:read] for text in texts]
-        table = pa.table({"doc_id": [str(i) for i in range(len(ids))], "input_ids": ids})
+        longest = None if None in reads else max(read or 0 for read in reads)
+        table = pa.table({"doc_id": [*map(str, range(len(texts)))], "input_ids": [ids[:longest] for ids in texts]})
         pq.write_table(table, f"{place}/ids.parquet")
         command = ["longnet", "encode", f"{place}/ids.parquet", "-o", f"{place}/vectors.arrow", "--quiet", *options]
-        subprocess.run(command, check=True)
-        return read_vectors(f"{place}/vectors.arrow")[1].copy()
+        subprocess.run([*command, "--no-normalize", *(["--span", str(span)] if span else [])], check=True)
+        rows = read_table(f"{place}/vectors.arrow")
+        vectors = vectors_of(rows).copy()
+    owners = np.array(rows["doc_id"].to_pylist(), np.int64)
+    starts, ends, tokens = (rows[name].to_numpy() for name in ("start", "end", "n_tokens"))
+    mean = (rows.schema.metadata or {}).get(b"longnet.pooling") == b"mean"
+    weighted = vectors * (tokens + before * (starts == 0))[:, None] if mean else vectors
+    found = []
+    for read in reads:
+        assert not (read and span and read % span), f"--read {read} is no multiple of {span}"
+        out = np.zeros((len(texts), vectors.shape[1]), np.float32)
+        taken = ends <= (read or ends.max())
+        if mean:
+            np.add.at(out, owners[taken], weighted[taken])
+        else:
+            last = taken & ~np.append((owners[1:] == owners[:-1]) & taken[1:], False)
+            out[owners[last]] = vectors[last]
+        found.append(scaled(out, 0.0))
+    return found
 
 
-def vector_scores(tasks: Tasks, model: str, read: int | None, options: list[str]) -> None:
+def vector_scores(tasks: Tasks, model: str, reads: list[int | None], options: list[str]) -> None:
     folder = ModelFolder.find(model)
     words, embedder = folder.tokenizer(), folder.embedder
     assert words is not None, f"{model} has no tokenizer"
     options = ["--model", model, *options]
-    query = ["--prefix", (embedder.query if embedder else "") or "none"]
-    firsts = encode_side([first for pairs in tasks.values() for first, _ in pairs], words, read, options + query)
-    seconds = encode_side([second for pairs in tasks.values() for _, second in pairs], words, read, options)
-    at = 0
-    for task, pairs in tasks.items():
-        mine = slice(at, at + len(pairs))
-        at += len(pairs)
-        for centred in (False, True):
-            mean = seconds[mine].mean(0) if centred else 0.0
-            scores = scaled(firsts[mine], mean) @ scaled(seconds[mine], mean).T
-            report(task, model, read, scores, centred=centred)
+    prompts = (embedder.query, embedder.document) if embedder else ("", "")
+    ids = [[words.encode(pair[side]) for pairs in tasks.values() for pair in pairs] for side in (0, 1)]
+    for group in [reads] if folder.config.get("causal", True) else [[read] for read in reads]:
+        sides = []
+        for side, prompt in zip(ids, prompts, strict=True):
+            prefix, before = ["--prefix", prompt or "none"], len(words.encode(prompt))
+            sides.append(encode_side(side, group, options + prefix, before))
+        for read, firsts, seconds in zip(group, *sides, strict=True):
+            at = 0
+            for task, pairs in tasks.items():
+                mine = slice(at, at + len(pairs))
+                at += len(pairs)
+                for centred in (False, True):
+                    mean = seconds[mine].mean(0) if centred else 0.0
+                    scores = scaled(firsts[mine], mean) @ scaled(seconds[mine], mean).T
+                    shares = [min(1.0, (read or 1e9) / max(1, len(found))) for found in ids[1][mine]]
+                    report(task, model, read, scores, [pair[1] for pair in pairs], shares, centred=centred)
+
+
+def draw(results: list[Path], task: str, output: Path) -> None:
+    """Draw recall at 1 by how much of a document is read, one curve for each method; vectors as they are."""
+    curves: dict[str, list[Point]] = defaultdict(list)
+    for path in results:
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if row["task"] == task and not row.get("centred"):
+                curves[Path(row["method"]).name].append(Point(row["bytes"], row["recall_1"], row["se"]))
+    x, y = Axis("bytes read of each text", base=2), Axis(f"recall at 1, {task}", write=lambda share: f"{share:.2f}")
+    draw_picture([Panel("recall_1", x, y, [Curve(name, sorted(points)) for name, points in curves.items()])], output)
 
 
 def sizes(text: str) -> list[int | None]:
@@ -230,6 +308,13 @@ def sizes(text: str) -> list[int | None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what vectors find.")
     commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser(
+        "training", help="write pairs to train with, from archives that are not in a benchmark"
+    )
+    training.add_argument("folder", type=Path)
+    training.add_argument("bench", type=Path, help="its texts are left out")
+    training.add_argument("archives", type=Path, nargs="+", help="wheels and Debian packages")
+    training.add_argument("--longest", type=int, default=32_000, help="characters of a text")
     make = commands.add_parser("make", help="write the pairs")
     make.add_argument("folder", type=Path)
     make.add_argument("archives", type=Path, nargs="+", help="wheels and Debian packages")
@@ -238,9 +323,18 @@ def main() -> None:
         command.add_argument("folder", type=Path)
         command.add_argument("--read", type=sizes, default=[None], help="bytes or tokens of each text, as 2Ki,8Ki,all")
         command.add_argument("--tasks", help="only these, as py-S,man")
+        command.add_argument("--pairs", type=int, help="only so many pairs of each")
     command.add_argument("--model", default="longnet-tiny")
-    command.add_argument("options", nargs="*", help="more options of `longnet encode`, after --")
-    args = parser.parse_args()
+    command.epilog = "More options of `longnet encode` may follow after --."
+    given = [*sys.argv[1:], "--"]
+    command = commands.add_parser("picture", help="draw recall by how much is read")
+    command.add_argument("output", type=Path, help="a .png, .svg or .pdf")
+    command.add_argument("results", type=Path, nargs="+", help="files with what `words` and `vectors` have printed")
+    command.add_argument("--task", default="py-L")
+    args, options = parser.parse_args(given[: given.index("--")]), given[given.index("--") + 1 : -1]
+    if args.command == "picture":
+        draw(args.results, args.task, args.output)
+        return
     if args.command == "make":
         args.folder.mkdir(parents=True, exist_ok=True)
         with (args.folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
@@ -250,15 +344,21 @@ def main() -> None:
                 digest = hashlib.sha256("".join(rows).encode()).hexdigest()
                 print(f"{task}: {len(rows)} pairs, SHA-256 {digest[:16]}", file=sys.stderr)
         return
-    tasks = read_tasks(args.folder)
-    tasks = {task: pairs for task, pairs in tasks.items() if args.tasks is None or task in args.tasks.split(",")}
+    tasks = read_tasks(args.bench if args.command == "training" else args.folder)
+    if args.command == "training":
+        write_training(args.folder, sorted(args.archives), tasks, args.longest)
+        return
+    wanted = args.tasks.split(",") if args.tasks else tasks
+    tasks = {task: pairs[: args.pairs] for task, pairs in tasks.items() if task in wanted}
+    if args.command == "vectors":
+        vector_scores(tasks, args.model, args.read, options)
+        return
     for read in args.read:
-        if args.command == "vectors":
-            vector_scores(tasks, args.model, read, args.options)
-            continue
         for task, pairs in tasks.items():
+            seconds = [second for _, second in pairs]
+            shares = [min(1.0, (read or 1e9) / len(second.encode())) for second in seconds]
             for method, scores in word_scores(pairs, read).items():
-                report(task, method, read, scores)
+                report(task, method, read, scores, seconds, shares)
 
 
 if __name__ == "__main__":

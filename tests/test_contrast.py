@@ -30,6 +30,7 @@ from longnet_cli.training.loop import train
 from longnet_cli.training.recipe import ContrastRecipe, Recipe, load_recipe
 
 BEFORE = ([256], [256, 70, 71])
+ENCODER = {"model.causal": False, "model.position": "rope"}
 KEYS = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 7, 8], [9, 10, 6]])
 
 
@@ -38,23 +39,28 @@ def documents(count: int) -> list[Document]:
     return [Document(str(i), draw.integers(0, 256, 30 + 40 * i), None, str(i)) for i in range(count)]
 
 
-def windows(rank: int = 0, world: int = 1) -> PairWindows:
-    return PairWindows([PairStream(documents(6), 256)], 90, 4 // world, 3, before=BEFORE, rank=rank, world=world)
+def windows(rank: int = 0, world: int = 1, columns: int = 1) -> PairWindows:
+    """Spans of six documents; or columns of five, the last one a hard negative that is some other row's partner."""
+    others = [documents(6)[1:], documents(6)[:5]][: columns - 1]
+    stream = PairStream(documents(6)[: 5 if others else 6], 256, others)
+    return PairWindows([stream], 90, 4 // world, 3, before=BEFORE, rank=rank, world=world)
 
 
 def plain_loss(net: Net, batch: PairBatch, settings: ContrastRecipe) -> Tensor:
     """As a textbook has it: every text in one forward pass of its own, all in one graph."""
     sides = []
-    for texts in (batch.firsts, batch.seconds):
+    for texts in filter(None, (batch.firsts, batch.seconds, batch.negatives)):
         hidden = [(net(torch.from_numpy(ids)[None])[0], first) for ids, first in texts]
         sides.append(torch.stack([x[first:].mean(0) if settings.pool == "mean" else x[-1] for x, first in hidden]))
     losses = []
     for width in (*settings.dims, net.config.dim):
-        a, b = (F.normalize(side[:, :width], dim=1) for side in sides)
+        a, b, *hard = (F.normalize(side[:, :width], dim=1) for side in sides)
+        keys = batch.keys[:, :3]
         for i in range(len(a)):
-            others = [j for j in range(len(a)) if i == j or not set(batch.keys[i]) & set(batch.keys[j])]
-            for x, y in ((a, b), (b, a)):
-                scores = x[i] @ y[others].T / settings.temperature
+            others = [j for j in range(len(a)) if i == j or not {*keys[i]} & {*keys[j]}]
+            more = [x[[j for j in range(len(a)) if batch.keys[j, 3] not in keys[i]]] for x in hard]
+            for x, y in ((a, torch.cat([b[others], *more])), (b, a[others])):
+                scores = x[i] @ y.T / settings.divisor
                 losses.append(scores.logsumexp(0) - scores[others.index(i)])
     return torch.stack(losses).mean()
 
@@ -73,6 +79,8 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 def make_net(kind: str, folder: Path) -> Net:
     if kind == "native":
         return tiny_net().train()
+    if kind == "encoder":
+        return tiny_net(causal=False, position="rope").train()
     pattern = Pattern((8, 32), (1, 2), look_back=1, overlap="once", queries="all", sinks=2)
     net = ModelFolder(tiny_llama(folder / "llama", initializer_range=0.2)).net(pattern=pattern)
     if kind == "lora":
@@ -85,19 +93,27 @@ def make_net(kind: str, folder: Path) -> Net:
 
 
 @pytest.mark.parametrize("settings", [{}, {"pool": "last", "temperature": 0.5}, {"dims": [3, 8]}])
-@pytest.mark.parametrize("kind", ["native", "llama", "lora"])
-def test_the_gradient_is_that_of_the_plain_loss(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "columns"), [("native", 1), ("native", 3), ("encoder", 2), ("llama", 1), ("lora", 1)])
+def test_the_gradient_is_that_of_the_plain_loss(
+    kind: str, columns: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
     net, settings = make_net(kind, tmp_path), ContrastRecipe(**settings)
-    batch = windows().batch(range(8))  # of six documents: two come twice
+    batch = windows(columns=columns).batch(range(8))  # of five or six documents: some come twice
     loss = plain_loss(net, batch, settings)
     loss.backward()
     expected = gradients(net)
     for chunk in (20, 64, 1000):
         net.zero_grad()
-        found, tokens = backward_pairs(net, batch, settings, Ranks(), chunk=chunk)
+        found, slope, tokens = backward_pairs(net, batch, settings, Ranks(), chunk=chunk)
         assert found.item() == pytest.approx(loss.item(), rel=1e-5)
-        assert tokens == sum(len(text.ids) for text in (*batch.firsts, *batch.seconds))
+        assert tokens == sum(len(text.ids) for text in batch.texts)
         assert_same(gradients(net), expected)
+    with torch.no_grad():
+        warmer, cooler = (
+            plain_loss(net, batch, settings.model_copy(update={"temperature": settings.divisor * x}))
+            for x in (1.02, 1 / 1.02)
+        )
+    assert slope.item() == pytest.approx((warmer - cooler).item() / (2 * np.log(1.02)), rel=1e-2)
 
 
 def test_dropout_draws_the_same_masks_on_the_way_back() -> None:
@@ -123,21 +139,25 @@ def test_dropout_draws_the_same_masks_on_the_way_back() -> None:
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(norm, rel=1e-5)
 
 
-def rank_gradients(dp: int, folder: Path) -> None:
+def rank_gradients(dp: int, columns: int, folder: Path) -> None:
     ranks, net = mesh(dp), tiny_net().train()
-    batch = next(iter(windows(ranks.dp_rank, ranks.dp)))[0]
-    loss, _ = backward_pairs(net, batch, ContrastRecipe(dims=[8]), ranks, chunk=20)
+    batch = next(iter(windows(ranks.dp_rank, ranks.dp, columns)))[0]
+    loss, *_ = backward_pairs(net, batch, ContrastRecipe(dims=[8]), ranks, chunk=20)
     found = gradients(net)
     ranks.sum(*found.values())
     if ranks.first:
         torch.save({"loss": loss, **found}, folder / "found.pt")
 
 
-@pytest.mark.parametrize(("dp", "sp"), [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)])
-def test_ranks_together_have_the_gradient_of_one_process(dp: int, sp: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dp", "sp", "columns"),
+    [(2, 1, 3), (1, 2, 1), *(pytest.param(*x, 1, marks=pytest.mark.slow) for x in ((4, 1), (2, 2)))],
+)
+def test_ranks_together_have_the_gradient_of_one_process(dp: int, sp: int, columns: int, tmp_path: Path) -> None:
     net = tiny_net().train()
-    loss, _ = backward_pairs(net, next(iter(windows()))[0], ContrastRecipe(dims=[8]), Ranks(), chunk=20)
-    run_ranks(dp * sp, tmp_path, rank_gradients, dp, tmp_path)
+    batch = next(iter(windows(columns=columns)))[0]
+    loss, *_ = backward_pairs(net, batch, ContrastRecipe(dims=[8]), Ranks(), chunk=20)
+    run_ranks(dp * sp, tmp_path, rank_gradients, dp, columns, tmp_path)
     found = torch.load(tmp_path / "found.pt")
     assert found.pop("loss").item() == pytest.approx(loss.item(), rel=1e-6)
     assert_same(found, gradients(net))
@@ -219,24 +239,34 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_learns_to_find(corpus: Path, tmp_path: Path) -> None:
-    changes = {"data.pair": "question", "contrast.pool": "last", "contrast.document_prompt": "q: "}
+@pytest.mark.parametrize(
+    ("settings", "stored"),
+    [
+        ({"contrast.pool": "last", "contrast.document_prompt": "q: "}, ("last", "", "q: ")),
+        (ENCODER, ("mean", "", "")),
+    ],
+)
+def test_a_run_learns_to_find(settings: dict[str, Any], stored: Any, corpus: Path, tmp_path: Path) -> None:
+    changes = {"data.pair": "question", **settings}
     changes |= {"train.stages": [{"seq_len": 64, "steps": 20}], "train.evaluate_every": 19}
     train(recipe(corpus, **changes), tmp_path / "run")
     last = lines(tmp_path / "run")[-1]
     assert last["held_out_mrr"] > 0.5  # by chance, 0.16
     assert last["held_out_recall_1"] <= last["held_out_recall_10"]
     assert last["held_out_ppl"] is None
-    assert ModelFolder(tmp_path / "run").embedder == ("last", "", "q: ")
+    assert ModelFolder(tmp_path / "run").embedder == stored
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(corpus: Path, tmp_path: Path) -> None:
-    found = recipe(corpus, **{"model.dropout": 0.1})
+    found = recipe(corpus, **{"model.dropout": 0.1, "contrast.temperature": "learned"})
     train(found, tmp_path / "whole")
     train(found, tmp_path / "again", resume=str(tmp_path / "whole/checkpoints/step-00000002"))
     whole, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again"))
     assert whole == again
     assert [line["step"] for line in lines(tmp_path / "again")] == [3, 4]
+    temperatures = [[line["temperature"] for line in lines(tmp_path / name)] for name in ("whole", "again")]
+    assert temperatures[0][2:] == temperatures[1]
+    assert len({0.05, *temperatures[0]}) == 5
 
 
 def train_on(dp: int, corpus: Path, output: Path, shard: str) -> None:
@@ -258,7 +288,9 @@ def test_a_run_of_ranks_is_that_of_one_process(shard: str, corpus: Path, tmp_pat
     [
         ({"train.objective": "causal", "contrast.pool": "last"}, r"\[contrast\] is of train.objective"),
         ({"contrast.dims": [16]}, "prefixes are shorter than model.dim, 16"),
-        ({"model.causal": False, "model.position": "rope"}, 'set train.objective = "masked"'),
+        ({"train.objective": "causal", **ENCODER}, 'set train.objective = "masked"'),
+        (ENCODER | {"contrast.query_prompt": "q: "}, "leave out its prompts"),
+        ({"data.negative": "question"}, "set both"),
     ],
 )
 def test_recipes_that_do_not_fit(changes: dict[str, Any], message: str, corpus: Path) -> None:

@@ -193,8 +193,14 @@ def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], long
     assert all(row["recall_1"] == 1 for row in found if row["read"] is None and row["method"] != "256 counts")
     assert all(row["recall_1"] < 1 for row in found if row["read"] == 32 and row["task"] == "py-S")
     tiny_model(tmp_path / "model")
-    found, _ = run("vectors", "bench", "--model", "./model", "--read", "16", "--tasks", "man,pydoc")
+    command = ("vectors", "bench", "--model", "./model", "--tasks", "man,pydoc", "--read")
+    found, _ = run(*command, "16")
+    assert run(*command, "16,48")[0] == found + run(*command, "48", "--", "--chunk", "64")[0]
     assert [(row["task"], row["centred"], row["n"]) for row in found] == [
         *(("man", False, 3), ("man", True, 3)),
         *(("pydoc", False, 6), ("pydoc", True, 6)),
     ]
+    run("make", "pages", archives[0])
+    assert run("training", "pairs", "pages", *archives)[1].splitlines() == ["py-spans: 6 pairs", "pydoc: 6 pairs"]
+    held_out = (tmp_path / "pairs/pydoc.held_out.jsonl").read_text().splitlines()
+    assert {json.loads(line)["first"] for line in held_out} == {pair["first"] for pair in modules}

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("sentence_transformers", reason="not installed: pip install 'longnet-cli[sentence-transformers]'")
 
 import torch
-from builders import tiny_model, tiny_net
+from builders import tiny_llama, tiny_model, tiny_net
 from sentence_transformers import SentenceTransformer
 
 import longnet_cli.integrations.transformers
@@ -18,6 +18,8 @@ from longnet_cli.encoding import EncodeOptions, encode
 from longnet_cli.model.net import Embedder
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.shipped import model_path
+from longnet_cli.training.loop import train
+from longnet_cli.training.recipe import load_recipe
 
 assert longnet_cli.integrations.transformers  # which registers what SentenceTransformer opens
 TEXTS = ["def f(x):\n    return x\n", "A text with <|endoftext|> written in it.", "long " * 400, "\u00e9\U0001f600"]
@@ -78,3 +80,29 @@ def test_pooling_and_prompts_of_contrast_are_taken_unasked(pool: str, tmp_path: 
     model, texts = SentenceTransformer(str(tmp_path / "second"), device="cpu"), TEXTS[:2]
     for found, prefix in ((model.encode_query(texts), "query: "), (model.encode_document(texts), "text: ")):
         assert np.abs(found - vectors(tmp_path / "second", texts, prefix)).max() < 1e-6
+
+
+@pytest.mark.parametrize(("pool", "lora"), [("mean", {}), ("last", {"lora.rank": 2})])
+def test_a_hugging_face_model_trained_by_contrast_gives_the_vectors_of_encode(
+    pool: str, lora: dict, tmp_path: Path
+) -> None:
+    init, data = str(tiny_llama(tmp_path / "llama", initializer_range=0.2)), tmp_path / "texts.jsonl"
+    data.write_text("".join(f'{{"text": "{word * 20}"}}\n' for word in ("red ", "blue ", "green ")))
+    settings = {"init": init, "data.train": [str(data)], "train.objective": "contrast", "train.batch_tokens": 256}
+    settings |= {
+        "train.stages": [{"seq_len": 32, "steps": 2}],
+        "optimizer.lr": 0.1,
+        "model.pattern": "window:16,sinks=1",
+    }
+    settings |= {"contrast.pool": pool, "contrast.query_prompt": "query: ", "contrast.document_prompt": "text: "}
+    train(load_recipe(None, settings | lora), tmp_path / "first")
+    SentenceTransformer(str(tmp_path / "first"), device="cpu", trust_remote_code=True).save_pretrained(
+        str(tmp_path / "second")
+    )
+    model = SentenceTransformer(str(tmp_path / "second"), device="cpu", trust_remote_code=True)
+    assert model.get_embedding_dimension() == 32
+    for found, prefix in ((model.encode_query(TEXTS), "query: "), (model.encode_document(TEXTS), "text: ")):
+        assert np.abs(found - vectors(tmp_path / "first", TEXTS, prefix)).max() < 1e-6
+    assert not model.encode("").any()
+    model.max_seq_length = 4
+    assert np.array_equal(model.encode(["long " * 9]), model.encode(["long"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_on, check_sample, estimate_reading
@@ -145,7 +145,6 @@ def encode(
     from longnet_cli.data.places import PLACE_FIELDS
     from longnet_cli.encoding import EncodeOptions, Encoder
     from longnet_cli.notation import format_pattern
-    from longnet_cli.pooling import Pool
     from longnet_cli.row_jobs import write_rows
     from longnet_cli.runtime.ranks import leave
 
@@ -158,7 +157,7 @@ def encode(
         raise ConfigError(f"{named.folder.name} has no tokenizer, which --prefix needs: give --tokenizer")
     options = EncodeOptions(
         bos=loaded.bos,
-        pool=pool or cast("Pool", stored.pool if stored else "cls" if net.has_cls and span is None else "mean"),
+        pool=pool or (stored.pool if stored else "cls" if net.has_cls and span is None else "mean"),
         normalize=normalize,
         span=span,
         embedding_dtype=embedding_dtype,

@@ -1,4 +1,6 @@
-"""Training pairs: two spans of one document, or one row of two columns. Order and state are those of `data.windows`.
+"""Training pairs: two spans of one document, or one row of two or three columns.
+
+Order and state are those of `data.windows`.
 
 Pair n of a run is a function of (seed, n): the document, and where in it the spans are.
 """
@@ -18,7 +20,7 @@ SHORTEST = 16  # tokens of a span, if half of the document has as many
 
 
 class PairText(NamedTuple):
-    """A text as the net reads it: ids (n,) int64, of which those from index `first` on are the text's own."""
+    """A text as the net reads it: ids (n,) int64, of which those from index `first` on are pooled."""
 
     ids: np.ndarray
     first: int
@@ -27,38 +29,53 @@ class PairText(NamedTuple):
 class PairBatch(NamedTuple):
     """Pairs of texts. `keys` (pairs, 3) int64 are digests of the document and of both texts.
 
-    Pairs with a key in common are not each other's negatives.
+    Pairs with a key in common are not each other's negatives. Each pair may have a hard negative, a text that none of
+    the first texts is to find, and its digest as a fourth key.
     """
 
     firsts: list[PairText]
     seconds: list[PairText]
+    negatives: list[PairText]
     keys: np.ndarray
+
+    @property
+    def texts(self) -> list[PairText]:
+        return [*self.firsts, *self.seconds, *self.negatives]
+
+    def part(self, place: slice) -> "PairBatch":
+        return PairBatch(self.firsts[place], self.seconds[place], self.negatives[place], self.keys[place])
 
 
 class PairStream(TokenStream):
-    """The documents of one source. With `partners`, document i and partner i are a pair; otherwise two of its spans."""
+    """The documents of one source. Document i is a pair with document i of `others`, or else two of its spans are one.
 
-    def __init__(self, documents: Sequence[Document], eos_id: int, partners: Sequence[Document] | None = None) -> None:
+    A second list of `others` has a hard negative for each pair.
+    """
+
+    def __init__(self, documents: Sequence[Document], eos_id: int, others: Sequence[Sequence[Document]] = ()) -> None:
         super().__init__(documents, eos_id)
-        self.partners = partners
-        if partners is not None and len(partners) != len(documents):
-            raise DataError(f"data.pair has {len(partners)} documents and data.column {len(documents)}")
+        self.others = others
+        for key, found in zip(("pair", "negative"), others, strict=False):
+            if len(found) != len(documents):
+                raise DataError(f"data.{key} has {len(found)} documents and data.column {len(documents)}")
 
     @cached_property
     def usable(self) -> np.ndarray:
-        """The indices of documents that give a pair: two tokens, or a token in both columns."""
+        """The indices of documents that give a pair: two tokens, or a token in each column."""
         lengths = np.diff(self.starts) - 1
-        if self.partners is None:
+        if not self.others:
             return np.flatnonzero(lengths > 1)
-        return np.flatnonzero((lengths > 0) & (np.fromiter(map(len, self.partners), np.int64) > 0))
+        shortest = np.min([lengths, *(np.fromiter(map(len, found), np.int64) for found in self.others)], axis=0)
+        return np.flatnonzero(shortest > 0)
 
     def pair(self, index: int, longest: Sequence[int], seed: Sequence[int]) -> tuple[list[np.ndarray], list[int]]:
-        """Return the ids of both texts of a document, at most `longest` of each, and the keys of a `PairBatch`."""
+        """Return the ids of the texts of a document, at most `longest` of each, and the keys of a `PairBatch`."""
         document = self.documents[index]
-        if self.partners is None:
-            texts = [document.read(*span) for span in draw_spans(len(document), longest, seed)]
+        if not self.others:
+            texts = [document.read(*span) for span in draw_spans(len(document), longest[:2], seed)]
         else:
-            texts = [each.read(0, n) for each, n in zip((document, self.partners[index]), longest, strict=True)]
+            columns = (document, *(found[index] for found in self.others))
+            texts = [each.read(0, n) for each, n in zip(columns, longest, strict=False)]
         start = document.read(0, DIGEST_TOKENS)  # equal documents under two names are one
         return texts, [_key(start, len(document)), *map(_key, texts)]
 
@@ -70,9 +87,12 @@ class PairWindows(TokenWindows):
     """
 
     def __init__(self, *args: object, before: tuple[Sequence[int], Sequence[int]], **options: object) -> None:
-        """`before` are the ids before first and second texts. Raises ConfigError if they leave no room for a text."""
+        """`before` are the ids before first and second texts, of which only the first id is not pooled.
+
+        Raises ConfigError if they leave no room for a text.
+        """
         super().__init__(*args, **options)  # type: ignore[arg-type]
-        self.before = [np.asarray(ids, np.int64) for ids in before]
+        self.before = [np.asarray(ids, np.int64) for ids in (*before, before[1])]  # a negative is a second text
         self.longest = [self.seq_len - len(ids) for ids in before]
         if min(self.longest) < 1:
             raise ConfigError(f"a text of {self.seq_len} tokens has no room after the tokens that it starts with")
@@ -85,15 +105,17 @@ class PairWindows(TokenWindows):
             stream = self.sources[source]
             assert isinstance(stream, PairStream)
             found, key = stream.pair(stream.locate(start), self.longest, (self.seed, n))
-            texts.append([PairText(np.concatenate(x), len(x[0])) for x in zip(self.before, found, strict=True)])
+            texts.append(
+                [PairText(np.concatenate(x), min(1, len(x[0]))) for x in zip(self.before, found, strict=False)]
+            )
             keys.append(key)
-        firsts, seconds = zip(*texts, strict=True)
-        return PairBatch([*firsts], [*seconds], np.array(keys, np.int64))
+        sides = [[*side] for side in zip(*texts, strict=True)]
+        return PairBatch(sides[0], sides[1], sides[2] if len(sides) > 2 else [], np.array(keys, np.int64))
 
     def _check(self, stream: TokenStream, name: str) -> None:
         assert isinstance(stream, PairStream)
         if not len(stream.usable):
-            raise DataError(f"{name} has no document that gives a pair: two tokens, or a token in both columns")
+            raise DataError(f"{name} has no document that gives a pair: two tokens, or a token in each column")
 
     def _epoch(self, source: int, epoch: int) -> "_PairEpoch":  # type: ignore[override]
         stream = self.sources[source]

@@ -14,11 +14,12 @@ from longnet_cli.atomic import whole_folder
 from longnet_cli.configuration import digest, parse, read_text
 from longnet_cli.errors import CheckpointError, LongNetError
 from longnet_cli.integrations.transformers_auto import from_file
-from longnet_cli.model.foreign import prompts_file
+from longnet_cli.model.foreign import MODULES, prompts_file
 from longnet_cli.model.net import Embedder
 from longnet_cli.shipped import BESIDE_TOKENIZER, POOL_KEY, PROMPTS
 
 ADAPTER = "adapter"  # a subfolder: beside the model's files, transformers would take the model for an adapter
+_VECTORS = "longnet_cli.sentence_module.TextVectors"
 _CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
 
 
@@ -47,7 +48,9 @@ def write_folder(
                 settings.pop("dilated_attention", None)
             if embedder:
                 settings[POOL_KEY] = embedder.pool
-                (made / PROMPTS).write_text(json.dumps(prompts_file(embedder), indent=2) + "\n", encoding="utf-8")
+                module = {"idx": 0, "name": "0", "path": "", "type": _VECTORS}
+                for name, data in ((PROMPTS, prompts_file(embedder)), (MODULES, [module])):
+                    (made / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
             (made / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             (made / _TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
             if source and _same_tokenizer(source / _TOKENIZER, tokenizer_json):

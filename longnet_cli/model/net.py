@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ class NetConfig(Protocol):
 class Embedder(NamedTuple):
     """The way in which a net was trained to make vectors of texts: the pooling, and the prompts before them."""
 
-    pool: str
+    pool: Literal["mean", "last"]
     query: str
     document: str
 

@@ -8,9 +8,11 @@ So no more than a chunk's activations exist at a time, however long and many the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from longnet_cli.model.net import Net
 from longnet_cli.runtime.chunks import CausalStream, backward_in_chunks
 from longnet_cli.runtime.device import precision, random_state, set_random_state, to_device
 from longnet_cli.runtime.exchange import even_edges
+from longnet_cli.runtime.fsdp import final_backward
 from longnet_cli.runtime.ranks import Ranks
 from longnet_cli.runtime.reader import batches_by_length
 
@@ -31,11 +34,12 @@ from .recipe import ContrastRecipe
 class _TextRows:
     """Texts (B) that share forward passes. A text's vector is the sum of `shares` (B, N) times hidden states.
 
-    `indices` are their places among all texts, `ids` (B, N) are padded on the right. `random` is the state that dropout
-    draws from.
+    `indices` are their places among all texts, `ids` (B, N) are padded on the right to the longest of `lengths`.
+    `random` is the state that dropout draws from.
     """
 
     indices: list[int]
+    lengths: list[int]
     ids: Tensor
     shares: Tensor
     random: list[Tensor]
@@ -45,8 +49,8 @@ class _TextRows:
 class TextReader:
     """Reads texts into vectors, chunk by chunk, and goes the same way back with the vectors' gradients.
 
-    The ranks of a `group` get the same texts and share every chunk, `chunk` tokens each. Dropout draws the same masks
-    each time.
+    The ranks of a `group` get the same texts and share every chunk, `chunk` tokens each. A bidirectional net reads each
+    text in one forward pass, without a group. Dropout draws the same masks each time.
     """
 
     model: Net
@@ -67,6 +71,10 @@ class TextReader:
         for indices in batches_by_length([len(text.ids) for text in texts], chunk):
             rows = self._rows([texts[i] for i in indices], indices, device)
             self.rows.append(rows)
+            if not self.model.config.causal:
+                with torch.no_grad():
+                    out[indices] = torch.einsum("bn,bnd->bd", rows.shares, self._whole(rows).double())
+                continue
             stream = CausalStream(self.model, group=self.group)
             for start in range(0, rows.ids.shape[1], chunk):
                 stop = min(start + chunk, rows.ids.shape[1])
@@ -92,6 +100,10 @@ class TextReader:
 
             set_random_state(rows.random, device)
             final = index == len(self.rows)
+            if not self.model.config.causal:
+                final_backward(self.model, final)
+                loss(self._whole(rows), slice(None)).backward()
+                continue
             backward_in_chunks(
                 self.model,
                 rows.ids,
@@ -105,13 +117,22 @@ class TextReader:
             )
         set_random_state(after, device)
 
+    def _whole(self, rows: _TextRows) -> Tensor:
+        """Return the hidden states (B, N, dim) of one forward pass."""
+        with precision(self.dtype, rows.ids.device):
+            hidden = self.model(rows.ids, lengths=rows.lengths)
+        if self.on_chunk:
+            self.on_chunk()
+        return hidden
+
     def _rows(self, texts: Sequence[PairText], indices: list[int], device: torch.device) -> _TextRows:
         ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(text.ids) for text in texts], batch_first=True)
         shares = torch.zeros(ids.shape, dtype=torch.float64)
         for share, (read, first) in zip(shares, texts, strict=True):
             first = first if self.pool == "mean" else len(read) - 1
             share[first : len(read)] = 1 / (len(read) - first)
-        return _TextRows(indices, to_device(ids, device), to_device(shares, device), random_state(device))
+        lengths = [len(read) for read, _ in texts]
+        return _TextRows(indices, lengths, to_device(ids, device), to_device(shares, device), random_state(device))
 
 
 def backward_pairs(
@@ -124,63 +145,78 @@ def backward_pairs(
     dtype: str = "fp32",
     allocate: Callable[..., Tensor] = torch.empty,
     on_chunk: Callable[[], None] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Add this rank's part of the gradient of the loss to the parameters' `.grad`; the whole is the sum over the ranks.
 
     Every group of ranks has as many pairs, and its ranks have the same. Return the loss over the pairs of all ranks, in
-    nats, and the tokens of all texts.
+    nats, its derivative by the logarithm of the temperature, and the tokens of all texts.
     """
     reader = TextReader(model, settings.pool, chunk, dtype, ranks.group, on_chunk)
     place = slice(ranks.dp_rank, len(batch.keys) * ranks.dp, ranks.dp)
     vectors, facts = read_pairs(reader, batch, place, len(batch.keys) * ranks.dp, ranks)
     with torch.enable_grad():
-        loss = contrast_loss(vectors.requires_grad_(), facts[:, :3], settings.temperature, settings.dims)
-        (gradient,) = torch.autograd.grad(loss, vectors)
+        logarithm = vectors.new_tensor(math.log(settings.divisor)).requires_grad_()
+        loss = contrast_loss(vectors.requires_grad_(), facts[:, :-1], logarithm.exp(), settings.dims)
+        gradient, slope = torch.autograd.grad(loss, (vectors, logarithm))
     reader.backward(gradient[:, place].flatten(0, 1), allocate)
-    return loss.detach(), facts[:, 3].sum()
+    return loss.detach(), slope, facts[:, -1].sum()
 
 
 def read_pairs(reader: TextReader, batch: PairBatch, place: slice, pairs: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Read this rank's `batch`, which takes the places `place` among all `pairs`; return what all ranks have read.
 
-    Vectors are (2, pairs, dim) float64; facts (pairs, 4) int64 are the keys of each pair, and the tokens of both texts.
+    Vectors are (2, pairs, dim) float64, or (3, pairs, dim) with hard negatives; facts (pairs, n + 1) int64 are the n
+    keys of each pair, and the tokens of its texts.
     """
-    found = reader.vectors([*batch.firsts, *batch.seconds]).unflatten(0, (2, len(batch.keys)))
-    vectors = found.new_zeros(2, pairs, found.shape[2])
-    facts = torch.zeros(pairs, 4, dtype=torch.int64, device=found.device)
+    found = reader.vectors(batch.texts).unflatten(0, (-1, len(batch.keys)))
+    vectors = found.new_zeros(len(found), pairs, found.shape[2])
+    facts = torch.zeros(pairs, batch.keys.shape[1] + 1, dtype=torch.int64, device=found.device)
     vectors[:, place] = found
     if ranks.rank % ranks.sp == 0:
-        tokens = [len(a.ids) + len(b.ids) for a, b in zip(batch.firsts, batch.seconds, strict=True)]
-        own = torch.cat([torch.from_numpy(batch.keys), torch.tensor(tokens, dtype=torch.int64)[:, None]], 1)
-        facts[place] = own.to(facts.device)
+        tokens = np.reshape([len(text.ids) for text in batch.texts], (-1, len(batch.keys))).sum(0)
+        facts[place] = torch.from_numpy(np.column_stack((batch.keys, tokens))).to(facts.device)
     ranks.sum(vectors, facts)
     return vectors, facts
 
 
-def contrast_loss(vectors: Tensor, keys: Tensor, temperature: float, dims: Sequence[int] = ()) -> Tensor:
+def contrast_loss(vectors: Tensor, keys: Tensor, temperature: float | Tensor, dims: Sequence[int] = ()) -> Tensor:
     """Return the mean InfoNCE loss of vectors (2, P, dim), both ways: each text finds its partner among all others.
 
-    Pairs with a key (P, n) in common are not each other's negatives. With `dims`, the mean over these prefixes of the
-    vectors and the whole.
+    Pairs with a key (P, 3) in common are not each other's negatives. With `dims`, the mean over these prefixes of the
+    vectors and the whole. Third vectors, with a fourth key, are hard negatives: first texts find their partners among
+    them too.
     """
     wanted = torch.arange(len(keys), device=keys.device)
     losses = []
     for width in (*dims, vectors.shape[2]):
-        scores = _scores(vectors[..., :width], keys) / temperature
-        losses += [F.cross_entropy(scores, wanted), F.cross_entropy(scores.T, wanted)]
+        scores, hard = _scores(vectors[..., :width], keys, temperature)
+        losses += [F.cross_entropy(torch.cat([scores, hard], 1), wanted), F.cross_entropy(scores.T, wanted)]
     return torch.stack(losses).mean()
 
 
 def ranking(vectors: Tensor, keys: Tensor) -> dict[str, float]:
     """Return how well first texts find their partners among P: recall at 1 and 10, and the mean reciprocal rank."""
-    scores = _scores(vectors, keys)
+    scores, _ = _scores(vectors, keys)
     places = (scores >= scores.diagonal()[:, None]).sum(1).double()  # equal vectors find nothing
     recalls = {f"held_out_recall_{most}": (places <= most).double().mean().item() for most in (1, 10)}
     return recalls | {"held_out_mrr": (1 / places).mean().item()}
 
 
-def _scores(vectors: Tensor, keys: Tensor) -> Tensor:
-    """Return cosines (P, P) of first and second texts; -inf where a pair is not a negative of the other."""
-    first, second = F.normalize(vectors, dim=-1)
-    alike = (keys[:, None, :, None] == keys[None, :, None, :]).flatten(2).any(2).fill_diagonal_(False)
-    return (first @ second.T).masked_fill(alike, float("-inf"))
+def _scores(vectors: Tensor, keys: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """Return cosines (P, P) of first and second texts, and of first texts and hard negatives, (P, P) or (P, 0).
+
+    They are divided by the temperature, and -inf where a text is not a negative of the other.
+    """
+    first, second, *third = F.normalize(vectors, dim=-1)
+    alike = [_alike(keys[:, :3], keys[:, :3]).fill_diagonal_(False), _alike(keys[:, :3], keys[:, 3:])]
+    found = [first @ second.T, first @ third[0].T if third else first[:, :0]]
+    scores, hard = (  # divided before they are masked: the derivative of -inf by the temperature is no number
+        (x / temperature).masked_fill(mask[:, : x.shape[1]], float("-inf"))
+        for x, mask in zip(found, alike, strict=True)
+    )
+    return scores, hard
+
+
+def _alike(keys: Tensor, others: Tensor) -> Tensor:
+    """Return which of keys (P, n) have one in common with others (P, m), (P, P)."""
+    return (keys[:, None, :, None] == others[None, :, None, :]).flatten(2).any(2)

@@ -34,6 +34,7 @@ def evaluate(
     *,
     eos_id: int,
     seq_len: int,
+    contrast: ContrastRecipe,
     ranks: Ranks,
     on_part: Callable[[], None],
 ) -> dict[str, float | None]:
@@ -53,7 +54,7 @@ def evaluate(
     model.eval()
     try:
         if isinstance(documents, PairBatch):
-            return _rank_pairs(model, documents, recipe, ranks, on_part)
+            return _rank_pairs(model, documents, recipe, contrast, ranks, on_part)
         if recipe.train.objective == "masked":
             found = _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
         elif model.config.pattern.chosen and ranks.world > 1:
@@ -67,16 +68,21 @@ def evaluate(
 
 
 def _rank_pairs(
-    model: Net, batch: PairBatch, recipe: Recipe, ranks: Ranks, on_part: Callable[[], None]
+    model: Net,
+    batch: PairBatch,
+    recipe: Recipe,
+    settings: ContrastRecipe,
+    ranks: Ranks,
+    on_part: Callable[[], None],
 ) -> dict[str, float | None]:
-    settings, pairs = recipe.contrast or ContrastRecipe(), len(batch.keys)
+    pairs = len(batch.keys)
     place = slice(ranks.dp_rank, pairs, ranks.dp)
     telling = on_part if ranks.dp == 1 else None  # otherwise groups have different numbers of chunks
     reader = TextReader(model, settings.pool, recipe.train.chunk, recipe.train.dtype, ranks.group, telling)
-    own = PairBatch(batch.firsts[place], batch.seconds[place], batch.keys[place])
+    own = batch.part(place)
     vectors, facts = read_pairs(reader, own, place, pairs, ranks)
-    loss = contrast_loss(vectors, facts[:, :3], settings.temperature, settings.dims).item()
-    return {"held_out_loss": loss, **ranking(vectors, facts[:, :3])}
+    loss = contrast_loss(vectors, facts[:, :-1], settings.divisor, settings.dims).item()
+    return {"held_out_loss": loss, **ranking(vectors, facts[:, :-1])}
 
 
 def _score_apart(model: Net, documents: Sequence[Document], recipe: Recipe, eos_id: int, ranks: Ranks) -> Score:

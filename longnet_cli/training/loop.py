@@ -45,13 +45,14 @@ from .evaluation import evaluate
 from .gradients import backward
 from .masking import mask_tokens
 from .metrics import Metrics, MetricsLog
-from .optimizer import build_optimizers, learning_rate
+from .optimizer import adam, build_optimizers, learning_rate
 from .recipe import ContrastRecipe, Recipe, Stage
 from .start import BEST, CHECKPOINTS, RECIPE, Resume, find_checkpoint
 from .state import frozen_digest, restore, run_tensors
 from .tokens import StoredTokens
 from .trackers import Tracker, open_trackers
 
+LOWEST_TEMPERATURE = 0.01  # of a learned one: below it, a step's few hardest pairs would be all that counts
 OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
 
 
@@ -73,6 +74,7 @@ class Progress:
     reported: int = 0  # the last step whose line of metrics is written, with its evaluation
     data: dict[str, Any] | None = None  # the position in the windows of the current stage
     best: float | None = None  # the lowest held-out loss so far
+    temperature: list[float] | None = None  # the state of a learned one: `optimizer.adam`, of its logarithm
 
 
 def train(
@@ -175,6 +177,7 @@ class _TrainingRun:
         self.checkpoints = Checkpoints(output / CHECKPOINTS, ranks, recipe.train.keep)
         self.trackers: list[Tracker] = []
         self.progress = Progress()
+        self.slope = torch.zeros((), dtype=torch.float64, device=device)  # of the loss, by the temperature's logarithm
         self.random = random_state(device)  # as of the last whole step
         self.saved_at = time.monotonic()
 
@@ -286,7 +289,7 @@ class _TrainingRun:
         }
         found, documents, seen = self._gradient(batch, windows.seed, running)
         norm = clip_gradients(self.model, recipe.optimizer.clip)
-        loss, norm = torch.stack((found, norm.double())).tolist()  # the only wait for the device
+        loss, norm, slope = torch.stack((found, norm.double(), self.slope)).tolist()  # the only wait for the device
         self._refuse_divergence(loss, norm, windows, position)
         rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
@@ -295,19 +298,29 @@ class _TrainingRun:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
+        if recipe.contrast and recipe.contrast.temperature == "learned":
+            state = self.progress.temperature or [math.log(recipe.contrast.divisor), 0.0, 0.0]
+            logarithm, *means = adam(state, slope, self.progress.step, rate, recipe.optimizer)
+            self.progress.temperature = [max(logarithm, math.log(LOWEST_TEMPERATURE)), *means]
         self.progress.data = position
         self.random = random_state(self.device)
         flops = recipe.model.training_flops(documents, recipe.train.predicted)
         self.log.add(seen, flops * ranks.dp, loss, norm)  # other groups' documents are assumed to be alike
         return seen
 
+    def _contrast(self) -> ContrastRecipe:
+        """Return the settings of contrast with the temperature of this step."""
+        settings, state = _contrast(self.recipe), self.progress.temperature
+        now = math.exp(state[0]) if state else settings.divisor
+        return settings.model_copy(update={"temperature": now})
+
     def _gradient(self, batch: Batch | PairBatch, seed: int, running: dict[str, Any]) -> tuple[Tensor, list[int], int]:
         """Add the gradient of a step's loss; return the loss, the lengths of documents here, and all ranks' tokens."""
         recipe, ranks = self.recipe, self.ranks
         if isinstance(batch, PairBatch):
-            loss, tokens = backward_pairs(self.model, batch, _contrast(recipe), ranks, **running)
+            loss, self.slope, tokens = backward_pairs(self.model, batch, self._contrast(), ranks, **running)
             sum_gradients(self.model, ranks)
-            return loss, [len(text.ids) for text in (*batch.firsts, *batch.seconds)], int(tokens)
+            return loss, [len(text.ids) for text in batch.texts], int(tokens)
         ids, targets, count = self._objective(batch, seed)
         rows, length = ids.shape
         apart = not recipe.train.across_documents
@@ -380,7 +393,16 @@ class _TrainingRun:
         if held_out or last or progress.step % train.log_every == 0:
             rate, memory = self._learning_rate(progress.step - 1), peak_memory(self.device)
             peak = self.peak * self.ranks.world if self.peak else None
-            line = self.log.write(progress.step, rate, stage.seq_len, memory=memory, peak=peak, held_out=held_out)
+            learned = self._contrast().divisor if progress.temperature else None
+            line = self.log.write(
+                progress.step,
+                rate,
+                stage.seq_len,
+                memory=memory,
+                peak=peak,
+                temperature=learned,
+                held_out=held_out,
+            )
             for tracker in self.trackers:
                 tracker.log(line.step, asdict(line))
         progress.reported = progress.step
@@ -396,6 +418,7 @@ class _TrainingRun:
                     self.recipe,
                     eos_id=self.eos_id,
                     seq_len=stage.seq_len,
+                    contrast=self._contrast(),
                     ranks=self.ranks,
                     on_part=self._look if not self.sharded else lambda: None,
                 )
@@ -463,9 +486,10 @@ def _token_stream(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs, eos_id: 
 
 
 def _pair_stream(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs, eos_id: int) -> PairStream:
-    pair = recipe.data.pair
-    partners = _documents(recipe, tokenizer, inputs, pair) if pair else None
-    return PairStream(_documents(recipe, tokenizer, inputs), eos_id, partners)
+    others = [
+        _documents(recipe, tokenizer, inputs, column) for column in (recipe.data.pair, recipe.data.negative) if column
+    ]
+    return PairStream(_documents(recipe, tokenizer, inputs), eos_id, others)
 
 
 def _held_out_pairs(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer, eos_id: int) -> list[PairBatch]:
@@ -479,6 +503,8 @@ def _held_out_pairs(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer, eos_id
 
 def _before_texts(recipe: Recipe, tokenizer: Tokenizer, eos_id: int) -> tuple[list[int], list[int]]:
     """Return the ids that the net reads before the first and the second text of a pair."""
+    if not recipe.model.causal:
+        return [], []
     settings = _contrast(recipe)
     first, second = (
         [eos_id, *tokenizer.encode(prompt).tolist()] for prompt in (settings.query_prompt, settings.document_prompt)

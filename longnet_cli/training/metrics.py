@@ -22,7 +22,7 @@ class Metrics:
 
     `mfu` is the net's FLOP rate, forward and backward, with the true lengths of documents, divided by all ranks' rate
     of matrix products. It is None if that rate is unknown, or lower than the net's because other work slowed its
-    measurement. `held_out_*` are None except at evaluations.
+    measurement. `temperature` is None unless it is learned, and `held_out_*` are None except at evaluations.
     """
 
     step: int
@@ -34,6 +34,7 @@ class Metrics:
     seq_len: int
     peak_memory_bytes: int
     mfu: float | None = None
+    temperature: float | None = None
     held_out_loss: float | None = None
     held_out_ppl: float | None = None
     held_out_bpb: float | None = None
@@ -81,6 +82,7 @@ class MetricsLog:
         *,
         memory: int,
         peak: float | None = None,
+        temperature: float | None = None,
         held_out: Mapping[str, float | None] | None = None,
     ) -> Metrics:
         """Write and return a line for the steps since the last; `peak` is all ranks' matrix product rate in FLOP/s.
@@ -100,6 +102,7 @@ class MetricsLog:
             seq_len=seq_len,
             peak_memory_bytes=memory,
             mfu=share if share is not None and share <= 1 else None,
+            temperature=temperature,
             **found,
         )
         if self.path:

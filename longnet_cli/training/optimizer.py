@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -45,6 +46,18 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
         torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
         adamw,
     ]
+
+
+def adam(state: Sequence[float], gradient: float, step: int, rate: float, recipe: OptimizerRecipe) -> list[float]:
+    """Return a number after the step `step` (1, 2, ...) of Adam, and the means of its gradients and their squares.
+
+    `state` are these three before the step.
+    """
+    x, mean, square = state
+    mean += (1 - recipe.betas[0]) * (gradient - mean)
+    square += (1 - recipe.betas[1]) * (gradient**2 - square)
+    size = math.sqrt(square / (1 - recipe.betas[1] ** step)) + recipe.eps
+    return [x - rate * mean / (1 - recipe.betas[0] ** step) / size, mean, square]
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: ScheduleRecipe) -> float:

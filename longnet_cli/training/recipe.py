@@ -63,6 +63,7 @@ class DataRecipe(StrictModel):
     eos: str | int | None = None
     column: str | None = None
     pair: str | None = None  # for contrast: a column with the partners of those in `column`
+    negative: str | None = None  # beside `pair`: a column with a hard negative for each
     held_out: list[str] | None = Field(default=None, min_length=1)  # inputs to evaluate with, never trained on
 
     @model_validator(mode="after")
@@ -141,8 +142,8 @@ class TrainRecipe(StrictModel):
     same loss and gradients. A token attends to earlier tokens of its own document or, with `across_documents`, to all
     earlier tokens of its window.
 
-    The objective is the next token ("causal"), for a bidirectional net `mask_rate` of the tokens ("masked"), or for a
-    causal net vectors of documents ("contrast", see `ContrastRecipe`).
+    The objective is the next token ("causal"), for a bidirectional net `mask_rate` of the tokens ("masked"), or vectors
+    of documents ("contrast", see `ContrastRecipe`).
     """
 
     stages: list[Stage] = Field(min_length=1)
@@ -195,16 +196,21 @@ class ContrastRecipe(StrictModel):
     """Training by contrast: of all texts of a step, a vector is to be nearest to that of its partner (InfoNCE).
 
     Pairs are two spans of one document, each at most a stage's `seq_len` tokens, with lengths even in their logarithm;
-    or, with `data.pair`, a row of two columns. A step has `batch_tokens` / (2 `seq_len`) pairs. `dims` are prefixes of
-    the vector that are trained as well. A prompt is read before each first text (`query_prompt`) or second one
-    (`document_prompt`), and not pooled.
+    or, with `data.pair`, a row of two columns, and perhaps of a third with hard negatives. A step has `batch_tokens` /
+    (2 `seq_len`) pairs. `dims` are prefixes of the vector that are trained as well. A prompt is read before each first
+    text (`query_prompt`) or second one (`document_prompt`), as a part of it.
     """
 
     pool: Literal["mean", "last"] = "mean"
-    temperature: float = Field(default=0.05, gt=0)
+    temperature: Annotated[float, Field(gt=0)] | Literal["learned"] = 0.05
     dims: list[Annotated[int, Field(gt=0)]] = Field(default_factory=list)
     query_prompt: str = ""
     document_prompt: str = ""
+
+    @property
+    def divisor(self) -> float:
+        """What cosines are divided by; of a learned temperature, its value at the start."""
+        return 0.05 if self.temperature == "learned" else self.temperature
 
     @property
     def embedder(self) -> Embedder:
@@ -249,12 +255,17 @@ class Recipe(StrictModel):
         if not self.model.vocab_size:
             raise ValueError("model.vocab_size = 0 is a net that reads vectors: leave it out, training reads tokens")
         contrast = self.train.objective == "contrast"
-        if self.model.causal != (self.train.objective != "masked"):
+        if not contrast and self.model.causal != (self.train.objective != "masked"):
             fitting = "causal" if self.model.causal else "masked"
             raise ValueError(
                 f'train.objective = "{self.train.objective}" does not fit model.causal = '
                 f'{str(self.model.causal).lower()}: set train.objective = "{fitting}", or the other model'
             )
+        if self.data.negative and not self.data.pair:
+            raise ValueError("data.negative is a third column, beside data.pair: set both")
+        prompts = self.contrast and (self.contrast.query_prompt or self.contrast.document_prompt)
+        if prompts and not self.model.causal:
+            raise ValueError("contrast: a bidirectional model reads nothing before a text: leave out its prompts")
         if not contrast and (self.contrast or self.data.pair):
             what = "[contrast]" if self.contrast else "data.pair"
             raise ValueError(f'{what} is of train.objective = "contrast", not of "{self.train.objective}"')
