@@ -1,7 +1,7 @@
 """Measure what vectors find: the other half of a document, or the document that one line describes.
 
     pip download --no-deps -d archives django twisted sqlalchemy dask bokeh sphinx biopython nltk
-    (cd archives && apt-get download python3-doc perl-doc vim-doc git-doc apache2-doc manpages manpages-dev)
+    (cd archives && apt-get download python3.13-doc perl-doc vim-doc git-doc apache2-doc manpages manpages-dev)
     python examples/retrieval.py make bench archives/*
     python examples/retrieval.py words bench --read 2Ki,8Ki,all
     python examples/retrieval.py vectors bench --model ./my-model --read 512,2Ki,8Ki,all

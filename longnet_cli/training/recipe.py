@@ -209,7 +209,7 @@ class ContrastRecipe(StrictModel):
 
     @property
     def divisor(self) -> float:
-        """What cosines are divided by; of a learned temperature, its value at the start."""
+        """The number that cosines are divided by; of a learned temperature, its value at the start."""
         return 0.05 if self.temperature == "learned" else self.temperature
 
     @property
