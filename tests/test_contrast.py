@@ -99,6 +99,7 @@ def test_the_gradient_is_that_of_the_plain_loss(
 ) -> None:
     net, settings = make_net(kind, tmp_path), ContrastRecipe(**settings)
     batch = windows(columns=columns).batch(range(8))  # of five or six documents: some come twice
+    assert {text.first for text in batch.texts} == {1}  # prompts are pooled, as in encode
     loss = plain_loss(net, batch, settings)
     loss.backward()
     expected = gradients(net)
