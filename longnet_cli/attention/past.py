@@ -29,7 +29,7 @@ SLICE = 1 << 12  # keys that are un-rotated at a time
 class Means:
     """The mean keys of a document's first blocks, for a batch, un-rotated, in fp32 or fp64.
 
-    of: for each number of means per block (`groups.stages`), all of them, (B, K, blocks, number, D).
+    of: by the number of means per block (`groups.stages`), the means (B, K, blocks, number, D).
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Means:
             some = keys[:, (begin - first) * size : (stop - first) * size]
             some = unrotated(some, torch.arange(begin * size, stop * size), turn)
             fine = sum(some.unflatten(1, (-1, size // MEAN_OF, MEAN_OF)).unbind(3)) / MEAN_OF
-            self.take(rows, begin, fine.movedim(3, 1))
+            self.write_finest(rows, begin, fine.movedim(3, 1))
 
-    def take(self, rows: slice, first: int, fine: Tensor) -> None:
+    def write_finest(self, rows: slice, first: int, fine: Tensor) -> None:
         """Write blocks from `first` on, given their finest means (rows, K, n, means, D)."""
         for number, means in self.of.items():
             parts = fine.unflatten(3, (number, -1)).unbind(4)
@@ -301,7 +301,7 @@ class Past:
         if "fine" in saved:
             number = saved["fine"].shape[2]
             self.means = Means(self.pattern, saved["waiting"][0], max(number, FIRST_BLOCKS), self.allocate)
-            self.means.take(slice(None), 0, saved["fine"])
+            self.means.write_finest(slice(None), 0, saved["fine"])
         if "counts" in saved:
             self.counts = saved["counts"].clone()
         if "held" in saved:
