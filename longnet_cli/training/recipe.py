@@ -82,7 +82,9 @@ class DataRecipe(StrictModel):
         return Inputs(self.held_out) if self.held_out else None
 
 
-LEVEL_BIAS_LR = 0.1  # such a bias has to move by several units while the weights around it are young: docs/results.md
+LEVEL_BIAS_LR = (
+    0.1  # a learned bias has to move by several units while the weights around it are young: docs/results.md
+)
 
 
 class OptimizerRecipe(StrictModel):
@@ -192,6 +194,9 @@ class TrainRecipe(StrictModel):
         return max(1, self.batch_tokens // stage.seq_len)
 
 
+TEMPERATURE = 0.05
+
+
 class ContrastRecipe(StrictModel):
     """Training by contrast: of all texts of a step, a vector is to be nearest to that of its partner (InfoNCE).
 
@@ -202,7 +207,7 @@ class ContrastRecipe(StrictModel):
     """
 
     pool: Literal["mean", "last"] = "mean"
-    temperature: Annotated[float, Field(gt=0)] | Literal["learned"] = 0.05
+    temperature: Annotated[float, Field(gt=0)] | Literal["learned"] = TEMPERATURE
     dims: list[Annotated[int, Field(gt=0)]] = Field(default_factory=list)
     query_prompt: str = ""
     document_prompt: str = ""
@@ -210,7 +215,7 @@ class ContrastRecipe(StrictModel):
     @property
     def divisor(self) -> float:
         """The number that cosines are divided by; of a learned temperature, its value at the start."""
-        return 0.05 if self.temperature == "learned" else self.temperature
+        return TEMPERATURE if self.temperature == "learned" else self.temperature
 
     @property
     def embedder(self) -> Embedder:
