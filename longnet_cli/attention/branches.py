@@ -397,8 +397,8 @@ class _Call(NamedTuple):
     def _runs(self, r: int, equal: Sequence[tuple[int, ...] | None], *even: Sequence[int]) -> tuple[list[Heads], int]:
         """Return runs of heads for one view each, and the number of neighbours that each head stands for.
 
-        Query heads of one key head are neighbours. If a single token's see the same keys, they become rows of a call;
-        but not with learned biases, whose gradient is a sum over the call of a head.
+        Query heads of one key head are neighbours. If a single token's see the same keys, they become rows of a call.
+        With learned biases they do not: the gradient of each head's bias needs a call of its own.
         """
         group, values = self.num_heads // self.kv_heads, list(zip(*even, strict=True))
         steps = (1, r, -(-self.num_heads // r), group, lcm(r, group))

@@ -38,7 +38,8 @@ FAR_BIAS = -2.0  # of `Pattern.nested`: with equal scores, a far key has a seven
 VOTERS = 8  # positions whose queries choose, those that end with the group's first
 MEAN_OF = 4  # keys per mean that a query is compared with
 NEIGHBOUR = 0.99  # share of a block's score that the next block has at least: text goes on there
-FUNNEL = ((1, 4096), (4, 512))  # coarser means per block choose first which blocks remain, if there are more
+# (mean keys per block, blocks): with more candidates than that, a stage with fewer means first chooses so many of them
+FUNNEL = ((1, 4096), (4, 512))
 MAX_LEVELS = 64  # enough to double from 1 to 2^63; every layer computes every level
 
 

@@ -37,9 +37,9 @@ class Opened(NamedTuple):
 class ModelAndInputs:
     """The model and the inputs that a command names. The arguments are options of the same names.
 
-    A run that continues the one in the folder `earlier` takes the same commit of a model on a hub. No
-    output may replace one of `others`, which the command reads as well. Raises ConfigError
-    and CheckpointError for a model or a tokenizer that is missing.
+    A run that continues the one in the folder `earlier` takes the same commit of a model on a hub. No output may
+    replace one of `others`, which the command reads as well. Raises ConfigError and CheckpointError for a model or a
+    tokenizer that is missing.
     """
 
     def __init__(

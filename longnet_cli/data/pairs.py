@@ -47,9 +47,10 @@ class PairBatch(NamedTuple):
 
 
 class PairStream(TokenStream):
-    """The documents of one source. Document i is a pair with document i of `others`, or else two of its spans are one.
+    """The documents of one source, which give a pair each.
 
-    A second list of `others` has a hard negative for each pair.
+    The pair is two spans of the document. With `others`, it is the document and the one at its place in the first of
+    them; the second of them, if it is there, has the hard negatives.
     """
 
     def __init__(self, documents: Sequence[Document], eos_id: int, others: Sequence[Sequence[Document]] = ()) -> None:

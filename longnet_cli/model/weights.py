@@ -107,9 +107,9 @@ def load_pretrained(
 
     A string without a slash is a name, never a folder; ORG/NAME may be on a hub; a `Path` is always a folder. `dtype`
     is the dtype of the weights in memory, whatever they are stored in; None keeps the stored dtype. `pattern` replaces
-    the model's own: its weights are the same, but for learned biases of levels; those that only the model has are left
-    out, and those that only `pattern` has start anew. If model.safetensors has the digests of
-    `save_pretrained`, its tensors and config.json must be unchanged; `verify=False` skips this check. Raises
+    the model's own. The weights stay the same, but for learned biases of levels: those that only the model has are left
+    out, and those that only `pattern` has start anew. If model.safetensors has the digests of `save_pretrained`, its
+    tensors and config.json must be unchanged; `verify=False` skips this check. Raises
     CheckpointError of one line (a missing or damaged file, tensors missing, unexpected, of another shape, of integers,
     or not finite), ConfigError for a wrong config.json or an unknown name.
     """
