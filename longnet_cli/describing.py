@@ -16,7 +16,7 @@ import numpy as np
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import level_flops
-from longnet_cli.attention.groups import compared_means
+from longnet_cli.attention.groups import comparisons
 from longnet_cli.errors import ConfigError
 from longnet_cli.model_folder import ModelFolder
 from longnet_cli.notation import format_levels, format_pattern, is_pattern, parse_pattern
@@ -179,7 +179,7 @@ def describe(
     keys = sum(level.keys_per_query for level in levels) + pattern.sinks + pattern.chosen_keys
     kept = seq if pattern.chosen else 0
     dense = sum(level_flops(Pattern((seq,), (1,)), heads, head_dim, seq, causal))
-    compared = compared_means(pattern, seq) if pattern.chosen else 0
+    compared, _ = comparisons(pattern, seq) if pattern.chosen else (0, 0)
     least, mean = _nearest(pattern, seq, heads, causal)
     return Description(
         name=name,

@@ -45,25 +45,35 @@ def choice_of(q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: choosi
     return sorted(found, key=lambda each: (each[0], each[1].start))
 
 
-def funnel(*stages: tuple[int, int]) -> AbstractContextManager[object]:
-    return patch.object(groups, "FUNNEL", stages)
+def funnel(*stages: tuple[int, int], voters: int = 4) -> AbstractContextManager[object]:
+    return patch.object(groups, "FUNNEL", [(*stage, voters) for stage in stages])
 
 
-@given(choice=chosen_choices(), number=st.sampled_from([512, 6]))
-def test_equals_the_reference(choice: Choice, number: int) -> None:
+@given(choice=chosen_choices())
+def test_equals_the_reference(choice: Choice) -> None:
     options = {"lengths": choice.lengths} | turning(choice)
-    with funnel((1, number + 1), (2, number)):
-        found = run(dilated_attention, choice.qkv(), choice.pattern, **options)
-        expected = run(dilated_attention_reference, choice.qkv(), choice.pattern, **options)
+    found = run(dilated_attention, choice.qkv(), choice.pattern, **options)
+    expected = run(dilated_attention_reference, choice.qkv(), choice.pattern, **options)
     assert_close(found, expected, 1e-12)
 
 
-@given(choice=chosen_choices(), number=st.sampled_from([512, 1]), scale=st.sampled_from([0.1, 3.0]))
-def test_chooses_what_the_reference_chooses(choice: Choice, number: int, scale: float) -> None:
+@given(choice=chosen_choices(), scale=st.sampled_from([0.1, 3.0]))
+def test_chooses_what_the_reference_chooses(choice: Choice, scale: float) -> None:
     q, k, *_ = choice.qkv()
-    with funnel((1, number + 1), (2, number)):
-        asked = (q, k, choice.pattern, scale, turn if choice.rotary else None)
-        assert choice_of(*asked) == chosen_blocks(*asked)
+    asked = (q, k, choice.pattern, scale, turn if choice.rotary else None)
+    assert choice_of(*asked) == chosen_blocks(*asked)
+
+
+@pytest.mark.parametrize("voters", [1, 2, 4, 8])
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 6, 12, 24])
+def test_chooses_in_stages_what_the_reference_chooses(every: int, voters: int) -> None:
+    pattern = Pattern((24,), (1,), look_back=1, chosen=3, chosen_block=24, chosen_every=every)
+    q, k, *_ = Choice(pattern, 2, 400, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
+    asked = q, k, pattern, 1.0, turn
+    with funnel((1, 9), (2, 5), voters=voters):
+        found = choice_of(*asked)
+        assert found == chosen_blocks(*asked)
+    assert found != choice_of(*asked)
 
 
 @given(choice=chosen_choices())
@@ -240,11 +250,11 @@ def test_wrong_calls_say_what_is_wrong(call: dict, message: str) -> None:
         dilated_attention(x, x, x, WINDOW, **call)
 
 
-@given(choice=chosen_choices(), sizes=cuts(), first=st.sampled_from([1, 64]), number=st.sampled_from([512, 1]))
-def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list[int], first: int, number: int) -> None:
+@given(choice=chosen_choices(), sizes=cuts(), first=st.sampled_from([1, 64]))
+def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list[int], first: int) -> None:
     """In fp64, every shard chooses what the whole chooses. The past lies in one piece of memory, or in several."""
     (q, k, v, _), pattern = choice.qkv(), choice.pattern
-    with patch.object(past, "FIRST_BLOCKS", first), funnel((1, number + 1), (2, number)):
+    with patch.object(past, "FIRST_BLOCKS", first):
         whole = dilated_attention(q, k, v, pattern, **turning(choice))
         cache = KVCache(pattern, choice.batch, choice.heads, choice.head_dim, kv_heads=choice.kv_heads, dtype=q.dtype)
         parts = []
@@ -257,7 +267,8 @@ def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list
 
 @pytest.mark.parametrize("every", [1, 4, 16])
 @pytest.mark.parametrize("size", [1, 16, 100, 1000])
-def test_chunks_and_single_tokens_equal_the_whole(every: int, size: int) -> None:
+def test_chunks_and_single_tokens_equal_the_whole(every: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "FUNNEL", ((1, 30, 4), (2, 10, 4)))
     pattern = Pattern((32,), (1,), look_back=1, chosen=4, chosen_block=16, chosen_every=every)
     q, k, v, _ = Choice(pattern, 1, 1100 if size > 1 else 300, 4, 8, 0, True, None, 1, kv_heads=2, rotary=True).qkv()
     whole, parts = dilated_attention(q, k, v, pattern, turn=turn), []

@@ -104,7 +104,7 @@ def test_chosen_blocks() -> None:
             means = blocks if blocks > 4096 else 0
             means += 4 * min(blocks, 4096) if blocks > 512 else 0
             if groups.near > 128:
-                compared += groups.number * 8 * (means + 8 * min(blocks, 512))
+                compared += groups.number * (4 * means + 8 * 8 * min(blocks, 512))
         assert found.chosen.flops == 3 * 4 * (4 * attended + 2 * compared)
     assert found.total.flops == sum(level.flops for level in found.levels) + found.chosen.flops
     last = 199_936 // 32 - 1 + 4 * 4096 + 8 * 512

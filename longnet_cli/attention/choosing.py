@@ -6,7 +6,8 @@ start at n, and the blocks before n are candidates. Block 0 is always seen. The 
     means    of MEAN_OF neighbouring keys, un-rotated: what a block is compared by
     votes    of the VOTERS queries that end with the group's first, un-rotated, of every head: for each, the softmax of
              its scores with all means. A block's score is the mean of its share; 0.99 of its predecessor's, if more
-    choice   the blocks with the highest scores. If there are many, coarser means decide first which are compared
+    choice   the blocks with the highest scores. If there are many, coarser means and every second voter decide first
+             which are compared
 
 All heads see the same blocks, so a block is one piece of memory. The m blocks that a group sees stand right before n,
 without gaps: block j as if its first key stood at n - (m - j) B. The shift is one per block, and `turn` turns its keys.
@@ -20,13 +21,14 @@ N tokens, H query heads, K key heads, D head_dim, C candidates.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .branches import Branch
-from .groups import GroupedPart, stages
+from .groups import GroupedPart, Stage, stages
 from .merging import GradientSum, Merge, accumulator, strided_view
 from .past import Means, Past, unrotated
 from .pattern import NEIGHBOUR, VOTERS, Pattern
@@ -173,8 +175,9 @@ class Chosen:
         voters = unrotated(voters[None], positions, self.turn)[0] * scale
         own = row if past else row - part.rows.start
         candidates = part.groups.near // self.pattern.chosen_block - 1
-        funnel = [(means.of[n][own, :, 1 : 1 + candidates], most) for n, most in stages(self.pattern, candidates)]
-        size = max(1, SCORES // (VOTERS * q.shape[1] * candidates * funnel[0][0].shape[2]))
+        of_many, *_ = planned = stages(self.pattern, candidates)
+        funnel = [(means.of[stage.means][own, :, 1 : 1 + candidates], stage) for stage in planned]
+        size = max(1, SCORES // (of_many.voters * of_many.means * q.shape[1] * candidates))
         found = []
         for first in range(0, number, size):
             some = voters[first * step : (min(first + size, number) - 1) * step + VOTERS]
@@ -183,26 +186,35 @@ class Chosen:
         return torch.cat([chosen.new_zeros(number, 1), chosen], 1)
 
 
-def _chosen(voters: Tensor, step: int, funnel: Sequence[tuple[Tensor, int]]) -> Tensor:
+def _chosen(voters: Tensor, step: int, funnel: Sequence[tuple[Tensor, Stage]]) -> Tensor:
     """Return the candidates (groups, number) with the highest scores, in order; the first one is 0.
 
     The voters (n, H, D) of a group are VOTERS rows, and each next group's start `step` rows later. Each stage of the
-    funnel has mean keys of all candidates (K, C, means, D), and the number that remain.
+    funnel has mean keys of all candidates (K, C, means, D).
     """
-    (means, most), *others = funnel
-    shares = _shares(voters, means.flatten(1, 2)).unflatten(1, means.shape[1:3]).sum(2)
-    scores = _next_too(_of_groups(shares, step))
-    for means, remain in others:
-        kept, most = _best(scores, most), remain
+    (means, stage), *others = funnel
+    scores = _next_too(_votes(voters, step, means, stage.voters))
+    for means, finer in others:
+        kept, stage = _best(scores, stage.blocks), finer
+        every = VOTERS // stage.voters
         scores.zero_()
         for group, (own, score) in enumerate(zip(kept, scores, strict=True)):  # one at a time stays in a cache
             some = means.new_empty(len(means), len(own), *means.shape[2:])
             for x, into in zip(means, some, strict=True):
                 torch.index_select(x, 0, own, out=into)
-            shares = _shares(voters[group * step :][:VOTERS], some.flatten(1, 2))
-            score[own] = shares.sum(0).unflatten(0, some.shape[1:3]).sum(1) / VOTERS
+            shares = _shares(voters[group * step :][every - 1 : VOTERS : every], some.flatten(1, 2))
+            score[own] = shares.sum(0).unflatten(0, some.shape[1:3]).sum(1) / stage.voters
         scores = _next_too(scores)
-    return _best(scores, most)
+    return _best(scores, stage.blocks)
+
+
+def _votes(voters: Tensor, step: int, means: Tensor, number: int) -> Tensor:
+    """Return the mean votes (groups, C) of `number` of each group's voters, evenly spaced, as `_chosen` has them."""
+    groups, every = (len(voters) - VOTERS) // step + 1, VOTERS // number
+    thin = gcd(step, every)  # those between are voters of no group
+    shares = _shares(voters[thin - 1 :: thin], means.flatten(1, 2)).unflatten(1, means.shape[1:3]).sum(2)
+    places = range(every // thin - 1, VOTERS // thin, every // thin)
+    return sum(shares[place :: step // thin][:groups] for place in places) / number
 
 
 def _shares(voters: Tensor, means: Tensor) -> Tensor:
@@ -210,12 +222,6 @@ def _shares(voters: Tensor, means: Tensor) -> Tensor:
     by_head = voters.unflatten(1, (len(means), -1)).transpose(0, 1)  # (K, n, H / K, D)
     scores = by_head.flatten(1, 2) @ means.mT
     return scores.softmax(-1).unflatten(1, by_head.shape[1:3]).sum(2).sum(0) / voters.shape[1]
-
-
-def _of_groups(shares: Tensor, step: int) -> Tensor:
-    """Return the mean (groups, C) over the voters of each group, of shares (n, C)."""
-    number = (len(shares) - VOTERS) // step + 1
-    return sum(shares[place::step][:number] for place in range(VOTERS)) / VOTERS  # type: ignore[return-value]
 
 
 def _next_too(scores: Tensor) -> Tensor:

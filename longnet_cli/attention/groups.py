@@ -31,6 +31,14 @@ class GroupedPart(NamedTuple):
     groups: Groups
 
 
+class Stage(NamedTuple):
+    """A stage of a choice: `means` mean keys of a block are compared by `voters` voters, and `blocks` blocks remain."""
+
+    means: int
+    blocks: int
+    voters: int
+
+
 def groups_of(pattern: Pattern, start: int, stop: int) -> Iterator[Groups]:
     """Yield the groups of queries at positions [start, stop) that see blocks; those that see all blocks are one."""
     w, back, every = pattern.segment_lengths[0], pattern.look_backs[0], pattern.chosen_every
@@ -48,24 +56,26 @@ def groups_of(pattern: Pattern, start: int, stop: int) -> Iterator[Groups]:
             yield Groups(end, 1, last - end, near)
 
 
-def stages(pattern: Pattern, candidates: float = inf) -> list[tuple[int, int]]:
-    """Return the stages of a choice, the coarsest first: the mean keys of a block, and the blocks that remain."""
+def stages(pattern: Pattern, candidates: float = inf) -> list[Stage]:
+    """Return the stages of a choice among so many blocks, the coarsest first."""
     finest = pattern.chosen_block // MEAN_OF
-    some = [(means, most) for means, most in FUNNEL if means < finest and finest % means == 0]
-    first = [(means, most) for means, most in some if candidates > most >= pattern.chosen]
-    return [*first, (finest, pattern.chosen - 1)]
+    some = [Stage(*stage) for stage in FUNNEL if stage[0] < finest and finest % stage[0] == 0]
+    first = [stage for stage in some if candidates > stage.blocks >= pattern.chosen]
+    return [*first, Stage(finest, pattern.chosen - 1, VOTERS)]
 
 
-def compared_means(pattern: Pattern, stop: int) -> int:
-    """Return the mean keys that each voter of the group which ends at position `stop` is compared with."""
+def comparisons(pattern: Pattern, stop: int) -> tuple[int, int]:
+    """Return what the group that ends at position `stop` compares: its mean keys, and its pairs of a voter and one."""
     (w,), (back,) = pattern.segment_lengths, pattern.look_backs
     near = ((stop - 1) // w - back) * w
     if near <= pattern.chosen_keys:
-        return 0
-    found, candidates = 0, near // pattern.chosen_block - 1
-    for means, most in stages(pattern, candidates):
-        found, candidates = found + candidates * means, most
-    return found
+        return 0, 0
+    means, pairs, candidates = 0, 0, near // pattern.chosen_block - 1
+    for stage in stages(pattern, candidates):
+        means += candidates * stage.means
+        pairs += candidates * stage.means * stage.voters
+        candidates = stage.blocks
+    return means, pairs
 
 
 def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int) -> int:
@@ -75,11 +85,12 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int) -> in
     def of_segment(segment: int, queries: int) -> int:
         near = (segment - back) * w
         attended = 4 * queries * min(near, pattern.chosen_keys)
-        return attended + 2 * -(-queries // pattern.chosen_every) * VOTERS * compared_means(pattern, (segment + 1) * w)
+        _, pairs = comparisons(pattern, (segment + 1) * w)
+        return attended + 2 * -(-queries // pattern.chosen_every) * pairs
 
     whole, rest = divmod(tokens, w)
     # between these segments, the numbers grow evenly
-    many = [pattern.chosen_block * (most + 1) // w for _, most in stages(pattern)]
+    many = [pattern.chosen_block * (stage.blocks + 1) // w for stage in stages(pattern)]
     edges = [0, pattern.chosen_keys // w, *many, whole - back - 1]
     steps = sorted(back + 1 + max(0, min(edge, whole - back - 1)) for edge in edges)
     total = of_segment(whole, rest) if whole > back else 0
@@ -92,5 +103,5 @@ def past_bytes(pattern: Pattern, kv_heads: int, head_dim: int, tokens: int, item
     """Return the bytes of one layer's past: of all keys and values, `itemsize` per number, and of the mean keys."""
     if not pattern.chosen:
         return 0, 0
-    means = tokens // pattern.chosen_block * sum(number for number, _ in stages(pattern))
+    means = tokens // pattern.chosen_block * sum(stage.means for stage in stages(pattern))
     return kv_heads * head_dim * 2 * itemsize * tokens, kv_heads * head_dim * max(4, itemsize) * means

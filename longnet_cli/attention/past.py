@@ -39,7 +39,7 @@ class Means:
         self._block = pattern.chosen_block
         self._allocate = partial(allocate, dtype=accumulator(like.dtype), device=like.device)
         batch, _, heads, head_dim = like.shape
-        self.of = {n: self._allocate((batch, heads, blocks, n, head_dim)) for n, _ in stages(pattern)}
+        self.of = {n: self._allocate((batch, heads, blocks, n, head_dim)) for n, *_ in stages(pattern)}
 
     @property
     def nbytes(self) -> int:

@@ -38,8 +38,9 @@ FAR_BIAS = -2.0  # of `Pattern.nested`: with equal scores, a far key has a seven
 VOTERS = 8  # positions whose queries choose, those that end with the group's first
 MEAN_OF = 4  # keys per mean that a query is compared with
 NEIGHBOUR = 0.99  # share of a block's score that the next block has at least: text goes on there
-# (mean keys per block, blocks): with more candidates than that, a stage with fewer means first chooses so many of them
-FUNNEL = ((1, 4096), (4, 512))
+# (mean keys per block, blocks, voters): with more candidates than that, a stage with fewer means and voters first
+# chooses so many of them. Half of the voters choose 512 of 1,900 blocks as well as all do
+FUNNEL = ((1, 4096, 4), (4, 512, 4))
 MAX_LEVELS = 64  # enough to double from 1 to 2^63; every layer computes every level
 
 

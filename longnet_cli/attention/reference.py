@@ -110,10 +110,13 @@ def chosen_blocks(
 def _voted(voters: Tensor, keys: Tensor, pattern: Pattern, scale: float) -> list[int]:
     """Return the blocks, in order, that voters (VOTERS, H, D) choose among those of keys (n, H, D), from block 1 on."""
 
-    def votes(candidates: list[int], number: int) -> list[float]:
-        """Return a score for each block, by `number` means of each; those that are no candidates get no vote."""
+    def votes(candidates: list[int], number: int, every: int) -> list[float]:
+        """Return a score for each block: `number` means of each, compared by the last of `every` voters in a row.
+
+        Those that are no candidates get no vote.
+        """
         means = keys.unflatten(0, (len(blocks), number, -1)).mean(2)[candidates]
-        scores = torch.einsum("vhd,cmhd->vhcm", voters, means) * scale
+        scores = torch.einsum("vhd,cmhd->vhcm", voters[every - 1 :: every], means) * scale
         shares = scores.logsumexp(-1).softmax(-1).mean((0, 1))
         own = torch.zeros(len(blocks)).to(shares).index_put((torch.tensor(candidates),), shares).tolist()
         return [max(score, NEIGHBOUR * before) for before, score in zip([0.0, *own], own, strict=False)]
@@ -123,8 +126,8 @@ def _voted(voters: Tensor, keys: Tensor, pattern: Pattern, scale: float) -> list
 
     blocks = [*range(len(keys) // pattern.chosen_block)]
     candidates = blocks
-    for number, most in stages(pattern, len(blocks)):
-        candidates = best(votes(candidates, number), most)
+    for stage in stages(pattern, len(blocks)):
+        candidates = best(votes(candidates, stage.means, VOTERS // stage.voters), stage.blocks)
     return [1 + block for block in candidates]
 
 
