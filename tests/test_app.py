@@ -150,6 +150,13 @@ def test_commands_import_nothing_heavy_that_they_do_not_use(command_env, tmp_pat
     assert (result.returncode, result.stderr) == (0, f"[] {unwanted is UNUSED}\n")  # torch's objects are frozen
 
 
+def test_frozen_imports_are_no_leaks_at_the_exit(command_env):
+    pytest.importorskip("triton")
+    code = "import triton._C.libtriton; from longnet_cli.cli.garbage import freeze_imports; freeze_imports()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=command_env, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_unknown_option_is_exit_2_with_a_suggestion(run_longnet):
     result = run_longnet("--versoin")
     assert result.returncode == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from longnet_cli.cli import options as shared
+from longnet_cli.cli.garbage import freeze_imports
 from longnet_cli.cli.nproc import launch
 from longnet_cli.cli.options import (
     COMPUTE,
@@ -215,7 +215,7 @@ def bench(
 def _simulate(settings: Settings, format: RowFormat, on_note: Callable[[str], None], quiet: bool) -> None:
     from longnet_cli.benchmark.simulated import Simulation, simulate
 
-    gc.freeze()  # otherwise, going through torch's objects takes longer than the plans
+    freeze_imports()
     columns = _SIMULATED.split() if format == "md" else [field.name for field in dataclasses.fields(Simulation)]
     total = (settings.simulate or 0) * len(settings.seq)
     with progress("planning", total=total, unit="ranks", quiet=quiet) as advance, RowWriter(

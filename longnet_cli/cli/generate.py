@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from longnet_cli.cli import options as shared
+from longnet_cli.cli.garbage import freeze_imports
 from longnet_cli.cli.nproc import ask_hub
 from longnet_cli.cli.options import DEFAULT_MODEL, INPUT, OUTPUT, option, read_pattern, size_option
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
@@ -164,7 +164,7 @@ def generate(
     parsed = read_pattern(pattern)
     if update:
         ask_hub(model, tokenizer)
-    gc.freeze()  # torch's objects, which stay
+    freeze_imports()
     where = select_device(device)
     loaded = ModelFolder.find(model, gguf=True).load(
         device=where,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from longnet_cli.cli.dry_run import room
+from longnet_cli.cli.garbage import freeze_imports
 from longnet_cli.cli.nproc import ask_hub, launch
 from longnet_cli.cli.options import read_pattern
 from longnet_cli.cli.output import tell
@@ -102,7 +102,7 @@ class ModelAndInputs:
         from longnet_cli.data.special_tokens import end_of_text
         from longnet_cli.runtime.ranks import join
 
-        gc.freeze()  # torch's objects, which stay: otherwise every collection of garbage goes through them
+        freeze_imports()
         ranks, where = join(device, sp=sp, dp=dp)
         quiet = quiet or not ranks.first
         memory = room(self.folder, dtype, where) if dry_run else None  # before the model is loaded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import shlex
@@ -15,6 +14,7 @@ import typer
 
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_on, show_plans, show_training
+from longnet_cli.cli.garbage import freeze_imports
 from longnet_cli.cli.nproc import ask_hub, launch
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, bare_or, option, read_pattern, size_option
 from longnet_cli.cli.output import printable
@@ -182,7 +182,7 @@ def train(
 
         show_plans(plan_training(found, find_machine(on)), format, "training")
         return
-    gc.freeze()  # torch's objects, which stay
+    freeze_imports()
     ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
     found = settle_chunk(found, where, ranks)
     if dry_run:
