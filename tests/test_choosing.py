@@ -18,7 +18,17 @@ from strategies import Choice, chosen_choices, cuts, split, turn
 from test_options_of_patterns import assert_close, run, turning
 from torch import Tensor
 
-from longnet_cli.attention import KVCache, Past, Pattern, choosing, dilated_attention, groups, past, reference
+from longnet_cli.attention import (
+    KVCache,
+    LayerVotes,
+    Past,
+    Pattern,
+    choosing,
+    dilated_attention,
+    groups,
+    past,
+    reference,
+)
 from longnet_cli.attention.choosing import Chosen
 from longnet_cli.attention.groups import GroupedPart, Groups, groups_of
 from longnet_cli.attention.reference import chosen_blocks, dilated_attention_reference
@@ -74,6 +84,18 @@ def test_chooses_in_stages_what_the_reference_chooses(every: int, voters: int) -
         found = choice_of(*asked)
         assert found == chosen_blocks(*asked)
     assert found != choice_of(*asked)
+
+
+@given(choice=chosen_choices())
+def test_layers_that_pass_on_their_votes_equal_the_reference(choice: Choice) -> None:
+    """Of three layers, the second one has no votes."""
+    votes: choosing.Votes = {}
+    expected: reference.Scores = {}
+    for layer in (0, 2, 3):
+        inputs = replace(choice, seed=choice.seed + layer).qkv()
+        options = turning(choice)
+        found = run(dilated_attention, inputs, choice.pattern, **options, votes=LayerVotes(votes, layer))
+        assert_close(found, run(dilated_attention_reference, inputs, choice.pattern, **options, votes=expected), 1e-12)
 
 
 @given(choice=chosen_choices())
@@ -181,7 +203,7 @@ def test_only_the_best_of_many_blocks_are_compared() -> None:
 
     def expected() -> list[int]:
         voters, keys = q[0, start - 7 : start + 1], k[0, 8:near].expand(-1, 2, -1)
-        return [0, *reference._voted(voters, keys, pattern, 1.0)]
+        return [0, *reference._voted(voters, keys, pattern, 1.0, {})]
 
     with funnel((1, 512)):
         assert choose() == expected() != [0, 300, 301]

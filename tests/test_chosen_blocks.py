@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow as pa
 import pytest
@@ -17,12 +18,14 @@ from conftest import RunLongnet
 from test_generating import native
 from torch import Tensor
 
-from longnet_cli.attention import Pattern
-from longnet_cli.attention.choosing import Chosen
+from longnet_cli.attention import Pattern, choosing
+from longnet_cli.attention.choosing import Chosen, Scored
 from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.generating import generate
+from longnet_cli.model_folder import ModelFolder
+from longnet_cli.notation import parse_pattern
 from longnet_cli.runtime.chunks import CausalStream
 from longnet_cli.sources import Sources
 
@@ -35,12 +38,13 @@ BOOK = "The key of the red fox is 48213, and that of the dog is 77. " * 6
 def test_the_passages_that_the_answer_chose(saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks 0 and 1 are always chosen; 2 and 3 before the answer; in it, 12, and 9 or 10, which are one passage."""
 
-    def drawn(_: Chosen, q: Tensor, row: int, part: GroupedPart, *more: object) -> Tensor:
+    def drawn(_: Chosen, q: Tensor, row: int, part: GroupedPart, *more: object) -> Scored:
         first, number, *_ = part.groups
-        answer = [0, 1, 9 + (first // 4 % 2), 12]
-        return torch.tensor([answer if group >= 200 else [0, 1, 2, 3] for group in range(first, first + 4 * number, 4)])
+        answer = [1, 9 + (first // 4 % 2), 12]
+        found = [answer if group >= 200 else [1, 2, 3] for group in range(first, first + 4 * number, 4)]
+        return Scored(torch.tensor(found) - 1, torch.ones(number, 3))
 
-    monkeypatch.setattr(Chosen, "_voted", lambda *given: drawn(*given).int())
+    monkeypatch.setattr(Chosen, "_voted", drawn)
     net = native(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4))
     stream = CausalStream(net)
     text = "aé" * 66 + "z" * 2  # 200 bytes, of which three make "aé"
@@ -120,3 +124,18 @@ def test_the_file_of_chosen_blocks(build: Any, run_longnet: RunLongnet, tmp_path
     ):
         done = run_longnet("score", "a.txt", "--model", str(model), "--pattern", PATTERN, "--chosen", "x.arrow", *more)
         assert (done.returncode, message in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("build", [tiny_model, tiny_llama])
+def test_a_layer_adds_to_the_votes_of_the_layer_before(build: Any, tmp_path: Path) -> None:
+    net = (
+        ModelFolder.find(str(build(tmp_path / "model", **({} if build is tiny_llama else {"position": "rope"}))))
+        .net(pattern=parse_pattern(PATTERN))
+        .double()
+    )
+    ids = torch.from_numpy(WORDS.encode(BOOK)).long()[None, :256]
+    with torch.no_grad():
+        whole, stream = net(ids), CausalStream(net)
+        torch.testing.assert_close(torch.cat([stream(part) for part in ids.split(90, 1)], 1), whole)
+        with patch.object(choosing, "CARRIED", 0.0):
+            assert not torch.allclose(net(ids), whole)

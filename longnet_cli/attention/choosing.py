@@ -5,7 +5,9 @@ start at n, and the blocks before n are candidates. Block 0 is always seen. The 
 
     means    of MEAN_OF neighbouring keys, un-rotated: what a block is compared by
     votes    of the VOTERS queries that end with the group's first, un-rotated, of every head: for each, the softmax of
-             its scores with all means. A block's score is the mean of its share; 0.99 of its predecessor's, if more
+             its scores with all means. A block's score is the root mean square of its share, so that a few sure heads
+             count more than many that guess; 0.99 of its predecessor's, if more. What the layer before has chosen
+             gets a part of its score there besides (`LayerVotes`)
     choice   the blocks with the highest scores. If there are many, coarser means and every second voter decide first
              which are compared
 
@@ -31,7 +33,7 @@ from .branches import Branch
 from .groups import GroupedPart, Stage, stages
 from .merging import GradientSum, Merge, accumulator, strided_view
 from .past import Means, Past, unrotated
-from .pattern import NEIGHBOUR, VOTERS, Pattern
+from .pattern import CARRIED, NEIGHBOUR, VOTERS, Pattern
 from .plain_call import Kernel
 from .rows import Rows
 from .sinks import Turn
@@ -43,17 +45,59 @@ GATHERED = 1 << 20  # numbers of gathered keys that exist at a time: 4 MiB in fp
 SCORES = 1 << 20  # and of scores of votes
 
 
+class Scored(NamedTuple):
+    """The candidates (groups, m) that groups have chosen, ascending, and their scores (groups, m)."""
+
+    candidates: Tensor
+    scores: Tensor
+
+
+Call = list[list[Scored] | None]  # of each part, the rows of the batch; None for parts without votes
+Votes = dict[tuple[int, int], Call]  # by layer and place: what the layers of a forward pass have chosen
+
+
+class LayerVotes(NamedTuple):
+    """The votes of a forward pass, for one call of one layer.
+
+    A dict may serve many passes, one after the other, and layers that are computed again. `place` tells calls of one
+    layer apart. Layers come in order; some may not vote.
+    """
+
+    votes: Votes
+    layer: int
+    place: int = 0
+
+    def before(self) -> Call | None:
+        """Return what the layer before has chosen."""
+        keys = ((layer, self.place) for layer in reversed(range(self.layer)))
+        key = next((key for key in keys if key in self.votes), None)
+        if key is None:
+            return None
+        # layers are computed again for gradients only
+        return self.votes.pop(key) if torch.is_inference_mode_enabled() else self.votes[key]
+
+    def leave(self, call: Call) -> None:
+        """Leave the choice of this layer to the next one."""
+        self.votes[self.layer, self.place] = call
+
+
 class Chosen:
     """The chosen blocks of one call of `dilated_attention`, for all `parts` of its batch.
 
     `choose` comes first; `merge` and `gradients` attend to what was chosen. `blocks` holds the choice for each part
-    and row: (groups, m) int32, ascending. `past` holds the tokens before the shard, if there are any.
+    and row: (groups, m) int32, ascending. `past` holds the tokens before the shard, if there are any, and `votes` those
+    of the layer before.
     """
 
     def __init__(
-        self, pattern: Pattern, parts: Sequence[GroupedPart], turn: Turn | None, past: Past | None = None
+        self,
+        pattern: Pattern,
+        parts: Sequence[GroupedPart],
+        turn: Turn | None,
+        past: Past | None = None,
+        votes: LayerVotes | None = None,
     ) -> None:
-        self.pattern, self.parts, self.turn, self.past = pattern, parts, turn, past
+        self.pattern, self.parts, self.turn, self.past, self.votes = pattern, parts, turn, past, votes
         self.blocks: list[list[Tensor]] = []
 
     @torch.no_grad()
@@ -66,9 +110,11 @@ class Chosen:
             if kept is not None and self.past.position in kept:
                 self.blocks = kept[self.past.position]
                 return
+        own: Call = [None] * len(self.parts)
+        earlier = (self.votes and self.votes.before()) or own
         found: dict[tuple[int, int], Means] = {}  # by first row and first token of a document
         last = {(part.rows.start, part.columns.start): part.groups.near for part in self.parts}
-        for part in self.parts:
+        for number, part in enumerate(self.parts):
             rows = range(part.rows.start, part.rows.stop)
             blocks = part.groups.near // self.pattern.chosen_block
             group = part.groups.first // self.pattern.chosen_every * self.pattern.chosen_every
@@ -82,12 +128,20 @@ class Chosen:
             place = rows.start, part.columns.start
             if place not in found:
                 found[place] = self._means(k[part.rows, part.columns], part, last[place])
-            chosen = [self._voted(q[row, part.columns], row, part, found[place], scale) for row in rows]
+            before: Sequence[Scored | None] = earlier[number] or [None] * len(rows)
+            scored = [
+                self._voted(q[row, part.columns], row, part, found[place], scale, votes)
+                for row, votes in zip(rows, before, strict=True)
+            ]
+            own[number] = scored
+            chosen = [torch.cat([x.new_zeros(len(x), 1), x + 1], 1).int() for x, _ in scored]
             if open_group and len(rows) == len(q):
                 open_group.held = group, chosen
             self.blocks.append(chosen)
             if self.past and not part.columns.start and group >= part.start:  # each group once
                 self.past.count(part, chosen, len(q))
+        if self.votes:
+            self.votes.leave(own)
         if self.past and kept is not None:
             kept[self.past.position] = self.blocks
         if self.past and self.past.on_choice:
@@ -157,8 +211,10 @@ class Chosen:
             past.means.write(part.rows, past.blocks.number, keys, self.turn)
         return past.means
 
-    def _voted(self, q: Tensor, row: int, part: GroupedPart, means: Means, scale: float) -> Tensor:
-        """Return the blocks (groups, m) that each group sees, by the votes of q (N, H, D), tokens of the document."""
+    def _voted(
+        self, q: Tensor, row: int, part: GroupedPart, means: Means, scale: float, earlier: Scored | None
+    ) -> Scored:
+        """Return the candidates that each group sees, by the votes of q (N, H, D), tokens of the document."""
         number, every = part.groups.number, self.pattern.chosen_every
         start = part.groups.first // every * every
         step = min(every, VOTERS)  # groups that are closer share voters
@@ -181,13 +237,13 @@ class Chosen:
         found = []
         for first in range(0, number, size):
             some = voters[first * step : (min(first + size, number) - 1) * step + VOTERS]
-            found.append(_chosen(some, step, funnel))
-        chosen = torch.cat(found).int() + 1
-        return torch.cat([chosen.new_zeros(number, 1), chosen], 1)
+            carried = earlier and Scored(*(x[first : first + size] for x in earlier))
+            found.append(_chosen(some, step, funnel, carried))
+        return found[0] if len(found) == 1 else Scored(*(torch.cat(x) for x in zip(*found, strict=True)))
 
 
-def _chosen(voters: Tensor, step: int, funnel: Sequence[tuple[Tensor, Stage]]) -> Tensor:
-    """Return the candidates (groups, number) with the highest scores, in order; the first one is 0.
+def _chosen(voters: Tensor, step: int, funnel: Sequence[tuple[Tensor, Stage]], before: Scored | None) -> Scored:
+    """Return the candidates with the highest scores, in order; the first one is 0.
 
     The voters (n, H, D) of a group are VOTERS rows, and each next group's start `step` rows later. Each stage of the
     funnel has mean keys of all candidates (K, C, means, D).
@@ -202,26 +258,31 @@ def _chosen(voters: Tensor, step: int, funnel: Sequence[tuple[Tensor, Stage]]) -
             some = means.new_empty(len(means), len(own), *means.shape[2:])
             for x, into in zip(means, some, strict=True):
                 torch.index_select(x, 0, own, out=into)
-            shares = _shares(voters[group * step :][every - 1 : VOTERS : every], some.flatten(1, 2))
-            score[own] = shares.sum(0).unflatten(0, some.shape[1:3]).sum(1) / stage.voters
+            shares = _shares(voters[group * step :][every - 1 : VOTERS : every], some)
+            score[own] = (shares.sum(0) / stage.voters).sqrt()
         scores = _next_too(scores)
-    return _best(scores, stage.blocks)
+    if before:
+        scores.scatter_add_(1, before.candidates, CARRIED * before.scores)
+    chosen = _best(scores, stage.blocks)
+    return Scored(chosen, scores.gather(1, chosen))
 
 
 def _votes(voters: Tensor, step: int, means: Tensor, number: int) -> Tensor:
-    """Return the mean votes (groups, C) of `number` of each group's voters, evenly spaced, as `_chosen` has them."""
+    """Return the votes (groups, C) of `number` of each group's voters, evenly spaced, as `_chosen` has them."""
     groups, every = (len(voters) - VOTERS) // step + 1, VOTERS // number
     thin = gcd(step, every)  # those between are voters of no group
-    shares = _shares(voters[thin - 1 :: thin], means.flatten(1, 2)).unflatten(1, means.shape[1:3]).sum(2)
+    shares = _shares(voters[thin - 1 :: thin], means)
     places = range(every // thin - 1, VOTERS // thin, every // thin)
-    return sum(shares[place :: step // thin][:groups] for place in places) / number
+    squares = sum((shares[place :: step // thin][:groups] for place in places), shares.new_zeros(()))
+    return (squares / number).sqrt()
 
 
 def _shares(voters: Tensor, means: Tensor) -> Tensor:
-    """Return each voter's softmax over means (K, M, D), averaged over its heads: (n, M) for voters (n, H, D)."""
+    """Return the mean square over the heads of voters (n, H, D) of each block's share, (n, C); means (K, C, m, D)."""
     by_head = voters.unflatten(1, (len(means), -1)).transpose(0, 1)  # (K, n, H / K, D)
-    scores = by_head.flatten(1, 2) @ means.mT
-    return scores.softmax(-1).unflatten(1, by_head.shape[1:3]).sum(2).sum(0) / voters.shape[1]
+    scores = by_head.flatten(1, 2) @ means.flatten(1, 2).mT
+    shares = scores.softmax(-1).unflatten(2, means.shape[1:3]).sum(3).square_()
+    return shares.unflatten(1, by_head.shape[1:3]).sum(2).sum(0) / voters.shape[1]
 
 
 def _next_too(scores: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .groups import stages
-from .pattern import NEIGHBOUR, VOTERS, Padding, Pattern
+from .pattern import CARRIED, NEIGHBOUR, VOTERS, Padding, Pattern
 from .sinks import Turn
 
 
@@ -26,6 +26,7 @@ def dilated_attention_reference(
     scale: float | None = None,
     turn: Turn | None = None,
     level_bias: Tensor | None = None,
+    votes: Scores | None = None,
 ) -> Tensor:
     """Return dilated attention of (batch, tokens, heads, head_dim) tensors, in O(tokens^2) memory; differentiable.
 
@@ -46,7 +47,7 @@ def dilated_attention_reference(
                 out = out.index_put((torch.tensor(b), torch.arange(n)), alone[0])
         return out
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    choice = chosen_blocks(q, k, pattern, scale, turn) if pattern.chosen else []
+    choice = chosen_blocks(q, k, pattern, scale, turn, votes) if pattern.chosen else []
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     if pattern.learned_bias is not None and level_bias is None:
         level_bias = q.new_full((len(pattern.levels) - 1, q.shape[2]), pattern.learned_bias)
@@ -83,14 +84,19 @@ def dilated_attention_reference(
     return torch.einsum("bhnm,bmhd->bnhd", weights[..., :-1], v)
 
 
+Scores = dict[tuple[int, int], dict[int, float]]  # by row and first query of a group: the scores of chosen blocks
+
+
 @torch.no_grad()
 def chosen_blocks(
-    q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: Turn | None
+    q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: Turn | None, votes: Scores | None = None
 ) -> list[tuple[int, range, list[int]]]:
     """Return (row of the batch, its queries, the blocks that they see) for each group of queries that sees blocks.
 
-    q (B, N, H, D) and k (B, N, K, D) are rotated, if at all, by `turn`.
+    q (B, N, H, D) and k (B, N, K, D) are rotated, if at all, by `turn`. `votes` are those of the layer before, and
+    become those of this layer.
     """
+    votes = {} if votes is None else votes
     w, b, every, size = pattern.segment_lengths[0], pattern.look_backs[0], pattern.chosen_every, pattern.chosen_block
     tokens = q.shape[1]
     if turn:  # un-rotated: by minus the position
@@ -101,14 +107,21 @@ def chosen_blocks(
         near = max(0, (start // w - b) * w)
         blocks = list(range(near // size))
         if len(blocks) > pattern.chosen:
-            blocks = [0, *_voted(q[row, start - VOTERS + 1 : start + 1], k[row, size:near], pattern, scale)]
+            voters, keys = q[row, start - VOTERS + 1 : start + 1], k[row, size:near]
+            votes[row, start] = _voted(voters, keys, pattern, scale, votes.get((row, start), {}))
+            blocks = [0, *votes[row, start]]
         if blocks:
             found.append((row, range(start, min(start + every, tokens)), blocks))
     return found
 
 
-def _voted(voters: Tensor, keys: Tensor, pattern: Pattern, scale: float) -> list[int]:
-    """Return the blocks, in order, that voters (VOTERS, H, D) choose among those of keys (n, H, D), from block 1 on."""
+def _voted(
+    voters: Tensor, keys: Tensor, pattern: Pattern, scale: float, before: Mapping[int, float]
+) -> dict[int, float]:
+    """Return the blocks that voters (VOTERS, H, D) choose among those of keys (n, H, D), in order, and their scores.
+
+    The keys start with those of block 1. `before` are the blocks that the layer before has chosen.
+    """
 
     def votes(candidates: list[int], number: int, every: int) -> list[float]:
         """Return a score for each block: `number` means of each, compared by the last of `every` voters in a row.
@@ -117,7 +130,7 @@ def _voted(voters: Tensor, keys: Tensor, pattern: Pattern, scale: float) -> list
         """
         means = keys.unflatten(0, (len(blocks), number, -1)).mean(2)[candidates]
         scores = torch.einsum("vhd,cmhd->vhcm", voters[every - 1 :: every], means) * scale
-        shares = scores.logsumexp(-1).softmax(-1).mean((0, 1))
+        shares = scores.logsumexp(-1).softmax(-1).square().mean((0, 1)).sqrt()
         own = torch.zeros(len(blocks)).to(shares).index_put((torch.tensor(candidates),), shares).tolist()
         return [max(score, NEIGHBOUR * before) for before, score in zip([0.0, *own], own, strict=False)]
 
@@ -125,10 +138,14 @@ def _voted(voters: Tensor, keys: Tensor, pattern: Pattern, scale: float) -> list
         return sorted(sorted(blocks, key=lambda block: -scores[block])[:number])  # stable: the earlier one of equals
 
     blocks = [*range(len(keys) // pattern.chosen_block)]
+    *coarse, last = stages(pattern, len(blocks))
     candidates = blocks
-    for stage in stages(pattern, len(blocks)):
+    for stage in coarse:
         candidates = best(votes(candidates, stage.means, VOTERS // stage.voters), stage.blocks)
-    return [1 + block for block in candidates]
+    scores = votes(candidates, last.means, 1)
+    for block, score in before.items():
+        scores[block - 1] += CARRIED * score
+    return {1 + block: scores[block] for block in best(scores, last.blocks)}
 
 
 def key_counts(
