@@ -128,11 +128,9 @@ def test_the_file_of_chosen_blocks(build: Any, run_longnet: RunLongnet, tmp_path
 
 @pytest.mark.parametrize("build", [tiny_model, tiny_llama])
 def test_a_layer_adds_to_the_votes_of_the_layer_before(build: Any, tmp_path: Path) -> None:
-    net = (
-        ModelFolder.find(str(build(tmp_path / "model", **({} if build is tiny_llama else {"position": "rope"}))))
-        .net(pattern=parse_pattern(PATTERN))
-        .double()
-    )
+    options = {"position": "rope"} if build is tiny_model else {}
+    folder = ModelFolder.find(str(build(tmp_path / "model", **options)))
+    net = folder.net(pattern=parse_pattern(PATTERN)).double()
     ids = torch.from_numpy(WORDS.encode(BOOK)).long()[None, :256]
     with torch.no_grad():
         whole, stream = net(ids), CausalStream(net)
