@@ -59,8 +59,8 @@ Votes = dict[tuple[int, int], Call]  # by layer and place: what the layers of a 
 class LayerVotes(NamedTuple):
     """The votes of a forward pass, for one call of one layer.
 
-    A dict may serve many passes, one after the other, and layers that are computed again. `place` tells calls of one
-    layer apart. Layers come in order; some may not vote.
+    `place` tells the calls of a layer apart. Layers come in order; some may not vote. The dict may serve many passes,
+    one after the other, and layers that are computed again for gradients.
     """
 
     votes: Votes
@@ -73,11 +73,12 @@ class LayerVotes(NamedTuple):
         key = next((key for key in keys if key in self.votes), None)
         if key is None:
             return None
-        # layers are computed again for gradients only
         return self.votes.pop(key) if torch.is_inference_mode_enabled() else self.votes[key]
 
     def leave(self, call: Call) -> None:
-        """Leave the choice of this layer to the next one."""
+        """Leave the choice of this layer to the next one. What later layers have left is of an earlier pass."""
+        for key in [key for key in self.votes if key[0] > self.layer]:
+            del self.votes[key]
         self.votes[self.layer, self.place] = call
 
 
