@@ -89,7 +89,7 @@ def test_chooses_in_stages_what_the_reference_chooses(every: int, voters: int) -
 @given(choice=chosen_choices())
 def test_layers_that_pass_on_their_votes_equal_the_reference(choice: Choice) -> None:
     """Of three layers, the second one has no votes."""
-    votes: choosing.Votes = {}
+    votes = choosing.Votes()
     expected: reference.Scores = {}
     for layer in (0, 2, 3):
         inputs = replace(choice, seed=choice.seed + layer).qkv()

@@ -53,14 +53,22 @@ class Scored(NamedTuple):
 
 
 Call = list[list[Scored] | None]  # of each part, the rows of the batch; None for parts without votes
-Votes = dict[tuple[int, int], Call]  # by layer and place: what the layers of a forward pass have chosen
+
+
+class Votes:
+    """What the layers of a forward pass have chosen: `calls`, by layer and place.
+
+    It may serve many passes, one after the other, and layers that are computed again for gradients.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[tuple[int, int], Call] = {}
 
 
 class LayerVotes(NamedTuple):
     """The votes of a forward pass, for one call of one layer.
 
-    `place` tells the calls of a layer apart. Layers come in order; some may not vote. The dict may serve many passes,
-    one after the other, and layers that are computed again for gradients.
+    `place` tells the calls of a layer apart. Layers come in order; some may not vote.
     """
 
     votes: Votes
@@ -70,16 +78,17 @@ class LayerVotes(NamedTuple):
     def before(self) -> Call | None:
         """Return what the layer before has chosen."""
         keys = ((layer, self.place) for layer in reversed(range(self.layer)))
-        key = next((key for key in keys if key in self.votes), None)
+        key, calls = next((key for key in keys if key in self.votes.calls), None), self.votes.calls
         if key is None:
             return None
-        return self.votes.pop(key) if torch.is_inference_mode_enabled() else self.votes[key]
+        return calls.pop(key) if torch.is_inference_mode_enabled() else calls[key]
 
     def leave(self, call: Call) -> None:
         """Leave the choice of this layer to the next one. What later layers have left is of an earlier pass."""
-        for key in [key for key in self.votes if key[0] > self.layer]:
-            del self.votes[key]
-        self.votes[self.layer, self.place] = call
+        calls = self.votes.calls
+        for key in [key for key in calls if key[0] > self.layer]:
+            del calls[key]
+        calls[self.layer, self.place] = call
 
 
 class Chosen:

@@ -92,7 +92,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:  # transformers only warns, and keeps the old attention
         raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
-    votes: Votes = {}
+    votes = Votes()
     for module, turn in found.items():
         setattr(module, _TURN, turn)
         setattr(module, _VOTES, votes)

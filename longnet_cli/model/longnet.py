@@ -213,7 +213,7 @@ class LongNet(Net):
         if isinstance(lengths, Tensor) and not torch.compiler.is_compiling():
             lengths = lengths.tolist()  # waits for a GPU: once, not in every layer
         table, place = self.positions(x, start, documents), Placement(start, lengths, documents, total)
-        votes: Votes = {}
+        votes = Votes()
         for index, layer in enumerate(self.layers):
             if self.config.pattern.chosen:
                 place = place._replace(votes=LayerVotes(votes, index))
