@@ -5,11 +5,11 @@ start at n, and the blocks before n are candidates. Block 0 is always seen. The 
 
     means    of MEAN_OF neighbouring keys, un-rotated: what a block is compared by
     votes    of the VOTERS queries that end with the group's first, un-rotated, of every head: for each, the softmax of
-             its scores with all means. A block's score is the root mean square of its share, so that a few sure heads
-             count more than many that guess; 0.99 of its predecessor's, if more. What the layer before has chosen
-             gets a part of its score there besides (`LayerVotes`)
-    choice   the blocks with the highest scores. If there are many, coarser means and every second voter decide first
-             which are compared
+             its scores with all means. A block's score is the mean of its share; 0.99 of its predecessor's, if more
+    finds    the same with the mean of the share's third power, where a few sure heads count more than many that guess,
+             and 0.8 of what the layer before has found besides (`LayerVotes`): so later layers see it, too
+    choice   three quarters of the blocks by votes, the others by finds. If there are many candidates, coarser means and
+             every second voter decide first which are compared
 
 All heads see the same blocks, so a block is one piece of memory. The m blocks that a group sees stand right before n,
 without gaps: block j as if its first key stood at n - (m - j) B. The shift is one per block, and `turn` turns its keys.
@@ -33,7 +33,7 @@ from .branches import Branch
 from .groups import GroupedPart, Stage, stages
 from .merging import GradientSum, Merge, accumulator, strided_view
 from .past import Means, Past, unrotated
-from .pattern import CARRIED, NEIGHBOUR, VOTERS, Pattern
+from .pattern import CARRIED, FOUND, NEIGHBOUR, SURE, VOTERS, Pattern
 from .plain_call import Kernel
 from .rows import Rows
 from .sinks import Turn
@@ -46,7 +46,7 @@ SCORES = 1 << 20  # and of scores of votes
 
 
 class Scored(NamedTuple):
-    """The candidates (groups, m) that groups have chosen, ascending, and their scores (groups, m)."""
+    """The candidates (groups, n) that the layers so far were surest of, ascending, and their scores (groups, n)."""
 
     candidates: Tensor
     scores: Tensor
@@ -139,12 +139,12 @@ class Chosen:
             if place not in found:
                 found[place] = self._means(k[part.rows, part.columns], part, last[place])
             before: Sequence[Scored | None] = earlier[number] or [None] * len(rows)
-            scored = [
+            voted = [
                 self._voted(q[row, part.columns], row, part, found[place], scale, votes)
                 for row, votes in zip(rows, before, strict=True)
             ]
-            own[number] = scored
-            chosen = [torch.cat([x.new_zeros(len(x), 1), x + 1], 1).int() for x, _ in scored]
+            own[number] = [left for _, left in voted]
+            chosen = [torch.cat([x.new_zeros(len(x), 1), x + 1], 1).int() for x, _ in voted]
             if open_group and len(rows) == len(q):
                 open_group.held = group, chosen
             self.blocks.append(chosen)
@@ -223,8 +223,8 @@ class Chosen:
 
     def _voted(
         self, q: Tensor, row: int, part: GroupedPart, means: Means, scale: float, earlier: Scored | None
-    ) -> Scored:
-        """Return the candidates that each group sees, by the votes of q (N, H, D), tokens of the document."""
+    ) -> tuple[Tensor, Scored]:
+        """Return what `_chosen` does for all groups, by the votes of q (N, H, D), tokens of the document."""
         number, every = part.groups.number, self.pattern.chosen_every
         start = part.groups.first // every * every
         step = min(every, VOTERS)  # groups that are closer share voters
@@ -249,55 +249,67 @@ class Chosen:
             some = voters[first * step : (min(first + size, number) - 1) * step + VOTERS]
             carried = earlier and Scored(*(x[first : first + size] for x in earlier))
             found.append(_chosen(some, step, funnel, carried))
-        return found[0] if len(found) == 1 else Scored(*(torch.cat(x) for x in zip(*found, strict=True)))
+        chosen, left = zip(*found, strict=True)
+        return torch.cat(chosen), Scored(*(torch.cat(x) for x in zip(*left, strict=True)))
 
 
-def _chosen(voters: Tensor, step: int, funnel: Sequence[tuple[Tensor, Stage]], before: Scored | None) -> Scored:
-    """Return the candidates with the highest scores, in order; the first one is 0.
+def _chosen(
+    voters: Tensor, step: int, funnel: Sequence[tuple[Tensor, Stage]], before: Scored | None
+) -> tuple[Tensor, Scored]:
+    """Return the candidates (groups, number) that are seen, ascending, and what the next layer gets to know.
 
     The voters (n, H, D) of a group are VOTERS rows, and each next group's start `step` rows later. Each stage of the
-    funnel has mean keys of all candidates (K, C, means, D).
+    funnel has mean keys of all candidates (K, C, means, D). The first candidate is 0.
     """
     (means, stage), *others = funnel
-    scores = _next_too(_votes(voters, step, means, stage.voters))
+    votes = _votes(voters, step, means, stage.voters, not others)
     for means, finer in others:
-        kept, stage = _best(scores, stage.blocks), finer
-        every = VOTERS // stage.voters
-        scores.zero_()
-        for group, (own, score) in enumerate(zip(kept, scores, strict=True)):  # one at a time stays in a cache
+        kept, stage = _best(votes[0], stage.blocks), finer
+        every, last = VOTERS // stage.voters, finer is others[-1][1]
+        votes = votes.new_zeros(1 + last, *votes.shape[1:])
+        for group, own in enumerate(kept):  # one at a time stays in a cache
             some = means.new_empty(len(means), len(own), *means.shape[2:])
             for x, into in zip(means, some, strict=True):
                 torch.index_select(x, 0, own, out=into)
-            shares = _shares(voters[group * step :][every - 1 : VOTERS : every], some)
-            score[own] = (shares.sum(0) / stage.voters).sqrt()
-        scores = _next_too(scores)
+            votes[:, group, own] = _shares(voters[group * step :][every - 1 : VOTERS : every], some, last).mean(1)
+        votes = _scores(votes)
+    scores, found = votes
     if before:
-        scores.scatter_add_(1, before.candidates, CARRIED * before.scores)
-    chosen = _best(scores, stage.blocks)
-    return Scored(chosen, scores.gather(1, chosen))
+        found.scatter_add_(1, before.candidates, CARRIED * before.scores)
+    best = _best(found, min(2 * stage.blocks, found.shape[1]))
+    left = Scored(best, found.gather(1, best))
+    more = (stage.blocks + 1) // FOUND
+    own = _best(scores, stage.blocks - more)
+    rest = _best(found.scatter(1, own, float("-inf")), more)
+    return torch.cat([own, rest], 1).sort(1).values, left
 
 
-def _votes(voters: Tensor, step: int, means: Tensor, number: int) -> Tensor:
-    """Return the votes (groups, C) of `number` of each group's voters, evenly spaced, as `_chosen` has them."""
+def _votes(voters: Tensor, step: int, means: Tensor, number: int, last: bool) -> Tensor:
+    """Return the votes of `number` of each group's voters, evenly spaced, as `_chosen` has them."""
     groups, every = (len(voters) - VOTERS) // step + 1, VOTERS // number
     thin = gcd(step, every)  # those between are voters of no group
-    shares = _shares(voters[thin - 1 :: thin], means)
+    shares = _shares(voters[thin - 1 :: thin], means, last)
     places = range(every // thin - 1, VOTERS // thin, every // thin)
-    squares = sum((shares[place :: step // thin][:groups] for place in places), shares.new_zeros(()))
-    return (squares / number).sqrt()
+    total = sum((shares[:, place :: step // thin][:, :groups] for place in places), shares.new_zeros(()))
+    return _scores(total / number)
 
 
-def _shares(voters: Tensor, means: Tensor) -> Tensor:
-    """Return the mean square over the heads of voters (n, H, D) of each block's share, (n, C); means (K, C, m, D)."""
+def _shares(voters: Tensor, means: Tensor, last: bool) -> Tensor:
+    """Return the mean share of each block over the heads of voters (n, H, D), (1, n, C); means (K, C, m, D).
+
+    In the `last` stage, add the mean of its powers: (2, n, C).
+    """
     by_head = voters.unflatten(1, (len(means), -1)).transpose(0, 1)  # (K, n, H / K, D)
     scores = by_head.flatten(1, 2) @ means.flatten(1, 2).mT
-    shares = scores.softmax(-1).unflatten(2, means.shape[1:3]).sum(3).square_()
-    return shares.unflatten(1, by_head.shape[1:3]).sum(2).sum(0) / voters.shape[1]
+    shares = scores.softmax(-1).unflatten(2, means.shape[1:3]).sum(3).unflatten(1, by_head.shape[1:3])
+    found = [shares, shares**SURE] if last else [shares]
+    return torch.stack([x.sum(2).sum(0) for x in found]) / voters.shape[1]
 
 
-def _next_too(scores: Tensor) -> Tensor:
-    """Return scores (groups, C) in which the block after a good block is nearly as good."""
-    return torch.cat([scores[:, :1], torch.maximum(scores[:, 1:], NEIGHBOUR * scores[:, :-1])], 1)
+def _scores(votes: Tensor) -> Tensor:
+    """Return the scores (1 or 2, groups, C) of `_votes`: the block after a good block is nearly as good."""
+    scores = torch.cat([votes[:1], votes[1:] ** (1 / SURE)])
+    return torch.cat([scores[..., :1], torch.maximum(scores[..., 1:], NEIGHBOUR * scores[..., :-1])], -1)
 
 
 def _best(scores: Tensor, number: int) -> Tensor:

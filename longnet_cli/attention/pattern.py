@@ -38,7 +38,9 @@ FAR_BIAS = -2.0  # of `Pattern.nested`: with equal scores, a far key has a seven
 VOTERS = 8  # positions whose queries choose, those that end with the group's first
 MEAN_OF = 4  # keys per mean that a query is compared with
 NEIGHBOUR = 0.99  # share of a block's score that the next block has at least: text goes on there
-CARRIED = 0.8  # share of its score in the layer before that a block has besides its own: what one layer finds, all use
+FOUND = 4  # one block of so many is chosen because a few heads are sure of it, in this layer or in those before
+SURE = 3  # power of the shares there
+CARRIED = 0.8  # share of its score in the layer before that a block has there besides its own
 # (mean keys per block, blocks, voters): with more candidates than that, a stage with fewer means and voters first
 # chooses so many of them. Half of the voters choose 512 of 1,900 blocks as well as all do
 FUNNEL = ((1, 4096, 4), (4, 512, 4))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .groups import stages
-from .pattern import CARRIED, NEIGHBOUR, VOTERS, Padding, Pattern
+from .pattern import CARRIED, FOUND, NEIGHBOUR, SURE, VOTERS, Padding, Pattern
 from .sinks import Turn
 
 
@@ -84,7 +84,7 @@ def dilated_attention_reference(
     return torch.einsum("bhnm,bmhd->bnhd", weights[..., :-1], v)
 
 
-Scores = dict[tuple[int, int], dict[int, float]]  # by row and first query of a group: the scores of chosen blocks
+Scores = dict[tuple[int, int], dict[int, float]]  # by row and first query of a group: finds, by candidate
 
 
 @torch.no_grad()
@@ -108,8 +108,8 @@ def chosen_blocks(
         blocks = list(range(near // size))
         if len(blocks) > pattern.chosen:
             voters, keys = q[row, start - VOTERS + 1 : start + 1], k[row, size:near]
-            votes[row, start] = _voted(voters, keys, pattern, scale, votes.get((row, start), {}))
-            blocks = [0, *votes[row, start]]
+            voted, votes[row, start] = _voted(voters, keys, pattern, scale, votes.get((row, start), {}))
+            blocks = [0, *voted]
         if blocks:
             found.append((row, range(start, min(start + every, tokens)), blocks))
     return found
@@ -117,20 +117,20 @@ def chosen_blocks(
 
 def _voted(
     voters: Tensor, keys: Tensor, pattern: Pattern, scale: float, before: Mapping[int, float]
-) -> dict[int, float]:
-    """Return the blocks that voters (VOTERS, H, D) choose among those of keys (n, H, D), in order, and their scores.
+) -> tuple[list[int], dict[int, float]]:
+    """Return the blocks that voters (VOTERS, H, D) choose among those of keys (n, H, D), from block 1 on, in order.
 
-    The keys start with those of block 1. `before` are the blocks that the layer before has chosen.
+    Also the finds for the next layer; `before` has those of the layer before.
     """
 
-    def votes(candidates: list[int], number: int, every: int) -> list[float]:
+    def votes(candidates: list[int], number: int, every: int, power: int = 1) -> list[float]:
         """Return a score for each block: `number` means of each, compared by the last of `every` voters in a row.
 
         Those that are no candidates get no vote.
         """
         means = keys.unflatten(0, (len(blocks), number, -1)).mean(2)[candidates]
         scores = torch.einsum("vhd,cmhd->vhcm", voters[every - 1 :: every], means) * scale
-        shares = scores.logsumexp(-1).softmax(-1).square().mean((0, 1)).sqrt()
+        shares = scores.logsumexp(-1).softmax(-1).pow(power).mean((0, 1)) ** (1 / power)
         own = torch.zeros(len(blocks)).to(shares).index_put((torch.tensor(candidates),), shares).tolist()
         return [max(score, NEIGHBOUR * before) for before, score in zip([0.0, *own], own, strict=False)]
 
@@ -142,10 +142,14 @@ def _voted(
     candidates = blocks
     for stage in coarse:
         candidates = best(votes(candidates, stage.means, VOTERS // stage.voters), stage.blocks)
-    scores = votes(candidates, last.means, 1)
+    scores, finds = votes(candidates, last.means, 1), votes(candidates, last.means, 1, SURE)
     for block, score in before.items():
-        scores[block - 1] += CARRIED * score
-    return {1 + block: scores[block] for block in best(scores, last.blocks)}
+        finds[block] += CARRIED * score
+    left = {block: finds[block] for block in best(finds, 2 * last.blocks)}
+    more = pattern.chosen // FOUND
+    own = best(scores, last.blocks - more)
+    others = best([-1.0 if block in own else score for block, score in enumerate(finds)], more)
+    return [1 + block for block in sorted([*own, *others])], left
 
 
 def key_counts(
