@@ -45,18 +45,18 @@ GATHERED = 1 << 20  # numbers of gathered keys that exist at a time: 4 MiB in fp
 SCORES = 1 << 20  # and of scores of votes
 
 
-class Scored(NamedTuple):
+class Finds(NamedTuple):
     """The candidates (groups, n) that the layers so far were surest of, ascending, and their scores (groups, n)."""
 
     candidates: Tensor
     scores: Tensor
 
 
-Call = list[list[Scored] | None]  # of each part, the rows of the batch; None for parts without votes
+Call = list[list[Finds] | None]  # of each part, the rows of the batch; None where nobody has voted
 
 
 class Votes:
-    """What the layers of a forward pass have chosen: `calls`, by layer and place.
+    """What the layers of a forward pass have found: `calls`, by layer and place.
 
     It may serve many passes, one after the other, and layers that are computed again for gradients.
     """
@@ -76,7 +76,7 @@ class LayerVotes(NamedTuple):
     place: int = 0
 
     def before(self) -> Call | None:
-        """Return what the layer before has chosen."""
+        """Return what the layer before has found."""
         keys = ((layer, self.place) for layer in reversed(range(self.layer)))
         key, calls = next((key for key in keys if key in self.votes.calls), None), self.votes.calls
         if key is None:
@@ -84,7 +84,7 @@ class LayerVotes(NamedTuple):
         return calls.pop(key) if torch.is_inference_mode_enabled() else calls[key]
 
     def leave(self, call: Call) -> None:
-        """Leave the choice of this layer to the next one. What later layers have left is of an earlier pass."""
+        """Leave what this layer has found to the next one. What later layers have left is of an earlier pass."""
         calls = self.votes.calls
         for key in [key for key in calls if key[0] > self.layer]:
             del calls[key]
@@ -138,10 +138,10 @@ class Chosen:
             place = rows.start, part.columns.start
             if place not in found:
                 found[place] = self._means(k[part.rows, part.columns], part, last[place])
-            before: Sequence[Scored | None] = earlier[number] or [None] * len(rows)
+            before: Sequence[Finds | None] = earlier[number] or [None] * len(rows)
             voted = [
-                self._voted(q[row, part.columns], row, part, found[place], scale, votes)
-                for row, votes in zip(rows, before, strict=True)
+                self._voted(q[row, part.columns], row, part, found[place], scale, finds)
+                for row, finds in zip(rows, before, strict=True)
             ]
             own[number] = [left for _, left in voted]
             chosen = [torch.cat([x.new_zeros(len(x), 1), x + 1], 1).int() for x, _ in voted]
@@ -222,8 +222,8 @@ class Chosen:
         return past.means
 
     def _voted(
-        self, q: Tensor, row: int, part: GroupedPart, means: Means, scale: float, earlier: Scored | None
-    ) -> tuple[Tensor, Scored]:
+        self, q: Tensor, row: int, part: GroupedPart, means: Means, scale: float, earlier: Finds | None
+    ) -> tuple[Tensor, Finds]:
         """Return what `_chosen` does for all groups, by the votes of q (N, H, D), tokens of the document."""
         number, every = part.groups.number, self.pattern.chosen_every
         start = part.groups.first // every * every
@@ -247,15 +247,15 @@ class Chosen:
         found = []
         for first in range(0, number, size):
             some = voters[first * step : (min(first + size, number) - 1) * step + VOTERS]
-            carried = earlier and Scored(*(x[first : first + size] for x in earlier))
+            carried = earlier and Finds(*(x[first : first + size] for x in earlier))
             found.append(_chosen(some, step, funnel, carried))
         chosen, left = zip(*found, strict=True)
-        return torch.cat(chosen), Scored(*(torch.cat(x) for x in zip(*left, strict=True)))
+        return torch.cat(chosen), Finds(*(torch.cat(x) for x in zip(*left, strict=True)))
 
 
 def _chosen(
-    voters: Tensor, step: int, funnel: Sequence[tuple[Tensor, Stage]], before: Scored | None
-) -> tuple[Tensor, Scored]:
+    voters: Tensor, step: int, funnel: Sequence[tuple[Tensor, Stage]], before: Finds | None
+) -> tuple[Tensor, Finds]:
     """Return the candidates (groups, number) that are seen, ascending, and what the next layer gets to know.
 
     The voters (n, H, D) of a group are VOTERS rows, and each next group's start `step` rows later. Each stage of the
@@ -277,7 +277,7 @@ def _chosen(
     if before:
         found.scatter_add_(1, before.candidates, CARRIED * before.scores)
     best = _best(found, min(2 * stage.blocks, found.shape[1]))
-    left = Scored(best, found.gather(1, best))
+    left = Finds(best, found.gather(1, best))
     more = (stage.blocks + 1) // FOUND
     own = _best(scores, stage.blocks - more)
     rest = _best(found.scatter(1, own, float("-inf")), more)

@@ -135,8 +135,8 @@ def dilated_attention(
         differentiable. Without it, every segment sees the sinks as they are.
     level_bias: biases (levels - 1, H) of a pattern with learned ones, for the levels after the first; by default, all
         are the pattern's start value.
-    votes: what the layer before has chosen, and where this layer leaves its own choice. Without them, a layer chooses
-        for itself.
+    votes: what the layer before has found, and where this layer leaves what it finds. Without them, a layer chooses for
+        itself.
 
     Chosen blocks are moved by `turn` in the same way, and un-rotated by minus their positions (`choosing`). The choice
     of blocks has no gradient. A compiled graph breaks at them.
