@@ -44,14 +44,17 @@ REPEATED = "repeated="
 
 def longnet(result: Path, *words: object) -> dict[str, Any]:
     """Run a command, unless `result` exists. Return what this file then holds: its CPU `seconds` and its `output`."""
+    command = [*map(str, words)]
     if not result.exists():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "longnet_cli", *map(str, words)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        done = subprocess.run([sys.executable, "-m", "longnet_cli", *command], check=True, stdout=subprocess.PIPE)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        result.write_text(json.dumps({"seconds": seconds, "output": done.stdout.decode()}))
-    return json.loads(result.read_text())
+        result.write_text(json.dumps({"command": command, "seconds": seconds, "output": done.stdout.decode()}))
+    found = json.loads(result.read_text())
+    if found["command"] != command:
+        sys.exit(f"search: {result} is of other options: name another -o, or remove it")
+    return found
 
 
 def mix_with_repeated(args: argparse.Namespace, share: float) -> str:
