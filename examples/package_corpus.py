@@ -6,6 +6,12 @@
 A document is about 300 kB: the files of neighbouring folders of one package, one after the other, each under a comment
 with its path. The hash of a package's name decides whether the whole package is held out; one in sixteen is. Packages
 and versions depend on the environment: the ids in `train.jsonl` and `held_out.jsonl` name the packages.
+
+    pip download --no-deps --only-binary :all: -d wheels django twisted
+    python examples/package_corpus.py runs/packages wheels/*.whl
+
+With wheels, it only writes `wheels.jsonl`: from the middle of each package, one document of 86 kB, 25,000 to 30,000
+tokens.
 """
 
 from __future__ import annotations
@@ -14,10 +20,13 @@ import hashlib
 import json
 import sys
 import sysconfig
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 DOCUMENT_BYTES = 300_000
+WHEEL_BYTES = 86_000  # of a document of a wheel
 SMALLEST_PACKAGE = 20_000  # bytes; a smaller one makes no long document
 COPIES = ("pip", "setuptools")  # left out: they hold copies of other packages and of the standard library
 
@@ -36,8 +45,8 @@ def package_files(package: Path) -> Iterator[tuple[str, str]]:
             continue
 
 
-def documents(package: Path) -> Iterator[tuple[str, str]]:
-    """Yield (id, text) of documents of at least DOCUMENT_BYTES; the last one may be shorter."""
+def documents(package: Path, least: int = DOCUMENT_BYTES) -> Iterator[tuple[str, str]]:
+    """Yield (id, text) of documents of at least so many bytes; the last one may be shorter."""
     parts: list[str] = []
     size, first = 0, ""
     for name, text in package_files(package):
@@ -45,7 +54,7 @@ def documents(package: Path) -> Iterator[tuple[str, str]]:
             first = first or name
             parts.append(f"# {name}\n{text.rstrip()}\n\n")
             size += len(parts[-1])
-        if size >= DOCUMENT_BYTES:
+        if size >= least:
             yield first, "".join(parts)
             parts, size, first = [], 0, ""
     if parts:
@@ -56,12 +65,30 @@ def packages() -> list[Path]:
     """Return the folders of installed packages with enough source, sorted by name."""
     site = Path(sysconfig.get_path("purelib"))
     folders = (path for path in sorted(site.iterdir()) if path.is_dir() and path.name not in COPIES)
-    return [path for path in folders if sum(f.stat().st_size for f in path.rglob("*.py")) >= SMALLEST_PACKAGE]
+    return [path for path in folders if source_bytes(path) >= SMALLEST_PACKAGE]
 
 
-def main(folder: str) -> None:
+def source_bytes(package: Path) -> int:
+    """Return the size of a package's sources."""
+    return sum(path.stat().st_size for path in package.rglob("*.py"))
+
+
+def wheel_document(wheel: str) -> tuple[str, str]:
+    """Return (id, text) of a document of WHEEL_BYTES from the middle of a wheel's largest package."""
+    with tempfile.TemporaryDirectory() as folder:
+        zipfile.ZipFile(wheel).extractall(folder)
+        found = [*documents(max(Path(folder).iterdir(), key=source_bytes), WHEEL_BYTES)]
+    doc_id, text = found[(len(found) - 1) // 2]
+    return doc_id, text[:WHEEL_BYTES]
+
+
+def main(folder: str, *wheels: str) -> None:
     output = Path(folder)
     output.mkdir(parents=True, exist_ok=True)
+    if wheels:
+        rows = [json.dumps({"id": doc_id, "text": text}) + "\n" for doc_id, text in map(wheel_document, wheels)]
+        (output / "wheels.jsonl").write_text("".join(rows), encoding="utf-8")
+        return
     for name, held_out in (("train.jsonl", False), ("held_out.jsonl", True)):
         count = size = 0
         with (output / name).open("w", encoding="utf-8") as file:
@@ -73,6 +100,6 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python examples/package_corpus.py FOLDER")
-    main(sys.argv[1])
+    if len(sys.argv) < 2:
+        sys.exit("usage: python examples/package_corpus.py FOLDER [WHEEL...]")
+    main(*sys.argv[1:])

@@ -12,7 +12,7 @@ to find induction heads, which takes most of the training and says nothing about
 
 It writes one line of JSON per pattern, seed and distance: `pattern, seed, distance, reach, accuracy, chance, keys` (per
 query, on average over the second half of a sequence), `seen` (the share of positions at that distance that some head of
-a query sees) and `seconds` of training.
+a query sees; null for chosen blocks, which the content decides) and `seconds` of training.
 """
 
 from __future__ import annotations
@@ -127,15 +127,17 @@ def accuracy(net: Recaller, seed: int, tokens: int, distance: int, queries: int 
     return right / total
 
 
-def seen(pattern: Pattern, heads: int, tokens: int, distances: list[int]) -> tuple[float, list[float]]:
+def seen(pattern: Pattern, heads: int, tokens: int, distances: list[int]) -> tuple[float, list[float | None]]:
     """Return the keys per query, and for each distance the share of queries with a head that sees the value.
 
-    Both are means over the queries in the second half of a sequence.
+    Both are means over the queries in the second half of a sequence. With chosen blocks, nobody knows the shares.
     """
-    keys, found = 0.0, np.zeros(len(distances))
+    found = np.zeros(len(distances))
     counts = key_counts(pattern, heads, tokens, causal=True, start=0, padding="exact")[0] > 0
     queries = torch.arange(tokens // 2, tokens)
-    keys = float(counts[:, queries].sum(-1).float().mean())
+    keys = float(counts[:, queries].sum(-1).float().mean()) + pattern.chosen_keys
+    if pattern.chosen:
+        return keys, [None] * len(distances)
     for i, distance in enumerate(distances):
         late = queries[queries >= distance]
         found[i] = float(counts[:, late, late - distance + 1].any(0).float().mean())  # where the value stood

@@ -1,6 +1,6 @@
 """The scripts in examples/: the corpus of the shipped model, the Llama of transformers that is trained twice, the
-encoder that finds edited copies of files, patterns compared on a pretrained model, decoders timed, pass keys in
-prose, and the report of a GPU.
+encoder that finds edited copies of files, patterns compared on a pretrained model and by short fine-tunes, decoders
+timed, pass keys in prose, and the report of a GPU.
 
 pytest tests/test_examples.py
 """
@@ -11,20 +11,23 @@ import argparse
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from builders import tiny_llama
+from builders import tiny_llama, tiny_model
 from typer.testing import CliRunner
 
 from longnet_cli.cli.app import app
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.logprobs import write_token_logprobs
 from longnet_cli.model_folder import ModelFolder
@@ -77,6 +80,17 @@ def test_packages_become_long_documents_and_are_held_out_whole(tmp_path: Path, m
     assert (first["id"], second["id"]) == ("package0/a/one.py", "package0/b/three.py")
     assert first["text"].startswith("# package0/a/one.py\nx = 1\n")
     assert "# package0/a/two.py\n" in first["text"]
+
+
+def test_a_wheel_becomes_a_document_from_its_middle(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        for name in (*(f"a/{i}.py" for i in range(6)), "a-1.dist-info/b.py"):
+            wheel.writestr(name, f"# {name}\n" * 5_000)
+    imported(ROOT / "examples/package_corpus.py").main(str(tmp_path / "out"), str(tmp_path / "a.whl"))
+    (row,) = [json.loads(line) for line in (tmp_path / "out/wheels.jsonl").read_text().splitlines()]
+    assert row["id"] == "a/2.py"
+    assert len(row["text"]) == 86_000
+    assert "\n# a/3.py\n# a/3.py\n" in row["text"]
 
 
 def test_names_are_exchanged_where_they_stand_behind_a_form_feed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +189,54 @@ def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env
     assert sum(row["nats"] for row in rows[:3]) == pytest.approx(total["nll_sum"], rel=1e-6)
     table = [line for line in done.stderr.splitlines() if line.startswith("| `")]
     assert [line.split(" | ")[0] for line in table] == ["| `dense`", "| `window:16,sinks=2`"]
+
+
+def test_patterns_are_compared_by_short_fine_tunes(
+    tmp_path: Path, command_env: dict[str, str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative to the first row, over documents; windows say a passage again; what exists is not run again."""
+    model = tiny_model(tmp_path / "model", position="rope")
+    texts, rng = [tmp_path / f"{name}.txt" for name in "abc"], np.random.default_rng(0)
+    for path in texts:
+        path.write_bytes(rng.integers(97, 123, 900).astype(np.uint8).tobytes())
+    sizes = "dim = 16\nnum_layers = 2\nnum_heads = 2\nffn_dim = 32"
+    stages = "[train]\nstages = [{ seq_len = 8, steps = 1 }]\n"
+    model_table = f'[model]\npattern = "window:8"\nposition = "rope"\nvocab_size = 257\n{sizes}\n'
+    (tmp_path / "tiny.toml").write_text(f"{model_table}[data]\ntrain = {json.dumps([str(texts[0])])}\n{stages}")
+    output, rows = tmp_path / "out", ["window:8", "window:16 repeated=0.5 optimizer.lr=0.1"]
+    words = [*texts[1:], "-o", output, "--init", model, "--recipe", tmp_path / "tiny.toml", "--rows", *rows]
+    numbers = {"seeds": 0, "steps": 4, "seq-len": 540, "short": 8, "far": 16, "dtype": "fp32"}
+    words = [*map(str, words), *(f"--{name}={value}" for name, value in numbers.items())]
+    monkeypatch.setenv("PYTHONPATH", command_env["PYTHONPATH"])
+    search = imported(ROOT / "examples/search.py")
+    search.main(words)
+    found = capsys.readouterr().out
+    scored = {}
+    for path in output.glob("*.scored.json"):
+        scored[path.name] = json.loads(json.loads(path.read_text())["output"])["documents"]
+    first, second = (scored[name] for name in sorted(scored, reverse=True))
+    more = np.array([b["nll_sum"] - a["nll_sum"] for a, b in zip(first, second, strict=True)])
+    tokens = np.array([each["n_tokens"] for each in first])
+    expected = np.exp(more.sum() / tokens.sum())
+    spread = np.sqrt(2 * ((more - np.log(expected) * tokens) ** 2).sum()) / tokens.sum()
+    lines = [line.split(" | ") for line in found.splitlines()[2:4]]
+    assert [line[0] for line in lines] == [f"| `{row}`" for row in rows]
+    assert [line[5] for line in lines] == ["1.0000 +- 0.0000", f"{expected:.4f} +- {expected * spread:.4f}"]
+
+    documents = list(Inputs([output / "repeated.arrow"], Tokenizer.bytes()).documents())
+    assert [len(document) for document in documents] == [539] * 4 + [540]
+    for document in documents:
+        text = document.read(0, len(document)).astype(np.uint8).tobytes()
+        assert text[:60] in texts[0].read_bytes()
+        distances = {text.find(text[at : at + 6], at + 1) - at for at in range(500)}
+        assert len(said := [each for each in distances if each > 0]) == 1
+        assert 540 // 8 <= said[0] < 540 * 3 // 4
+    mix = json.loads(next(output.glob("*repeated*/recipe.json")).read_text())["data"]["mix"]
+    assert [source["weight"] for source in mix] == [1, 1]
+
+    shutil.rmtree(model)
+    search.main(words)
+    assert capsys.readouterr().out == found
 
 
 def test_decoders_take_turns(tmp_path: Path, command_env: dict[str, str]) -> None:
