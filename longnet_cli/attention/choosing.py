@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
-from .groups import GroupedPart, Stage, stages
+from .groups import ChoiceStage, GroupedPart, stages
 from .merging import GradientSum, Merge, accumulator, strided_view
 from .past import Means, Past, unrotated
 from .pattern import CARRIED, FOUND, NEIGHBOUR, SURE, VOTERS, Pattern
@@ -56,7 +56,7 @@ Call = list[list[Finds] | None]  # of each part, the rows of the batch; None whe
 
 
 class Votes:
-    """What the layers of a forward pass have found: `calls`, by layer and place.
+    """The finds of the layers of a forward pass: `calls`, by layer and place.
 
     It may serve many passes, one after the other, and layers that are computed again for gradients.
     """
@@ -254,7 +254,7 @@ class Chosen:
 
 
 def _chosen(
-    voters: Tensor, step: int, funnel: Sequence[tuple[Tensor, Stage]], before: Finds | None
+    voters: Tensor, step: int, funnel: Sequence[tuple[Tensor, ChoiceStage]], before: Finds | None
 ) -> tuple[Tensor, Finds]:
     """Return the candidates (groups, number) that are seen, ascending, and what the next layer gets to know.
 

@@ -31,7 +31,7 @@ class GroupedPart(NamedTuple):
     groups: Groups
 
 
-class Stage(NamedTuple):
+class ChoiceStage(NamedTuple):
     """A stage of a choice: `means` mean keys of a block are compared by `voters` voters, and `blocks` blocks remain."""
 
     means: int
@@ -56,12 +56,12 @@ def groups_of(pattern: Pattern, start: int, stop: int) -> Iterator[Groups]:
             yield Groups(end, 1, last - end, near)
 
 
-def stages(pattern: Pattern, candidates: float = inf) -> list[Stage]:
+def stages(pattern: Pattern, candidates: float = inf) -> list[ChoiceStage]:
     """Return the stages of a choice among so many blocks, the coarsest first."""
     finest = pattern.chosen_block // MEAN_OF
-    some = [Stage(*stage) for stage in FUNNEL if stage[0] < finest and finest % stage[0] == 0]
+    some = [ChoiceStage(*stage) for stage in FUNNEL if stage[0] < finest and finest % stage[0] == 0]
     first = [stage for stage in some if candidates > stage.blocks >= pattern.chosen]
-    return [*first, Stage(finest, pattern.chosen - 1, VOTERS)]
+    return [*first, ChoiceStage(finest, pattern.chosen - 1, VOTERS)]
 
 
 def comparisons(pattern: Pattern, stop: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What the garbage collector goes through: not what is imported, which stays."""
+"""Keep the garbage collector away from what is imported, which stays."""
 
 import atexit
 import gc
