@@ -169,15 +169,14 @@ def test_what_is_computed_again_sees_the_blocks_that_it_saw(
     """Blocks are drawn at random, others each time that a group asks; the whole graph asks once per group and layer."""
     asked: Counter[int] = Counter()
 
-    def drawn(_: Chosen, q: Tensor, row: int, part: GroupedPart, *more: object) -> Tensor:
+    def drawn(_: Chosen, q: Tensor, row: int, part: GroupedPart, *more: object) -> tuple[Tensor, None]:
         first, number, _, near = part.groups
         found = []
         for group in range(first, first + number * 4, 4):
             asked[group] += 1
             draws = torch.Generator().manual_seed(100 * group + asked[group])
-            candidates = 1 + torch.randperm(near // 8 - 1, generator=draws)
-            found.append(torch.cat([torch.zeros(1), candidates[:3].sort().values]).int())
-        return torch.stack(found)
+            found.append(torch.randperm(near // 8 - 1, generator=draws)[:3].sort().values)
+        return torch.stack(found), None
 
     monkeypatch.setattr(Chosen, "_voted", drawn)
     model = net(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)).to(dtype)
