@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longnet_cli.attention import (
     KVCache,
-    LayerVotes,
+    LayerFinds,
     Past,
     Pattern,
     choosing,
@@ -87,15 +87,15 @@ def test_chooses_in_stages_what_the_reference_chooses(every: int, voters: int) -
 
 
 @given(choice=chosen_choices())
-def test_layers_that_pass_on_their_votes_equal_the_reference(choice: Choice) -> None:
-    """Of three layers, the second one has no votes."""
-    votes = choosing.Votes()
+def test_layers_that_pass_on_their_finds_equal_the_reference(choice: Choice) -> None:
+    """Of three layers, the second one finds nothing."""
+    finds = choosing.Finds()
     expected: reference.Scores = {}
     for layer in (0, 2, 3):
         inputs = replace(choice, seed=choice.seed + layer).qkv()
         options = turning(choice)
-        found = run(dilated_attention, inputs, choice.pattern, **options, votes=LayerVotes(votes, layer))
-        assert_close(found, run(dilated_attention_reference, inputs, choice.pattern, **options, votes=expected), 1e-12)
+        found = run(dilated_attention, inputs, choice.pattern, **options, finds=LayerFinds(finds, layer))
+        assert_close(found, run(dilated_attention_reference, inputs, choice.pattern, **options, finds=expected), 1e-12)
 
 
 @given(choice=chosen_choices())

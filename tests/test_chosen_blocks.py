@@ -93,9 +93,8 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
 @pytest.mark.parametrize("build", [tiny_model, tiny_llama])
 def test_the_file_of_chosen_blocks(build: Any, run_longnet: RunLongnet, tmp_path: Path) -> None:
     """However documents are read, every token of every layer has its blocks, once, and they are the same."""
-    text = "".join(
-        f"The key of fox {n * n} is {7919 * n}. " for n in range(14)
-    )  # equal blocks would tie, but for rounding
+    # no two blocks are equal: they would tie, but for rounding
+    text = "".join(f"The key of fox {n * n} is {7919 * n}. " for n in range(14))
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text(text[:200])
     options = {"position": "rope"} if build is tiny_model else {}
@@ -130,7 +129,7 @@ def test_the_file_of_chosen_blocks(build: Any, run_longnet: RunLongnet, tmp_path
 
 
 @pytest.mark.parametrize("build", [tiny_model, tiny_llama])
-def test_a_layer_adds_to_the_votes_of_the_layer_before(build: Any, tmp_path: Path) -> None:
+def test_a_layer_sees_what_the_layer_before_has_found(build: Any, tmp_path: Path) -> None:
     options = {"position": "rope"} if build is tiny_model else {}
     folder = ModelFolder.find(str(build(tmp_path / "model", **options)))
     net = folder.net(pattern=parse_pattern(PATTERN)).double()

@@ -11,7 +11,7 @@ from .spans import SINKS, Span
 
 if TYPE_CHECKING:
     from .cache import KVCache
-    from .choosing import LayerVotes
+    from .choosing import LayerFinds
     from .dilated import FarKeys, dilated_attention, far_keys
     from .module import DilatedAttention
     from .past import Past
@@ -21,7 +21,7 @@ __all__ = [
     "DilatedAttention",
     "FarKeys",
     "KVCache",
-    "LayerVotes",
+    "LayerFinds",
     "Level",
     "Past",
     "Pattern",
@@ -34,7 +34,7 @@ _MODULES = {
     "DilatedAttention": "module",
     "FarKeys": "dilated",
     "KVCache": "cache",
-    "LayerVotes": "choosing",
+    "LayerFinds": "choosing",
     "Past": "past",
     "dilated_attention": "dilated",
     "far_keys": "dilated",

@@ -7,7 +7,7 @@ start at n, and the blocks before n are candidates. Block 0 is always seen. The 
     votes    of the VOTERS queries that end with the group's first, un-rotated, of every head: for each, the softmax of
              its scores with all means. A block's score is the mean of its share; 0.99 of its predecessor's, if more
     finds    the same with the mean of the share's third power, where a few sure heads count more than many that guess,
-             and 0.8 of what the layer before has found besides (`LayerVotes`): so later layers see it, too
+             and 0.8 of what the layer before has found besides (`LayerFinds`): so later layers see it, too
     choice   three quarters of the blocks by votes, the others by finds. If there are many candidates, coarser means and
              every second voter decide first which are compared
 
@@ -45,18 +45,18 @@ GATHERED = 1 << 20  # numbers of gathered keys that exist at a time: 4 MiB in fp
 SCORES = 1 << 20  # and of scores of votes
 
 
-class Finds(NamedTuple):
+class FoundBlocks(NamedTuple):
     """The candidates (groups, n) that the layers so far were surest of, ascending, and their scores (groups, n)."""
 
     candidates: Tensor
     scores: Tensor
 
 
-Call = list[list[Finds] | None]  # of each part, the rows of the batch; None where nobody has voted
+Call = list[list[FoundBlocks] | None]  # of each part, the rows of the batch; None where nobody has voted
 
 
-class Votes:
-    """The finds of the layers of a forward pass: `calls`, by layer and place.
+class Finds:
+    """The finds of all layers of a forward pass: `calls`, by layer and place.
 
     It may serve many passes, one after the other, and layers that are computed again for gradients.
     """
@@ -65,27 +65,27 @@ class Votes:
         self.calls: dict[tuple[int, int], Call] = {}
 
 
-class LayerVotes(NamedTuple):
-    """The votes of a forward pass, for one call of one layer.
+class LayerFinds(NamedTuple):
+    """The finds of a forward pass, for one call of one layer.
 
-    `place` tells the calls of a layer apart. Layers come in order; some may not vote.
+    `place` tells the calls of a layer apart. Layers come in order; some may have none.
     """
 
-    votes: Votes
+    finds: Finds
     layer: int
     place: int = 0
 
     def before(self) -> Call | None:
-        """Return what the layer before has found."""
+        """Return what the layer before has found, if there is one."""
         keys = ((layer, self.place) for layer in reversed(range(self.layer)))
-        key, calls = next((key for key in keys if key in self.votes.calls), None), self.votes.calls
+        key, calls = next((key for key in keys if key in self.finds.calls), None), self.finds.calls
         if key is None:
             return None
         return calls.pop(key) if torch.is_inference_mode_enabled() else calls[key]
 
     def leave(self, call: Call) -> None:
         """Leave what this layer has found to the next one. What later layers have left is of an earlier pass."""
-        calls = self.votes.calls
+        calls = self.finds.calls
         for key in [key for key in calls if key[0] > self.layer]:
             del calls[key]
         calls[self.layer, self.place] = call
@@ -95,8 +95,8 @@ class Chosen:
     """The chosen blocks of one call of `dilated_attention`, for all `parts` of its batch.
 
     `choose` comes first; `merge` and `gradients` attend to what was chosen. `blocks` holds the choice for each part
-    and row: (groups, m) int32, ascending. `past` holds the tokens before the shard, if there are any, and `votes` those
-    of the layer before.
+    and row: (groups, m) int32, ascending. `past` holds the tokens before the shard, if there are any, and `finds` what
+    the layers before have found.
     """
 
     def __init__(
@@ -105,9 +105,9 @@ class Chosen:
         parts: Sequence[GroupedPart],
         turn: Turn | None,
         past: Past | None = None,
-        votes: LayerVotes | None = None,
+        finds: LayerFinds | None = None,
     ) -> None:
-        self.pattern, self.parts, self.turn, self.past, self.votes = pattern, parts, turn, past, votes
+        self.pattern, self.parts, self.turn, self.past, self.finds = pattern, parts, turn, past, finds
         self.blocks: list[list[Tensor]] = []
 
     @torch.no_grad()
@@ -121,7 +121,7 @@ class Chosen:
                 self.blocks = kept[self.past.position]
                 return
         own: Call = [None] * len(self.parts)
-        earlier = (self.votes and self.votes.before()) or own
+        earlier = (self.finds and self.finds.before()) or own
         found: dict[tuple[int, int], Means] = {}  # by first row and first token of a document
         last = {(part.rows.start, part.columns.start): part.groups.near for part in self.parts}
         for number, part in enumerate(self.parts):
@@ -138,7 +138,7 @@ class Chosen:
             place = rows.start, part.columns.start
             if place not in found:
                 found[place] = self._means(k[part.rows, part.columns], part, last[place])
-            before: Sequence[Finds | None] = earlier[number] or [None] * len(rows)
+            before: Sequence[FoundBlocks | None] = earlier[number] or [None] * len(rows)
             voted = [
                 self._voted(q[row, part.columns], row, part, found[place], scale, finds)
                 for row, finds in zip(rows, before, strict=True)
@@ -150,8 +150,8 @@ class Chosen:
             self.blocks.append(chosen)
             if self.past and not part.columns.start and group >= part.start:  # each group once
                 self.past.count(part, chosen, len(q))
-        if self.votes:
-            self.votes.leave(own)
+        if self.finds:
+            self.finds.leave(own)
         if self.past and kept is not None:
             kept[self.past.position] = self.blocks
         if self.past and self.past.on_choice:
@@ -222,8 +222,8 @@ class Chosen:
         return past.means
 
     def _voted(
-        self, q: Tensor, row: int, part: GroupedPart, means: Means, scale: float, earlier: Finds | None
-    ) -> tuple[Tensor, Finds]:
+        self, q: Tensor, row: int, part: GroupedPart, means: Means, scale: float, earlier: FoundBlocks | None
+    ) -> tuple[Tensor, FoundBlocks]:
         """Return what `_chosen` does for all groups, by the votes of q (N, H, D), tokens of the document."""
         number, every = part.groups.number, self.pattern.chosen_every
         start = part.groups.first // every * every
@@ -247,15 +247,15 @@ class Chosen:
         found = []
         for first in range(0, number, size):
             some = voters[first * step : (min(first + size, number) - 1) * step + VOTERS]
-            carried = earlier and Finds(*(x[first : first + size] for x in earlier))
+            carried = earlier and FoundBlocks(*(x[first : first + size] for x in earlier))
             found.append(_chosen(some, step, funnel, carried))
         chosen, left = zip(*found, strict=True)
-        return torch.cat(chosen), Finds(*(torch.cat(x) for x in zip(*left, strict=True)))
+        return torch.cat(chosen), FoundBlocks(*(torch.cat(x) for x in zip(*left, strict=True)))
 
 
 def _chosen(
-    voters: Tensor, step: int, funnel: Sequence[tuple[Tensor, ChoiceStage]], before: Finds | None
-) -> tuple[Tensor, Finds]:
+    voters: Tensor, step: int, funnel: Sequence[tuple[Tensor, ChoiceStage]], before: FoundBlocks | None
+) -> tuple[Tensor, FoundBlocks]:
     """Return the candidates (groups, number) that are seen, ascending, and what the next layer gets to know.
 
     The voters (n, H, D) of a group are VOTERS rows, and each next group's start `step` rows later. Each stage of the
@@ -277,7 +277,7 @@ def _chosen(
     if before:
         found.scatter_add_(1, before.candidates, CARRIED * before.scores)
     best = _best(found, min(2 * stage.blocks, found.shape[1]))
-    left = Finds(best, found.gather(1, best))
+    left = FoundBlocks(best, found.gather(1, best))
     more = (stage.blocks + 1) // FOUND
     own = _best(scores, stage.blocks - more)
     rest = _best(found.scatter(1, own, float("-inf")), more)
@@ -285,7 +285,7 @@ def _chosen(
 
 
 def _votes(voters: Tensor, step: int, means: Tensor, number: int, last: bool) -> Tensor:
-    """Return the votes of `number` of each group's voters, evenly spaced, as `_chosen` has them."""
+    """Return the scores (1 or 2, groups, C) by `number` of each group's voters, evenly spaced (see `_chosen`)."""
     groups, every = (len(voters) - VOTERS) // step + 1, VOTERS // number
     thin = gcd(step, every)  # those between are voters of no group
     shares = _shares(voters[thin - 1 :: thin], means, last)
@@ -307,7 +307,7 @@ def _shares(voters: Tensor, means: Tensor, last: bool) -> Tensor:
 
 
 def _scores(votes: Tensor) -> Tensor:
-    """Return the scores (1 or 2, groups, C) of `_votes`: the block after a good block is nearly as good."""
+    """Return scores for mean shares and powers (1 or 2, groups, C): the block after a good one is nearly as good."""
     scores = torch.cat([votes[:1], votes[1:] ** (1 / SURE)])
     return torch.cat([scores[..., :1], torch.maximum(scores[..., 1:], NEIGHBOUR * scores[..., :-1])], -1)
 

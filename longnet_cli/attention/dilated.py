@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .branches import Turned, branches, united
-from .choosing import Chosen, LayerVotes
+from .choosing import Chosen, LayerFinds
 from .groups import GroupedPart, groups_of
 from .kernels import select_kernel
 from .level_bias import LevelBias
@@ -112,7 +112,7 @@ def dilated_attention(
     kernel: str | None = None,
     turn: Turn | None = None,
     level_bias: Tensor | None = None,
-    votes: LayerVotes | None = None,
+    finds: LayerFinds | None = None,
 ) -> Tensor:
     """Attend from q (B, N, H, D) to k, v (B, N, K, D) by `pattern`; return (B, N, H, D) like q. Differentiable.
 
@@ -135,7 +135,7 @@ def dilated_attention(
         differentiable. Without it, every segment sees the sinks as they are.
     level_bias: biases (levels - 1, H) of a pattern with learned ones, for the levels after the first; by default, all
         are the pattern's start value.
-    votes: what the layer before has found, and where this layer leaves what it finds. Without them, a layer chooses for
+    finds: what the layer before has found, and where this layer leaves what it finds. Without them, a layer chooses for
         itself.
 
     Chosen blocks are moved by `turn` in the same way, and un-rotated by minus their positions (`choosing`). The choice
@@ -148,7 +148,7 @@ def dilated_attention(
     if pattern.chosen and torch.compiler.is_compiling():  # a choice is data, and `turn` cannot be called in a graph
         return torch.compiler.disable(dilated_attention)(
             q, k, v, pattern, causal=causal, start=start, far=far, lengths=lengths, documents=documents,
-            padding=padding, total=total, scale=scale, kernel=kernel, turn=turn, votes=votes,
+            padding=padding, total=total, scale=scale, kernel=kernel, turn=turn, finds=finds,
         )  # fmt: skip
     if (start_value := pattern.learned_bias) is not None:
         shape = len(pattern.levels) - 1, q.shape[2]
@@ -194,7 +194,7 @@ def dilated_attention(
         return torch.ops.longnet.dilated_attention(q, k, v, far_tensors, true_lengths, *options, **seen)[0]
     kernel_ = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
     plan = plan_calls(kernel_, q, k, v, pattern, causal, start, far, lengths, documents, padding, total, found)
-    chosen = Chosen(pattern, plan.chosen, turn, past, votes) if plan.chosen else None
+    chosen = Chosen(pattern, plan.chosen, turn, past, finds) if plan.chosen else None
     given = [x for x in (q, k, v, level_bias, *far_tensors) if x is not None]
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
         learned = None if level_bias is None else LevelBias(level_bias, q)

@@ -26,7 +26,7 @@ def dilated_attention_reference(
     scale: float | None = None,
     turn: Turn | None = None,
     level_bias: Tensor | None = None,
-    votes: Scores | None = None,
+    finds: Scores | None = None,
 ) -> Tensor:
     """Return dilated attention of (batch, tokens, heads, head_dim) tensors, in O(tokens^2) memory; differentiable.
 
@@ -47,7 +47,7 @@ def dilated_attention_reference(
                 out = out.index_put((torch.tensor(b), torch.arange(n)), alone[0])
         return out
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    choice = chosen_blocks(q, k, pattern, scale, turn, votes) if pattern.chosen else []
+    choice = chosen_blocks(q, k, pattern, scale, turn, finds) if pattern.chosen else []
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     if pattern.learned_bias is not None and level_bias is None:
         level_bias = q.new_full((len(pattern.levels) - 1, q.shape[2]), pattern.learned_bias)
@@ -89,14 +89,14 @@ Scores = dict[tuple[int, int], dict[int, float]]  # by row and first query of a 
 
 @torch.no_grad()
 def chosen_blocks(
-    q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: Turn | None, votes: Scores | None = None
+    q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: Turn | None, finds: Scores | None = None
 ) -> list[tuple[int, range, list[int]]]:
     """Return (row of the batch, its queries, the blocks that they see) for each group of queries that sees blocks.
 
-    q (B, N, H, D) and k (B, N, K, D) are rotated, if at all, by `turn`. `votes` are those of the layer before, and
+    q (B, N, H, D) and k (B, N, K, D) are rotated, if at all, by `turn`. `finds` are those of the layer before, and
     become those of this layer.
     """
-    votes = {} if votes is None else votes
+    finds = {} if finds is None else finds
     w, b, every, size = pattern.segment_lengths[0], pattern.look_backs[0], pattern.chosen_every, pattern.chosen_block
     tokens = q.shape[1]
     if turn:  # un-rotated: by minus the position
@@ -108,7 +108,7 @@ def chosen_blocks(
         blocks = list(range(near // size))
         if len(blocks) > pattern.chosen:
             voters, keys = q[row, start - VOTERS + 1 : start + 1], k[row, size:near]
-            voted, votes[row, start] = _voted(voters, keys, pattern, scale, votes.get((row, start), {}))
+            voted, finds[row, start] = _voted(voters, keys, pattern, scale, finds.get((row, start), {}))
             blocks = [0, *voted]
         if blocks:
             found.append((row, range(start, min(start + every, tokens)), blocks))

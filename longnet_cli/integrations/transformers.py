@@ -39,8 +39,8 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from longnet_cli.attention import FarKeys, LayerVotes, Past, Pattern, Span, dilated_attention
-from longnet_cli.attention.choosing import Votes
+from longnet_cli.attention import FarKeys, LayerFinds, Past, Pattern, Span, dilated_attention
+from longnet_cli.attention.choosing import Finds
 from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.errors import ConfigError
 from longnet_cli.integrations.transformers_auto import ATTENTION_NAME, mark, register, unmark
@@ -52,7 +52,7 @@ from longnet_cli.integrations.transformers_rotary import make_phases_exact, turn
 
 _TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks and chosen blocks, or None
 _PATTERN = "_dilated_pattern"  # attribute of an attention module: its config, what that says, and the `Pattern`
-_VOTES = "_dilated_votes"  # attribute of an attention module: the `Votes` of all layers of its model
+_FINDS = "_dilated_finds"  # attribute of an attention module: the `Finds` of all layers of its model
 _OWN = "_own_attention"  # attribute of a model: the name of its earlier attention
 
 # settings of a config that dilated attention does not support
@@ -92,10 +92,10 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:  # transformers only warns, and keeps the old attention
         raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
-    votes = Votes()
+    finds = Finds()
     for module, turn in found.items():
         setattr(module, _TURN, turn)
-        setattr(module, _VOTES, votes)
+        setattr(module, _FINDS, finds)
     make_phases_exact(model)
     return model
 
@@ -221,10 +221,10 @@ def dilated_attention_forward(
     provider, documents = options.get("far"), options.get("documents")
     if provider:
         settings |= {"start": options["start"], "far": provider(module.layer_idx, q, k, v)}
-    votes: Votes | None = module.__dict__.get(_VOTES) if pattern.chosen else None
+    finds: Finds | None = module.__dict__.get(_FINDS) if pattern.chosen else None
     layer: Any = getattr(module, "layer_idx", 0)
     if provider or documents is not None:
-        settings["votes"] = None if votes is None else LayerVotes(votes, layer)
+        settings["finds"] = None if finds is None else LayerFinds(finds, layer)
         return dilated_attention(q, k, v, pattern, documents=documents, **settings), None
 
     def attend(rows: AlignedRows) -> Tensor:
@@ -247,8 +247,8 @@ def dilated_attention_forward(
             far = [*_cached(some_k, some_v, pattern, q.shape[2], rows.start)] if rows.start else []
             some_k, some_v = some_k[:, rows.start :], some_v[:, rows.start :]
         shard: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
-        if votes is not None:
-            shard["votes"] = LayerVotes(votes, layer, rows.first)
+        if finds is not None:
+            shard["finds"] = LayerFinds(finds, layer, rows.first)
         found = dilated_attention(some_q, some_k, some_v, pattern, **settings, **shard)
         if memory:
             cache.append(some_k, some_v, q=some_q)

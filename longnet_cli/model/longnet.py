@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longnet_cli.attention import FarKeys, LayerVotes, Past, Pattern, dilated_attention
-from longnet_cli.attention.choosing import Votes
+from longnet_cli.attention import FarKeys, LayerFinds, Past, Pattern, dilated_attention
+from longnet_cli.attention.choosing import Finds
 from longnet_cli.errors import ConfigError
 from longnet_cli.model.config import LongNetConfig
 from longnet_cli.model.net import FarProvider, Net
@@ -40,7 +40,7 @@ class Placement(NamedTuple):
     lengths: Sequence[int] | Tensor | None = None
     documents: Sequence[int] | None = None
     total: int | None = None
-    votes: LayerVotes | None = None
+    finds: LayerFinds | None = None
 
 
 class Norm(nn.LayerNorm):
@@ -213,10 +213,10 @@ class LongNet(Net):
         if isinstance(lengths, Tensor) and not torch.compiler.is_compiling():
             lengths = lengths.tolist()  # waits for a GPU: once, not in every layer
         table, place = self.positions(x, start, documents), Placement(start, lengths, documents, total)
-        votes = Votes()
+        finds = Finds()
         for index, layer in enumerate(self.layers):
             if self.config.pattern.chosen:
-                place = place._replace(votes=LayerVotes(votes, index))
+                place = place._replace(finds=LayerFinds(finds, index))
             x = layer(x, table, place, _of_layer(far, index) if far else None)
         return self.final_norm(x)
 
