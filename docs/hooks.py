@@ -22,33 +22,33 @@ PAGES = {
     "models/longnet-tiny/README.md": "models/longnet-tiny.md",
 }
 
-# What a program may import: modules, and the names that are theirs
+# What a program may import, and the modules that keep these names
 REFERENCE = {
     "Attention": {
-        "longnet_cli.attention": ("Pattern", "dilated_attention", "far_keys", "FarKeys", "KVCache", "DilatedAttention"),
-        "longnet_cli.attention.reference": ("dilated_attention_reference",),
-        "longnet_cli.notation": ("parse_pattern", "format_pattern"),
+        "longnet_cli": (
+            "Pattern", "parse_pattern", "format_pattern", "dilated_attention", "far_keys", "FarKeys", "KVCache",
+            "DilatedAttention", "dilated_attention_reference",
+        ),
     },
     "Models": {
-        "longnet_cli.model": ("LongNet", "LongNetConfig", "SlideEncoder", "from_torchscale", "to_torchscale"),
-        "longnet_cli.integrations.transformers": ("use_dilated_attention",),
-        "longnet_cli.integrations.transformers_cache": ("LongNetCache",),
+        "longnet_cli": (
+            "ModelFolder", "Net", "LongNet", "LongNetConfig", "SlideEncoder", "SlideConfig", "CausalStream",
+            "open_stream", "backward_in_chunks", "from_torchscale", "to_torchscale",
+        ),
+        "longnet_cli.integrations.transformers": (
+            "use_dilated_attention", "use_own_attention", "write_pattern", "LongNetCache",
+        ),
     },
+    "Documents": {"longnet_cli": ("Inputs", "Document", "Tokenizer")},
     "Jobs": {
-        "longnet_cli.data.inputs": ("Inputs",),
-        "longnet_cli.tokenizing": ("tokenize",),
-        "longnet_cli.training.loop": ("train",),
-        "longnet_cli.scoring": ("score",),
-        "longnet_cli.measures": ("Score", "DocumentScore", "Total"),
-        "longnet_cli.encoding": ("encode",),
-        "longnet_cli.engines": ("encode_batches", "score_batches"),
-        "longnet_cli.generating": ("generate",),
-        "longnet_cli.benchmark": ("bench", "Settings", "Measurement"),
-        "longnet_cli.plotting": ("read", "panels", "draw_text", "draw_picture"),
-        "longnet_cli.inspecting": ("inspect",),
+        "longnet_cli": (
+            "tokenize", "train", "score", "Score", "DocumentScore", "Total", "encode", "generate", "encode_batches",
+            "score_batches", "bench", "Settings", "Measurement", "inspect",
+        ),
     },
+    "Plots": {"longnet_cli.jobs.plotting": ("read", "panels", "draw_text", "draw_picture")},
     "Errors": {
-        "longnet_cli.errors": (
+        "longnet_cli": (
             "LongNetError", "ConfigError", "DataError", "CheckpointError", "MemoryLimitError", "NotFiniteError",
         ),
     },

@@ -28,9 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from longnet_cli.errors import ConfigError, LongNetError
-from longnet_cli.notation import parse_pattern
-from longnet_cli.sizes import parse_size
+from longnet_cli import ConfigError, LongNetError, parse_pattern
+from longnet_cli.basics.sizes import parse_size
 
 EDGES = [0, 10, 100, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000, 1_000_000, 10_000_000]
 Row = dict[str, Any]
@@ -40,12 +39,9 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
     """Return the rows of a pattern, one per document and range of EDGES."""
     import torch
 
+    from longnet_cli import Document, Inputs, ModelFolder, score
     from longnet_cli.attention.branches import attention_flops
-    from longnet_cli.data.documents import Document
-    from longnet_cli.data.inputs import Inputs
-    from longnet_cli.model_folder import ModelFolder
-    from longnet_cli.runtime.device import peak_memory
-    from longnet_cli.scoring import score
+    from longnet_cli.running.device import peak_memory
 
     tokenizer, held = ModelFolder(Path(folder)).tokenizer(), {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     dense = pattern == "dense"

@@ -25,16 +25,11 @@ import numpy as np
 import torch
 import transformers as hf
 
+from longnet_cli import CausalStream, Document, ModelFolder, Net, generate, parse_pattern
 from longnet_cli.attention import Pattern
-from longnet_cli.data.documents import Document
-from longnet_cli.generating import generate
+from longnet_cli.basics.sizes import parse_size
 from longnet_cli.integrations.transformers import LongNetCache
-from longnet_cli.integrations.transformers_padding import AlignedRows
-from longnet_cli.model.net import Net
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.notation import parse_pattern
-from longnet_cli.runtime.chunks import CausalStream
-from longnet_cli.sizes import parse_size
+from longnet_cli.models.hf.longnet_cache import AlignedRows
 
 TURN = 4  # tokens that a decoder makes before it is the next one's turn
 

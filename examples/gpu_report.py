@@ -207,7 +207,7 @@ def describe(device_name: str) -> Row:
     import torch
 
     from longnet_cli.attention import kernels, merging
-    from longnet_cli.runtime import device as runtime
+    from longnet_cli.running import device as runtime
 
     device = torch.device(device_name)
     facts: dict[str, object] = {"device": "CPU"}
@@ -254,7 +254,7 @@ def describe(device_name: str) -> Row:
 
 def _kernel(name: str, dtype: str, device: Any) -> str:
     from longnet_cli.attention import kernels
-    from longnet_cli.runtime.device import DTYPES as TYPES
+    from longnet_cli.running.device import DTYPES as TYPES
 
     try:
         kernels.select_kernel(device, TYPES[dtype], 64, name)
@@ -354,8 +354,8 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU, to try this script")
     parser.add_argument("--machine", action="store_true", help="print what the machine is and has, as JSON, and stop")
     args = parser.parse_args()
-    from longnet_cli.errors import ConfigError
-    from longnet_cli.runtime.device import select_device
+    from longnet_cli import ConfigError
+    from longnet_cli.running.device import select_device
 
     try:
         device = select_device("cpu" if args.small else "cuda")

@@ -22,8 +22,8 @@ import pyarrow as pa
 import torch
 import transformers as hf
 
+from longnet_cli import Tokenizer
 from longnet_cli.attention import Pattern
-from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import use_dilated_attention
 
 END_OF_TEXT = 0  # its id in a vocabulary that `longnet tokenize --train-vocab` made

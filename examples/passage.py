@@ -30,14 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from longnet_cli import ConfigError, LongNetError, ModelFolder, Net, open_stream, parse_pattern
 from longnet_cli.attention import Pattern, groups, past
-from longnet_cli.errors import ConfigError, LongNetError
+from longnet_cli.basics.sizes import parse_size
 from longnet_cli.integrations.transformers import write_pattern
-from longnet_cli.model.net import Net
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.notation import parse_pattern
-from longnet_cli.runtime.chunks import open_stream
-from longnet_cli.sizes import parse_size
 
 PREFACE = 200  # tokens before the first passage
 NATURAL = "natural"

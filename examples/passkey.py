@@ -33,11 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, LongNetError
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.notation import parse_pattern
-from longnet_cli.sizes import parse_size
+from longnet_cli import ConfigError, LongNetError, ModelFolder, Tokenizer, parse_pattern
+from longnet_cli.basics.sizes import parse_size
 
 LAST = 1800  # tokens after the last pass key of `alone`
 COLORS = ["red", "blue", "green", "black", "white", "brown", "yellow", "silver", "golden", "purple"]
@@ -99,9 +96,8 @@ def ask(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the rows of each pattern. All patterns get the same questions."""
     import torch
 
-    from longnet_cli.data.documents import Document
-    from longnet_cli.model_folder import ModelFolder
-    from longnet_cli.runtime.reader import Reader, Window
+    from longnet_cli import Document, ModelFolder
+    from longnet_cli.running.reader import Reader, Window
 
     folder = Path(args.model)
     tokenizer, dtype = ModelFolder(folder).tokenizer(), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
@@ -144,7 +140,7 @@ def alone(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     import torch
     from passage import apart, nats_of
 
-    from longnet_cli.runtime.chunks import open_stream
+    from longnet_cli import open_stream
 
     torch.set_num_threads(1)  # other threads would be missing in a forked process
     folder = ModelFolder.find(args.model)

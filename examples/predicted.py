@@ -16,17 +16,17 @@ import sys
 
 import torch
 
-from longnet_cli.benchmark.calibrating import fastest
-from longnet_cli.estimating.machines import find_machine
-from longnet_cli.estimating.training_plan import plan_training
-from longnet_cli.model import LongNet
-from longnet_cli.runtime.device import precision
-from longnet_cli.runtime.exchange import Exchange, even_edges
-from longnet_cli.runtime.fsdp import clip_gradients, sum_gradients
-from longnet_cli.runtime.ranks import Ranks, join, leave
-from longnet_cli.training.gradients import backward
-from longnet_cli.training.optimizer import build_optimizers
-from longnet_cli.training.recipe import Recipe, load_recipe
+from longnet_cli import LongNet
+from longnet_cli.jobs.benchmark.calibrating import fastest
+from longnet_cli.jobs.estimating.plan import find_machine
+from longnet_cli.jobs.estimating.training_job import plan_training
+from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.jobs.training.optimizer import build_optimizers
+from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.running.device import precision
+from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.fsdp import clip_gradients, sum_gradients
+from longnet_cli.running.ranks.ranks import Ranks, join, leave
 
 NETS = {  # name: width, layers, heads, vocabulary, tokens
     "narrow": (256, 4, 4, 256, 4096),

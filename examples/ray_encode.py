@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from longnet_cli.engines import encode_batches
+from longnet_cli import encode_batches
 
 SHARD_ROWS = 1 << 14
 

@@ -30,11 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longnet_cli import LongNet, LongNetConfig, parse_pattern
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.reference import key_counts
-from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.notation import parse_pattern
-from longnet_cli.training.recipe import LEVEL_BIAS_LR
+from longnet_cli.jobs.training.recipe import LEVEL_BIAS_LR
 
 KEYS, VALUES = 64, 32  # ids: keys, then values, then one for noise
 SHORT = 128  # tokens of the first sequences

@@ -46,11 +46,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from nearest import read_table, scaled, vectors_of
 
-from longnet_cli.data.pairs import draw_spans
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.plotting.axes import Axis, Curve, Panel, Point
-from longnet_cli.plotting.picture import draw_picture
-from longnet_cli.sizes import parse_size
+from longnet_cli import ModelFolder
+from longnet_cli.basics.sizes import parse_size
+from longnet_cli.data.windows import draw_spans
+from longnet_cli.jobs.plotting.axes import Axis, Curve, Panel, Point
+from longnet_cli.jobs.plotting.picture import draw_picture
 
 SIZES = {"S": (8_000, 16_000), "M": (32_000, 64_000), "L": (130_000, 10_000_000)}  # bytes
 HALVES, LINES, SHARE = 100, 80, 0.45

@@ -36,14 +36,9 @@ import numpy as np
 import torch
 from passage import apart
 
-from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, LongNetError
-from longnet_cli.model.net import Net
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.notation import parse_pattern
-from longnet_cli.runtime.chunks import open_stream
-from longnet_cli.sizes import parse_size
-from longnet_cli.sources import Sources
+from longnet_cli import ConfigError, LongNetError, ModelFolder, Net, Tokenizer, open_stream, parse_pattern
+from longnet_cli.basics.sizes import parse_size
+from longnet_cli.jobs.sources import Sources
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 WORDS = """

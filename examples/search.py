@@ -30,13 +30,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from longnet_cli import Inputs, ModelFolder, parse_pattern
 from longnet_cli.attention.branches import attention_flops
-from longnet_cli.data.inputs import Inputs
-from longnet_cli.measures import Clusters
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.notation import parse_pattern
-from longnet_cli.sizes import parse_size
-from longnet_cli.training.recipe import load_recipe
+from longnet_cli.basics.sizes import parse_size
+from longnet_cli.jobs.scoring.measures import Clusters
+from longnet_cli.jobs.training.recipe import load_recipe
 
 TRAINING = ["optimizer.lr=1e-3", "schedule.warmup_steps=5"]
 REPEATED = "repeated="

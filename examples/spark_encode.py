@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from longnet_cli.engines import encode_batches
+from longnet_cli import encode_batches
 
 SCHEMA = "doc_id string, span int, start long, end long, n_tokens long, embedding array<float>"
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from longnet_cli.model import SlideConfig, SlideEncoder
+from longnet_cli import SlideConfig, SlideEncoder
 
 IN_FEATURES, SIDE = 16, 40  # numbers of a tile; slides are squares of SIDE x SIDE tiles
 

@@ -14,9 +14,8 @@ import sys
 
 import numpy as np
 
-from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.training.masking import MASKED, RANDOM
+from longnet_cli import Inputs, Tokenizer
+from longnet_cli.jobs.training.evaluation import MASKED, RANDOM
 
 
 def frequencies(inputs: list[str], tokenizer: Tokenizer, more: float = 0.0) -> np.ndarray:

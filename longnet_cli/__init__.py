@@ -1,3 +1,85 @@
-"""LongNet: dilated attention over token streams of any length. Importing this package does not import torch."""
+"""LongNet: dilated attention over token streams of any length. Importing this package does not import torch.
+
+A program imports names from here, from `longnet_cli.attention` (the same, and more of attention) and, for models of
+transformers, from `longnet_cli.integrations.transformers`. Other modules may move.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longnet_cli.attention import DilatedAttention, FarKeys, KVCache, Pattern, dilated_attention, far_keys
+    from longnet_cli.attention.reference import dilated_attention_reference
+    from longnet_cli.basics.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        LongNetError,
+        MemoryLimitError,
+        NotFiniteError,
+    )
+    from longnet_cli.basics.notation import format_pattern, parse_pattern
+    from longnet_cli.data.documents import Document
+    from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.jobs import plotting
+    from longnet_cli.jobs.benchmark.job import bench
+    from longnet_cli.jobs.benchmark.measurement import Measurement
+    from longnet_cli.jobs.benchmark.settings import Settings
+    from longnet_cli.jobs.encoding import encode
+    from longnet_cli.jobs.engines import encode_batches, score_batches
+    from longnet_cli.jobs.generating import generate
+    from longnet_cli.jobs.inspecting import inspect
+    from longnet_cli.jobs.scoring.measures import DocumentScore, Score, Total
+    from longnet_cli.jobs.scoring.scoring import score
+    from longnet_cli.jobs.tokenizing import tokenize
+    from longnet_cli.jobs.training.loop import train
+    from longnet_cli.models.folder import ModelFolder
+    from longnet_cli.models.official import from_torchscale, to_torchscale
+    from longnet_cli.nets.config import LongNetConfig, SlideConfig
+    from longnet_cli.nets.longnet import LongNet
+    from longnet_cli.nets.net import Net
+    from longnet_cli.nets.slide import SlideEncoder
+    from longnet_cli.running.chunks import CausalStream, backward_in_chunks, open_stream
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "attention": "DilatedAttention FarKeys KVCache Pattern dilated_attention far_keys",
+    "attention.reference": "dilated_attention_reference",
+    "basics.errors": "CheckpointError ConfigError DataError LongNetError MemoryLimitError NotFiniteError",
+    "basics.notation": "format_pattern parse_pattern",
+    "data.documents": "Document",
+    "data.inputs": "Inputs",
+    "data.tokenizer": "Tokenizer",
+    "jobs": "plotting",
+    "jobs.benchmark.job": "bench",
+    "jobs.benchmark.measurement": "Measurement",
+    "jobs.benchmark.settings": "Settings",
+    "jobs.encoding": "encode",
+    "jobs.engines": "encode_batches score_batches",
+    "jobs.generating": "generate",
+    "jobs.inspecting": "inspect",
+    "jobs.scoring.measures": "DocumentScore Score Total",
+    "jobs.scoring.scoring": "score",
+    "jobs.tokenizing": "tokenize",
+    "jobs.training.loop": "train",
+    "models.folder": "ModelFolder",
+    "models.official": "from_torchscale to_torchscale",
+    "nets.config": "LongNetConfig SlideConfig",
+    "nets.longnet": "LongNet",
+    "nets.net": "Net",
+    "nets.slide": "SlideEncoder",
+    "running.chunks": "CausalStream backward_in_chunks open_stream",
+}
+_PLACES = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+__all__ = sorted(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_PLACES[name]}")
+    found = globals()[name] = getattr(module, name, None) or import_module(f"{module.__name__}.{name}")
+    return found

@@ -18,16 +18,15 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
+from longnet_cli.basics.errors import ConfigError, LongNetError
+from longnet_cli.basics.notation import read_pattern
 from longnet_cli.data.documents import Document
-from longnet_cli.errors import ConfigError, LongNetError
-from longnet_cli.generating import generate
-from longnet_cli.model.net import LOGITS_LIMIT
-from longnet_cli.model.sequence import bos_ids
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.notation import read_pattern
-from longnet_cli.runtime.device import DTYPES, precision, resolve_dtype
-from longnet_cli.runtime.reader import Piece, Reader, Window
-from longnet_cli.scoring import score
+from longnet_cli.jobs.generating import generate
+from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.nets.net import LOGITS_LIMIT, bos_ids
+from longnet_cli.running.device import DTYPES, precision, resolve_dtype
+from longnet_cli.running.reader import Piece, Reader, Window
 
 _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "seed")  # options that a task may set
 
@@ -36,7 +35,7 @@ _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "se
 class LongNetLM(TemplateLM):
     """A model for lm-eval. `pretrained` is a folder, with a slash, or a name as in --model.
 
-    `pattern` (a text of `longnet_cli.notation`) replaces the model's own. `dtype` and `chunk` are as in
+    `pattern` (a text of `longnet_cli.basics.notation`) replaces the model's own. `dtype` and `chunk` are as in
     `runtime.reader.Reader`. A batch is what fits a chunk, whatever the `batch_size`. With `max_length`, the model sees
     at most this many tokens: the end of a context, or a document in windows. Without it, the model sees all tokens, and
     a request longer than the model reads is a ConfigError before any work. By default, a context starts with the ids

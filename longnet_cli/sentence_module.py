@@ -18,10 +18,10 @@ import torch
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.documents import Document
-from longnet_cli.encoding import EncodeOptions, encode
-from longnet_cli.errors import ConfigError
-from longnet_cli.model_folder import ModelFolder
+from longnet_cli.jobs.encoding import EncodeOptions, encode
+from longnet_cli.models.folder import ModelFolder
 
 
 class TextVectors(InputModule):

@@ -20,7 +20,8 @@ from torch import Tensor
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.model import LongNet, LongNetConfig
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
 
 SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32}
 LEVELS = {"segment_lengths": (8, 32), "dilation_rates": (1, 2)}

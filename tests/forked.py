@@ -86,15 +86,14 @@ def serve(place: str) -> None:
     import gc
     import selectors
 
-    import longnet_cli.benchmark
-    import longnet_cli.encoding
-    import longnet_cli.estimating.training_job
-    import longnet_cli.inspecting
-    import longnet_cli.model_folder
-    import longnet_cli.plotting
-    import longnet_cli.scoring
-    import longnet_cli.tokenizing
-    import longnet_cli.training.loop  # noqa: F401
+    import longnet_cli.jobs.benchmark
+    import longnet_cli.jobs.encoding
+    import longnet_cli.jobs.estimating.training_job
+    import longnet_cli.jobs.inspecting
+    import longnet_cli.jobs.plotting
+    import longnet_cli.jobs.scoring.scoring
+    import longnet_cli.jobs.tokenizing
+    import longnet_cli.jobs.training.loop  # noqa: F401
 
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page

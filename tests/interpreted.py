@@ -25,8 +25,7 @@ from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.merging import strided_view
 from longnet_cli.attention.packing import Pack, Sequences
 from longnet_cli.attention.reference import dilated_attention_reference
-from longnet_cli.attention.rows import Rows
-from longnet_cli.attention.spans import far_spans
+from longnet_cli.attention.spans import Rows, far_spans
 
 PAPER = Pattern((8, 16, 32, 64), (1, 2, 3, 6))  # r = 3 and 6 divide no w, as in the paper
 WINDOW = Pattern.window(12, sinks=3)

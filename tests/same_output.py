@@ -241,9 +241,9 @@ wrong-options: longnet score $in/texts --sample 30; longnet score $in/texts --ke
     longnet generate a --top-p 0.5; longnet encode $in/texts -o v.arrow --shard-rows 2; longnet train
 examples: longnet encode $in/texts --model $in/native -o v.arrow && python "$checkout/examples/nearest.py" v.arrow
 imports: python -c 'from longnet_cli.attention import DilatedAttention, Pattern, dilated_attention;
-    from longnet_cli.data.tokenizer import Tokenizer; from longnet_cli.generating import generate;
+    from longnet_cli.data.tokenizer import Tokenizer; from longnet_cli.jobs.generating import generate;
     from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention, use_own_attention;
-    from longnet_cli.model import LongNet, LongNetConfig, SlideConfig, SlideEncoder, from_torchscale, to_torchscale'
+    from longnet_cli.nets import LongNet, LongNetConfig, SlideConfig, SlideEncoder, from_torchscale, to_torchscale'
 closed-pipe: longnet encode $in/many.jsonl --model $in/native --span 2 -o - | head -c 100
 full-disk: longnet score $in/rows.jsonl --model $in/native > /dev/full
 stopped: for signal in INT TERM; do sleep 2 | timeout -s $signal --preserve-status 1.5 longnet score -; echo $?; done
@@ -404,7 +404,7 @@ def make_models(place: Path, other: Path) -> None:
     import test_gguf
     import test_official
 
-    from longnet_cli import model
+    from longnet_cli import nets as model
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 4100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -21,13 +21,13 @@ UNUSED = (
     "pyarrow.compute",
     "pyarrow.parquet",
     "rich",
-    "longnet_cli.estimating",
+    "longnet_cli.jobs.estimating",
 )
 
 SCRIPT = """
 import os, signal, sys, typer
 from longnet_cli.cli.app import run
-from longnet_cli.errors import *
+from longnet_cli.basics.errors import *
 
 app = typer.Typer()
 
@@ -152,7 +152,7 @@ def test_commands_import_nothing_heavy_that_they_do_not_use(command_env, tmp_pat
 
 def test_frozen_imports_are_no_leaks_at_the_exit(command_env):
     pytest.importorskip("triton")
-    code = "import triton._C.libtriton; from longnet_cli.cli.garbage import freeze_imports; freeze_imports()"
+    code = "import triton._C.libtriton; from longnet_cli.cli.starting import freeze_imports; freeze_imports()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=command_env, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -9,11 +9,11 @@ import pytest
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import attention_flops
-from longnet_cli.benchmark import Case, Measurement, Settings, bench, job, measurement
-from longnet_cli.errors import ConfigError
-from longnet_cli.model.weights import load_config
-from longnet_cli.notation import format_levels
-from longnet_cli.shipped import model_path
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.hub import model_path
+from longnet_cli.basics.notation import format_levels
+from longnet_cli.jobs.benchmark import Case, Measurement, Settings, bench, job, measurement
+from longnet_cli.nets.weights import load_config
 
 TINY = {"heads": 3, "head_dim": 8, "repeats": 2}
 BOTH = ["forward", "backward"]

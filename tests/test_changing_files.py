@@ -12,11 +12,11 @@ import pytest
 from conftest import ROOT
 from processes import wait_for
 
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data import files
 from longnet_cli.data.columns import Wanted
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.errors import DataError
 
 ROWS, LENGTH = 8, 1 << 16
 

@@ -13,11 +13,11 @@ import tokenizers
 from builders import write_rows
 from processes import contents
 
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.tokenizing import tokenize
+from longnet_cli.jobs.tokenizing import tokenize
 
 TEMPLATE = """{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>

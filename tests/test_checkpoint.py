@@ -19,15 +19,15 @@ from builders import SIZES, write_corpus
 from processes import Start, kill_training, wait_for
 from typer.testing import CliRunner
 
+from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.cli.app import app
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
-from longnet_cli.model import LongNet
-from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_state
-from longnet_cli.training.loop import train
-from longnet_cli.training.recipe import Recipe, load_recipe
-from longnet_cli.training.start import prepare_run
+from longnet_cli.jobs.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_state
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.jobs.training.start import prepare_run
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running.ranks.ranks import Ranks
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ class Stop:
     """A real signal at the n-th moment at which a run can stop."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, moment: int, kind: signal.Signals = signal.SIGINT) -> None:
-        from longnet_cli.runtime.signals import Signals
+        from longnet_cli.running.ranks.launch import Signals
 
         look, self.moments = Signals.look, 0
 
@@ -116,7 +116,7 @@ def test_a_save_during_an_evaluation_gives_no_line_twice(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the line of an evaluation in whose midst SIGUSR1 saved: that line is written again, in its place."""
-    from longnet_cli.training import loop
+    from longnet_cli.jobs.training import loop
 
     found, evaluate = recipe(corpus, **{"train.save_every": 1000}), loop.evaluate
     train(found, tmp_path / "whole")
@@ -314,7 +314,7 @@ def test_a_checkpoint_that_cannot_be_written(corpus: Path, small_disk: Path) -> 
 
 def test_the_background_does_not_see_later_steps(tmp_path: Path) -> None:
     """What is saved is what the tensors were when `save` was called."""
-    from longnet_cli.training.checkpoint import load_tensors
+    from longnet_cli.jobs.training.checkpoint import load_tensors
 
     checkpoints = Checkpoints(tmp_path, Ranks(), keep=2)
     tensor = torch.zeros(1 << 20)
@@ -330,7 +330,7 @@ def test_a_failure_in_the_background_is_raised(tmp_path: Path, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise ConfigError("checkpoints need another torch")
 
-    monkeypatch.setattr("longnet_cli.training.checkpoint.save_tensors", fail)
+    monkeypatch.setattr("longnet_cli.jobs.training.checkpoint.save_tensors", fail)
     checkpoints = Checkpoints(tmp_path, Ranks(), keep=2)
     checkpoints.save(1, {"a": torch.zeros(1)}, {})
     with pytest.raises(LongNetError, match="cannot write the checkpoint: checkpoints need another torch; the one"):
@@ -408,7 +408,7 @@ def test_an_interrupt_before_the_first_step_says_that_nothing_is_saved(
     def interrupted(*given: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("longnet_cli.training.loop.train", interrupted)
+    monkeypatch.setattr("longnet_cli.jobs.training.loop.train", interrupted)
     (tmp_path / "recipe.json").write_text(recipe(corpus).model_dump_json())
     done = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.json"), "-o", str(tmp_path / "run")])
     assert done.exit_code == 130

@@ -32,7 +32,7 @@ from longnet_cli.attention import (
 from longnet_cli.attention.choosing import Chosen
 from longnet_cli.attention.groups import GroupedPart, Groups, groups_of
 from longnet_cli.attention.reference import chosen_blocks, dilated_attention_reference
-from longnet_cli.runtime.mapped import BlockFile, SpillFile
+from longnet_cli.running.mapped import BlockFile, SpillFile
 
 WINDOW = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 

@@ -22,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.choosing import Chosen
 from longnet_cli.attention.groups import GroupedPart
-from longnet_cli.errors import ConfigError
-from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.runtime.chunks import CausalStream, backward_in_chunks, default_chunk
-from longnet_cli.training.gradients import backward
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running.chunks import CausalStream, backward_in_chunks, default_chunk
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 NESTED = Pattern((16, 32, 128), (1, 3, 8))  # xPos needs segments that nest

@@ -15,8 +15,8 @@ from conftest import RunLongnet
 
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.model import LongNet
-from longnet_cli.scoring import score
+from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.nets.longnet import LongNet
 
 SCORE_KEYS = {"nll_sum", "n_tokens", "n_bytes", "ppl", "bpb"}
 TEXTS = {"a.txt": "Call me Ishmael.", "b.txt": "Some years ago\nnever mind how long precisely\n", "c.txt": "é"}

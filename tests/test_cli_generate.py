@@ -16,12 +16,12 @@ from builders import tiny_net
 from conftest import RunLongnet
 from processes import Start
 
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.chat import ChatTemplate
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError
-from longnet_cli.model import LongNet
-from longnet_cli.model.weights import model_digest
-from longnet_cli.model_folder import ModelFolder
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.weights import model_digest
 
 TEMPLATE = """{% if messages[0]['role'] != 'system' %}{{ bos_token }}{% endif %}
 {%- for message in messages %}<|im_start|>{{ message.role }}

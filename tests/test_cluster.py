@@ -15,19 +15,17 @@ from typer.testing import CliRunner
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.attention.spans import lanes, span_positions
-from longnet_cli.benchmark import Settings, calibrating
-from longnet_cli.benchmark.simulated import simulate
+from longnet_cli.basics.errors import ConfigError, LongNetError
+from longnet_cli.basics.notation import parse_pattern
 from longnet_cli.cli.app import app
-from longnet_cli.errors import ConfigError, LongNetError
-from longnet_cli.estimating.machines import TABLE, Machine, find_machine
-from longnet_cli.estimating.plan import HIDDEN
-from longnet_cli.estimating.training_job import memory_by_kind, step_flops
-from longnet_cli.estimating.training_plan import plan_training
-from longnet_cli.model import LongNetConfig
-from longnet_cli.notation import parse_pattern
-from longnet_cli.runtime.exchange import Exchange, even_edges
-from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.training.recipe import Recipe, load_recipe
+from longnet_cli.jobs.benchmark import Settings, calibrating
+from longnet_cli.jobs.benchmark.simulated import simulate
+from longnet_cli.jobs.estimating.plan import HIDDEN, TABLE, Machine, find_machine
+from longnet_cli.jobs.estimating.training_job import memory_by_kind, plan_training, step_flops
+from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.ranks import Ranks
 
 OWN = """
 device = "cpu"

@@ -4,8 +4,8 @@ import pyarrow as pa
 import pytest
 from test_sources import FORMATS, IDS, read, tokens, write_file, write_parquet, write_stream
 
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.errors import ConfigError, DataError
 
 
 def test_the_column_can_be_chosen(tmp_path):

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import DilatedAttention, Pattern, Span, dilated_attention, far_keys
 from longnet_cli.attention.spans import far_spans
-from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.model.positions import position_table
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.positions import position_table
 
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 HEADS, SIZE = 4, 8

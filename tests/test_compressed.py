@@ -21,9 +21,9 @@ import pyarrow.ipc as ipc
 import pytest
 from conftest import RunLongnet
 
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import DataError
 
 BYTES = Tokenizer.bytes()
 TEXT = "one line of text, and another; wörld\n" * 300

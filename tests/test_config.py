@@ -6,9 +6,9 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from longnet_cli.attention import Pattern
-from longnet_cli.configuration import validate
-from longnet_cli.errors import ConfigError
-from longnet_cli.model.config import LongNetConfig, parse_config
+from longnet_cli.basics.configuration import validate
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.nets.config import LongNetConfig, parse_config
 
 PAPER = {
     "vocab_size": 100277,

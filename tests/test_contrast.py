@@ -19,15 +19,15 @@ from test_fsdp import mesh
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.pairs import SHORTEST, PairBatch, PairStream, PairWindows, draw_spans
-from longnet_cli.errors import ConfigError
-from longnet_cli.model.net import Net
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.training.contrast import backward_pairs, contrast_loss, ranking
-from longnet_cli.training.loop import train
-from longnet_cli.training.recipe import ContrastRecipe, Recipe, load_recipe
+from longnet_cli.data.windows import SHORTEST, PairBatch, PairStream, PairWindows, draw_spans
+from longnet_cli.jobs.training.contrast import backward_pairs, contrast_loss, ranking
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.recipe import ContrastRecipe, Recipe, load_recipe
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.nets.net import Net
+from longnet_cli.running.ranks.ranks import Ranks
 
 BEFORE = ([256], [256, 70, 71])
 ENCODER = {"model.causal": False, "model.position": "rope"}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import RunLongnet
 
-from longnet_cli.model import LongNet
-from longnet_cli.shipped import model_path
+from longnet_cli.basics.hub import model_path
+from longnet_cli.nets.longnet import LongNet
 
 
 def test_a_longnet_is_written_with_other_weights(run_longnet: RunLongnet, tmp_path: Path) -> None:

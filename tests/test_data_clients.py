@@ -16,8 +16,8 @@ import pytest
 from conftest import RunLongnet
 
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.model import LongNet
-from longnet_cli.model.weights import model_digest
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.weights import model_digest
 
 TEXTS = {"a": "one, two", "b": "three " * 40, "c": "four"}
 MODEL = "longnet-tiny"

@@ -30,11 +30,11 @@ from hypothesis import strategies as st
 from processes import contents, processes_of, wait_for
 from test_exchange import run_ranks
 
-from longnet_cli.errors import DataError
-from longnet_cli.runtime import dealing
-from longnet_cli.runtime.dealing import Codec, deal
-from longnet_cli.runtime.portions import Portion, portions
-from longnet_cli.runtime.ranks import Ranks
+from longnet_cli.basics.errors import DataError
+from longnet_cli.running.ranks import dealing
+from longnet_cli.running.ranks.dealing import Codec, deal
+from longnet_cli.running.ranks.portions import Portion, portions
+from longnet_cli.running.ranks.ranks import Ranks
 
 AS_JSON = Codec(lambda found: json.dumps(list(found)).encode(), json.loads)
 

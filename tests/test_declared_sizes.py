@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from longnet_cli.converting import convert
+from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import CheckpointError, ConfigError, DataError
+from longnet_cli.jobs.converting import convert
 
 
 def array(kind: int, count: int, of: bytes = b"", *, order: str = "<") -> bytes:
@@ -40,7 +40,7 @@ def array(kind: int, count: int, of: bytes = b"", *, order: str = "<") -> bytes:
 )
 def test_counts_of_a_gguf_file(tmp_path: Path, data: bytes, line: str) -> None:
     pytest.importorskip("gguf")
-    from longnet_cli.integrations.gguf import check_counts
+    from longnet_cli.models.gguf import check_counts
 
     (tmp_path / "x.gguf").write_bytes(data)
     with pytest.raises(ValueError, match=line):

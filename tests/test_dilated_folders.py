@@ -16,10 +16,10 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 import transformers as hf
 
 from longnet_cli.attention import Pattern
-from longnet_cli.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.integrations.transformers import use_dilated_attention, use_own_attention, write_pattern
-from longnet_cli.integrations.transformers_auto import DILATED_TYPE, from_file
-from longnet_cli.model_folder import ModelFolder
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.models.hf.pretrained_folder import DILATED_TYPE, from_file
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SINKS = Pattern.window(8, sinks=2)

@@ -19,9 +19,11 @@ from test_official import levels, read_golden
 from test_slide import build, slide
 from torch import Tensor
 
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.errors import DataError
-from longnet_cli.model import LongNet, LongNetConfig, SlideEncoder
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.slide import SlideEncoder
 
 SLIDES = {"s1": 70, "s2": 131, "s3": 1, "s4": 40}  # tiles
 

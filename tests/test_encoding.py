@@ -16,13 +16,14 @@ import pytest
 import torch
 from builders import LEVELS, SIZES, MadeInputs, make_document, tiny_net
 
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.encoding import EncodeOptions, Encoder, encode
-from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.model.weights import model_digest
-from longnet_cli.row_jobs import write_rows
+from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
+from longnet_cli.jobs.row_jobs import write_rows
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.weights import model_digest
 
 BOS = 256
 CONFIG = LongNetConfig(**SIZES, **LEVELS, position="rope")
@@ -267,10 +268,10 @@ def test_a_default_chunk_is_that_of_the_run_before(tmp_path: Path, monkeypatch: 
     """On a GPU it depends on the memory that is free."""
     model = LongNet(CONFIG).eval()
     write(model, tmp_path / "whole", chunk=70)
-    monkeypatch.setattr("longnet_cli.row_jobs.default_chunk", lambda *_: 70)
+    monkeypatch.setattr("longnet_cli.jobs.row_jobs.default_chunk", lambda *_: 70)
     with pytest.raises(KeyboardInterrupt):
         write(model, tmp_path / "out", stopped_at(7), chunk=None)
-    monkeypatch.setattr("longnet_cli.row_jobs.default_chunk", lambda *_: 40)
+    monkeypatch.setattr("longnet_cli.jobs.row_jobs.default_chunk", lambda *_: 40)
     write(model, tmp_path / "out", chunk=None, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -19,19 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.spans import open_spans
-from longnet_cli.errors import ConfigError
-from longnet_cli.estimating.training_job import (
-    estimate_training,
-    memory_by_kind,
-    settle_chunk,
-)
-from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.runtime.chunks import fitting_chunk
-from longnet_cli.runtime.device import matmul_peak, precision
-from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.training.far_bytes import seen_segments
-from longnet_cli.training.gradients import plan_forwards
-from longnet_cli.training.recipe import Recipe, load_recipe
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs.estimating.training_job import estimate_training, memory_by_kind, settle_chunk
+from longnet_cli.jobs.training.gradients import plan_forwards, seen_segments
+from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running.chunks import fitting_chunk
+from longnet_cli.running.device import matmul_peak, precision
+from longnet_cli.running.ranks.ranks import Ranks
 
 CPU = torch.device("cpu")
 MODEL = {
@@ -103,10 +99,10 @@ def test_flops_are_those_that_torch_counts() -> None:
 RUN = """
 import json, sys
 import torch
-from longnet_cli.runtime.device import peak_memory
-from longnet_cli.estimating.training_job import estimate_training
-from longnet_cli.training.loop import train
-from longnet_cli.training.recipe import load_recipe
+from longnet_cli.running.device import peak_memory
+from longnet_cli.jobs.estimating.training_job import estimate_training
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.recipe import load_recipe
 
 recipe = load_recipe(*json.loads(sys.argv[1]))
 found = estimate_training(recipe, torch.device("cpu"))
@@ -164,9 +160,9 @@ GROWTH = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from longnet_cli.estimating.training_job import estimate_training
-from longnet_cli.training.loop import train
-from longnet_cli.training.recipe import load_recipe
+from longnet_cli.jobs.estimating.training_job import estimate_training
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.recipe import load_recipe
 
 def anonymous():  # pages of a file that is mapped may be given back, and are not counted
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -343,7 +339,7 @@ def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return recipe(MODEL, stages=[{"seq_len": 256, "steps": 1}], chunk=chunk, batch_tokens=10_000)
 
     free = sum(memory_by_kind(with_chunk(4096), CPU, Ranks()).values())
-    monkeypatch.setattr("longnet_cli.estimating.training_job.free_memory", lambda device: free)
+    monkeypatch.setattr("longnet_cli.jobs.estimating.training_job.free_memory", lambda device: free)
     found = estimate_training(with_chunk(10_000), CPU)
     assert not found.fits
     assert found.chunk_that_fits == 4096
@@ -354,7 +350,7 @@ def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("gib", "chunk"), [(0, 16384), (5, 16384), (24, 32768), (80, 131072), (1000, 131072)])
 def test_a_gpu_gets_the_longest_chunk_that_it_holds(monkeypatch: pytest.MonkeyPatch, gib: int, chunk: int) -> None:
-    monkeypatch.setattr("longnet_cli.estimating.training_job.free_memory", lambda device: gib << 30)
+    monkeypatch.setattr("longnet_cli.jobs.estimating.training_job.free_memory", lambda device: gib << 30)
     model = MODEL | {"dim": 768, "num_layers": 12, "num_heads": 12, "ffn_dim": 3072}
     settings = {"dtype": "bf16", "stages": [{"seq_len": 1 << 20, "steps": 1}]}
     gpu, found = torch.device("cuda"), recipe(model, **settings)
@@ -371,7 +367,7 @@ def test_no_chunk_cuts_a_bidirectional_window(monkeypatch: pytest.MonkeyPatch) -
         return recipe(model, objective="masked", stages=stages, chunk=chunk, batch_tokens=8192)
 
     free = sum(memory_by_kind(with_window(1024, 1024), CPU, Ranks()).values())
-    monkeypatch.setattr("longnet_cli.estimating.training_job.free_memory", lambda device: free)
+    monkeypatch.setattr("longnet_cli.jobs.estimating.training_job.free_memory", lambda device: free)
     assert estimate_training(with_window(1024, 8192), CPU).chunk_that_fits == 1024
     found = estimate_training(with_window(2048, 8192), CPU)
     assert found.chunk_that_fits is None

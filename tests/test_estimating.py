@@ -24,14 +24,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import DataError, MemoryLimitError, TooLongError
 from longnet_cli.cli.dry_run import show_reading
-from longnet_cli.cuts import Cut
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.encoding import EncodeOptions, encode
-from longnet_cli.errors import DataError, MemoryLimitError, TooLongError
-from longnet_cli.estimating.reading_job import (
+from longnet_cli.jobs.encoding import EncodeOptions, encode
+from longnet_cli.jobs.estimating.probe import Sample
+from longnet_cli.jobs.estimating.reading_job import (
     EncodeJob,
     Job,
     ReadingEstimate,
@@ -39,14 +39,12 @@ from longnet_cli.estimating.reading_job import (
     ScoreJob,
     estimate_documents,
 )
-from longnet_cli.estimating.sampling import Sample
-from longnet_cli.model import LongNet
-from longnet_cli.model.net import Net
-from longnet_cli.model.sequence import InputSequence
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.runtime.chunks import CausalStream
-from longnet_cli.runtime.device import trim_memory
-from longnet_cli.scoring import score
+from longnet_cli.jobs.scoring.scoring import Cut, score
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.net import InputSequence, Net
+from longnet_cli.running.chunks import CausalStream
+from longnet_cli.running.device import trim_memory
 
 BOS = 256
 ROOM = Room(0, None)

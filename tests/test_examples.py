@@ -24,15 +24,15 @@ import torch
 from builders import tiny_llama, tiny_model
 from typer.testing import CliRunner
 
+from longnet_cli.basics.notation import parse_pattern
 from longnet_cli.cli.app import app
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.windows import TokenStream, TokenWindows
-from longnet_cli.logprobs import write_token_logprobs
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.notation import parse_pattern
-from longnet_cli.scoring import score
+from longnet_cli.jobs.scoring.score_rows import write_token_logprobs
+from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.models.folder import ModelFolder
 
 ROOT = Path(__file__).parents[1]
 
@@ -154,7 +154,7 @@ def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[st
     assert len(done.stdout.splitlines()) == 1 + steps + 1
     assert "dense / dilated = " in done.stdout.splitlines()[-1]
     from longnet_cli.attention import Pattern
-    from longnet_cli.model_folder import ModelFolder
+    from longnet_cli.models.folder import ModelFolder
 
     assert ModelFolder(output / "dilated").net().config.pattern.segment_lengths == (8, 16, 32, 64, 128)
     assert ModelFolder(output / "dense").net().config.pattern == Pattern.dense()

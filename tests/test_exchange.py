@@ -27,16 +27,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet_cli.attention import Pattern, dilated_attention
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.windows import TokenStream, TokenWindows
-from longnet_cli.errors import ConfigError
-from longnet_cli.model import LongNet
-from longnet_cli.runtime import exchange as exchange_module
-from longnet_cli.runtime.chunks import CausalStream
-from longnet_cli.runtime.exchange import Exchange, even_edges
-from longnet_cli.runtime.layerwise import hidden_in_chunks
-from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.training.gradients import backward
-from longnet_cli.training.tokens import StoredTokens
+from longnet_cli.jobs.training.gradients import StoredTokens, backward
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running.chunks import CausalStream
+from longnet_cli.running.layerwise import hidden_in_chunks
+from longnet_cli.running.ranks import exchange as exchange_module
+from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.ranks import Ranks
 
 EOS = 49
 multiprocessing.set_forkserver_preload(["test_exchange", "torch.distributed.fsdp"])

@@ -17,15 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longnet_cli.attention import dilated, merging
 from longnet_cli.attention.cuda_kernels import CudaFlashKernel
-from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.model.net import IGNORED
-from longnet_cli.runtime import chunks, layerwise
-from longnet_cli.runtime.chunks import CausalStream, backward_in_chunks
-from longnet_cli.runtime.layerwise import _Layers, hidden_in_chunks
-from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.training.gradients import backward
-from longnet_cli.training.optimizer import build_optimizers
-from longnet_cli.training.recipe import OptimizerRecipe
+from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.jobs.training.optimizer import build_optimizers
+from longnet_cli.jobs.training.recipe import OptimizerRecipe
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.net import IGNORED
+from longnet_cli.running import chunks, layerwise
+from longnet_cli.running.chunks import CausalStream, backward_in_chunks
+from longnet_cli.running.layerwise import _Layers, hidden_in_chunks
+from longnet_cli.running.ranks.ranks import Ranks
 
 FAKE = torch.cuda.is_available()
 GPU = torch.device("cuda", 0) if FAKE else torch.device("meta")

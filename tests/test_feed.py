@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 from processes import wait_for
 
-from longnet_cli.data import feed
-from longnet_cli.data.feed import in_two_threads
+from longnet_cli.jobs import token_feed as feed
+from longnet_cli.jobs.token_feed import in_two_threads
 
 
 def one(item: int) -> int:

@@ -94,7 +94,7 @@ def test_polars_through_a_pipe(tmp_path):
 
 def test_a_truncated_file_of_polars_is_an_error(tmp_path):
     pl = pytest.importorskip("polars")
-    from longnet_cli.errors import DataError
+    from longnet_cli.basics.errors import DataError
 
     pl.DataFrame({"input_ids": IDS}).write_ipc(tmp_path / "x.arrow")
     data = (tmp_path / "x.arrow").read_bytes()

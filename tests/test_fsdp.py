@@ -22,9 +22,12 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from longnet_cli.errors import ConfigError
-from longnet_cli.model import LongNet
-from longnet_cli.runtime.fsdp import (
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.jobs.training.optimizer import build_optimizers
+from longnet_cli.jobs.training.recipe import OptimizerRecipe
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running.ranks.fsdp import (
     clip_gradients,
     shard_weights,
     sum_gradients,
@@ -32,10 +35,7 @@ from longnet_cli.runtime.fsdp import (
     whole_tensor,
     whole_weights,
 )
-from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.training.gradients import backward
-from longnet_cli.training.optimizer import build_optimizers
-from longnet_cli.training.recipe import OptimizerRecipe
+from longnet_cli.running.ranks.ranks import Ranks
 
 LONGEST = 10_000  # a chunk that holds everything
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from longnet_cli.cli.app import app
-from longnet_cli.model import LongNetConfig
-from longnet_cli.training.recipe import Recipe
+from longnet_cli.jobs.training.recipe import Recipe
+from longnet_cli.nets.config import LongNetConfig
 
 EXAMPLES = 1000
 CPU_SECONDS = 10  # that a run may use: a hang, if it is not one that waits, however busy the machine is

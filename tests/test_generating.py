@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError, NotFiniteError
-from longnet_cli.generating import Sampler, Step, generate
-from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.model.net import Net
+from longnet_cli.jobs.generating import Sampler, Step, generate
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.net import Net
 
 WINDOW = Pattern.window(16, sinks=3)
 WORDS = Tokenizer.bytes()
@@ -37,7 +38,7 @@ def foreign(pattern: Pattern, kind: str = "llama") -> Net:
     import test_transformers
 
     from longnet_cli.integrations.transformers import use_dilated_attention
-    from longnet_cli.integrations.transformers_net import TransformersNet
+    from longnet_cli.models.hf.pretrained_net import TransformersNet
 
     model = test_transformers.built(getattr(test_transformers, kind))
     return TransformersNet(use_dilated_attention(model, pattern))

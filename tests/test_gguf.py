@@ -25,9 +25,9 @@ from huggingface_hub import constants
 from loopback_hub import fill_cache
 from tokenizers.pre_tokenizers import ByteLevel
 
+from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.cli.app import app
-from longnet_cli.errors import CheckpointError, ConfigError
-from longnet_cli.model_folder import ModelFolder
+from longnet_cli.models.folder import ModelFolder
 
 HEADS, KEY_HEADS, DIM, FFN, LAYERS = 4, 2, 64, 96, 2
 NAMES = {  # of a layer of llama.cpp's, and of transformers'

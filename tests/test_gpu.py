@@ -27,10 +27,10 @@ from torch import Tensor
 
 from longnet_cli.attention import Pattern, dilated_attention, far_keys, kernels, merging
 from longnet_cli.attention.spans import far_spans
-from longnet_cli.runtime.chunks import CausalStream
-from longnet_cli.runtime.device import DTYPES, free_memory, precision
-from longnet_cli.runtime.layerwise import hidden_in_chunks
-from longnet_cli.training.gradients import backward
+from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.running.chunks import CausalStream
+from longnet_cli.running.device import DTYPES, free_memory, precision
+from longnet_cli.running.layerwise import hidden_in_chunks
 
 pytestmark = pytest.mark.gpu
 

@@ -16,9 +16,9 @@ from test_chunks import draw, error, gradients, net
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
-from longnet_cli.model import LongNet
-from longnet_cli.model.net import IGNORED
-from longnet_cli.training.gradients import backward
+from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.net import IGNORED
 
 EOS = 49
 

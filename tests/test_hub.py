@@ -14,7 +14,7 @@ from loopback_hub import LoopbackHub, fill_cache, loopback_hub, read_folder
 from processes import wait_for
 from safetensors.torch import load, save
 
-from longnet_cli.training.checkpoint import read_state
+from longnet_cli.jobs.training.checkpoint import read_state
 
 TEXT = "A document to read, of some length. " * 4
 TINY = "org/tiny"

@@ -14,6 +14,7 @@ import pytest
 from test_sources import write_stream
 from typer.testing import CliRunner
 
+from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, MemoryLimitError
 from longnet_cli.cli.app import app
 from longnet_cli.data import inputs
 from longnet_cli.data.inputs import Inputs
@@ -21,11 +22,10 @@ from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.names import find_sources
 from longnet_cli.data.tables import reading
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError, InputWarning, MemoryLimitError
-from longnet_cli.inspecting import inspect
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.plotting import read
-from longnet_cli.training.recipe import load_recipe
+from longnet_cli.jobs.inspecting import inspect
+from longnet_cli.jobs.plotting import read
+from longnet_cli.jobs.training.recipe import load_recipe
+from longnet_cli.models.folder import ModelFolder
 
 
 def names(*inputs: Any) -> list[str]:

@@ -12,10 +12,10 @@ from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longnet_cli import inspecting
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.inspecting import Inspection, inspect
+from longnet_cli.jobs import inspecting
+from longnet_cli.jobs.inspecting import Inspection, inspect
 
 BYTES = Tokenizer.bytes()
 

@@ -8,8 +8,8 @@ import threading
 import pytest
 from test_sources import BYTES, pipe, read, tokens
 
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.errors import DataError
 
 
 @pytest.mark.parametrize(

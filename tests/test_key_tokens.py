@@ -16,10 +16,10 @@ from builders import make_document, tiny_net
 from conftest import RunLongnet
 
 from longnet_cli.data.documents import Document
-from longnet_cli.key_tokens import Judge
-from longnet_cli.logprobs import write_token_logprobs
-from longnet_cli.measures import Total
-from longnet_cli.scoring import score
+from longnet_cli.jobs.scoring.key_tokens import Judge
+from longnet_cli.jobs.scoring.measures import Total
+from longnet_cli.jobs.scoring.score_rows import write_token_logprobs
+from longnet_cli.jobs.scoring.scoring import score
 
 DOCUMENTS = [make_document(length, name) for length, name in ((70, "a"), (0, "b"), (1, "c"), (301, "d"))]
 

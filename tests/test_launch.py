@@ -25,10 +25,10 @@ from conftest import RunLongnet
 from processes import kill_training, processes_of, wait_for
 
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.model import LongNet
-from longnet_cli.training.checkpoint import checkpoints_in, find_damage, read_state
-from longnet_cli.training.loop import train
-from longnet_cli.training.recipe import load_recipe
+from longnet_cli.jobs.training.checkpoint import checkpoints_in, find_damage, read_state
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.recipe import load_recipe
+from longnet_cli.nets.longnet import LongNet
 
 LEVELS = {"segment_lengths": (16, 64, 256), "dilation_rates": (1, 2, 4), "position": "rope"}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -15,9 +15,9 @@ from strategies import PAPER_64TH, patterns, patterns_with_options
 from test_chunks import TOLERANCE, draw, error, net
 
 from longnet_cli.attention import Pattern
-from longnet_cli.errors import ConfigError, MemoryLimitError
-from longnet_cli.runtime import layerwise
-from longnet_cli.runtime.layerwise import fits_beside, hidden_in_chunks
+from longnet_cli.basics.errors import ConfigError, MemoryLimitError
+from longnet_cli.running import layerwise
+from longnet_cli.running.layerwise import fits_beside, hidden_in_chunks
 
 
 @pytest.mark.parametrize("spilled", [False, True])

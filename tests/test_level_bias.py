@@ -25,14 +25,14 @@ from torch import Tensor
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.reference import dilated_attention_reference
-from longnet_cli.errors import ConfigError
-from longnet_cli.model import LongNet
-from longnet_cli.model.torchscale import to_torchscale
-from longnet_cli.notation import format_pattern, parse_pattern
-from longnet_cli.runtime.chunks import CausalStream
-from longnet_cli.shipped import preset_dir
-from longnet_cli.training.gradients import backward
-from longnet_cli.training.loop import train
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.hub import preset_dir
+from longnet_cli.basics.notation import format_pattern, parse_pattern
+from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.models.official import to_torchscale
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running.chunks import CausalStream
 
 LEARNED = Pattern((8, 32, 64), (1, 4, 4), look_back=1, overlap="once", queries="all", level_bias="learned:-4")
 

@@ -18,14 +18,14 @@ from loopback_hub import fill_cache, read_folder
 
 import longnet_cli.integrations.transformers
 from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError
-from longnet_cli.generating import generate
 from longnet_cli.integrations.transformers import use_dilated_attention
+from longnet_cli.jobs.generating import generate
+from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.lm_eval import LongNetLM
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.scoring import score
+from longnet_cli.models.folder import ModelFolder
 
 BYTES = Tokenizer.bytes()
 SHAPE = {"dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48}

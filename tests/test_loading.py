@@ -17,16 +17,16 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 import transformers as hf
 
-from longnet_cli.model_folder import ModelFolder
+from longnet_cli.models.folder import ModelFolder
 
 # the peak above what the same imports take, and the bytes of the weights
 SCRIPT = """
 import json, sys, torch
 from pathlib import Path
 from transformers.models.llama import modeling_llama
-import longnet_cli.integrations.transformers_net
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.runtime.device import peak_memory, resident_memory
+import longnet_cli.models.hf.pretrained_net
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.running.device import peak_memory, resident_memory
 before = resident_memory(torch.device("cpu"))
 net = ModelFolder(Path(sys.argv[1])).net(dtype=getattr(torch, sys.argv[2]))
 weights = sum(p.numel() * p.element_size() for p in net.parameters())

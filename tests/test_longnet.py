@@ -7,8 +7,10 @@ from builders import read_golden
 from torch import Tensor
 
 from longnet_cli.attention import SINKS, FarKeys, Pattern
-from longnet_cli.errors import ConfigError
-from longnet_cli.model import LongNet, LongNetConfig, from_torchscale
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.models.official import from_torchscale
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
 
 PATTERN = {"segment_lengths": (16, 48, 96), "dilation_rates": (1, 2, 5)}
 

@@ -19,11 +19,10 @@ from strategies import chosen_patterns, cuts, patterns, patterns_with_options, s
 from test_chunks import draw, gradients, net
 
 from longnet_cli.attention import Pattern
-from longnet_cli.errors import ConfigError, MemoryLimitError
-from longnet_cli.runtime.chunks import CausalStream, backward_in_chunks
-from longnet_cli.runtime.mapped import MappedMemory
-from longnet_cli.training.far_bytes import far_bytes
-from longnet_cli.training.gradients import backward
+from longnet_cli.basics.errors import ConfigError, MemoryLimitError
+from longnet_cli.jobs.training.gradients import backward, far_bytes
+from longnet_cli.running.chunks import CausalStream, backward_in_chunks
+from longnet_cli.running.mapped import MappedMemory
 
 
 class Measured(MappedMemory):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from longnet_cli.model.net import IGNORED
-from longnet_cli.training.masking import mask_tokens
+from longnet_cli.jobs.training.evaluation import mask_tokens
+from longnet_cli.nets.net import IGNORED
 
 MASK, EOS = 4, 0
 

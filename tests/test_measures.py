@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from builders import make_document, tiny_net
 
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
-from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.measures import ByPosition, DocumentScore, Score, Total
-from longnet_cli.model import LongNet
-from longnet_cli.scoring import score
+from longnet_cli.jobs.scoring.measures import ByPosition, DocumentScore, Score, Total
+from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.nets.longnet import LongNet
 
 BOS = 256
 

@@ -6,11 +6,11 @@ import pytest
 from builders import tiny_llama
 from typer.testing import CliRunner
 
-from longnet_cli import shipped as module
+from longnet_cli.basics import hub as module
+from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.basics.hub import list_models, preset_dir
 from longnet_cli.cli.app import app
-from longnet_cli.errors import CheckpointError, ConfigError
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.shipped import list_models, preset_dir
+from longnet_cli.models.folder import ModelFolder
 
 
 def make_model(folder):

@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longnet_cli.errors import ConfigError
-from longnet_cli.model import LongNet
-from longnet_cli.shipped import preset_dir
-from longnet_cli.training.loop import train
-from longnet_cli.training.recipe import Recipe, load_recipe
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.hub import preset_dir
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.nets.longnet import LongNet
 
 GPT3_VOCABULARY = 50257
 # name: (the paper's size, its layers, hidden, heads, learning rate, tokens a batch, steps: its Tables 3 and 4)

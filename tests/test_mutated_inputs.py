@@ -26,8 +26,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import RunLongnet
 
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.errors import DataError
 
 IDS = [[1, 2, 3, 4, 5, 6, 7], [250, 251, 252], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70], [9, 8], [100, 101, 102]]
 TABLE = {"doc_id": ["alpha", "beta", "gamma", "delta", "epsilon"], "input_ids": IDS}
@@ -199,7 +199,7 @@ def text_mutations() -> Iterator[Mutation]:
 READER = """
 import json, os, resource, sys, threading
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.errors import LongNetError
+from longnet_cli.basics.errors import LongNetError
 
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # a damaged size may ask for any amount
 

@@ -12,15 +12,16 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 import transformers as hf
 
 from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.basics.hub import MODEL_TYPE
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.encoding import EncodeOptions, encode
-from longnet_cli.errors import CheckpointError, ConfigError
-from longnet_cli.generating import generate
 from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention
-from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.model.foreign import TRANSFORMERS_KEYS
-from longnet_cli.shipped import MODEL_TYPE
+from longnet_cli.jobs.encoding import EncodeOptions, encode
+from longnet_cli.jobs.generating import generate
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.foreign import TRANSFORMERS_KEYS
+from longnet_cli.nets.longnet import LongNet
 
 BYTES = Tokenizer.bytes()
 CACHE = "cache" if "cache" in hf.modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

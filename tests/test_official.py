@@ -12,7 +12,10 @@ from conftest import RunLongnet
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from longnet_cli.model import LongNet, LongNetConfig, SlideConfig, SlideEncoder, to_torchscale
+from longnet_cli.models.official import to_torchscale
+from longnet_cli.nets.config import LongNetConfig, SlideConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.slide import SlideEncoder
 
 
 def levels(theirs: dict) -> list[str]:

@@ -10,12 +10,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.cli.app import app
 from longnet_cli.cli.command import Command
 from longnet_cli.cli.options import INPUT, Names, QuietOption, bare_or, option, parse_device
 from longnet_cli.data.outputs import OUTPUT_SUFFIXES
-from longnet_cli.errors import ConfigError
-from longnet_cli.plotting.picture import PICTURES
+from longnet_cli.jobs.plotting.picture import PICTURES
 
 COMMANDS = ["tokenize", "convert", "train", "plot", "score", "encode", "generate", "bench", "data inspect"]
 

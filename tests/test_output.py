@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
 from longnet_cli.cli.output import FORMATS, RowWriter, emit_jsonl, printable
-from longnet_cli.sizes import format_bytes, format_count, format_duration
 
 COLUMNS = ["op", "seq", "seconds", "status"]
 ROWS = [

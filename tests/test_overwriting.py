@@ -10,14 +10,14 @@ import pytest
 import torch
 from builders import tiny_net
 
+from longnet_cli.basics.errors import CheckpointError, ConfigError, NotFiniteError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.overwriting import refuse_overwriting
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.encoding import EncodeOptions, encode
-from longnet_cli.errors import CheckpointError, ConfigError, NotFiniteError
-from longnet_cli.model import LongNet
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.scoring import score
+from longnet_cli.jobs.encoding import EncodeOptions, encode
+from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.nets.longnet import LongNet
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from strategies import Problem, problems
 
 from longnet_cli.attention.branches import branches
 from longnet_cli.attention.pattern import Pattern
-from longnet_cli.attention.rows import Rows, rows_before
-from longnet_cli.attention.spans import Span, span_positions
+from longnet_cli.attention.spans import Rows, Span, rows_before, span_positions
 
 
 def tokens_of(rows: Rows) -> dict[tuple[int, int], list[int]]:

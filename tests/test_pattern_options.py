@@ -14,14 +14,14 @@ from builders import tiny_model
 from typer.testing import CliRunner, Result
 
 from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.cli.app import app
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError
-from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.model.config import parse_config
-from longnet_cli.model.weights import load_config
-from longnet_cli.training.recipe import load_recipe
+from longnet_cli.jobs.training.recipe import load_recipe
+from longnet_cli.nets.config import LongNetConfig, parse_config
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.weights import load_config
 
 SHAPE = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope"}
 NESTED = "nested:32,base=8,sinks=4,level_bias=log_rate"

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from longnet_cli import plotting
-from longnet_cli.errors import ConfigError
-from longnet_cli.plotting import Curve, Point, panels, read, read_all
-from longnet_cli.plotting.runs import Run
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs import plotting
+from longnet_cli.jobs.plotting import Curve, Point, panels, read, read_all
+from longnet_cli.jobs.plotting.recognizing import Run
 
 
 def draw_text(runs: list[Run], width: int, **options: bool) -> str:
@@ -185,5 +185,5 @@ def test_colours_are_for_terminals(
 
 
 def test_it_loads_no_torch(command_env: dict[str, str]) -> None:
-    program = "import sys, longnet_cli.plotting; sys.exit('torch' in sys.modules)"
+    program = "import sys, longnet_cli.jobs.plotting; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], env=command_env, check=False).returncode == 0

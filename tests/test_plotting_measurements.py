@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.plotting import Curve, Panel, Point, draw_picture, draw_text, panels, read, read_all
+from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.jobs.plotting import Curve, Panel, Point, draw_picture, draw_text, panels, read, read_all
 
 DOCS = Path(__file__).parents[1] / "docs"
 BILLION, TINY, BLOCKS = (

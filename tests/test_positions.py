@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from longnet_cli.errors import ConfigError
-from longnet_cli.model.config import LongNetConfig
-from longnet_cli.model.positions import BLOCK, position_table, rotate, sink_turn
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.positions import BLOCK, position_table, rotate, sink_turn
 
 
 def config(position: str, segments: tuple[int, ...] = (64, 256), head_dim: int = 16) -> LongNetConfig:

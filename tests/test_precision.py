@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.runtime import device
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running import device
 
 
 class Casts(TorchDispatchMode):

@@ -21,11 +21,11 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 from test_transformers_net import nats_from
 
 from longnet_cli.attention import Pattern
-from longnet_cli.converting import convert
+from longnet_cli.basics.notation import parse_pattern
 from longnet_cli.data.documents import Document
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.notation import parse_pattern
-from longnet_cli.scoring import score
+from longnet_cli.jobs.converting import convert
+from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.models.folder import ModelFolder
 
 PROSE = Path(__file__).resolve().parents[2] / "shared" / "golden" / "prose.safetensors"
 FAR = Pattern((1024, 1024), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=4, level_bias="log_rate")

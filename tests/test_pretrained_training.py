@@ -22,18 +22,17 @@ from test_exchange import run_ranks
 from test_fsdp import mesh
 
 from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.notation import parse_pattern
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.notation import parse_pattern
-from longnet_cli.runtime.chunks import backward_in_chunks
-from longnet_cli.runtime.mapped import MappedMemory
-from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.training.checkpoint import checkpoints_in, tensor_names
-from longnet_cli.training.far_bytes import far_bytes
-from longnet_cli.training.gradients import backward
-from longnet_cli.training.loop import train
-from longnet_cli.training.recipe import PretrainedRecipe, Recipe, load_recipe
+from longnet_cli.jobs.training.checkpoint import checkpoints_in, tensor_names
+from longnet_cli.jobs.training.gradients import backward, far_bytes
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.recipe import PretrainedRecipe, Recipe, load_recipe
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.running.chunks import backward_in_chunks
+from longnet_cli.running.mapped import MappedMemory
+from longnet_cli.running.ranks.ranks import Ranks
 
 SIZES = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}

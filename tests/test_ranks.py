@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longnet_cli.errors import ConfigError
-from longnet_cli.runtime import ranks as module
-from longnet_cli.runtime.ranks import Ranks, _own_gpu, join
-from longnet_cli.training.checks import check_windows
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs.training.start import check_windows
+from longnet_cli.running.ranks import ranks as module
+from longnet_cli.running.ranks.ranks import Ranks, _own_gpu, join
 
 
 def test_a_mesh_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from test_slide import build, slide
 
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.documents import Document, Part
 from longnet_cli.data.vectors import Vectors
-from longnet_cli.errors import ConfigError
-from longnet_cli.model import LongNet
-from longnet_cli.model.sequence import Bos, InputSequence
-from longnet_cli.runtime.reader import Reader, batches_by_length
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.net import Bos, InputSequence
+from longnet_cli.running.reader import Reader, batches_by_length
 
 
 def test_batches_by_length() -> None:

@@ -19,10 +19,9 @@ import pytest
 import typer.main
 from builders import tiny_llama
 
+from longnet_cli.basics.hub import list_models, preset_dir
 from longnet_cli.cli.app import app
-from longnet_cli.model.config import LongNetConfig
-from longnet_cli.shipped import list_models, preset_dir
-from longnet_cli.training.recipe import (
+from longnet_cli.jobs.training.recipe import (
     ContrastRecipe,
     DataRecipe,
     LoraRecipe,
@@ -33,6 +32,7 @@ from longnet_cli.training.recipe import (
     load_recipe,
     tomllib,
 )
+from longnet_cli.nets.config import LongNetConfig
 
 ROOT = Path(__file__).parents[1]
 TESTED_ELSEWHERE = {"clients.md", "vectors.md"}  # by slow tests of their own: they need what the tests do not install

@@ -14,11 +14,10 @@ from builders import tiny_net
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longnet_cli import recall
 from longnet_cli.data.documents import Document
-from longnet_cli.measures import ByRecall, DocumentScore, Score, Total
-from longnet_cli.recall import Bigrams
-from longnet_cli.scoring import score
+from longnet_cli.jobs.scoring import measures as recall
+from longnet_cli.jobs.scoring.measures import Bigrams, ByRecall, DocumentScore, Score, Total
+from longnet_cli.jobs.scoring.scoring import score
 
 BOS = 6
 

@@ -14,10 +14,10 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data import remote
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError, LongNetError
 
 IDS = [[104, 105], [1, 2, 3], [255]]
 TABLE = pa.table({"input_ids": pa.array(IDS, pa.large_list(pa.int32()))})

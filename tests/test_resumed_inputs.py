@@ -17,7 +17,7 @@ from builders import tiny_model
 from conftest import RunLongnet
 from processes import contents
 
-from longnet_cli.data.contents import WHOLE_TABLE, content_digest
+from longnet_cli.data.inputs import WHOLE_TABLE, content_digest
 from longnet_cli.data.manifest import UNFINISHED, read_manifest
 from longnet_cli.data.names import Source
 

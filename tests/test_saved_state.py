@@ -24,11 +24,11 @@ from test_generating import foreign, native, prompt
 from test_generating import run as generated
 
 from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError, LongNetError
-from longnet_cli.generating import generate
-from longnet_cli.runtime import mapped
-from longnet_cli.runtime.chunks import CausalStream
+from longnet_cli.jobs.generating import generate
+from longnet_cli.running import mapped
+from longnet_cli.running.chunks import CausalStream
 
 CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 PATTERNS = {
@@ -118,7 +118,7 @@ def test_a_cache_of_transformers_goes_on_as_if_nothing_had_happened(build: str, 
     """Loaded and forked, whatever another fork reads; a state of another model or pattern is refused."""
     pytest.importorskip("transformers")
     from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention
-    from longnet_cli.integrations.transformers_longnet import LongNetForCausalLM
+    from longnet_cli.models.hf.auto_longnet import LongNetForCausalLM
 
     def make(scale: float = 1.0) -> Any:
         if build == "llama":
@@ -166,7 +166,7 @@ def states(folder: Path) -> dict[str, bytes]:
 def test_a_killed_save_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at any rename or removal, the folder has the old state or the new one; the next save removes the rest."""
     model, folder, ids = net(CHOSEN), tmp_path / "state", draw(1, 200)
-    monkeypatch.setattr("longnet_cli.runtime.saved_state.FILE_BYTES", 1 << 13)
+    monkeypatch.setattr("longnet_cli.running.saved_state.FILE_BYTES", 1 << 13)
     stream = CausalStream(model)
     stream(ids[:, :100])
     stream.save(folder)

@@ -18,17 +18,15 @@ import torch
 from builders import MadeInputs, make_document, tiny_net
 from conftest import RunLongnet
 
-from longnet_cli.data.documents import Document
-from longnet_cli.data.left_out import LeftOut
+from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
+from longnet_cli.data.documents import Document, LeftOut
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.errors import ConfigError, DataError, NoTokensError
-from longnet_cli.gain import GAIN_BLOCK
-from longnet_cli.measures import Clusters, Gain
-from longnet_cli.model import LongNet
-from longnet_cli.row_jobs import write_rows
-from longnet_cli.runtime.reader import Reader
-from longnet_cli.score_rows import RowScorer, ScoreOptions
-from longnet_cli.scoring import score
+from longnet_cli.jobs.row_jobs import write_rows
+from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, Clusters, Gain
+from longnet_cli.jobs.scoring.score_rows import RowScorer, ScoreOptions
+from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running.reader import Reader
 
 BOS = 256
 OPTIONS = ScoreOptions(bos=BOS, context=(400, 16))

@@ -12,15 +12,11 @@ import torch
 import torch.nn.functional as F
 from builders import make_document, tiny_net
 
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
-from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.logprobs import logprob_schema, write_token_logprobs
-from longnet_cli.model import LongNet
-from longnet_cli.scoring import (
-    DocumentScore,
-    Score,
-    score,
-)
+from longnet_cli.jobs.scoring.score_rows import logprob_schema, write_token_logprobs
+from longnet_cli.jobs.scoring.scoring import DocumentScore, Score, score
+from longnet_cli.nets.longnet import LongNet
 
 BOS = 256
 CHUNK = 4000  # tokens of a forward in tests that need several

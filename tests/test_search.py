@@ -25,10 +25,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longnet_cli.data.documents import Document
-from longnet_cli.data.places import TextPlaces
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.model.net import Embedder
-from longnet_cli.model_folder import ModelFolder
+from longnet_cli.jobs.encoding import TextPlaces
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.nets.net import Embedder
 
 ROOT = Path(__file__).parents[1]
 TEXT = "naïve “quotes” — \U0001f600\U0001f468\u200d\U0001f469 and e\u0301 \u4e2d\u6587. " * 9

@@ -12,14 +12,14 @@ from builders import tiny_llama, tiny_model, tiny_net
 from sentence_transformers import SentenceTransformer
 
 import longnet_cli.integrations.transformers
+from longnet_cli.basics.hub import model_path
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.encoding import EncodeOptions, encode
-from longnet_cli.model.net import Embedder
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.shipped import model_path
-from longnet_cli.training.loop import train
-from longnet_cli.training.recipe import load_recipe
+from longnet_cli.jobs.encoding import EncodeOptions, encode
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.recipe import load_recipe
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.nets.net import Embedder
 
 assert longnet_cli.integrations.transformers  # which registers what SentenceTransformer opens
 TEXTS = ["def f(x):\n    return x\n", "A text with <|endoftext|> written in it.", "long " * 400, "\u00e9\U0001f600"]

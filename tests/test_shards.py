@@ -10,10 +10,10 @@ import pyarrow.ipc as ipc
 import pytest
 from processes import contents
 
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import UNFINISHED, read_manifest
 from longnet_cli.data.shards import ShardFolder
-from longnet_cli.errors import ConfigError, DataError
 
 FINISHED = "_manifest.arrow"
 
@@ -153,7 +153,7 @@ def test_a_damaged_manifest_is_refused(tmp_path, content):
 
 def test_a_second_writer_is_refused(tmp_path):
     code = (
-        "import sys; from longnet_cli.data.shards import *; from longnet_cli.errors import ConfigError\n"
+        "import sys; from longnet_cli.data.shards import *; from longnet_cli.basics.errors import ConfigError\n"
         "try:\n    with ShardFolder(sys.argv[1], pa.schema([]), settings={}, resume=True): pass\n"
         "except ConfigError as error: print(error)"
     )

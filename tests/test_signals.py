@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.signals import Signals, noted_signals
+from longnet_cli.running.ranks.launch import Signals, noted_signals
+from longnet_cli.running.ranks.ranks import Ranks
 
 
 def test_signals_are_given_back() -> None:

@@ -16,9 +16,9 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 
-from longnet_cli.atomic import atomic_write
+from longnet_cli.basics.atomic import atomic_write
+from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.data.outputs import ShardWriter, is_folder, token_batch, token_schema
-from longnet_cli.errors import ConfigError, LongNetError
 
 SCHEMA = token_schema(vocab_size=257, eos_id=256, tokenizer_sha256="abc")
 BATCH = token_batch(SCHEMA, ["a", "b", "c"], [0, 0, 1], [3, 3, 5], np.array([1, 2, 3, 4, 256], np.uint16))
@@ -89,7 +89,7 @@ def test_a_signal_as_the_file_is_made_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("longnet_cli.atomic.fcntl.flock", interrupt)
+    monkeypatch.setattr("longnet_cli.basics.atomic.fcntl.flock", interrupt)
     with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "x"):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longnet_cli.sizes import parse_size, parse_sizes
+from longnet_cli.basics.sizes import parse_size, parse_sizes
 
 
 @pytest.mark.parametrize(

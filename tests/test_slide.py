@@ -9,11 +9,12 @@ import torch
 from builders import read_golden
 from torch import Tensor
 
-from longnet_cli.errors import ConfigError
-from longnet_cli.model import LongNet, LongNetConfig, SlideConfig, SlideEncoder, from_torchscale
-from longnet_cli.model.slide import grid_positions
-from longnet_cli.model.tiles import grid_cells
-from longnet_cli.runtime.layerwise import hidden_in_chunks
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.models.official import from_torchscale
+from longnet_cli.nets.config import LongNetConfig, SlideConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.slide import SlideEncoder, grid_cells, grid_positions
+from longnet_cli.running.layerwise import hidden_in_chunks
 
 SIZES = {"dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 64, "in_features": 6, "grid": 50}
 LEVELS = {"segment_lengths": (16, 48, 96), "dilation_rates": (1, 2, 5)}

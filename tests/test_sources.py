@@ -17,13 +17,13 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data import documents as documents_module
-from longnet_cli.data import id_columns
+from longnet_cli.data import token_columns as id_columns
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tables import Table
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError, LongNetError
 
 BYTES = Tokenizer.bytes()
 TEXTS = ["hello", "wörld, 漢字\n", "x" * 70]
@@ -69,7 +69,7 @@ def pipe(data: bytes, code: str = "[d.read().tolist() for d in Inputs(['-'], Tok
     """What `code` gives in another process that gets `data` through a pipe, in small writes; or its error."""
     script = (
         "import json\nfrom longnet_cli.data.inputs import *\nfrom longnet_cli.data.tokenizer import Tokenizer\n"
-        "from longnet_cli.errors import DataError\n"
+        "from longnet_cli.basics.errors import DataError\n"
         f"try: print(json.dumps({code}))\nexcept DataError as error: print(json.dumps(str(error)))"
     )
     child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)

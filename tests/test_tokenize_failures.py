@@ -20,9 +20,9 @@ import pyarrow.ipc as ipc
 import pytest
 from processes import assert_full, contents, kill_and_resume, wait_for
 
+from longnet_cli.basics.errors import DataError
+from longnet_cli.basics.hub import model_path
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.errors import DataError
-from longnet_cli.shipped import model_path
 
 
 @pytest.fixture

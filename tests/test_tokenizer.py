@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data import tokenizer as module
-from longnet_cli.data.special_tokens import END_OF_TEXT, end_of_text
-from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError
-from longnet_cli.model_folder import ModelFolder
+from longnet_cli.data.tokenizer import END_OF_TEXT, Tokenizer, end_of_text
+from longnet_cli.models.folder import ModelFolder
 
 CORPUS = [
     "the cat sat on the mat, and the dog ate the hat.\n" * 20,

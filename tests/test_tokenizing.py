@@ -14,14 +14,14 @@ import pytest
 import tokenizers
 from processes import contents
 
-from longnet_cli import tokenizing
+from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.hub import model_path
 from longnet_cli.data import tokenizer as tokenizer_module
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError
-from longnet_cli.shipped import model_path
-from longnet_cli.tokenizing import tokenize
+from longnet_cli.jobs import tokenizing
+from longnet_cli.jobs.tokenizing import tokenize
 
 TEXTS = {"a.txt": "hello wörld", "b.txt": "漢字 and more " * 30, "c.txt": "x\n"}
 
@@ -240,7 +240,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, output):
     peaks = []
     for copies in (37, 148):
         code = (
-            "import sys; from pathlib import Path; from longnet_cli.tokenizing import *\n"
+            "import sys; from pathlib import Path; from longnet_cli.jobs.tokenizing import *\n"
             "tokenize(Inputs([sys.argv[1]] * int(sys.argv[2])), sys.argv[3], shard_tokens=1 << 26)\n"
             # not ru_maxrss, in which a child begins with what its parent holds
             "status = Path('/proc/self/status').read_text().splitlines()\n"

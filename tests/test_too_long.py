@@ -23,11 +23,11 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 import transformers as hf
 
+from longnet_cli.basics.errors import ConfigError, DataError, TooLongError
 from longnet_cli.cli.app import app
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError, TooLongError
-from longnet_cli.model_folder import ModelFolder
+from longnet_cli.models.folder import ModelFolder
 
 LIMIT = 64  # tokens that the model was trained on, with the one before each document
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from longnet_cli.errors import ConfigError
-from longnet_cli.training.recipe import load_recipe
-from longnet_cli.training.trackers import open_trackers
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs.training.metrics import open_trackers
+from longnet_cli.jobs.training.recipe import load_recipe
 
 
 def test_none_is_the_default(tmp_path: Path) -> None:

@@ -15,17 +15,17 @@ import pytest
 import tokenizers
 import torch
 
-from longnet_cli.atomic import locked_folder
+from longnet_cli.basics.atomic import locked_folder
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError, LongNetError, MemoryLimitError
-from longnet_cli.model import LongNet
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.training import metrics
-from longnet_cli.training.checkpoint import checkpoints_in, read_state
-from longnet_cli.training.loop import train
-from longnet_cli.training.metrics import MetricsLog
-from longnet_cli.training.optimizer import build_optimizers, learning_rate
-from longnet_cli.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
+from longnet_cli.jobs.training import metrics
+from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_state
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.metrics import MetricsLog
+from longnet_cli.jobs.training.optimizer import build_optimizers, learning_rate
+from longnet_cli.jobs.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.nets.longnet import LongNet
 
 MODEL = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 32}
 MODEL |= {"segment_lengths": [16, 32], "dilation_rates": [1, 2]}

@@ -17,10 +17,10 @@ from test_checkpoint import recipe
 from test_exchange import run_ranks
 from test_fsdp import mesh
 
-from longnet_cli.model import LongNet
-from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.training.checkpoint import checkpoints_in, read_state
-from longnet_cli.training.loop import train
+from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_state
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running.ranks.ranks import Ranks
 
 # no dropout, which draws other numbers on each rank
 SETTINGS: dict[str, Any] = {

@@ -27,14 +27,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.reference import dilated_attention_reference
-from longnet_cli.errors import ConfigError
-from longnet_cli.integrations.transformers import (
-    LongNetCache,
-    dilated_attention_forward,
-    dilated_mask,
-    pattern_of,
-    use_dilated_attention,
-)
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.models.hf.attention import dilated_attention_forward, dilated_mask, pattern_of, use_dilated_attention
+from longnet_cli.models.hf.longnet_cache import LongNetCache
 
 SIZES = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12}
 ROOM = {"max_position_embeddings": 1024}

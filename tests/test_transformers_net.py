@@ -47,16 +47,16 @@ from test_transformers import (
 
 from longnet_cli.attention import SINKS, FarKeys, Pattern
 from longnet_cli.attention.cache import cached_rows
+from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.cli.app import app
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.encoding import EncodeOptions, Encoder, encode
-from longnet_cli.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.integrations.transformers import use_dilated_attention
-from longnet_cli.integrations.transformers_net import TransformersNet
-from longnet_cli.model_folder import ModelFolder
-from longnet_cli.row_jobs import write_rows
-from longnet_cli.runtime.chunks import CausalStream, open_stream
-from longnet_cli.scoring import score
+from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
+from longnet_cli.jobs.row_jobs import write_rows
+from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.models.hf.pretrained_net import TransformersNet
+from longnet_cli.running.chunks import CausalStream, open_stream
 
 OPTIONS = ["--pattern", "8/1,24/3,60/5"]
 TEXT = "Far keys are one more branch, and branches merge. " * 6  # 300 tokens of a byte each

@@ -9,7 +9,7 @@ from builders import make_document, tiny_net
 from pyarrow import feather
 
 from longnet_cli.data.outputs import ShardWriter
-from longnet_cli.encoding import EncodeOptions, encode
+from longnet_cli.jobs.encoding import EncodeOptions, encode
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 
+from longnet_cli.basics.errors import ConfigError, DataError, MemoryLimitError
 from longnet_cli.data import documents
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.vectors import Vectors
-from longnet_cli.errors import ConfigError, DataError, MemoryLimitError
 
 WIDTH, FLOAT = 5, pa.float32()
 RNG = np.random.default_rng(0)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from longnet_cli import scoring
 from longnet_cli.data.documents import Document
-from longnet_cli.model import LongNet, LongNetConfig
-from longnet_cli.runtime import reader
-from longnet_cli.scoring import score
-from longnet_cli.training.loop import train
-from longnet_cli.training.recipe import load_recipe
+from longnet_cli.jobs.scoring import scoring
+from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.recipe import load_recipe
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running import reader
 
 MODEL: dict[str, Any] = {
     "vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope",

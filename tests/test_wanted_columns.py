@@ -18,12 +18,12 @@ import pytest
 from builders import write_rows
 from conftest import RunLongnet
 
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Unread
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.errors import ConfigError, DataError
 
 BYTES = Tokenizer.bytes()
 ROWS = [

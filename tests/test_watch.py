@@ -16,10 +16,10 @@ import pytest
 import torch.distributed as dist
 from processes import processes_of, wait_for
 
-from longnet_cli.errors import LongNetError
-from longnet_cli.runtime.launch import LAUNCHED, LOST
-from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.watch import check_agent, watch
+from longnet_cli.basics.errors import LongNetError
+from longnet_cli.running.ranks.launch import LAUNCHED, LOST
+from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.watch import check_agent, watch
 
 GRACE = 0.5
 BLOCK = """
@@ -37,9 +37,9 @@ PARENT = (
     BLOCK
     + f"""
 import os, signal, sys, time
-from longnet_cli.runtime.ranks import Ranks
-from longnet_cli.runtime.signals import unwind_on_signals
-from longnet_cli.runtime.watch import die_with_parent, watch
+from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.launch import unwind_on_signals
+from longnet_cli.running.ranks.watch import die_with_parent, watch
 
 def work(met):
     die_with_parent()

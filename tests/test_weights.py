@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longnet_cli.errors import CheckpointError
-from longnet_cli.model import LongNet, LongNetConfig, from_torchscale, to_torchscale
-from longnet_cli.model.weights import save_pretrained
+from longnet_cli.basics.errors import CheckpointError
+from longnet_cli.models.official import from_torchscale, to_torchscale
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.weights import save_pretrained
 
 
 def small(**changes: object) -> LongNetConfig:

@@ -27,8 +27,7 @@ from typing import NamedTuple
 
 from .groups import chosen_flops
 from .pattern import Padding, Pattern
-from .rows import Heads, Rows, progressions, rows_before
-from .spans import SINKS, Span, lanes, level_of, sink_segments
+from .spans import SINKS, Heads, Rows, Span, lanes, level_of, progressions, rows_before, sink_segments
 
 BACKWARD_FLOPS = 2.5  # times the forward's: five matrix products instead of two
 UNION_LIMIT = 1 << 24  # numbers in the table of a `Union`: 64 MiB in float32

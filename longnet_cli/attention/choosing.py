@@ -35,8 +35,8 @@ from .merging import GradientSum, Merge, accumulator, strided_view
 from .past import Means, Past, unrotated
 from .pattern import CARRIED, FOUND, NEIGHBOUR, SURE, VOTERS, Pattern
 from .plain_call import Kernel
-from .rows import Rows
 from .sinks import Turn
+from .spans import Rows
 
 if TYPE_CHECKING:
     from .one_pass import OnePassGradientSum, OnePassMerge

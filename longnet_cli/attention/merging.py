@@ -28,7 +28,7 @@ from .branches import Branch, Union, branches
 from .groups import GroupedPart
 from .packing import Block, Pack, packed
 from .plain_call import Kernel
-from .rows import Rows
+from .spans import Rows
 
 if TYPE_CHECKING:
     from . import one_pass

@@ -12,8 +12,6 @@ see `_ViewRows`. Kernels find the row that holds a given token and head by divis
 B batch, N tokens of the shard, H heads (key heads, for keys), D head_dim; parts (segments, heads, rows, D).
 """
 
-# Triton compiles functions without annotations
-# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import struct
@@ -28,7 +26,11 @@ from torch import Tensor
 
 from .branches import Branch
 from .packing import Pack
-from .rows import Rows
+from .spans import Rows
+
+# Triton compiles functions without annotations
+# mypy: allow-untyped-defs
+
 
 _TILE = 4096  # numbers per program: 32 fp32 registers per thread
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
-from .rows import Rows
+from .spans import Rows
 
 # scores from which a branch gets its own call: a GPU computes them for as long as a CPU takes to start a call
 LARGE = 1 << 26

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from longnet_cli import __version__
+from longnet_cli.basics.errors import InputWarning, LongNetError, MemoryLimitError, is_out_of_memory
 from longnet_cli.cli.bench import bench
 from longnet_cli.cli.command import Command, CommandGroup
 from longnet_cli.cli.convert import convert
@@ -27,9 +28,7 @@ from longnet_cli.cli.plot import plot
 from longnet_cli.cli.score import score
 from longnet_cli.cli.tokenize import tokenize
 from longnet_cli.cli.train import train
-from longnet_cli.errors import InputWarning, LongNetError, MemoryLimitError, is_out_of_memory
-from longnet_cli.runtime.launch import LAUNCHED, LOST, started_by_torchrun, under_torchrun
-from longnet_cli.runtime.signals import unwind_on_signals
+from longnet_cli.running.ranks.launch import LAUNCHED, LOST, started_by_torchrun, under_torchrun, unwind_on_signals
 
 EPILOG = (
     "Results go to stdout, everything else to stderr. Sizes: 1e9, 1_000_000, 32k (32 000), 64Ki (65 536). "
@@ -89,7 +88,7 @@ def run(app: typer.Typer) -> NoReturn:
     _hold_standard_handles()
     try:
         if started_by_torchrun():
-            from longnet_cli.runtime.watch import die_with_parent
+            from longnet_cli.running.ranks.watch import die_with_parent
 
             die_with_parent()
         else:
@@ -143,7 +142,7 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # the reader, say `head`, has read enough
         return 141
     if _is_lost_rank(error) and LAUNCHED in os.environ:
-        from longnet_cli.runtime.watch import tell_of_lost_parent
+        from longnet_cli.running.ranks.watch import tell_of_lost_parent
 
         tell_of_lost_parent()
         return LOST

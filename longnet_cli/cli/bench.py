@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.garbage import freeze_imports
-from longnet_cli.cli.nproc import launch
 from longnet_cli.cli.options import (
     COMPUTE,
     OUTPUT,
@@ -24,14 +24,13 @@ from longnet_cli.cli.options import (
 )
 from longnet_cli.cli.output import RowFormat, RowWriter, tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.errors import ConfigError
-from longnet_cli.sizes import format_bytes, format_count, format_duration
+from longnet_cli.cli.starting import freeze_imports, launch
 
 if TYPE_CHECKING:
     import torch
 
-    from longnet_cli.benchmark import Case, Measurement, Settings
-    from longnet_cli.runtime.ranks import Ranks
+    from longnet_cli.jobs.benchmark import Case, Measurement, Settings
+    from longnet_cli.running.ranks.ranks import Ranks
 
 # Markdown is for people: only as many columns as fit a terminal. Values that all rows share go to stderr.
 _MARKDOWN = "op impl direction seq {} status seconds tokens_per_second flops_per_second peak_rss_bytes"
@@ -159,9 +158,9 @@ def bench(
     * on a CPU, if a sequence has 1e6 tokens or more.
     """
     launch(nproc)
-    from longnet_cli.benchmark import Measurement, Settings, machine
-    from longnet_cli.benchmark import bench as measure
-    from longnet_cli.runtime.ranks import join, leave
+    from longnet_cli.jobs.benchmark import Measurement, Settings, machine
+    from longnet_cli.jobs.benchmark import bench as measure
+    from longnet_cli.running.ranks.ranks import join, leave
 
     # a bare geometric adapts to each length
     parsed = pattern if pattern in ("paper", "geometric") else read_pattern(pattern)
@@ -213,7 +212,7 @@ def bench(
 
 
 def _simulate(settings: Settings, format: RowFormat, on_note: Callable[[str], None], quiet: bool) -> None:
-    from longnet_cli.benchmark.simulated import Simulation, simulate
+    from longnet_cli.jobs.benchmark.simulated import Simulation, simulate
 
     freeze_imports()
     columns = _SIMULATED.split() if format == "md" else [field.name for field in dataclasses.fields(Simulation)]
@@ -228,10 +227,10 @@ def _simulate(settings: Settings, format: RowFormat, on_note: Callable[[str], No
 
 
 def _calibrate(file: str, device: torch.device, dtype: str, ranks: Ranks, quiet: bool) -> None:
-    from longnet_cli.atomic import write_file
-    from longnet_cli.benchmark.calibrating import as_toml, calibrate
-    from longnet_cli.benchmark.job import device_name
-    from longnet_cli.runtime.ranks import leave
+    from longnet_cli.basics.atomic import write_file
+    from longnet_cli.jobs.benchmark.calibrating import as_toml, calibrate
+    from longnet_cli.jobs.benchmark.job import device_name
+    from longnet_cli.running.ranks.ranks import leave
 
     path = Path(file)
     if path.suffix != ".toml" or not path.absolute().parent.is_dir():

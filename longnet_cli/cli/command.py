@@ -11,8 +11,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from longnet_cli.errors import ConfigError, LongNetError
-from longnet_cli.sizes import MAX_SIZE
+from longnet_cli.basics.errors import ConfigError, LongNetError
+from longnet_cli.basics.sizes import MAX_SIZE
 
 OTHER = "Other"  # the last panel
 SIZES = "SIZE: 32k is 32000, 32Ki is 32768."

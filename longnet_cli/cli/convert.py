@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from longnet_cli.cli.nproc import ask_hub
 from longnet_cli.cli.options import OUTPUT, QuietOption, UpdateOption, option, size_option, sizes_option
 from longnet_cli.cli.output import tell
+from longnet_cli.cli.starting import ask_hub
 
 OFFICIAL = "Official checkpoints"
 
@@ -68,7 +68,7 @@ def convert(
     A checkpoint is Prov-GigaPath's slide encoder, a LongNet of torchscale, or the encoder of a LongViT.
     A file is recognized by its content. Quantized weights become plain numbers. GGUF needs the extra `gguf`.
     """
-    from longnet_cli.converting import convert as run
+    from longnet_cli.jobs.converting import convert as run
 
     if update:
         ask_hub(source, None)

@@ -13,7 +13,7 @@ from longnet_cli.cli.output import emit_json, printable
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
-    from longnet_cli.inspecting import Inspection
+    from longnet_cli.jobs.inspecting import Inspection
 
 Format = Literal["text", "json"]
 BAR = 40  # characters of the longest bar
@@ -51,11 +51,10 @@ def inspect(
 
     The exit code is 3 if anything is wrong.
     """
+    from longnet_cli.basics.errors import DataError
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.special_tokens import end_of_text
-    from longnet_cli.data.tokenizer import Tokenizer
-    from longnet_cli.errors import DataError
-    from longnet_cli.inspecting import inspect as run
+    from longnet_cli.data.tokenizer import Tokenizer, end_of_text
+    from longnet_cli.jobs.inspecting import inspect as run
 
     words = Tokenizer.load(tokenizer) if tokenizer else None
     with progress("inspecting", total=None, quiet=quiet) as advance:

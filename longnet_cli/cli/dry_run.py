@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
 from longnet_cli.cli.output import emit_json
 from longnet_cli.cli.progress import progress
-from longnet_cli.errors import ConfigError
-from longnet_cli.sizes import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
     import torch
 
     from longnet_cli.cli.model_and_inputs import Opened
-    from longnet_cli.estimating.estimate import Estimate
-    from longnet_cli.estimating.plan import JobPlan
-    from longnet_cli.estimating.reading_job import Job, ReadingEstimate, Room
-    from longnet_cli.estimating.training_job import TrainingEstimate
-    from longnet_cli.model_folder import ModelFolder
+    from longnet_cli.jobs.estimating.estimate import Estimate
+    from longnet_cli.jobs.estimating.plan import JobPlan
+    from longnet_cli.jobs.estimating.reading_job import Job, ReadingEstimate, Room
+    from longnet_cli.jobs.estimating.training_job import TrainingEstimate
+    from longnet_cli.models.folder import ModelFolder
 
 Format = Literal["text", "json"]
 Row = tuple[str, str, str]  # a name, its value, what it means
@@ -29,7 +29,7 @@ YEAR = 365.25 * 86400  # seconds
 
 def show_training(found: TrainingEstimate, format: Format) -> None:
     """Print the estimate to stdout. Raises MemoryLimitError if training does not fit."""
-    from longnet_cli.estimating.training_job import EFFICIENCY
+    from longnet_cli.jobs.estimating.training_job import EFFICIENCY
 
     peak = f"{EFFICIENCY:.0%} (assumed) of {format_count(found.matmul_peak)} FLOP/s (measured, {found.dtype})"
     after = [
@@ -69,8 +69,7 @@ def show_reading(found: ReadingEstimate, format: Format, job: str) -> None:
 
 def show_plans(plans: Sequence[JobPlan], format: Format, job: str) -> None:
     """Print the first plan to stdout, and the next ones in a line each. Raises MemoryLimitError if none fits."""
-    from longnet_cli.estimating.machines import KNOWN_BY, UNTRIED
-    from longnet_cli.estimating.plan import HIDDEN, ROOM
+    from longnet_cli.jobs.estimating.plan import HIDDEN, KNOWN_BY, ROOM, UNTRIED
 
     best, *others = plans
     machine, step, known = best.machine, best.step, best.machine.known()
@@ -107,7 +106,7 @@ def show_plans(plans: Sequence[JobPlan], format: Format, job: str) -> None:
             [*(("rates", "", f"{KNOWN_BY[by]}: {', '.join(names)}") for by, names in known.items()), ("", "", UNTRIED)],
         ])  # fmt: skip
     if not best.fits:
-        from longnet_cli.errors import MemoryLimitError
+        from longnet_cli.basics.errors import MemoryLimitError
 
         raise MemoryLimitError(
             f"{job} does not fit {machine.name}: {best.options} needs {format_bytes(best.peak)} of each device, the "
@@ -124,7 +123,7 @@ def check_on(on: str | None, dry_run: bool) -> None:
     if on is not None and not dry_run:
         raise ConfigError("--on is for --dry-run, which plans: give both, or leave it out")
     if on is not None:
-        from longnet_cli.estimating.machines import find_machine
+        from longnet_cli.jobs.estimating.plan import find_machine
 
         find_machine(on)
 
@@ -139,7 +138,7 @@ def check_sample(sample: int | None, dry_run: bool) -> None:
 
 def room(folder: ModelFolder, dtype: str, device: torch.device) -> Room:
     """Return the memory before the model is loaded. Raises MemoryLimitError if its weights do not fit."""
-    from longnet_cli.estimating.reading_job import Room
+    from longnet_cli.jobs.estimating.reading_job import Room
 
     found = Room.now(device)
     folder.check_weights_fit(dtype, device, found.free)
@@ -164,11 +163,10 @@ def estimate_reading(
 
     If the machine `on` is named, print the plan for it.
     """
-    from longnet_cli.estimating.machines import find_machine
-    from longnet_cli.estimating.reading_job import count_documents, estimate_documents
-    from longnet_cli.estimating.reading_plan import plan_reading
-    from longnet_cli.runtime.chunks import chunk_beside
-    from longnet_cli.runtime.ranks import leave
+    from longnet_cli.jobs.estimating.plan import find_machine
+    from longnet_cli.jobs.estimating.reading_job import count_documents, estimate_documents, plan_reading
+    from longnet_cli.running.chunks import chunk_beside
+    from longnet_cli.running.ranks.ranks import leave
 
     fate, done, chunk = _fate(output, resume)
     options |= {"chunk": options["chunk"] or chunk}
@@ -226,7 +224,7 @@ def _show(found: Estimate, format: Format, job: str, before: Sequence[Row], afte
         rows = [("parameters", format_count(found.parameters), f"{found.parameters:,}"), *before]
         _print([rows, _memory(found), after])
     if found.free is not None and not found.fits:
-        from longnet_cli.errors import MemoryLimitError
+        from longnet_cli.basics.errors import MemoryLimitError
 
         raise MemoryLimitError(
             f"{job} needs {format_bytes(found.beyond)}, the largest part for {found.largest}, and "

@@ -5,16 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any, Literal
 
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_on, check_sample, estimate_reading
-from longnet_cli.cli.model_and_inputs import ModelAndInputs
+from longnet_cli.cli.model_and_inputs import ModelAndInputs, check_spill, say_state
 from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, size_option
-from longnet_cli.cli.output import tell
+from longnet_cli.cli.output import check_output, count_left_out, end, tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.spilling import check_spill, say_state
-from longnet_cli.cli.writing import check_output, count_left_out, end
-from longnet_cli.errors import ConfigError
-from longnet_cli.sizes import format_count
 
 VECTORS = "Vectors"
 NO_PREFIX = "none"
@@ -142,11 +140,10 @@ def encode(
     )  # fmt: skip
     loaded, data, ranks, room, quiet = opened
     net = loaded.net
-    from longnet_cli.data.places import PLACE_FIELDS
-    from longnet_cli.encoding import EncodeOptions, Encoder
-    from longnet_cli.notation import format_pattern
-    from longnet_cli.row_jobs import write_rows
-    from longnet_cli.runtime.ranks import leave
+    from longnet_cli.basics.notation import format_pattern
+    from longnet_cli.jobs.encoding import PLACE_FIELDS, EncodeOptions, Encoder
+    from longnet_cli.jobs.row_jobs import write_rows
+    from longnet_cli.running.ranks.ranks import leave
 
     stored = named.folder.embedder
     if prefix is None:
@@ -172,7 +169,7 @@ def encode(
     )
     running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
     if room:
-        from longnet_cli.estimating.reading_job import EncodeJob
+        from longnet_cli.jobs.estimating.reading_job import EncodeJob
 
         job = EncodeJob(net, options)
         planned: dict[str, Any] = {"on": on, "sp": sp, "dp": dp}

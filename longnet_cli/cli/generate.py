@@ -15,24 +15,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from longnet_cli.basics.errors import LongNetError
+from longnet_cli.basics.sizes import format_bytes, format_duration
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.garbage import freeze_imports
-from longnet_cli.cli.nproc import ask_hub
+from longnet_cli.cli.model_and_inputs import check_spill, say_state
 from longnet_cli.cli.options import DEFAULT_MODEL, INPUT, OUTPUT, option, read_pattern, size_option
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.spilling import check_spill, say_state
-from longnet_cli.errors import LongNetError
-from longnet_cli.sizes import format_bytes, format_duration
+from longnet_cli.cli.starting import ask_hub, freeze_imports
 
 if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.generating import Step
-    from longnet_cli.model_folder import Loaded
-    from longnet_cli.runtime.chunks import CausalStream
-    from longnet_cli.sources import Passage
+    from longnet_cli.jobs.generating import Step
+    from longnet_cli.jobs.sources import Passage
+    from longnet_cli.models.folder import Loaded
+    from longnet_cli.running.chunks import CausalStream
 
 Format = Literal["text", "jsonl"]
 SAMPLING = "How to choose tokens"
@@ -148,7 +147,7 @@ def generate(
     A text ends at the model's end-of-text token, at a --stop text, or after --max-tokens.
     With a LongNet or a window, a token costs the same time and memory at any position.
     """
-    from longnet_cli.errors import ConfigError
+    from longnet_cli.basics.errors import ConfigError
 
     if top_p is not None and not temperature:
         raise ConfigError("--top-p needs a temperature above 0: add --temperature 1 for the model's own probabilities")
@@ -157,9 +156,9 @@ def generate(
     check_spill(spill)
     text = _text(prompt, inputs, state)
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.special_tokens import end_of_text
-    from longnet_cli.model_folder import ModelFolder
-    from longnet_cli.runtime.device import select_device
+    from longnet_cli.data.tokenizer import end_of_text
+    from longnet_cli.models.folder import ModelFolder
+    from longnet_cli.running.device import select_device
 
     parsed = read_pattern(pattern)
     if update:
@@ -178,11 +177,11 @@ def generate(
     )
     net = loaded.net
     check_spill(spill, net)
-    from longnet_cli.generating import generate as run
-    from longnet_cli.model.weights import model_origin
-    from longnet_cli.runtime.chunks import CausalStream
-    from longnet_cli.runtime.reader import check_choices
-    from longnet_cli.sources import Sources
+    from longnet_cli.jobs.generating import generate as run
+    from longnet_cli.jobs.sources import Sources
+    from longnet_cli.nets.weights import model_origin
+    from longnet_cli.running.chunks import CausalStream
+    from longnet_cli.running.reader import check_choices
 
     check_choices(net, sources)
     if loaded.tokenizer is None and (format == "text" or stop or sources or prompt is not None or text is not None):
@@ -247,7 +246,7 @@ def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> st
 
     Raises ConfigError for no text, for both kinds, and for text that is not UTF-8.
     """
-    from longnet_cli.errors import ConfigError
+    from longnet_cli.basics.errors import ConfigError
 
     if prompt is not None and inputs:
         raise ConfigError("PROMPT and --input are both given: give one")
@@ -281,10 +280,10 @@ def _stream(
     loaded: Loaded, dtype: str, spill: str | None, state: str | None, save_state: str | None
 ) -> CausalStream | None:
     """Return a stream that has read --state, or a new one for --save-state; otherwise None. Raises as `load` does."""
-    from longnet_cli.errors import ConfigError
-    from longnet_cli.runtime.chunks import CausalStream
-    from longnet_cli.runtime.device import DTYPES, resolve_dtype
-    from longnet_cli.runtime.saved_state import check_place
+    from longnet_cli.basics.errors import ConfigError
+    from longnet_cli.running.chunks import CausalStream
+    from longnet_cli.running.device import DTYPES, resolve_dtype
+    from longnet_cli.running.saved_state import check_place
 
     net = loaded.net
     if (state or save_state) and net.stream():
@@ -299,7 +298,7 @@ def _stream(
 
 def _only(documents: Iterator[Document]) -> Iterator[Document]:
     """Yield the one document. Raises ConfigError for more, before they are read by the model."""
-    from longnet_cli.errors import ConfigError
+    from longnet_cli.basics.errors import ConfigError
 
     found = [*islice(documents, 2)]
     if len(found) > 1:

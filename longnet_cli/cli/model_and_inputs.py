@@ -1,24 +1,78 @@
-"""The model and the documents of `score` and `encode`: found by every process, then opened by each rank."""
+"""The model and the documents of `score` and `encode`: found by every process, then opened by each rank.
+
+The state of a document with chosen blocks: where it is kept (`--spill`), and the line that says how much.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli.dry_run import room
-from longnet_cli.cli.garbage import freeze_imports
-from longnet_cli.cli.nproc import ask_hub, launch
 from longnet_cli.cli.options import read_pattern
 from longnet_cli.cli.output import tell
-from longnet_cli.errors import ConfigError
+from longnet_cli.cli.starting import ask_hub, freeze_imports, launch
 
 if TYPE_CHECKING:
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.estimating.reading_job import Room
-    from longnet_cli.model_folder import Loaded
-    from longnet_cli.runtime.ranks import Ranks
+    from longnet_cli.jobs.estimating.reading_job import Room
+    from longnet_cli.models.folder import Loaded
+    from longnet_cli.nets.net import Net
+    from longnet_cli.running.ranks.ranks import Ranks
+
+
+def check_spill(spill: str | None, net: Net | None = None) -> None:
+    """Raise ConfigError for a --spill that is no folder, and for a `net` that would keep nothing there."""
+    if spill and not os.path.isdir(spill):
+        raise ConfigError(f"--spill {spill}: no such folder")
+    if spill and net and not net.config.pattern.chosen:
+        raise ConfigError("--spill is for keys and values of chosen blocks, and the pattern has none: leave it out")
+
+
+def say_state(
+    documents: Iterable[Any],
+    *,
+    stored: Iterable[Any],
+    net: Net,
+    chunk: int | None,
+    dtype: str,
+    spill: str | None,
+    contexts: Sequence[int] | None = None,
+    more: int = 0,
+    quiet: bool,
+) -> Iterator[Any]:
+    """Yield the documents, and say on stderr what the longest one keeps, if it is read in chunks with chosen blocks.
+
+    Lengths of `stored` documents are known before the first one; otherwise, one that is twice as long as those before
+    has a line of its own. `more` tokens follow each document. The other arguments are as in `runtime.reader.Reader`.
+    """
+    from longnet_cli.running.chunks import chunk_of, default_chunk
+    from longnet_cli.running.device import DTYPES, resolve_dtype
+
+    config, device = net.config, next(net.parameters()).device
+    said = chunk_of(chunk, default_chunk(config, device)) / 2
+    itemsize = DTYPES[resolve_dtype(dtype, device)].itemsize
+
+    def say(tokens: int) -> None:
+        nonlocal said
+        if (tokens := min(tokens, max(contexts or (tokens,))) + more) <= 2 * said:
+            return
+        said = tokens
+        size, blocks = config.cache_bytes(tokens, itemsize), config.spilled_bytes(tokens, itemsize)
+        where = f"{format_bytes(size - blocks)} of memory and {format_bytes(blocks)} in {spill}"
+        tell(f"{tokens:,} tokens keep {where if spill else f'{format_bytes(size)} of memory'} for chosen blocks", quiet)
+
+    if config.pattern.chosen and not quiet:
+        say(max(map(len, stored), default=0))
+    for document in documents:
+        if config.pattern.chosen and not quiet:
+            say(len(document))
+        yield document
 
 
 class Opened(NamedTuple):
@@ -55,11 +109,11 @@ class ModelAndInputs:
         earlier: str | None,
         others: Sequence[str] = (),
     ) -> None:
+        from longnet_cli.basics.hub import as_stored
         from longnet_cli.data.inputs import Inputs
         from longnet_cli.data.manifest import read_manifest
         from longnet_cli.data.tokenizer import Tokenizer
-        from longnet_cli.hub import as_stored
-        from longnet_cli.model_folder import ModelFolder
+        from longnet_cli.models.folder import ModelFolder
 
         if update:
             ask_hub(model, tokenizer)
@@ -99,8 +153,8 @@ class ModelAndInputs:
     ) -> Opened:
         """Start the ranks, and load the model on each of them. Without `vectors`, refuse a model that reads vectors."""
         launch(nproc, self.names, self.folder, sp=sp, dp=dp)
-        from longnet_cli.data.special_tokens import end_of_text
-        from longnet_cli.runtime.ranks import join
+        from longnet_cli.data.tokenizer import end_of_text
+        from longnet_cli.running.ranks.ranks import join
 
         freeze_imports()
         ranks, where = join(device, sp=sp, dp=dp)

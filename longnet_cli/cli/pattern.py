@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from longnet_cli.basics.sizes import format_bytes, format_count
 from longnet_cli.cli.options import OUTPUT, option, size_option
 from longnet_cli.cli.output import can_print, emit_json, printable, shows_color
-from longnet_cli.sizes import format_bytes, format_count
 
 if TYPE_CHECKING:
-    from longnet_cli.describing import Description, LevelCosts, PatternCosts
+    from longnet_cli.jobs.describing import Description, LevelCosts, PatternCosts
 
 Format = Literal["text", "json"]
 MEASURE = "What to describe"
@@ -58,8 +58,7 @@ def pattern(
     """Describe patterns: their levels and costs, what a query sees, and how far links reach."""
     from dataclasses import replace
 
-    from longnet_cli.describing import default_length, describe, find_subject
-    from longnet_cli.drawing import draw_picture, draw_text, legend
+    from longnet_cli.jobs.describing import default_length, describe, draw_picture, draw_text, find_subject, legend
 
     if output:
         from longnet_cli.data.overwriting import refuse_overwriting

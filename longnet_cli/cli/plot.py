@@ -49,7 +49,7 @@ def plot(
     by length, a curve for each implementation. Scores: perplexity by context,
     loss by position and by recall, with standard errors.
     """
-    from longnet_cli.plotting import draw_picture, draw_text, metrics_file, panels, read_all
+    from longnet_cli.jobs.plotting import draw_picture, draw_text, metrics_file, panels, read_all
 
     if output:
         from longnet_cli.data.overwriting import refuse_overwriting

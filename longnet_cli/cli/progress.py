@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from longnet_cli.basics.sizes import format_count, format_duration
 from longnet_cli.cli.output import printable
-from longnet_cli.sizes import format_count, format_duration
 
 RECENT = 60.0  # seconds
 Advance = Callable[..., None]

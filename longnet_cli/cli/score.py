@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import check_on, check_sample, estimate_reading
-from longnet_cli.cli.model_and_inputs import ModelAndInputs
+from longnet_cli.cli.model_and_inputs import ModelAndInputs, check_spill, say_state
 from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, names_option, option, size_option, sizes_option
-from longnet_cli.cli.output import emit_json, emit_jsonl, printable, tell
+from longnet_cli.cli.output import check_output, count_left_out, emit_json, emit_jsonl, end, printable, tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.spilling import check_spill, say_state
-from longnet_cli.cli.writing import check_output, count_left_out, end
 
 if TYPE_CHECKING:
-    from longnet_cli.data.left_out import LeftOut
-    from longnet_cli.measures import DocumentScore, Score, Total
+    from longnet_cli.data.documents import LeftOut
+    from longnet_cli.jobs.scoring.measures import DocumentScore, Score, Total
 
 Format = Literal["text", "json", "jsonl"]
 MEASURE = "What to measure"
@@ -160,7 +158,7 @@ def score(
     A LongNet needs no more memory for a long document than for a short one.
     Without --pattern, a Hugging Face model is dense and reads no more tokens than it was trained on.
     """
-    from longnet_cli.errors import ConfigError
+    from longnet_cli.basics.errors import ConfigError
 
     check_sample(sample, dry_run)
     check_on(on, dry_run)
@@ -216,26 +214,25 @@ def score(
     loaded, data, ranks, room, quiet = opened
     net = loaded.net
     check_spill(spill, net)
-    from longnet_cli.notation import format_pattern
+    from longnet_cli.basics.notation import format_pattern
 
     if pattern:
         tell(f"pattern {format_pattern(net.config.pattern)}", quiet)
-    from longnet_cli.chosen_blocks import write_chosen
-    from longnet_cli.key_tokens import Judge
-    from longnet_cli.logprobs import write_token_logprobs
-    from longnet_cli.measures import Total
-    from longnet_cli.model.weights import model_origin
-    from longnet_cli.row_jobs import write_rows
-    from longnet_cli.runtime.ranks import leave
-    from longnet_cli.runtime.reader import check_choices
-    from longnet_cli.score_rows import RowScorer, ScoreOptions
-    from longnet_cli.scoring import score as run
+    from longnet_cli.jobs.row_jobs import write_rows
+    from longnet_cli.jobs.scoring.key_tokens import Judge
+    from longnet_cli.jobs.scoring.measures import Total
+    from longnet_cli.jobs.scoring.score_rows import RowScorer, ScoreOptions, write_token_logprobs
+    from longnet_cli.jobs.scoring.scoring import score as run
+    from longnet_cli.jobs.sources import write_chosen
+    from longnet_cli.nets.weights import model_origin
+    from longnet_cli.running.ranks.ranks import leave
+    from longnet_cli.running.reader import check_choices
 
     check_choices(net, chosen is not None)
     running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
     if room:
-        from longnet_cli.cuts import Cut
-        from longnet_cli.estimating.reading_job import ScoreJob
+        from longnet_cli.jobs.estimating.reading_job import ScoreJob
+        from longnet_cli.jobs.scoring.scoring import Cut
 
         job = ScoreJob(net, Cut.of(net, loaded.bos, context, stride, last), recalls=by_recall)
         shown: Literal["json", "text"] = "json" if format == "json" else "text"

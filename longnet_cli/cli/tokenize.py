@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.nproc import ask_hub, launch
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Names, bare_or, option, size_option
-from longnet_cli.cli.output import tell
+from longnet_cli.cli.output import check_output, count_left_out, end, tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.writing import check_output, count_left_out, end
-from longnet_cli.errors import ConfigError
-from longnet_cli.runtime.launch import under_torchrun
-from longnet_cli.sizes import format_count
+from longnet_cli.cli.starting import ask_hub, launch
+from longnet_cli.running.ranks.launch import under_torchrun
 
 TOKENS = "Tokens"
 
@@ -76,8 +75,8 @@ def tokenize(
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.overwriting import refuse_overwriting
     from longnet_cli.data.tokenizer import Tokenizer
-    from longnet_cli.tokenizing import SHARD_TOKENS, tokenizer_beside
-    from longnet_cli.tokenizing import tokenize as run
+    from longnet_cli.jobs.tokenizing import SHARD_TOKENS, tokenizer_beside
+    from longnet_cli.jobs.tokenizing import tokenize as run
 
     if update:
         ask_hub(None, tokenizer)
@@ -92,7 +91,7 @@ def tokenize(
     launch(None, inputs, dp=dp)
     ranks = None
     if under_torchrun():
-        from longnet_cli.runtime.ranks import join, leave
+        from longnet_cli.running.ranks.ranks import join, leave
 
         ranks, _ = join("cpu", sp=1)
         if dp not in (None, ranks.world):

@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_on, show_plans, show_training
-from longnet_cli.cli.garbage import freeze_imports
-from longnet_cli.cli.nproc import ask_hub, launch
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, bare_or, option, read_pattern, size_option
 from longnet_cli.cli.output import printable
 from longnet_cli.cli.progress import Advance, progress
-from longnet_cli.errors import ConfigError
-from longnet_cli.runtime.launch import LAUNCHED
-from longnet_cli.sizes import format_bytes
+from longnet_cli.cli.starting import ask_hub, freeze_imports, launch
+from longnet_cli.running.ranks.launch import LAUNCHED
 
 if TYPE_CHECKING:
-    from longnet_cli.runtime.ranks import Ranks
-    from longnet_cli.training.metrics import Metrics
+    from longnet_cli.jobs.training.metrics import Metrics
+    from longnet_cli.running.ranks.ranks import Ranks
 
 RECIPE = "Recipe"
 BY_RECIPE = "the recipe's"
@@ -143,12 +142,12 @@ def train(
     check_on(on, dry_run)
     if update:
         ask_hub(initial, tokenizer)
-    from longnet_cli.estimating.training_job import estimate_training, settle_chunk
-    from longnet_cli.runtime.device import keep_freed_memory, matmul_peak
-    from longnet_cli.runtime.ranks import join, leave
-    from longnet_cli.training.loop import train as run
-    from longnet_cli.training.recipe import parse_overrides
-    from longnet_cli.training.start import prepare_run
+    from longnet_cli.jobs.estimating.training_job import estimate_training, settle_chunk
+    from longnet_cli.jobs.training.loop import train as run
+    from longnet_cli.jobs.training.recipe import parse_overrides
+    from longnet_cli.jobs.training.start import prepare_run
+    from longnet_cli.running.device import keep_freed_memory, matmul_peak
+    from longnet_cli.running.ranks.ranks import join, leave
 
     if (seq_len is None) != (steps is None):
         raise ConfigError("--seq-len and --steps make one stage together: give both")
@@ -177,8 +176,8 @@ def train(
     if not on:  # only now: one process downloads, and refuses what every rank would refuse
         launch(nproc, sp=sp, dp=dp)
     if on:
-        from longnet_cli.estimating.machines import find_machine
-        from longnet_cli.estimating.training_plan import plan_training
+        from longnet_cli.jobs.estimating.plan import find_machine
+        from longnet_cli.jobs.estimating.training_job import plan_training
 
         show_plans(plan_training(found, find_machine(on)), format, "training")
         return

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.columns import stays_in_file
 from longnet_cli.data.files import StoredFile, StoredIds
 from longnet_cli.data.tables import Table, find_column, numpy_dtype, reading
-from longnet_cli.errors import DataError
 
 MAGIC = b"ARROW1"  # at both ends of a file, padded to 8 bytes at its start
 INDEX_BYTES = 256 << 20  # more than any index of a file, which takes 24 bytes per batch

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from longnet_cli.configuration import digest, read_text
+from longnet_cli.basics.configuration import digest, read_text
+from longnet_cli.basics.errors import ConfigError, RefusedError
 from longnet_cli.data.rendering import EndlessError, RenderError, Template
-from longnet_cli.data.special_tokens import SETTINGS, read_settings, special_token
-from longnet_cli.data.tokenizer import Tokenizer, library_call
-from longnet_cli.errors import ConfigError, RefusedError
+from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, library_call, read_settings, special_token
 
 TEMPLATE = "chat_template.jinja"
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.tables import one_line
-from longnet_cli.errors import DataError
 
 SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 UNPACKED_BUFFER = 1 << 20

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from longnet_cli.errors import DataError, LongNetError, MemoryLimitError
+from longnet_cli.basics.errors import DataError, LongNetError, MemoryLimitError
 
 
 class FileChangedError(DataError):

@@ -5,9 +5,9 @@ import re
 from collections.abc import Callable, Sequence
 from os.path import commonprefix
 
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.compressed import SUFFIXES, bare_name, compression
 from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
-from longnet_cli.errors import ConfigError, DataError
 
 SHARD_SUFFIXES = (".arrow", ".feather", ".parquet")
 JSON_SUFFIXES = (".jsonl", ".ndjson")

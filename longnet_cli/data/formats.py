@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data import arrow
 from longnet_cli.data.columns import Wanted
 from longnet_cli.data.compressed import bare_name, compression, unpack
@@ -24,7 +25,6 @@ from longnet_cli.data.hdf5 import open_hdf5
 from longnet_cli.data.jsonlines import open_json_lines
 from longnet_cli.data.names import Source
 from longnet_cli.data.tables import BYTE_ORDER_MARK, Pipe, Table, Text, pick, reading
-from longnet_cli.errors import DataError
 
 PARQUET_BATCH_BYTES = 64 << 20
 PARQUET_BATCH_ROWS = 1 << 20  # a row that repeats may take almost no bytes of a file

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.tables import Table, one_line, reading
-from longnet_cli.errors import ConfigError, DataError
 
 BATCH_BYTES = 16 << 20
 MOST_CHUNK_BYTES = 1 << 30  # HDF5 unpacks a chunk whole, whatever its size in the file

@@ -2,10 +2,12 @@
 
     names --find_sources--> Source --open_source--> Text | Table --Inputs--> Text | Document | Vectors
 
-Token columns stay in their file and are sliced, never joined: Arrow's 32-bit list offsets overflow at 2^31 tokens.
+Token columns stay in their file and are sliced, never joined: Arrow's 32-bit list offsets overflow at 2^31 tokens. A
+resumed run knows its inputs again by digests of their contents.
 """
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data.columns import (
     INTEGERS,
     VECTOR_COLUMNS,
@@ -29,19 +32,51 @@ from longnet_cli.data.columns import (
     stays_in_file,
 )
 from longnet_cli.data.compressed import compression
-from longnet_cli.data.contents import content_digest
 from longnet_cli.data.documents import Document, Part, Unread, collect
 from longnet_cli.data.files import FileChangedError, no_place
 from longnet_cli.data.folders import ARROW_KINDS, sniff
 from longnet_cli.data.formats import open_source
-from longnet_cli.data.id_columns import flat_documents, list_documents
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.names import Source, find_sources
 from longnet_cli.data.tables import Table, Text, reading
-from longnet_cli.data.text_columns import table_texts
+from longnet_cli.data.token_columns import flat_documents, list_documents, table_texts
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.data.vector_columns import vector_documents
-from longnet_cli.errors import ConfigError, DataError, LongNetError
+from longnet_cli.data.vectors import vector_documents
+
+WHOLE_TEXT, WHOLE_TABLE = 1 << 30, 1 << 23  # a resumed run reads all of a text again, and passes over tables
+PIECES, PIECE, END = 64, 1 << 16, 1 << 20
+
+
+def content_digest(source: Source) -> str | None:
+    """Return a digest of a file's contents; None for a pipe, and for what cannot be read, which its reader reports.
+
+    A file of at most WHOLE_TEXT bytes, or WHOLE_TABLE for a table, is read whole. Of a larger one, the digest is of its
+    size, both ends (a table's footer) and PIECES pieces. Of a file in a store, it is of the ETag, or size and time.
+    """
+    if source.path is None:
+        return None
+    if source.filesystem is not None and source.filesystem.type_name != "local":
+        from longnet_cli.data.remote import version  # imported late: 20 ms that local input does not need
+
+        found = version(source.filesystem, str(source.path))
+        return found and hashlib.sha256(found.encode()).hexdigest()[:16]
+    if not source.path.is_file():
+        return None
+    with suppress(OSError), open(source.path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(b"%d" % size)
+        ranges = [(0, size)]
+        if size > (WHOLE_TEXT if sniff(file.read(8)) == "text" else WHOLE_TABLE):
+            pieces = [(size * piece // PIECES, PIECE) for piece in range(PIECES)]
+            ranges = [(0, END), *pieces, (size - END, END)]
+        for start, length in ranges:
+            file.seek(start)
+            while data := file.read(min(length, END)):
+                digest.update(data)
+                length -= len(data)
+        return digest.hexdigest()[:16]
+    return None
+
 
 SPOOLED_PART = 1 << 24  # characters per read of a text in a temporary file
 

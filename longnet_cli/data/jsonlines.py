@@ -10,12 +10,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.columns import ID_COLUMNS, Wanted
 from longnet_cli.data.compressed import bare_name
 from longnet_cli.data.folders import JSON_SUFFIXES
 from longnet_cli.data.names import Source
 from longnet_cli.data.tables import BYTE_ORDER_MARK, CHAT_COLUMN, TOKEN_COLUMNS, Pipe, Table, one_line
-from longnet_cli.errors import ConfigError, DataError
 
 BATCH_BYTES = 4 << 20  # of the lines in one batch
 LOOK_AHEAD = 1 << 20  # bytes of lines that decide the types of carried columns

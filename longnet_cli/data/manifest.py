@@ -17,11 +17,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from longnet_cli.configuration import digest, parse, read_text
+from longnet_cli.basics.configuration import digest, parse, read_text
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.files import read_error
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import one_line
-from longnet_cli.errors import DataError
 
 UNFINISHED = "_unfinished.json"
 FINISHED = ("_manifest.arrow", "_manifest.parquet", "_manifest.json")  # the last one is in folders written until 2026

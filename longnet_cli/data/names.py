@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 from urllib.parse import unquote
 
+from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, refuse_web_address
 from longnet_cli.data.files import read_error
 from longnet_cli.data.folders import choose_files, is_hidden, natural_order
-from longnet_cli.errors import ConfigError, DataError, InputWarning, refuse_web_address
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from longnet_cli.atomic import atomic_write, writing
-from longnet_cli.errors import ConfigError
-from longnet_cli.finite_json import to_json
+from longnet_cli.basics.atomic import atomic_write, writing
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.finite_json import to_json
 
 SHARD_VERSION = 1
 OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl")  # names of one file; any other name is a folder

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.errors import ConfigError
 
 Identity = tuple[int, int]  # device and inode: the same for hard links, symbolic links and other spellings of a path
 

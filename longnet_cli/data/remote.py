@@ -9,10 +9,10 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.fs as fs
 
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 from longnet_cli.data.files import read_error
 from longnet_cli.data.folders import choose_files, natural_order
 from longnet_cli.data.tables import one_line
-from longnet_cli.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 
 
 # Not fsspec alone: pyarrow reads s3:// and gs:// without another package.

@@ -20,7 +20,7 @@ from typing import IO, Any, NoReturn
 import jinja2
 from jinja2 import ext, nodes, parser, sandbox
 
-from longnet_cli.finite_json import to_json
+from longnet_cli.basics.finite_json import to_json
 
 SECONDS = 20
 MEMORY = 1 << 29  # bytes of address space, and GROWTH for each character that is rendered

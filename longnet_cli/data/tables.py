@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 
+from longnet_cli.basics.errors import DataError, MemoryLimitError
 from longnet_cli.data.files import FileChangedError, StoredIds, read_error
-from longnet_cli.errors import DataError, MemoryLimitError
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
 CHAT_COLUMN = "messages"

@@ -2,7 +2,11 @@
 
 A document is never anything but text: `<|endoftext|>` written inside one is encoded as its characters. So the byte
 count of a document's tokens is the byte count of its text, and no document can forge a boundary.
+
+Special tokens are the end of a text, those that options name, and those that tokenizer_config.json names.
 """
+
+from __future__ import annotations
 
 import base64
 import json
@@ -21,20 +25,80 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from longnet_cli.atomic import write_file
-from longnet_cli.configuration import digest, read_text
+from longnet_cli.basics.atomic import write_file
+from longnet_cli.basics.configuration import digest, parse, read_text
+from longnet_cli.basics.errors import ConfigError, refuse_web_address
+from longnet_cli.basics.hub import END_OF_TEXT, TOKENIZER, find_tokenizer, list_models, preset_dir
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
-from longnet_cli.data.special_tokens import (
-    EOS_KEYS,
-    EOS_NAMES,
-    SETTINGS,
-    read_settings,
-    special_token,
-    token_id,
+
+SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenizer.json
+
+# The end-of-text token: the one that SETTINGS names (models that mask tokens have only `sep_token`), otherwise the
+# first of EOS_NAMES in the vocabulary.
+EOS_KEYS = ("eos_token", "sep_token")
+EOS_NAMES = (
+    *(END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>"),
+    *("<|eot_id|>", "<|im_end|>", "<|end\u2581of\u2581sentence|>", "[SEP]"),
 )
-from longnet_cli.errors import ConfigError, refuse_web_address
-from longnet_cli.hub import find_tokenizer
-from longnet_cli.shipped import END_OF_TEXT, TOKENIZER, list_models, preset_dir
+NO_END = (
+    f"the tokenizer has no end-of-text token: neither {SETTINGS} ({' or '.join(EOS_KEYS)}) names one of its tokens, "
+    f"nor is any of {' '.join(EOS_NAMES)} among them"
+)
+
+_MEANING = {"--eos": "end-of-text", "--bos": "begin-of-text"}
+
+
+def end_of_text(written: str | int | bool | None, tokenizer: Tokenizer | None) -> int | None:
+    """Return the id that `--eos` names (see `token_id`): the tokenizer's own for True, None for None and False.
+
+    Raises ConfigError for an unknown token or id, and for True if the tokenizer has no end-of-text token.
+    """
+    if written is None or written is False:
+        return None
+    if written is True:
+        found = tokenizer.eos_id if tokenizer else None
+        if found is None:
+            raise ConfigError(f"{NO_END}: name a token or an id (--eos)")
+        return found
+    return token_id("--eos", written, tokenizer)
+
+
+def token_id(option: str, written: str | int, tokenizer: Tokenizer | None) -> int:
+    """Return the id that an option names: a number, or a token of the tokenizer.
+
+    Raises ConfigError for a token that the tokenizer does not have, and for an id that does not fit its vocabulary.
+    """
+    size = tokenizer.vocab_size if tokenizer else 1 << 63
+    if isinstance(written, int) or re.fullmatch(r"[-+]?[0-9]+", written):
+        number = int(written) if len(str(written)) < 20 else -1
+        if not 0 <= number < size:
+            limit = f"a vocabulary of {size}" if tokenizer else "64 bits"
+            raise ConfigError(f"the {_MEANING[option]} id {written} ({option}) does not fit {limit}")
+        return number
+    if tokenizer is None:
+        raise ConfigError(f"{option} {written} is no id, and there is no tokenizer that has it as a token: give its id")
+    found = tokenizer.id_of(written)
+    if found is None:
+        raise ConfigError(f"{option} {written}: the tokenizer has no such token; name one of its tokens, or an id")
+    return found
+
+
+def special_token(written: Any) -> str:
+    """Return the text of a special token as tokenizer_config.json writes it, plain or in a table; empty for none."""
+    found = written.get("content") if isinstance(written, dict) else written
+    return found if isinstance(found, str) else ""
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the contents of a tokenizer_config.json, empty if it is missing. Raises ConfigError for a damaged one."""
+    try:
+        found = parse(read_text(path))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    return found if isinstance(found, dict) else {}
+
 
 # One call of the library takes more than linear time (4 MB cost 8 times as much as 1 MB) and keeps some 100 bytes per
 # token. So a text is encoded in pieces of PIECE characters, and pieces in groups of GROUP characters.
@@ -100,7 +164,7 @@ class Tokenizer:
         """Return the id of a token, written as in tokenizer.json; None if it is not in the vocabulary."""
         return self._vocab.get(token)
 
-    def with_eos(self, written: str | int | None) -> "Tokenizer":
+    def with_eos(self, written: str | int | None) -> Tokenizer:
         """Return the tokenizer with the end-of-text token that `--eos` names, a token or an id; unchanged for None.
 
         Raises ConfigError for a token or an id that it does not have.
@@ -121,7 +185,7 @@ class Tokenizer:
         return tuple(ids[: next(starts, 0)])
 
     @classmethod
-    def bytes(cls) -> "Tokenizer":
+    def bytes(cls) -> Tokenizer:
         """Return the built-in tokenizer: the id of byte b is b (0..255), `<|endoftext|>` is 256."""
         vocab = {character: byte for byte, character in enumerate(_byte_alphabet())}
         inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -131,7 +195,7 @@ class Tokenizer:
         return cls(inner)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "Tokenizer":
+    def from_file(cls, path: str | Path) -> Tokenizer:
         """Read a tokenizer.json with the tokenizer_config.json beside it, or the tokenizer in a data set's manifest.
 
         Raises ConfigError for a missing file and for one that is no tokenizer.
@@ -164,12 +228,12 @@ class Tokenizer:
         return found
 
     @classmethod
-    def from_description(cls, kept: Mapping[str, str]) -> "Tokenizer":
+    def from_description(cls, kept: Mapping[str, str]) -> Tokenizer:
         """Return the tokenizer with this `description`."""
         return cls(tokenizers.Tokenizer.from_str(kept["json"]), kept)
 
     @classmethod
-    def load(cls, spec: str | Path) -> "Tokenizer":
+    def load(cls, spec: str | Path) -> Tokenizer:
         """Load a tokenizer: `bytes`, a tokenizer.json, the folder of a model or a data set, or the name of a model.
 
         The name is a shipped model's, or ORG/NAME on a hub. Raises ConfigError for anything else, CheckpointError for a
@@ -195,7 +259,7 @@ class Tokenizer:
         return path / (manifest or TOKENIZER)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Train byte-level BPE of at most `vocab_size` ids: `<|endoftext|>` is 0, then the 256 bytes, then the merges.
 
         A small corpus may give fewer ids than asked for. Raises ConfigError when `vocab_size` has no room for the

@@ -1,15 +1,24 @@
-"""Documents as vectors, which stay in their file if possible and are read and checked slice by slice."""
+"""Documents as vectors: features of tiles, frames or chunks, and their coordinates, from the columns of tables.
+
+Vectors stay in their file if possible, and are read and checked slice by slice.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.data.documents import BLOCK, Document, Part
-from longnet_cli.errors import DataError
+from longnet_cli.basics.errors import DataError
+from longnet_cli.data.columns import FLOATS, INTEGERS, Columns, is_list, is_vectors, list_bounds, numbers
+from longnet_cli.data.documents import BLOCK, Document, Part, Unread, collect
+from longnet_cli.data.files import FileChangedError, StoredIds
+from longnet_cli.data.tables import Table
+from longnet_cli.data.token_columns import ColumnBatch, DocumentRows, Label, group_rows, read_batches
 
 
 class Vectors(Document):
@@ -68,3 +77,137 @@ class Vectors(Document):
         part = self.parts[at := bisect_right(self._starts, index) - 1]
         row, inside = part.row or 0, index - self._starts[at]
         return self._row(row + inside) if part.flat else f"{self._row(row)}, vector {inside}"
+
+
+TILE_SIZE = b"longnet.tile_size"  # in a schema's metadata: the side of a tile, in the units of its coordinates
+
+
+class _VectorRow(NamedTuple):
+    """A row of a batch. `numbers` and `valid` are those of all vectors of the batch."""
+
+    batch: ColumnBatch
+    numbers: np.ndarray | StoredIds
+    valid: pa.BooleanArray | None
+    row: int
+
+
+def vector_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Document]:
+    """Yield the documents of a column of vectors, a row each, or of lists of vectors, a row per document.
+
+    In a table that has no column for names, all vectors are one document. Raises DataError for a document that has a
+    null, vectors of several sizes, or coordinates that do not fit its vectors; with `skip_bad`, it is Unread.
+    """
+    nested, tile_size = is_vectors(columns.type), _tile_size(table)
+    for name in columns.coords:
+        _check_type(table, name, lists=nested + (name == "coords"))
+
+    def rows() -> Iterator[tuple[Label, _VectorRow]]:
+        for batch in read_batches(table, columns, skip_bad):
+            values, valid = numbers(table, (batch.column.values if nested else batch.column).values)
+            for index in range(len(batch.column)):
+                label = batch.label(index)
+                if not nested and columns.doc_id is None:
+                    label = label._replace(doc_id=table.name)
+                if (
+                    label.error and label.doc_id is not None
+                ):  # a bad row must not cut its document in two: `_part` raises its error
+                    label = label._replace(error=None)
+                yield label, _VectorRow(batch, values, valid, index)
+
+    for group in group_rows(table, rows()):
+        try:
+            document: Document = _document(table, columns, group, tile_size)
+        except DataError as error:
+            if not skip_bad or isinstance(error, FileChangedError):
+                raise
+            document = Unread(error)
+        yield document
+
+
+def _document(table: Table, columns: Columns, group: DocumentRows, tile_size: float | None) -> Vectors:
+    if group.error:
+        raise group.error
+    nested, width, points = is_vectors(columns.type), None, list[np.ndarray]()
+
+    def parts() -> Iterator[Part]:
+        nonlocal width
+        for _, run in groupby(group.values, key=lambda row: (row.batch.first, nested and row.row)):
+            part, width, places = _part(table, columns, list(run), width)
+            points.extend(places)
+            yield part
+
+    found = collect(parts())
+    coords = np.concatenate(points) if points else None
+    return Vectors(group.doc_id, table.place(group.row), width or 0, found, coords, tile_size, table.place, group.kept)
+
+
+def _part(
+    table: Table, columns: Columns, run: Sequence[_VectorRow], width: int | None
+) -> tuple[Part, int | None, list[np.ndarray]]:
+    """Return the part of a row of vectors, or of neighbouring vectors in a batch, their width and their coordinates.
+
+    `width` is the width of the document's vectors so far.
+    """
+    nested = is_vectors(columns.type)
+    batch, values, valid, first = run[0]
+    if bad := [batch.errors[row.row] for row in run if row.row in batch.errors]:
+        raise bad[0]
+
+    def place(vector: int) -> str:
+        return table.place(batch.first + first + (0 if nested else vector))
+
+    vectors, *axes = (column.slice(first, len(run)) for column in (batch.column, *batch.coords))
+    if nested:
+        (start,), (stop,) = list_bounds(vectors)
+        vectors, axes = vectors.values.slice(start, stop - start), [each.flatten() for each in axes]
+        if vectors.null_count:
+            raise DataError(f"{place(0)}: the value is null")
+    starts, stops = list_bounds(vectors)
+    start, stop, widths = (starts[0], stops[-1], stops - starts) if len(vectors) else (0, 0, stops)
+    for before in (*widths[:1].tolist(), *([] if width is None else [width])):
+        for other in np.flatnonzero(widths != before)[:1]:
+            raise DataError(f"{place(other)}: its vector has {widths[other]} numbers, those before it have {before}")
+        width = before
+    points = [_points(axes, len(vectors), place)] if axes else []
+    present = valid if valid is None else valid.slice(start, stop - start)
+    return Part(values[start:stop], present, batch.first + first, flat=not nested), width, points
+
+
+def _points(axes: Sequence[pa.Array], count: int, place: Callable[[int], str]) -> np.ndarray:
+    """Return the coordinates of vectors, (`count`, 2) float64, from a column of pairs or from columns x and y."""
+    for values in axes:
+        if len(values) != count:
+            raise DataError(f"{place(0)}: {count} vectors and {len(values)} coordinates")
+    if len(axes) == 1:
+        import pyarrow.compute as pc  # imported late: 20 ms that text does not need
+
+        sizes = pc.fill_null(pc.list_value_length(axes[0]), 0).to_numpy(zero_copy_only=False)
+        if (bad := np.flatnonzero(sizes != 2)).size:
+            raise DataError(f"{place(bad[0])}: coords needs two numbers for each vector")
+        axes = [axes[0].flatten()]
+    points = np.stack([values.to_numpy(zero_copy_only=False).astype(np.float64) for values in axes], 1).reshape(-1, 2)
+    if (bad := np.flatnonzero(~np.isfinite(points).all(1))).size:  # a null is NaN here
+        raise DataError(f"{place(bad[0])}: coordinates {points[bad[0]].tolist()} are no place")
+    return points
+
+
+def _check_type(table: Table, name: str, lists: int) -> None:
+    """Raise DataError unless a column holds numbers in so many levels of lists."""
+    kind = table.schema.field(name).type
+    for _ in range(lists):
+        if not is_list(kind):
+            raise DataError(f"{table.where}: {name} has type {kind}: lists of numbers are needed")
+        kind = kind.value_type
+    if kind not in (*INTEGERS, *FLOATS):
+        raise DataError(f"{table.where}: {name} has type {kind}: numbers are needed")
+
+
+def _tile_size(table: Table) -> float | None:
+    written = (table.schema.metadata or {}).get(TILE_SIZE)
+    try:
+        size = None if written is None else float(written)
+    except ValueError:
+        size = 0.0
+    if size is not None and not 0 < size < np.inf:
+        raise DataError(f"{table.where}: {TILE_SIZE.decode()} in its metadata is no size of a tile")
+    return size

@@ -1,1 +1,1 @@
-"""Dilated attention inside other libraries' models. Each file here needs the library that it is named after."""
+"""Import paths that stand in users' files. The code is in `longnet_cli.models.hf`."""

@@ -1,0 +1,272 @@
+"""Atomic writes of files, and folders with a single writer: temporary names, locks, fsync, rename.
+
+A checkpoint of a run and a state of a stream have a JSON file that says what the folder is: its version and facts, and
+size and SHA-256 of every other file in it. Its own SHA-256 is in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from longnet_cli.basics.configuration import parse, read_text
+from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")  # a file that is being written; the group is its final name
+
+
+@contextmanager
+def writing(what: str | Path) -> Iterator[None]:
+    """Turn a failed write (a full disk, a file too large) into a LongNetError that names what was being written.
+
+    A BrokenPipeError passes through unchanged: the reader has read enough.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise LongNetError(f"{what}: cannot write: {error.strerror or error}") from error
+
+
+# Not atomicwrites (archived) or filelock (locks alone): no library flushes the folder too, removes what killed writers
+# left, and writes to pipes.
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing under a temporary name in its folder; rename it when the block ends without an error.
+
+    Missing folders are created. At any time, even after a crash, the path holds the old file or the whole new one.
+    Temporary files that killed writers of the same file left behind are removed. A device or a named pipe is written
+    to directly. Raises ConfigError when the path cannot be opened, LongNetError when the end of the file cannot be
+    written.
+    """
+    target = Path(path)
+    with _opening(path):
+        direct = target.exists() and not stat.S_ISREG(target.stat().st_mode)
+        if not direct:
+            target = Path(os.path.realpath(path))  # not for >(command), whose real path does not exist
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target.parent, target.name)
+        temporary, place = (target, target) if direct else _new_temporary(target)
+        file = open(place, "wb")  # noqa: SIM115
+    try:
+        yield file
+        with writing(path):
+            file.flush()
+            if not direct:
+                os.fsync(file.fileno())
+            file.close()
+            if not direct:
+                os.replace(temporary, target)
+                sync_folder(target.parent)
+    except BaseException:
+        with suppress(OSError):  # on a full disk, close fails again, but the file is then closed
+            file.close()
+        if not direct:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file name is a temporary name of `atomic_write`."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_leftovers(folder: Path, target: str | None = None) -> None:
+    """Delete the temporary files and folders that killed writers left: all of them, or only those for `target`.
+
+    A running writer holds a lock on its own, which is then kept.
+    """
+    for name in os.listdir(folder):
+        match = _TEMPORARY.fullmatch(name)
+        if match and target in (None, match[1]):
+            with suppress(OSError), _descriptor(folder / name) as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(folder / name)
+
+
+def _new_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
+    """Create and lock a temporary file or folder beside `target`. Return its path and its descriptor.
+
+    The lock shows `remove_leftovers` that it is in use.
+    """
+    while True:
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            if folder:
+                temporary.mkdir()
+            handle = os.open(temporary, os.O_RDONLY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            with suppress(OSError):  # a network file system without locks, where leftovers are never removed
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_nlink:  # otherwise another writer removed it before it was locked
+                return temporary, handle
+            os.close(handle)
+        except FileExistsError:
+            continue
+        except BaseException:  # Ctrl-C and SIGTERM may come between any two lines
+            with suppress(OSError):
+                _remove(temporary)
+            raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write `data` to a file atomically. Raises the errors of `atomic_write`."""
+    with atomic_write(path) as file, writing(path):
+        file.write(data)
+
+
+@contextmanager
+def whole_folder(path: str | Path, last: str | None = None, temporary: Path | None = None) -> Iterator[Path]:
+    """Create a temporary folder to fill. When the block ends without an error, `path` holds its files, on the disk.
+
+    Without `last`, the temporary folder is renamed to `path`, which must not exist or be an empty folder. With `last`,
+    `path` may hold files: those of the same names are replaced, the largest first, and `last` at the end. So a new
+    folder that has the file `last` is whole. `temporary` is a name to use for the temporary folder.
+
+    Raises ConfigError if `path` is in use, or if the folder cannot be created; LongNetError for a full disk or a failed
+    write.
+    """
+    target, handle = Path(os.path.abspath(path)), None
+    parent = target if last else target.parent
+    with _opening(path):
+        if not last and target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ConfigError(f"{path} exists and is not an empty folder: name a new one, or remove it first")
+        parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(parent, None if last else target.name)
+        if temporary:
+            temporary.mkdir()
+        else:
+            temporary, handle = _new_temporary(parent / target.name, folder=True)
+    try:
+        with writing(path):
+            yield temporary
+            files = sorted(temporary.iterdir(), key=lambda file: (file.name == last, -file.stat().st_size))
+            for file in files:
+                with _descriptor(file) as opened:
+                    os.fsync(opened)
+            for made in files if last else [temporary]:
+                os.replace(made, target / made.name if last else target)
+            sync_folder(parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in a folder survive a power cut."""
+    with _descriptor(folder) as handle:
+        os.fsync(handle)
+
+
+@contextmanager
+def _descriptor(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Create a folder and lock it against a second writer. The lock ends with the block, or when the process ends.
+
+    Raises ConfigError if the folder cannot be created or another process has locked it, LongNetError for a full disk.
+    """
+    with _opening(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another process is writing into this folder") from None
+        except OSError:
+            pass  # a network file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _opening(path: str | Path) -> Iterator[None]:
+    """Turn an OSError into a ConfigError, because the path is an option; into a LongNetError if the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (LongNetError if full else ConfigError)(f"{path}: cannot write: {error.strerror}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(path: Path, version: int, facts: Mapping[str, Any]) -> None:
+    """Write the manifest of the folder that it is in, and flush the folder. Raises OSError and LongNetError."""
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(path.parent.iterdir())
+        if file != path
+    }
+    state = json.loads(json.dumps({"version": version, **facts, "files": files}))
+    data = {"state": state, "sha256": hashlib.sha256(_canonical(state)).hexdigest()}
+    write_file(path, json.dumps(data, indent=1).encode())  # also flushes the folder
+
+
+def read_manifest(path: Path, version: int) -> dict[str, Any]:
+    """Return version, facts and files. Raises CheckpointError if they are not what was written, OSError if missing."""
+    try:
+        data = parse(read_text(path))
+        state, digest = data["state"], data["sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path.name} was changed or damaged after it was written") from None
+    if hashlib.sha256(_canonical(state)).hexdigest() != digest:
+        raise CheckpointError(f"{path.name} was changed or damaged after it was written")
+    if state.get("version") != version:
+        raise CheckpointError(f"{path.name} has version {state.get('version')}, not {version}")
+    return state
+
+
+def find_damage(path: Path, version: int) -> str | None:
+    """Compare the files of a manifest with their sizes and SHA-256; return what is wrong, or None."""
+    try:
+        for name, known in read_manifest(path, version)["files"].items():
+            size = (path.parent / name).stat().st_size
+            if size != known["bytes"]:
+                return f"{name} has {size:,} bytes of {known['bytes']:,}"
+            if file_sha256(path.parent / name) != known["sha256"]:
+                return f"the SHA-256 of {name} is not the one it was saved with"
+    except OSError as error:
+        return f"{Path(error.filename or path.parent).name}: {error.strerror}"
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _canonical(state: Any) -> bytes:
+    return json.dumps(state, sort_keys=True).encode()

@@ -1,0 +1,157 @@
+"""Validation of what a person wrote (JSON, TOML, flags): a pydantic model, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.sizes import MAX_SIZE
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class StrictModel(BaseModel):
+    """A table of keys and values that a person wrote. It cannot be changed once it is checked.
+
+    These are errors: unknown keys; inf and nan, which JSON does not have; `true` in place of a number, which Python
+    would take for 1; numbers that an int64 cannot hold; strings with NUL or lone surrogates; empty strings, which often
+    come from an unset variable in a script.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _mean_what_they_say(cls, value: Any, info: ValidationInfo) -> Any:
+        switch = cls.model_fields[info.field_name or ""].annotation is bool
+        for item in _items(value):
+            if isinstance(item, bool) and not switch:
+                raise ValueError(f"{str(item).lower()} is not a number or a name")
+            if item == "":
+                raise ValueError("it is empty")
+            if isinstance(item, str) and not _is_text(item):
+                raise ValueError("it has a character that no file name or text has")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _fit(cls, value: Any) -> Any:
+        if any(isinstance(item, int) and abs(item) > MAX_SIZE for item in _items(value)):
+            raise ValueError("a number is out of range: it must be less than 2^63")
+        return value
+
+
+def validate(cls: type[ModelT], data: Mapping[str, Any], where: str) -> ModelT:
+    """Return `data` as an instance of `cls`. Errors name keys of nested models with dots (`optimizer.lr`).
+
+    Raises ConfigError of one line that starts with `where` (a file, a flag), names every wrong key, and suggests the
+    nearest existing key for an unknown one. For that, `cls` must forbid extra keys.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: expected keys and values, got {_short(data)}")
+    try:
+        return cls.model_validate(dict(data))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {'; '.join(_lines(cls, error))}") from None
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a UTF-8 file.
+
+    Raises OSError for a file that cannot be read, and for a pipe or a device, which might never end or even open;
+    ValueError for bytes that are not UTF-8.
+    """
+    path = Path(path)
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):  # `path.read_text` reports a folder
+        raise OSError(0, "a pipe or a device, not a file: save it to a file", str(path))
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+
+
+def parse(text: str, parser: Callable[..., Any] = json.loads, **options: Any) -> Any:
+    """Parse JSON, or TOML with `parser=tomllib.loads`. Raises ValueError for invalid or too deeply nested text."""
+    try:
+        return parser(text, **options)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+
+
+def digest(data: Any) -> str:
+    """Return the SHA-256, in hex, of JSON data with sorted keys and no spaces. Equal data have equal digests."""
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the item of `names` that is most similar to `name`, None if nothing is close."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), None)
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """Yield the items of a list, nested or not, or the value itself. Skip tables: their own classes check them."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _items(item)
+    elif not isinstance(value, Mapping):
+        yield value
+
+
+def _is_text(value: str) -> bool:
+    """Return whether a string has no NUL and no lone surrogate, which JSON can spell; escaped bytes are allowed."""
+    try:
+        return bool(value.encode("utf-8", "surrogateescape")) and "\0" not in value
+    except UnicodeEncodeError:
+        return False
+
+
+def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:
+    """Return one phrase per mistake, unknown keys first. A misspelt key is not reported again as a missing key."""
+    unknown, others, meant = [], [], set()
+    for item in error.errors(include_url=False):
+        *parents, name = item["loc"] or ("",)
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            match = nearest(str(name), _field_names(cls, parents))
+            full = ".".join([*map(str, parents), match]) if match else None
+            unknown.append(f"unknown key '{path}'" + (f": did you mean '{full}'?" if full else ""))
+            meant.add(full)
+        elif item["type"] == "missing":
+            others.append((path, f"missing key '{path}'"))
+        else:
+            # a validator's own ValueError is already a sentence; pydantic's messages need the value beside them
+            message = " ".join(item["msg"].removeprefix("Value error, ").split())
+            shown = message if item["type"] == "value_error" else f"{message} (got {_short(item['input'])})"
+            others.append((path, f"{path}: {shown}" if path else shown))
+    return unknown + [line for path, line in others if path not in meant]
+
+
+def _field_names(cls: type[BaseModel], parents: Sequence[int | str]) -> list[str]:
+    """Return the keys that exist at the path of an error. List indices and union tags in the path name no field."""
+    models: list[type[BaseModel]] = [cls]
+    for part in parents:
+        fields = [model.model_fields[part] for model in models if isinstance(part, str) and part in model.model_fields]
+        if fields:
+            models = [model for field in fields for model in _models_in(field.annotation)]
+    return [field.alias or name for model in models for name, field in model.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return every pydantic model in an annotation such as `Inner | None` or `dict[str, Inner]`."""
+    if arguments := get_args(annotation):  # first: in Python 3.10, list[Inner] is also an instance of type
+        return [model for argument in arguments for model in _models_in(argument)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _short(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

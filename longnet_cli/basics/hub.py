@@ -1,0 +1,372 @@
+"""Models by name: those that ship with `longnet`, with the names of a model folder's files, and those on a hub.
+
+    ORG/NAME                  the branch main
+    ORG/NAME@REVISION         a branch, a tag or a commit
+    ORG/NAME:FILE.gguf        a file of the repository
+    PATH/models--ORG--NAME    the folder of a repository in a cache
+
+A path that exists is no such name. A model of a hub is taken from the cache of huggingface_hub (the extra `hf`),
+without the network, or downloaded into it; `refresh` asks the hub. Only files that `longnet` reads are downloaded. The
+variables of huggingface_hub (HF_HUB_OFFLINE, HF_HOME, ...) hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from longnet_cli.basics.atomic import write_file
+from longnet_cli.basics.configuration import nearest, parse, read_text
+from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, refuse_web_address
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+SHARDED = "model.safetensors.index.json"  # what transformers writes beside the shards of a large model
+GENERATION = "generation_config.json"
+# files that may stand beside a tokenizer.json: they tell a library how to build the tokenizer and write a chat
+BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+# sentence-transformers' file for prompts; the key of config.json for the pooling of a net that was trained by contrast
+PROMPTS, POOL_KEY = "config_sentence_transformers.json", "embedding_pool"
+END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
+# `model_type` in config.json of a LongNet: the error of a library that does not know it shows nothing else of a folder
+MODEL_TYPE = "longnet: import longnet_cli.integrations.transformers"
+OLDER_TYPE = "longnet"  # of older folders; the oldest have none
+
+# Metadata keys of model.safetensors: digests of what was saved together. Other tools drop them when they save.
+TENSORS_SHA256, CONFIG_SHA256 = "longnet.tensors_sha256", "longnet.config_sha256"
+TOKENIZER_SHA256 = "longnet.tokenizer_sha256"
+
+
+def preset_dir() -> Path:
+    """Return the repository's `models/`, which a wheel holds inside the package under the name `shipped`."""
+    package = Path(__file__).parents[1]
+    shipped = package / "shipped"
+    return shipped if shipped.is_dir() else package.parent / "models"
+
+
+def list_models() -> list[str]:
+    """Return the names of the shipped models with weights, sorted; recipes (`*.toml`) are not included."""
+    return sorted(path.parent.name for path in preset_dir().glob(f"*/{CONFIG}"))
+
+
+def model_path(name_or_path: str) -> Path:
+    """Return the path that `--model` names. A name is looked up among the shipped models, never in the current folder.
+
+    Raises ConfigError for a name that is not shipped. A path may lead to nothing.
+    """
+    refuse_web_address(name_or_path)
+    if "/" in name_or_path or os.sep in name_or_path or name_or_path.endswith(".toml"):
+        return Path(name_or_path)
+    if name_or_path not in list_models():
+        raise ConfigError(_unknown(name_or_path))
+    return preset_dir() / name_or_path
+
+
+def _unknown(name: str) -> str:
+    shipped = list_models()
+    match = nearest(name, shipped)
+    hint = f": did you mean '{match}'?" if match else "."
+    if (preset_dir() / f"{name}.toml").is_file():
+        hint = ": it is shipped as a recipe, without weights; `longnet train` makes them."
+    return (
+        f"unknown model '{name}'{hint} Shipped models: {', '.join(shipped) or 'none'}; "
+        f"a path needs a slash, e.g. ./{name or 'my-run'}"
+    )
+
+
+FIRST_ANSWER = 2.5  # seconds to wait for a hub, unless HF_HUB_DOWNLOAD_TIMEOUT is set
+_WORD = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
+_NAME = re.compile(rf"({_WORD}/{_WORD})(?:@([^@:\s]+))?(?::([^:]+\.gguf))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_LOCAL = (".json", ".jsonl", ".toml", ".gguf", ".safetensors", ".pth", ".pt", ".bin")  # endings of files, not of models
+
+
+class Located(NamedTuple):
+    """A folder or a file, and a name that means the same contents later: ORG/NAME@COMMIT for those of a hub."""
+
+    path: Path
+    name: str
+
+
+def find_model(name: str) -> Located:
+    """Return the folder, or the GGUF file, of a model: a shipped one's name, a path with a slash, or a name on a hub.
+
+    The path may lead to nothing. Raises ConfigError for a name that is not shipped, CheckpointError for a model that is
+    neither here nor can be downloaded.
+    """
+    if repository := _Repository.of(name):
+        return repository.find()
+    path = model_path(name)
+    return Located(snapshot, str(snapshot)) if (snapshot := _snapshot_in(path)) else Located(path, name)
+
+
+def find_tokenizer(name: str) -> Located | None:
+    """Return the folder of a tokenizer that is on a hub, or in the folder of a repository in a cache; otherwise None.
+
+    Raises CheckpointError for a tokenizer that is neither here nor can be downloaded.
+    """
+    if repository := _Repository.of(name, tokenizer=True):
+        return repository.find()
+    snapshot = _snapshot_in(Path(name))
+    return Located(snapshot, str(snapshot)) if snapshot else None
+
+
+def refresh(model: str | None, tokenizer: str | None) -> None:
+    """Ask the hub what the revisions in these names are now, and download what is new. Raises as `find_model` does.
+
+    Also raises ConfigError if there is no name on a hub among them.
+    """
+    named = [_Repository.of(name, of) for name, of in ((model, False), (tokenizer, True)) if name]
+    if not any(named):
+        raise ConfigError("--update is for a model on a hub, as ORG/NAME, and none is named: leave it out")
+    for repository in filter(None, named):
+        repository.find(update=True)
+
+
+def as_stored(name: str, stored: Iterable[Any]) -> str:
+    """Return the stored name of the same file or repository, for a run that continues; `name` where there is none.
+
+    A commit in `name` is kept.
+    """
+    given = _Repository.of(name)
+    if given is None or _COMMIT.fullmatch(given.revision):
+        return name
+    found = ((each, _Repository.of(each)) for each in stored if isinstance(each, str))
+    same = (each for each, other in found if other and (other.repo, other.file) == (given.repo, given.file))
+    return next(same, name)
+
+
+def name_origin(folder: Path, name: str) -> None:
+    """Write the name of a model on a hub, with its commit, into the config.json of a folder made from it."""
+    if _Repository.of(name):
+        settings = {**parse(read_text(folder / CONFIG)), "_name_or_path": name}
+        (folder / CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def list_cached() -> list[str]:
+    """Return the names of the models in the cache, sorted; none without huggingface_hub."""
+    with suppress(ImportError, OSError):
+        from huggingface_hub import constants
+
+        return sorted(
+            name.removeprefix("models--").replace("--", "/")
+            for name in os.listdir(constants.HF_HUB_CACHE)
+            if re.fullmatch("models--.+--.+", name)
+        )
+    return []
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """The `name` of a model on a hub, and its parts. Of a `tokenizer`, only the tokenizer's files are read."""
+
+    name: str
+    repo: str
+    revision: str
+    file: str | None
+    tokenizer: bool
+
+    @classmethod
+    def of(cls, name: str, tokenizer: bool = False) -> _Repository | None:
+        """Return the repository that a name stands for; None for a path that exists and for other names."""
+        match = _NAME.fullmatch(name)
+        if not match or ".." in name or "--" in match[1] or match[1].endswith(_LOCAL) or os.path.exists(name):
+            return None
+        return cls(name, match[1], match[2] or "main", match[3], tokenizer)
+
+    def find(self, *, update: bool = False) -> Located:
+        """Return the folder or the file in the cache, downloaded if it is not there. `update` asks the hub first."""
+        constants = self._library()
+        if update or not self._is_cached():
+            try:
+                self._download(constants, update)
+            except CheckpointError:
+                if update or not self._is_cached(any_tokenizer=True):
+                    raise
+        commit = self._commit()
+        found = self._folder / "snapshots" / str(commit)
+        file = f":{self.file}" if self.file else ""
+        return Located(found / self.file if self.file else found, f"{self.repo}@{commit}{file}")
+
+    def _library(self) -> ModuleType:
+        try:
+            from huggingface_hub import constants
+        except ImportError:
+            raise CheckpointError(
+                f"{self._not_here}; a model on a hub needs the extra hf: pip install 'longnet-cli[hf]'"
+            ) from None
+        return constants
+
+    @property
+    def _not_here(self) -> str:
+        return f"{self.name}: no folder of that name here"
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self._library().HF_HUB_CACHE, f"models--{self.repo.replace('/', '--')}")
+
+    def _commit(self) -> str | None:
+        """Return the commit that the revision is in the cache; None if it is not there."""
+        return self.revision if _COMMIT.fullmatch(self.revision) else _read_ref(self._folder, self.revision)
+
+    def _is_cached(self, *, any_tokenizer: bool = False) -> bool:
+        """Return whether the cache has all files that are needed.
+
+        A model needs a tokenizer.json unless its repository is known to have none, or with `any_tokenizer`.
+        """
+        if not (commit := self._commit()):
+            return False
+        snapshot, needed = self._folder / "snapshots" / commit, [TOKENIZER]
+        if self.file:
+            needed = [self.file]
+        elif not self.tokenizer:
+            none = any_tokenizer or (self._folder / ".no_exist" / commit / TOKENIZER).exists()
+            needed = [CONFIG, *_weights(snapshot), *([] if none else needed)]
+        return all((snapshot / name).is_file() for name in needed)
+
+    def _download(self, constants: Any, update: bool) -> None:
+        """Download the files that the cache lacks, of one commit. Raises CheckpointError.
+
+        Several processes may do so: the library locks each file, and the first one downloads it.
+        """
+        from huggingface_hub import HfApi, hf_hub_download
+
+        commit, own = None if update else self._commit(), constants.HF_HUB_DOWNLOAD_TIMEOUT
+        seconds = FIRST_ANSWER if own == constants.DEFAULT_DOWNLOAD_TIMEOUT else own
+        answered = False
+        try:
+            info = _within(
+                seconds, lambda: HfApi().model_info(self.repo, revision=commit or self.revision, timeout=seconds)
+            )
+            answered, commit = True, str(info.sha)
+            names = {file.rfilename for file in info.siblings or ()}
+            snapshot = self._folder / "snapshots" / commit
+            for name in self._wanted(names, snapshot):  # one by one: threads would keep Ctrl-C waiting
+                hf_hub_download(self.repo, name, revision=commit)
+            if not self.file and TOKENIZER not in names:
+                (absent := self._folder / ".no_exist" / commit / TOKENIZER).parent.mkdir(parents=True, exist_ok=True)
+                absent.touch()
+        except LongNetError:
+            raise
+        except Exception as error:  # its libraries raise exceptions of many kinds
+            raise CheckpointError(self._explain(error, constants, answered)) from None
+        if not _COMMIT.fullmatch(self.revision):  # last: a revision in the cache is one that was whole
+            reference = self._folder / "refs" / self.revision
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            write_file(reference, commit.encode())
+
+    def _wanted(self, names: set[str], snapshot: Path) -> Iterator[str]:
+        """Yield the files to download of a repository with these `names`. Raises CheckpointError if it lacks some."""
+        ggufs = ", ".join(f"{self.repo}:{name}" for name in sorted(names) if name.endswith(".gguf"))
+        if self.file:
+            if self.file not in names:
+                have = f"it has {ggufs}" if ggufs else "it has no GGUF files"
+                raise CheckpointError(f"{self.name}: the repository has no file of that name; {have}")
+            yield self.file
+            return
+        if self.tokenizer:
+            if TOKENIZER not in names:
+                raise CheckpointError(f"{self.name}: the repository has no {TOKENIZER}")
+            yield from sorted(names & {TOKENIZER, *BESIDE_TOKENIZER})
+            return
+        if CONFIG not in names or not names & {WEIGHTS, SHARDED}:
+            if ggufs:
+                raise CheckpointError(f"{self.name}: the repository has GGUF files, name one: {ggufs}")
+            pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
+            why = "; pickled weights are never read, since a pickle can run code" if pickled else ""
+            raise CheckpointError(f"{self.name}: the repository has no {CONFIG} with {WEIGHTS}{why}")
+        index = set() if WEIGHTS in names else {SHARDED}
+        yield from sorted(names & ({CONFIG, GENERATION, TOKENIZER, *BESIDE_TOKENIZER} | index))
+        yield from [WEIGHTS] if WEIGHTS in names else _weights(snapshot)
+
+    def _explain(self, error: Exception, constants: Any, answered: bool) -> str:
+        """Return why a download failed, and what to do."""
+        from huggingface_hub import errors
+
+        hub, here, log_in = constants.ENDPOINT, self._not_here, "log in (hf auth login) or set HF_TOKEN"
+        if isinstance(error, errors.GatedRepoError):
+            return f"{here}, and {hub}/{self.repo} is gated: ask for access there, then {log_in}"
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return f"{here}, and no repository of that name on {hub}, or a private one: check the name, or {log_in}"
+        if isinstance(error, errors.RevisionNotFoundError):
+            return f"{self.name}: {self.repo} has no revision {self.revision} on {hub}: name a branch, tag or commit"
+        if isinstance(error, errors.HfHubHTTPError):
+            code = error.response.status_code
+            what = f": {log_in}" if code in (401, 403) else ""
+            return f"{here}, and {hub} refuses it ({code} {error.server_message or ''}".rstrip() + f"){what}"
+        if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError | TimeoutError):
+            return f"{here}, and the cache {constants.HF_HUB_CACHE} cannot be written: {error.strerror}"
+        said = " ".join(str(error).split()) or type(error).__name__
+        if answered:
+            return f"{self.name}: the download broke off ({said}): the same command continues it"
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            why, then = "HF_HUB_OFFLINE is set", "without it"
+        else:
+            why, then = f"{hub} does not answer ({type(error).__name__})", "with a network"
+        if self._is_cached(any_tokenizer=True):
+            return f"{self.name}: {why}: leave out --update to take what is in the cache {constants.HF_HUB_CACHE}"
+        revision = "" if self.revision == "main" else f" --revision {self.revision}"
+        file = f" {self.file}" if self.file else ""
+        download = f"hf download {self.repo}{file}{revision}"
+        return f"{here}, nor in {constants.HF_HUB_CACHE}, and {why}: {then}, repeat this or {download}"
+
+
+def _snapshot_in(folder: Path) -> Path | None:
+    """Return the snapshot of `main`, or the only one, in the folder of a repository in a cache; None for other folders.
+
+    Raises CheckpointError where it is not clear which snapshot is meant.
+    """
+    if not folder.name.startswith("models--") or not (snapshots := folder / "snapshots").is_dir():
+        return None
+    found, commit = sorted(path for path in snapshots.iterdir() if path.is_dir()), _read_ref(folder, "main")
+    if snapshots / str(commit) in found:
+        return snapshots / str(commit)
+    if len(found) != 1:
+        names = ", ".join(map(str, found)) or "there is none"
+        raise CheckpointError(f"{folder}: its refs/main leads to no snapshot: name a snapshot ({names})")
+    return found[0]
+
+
+def _read_ref(folder: Path, revision: str) -> str | None:
+    with suppress(OSError, ValueError):
+        commit = (folder / "refs" / revision).read_text(encoding="ascii").strip()
+        return commit if _COMMIT.fullmatch(commit) else None
+    return None
+
+
+def _weights(snapshot: Path) -> list[str]:
+    """Return the files with the weights of a snapshot, as its index lists them."""
+    if not (snapshot / WEIGHTS).exists():
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            return sorted({str(name) for name in parse(read_text(snapshot / SHARDED))["weight_map"].values()})
+    return [WEIGHTS]
+
+
+def _within(seconds: float, ask: Callable[[], Any]) -> Any:
+    """Return what `ask` returns. Raises TimeoutError after `seconds`: to look up a host has no limit of its own."""
+    answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((ask(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    Thread(target=run, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"no answer in {seconds:g} seconds, HF_HUB_DOWNLOAD_TIMEOUT=60 waits longer") from None
+    if error:
+        raise error
+    return answer

@@ -1,0 +1,239 @@
+"""Patterns as text: on a command line, in a recipe, and in the metadata of outputs.
+
+    paper                                    one of the constructors of `Pattern`, by its name
+    geometric:1e9,base=2048,ratio=2          with its size
+    window:1Ki,look_back=1,sinks=4           with options of `Pattern`, which go with every constructor
+    window:1Ki,chosen=32x32,chosen_every=4   32 blocks of 32 tokens, chosen every 4 tokens
+    nested:1Mi,base=1Ki,ratio=4,sinks=4
+    pretrained                               a window and sinks, for models that were trained with dense attention
+    finding                                  a window and chosen blocks
+    dense                                    every key, at any length
+    1Ki/1,4Ki/4,look_back=1/5,overlap=once   levels, each as segment length / dilation rate
+
+In an option with one number per level, slashes separate the numbers. Sizes have the format of `basics.sizes`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.sizes import format_size, parse_size
+
+_LEVEL = re.compile(r"\.?\d[\w.+]*/\.?\d", re.ASCII)
+
+
+class _Constructor(NamedTuple):
+    """A constructor of patterns, with the sizes and the words that it takes."""
+
+    make: Callable[..., Pattern]
+    sizes: str = ""  # the name of its size; empty if it takes none
+    needed: bool = True  # whether the size has no default
+    words: tuple[str, ...] = ()  # its options besides those of `Pattern`
+
+
+_CONSTRUCTORS = {
+    "paper": _Constructor(Pattern.paper),
+    "geometric": _Constructor(Pattern.geometric, "length", words=("base", "ratio")),
+    "window": _Constructor(Pattern.window, "width"),
+    "nested": _Constructor(Pattern.nested, "length", words=("base", "ratio")),
+    "pretrained": _Constructor(Pattern.pretrained, "width", needed=False),
+    "finding": _Constructor(Pattern.finding, "width", needed=False),
+    "dense": _Constructor(Pattern.dense),
+}
+PATTERN_FIELDS = tuple(field.name for field in fields(Pattern))
+FORMS = "paper, geometric:LENGTH, window:WIDTH, nested:LENGTH, pretrained, finding, dense, or levels as 1Ki/1,4Ki/4"
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else parse_size(text)
+
+
+def _counts(text: str) -> int | tuple[int, ...]:
+    found = tuple(map(_count, text.split("/")))
+    return found if len(found) > 1 else found[0]
+
+
+def _bias(text: str) -> str | tuple[float, ...]:
+    if text == "log_rate" or text.partition(":")[0] == "learned":
+        return text
+    try:
+        return tuple(map(float, text.split("/")))
+    except ValueError:
+        raise ValueError(f"log_rate, learned or one number per level is needed, as 0/1.5, not '{text}'") from None
+
+
+def _chosen(text: str) -> tuple[int, int]:
+    """Return the number of chosen blocks and their size."""
+    number, times, block = text.partition("x")
+    return _count(number), parse_size(block) if times else Pattern.chosen_block
+
+
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "look_back": _counts,
+    "overlap": str,
+    "queries": str,
+    "sinks": _count,
+    "level_bias": _bias,
+    "head_offsets": str,
+    "chosen": _chosen,
+    "chosen_every": _count,
+}
+
+
+def is_pattern(text: str) -> bool:
+    """Return whether `text` is meant as a pattern, rather than as a path or the name of something else."""
+    return bool(_LEVEL.match(text)) or re.split("[:,]", text, maxsplit=1)[0] in _CONSTRUCTORS
+
+
+def read_pattern(written: str | Mapping[str, Any] | None, name: str) -> Pattern | None:
+    """Return the pattern of a text or of fields, None for None. Raises ConfigError that begins with `name`."""
+    try:
+        return parse_pattern(written) if isinstance(written, str) else Pattern(**written) if written else None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Return the pattern that `text` describes.
+
+    Raises ValueError of one line, with the nearest name for an unknown one.
+    """
+    text = text.strip()
+    if re.match(r"\.?\d", text):
+        levels, given = _read("a list of levels", text.split(","), ())
+        return replace(_of_levels(levels), **given)
+    name, colon, rest = (part.strip() for part in text.partition(":"))
+    if name not in _CONSTRUCTORS:
+        first, comma, _ = name.partition(",")
+        if comma and first in _CONSTRUCTORS:
+            raise ValueError(f"a colon follows the name: {text.replace(',', ':', 1)}")
+        hint = _nearest(name, _CONSTRUCTORS) or "."
+        raise ValueError(f"unknown pattern '{name}'{hint} Write {FORMS}")
+    found = _CONSTRUCTORS[name]
+    sizes, given = _read(name, rest.split(",") if colon else [], found.words)
+    if found.sizes and found.needed and not sizes:
+        raise ValueError(f"{name} needs a {found.sizes}, as {name}:64Ki")
+    if len(sizes) > bool(found.sizes):
+        takes = f"takes one {found.sizes}" if found.sizes else "takes no size"
+        raise ValueError(f"{name} {takes}, and '{sizes[-1]}' is one more{_nearest(sizes[-1], found.words, _OPTIONS)}")
+    made = found.make(*map(parse_size, sizes), **{word: given.pop(word) for word in found.words if word in given})
+    return replace(made, **given)
+
+
+def _read(name: str, items: Iterable[str], words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the sizes, or levels, that come first, and the options after them."""
+    sizes: list[str] = []
+    given: dict[str, Any] = {}
+    for item in map(str.strip, items):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not item:
+            raise ValueError("something is missing beside a colon or a comma")
+        if not equals and given:
+            raise ValueError(f"'{item}' stands behind an option: sizes come first, and an option is key=value")
+        if not equals:
+            sizes.append(item)
+            continue
+        if key not in words and key not in _OPTIONS:
+            raise ValueError(f"{name} has no option '{key}'{_nearest(key, words, _OPTIONS)}")
+        if key in given:
+            raise ValueError(f"{key} is given twice")
+        try:
+            given[key] = _OPTIONS.get(key, parse_size)(value)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    if "chosen" in given:
+        given["chosen"], given["chosen_block"] = given["chosen"]
+    return sizes, given
+
+
+def _of_levels(items: Sequence[str]) -> Pattern:
+    pairs = [item.split("/") for item in items]
+    for item, pair in zip(items, pairs, strict=True):
+        if len(pair) != 2:
+            raise ValueError(f"'{item}' is not a level: write segment length / dilation rate, as 4Ki/4")
+    return Pattern(tuple(parse_size(w) for w, _ in pairs), tuple(parse_size(r) for _, r in pairs))
+
+
+def _nearest(word: str, *names: Iterable[str]) -> str:
+    from longnet_cli.basics.configuration import nearest
+
+    match = nearest(word, chain(*names))
+    return f": did you mean '{match}'?" if match else ""
+
+
+def format_pattern(pattern: Pattern) -> str:
+    """Return the shortest text that `parse_pattern` reads as `pattern`.
+
+    It is never `pretrained`: the meaning of that may change, but the meaning of an output's metadata must not.
+    """
+    found = [text + _options(made, pattern, ":" if text in _CONSTRUCTORS else ",") for text, made in _made(pattern)]
+    found.append(format_levels(pattern))
+    return min(filter(lambda text: _reads_as(text, pattern), found), key=len, default=found[-1])
+
+
+def format_levels(pattern: Pattern) -> str:
+    """Return a pattern's levels, as segment length / dilation rate, and its options: `2048/1,4096/2,look_back=1`."""
+    levels = ",".join(f"{w}/{r}" for w, r in pattern.levels)
+    return levels + _options(Pattern(pattern.segment_lengths, pattern.dilation_rates), pattern, ",")
+
+
+def _made(pattern: Pattern) -> Iterator[tuple[str, Pattern]]:
+    """Yield texts that give the same levels as `pattern`, each with the pattern that it gives."""
+    w, others = pattern.segment_lengths[0], pattern.levels[1:]
+    plain = ",".join(f"{format_size(w)}/{format_size(r)}" for w, r in pattern.levels)
+    candidates = ["dense", "paper", plain, f"window:{format_size(w)}"]
+    if others:
+        ratio = others[0].segment_length // w
+        for name, base_of, ratio_of in (("geometric", 2048, 2), ("nested", 1024, 4)):
+            base_word = f",base={format_size(w)}" if w != base_of else ""
+            ratio_word = f",ratio={format_size(ratio)}" if ratio != ratio_of else ""
+            length = min(pattern.segment_lengths[-1], 2**63 - 1)
+            candidates.append(f"{name}:{format_size(length)}{base_word}{ratio_word}")
+    for text in candidates:
+        try:
+            made = parse_pattern(text)
+        except ValueError:  # impossible levels, or a number that no size can express
+            continue
+        if made.levels == pattern.levels:
+            yield text, made
+
+
+def _options(made: Pattern, pattern: Pattern, separator: str) -> str:
+    """Return the options in which `pattern` differs from `made`, as text after `separator`."""
+    changed = {name: _value(getattr(pattern, name)) for name in _changed(made, pattern)}
+    if changed.pop("chosen_block", None) or "chosen" in changed:
+        changed["chosen"] = f"{_value(pattern.chosen)}x{_value(pattern.chosen_block)}"
+    words = ",".join(f"{name}={value}" for name, value in changed.items())
+    return separator + words if words else ""
+
+
+def _changed(made: Pattern, pattern: Pattern) -> list[str]:
+    """Return the names of the options, beyond levels, in which `pattern` differs from `made`."""
+    return [name for name in (*_OPTIONS, "chosen_block") if getattr(pattern, name) != getattr(made, name)]
+
+
+def _value(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return format_size(value) if isinstance(value, int) else str(value)
+    if all(isinstance(item, int) for item in value) and len({*value}) == 1:
+        value = value[:1]
+    return "/".join(format_size(x) if isinstance(x, int) else repr(x).removesuffix(".0") for x in value)
+
+
+def _reads_as(text: str, pattern: Pattern) -> bool:
+    try:
+        return parse_pattern(text) == pattern
+    except ValueError:
+        return False
+
+
+def pattern_fields(pattern: Pattern) -> dict[str, Any]:
+    """Return the arguments that make a pattern: its levels, and the options that differ from the defaults."""
+    levels = {name: getattr(pattern, name) for name in ("segment_lengths", "dilation_rates")}
+    return levels | {name: getattr(pattern, name) for name in _changed(Pattern(**levels), pattern)}

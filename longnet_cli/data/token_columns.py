@@ -1,0 +1,243 @@
+"""The documents of columns: token ids, text, chats.
+
+A column of ids holds lists, a document each, or it is flat, and an end-of-text id ends a document. Neighbouring rows
+with one name are one document.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from longnet_cli.basics.errors import ConfigError, DataError, RefusedError
+from longnet_cli.data.columns import Columns, is_chat, list_bounds, numbers
+from longnet_cli.data.documents import Part, Unread, collect
+from longnet_cli.data.manifest import is_manifest
+from longnet_cli.data.tables import Table, Text, pick, reading
+from longnet_cli.data.tokenizer import Tokenizer
+
+
+class ColumnBatch(NamedTuple):
+    """The columns of a batch that starts at row `first`; None, or empty, for a column that the table lacks.
+
+    `errors` holds the error of each row that has no document because a value is null, by its index in the batch.
+    """
+
+    first: int
+    column: pa.Array
+    doc_ids: list[Any] | None
+    parts: list[Any] | None
+    kept: dict[str, pa.Array]
+    coords: list[pa.Array]
+    errors: dict[int, DataError]
+
+    def label(self, index: int) -> "Label":
+        return Label(
+            self.first + index,
+            self.doc_ids[index] if self.doc_ids else None,
+            self.parts[index] if self.parts else None,
+            {name: column[index] for name, column in self.kept.items()},
+            self.errors.get(index),
+        )
+
+
+class Label(NamedTuple):
+    """The place of a row: its number, its document, and its part of the document; None if the table does not say."""
+
+    row: int
+    doc_id: Any
+    part: int | None
+    kept: Mapping[str, pa.Scalar]
+    error: DataError | None
+
+
+class DocumentRows(NamedTuple):
+    """The rows of one document: the number of the first, the values that the first carries along, and all values.
+
+    `error` says why the document cannot be read.
+    """
+
+    doc_id: str
+    row: int
+    values: Iterable[Any]
+    kept: Mapping[str, pa.Scalar]
+    error: DataError | None
+
+
+def read_batches(table: Table, columns: Columns, skip_bad: bool) -> Iterator[ColumnBatch]:
+    """Yield the columns of each batch, checked for damage.
+
+    Raises DataError for a table of 0 rows, and for nulls unless `skip_bad`.
+    """
+    first = 0
+    for index, batch in enumerate(table.read(columns.names)):
+        with reading(f"{table.where}, batch {index}"):
+            found = {name: pick(batch, name) for name in columns.names}
+            column, kept = found[columns.documents], {name: _plain(found[name]) for name in columns.keep}
+            values: dict[str, list[Any]] = {}
+            for name in (columns.doc_id, columns.part):
+                if name is not None:
+                    values[name] = found[name].to_pylist()
+        errors: dict[int, DataError] = {}
+        for name, rows in [(None, _nulls(column)), *((name, _none(each)) for name, each in values.items())]:
+            for row in rows:
+                place, what = table.place(first + row), f", {name}" if name else ""
+                problem = table.bad.pop(first + row, None)
+                errors.setdefault(
+                    row, DataError(f"{place}{what}: the value is null" if problem is None else f"{place}: {problem}")
+                )
+        if errors and not skip_bad:
+            raise errors[min(errors)]
+        ids, parts = (values.get(name) if name else None for name in (columns.doc_id, columns.part))
+        names = ids and [None if each is None else str(each) for each in ids]
+        yield ColumnBatch(first, column, names, parts, kept, [found[name] for name in columns.coords], errors)
+        first += batch.num_rows
+    if first == 0 and not is_manifest(table.schema):
+        raise DataError(f"{table.where}: the table has 0 rows")
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """Return the same values in a plain type: no dictionary, extension type or string view."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    return column.cast(pa.large_string()) if column.type == pa.string_view() else column
+
+
+def _nulls(column: pa.Array) -> list[int]:
+    """Return the rows without a document: the null may be in the column or in its dictionary."""
+    if pa.types.is_dictionary(column.type):
+        return _none(column.to_pylist()) if column.null_count or column.dictionary.null_count else []
+    return np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist() if column.null_count else []
+
+
+def _none(values: list[Any]) -> list[int]:
+    return [row for row, value in enumerate(values) if value is None] if None in values else []
+
+
+def group_rows(table: Table, rows: Iterator[tuple[Label, Any]]) -> Iterator[DocumentRows]:
+    """Group (label, value) by document.
+
+    Neighbours that share a doc_id are one document. Its parts, where known, must be 0, 1, 2, ...
+    """
+
+    def key(row: tuple[Label, Any]) -> Any:
+        label = row[0]
+        return label.row if label.doc_id is None or label.error else label.doc_id
+
+    def values(doc_id: str, members: Iterator[tuple[Label, Any]]) -> Iterator[Any]:
+        for expected, (label, value) in enumerate(members):
+            if label.part is not None and label.part != expected:
+                raise DataError(
+                    f"{table.place(label.row)}: part {label.part} of document {doc_id!r} stands where part {expected} "
+                    "should: rows are missing, repeated or out of order"
+                )
+            yield value
+
+    for name, members in groupby(rows, key=key):
+        head = next(members)
+        label = head[0]
+        doc_id = name if isinstance(name, str) else f"{table.name}:{label.row}"
+        found = values(doc_id, chain((head,), members))  # noqa: B031 (used once, before the next group)
+        yield DocumentRows(doc_id, label.row, found, label.kept, label.error)
+
+
+FLAT_BLOCK = 1 << 22  # ids of a flat column searched for document ends in one go
+
+
+def list_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[DocumentRows]:
+    """Yield the documents of a list column, with their parts as values."""
+
+    def rows() -> Iterator[tuple[Label, Part]]:
+        for batch in read_batches(table, columns, skip_bad):
+            ids, valid = numbers(table, batch.column.values)
+            bounds = zip(*(each.tolist() for each in list_bounds(batch.column)), strict=True)
+            for index, (start, stop) in enumerate(bounds):
+                present = valid.slice(start, stop - start) if valid is not None else None
+                yield batch.label(index), Part(ids[start:stop], present, batch.first + index)
+
+    yield from group_rows(table, rows())
+
+
+def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterator[DocumentRows]:
+    """Yield the documents of a flat column. EOS ids separate them, and adjacent EOS ids have none in between."""
+    name = columns.documents
+    if eos_id is None:
+        raise ConfigError(
+            f"{table.where}: column {name!r} is one stream of ids, which only an end-of-text id can cut into "
+            "documents: give a tokenizer that has one, or the token or id itself (--eos)"
+        )
+
+    def stretches() -> Iterator[tuple[int, Part]]:
+        """Yield (number of EOS ids so far, a stretch of ids without EOS)."""
+        count = 0
+        for batch in read_batches(table, columns, skip_bad=False):
+            first = batch.first
+            all_ids, _ = numbers(table, batch.column)  # nulls have been refused
+            for block in range(0, len(all_ids), FLAT_BLOCK):
+                ids = all_ids[block : block + FLAT_BLOCK]
+                begin = 0
+                with reading(table.where, row=first + block):
+                    ends = np.flatnonzero(np.asarray(ids) == eos_id).tolist()
+                for end in [*ends, len(ids)]:
+                    if end > begin:
+                        yield count, Part(ids[begin:end], None, first + block + begin, flat=True)
+                    count += end < len(ids)
+                    begin = end + 1
+
+    index = -1
+    for index, (_, members) in enumerate(groupby(stretches(), key=lambda stretch: stretch[0])):
+        parts = collect(part for _, part in members)
+        row = parts[0].row
+        assert row is not None
+        yield DocumentRows(f"{table.name}:{index}", row, parts, {}, None)
+    if index < 0 and not is_manifest(table.schema):
+        raise DataError(f"{table.where}: column {name!r} holds nothing but end-of-text ids")
+
+
+def table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad: bool) -> Iterator[Text | Unread]:
+    """Yield the documents of a column of text, or of chats as the tokenizer's template writes them.
+
+    Raises ConfigError for chats without a tokenizer that has a template, DataError for rows that cannot be read; with
+    `skip_bad`, such a row is Unread.
+    """
+    join = _chat_reader(table, columns, tokenizer) if is_chat(columns.type) else None
+
+    def rows() -> Iterator[tuple[Label, Any]]:
+        for batch in read_batches(table, columns, skip_bad):
+            for index, value in enumerate(batch.column):
+                yield batch.label(index), value.as_py()
+
+    for group in group_rows(table, rows()):
+        place, error, text, ids = table.place(group.row), group.error, "", None
+        if error is None:
+            try:
+                text, ids = join(group.values) if join else ("".join(group.values), None)
+            except RefusedError as refused:
+                error = DataError(f"{place}: {refused}")
+                if not skip_bad:
+                    raise error from None
+        yield Unread(error) if error else Text(group.doc_id, text, place, group.kept, ids=ids)
+
+
+def _chat_reader(
+    table: Table, columns: Columns, tokenizer: Tokenizer | None
+) -> Callable[[Iterable[Any]], tuple[str, Callable[[], np.ndarray]]]:
+    """Return a function from the rows of a chat to its text and a function that returns its ids."""
+    if tokenizer is None or tokenizer.folder is None:
+        raise ConfigError(
+            f"{table.where}: {columns.documents!r} holds chats, which need the chat template of a tokenizer: give a "
+            "folder with a tokenizer.json and its template (--tokenizer, or --model)"
+        )
+    from longnet_cli.data.chat import ChatTemplate  # imported late: it loads Jinja, which other data do not need
+
+    template = ChatTemplate(tokenizer.folder, tokenizer)
+
+    def read(rows: Iterable[Any]) -> tuple[str, Callable[[], np.ndarray]]:
+        messages = [dict(message) for row in rows for message in row]
+        return template.read_chat([{k: v for k, v in each.items() if isinstance(v, str)} for each in messages])
+
+    return read

@@ -1,0 +1,338 @@
+"""The cases of a benchmark: the ops `attention`, `exchange`, `model` and `train`.
+
+`attention` is dilated attention of random q, k, v against dense attention, forward or backward. `exchange` is the
+communication of one layer, for a sequence over several ranks, and nothing else: `dilated` is the exchange of far rows
+(`running/ranks/exchange.py`), `dense` the exchange that dense attention needs instead, where every rank gets the keys
+and values of all ranks. `model` and `train` go from tokens to the loss of each, or to gradients, dilated or dense.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from longnet_cli.attention import KVCache, Pattern, dilated_attention
+from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, branches
+from longnet_cli.attention.dilated import kernel_calls
+from longnet_cli.attention.groups import past_bytes
+from longnet_cli.attention.kernels import select_kernel
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs.estimating.training_job import logits_bytes
+from longnet_cli.jobs.training.gradients import backward, far_bytes
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.nets.config import LongNetConfig, parse_config
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.net import LOGITS_LIMIT, Net, NetConfig
+from longnet_cli.running.chunks import open_stream
+from longnet_cli.running.device import DTYPES, precision
+from longnet_cli.running.ranks.exchange import Exchange, even_edges
+
+from .measurement import Case, Measurement
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from longnet_cli.models.hf.pretrained_net import TransformersNet
+
+
+def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
+    """Return a case of attention over random q, k, v: forward without an autograd graph, or backward alone.
+
+    A streamed case goes chunk by chunk through a KVCache, over every query and key. All chunks have the same numbers:
+    drawing numbers for 1e9 tokens would take longer than the attention, and the time of attention does not depend on
+    its numbers.
+    """
+    pattern, dtype = s.pattern_for(seq), DTYPES[s.dtype]
+    dense, backward = impl == "dense", direction == "backward"
+    streamed = impl == "dilated" and not backward and s.streams(seq)
+    chunk = s.chunk_for(seq) if streamed else seq
+    cache_bytes = None
+    if streamed:
+        rows = 2 * s.heads * s.head_dim * dtype.itemsize * pattern.cache_rows
+        cache_bytes = s.batch * (rows + sum(past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize)))
+    # each implementation gets the layout that it is made for
+    shape = (s.batch, s.heads, chunk, s.head_dim) if dense else (s.batch, chunk, s.heads, s.head_dim)
+
+    def flops(tokens: int) -> float:
+        if dense:
+            forward = 4 * s.head_dim * s.heads * s.batch * tokens**2 // (2 if s.causal else 1)
+        else:
+            forward = attention_flops(pattern, s.heads, s.head_dim, tokens, s.causal, s.batch)
+        return forward * (BACKWARD_FLOPS if backward else 1)
+
+    def start() -> Callable[..., object]:
+        draw = torch.Generator(s.device).manual_seed(0)
+
+        def tensor() -> Tensor:
+            return torch.randn(shape, generator=draw, dtype=dtype, device=s.device, requires_grad=backward)
+
+        q, k, v = tensor(), tensor(), tensor()
+        if impl == "kernels":
+            return _kernels_alone(s, pattern, q, k, v, tensor() if backward else None)
+        if streamed:
+            past = KVCache(pattern, s.batch, s.heads, s.head_dim, dtype=dtype, device=s.device)
+
+            def run(tokens: int) -> None:
+                q_, k_, v_ = (x[:, :tokens] for x in (q, k, v))
+                dilated_attention(q_, k_, v_, pattern, start=past.position, far=past.far())
+                past.append(k_, v_, q=q_)
+
+            return run
+
+        def attend() -> Tensor:
+            if dense:
+                return F.scaled_dot_product_attention(q, k, v, is_causal=s.causal)
+            return dilated_attention(q, k, v, pattern, causal=s.causal)
+
+        if not backward:
+            return attend
+        out, dout = attend(), tensor().detach()
+        return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+
+    wide = 0 if dtype == torch.float32 else 4  # bytes per number of an fp32 copy beside the tensor itself
+    number = 4 * dtype.itemsize + wide  # bytes per number, of q, k, v and out together
+    if backward:
+        number += 4 * dtype.itemsize + 3 * wide  # and of dout, dq, dk and dv
+    scratch = 0 if dense else _scratch_bytes(s, pattern, chunk, backward)
+    memory = math.prod(shape) * number + 4 * s.batch * chunk * s.heads + scratch + (cache_bytes or 0)
+    kernel = "sdpa" if dense else select_kernel(s.device, dtype, s.head_dim).name
+    row = Measurement.of(
+        s, impl, direction, seq, None if dense else pattern,
+        kernel=kernel, chunk=chunk if streamed else None, cache_bytes=cache_bytes,
+    )  # fmt: skip
+    return Case(row, flops, memory, start, streamed)
+
+
+@torch.no_grad()
+def _kernels_alone(
+    s: Settings, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None
+) -> Callable[[], object]:
+    """Return a run of the kernel calls alone, forward or, given dout, backward, on the views of dilated attention."""
+    kernel, scale = select_kernel(s.device, q.dtype, s.head_dim), s.head_dim**-0.5
+    plan = [(slice(0, s.batch), slice(0, q.shape[1]), branches(pattern, s.heads, 0, q.shape[1], s.causal, "exact", ()))]
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device=s.device)[..., None]
+    calls = list(kernel_calls(plan, kernel, (q,) if dout is None else (q, out, lse, dout), (k, v)))
+
+    def run() -> None:
+        for branch, (q_, *others), (k_, v_) in calls:
+            if others:
+                out_, lse_, dout_ = others
+                kernel.backward(dout_, q_, k_, v_, out_, lse_[..., 0], branch.causal, scale)
+            else:
+                kernel.forward(q_, k_, v_, branch.causal, scale)
+
+    return run
+
+
+def _scratch_bytes(s: Settings, pattern: Pattern, tokens: int, backward: bool) -> int:
+    """Return the bytes that the largest kernel call of dilated attention needs beside its arguments (views)."""
+    kernel = select_kernel(s.device, DTYPES[s.dtype], s.head_dim)
+    scores = kernel.name == "math"  # two matrices of scores; flash kernels need only (rows, head_dim) tensors
+    largest = 0
+    for queries, keys, *_ in branches(pattern, s.heads, 0, tokens, s.causal, "exact", ()):
+        limit = kernel.max_batch(queries.heads, queries.rows, s.head_dim)
+        rows = min(limit, s.batch * queries.segments) * queries.heads * queries.rows
+        largest = max(largest, rows * (max(keys.rows, s.head_dim) if scores else s.head_dim))
+    return 4 * largest * (8 if backward and not scores else 2)
+
+
+def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
+    """Return a case of sending keys and values of a sequence of `seq` tokens over all ranks, or their gradients back.
+
+    A row's `bytes` count for one rank: the rank that receives the most.
+    """
+    ranks, edges, dtype = s.ranks, even_edges(0, seq, s.ranks.world), DTYPES[s.dtype]
+    tokens = -(-seq // ranks.world)  # of the longest shard
+    token = 2 * dtype.itemsize * s.batch * s.heads * s.head_dim  # bytes of a token's keys and values
+    backward, pattern = direction == "backward", s.pattern_for(seq) if impl == "dilated" else None
+    if pattern is not None:
+        plan = Exchange(one_layer(s, pattern), edges, rank=ranks.rank)
+        plans = map(plan.of_rank, range(ranks.world))
+        rows = max(sum(parcel.rows for made in each.received for parcel in made) for each in plans)
+        memory = token * (tokens + 2 * rows) * (3 if backward else 1)
+    else:
+        rows = tokens * (ranks.world - 1)
+        memory = token * tokens * (ranks.world + 1)
+
+    def start() -> Callable[[], object]:
+        shape = (s.batch, tokens, s.heads, s.head_dim)
+        k, v = (torch.randn(shape, dtype=dtype, device=s.device) for _ in range(2))
+        if pattern is None:
+            return _all_gather(torch.stack((k, v)), backward, ranks.world)
+        mine = edges[ranks.rank + 1] - edges[ranks.rank]
+        return _far_rows(plan, k[:, :mine].requires_grad_(), v[:, :mine].requires_grad_(), backward)
+
+    row = Measurement.of(s, impl, direction, seq, pattern, bytes=token * rows, ranks=ranks.world)
+    return Case(row, lambda tokens: 0, memory, start)
+
+
+def _far_rows(plan: Exchange, k: Tensor, v: Tensor, backward: bool) -> Callable[[], object]:
+    def run() -> list[Tensor]:
+        far = plan.run(k, v)[0]
+        for keys in far:
+            if keys.ready:
+                keys.ready()
+        return [x for keys in far for x in (keys.k, keys.v)]
+
+    if not backward:
+        return torch.no_grad()(run)
+    got = run()
+    grads = [torch.ones_like(x) for x in got]
+    return lambda: torch.autograd.grad(got, (k, v), grads, retain_graph=True) if got else None
+
+
+def _all_gather(mine: Tensor, backward: bool, world: int) -> Callable[[], object]:
+    of_all = torch.ones(world, *mine.shape, dtype=mine.dtype, device=mine.device)
+    if backward:
+        return lambda: dist.reduce_scatter(mine, list(of_all))
+    return lambda: dist.all_gather(list(of_all), mine)
+
+
+def one_layer(s: Settings, pattern: Pattern) -> LongNetConfig:
+    shape = {"vocab_size": 0, "dim": s.heads * s.head_dim, "num_layers": 1, "num_heads": s.heads, "ffn_dim": 1}
+    return parse_config({**shape, "position": "none", "causal": s.causal}, "--pattern", pattern)
+
+
+def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
+    """Return a case of the forward pass, on random tokens, of a shipped or saved model (`s.model`) or a random one."""
+    net, load = _net(s, impl, seq)
+    streamed = impl == "dilated" and net.config.streams and s.streams(seq)
+    chunk = s.chunk_for(seq) if streamed else seq
+
+    def start() -> Callable[..., object]:
+        model, ids = load(), _tokens(s, net, chunk)
+        read = open_stream(model) if streamed else model
+
+        def run(tokens: int = chunk) -> Tensor:
+            with torch.inference_mode(), precision(s.dtype, s.device):
+                return model.nll(read(ids[:, :tokens]), ids[:, :tokens])
+
+        return run
+
+    cache = None
+    if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
+        longest = max(seq, *net.config.pattern.segment_lengths)
+        cache = s.batch * net.config.cache_bytes(longest, DTYPES[s.dtype].itemsize)
+    row = _row(s, net, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
+    return Case(row, _flops(s, net.config, 1, 1), _memory(s, net, chunk) + (cache or 0), start, streamed)
+
+
+def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
+    """Return a case of one sequence's loss and gradients, by `s.chunk` tokens if given: a step without its update."""
+    net, load = _net(s, impl, seq)
+    chunk = min(s.chunk or seq, seq)
+
+    def start() -> Callable[[], object]:
+        model, ids = load().train(), _tokens(s, net, seq)
+
+        def run() -> Tensor:
+            model.zero_grad()
+            return backward(model, ids, ids, chunk=chunk, scale=1 / ids.numel(), dtype=s.dtype)
+
+        return run
+
+    again = chunk < seq  # then the backward pass computes each chunk's forward pass again
+    row = _row(s, net, impl, direction, seq, chunk=chunk if again else None)
+    return Case(row, _flops(s, net.config, 3 + again, 3.5 + again), _training_memory(s, net.config, seq, chunk), start)
+
+
+def _net(s: Settings, impl: str, seq: int) -> tuple[Net, Callable[[], Net]]:
+    """Return the net of a row, and a function that returns it with its weights.
+
+    A LongNet is on the meta device until then. A Hugging Face model has its weights from the start.
+    """
+    folder = ModelFolder.find(s.model) if s.model is not None else None
+    if folder and folder.of_transformers:
+        net = _transformers(s, impl, seq, folder)
+        return net, lambda: net
+    if folder is None:
+        dim = s.heads * s.head_dim
+        shape = {"dim": dim, "num_layers": s.layers, "num_heads": s.heads, "ffn_dim": 4 * dim, "vocab_size": s.vocab}
+        where, own, config = "a model with random weights", None, {**shape, "position": "rope"}
+    else:
+        saved = folder.net_config()
+        where, own, config = str(s.model), saved.pattern, saved.model_dump()
+        if not saved.causal or not saved.vocab_size:
+            raise ConfigError(f"{where}: --op {s.op} runs causal language models")
+    pattern = s.pattern_for(seq, own)
+    if own:
+        pattern = replace(pattern, head_offsets=own.head_offsets)  # the weights were trained with these
+    found = parse_config(config, where, pattern)  # raises if the pattern does not fit the model's positions
+    if impl == "dense":  # one segment for the whole sequence
+        found = found.model_copy(update=vars(Pattern((seq,), (1,))))
+    with torch.device("meta"):
+        empty = LongNet(found)
+    return empty, partial(_with_weights, s, empty)
+
+
+def _transformers(s: Settings, impl: str, seq: int, folder: ModelFolder) -> TransformersNet:
+    """Return a Hugging Face model with the requested pattern, otherwise its own; dense has transformers' attention."""
+    own = "dilated_attention" in folder.config
+    pattern = Pattern.dense() if impl == "dense" else None if own and s.pattern is None else s.pattern_for(seq)
+    net = _loaded(folder.path, pattern, s.device, s.dtype)
+    if impl == "dense":
+        net = net.as_it_comes()
+    if not net.config.causal or net.model.get_output_embeddings() is None:
+        raise ConfigError(f"{s.model}: --op model runs causal language models")
+    limit = net.config.max_tokens
+    if limit is not None and seq > limit:
+        raise ConfigError(f"{s.model}: --seq {seq}, and the model has {limit} positions")
+    if s.op == "train":
+        raise ConfigError(f"{s.model}: --op train measures LongNets; a Hugging Face model trains by itself")
+    return net
+
+
+@lru_cache(maxsize=1)  # only one: the next row needs another attention
+def _loaded(path: Path, pattern: Pattern | None, device: torch.device, dtype: str) -> TransformersNet:
+    return cast("TransformersNet", ModelFolder(path).net(pattern=pattern, device=device, dtype=DTYPES[dtype]))
+
+
+def _with_weights(s: Settings, net: LongNet) -> LongNet:
+    """Return the net with its weights, which are read or drawn."""
+    if s.model is not None:
+        net.load_state_dict(LongNet.from_pretrained(s.model, s.device).state_dict(), assign=True)
+    else:
+        torch.manual_seed(0)
+        net.to_empty(device=s.device).init_weights()
+    return net.eval()
+
+
+def _tokens(s: Settings, net: Net, count: int) -> Tensor:
+    return torch.randint(net.config.vocab_size, (s.batch, count), device=s.device)
+
+
+def _flops(s: Settings, c: NetConfig, of_matrices: float, of_attention: float) -> Callable[[int], float]:
+    """Return a function for the FLOPs of the first n tokens. `of_matrices` and `of_attention` count forward passes."""
+    matrices = c.layer_flops() + c.vocabulary_flops()
+    return lambda n: s.batch * (of_attention * c.attention_flops(n) + of_matrices * n * matrices)
+
+
+def _memory(s: Settings, net: Net, chunk: int) -> int:
+    """Return the bytes of the weights, one layer's activations and the logits."""
+    tokens = s.batch * chunk
+    logits = 8 * min(tokens * net.config.vocab_size, LOGITS_LIMIT)
+    return net.config.forward_bytes(tokens) + logits + sum(p.numel() * p.element_size() for p in net.parameters())
+
+
+def _training_memory(s: Settings, c: NetConfig, seq: int, chunk: int) -> int:
+    """Return the bytes of weights and gradients, logits, a chunk's activations, and rows that chunks keep."""
+    tokens, itemsize = s.batch * chunk, DTYPES[s.dtype].itemsize
+    numbers = c.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
+    kept = s.batch * sum(far_bytes(c, seq, chunk, itemsize))
+    return numbers + tokens * c.activation_bytes(itemsize, s.device.type) + kept + logits_bytes(c, tokens)
+
+
+def _row(s: Settings, net: Net, impl: str, direction: str, seq: int, **values: int | None) -> Measurement:
+    c = net.config
+    kernel = select_kernel(s.device, DTYPES[s.dtype], c.head_dim).name if net.dilated else "sdpa"
+    name = None if s.model is None else ModelFolder.find(s.model).origin
+    facts = {"heads": c.num_heads, "head_dim": c.head_dim, "kernel": kernel, "model": name}
+    return Measurement.of(s, impl, direction, seq, c.pattern if net.dilated else None, **facts, **values)

@@ -1,0 +1,167 @@
+"""Settings of a benchmark: every option once, with its bounds and its default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from longnet_cli.attention import Pattern
+from longnet_cli.basics.configuration import validate
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.notation import format_pattern
+from longnet_cli.running.chunks import BENCH_CHUNK, GPU_BENCH_CHUNK, chunk_of
+from longnet_cli.running.device import check_kernel, resolve_dtype, select_device
+from longnet_cli.running.ranks.ranks import Ranks
+
+OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # implementations and directions; defaults come first
+    "attention": (("dilated", "dense", "kernels"), ("forward", "backward")),
+    "model": (("dilated", "dense"), ("forward",)),
+    "train": (("dilated", "dense"), ("backward",)),
+    "exchange": (("dilated", "dense"), ("forward", "backward")),
+}
+LONG = 10**6  # tokens: from here on, a causal forward pass is streamed, and the defaults are for long sequences
+LONGEST = 1 << 40  # tokens; with the most heads of the largest size, int64 still counts the numbers of a sequence
+
+Size = Annotated[int, Field(ge=1, le=1 << 32)]
+Tokens = Annotated[int, Field(ge=1, le=LONGEST)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+def _option(name: str) -> str:
+    """Return the name of an option in errors: `head_dim` -> `--head-dim`."""
+    return f"--{name.replace('_', '-')}"
+
+
+class Settings(BaseModel):
+    """Immutable settings; `Settings.of(seq=[4096], heads=4)` fills in the rest. Errors name options of `longnet bench`.
+
+    Every combination of `seq` (tokens), `direction` and `impl` is a case, in that order of nesting.
+
+    op: attention (of random queries, keys and values), model (from tokens to their loss), train (from tokens to
+        gradients) or exchange (keys and values between several `ranks`, which all measure and get the same rows).
+    impl: dilated (ours), dense (torch's), kernels (the kernel calls of dilated, without the work between them).
+    pattern: "paper", "geometric" (`base` times `ratio`), or levels; None is a saved model's own, or suits the length.
+    chunk: tokens per chunk of longer causal sequences. A forward pass that is cut this way is streamed, see `streams`.
+    model: a name or a folder; otherwise the model has `layers`, `vocab` and random weights.
+    simulate: the number of ranks whose exchange is planned, and not run.
+    max_time: seconds for all rows. A streamed run ends then; another run does not start if it is expected to overrun.
+    max_dense_time: seconds; a dense run that would take longer, by the rate of shorter ones, is skipped.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, alias_generator=_option)
+
+    seq: tuple[Tokens, ...]
+    op: Literal["attention", "model", "train", "exchange"] = "attention"
+    impl: tuple[str, ...]
+    direction: tuple[str, ...]
+    batch: Size = 1
+    heads: Annotated[int, Field(ge=1, le=1024)]  # limited, as Python loops over heads and layers
+    head_dim: Annotated[int, Field(ge=1, le=2048)]
+    causal: bool = True
+    pattern: Pattern | str | None = None
+    base: Tokens
+    ratio: Annotated[int, Field(ge=2, le=LONGEST)] = 2
+    chunk: Annotated[int, Field(ge=1)] | None = None
+    model: str | None = None
+    layers: Annotated[int, Field(ge=1, le=256)] = 2
+    vocab: Size = 256
+    repeats: Annotated[int, Field(ge=1, le=10**6)] = 3
+    max_time: Seconds | None = None
+    max_dense_time: Seconds | None = None
+    dtype: Literal["fp32", "bf16", "fp16"]
+    device: torch.device
+    ranks: Ranks = Ranks()
+    simulate: Annotated[int, Field(ge=2, le=1 << 16)] | None = None
+
+    @classmethod
+    def of(cls, **options: Any) -> Settings:
+        """Return the settings for these options; None stands for the default. Raises ConfigError.
+
+        The defaults are the paper's 12 heads of 64 and its pattern. From LONG tokens on, the pattern is geometric, and
+        a CPU gets 2 heads of 32 and a first segment of 256: two cores read a billion tokens in half an hour.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        device = select_device(given.get("device", "auto"))
+        impls, directions = OPS.get(given.get("op", "attention"), OPS["attention"])
+        small = device.type == "cpu" and max(given["seq"]) >= LONG and "simulate" not in given
+        shape = {"heads": 2, "head_dim": 32, "base": 256} if small else {"heads": 12, "head_dim": 64, "base": 2048}
+        if given.keys() & {"base", "ratio"} and given.setdefault("pattern", "geometric") != "geometric":
+            raise ConfigError("--base and --ratio are of a geometric pattern, not of another")
+        own = [_option(name) for name in ("heads", "head_dim", "layers", "vocab") if name in given]
+        if "model" in given and own:
+            raise ConfigError(f"{', '.join(own)}: a saved model has its own, leave it out or leave out --model")
+        given["dtype"] = resolve_dtype(given.get("dtype", "auto"), device)
+        found = {"impl": impls[:2], "direction": directions[:1], **shape, **given, "device": device}
+        return validate(cls, {_option(name): value for name, value in found.items()}, "longnet bench")
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        """Raise ValueError for settings that cannot be measured, or that the rows would not show."""
+        impls, directions = OPS[self.op]
+        for option, names, known in (("--impl", self.impl, impls), ("--direction", self.direction, directions)):
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"{option} of --op {self.op} has no {unknown[0]!r}: choose from {', '.join(known)}")
+        if self._named not in ("paper", "geometric", "given"):
+            raise ValueError(
+                f"--pattern: {self.pattern!r} is unknown: write paper, geometric, or another of `longnet pattern`"
+            )
+        net = self.op in ("model", "train")
+        if self.model is not None and not net:
+            raise ValueError(f"--op {self.op} has no model: --model is for --op model and train")
+        if net and not self.causal:
+            raise ValueError(f"--op {self.op} runs causal language models: --bidirectional is for the other ops")
+        if self.simulate and (self.op != "exchange" or self.ranks.world > 1):
+            raise ValueError("--simulate plans --op exchange in one process: give --op exchange, leave out --nproc")
+        if self.op == "exchange" and self.ranks.world == 1 and not self.simulate:
+            raise ValueError("--op exchange takes several processes: give --nproc 2 or more, or use torchrun")
+        if self.op != "exchange" and self.ranks.world > 1:
+            raise ValueError(f"--op {self.op} measures one process, not {self.ranks.world}")
+        for level in (level for seq in self.seq for level in self.pattern_for(seq).levels):
+            if max(level) >= 2 * LONGEST:
+                raise ValueError(
+                    f"a segment of {level[0]} tokens, dilated {level[1]} times, is longer than any sequence"
+                )
+        check_kernel(self.device, self.dtype, self.head_dim)
+        return self
+
+    def pattern_for(self, seq: int, own: Pattern | None = None) -> Pattern:
+        """Return the requested pattern, otherwise the model's `own`, otherwise one that suits `seq` tokens."""
+        if isinstance(self.pattern, Pattern):
+            return Pattern((seq,), (1,)) if self.pattern == Pattern.dense() else self.pattern
+        if self.pattern is None and own is not None:
+            return own
+        return Pattern.paper() if self._named == "paper" else Pattern.geometric(seq, self.base, self.ratio)
+
+    @property
+    def _named(self) -> str:
+        """The name of the pattern: "paper" or "geometric"; "given" for levels."""
+        if isinstance(self.pattern, Pattern):
+            return "given"
+        return self.pattern or ("geometric" if max(self.seq) >= LONG else "paper")
+
+    def streams(self, seq: int) -> bool:
+        """Return whether a causal forward pass is streamed: `seq` exceeds the chunk or, without one, reaches LONG."""
+        return self.causal and (seq > self.chunk if self.chunk else seq >= LONG)
+
+    def chunk_for(self, seq: int) -> int:
+        """Return the tokens per chunk of a streamed run."""
+        return min(seq, chunk_of(self.chunk, GPU_BENCH_CHUNK if self.device.type == "cuda" else BENCH_CHUNK))
+
+    @property
+    def streamed_tokens(self) -> int:
+        """The tokens of all streamed runs."""
+        if self.op not in ("attention", "model") or "dilated" not in self.impl or "forward" not in self.direction:
+            return 0
+        return sum(seq for seq in self.seq if self.streams(seq))
+
+    def __str__(self) -> str:
+        """Return the settings that all rows share: `1 x 12 heads x 64, causal, pattern paper`."""
+        if self.model is not None:
+            return f"{self.batch} x {self.model}"
+        shape = f"{self.batch} x {self.heads} heads x {self.head_dim}, {'causal' if self.causal else 'bidirectional'}"
+        layers = f", {self.layers} layers, vocabulary {self.vocab}" if self.op in ("model", "train") else ""
+        growth = f", base {self.base}, ratio {self.ratio}" if self._named == "geometric" else ""
+        pattern = format_pattern(self.pattern) if isinstance(self.pattern, Pattern) else self._named
+        return f"{shape}, pattern {pattern}{growth}{layers}"

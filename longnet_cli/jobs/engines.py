@@ -1,0 +1,212 @@
+"""Vectors and scores of Arrow record batches, for engines that map a function over them: Ray Data, Spark and others.
+
+    dataset.map_batches(encode_batches, batch_format="pyarrow")        Ray Data: a table in, a table out
+    frame.mapInArrow(encode, schema)                                   Spark: an iterator in, an iterator out
+
+A process loads a model on its first call and keeps it. A row is a document. Each batch is read independently of the
+others, so it does not matter which process gets which batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NoTokensError
+from longnet_cli.basics.notation import format_pattern, read_pattern
+from longnet_cli.data.columns import ID_COLUMNS, INTEGERS
+from longnet_cli.data.documents import Document
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.tables import Table
+from longnet_cli.jobs.encoding import EmbeddingDtype, EncodeOptions, Encoder, Pool
+from longnet_cli.jobs.row_jobs import RowJob
+from longnet_cli.jobs.scoring.score_rows import RowScorer, ScoreOptions
+from longnet_cli.models.folder import Loaded, ModelFolder
+from longnet_cli.running.device import select_device
+from longnet_cli.running.reader import Reader
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The model and the way to read documents from batches: options that `longnet encode` and `longnet score` share.
+
+    `id_column` holds the names of the documents; without it, `doc_id` is used, otherwise `id`. `column` holds the
+    documents, as text or as lists of token ids. The columns of `keep` are copied to the rows of the output. With
+    `skip_bad`, a document that the model cannot read has no rows.
+    """
+
+    model: str = "longnet-tiny"
+    tokenizer: str | None = None
+    pattern: str | None = None
+    bos: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    chunk: int | None = None
+    column: str | None = None
+    id_column: str | None = None
+    keep: tuple[str, ...] = ()
+    skip_bad: bool = False
+
+    def load(self) -> Loaded:
+        """Return the model and its tokenizer, loaded once per process. Raises what `ModelFolder.load` raises."""
+        return _load(self.model, self.tokenizer, self.pattern, self.bos, self.device, self.dtype)
+
+    def reader(self) -> Reader:
+        """Return a reader with the model."""
+        return Reader(self.load().net, chunk=self.chunk, dtype=self.dtype)
+
+    def origin(self) -> dict[str, Any]:
+        """Return the fields of `EncodeOptions` and `ScoreOptions` that describe the model."""
+        loaded = self.load()
+        return {
+            "bos": loaded.bos,
+            "model_name": loaded.origin,
+            "tokenizer_sha256": loaded.tokenizer_sha256,
+            "pattern": format_pattern(loaded.net.config.pattern),
+        }
+
+
+def encode_batches(
+    batches: Any,
+    *,
+    pool: Pool = "mean",
+    span: int | None = None,
+    normalize: bool = True,
+    embedding_dtype: EmbeddingDtype = "float32",
+    **reading: Any,
+) -> Any:
+    """Encode the documents of a table or of record batches, and return the rows of `longnet encode`.
+
+    A table gives a table. Record batches give a lazy iterator of record batches. The output has the columns of
+    `EncodeOptions.schema`, then the columns of `keep`. The options are as in `EncodeOptions` and `Reading`. An empty
+    document has no rows.
+
+    Raises ConfigError for invalid options and for a batch without the id column or the document column, DataError for
+    bad values, TypeError for an unknown option, and what `encode` raises.
+    """
+    how = Reading(**reading)
+    chosen: dict[str, Any] = {"pool": pool, "span": span, "normalize": normalize, "embedding_dtype": embedding_dtype}
+    return _mapped(batches, how, lambda: Encoder(how.reader(), EncodeOptions(**chosen, **how.origin())))
+
+
+def score_batches(
+    batches: Any, *, context: int | Sequence[int] | None = None, stride: int | None = None, **reading: Any
+) -> Any:
+    """Score the documents of a table or of record batches, and return the rows of `longnet score -o`.
+
+    A table gives a table. Record batches give a lazy iterator of record batches. The output has the columns of
+    `ScoreOptions.schema`, then the columns of `keep`. The options are `context`, `stride` and the options of `Reading`.
+    With several contexts, the rows also show what a document gains from the longest one.
+
+    Raises ConfigError for invalid options and for a batch without the id column or the document column, DataError for
+    bad values, TypeError for an unknown option, and what `score` raises.
+    """
+    how = Reading(**reading)
+    chosen: dict[str, Any] = {
+        "context": (context,) if isinstance(context, int) else context and tuple(context),
+        "stride": stride,
+    }
+    return _mapped(batches, how, lambda: RowScorer(how.reader(), ScoreOptions(**chosen, **how.origin())))
+
+
+@cache
+def _load(model: str, tokenizer: str | None, pattern: str | None, bos: str | None, device: str, dtype: str) -> Loaded:
+    parsed = read_pattern(pattern, "pattern")
+    folder = ModelFolder.find(model, gguf=True)
+    return folder.load(device=select_device(device), dtype=dtype, tokenizer=tokenizer, pattern=parsed, bos=bos)
+
+
+def _mapped(batches: Any, how: Reading, make_job: Callable[[], RowJob]) -> Any:
+    """Apply a job to a table or to batches, and return the same kind."""
+    if isinstance(batches, pa.Table):
+        return pa.Table.from_batches(_DocumentTable(batches, "table", how).rows(make_job()))
+
+    def rows() -> Iterator[pa.RecordBatch]:
+        job = make_job()
+        for index, batch in enumerate(batches):
+            yield from _DocumentTable(pa.Table.from_batches([batch]), f"batch {index}", how).rows(job)
+
+    return (batch for batch in rows() if batch.num_rows)
+
+
+class _DocumentTable:
+    """A table whose rows are documents. Raises ConfigError and DataError for a table that cannot be read this way."""
+
+    def __init__(self, table: pa.Table, where: str, how: Reading) -> None:
+        self.table, self.where, self.how = table, where, how
+        self.names = table.schema.names
+        wanted = [how.id_column] if how.id_column else ID_COLUMNS
+        self.id_column = next((name for name in wanted if name in self.names), "")
+        if not self.id_column:
+            raise ConfigError(
+                f"{where}: there is no column {' or '.join(map(repr, wanted))} that names the documents: choose one "
+                f"(id_column); its columns are {', '.join(self.names)}"
+            )
+        for name in how.keep:
+            if name not in self.names:
+                raise ConfigError(f"{where}: there is no column {name!r}; its columns are {', '.join(self.names)}")
+        self.doc_ids = table[self.id_column].cast(pa.string())
+        if self.doc_ids.null_count:
+            row = self.doc_ids.is_null().to_pylist().index(True)
+            raise DataError(f"{where}, row {row}, {self.id_column}: the value is null")
+        if "part" in self.names and pa.types.is_integer(table.schema.field("part").type):
+            parts = table["part"].to_pylist()
+            row = next((row for row, part in enumerate(parts) if part), None)
+            if row is not None:
+                raise DataError(
+                    f"{where}, row {row}: part {parts[row]} of document {self.doc_ids[row].as_py()!r}: in batches a "
+                    "row is a document: join its parts, or read the files themselves (longnet encode, longnet score)"
+                )
+
+    def rows(self, job: RowJob) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of all documents, then an empty batch, so that the schema is known if there are none."""
+        taken: list[int] = []
+
+        def documents() -> Iterator[Document]:
+            for row, document in enumerate(self.documents() if len(self.table) else ()):
+                if len(document) or not job.skips_empty:
+                    taken.append(row)
+                    yield document
+
+        def skip(document: Document, error: LongNetError) -> None:
+            taken.pop()  # the skipped document is always the last one taken
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            with suppress(NoTokensError):  # there may be tokens in other batches
+                yield from job.rows(documents(), on_skip=skip if self.how.skip_bad else None)
+            yield pa.RecordBatch.from_pylist([], job.schema)
+
+        done = 0  # documents
+        for batch in batches():
+            begins = batch["span"].to_numpy() == 0 if "span" in batch.schema.names else np.ones(len(batch), bool)
+            places = pa.array(np.array(taken, int)[done + np.cumsum(begins) - 1])
+            done += int(np.count_nonzero(begins))
+            columns = [self.doc_ids, *(self.table[name] for name in self.how.keep)]
+            if clash := set(batch.schema.names) & set(self.how.keep):
+                raise ConfigError(f"keep {min(clash)}: the output has a column of this name")
+            doc_ids, *kept = (column.take(places).combine_chunks() for column in columns)
+            fields = [self.table.schema.field(name) for name in self.how.keep]
+            schema = pa.schema([*batch.schema, *fields], metadata=batch.schema.metadata)
+            yield pa.record_batch([doc_ids, *batch.columns[1:], *kept], schema=schema)
+
+    def documents(self) -> Iterator[Document]:
+        """Return an iterator over the documents, one per row."""
+        own = [index for index, name in enumerate(self.names) if name not in (self.id_column, "doc_id", "part")]
+        table = self.table.select(own)
+        found = Table(self.where, self.where, table.schema, lambda names: iter(table.select(names).to_batches()))
+        inputs = Inputs((), column=self.how.column)
+        columns = inputs.columns_of(found)
+        if columns.type in INTEGERS:
+            raise ConfigError(
+                f"{self.where}: column {columns.documents!r} has one id per row: in batches a row is a document, a "
+                "list of ids or a text"
+            )
+        loaded = self.how.load()
+        inputs = replace(inputs, tokenizer=loaded.tokenizer, vocab_size=loaded.net.config.vocab_size)
+        return inputs.documents_of(found)

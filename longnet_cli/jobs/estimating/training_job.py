@@ -1,0 +1,323 @@
+"""The estimate of `longnet train --dry-run`: parameters, memory by kind, FLOPs and time of a recipe.
+
+All but the time is arithmetic; nothing of the recipe's size is allocated. The memory is one rank's, as if everything
+were held at one time. This is true whenever a step has more than one chunk. With `--on`, the memory and the time of a
+step on another machine, for every way to share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+
+from longnet_cli.attention.branches import BACKWARD_FLOPS
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs.estimating.estimate import Estimate
+from longnet_cli.jobs.estimating.plan import HIDDEN, ROOM, JobPlan, Machine, meshes, ordered, shared
+from longnet_cli.jobs.training.gradients import far_bytes, stored_bytes
+from longnet_cli.jobs.training.optimizer import build_optimizers
+from longnet_cli.jobs.training.recipe import OptimizerRecipe, Recipe, Stage
+from longnet_cli.jobs.training.start import check_ranks
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.net import LOGITS_LIMIT, NetConfig
+from longnet_cli.running.chunks import (
+    GPU_BENCH_CHUNK,
+    GPU_TRAINING_CHUNK,
+    SHORTEST_CHUNK,
+    TRAINING_CHUNK,
+    chunk_of,
+    fitting_chunk,
+)
+from longnet_cli.running.device import free_memory, matmul_peak, resident_memory, resolve_dtype
+from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.reader import batches_by_length
+
+EFFICIENCY = 0.4  # share of the measured matmul peak that a training step is assumed to reach
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingEstimate(Estimate):
+    """The estimate of a recipe.
+
+    `flops_per_token` counts a forward and a backward pass; `flops` also counts what is computed again. `seconds` is the
+    time for `flops` when each rank reaches `EFFICIENCY` times `matmul_peak` (FLOP/s of one rank).
+    """
+
+    matmul_peak: float
+    whole_windows: bool  # the net is bidirectional: a chunk cannot be shorter than a window
+
+    def _other_advice(self) -> str:
+        if self.whole_windows:
+            return "a bidirectional net reads a window at once: choose shorter ones (train.stages) or a smaller model"
+        kept = {
+            kind: size
+            for kind, size in self.memory.items()
+            if kind not in ("program", "activations", "logits", "checkpoint")
+        }
+        if max(kept, key=kept.__getitem__) in ("cache", "key_gradients"):
+            return "no chunk fits: keep what chunks remember on a disk (--spill DIR) or choose shorter sequences"
+        return "no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the machine format."""
+        return super().as_dict() | {"matmul_peak": self.matmul_peak, "efficiency": EFFICIENCY}
+
+
+def settle_chunk(recipe: Recipe, device: torch.device, ranks: Ranks) -> Recipe:
+    """Return the recipe with a `train.chunk` that keeps a GPU busy, unless it names one. All ranks call it together.
+
+    The chunk is the longest power of two up to `GPU_TRAINING_CHUNK` that leaves a fifth of the free memory, and at
+    least the default, which a CPU uses.
+    """
+    if device.type == "cpu" or recipe.names_chunk:
+        return recipe
+    needed = partial(_needed_bytes, recipe, device, ranks)
+    longest = fitting_chunk(needed, GPU_TRAINING_CHUNK, 0.8 * (free_memory(device) or 0), TRAINING_CHUNK)
+    return recipe.with_chunk(chunk_of(None, longest or TRAINING_CHUNK, ranks=ranks))
+
+
+def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> TrainingEstimate:
+    """Return what training by `recipe` will take on this machine. Times matrix products for a third of a second.
+
+    Raises ConfigError as `check_ranks` does.
+    """
+    ranks, config, train = ranks or Ranks(), recipe.model, recipe.train
+    check_ranks(recipe, ranks)
+    dtype = resolve_dtype(train.dtype, device)
+    _load_all(device)
+    program, free = resident_memory(device), free_memory(device)
+    memory = {"program": program, **memory_by_kind(recipe, device, ranks)}
+    whole = not config.causal
+    shortest = -(-max(stage.seq_len for stage in train.stages) // ranks.sp) if whole else SHORTEST_CHUNK
+    fitting = fitting_chunk(partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest)
+    tokens = [stage.steps * train.step_tokens(stage) for stage in train.stages]
+    plain = [config.training_flops([stage.seq_len], train.predicted) / stage.seq_len for stage in train.stages]
+    executed = [sum(step_flops(recipe, stage, ranks)[:3]) for stage in train.stages]
+    flops = sum(n * each for n, each in zip(tokens, executed, strict=True))
+    peak = matmul_peak(device, dtype)
+    return TrainingEstimate(
+        parameters=config.num_parameters(),
+        memory=memory,
+        free=free,
+        flops_per_token=sum(n * each for n, each in zip(tokens, plain, strict=True)) / sum(tokens),
+        tokens=sum(tokens),
+        flops=flops,
+        matmul_peak=peak,
+        seconds=flops / (peak * EFFICIENCY * ranks.world),
+        dtype=dtype,
+        chunk=train.chunk,
+        chunk_that_fits=fitting,
+        spilled=stored_bytes(recipe, device, ranks) if train.spill else 0,
+        whole_windows=whole,
+    )
+
+
+def _load_all(device: torch.device) -> None:
+    """Train a tiny net for one step. On first use, torch loads a hundred MiB: its optimizers and much more."""
+    config = LongNetConfig(
+        vocab_size=1, dim=8, num_layers=1, num_heads=1, ffn_dim=8, segment_lengths=(8,), dilation_rates=(1,)
+    )
+    net, ids = LongNet(config).to(device), torch.zeros(1, 8, dtype=torch.int64, device=device)
+    net.nll(net(ids), ids).sum().backward()
+    for optimizer in build_optimizers(net, OptimizerRecipe()):
+        optimizer.step()
+
+
+def _needed_bytes(recipe: Recipe, device: torch.device, ranks: Ranks, chunk: int) -> int:
+    return sum(memory_by_kind(recipe.with_chunk(chunk), device, ranks).values())
+
+
+def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
+    """Return the bytes of one rank at its peak over all stages, by kind.
+
+    Weights are float32; autocast adds a copy of the matrices. A single process copies its weights and moments for a
+    checkpoint, and makes a second copy, the bytes of the file, while it continues to train. With a GPU these two copies
+    are in the host's memory, and not counted.
+    """
+    config: NetConfig = recipe.model
+    trained, matrices = config.trained, config.layer_weights
+    numbers = config.num_parameters() + (trained if config.frozen else 0)
+    itemsize = 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
+    copies = 0 if itemsize == 4 else itemsize * (matrices + config.vocab_size * config.dim)
+    moments = 8 * trained - (4 * (trained if config.frozen else matrices) if recipe.optimizer.name == "muon" else 0)
+    share = ranks.world if recipe.parallel.shard == "full" else 1  # besides its share, a rank holds all in a step
+    lora = recipe.pretrained.adapter if recipe.pretrained else None
+    a_token = config.activation_bytes(itemsize, device.type, recipe.train.activation_checkpointing, lora)
+    stages = []
+    for stage in recipe.train.stages:
+        tokens = _tokens_at_once(recipe, stage, ranks)
+        far = far_bytes(config, stage.seq_len, recipe.train.chunk * ranks.sp, itemsize)
+        stages.append(
+            {
+                "activations": tokens * a_token,
+                "logits": logits_bytes(config, round(tokens * recipe.train.predicted)),
+                "cache": far.passing + (0 if recipe.train.spill else far.stored - far.gradients),
+                **({"key_gradients": 0 if recipe.train.spill else far.gradients} if config.pattern.chosen else {}),
+            }
+        )
+    largest = max(stages, key=lambda stage: sum(stage.values()))
+    shares = [4 * n // share if share > 1 else 0 for n in (numbers, trained)]
+    kinds = {"weights": 4 * numbers + shares[0] + copies, "gradients": 4 * trained + shares[1]}
+    kinds["optimizer"] = moments // share
+    alone = device.type == "cpu" and ranks.world == 1
+    return kinds | largest | {"checkpoint": 2 * (4 * trained + moments) if alone else 0}
+
+
+def logits_bytes(config: NetConfig, tokens: int) -> int:
+    """Return the bytes of their log-softmax, of its gradient and of the logits' gradient, all float32."""
+    return 12 * min(tokens * config.vocab_size, LOGITS_LIMIT)
+
+
+def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
+    """Return the most tokens of a forward pass on one rank, as `gradients.backward` groups or cuts sequences."""
+    chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.train.windows(stage) // ranks.dp)
+    if recipe.train.objective == "contrast":
+        rows *= 2
+    if recipe.train.across_documents:
+        rows = len(next(batches_by_length([stage.seq_len] * rows, chunk)))
+    return -(-min(chunk, rows * stage.seq_len) // ranks.sp)  # documents of several windows may fill a chunk
+
+
+class StepFlops(NamedTuple):
+    """FLOPs per token that a step executes, by kind; `forwards` and `logits` count the forward passes, of both kinds.
+
+    Layers are computed again for the backward pass in all chunks but the last, and in all chunks with
+    `train.activation_checkpointing`; logits, if there are more than `LOGITS_LIMIT`.
+    """
+
+    products: float
+    attention: float
+    attention_backward: float
+    forwards: float
+    logits: float
+
+
+def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
+    """Return the FLOPs per token of a step in this stage, on all ranks."""
+    config, train, chunk = recipe.model, recipe.train, recipe.train.chunk * ranks.sp
+    forwards = 1 + (-(-stage.seq_len // chunk) - 1) * chunk / stage.seq_len + train.activation_checkpointing
+    forwards += train.objective == "contrast"  # vectors come first, without gradients
+    again = _tokens_at_once(recipe, stage, ranks) * train.predicted * config.vocab_size > LOGITS_LIMIT
+    attention = config.attention_flops(stage.seq_len) / stage.seq_len
+    both = config.training_flops([stage.seq_len], train.predicted) / stage.seq_len  # a forward and a backward pass
+    products = both - (1 + BACKWARD_FLOPS) * attention + (forwards - 1) * config.layer_flops()
+    products += again * train.predicted * config.vocabulary_flops()
+    return StepFlops(
+        products, forwards * attention, BACKWARD_FLOPS * attention, forwards, train.predicted * (1 + again)
+    )
+
+
+BACKWARD_MOVES = 2  # bytes that elementwise operations move in a backward pass, times the forward's
+UPDATE_BYTES = 40  # per parameter: AdamW reads and writes weights and moments, clipping the gradients
+TENSORS = 20  # parameters of a layer: without FSDP, each has its own all-reduce
+
+
+def plan_training(recipe: Recipe, machine: Machine) -> list[JobPlan]:
+    """Return plans for training by a recipe on all devices, the fastest first; those that do not fit come last.
+
+    What the recipe names of sp, dp, shard, chunk and activation_checkpointing stays. Of the rest, every choice is
+    tried, with the longest chunk that fits. Raises ConfigError for a dtype that the machine's rates are not of, and as
+    `check_ranks` does.
+    """
+    if recipe.train.dtype not in ("auto", machine.dtype):
+        raise ConfigError(f"the rates of {machine.name} are of {machine.dtype}: leave out --dtype {recipe.train.dtype}")
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": machine.dtype})})
+    chosen, refusal = recipe.parallel, None
+    shards = ["none", "full"] if machine.devices > 1 and recipe.optimizer.name != "muon" else ["none"]
+    shards = [chosen.shard] if "shard" in chosen.model_fields_set else shards
+    again = [recipe.train.activation_checkpointing]
+    again = again if "activation_checkpointing" in recipe.train.model_fields_set else [False, True]
+    found = []
+    for (sp, dp), shard, checkpoints in product(meshes(machine.devices, chosen.sp, chosen.dp), shards, again):
+        ranks, update = Ranks(0, machine.devices, sp), {"sp": sp, "dp": dp, "shard": shard}
+        train = recipe.train.model_copy(update={"activation_checkpointing": checkpoints})
+        tried = recipe.model_copy(update={"train": train, "parallel": chosen.model_copy(update=update)})
+        if not recipe.names_chunk:
+            tried = tried.with_chunk(_chunk(tried, machine, ranks))
+        try:
+            check_ranks(tried, ranks)
+            found.append(_plan(tried, machine, ranks))
+        except ConfigError as error:
+            refusal = error
+    if not found and refusal:
+        raise refusal
+    return ordered(found)
+
+
+def _chunk(recipe: Recipe, machine: Machine, ranks: Ranks) -> int:
+    """Return the longest chunk that fits, a window's share or a power of two; where none fits, the smallest of all."""
+    most = -(-max(stage.seq_len for stage in recipe.train.stages) // ranks.sp)
+    powers = [1 << power for power in range(SHORTEST_CHUNK.bit_length(), GPU_BENCH_CHUNK.bit_length())]
+    choices = [n for n in powers if n < most and recipe.model.causal]
+    choices += [most] if most <= GPU_BENCH_CHUNK or not choices else []
+
+    def needed(chunk: int) -> int:
+        return sum(_memory(recipe.with_chunk(chunk), machine, ranks).values())
+
+    room = ROOM * machine.rate("memory")
+    return next((n for n in reversed(choices) if needed(n) <= room), min(choices, key=needed))
+
+
+def _memory(recipe: Recipe, machine: Machine, ranks: Ranks, far: int = 0) -> dict[str, int]:
+    kinds = {"program": int(machine.rate("reserved")), **memory_by_kind(recipe, torch.device(machine.device), ranks)}
+    return {kind: size for kind, size in {**kinds, "far rows": far}.items() if size}
+
+
+def _plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> JobPlan:
+    train, config = recipe.train, recipe.model
+    steps = {stage: _step(recipe, stage, machine, ranks) for stage in train.stages}
+    stage = max(train.stages, key=lambda stage: stage.seq_len)
+    seconds, forward, far = steps[stage]
+    tokens = train.windows(stage) * stage.seq_len
+    return JobPlan(
+        machine=machine,
+        sp=ranks.sp,
+        dp=ranks.dp,
+        chunk=train.chunk,
+        shard=recipe.parallel.shard,
+        again=train.activation_checkpointing,
+        memory=_memory(recipe, machine, ranks, far * config.num_layers),
+        seconds=seconds,
+        total=sum(each.steps * (sum(found.values()) - found[HIDDEN]) for each, (found, _, _) in steps.items()),
+        tokens=tokens,
+        flops=config.training_flops([stage.seq_len], train.predicted) / stage.seq_len * tokens,
+        forward=forward,
+    )
+
+
+def _step(recipe: Recipe, stage: Stage, machine: Machine, ranks: Ranks) -> tuple[dict[str, float], float, int]:
+    """Return the seconds of a step by part, those of its first forward pass, and the bytes of far rows per layer."""
+    config, train, rate, world = recipe.model, recipe.train, machine.rate, ranks.world
+    work, costs = step_flops(recipe, stage, ranks), shared(config, machine, stage.seq_len, train.chunk, ranks.sp)
+    windows = train.windows(stage) / ranks.dp  # of a group
+    tokens, chunks = windows * stage.seq_len / ranks.sp, -(-stage.seq_len // (train.chunk * ranks.sp))
+    layers, logits = config.moved_bytes(2 if machine.dtype == "bf16" else 4)
+    products, attention = rate("products") * rate("share"), work.attention / work.forwards / rate("attention")
+    backward = work.attention_backward / rate("attention_backward")
+    near = stage.seq_len / ranks.sp / chunks / config.num_layers  # tokens of a layer's attention, in one chunk
+    waits = [(work.forwards, near * attention), (1, near * backward)]
+    exchanges, trained = windows * chunks * config.num_layers, config.trained
+    moved = (work.forwards + BACKWARD_MOVES) * layers + (work.logits + BACKWARD_MOVES * train.predicted) * logits
+    messages = (TENSORS if recipe.parallel.shard == "none" else 2) * config.num_layers
+    ring = 2 * (world - 1) / world / machine.link(world)
+    spilled = stored_bytes(recipe, torch.device(machine.device), ranks) if train.spill else 0
+    summed = 2 * (1 - 1 / ranks.sp) * costs.summed / machine.link(ranks.sp)
+    seconds = {
+        "matrix products": tokens * work.products / products,
+        "attention": tokens * costs.balance * (work.forwards * attention + backward),
+        "elementwise": tokens * moved / rate("bandwidth"),
+        "exchange": exchanges * (sum(n * max(0.0, costs.seconds - t) for n, t in waits) + summed),
+        HIDDEN: exchanges * sum(n * min(costs.seconds, t) for n, t in waits),
+        "weights": ring * 4 * trained + messages * rate("message") * (world > 1),
+        "update": UPDATE_BYTES * trained / (world if recipe.parallel.shard == "full" else 1) / rate("bandwidth"),
+        "reading": 4 * tokens / rate("disk"),
+        "spilling": 2 * windows * spilled / rate("disk"),
+    }
+    plain = config.layer_flops() + train.predicted * config.vocabulary_flops()
+    forward = plain / products + costs.balance * attention + (layers + train.predicted * logits) / rate("bandwidth")
+    return seconds, tokens * forward + exchanges * max(0.0, costs.seconds - near * attention), costs.far

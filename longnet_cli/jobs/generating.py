@@ -1,0 +1,314 @@
+"""The `generate` job: a prompt of any length goes in chunk by chunk, then tokens come out one by one.
+
+    prompt --chunks--> stream --last hidden--> logits --Sampler--> id --TextStream, StopTexts--> text
+                          ^                                         |
+                          +-----------------------------------------+
+
+Scoring reads long documents with the same stream; here, a new token is a chunk of one. Time and memory per token depend
+only on how many keys the pattern lets a token see.
+
+Text comes as its tokens come: never half a character, and nothing from a stop text on.
+
+    id --TextStream--> whole characters --StopTexts--> text to show, and whether a stop text came
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
+from longnet_cli.data.documents import Document
+from longnet_cli.data.tokenizer import BYTE_OF, Tokenizer
+from longnet_cli.nets.net import Bos, InputSequence, Net
+from longnet_cli.running.chunks import CausalStream, chunk_of, default_chunk, open_stream
+from longnet_cli.running.device import precision
+
+REPLACEMENT = "\ufffd"  # stands for bytes that are no character, or not yet one
+LONGEST_WAIT = 64  # tokens to wait for such bytes to become a character
+
+
+# Not tokenizers.decoders.DecodeStream: as of 0.23.3 it has no end that returns bytes cut in a character, it waits for
+# bytes that never become one, in quadratic time, and it raises "Invalid prefix" when a token changes the bytes before
+# it into U+FFFD, which SentencePiece's byte fallback does (vLLM's pull request #19449 works around that).
+class TextStream:
+    """A decoder of ids, one by one: the parts together are the text of all ids, without special tokens.
+
+    Time per token does not depend on the number of tokens before. Bytes that make no character become U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._bytes: dict[int, bytes] = {}  # of the ids so far
+        # The last ids whose text was returned, and the ids since then: a decoder may join them.
+        self._shown: list[int] = []
+        self._waiting: list[int] = []
+
+    def add(self, token_id: int) -> str:
+        """Return the characters that this id completes."""
+        if self._tokenizer.token_bytes is not None:
+            if token_id not in self._bytes:
+                self._bytes[token_id] = _bytes_of(self._tokenizer, token_id)
+            return self._decoder.decode(self._bytes[token_id])
+        self._waiting.append(token_id)
+        text = self._text()
+        return "" if text.endswith(REPLACEMENT) and len(self._waiting) < LONGEST_WAIT else self._out(text)
+
+    def end(self) -> str:
+        """Return the rest of the text when no more ids come."""
+        if self._tokenizer.token_bytes is not None:
+            return self._decoder.decode(b"", final=True)
+        return self._out(self._text())
+
+    def _text(self) -> str:
+        def decode(ids: list[int]) -> str:
+            return self._tokenizer.decode(np.array(ids, np.int64), special=False)
+
+        return decode(self._shown + self._waiting)[len(decode(self._shown)) :]
+
+    def _out(self, text: str) -> str:
+        if text:  # otherwise only special tokens came, and these join with nothing
+            self._shown = self._waiting
+        self._waiting = []
+        return text
+
+
+def _bytes_of(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """Return the UTF-8 bytes for an id of a byte-level tokenizer; none for a special token and for an unknown id."""
+    added = next((x for x in tokenizer.added_tokens if x["id"] == token_id), None)
+    if added:
+        return b"" if added["special"] else added["content"].encode()
+    token = tokenizer.token_of(token_id)
+    known = all(character in BYTE_OF for character in token)
+    return bytes(BYTE_OF[character] for character in token) if known else token.encode()
+
+
+class StopTexts:
+    """A filter that passes text on until the first of `texts` appears in it, in one part or across several."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+        self._held = ""  # text that may be the start of a stop text
+        self.reached = False
+
+    def add(self, text: str) -> str:
+        """Return the text that certainly belongs to no stop text."""
+        found = self._held + text
+        places = [place for place in (found.find(stop) for stop in self._texts) if place >= 0]
+        self.reached = bool(places)
+        if places:
+            self._held = ""
+            return found[: min(places)]
+        held = max((_common(found, stop) for stop in self._texts), default=0)
+        self._held = found[len(found) - held :]
+        return found[: len(found) - held]
+
+    def end(self) -> str:
+        """Return the text that was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _common(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that is also a proper start of `stop`."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)
+
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+class Step(NamedTuple):
+    """One new token: its id, its log-probability under the model in nats, and the text that it completes.
+
+    `finish_reason` says why the token is the last: an end-of-text id, a stop text, or the number of tokens. For any
+    other token it is None.
+    """
+
+    id: int
+    logprob: float
+    text: str
+    finish_reason: FinishReason | None
+
+
+def generate(
+    model: Net,
+    prompt: Document,
+    *,
+    bos: Bos,
+    tokenizer: Tokenizer | None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    end_ids: Collection[int] = (),
+    stop: Sequence[str] = (),
+    chunk: int | None = None,
+    dtype: str = "auto",
+    spill: str | Path | None = None,
+    stream: CausalStream | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[Step]:
+    """Yield up to `max_tokens` tokens that continue `bos` and `prompt`, each as soon as it is known.
+
+    At `temperature` 0, each token is the likeliest one, the first if several are equal. Otherwise it is drawn, with
+    `seed`, from the softmax of the logits over the temperature, cut to the fewest tokens whose probabilities sum to
+    `top_p`. Generation ends at one of `end_ids`, whose text is not shown, and at one of the texts `stop`, no part of
+    which is shown. `tokenizer` decodes texts, in whole characters; without it, they are empty.
+
+    `stream` reads the prompt after all that it has read before. When the iterator ends, it has read the new tokens,
+    too, and is ready for the next prompt. With it, the prompt may be empty, and `max_tokens` 0.
+
+    `chunk`, `dtype` and `spill` are as in `runtime.reader.Reader`. `on_progress` gets the number of prompt tokens that
+    each forward pass has read. Raises ConfigError for a model that cannot generate, invalid options, and a prompt
+    longer than the model reads; DataError if there is nothing to continue; NotFiniteError for a logit that is
+    NaN.
+    """
+    _check(model, tokenizer, max_tokens, temperature, top_p, stop, least=0 if stream else 1)
+    chunk = chunk_of(chunk, default_chunk(model.config, next(model.parameters()).device))
+    sequence = model.sequence(prompt, bos)
+    tokens = len(sequence) + (stream.position if stream else 0)
+    if not tokens:
+        raise DataError(
+            f"{prompt.where}: the prompt is empty, and nothing stands before it: there is nothing to continue"
+        )
+    sequence.check("give a shorter prompt", tokens, skips=False)
+    if sequence.limit is not None:
+        unread = 0 if stream else 1  # the last new token
+        max_tokens = min(max_tokens, sequence.limit - tokens + unread)
+    sampler = Sampler(temperature, top_p, seed)
+    return _Generator(
+        model, tokenizer, sampler, end_ids, stop, chunk, dtype, stream or open_stream(model, spill=spill), on_progress
+    ).run(sequence, max_tokens, reads_all=stream is not None)
+
+
+class Sampler:
+    """A sampler of ids from logits (vocab_size,). Log-probabilities are the model's, before temperature and top_p.
+
+    Random numbers are drawn on the CPU, one per token, so a seed gives the same tokens on any device, up to rounding.
+    """
+
+    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+        self.temperature, self.top_p = temperature, top_p
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> tuple[int, float]:
+        """Return an id and its log-probability. Raises NotFiniteError if a logit is NaN, or if all are infinite."""
+        logits = logits.float()
+        logprobs = logits.log_softmax(-1)
+        # The inverse of a smaller temperature is infinite in float32: 0 / 0 would be drawn from.
+        draws = self.temperature >= torch.finfo(torch.float32).tiny
+        index = self._draw(logits) if draws else logits.argmax(-1)
+        found, logprob = int(index), float(logprobs[index])
+        if logprob != logprob:
+            raise NotFiniteError("the model's logits are not finite: its weights are too large, or damaged")
+        return found, logprob
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        scores = (logits - logits.max()) / self.temperature
+        probabilities, order = scores.softmax(-1).sort(descending=True, stable=True)
+        sums = probabilities.cpu().double().cumsum(-1)
+        kept = 1 + int((sums[:-1] < self.top_p).sum())  # the fewest that sum to top_p
+        point = torch.rand((), generator=self.generator, dtype=torch.float64) * sums[kept - 1]
+        return order[min(int(torch.searchsorted(sums, point, right=True)), kept - 1)]
+
+
+class _Generator:
+    """A generator that reads one prompt and continues it."""
+
+    def __init__(
+        self,
+        model: Net,
+        tokenizer: Tokenizer | None,
+        sampler: Sampler,
+        end_ids: Collection[int],
+        stop: Sequence[str],
+        chunk: int,
+        dtype: str,
+        stream: Callable[..., Tensor],
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        self.model, self.sampler, self.end_ids, self.dtype = model, sampler, end_ids, dtype
+        self.device, self.chunk = next(model.parameters()).device, chunk
+        self.on_progress = on_progress or (lambda tokens: None)
+        self.stream = stream
+        self.texts = TextStream(tokenizer) if tokenizer else None
+        self.stops = StopTexts(stop)
+
+    def run(self, sequence: InputSequence[Document], max_tokens: int, reads_all: bool) -> Iterator[Step]:
+        logits = None
+        if not len(sequence) and isinstance(self.stream, CausalStream) and self.stream.last_hidden is not None:
+            logits = self._logits(self.stream.last_hidden[0])
+        for start in range(0, len(sequence), self.chunk):
+            stop = min(start + self.chunk, len(sequence))
+            logits = self._read(torch.from_numpy(sequence.read(start, stop)))
+            self.on_progress(stop - start)
+        assert logits is not None
+        for number in range(1, max_tokens + 1):
+            token, logprob = self.sampler(logits)
+            step = self._step(token, logprob, number == max_tokens)
+            yield step
+            if not step.finish_reason or reads_all:
+                logits = self._read(torch.tensor([token]))
+            if step.finish_reason:
+                return
+
+    @torch.inference_mode()
+    def _read(self, ids: Tensor) -> Tensor:
+        """Read the next ids (n,), and return the logits (vocab_size,) after the last one."""
+        with precision(self.dtype, self.device):
+            hidden = self.stream(ids.long()[None].to(self.device))
+        return self._logits(hidden[0, -1])
+
+    @torch.inference_mode()
+    def _logits(self, hidden: Tensor) -> Tensor:
+        with precision(self.dtype, self.device):
+            return self.model.logits(hidden)
+
+    def _step(self, token: int, logprob: float, last: bool) -> Step:
+        ends = token in self.end_ids
+        text = self.stops.add(self.texts.add(token)) if self.texts and not ends else ""
+        reason: FinishReason | None = "length" if last else None
+        if ends:
+            reason = "eos"
+        elif self.stops.reached:
+            reason = "stop"
+        if self.texts and reason in ("eos", "length"):
+            text += self.stops.add(self.texts.end())
+            if self.stops.reached:
+                reason = "stop"
+            text += self.stops.end()
+        return Step(token, logprob, text, reason)
+
+
+def _check(
+    model: Net,
+    tokenizer: Tokenizer | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    stop: Sequence[str],
+    least: int,
+) -> None:
+    """Raise ConfigError for a model or options with which `generate` cannot work."""
+    if not model.config.causal:
+        raise ConfigError("a bidirectional model does not say what comes next: it cannot generate")
+    if not model.config.vocab_size:
+        raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot generate tokens")
+    if not model.config.streams:
+        raise ConfigError("this model reads a text in one forward only, not token by token: it cannot generate")
+    if max_tokens < least:
+        raise ConfigError(f"max_tokens must be {least} or more, not {max_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature must be 0 or more, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p must be more than 0 and at most 1, not {top_p}")
+    if "" in stop or (stop and not tokenizer):
+        raise ConfigError("a stop text needs characters, and a tokenizer")

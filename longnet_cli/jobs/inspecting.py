@@ -1,0 +1,175 @@
+"""The `inspect` job: the contents of files of tokens or text, and all problems in them."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
+from longnet_cli.data.columns import TokenTypes, token_type
+from longnet_cli.data.documents import BLOCK, Document
+from longnet_cli.data.formats import open_source
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.names import Source, once
+from longnet_cli.data.tables import Text
+from longnet_cli.data.tokenizer import Tokenizer
+
+MAX_PROBLEMS = 1000  # problems whose lines are kept
+
+
+@dataclass
+class Inspection:
+    """The contents of the good documents, and a line for each problem (the first MAX_PROBLEMS of `num_problems`).
+
+    `byte_tokens` of the `tokens` are bytes of text, which no other tokenizer has counted. `n_bytes` counts UTF-8 bytes,
+    None where unknown; `low` and `high` are the smallest and largest id. `lengths` counts documents by their tokens: it
+    has at most sqrt(2 x tokens) entries, so memory stays small. `formats`, `token_types` and `metadata` (the files'
+    `longnet.*` keys, each with its values) count files.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    byte_tokens: int = 0
+    n_bytes: int | None = 0
+    low: int | None = None
+    high: int | None = None
+    lengths: Counter[int] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    token_types: Counter[str] = field(default_factory=Counter)
+    metadata: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    problems: list[str] = field(default_factory=list)
+    num_problems: int = 0
+
+    def length(self) -> dict[str, float | None]:
+        """Return the min, mean, median and max number of tokens per document; None for each without documents."""
+        if not self.documents:
+            return dict.fromkeys(("min", "mean", "median", "max"))
+        ordered = sorted(self.lengths)
+        middle = [(self.documents - 1) // 2, self.documents // 2]
+        medians: list[int] = []
+        before = 0
+        for length in ordered:
+            before += self.lengths[length]
+            while len(medians) < 2 and middle[len(medians)] < before:
+                medians.append(length)
+        return {
+            "min": ordered[0],
+            "mean": round(self.tokens / self.documents, 3),
+            "median": sum(medians) / 2,
+            "max": ordered[-1],
+        }
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """Return (first, last, documents), the number of documents with first..last tokens: 0, 1, 2..3, 4..7, ..."""
+        buckets = Counter[int]()
+        for length, count in self.lengths.items():
+            buckets[length.bit_length()] += count
+        first = min(buckets, default=0)
+        last = max(buckets, default=-1)
+        return [((1 << bits) // 2, max((1 << bits) - 1, 0), buckets[bits]) for bits in range(first, last + 1)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return a dict with the keys of the machine format."""
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "byte_tokens": self.byte_tokens,
+            "n_bytes": self.n_bytes,
+            "length": self.length(),
+            "histogram": [{"from": low, "to": high, "documents": count} for low, high, count in self.histogram()],
+            "ids": {"min": self.low, "max": self.high},
+            "formats": dict(self.formats),
+            "token_types": dict(self.token_types),
+            "metadata": {key: dict(values) for key, values in self.metadata.items()},
+            "n_problems": self.num_problems,
+            "problems": self.problems,
+        }
+
+
+def inspect(inputs: Inputs, *, on_progress: Callable[[int], None] | None = None) -> Inspection:
+    """Read every document of every input; a problem ends its document or its file, never the inspection.
+
+    Text without a tokenizer counts one token per byte. `on_progress` gets the tokens of each document. Raises
+    ConfigError for no input and for a web address.
+    """
+    if not inputs.names:
+        raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
+    found, types = Inspection(), TokenTypes()
+    sources: list[Source] = []
+    for item in inputs.names:
+        refuse_web_address(str(item))
+        with _noting(found):
+            sources += Inputs([item]).sources
+    for source in once(sources):
+        with _noting(found):
+            for document, in_bytes in _open(found, source, types, inputs):
+                with _noting(found):
+                    _count(found, document, in_bytes)
+                    if on_progress:
+                        on_progress(len(document))
+    if not found.documents:
+        found.n_bytes = None
+    return found
+
+
+def _open(found: Inspection, source: Source, types: TokenTypes, inputs: Inputs) -> Iterator[tuple[Document, bool]]:
+    """Record the format of a source, and yield its documents, each with whether its tokens are bytes."""
+    opened = open_source(source, inputs.wanted)
+    kind = None
+    if isinstance(opened, Text):
+        found.formats["text"] += 1
+    else:
+        found.formats[opened.format] += 1
+        _note_metadata(found, opened.where, opened.schema.metadata or {})
+        columns = inputs.columns_of(opened)
+        kind = token_type(columns.type)
+        found.token_types[str(kind or "text")] += 1
+        with _noting(found):
+            types.check(opened, columns)
+    if kind is None and not inputs.tokenizer:
+        inputs = replace(inputs, tokenizer=Tokenizer.bytes())
+    in_bytes = kind is None and inputs.tokenizer is not None and inputs.tokenizer.is_bytes
+    for document in inputs.documents_of(opened):
+        yield document, in_bytes
+
+
+def _note_metadata(found: Inspection, where: str, metadata: dict[bytes, bytes]) -> None:
+    for key, value in metadata.items():
+        if key.startswith(b"longnet."):
+            found.metadata[key.decode("utf-8", "replace")][value.decode("utf-8", "replace")] += 1
+    written = metadata.get(b"longnet.tokenizer_sha256")
+    if written:
+        first, own = next(iter(found.metadata["longnet.tokenizer_sha256"])), written.decode("utf-8", "replace")
+        with _noting(found):
+            if own != first:
+                raise ConfigError(f"{where}: its tokens were made by tokenizer {own[:12]}, the first by {first[:12]}")
+
+
+def _count(found: Inspection, document: Document, in_bytes: bool) -> None:
+    """Read a document to its end, and add it to `found` if it is good."""
+    low, high = math.inf, -math.inf
+    for start in range(0, len(document), BLOCK):
+        ids = document.read(start, start + BLOCK)
+        low, high = min(low, ids.min()), max(high, ids.max())
+    n_bytes = document.n_bytes
+    found.documents += 1
+    found.tokens += len(document)
+    found.byte_tokens += len(document) * in_bytes
+    found.lengths[len(document)] += 1
+    found.n_bytes = None if n_bytes is None or found.n_bytes is None else found.n_bytes + n_bytes
+    if len(document):
+        found.low = int(low if found.low is None else min(low, found.low))
+        found.high = int(high if found.high is None else max(high, found.high))
+
+
+@contextmanager
+def _noting(found: Inspection) -> Iterator[None]:
+    """Record a problem of the data instead of stopping. Other errors, such as memory that runs out, pass through."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        found.num_problems += 1
+        if len(found.problems) < MAX_PROBLEMS:
+            found.problems.append(" ".join(str(error).split()))

@@ -1,0 +1,343 @@
+"""Readers of files of measurements: training runs, benchmarks, scores. The content of a file tells its kind.
+
+Each kind is a class with `of`, which reads rows, and `panels`, which draws them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from longnet_cli.basics.configuration import nearest, parse, read_text
+from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
+from longnet_cli.basics.sizes import short_bytes, short_duration, short_size
+
+from .axes import Axis, Curve, Panel, Point, Row, merged, number, point
+
+TOKENS = Axis("tokens in the sequence", base=10, write=short_size, at="{} tokens")
+
+# The key of each panel, its axis, and the power of the length with which dense attention grows (None: unknown)
+BENCH_PANELS = (
+    ("seconds", Axis("time", base=10, write=short_duration), 2),
+    ("seconds_per_token", Axis("time per token", base=10, write=short_duration), 1),
+    ("peak_rss_bytes", Axis("peak memory", base=2, write=short_bytes), None),
+    ("bytes", Axis("received by a rank", base=2, write=short_bytes), None),
+)
+
+# Keys in which rows of one length may differ, and the words that a curve's name then has for them
+_DIFFERENCES: dict[str, Callable[[Any], str]] = {
+    "op": str,
+    "direction": str,
+    "batch": "batch of {}".format,
+    "heads": "{} heads".format,
+    "head_dim": "{} a head".format,
+    "causal": lambda causal: "causal" if causal else "bidirectional",
+    "dtype": str,
+    "device": str,
+    "ranks": "{} ranks".format,
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One benchmark: its name and its rows, in the order of the file."""
+
+    KIND: ClassVar[str] = "a row of bench"
+
+    name: str
+    rows: list[Row]
+
+    @classmethod
+    def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Bench:
+        """Return the benchmark of rows, each with its place for errors. Raises DataError for a row of another kind."""
+        found: list[Row] = []
+        for where, row in rows:
+            if not isinstance(row.get("impl"), str) or not number(row.get("seq")):
+                raise DataError(f"{where}: not a row of bench: it has no 'impl' and 'seq'")
+            found.append({**row, "seconds_per_token": _inverse(number(row.get("tokens_per_second")))})
+        return cls(name, found)
+
+    def panels(self, several: bool) -> Iterator[Panel]:
+        """Yield a panel for each quantity, with a curve for each implementation. Other differences are in its name.
+
+        Dense attention that was skipped is extrapolated from its longest run: its FLOPs grow with the squared length.
+        """
+        differing = [key for key in _DIFFERENCES if len({str(row.get(key)) for row in self.rows}) > 1]
+        groups: dict[str, list[Row]] = {}
+        for row in self.rows:
+            words = [str(row["impl"]), *(_DIFFERENCES[key](row[key]) for key in differing if row.get(key) is not None)]
+            groups.setdefault(", ".join([self.name] * several + words), []).append(row)
+        for key, axis, power in BENCH_PANELS:
+            curves = []
+            for name, rows in groups.items():
+                points = {p.x: p for row in rows for p in point(row, _length(row), key, (TOKENS, axis))}
+                curves.append(Curve(name, [points[x] for x in sorted(points)]))
+                if power and points and all(row["impl"] == "dense" and row.get("op") == "attention" for row in rows):
+                    curves.append(_extrapolated(curves[-1], rows, power))
+            yield Panel(key, TOKENS, axis, curves)
+
+
+def _inverse(value: float | None) -> float | None:
+    return 1 / value if value else None
+
+
+def _length(row: Row) -> float | None:
+    """Return the tokens that a row measured: the whole sequence, or the tokens that a run had read when it stopped.
+
+    Returns None for the decades of a streamed run, which the row of the whole run includes.
+    """
+    if row.get("stop") is None:
+        return number(row["seq"])
+    return None if row.get("status") == "ok" else number(row["stop"])
+
+
+def _extrapolated(curve: Curve, rows: list[Row], power: int) -> Curve:
+    """Return the continuation of a curve to the lengths that were skipped."""
+    last = curve.points[-1]
+    skipped = sorted({float(row["seq"]) for row in rows if row.get("status") == "skipped" and row["seq"] > last.x})
+    found = [Point(x, last.y * (x / last.x) ** power) for x in skipped]
+    return Curve(curve.name, [last, *found] if found else [], extrapolated=True)
+
+
+STEP = Axis("step", at="step {}", write=lambda value: f"{value:g}")
+
+# The axis of each panel, and its keys in metrics.jsonl, each with an addition to the run's name
+RUN_PANELS = (
+    (Axis("loss, nats per token"), (("loss", ""), ("held_out_loss", " held out"))),
+    (Axis("learning rate"), (("lr", ""),)),
+    (Axis("tokens per second"), (("tokens_per_second", ""),)),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its name, and its lines of metrics with steps in rising order."""
+
+    KIND: ClassVar[str] = "a line of metrics"
+
+    name: str
+    rows: list[Row]
+
+    @classmethod
+    def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Run:
+        """Return the run of lines, each with its place for errors.
+
+        A resumed run may have lines of steps that it then repeated: the later lines count. Raises DataError for a line
+        without a step.
+        """
+        found: list[Row] = []
+        for where, row in rows:
+            step = row.get("step")
+            if not isinstance(step, int) or number(step) is None:
+                raise DataError(f"{where}: not a line of metrics: it has no whole number 'step'")
+            while found and found[-1]["step"] >= step:
+                found.pop()
+            found.append(row)
+        return cls(name, found)
+
+    def panels(self, several: bool) -> Iterator[Panel]:
+        """Yield a panel for each quantity. Its curves are empty if no line has the quantity."""
+        for axis, keys in RUN_PANELS:
+            curves = []
+            for key, more in keys:
+                points = [p for row in self.rows for p in point(row, number(row["step"]), key, (STEP, axis))]
+                curves.append(Curve(self.name + more, points))
+            yield Panel(keys[0][0], STEP, axis, curves)
+
+
+CONTEXT = Axis("context, tokens", base=2, write=short_size, at="context {}")
+NATS = Axis("nats per token")
+
+# Keys of a total, with their axes and the keys of their standard errors
+TOTALS = (("ppl", Axis("perplexity"), "ppl_se"), ("ppl_ratio", Axis("perplexity / that of the first"), "ppl_ratio_se"))
+# Keys of a total's lists, with their axes. A row is drawn where its range starts.
+LISTS = (
+    ("by_position", Axis("tokens seen, from", base=2, write=short_size, at="{} tokens seen")),
+    ("by_segment_position", Axis("place in the shortest segment, from", at="place {}")),
+    ("by_recall", Axis("said tokens ago, from", base=2, write=short_size, at="{} tokens ago", beyond="new")),
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The results of one `longnet score`: its name and its totals, one for each context."""
+
+    KIND: ClassVar[str] = "a score"
+
+    name: str
+    rows: list[Row]
+
+    @classmethod
+    def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Scores:
+        """Return the scores in rows of `--format json` (one value) or `jsonl`, with their places. Raises DataError."""
+        found = []
+        for where, row in rows:
+            if row.get("kind") == "document":
+                continue
+            totals = row.get("totals") or [row.get("total", row)]
+            for total in totals if isinstance(totals, list) else [totals]:
+                lists = [total.get(key) or [] for key, _ in LISTS] if isinstance(total, dict) else [None]
+                if not all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows) for rows in lists):
+                    raise DataError(f"{where}: not a score: its total has other types")
+                found.append(total)
+        if found and found[0].get("context") is not None:
+            found[0] = {
+                "ppl_ratio": 1.0,
+                "ppl_ratio_se": 0.0,
+                **found[0],
+            }  # ratios are relative to the first context
+        return cls(name, found)
+
+    def panels(self, several: bool) -> Iterator[Panel]:
+        """Yield a panel for perplexity by context, one for its ratio to the first context, and one for each list."""
+        for key, axis, error in TOTALS:
+            points = [
+                p for row in self.rows for p in point(row, number(row.get("context")), key, (CONTEXT, axis), error)
+            ]
+            enough = key == "ppl" or len(points) > 1
+            yield Panel(key, CONTEXT, axis, [Curve(self.name, sorted(points))] if enough else [])
+        for key, place in LISTS:
+            curves = []
+            for total in self.rows:
+                context = number(total.get("context"))
+                words = [self.name] if several or context is None else []
+                name = ", ".join(words if context is None else [*words, f"context {short_size(context)}"])
+                rows = [(_start(row, key), row) for row in total.get(key) or []]
+                for beyond in (False, True):  # no line joins new tokens with the others
+                    points = [
+                        p
+                        for x, row in rows
+                        if x is None or math.isinf(x) == beyond
+                        for p in point(row, x, "nll", (place, NATS), "nll_se")
+                    ]
+                    curves.append(Curve(name, sorted(points)))
+            yield Panel(key, place, NATS, curves)
+
+
+def _start(row: dict[str, Any], key: str) -> float | None:
+    return math.inf if key == "by_recall" and "from" in row and row["from"] is None else number(row.get("from"))
+
+
+Measured = Run | Bench | Scores
+
+KINDS = "the metrics of a run, `bench --format jsonl` or `score --format json`"
+
+
+def metrics_file(path: str | Path) -> Path:
+    """Return the metrics.jsonl in the folder of a run, or the path itself if it is no folder."""
+    return Path(path, "metrics.jsonl") if Path(path).is_dir() else Path(path)
+
+
+def read(path: str | Path) -> Measured:
+    """Read the folder of a run, or a file of metrics, of bench or of scores; - is stdin.
+
+    An incomplete last line is left out: it is still being written. Raises DataError, with file and row, for anything
+    else.
+    """
+    refuse_web_address(str(path))
+    file = metrics_file(path) if str(path) != "-" else Path("stdin")
+    rows = _rows(file, _text(path, file))
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{file}: no line of metrics yet, nor of bench or score")
+    named = file.parent if file.name == "metrics.jsonl" else file.with_suffix("")
+    name = named.name or named.resolve().name  # "." has no name of its own
+
+    def all_rows() -> Iterator[tuple[str, Row]]:
+        yield first
+        yield from rows
+
+    return _kind(*first).of(name, all_rows())
+
+
+def read_all(paths: Sequence[str | Path]) -> list[Measured]:
+    """Read several files. Each is named by its path if another one has the same name."""
+    found = [read(path) for path in paths]
+    times = Counter(each.name for each in found)
+    return [
+        each if times[each.name] == 1 else replace(each, name=str(path))
+        for each, path in zip(found, paths, strict=True)
+    ]
+
+
+def panels(found: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel]:
+    """Return the panels to draw: all, or only the panels with the keys in `show`, in that order.
+
+    Raises DataError if there is nothing to draw, ConfigError for a key that no panel has.
+    """
+    times = Counter(type(each) for each in found)
+    every = merged([panel for each in found for panel in each.panels(times[type(each)] > 1)])
+    if not every:
+        names = ", ".join(each.name for each in found)
+        raise DataError(f"{names}: nothing to draw; of scores, give several contexts, --by-position or --by-recall")
+    known = {panel.key: panel for panel in every}
+    for key in show:
+        if key not in known:
+            meant = nearest(key, known)
+            also = f"did you mean {meant}?" if meant else f"choose from {', '.join(known)}"
+            raise ConfigError(f"--show: there is no {key!r} to draw: {also}")
+    return [known[key] for key in show] or every
+
+
+def _text(path: str | Path, file: Path) -> str:
+    try:
+        if str(path) != "-":
+            return read_text(file)
+        if sys.stdin is None:
+            raise DataError("stdin is closed")
+        return sys.stdin.buffer.read().decode("utf-8")
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; expected the folder of a training run, or {KINDS}") from None
+    except ValueError:
+        raise DataError(f"{file}: not UTF-8; expected {KINDS}") from None
+
+
+def _rows(file: Path, text: str) -> Iterator[tuple[str, Row]]:
+    """Yield each row of JSON lines, or of one JSON value over several lines, with its place for errors."""
+    lines = text.split("\n")
+    for at, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = parse(line)
+        except ValueError as error:
+            if at == len(lines):
+                return
+            if any(map(str.strip, lines[: at - 1])):
+                raise DataError(f"{file}: row {at}: not JSON: {_why(error)}") from None
+            value = _whole(file, text)
+            lines = []
+        for row in value if isinstance(value, list) else [value]:
+            if not isinstance(row, dict):
+                raise DataError(f"{file}: row {at}: not a line of metrics, of bench or of score: not an object")
+            yield f"{file}: row {at}", row
+        if not lines:
+            return
+
+
+def _whole(file: Path, text: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        row = getattr(error, "lineno", 1)
+        raise DataError(f"{file}: row {row}: not JSON: {_why(error)}; expected {KINDS}") from None
+
+
+def _why(error: ValueError) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _kind(where: str, row: Row) -> type[Run] | type[Bench] | type[Scores]:
+    if "step" in row:
+        return Run
+    if "impl" in row:
+        return Bench
+    if "total" in row or row.get("kind") in ("document", "total"):
+        return Scores
+    raise DataError(f"{where}: not a line of metrics, nor of bench or score; expected {KINDS}")

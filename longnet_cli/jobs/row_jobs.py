@@ -1,0 +1,249 @@
+"""The one writer of rows about documents: to a folder of shards, a file or a stream; resumed, or shared by many ranks.
+
+    documents --RowJob.sequence--> portions --RowJob.batches, dealt out to groups of ranks--> record batches --> output
+
+Each portion of documents is read independently of the others. So a run that is resumed, or shared by many processes,
+pads and sums as an uninterrupted run of one process does, and a folder has the same bytes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from longnet_cli.basics.errors import ConfigError, NoTokensError
+from longnet_cli.data.documents import Document, LeftOut, OnSkip, checked, first_kept, kept_settings
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.outputs import ShardWriter, is_folder
+from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
+from longnet_cli.nets.net import InputSequence, Net
+from longnet_cli.nets.weights import model_digest
+from longnet_cli.running.chunks import chunk_of, default_chunk
+from longnet_cli.running.device import check_kernel, resolve_dtype
+from longnet_cli.running.ranks.dealing import BATCHES, deal
+from longnet_cli.running.ranks.portions import Portion
+from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.reader import Reader, share_reader
+
+Sequences = Iterable[InputSequence[Document]]
+
+
+class RowJob(ABC):
+    """A job that turns documents into rows with a column `n_tokens`, on the ranks of one group.
+
+    `options` is a dataclass that determines the rows, together with the net and the documents. `kept_fields` are
+    columns that documents carry to the output (`data.kept`).
+    """
+
+    schema: pa.Schema
+    shard_name: ClassVar[str]
+    shard_unit: ClassVar[str]  # what is counted to fill a shard
+    shard_size: ClassVar[int]
+    batch_rows: ClassVar[int] = 1  # a file or a stream has batches of this many rows or more
+    skips_empty: ClassVar[bool] = False  # an empty document has no row
+    says_no_id_column: ClassVar[bool] = False  # its folders have the setting `id_column` even if it is None
+    nothing: str  # the error for rows without any token
+
+    def __init__(self, reader: Reader, options: Any, kept_fields: Sequence[pa.Field] = ()) -> None:
+        self.reader, self.options, self.kept_fields = reader, options, kept_fields
+
+    @abstractmethod
+    def sequence(self, document: Document) -> InputSequence[Document]:
+        """Return a document as the model reads it. Raises ConfigError or DataError if the job refuses it."""
+
+    @abstractmethod
+    def batches(self, sequences: Sequences) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of these documents, in order."""
+
+    @abstractmethod
+    def size(self, sequence: InputSequence[Document]) -> int:
+        """Return how many units of a shard a document fills."""
+
+    def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
+        """Report the tokens that another group of ranks has read."""
+        self.reader.on_progress(portion.length)
+
+    def option_settings(self) -> dict[str, Any]:
+        """Return the options as settings of a folder."""
+        return asdict(self.options)
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest of the model."""
+        return model_digest(self.reader.model)
+
+    def rows(
+        self,
+        documents: Iterable[Document],
+        *,
+        stored: Iterable[Document] = (),
+        ranks: Ranks | None = None,
+        on_skip: OnSkip | None = None,
+        on_empty: Callable[[Document], None] | None = None,
+    ) -> pa.RecordBatchReader:
+        """Return a reader of the rows of `documents`, lazily and in order. The arguments are as in `encoding.encode`.
+
+        The reader raises NoTokensError at the end if no row has tokens.
+        """
+        sequences = self.checked(documents, stored, on_skip, on_empty)
+        found = (batch for _, batch in self.deal(sequences, ranks or Ranks()) if batch is not None)
+        return pa.RecordBatchReader.from_batches(self.schema, found)
+
+    def checked(
+        self,
+        documents: Iterable[Document],
+        stored: Iterable[Document],
+        on_skip: OnSkip | None,
+        on_empty: Callable[[Document], None] | None,
+    ) -> Iterator[InputSequence[Document]]:
+        """Return the `documents` that have rows. Without `on_skip`, check all `stored` documents now."""
+        for document in stored if on_skip is None else ():
+            self.sequence(document)
+        empty = (on_empty or (lambda document: None)) if self.skips_empty else None
+        return checked(documents, self.sequence, on_skip, empty)
+
+    def deal(
+        self, sequences: Sequences, ranks: Ranks, tokens: int = 0, **shards: Any
+    ) -> Iterator[tuple[Portion[InputSequence[Document]], pa.RecordBatch | None]]:
+        """Yield each portion with each batch of its rows, and then with None.
+
+        Raises NoTokensError at the end if there are no `tokens` of earlier runs and none in the rows.
+        """
+        parts = self.reader.portions(sequences, **shards)
+        for part, found in deal(parts, self.batches, ranks, BATCHES, self.tell_progress):
+            for batch in found:
+                tokens += _tokens(batch)
+                yield part, batch
+            yield part, None
+        if not tokens and (ranks.first or ranks.dp == 1):
+            raise NoTokensError(self.nothing)
+
+
+def write_rows(
+    make_job: Callable[..., RowJob],
+    model: Net,
+    inputs: Inputs,
+    output: str | Path,
+    *,
+    shard_size: int | None = None,
+    shard_format: ShardFormat = "arrow",
+    resume: bool = False,
+    left_out: LeftOut | None = None,
+    telling: Callable[[Iterator[Document]], Iterator[Document]] = iter,
+    of_text: Sequence[pa.Field] = (),
+    ranks: Ranks | None = None,
+    chunk: int | None = None,
+    dtype: str = "auto",
+    **reading: Any,
+) -> Counter[str] | None:
+    """Write the rows of the documents in `inputs` to `output`: a folder of shards, a file, or `-`, a stream on stdout.
+
+    Return how many `rows` and `tokens` the output has. Of several `ranks`, only the first one writes. The others get
+    None. `make_job(reader, kept_fields=...)` returns the job. `chunk`, `dtype` and `reading` are as in
+    `runtime.reader.Reader`.
+
+    A shard ends with the document that brings it to `shard_size`, in the job's `shard_unit`. `resume` continues a
+    folder that an earlier run left unfinished, without reading the documents of finished shards again. On the same
+    machine with as many threads, the result is byte for byte as if the run had never stopped. Inputs, model and options
+    must be the same as in the earlier run. Only a `chunk` of None takes the earlier run's value, because on a GPU the
+    default depends on the free memory. A resumed run leaves out again what the earlier run left out. The manifest has
+    the counts of `left_out`, and the digests of the inputs: those of finished shards must be the same in a resumed run.
+
+    `telling` gets the documents, and yields them: it may say something of each one before it is read. The columns
+    `of_text` are added to the job's `kept_fields` if the input is text.
+
+    Raises ConfigError for invalid options and for a folder that is in use, DataError for no document or a damaged
+    shard, LongNetError when a write fails. After an error there is no output file, and a folder keeps its finished
+    shards.
+    """
+    ranks, left_out, in_folder = ranks or Ranks(), left_out or LeftOut(), is_folder(output, resume=resume)
+    earlier = run_to_resume(output, resume=resume) if in_folder and ranks.first else None
+    device = next(model.parameters()).device
+    before = earlier.settings.get("chunk") if earlier else None
+    chunk = chunk_of(chunk, default_chunk(model.config, device), before, ranks)
+    dtype = resolve_dtype(dtype, device)
+    opened: list[tuple[str, str | None]] | None = [] if in_folder and ranks.first else None
+    inputs = replace(inputs, opened=opened)
+    kept: Sequence[pa.Field] = ()
+    documents: Iterator[Document] = inputs.documents()
+    if inputs.keep or of_text:  # first_kept waits for the first document
+        kept, documents = first_kept(documents, of_text)
+    documents = telling(documents)
+    stored = inputs.stored() if model.config.max_tokens is not None else ()
+    job = make_job(share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **reading), kept_fields=kept)
+    if not in_folder:
+        on_left_out: dict[str, Any] = {"on_skip": left_out.skip, "on_empty": left_out.pass_over}
+        rows = job.rows(documents, stored=stored, ranks=ranks, **on_left_out)
+        written = Counter[str]()
+        with ShardWriter(output, job.schema) if ranks.first else nullcontext() as writer:
+            for batch in _joined(rows, job.batch_rows):
+                written.update(rows=len(batch), tokens=_tokens(batch))
+                if writer:
+                    writer.write(batch)
+        return written if ranks.first else None
+    shard_size = job.shard_size if shard_size is None else shard_size
+    if shard_size < 1:
+        raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
+    from longnet_cli.data.chat import chat_settings  # loads Jinja, which files and streams do not need
+
+    decisive = {
+        "inputs": inputs.fingerprint(),
+        "column": inputs.column,
+        **({"id_column": inputs.id_column} if inputs.id_column or job.says_no_id_column else {}),
+        "eos": inputs.eos_id,
+        **chat_settings(inputs.tokenizer),
+        "pattern": job.options.pattern,  # before the model, whose digest then differs too: errors name the first
+        "model": job.digest[:16],
+        "kernel": check_kernel(device, dtype, model.config.head_dim),
+        **job.option_settings(),
+        **kept_settings(job.kept_fields),
+        "chunk": chunk,
+        "dtype": dtype,
+        f"shard_{job.shard_unit}": shard_size,
+        **({"ranks": ranks.sp} if ranks.sp > 1 else {}),  # more ranks sum in another order
+    }
+    with ExitStack() as stack:
+        folder = None
+        if ranks.first:
+            about: dict[str, Any] = {"settings": decisive, "name": job.shard_name, "format": shard_format}
+            folder = ShardFolder(output, job.schema, **about, resume=resume, left_out=left_out, opened=opened)
+            stack.enter_context(folder)
+        if ranks.any(folder is not None and folder.finished):
+            return folder.totals if folder else None
+        done = ranks.from_first(folder.documents if folder else 0)
+        tokens = ranks.from_first(folder.totals["tokens"] if folder else 0)
+        every = job.checked(documents, stored, left_out.skip, left_out.pass_over)
+        sequences = folder.unread(every) if folder else islice(every, done, None)
+        for part, batch in job.deal(sequences, ranks, tokens, shard=shard_size, size_of=job.size):
+            if folder and batch is not None:
+                folder.write(batch, tokens=_tokens(batch))
+            elif folder:
+                folder.count(documents=part.items)
+                if part.ends_shard:
+                    folder.end_shard()
+    return folder.totals if folder else None
+
+
+def _tokens(batch: pa.RecordBatch) -> int:
+    return int(batch["n_tokens"].to_numpy().sum())
+
+
+def _joined(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield the same rows in batches of `rows` or more, except the last one."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= rows:
+            yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
+            waiting = []
+    if waiting:
+        yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()

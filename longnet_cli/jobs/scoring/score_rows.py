@@ -1,0 +1,189 @@
+"""The rows of `score -o`: a document each, with its nats per token at each context and the gain of the longest one.
+
+    documents --score--> scores, context by context --ScoreOptions.row--> rows --> Arrow batches, which `rows` writes
+
+And the file of token log-probabilities that `score --token-logprobs` writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from longnet_cli.data.documents import Document, kept_columns, row_schema
+from longnet_cli.data.outputs import ShardWriter
+from longnet_cli.jobs.row_jobs import RowJob
+from longnet_cli.jobs.scoring.measures import DocumentScore, Gain
+from longnet_cli.jobs.scoring.scoring import Cut, OnTokens, Scorer
+from longnet_cli.nets.net import Bos, InputSequence
+from longnet_cli.running.ranks.portions import Portion
+from longnet_cli.running.reader import Reader
+
+BATCH = 1 << 18  # tokens per record batch
+
+
+def logprob_schema(metadata: Mapping[str, str] | None = None) -> pa.Schema:
+    """Return the schema of token log-probabilities, in nats: a row has the tokens of a document from `start` on.
+
+    A long document has several rows, with `part` 0, 1, 2, ... and one doc_id. `metadata` is `weights.model_origin`.
+    """
+    fields = [
+        pa.field("doc_id", pa.string()),
+        pa.field("part", pa.int32()),
+        pa.field("start", pa.int64()),
+        pa.field("input_ids", pa.large_list(pa.int32()), nullable=False),
+        pa.field("logprobs", pa.large_list(pa.float32()), nullable=False),
+    ]
+    return pa.schema(fields, metadata=dict(metadata or {}))
+
+
+@contextmanager
+def write_token_logprobs(path: str | Path, metadata: Mapping[str, str] | None = None) -> Iterator[OnTokens]:
+    """Open a file for token log-probabilities (see `logprob_schema`), and yield the `on_tokens` of `score`."""
+    rows: list[tuple[str, int, int, np.ndarray, np.ndarray]] = []
+    size = part = 0
+    last: Document | None = None
+
+    with ShardWriter(path, logprob_schema(metadata)) as writer:
+
+        def flush() -> None:
+            nonlocal rows, size
+            if rows:
+                columns = [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), writer.schema, strict=True)]
+                writer.write(pa.record_batch(columns, schema=writer.schema))
+            rows, size = [], 0
+
+        def on_tokens(document: Document, start: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
+            nonlocal size, part, last
+            part = part + 1 if document is last else 0
+            last = document
+            rows.append((document.doc_id, part, start, ids, logprobs))
+            size += len(ids)
+            if size >= BATCH:
+                flush()
+
+        yield on_tokens
+        flush()
+
+
+TABLE = pa.list_(pa.struct([("from", pa.int64()), ("to", pa.int64()), ("n_tokens", pa.int64()), ("nll", pa.float64())]))
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """The options that determine the rows of `score -o`, together with the net and the documents.
+
+    `bos`, `context`, `stride`, `last`, `by_position` and `by_recall` are as in `scoring.score`; contexts are sorted in
+    ascending order. With two or more contexts, the rows have columns for the gain of the longest over the shortest.
+    `model_name`, `tokenizer_sha256` and `pattern` (a text of `basics.notation`) go into the schema's metadata.
+    """
+
+    bos: Bos = None
+    context: tuple[int, ...] | None = None
+    stride: int | None = None
+    last: int | None = None
+    model_name: str | None = None
+    tokenizer_sha256: str | None = None
+    pattern: str | None = None
+    by_position: bool = False
+    by_recall: bool = False
+
+    def __post_init__(self) -> None:
+        if self.context is not None:
+            object.__setattr__(self, "context", tuple(sorted(self.context)))
+
+    def schema(self, kept_fields: Sequence[pa.Field] = ()) -> pa.Schema:
+        """Return the schema of the rows, with the columns `kept_fields`.
+
+        `n_tokens` is the number of scored tokens, the same at each context. Nats are means over these tokens, null if
+        there are none. The columns of the gain are those of `measures.Gain`. `by_position`, `by_segment_position` and
+        `by_recall` are lists of rows as in the machine formats. The name of a column that is there once for each
+        context ends with the context. The metadata keys are `longnet.*`; unknown values are left out.
+        """
+        known = {
+            "longnet.model": self.model_name,
+            "longnet.tokenizer_sha256": self.tokenizer_sha256,
+            "longnet.pattern": self.pattern,
+        }
+        tables = [
+            *(["by_position", "by_segment_position"] if self.by_position else []),
+            *(["by_recall"] if self.by_recall else []),
+        ]
+        contexts = self.context or (None,)
+        fields = [
+            pa.field("doc_id", pa.string()),
+            pa.field("n_tokens", pa.int64()),
+            pa.field("n_bytes", pa.int64()),
+            *(pa.field(_column("nats", context), pa.float64()) for context in contexts),
+            *(pa.field(name, pa.float64()) for name in Gain._fields if len(contexts) > 1),
+            *(pa.field(_column(name, context), TABLE) for name in tables for context in contexts),
+        ]
+        return row_schema(fields, kept_fields, known)
+
+
+class RowScorer(RowJob):
+    """The job that `row_jobs.write_rows` needs for the rows of `score -o`. `count_bytes` is as in `scoring.score`."""
+
+    options: ScoreOptions
+    shard_name, shard_unit, shard_size = "gains", "tokens", 1 << 22
+    batch_rows, says_no_id_column = 1 << 12, True
+
+    def __init__(
+        self,
+        reader: Reader,
+        options: ScoreOptions,
+        kept_fields: Sequence[pa.Field] = (),
+        count_bytes: Callable[[np.ndarray], int | None] | None = None,
+    ) -> None:
+        super().__init__(reader, options, kept_fields)
+        self.schema = options.schema(kept_fields)
+        self.cut = Cut.of(reader.model, options.bos, options.context, options.stride, options.last)
+        self.nothing = self.cut.nothing
+        self.scorer = Scorer(reader, self.cut, options.by_position, options.by_recall, count_bytes)
+
+    def sequence(self, document: Document) -> InputSequence[Document]:
+        return self.cut.sequence(self.reader.model, document)
+
+    def batches(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
+        """Yield one batch, when all documents have been read."""
+        scores, found = self.scorer.run(sequences), []
+        while each := list(islice(scores, len(self.cut.contexts))):
+            found.append(each)
+        rows, own = list(map(_row, found)), list(self.schema)[: -len(self.kept_fields) or None]
+        columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in own]
+        kept = kept_columns([each[0] for each in found], self.kept_fields)
+        yield pa.record_batch([*columns, *kept], schema=self.schema)
+
+    def size(self, sequence: InputSequence[Document]) -> int:
+        return len(sequence.document) + 1
+
+    def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
+        self.scorer.tell_progress(portion)
+
+    def option_settings(self) -> dict[str, Any]:
+        """Return the options, without tables that were not chosen: folders of older runs do not have these settings."""
+        return {name: value for name, value in asdict(self.options).items() if value is not False}
+
+
+def _column(name: str, context: int | None) -> str:
+    return name if context is None else f"{name}_{context}"
+
+
+def _row(found: Sequence[DocumentScore]) -> dict[str, Any]:
+    """Return the row of a document, from its scores at all contexts. Columns that it lacks are null."""
+    score = found[0].score
+    row: dict[str, Any] = {"doc_id": found[0].doc_id, "n_tokens": score.n_tokens, "n_bytes": score.n_bytes}
+    for each in found:
+        if score.n_tokens:
+            row[_column("nats", each.context)] = each.score.nll_sum / score.n_tokens
+        for table in (each.by_position, each.by_recall):
+            row |= {_column(name, each.context): rows for name, rows in (table.as_dict() if table else {}).items()}
+        row |= each.gain._asdict() if each.gain else {}
+    return row

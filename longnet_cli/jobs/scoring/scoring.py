@@ -1,0 +1,417 @@
+"""The `score` job: how well a causal model predicts each token of each document, as perplexity and bits per byte.
+
+    document --Cut.windows--> windows --Reader--> hidden states --nll--> sums of nats, one float64 per document
+
+A window is a range of the document's tokens to predict, for one of several contexts. Its inputs are the same range,
+shifted back by one token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from longnet_cli.basics.errors import ConfigError, NotFiniteError, NoTokensError
+from longnet_cli.basics.finite_json import to_json
+from longnet_cli.basics.sizes import format_size
+from longnet_cli.data.documents import Document, OnSkip, Sent, checked
+from longnet_cli.jobs.scoring.key_tokens import Judge
+from longnet_cli.jobs.scoring.measures import Bigrams, ByPosition, ByRecall, DocumentScore, Gain, GainTally, Score
+from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
+from longnet_cli.running.device import precision, to_device, to_host
+from longnet_cli.running.ranks.dealing import Codec, deal
+from longnet_cli.running.ranks.portions import Portion
+from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.reader import OnWindows, Piece, Reader, Window, share_reader
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The cut of documents into windows. The ids of `bos` come before each document."""
+
+    bos: tuple[int, ...]
+    contexts: Sequence[int | None]
+    stride: int | None
+    last: int | None
+
+    @classmethod
+    def of(cls, model: Net, bos: Bos, context: int | Sequence[int] | None, stride: int | None, last: int | None) -> Cut:
+        """Return the cut that `score` makes. Raises ConfigError as `score` does for the model and these options."""
+        if not model.config.causal:
+            raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
+        if not model.config.vocab_size:
+            raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
+        contexts: Sequence[int | None] = [context] if context is None or isinstance(context, int) else list(context)
+        given = [*(("context", each) for each in contexts), ("stride", stride), ("last", last)]
+        for name, value in given:
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be 1 or more, not {value}")
+        if not contexts or len(set(contexts)) < len(contexts):
+            raise ConfigError(f"each context may be given once: {', '.join(map(str, contexts))}")
+        if stride and (small := [each for each in contexts if each is None or each < stride]):
+            raise ConfigError(
+                f"a stride of {stride} tokens needs a context"
+                + (f" of {stride} or more, not {small[0]}" if small[0] else "")
+            )
+        return cls(bos_ids(bos), contexts, stride, last)
+
+    @property
+    def first(self) -> int:
+        """The first target of a document: token 0, or token 1 if nothing precedes the document."""
+        return 0 if self.bos else 1
+
+    def sequence(self, model: Net, document: Document) -> InputSequence[Document]:
+        """Return a document as the model reads it. Raises TooLongError for a window that is too long for the model."""
+        sequence = model.sequence(document, self.bos)
+        more = max(0, sequence.first - 1)  # ids before the one that predicts the first target
+        fits = max(1, (sequence.limit or 0) - more)
+        instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
+        return sequence.check(instead, self.longest(len(document)) + more)
+
+    @property
+    def nothing(self) -> str:
+        """The error text for documents without a token to score."""
+        if self.last:
+            return f"no token could be scored: no document has {self.least} tokens or more"
+        if self.bos:
+            return "no token could be scored: every document is empty or left out"
+        return "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
+
+    def inputs(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
+        """Yield (start, stop, wanted) for each window: it reads [start, stop), and targets count from `wanted` on."""
+        before = len(self.bos) - 1  # from a target to its input
+        for start, stop, counted in self.windows(tokens, context):
+            yield start + before if start > self.first else 0, stop + before, counted + before
+
+    def windows(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
+        """Yield (start, stop, counted) for each window: at most `context` targets, which count from `counted` on.
+
+        The counted targets of all windows make up the document, or its `last` tokens.
+        """
+        size = context or max(1, tokens - self.first)
+        step = self.stride or size
+        look_back = self.stride is not None or self.last is not None
+        for counted in range(tokens - self.last if self.last else self.first, tokens, step):
+            stop = min(counted + step, tokens)
+            yield max(self.first, stop - size) if look_back else counted, stop, counted
+
+    def longest(self, tokens: int) -> int:
+        """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
+        if self.last and tokens < self.least:
+            return 0
+        return max(0, min(tokens - self.first, max(each or tokens for each in self.contexts)))
+
+    @property
+    def least(self) -> int:
+        """The fewest tokens of a document whose `last` tokens all get windows as long as every context."""
+        last = self.last or 0
+        return self.first + max(
+            last if size is None else size + last - min(self.stride or size, last) for size in self.contexts
+        )
+
+
+# Called with (document, start, ids, log-probabilities) of the tokens [start, start + n): (n,) int64 and (n,) float32
+OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
+
+ADVICE = "the model's weights are too large for its numbers, or damaged"
+
+
+def score(
+    model: Net,
+    documents: Iterable[Document],
+    *,
+    bos: Bos,
+    stored: Iterable[Document] = (),
+    context: int | Sequence[int] | None = None,
+    stride: int | None = None,
+    last: int | None = None,
+    by_position: bool = False,
+    by_recall: bool = False,
+    judge: Judge | None = None,
+    count_bytes: Callable[[np.ndarray], int | None] | None = None,
+    chunk: int | None = None,
+    dtype: str = "auto",
+    spill: str | Path | None = None,
+    device: torch.device | str | None = None,
+    ranks: Ranks | None = None,
+    on_skip: OnSkip | None = None,
+    on_tokens: OnTokens | None = None,
+    on_progress: Callable[[int], None] | None = None,
+    on_choice: OnWindows | None = None,
+) -> Iterator[DocumentScore]:
+    """Yield the score of each document, in order. Every token is scored exactly once.
+
+    `bos` (the id of the tokenizer's end of text, or several ids) is put before each document, so that its first token
+    is scored too. With None, the first token is not scored, and the number of scored bytes is unknown. Without
+    `context`, a document is one causal pass. With it, a token sees at most `context` tokens before it: the document is
+    cut into disjoint windows of that many targets. Each window starts again at position 0, and its first input is the
+    token before its first target. With several contexts, a document has a score for each, in turn, of the same tokens,
+    and the score at the longest has the gain over the shortest. For the gain, 4 bytes per token of a document are kept,
+    in a file in $TMPDIR if they are many.
+
+    With a `stride`, windows overlap. Each has `context` targets, of which only the last `stride` count, so a counted
+    token has seen more than `context - stride` tokens before it, if its document has them. With `last`, only this many
+    tokens at the end of each document are scored, also from windows as long as the context. Documents too short for
+    that are left out, and `count_bytes` gives the bytes of the scored ids (None: unknown).
+
+    `by_position` also sums the nats by position in the window. `by_recall` sums them by how many tokens ago the
+    document had the same bigram, even if that was before the window; `recall.Bigrams` says how much memory it takes.
+    `judge` also sums the nats of key tokens, which takes 17 bytes per token of a document.
+
+    `chunk`, `dtype`, `spill` and `ranks` are as in `runtime.reader.Reader`: memory does not depend on the document's
+    length, without chosen blocks, and none of them changes a number beyond rounding. All ranks need the same documents.
+    In one group of ranks, which share each document, all get all results. Several groups divide the documents between
+    them; then rank 0 gets all results and the others none.
+
+    A document that is too long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to
+    `on_skip` and left out instead. The `stored` documents are the part of `documents` whose lengths are cheap to read;
+    without `on_skip`, these lengths are checked before anything else.
+
+    An empty document scores 0 tokens. The model is moved to `device`; None leaves it where it is. `on_tokens` gets the
+    log-probabilities of all tokens in order. `on_progress` gets the number of tokens that each forward pass has scored.
+    `on_choice` is as in `Reader`.
+    Raises ConfigError for a model that cannot score, options that contradict each other and a document with more tokens
+    than the model reads, NoTokensError at the end if no document had a token to score, NotFiniteError for a
+    log-probability that is NaN or infinite.
+    """
+    cut = Cut.of(model, bos, context, stride, last)
+    ranks = ranks or Ranks()
+    if on_tokens and len(cut.contexts) > 1:
+        raise ConfigError("log-probabilities of tokens need one context: give only one")
+    if on_tokens and ranks.dp > 1:
+        raise ConfigError("log-probabilities of tokens are written by one group of ranks: leave out --dp")
+    if judge and ranks.dp > 1:
+        raise ConfigError("key tokens are read by one group of ranks: leave out --dp")
+    if device is not None:
+        model.to(device)
+    reader = share_reader(
+        model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress, on_choice=on_choice
+    )
+    scorer = Scorer(reader, cut, by_position, by_recall, count_bytes, on_tokens, judge)
+    make = partial(cut.sequence, model)
+    for document in stored if on_skip is None else ():
+        make(document)
+
+    def run() -> Iterator[DocumentScore]:
+        scored = 0
+        for _, found in deal(
+            reader.portions(checked(documents, make, on_skip)),
+            scorer.run,
+            ranks,
+            Codec(_pack, _unpack),
+            scorer.tell_progress,
+        ):
+            for each in found:
+                scored += each.score.n_tokens
+                yield each
+        if judge:
+            judge.end()
+        if not scored and (ranks.first or ranks.dp == 1):
+            raise NoTokensError(cut.nothing)
+
+    return run()
+
+
+@dataclass
+class _Tally:
+    """The running sums of a document over the windows read so far, until `expected` tokens are counted."""
+
+    document: Document
+    context: int | None
+    expected: int
+    n_bytes: int | None  # of the scored tokens
+    by_position: ByPosition | None
+    by_recall: ByRecall | None
+    bigrams: Bigrams  # read for by_recall only
+    gain: GainTally | None  # shared by the tallies of the document at all contexts
+    keys: np.ndarray | None  # of the scored tokens, whether they are key tokens: (expected,) bool
+    nll_sum: float = 0.0
+    n_tokens: int = 0
+    key_nll_sum: float = 0.0
+
+    @property
+    def ends(self) -> bool:
+        """Return whether all tokens have been counted, and also compared if the result has a gain."""
+        compared = self.gain.tokens if self.gain and self.context == self.gain.longest else self.expected
+        return self.n_tokens == compared == self.expected
+
+    def result(self) -> DocumentScore:
+        score = Score(self.nll_sum, self.n_tokens, self.n_bytes if self.n_tokens else 0)
+        gain = self.gain.result() if self.gain and self.context == self.gain.longest else None
+        tables = self.by_position, self.by_recall
+        key = None if self.keys is None else Score(self.key_nll_sum, int(self.keys.sum()), None)
+        return DocumentScore(
+            self.document.doc_id, self.document.where, score, self.context, *tables, gain, self.document.kept, key
+        )
+
+
+@dataclass(frozen=True)
+class _ScoredWindow(Window):
+    """The inputs of a document's targets: the hidden state of each input predicts the next id."""
+
+    tally: _Tally
+
+
+@dataclass
+class Scorer:
+    """A scorer of documents, in order, on the ranks of one group. The fields are as the arguments of `score`."""
+
+    reader: Reader
+    cut: Cut
+    by_position: bool = False
+    by_recall: bool = False
+    count_bytes: Callable[[np.ndarray], int | None] | None = None
+    on_tokens: OnTokens | None = None
+    judge: Judge | None = None
+    open: deque[_Tally] = field(default_factory=deque, init=False)  # documents whose windows are being read
+
+    def run(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[DocumentScore]:
+        """Yield the score of each checked document at each context, in order."""
+        measured: deque[tuple[Sequence[Piece[_ScoredWindow]], Callable[[], Tensor]]] = deque()
+        for pieces in self.reader.read(self._windows(sequences)):
+            measured.append((pieces, self._measure(pieces)))
+            # within a window, the device computes the next chunk while the host sums the previous one
+            ends = bool(pieces) and pieces[-1].stop == pieces[-1].window.stop
+            while len(measured) > (0 if ends else 1):
+                self._add_up(*measured.popleft())
+            while self.open and self.open[0].ends:
+                yield self.open.popleft().result()
+
+    def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
+        """Report the tokens that another group of ranks has scored."""
+        scored = portion.items * self.cut.last if self.cut.last else portion.length
+        self.reader.on_progress(scored * len(self.cut.contexts))
+
+    def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_ScoredWindow]:
+        contexts = [context for context in self.cut.contexts if context is not None]
+        for sequence in sequences:
+            document = sequence.document
+            if self.cut.last and len(document) < self.cut.least:
+                continue
+            gain = GainTally(contexts) if len(contexts) > 1 else None
+            first = len(document) - self.cut.last if self.cut.last else self.cut.first
+            keys = self.judge.keys(document, first, max(0, len(document) - first)) if self.judge else None
+            for context in self.cut.contexts:
+                tally = self._tally(document, context, Bigrams(sequence), gain, keys)
+                self.open.append(tally)
+                if not tally.expected:
+                    yield _ScoredWindow(sequence, 0, 0, 0, tally)
+                for start, stop, wanted in self.cut.inputs(len(document), context):
+                    yield _ScoredWindow(sequence, start, stop, wanted, tally)
+
+    def _tally(
+        self,
+        document: Document,
+        context: int | None,
+        bigrams: Bigrams,
+        gain: GainTally | None,
+        keys: np.ndarray | None,
+    ) -> _Tally:
+        expected = max(0, len(document) - self.cut.first)
+        n_bytes = document.n_bytes if self.cut.bos else None  # without bos, the first token is not scored
+        if self.cut.last:
+            expected = self.cut.last
+            ids = document.read(len(document) - expected, len(document))
+            n_bytes = self.count_bytes(ids) if self.count_bytes else None
+        positions = ByPosition(min(self.reader.model.config.pattern.segment_lengths)) if self.by_position else None
+        recall = ByRecall() if self.by_recall else None
+        return _Tally(document, context, expected, n_bytes, positions, recall, bigrams, gain, keys)
+
+    @torch.inference_mode()
+    def _measure(self, pieces: Sequence[Piece[_ScoredWindow]]) -> Callable[[], Tensor]:
+        """Return a function that waits for the nats (tokens,) of the pieces' targets, and returns them on the host."""
+        device, ranks = self.reader.device, self.reader.ranks
+        nll = torch.zeros(sum(map(len, pieces)), device=device)
+        places = nll.split([len(piece) for piece in pieces])
+        mine = [(piece, place) for piece, place in zip(pieces, places, strict=True) if piece.hidden is not None]
+        if mine:
+            hidden = torch.cat([piece.hidden for piece, _ in mine if piece.hidden is not None])
+            ids = np.concatenate([self._targets(piece) for piece, _ in mine])
+            targets = to_device(torch.from_numpy(ids), device)
+            with precision(self.reader.dtype, device):
+                found = self.reader.model.nll(hidden, targets)
+            for (_, place), part in zip(mine, found.split([len(piece) for piece, _ in mine]), strict=True):
+                place.copy_(part)
+        ranks.sum(nll)
+        return to_host(nll)
+
+    def _add_up(self, pieces: Sequence[Piece[_ScoredWindow]], nll: Callable[[], Tensor]) -> None:
+        """Add the nats of the pieces' targets to their documents."""
+        for piece, part in zip(pieces, nll().split([len(piece) for piece in pieces]), strict=True):
+            self._add(piece, part.numpy())
+
+    def _add(self, piece: Piece[_ScoredWindow], nll: np.ndarray) -> None:
+        tally = piece.window.tally
+        first = piece.start + 1 - len(self.cut.bos)
+        if not np.isfinite(nll).all():
+            token = first + int(np.argmin(np.isfinite(nll)))
+            advice = "--dtype fp16 overflows, take bf16 or fp32" if self.reader.dtype == "fp16" else ADVICE
+            raise NotFiniteError(
+                f"{tally.document.where}: document {tally.document.doc_id!r}: the log-probability of token {token} is "
+                f"not finite: {advice}"
+            )
+        tally.nll_sum += float(nll.sum(dtype=np.float64))
+        if tally.keys is not None:
+            keys = tally.keys[tally.n_tokens : tally.n_tokens + len(nll)]
+            tally.key_nll_sum += float(nll[keys].sum(dtype=np.float64))
+        tally.n_tokens += len(nll)
+        if tally.by_position:
+            tally.by_position.add(piece.start - piece.window.start, nll)
+        if tally.by_recall:
+            tally.by_recall.add(tally.bigrams.distances(piece.start + 1, piece.stop + 1), nll)
+        if tally.gain and tally.context is not None:
+            tally.gain.add(tally.context, nll)
+        if self.on_tokens and len(nll):
+            self.on_tokens(tally.document, first, self._targets(piece), -nll)
+
+    @staticmethod
+    def _targets(piece: Piece[_ScoredWindow]) -> np.ndarray:
+        return piece.window.sequence.read(piece.start + 1, piece.stop + 1)
+
+
+def _pack(found: Iterable[DocumentScore]) -> bytes:
+    """Return scores as JSON, which keeps floats exact. Values of kept columns become the values that are printed."""
+    rows = []
+    for each in found:
+        positions = each.by_position and [each.by_position.segment, each.by_position.seen, each.by_position.inside]
+        recall = each.by_recall and [each.by_recall.table]
+        tables = [
+            [item.tolist() if isinstance(item, np.ndarray) else item for item in kept or ()]
+            for kept in (positions, recall)
+        ]
+        rows.append(
+            [
+                each.doc_id,
+                each.where,
+                *astuple(each.score),
+                each.context,
+                *tables,
+                each.gain,
+                {name: value.as_py() for name, value in each.kept.items()},
+            ]
+        )
+    return to_json(rows).encode()
+
+
+def _unpack(data: bytes) -> Iterator[DocumentScore]:
+    for doc_id, where, nll_sum, n_tokens, n_bytes, context, positions, recall, gain, kept in json.loads(data):
+        yield DocumentScore(
+            doc_id,
+            where,
+            Score(nll_sum, n_tokens, n_bytes),
+            context,
+            ByPosition(positions[0], *map(np.array, positions[1:])) if positions else None,
+            ByRecall(np.array(recall[0])) if recall else None,
+            Gain(*gain) if gain else None,
+            {name: cast(pa.Scalar, Sent(value)) for name, value in kept.items()},
+        )

@@ -1,0 +1,140 @@
+"""What the content has chosen: the sources of an answer, and the file that `score --chosen` writes.
+
+Sources are passages of what was read that were chosen while the answer was generated, more than before. For each block,
+the share of a generated token's layers that see it is compared with the share of the groups before that have chosen it,
+where they could. The blocks with the largest difference, and neighbours with half of it, are passages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from longnet_cli.attention import Pattern
+from longnet_cli.attention.groups import GroupedPart
+from longnet_cli.data.outputs import ShardWriter
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.running.chunks import CausalStream
+from longnet_cli.running.reader import OnWindows, Window
+
+BATCH = 1 << 14  # rows per record batch
+
+
+def chosen_schema(metadata: Mapping[str, str] | None = None) -> pa.Schema:
+    """Return the schema of chosen blocks: a row says what the tokens [start, stop) of a document see in a layer.
+
+    Positions count the tokens that the net reads, those before the document included. Block b is the tokens
+    [b n, (b + 1) n), for n in the metadata as `longnet.chosen_block`.
+    """
+    fields = [
+        pa.field("doc_id", pa.string()),
+        pa.field("layer", pa.int32(), nullable=False),
+        pa.field("start", pa.int64(), nullable=False),
+        pa.field("stop", pa.int64(), nullable=False),
+        pa.field("blocks", pa.list_(pa.int32()), nullable=False),
+    ]
+    return pa.schema(fields, metadata=dict(metadata or {}))
+
+
+@contextmanager
+def write_chosen(path: str | Path, pattern: Pattern, metadata: Mapping[str, str] | None = None) -> Iterator[OnWindows]:
+    """Open a file for chosen blocks (see `chosen_schema`), and yield the `on_choice` of `score`."""
+    rows: list[dict[str, Any]] = []
+    size, every = pattern.chosen_block, pattern.chosen_every
+    with ShardWriter(path, chosen_schema({**(metadata or {}), "longnet.chosen_block": str(size)})) as writer:
+
+        def flush() -> None:
+            if rows:
+                writer.write(pa.RecordBatch.from_pylist(rows, schema=writer.schema))
+            rows.clear()
+
+        def on_choice(windows: Sequence[Window], layer: int, part: GroupedPart, chosen: list[Tensor]) -> None:
+            first, _, queries, _ = part.groups
+            for window, of_row in zip(windows[part.rows], chosen, strict=True):
+                name = window.sequence.document.doc_id  # type: ignore[attr-defined]
+                for start, blocks in zip(range(first, len(window), every), of_row.tolist(), strict=False):
+                    stop = min(start + queries, len(window))  # the rest is padding
+                    rows.append({"doc_id": name, "layer": layer, "start": start, "stop": stop, "blocks": blocks})
+            if len(rows) >= BATCH:
+                flush()
+
+        yield on_choice
+        flush()
+
+
+PASSAGES = 3
+
+
+class Passage(NamedTuple):
+    """A passage: characters [start, end) of all text read, its share of the answer's choices, and of those before."""
+
+    start: int
+    end: int
+    share: float
+    share_before: float
+    text: str
+
+
+class Sources:
+    """A watch over the choices of one stream, row 0. Call `begin` when the prompt is read; `found` at the end."""
+
+    def __init__(self, stream: CausalStream) -> None:
+        self.stream, self.pattern = stream, stream.model.config.pattern
+        self._last: dict[int, Tensor] = {}  # by layer: what the last token sees; it predicts the first of the answer
+        self._seen: list[Tensor] = []  # of the answer: blocks, one tensor per token and layer
+        self._before: np.ndarray | None = None
+        stream.watch(self._on_choice)
+
+    def begin(self) -> None:
+        """Count from now on what the answer sees."""
+        self._seen = [*self._last.values()]
+        counts = [cache.past.counts[0] for cache in self.stream.caches if cache.past and cache.past.counts is not None]
+        longest = max(map(len, counts), default=0)
+        total = sum(np.pad(x.cpu().numpy(), (0, longest - len(x))) for x in counts)
+        self._before = total / (len(counts) * self._choosers(longest).clip(1)) if longest else np.zeros(0)
+
+    def found(self, tokenizer: Tokenizer) -> list[Passage]:
+        """Return up to PASSAGES passages, the most telling one first; [] if all that was read was always seen."""
+        if not self._seen or self._before is None:
+            return []
+        seen = torch.cat(self._seen).cpu().numpy()
+        number = max(int(seen.max()) + 1, len(self._before))
+        share = np.bincount(seen, minlength=number) / len(self._seen)
+        before = np.pad(self._before, (0, number - len(self._before)))
+        more, passages = share - before, list[Passage]()
+        more[0] = 0  # every group sees the first block
+        ids, size = torch.cat(self.stream.ids, 1)[0].cpu().numpy(), self.pattern.chosen_block
+        while len(passages) < PASSAGES and more.max() > 0:
+            best = int(more.argmax())
+            least, first, last = more[best] / 2, best, best
+            while first and more[first - 1] >= least:
+                first -= 1
+            while last + 1 < number and more[last + 1] >= least:
+                last += 1
+            start = len(tokenizer.decode(ids[: first * size], special=False).rstrip("\ufffd"))  # of a cut character
+            text = tokenizer.decode(ids[: (last + 1) * size], special=False).rstrip("\ufffd")
+            passages.append(Passage(start, len(text), float(share[best]), float(before[best]), text[start:]))
+            more[first : last + 1] = 0
+        return passages
+
+    def _on_choice(self, layer: int, part: GroupedPart, chosen: list[Tensor]) -> None:
+        if part.groups.near <= self.pattern.chosen_keys:
+            return  # all blocks are seen
+        if self._before is None:
+            self._last[layer] = chosen[0][-1]
+        else:
+            self._seen += [blocks for blocks in chosen[0] for _ in range(part.groups.queries)]
+
+    def _choosers(self, blocks: int) -> np.ndarray:
+        """Return how many groups so far could choose each of the first blocks."""
+        pattern, (w,), (back,) = self.pattern, self.pattern.segment_lengths, self.pattern.look_backs
+        ends = np.maximum(np.arange(blocks) * pattern.chosen_block, pattern.chosen_keys)
+        first = (ends // w + back + 1) * w  # the first query that sees blocks beyond the end
+        return (-(-self.stream.position // pattern.chosen_every) - -(-first // pattern.chosen_every)).clip(0)

@@ -1,0 +1,310 @@
+"""The `tokenize` job: text documents in, shards of token ids out, with the tokenizer that made them.
+
+    Inputs.texts --in_two_threads--> Tokenizer.encode_parts -> TokenBatches -> ShardFolder or ShardWriter
+                    or `deal`
+
+Memory holds the largest row of text and one record batch, however large a file of text or the corpus is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+
+from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.data.documents import LeftOut, OnSkip, Unread
+from longnet_cli.data.formats import Text
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.outputs import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_schema
+from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
+from longnet_cli.data.tokenizer import Tokenizer, end_of_text
+from longnet_cli.jobs.token_feed import TokenBatches, in_two_threads
+from longnet_cli.running.ranks.portions import portions
+
+if TYPE_CHECKING:
+    from longnet_cli.running.ranks.ranks import Ranks
+
+SHARD_TOKENS = 1 << 27
+BATCH_BYTES = 64 << 20  # of token ids in a record batch of a file
+SMALL_BATCH_BYTES = 4 << 20  # on stdout, where a reader waits, and as JSON, which takes much memory
+TEXT_CHARS = 4 << 20  # characters of text encoded together
+
+# Called with (documents, tokens, bytes) so far, including an earlier run
+OnProgress = Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True)
+class TokenizeResult:
+    """The totals of the output, written by this run and the runs that it resumed.
+
+    `bytes` counts the UTF-8 bytes of the texts; for a chat, of the text after its template. `shards` is empty if the
+    output is stdout or a pipe.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    shards: list[Path]
+    tokenizer: Tokenizer
+
+
+def tokenize(
+    inputs: Inputs,
+    output: str | Path,
+    *,
+    tokenizer: str | Path | Tokenizer = "bytes",
+    train_vocab: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    shard_format: ShardFormat = "arrow",
+    eos: str | int | bool = False,
+    resume: bool = False,
+    left_out: LeftOut | None = None,
+    ranks: Ranks | None = None,
+    on_progress: OnProgress | None = None,
+) -> TokenizeResult | None:
+    """Write the inputs' texts as token ids: a row per document, or several with `part` 0, 1, ... past 64 MB.
+
+    `output` is a folder (see `data.shards`; its manifest keeps the tokenizer), one .arrow, .feather, .parquet or .jsonl
+    file (with `NAME.tokenizer.json` beside it), or `-`, a stream on stdout of small batches that do not wait for a slow
+    input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends a token to every document: the
+    token with this name or this id, or the tokenizer's own end of text (True). Chats need the template in the
+    tokenizer's folder. `train_vocab` first trains a byte-level BPE of that size on the same inputs.
+
+    `resume` continues a folder that an earlier run with the same inputs and options left unfinished. The result is byte
+    for byte as if the run had never stopped, and finished shards are not tokenized again. A file or a row that cannot
+    be read ends the run, unless `left_out` counts it. A resumed run counts again what the earlier run left out, and the
+    manifest has the number. Several `ranks` share the work: rank 0 writes the same bytes, and the others get None.
+
+    Raises ConfigError for options that do not fit together and for a folder that is in use, DataError for bad input or
+    if everything is left out, LongNetError when a write fails. After an error there is no output file, and a folder
+    keeps its finished shards.
+    """
+    if shard_tokens < 1:
+        raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
+    in_folder = is_folder(output, resume=resume)
+    left_out, first = left_out or LeftOut(), ranks is None or ranks.first
+    if train_vocab is not None and ranks is not None and ranks.world > 1:
+        raise ConfigError("a tokenizer is trained by one process: train it first, without --dp")
+    # a folder that cannot be resumed is refused here, before a tokenizer is trained
+    earlier = run_to_resume(output, resume=resume) if in_folder and first else None
+    inputs = replace(inputs, skip_bad=left_out.skip is not None)
+    loaded = _tokenizer(inputs, tokenizer, train_vocab, earlier.tokenizer if earlier else None)
+    appended = end_of_text(eos, loaded)
+    own, eos_id = loaded.eos_id, loaded.eos_id if appended is None else appended
+    loaded = loaded.with_eos(eos_id)
+    schema = token_schema(vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256)
+
+    opened: list[tuple[str, str | None]] | None = [] if in_folder and first else None
+    texts = _apart(_readable(replace(inputs, tokenizer=loaded, opened=opened).texts(), left_out.skip))
+    with ExitStack() as stack:
+        folder: ShardFolder | None = None
+        rows: TokenBatches | None = None
+        if in_folder and first:
+            from longnet_cli.data.chat import chat_settings  # loads Jinja, which files and streams do not need
+
+            settings = {
+                "inputs": inputs.fingerprint(),
+                "column": inputs.column,
+                **({"id_column": inputs.id_column} if inputs.id_column else {}),
+                "tokenizer": loaded.sha256,
+                "train_vocab": train_vocab,
+                "eos": appended is not None if appended in (None, own) else str(appended),  # 1 would equal True
+                "shard_tokens": shard_tokens,
+                **chat_settings(loaded),
+            }
+            about: dict[str, Any] = {"settings": settings, "format": shard_format, "tokenizer": loaded.description}
+            folder = ShardFolder(output, schema, **about, resume=resume, left_out=left_out, opened=opened)
+            stack.enter_context(folder)
+            rows = TokenBatches(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
+        elif first:
+            writer = stack.enter_context(ShardWriter(output, schema))
+            small = str(output) == "-" or str(output).endswith(".jsonl")
+            rows = TokenBatches(
+                schema, SMALL_BATCH_BYTES if small else BATCH_BYTES, lambda batch, **counts: writer.write(batch)
+            )
+        finished, done = bool(folder and folder.finished), folder.documents if folder else 0
+        if ranks:
+            finished, done = ranks.any(finished), ranks.from_first(done)
+        if not finished:
+            prompt = str(output) == "-"
+            remaining = folder.unread(texts) if folder else islice(texts, done, None)
+            _run(remaining, loaded, rows, ranks, eos_id=appended, prompt=prompt, on_progress=on_progress)
+    if rows is None:
+        return None
+    shards = folder.paths if folder else []
+    if beside := tokenizer_beside(output):
+        loaded.save(beside)
+        shards = [Path(output)]
+    return TokenizeResult(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"], shards, loaded)
+
+
+def tokenizer_beside(output: str | Path) -> Path | None:
+    """Return the path of the tokenizer beside an output file; None for a folder, a stream, a device or a named pipe."""
+    return Path(output).with_suffix(".tokenizer.json") if str(output).endswith(OUTPUT_SUFFIXES) else None
+
+
+def _tokenizer(
+    inputs: Inputs, tokenizer: str | Path | Tokenizer, train_vocab: int | None, earlier: dict[str, str] | None
+) -> Tokenizer:
+    """Return the given tokenizer, or the one that an `earlier` run trained (`Tokenizer.description`), or train one."""
+    if train_vocab is None:
+        return tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+    if tokenizer != "bytes":
+        raise ConfigError("give a tokenizer or train one, not both")
+    if earlier is not None:
+        return Tokenizer.from_description(earlier)
+    if any(str(item) == "-" for item in inputs.names):
+        raise ConfigError("training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file")
+    texts = (text for text in inputs.texts() if isinstance(text, Text))
+    return Tokenizer.train((part for text in texts for part in text.parts), train_vocab)
+
+
+def _readable(texts: Iterator[Text | Unread], on_skip: OnSkip | None) -> Iterator[Text]:
+    """Yield the texts that could be read, and pass the others to `on_skip`. Raises DataError if all are left out."""
+    found = skipped = False
+    for text in texts:
+        if isinstance(text, Unread):
+            skipped = True
+            assert on_skip  # without it, the inputs raise the error
+            on_skip(text, text.error)
+        else:
+            found = True
+            yield text
+    if skipped and not found:
+        raise DataError("there is nothing to tokenize: every document is left out")
+
+
+def _apart(texts: Iterator[Text]) -> Iterator[Text]:
+    """Number consecutive texts with the same doc_id, which would otherwise be read back as one document."""
+    last, repeats = None, 0
+    for text in texts:
+        repeats = repeats + 1 if text.doc_id == last else 0
+        last = text.doc_id
+        yield replace(text, doc_id=f"{text.doc_id}#{repeats}") if repeats else text
+
+
+class _TextPart(NamedTuple):
+    """A piece of a document's text; None is its end. A chat is one piece, which returns its `ids`."""
+
+    doc_id: str
+    text: str | None
+    ids: Callable[[], np.ndarray] | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.text or "")
+
+
+class _Encoded(NamedTuple):
+    """The next (n,) int32 ids of a document, from `size` bytes of its text. `ends` marks the last ids."""
+
+    doc_id: str
+    ids: np.ndarray
+    size: int
+    ends: bool
+
+
+def _run(
+    texts: Iterator[Text],
+    tokenizer: Tokenizer,
+    rows: TokenBatches | None,
+    ranks: Ranks | None,
+    *,
+    eos_id: int | None,
+    prompt: bool = False,
+    on_progress: OnProgress | None,
+) -> None:
+    """Tokenize all texts into the `rows` of rank 0. With `prompt`, write each group as soon as it is done."""
+    ending = np.array([] if eos_id is None else [eos_id], np.int32)
+
+    def pieces() -> Iterator[_TextPart]:
+        for text in texts:
+            for piece in [text.text] if text.ids else tokenizer.pieces(text.parts):
+                yield _TextPart(text.doc_id, piece, text.ids)
+            yield _TextPart(text.doc_id, None)
+
+    def encode(group: Iterable[_TextPart]) -> Iterator[_Encoded]:
+        given = list(group)
+        current = 0
+        for index, ids, size in tokenizer.encode_parts(["" if piece.ids else piece.text or "" for piece in given]):
+            yield from passed(given[current:index])
+            yield _Encoded(given[index].doc_id, ids, size, False)
+            current = index
+        yield from passed(given[current:])
+
+    def passed(pieces: Sequence[_TextPart]) -> Iterator[_Encoded]:
+        """Yield the ids of pieces without text to encode: chats and the ends of documents."""
+        for piece in pieces:
+            if piece.ids:
+                yield _Encoded(piece.doc_id, piece.ids(), len((piece.text or "").encode()), False)
+            if piece.text is None:
+                yield _Encoded(piece.doc_id, ending, 0, True)
+
+    def take(found: Iterable[_Encoded], rows: TokenBatches, check: Callable[[], None] = lambda: None) -> None:
+        reported = rows.totals["bytes"]
+        for encoded in found:
+            check()
+            rows.add(encoded.doc_id, encoded.ids, encoded.size)
+            if encoded.ends:
+                rows.end_document(encoded.doc_id)
+            if rows.totals["bytes"] - reported >= TEXT_CHARS:  # a long text is many parts
+                report(rows)
+                reported = rows.totals["bytes"]
+        if prompt:
+            rows.flush()
+        report(rows)
+
+    length = attrgetter("length")
+
+    def report(rows: TokenBatches) -> None:
+        if on_progress:
+            on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
+
+    if rows and (ranks is None or ranks.world == 1):
+        in_two_threads(
+            pieces(), length, TEXT_CHARS, lambda group, check: take(encode(group), rows, check), abandon=prompt
+        )
+    elif ranks:
+        from longnet_cli.running.ranks.dealing import Codec, deal  # loads torch, which one process does not need
+
+        parts = portions(pieces(), TEXT_CHARS, length_of=length)
+        for _, found in deal(parts, encode, ranks, Codec(_pack, _unpack), ahead=2 * ranks.world):
+            take(found, cast(TokenBatches, rows))  # on rank 0: the others get nothing
+    if rows:
+        rows.flush()
+
+
+def _pack(found: Iterable[_Encoded]) -> bytes:
+    """Return encoded pieces as an Arrow stream of one record batch."""
+    rows = list(found)
+    if not rows:
+        return b""
+    doc_ids, ids, sizes, ends = zip(*rows, strict=True)
+    offsets = np.cumsum([0, *map(len, ids)])
+    columns = {
+        "doc_id": pa.array(doc_ids, pa.string()),
+        "ids": pa.LargeListArray.from_arrays(offsets, np.concatenate(ids)),
+        "size": sizes,
+        "ends": ends,
+    }
+    from longnet_cli.running.ranks.dealing import BATCHES
+
+    return BATCHES.pack([pa.record_batch(columns)])
+
+
+def _unpack(data: bytes) -> Iterator[_Encoded]:
+    from longnet_cli.running.ranks.dealing import BATCHES
+
+    for batch in BATCHES.unpack(data):
+        doc_ids, ids, sizes, ends = batch.columns
+        offsets, values = ids.offsets.to_numpy(), ids.values.to_numpy()
+        for row, (start, stop) in enumerate(pairwise(offsets)):
+            yield _Encoded(doc_ids[row].as_py(), values[start:stop], sizes[row].as_py(), ends[row].as_py())

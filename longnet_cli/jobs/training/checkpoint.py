@@ -1,0 +1,243 @@
+"""Checkpoints of a run: everything it needs to continue as if nothing had happened, whole or not there at all.
+
+    RUN/checkpoints/step-00000200/
+        state.json            step, position in the data, recipe, versions; size and SHA-256 of every other file
+        shard-*.safetensors   weights, optimizer state and random numbers, by torch.distributed.checkpoint
+
+A checkpoint is written under another name, and renamed when it is on the disk. Every rank writes the tensors that it
+holds. Any number of ranks can read a checkpoint, each the parts that it needs. There is no pickle: the tensors are
+safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from longnet_cli.basics import atomic as checksums
+from longnet_cli.basics.atomic import whole_folder
+from longnet_cli.basics.errors import CheckpointError, LongNetError
+from longnet_cli.nets.weights import tensor_digest
+from longnet_cli.running.device import random_state, set_random_state
+from longnet_cli.running.ranks.ranks import Ranks
+
+STATE = "state.json"
+STATE_VERSION = 1
+CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
+
+
+class Checkpoints:
+    """The checkpoints in a folder, of which the newest `keep` stay.
+
+    With one rank, `save` copies the tensors and writes them in the background, one checkpoint at a time. Several ranks
+    write together and wait for each other, because a second thread's collective could mix with the training step's.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
+        self.folder, self.ranks, self.keep = folder, ranks, keep
+        self.saved: int | None = None  # step of the newest checkpoint on the disk, or being written
+        self._thread: threading.Thread | None = None
+        self._error: LongNetError | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write the checkpoint of a step. Raises LongNetError if this one or the last one cannot be written."""
+        self.finish()
+        if step == self.saved:
+            return
+        if self.ranks.world > 1:
+            self._write(step, tensors, facts)
+            self.finish()
+        else:
+            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            self._thread = threading.Thread(target=self._write, args=(step, copies, facts), name="checkpoint")
+            self._thread.start()
+        self.saved = step
+
+    def finish(self) -> None:
+        """Wait until the checkpoint being written is on the disk. Raises LongNetError if that failed."""
+        self.wait()
+        self.check()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def check(self) -> None:
+        """Raise LongNetError if a checkpoint could not be written."""
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f".{final.name}.incomplete"  # all ranks know this name
+        try:
+            with ExitStack() as stack:
+                if self.ranks.first:
+                    # a final one is damaged: no step is written twice otherwise
+                    for old in (final, *self.folder.glob(".step-*.incomplete")):
+                        shutil.rmtree(old, ignore_errors=True)
+                    stack.enter_context(whole_folder(final, temporary=partial))
+                self.ranks.barrier()
+                save_tensors(partial, tensors)
+                if self.ranks.first:
+                    checksums.write_manifest(partial / STATE, STATE_VERSION, facts)
+            if self.ranks.first:
+                found = checkpoints_in(self.folder)
+                for old in found[found.index(final) + self.keep :]:  # later ones are damaged, and do not count
+                    shutil.rmtree(old)
+        except Exception as error:  # any error: in a thread it would be lost, and the run without checkpoints
+            cause = error.__cause__ or error
+            reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+            self._error = LongNetError(f"{final}: cannot write the checkpoint: {reason}; the one before it is kept")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the whole checkpoints in a folder, newest first. A checkpoint being written has another name."""
+    found = [path for path in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) -> Path | None:
+    """Return the newest undamaged checkpoint in a folder; None where none was ever written.
+
+    `on_damaged` gets a message about each damaged checkpoint that is skipped. Rank 0 looks, for all ranks. Raises
+    CheckpointError when there are checkpoints and all are damaged.
+    """
+    found = checkpoints_in(folder)
+    chosen = len(found)
+    if ranks.first:
+        for index, path in enumerate(found):
+            damage = find_damage(path)
+            if damage is None:
+                chosen = index
+                break
+            on_damaged(f"{path} is damaged ({damage}); the one before it is used")
+    chosen = ranks.from_first(chosen)
+    if chosen < len(found):
+        return found[chosen]
+    if found:
+        raise CheckpointError(
+            f"{folder}: all {len(found)} checkpoints are damaged; start again with -o and another folder"
+        )
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Compare all files of a checkpoint with their sizes and SHA-256; return what is wrong, or None."""
+    return checksums.find_damage(checkpoint / STATE, STATE_VERSION)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read state.json. Raises CheckpointError for other content than was written, OSError for a missing file."""
+    return checksums.read_manifest(checkpoint / STATE, STATE_VERSION)
+
+
+def tensor_names(checkpoint: Path) -> set[str]:
+    """Return the names of the tensors of a checkpoint."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    return set(HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata)
+
+
+def load_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors, in place, with the checkpoint's tensors of the same names. A sharded tensor gets its shard.
+
+    Raises CheckpointError where the checkpoint lacks a name or has another shape.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch warns that there is only one process
+            reader = HuggingFaceStorageReader(str(checkpoint))
+            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:
+        raise CheckpointError(f"{checkpoint}: {_cause(error)}") from None
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write and flush safetensors files. Raises OSError."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:
+        cause = _cause(error)
+        raise cause if isinstance(cause, OSError) else OSError(str(cause)) from None
+
+
+def _cause(error: Any) -> BaseException:
+    """Return the failure of the first rank that has one: torch.distributed.checkpoint wraps all in one exception."""
+    return min(error.failures.items())[1][0]
+
+
+Optimizers = Sequence[torch.optim.Optimizer]
+
+
+def run_tensors(model: nn.Module, optimizers: Optimizers, random: Sequence[Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Return the tensors to save: `model.NAME` and `optimizer.NAME.KEY` of trained weights, `random.RANK.INDEX`."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    tensors = {f"model.{name}": p.detach() for name, p in trained}
+    tensors |= {
+        f"optimizer.{name}.{key}": value
+        for name, p in trained
+        for key, value in _state_of(p, optimizers).items()
+        if isinstance(value, Tensor)
+    }
+    return tensors | {f"random.{ranks.rank}.{index}": state for index, state in enumerate(random)}
+
+
+def frozen_digest(model: nn.Module) -> str | None:
+    """Return a digest of the weights that are not trained, and so in no checkpoint; None if all are trained."""
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    return tensor_digest(frozen) if frozen else None
+
+
+def restore(checkpoint: Path, model: nn.Module, optimizers: Optimizers, device: torch.device, ranks: Ranks) -> None:
+    """Load a checkpoint's tensors into a net, its fresh optimizers and the random number generators.
+
+    A rank that the checkpoint does not have, because there were fewer, keeps its own random numbers. Raises
+    CheckpointError for a checkpoint of another net.
+    """
+    names = tensor_names(checkpoint)
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        for key in _keys(names, f"optimizer.{name}."):
+            value = torch.zeros_like(p.detach()) if key != "step" else torch.zeros((), device=p.device)
+            _state_of(p, optimizers)[key] = value
+    random = random_state(device)
+    wanted = run_tensors(model, optimizers, random, ranks)
+    if not all(name in names for name in wanted if name.startswith("random.")):
+        wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith("random.")}
+    load_tensors(checkpoint, wanted)
+    set_random_state(random, device)
+
+
+def _state_of(p: Tensor, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Return the state of a parameter in its optimizer: the dict itself, empty before the first step."""
+    owner = next(o for o in optimizers if any(p is mine for group in o.param_groups for mine in group["params"]))
+    return owner.state[p]
+
+
+def _keys(names: Iterable[str], prefix: str) -> list[str]:
+    rest = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+    return [key for key in rest if "." not in key]

@@ -1,0 +1,215 @@
+"""The report of a run: metrics.jsonl, one line every few steps, and trackers that get the same numbers.
+
+Trackers are TensorBoard and Weights & Biases. Each is an optional extra.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from longnet_cli.basics.atomic import write_file, writing
+from longnet_cli.basics.configuration import parse
+from longnet_cli.basics.errors import ConfigError
+
+
+class Tracker(Protocol):
+    """The interface of every tracker."""
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log the metrics of a step; leave out values that are not numbers."""
+
+    def close(self) -> None:
+        """Write what is buffered, and close the tracker."""
+
+
+class TensorBoard:
+    """Event files in `output`/tensorboard, for `tensorboard --logdir`."""
+
+    def __init__(self, output: Path, settings: Mapping[str, Any], step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise _missing("tensorboard") from None
+        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in _numbers(values).items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """A Weights & Biases run, as WANDB_PROJECT, WANDB_MODE and others set it, with the recipe as its config."""
+
+    def __init__(self, output: Path, settings: Mapping[str, Any], step: int) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise _missing("wandb") from None
+        output.mkdir(parents=True, exist_ok=True)  # otherwise wandb takes a temporary folder
+        self.run = wandb.init(dir=str(output), name=output.name, config=dict(settings))
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self.run.log(_numbers(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+_KINDS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb}
+
+
+def open_trackers(
+    names: Sequence[str], output: str | Path, settings: Mapping[str, Any], *, step: int = 0
+) -> list[Tracker]:
+    """Return the trackers of `train.track`, for a run in the folder `output` with the recipe `settings`.
+
+    A run that continues from `step` repeats the steps after it, so TensorBoard drops its values for them.
+
+    Raises ConfigError, of one line, for a tracker that is not installed.
+    """
+    return [_KINDS[name](Path(output), settings, step) for name in dict.fromkeys(names)]
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
+    }
+
+
+def _missing(name: str) -> ConfigError:
+    return ConfigError(f"train.track: {name} is not installed: pip install 'longnet-cli[{name}]'")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """A line of metrics. `loss` and `grad_norm` (before clipping) are means since the last line.
+
+    A loss is in nats per token or, for contrast, nats per text.
+
+    `mfu` is the net's FLOP rate, forward and backward, with the true lengths of documents, divided by all ranks' rate
+    of matrix products. It is None if that rate is unknown, or lower than the net's because other work slowed its
+    measurement. `temperature` is None unless it is learned, and `held_out_*` are None except at evaluations.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_second: float
+    seq_len: int
+    peak_memory_bytes: int
+    mfu: float | None = None
+    temperature: float | None = None
+    held_out_loss: float | None = None
+    held_out_ppl: float | None = None
+    held_out_bpb: float | None = None
+    held_out_recall_1: float | None = None
+    held_out_recall_10: float | None = None
+    held_out_mrr: float | None = None
+
+
+class MetricsLog:
+    """A log that collects steps and appends a line to metrics.jsonl on request. Without a path it only collects."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.tokens = 0
+        self.lowest: float | None = None  # the lowest mean loss of a line so far
+        self._reset()
+
+    def _reset(self) -> None:
+        self.began, self.steps, self.new_tokens = time.perf_counter(), 0, 0
+        self.flops, self.loss, self.grad_norm = 0.0, 0.0, 0.0
+
+    def add(self, tokens: int, flops: float, loss: float, grad_norm: float) -> None:
+        """Add a step of all ranks."""
+        self.steps += 1
+        self.tokens += tokens
+        self.new_tokens += tokens
+        self.flops += flops
+        self.loss += loss
+        self.grad_norm += grad_norm
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock within the context, so that work other than training does not count in the speed."""
+        paused = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.began += time.perf_counter() - paused
+
+    def write(
+        self,
+        step: int,
+        lr: float,
+        seq_len: int,
+        *,
+        memory: int,
+        peak: float | None = None,
+        temperature: float | None = None,
+        held_out: Mapping[str, float | None] | None = None,
+    ) -> Metrics:
+        """Write and return a line for the steps since the last; `peak` is all ranks' matrix product rate in FLOP/s.
+
+        `held_out` has the fields of an evaluation.
+        """
+        seconds = time.perf_counter() - self.began
+        share = self.flops / seconds / peak if peak else None
+        found: dict[str, Any] = dict(held_out or {})
+        line = Metrics(
+            step=step,
+            tokens=self.tokens,
+            loss=self.loss / self.steps,
+            lr=lr,
+            grad_norm=self.grad_norm / self.steps,
+            tokens_per_second=self.new_tokens / seconds,
+            seq_len=seq_len,
+            peak_memory_bytes=memory,
+            mfu=share if share is not None and share <= 1 else None,
+            temperature=temperature,
+            **found,
+        )
+        if self.path:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(line), allow_nan=False) + "\n")
+        self.lowest = line.loss if self.lowest is None else min(line.loss, self.lowest)
+        self._reset()
+        return line
+
+    def state(self) -> dict[str, Any]:
+        """Return a state from which a resumed run writes an uninterrupted run's lines (except for the rate)."""
+        seconds = time.perf_counter() - self.began
+        names = ("tokens", "lowest", "steps", "new_tokens", "flops", "loss", "grad_norm")
+        return {"seconds": seconds, **{name: getattr(self, name) for name in names}}
+
+    def resume(self, state: dict[str, Any] | None, step: int) -> None:
+        """Continue from a `state`, or start with None. Drop the lines after `step`, which were never saved."""
+        known = dict(state or {})
+        self.began = time.perf_counter() - known.pop("seconds", 0.0)
+        for name, value in known.items():
+            setattr(self, name, value)
+        if self.path:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+            write_file(self.path, "".join(line for line in lines if _step_of(line) <= step).encode())
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line of metrics; infinity for a line that a kill cut short."""
+    try:
+        step = parse(line)["step"]
+        return step if isinstance(step, int) else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,71 @@
+"""The optimizers of a net's parameters, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.nets.net import Net
+from longnet_cli.running.ranks.fsdp import is_sharded
+
+from .recipe import OptimizerRecipe, ScheduleRecipe
+
+
+def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
+    """Return fused AdamW and, if the recipe asks for it, Muon for the matrices of the layers. Only matrices decay.
+
+    A group's `times` is the factor of its learning rate: learned biases of levels have a rate of their own.
+
+    If weights are to be sharded over ranks (`runtime.fsdp`), shard them first. Raises ConfigError for Muon on sharded
+    weights.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    biases = [p for name, p in named if name.endswith(".level_bias")]
+    trained = [p for name, p in named if not name.endswith(".level_bias")]
+    of_layers = {id(p) for block in model.blocks for p in block.parameters()}
+    tables = [p for p in trained if p.dim() >= 2 and id(p) not in of_layers]
+    matrices = [p for p in trained if p.dim() >= 2 and id(p) in of_layers]
+    vectors = [p for p in trained if p.dim() < 2]
+    muon = recipe.name == "muon"
+    groups = [
+        {"params": tables if muon else tables + matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if biases:
+        groups.append({"params": biases, "weight_decay": 0.0, "times": recipe.level_bias_rate / recipe.lr})
+    if muon and is_sharded(model):
+        raise ConfigError('optimizer.name = "muon" works on whole matrices: give --shard none, or take "adamw"')
+    adamw = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+    if not muon:
+        return [adamw]
+    # Muon's updates are scaled to the size of AdamW's, so one learning rate serves both
+    return [
+        torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        adamw,
+    ]
+
+
+def adam(state: Sequence[float], gradient: float, step: int, rate: float, recipe: OptimizerRecipe) -> list[float]:
+    """Return a number after the step `step` (1, 2, ...) of Adam, and the means of its gradients and their squares.
+
+    `state` are these three before the step.
+    """
+    x, mean, square = state
+    mean += (1 - recipe.betas[0]) * (gradient - mean)
+    square += (1 - recipe.betas[1]) * (gradient**2 - square)
+    size = math.sqrt(square / (1 - recipe.betas[1] ** step)) + recipe.eps
+    return [x - rate * mean / (1 - recipe.betas[0] ** step) / size, mean, square]
+
+
+def learning_rate(step: int, total: int, peak: float, schedule: ScheduleRecipe) -> float:
+    """Return the learning rate of a step, 0 .. total - 1."""
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    if schedule.decay == "constant":
+        return peak
+    done = (step - schedule.warmup_steps) / max(1, total - 1 - schedule.warmup_steps)
+    share = (1 + math.cos(math.pi * done)) / 2 if schedule.decay == "cosine" else (1 - done) ** schedule.power
+    return peak * (schedule.final + (1 - schedule.final) * share)

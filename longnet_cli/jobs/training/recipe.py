@@ -1,0 +1,464 @@
+"""The definition of a training run: a TOML file, checked as a whole. Precedence: default < file < `--set`, flags."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from longnet_cli.basics.configuration import StrictModel, parse, read_text, validate
+from longnet_cli.basics.errors import ConfigError, LongNetError, refuse_web_address
+from longnet_cli.basics.hub import as_stored, find_tokenizer, preset_dir
+from longnet_cli.basics.notation import PATTERN_FIELDS, read_pattern
+from longnet_cli.basics.sizes import parse_size
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.windows import SHORTEST
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.models.hf.pretrained_config import TransformersConfig
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.net import Embedder
+from longnet_cli.running.chunks import TRAINING_CHUNK
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Size = Annotated[int, BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size), Field(gt=0)]
+
+
+class MixedInputs(StrictModel):
+    """One source of a mix: inputs as on any command line, and the share of the training windows that is cut from it."""
+
+    inputs: list[str] = Field(min_length=1)
+    weight: float = Field(gt=0)
+
+    @cached_property
+    def files(self) -> Inputs:
+        return Inputs(self.inputs)
+
+
+class DataRecipe(StrictModel):
+    """The source of tokens. `tokenizer` is `bytes`, a file or a folder; `eos` is its end-of-text token or the id of it.
+
+    Set either `train`, inputs as on any command line, or `[[data.mix]]`, a table for each of several sources. The
+    weights need not sum to 1: 0.7 and 0.3 mean the same as 7 and 3. A source that runs out starts again; the others
+    continue. A recipe may leave both out, as most shipped ones do; then `--data` is required.
+    """
+
+    train: list[str] | None = Field(default=None, min_length=1)
+    mix: list[MixedInputs] | None = Field(default=None, min_length=1)
+    tokenizer: str = "bytes"
+    # put between documents; a flat column is cut into documents at it; None takes the tokenizer's own
+    eos: str | int | None = None
+    column: str | None = None
+    pair: str | None = None  # for contrast: a column with the partners of those in `column`
+    negative: str | None = None  # beside `pair`: a column with a hard negative for each
+    held_out: list[str] | None = Field(default=None, min_length=1)  # inputs to evaluate with, never trained on
+
+    @model_validator(mode="after")
+    def _one_of_train_and_mix(self) -> DataRecipe:
+        if self.train is not None and self.mix is not None:
+            raise ValueError("set one of data.train = [...] and [[data.mix]] tables, not both")
+        return self
+
+    @cached_property
+    def sources(self) -> list[MixedInputs]:
+        """The sources in `train` or `mix`, as a mix of one or several; empty where neither is set."""
+        return self.mix or [MixedInputs(inputs=names, weight=1) for names in (self.train,) if names]
+
+    @cached_property
+    def held_out_files(self) -> Inputs | None:
+        return Inputs(self.held_out) if self.held_out else None
+
+
+LEVEL_BIAS_LR = (
+    0.1  # a learned bias has to move by several units while the weights around it are young: docs/results.md
+)
+
+
+class OptimizerRecipe(StrictModel):
+    """AdamW; weights decay, biases and norms do not. Defaults from the paper's Table 3.
+
+    The learned biases of levels (`level_bias = "learned"`) have a learning rate of their own, of the same schedule.
+
+    `name = "muon"` gives the matrices of the layers to torch's Muon, at the same learning rate, and leaves embeddings,
+    biases and norms to AdamW.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(default=6e-4, gt=0)
+    level_bias_lr: float | None = Field(default=None, gt=0)  # of learned biases of levels; None is LEVEL_BIAS_LR
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=2.0, gt=0)  # of the gradient's norm
+
+    @property
+    def level_bias_rate(self) -> float:
+        """The peak learning rate of learned biases of levels."""
+        return self.level_bias_lr or LEVEL_BIAS_LR
+
+
+class ScheduleRecipe(StrictModel):
+    """The learning rate: it rises linearly for `warmup_steps`, then falls to `final` times its peak at the last step.
+
+    `polynomial` is fairseq's, and the paper's: the share of the steps that is left, to the `power`. `linear` is its
+    power 1.
+    """
+
+    warmup_steps: int = Field(default=100, ge=0)
+    decay: Literal["cosine", "linear", "polynomial", "constant"] = "cosine"
+    power: float = Field(default=1.0, gt=0)
+    final: float = Field(default=0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _power_is_of_polynomial(self) -> ScheduleRecipe:
+        if self.power != 1.0 and self.decay != "polynomial":
+            raise ValueError(f'schedule.power is of decay = "polynomial", not of "{self.decay}"')
+        return self
+
+
+class Stage(StrictModel):
+    """`steps` optimizer steps at one context length; a run may grow its context stage by stage."""
+
+    seq_len: Size
+    steps: int = Field(gt=0)
+
+
+class TrainRecipe(StrictModel):
+    """The training itself. A step sees `batch_tokens`, with the activations of at most `chunk` of them at a time.
+
+    Without a `chunk`, a GPU takes the longest that fits, up to 128Ki (`settle_chunk`). Short sequences share a
+    forward pass. A sequence longer than `chunk` goes chunk by chunk, at the price of one more forward pass, with the
+    same loss and gradients. A token attends to earlier tokens of its own document or, with `across_documents`, to all
+    earlier tokens of its window.
+
+    The objective is the next token ("causal"), for a bidirectional net `mask_rate` of the tokens ("masked"), or vectors
+    of documents ("contrast", see `ContrastRecipe`).
+    """
+
+    stages: list[Stage] = Field(min_length=1)
+    objective: Literal["causal", "masked", "contrast"] = "causal"
+    mask_rate: float = Field(default=0.15, gt=0, lt=1)
+    batch_tokens: Size = 16384
+    chunk: Size = TRAINING_CHUNK
+    across_documents: bool = False
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    spill: str | None = None  # a folder, instead of memory, for the rows that chunks keep for each other
+    activation_checkpointing: bool = False  # compute layers again in the backward pass: saves memory, costs a forward
+    compile: bool = False  # each layer, with torch.compile
+    seed: int = Field(default=0, ge=0, lt=2**62)
+    loss_jump: float = Field(default=5.0, gt=0)  # a run stops so many nats per token above its lowest mean
+    log_every: int = Field(default=10, gt=0)
+    evaluate_every: int = Field(default=500, gt=0)  # steps, where there is data.held_out
+    save_every: int = Field(default=500, gt=0)  # steps between checkpoints
+    save_minutes: float | None = Field(default=None, gt=0)  # most minutes between checkpoints
+    keep: int = Field(default=2, gt=0)  # how many of the newest checkpoints stay
+    track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that all steps see together; for contrast, if spans have their mean length."""
+        return sum(stage.steps * self.step_tokens(stage) for stage in self.stages)
+
+    @property
+    def predicted(self) -> float:
+        """The share of the tokens that have a loss, and so logits."""
+        return {"causal": 1.0, "masked": self.mask_rate, "contrast": 0.0}[self.objective]
+
+    def step_tokens(self, stage: Stage) -> int:
+        """Return the tokens of a step, as `tokens` counts them."""
+        if self.objective != "contrast" or stage.seq_len <= SHORTEST:
+            return self.windows(stage) * stage.seq_len
+        return round(2 * self.windows(stage) * (stage.seq_len - SHORTEST) / math.log(stage.seq_len / SHORTEST))
+
+    def windows(self, stage: Stage) -> int:
+        """Return the number of sequences in an optimizer step; for contrast, of pairs: two or more."""
+        if self.objective == "contrast":
+            return max(2, self.batch_tokens // (2 * stage.seq_len))
+        return max(1, self.batch_tokens // stage.seq_len)
+
+
+TEMPERATURE = 0.05
+
+
+class ContrastRecipe(StrictModel):
+    """Training by contrast: of all texts of a step, a vector is to be nearest to that of its partner (InfoNCE).
+
+    Pairs are two spans of one document, each at most a stage's `seq_len` tokens, with lengths even in their logarithm;
+    or, with `data.pair`, a row of two columns, and perhaps of a third with hard negatives. A step has `batch_tokens` /
+    (2 `seq_len`) pairs. `dims` are prefixes of the vector that are trained as well. A prompt is read before each first
+    text (`query_prompt`) or second one (`document_prompt`), as a part of it.
+    """
+
+    pool: Literal["mean", "last"] = "mean"
+    temperature: Annotated[float, Field(gt=0)] | Literal["learned"] = TEMPERATURE
+    dims: list[Annotated[int, Field(gt=0)]] = Field(default_factory=list)
+    query_prompt: str = ""
+    document_prompt: str = ""
+
+    @property
+    def divisor(self) -> float:
+        """The number that cosines are divided by; of a learned temperature, its value at the start."""
+        return TEMPERATURE if self.temperature == "learned" else self.temperature
+
+    @property
+    def embedder(self) -> Embedder:
+        return Embedder(self.pool, self.query_prompt, self.document_prompt)
+
+
+class ParallelRecipe(StrictModel):
+    """The division of work in a torchrun job: `sp` processes share a sequence, `dp` such groups share the sequences.
+
+    By default all processes share each sequence. `shard = "full"` gives each process a part of the weights, gradients
+    and optimizer state (FSDP2), "none" all of them.
+    """
+
+    sp: int | None = Field(default=None, gt=0)
+    dp: int | None = Field(default=None, gt=0)
+    shard: Literal["none", "full"] = "none"
+
+
+# Keys that may differ between a checkpoint and the run that continues it: they change no number beyond rounding. The
+# tokenizer and the initial model may only be in another place: their contents are compared as well.
+FREE_TO_CHANGE = {
+    *("init", "data.train", "data.mix", "data.held_out", "data.column", "data.tokenizer", "parallel"),
+    *("train.chunk", "train.spill", "train.activation_checkpointing", "train.compile", "train.loss_jump"),
+    *("train.log_every", "train.evaluate_every", "train.save_every", "train.save_minutes", "train.keep", "train.track"),
+}
+
+
+class Recipe(StrictModel):
+    """A whole training run; `init` names a model whose weights it starts from."""
+
+    init: str | None = None
+    model: LongNetConfig
+    data: DataRecipe = DataRecipe()
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    train: TrainRecipe
+    contrast: ContrastRecipe | None = None  # defaults, if the objective is "contrast" and the table is not there
+    parallel: ParallelRecipe = ParallelRecipe()
+
+    @model_validator(mode="after")
+    def _objective_fits_the_model(self) -> Recipe:
+        if not self.model.vocab_size:
+            raise ValueError("model.vocab_size = 0 is a net that reads vectors: leave it out, training reads tokens")
+        contrast = self.train.objective == "contrast"
+        if not contrast and self.model.causal != (self.train.objective != "masked"):
+            fitting = "causal" if self.model.causal else "masked"
+            raise ValueError(
+                f'train.objective = "{self.train.objective}" does not fit model.causal = '
+                f'{str(self.model.causal).lower()}: set train.objective = "{fitting}", or the other model'
+            )
+        if self.data.negative and not self.data.pair:
+            raise ValueError("data.negative is a third column, beside data.pair: set both")
+        prompts = self.contrast and (self.contrast.query_prompt or self.contrast.document_prompt)
+        if prompts and not self.model.causal:
+            raise ValueError("contrast: a bidirectional model reads nothing before a text: leave out its prompts")
+        if not contrast and (self.contrast or self.data.pair):
+            what = "[contrast]" if self.contrast else "data.pair"
+            raise ValueError(f'{what} is of train.objective = "contrast", not of "{self.train.objective}"')
+        if self.contrast and any(width >= self.model.dim for width in self.contrast.dims):
+            raise ValueError(
+                f"contrast.dims = {self.contrast.dims}: prefixes are shorter than model.dim, {self.model.dim}"
+            )
+        return self
+
+    @property
+    def pretrained(self) -> PretrainedRecipe | None:
+        """This recipe, if it trains a Hugging Face model, which brings its weights; None for a LongNet."""
+        return None
+
+    @property
+    def names_chunk(self) -> bool:
+        """Return whether `train.chunk` was given, and is not a default."""
+        return "chunk" in self.train.model_fields_set
+
+    def with_chunk(self, chunk: int) -> Recipe:
+        return self.model_copy(update={"train": self.train.model_copy(update={"chunk": chunk})})
+
+    def changed_since(self, saved: Mapping[str, Any]) -> list[str]:
+        """Return the keys (`optimizer.lr`) whose change since a saved recipe keeps a run from continuing.
+
+        More steps do not: they follow those of the saved recipe.
+        """
+        mine = self.model_dump(mode="json")
+        extended = _extend(saved["train"]["stages"], mine["train"]["stages"])
+        free = FREE_TO_CHANGE | ({"train.stages"} if extended else set())
+        return [key for key in _changed(saved, mine, "") if key not in free]
+
+
+class LoraRecipe(StrictModel):
+    """LoRA (peft): matrices of `rank` beside those named in `target_modules`, by default beside all in the layers.
+
+    Their output is scaled by alpha / rank.
+    """
+
+    rank: int = Field(default=16, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | None = Field(default=None, min_length=1)
+
+
+class PretrainedRecipe(Recipe):
+    """A recipe that trains the transformers decoder in the folder `init`. In `[model]`, you only set the pattern."""
+
+    init: str
+    model: TransformersConfig  # type: ignore[assignment] # jobs only use what `NetConfig` has
+    lora: LoraRecipe | None = None  # without it, all weights are trained
+
+    @model_validator(mode="after")
+    def _windows_fit_the_model(self) -> PretrainedRecipe:
+        longest, most = max(stage.seq_len for stage in self.train.stages), self.model.max_tokens
+        if most is not None and longest > most:
+            choice = ': set model.pattern, as "pretrained" or "dense"' if self.model.as_trained else ""
+            raise ValueError(f"{self.init} reads up to {most} tokens, and train.stages needs {longest}{choice}")
+        if self.train.compile:
+            raise ValueError("train.compile is for a LongNet: leave it out")
+        return self
+
+    @property
+    def pretrained(self) -> PretrainedRecipe:
+        return self
+
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """The arguments of `integrations.lora.add_lora`; None where all weights are trained."""
+        return self.lora.model_dump() if self.lora else None
+
+
+def _extend(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the stages `new` begin with all steps of `old`: the last one may go on, and more may follow."""
+    *first, last = old
+    same, rest = new[: len(first)], new[len(first) :]
+    return same == first and bool(rest) and rest[0]["seq_len"] == last["seq_len"] and rest[0]["steps"] >= last["steps"]
+
+
+def _changed(old: Any, new: Any, path: str) -> Iterator[str]:
+    if path not in FREE_TO_CHANGE and isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in {**old, **new}:
+            yield from _changed(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield path
+
+
+# keys that say the same in another way: an override of the first removes the others from the recipe
+SAID_OTHERWISE = {"model.pattern": PATTERN_FIELDS, "data.train": ("mix",), "data.mix": ("train",)}
+
+
+def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence[Any] = ()) -> Recipe:
+    """Read a recipe, apply `overrides` ({"optimizer.lr": 1e-3}) and check the whole.
+
+    `path` is a TOML file, a run's recipe.json, the name of a recipe that ships in models/, or None for overrides alone.
+    A model without `vocab_size` gets its tokenizer's, plus one id for the mask with the masked objective. If `init` is
+    a Hugging Face model, `[model]` has that model's facts; its tokenizer is used unless the recipe names another.
+    The recipe names a model or a tokenizer on a hub with its commit: that in the names `stored` by an earlier run, if
+    one is of the same repository.
+    Raises ConfigError, and CheckpointError for an `init` that is no model.
+    """
+    data, where = _read(path) if path else ({}, "options")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: not a recipe, which is a table of keys and values")
+    for key, value in overrides.items():
+        *parents, name = key.split(".")
+        table = data
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {key}: '{parent}' is a value, not a table")
+        for other in SAID_OTHERWISE.get(key, ()):
+            table.pop(other, None)
+        table[name] = value
+    folder = _initial_folder(data, stored)
+    if folder:
+        data["init"] = folder.origin
+    given = data.get("data")
+    spec = given.get("tokenizer") if isinstance(given, dict) else None
+    if isinstance(spec, str) and (found := find_tokenizer(as_stored(spec, stored))):
+        data["data"]["tokenizer"] = found.name
+    if folder and folder.of_transformers:
+        return validate(PretrainedRecipe, data | _pretrained(data, folder, where), where)
+    model, source, train = (data.get(name) for name in ("model", "data", "train"))
+    if isinstance(model, dict) and "vocab_size" not in model:
+        masked = isinstance(train, dict) and train.get("objective") == "masked"
+        name = source.get("tokenizer", "bytes") if isinstance(source, dict) else "bytes"
+        size = Tokenizer.load(str(name)).vocab_size + masked
+        data = data | {"model": model | {"vocab_size": size}}
+    return validate(Recipe, data, where)
+
+
+def _initial_folder(data: Mapping[str, Any], stored: Sequence[Any]) -> ModelFolder | None:
+    """Return the folder of the model that `init` names; None without one, and for a LongNet that is gone by now."""
+    initial, model = data.get("init"), data.get("model")
+    if not isinstance(initial, str):
+        return None
+    try:
+        return ModelFolder.find(as_stored(initial, stored))
+    except LongNetError:
+        if isinstance(model, dict) and {"dim", "segment_lengths"} <= model.keys():
+            return None  # a resumed run has its weights; a new run reports the missing folder
+        raise
+
+
+def _pretrained(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dict[str, Any]:
+    """Return the tables `model` and `data` of a recipe that trains the Hugging Face model in `folder`."""
+    model, source = data.get("model", {}), data.get("data", {})
+    if not isinstance(model, dict) or not isinstance(source, dict):
+        raise ConfigError(f"{where}: model and data are tables of keys and values")
+    written = model.get("pattern")
+    if "source" not in model:  # otherwise it is a run's recipe, which has all facts
+        if others := [name for name in model if name != "pattern"]:
+            raise ConfigError(
+                f"{where}: model.{others[0]}: {folder.path} is a Hugging Face model with sizes of its own: leave out "
+                "[model], or set model.pattern alone"
+            )
+    elif model.get("as_trained"):
+        written = None
+    pattern = read_pattern(written, f"{where}: model.pattern")
+    lora = validate(LoraRecipe, data["lora"], f"{where}: lora").model_dump() if data.get("lora") is not None else None
+    return {"model": folder.net_config(pattern, lora), "data": {"tokenizer": folder.origin} | source}
+
+
+def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """Parse `["optimizer.lr=1e-3", "data.tokenizer=bytes"]`: values are TOML, or text where that fails."""
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {setting}: write key=value, for example --set optimizer.lr=1e-3")
+        try:
+            found[key.strip()] = parse(f"value = {text}", tomllib.loads)["value"]
+        except ValueError:
+            found[key.strip()] = text.strip()
+    return found
+
+
+def _read(path: str) -> tuple[Any, str]:
+    refuse_web_address(path)
+    file = Path(path) if "/" in path or path.endswith((".toml", ".json")) else preset_dir() / f"{path}.toml"
+    form = "JSON" if file.suffix == ".json" else "TOML"
+    try:
+        return parse(read_text(file), json.loads if form == "JSON" else tomllib.loads), str(path)
+    except FileNotFoundError:
+        shipped = ", ".join(sorted(p.stem for p in preset_dir().glob("*.toml")))
+        missing, hint = (": no such file", "") if file == Path(path) and file.suffix else ("", "; a path ends in .toml")
+        raise ConfigError(f"no recipe '{path}'{missing}. Shipped recipes: {shipped}{hint}") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except ValueError as error:  # of the parser, or not UTF-8
+        raise ConfigError(f"{file}: not {form}: {error}") from None

@@ -1,0 +1,201 @@
+"""The start of a run: its recipe, its folder, its checkpoint.
+
+Checks of a recipe go beyond its own fields: the memory, the tokenizer, and the ranks that share the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longnet_cli.basics.configuration import parse, read_text
+from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError
+from longnet_cli.basics.hub import CONFIG, TOKENIZER, WEIGHTS
+from longnet_cli.data import overwriting
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.running.device import free_memory
+from longnet_cli.running.ranks.ranks import Ranks
+
+from .checkpoint import STATE, checkpoints_in, find_damage, newest_whole
+from .recipe import Recipe, load_recipe
+
+
+def check_memory(recipe: Recipe) -> None:
+    """Raise MemoryLimitError for a net whose weights alone exceed the free memory, before the net is built."""
+    needed, free = 4 * recipe.model.num_parameters(), free_memory(torch.device("cpu"))
+    if free is not None and needed > free:
+        change = "take a smaller model" if recipe.pretrained else "lower model.dim or model.num_layers"
+        raise MemoryLimitError(
+            f"the weights take {needed / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB of memory are free: {change}"
+        )
+
+
+def check_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError where the net has no id for a token, or for the mask."""
+    masked = recipe.train.objective == "masked"
+    needed = tokenizer.vocab_size + masked
+    if recipe.model.vocab_size < needed:
+        what = "the tokens and the mask need" if masked else "the tokenizer needs"
+        raise ConfigError(
+            f"model.vocab_size = {recipe.model.vocab_size} is less than {what}, {needed}: set {needed}, or remove it"
+        )
+
+
+def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
+    """Raise ConfigError for windows that the ranks cannot share or that a bidirectional net cannot see as a whole."""
+    train = recipe.train
+    for stage in train.stages:
+        check_windows(ranks, stage.seq_len, train.windows(stage))
+    if recipe.model.causal:
+        return
+    longest = max(stage.seq_len for stage in train.stages)
+    if longest > train.chunk * ranks.sp:
+        raise ConfigError(
+            f"a bidirectional net sees a window as a whole: train.chunk = {train.chunk} on {ranks.sp} ranks is less "
+            f"than the longest seq_len, {longest}"
+        )
+    if ranks.sp > 1 and (not train.across_documents or train.objective == "contrast"):
+        if train.objective == "contrast":
+            raise ConfigError("a bidirectional net reads each text on one rank: give each rank its own pairs (--dp)")
+        raise ConfigError(
+            "a bidirectional net over several ranks cannot keep the documents of a window apart: set "
+            "train.across_documents = true, or give each rank its own windows (--dp)"
+        )
+
+
+def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:
+    """Raise ConfigError where a step's `windows` of `seq_len` tokens cannot be shared, and say what would fit."""
+    if windows % ranks.dp:
+        fits = ", ".join(str(dp) for dp in range(1, windows + 1) if windows % dp == 0 and ranks.world % dp == 0)
+        raise ConfigError(
+            f"a step has {windows} windows of {seq_len} tokens, which {ranks.dp} groups of ranks cannot share equally: "
+            f"--dp {fits} would fit, or other train.batch_tokens"
+        )
+    if seq_len < ranks.sp:
+        raise ConfigError(
+            f"{ranks.sp} ranks cannot share a window of {seq_len} tokens: --sp {seq_len} or less would fit, or longer "
+            "windows"
+        )
+
+
+CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
+RECIPE = "recipe.json"
+MODEL_FILES = (WEIGHTS, TOKENIZER, CONFIG)
+_NAMES = (("init",), ("data", "tokenizer"))  # keys of a recipe whose values may be on a hub
+
+# True continues the run in the output folder, if there is one; False refuses a folder that holds a run; a path
+# continues from that checkpoint, or from the newest checkpoint of that run.
+Resume = bool | str | Path
+_LAST = "; to continue the run in the output folder, put --resume at the end"
+
+
+def prepare_run(
+    recipe: str | None,
+    overrides: Mapping[str, Any],
+    output: str | Path,
+    *,
+    resume: Resume = True,
+    writes: bool = True,
+) -> Recipe:
+    """Return the recipe of a run in the folder `output`, with `overrides`. Without `recipe`, take the resumed run's.
+
+    A resumed run keeps its chunk, unless another is named, and the commits of a model and a tokenizer on a hub.
+
+    Raises ConfigError where there is no recipe and where `output` or a parent is a file. If the run `writes`, also for
+    a folder that holds a model but no run, and where the run would overwrite its data, recipe, tokenizer or initial
+    model.
+    """
+    folder = Path(output)
+    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise ConfigError(f"{file} is a file, and -o names the folder of a run: name another")
+    earlier = _recipe_of_run(folder, resume)
+    own = earlier if recipe is None else None
+    if recipe is None and own is None and not isinstance(resume, bool):
+        raise ConfigError(f"--resume {resume}: neither a run nor a checkpoint{_LAST}")
+    if recipe is None and own is None and not overrides:
+        raise ConfigError(
+            f"nothing to train: there is no run in {output}; name a recipe (`longnet train my-recipe.toml`) or --set "
+            "its values"
+        )
+    found = load_recipe(recipe or own, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ())
+    # then the recipe names it: the order of `runtime.chunks.chunk_of`
+    if earlier and not found.names_chunk and isinstance(chunk := _stored(earlier, "train", "chunk"), int) and chunk > 0:
+        found = found.with_chunk(chunk)
+    if writes:
+        if (folder / WEIGHTS).exists() and not (folder / CHECKPOINTS).exists():
+            raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
+        _refuse_overwriting(folder, found, recipe)
+    return found
+
+
+def find_checkpoint(output: Path, resume: Resume, ranks: Ranks, on_note: Callable[[str], None]) -> Path | None:
+    """Return the checkpoint from which a run in `output` continues; None for a run that starts from nothing.
+
+    `on_note` gets a line about each damaged checkpoint that is skipped. Raises ConfigError for a folder that holds
+    another run, CheckpointError where the path holds no checkpoint or all are damaged.
+    """
+    if not isinstance(resume, bool) and Path(resume).resolve() == output.resolve():
+        resume = True
+    if resume is True:
+        return newest_whole(output / CHECKPOINTS, ranks, on_note)
+    found = None if resume is False else _checkpoint_at(Path(resume), ranks, on_note)
+    for newest in checkpoints_in(output / CHECKPOINTS)[:1]:
+        if found is None or found.resolve() != newest.resolve():
+            raise ConfigError(f"{output} already holds a run: name another folder with -o, or remove it")
+        return newest
+    return found
+
+
+def _recipe_of_run(folder: Path, resume: Resume) -> str | None:
+    """Return the path of the recipe that the resumed run has written, None without one. Raises ConfigError."""
+    if resume is False:
+        return None
+    runs = [folder] if resume is True else [Path(resume), Path(resume).parent.parent]  # a run, or its checkpoint
+    try:
+        return next((str(run / RECIPE) for run in runs if (run / RECIPE).exists()), None)
+    except OSError as error:  # the name is too long
+        raise ConfigError(f"{runs[0]}: {error.strerror}") from None
+
+
+def _stored(recipe: str, *keys: str) -> Any:
+    """Return a value in a run's recipe.json, None without it; it is not checked: files that it names may have moved."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return reduce(getitem, keys, parse(read_text(Path(recipe))))
+    return None
+
+
+def _checkpoint_at(path: Path, ranks: Ranks, on_note: Callable[[str], None]) -> Path:
+    """Return the checkpoint at a path: itself, or the newest of a run. Raises CheckpointError."""
+    if (path / STATE).exists():
+        if damage := find_damage(path):
+            raise CheckpointError(f"{path} is damaged: {damage}")
+        return path
+    found = newest_whole(path / CHECKPOINTS, ranks, on_note)
+    if found is None:
+        raise CheckpointError(
+            f"--resume {path}: neither a checkpoint ({STATE} is missing) nor a run with {CHECKPOINTS}/{_LAST}"
+        )
+    return found
+
+
+def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None) -> None:
+    """Raise ConfigError where a run in `output` would overwrite its data, recipe (`path`), tokenizer or initial model.
+
+    A recipe.json and a tokenizer.json beside metrics.jsonl belong to the run itself, which continues with them.
+    """
+    data, again = recipe.data, (output / "metrics.jsonl").exists()
+    files = [*(output / name for name in MODEL_FILES), *(output / BEST / name for name in MODEL_FILES)]
+    files += [output / RECIPE, output / "metrics.jsonl", output / CHECKPOINTS]
+    also: list[Path | None] = []
+    if not again:
+        also += [ModelFolder.find(recipe.init).path if recipe.init else None]
+        also += [Path(path) if path else None, Tokenizer.find(data.tokenizer)]
+    for inputs in (*(source.files for source in data.sources), data.held_out_files):
+        overwriting.refuse_overwriting("-o", files, inputs, also)

@@ -1,0 +1,413 @@
+"""A model that `--model` names: a LongNet, a Hugging Face model or a GGUF file; what it reads, and how to load it.
+
+    folder = ModelFolder.find("./my-llama")
+    loaded = folder.load(device=torch.device("cpu"))
+
+The small files of a folder are read once, however often they are asked for. Torch is imported with the first net.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from longnet_cli.basics.configuration import digest, parse, read_text
+from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError
+from longnet_cli.basics.hub import (
+    CONFIG,
+    GENERATION,
+    MODEL_TYPE,
+    OLDER_TYPE,
+    POOL_KEY,
+    PROMPTS,
+    SHARDED,
+    TOKENIZER,
+    TOKENIZER_SHA256,
+    WEIGHTS,
+    Located,
+    find_model,
+)
+from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, special_token, token_id
+
+if TYPE_CHECKING:
+    import torch
+
+    from longnet_cli.attention import Pattern
+    from longnet_cli.data.chat import ChatTemplate
+    from longnet_cli.models.hf.pretrained_config import TransformersConfig
+    from longnet_cli.models.hf.pretrained_net import TransformersNet
+    from longnet_cli.nets.config import LongNetConfig
+    from longnet_cli.nets.net import Embedder, Net
+
+PICKLED = "pytorch_model*.bin*"
+NO_BOS = "none"  # the value of --bos
+
+
+class Loaded(NamedTuple):
+    """A net, its tokenizer, and the ids `bos` that it reads before each document; None for a missing part.
+
+    `ends` are the ids at which the net's own texts end, `chat` is its chat template if you asked for it. `origin` is
+    the `ModelFolder.origin` of the net.
+    """
+
+    net: Net
+    tokenizer: Tokenizer | None
+    bos: int | tuple[int, ...] | None
+    ends: frozenset[int]
+    chat: ChatTemplate | None
+    origin: str
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        return self.tokenizer.sha256 if self.tokenizer else None
+
+
+class ModelFolder:
+    """The model at a path: `is_gguf` for a GGUF file, `of_transformers` for any Hugging Face model.
+
+    A LongNet is not a Hugging Face model, though transformers can open it. A GGUF file is one, since it is converted.
+    `name` is what the user calls it, for messages. `origin` names it in outputs: with the commit, if it is on a hub.
+    """
+
+    def __init__(self, path: Path, name: str | None = None, origin: str | None = None) -> None:
+        self.path, self.name = path, name or str(path)
+        self.origin = origin or self.name
+        self.is_gguf = is_gguf(path)
+
+    @classmethod
+    def find(cls, name: str, *, gguf: bool = False) -> ModelFolder:
+        """Return the model that `name` stands for: a shipped model, a path with a slash, or a model on a hub.
+
+        Raises ConfigError for a name that is not shipped; CheckpointError for a path that holds no complete model, for
+        a model that cannot be downloaded and, unless `gguf`, for a GGUF file.
+        """
+        place, origin = Located(Path(name), name) if is_gguf(Path(name)) else find_model(name)
+        found = cls(place, name, origin)
+        if not found.is_gguf:
+            found._check_complete()
+        elif not gguf:
+            raise CheckpointError(f"{name}: a GGUF file: make a folder of it, longnet convert {name} -o DIR")
+        return found
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The keys of config.json; empty if it cannot be read, which loading reports."""
+        return _table(self.path / CONFIG)
+
+    @cached_property
+    def _tokenizer_settings(self) -> dict[str, Any]:
+        return _table(self.path / SETTINGS)
+
+    @property
+    def embedder(self) -> Embedder | None:
+        """The way in which the net was trained to make vectors; None if it was not. Raises ConfigError."""
+        from longnet_cli.nets.net import Embedder
+
+        pool = self.config.get(POOL_KEY)
+        if pool is None:
+            return None
+        if pool not in ("mean", "last"):
+            raise ConfigError(f"{self.path / CONFIG}: {POOL_KEY} must be mean or last, not {pool!r}")
+        found = _table(self.path / PROMPTS).get("prompts")
+        prompts = found if isinstance(found, dict) else {}
+        return Embedder(pool, str(prompts.get("query", "")), str(prompts.get("document", "")))
+
+    @cached_property
+    def of_transformers(self) -> bool:
+        kind = self.config.get("model_type", self.config.get("architectures"))
+        return self.is_gguf or kind not in (None, MODEL_TYPE, OLDER_TYPE)
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The metadata in the header of model.safetensors; empty if it cannot be read, which loading reports."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path / WEIGHTS
+        try:
+            if not path.is_file():
+                return {}
+            with safe_open(path, framework="numpy") as file:
+                return file.metadata() or {}
+        except (OSError, SafetensorError):
+            return {}
+
+    def tokenizer(self, spec: str | None = None, *, differs: bool = False) -> Tokenizer | None:
+        """Return the folder's tokenizer, or the one that `spec` names (see `Tokenizer.load`), or None without either.
+
+        The ids of another tokenizer mean nothing to a model, so `spec` must name an equal one, unless it `differs` on
+        purpose. Raises CheckpointError for a tokenizer.json that is not the one the weights were saved with and,
+        without `spec`, for a missing one. Raises ConfigError for another tokenizer.
+        """
+        own, saved = self.path / TOKENIZER, self.metadata.get(TOKENIZER_SHA256)
+        if spec and differs:
+            return Tokenizer.load(spec)
+        mine = Tokenizer.from_file(own) if own.exists() else None
+        if mine and saved and digest(parse(read_text(own))) != saved:
+            raise CheckpointError(
+                f"{own}: not the tokenizer that the model was saved with: put that one back, or add "
+                f"--tokenizer {own} --tokenizer-differs to use this one"
+            )
+        if not spec:
+            if saved and not mine:
+                raise CheckpointError(f"{own} is missing, which the model was saved with: put it back, or name it")
+            return mine
+        given = Tokenizer.load(spec)
+        if given.sha256 not in (own_ones := {mine.sha256 if mine else saved, saved} - {None}) and own_ones:
+            raise ConfigError(
+                f"{spec}: not the tokenizer of the model in {self.path}, so its ids stand for other tokens: add "
+                "--tokenizer-differs to use it"
+            )
+        return mine or given
+
+    def bos(self, tokenizer: Tokenizer | None, written: str | None = None) -> int | tuple[int, ...] | None:
+        """Return the id, or ids, that the model reads before each document; None for nothing.
+
+        `written` is the value of `--bos`: none, a token of the tokenizer, or an id. Without it, a LongNet reads the
+        end-of-text id, with which its documents ended in training. A Hugging Face model reads the ids that its
+        tokenizer's template puts before a text, otherwise `bos_token` if tokenizer_config.json sets `add_bos_token`,
+        otherwise the `bos_token_id` of config.json, otherwise the end-of-text id. Raises ConfigError for an unknown
+        token and for an id outside of the vocabulary.
+        """
+        if written is not None:
+            return None if written == NO_BOS else token_id("--bos", written, tokenizer)
+        end = tokenizer.eos_id if tokenizer else None
+        if not self.of_transformers:
+            return end
+        if tokenizer and (ids := tokenizer.ids_before):
+            return ids if ids[1:] else ids[0]
+        settings = self._tokenizer_settings
+        if tokenizer and settings.get("add_bos_token") is True:
+            found = tokenizer.id_of(special_token(settings.get("bos_token")))
+            if found is not None:
+                return found
+        found = self.config.get("bos_token_id")
+        return found if isinstance(found, int) else end
+
+    def ends(self, tokenizer: Tokenizer | None) -> frozenset[int]:
+        """Return the ids that end the model's texts; empty if none are known.
+
+        For a Hugging Face model, they are the `eos_token_id`, one or several, of generation_config.json, otherwise of
+        config.json. Without it, and for a LongNet, it is the end-of-text id of the tokenizer.
+        """
+        for settings in (_table(self.path / GENERATION), self.config) if self.of_transformers else ():
+            found = settings.get("eos_token_id")
+            ids = {x for x in (found if isinstance(found, list) else [found]) if isinstance(x, int)}
+            if ids:
+                return frozenset(ids)
+        return frozenset() if tokenizer is None or tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+
+    @property
+    def eos(self) -> str | None:
+        """The token that ends documents, from tokenizer_config.json; None if that names none."""
+        return special_token(self._tokenizer_settings.get("eos_token")) or None
+
+    def chat(self, tokenizer: Tokenizer | None) -> ChatTemplate:
+        """Return the chat template. Raises ConfigError without one, and without a tokenizer."""
+        from longnet_cli.data.chat import ChatTemplate
+
+        if tokenizer is None:
+            raise ConfigError(f"{self.path}: there is no tokenizer, which --chat needs: give --tokenizer")
+        return ChatTemplate(self.path, tokenizer)
+
+    def net_config(
+        self, pattern: Pattern | None = None, lora: Mapping[str, Any] | None = None
+    ) -> TransformersConfig | LongNetConfig:
+        """Return the facts of the net, without its weights. `pattern` replaces the model's own.
+
+        `lora` holds the arguments of `lora.add_lora`, for a Hugging Face model. Raises ConfigError and CheckpointError
+        as `net` does.
+        """
+        if self.of_transformers:
+            return self._transformers().read_facts(self.path, self.config, pattern, lora)
+        from longnet_cli.nets.weights import load_config
+
+        return load_config(self.path, pattern)
+
+    def net(
+        self,
+        *,
+        pattern: Pattern | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Net:
+        """Load the net, a `Net` in eval mode, on `device`. `pattern` replaces the model's own.
+
+        The weights of a Hugging Face model are of type `dtype` (default: float32). A LongNet's are float32 always.
+        Raises ConfigError or CheckpointError, in one line that names the folder, also if transformers is not installed.
+        """
+        import torch
+
+        if self.of_transformers:
+            load = self._transformers().load_transformers
+            return load(self.path, self.config, pattern=pattern, device=device, dtype=dtype or torch.float32)
+        return self.native().from_pretrained(self.path, device, torch.float32, pattern=pattern)
+
+    def native(self) -> type[Any]:
+        """Return the class of the net of a LongNet: VectorNet for a slide encoder. Raises as `load_config` does."""
+        from longnet_cli.nets.config import SlideConfig
+        from longnet_cli.nets.longnet import LongNet
+        from longnet_cli.nets.slide import VectorNet
+        from longnet_cli.nets.weights import load_config
+
+        return VectorNet if isinstance(load_config(self.path), SlideConfig) else LongNet
+
+    def trainable(self, config: TransformersConfig, lora: Mapping[str, Any] | None = None) -> Net:
+        """Load a Hugging Face model for training, with the pattern of `config`: float32, on the CPU, not mapped.
+
+        `lora` holds the arguments of `lora.add_lora`, or is None to train all weights.
+        Raises as `net` does, and ConfigError if the gradient of a long sequence cannot go through the model.
+        """
+        net = cast("TransformersNet", self.net(pattern=None if config.as_trained else config.pattern))
+        net.check_trainable()
+        for parameter in net.parameters():  # mapped from files until now, which may vanish during a run
+            parameter.data = parameter.data.clone()
+        if lora is not None:
+            net.add_lora(lora)
+        return net
+
+    def load(
+        self,
+        *,
+        device: torch.device,
+        dtype: str = "auto",
+        tokenizer: str | None = None,
+        tokenizer_differs: bool = False,
+        pattern: Pattern | None = None,
+        bos: str | None = None,
+        chat: bool = False,
+        vectors: bool = False,
+        on_note: Callable[[str], None] = lambda line: None,
+    ) -> Loaded:
+        """Load the model on `device` for `dtype` (--dtype), with `tokenizer` (--tokenizer) or its own.
+
+        `bos` is --bos. `on_note` gets a line for each thing that the user should know about the way the model reads
+        documents. Raises ConfigError for a tokenizer that is not the model's, unless `tokenizer_differs`; for a
+        tokenizer with more ids than the model; for a model that reads vectors, unless `vectors`; and for an attention
+        kernel that cannot run in `dtype`.
+        """
+        from longnet_cli.running.device import DTYPES, check_kernel, keep_freed_memory, resolve_dtype
+
+        kind = resolve_dtype(dtype, device)
+        if self.is_gguf:
+            on_note(f"{self.name}: converted for this run; longnet convert does it once")
+        if device.type == "cpu":
+            keep_freed_memory()
+        with self._of_cache(), self._unpacked(kind) as folder:
+            found = folder.tokenizer(tokenizer, differs=tokenizer_differs)
+            start, ends = folder.bos(found, bos), folder.ends(found)
+            template = folder.chat(found) if chat else None
+            net = folder.net(pattern=pattern, device=device, dtype=DTYPES[kind])
+        check_kernel(device, dtype, net.config.head_dim)
+        if not net.config.vocab_size:
+            if not vectors:
+                raise ConfigError(f"{self.name}: this model has no vocabulary: it reads vectors, not tokens")
+            found = start = None
+        if found and found.vocab_size > net.config.vocab_size:
+            raise ConfigError(
+                f"{tokenizer or self.path / TOKENIZER}: the tokenizer has {found.vocab_size} ids and the model "
+                f"{net.config.vocab_size}: they do not belong together"
+            )
+        if net.note:
+            on_note(f"{self.name}: {net.note}")
+        return Loaded(net, found, start, ends, template, self.origin)
+
+    def check_weights_fit(self, dtype: str, device: torch.device, free: int | None) -> None:
+        """Raise MemoryLimitError, before they are loaded, if the weights take more than `free` bytes.
+
+        A GGUF file is not checked: its size is known only when it is unpacked.
+        """
+        from longnet_cli.running.device import DTYPES, resolve_dtype
+
+        if free is None or self.is_gguf:
+            return
+        each = DTYPES[resolve_dtype(dtype, device)].itemsize if self.of_transformers else 4
+        size = self.net_config().num_parameters() * each
+        if size > free:
+            raise MemoryLimitError(
+                f"{self.name}: the weights take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: choose a "
+                "smaller model, or a larger device"
+            )
+
+    @contextmanager
+    def _of_cache(self) -> Iterator[None]:
+        """Add, to the error of a damaged model on a hub, how to download it again."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self.origin == self.name:
+                raise
+            again = next(path for path in self.path.parents if path.name.startswith("models--"))
+            raise CheckpointError(f"{error}; to download it again, remove {again}") from None
+
+    @contextmanager
+    def _unpacked(self, dtype: str) -> Iterator[ModelFolder]:
+        """Yield this folder or, for a GGUF file, a temporary folder with the converted model.
+
+        Weights that are mapped from a temporary folder stay readable after it is deleted.
+        """
+        if not self.is_gguf:
+            yield self
+            return
+        from longnet_cli.models.gguf import convert_gguf
+        from longnet_cli.running.device import DTYPES
+
+        with TemporaryDirectory(prefix="longnet-") as place:
+            folder = Path(place) / self.path.stem
+            convert_gguf(self.path, folder, DTYPES.get(dtype))
+            yield ModelFolder(folder)
+
+    def _transformers(self) -> ModuleType:
+        try:
+            from longnet_cli.models.hf import pretrained_net as transformers_net
+        except ImportError as error:
+            raise ConfigError(
+                f"{self.path} is a Hugging Face model, which cannot be imported ({error}): pip install "
+                "'longnet-cli[hf]'"
+            ) from None
+        return transformers_net
+
+    def _check_complete(self) -> None:
+        folder = self.path
+        if not folder.is_dir():
+            what = "not a folder" if folder.exists() else "no such folder"
+            raise CheckpointError(f"{folder}: {what}; expected a model")
+        for path in (folder / CONFIG, folder / WEIGHTS):
+            if path.exists() and not path.is_file():
+                raise CheckpointError(f"{path}: not a file: a folder, a pipe or a device")
+        missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+        if missing and (folder / SHARDED).is_file() and self.of_transformers:
+            return
+        if missing and any(folder.glob(PICKLED)):
+            raise CheckpointError(
+                f"{folder}: pickled weights are never read, since a pickle can run code: save them as safetensors"
+            )
+        if missing:
+            adapter = (
+                "; save an adapter of peft merged (merge_and_unload)"
+                if (folder / "adapter_config.json").is_file()
+                else ""
+            )
+            raise CheckpointError(f"{folder}: not a complete model, {' and '.join(missing)} missing{adapter}")
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a path leads to a GGUF file, by its first bytes."""
+    try:
+        with path.open("rb") as file:
+            return path.is_file() and file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """Return the settings in a file; empty if there is no readable file."""
+    try:
+        found = parse(read_text(path))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

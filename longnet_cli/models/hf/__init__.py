@@ -1,0 +1,1 @@
+"""Models of Hugging Face transformers, with dilated attention in place of their own."""

@@ -1,0 +1,330 @@
+"""Dilated attention for the models of Hugging Face transformers, under the name "dilated".
+
+    from longnet_cli.integrations.transformers import use_dilated_attention
+    use_dilated_attention(model, Pattern.paper())
+
+Importing `longnet_cli.integrations.transformers` registers the name. That also lets the Auto classes open folders that
+are saved with a pattern (`pretrained_folder`) and the folders of a LongNet (`auto_longnet`). A new model needs its
+pattern and the name:
+
+    write_pattern(config, Pattern.paper())
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="dilated")
+
+The model keeps its projections, positions and heads; only its attention over queries, keys and values is replaced.
+Causal decoders, bidirectional encoders and grouped-query heads are supported. A batch may be padded on either side, in
+a compiled model only on the right. Generation is exact, with a DynamicCache, or with a LongNetCache in bounded memory.
+With chosen blocks, only a LongNetCache will do: it keeps the queries that choose, and all keys of the past.
+Layers that the model itself limits to a sliding window stay as they are, on torch's sdpa.
+
+Sinks and chosen blocks are moved by the model's own rotations (`rotary`), which a config does not
+describe. With them, a model that is not loaded by AutoModel, AutoModelForCausalLM or AutoModelForMaskedLM therefore
+needs `use_dilated_attention` after loading, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+
+from longnet_cli.attention import FarKeys, LayerFinds, Past, Pattern, Span, dilated_attention
+from longnet_cli.attention.choosing import Finds
+from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.models.hf.auto_longnet import LongNetPreTrainedModel  # registers its classes
+from longnet_cli.models.hf.longnet_cache import MEMORY, AlignedRows, Memory, by_rows, columns_of
+from longnet_cli.models.hf.pretrained_folder import ATTENTION_NAME, mark, register, unmark
+from longnet_cli.models.hf.rotary import make_phases_exact, turns
+
+_TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks and chosen blocks, or None
+_PATTERN = "_dilated_pattern"  # attribute of an attention module: its config, what that says, and the `Pattern`
+_FINDS = "_dilated_finds"  # attribute of an attention module: the `Finds` of all layers of its model
+_OWN = "_own_attention"  # attribute of a model: the name of its earlier attention
+
+# settings of a config that dilated attention does not support
+_REFUSED_CONFIG = {
+    "is_encoder_decoder": "an encoder-decoder",
+    "add_cross_attention": "cross-attention",
+    "attention_chunk_size": "chunked attention",
+}
+# unsupported options of a layer: they go beyond a plain softmax of scaled scores
+_REFUSED_OPTIONS = {"softcap", "s_aux", "position_bias", "head_mask", "output_attentions"}
+
+
+def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None) -> PreTrainedModel:
+    """Make all global attention layers of a model dilated, in place. Its weights stay the same.
+
+    `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it. None takes the pattern that
+    is already there. With sinks or chosen blocks, the model runs on a few tokens, to find out how it rotates its keys.
+    Rotary phases become exact at any position, where possible (`transformers_rotary.make_phases_exact`). Returns the
+    model. Raises ConfigError for a model that has no pattern, no layer with global attention, attention of another
+    kind, or positions by which sinks and chosen blocks cannot be moved.
+    """
+    config = model.config
+    if isinstance(model, LongNetPreTrainedModel):
+        raise ConfigError("a LongNet has dilated attention of its own: its config says what a query sees")
+    if pattern is not None:
+        write_pattern(config, pattern)
+    mark(config)
+    moves = pattern_of(config).moves_keys
+    kinds = getattr(config, "layer_types", None) or [
+        "sliding_attention" if getattr(config, "sliding_window", 0) else ""
+    ]
+    if all(kind == "sliding_attention" for kind in kinds):
+        raise ConfigError("every layer of this model has a sliding window: there is no global attention to replace")
+    found = turns(model) if moves else {}
+    if config._attn_implementation != ATTENTION_NAME:
+        setattr(model, _OWN, config._attn_implementation)
+    model.set_attn_implementation(ATTENTION_NAME)
+    if model.config._attn_implementation != ATTENTION_NAME:  # transformers only warns, and keeps the old attention
+        raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
+    finds = Finds()
+    for module, turn in found.items():
+        setattr(module, _TURN, turn)
+        setattr(module, _FINDS, finds)
+    make_phases_exact(model)
+    return model
+
+
+def use_own_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `use_dilated_attention`, in place: restore the earlier attention, and remove the pattern from the config."""
+    if model.config._attn_implementation == ATTENTION_NAME:
+        model.set_attn_implementation(getattr(model, _OWN, "sdpa"))
+    if hasattr(model.config, "dilated_attention"):
+        del model.config.dilated_attention
+    unmark(model.config)
+    return model
+
+
+def write_pattern(config: Any, pattern: Pattern) -> None:
+    """Put a pattern into a config, in place: `config.dilated_attention`, which `pattern_of` reads.
+
+    A folder that is saved with it cannot be opened without this integration (`pretrained_folder`).
+    """
+    mark(config)
+    options = {key: x for key, x in asdict(pattern).items() if pattern.chosen or not key.startswith("chosen")}
+    config.dilated_attention = {key: list(x) if isinstance(x, tuple) else x for key, x in options.items()}
+
+
+def pattern_of(config: Any) -> Pattern:
+    """Return the pattern in `config.dilated_attention`, a mapping of `Pattern`'s arguments. Raises ConfigError."""
+    for name, what in _REFUSED_CONFIG.items():
+        if getattr(config, name, None):
+            raise ConfigError(f"dilated attention does not serve {what} ({name} in the model's config)")
+    found = getattr(config, "dilated_attention", None)
+    if found is None:
+        raise ConfigError(
+            'the model\'s config has no dilated_attention: {"segment_lengths": [...], "dilation_rates": [...]}; '
+            "call use_dilated_attention(model, pattern)"
+        )
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"dilated_attention in the model's config: a table of levels is needed, got {found!r}")
+    try:
+        pattern = Pattern(**found)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"dilated_attention in the model's config: {error}") from None
+    if pattern.learned_bias is not None:
+        raise ConfigError(
+            'level_bias = "learned" is for a LongNet: a Hugging Face model has no such weights; give one number per '
+            "level, as level_bias=0/-2"
+        )
+    return pattern
+
+
+@lru_cache(maxsize=64)
+def _shared(pattern: Pattern) -> Pattern:
+    """Return the first one of equal patterns: what is cached for a pattern is then found sooner."""
+    return pattern
+
+
+def _pattern_of(module: nn.Module) -> Pattern:
+    """Return the pattern of an attention, which is made only once, because to read a config of transformers is slow."""
+    config: Any = module.config
+    if torch.compiler.is_dynamo_compiling():
+        return pattern_of(config)
+    known, written, pattern = module.__dict__.get(_PATTERN, (None, None, None))
+    if known is not config or written != object.__getattribute__(config, "__dict__").get("dilated_attention"):
+        pattern = _shared(pattern_of(config))
+        module.__dict__[_PATTERN] = config, deepcopy(config.dilated_attention), pattern
+        mark(config)  # even if the pattern came from elsewhere, the model is to be saved with it
+    return pattern
+
+
+def dilated_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention for transformers: query (B, H, N, D), key and value (B, H_kv, L, D) -> (B, N, H, D).
+
+    `attention_mask` is the result of `dilated_mask`. If L > N, the first L - N keys are cached: they come before the N
+    new tokens. Without a cache, a caller of the model may pass `start` and `far`, as for a LongNet, to run one shard of
+    a longer sequence, and `documents`, the lengths of the documents in it.
+    Raises ConfigError for options that dilated attention does not support, ValueError for wrong masks and keys.
+    """
+    if options.get("sliding_window") is not None:
+        options |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    pattern = _pattern_of(module)
+    for name in _REFUSED_OPTIONS & options.keys():
+        if options[name] is not None and options[name] is not False:
+            raise ConfigError(f"dilated attention has no {name}")
+    if dropout:
+        raise ConfigError(
+            f"dilated attention has no dropout of attention weights, and the model's config asks for {dropout}: set "
+            "attention_dropout, attn_pdrop or attention_probs_dropout_prob to 0"
+        )
+    if attention_mask is not None and attention_mask.shape != (query.shape[0], 2):
+        raise ValueError(
+            f"dilated attention takes a padding mask (batch, tokens), not one of {tuple(attention_mask.shape)}"
+        )
+    turn = module.__dict__.get(_TURN)
+    if pattern.moves_keys and _TURN not in module.__dict__:
+        what = "chosen blocks" if pattern.chosen else "sinks"
+        raise ConfigError(
+            f"{what} are moved by a model's own positions: call use_dilated_attention(model) after loading"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    memory: Memory | None = getattr(key, MEMORY, None)
+    # as autocast does for sdpa: rotated q and k come in float32, v in the type of its projection
+    if torch.is_autocast_enabled(query.device.type):
+        kind = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(kind) for x in (query, key, value))
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    before = memory.position if memory else k.shape[1] - q.shape[1]
+    if before and (before < 0 or not causal):
+        raise ValueError(
+            f"dilated attention is self-attention: {q.shape[1]} queries cannot attend to {k.shape[1]} keys "
+            f"in a {'causal' if causal else 'bidirectional'} layer"
+        )
+    settings: dict[str, Any] = {"causal": causal, "scale": scaling, "turn": turn}
+    provider, documents = options.get("far"), options.get("documents")
+    if provider:
+        settings |= {"start": options["start"], "far": provider(module.layer_idx, q, k, v)}
+    finds: Finds | None = module.__dict__.get(_FINDS) if pattern.chosen else None
+    layer: Any = getattr(module, "layer_idx", 0)
+    if provider or documents is not None:
+        settings["finds"] = None if finds is None else LayerFinds(finds, layer)
+        return dilated_attention(q, k, v, pattern, documents=documents, **settings), None
+
+    def attend(rows: AlignedRows) -> Tensor:
+        far: list[FarKeys | Past]
+        some_q, some_k, some_v = rows.of(q), rows.of(k), rows.of(v)
+        if rows.skip:
+            some_q = some_q[:, rows.skip :]
+        if memory:
+            if rows.skip:
+                some_k, some_v = some_k[:, rows.skip :], some_v[:, rows.skip :]
+            cache = memory.cache(rows, pattern, q.shape[2], some_k)
+            far = cache.far(some_k, some_v)
+        else:
+            some_k, some_v = some_k[:, rows.first :], some_v[:, rows.first :]
+            if rows.start and pattern.chosen:
+                raise ConfigError(
+                    f"chosen={pattern.chosen}: this cache has lost the queries that choose: pass "
+                    "past_key_values=LongNetCache(model.config), or use_cache=False"
+                )
+            far = [*_cached(some_k, some_v, pattern, q.shape[2], rows.start)] if rows.start else []
+            some_k, some_v = some_k[:, rows.start :], some_v[:, rows.start :]
+        shard: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
+        if finds is not None:
+            shard["finds"] = LayerFinds(finds, layer, rows.first)
+        found = dilated_attention(some_q, some_k, some_v, pattern, **settings, **shard)
+        if memory:
+            cache.append(some_k, some_v, q=some_q)
+        return found
+
+    out = by_rows(attention_mask, before, q.shape, attend)
+    if memory:
+        memory.step(q.shape[1])
+    # if no row has a token, return zeros with a gradient of zeros
+    return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) if out is None else out, None
+
+
+def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) -> list[FarKeys]:
+    """Return the far keys of the new tokens [start, L), from the keys and values (B, L, H_kv, D) before them.
+
+    At rate 1, they are views. At a dilated level, rows are copied for the lanes in which a new token takes part: 1 / r
+    of the lanes for one token, or all of them with `queries="all"`. The rest of the memory is never read.
+    """
+    found = []
+    batch, stop, key_heads, head_dim = k.shape
+    for span in far_spans(pattern, start, stop, True):
+        w, r = (1, 1) if span.level == SINKS else pattern.levels[span.level]
+        if r == 1:
+            found.append(FarKeys(*span, k[:, span.start : span.stop], v[:, span.start : span.stop]))
+            continue
+        positions = span_positions(pattern, span, num_heads, key_heads)
+        if not (rows := max(map(len, positions))):
+            continue
+        edge = (start // w + 1) * w  # two segments show every lane that has a new token
+        new = [Span(span.level, start, min(stop, edge)), Span(span.level, edge, max(edge, min(stop, edge + w)))]
+        asked = [
+            any(counts) for counts in zip(*(span_rows(pattern, x, num_heads, key_heads) for x in new), strict=True)
+        ]
+        packed = k.new_empty(2, batch, len(positions), rows, head_dim)
+        for lane, head in enumerate(lanes(pattern, span.level, num_heads, key_heads).kv_heads):
+            if asked[lane] or pattern.queries == "all":
+                kept, places = slice(0, len(positions[lane])), positions[lane]
+                for i, x in enumerate((k, v)):
+                    packed[i, :, lane, kept] = x[:, places.start : places.stop : r, head]
+        found.append(FarKeys(*span, *packed.transpose(2, 3)))
+    return found
+
+
+def dilated_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **options: Any,
+) -> Tensor | None:
+    """Return columns [first, stop) of each row's tokens, (B, 2), or None: a mask for transformers that is never N x N.
+
+    Columns count from the first cached token. The result is on the CPU, except in a compiled graph. None means no
+    padding. Sliding-window layers get their own mask, for sdpa. Raises ValueError for padding between tokens, for
+    packed sequences and other masks of a model's own, and for caches that do not hold all keys so far.
+    """
+    if local_size is not None:
+        options |= {"mask_function": mask_function, "attention_mask": attention_mask, "local_size": local_size}
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
+    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        raise ValueError(
+            "dilated attention has no masks but causal and padding: pass attention_mask instead of position_ids that "
+            "restart (packed sequences); under torch.compile always pass it"
+        )
+    if kv_offset or q_offset + q_length != kv_length:
+        raise ValueError(
+            "dilated attention generates with a LongNetCache, with a DynamicCache, or without one (use_cache=False)"
+        )
+    if attention_mask is None:
+        return None
+    return columns_of(attention_mask.bool())
+
+
+AttentionInterface.register(ATTENTION_NAME, dilated_attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, dilated_mask)
+register(use_dilated_attention)

@@ -1,0 +1,336 @@
+"""A LongNet as a model of Hugging Face transformers, for the folders that `longnet train` and `save_pretrained` write.
+
+    import longnet_cli.integrations.transformers
+    model = AutoModelForCausalLM.from_pretrained("./my-model")
+    model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=20)
+
+The classes hold a LongNet's own layers under its own names, so both libraries read the same file of weights: a
+Trainer's checkpoint is a model of `longnet`, and the other way round. Missing weights are an error.
+
+B batch, N new tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+
+from longnet_cli.basics.errors import CheckpointError
+from longnet_cli.basics.hub import MODEL_TYPE, OLDER_TYPE, POOL_KEY
+from longnet_cli.models.hf.longnet_cache import AlignedRows, LongNetCache, Memories, by_rows, columns_of
+from longnet_cli.nets.config import LongNetConfig, parse_config
+from longnet_cli.nets.foreign import TRANSFORMERS_KEYS, architecture, own_keys
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.weights import list_names, save_pretrained
+from longnet_cli.running.chunks import CausalStream, default_chunk
+
+
+class LongNetHFConfig(hf.PretrainedConfig):
+    """A LongNet's config.json for transformers: the fields of `LongNetConfig` as attributes, with the same checks.
+
+    Raises ConfigError for an unknown key, or a value that a LongNet cannot have.
+    """
+
+    model_type = MODEL_TYPE
+    has_no_defaults_at_init = True
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    attribute_map = {  # noqa: RUF012 (transformers declares it)
+        "hidden_size": "dim",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "intermediate_size": "ffn_dim",
+    }
+
+    def __init__(self, **settings: Any) -> None:
+        own = parse_config(own_keys(settings), str(settings.get("name_or_path") or "config.json"))
+        super().__init__(**{key: value for key, value in settings.items() if key in TRANSFORMERS_KEYS})
+        for name in LongNetConfig.model_fields:
+            setattr(self, name, getattr(own, name))
+
+    @property
+    def longnet(self) -> LongNetConfig:
+        """The same settings as a `LongNetConfig`."""
+        return LongNetConfig(**{name: getattr(self, name) for name in LongNetConfig.model_fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of config.json, with a LongNet's keys as `LongNet` writes them."""
+        foreign = {key: value for key, value in super().to_dict().items() if key not in LongNetConfig.model_fields}
+        return json.loads(self.longnet.model_dump_json()) | foreign
+
+
+# the name of a cache in arguments and outputs of transformers: `cache` in newer versions
+_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class LongNetPreTrainedModel(hf.PreTrainedModel):
+    """A LongNet's layers in a module of transformers; `net` is a LongNet that shares them."""
+
+    config_class = LongNetHFConfig
+    base_model_prefix = "longnet"  # names no attribute: weights keep a LongNet's own names
+    _no_split_modules = ("Block",)
+
+    def __init__(self, config: LongNetHFConfig) -> None:
+        super().__init__(config)
+        net = LongNet(config.longnet)
+        for name, child in net.named_children():
+            self.add_module(name, child)
+        self.__dict__["net"] = net  # not a submodule: its layers are already this module's
+        for module in self.modules():
+            module._is_hf_initialized = True  # the LongNet did it; transformers would draw other weights
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """Load a model as transformers does. Raises CheckpointError for missing or unexpected weights."""
+        model, report = super().from_pretrained(*args, output_loading_info=True, **options)
+        for what, names in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"])):
+            if names:
+                raise CheckpointError(f"{model.name_or_path}: {list_names(what, sorted(names))}")
+        return (model, report) if output_loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        """Write the folder that `LongNet.save_pretrained` writes, with one file of weights, in the main process only.
+
+        Other `options` of transformers are ignored. Raises CheckpointError if the folder cannot be written.
+        """
+        if not is_main_process:
+            return
+        self.net.config = self.config.longnet  # a vocabulary may have been resized
+        foreign = {key: value for key, value in self.config.to_diff_dict().items() if key in TRANSFORMERS_KEYS}
+        foreign |= {"architectures": [architecture(self.net.config)]}
+        save_pretrained(self.net, save_directory, state_dict=state_dict, foreign=foreign)
+        if self.can_generate():
+            self.generation_config.save_pretrained(save_directory)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embedding = self.net.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the output matrix; None if it is the embedding table."""
+        return self.net.output
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.output = self.net.output = value
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Do nothing: the LongNet has drawn all weights."""
+
+    def _hidden(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        cache: Any,
+        asked: dict[str, Any],
+    ) -> Tensor:
+        """Return hidden states (B, N, dim) after the final norm, of ids (B, N) or vectors (B, N, dim) after `cache`.
+
+        Hidden states at padding have no meaning. Raises ValueError for inputs or outputs that a LongNet does not have.
+        """
+        for name in ("output_attentions", "output_hidden_states"):
+            if asked.get(name):
+                raise ValueError(f"a LongNet gives its last hidden states alone: no {name}")
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None:
+            raise ValueError("give either input_ids or inputs_embeds")
+        before = cache.get_seq_length() if cache is not None else 0
+        columns = _columns(attention_mask, position_ids, before + given.shape[1])
+        memory = None if cache is None else Memories(cache, given.shape[0], self.net.config)
+
+        def run(rows: AlignedRows) -> Tensor:
+            some = rows.of(given)[:, rows.skip :]
+            place = {"tokens": some} if input_ids is not None else {"embeddings": some}
+            far = memory.of(rows) if memory else None
+            found = self.net(**place, start=rows.start, lengths=rows.lengths, far=far)
+            if memory:
+                memory.append()
+            return found
+
+        out = by_rows(columns, before, given.shape, run)
+        if memory:
+            memory.step(given.shape[1])
+        if out is None:  # no row has a token
+            out = self.net.embed(input_ids, inputs_embeds) * 0
+        return out
+
+    def _cache(self, use_cache: bool | None, cache: Any, older: Any) -> Any:
+        """Return the given cache, under its newer or older name, or a new one if `use_cache` asks for it."""
+        found = older if cache is None else cache
+        if found is not None and not self.config.causal:
+            raise ValueError("a bidirectional LongNet reads a text at once: it has no cache")
+        if found is None and use_cache and self.config.causal:
+            return LongNetCache(self.config)
+        return found
+
+
+class LongNetModel(LongNetPreTrainedModel):
+    """A LongNet with hidden states, for `AutoModel`; `embed` returns vectors of texts, for sentence-transformers."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **asked: Any,
+    ) -> Any:
+        """Return hidden states (B, N, dim) after the final norm."""
+        cache = self._cache(use_cache, cache, past_key_values)
+        hidden = self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, cache, asked)
+        return _output(BaseModelOutputWithPast(last_hidden_state=hidden, **{_CACHE: cache}), return_dict)
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return vectors (B, dim) of length 1 for texts, given as token ids (B, N), as `longnet encode` makes them.
+
+        A vector is the normalized mean of the hidden states at a text's tokens, or the last of them. A causal net first
+        reads the id that starts documents (`config.bos_token_id`), whose hidden state is the vector of an empty text.
+        Without that id, its vector is zero. Without gradients, a causal net reads chunk by chunk.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        # a tokenizer returns numbers of float32 for texts without tokens
+        ids = input_ids.long().gather(1, (1 - mask).argsort(dim=1, stable=True))  # padding goes to the right
+        bos = getattr(self.config, "bos_token_id", None) if self.config.causal else None
+        if bos is not None:
+            ids = F.pad(ids, (1, 0), value=bos)
+        stops = mask.sum(1) + (bos is not None)
+        starts = (stops > 1).long() * (bos is not None)
+        if getattr(self.config, POOL_KEY, None) == "last":
+            starts = (stops - 1).clamp(min=0)
+        if not stops.any():
+            return self.net.embedding.weight.new_zeros(len(ids), self.config.hidden_size)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        wanted = ((places >= starts[:, None]) & (places < stops[:, None]))[..., None]  # (B, 1 + N, 1)
+        parts: Iterable[Tensor]
+        if torch.is_grad_enabled() or not self.config.causal:
+            parts = [self.net(ids, lengths=stops.tolist())]
+        else:
+            stream, chunk = CausalStream(self.net), default_chunk(self.net.config, ids.device)
+            parts = (stream(part) for part in ids.split(max(1, chunk // len(ids)), 1))
+        total, at = torch.zeros((), dtype=torch.float64, device=ids.device), 0
+        for hidden in parts:
+            total = total + hidden.masked_fill(~wanted[:, at : at + hidden.shape[1]], 0).sum(1, dtype=torch.float64)
+            at += hidden.shape[1]
+        return F.normalize((total / (stops - starts).clamp(min=1)[:, None]).float(), dim=-1)
+
+
+class LongNetForCausalLM(LongNetPreTrainedModel, hf.GenerationMixin):
+    """A causal LongNet with logits of the next token, and with `generate()`, which uses a `LongNetCache`."""
+
+    def __init__(self, config: LongNetHFConfig) -> None:
+        _refuse(config, "AutoModelForCausalLM", causal=True)
+        super().__init__(config)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Return False: `forward` makes its own cache."""
+        return False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **asked: Any,
+    ) -> Any:
+        """Return logits (B, N, vocab_size), or only for the last `logits_to_keep` tokens if it is not 0.
+
+        With `labels` (B, N), also return a loss: the mean over labels other than -100. They are shifted here.
+        """
+        cache = self._cache(use_cache, cache, past_key_values)
+        hidden = self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, cache, asked)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.net.logits(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **asked)
+        return _output(CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache}), return_dict)
+
+
+class LongNetForMaskedLM(LongNetPreTrainedModel):
+    """A bidirectional LongNet with logits of masked tokens."""
+
+    def __init__(self, config: LongNetHFConfig) -> None:
+        _refuse(config, "AutoModelForMaskedLM", causal=False)
+        super().__init__(config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **asked: Any,
+    ) -> Any:
+        """Return logits (B, N, vocab_size) and, with `labels` (B, N), a loss: the mean over labels other than -100."""
+        logits = self.net.logits(self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, None, asked))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **asked)
+        return _output(MaskedLMOutput(loss=loss, logits=logits), return_dict)
+
+
+def _columns(attention_mask: Tensor | None, position_ids: Tensor | None, columns: int) -> Tensor | None:
+    """Return columns [first, stop) of each row's tokens (`columns_of`). Raises ValueError for masks of another kind."""
+    if attention_mask is not None and tuple(attention_mask.shape[1:]) != (columns,):
+        raise ValueError(
+            f"attention_mask must say of all {columns} tokens so far which are padding, (batch, {columns}), not be of "
+            f"shape {tuple(attention_mask.shape)}"
+        )
+    if position_ids is not None and position_ids.shape[-1] > 1:
+        mask = None if attention_mask is None else attention_mask[:, -position_ids.shape[-1] :].bool()
+        goes_on = position_ids.diff(dim=-1) == 1
+        if mask is not None:
+            goes_on = goes_on | ~(mask[:, 1:] & mask[:, :-1])
+        if not goes_on.all():
+            raise ValueError("a LongNet counts positions itself: position_ids that restart (packed texts) are refused")
+    return None if attention_mask is None else columns_of(attention_mask.bool())
+
+
+def _refuse(config: LongNetHFConfig, asked: str, *, causal: bool) -> None:
+    if not config.vocab_size:
+        raise ValueError(f"this LongNet has no vocabulary: open it with AutoModel, not {asked}")
+    if config.causal is not causal:
+        is_, needed = ("causal", "CausalLM") if config.causal else ("bidirectional", "MaskedLM")
+        raise ValueError(f"this LongNet is {is_}: open it with AutoModelFor{needed}, not {asked}")
+
+
+def _output(found: Any, return_dict: bool | None) -> Any:
+    return found.to_tuple() if return_dict is False else found
+
+
+hf.AutoConfig.register(MODEL_TYPE, LongNetHFConfig)
+hf.CONFIG_MAPPING.register(OLDER_TYPE, LongNetHFConfig)
+hf.AutoModel.register(LongNetHFConfig, LongNetModel)
+hf.AutoModelForCausalLM.register(LongNetHFConfig, LongNetForCausalLM)
+hf.AutoModelForMaskedLM.register(LongNetHFConfig, LongNetForMaskedLM)

@@ -1,0 +1,54 @@
+"""The facts of a Hugging Face model that a recipe stores. This file does not import transformers."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from longnet_cli.attention import Pattern
+from longnet_cli.nets.config import Costs
+
+
+class TransformersConfig(Costs, BaseModel):
+    """The facts of `NetConfig`; `source` is the model's own configuration, as JSON."""
+
+    model_config = ConfigDict(frozen=True)
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    kv_heads: int  # heads of keys and values, a divisor of num_heads
+    head_dim: int
+    ffn_dim: int
+    causal: bool
+    memory: Literal["segments", "cache", "none"]  # the memory of a causal sequence between its chunks
+    max_tokens: int | None  # the size of a table of positions; for a dense net as trained, its training length
+    as_trained: bool  # no pattern is given: dense, on sequences of at most its training length
+    pattern: Pattern
+    parameters: int
+    trained: int  # number of trained parameters: all of the model's, or LoRA's
+    layer_weights: int  # parameters in the matrices of all layers
+    source: str
+
+    @property
+    def streams(self) -> bool:
+        return self.memory != "none"
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters, with tied embeddings counted once."""
+        return self.parameters
+
+    def cache_bytes(self, tokens: int, itemsize: int) -> int:
+        if self.memory == "segments":
+            return super().cache_bytes(tokens, itemsize)
+        keys = (self.num_layers + 1) * self.kv_heads * self.head_dim * tokens  # all are kept; one layer is being copied
+        return 2 * keys * itemsize
+
+    def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
+        """Return what two small models of this kind save on the CPU. Raises ConfigError as `add_lora` does."""
+        from longnet_cli.models.hf.saved_tensors import measured_bytes  # imports transformers
+
+        return measured_bytes(self.source, json.dumps(lora), "fp32" if itemsize == 4 else "bf16")

@@ -1,0 +1,205 @@
+"""Folders of transformers models with a pattern: the Auto classes open them, other tools cannot open them by mistake.
+
+A tool that does not know dilated attention would run such a model dense, without a warning. So its config.json has a
+`model_type` and `architectures` that no library knows. The type is the import line to add, because the error message of
+transformers shows nothing else of a folder:
+
+    The checkpoint you are trying to load has model type `import longnet_cli.integrations.transformers` but ...
+
+A model class of transformers (LlamaForCausalLM) does not look at the type. It fails because config.json names the
+attention "dilated", which is not registered without the import.
+
+After that import, AutoConfig returns the model's own configuration, and AutoModel, AutoModelForCausalLM and
+AutoModelForMaskedLM return models on which `use_dilated_attention` was called. In memory, a configuration has
+the model's own type. Its class is a subclass that writes the file as above.
+
+`write_folder` writes such a folder: files get their names when all of them are complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import transformers as hf
+from torch import Tensor
+
+from longnet_cli.attention import Pattern
+from longnet_cli.basics.atomic import whole_folder
+from longnet_cli.basics.configuration import digest, parse, read_text
+from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
+from longnet_cli.basics.hub import BESIDE_TOKENIZER, POOL_KEY, PROMPTS
+from longnet_cli.nets.foreign import MODULES, prompts_file
+from longnet_cli.nets.net import Embedder
+
+DILATED_TYPE = "import longnet_cli.integrations.transformers"
+ATTENTION_NAME = "dilated"  # the name of the attention
+_OWN_TYPE = "dilated_model_type"  # key of the model's own type in such a file
+_PREFIX = "Dilated"  # of the names in `architectures`
+_PATTERN, _ATTENTION = "dilated_attention", "attn_implementation"
+_OWN_CLASS = "_own_class"  # attribute of a marked configuration class: the original class
+
+Prepare = Callable[[hf.PreTrainedModel], Any]
+
+
+def to_file(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json of a model with these settings. With a pattern, its type is DILATED_TYPE.
+
+    Any tool can run a dense pattern: such settings stay as they are, and so do settings without a pattern.
+    """
+    found = settings.get(_PATTERN)
+    if not found or Pattern(**found) == Pattern.dense() or settings.get("model_type") == DILATED_TYPE:
+        return dict(settings)
+    names = [_PREFIX + name for name in settings.get("architectures") or []]
+    changed = {"model_type": DILATED_TYPE, _OWN_TYPE: settings["model_type"], "architectures": names or None}
+    return {**settings, **changed, _ATTENTION: ATTENTION_NAME}
+
+
+def from_file(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `to_file`; other configurations stay as they are."""
+    found = dict(settings)
+    if found.get("model_type") == DILATED_TYPE:
+        found.pop(_ATTENTION, None)
+        found["model_type"] = found.pop(_OWN_TYPE, None)
+        found["architectures"] = [name.removeprefix(_PREFIX) for name in found.get("architectures") or []] or None
+    return found
+
+
+def mark(config: Any) -> None:
+    """Make a configuration save itself through `to_file`, in place: its class becomes a subclass of the same name."""
+    if isinstance(config, hf.PretrainedConfig) and not hasattr(type(config), _OWN_CLASS):
+        own: Any = type(config)
+        config.__class__ = _marked(own)
+
+
+def unmark(config: Any) -> None:
+    """Undo `mark`, in place."""
+    config.__class__ = getattr(type(config), _OWN_CLASS, type(config))
+
+
+@cache
+def _marked(own: type) -> type:
+    """Return a subclass of the configuration class `own` that saves itself through `to_file`."""
+
+    def to_json_file(self: Any, json_file_path: str | Path, use_diff: bool = True) -> None:
+        data = to_file(json.loads(self.to_json_string(use_diff=use_diff)))
+        Path(json_file_path).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def reduce(self: Any) -> tuple[Any, ...]:  # for pickle and deepcopy, which would look for the class by its name
+        return _restored, (own, self.__dict__)
+
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (own,), {**names, _OWN_CLASS: own, "to_json_file": to_json_file, "__reduce__": reduce})
+
+
+def _restored(own: Any, attributes: dict[str, Any]) -> Any:
+    config: Any = object.__new__(_marked(own))
+    config.__dict__.update(attributes)
+    return config
+
+
+def register(prepare: Prepare) -> None:
+    """Let the Auto classes open such folders with the attention `dilated`, and call `prepare` on each model."""
+
+    class DilatedConfig(hf.PretrainedConfig):
+        """An entry point for AutoConfig: `from_dict` returns a configuration of the model's own type."""
+
+        model_type = DILATED_TYPE
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+            """Return a marked configuration of the model's own class. Raises ConfigError for an unknown type."""
+            data = from_file(config_dict)
+            kind = data.get("model_type")
+            if kind not in hf.CONFIG_MAPPING:
+                raise ConfigError(f"transformers {hf.__version__} does not know the model type {kind!r}")
+            found = hf.CONFIG_MAPPING[kind].from_dict({**data, _ATTENTION: ATTENTION_NAME}, **options)
+            config = found[0] if isinstance(found, tuple) else found
+            own: Any = type(config)
+            mark(config)
+            marked: Any = type(config)
+            _register_models(own, marked, prepare)
+            return found
+
+    hf.AutoConfig.register(DILATED_TYPE, DilatedConfig)
+
+
+@cache
+def _register_models(own: type, marked: type, prepare: Prepare) -> None:
+    """Let the Auto classes build the models of `own` for `marked` configurations too, and call `prepare` on them."""
+    for auto, models in (
+        (hf.AutoModel, hf.MODEL_MAPPING),
+        (hf.AutoModelForCausalLM, hf.MODEL_FOR_CAUSAL_LM_MAPPING),
+        (hf.AutoModelForMaskedLM, hf.MODEL_FOR_MASKED_LM_MAPPING),
+    ):
+        if own in models and isinstance(models[own], type):
+            auto.register(marked, _prepared(models[own], prepare), exist_ok=True)
+
+
+def _prepared(own: type, prepare: Prepare) -> type:
+    """Return a subclass of `own` whose `from_pretrained` calls `prepare` on models with our attention."""
+
+    def from_pretrained(cls: Any, *args: Any, **options: Any) -> Any:
+        found = own.from_pretrained(*args, **options)  # type: ignore[attr-defined]
+        model = found[0] if isinstance(found, tuple) else found
+        if model.config._attn_implementation == ATTENTION_NAME:
+            prepare(model)
+        return found
+
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (own,), {**names, "from_pretrained": classmethod(from_pretrained)})
+
+
+ADAPTER = "adapter"  # a subfolder: beside the model's files, transformers would take the model for an adapter
+_VECTORS = "longnet_cli.sentence_module.TextVectors"
+_CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
+
+
+def write_folder(
+    model: hf.PreTrainedModel,
+    folder: Path,
+    state: Mapping[str, Tensor],
+    tokenizer_json: str,
+    source: Path | None,
+    *,
+    dense: bool = False,
+    embedder: Embedder | None = None,
+) -> None:
+    """Write config.json, model.safetensors with the weights `state`, and the tokenizer, to `folder`.
+
+    `source` is the folder that the model came from. If its tokenizer is the same, the files beside it are copied too.
+    `dense` leaves the pattern out of config.json. `embedder` says how to make vectors. Raises CheckpointError if the
+    folder cannot be written.
+    """
+    try:
+        with whole_folder(folder, last=_CONFIG) as made:
+            model.save_pretrained(made, state_dict=dict(state), max_shard_size=1 << 62)
+            settings = json.loads((made / _CONFIG).read_text(encoding="utf-8"))
+            if dense:
+                settings = from_file(settings)
+                settings.pop("dilated_attention", None)
+            if embedder:
+                settings[POOL_KEY] = embedder.pool
+                module = {"idx": 0, "name": "0", "path": "", "type": _VECTORS}
+                for name, data in ((PROMPTS, prompts_file(embedder)), (MODULES, [module])):
+                    (made / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            (made / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            (made / _TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+            if source and _same_tokenizer(source / _TOKENIZER, tokenizer_json):
+                for name in (*BESIDE_TOKENIZER, _TOKENIZER):
+                    if (source / name).is_file():
+                        shutil.copyfile(source / name, made / name)
+    except LongNetError as error:
+        cause = getattr(error.__cause__, "strerror", None) or error.__cause__ or error
+        raise CheckpointError(f"{folder}: cannot write the model: {cause}") from None
+
+
+def _same_tokenizer(path: Path, text: str) -> bool:
+    try:
+        return digest(parse(read_text(path))) == digest(json.loads(text))
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,406 @@
+"""A Hugging Face text model as a net for the jobs: `score`, `train` and the others run it like a LongNet.
+
+    net = ModelFolder.find("./my-llama").net(pattern=Pattern.pretrained())
+    hidden = net(tokens, lengths=[1000, 700])
+
+A causal decoder whose layers all take far keys streams as a LongNet does. A `CausalStream` gives it the far keys and
+keeps only what later tokens can see; under dense attention, that is everything. A decoder with sliding-window layers,
+or whose attention is not chosen by name, streams with a cache: a LongNetCache if it is dilated, otherwise the cache of
+transformers, which grows with the document. Other models read a document in one forward pass: a bidirectional model
+needs all of it at once.
+
+If neither the folder nor the caller names a pattern, the model is dense, as it was trained, and reads no more tokens
+than it was trained on.
+
+Nothing is downloaded, no code of a folder is run, no pickle is read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.basics.notation import format_pattern
+from longnet_cli.models.hf.attention import (
+    ATTENTION_NAME,
+    pattern_of,
+    use_dilated_attention,
+    use_own_attention,
+    write_pattern,
+)
+from longnet_cli.models.hf.longnet_cache import LongNetCache
+from longnet_cli.models.hf.lora import State, add_lora, merged
+from longnet_cli.models.hf.pretrained_config import TransformersConfig
+from longnet_cli.models.hf.pretrained_folder import ADAPTER, from_file, write_folder
+from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, ROPE_OF_LENGTH, make_phases_exact, rope_parameters
+from longnet_cli.nets.net import FarProvider, Net
+from longnet_cli.nets.weights import check_finite
+
+MOST_LAYERS = 10_000  # each is made before a weight is read
+_NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of its configuration
+_CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
+_CACHED_LAYERS = {"full_attention", "sliding_attention"}
+_GROWS = "it keeps all keys of a document, so that memory grows with it"
+_NOTES = {
+    "segments": None,
+    "cache": f"{_GROWS}: not all of its layers take far keys",
+    "none": "it reads each document in one forward, whatever --chunk",
+}
+
+
+class TransformersNet(Net):
+    """A model of transformers behind LongNet's interface, in eval mode and with the attention that it has.
+
+    `as_trained` limits it to sequences of the length that it was trained on. Raises ConfigError for a model that is not
+    a text Transformer.
+    """
+
+    def __init__(self, model: hf.PreTrainedModel, *, as_trained: bool = False) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.folder: Path | None = None  # where it was loaded from, with its tokenizer's files
+        self._save_adapter: Callable[[Path, State], None] | None = None  # writes LoRA's adapter
+        self.dilated = dilated = model.config._attn_implementation == ATTENTION_NAME
+        self.config: TransformersConfig = _facts(model, dilated, as_trained)
+        self._accepted = frozenset(inspect.signature(model.base_model.forward).parameters)
+        self._cache_name = next((name for name in _CACHE_NAMES if name in self._accepted), None)
+        if self.config.causal:
+            kinds = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
+            if dilated and "position_ids" in self._accepted and self._far_keys_reach_every_layer():
+                self.config = self.config.model_copy(update={"memory": "segments"})
+            elif self._cache_name and kinds <= _CACHED_LAYERS:
+                self.config = self.config.model_copy(update={"memory": "cache"})
+        if not make_phases_exact(model):
+            most = min(self.config.max_tokens or FLOAT32_POSITIONS, FLOAT32_POSITIONS)
+            self.config = self.config.model_copy(update={"max_tokens": most})
+        self.note = _NOTES[self.config.memory]
+        if dilated and self.config.streams:  # then the memory "cache" is a LongNetCache, which is bounded
+            self.note = _GROWS if self.config.pattern == Pattern.dense() else _too_wide(model, self.config.pattern)
+        if as_trained and (limit := self.config.max_tokens):
+            self.note = f"no pattern is given: dense attention as it was trained, on up to {limit} tokens"
+            if not self.config.streams:
+                self.note += f"; {_NOTES['none']}"
+            if not _positions(model):
+                window = (
+                    "pretrained" if limit >= _reach(Pattern.pretrained()) else f"window:{max(4, limit // 2)},sinks=4"
+                )
+                self.choices = f"--pattern {window} (a window and 4 sinks) or --pattern dense (farther than trained)"
+
+    def as_it_comes(self) -> TransformersNet:
+        """Switch the model back to transformers' own attention, in place. Return its net: a baseline for benchmarks."""
+        return TransformersNet(use_own_attention(self.model))
+
+    def stream(self) -> Callable[..., Tensor] | None:
+        """Return a stream that uses a DynamicCache or a LongNetCache if `config.memory` is "cache", otherwise None."""
+        if self.config.memory != "cache":
+            return None
+        assert self._cache_name
+        config = self.model.config
+        kept = LongNetCache(config) if config._attn_implementation == ATTENTION_NAME else hf.DynamicCache(config=config)
+        cache = {self._cache_name: kept, "use_cache": True}
+
+        @torch.no_grad()
+        def read(tokens: Tensor, *, edges: Sequence[int] | None = None) -> Tensor:
+            return self.model.base_model(input_ids=tokens, **cache).last_hidden_state
+
+        return read
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        start: int = 0,
+        lengths: Sequence[int] | None = None,
+        documents: Sequence[int] | None = None,
+        far: FarProvider | None = None,
+    ) -> Tensor:
+        """Return hidden states (B, N, dim) after the final norm, of ids (B, N) or vectors (B, N, dim) in their place.
+
+        The arguments are as in `LongNet.forward`. `far` and `documents` work only if far keys reach all layers.
+        """
+        options: dict[str, Any] = {}
+        given = tokens if embeddings is None else embeddings
+        assert given is not None
+        if lengths is not None and not self.config.causal:  # a causal net does not see padding on the right
+            places = torch.arange(given.shape[1], device=given.device)
+            options["attention_mask"] = (places < torch.tensor(lengths, device=given.device)[:, None]).long()
+        if far is not None:
+            options |= {"start": start, "far": far}
+        if documents is not None:  # with a mask: transformers would make one of positions that restart
+            options |= {"documents": documents, "attention_mask": given.new_ones(given.shape[:2], dtype=torch.int64)}
+        if far is not None or documents is not None:
+            first, *others = documents or [given.shape[1]]
+            runs = [range(start, start + first), *map(range, others)]
+            positions = torch.cat([torch.arange(x.start, x.stop, device=given.device) for x in runs])
+            options["position_ids"] = positions[None]
+        if "use_cache" in self._accepted:
+            options["use_cache"] = False
+        return self.model.base_model(input_ids=tokens, inputs_embeds=embeddings, **options).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        output, name = self.model.get_output_embeddings(), type(self.model).__name__
+        if output is None:
+            raise ConfigError(f"{name} has no output layer: it cannot score tokens")
+        if not self._plain_logits:
+            raise ConfigError(f"{name} does more to its logits than multiply (soft capping, scales): it cannot score")
+        return output(hidden)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return [*_layers(self.model, self.config.num_layers)]
+
+    def check_trainable(self) -> None:
+        """Raise ConfigError for a model through which the gradient of a long sequence cannot go.
+
+        Call it before training starts: it runs the model in eval mode, to check the logits of the output layer.
+        """
+        name = type(self.model).__name__
+        if not self.config.causal:
+            raise ConfigError(f"{name} looks in both directions: only causal decoders are trained")
+        if self.config.memory != "segments" or not self.blocks:
+            raise ConfigError(f"{name} cannot be trained: not all of its layers take far keys")
+        weight = next(self.parameters())
+        self.logits(weight.new_zeros(1, self.config.dim))
+
+    def add_lora(self, options: Mapping[str, Any]) -> None:
+        """Add LoRA matrices and train only them, in place; `options` are the arguments of `lora.add_lora`."""
+        self._save_adapter = add_lora(self.model, **options)
+
+    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None) -> None:
+        """Write a folder that transformers opens, with the pattern in config.json and the tokenizer's files.
+
+        With LoRA, the weights are the merged ones, and the adapter is in a subfolder.
+        """
+        own = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}  # tied ones once
+        inner = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        inner = {name: tensor for name, tensor in inner.items() if name in own}
+        if self._save_adapter:
+            self._save_adapter(folder / ADAPTER, inner)
+        weights = merged(self.model, inner)
+        dense = self.config.as_trained
+        write_folder(self.model, folder, weights, tokenizer_json, self.folder, dense=dense, embedder=self.embedder)
+
+    @cached_property
+    def _plain_logits(self) -> bool:
+        """True if the output layer alone makes the model's logits, tried on a few tokens."""
+        ids = torch.arange(4, device=next(self.parameters()).device)[None] % self.config.vocab_size
+        with torch.no_grad():
+            found = self.model.get_output_embeddings()(self(ids))
+            return torch.allclose(found, self.model(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+
+    @torch.no_grad()
+    def _far_keys_reach_every_layer(self) -> bool:
+        """Return whether all layers take far keys, tried on two tokens. Sliding windows and recurrence do not."""
+        asked: list[int] = []
+
+        def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> list:
+            asked.append(layer)
+            return []
+
+        self(torch.zeros(1, 2, dtype=torch.int64, device=next(self.parameters()).device), far=far)
+        return asked == list(range(self.config.num_layers))
+
+
+def load_transformers(
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    pattern: Pattern | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> TransformersNet:
+    """Load the net of a folder that `save_pretrained` of transformers wrote: weights of type `dtype`, in eval mode.
+
+    `settings` are the keys of its config.json.
+
+    Weights that are stored in that type are mapped from their files, not copied, and go from there to a GPU, tensor by
+    tensor. Others are converted, tensor by tensor.
+
+    `pattern` None takes the pattern in config.json (`dilated_attention`). If there is none, attention is dense, for no
+    more tokens than the model was trained on. Dense attention is the model's own if its layers cannot take far keys;
+    otherwise it is ours, with the same numbers. Raises ConfigError for an architecture that this version of
+    transformers or dilated attention does not know, and for a folder that needs its own code; CheckpointError for
+    missing or damaged weights.
+    """
+    hf.utils.logging.set_verbosity_error()  # stderr belongs to the command, whose errors are one line
+    hf.utils.logging.disable_progress_bar()
+    config, architecture = read_architecture(folder, settings)
+    as_trained = pattern is None and not getattr(config, "dilated_attention", None)
+    if as_trained:
+        pattern = Pattern.dense()
+    try:
+        model, report = architecture.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from None
+    for what, names in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"])):
+        if names:
+            raise CheckpointError(f"{folder}: weights are {what}, {min(names)} among {len(names)}")
+    if wrong := sorted(report["mismatched_keys"]):
+        name, found, needed = wrong[0]
+        raise CheckpointError(f"{folder}: {name} has shape {tuple(found)}, its configuration needs {tuple(needed)}")
+    model = model.to(device)
+    check_finite({name: parameter.detach() for name, parameter in model.named_parameters()}, str(folder))
+    try:
+        dense = pattern == Pattern.dense()
+        net = _dense(model, as_trained) if dense else TransformersNet(use_dilated_attention(model, pattern))
+        net.folder = folder
+        return net
+    except (ConfigError, ValueError) as error:  # transformers raises ValueError for a class with its own attention
+        raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from None
+
+
+def read_facts(
+    folder: Path, settings: Mapping[str, Any], pattern: Pattern | None = None, lora: Mapping[str, Any] | None = None
+) -> TransformersConfig:
+    """Read the facts of the model in a folder, as `load_transformers` finds them, but not its weights.
+
+    `trained` counts all parameters or, with `lora` (the arguments of `add_lora`), the parameters of LoRA's matrices.
+
+    Only loading shows whether the layers take far keys. Here, `memory` says that they do if the model is causal.
+    Raises ConfigError and CheckpointError as `load_transformers` does.
+    """
+    config, architecture = read_architecture(folder, settings)
+    as_trained = pattern is None and not getattr(config, "dilated_attention", None)
+    try:
+        if not as_trained and pattern is not None:
+            write_pattern(config, pattern)
+        with torch.device("meta"):
+            model = architecture(config)
+            found = _facts(model, not as_trained, as_trained)
+            if lora is not None:
+                add_lora(model, **lora)
+                trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                found = found.model_copy(update={"trained": trained})
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from None
+    return found.model_copy(update={"memory": "segments"}) if found.causal else found
+
+
+def _dense(model: hf.PreTrainedModel, as_trained: bool) -> TransformersNet:
+    """Return a net with dense attention: ours if the net then streams, as that beats a cache; else the model's own."""
+    try:
+        net = TransformersNet(use_dilated_attention(model, Pattern.dense()), as_trained=as_trained)
+        if net.config.memory == "segments":
+            return net
+    except (ConfigError, ValueError):  # its own attention supports more (soft capping)
+        pass
+    return TransformersNet(use_own_attention(model), as_trained=as_trained)
+
+
+def read_architecture(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return (configuration, class) of a folder's model, whose config.json has these keys. Raises ConfigError."""
+    data = from_file(_without_attention(settings))
+    if "auto_map" in data:
+        raise ConfigError(f"{folder}: config.json asks for code of the folder's own (auto_map), which is never run")
+    if isinstance(layers := data.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
+        raise ConfigError(f"{folder}/config.json: num_hidden_layers is {layers}: {MOST_LAYERS:,} are the most")
+    kind, names = data.get("model_type"), data.get("architectures") or [None]
+    found: Any = getattr(hf, str(names[0]), None)
+    known = isinstance(found, type) and issubclass(found, hf.PreTrainedModel) and kind in hf.CONFIG_MAPPING
+    if not known or found.config_class is not hf.CONFIG_MAPPING[kind]:
+        raise ConfigError(
+            f"{folder}: transformers {hf.__version__} does not know the architecture {names[0]} (model_type {kind})"
+        )
+    try:
+        return hf.CONFIG_MAPPING[kind].from_dict(data), found
+    except Exception as error:  # a class checks its values as it likes
+        raise ConfigError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
+
+
+def _without_attention(data: Any) -> Any:
+    """Drop the attention that a file names: it would replace the requested one, and may be code from a hub."""
+    if isinstance(data, Mapping):
+        names = [name for name in data if not name.startswith(("attn_impl", "_attn_impl"))]
+        return {name: _without_attention(data[name]) for name in names}
+    return [_without_attention(each) for each in data] if isinstance(data, list) else data
+
+
+def _reach(pattern: Pattern) -> int:
+    """Return how many tokens back a query sees at most in the first level, with the chosen blocks before it."""
+    return (1 + pattern.look_backs[0]) * pattern.segment_lengths[0] + pattern.chosen_keys
+
+
+def _too_wide(model: hf.PreTrainedModel, pattern: Pattern) -> str | None:
+    """Return a warning if a pattern's first level shows distances that the model has never seen; otherwise None."""
+    trained = getattr(model.config, "max_position_embeddings", None)
+    if not trained or _reach(pattern) <= trained or _positions(model):
+        return None
+    within, what = f"window:{max(4, trained // 2)},sinks=4", "first level reaches"
+    if pattern.chosen:
+        what, width = "chosen blocks reach", (trained - pattern.chosen_keys) // (1 + pattern.look_backs[0])
+        if (width := width // pattern.chosen_block * pattern.chosen_block) > 0:
+            within = format_pattern(replace(pattern, segment_lengths=(width,)))
+    return f"its {what} {_reach(pattern)} tokens back, and the model was trained on {trained}: {within} stays within"
+
+
+def _positions(model: hf.PreTrainedModel) -> int | None:
+    """Return the size in tokens of a table of learned positions; None if positions are rotations, or there are none."""
+    if getattr(model.config, "rope_parameters", None):
+        return None
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for name, table in model.named_modules():
+        if limit and name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            return limit - table.padding_idx - 1  # RoBERTa's positions start after the padding's
+    return limit
+
+
+def _layers(model: hf.PreTrainedModel, number: int) -> nn.ModuleList:
+    """Return the layers, first to last; an empty list if they are not in one list."""
+    lists = (x for x in model.base_model.modules() if isinstance(x, nn.ModuleList))
+    return next((x for x in lists if len(x) == number), nn.ModuleList())
+
+
+def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> TransformersConfig:
+    config = model.config
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"{name} is an encoder-decoder: longnet takes decoders and encoders")
+    causal = getattr(config, "is_causal", True) is not False  # False makes a decoder look in both directions
+    directions = {causal and module.is_causal for module in model.base_model.modules() if hasattr(module, "is_causal")}
+    sizes = [getattr(config, key, None) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
+    if len(directions) != 1 or None in sizes or not isinstance(model.get_input_embeddings(), nn.Embedding):
+        raise ConfigError(f"{name} is not a text Transformer with one kind of attention, causal or not")
+    if changing := {rope.get("rope_type") for rope in rope_parameters(config)} & {*ROPE_OF_LENGTH}:
+        raise ConfigError(f"{name} has positions that depend on the sequence's length (rope_type {changing.pop()})")
+    dim, num_layers, num_heads = map(int, filter(None, sizes))
+    parameters = sum(p.numel() for p in model.parameters())
+    settings = json.loads(config.to_json_string(use_diff=False))
+    return TransformersConfig(
+        vocab_size=model.get_input_embeddings().num_embeddings,
+        dim=dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(config, "head_dim", None) or dim // num_heads,
+        ffn_dim=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * dim,
+        causal=directions.pop(),
+        memory="none",
+        max_tokens=_positions(model) or (getattr(config, "max_position_embeddings", None) if as_trained else None),
+        as_trained=as_trained,
+        pattern=pattern_of(config) if dilated else Pattern.dense(),
+        parameters=parameters,
+        trained=parameters,
+        layer_weights=sum(p.numel() for p in _layers(model, num_layers).parameters() if p.dim() >= 2),
+        source=json.dumps({key: value for key, value in settings.items() if key not in _NOT_OF_THE_MODEL}),
+    )

@@ -1,0 +1,411 @@
+"""Checkpoints of the official implementations as LongNet folders, and torchscale's state dicts, in both directions.
+
+Supported are Prov-GigaPath's slide encoder, torchscale's LongNet encoders and decoders, and the encoder of a LongViT.
+The names and shapes of the weights tell the kind of net and its sizes. Other settings (heads, segment lengths) are
+given by the user, or taken from the official model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import pickletools
+import re
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from longnet_cli.basics.atomic import file_sha256, whole_folder, write_file
+from longnet_cli.basics.configuration import validate
+from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.nets.config import LongNetConfig, SlideConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.positions import XPOS_GAMMA
+from longnet_cli.nets.slide import VectorNet
+from longnet_cli.nets.weights import TYPE_NAMES, NetT, check_finite, list_names
+
+_MODULES = {  # our name -> torchscale's, of a layer, then of the net
+    "attention_norm": "self_attn_layer_norm",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.inner_norm": "self_attn.inner_attn_ln",
+    "attention.out": "self_attn.out_proj",
+    "ffn_norm": "final_layer_norm",
+    "ffn.fc1": "ffn.fc1",
+    "ffn.inner_norm": "ffn.ffn_layernorm",
+    "ffn.fc2": "ffn.fc2",
+    "embedding": "embed_tokens",
+    "final_norm": "layer_norm",
+    "output": "output_projection",
+}
+_PREFIX = re.compile(r"(model|decoder|encoder)\.")
+DERIVED_BUFFERS = re.compile(r"(.*\.)?(xpos\.scale|version)")  # buffers that the configuration determines
+
+
+def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> LongNet:
+    """Return a float32 LongNet with the weights of torchscale's LongNetDecoder or LongNetEncoder.
+
+    All keys may share a `model.`, `decoder.` or `encoder.` prefix. For a net without embedding, `state_dict` may also
+    be a larger model with an encoder inside, such as GigaPath's slide encoder with `LongNetConfig.gigapath()`: then
+    only keys that start with `encoder.` count. The weights were trained with head_offsets="grouped", and encoders
+    mostly with padding="zero_key": `config` must say so. Raises CheckpointError that names the key, for keys that are
+    missing, unknown or of another shape, and for an output projection that is not the embedding although
+    `config.tie_embeddings` is true.
+    """
+    state = {k: t for k, t in state_dict.items() if not DERIVED_BUFFERS.fullmatch(k)}
+    if not config.vocab_size:
+        state = {k: t for k, t in state.items() if k.startswith("encoder.")} or state
+    return renamed_net(LongNet, config, without_prefix(state), official_name, "torchscale weights")
+
+
+def renamed_net(
+    build: Callable[[LongNetConfig], NetT],
+    config: LongNetConfig,
+    state: Mapping[str, Tensor],
+    name_of: Callable[[str], str],
+    where: str,
+) -> NetT:
+    """Build a float32 net with the weights in `state`, where `name_of` gives the name of each of our tensors.
+
+    Raises CheckpointError, which names the keys, as `from_torchscale` does.
+    """
+    with torch.device("meta"):
+        net = build(config)
+    state = dict(state)
+    if config.vocab_size and config.tie_embeddings:
+        output, table = state.pop("output_projection.weight", None), state.get("embed_tokens.weight")
+        if output is not None and table is not None and not torch.equal(output, table):
+            raise CheckpointError(
+                f"{where}: output_projection.weight is not embed_tokens.weight; set tie_embeddings=false"
+            )
+    names = {name_of(ours): ours for ours in net.state_dict()}
+    shapes = {theirs: tuple(net.state_dict()[ours].shape) for theirs, ours in names.items()}
+    problems = []
+    if missing := [name for name in names if name not in state]:
+        problems.append(list_names("missing", missing))
+    if surplus := [name for name in state if name not in names]:
+        problems.append(list_names("unexpected", surplus))
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)}, the others need {needed}"
+        for name, needed in shapes.items()
+        if name in state and tuple(state[name].shape) != needed
+    ]
+    if problems:
+        shown = problems[:4] + [f"{len(problems) - 4} more shapes differ"] * (len(problems) > 4)
+        raise CheckpointError(f"{where}: {'; '.join(shown)}")
+    # our own copy: training the net must not change the caller's dict
+    weights = {ours: state[theirs].detach().to(torch.float32, copy=True) for theirs, ours in names.items()}
+    net.load_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, assign=True)
+    return net.eval()
+
+
+def to_torchscale(model: LongNet) -> dict[str, Tensor]:
+    """Return this net as a state dict of torchscale's LongNetDecoder or LongNetEncoder, for `from_torchscale` as well.
+
+    Keys have no prefix, and tensors share the model's memory. The dict has all keys for a strict load, including xPos's
+    buffers and the output projection, even if that is tied to the embedding. It does not hold the configuration:
+    torchscale always uses head_offsets="grouped", in bidirectional nets padding="zero_key", and has no position="rope".
+    """
+    config = model.config
+    state = {official_name(name): tensor for name, tensor in model.state_dict().items()}
+    if config.vocab_size and config.tie_embeddings:
+        state["output_projection.weight"] = state["embed_tokens.weight"]
+    if config.position == "xpos":
+        size = config.head_dim
+        scale = (torch.arange(0, size, 2) + XPOS_GAMMA * size) / ((1 + XPOS_GAMMA) * size)
+        state |= {f"layers.{i}.self_attn.xpos.scale": scale.clone() for i in range(config.num_layers)}
+    return state
+
+
+def official_name(ours: str) -> str:
+    """Return torchscale's name of one of our tensors. Raises ConfigError for one that it does not have."""
+    if ours.endswith(".level_bias"):
+        raise ConfigError('torchscale has no learned biases: level_bias = "learned" is for a LongNet alone')
+    ((layer, module, kind),) = re.findall(r"^(layers\.\d+\.|)(.+)\.(weight|bias)$", ours)
+    return f"{layer}{_MODULES[module]}.{kind}"
+
+
+def without_prefix(state: dict[str, Tensor], prefix: re.Pattern[str] = _PREFIX) -> dict[str, Tensor]:
+    """Strip prefixes that all keys share, such as `model.decoder.` of a decoder inside a fairseq model."""
+    while (match := prefix.match(next(iter(state), ""))) and all(key.startswith(match[0]) for key in state):
+        state = {key.removeprefix(match[0]): tensor for key, tensor in state.items()}
+    return state
+
+
+_INSIDE = ("model", "module", "state_dict", "teacher")  # keys of the state dict in training checkpoints
+_SHARED = re.compile(r"(module|model|backbone|slide_encoder|encoder|decoder)\.")
+_SLIDE = {"cls": "cls_token", "project.weight": "patch_embed.proj.weight", "project.bias": "patch_embed.proj.bias"}
+_SLIDE |= {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}  # our name -> theirs, of all but the layers
+_RATES = (1, 2, 4, 8, 16)
+_LONGVIT = {  # number of positions (patches of 32 pixels) -> segment lengths
+    1024: (64, 128, 256, 512, 1024),
+    16384: (1024, 2048, 4096, 8192, 16384),
+    65536: (1024, 4096, 8192, 16384, 65536),
+    262144: (1024, 4096, 16384, 65536, 262144),
+    1048576: (1024, 4096, 32768, 262144, 1048576),
+}
+
+CARD = """# {what}
+
+Converted by `longnet convert` from `{name}`, SHA-256
+`{sha256}`.
+
+- {parameters:,} parameters: {layers} layers of {dim}, {heads} heads.
+- The file does not say the heads and the pattern. They are {origin}: {heads} heads, segment lengths {lengths},
+  dilation rates {rates}.
+- {padding}
+{left_out}"""
+_ZERO_KEY = """padding is "zero_key", as the weights were trained: keys of zeros join the softmax wherever a sequence
+  does not fill a segment. `--padding exact` leaves them out; the vectors differ."""
+_EXACT = 'padding is "exact": no keys but those of the sequence.'
+
+
+@dataclass(frozen=True)
+class Given:
+    """Values from the user that a checkpoint does not hold; None takes the official model's value."""
+
+    heads: int | None = None
+    segment_lengths: Sequence[int] | None = None
+    dilation_rates: Sequence[int] | None = None
+    padding: Literal["exact", "zero_key"] | None = None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether the first bytes of a file look like `torch.save` or safetensors."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError:
+        return False
+    return head.startswith((b"PK\x03\x04", b"\x80")) or head[8:] == b"{"
+
+
+def convert_official(path: Path, output: Path, dtype: torch.dtype | None, given: Given) -> str:
+    """Write the net in the checkpoint `path` to the new folder `output`. Return a few words about the net.
+
+    `dtype` is the type of the weights; None keeps the file's own. Raises CheckpointError for a file that is not a plain
+    state dict, and for tensors that fit no known net: the message names missing, unexpected and misshapen ones. Raises
+    ConfigError for missing values that must be `given`, and for a folder that is in use.
+    """
+    state = read_state_dict(path)
+    found = _Found(path, state, given)
+    net = found.build()
+    kinds = Counter(tensor.dtype for tensor in state.values() if tensor.dtype in TYPE_NAMES)
+    net = net.to(dtype or kinds.most_common(1)[0][0])
+    check_finite(net.state_dict(), str(path))
+    with whole_folder(output) as place:
+        net.save_pretrained(place)
+        write_file(place / "README.md", found.card().encode())
+    left_out = f"; left out: {_listed(found.left_out)}" if found.left_out else ""
+    return f"{found.what} of {net.config.num_parameters():,} parameters{left_out}"
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by name, without the prefixes that all names share. Run no code in the file.
+
+    Raises CheckpointError for a file that is not a plain state dict.
+    """
+    with path.open("rb") as file:
+        pickled = file.read(9)[8:] != b"{"
+    try:
+        found: Any
+        if pickled:  # a Namespace, such as a run's options, is plain data
+            _check_pickle(path)
+            with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+                warnings.simplefilter("ignore")  # about pickle protocols; an unknown one raises below
+                found = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            found = load_file(path)
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        asks = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {asks[1]}, and nothing is run" if asks else "damaged, or of another kind"
+        raise CheckpointError(
+            f"{path}: not a plain state dict ({reason}): save its state_dict(), or safetensors"
+        ) from None
+    except Exception as error:  # a damaged pickle may fail in any way
+        raise CheckpointError(f"{path}: damaged or not a checkpoint ({' '.join(str(error).split())[:80]})") from None
+    for name in _INSIDE:
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    if not isinstance(found, Mapping) or not found:
+        raise CheckpointError(f"{path}: not a plain state dict: it holds {type(found).__name__}, not tensors by name")
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: not a plain state dict: {name} is of type {type(tensor).__name__}")
+        plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{path}: {name} of shape {tuple(tensor.shape)} has not all of its numbers in the file"
+            )
+    state = dict(found)
+    if any(name.startswith("backbone.") for name in state):  # a student or a teacher: leave out its head
+        state = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
+    return without_prefix(state, _SHARED)
+
+
+def _check_pickle(path: Path) -> None:
+    """Raise ValueError or UnpicklingError for a file of `torch.save` that declares more data than it has."""
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):  # the older format: four pickles, then the numbers
+            file.seek(0)
+            pickles: list[Any] = [file] * 4
+        else:
+            archive = zipfile.ZipFile(file)
+            records = archive.infolist()
+            size = sum(record.file_size for record in records)
+            if size > path.stat().st_size or any(record.compress_type for record in records):
+                raise ValueError("its records are compressed, or lie in each other, as torch.save never does")
+            pickles = [archive.open(record) for record in records if record.filename.endswith("data.pkl")]
+        for each in pickles:
+            with suppress(ValueError):  # damage, which torch reports
+                for operation, argument, _ in pickletools.genops(each):
+                    # torch allows this one, of any size
+                    if operation.name == "GLOBAL" and (asked := str(argument)).endswith(" bytearray"):
+                        raise pickle.UnpicklingError(f"GLOBAL {asked.replace(' ', '.')} was asked for")
+
+
+class _Found:
+    """The contents of a state dict: the kind of net, and its sizes."""
+
+    def __init__(self, path: Path, state: Mapping[str, Tensor], given: Given) -> None:
+        self.path, self.given = path, given
+        patches, places = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+        images = patches is not None and patches.ndim == 4
+        self.slide = not images and (patches is not None or "cls_token" in state)
+        self.prefix = "encoder." if self.slide or images else ""
+        self.left_out: list[str] = []
+        if images:  # a LongNet computes no image patches or positions
+            self.left_out = [name for name in state if not name.startswith(self.prefix)]
+        self.scales = [t for name, t in state.items() if name.endswith("xpos.scale")]
+        self.state = {n: t for n, t in state.items() if not DERIVED_BUFFERS.fullmatch(n) and n not in self.left_out}
+        self.decoder = f"{self.prefix}output_projection.weight" in self.state or bool(self.scales)
+        if self.slide:
+            self.what = "a slide encoder as Prov-GigaPath's"
+        elif self.prefix:
+            self.what = "the encoder of a LongViT"
+        else:
+            self.what = f"a LongNet {'decoder' if self.decoder else 'encoder'} of torchscale"
+        self.config = self._config(places.shape[1] if places is not None and places.ndim == 3 else 0)
+
+    def build(self) -> LongNet:
+        """Return the net with its weights, in float32."""
+        kind, state = VectorNet if self.slide else LongNet, dict(self.state)
+        if "cls_token" in state:
+            state["cls_token"] = state["cls_token"].flatten()
+        return renamed_net(kind, self.config, state, self._official_name, f"{self.path}: {self.what}")
+
+    def card(self) -> str:
+        """Return the text of the folder's README.md."""
+        config, given = self.config, self.given
+        ours = (given.heads, given.segment_lengths, given.dilation_rates)
+        origin = "those that were given" if None not in ours else "the official model's"
+        if None in ours and any(value is not None for value in ours):
+            origin = "the official model's, where they were not given"
+        return CARD.format(
+            what=self.what[0].upper() + self.what[1:],
+            name=self.path.name,
+            sha256=file_sha256(self.path),
+            parameters=config.num_parameters(),
+            layers=config.num_layers,
+            dim=config.dim,
+            heads=config.num_heads,
+            origin=origin,
+            lengths=", ".join(map(str, config.segment_lengths)),
+            rates=", ".join(map(str, config.dilation_rates)),
+            padding=_ZERO_KEY if config.padding == "zero_key" else _EXACT,
+            left_out=f"- Left out, because a LongNet has no place for it: {_listed(self.left_out)}.\n"
+            if self.left_out
+            else "",
+        )
+
+    def _config(self, positions: int) -> LongNetConfig:
+        """Return the configuration, from names and shapes, the given values and the official model's defaults."""
+        dim, ffn = self._size("self_attn.q_proj.weight"), self._size("ffn.fc1.weight")
+        layers = {int(match[1]) for name in self.state if (match := re.match(rf"{self.prefix}layers\.(\d+)\.", name))}
+        data: dict[str, Any] = {
+            "vocab_size": 0,
+            "dim": dim,
+            "ffn_dim": ffn,
+            "num_layers": len(layers),
+            "norm": "subln" if any(".inner_attn_ln." in name for name in self.state) else "pre",
+            "final_norm": f"{self.prefix}layer_norm.weight" in self.state,
+            "head_offsets": "grouped",
+            "causal": self.decoder,
+            "position": "xpos" if self.scales else "none",
+            "padding": self.given.padding or ("exact" if self.decoder else "zero_key"),
+        }
+        if data["norm"] == "pre" and not data["final_norm"] and not self.prefix:
+            raise CheckpointError(
+                f"{self.path}: a net without norms inside and at its end, as with deepnorm, is not read"
+            )
+        heads: int = 16
+        lengths: Sequence[int] = _LONGVIT.get(positions, _LONGVIT[1024])
+        rates: Sequence[int] = _RATES
+        if self.slide:
+            patches = self.state.get("patch_embed.proj.weight")
+            data["in_features"] = 1536 if patches is None else patches.shape[-1]
+            lengths = SlideConfig.gigapath().segment_lengths
+        elif not self.prefix:
+            heads, lengths, rates = self._of_torchscale(dim)
+            if table := self._shape("embed_tokens.weight"):
+                data["vocab_size"] = table[0]
+                data["tie_embeddings"] = self._is_tied()
+        data["num_heads"] = self.given.heads or heads
+        data["segment_lengths"] = tuple(self.given.segment_lengths or lengths)
+        data["dilation_rates"] = tuple(self.given.dilation_rates or rates)
+        return validate(SlideConfig if self.slide else LongNetConfig, data, str(self.path))
+
+    def _of_torchscale(self, dim: int) -> tuple[int, Sequence[int], Sequence[int]]:
+        """Return the given (heads, segment lengths, dilation rates). xPos's scales also tell the number of heads.
+
+        Raises ConfigError for missing values.
+        """
+        given = self.given
+        heads = given.heads or (dim // (2 * len(self.scales[0])) if self.scales else 0)
+        wanted = {
+            "--heads": heads,
+            "--segment-lengths": given.segment_lengths,
+            "--dilation-rates": given.dilation_rates,
+        }
+        if missing := [name for name, value in wanted.items() if not value]:
+            raise ConfigError(
+                f"{self.path}: {self.what}, and no file says the pattern of one: give {', '.join(missing)}"
+            )
+        return heads, given.segment_lengths or (), given.dilation_rates or ()
+
+    def _is_tied(self) -> bool:
+        output, table = self.state.get("output_projection.weight"), self.state["embed_tokens.weight"]
+        return output is None or torch.equal(output, table)
+
+    def _size(self, name: str) -> int:
+        """Return the number of rows that the matrices of this name have in most layers."""
+        pattern = re.compile(rf"{self.prefix}layers\.\d+\.{re.escape(name)}")
+        sizes = Counter(t.shape[0] for n, t in self.state.items() if pattern.fullmatch(n) and t.ndim == 2)
+        if not sizes:
+            known = "a slide encoder of Prov-GigaPath, a LongNet of torchscale, or a LongViT"
+            raise CheckpointError(
+                f"{self.path}: not {known}: it has no {self.prefix}layers.0.{name}, "
+                f"but {list_names('the', [*self.state])}"
+            )
+        return sizes.most_common(1)[0][0]
+
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        return tuple(self.state[name].shape) if name in self.state else None
+
+    def _official_name(self, ours: str) -> str:
+        return _SLIDE[ours] if self.slide and ours in _SLIDE else f"{self.prefix}{official_name(ours)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return list_names("", names).strip()

@@ -1,0 +1,343 @@
+"""The configuration of a LongNet, a model's `config.json`: sizes, the attention pattern, positions and norms.
+
+From it follow the FLOPs and bytes of a net. A multiply and an add count as two FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from longnet_cli.attention import Pattern, branches
+from longnet_cli.attention.branches import BACKWARD_FLOPS
+from longnet_cli.attention.cache import cached_rows
+from longnet_cli.attention.groups import past_bytes
+from longnet_cli.basics.configuration import StrictModel, validate
+from longnet_cli.basics.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
+
+if TYPE_CHECKING:
+    from longnet_cli.nets.net import NetConfig
+
+_attention_flops = lru_cache(maxsize=1 << 16)(branches.attention_flops)  # many documents have the same length
+
+
+class Costs:
+    """The methods of every `NetConfig` that tell what its net costs.
+
+    The configurations are pydantic models and inherit this class. So it has no annotated attributes: they would become
+    fields.
+    """
+
+    @property
+    def frozen(self: NetConfig) -> bool:
+        """True if LoRA weights are trained in place of the net's own."""
+        return self.trained != self.num_parameters()
+
+    def layer_flops(self: NetConfig) -> int:
+        """Return the FLOPs of the matrices of all layers, per token."""
+        return 2 * self.layer_weights
+
+    def vocabulary_flops(self: NetConfig) -> int:
+        """Return the FLOPs of the logits, per token."""
+        return 2 * self.dim * self.vocab_size
+
+    def attention_flops(self: NetConfig, tokens: int) -> int:
+        """Return the FLOPs of the attention of all layers, over one document of `tokens` tokens."""
+        return self.num_layers * _attention_flops(self.pattern, self.num_heads, self.head_dim, tokens, self.causal)
+
+    def training_flops(self: NetConfig, documents: Sequence[int], predicted: float = 1.0) -> float:
+        """Return the FLOPs of a forward and a backward pass over documents of these lengths.
+
+        The share `predicted` of the tokens has logits.
+        """
+        attention = sum(map(self.attention_flops, documents))
+        matrices = self.layer_flops() + predicted * self.vocabulary_flops()
+        passes = 2 if self.frozen else 3  # forward, gradients of activations, gradients of weights
+        return passes * matrices * sum(documents) + (1 + BACKWARD_FLOPS) * attention
+
+    def forward_bytes(self: NetConfig, tokens: int) -> int:
+        """Return the bytes of one layer's activations at their peak, without gradients, in float32."""
+        return 4 * tokens * (10 * self.dim + 2 * self.ffn_dim)
+
+    def moved_bytes(self: NetConfig, itemsize: int) -> tuple[float, int]:
+        """Return the bytes per token that a forward pass's elementwise operations move: of all layers, of the logits.
+
+        They read and write norms, rotations, gelu, residuals, the merge of levels, and the logarithms of logits.
+        `itemsize` is the bytes per number of matrix products; the residual stream, merges and logarithms are float32.
+        """
+        merged = sum(1 / rate for rate in self.pattern.dilation_rates) * (8 + itemsize)
+        layer = self.dim * (24 + 10 * itemsize + merged) + 4 * itemsize * self.ffn_dim
+        return self.num_layers * layer, 12 * self.vocab_size
+
+    def cache_bytes(self: NetConfig, tokens: int, itemsize: int) -> int:
+        """Return the bytes of keys and values that a causal stream holds after `tokens`, `itemsize` bytes per number.
+
+        `spilled_bytes` of them may be in a file instead. Training in chunks keeps more (`training.far_bytes`): the rows
+        of all segments, until the backward pass, and the sums of their gradients.
+        """
+        rows = cached_rows(self.pattern, self.num_heads, self.kv_heads, tokens)
+        past = sum(past_bytes(self.pattern, self.kv_heads, self.head_dim, tokens, itemsize))
+        return self.num_layers * (2 * self.head_dim * rows * itemsize + past)
+
+    def spilled_bytes(self: NetConfig, tokens: int, itemsize: int) -> int:
+        """Return the bytes that a causal stream writes to the file of `--spill`: all blocks, for chosen ones."""
+        return self.num_layers * past_bytes(self.pattern, self.kv_heads, self.head_dim, tokens, itemsize)[0]
+
+    def activation_bytes(
+        self: NetConfig, itemsize: int, device: str, again: bool = False, lora: dict | None = None
+    ) -> int:
+        """Return the bytes per token that all layers save for the backward pass, and that one layer's backward adds.
+
+        With `again` (`train.activation_checkpointing`), all layers but one save only their input. The other arguments
+        go to `saved_bytes`.
+        """
+        layer, others = self.saved_bytes(itemsize, device, lora)
+        layers = layer + (self.num_layers - 1) * (4 * self.dim if again else layer)
+        return layers + others + itemsize * (self.ffn_dim + 2 * self.dim)
+
+
+# zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
+XPOS_MAX_SEGMENT = 65536
+
+_OPTIONS = [name for name in PATTERN_FIELDS if name not in ("segment_lengths", "dilation_rates", "head_offsets")]
+
+
+class LongNetConfig(Costs, StrictModel):
+    """The immutable configuration of a LongNet. `vocab_size=0` is a net without embedding (GigaPath, LongViT).
+
+    The fields of `attention.Pattern` are fields here, with the same names, meanings and defaults. In their place you
+    may give `pattern`: a `Pattern`, or a text for `parse_pattern`. Pattern fields beyond levels and offsets are not
+    written at their defaults: such a config.json means the same to versions without them.
+
+    Building it directly raises pydantic's ValidationError (a ValueError); `parse_config` raises ConfigError.
+    """
+
+    vocab_size: int = Field(ge=0)
+    dim: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    ffn_dim: int = Field(gt=0)
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    head_offsets: Literal["modulo", "grouped"] = "modulo"
+    look_back: int | tuple[int, ...] = 0  # one number where all levels have the same
+    overlap: Literal["repeat", "once"] = "repeat"
+    queries: Literal["dilated", "all"] = "dilated"
+    sinks: int = 0
+    level_bias: Annotated[str, Field(pattern="^(log_rate|learned(:.+)?)$")] | tuple[float, ...] | None = None
+    chosen: int = 0
+    chosen_block: int = Pattern.chosen_block
+    chosen_every: int = Pattern.chosen_every
+    padding: Literal["exact", "zero_key"] = "exact"
+    causal: bool = True
+    position: Literal["xpos", "rope", "none"] = "xpos"
+    rope_theta: float = Field(default=10000.0, gt=1.0)
+    norm: Literal["subln", "pre"] = "subln"
+    final_norm: bool = True
+    tie_embeddings: bool = True
+    norm_eps: float = Field(default=1e-5, gt=0.0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+    @classmethod
+    def gigapath(cls) -> LongNetConfig:
+        """Return the configuration of the LongNet in Prov-GigaPath's slide encoder: 12 layers, dim 768.
+
+        The slide encoder itself embeds patches and adds their positions, before this net. The net's weights load by
+        `from_torchscale`. They were trained with exactly this configuration, zero keys included.
+        """
+        return cls(
+            vocab_size=0,
+            dim=768,
+            num_layers=12,
+            num_heads=16,
+            ffn_dim=3072,
+            segment_lengths=(1024, 5792, 32768, 185363, 1048576),
+            dilation_rates=(1, 2, 4, 8, 16),
+            head_offsets="grouped",
+            padding="zero_key",
+            causal=False,
+            position="none",
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_pattern(cls, data: Any) -> Any:
+        """Replace `pattern` by its fields."""
+        if not isinstance(data, Mapping) or "pattern" not in data:
+            return data
+        if given := [name for name in data if name in PATTERN_FIELDS]:
+            raise ValueError(f"pattern says the whole pattern: leave out {', '.join(given)}, or leave out pattern")
+        pattern = data["pattern"]
+        if isinstance(pattern, str):
+            pattern = parse_pattern(pattern)
+        elif not isinstance(pattern, Pattern):
+            raise ValueError(f'pattern needs a text, as "window:1Ki", got {pattern!r}')
+        return {name: value for name, value in data.items() if name != "pattern"} | pattern_fields(pattern)
+
+    @field_validator("look_back", "level_bias", mode="wrap")
+    @classmethod
+    def _one_or_several(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """Refuse other values in one sentence. Make `look_back` one number if it is the same at all levels."""
+        try:
+            found = check(value)
+        except ValidationError:
+            one = "one number" if info.field_name == "look_back" else '"log_rate", "learned"'
+            raise ValueError(f"must be {one}, or one number per level") from None
+        levels = len(info.data.get("segment_lengths", ()))
+        same = info.field_name == "look_back" and isinstance(found, tuple) and len(found) == levels
+        return found[0] if same and len({*found}) == 1 else found
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        defaults = {name: type(self).model_fields[name].default for name in _OPTIONS}
+        return {name: value for name, value in write(self).items() if value != defaults.get(name, ...)}
+
+    @model_validator(mode="after")
+    def _check(self) -> LongNetConfig:
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}")
+        if self.position != "none" and self.head_dim % 2:
+            raise ValueError(f'position="{self.position}" needs an even head size, got {self.head_dim}')
+        if self.padding == "zero_key" and self.causal:
+            raise ValueError('padding="zero_key" is only for causal=false: a causal net never sees the zero keys')
+        if refusal := self.pattern.refusal(self.causal, self.padding):  # `pattern` itself raises ValueError
+            raise ValueError(refusal)
+        if self.position == "xpos":
+            self._check_xpos()
+        return self
+
+    def _check_xpos(self) -> None:
+        """Raise ValueError where xPos fails: it decays with the distance to earlier keys, explodes with later ones."""
+        longest = max(self.segment_lengths)
+        if not self.causal:
+            raise ValueError('position="xpos" is only for causal=true; use position="rope"')
+        if longest > XPOS_MAX_SEGMENT:
+            raise ValueError(
+                f'position="xpos" overflows float32 in segments longer than {XPOS_MAX_SEGMENT}, got {longest}; '
+                'use position="rope"'
+            )
+        if odd := [w for w in self.segment_lengths if longest % w]:
+            raise ValueError(
+                f'position="xpos" needs segments that nest, and {odd[0]} does not divide {longest}; use position="rope"'
+            )
+        if any(self.pattern.look_backs) or self.sinks:
+            name = "chosen blocks" if self.chosen else "sinks" if self.sinks else "look_back"
+            raise ValueError(
+                f'position="xpos" has no {name}: its keys are only seen from their own segment; use position="rope"'
+            )
+
+    @property
+    def pattern(self) -> Pattern:
+        """The attention pattern of every layer."""
+        return Pattern(**{field.name: getattr(self, field.name) for field in fields(Pattern)})
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def trained(self) -> int:
+        return self.num_parameters()
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads
+
+    @property
+    def layer_weights(self) -> int:
+        """The number of weights in the matrices of all layers."""
+        return self.num_layers * (4 * self.dim**2 + 2 * self.dim * self.ffn_dim)
+
+    @property
+    def streams(self) -> bool:
+        """True: a sequence may come in chunks, one after the other in a causal net, otherwise layer by layer."""
+        return True
+
+    @property
+    def max_tokens(self) -> None:
+        """None, for no limit: positions are computed."""
+
+    def num_parameters(self) -> int:
+        """Return the number of trainable parameters; tied embeddings count once."""
+        d, f = self.dim, self.ffn_dim
+        attention = 4 * (d * d + d) + (2 * d if self.norm == "subln" else 0) + self._learned_biases
+        ffn = d * f + f + f * d + d + (2 * f if self.norm == "subln" else 0)
+        embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        return embeddings + self.num_layers * (attention + ffn + 4 * d) + (2 * d if self.final_norm else 0)
+
+    @property
+    def _learned_biases(self) -> int:
+        """The number of learned biases of levels in a layer."""
+        return 0 if self.pattern.learned_bias is None else (len(self.segment_lengths) - 1) * self.num_heads
+
+    def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
+        """Count the tensors that `model/longnet.py` saves. The residual stream, norms and lse are float32."""
+        d, f, s = self.dim, self.ffn_dim, itemsize
+        inner = 2 * s if device == "cpu" else 8  # mean and deviation of an inner norm: of its input's type on a CPU
+        attention = 4 * d + 8 + s * d  # its input, mean and deviation of that; the normed input
+        attention += 4 * s * d + 4 * self.num_heads + 4 * self._learned_biases  # q, k, v, out; lse; those of levels
+        ffn = 4 * d + 8 + s * d + s * f  # the same, and the input of gelu
+        if self.norm == "subln":
+            attention += s * d + inner  # the normed output
+            ffn += 2 * s * f + inner  # the norm's input and output
+        else:
+            ffn += s * f  # the output of gelu
+        dropout = 2 * d * (s if device == "cpu" else 1) if self.dropout else 0
+        embedded = 8 + 4 * d + 8 + s * d  # the ids; the input of the last norm, its mean and deviation, its output
+        tables = {"none": 0, "rope": 1, "xpos": 2}[self.position] * 4 * self.head_dim
+        return attention + ffn + dropout, embedded + tables
+
+
+class SlideConfig(LongNetConfig):
+    """The configuration of a SlideEncoder: a LongNet, the vectors that it reads, and the grid in which they lie.
+
+    Each vector has `in_features` numbers. A tile at pixel (x, y) lies in the cell (x // tile_size, y // tile_size) of
+    a `grid` x `grid` square, which gives its position. `grid=0` reads vectors without coordinates, in their order.
+    The defaults are Prov-GigaPath's; `SlideConfig.gigapath()` has its sizes, too.
+    """
+
+    vocab_size: Literal[0] = 0
+    head_offsets: Literal["modulo", "grouped"] = "grouped"
+    padding: Literal["exact", "zero_key"] = "zero_key"
+    causal: bool = False
+    position: Literal["rope", "none"] = "none"
+    in_features: int = Field(default=1536, gt=0)
+    grid: int = Field(default=1000, ge=0, le=1 << 24)  # cells are float32 numbers in the rows that the net reads
+    tile_size: int = Field(default=256, gt=0)
+
+    @model_validator(mode="after")
+    def _check_slide(self) -> SlideConfig:
+        if self.causal:
+            raise ValueError("a slide encoder sees all tiles at once: causal must be false")
+        if self.grid and self.dim % 4:
+            raise ValueError(f"positions in two dimensions need a dim that 4 divides, not {self.dim}; grid=0 has none")
+        return self
+
+    def num_parameters(self) -> int:
+        """Return the number of trainable parameters, including the projection, CLS and the last norm."""
+        return super().num_parameters() + (self.in_features + 1) * self.dim + 3 * self.dim
+
+
+def parse_config(data: Mapping[str, Any], where: str, pattern: Pattern | None = None) -> LongNetConfig:
+    """Return the configuration of parsed JSON or TOML. Raises ConfigError of one line that starts with `where`.
+
+    Data with `in_features` give a SlideConfig. `pattern` replaces the pattern in `data`.
+    """
+    if pattern is not None and isinstance(data, Mapping):
+        data = {name: value for name, value in data.items() if name not in {*PATTERN_FIELDS, "pattern"}}
+        data["pattern"] = pattern
+    slides = isinstance(data, Mapping) and "in_features" in data
+    return validate(SlideConfig if slides else LongNetConfig, data, where)

@@ -1,0 +1,294 @@
+"""The net: MAGNETO blocks (arXiv 2210.06423) around dilated attention (arXiv 2307.02486). It knows of no ranks.
+
+    x + out(LN(attention(LN x)))        x + fc2(LN(gelu(fc1(LN x))))        inner LNs only for norm="subln"
+
+In training, dropout applies to the second term of both sums (`dropout`, 0 by default).
+
+A net runs on one device. If it sees one shard of a sequence, it gets keys from outside through `far`, a callable (see
+`FarProvider`), and its place through `start`. `longnet_cli.running` builds chunks and ranks from these two.
+
+B batch, N tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longnet_cli.attention import FarKeys, LayerFinds, Past, Pattern, dilated_attention
+from longnet_cli.attention.choosing import Finds
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.net import FarProvider, Net
+from longnet_cli.nets.positions import PositionTable, position_table, rotate, sink_turn
+from longnet_cli.nets.weights import load_pretrained, save_pretrained
+
+LayerProvider = Callable[[Tensor, Tensor, Tensor], Sequence[FarKeys | Past]]  # a FarProvider of one layer
+
+
+class Placement(NamedTuple):
+    """The places of tokens; `LongNet.forward` and `dilated_attention` describe these arguments."""
+
+    start: int = 0
+    lengths: Sequence[int] | Tensor | None = None
+    documents: Sequence[int] | None = None
+    total: int | None = None
+    finds: LayerFinds | None = None
+
+
+class Norm(nn.LayerNorm):
+    """A layer norm whose output, under autocast, has the dtype of the matrix products after it: one cast for all.
+
+    Autocast by itself would widen the norm's input and return float32, which each product would cast again.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(dtype)
+
+
+class Attention(nn.Module):
+    """The projections to queries, keys and values, dilated attention, and the output projection."""
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.pattern = config.pattern
+        self.turn = sink_turn(config)
+        # three matrices, not one: v as a view of a fused product would keep the unrotated q and k alive till backward
+        self.q, self.k, self.v = (nn.Linear(config.dim, config.dim) for _ in range(3))
+        self.inner_norm = Norm(config.dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
+        self.out = nn.Linear(config.dim, config.dim)
+        learned = self.pattern.learned_bias is not None
+        shape = len(self.pattern.levels) - 1, config.num_heads
+        self.level_bias = nn.Parameter(torch.empty(shape)) if learned else None
+
+    def init_weights(self, gain: float) -> None:
+        share = 1 / math.sqrt(2)
+        for linear, scale in ((self.q, share), (self.k, share), (self.v, share * gain), (self.out, gain)):
+            nn.init.xavier_uniform_(linear.weight, gain=scale)
+            nn.init.zeros_(linear.bias)
+        if self.level_bias is not None and self.pattern.learned_bias is not None:
+            nn.init.constant_(self.level_bias, self.pattern.learned_bias)
+
+    def project(self, x: Tensor, table: PositionTable | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Project normed hidden states (B, N, dim) to rotated q and k, and v, each (B, N, H, D)."""
+        heads = (self.config.num_heads, self.config.head_dim)
+        q, k, v = (linear(x).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
+        return *rotate(q, k, table), v
+
+    def forward(
+        self,
+        x: Tensor,
+        table: PositionTable | None,
+        place: Placement,
+        far: LayerProvider | None,
+    ) -> Tensor:
+        q, k, v = self.project(x, table)
+        mixed = dilated_attention(
+            q,
+            k,
+            v,
+            self.pattern,
+            causal=self.config.causal,
+            far=far(q, k, v) if far else None,
+            padding=self.config.padding,
+            turn=self.turn,
+            level_bias=self.level_bias,
+            **place._asdict(),
+        )
+        return self.out(self.inner_norm(mixed.flatten(-2)))  # (B, N, H, D) -> (B, N, dim)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an exact (erf) gelu between them."""
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.dim, config.ffn_dim)
+        self.inner_norm = Norm(config.ffn_dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
+        self.fc2 = nn.Linear(config.ffn_dim, config.dim)
+
+    def init_weights(self, gain: float) -> None:
+        for linear in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(linear.weight, gain=gain)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.inner_norm(F.gelu(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """One layer: hidden (B, N, dim) -> hidden (B, N, dim)."""
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__()
+        self.attention_norm = Norm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = Norm(config.dim, config.norm_eps)
+        self.ffn = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        table: PositionTable | None,
+        place: Placement = Placement(),  # noqa: B008 (immutable)
+        far: LayerProvider | None = None,
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), table, place, far))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class LongNet(Net):
+    """A LongNet language model (causal) or encoder (bidirectional), initialised at random, float32.
+
+    `forward` is `embed`, then each of `layers` with one `positions` table, then `final_norm`. Code that must go layer
+    by layer (a bidirectional net over more tokens than memory holds) calls these itself.
+    """
+
+    layer_by_layer = True
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__()
+        self.config: LongNetConfig = config
+        self.embedding = None
+        if config.vocab_size:  # an empty table: `init_weights` draws it, and nn.Embedding would draw it before
+            table = torch.empty(config.vocab_size, config.dim)
+            self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=table)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
+        untied = config.vocab_size and not config.tie_embeddings
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if untied else None
+        if not any(p.is_meta for p in self.parameters()):  # on the meta device, drawing would import half of torch
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw all weights anew (MAGNETO section 2: gain sqrt(ln 2L) on v, out, fc1, fc2; q, k, v share 1/sqrt 2).
+
+        For a net built on the meta device, call `net.to_empty(device=...)` first.
+        """
+        gain = math.sqrt(math.log(2 * self.config.num_layers)) if self.config.norm == "subln" else 1.0
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, Attention | FeedForward):
+                module.init_weights(gain)
+        for table in (self.embedding, self.output):
+            if table is not None:
+                nn.init.normal_(table.weight, std=self.config.dim**-0.5)
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        start: int = 0,
+        lengths: Sequence[int] | Tensor | None = None,
+        documents: Sequence[int] | None = None,
+        far: FarProvider | None = None,
+        total: int | None = None,
+    ) -> Tensor:
+        """Return hidden states (B, N, dim) after the final norm, of token ids (B, N) or of vectors (B, N, dim).
+
+        `start` is the position of the first token. `lengths` gives the true length of each right-padded row: real
+        tokens come out as they would alone, outputs at padding have no meaning. `documents` gives the lengths of the
+        documents that follow each other in every row: each comes out as it would alone, the first from `start` on.
+        `far` makes the input one shard of a longer sequence, see FarProvider; for zero keys, give the length of that
+        sequence as `total`. Raises ConfigError for tokens given to a net without embedding.
+        """
+        x = self.embed(tokens, embeddings)
+        if isinstance(lengths, Tensor) and not torch.compiler.is_compiling():
+            lengths = lengths.tolist()  # waits for a GPU: once, not in every layer
+        table, place = self.positions(x, start, documents), Placement(start, lengths, documents, total)
+        finds = Finds()
+        for index, layer in enumerate(self.layers):
+            if self.config.pattern.chosen:
+                place = place._replace(finds=LayerFinds(finds, index))
+            x = layer(x, table, place, _of_layer(far, index) if far else None)
+        return self.final_norm(x)
+
+    def embed(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
+        """Return the input of the first layer, (B, N, dim), from exactly one of the two inputs of `forward`."""
+        if (tokens is None) == (embeddings is None):
+            raise ValueError("give either tokens or embeddings")
+        if embeddings is not None:
+            return embeddings
+        assert tokens is not None
+        if self.embedding is not None:
+            return self.embedding(tokens)
+        if not tokens.is_floating_point():
+            raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
+        return tokens.to(next(self.parameters()).dtype)  # vectors, from a caller that passes any rows as tokens
+
+    @property
+    def row_size(self) -> int | None:
+        return None if self.config.vocab_size else self.config.dim
+
+    def positions(self, x: Tensor, start: int, documents: Sequence[int] | None = None) -> PositionTable | None:
+        """Return the table for hidden states (B, N, dim) that start at position `start`; all layers share it.
+
+        All `documents` but the first start at position 0.
+        """
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        first, *others = documents or [x.shape[1]]
+        table = position_table(self.config, start, first, x.device, dtype)
+        if table is None or not others:
+            return table
+        rest = position_table(self.config, 0, max(others), x.device, dtype)
+        assert rest is not None
+        q = torch.cat([table.q, *(rest.q[:n] for n in others)])
+        return PositionTable(q, q if table.k is table.q else torch.cat([table.k, *(rest.k[:n] for n in others)]))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits (..., vocab_size) of hidden states (..., dim), in the dtype of the matrix product."""
+        output = self.output or self.embedding
+        if output is None:
+            raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
+        return F.linear(hidden, output.weight)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return [*self.layers]
+
+    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None) -> None:
+        save_pretrained(self, folder, tokenizer_json, state, eos)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_dir: str | PathLike[str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        *,
+        pattern: Pattern | None = None,
+        verify: bool = True,
+    ) -> LongNet:
+        """Load a saved model, from its directory or by the name of one that ships; see weights.load_pretrained."""
+        return load_pretrained(cls, name_or_dir, device, dtype, pattern=pattern, verify=verify)
+
+    def save_pretrained(
+        self, directory: str | PathLike[str], tokenizer_json: str | None = None, eos: str | None = None
+    ) -> None:
+        """Write config.json, model.safetensors and tokenizer.json; `eos` is the token that ends documents.
+
+        See weights.save_pretrained.
+        """
+        save_pretrained(self, directory, tokenizer_json, eos=eos)
+
+
+def _of_layer(far: FarProvider, index: int) -> LayerProvider:
+    return lambda q, k, v: far(index, q, k, v)

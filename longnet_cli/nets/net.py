@@ -1,0 +1,265 @@
+"""The interface of nets for jobs: hidden states of a chunk, the loss of tokens, and a few facts.
+
+`LongNet` and `models.hf.pretrained_net.TransformersNet` are such nets. An `InputSequence` is a document as a net
+reads it: the rows that come first, then the document's own. It refuses one that is too long.
+
+B batch, N tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longnet_cli.attention import FarKeys, Past, Pattern
+from longnet_cli.basics.errors import ConfigError, DataError, TooLongError
+
+# What a model reads before each document: nothing, one id, or several, as in some tokenizers' templates
+Bos = int | Sequence[int] | None
+
+
+def bos_ids(bos: Bos) -> tuple[int, ...]:
+    """Return the ids of a `Bos`, in order."""
+    return () if bos is None else (bos,) if isinstance(bos, int) else tuple(bos)
+
+
+class Readable(Protocol):
+    """Token ids, or vectors that a net reads in their place. Any slice can be read."""
+
+    def read(self, start: int, stop: int, /) -> np.ndarray: ...  # (stop - start,) int64, or (stop - start, n) float32
+
+
+class DocumentLike(Readable, Protocol):
+    """A document, as `data.documents.Document` and `data.vectors.Vectors` are."""
+
+    where: str
+    has_vectors: bool  # in place of token ids
+
+    @property
+    def width(self) -> int: ...  # the numbers of a vector
+    def __len__(self) -> int: ...
+
+
+D = TypeVar("D", bound=DocumentLike)
+
+
+@dataclass(frozen=True, eq=False)
+class InputSequence(Generic[D]):
+    """The rows that a net reads for a document: its `start_rows`, then, from index `first` on, the document's own.
+
+    `limit` is the most rows that the net reads, None for no limit; `choices` is as in `Net`. `cells`
+    (len(document), 2) float32 are read after each vector of the document.
+    """
+
+    document: D
+    start_rows: np.ndarray
+    limit: int | None
+    choices: str
+    cells: np.ndarray | None = None
+
+    @property
+    def first(self) -> int:
+        return len(self.start_rows)
+
+    def __len__(self) -> int:
+        return self.first + len(self.document)
+
+    def read(self, start: int, stop: int, /) -> np.ndarray:
+        """Return the rows [start, stop), (stop - start,) int64 or (stop - start, n) float32."""
+        begin, end = max(0, start - self.first), max(0, stop - self.first)
+        rows = self.document.read(begin, end)
+        if self.cells is not None:
+            rows = np.concatenate((rows, self.cells[begin:end]), 1)
+        return rows if start >= self.first else np.concatenate((self.start_rows[start:stop], rows))
+
+    def check(self, instead: str, tokens: int | None = None, *, skips: bool = True) -> InputSequence[D]:
+        """Return this sequence. Raises TooLongError if the net cannot read it, or `tokens` of its rows at once.
+
+        `instead` says what to do then; with `skips`, the message mentions --skip-bad as well.
+        """
+        tokens = len(self) if tokens is None else tokens
+        if self.limit is not None and tokens > self.limit:
+            has = f"was trained on {self.limit}" if self.choices else f"has {self.limit} positions"
+            instead += f", or give {self.choices}" if self.choices else ""
+            instead += "; --skip-bad leaves such documents out" if skips else ""
+            raise TooLongError(f"{self.document.where}: {tokens} tokens, and the model {has}", instead)
+        return self
+
+
+# Called once per layer with (layer index, q, k, v): this shard's queries and keys, rotated, and values, (B, N, H, D)
+# each, in the autograd graph. Returns the far keys that the shard attends to in that layer, and the past from which it
+# chooses blocks. It may keep q, k and v for later shards.
+FarProvider = Callable[[int, Tensor, Tensor, Tensor], Sequence[FarKeys | Past]]
+
+LOGITS_LIMIT = 1 << 26  # elements of logits that `nll` holds at a time: 256 MiB in float32
+IGNORED = -100  # a target without loss
+
+
+class NetConfig(Protocol):
+    """The facts of a net. `model_dump_json` holds all facts that, with the weights, decide what the net computes."""
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    ffn_dim: int
+    causal: bool
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of heads of keys and values, a divisor of num_heads."""
+
+    @property
+    def trained(self) -> int:
+        """The number of trained parameters: all of the net's, or LoRA's."""
+
+    @property
+    def frozen(self) -> bool: ...
+
+    @property
+    def layer_weights(self) -> int:
+        """The number of weights in the matrices of all layers."""
+
+    @property
+    def pattern(self) -> Pattern: ...
+
+    @property
+    def streams(self) -> bool:
+        """True if a sequence can come in chunks; otherwise it takes one forward pass, whatever its length."""
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The tokens of the longest sequence that the net reads; None for no limit."""
+
+    def num_parameters(self) -> int: ...
+    def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
+        """Return the bytes that a token saves for the backward pass: in each layer, and outside the layers.
+
+        `itemsize` is the bytes per number of matrix products, `device` is "cpu" or "cuda". `lora` holds the arguments
+        of `integrations.lora.add_lora`, or is None.
+        """
+
+    # the methods of `model.costs.Costs`
+    def layer_flops(self) -> int: ...
+    def vocabulary_flops(self) -> int: ...
+    def attention_flops(self, tokens: int) -> int: ...
+    def training_flops(self, documents: Sequence[int], predicted: float = 1.0) -> float: ...
+    def forward_bytes(self, tokens: int) -> int: ...
+    def moved_bytes(self, itemsize: int) -> tuple[float, int]: ...
+    def cache_bytes(self, tokens: int, itemsize: int) -> int: ...
+    def spilled_bytes(self, tokens: int, itemsize: int) -> int: ...
+    def activation_bytes(self, itemsize: int, device: str, again: bool = False, lora: dict | None = None) -> int: ...
+
+    def model_dump_json(self) -> str: ...
+
+
+class Embedder(NamedTuple):
+    """The way in which a net was trained to make vectors of texts: the pooling, and the prompts before them."""
+
+    pool: Literal["mean", "last"]
+    query: str
+    document: str
+
+
+class Net(nn.Module):
+    """A net: `net(tokens, start=..., lengths=..., far=...)` returns hidden states like LongNet. `nll` uses `logits`."""
+
+    config: NetConfig
+    note: str | None = None  # one line for users about how the net reads documents
+    choices: str = ""  # options for users with too long a sequence, besides shorter ones
+    dilated: bool = True  # whether its attention is ours
+    has_cls: bool = False  # whether an extra row, CLS, comes before each sequence
+    has_grid: bool = False  # whether the vectors that it reads lie in a grid
+    embedder: Embedder | None = None  # is saved with the net
+    layer_by_layer: bool = False  # whether jobs can run its layers one by one, and see the states between them
+
+    @property
+    def row_size(self) -> int | None:
+        """The size of the vectors that the net reads in place of token ids; None if it reads ids."""
+        return None
+
+    def start_rows(self, bos: Bos) -> np.ndarray:
+        """Return the rows that the net reads before each document: the ids of `bos`, (n,) int64, if it is causal."""
+        return np.array(bos_ids(bos) if self.config.causal else (), np.int64)
+
+    def sequence(self, document: D, bos: Bos = None, tile_size: float | None = None) -> InputSequence[D]:
+        """Return a document as the net reads it, after `start_rows(bos)`; `tile_size` is for a net with a grid.
+
+        Raises ConfigError for ids where the net reads vectors, or the reverse; DataError for vectors of another size.
+        """
+        if document.has_vectors != (self.row_size is not None):
+            kinds = ("token ids", "vectors") if self.row_size is None else ("vectors", "token ids")
+            raise ConfigError(f"{document.where}: the model reads {kinds[0]}, and this document holds {kinds[1]}")
+        if document.has_vectors and len(document) and document.width != self.row_size:
+            raise DataError(
+                f"{document.where}: its vectors have {document.width} numbers, and the model reads {self.row_size}"
+            )
+        return InputSequence(document, self.start_rows(bos), self.config.max_tokens, self.choices)
+
+    def inputs_like(self, shape: tuple[int, int]) -> Tensor:
+        """Return inputs of the shape (B, N), on the net's device, to measure with: random ids, or vectors of zeros."""
+        device = next(self.parameters()).device
+        if self.row_size is None:
+            return torch.randint(self.config.vocab_size, shape, device=device)
+        return torch.zeros(*shape, self.row_size, device=device)
+
+    def head(self, pooled: Tensor) -> Tensor:
+        """Return pooled hidden states (..., dim) after the net's own last step, if it has one."""
+        return pooled
+
+    def stream(self) -> Callable[..., Tensor] | None:
+        """Return the net's own reader of a causal sequence in chunks, or None if a CausalStream can read it."""
+        return None
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers, first to last: each maps hidden states (B, N, dim) to hidden states (B, N, dim)."""
+        raise NotImplementedError
+
+    def check_trainable(self) -> None:
+        """Raise ConfigError for a net that cannot pass on the gradient of a long sequence. Call it in eval mode."""
+
+    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None) -> None:
+        """Write a model directory with the weights `state`, on the CPU; files get their names when they are complete.
+
+        `eos` is the token of the tokenizer that ends documents, if it is not the one that the model came with.
+        Raises CheckpointError for a directory that cannot be written.
+        """
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits (..., vocab_size) of hidden states (..., dim). Raises ConfigError for a net without logits."""
+        raise NotImplementedError
+
+    def nll(self, hidden: Tensor, targets: Tensor, *, limit: int = LOGITS_LIMIT) -> Tensor:
+        """Return the negative log-likelihood, in nats, of shifted `targets` (B, N), given hidden states (B, N, dim).
+
+        The result is (B, N) in float32, or in float64 for float64 hidden states; 0 where a target is -100. At most
+        `limit` elements of logits exist at a time. The backward pass recomputes them chunk by chunk.
+        """
+        rows, wanted = hidden.flatten(0, -2), targets.flatten()  # (B N, dim), (B N,)
+        size = max(1, limit // max(1, self.config.vocab_size))
+        if len(rows) <= size:
+            return self._nll(rows, wanted).view(targets.shape)
+        again = torch.is_grad_enabled()
+        chunks = [
+            checkpoint(self._nll, r, t, use_reentrant=False, preserve_rng_state=False) if again else self._nll(r, t)
+            for r, t in zip(rows.split(size), wanted.split(size), strict=True)
+        ]
+        return torch.cat(chunks).view(targets.shape)
+
+    def _nll(self, rows: Tensor, targets: Tensor) -> Tensor:
+        logits = self.logits(rows)
+        wide = logits if logits.dtype is torch.float64 else logits.float()
+        return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")

@@ -1,0 +1,118 @@
+"""Rotary positions, plain (RoPE, arXiv 2104.09864) and with xPos decay (arXiv 2212.10554), for any number of tokens.
+
+A pair of features (2j, 2j+1) is one complex number, as in torchscale (`rotate_every_two`). A position turns it by
+the phase pos * theta^(-2j/D). xPos also scales it: q by zeta_j^(pos/512), and k by the inverse. Both are one complex
+product per tensor. Phases are float64, of int64 positions: a float32 phase is noise past 2^24 tokens, but float64
+still resolves 1e-7 rad at 1e9.
+
+xPos counts from the middle of the widest segment that holds the token. The keys of a softmax share a segment, and only
+differences of positions enter a score, so this changes only the range of the exponents. For sequences of up to one such
+segment, scores equal torchscale's, whose table is centred in the whole sequence and ends in NaN past 72,000 tokens.
+
+N tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longnet_cli.attention.sinks import Turn
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.nets.config import LongNetConfig
+
+XPOS_SCALE_BASE = 512
+XPOS_GAMMA = 0.4
+XPOS_MAX_SEGMENT_FP16 = 8192  # float16 ends at e^11: zeta^(4096 / 512) is e^10
+
+BLOCK = 65536  # tokens whose float64 phases exist at a time
+
+
+class PositionTable(NamedTuple):
+    """Complex factors (tokens, 1, D/2) of queries and of keys; for RoPE, both are the same tensor."""
+
+    q: Tensor
+    k: Tensor
+
+
+@torch.no_grad()
+def position_table(
+    config: LongNetConfig, start: int, tokens: int, device: torch.device | str, dtype: torch.dtype
+) -> PositionTable | None:
+    """Return the factors of positions [start, start + tokens); None for position="none".
+
+    `dtype` is that of the queries to rotate: factors are complex128 for float64, otherwise complex64. Raises
+    ConfigError for xPos in float16 with segments so long that exponents overflow.
+    """
+    if config.position == "none":
+        return None
+    xpos, longest = config.position == "xpos", max(config.segment_lengths)
+    if xpos and dtype is torch.float16 and longest > XPOS_MAX_SEGMENT_FP16:
+        raise ConfigError(
+            f'position="xpos" overflows float16 in segments longer than {XPOS_MAX_SEGMENT_FP16}, got {longest}; '
+            "use bfloat16 or float32"
+        )
+    half = config.head_dim // 2
+    kind = torch.complex128 if dtype is torch.float64 else torch.complex64
+    frequencies = _frequencies(config, device)
+    j = torch.arange(half, dtype=torch.float64, device=device)
+    log_zeta = torch.log((2 * j + XPOS_GAMMA * config.head_dim) / ((1 + XPOS_GAMMA) * config.head_dim))
+    q = torch.empty(tokens, 1, half, dtype=kind, device=device)
+    k = torch.empty_like(q) if xpos else q
+    for first in range(0, tokens, BLOCK):
+        rows = slice(first, min(first + BLOCK, tokens))
+        position = torch.arange(start + rows.start, start + rows.stop, dtype=torch.int64, device=device)
+        if xpos:
+            position = position % longest - longest // 2
+        phase = (position.double()[:, None] * frequencies).remainder_(2 * math.pi)[:, None]  # (rows, 1, D/2)
+        if xpos:
+            exponent = (position.double() / XPOS_SCALE_BASE)[:, None, None] * log_zeta
+            q[rows] = torch.polar(exponent.exp(), phase)
+            k[rows] = torch.polar(exponent.neg_().exp_(), phase)
+        else:
+            q[rows] = torch.polar(torch.ones_like(phase), phase)
+    return PositionTable(q, k)
+
+
+def rotate(q: Tensor, k: Tensor, table: PositionTable | None) -> tuple[Tensor, Tensor]:
+    """Turn queries and keys (batch, tokens, H, D), strided views allowed, by their positions; dtypes are kept.
+
+    The product is float32 (float64 for float64 inputs), also under autocast, and its backward saves only the table.
+    """
+    if table is None:
+        return q, k
+    return _turn(q, table.q), _turn(k, table.k)
+
+
+def sink_turn(config: LongNetConfig) -> Turn | None:
+    """Return a function that turns rotated keys (B, S, n, H, D) by S distances, for sinks and chosen blocks.
+
+    None without rope. xPos would also scale keys, so it has neither (`LongNetConfig`).
+    """
+    return partial(_turn_by, config) if config.position == "rope" else None
+
+
+def _turn_by(config: LongNetConfig, k: Tensor, distances: Tensor) -> Tensor:
+    phase = (distances.double()[:, None] * _frequencies(config, k.device)).remainder_(2 * math.pi)  # (S, D/2)
+    factors = torch.polar(torch.ones_like(phase), phase)[:, None, None]
+    return _turn(k, factors if k.dtype is torch.float64 else factors.to(torch.complex64))
+
+
+def _frequencies(config: LongNetConfig, device: torch.device | str) -> Tensor:
+    """Return the phase of one position for each pair of features, (D/2,) float64."""
+    half = config.head_dim // 2
+    return config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+
+
+def _turn(x: Tensor, factors: Tensor) -> Tensor:
+    wide = x if x.dtype is torch.float64 else x.float()
+    # a compiler makes one loop of these real products; in eager mode they take twice as long as a complex product
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = wide.unflatten(-1, (-1, 2)).unbind(-1), torch.view_as_real(factors).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (batch, ..., H, D/2)
+    return torch.view_as_real(pairs * factors).flatten(-2).to(x.dtype)

@@ -1,0 +1,310 @@
+"""Weights on disk: a model directory of config.json, model.safetensors, tokenizer.json, and other libraries' files.
+
+Saved tensors are checked: unchanged since they were saved, of a known type, finite, and as many as expected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from longnet_cli.basics.atomic import whole_folder
+from longnet_cli.basics.configuration import digest, parse, read_text
+from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
+from longnet_cli.basics.hub import (
+    CONFIG,
+    CONFIG_SHA256,
+    POOL_KEY,
+    PROMPTS,
+    TENSORS_SHA256,
+    TOKENIZER,
+    TOKENIZER_SHA256,
+    WEIGHTS,
+    find_model,
+)
+from longnet_cli.basics.notation import format_pattern
+from longnet_cli.nets.config import LongNetConfig, parse_config
+from longnet_cli.nets.foreign import foreign_files, foreign_keys, own_keys, prompts_file
+from longnet_cli.nets.net import Net
+
+if TYPE_CHECKING:
+    from longnet_cli.attention import Pattern
+
+# The types that weights can have, and their names in a file of safetensors
+TYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_SMALL = 1 << 24  # parameters of a net that is built in no time, whatever its shapes
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor in row-major order: its own memory if that is on the CPU and in this order."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256, in hex, of the names, types, shapes and bytes of tensors, whatever their order in a file.
+
+    Each tensor is hashed by itself, on all CPU cores. Then the hashes are hashed in the order of the names.
+    """
+
+    def one(name: str) -> bytes:
+        tensor = tensors[name]
+        head = f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode()
+        part = hashlib.sha256(head)
+        part.update(tensor_bytes(tensor))
+        return part.digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return hashlib.sha256(b"".join(pool.map(one, sorted(tensors)))).hexdigest()
+
+
+def check_header(config: LongNetConfig, found: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> None:
+    """Compare the types and shapes in a safetensors file with a configuration, before a net of any size is built.
+
+    Raises CheckpointError for weights of another type than `TYPE_NAMES`, for another number of layers, and for a
+    configuration that needs far more parameters than the file has.
+    """
+    for name, (dtype, _) in found.items():
+        if dtype not in TYPE_NAMES.values():
+            raise CheckpointError(f"{where}: {name} is of type {dtype}: weights are {', '.join(TYPE_NAMES.values())}")
+    layers = {name.split(".")[1] for name in found if name.startswith("layers.")}
+    if len(layers) != config.num_layers:
+        raise CheckpointError(f"{where}: it has {len(layers)} layers, its configuration needs {config.num_layers}")
+    numbers, needed = sum(math.prod(shape) for _, shape in found.values()), config.num_parameters()
+    if needed > 2 * numbers + _SMALL:
+        raise CheckpointError(f"{where}: it has {numbers:,} numbers, its configuration needs {needed:,}")
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise CheckpointError that names the first tensor with NaN or infinite numbers."""
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            low, high = torch.aminmax(tensor)  # one pass, no copy; NaN propagates
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise CheckpointError(f"{where}: {name} has numbers that are NaN or infinite: the model is damaged")
+
+
+NetT = TypeVar("NetT", bound=Net)
+
+
+def save_pretrained(
+    model: Net,
+    directory: str | PathLike[str],
+    tokenizer_json: str | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    eos: str | None = None,
+    foreign: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model directory; `tokenizer_json` is the text of a `tokenizers` file.
+
+    `eos` is the tokenizer's token that ends documents, by default `<|endoftext|>` if it has that. `foreign` holds keys
+    of config.json for transformers, beside those in `model.foreign`, which describes the files for other libraries.
+
+    Every file is written under a temporary name, then renamed, config.json last: a directory that has one is
+    complete. The metadata of model.safetensors has digests of the tensors, the configuration and the tokenizer.
+    `state_dict` replaces the model's own, for a sharded model. Tied embeddings are one tensor. Raises CheckpointError
+    for a directory that cannot be written.
+    """
+    folder = Path(directory)
+    state = model.state_dict() if state_dict is None else state_dict
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    settings = json.loads(model.config.model_dump_json())
+    digests = {TENSORS_SHA256: tensor_digest(tensors), CONFIG_SHA256: digest(settings)}
+    if tokenizer_json is not None:
+        digests[TOKENIZER_SHA256] = digest(json.loads(tokenizer_json))
+    keys = settings | foreign_keys(model.config, tokenizer_json, eos) | dict(foreign or {})
+    data = {CONFIG: keys, **foreign_files(tokenizer_json, eos)}
+    if model.embedder:
+        keys[POOL_KEY] = model.embedder.pool
+        data[PROMPTS] = prompts_file(model.embedder)
+    texts: dict[str, str | None] = {
+        name: json.dumps(found, indent=2, ensure_ascii=False) + "\n" for name, found in data.items()
+    }
+    texts[TOKENIZER] = tokenizer_json
+    try:
+        with whole_folder(folder, last=CONFIG) as place:
+            for name, text in texts.items():
+                if text is not None:
+                    (place / name).write_text(text, encoding="utf-8")
+            with (place / WEIGHTS).open("wb") as file:
+                write_tensors(file, tensors, {"format": "pt", **digests})
+    except LongNetError as error:
+        raise CheckpointError(f"{folder}: cannot write the model: {_one_line(error.__cause__ or error)}") from None
+
+
+def load_config(directory: str | PathLike[str], pattern: Pattern | None = None) -> LongNetConfig:
+    """Return the configuration of a model directory, with another `pattern` if one is given.
+
+    Raises CheckpointError (unreadable) or ConfigError (wrong, or a pattern that the net cannot have).
+    """
+    path = Path(directory) / CONFIG
+    return parse_config(_own_config(path), str(path), pattern)
+
+
+def load_pretrained(
+    build: Callable[[LongNetConfig], NetT],
+    name_or_dir: str | PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    pattern: Pattern | None = None,
+    verify: bool = True,
+) -> NetT:
+    """Load a model, built by `build`, from its directory or by the name of one that ships; return it in eval mode.
+
+    A string without a slash is a name, never a folder; ORG/NAME may be on a hub; a `Path` is always a folder. `dtype`
+    is the dtype of the weights in memory, whatever they are stored in; None keeps the stored dtype. `pattern` replaces
+    the model's own. The weights stay the same, but for learned biases of levels: those that only the model has are left
+    out, and those that only `pattern` has start anew. If model.safetensors has the digests of `save_pretrained`, its
+    tensors and config.json must be unchanged; `verify=False` skips this check. Raises
+    CheckpointError of one line (a missing or damaged file, tensors missing, unexpected, of another shape, of integers,
+    or not finite), ConfigError for a wrong config.json or an unknown name.
+    """
+    folder = find_model(name_or_dir).path if isinstance(name_or_dir, str) else Path(name_or_dir)
+    config = load_config(folder, pattern)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: {WEIGHTS} is {'not a file' if path.exists() else 'missing'}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            saved = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            check_header(config, {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}, str(path))
+            shapes = {n: tuple(s.get_shape()) for n, s in slices.items()}
+            started = _started_biases(config, shapes) if pattern else {}
+            model = empty_net(build, config, shapes | {n: tuple(x.shape) for n, x in started.items()}, str(path))
+            stored = {name: file.get_tensor(name) for name in slices}
+            if verify and saved.get(CONFIG_SHA256, known := digest(_own_config(folder / CONFIG))) != known:
+                raise CheckpointError(
+                    f"{folder / CONFIG}: not what the weights were saved with: put that back, or if the change is "
+                    "meant, save it from Python: LongNet.from_pretrained(folder, verify=False).save_pretrained(folder)"
+                )
+            if verify and TENSORS_SHA256 in saved and saved[TENSORS_SHA256] != tensor_digest(stored):
+                raise CheckpointError(f"{path}: damaged: the digest of its tensors is not the one it was saved with")
+            # a copy, not the mapped file, which another process might write to
+            kept = {name: stored[name] for name in shapes} | started
+            tensors = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in kept.items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged or not a safetensors file: {_one_line(error)}") from None
+    check_finite(tensors, str(path))
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def model_digest(model: Net, *, every: bool = True) -> str:
+    """Return a SHA-256 of configuration and weights, 64 hex digits: equal for models that compute the same.
+
+    Without `every`, it is equal also for models that choose blocks at other places (`chosen_every`).
+    """
+    config = model.config.model_dump_json()
+    if model.config.pattern.chosen and not every:  # in the JSON of a Hugging Face model, it stands in a string as well
+        config = re.sub(r', ?\\?"chosen_every\\?": ?\d+', "", config)
+    return digest_of(config, model.state_dict())
+
+
+def digest_of(config: str, weights: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 of a configuration, in JSON, and of named weights."""
+    digest = hashlib.sha256(config.encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def model_origin(model: Net, name: str | None, tokenizer_sha256: str | None, *, every: bool = True) -> dict[str, str]:
+    """Return the metadata of a model's outputs, without unknown values. `every` is as in `model_digest`.
+
+    The keys are `longnet.model` (its name), `longnet.model_sha256`, `longnet.tokenizer_sha256` and `longnet.pattern`.
+    """
+    known = {
+        "longnet.model": name,
+        "longnet.model_sha256": model_digest(model, every=every),
+        "longnet.tokenizer_sha256": tokenizer_sha256,
+        "longnet.pattern": format_pattern(model.config.pattern),
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def empty_net(
+    build: Callable[[LongNetConfig], NetT], config: LongNetConfig, shapes: Mapping[str, tuple[int, ...]], where: str
+) -> NetT:
+    """Build a net without memory, for tensors of these names and shapes. Raises CheckpointError if they do not fit."""
+    with torch.device("meta"):
+        model = build(config)
+    expected = model.state_dict()
+    if missing := [name for name in expected if name not in shapes]:
+        raise CheckpointError(f"{where}: {list_names('missing', missing)}")
+    if unexpected := [name for name in shapes if name not in expected]:
+        raise CheckpointError(f"{where}: {list_names('unexpected', unexpected)}")
+    for name, found in shapes.items():
+        if found != (needed := tuple(expected[name].shape)):
+            raise CheckpointError(f"{where}: {name} has shape {found}, its configuration needs {needed}")
+    return model
+
+
+def _started_biases(config: LongNetConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Return the learned biases of a configuration that tensors of these names and shapes lack, at their start.
+
+    Names of learned biases that the configuration does not have leave `shapes`.
+    """
+    start = config.pattern.learned_bias
+    names = {f"layers.{index}.attention.level_bias" for index in range(config.num_layers)}
+    if start is None:
+        for name in names:
+            shapes.pop(name, None)
+        return {}
+    shape = len(config.segment_lengths) - 1, config.num_heads
+    return {name: torch.full(shape, start) for name in sorted(names - shapes.keys())}
+
+
+def _own_config(path: Path) -> Any:
+    """Return the keys of a config.json that define the net."""
+    try:
+        return own_keys(parse(read_text(path)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: not a model directory, {CONFIG} is missing") from None
+    except (OSError, ValueError) as error:  # ValueError: not JSON, not UTF-8
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path}: cannot be read: {_one_line(reason)}") from None
+
+
+def list_names(what: str, names: Sequence[str]) -> str:
+    """Return names for a message, such as `missing tensors a, b, c and 13 more`."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{what} {'tensor' if len(names) == 1 else 'tensors'} {shown}"
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file: the size of a JSON header, the header, the bytes of the tensors.
+
+    The library's own writer orders the metadata at random (its issue #584); here, equal models give equal files.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so each is aligned
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        kind = {**TYPE_NAMES, torch.int64: "I64", torch.int32: "I32"}[tensors[name].dtype]
+        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        file.write(tensor_bytes(tensors[name]))
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

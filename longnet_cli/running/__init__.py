@@ -1,0 +1,1 @@
+"""The running of a net: devices and precision, chunks of sequences longer than memory, saved states, and ranks."""

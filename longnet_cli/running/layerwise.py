@@ -1,0 +1,275 @@
+"""Bidirectional sequences longer than memory: layer by layer, chunk by chunk, exact.
+
+A layer makes two passes over the chunks. The first collects the keys and values of the segments that a chunk sees
+outside itself; the second computes each chunk with its own keys and, as far keys, the collected rows. Between the
+layers, hidden states wait on the GPU if it has the room, otherwise in host memory or in an unnamed file (`spill`). The
+system removes that file when the process ends, however it ends.
+
+Several ranks take the chunks in turn, and each keeps the hidden states of its own chunks. Between the passes they add
+up the collected rows. `LayerStates` pools the outputs of every layer, however chunks and ranks divide a sequence.
+
+N tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from longnet_cli.attention import SINKS, FarKeys, Span
+from longnet_cli.attention.dilated import strided_view
+from longnet_cli.attention.spans import common_span, far_spans, lanes, level_of, rows_before, span_rows, span_views
+from longnet_cli.basics.errors import MemoryLimitError
+from longnet_cli.nets.longnet import Block, LongNet, Placement
+from longnet_cli.running.device import DTYPES, free_memory, precision, resolve_dtype, to_device
+from longnet_cli.running.mapped import MappedMemory, aligned
+from longnet_cli.running.ranks.ranks import Ranks
+
+ROWS_AT_A_TIME = 1 << 16  # of keys and values that ranks add up; a device holds them beside a chunk
+
+
+def hidden_in_chunks(
+    model: LongNet,
+    read: Callable[[int, int], Tensor],
+    tokens: int,
+    chunk: int,
+    *,
+    spill: str | Path | None = None,
+    dtype: str = "fp32",
+    ranks: Ranks | None = None,
+    on_chunk: Callable[[int], None] | None = None,
+) -> Iterator[Tensor]:
+    """Yield hidden (1, n, dim) after the final norm, chunk by chunk, equal to one forward pass over the whole sequence.
+
+    read: (start, stop) -> ids (1, stop - start) on any device, read once.
+    spill: a folder on a disk for the hidden states and collected rows. Without it they are in host memory. A GPU with
+        room for them keeps them itself.
+    dtype: as in `runtime.device`.
+    ranks: rank i of P yields only the chunks i, i + P, ...; every rank must use up the iterator.
+    on_chunk: called after each chunk of each layer, with the number of tokens that all ranks together read in that
+        turn.
+
+    Raises MemoryLimitError before any work when the memory or, with `spill`, the disk does not have the room.
+    """
+    run = _Layers(model, tokens, chunk, dtype, ranks or Ranks())
+    allocate: Callable[..., Tensor]
+    if run.device.type != "cpu" and fits_beside(model.config.forward_bytes(chunk), run.nbytes, run.device):
+        allocate = partial(torch.empty, device=run.device)
+    else:
+        if spill is None:
+            _check_memory(run.nbytes)
+        allocate = MappedMemory(run.nbytes, spill).empty
+    yield from run.hidden(read, allocate, on_chunk)
+
+
+def kept_bytes(model: LongNet, tokens: int, chunk: int, ranks: Ranks) -> int:
+    """Return the bytes that `hidden_in_chunks` keeps between layers on one rank, in memory or in the spill file."""
+    return _Layers(model, tokens, chunk, "fp32", ranks).nbytes
+
+
+def fits_beside(forward: int, size: int, device: torch.device) -> bool:
+    """Return whether a device has room for `size` bytes beside twice the bytes of a chunk's `forward` pass."""
+    free = free_memory(device)
+    return free is not None and size + 2 * forward <= free
+
+
+def _check_memory(size: int) -> None:
+    free = free_memory(torch.device("cpu"))
+    if free is not None and size > free:
+        raise MemoryLimitError(
+            f"the hidden states take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free: "
+            "keep them on a disk, with --spill FOLDER"
+        )
+
+
+class _Layers:
+    """The layout of one net over one sequence: the chunks, and the segments that they see outside themselves.
+
+    In a LongNet every query head has its own key head, so all levels have H lanes.
+    """
+
+    def __init__(self, model: LongNet, tokens: int, chunk: int, dtype: str, ranks: Ranks) -> None:
+        self.model, self.pattern, self.tokens, self.dtype = model, model.config.pattern, tokens, dtype
+        self.device, self.ranks = next(model.parameters()).device, ranks
+        self.chunks = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+        self.mine: list[tuple[int, int, slice, int]] = []  # start, stop, place in `hidden`, tokens of the turn
+        held = 0
+        for index in range(ranks.rank, len(self.chunks), ranks.world):
+            start, stop = self.chunks[index]
+            turn = self.chunks[index - ranks.rank : index - ranks.rank + ranks.world]
+            self.mine.append((start, stop, slice(held, held + stop - start), turn[-1][1] - turn[0][0]))
+            held += stop - start
+        self.held = held
+        self.places: dict[tuple[int, int], slice] = {}  # (level, start of a segment) -> its rows in `collected`
+        self.rows = 0
+        for span in (span for start, stop in self.chunks for span in self._spans(start, stop)):
+            key = (span.level, self._segment(span))
+            if key not in self.places:
+                whole = common_span(self.pattern, *key, key[1], tokens)
+                count = max(span_rows(self.pattern, whole, model.config.num_heads))
+                self.places[key] = slice(self.rows, self.rows + count)
+                self.rows += count
+
+    def _spans(self, start: int, stop: int) -> list[Span]:
+        """Return the spans that a chunk sees outside itself."""
+        return far_spans(self.pattern, start, stop, False, self.tokens)
+
+    def _segment(self, span: Span) -> int:
+        w, _ = level_of(self.pattern, span.level)
+        return span.start // w * w
+
+    @property
+    def nbytes(self) -> int:
+        """The most bytes that hidden states and collected rows take: no number is wider than a weight."""
+        numbers = next(self.model.parameters()).itemsize * self.model.config.dim
+        return sum(aligned(numbers * rows) for rows in (self.held, 2 * self.rows))
+
+    def hidden(
+        self,
+        read: Callable[[int, int], Tensor],
+        allocate: Callable[..., Tensor],
+        on_chunk: Callable[[int], None] | None,
+    ) -> Iterator[Tensor]:
+        """Yield this rank's chunks of the final hidden states. `allocate(shape, dtype=...)` makes a tensor anywhere."""
+        config = self.model.config
+        hidden = allocate((1, self.held, config.dim), dtype=next(self.model.parameters()).dtype)
+        for start, stop, place, _ in self.mine:
+            with torch.no_grad():
+                hidden[:, place] = self.model.embed(to_device(read(start, stop), self.device))
+        collected: Tensor | None = None  # (2, 1, rows, H, D), k and v, of one layer at a time
+        if self.rows:
+            shape = (2, 1, self.rows, config.num_heads, config.head_dim)
+            collected = allocate(shape, dtype=self._dtype_of_keys())
+        for index, layer in enumerate(cast(Iterable[Block], self.model.layers)):
+            if collected is not None:
+                if self.ranks.world > 1:
+                    collected.zero_()
+                for start, _, place, _ in self.mine:
+                    self._collect(collected, start, *self._keys(layer, hidden[:, place], start))
+                self._add_up(collected)
+            for start, stop, place, turn in self.mine:
+                far = [] if collected is None else self._far(collected, start, stop)
+                last = index == config.num_layers - 1
+                x = self._compute(layer, hidden[:, place], start, far, last)
+                if on_chunk:
+                    on_chunk(turn)
+                if last:
+                    yield x
+                else:
+                    hidden[:, place] = x
+
+    def _dtype_of_keys(self) -> torch.dtype:
+        """Return the dtype of keys and values, also on a rank that has no chunk to compute any from."""
+        name = resolve_dtype(self.dtype, self.device)
+        return next(self.model.parameters()).dtype if name == "fp32" else DTYPES[name]
+
+    def _add_up(self, collected: Tensor) -> None:
+        """Give every rank all rows. Each row was made by one rank, and is zero on the others."""
+        if self.ranks.world > 1:
+            for rows in collected.split(ROWS_AT_A_TIME, 2):
+                sums = rows.to(self.device).contiguous()
+                self.ranks.sum(sums)
+                rows.copy_(sums)
+
+    @torch.no_grad()
+    def _keys(self, layer: Block, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        x = x.to(self.device)
+        with precision(self.dtype, self.device):
+            _, k, v = layer.attention.project(layer.attention_norm(x), self.model.positions(x, start))
+        return k, v
+
+    @torch.no_grad()
+    def _compute(self, layer: Block, x: Tensor, start: int, far: list[FarKeys], last: bool) -> Tensor:
+        x = x.to(self.device)
+        with precision(self.dtype, self.device):
+            place = Placement(start, total=self.tokens)
+            x = layer(x, self.model.positions(x, start), place, lambda q, k, v: far)
+            return self.model.final_norm(x) if last else x
+
+    def _collect(self, collected: Tensor, start: int, k: Tensor, v: Tensor) -> None:
+        """Copy the chunk's rows to all `places` that hold some of them."""
+        tokens, heads = k.shape[1:3]
+        levels = [(level, w) for level, (w, _) in enumerate(self.pattern.levels)]
+        for level, w in [*levels, (SINKS, self.tokens)]:  # all sinks lie in one segment, the sequence
+            for segment in range(start // w * w, start + tokens, w):
+                if place := self.places.get((level, segment)):
+                    span = common_span(self.pattern, level, segment, start, start + tokens)
+                    for views in span_views(self.pattern, span, heads, start):
+                        for rows, x in zip(collected[:, :, place], (k, v), strict=True):
+                            strided_view(rows, views.segment).copy_(strided_view(x, views.shard))
+
+    def _far(self, collected: Tensor, start: int, stop: int) -> list[FarKeys]:
+        """Return the collected rows that the chunk sees."""
+        found, heads = [], self.model.config.num_heads
+        for span in self._spans(start, stop):
+            if count := max(span_rows(self.pattern, span, heads)):
+                segment = self._segment(span)
+                _, r = level_of(self.pattern, span.level)
+                offsets = lanes(self.pattern, span.level, heads).offsets
+                firsts = [rows_before(span.start - segment, offset, r) for offset in offsets]
+                rows = _from_row(collected[:, :, self.places[span.level, segment]], firsts, count)
+                found.append(FarKeys(*span, *rows.to(self.device)))
+        return found
+
+
+def _from_row(rows: Tensor, firsts: list[int], count: int) -> Tensor:
+    """Return `count` rows of (2, 1, rows, H, D) from each head's first row on. Rows past the end are never read."""
+    if min(firsts) == max(firsts):
+        return rows[:, :, firsts[0] : firsts[0] + count]
+    index = (torch.arange(count)[:, None] + torch.tensor(firsts)).clamp_(max=rows.shape[2] - 1)  # (count, H)
+    return rows[:, :, to_device(index, rows.device), torch.arange(len(firsts), device=rows.device)]
+
+
+class LayerStates:
+    """A context manager that pools the output of each layer, while the net reads one sequence at a time.
+
+        with LayerStates(net) as states:
+            states.begin(1, 300)        # then the net reads a sequence, in any chunks
+            vectors = states.mean()     # (num_layers + 1, dim)
+
+    The first vector is pooled from the first layer's input, the others from each layer's output, before the final norm.
+    """
+
+    def __init__(self, net: LongNet) -> None:
+        self.net, self._hooks = net, ExitStack()
+        self.begin(0, 1)
+
+    def __enter__(self) -> LayerStates:
+        for index, layer in enumerate(self.net.layers):
+            if index == 0:
+                handle = layer.register_forward_pre_hook(lambda layer, inputs: self._add(0, inputs[0], inputs))
+                self._hooks.callback(handle.remove)
+
+            def after(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, index: int = index) -> None:
+                self._add(index + 1, output, inputs)
+
+            self._hooks.callback(layer.register_forward_hook(after).remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
+
+    def begin(self, start: int, stop: int) -> None:
+        """Reset the sums. From now on, take the mean over the positions [start, stop) of the next sequence."""
+        weight = next(self.net.parameters())
+        self.start, self.stop = start, stop
+        self._sums = torch.zeros(
+            len(self.net.layers) + 1, self.net.config.dim, dtype=torch.float64, device=weight.device
+        )
+
+    def mean(self) -> Tensor:
+        """Return the mean (num_layers + 1, dim), float64. Of several ranks, each has a part; their sum is the mean."""
+        return self._sums / (self.stop - self.start)
+
+    def _add(self, state: int, x: Tensor, inputs: tuple[Any, ...]) -> None:
+        """Add hidden states (1, n, dim) of a layer that was called with `inputs`; the third input is its placement."""
+        place: Placement = inputs[2]
+        first, last = max(0, self.start - place.start), min(x.shape[1], self.stop - place.start)
+        if first < last:
+            self._sums[state] += x[0, first:last].sum(0, dtype=torch.float64)

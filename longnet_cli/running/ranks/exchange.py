@@ -1,0 +1,431 @@
+r"""One sequence over several ranks: each holds a contiguous shard, and one all-to-all per layer carries the far rows.
+
+    rank 0     [ shard 0 ]
+                    \  \                     a level wider than a shard: its rows go to the ranks whose shards
+    rank 1     [ shard 1 ] \                  lie in the same segment, or in one that looks back at it; causal ones
+                         \  |                 only to later ranks; sinks go to every rank that sees them from afar
+    rank 2     [ shard 2 ]
+
+A rank receives the rows that its queries see outside its shard: at most `sum of (1 + look_back) w / r` rows and the
+sinks, twice that where attention looks both ways, whatever the length of the sequence.
+The backward pass reverses the exchange: gradients of far rows go back to the rank that made the rows, which adds them
+up in fp32. The net is the same as on one device: it is handed far keys.
+
+The caller provides the data and handles the parameters' gradients. The same code runs with NCCL on GPUs and with gloo
+on CPUs.
+
+B batch, H heads of keys, D head dim, P ranks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import lru_cache, partial
+from itertools import chain, pairwise
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longnet_cli.attention import FarKeys, Span
+from longnet_cli.attention.pattern import Pattern
+from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.nets.net import NetConfig
+
+
+class Parcel(NamedTuple):
+    """Rows that go from one rank to another: the rows of `span` in a shard that starts at `start` of the document.
+
+    If `attended`, the reader's shard attends to them; otherwise they are only kept in its cache.
+    """
+
+    span: Span
+    start: int
+    rows: int
+    attended: bool
+
+
+class Exchange:
+    """The exchange of rows between ranks whose shards have these `edges`. Call it once per layer, with its keys.
+
+    `edges` are P + 1 positions: rank i holds [edges[i], edges[i + 1]), which may be empty. `cuts` are the positions at
+    which documents start: rows never cross them, and spans count from the start of their document. With `cached`, every
+    rank also gets all rows of the segments that are open at the end, for its KVCache. Raises ValueError for cuts with a
+    bidirectional net: the last document of a shard would need far keys as well as the first.
+    """
+
+    def __init__(
+        self,
+        config: NetConfig,
+        edges: Sequence[int],
+        *,
+        group: dist.ProcessGroup | None = None,
+        rank: int | None = None,
+        cuts: Sequence[int] = (),
+        cached: bool = False,
+    ) -> None:
+        self.pattern, self.num_heads, self.causal = config.pattern, config.num_heads, config.causal
+        if self.pattern.chosen:
+            raise ConfigError(f"chosen={self.pattern.chosen}: ranks do not share a document's past yet: leave out --sp")
+        if not self.causal and len({*cuts} - {edges[0], edges[-1]}):
+            raise ValueError("documents over several ranks are for causal nets")
+        self.group, self.cached = group, cached
+        self.edges = list(edges)
+        begin = 0 if cached else self.edges[0]  # a cached chunk continues a document that started at 0
+        self.starts = sorted({begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])})
+        self._open: dict[int, list[Span]] = {}  # by start of the document
+        self._counts: dict[Span, int] = {}  # rows of spans
+        self._levels: dict[int, tuple[int, int, set[int]]] = {}  # (w, r, offsets) of each
+        self._reach = max(
+            (1 + b) * w for w, b in zip(self.pattern.segment_lengths, self.pattern.look_backs, strict=True)
+        )
+        self._seen: dict[int, list[tuple[Span, bool]]] = {}  # by reader
+        # the same on every rank: a collective is entered by all or by none
+        self.needed = any(self._wants_others(reader) for reader in range(len(edges) - 1))
+        self._plan(dist.get_rank(group) if rank is None else rank)
+
+    def _plan(self, rank: int) -> None:
+        self.rank, ranks = rank, range(len(self.edges) - 1)
+        self.sent = [self._parcels(rank, reader) for reader in ranks]
+        self.received = [self._parcels(maker, rank) for maker in ranks]
+        self.joined = self._joined()
+        self._maps: dict[tuple[int, int, int, torch.device], _Maps] = {}
+
+    def of_rank(self, rank: int) -> Exchange:
+        """Return the plan of another rank of the group. The two share what they know of each reader's wants."""
+        other = copy(self)
+        other._plan(rank)
+        return other
+
+    @property
+    def start(self) -> int:
+        """Position of this rank's first token in its document."""
+        return self.edges[self.rank] - self._document(self.edges[self.rank])[0]
+
+    @property
+    def documents(self) -> list[int] | None:
+        """Lengths of the documents in this rank's shard; None for a single document."""
+        first, last = self.edges[self.rank], self.edges[self.rank + 1]
+        inside = [first, *(cut for cut in self.starts if first < cut < last), last]
+        return [b - a for a, b in pairwise(inside)] if len(inside) > 2 else None
+
+    @property
+    def shard(self) -> slice:
+        """This rank's part of the chunk's tokens."""
+        return slice(self.edges[self.rank] - self.edges[0], self.edges[self.rank + 1] - self.edges[0])
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[FarKeys]:
+        """Send a layer's keys and values (B, n, H, D); return the far keys of the shard, as a `FarProvider` does."""
+        return self.run(k, v)[0]
+
+    def run(self, k: Tensor, v: Tensor) -> tuple[list[FarKeys], list[FarKeys]]:
+        """Exchange rows as in a call, and return (far keys that the shard attends to, all rows received)."""
+        if not self.needed:
+            return [], []
+        there = _Flight()
+        back = _WayBack(self, k, [i for i, parcel in enumerate(self.joined) if parcel.attended])
+        tensors = _AllToAll.apply(self, there, back, k, v)
+        got = [
+            FarKeys(*parcel.span, tensors[2 * i], tensors[2 * i + 1], there.land, partial(back.take, i))
+            for i, parcel in enumerate(self.joined)
+        ]
+        attended = [keys for keys, parcel in zip(got, self.joined, strict=True) if parcel.attended]
+        if not attended:
+            # This rank attends to none, yet the others wait for it in the backward: it must stay in the graph.
+            k_, v_ = tensors[-2:]
+            attended = [FarKeys(0, self.start, self.start, k_, v_, there.land, back.nothing)]
+        return attended, got
+
+    def maps(self, like: Tensor) -> _Maps:
+        """Return the indices of rows, for keys of this shape (B, n, H, D). They are the same in all layers."""
+        batch, tokens, kv_heads, _ = like.shape
+        key = batch, tokens, kv_heads, like.device
+        if key not in self._maps:
+            self._maps[key] = _Maps.of(self, *key)
+        return self._maps[key]
+
+    def lanes(self, parcel: Parcel, kv_heads: int) -> int:
+        return _lanes(self.pattern, parcel.span.level, self.num_heads, kv_heads)
+
+    def sizes(self, parcels: Sequence[Sequence[Parcel]], like: Sequence[int]) -> list[int]:
+        """Return how many numbers go to, or come from, each rank: k and v of all rows, for keys (B, n, H, D)."""
+        batch, _, kv_heads, head_dim = like
+        numbers = 2 * batch * head_dim
+        return [numbers * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in found) for found in parcels]
+
+    def _document(self, position: int) -> tuple[int, int]:
+        """Return the start and the end of the document that holds a position."""
+        index = bisect_right(self.starts, position)
+        return self.starts[index - 1], self.starts[index] if index < len(self.starts) else self.edges[-1]
+
+    def _wanted(self, reader: int) -> list[tuple[Span, bool]]:
+        """Return the spans that a rank keeps (False), then the spans that its shard's first document sees (True)."""
+        if reader in self._seen:
+            return self._seen[reader]
+        document, end = self._document(self.edges[reader])
+        start, stop = self.edges[reader] - document, min(self.edges[reader + 1], end) - document
+        if self.cached and document not in self._open:
+            self._open[document] = open_spans(self.pattern, self.edges[-1] - document)
+        kept = self._open.get(document, [])
+        seen = far_spans(self.pattern, start, stop, self.causal, end - document) if start < stop else []
+        self._seen[reader] = [*((span, False) for span in kept), *((span, True) for span in seen)]
+        return self._seen[reader]
+
+    def _reaches(self, maker: int, reader: int) -> bool:
+        """Return whether `reader` may want rows of `maker`. With a thousand ranks, most pairs are far apart."""
+        if maker == reader or self.cached or self.pattern.sinks:
+            return maker != reader
+        if maker > reader:
+            return not self.causal and self.edges[maker] < self.edges[reader + 1] + self._reach
+        return self.edges[maker + 1] > self.edges[reader] - self._reach
+
+    def _parcels(self, maker: int, reader: int) -> list[Parcel]:
+        """Return the rows of `maker` that `reader` wants."""
+        if not self._reaches(maker, reader):
+            return []
+        document, end = self._document(self.edges[reader])
+        # the maker's part of that document
+        a, b = max(self.edges[maker], document) - document, min(self.edges[maker + 1], end) - document
+        found: dict[tuple[int, int], Parcel] = {}
+        for span, attended in self._wanted(reader):
+            if span.start >= b or span.stop <= a:
+                continue
+            part = Span(span.level, max(span.start, a), min(span.stop, b))
+            if part.start < part.stop and (rows := self._rows(part)):
+                segment = part.start // level_of(self.pattern, span.level)[0]
+                # the kept part of a segment contains the attended part
+                parcel = found.get((span.level, segment), Parcel(part, self.edges[maker] - document, rows, attended))
+                found[span.level, segment] = parcel._replace(attended=attended)
+        return list(found.values())
+
+    def _rows(self, span: Span) -> int:
+        """Return the rows of the lane that has the most, `max(span_rows(...))`."""
+        level, start, stop = span
+        if start >= stop:
+            return 0
+        if (found := self._counts.get(span)) is not None:
+            return found
+        if level not in self._levels:
+            offsets = {*lanes(self.pattern, level, self.num_heads).offsets}
+            self._levels[level] = *level_of(self.pattern, level), offsets
+        w, r, offsets = self._levels[level]
+        inside, last = start % w, start % w + stop - start
+        most, rows = -(-(stop - start) // r), 0
+        for offset in offsets:
+            rows = max(rows, rows_before(last, offset, r) - rows_before(inside, offset, r))
+            if rows == most:
+                break
+        self._counts[span] = rows
+        return rows
+
+    def _joined(self) -> list[Parcel]:
+        """Return the parcels to receive. Adjacent parcels of one segment, even from several ranks, become one."""
+        found: list[Parcel] = []
+        begin, _ = self._document(self.edges[self.rank])
+        own = range(self.edges[self.rank] - begin, self.edges[self.rank + 1] - begin)
+        places: dict[tuple[int, int, bool], int] = {}  # the index of a segment's last parcel
+        for parcel in chain(*self.received):
+            level, start, stop = parcel.span
+            key = level, start // level_of(self.pattern, level)[0], parcel.attended
+            other = found[places[key]] if key in places else parcel
+            around = len(own) > 0 and other.span.stop <= own.start and own.stop <= start
+            # a rank between them may be so short that it has no row of this level
+            if other is not parcel and not around and not self._rows(Span(level, other.span.stop, start)):
+                span = Span(level, other.span.start, stop)
+                found[places[key]] = other._replace(span=span, rows=self._rows(span))
+            else:
+                places[key] = len(found)
+                found.append(parcel)
+        return found
+
+    def _wants_others(self, reader: int) -> bool:
+        """Return whether `reader` gets a row from any other rank."""
+        document, _ = self._document(self.edges[reader])
+        first = max(0, self.edges[0] - document)  # earlier rows are in caches
+        start, stop = self.edges[reader] - document, self.edges[reader + 1] - document
+        parts = (
+            part
+            for (level, a, z), _ in self._wanted(reader)
+            for part in ((level, a, min(z, start)), (level, max(a, stop), z))
+        )
+        return any(self._rows(Span(level, max(begin, first), end)) for level, begin, end in parts)
+
+
+class _Maps(NamedTuple):
+    """The indices, (rows,) int64, of rows of D numbers that are sent and received.
+
+    `sent` has the rows of k or v (B, n, H, D), in the order in which they are sent. `joined` has, for each row of the
+    joined parcels (B, rows, lanes, D), one parcel after the other, the received row that fills it. `received` is the
+    inverse of `joined`; for a received row that nobody reads, it is one past the end.
+    """
+
+    sent: Tensor
+    joined: Tensor
+    received: Tensor
+
+    @classmethod
+    def of(cls, exchange: Exchange, batch: int, tokens: int, kv_heads: int, device: torch.device) -> _Maps:
+        pattern, heads = exchange.pattern, exchange.num_heads
+        sent = [np.empty(0, np.int64)]
+        for parcel in chain(*exchange.sent):
+            number = np.arange(batch)[:, None, None] * tokens
+            tokens_of, lane_heads = _tokens(pattern, parcel, heads, kv_heads)
+            # a lane with one row fewer sends an arbitrary row, which nobody reads
+            sent.append(((number + np.minimum(tokens_of, tokens - 1)) * kv_heads + lane_heads).ravel())
+        places: list[np.ndarray] = []  # per joined parcel, its rows as received; -1: nobody reads it
+        begun = []
+        for parcel in exchange.joined:
+            places.append(np.full((batch, parcel.rows, exchange.lanes(parcel, kv_heads)), -1))
+            begun.append(np.zeros(places[-1].shape[2], np.int64))  # rows of each lane so far
+        first = 0
+        for parcel in chain(*exchange.received):
+            index = next(i for i, whole in enumerate(exchange.joined) if _holds(whole, parcel))
+            counts = np.array(span_rows(pattern, parcel.span, heads, kv_heads))
+            shape = batch, parcel.rows, len(counts)
+            rows = first + np.arange(batch * parcel.rows * len(counts)).reshape(shape)
+            first += rows.size
+            for lane, (at, count) in enumerate(zip(begun[index], counts, strict=True)):
+                places[index][:, at : at + count, lane] = rows[:, :count, lane]
+            begun[index] += counts
+        joined = np.concatenate([np.empty(0, np.int64), *(place.ravel() for place in places)])
+        received, read = np.full(first, len(joined)), np.flatnonzero(joined >= 0)
+        received[joined[read]] = read
+        found = np.concatenate(sent), np.maximum(joined, 0), received
+        return cls(*(torch.from_numpy(x).to(device) for x in found))
+
+
+def _tokens(pattern: Pattern, parcel: Parcel, num_heads: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens (rows, lanes) that a parcel takes from its maker's shard, and the key head of each lane."""
+    positions = span_positions(pattern, parcel.span, num_heads, kv_heads)
+    firsts, (_, rate) = np.array([p.start for p in positions]), level_of(pattern, parcel.span.level)
+    rows = firsts + rate * np.arange(parcel.rows)[:, None] - parcel.start
+    return rows, np.array(lanes(pattern, parcel.span.level, num_heads, kv_heads).kv_heads)
+
+
+def _holds(whole: Parcel, part: Parcel) -> bool:
+    (level, start, stop), (of, begin, end) = whole.span, part.span
+    return (level, whole.attended) == (of, part.attended) and start <= begin and end <= stop
+
+
+class _Flight:
+    """An exchange under way."""
+
+    def __init__(self) -> None:
+        self.work: Any = None
+        self.held: Tensor | None = None  # keeps what is being sent alive until it has been sent
+        self.unpack: Callable[[], None] | None = None  # copies what was received to its place
+
+    def start(self, got: Tensor, sent: Tensor, sizes: tuple[list[int], list[int]], group: Any) -> None:
+        self.held = sent
+        self.work = dist.all_to_all_single(got.view(-1), sent.view(-1), *sizes, group=group, async_op=True)
+
+    def land(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+        if self.unpack is not None:
+            self.unpack()
+        self.work = self.held = self.unpack = None
+
+
+class _WayBack:
+    """The gradients of far rows. They go back to the ranks that made the rows once all attended parcels have theirs."""
+
+    def __init__(self, exchange: Exchange, k: Tensor, attended: Sequence[int]) -> None:
+        self.exchange, self.attended, self.like, self.maps = exchange, attended, k[:, :0].detach(), exchange.maps(k)
+        self.sizes = exchange.sizes(exchange.sent, k.shape), exchange.sizes(exchange.received, k.shape)
+        self.grads: dict[int, tuple[Tensor, Tensor]] = {}  # of the joined parcels, by index
+        self.flight = _Flight()
+        self.got: Tensor | None = None
+
+    def take(self, index: int, dk: Tensor, dv: Tensor) -> None:
+        self.grads[index] = (dk, dv)
+        if len(self.grads) == len(self.attended):
+            self.depart()
+
+    def nothing(self, dk: Tensor, dv: Tensor) -> None:
+        self.depart()
+
+    def depart(self) -> None:
+        exchange, like = self.exchange, self.like
+        width = like.shape[3]
+        found: list[tuple[Tensor, Tensor]] = []
+        for index, parcel in enumerate(exchange.joined):
+            shape = like.shape[0], parcel.rows, exchange.lanes(parcel, like.shape[2]), width
+            none = like.new_zeros(1).expand(shape)
+            found.append(self.grads.get(index, (none, none)))
+        self.grads = {}
+        sent = like.new_empty(len(self.maps.received), 2, width)
+        if found:
+            for place, grads in enumerate(zip(*found, strict=True)):
+                flat = torch.cat([*(d.reshape(-1, width).to(like.dtype) for d in grads), like.new_zeros(1, width)])
+                sent[:, place] = flat[self.maps.received]
+        self.got = like.new_empty(len(self.maps.sent), 2, width)
+        self.flight.start(self.got, sent, self.sizes, exchange.group)
+
+    def land(self, grads: Sequence[Tensor]) -> Tensor:
+        """Return the gradients that came back, (rows sent, 2, D).
+
+        If no attention has sent any yet, send `grads`, the gradients of all joined parcels, now.
+        """
+        if self.got is None:
+            pairs = zip(grads[::2], grads[1::2], strict=True)
+            self.grads = {i: pair for i, pair in enumerate(pairs) if i < len(self.exchange.joined)}
+            self.depart()
+        self.flight.land()
+        got, self.got = self.got, None
+        assert got is not None
+        return got
+
+
+class _AllToAll(torch.autograd.Function):
+    """The map (k, v) -> k and v of every joined parcel, (B, rows, lanes, D) each, and two empty tensors of level 0."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.back, ctx.shape, ctx.dtype = back, k.shape, k.dtype
+        maps, (batch, _, kv_heads, width) = back.maps, k.shape
+        sent = k.new_empty(len(maps.sent), 2, width)  # k and v of a row side by side: each rank's rows lie together
+        for place, x in enumerate((k, v)):
+            torch.index_select(x.reshape(-1, width), 0, maps.sent, out=sent[:, place])
+        got = k.new_empty(len(maps.received), 2, width)
+        joined = [k.new_empty(len(maps.joined), width) for _ in range(2)]
+
+        def unpack() -> None:  # into `data`: autograd has the tensors already, and must not see a change
+            for place, into in enumerate(joined):
+                torch.index_select(got[:, place], 0, maps.joined, out=into.data)
+
+        flight.unpack = unpack
+        flight.start(got, sent, back.sizes[::-1], exchange.group)
+        shapes = [(batch, parcel.rows, exchange.lanes(parcel, kv_heads), width) for parcel in exchange.joined]
+        parts = [x.split([prod(shape[:3]) for shape in shapes]) if shapes else () for x in joined]
+        pairs = [(k_.view(shape), v_.view(shape)) for k_, v_, shape in zip(*parts, shapes, strict=True)]
+        level = Parcel(Span(0, 0, 0), 0, 0, False)
+        nothing = k.new_empty(2, batch, 0, exchange.lanes(level, kv_heads), width)
+        return *chain(*pairs), *nothing
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        got, maps = ctx.back.land(grads), ctx.back.maps
+        wide = torch.float64 if ctx.dtype is torch.float64 else torch.float32
+        dk, dv = (torch.zeros(ctx.shape, dtype=wide, device=got.device) for _ in range(2))
+        for place, d in enumerate((dk, dv)):
+            d.view(-1, ctx.shape[3]).index_add_(0, maps.sent, got[:, place].to(wide))
+        return None, None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
+
+
+@lru_cache(maxsize=256)
+def _lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int) -> int:
+    return len(lanes(pattern, level, num_heads, kv_heads).offsets)
+
+
+def even_edges(start: int, tokens: int, ranks: int) -> list[int]:
+    """Return the P + 1 edges of shards whose lengths differ by at most one token."""
+    return [start + tokens * rank // ranks for rank in range(ranks + 1)]

@@ -1,0 +1,221 @@
+"""`--nproc`: this command again, as several processes under torchrun; and the signals that stop or report.
+
+Signals unwind a command. A run notes them, and acts on them only where its state is consistent. `--nproc` passes
+SIGUSR1 on to its ranks; torchrun passes on the signals that stop them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from longnet_cli.basics.errors import ConfigError, LongNetError
+
+if TYPE_CHECKING:
+    from longnet_cli.running.ranks.ranks import Ranks
+
+
+def unwind_on_signals() -> None:
+    """Let SIGINT, SIGTERM and SIGHUP unwind the stack instead of killing, so that temporary files are removed.
+
+    A signal that has a handler keeps it. An ignored signal stays ignored, such as SIGHUP under nohup.
+    """
+    if _in_main_thread():
+        stops = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _unwind, signal.SIGHUP: _unwind}
+        for kind, handler in stops.items():
+            if signal.getsignal(kind) is signal.SIG_DFL:
+                signal.signal(kind, handler)
+
+
+def _unwind(number: int, frame: FrameType | None) -> NoReturn:
+    """Exit with code 128 + `number`. Further SIGTERM and SIGHUP are ignored: they would cut the cleanup short."""
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(kind, signal.SIG_IGN)
+    _leave_a_closed_terminal()
+    raise SystemExit(128 + number)
+
+
+def _leave_a_closed_terminal() -> None:
+    """Discard further output on stderr if its terminal is closed: writing to it would fail, and end the run."""
+    with suppress(OSError):
+        if stat.S_ISCHR(os.fstat(2).st_mode) and not os.isatty(2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+class Signals:
+    """The signals that a run has received since it last looked.
+
+    SIGINT, SIGTERM and SIGHUP ask the run to stop, SIGUSR1 asks it to save. A run looks where its state is consistent.
+    Ranks look together: torchrun passes a signal on to all of them, and each gets it at a different point of its work.
+    A rank that stopped at once would break the next collective of the others.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self._asked = ranks, 0
+
+    def note(self, number: int, frame: object) -> None:
+        """Note a signal, as its handler. A second SIGINT kills: whoever presses Ctrl-C twice means it."""
+        if number != signal.SIGUSR1 or not self._asked:
+            self._asked = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGHUP:
+            _leave_a_closed_terminal()
+
+    def look(self) -> bool:
+        """Return whether to save and go on. Raises KeyboardInterrupt (SIGINT) or SystemExit (others), on all ranks."""
+        mine = self._asked
+        asked = self.ranks.largest(_WEIGHT[mine])
+        if mine and self._asked == mine:  # keep a signal that came while ranks waited for each other
+            self._asked = 0
+        if asked == _WEIGHT[signal.SIGINT]:
+            raise KeyboardInterrupt
+        for stop in (signal.SIGTERM, signal.SIGHUP):
+            if asked == _WEIGHT[stop]:
+                raise SystemExit(128 + stop)
+        return asked == _WEIGHT[signal.SIGUSR1]
+
+
+# of several signals, the one with the largest weight decides
+_WEIGHT = {0: 0, signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3, signal.SIGHUP: 4}
+
+
+@contextmanager
+def noted_signals(ranks: Ranks) -> Iterator[Signals]:
+    """Note signals within the context: they act only where `signals.look()` is called."""
+    signals = Signals(ranks)
+    if not _in_main_thread():
+        yield signals
+        return
+    kinds = [kind for kind in _WEIGHT if kind]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+        kinds.remove(signal.SIGHUP)
+    before = {kind: signal.signal(kind, signals.note) for kind in kinds}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # blocked until now by `cli/train.py`
+    try:
+        yield signals
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _in_main_thread() -> bool:
+    """Return whether Python may set handlers here. A library's run in another thread leaves signals alone."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def hand_on_sigusr1() -> None:
+    """Pass each SIGUSR1 on to the child processes. It would kill torchrun itself.
+
+    The signal is blocked, and a thread waits for it. Child processes start with it blocked as well, so it cannot kill
+    one that does not listen yet. It is lost on systems other than Linux, and before the children have started.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+    def hand_on() -> None:
+        while True:
+            signal.sigwait({signal.SIGUSR1})
+            _signal_children(signal.SIGUSR1)
+
+    threading.Thread(target=hand_on, daemon=True).start()
+
+
+def continue_children_at_the_end() -> None:
+    """Once this process gets a signal to end, send SIGCONT to its children each second: a stopped one hears no other.
+
+    Python calls no handler for this, so torchrun may set its own.
+    """
+    asked, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+
+    def send() -> None:
+        while os.read(asked, 1)[0] not in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            pass
+        while True:
+            _signal_children(signal.SIGCONT)
+            time.sleep(1)
+
+    threading.Thread(target=send, daemon=True).start()
+
+
+def _signal_children(number: int) -> None:
+    for children in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # a thread or a rank that has just ended
+            for child in children.read_text().split():
+                os.kill(int(child), number)
+
+
+LAUNCHED = "LONGNET_LAUNCHED"  # the id of the `--nproc` process, which reports what happens to its ranks
+LOST = 69  # exit code of a rank of `--nproc` that lost another rank
+
+
+def under_torchrun() -> bool:
+    """Return whether this process is one of several ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def started_by_torchrun() -> bool:
+    """Return whether torchrun started this process, with any number of ranks.
+
+    RANK does not tell: other launchers may leave it in any environment.
+    """
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def start_ranks(nproc: int) -> NoReturn:
+    """Run this command again under torchrun, as `nproc` processes, and exit as they do.
+
+    Raises ConfigError under torchrun; SystemExit with the exit code of the rank that failed first, or of a signal;
+    LongNetError for a rank that could not report its own failure.
+    """
+    if under_torchrun():
+        raise ConfigError("--nproc starts torchrun, which runs this already: leave it out")
+    arguments, words = [], iter(sys.argv[1:])
+    for word in words:
+        if word == "--nproc":
+            next(words, None)
+        elif word != "--update" and not word.startswith("--nproc="):  # this process has updated
+            arguments.append(word)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # after a signal, ranks finish the step and save
+    hand_on_sigusr1()
+    continue_children_at_the_end()
+    logging.disable(logging.ERROR)  # torchrun reports a failure in thirty lines; one is enough
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost store is a warning with forty frames of C++
+    os.environ[LAUNCHED] = str(os.getpid())
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; torchrun would handle it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        # not by the machine's own name: ranks hang if it cannot be looked up, as on a laptop offline
+        here = ["--standalone", "--local-addr", "localhost"]
+        torchrun([*here, "--nproc-per-node", str(nproc), "-m", "longnet_cli", *arguments])
+    except SignalException as stop:
+        raise SystemExit(128 + stop.sigval) from None
+    except ChildFailedError as error:
+        # ranks that failed only after another one: they lost it, or torchrun ended them
+        followed = (LOST, -signal.SIGTERM, 128 + signal.SIGTERM)
+        causes = [(rank, found) for rank, found in error.failures.items() if found.exitcode not in followed]
+        if not causes:
+            raise LongNetError("the ranks lost each other: the network between them failed, or one hung") from None
+        rank, first = min(causes, key=lambda cause: (cause[1].exitcode > 0, cause[1].timestamp))
+        if first.exitcode < 0:
+            name = signal.Signals(-first.exitcode).name
+            raise LongNetError(f"rank {rank} was killed ({name}), and the job with it") from None
+        raise SystemExit(first.exitcode) from None
+    raise SystemExit(0)

@@ -1,0 +1,171 @@
+"""The place of this process in a torchrun job: its rank, and the ranks with which it shares a sequence."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.running.device import select_device
+from longnet_cli.running.ranks.launch import started_by_torchrun, unwind_on_signals
+from longnet_cli.running.ranks.watch import check_agent, stop_watching, watch
+
+TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may write a checkpoint while the others wait
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """`world` processes as `dp` groups of `sp`. A group's ranks share each sequence; other groups have other sequences.
+
+    Rank r is the (r % sp)-th of the (r // sp)-th group. `group` is its own group, None if sp is 1. `everyone` is the
+    group of all `world` processes, None if these are all processes of the job.
+    """
+
+    rank: int = 0
+    world: int = 1
+    sp: int = 1
+    group: dist.ProcessGroup | None = None
+    everyone: dist.ProcessGroup | None = None
+
+    @property
+    def dp(self) -> int:
+        return self.world // self.sp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sp
+
+    @property
+    def first(self) -> bool:
+        """Return whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def all_in_one(self) -> Ranks:
+        """Return the same ranks as one group, which shares every sequence."""
+        return replace(self, sp=self.world, group=dist.group.WORLD if self.world > 1 else None)
+
+    def of_group(self) -> Ranks:
+        """Return the ranks of this rank's own group, as if there were no others."""
+        return Ranks(self.rank % self.sp, self.sp, self.sp, self.group, self.group)
+
+    def sum(self, *tensors: torch.Tensor) -> None:
+        """Sum tensors over all ranks, in place. They may be on the hosts or on the ranks' devices."""
+        if self.world > 1:
+            works = [dist.all_reduce(tensor, group=self.everyone, async_op=True) for tensor in tensors]
+            for work in works:
+                work.wait()
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank. All ranks get the same answer."""
+        return bool(self.largest(flag))
+
+    def largest(self, value: float) -> float:
+        """Return the largest of all ranks' values. The hosts exchange them, so no rank waits for its device."""
+        if self.world == 1:
+            return value
+        found = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.everyone)
+        return found.item()
+
+    def from_first(self, value: int) -> int:
+        """Return rank 0's value on all ranks; exact below 2^53."""
+        return int(self.largest(value if self.first else -math.inf))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier(group=self.everyone)
+
+    def smallest(self, value: float) -> float:
+        return -self.largest(-value)
+
+
+def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) -> tuple[Ranks, torch.device]:
+    """Connect to the other processes that torchrun started, if any; return the ranks and this process's device.
+
+    By default, without `sp` and `dp`, all ranks share each sequence. GPUs, one per process (LOCAL_RANK), communicate by
+    NCCL; hosts by gloo. Raises ConfigError, on every rank and before any work, where dp x sp is not the number of
+    processes.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    sp = sp if sp is not None else world // dp if dp and world % dp == 0 else world
+    dp = dp if dp is not None else world // sp if world % sp == 0 else 1
+    if sp * dp != world:
+        fits = ", ".join(f"{world // n} x {n}" for n in range(1, world + 1) if world % n == 0)
+        raise ConfigError(
+            f"dp x sp is {dp} x {sp}, which needs {dp * sp} processes, and there are {world}: {fits} would fit; "
+            "start more with --nproc or torchrun"
+        )
+    where = select_device(device)
+    if world == 1:
+        if started_by_torchrun():
+            _watch(Ranks())
+        return Ranks(), where
+    if where.type == "cuda":
+        where = _own_gpu(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(where)
+    check_agent()
+    # gloo: hosts agree on what to do next without their GPUs; NCCL guesses its GPU if not told
+    backend, own = ("cpu:gloo,cuda:nccl", where) if where.type == "cuda" else ("gloo", None)
+    with _silent_stdout():
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
+        rank, group = dist.get_rank(), None
+        if sp == world:  # another group of the same ranks would take another half a gigabyte of the GPU
+            group = dist.group.WORLD
+        elif sp > 1:
+            for first in range(0, world, sp):  # every process makes every group, in the same order
+                members = dist.new_group(list(range(first, first + sp)))
+                if first <= rank < first + sp:
+                    group = members
+    ranks = Ranks(rank, world, sp, group)
+    _watch(ranks)
+    return ranks, where
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Discard what C++ code prints. Gloo, until torch 2.9 at least, reports new connections on stdout."""
+    try:
+        stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # stdout is closed
+        yield
+        return
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(nowhere)
+
+
+def _own_gpu(local_rank: str) -> torch.device:
+    """Return the GPU of a LOCAL_RANK. Raises ConfigError where it has none: NCCL would hang if two ranks shared one."""
+    found = torch.cuda.device_count()
+    if not local_rank.isdigit() or int(local_rank) >= found:
+        raise ConfigError(
+            f"LOCAL_RANK is {local_rank!r} and this machine has {found} CUDA devices, one for each process: start as "
+            "many with --nproc or torchrun, or take --device cpu"
+        )
+    return torch.device("cuda", int(local_rank))
+
+
+def _watch(ranks: Ranks) -> None:
+    """Watch the other processes, and unwind on signals: from now on there is something to clean up and to save."""
+    watch(ranks)
+    unwind_on_signals()
+
+
+def leave() -> None:
+    """End a job that went well. Without it, the first rank to finish may break the others' last collective."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    stop_watching()

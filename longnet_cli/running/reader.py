@@ -1,0 +1,297 @@
+"""Hidden states of sequences of any length, on one process or several: the part that scoring and encoding share.
+
+    windows --+-- short: they wait until a forward is full --> padded forwards, dealt out to the ranks --+--> pieces
+              +-- causal and longer than a chunk --> CausalStream; the ranks share each chunk -----------+
+              +-- bidirectional and longer --> one forward shared by the ranks, or layer by layer -------+
+
+A job says which windows it wants, and gets their hidden states in order. It knows nothing of chunks, batches or ranks,
+with one exception: another rank may have computed a piece. So the job adds up its own numbers over the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from longnet_cli.attention import Past
+from longnet_cli.attention.groups import GroupedPart
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.net import FarProvider, InputSequence, Net, Readable
+from longnet_cli.running.chunks import CausalStream, chunk_of, default_chunk, open_stream
+from longnet_cli.running.device import precision, to_device
+from longnet_cli.running.layerwise import hidden_in_chunks
+from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.portions import Portion, portions
+from longnet_cli.running.ranks.ranks import Ranks
+
+PORTION_CHUNKS = 4  # full forward passes per portion that is dealt out
+
+
+@dataclass(frozen=True)
+class Window:
+    """The ids [start, stop) of a sequence, which a net reads as a sequence of their own, from position 0 on.
+
+    Hidden states are wanted for the ids [wanted, stop); earlier ids only serve as context.
+    """
+
+    sequence: Readable
+    start: int
+    stop: int
+    wanted: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+OnWindows = Callable[[Sequence[Window], int, GroupedPart, list[Tensor]], None]  # as `Reader.on_choice`
+W = TypeVar("W", bound=Window)
+S = TypeVar("S", bound=InputSequence[Any])
+Z = TypeVar("Z", bound=Sized)
+
+
+@dataclass(frozen=True)
+class Piece(Generic[W]):
+    """The hidden states (stop - start, dim) of the ids [start, stop) of a window; None if another rank has them."""
+
+    window: W
+    start: int
+    stop: int
+    hidden: Tensor | None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ReadingStep(Generic[Z]):
+    """Windows that are read at one time. `batches` has the indices of those that share a forward pass, or is None.
+
+    If it is None, there is one window, longer than a chunk, which is read chunk by chunk.
+    """
+
+    windows: list[Z]
+    batches: list[list[int]] | None
+
+
+def plan(windows: Iterable[Z], chunk: int, streams: bool) -> Iterator[ReadingStep[Z]]:
+    """Yield the steps in which windows, of which only the lengths count, are read by a net that `streams` or not.
+
+    Short windows wait until they fill a forward pass of `chunk` tokens. Every window is in one step, in order. This is
+    the rule for `Reader.read`, and so for all jobs; `--dry-run` counts its steps.
+    """
+    waiting: list[Z] = []
+    tokens = 0  # that wait
+
+    def together() -> Iterator[ReadingStep[Z]]:
+        nonlocal waiting, tokens
+        if waiting:
+            yield ReadingStep(waiting, [*batches_by_length([len(window) for window in waiting], chunk)])
+        waiting, tokens = [], 0
+
+    for window in windows:
+        if len(window) > chunk and streams:
+            yield from together()
+            yield ReadingStep([window], None)
+            continue
+        waiting.append(window)
+        tokens += len(window)
+        if tokens >= chunk or not tokens:
+            yield from together()
+    yield from together()
+
+
+class Reader:
+    """A net that reads windows of any length.
+
+    `chunk` is the most tokens of one forward pass; the default is `default_chunk`. Short windows share a forward pass.
+    A longer window goes chunk by chunk, with the same result. A causal net needs no more memory for it, unless its
+    pattern has chosen blocks: then it keeps the window's keys and values, and a bidirectional net keeps the hidden
+    states, in memory or, with `spill`, in a file in that folder. A net that does not stream reads any window in one
+    forward pass.
+
+    Several `ranks`, which must all read the same windows, share every long window, `chunk` tokens each, and divide the
+    forward passes over short windows. `dtype` is as in `runtime.device`. On every rank, `on_progress` gets the number
+    of wanted tokens of each forward pass. `on_choice` gets the windows of a forward pass, and what their layers see of
+    chosen blocks, as `runtime.chunks.OnChoice`.
+    """
+
+    def __init__(
+        self,
+        model: Net,
+        *,
+        chunk: int | None = None,
+        dtype: str = "auto",
+        spill: str | Path | None = None,
+        ranks: Ranks | None = None,
+        on_progress: Callable[[int], None] | None = None,
+        on_choice: OnWindows | None = None,
+    ) -> None:
+        """Raise ConfigError for a chunk below 1, and for `on_choice` where nothing is chosen."""
+        check_choices(model, on_choice is not None)
+        self.model, self.dtype, self.spill = model, dtype, spill
+        self.ranks = ranks or Ranks()
+        self.device = next(model.parameters()).device
+        self.chunk = chunk_of(chunk, default_chunk(model.config, self.device), ranks=self.ranks)
+        self.on_progress = on_progress or (lambda tokens: None)
+        self.on_choice = on_choice
+
+    def portions(self, sequences: Iterable[S], **shards: Any) -> Iterator[Portion[S]]:
+        """Cut sequences into portions of several full forward passes, as `runtime.portions` does by their documents."""
+        length = PORTION_CHUNKS * self.chunk
+        return portions(sequences, length, length_of=lambda each: len(each.document), **shards)
+
+    def read(self, windows: Iterable[W]) -> Iterator[list[Piece[W]]]:
+        """Yield the wanted hidden states of all windows, in order, as lists of pieces.
+
+        A list has the pieces of one or more forward passes. Every rank gets the same pieces. A window without ids gives
+        a piece without hidden states. Raises what reading ids raises, and MemoryLimitError as `hidden_in_chunks` does.
+        """
+        for step in plan(windows, self.chunk, self.model.config.streams):
+            if step.batches is not None:
+                yield self._together(step.windows, step.batches)
+            elif self.model.config.causal:
+                yield from self._stream(*step.windows)
+            else:
+                yield from self._whole(*step.windows)
+
+    @torch.inference_mode()
+    def _together(self, windows: Sequence[W], batches: Sequence[Sequence[int]]) -> list[Piece[W]]:
+        """Read short windows in padded forward passes of similar lengths."""
+        found: dict[int, Tensor] = {}
+        for turn, batch in enumerate(batches):
+            if turn % self.ranks.world == self.ranks.rank:
+                lengths = [len(windows[i]) for i in batch]
+                read = [self._ids(windows[i], windows[i].start, windows[i].stop) for i in batch]
+                padded = torch.nn.utils.rnn.pad_sequence(read, batch_first=True)
+                with precision(self.dtype, self.device):
+                    # padding is on the right, where a causal net does not see it
+                    more: dict[str, Any] = {} if self.model.config.causal else {"lengths": lengths}
+                    if self.on_choice:
+                        more["far"] = self._watched([windows[i] for i in batch])
+                    found.update(zip(batch, self.model(to_device(padded, self.device), **more), strict=True))
+            self.on_progress(sum(windows[i].stop - windows[i].wanted for i in batch))
+        return [
+            Piece(w, w.wanted, w.stop, found[i][w.wanted - w.start : len(w)] if i in found else None)
+            for i, w in enumerate(windows)
+        ]
+
+    def _stream(self, window: W) -> Iterator[list[Piece[W]]]:
+        """Read a causal window chunk by chunk.
+
+        Nothing here waits for a GPU: while it computes a chunk, the ids of the next chunk are read and sent to it.
+        Reading takes less than a hundredth of the computing time, too little for a thread of its own.
+        """
+        stream, ranks = open_stream(self.model, self.ranks.group, self.spill), self.ranks
+        if self.on_choice and isinstance(stream, CausalStream):
+            stream.watch(partial(self.on_choice, [window]))
+        for edges in self._chunks(window):
+            ids = to_device(self._ids(window, edges[ranks.rank], edges[ranks.rank + 1])[None], self.device)
+            inside = [edge - window.start for edge in edges]
+            with torch.inference_mode(), precision(self.dtype, self.device):
+                hidden = stream(ids, edges=inside if ranks.group else None)
+            yield self._shared(window, edges, hidden[0])
+
+    def _watched(self, windows: Sequence[Window]) -> FarProvider:
+        """Return a function that gives each layer an empty past, which tells what the windows of a batch see."""
+        assert self.on_choice
+        pasts = [Past(self.model.config.pattern) for _ in range(self.model.config.num_layers)]
+        for layer, past in enumerate(pasts):
+            past.on_choice = partial(self.on_choice, windows, layer)
+        return lambda layer, q, k, v: [pasts[layer]]
+
+    def _whole(self, window: W) -> Iterator[list[Piece[W]]]:
+        """Read a bidirectional window: in one forward pass if it fits all ranks together, otherwise layer by layer."""
+        ranks, total = self.ranks, len(window)
+        chunks = list(self._chunks(window))
+        if len(chunks) == 1 and ranks.group:
+            exchange = Exchange(self.model.config, [edge - window.start for edge in chunks[0]], group=ranks.group)
+            ids = to_device(self._ids(window, *chunks[0][ranks.rank : ranks.rank + 2])[None], self.device)
+            with torch.inference_mode(), precision(self.dtype, self.device):
+                hidden = self.model(ids, start=exchange.start, far=exchange, total=total)
+            yield self._shared(window, chunks[0], hidden[0])
+            return
+        done = _Share(self.on_progress, self.model.config.num_layers)
+        mine = hidden_in_chunks(
+            cast(LongNet, self.model),  # no other net goes layer by layer
+            lambda start, stop: self._ids(window, window.start + start, window.start + stop)[None],
+            total,
+            self.chunk,
+            spill=self.spill,
+            dtype=self.dtype,
+            ranks=ranks,
+            on_chunk=done,
+        )
+        for turn in range(window.start, window.stop, self.chunk * ranks.world):
+            edges = [min(turn + self.chunk * rank, window.stop) for rank in range(ranks.world + 1)]
+            own = edges[ranks.rank] < edges[ranks.rank + 1]
+            yield self._pieces(window, edges, next(mine)[0] if own else None)
+
+    def _chunks(self, window: Window) -> Iterator[list[int]]:
+        """Yield the edges of the ranks' shards, chunk by chunk."""
+        chunk = self.chunk * self.ranks.world
+        for start in range(window.start, window.stop, chunk):
+            yield even_edges(start, min(chunk, window.stop - start), self.ranks.world)
+
+    def _shared(self, window: W, edges: Sequence[int], hidden: Tensor) -> list[Piece[W]]:
+        self.on_progress(max(0, edges[-1] - max(edges[0], window.wanted)))
+        return self._pieces(window, edges, hidden)
+
+    def _pieces(self, window: W, edges: Sequence[int], hidden: Tensor | None) -> list[Piece[W]]:
+        """Return the wanted part of each rank's shard. `hidden` belongs to this rank's shard."""
+        pieces = []
+        for rank in range(self.ranks.world):
+            start, stop = max(edges[rank], window.wanted), edges[rank + 1]
+            if start < stop:
+                own = hidden[start - edges[rank] :] if rank == self.ranks.rank and hidden is not None else None
+                pieces.append(Piece(window, start, stop, own))
+        return pieces
+
+    @staticmethod
+    def _ids(window: Window, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(window.sequence.read(start, stop))
+
+
+def check_choices(model: Net, wanted: bool = True) -> None:
+    """Raise ConfigError for a model whose choices of blocks cannot be told, if they are `wanted`."""
+    if wanted and not model.config.pattern.chosen:
+        raise ConfigError("the pattern has no chosen blocks to tell about: add --pattern finding")
+    if wanted and model.stream():
+        raise ConfigError("this model keeps a cache of its own, which does not tell what was chosen")
+
+
+def share_reader(model: Net, *, chunk: int | None = None, ranks: Ranks | None = None, **options: Any) -> Reader:
+    """Return a Reader for this rank's group, with the same chunk on all `ranks`. `options` go to `Reader`."""
+    ranks = ranks or Ranks()
+    chunk = chunk_of(chunk, default_chunk(model.config, next(model.parameters()).device), ranks=ranks)
+    return Reader(model, chunk=chunk, ranks=ranks.of_group(), **options)
+
+
+def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Group sequences for padded forward passes of at most `limit` tokens; yield indices into `lengths`, longest first.
+
+    A sequence longer than `limit` is a group of its own. A sequence without tokens is in no group.
+    """
+    order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
+    while order:
+        rows = max(1, limit // lengths[order[0]])
+        yield order[:rows]
+        order = order[rows:]
+
+
+class _Share:
+    """A callback for the tokens of single layers. It reports one token to `on_progress` for every `layers` of them."""
+
+    def __init__(self, on_progress: Callable[[int], None], layers: int) -> None:
+        self.on_progress, self.layers, self.done = on_progress, layers, 0
+
+    def __call__(self, tokens: int) -> None:
+        before, self.done = self.done // self.layers, self.done + tokens
+        if self.done // self.layers > before:
+            self.on_progress(self.done // self.layers - before)

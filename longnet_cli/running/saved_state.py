@@ -1,0 +1,137 @@
+"""The state of a `CausalStream` in a folder, whole or not there at all: all that later tokens need of those read.
+
+    FOLDER/
+        manifest.json         digests of model and tokenizer, pattern, number of tokens; size and SHA-256 of each piece
+        piece-*.safetensors   keys, values and what chooses among them, by layer
+
+A new state of the same folder has pieces of other names. When they are on the disk, its manifest replaces the old one,
+in one step. Only then, old pieces are removed: who has mapped them keeps them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from longnet_cli.attention import KVCache
+from longnet_cli.basics.atomic import find_damage, locked_folder, read_manifest, whole_folder, write_manifest
+from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
+from longnet_cli.basics.notation import parse_pattern
+from longnet_cli.nets.weights import write_tensors
+
+MANIFEST, PIECES = "manifest.json", "piece-*.safetensors"
+STATE_VERSION = 1
+KIND = "longnet state"
+FILE_BYTES = 1 << 26  # a file is full when it has as many
+
+# What must be as it was when the state was saved: the key in the manifest, and how to say that it is not
+_SAME = {
+    "longnet.pattern": "it was saved{by} with the pattern {saved}, and this is {given}",
+    "dtype": "it was saved in {saved}, and this run computes in {given} (--dtype)",
+    "longnet.tokenizer_sha256": "it was saved with another tokenizer, of SHA-256 {saved:.12}..., not {given:.12}...",
+    "longnet.model_sha256": "it was saved by another model{name}, of SHA-256 {saved:.12}..., not {given:.12}...",
+}
+
+
+def check_place(folder: Path) -> None:
+    """Raise ConfigError for a folder that cannot be made, or that holds anything else than a state."""
+    try:
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            folder.rmdir()
+        elif any(folder.iterdir()) and not (folder / MANIFEST).exists():
+            raise ConfigError(f"{folder}: neither an empty folder nor a state: name a new one")
+    except OSError as error:
+        raise ConfigError(f"{folder}: a state cannot be saved here: {error.strerror}") from None
+
+
+def write_state(folder: Path, facts: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> int:
+    """Write a state, in place of the one that the folder holds; return its bytes.
+
+    Raises ConfigError for a folder that holds anything else or that another process writes to; LongNetError for a full
+    disk or a failed write. The folder then holds what it held before.
+    """
+    check_place(folder)
+    name = f"piece-{secrets.token_hex(4)}"
+    with locked_folder(folder):
+        with whole_folder(folder, last=MANIFEST) as place:
+            for number, piece in enumerate(_pieces(tensors)):
+                with (place / f"{name}-{number:05}.safetensors").open("wb") as file:
+                    write_tensors(file, piece, {})
+            write_manifest(place / MANIFEST, STATE_VERSION, {"kind": KIND, **facts})
+        size = 0
+        for path in folder.glob(PIECES):
+            if path.name.startswith(name):
+                size += path.stat().st_size
+            else:
+                path.unlink()
+    return size
+
+
+def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the facts of a state, and its tensors by name, which are mapped from its files.
+
+    `facts` are those of the caller. Raises ConfigError for a folder without a state, and if they are not those of the
+    state, though blocks may be chosen more often; DataError for a state that is not as it was written.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no state, {MANIFEST} is missing")
+    try:
+        saved = read_manifest(path, STATE_VERSION)
+        if saved.get("kind") != KIND:
+            raise ConfigError(f"{folder}: no state, {MANIFEST} is of another kind")
+        for key, why in _SAME.items():
+            known, given = saved.get(key), facts.get(key)
+            if known and given and known != given and not (key == "longnet.pattern" and _is_finer(given, known)):
+                model = saved.get("longnet.model")
+                names = {"name": f", {model}" if model else "", "by": f" by {model}" if model else ""}
+                raise ConfigError(f"{folder}: {why.format(saved=known, given=given, **names)}")
+        if damage := find_damage(path, STATE_VERSION):
+            raise CheckpointError(damage)
+        tensors: dict[str, Tensor] = {}
+        for name in saved["files"]:
+            with safe_open(folder / name, framework="pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (CheckpointError, OSError, SafetensorError) as error:
+        raise DataError(f"{folder}: a damaged state: {' '.join(str(error).split())}") from None
+    return saved, tensors
+
+
+def _is_finer(pattern: str, saved: str) -> bool:
+    """Return whether a pattern is the saved one, but chooses more often: what that needs is in the state."""
+    new, old = parse_pattern(pattern), parse_pattern(saved)
+    every = old.chosen_every
+    return bool(new.chosen and old.chosen) and every % new.chosen_every == 0 and replace(new, chosen_every=every) == old
+
+
+def layer_tensors(caches: Iterable[KVCache]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the layers' caches, by name."""
+    for layer, cache in enumerate(caches):
+        for name, tensor in cache.state():
+            yield f"{layer}.{name}", tensor
+
+
+def of_layer(tensors: Mapping[str, Tensor], layer: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the tensors of one layer's cache on a device, for `KVCache.restore`."""
+    begin = f"{layer}."
+    return {name.removeprefix(begin): x.to(device) for name, x in tensors.items() if name.startswith(begin)}
+
+
+def _pieces(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of one file after the other."""
+    piece: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        piece[name] = tensor
+        if sum(x.nbytes for x in piece.values()) >= FILE_BYTES:
+            yield piece
+            piece = {}
+    if piece:
+        yield piece
