@@ -1,7 +1,8 @@
 # One virtual environment, .venv, made on first use and again when pyproject.toml changes.
 #
 #   make demo    see it work        make test    run the tests
-#   make check   what CI checks     make clean   remove everything that was made here
+#   make check   what CI checks     make quick   run what one runs between two edits: no ranks, docs, compilation
+#   make clean   remove everything that was made here
 #   make matrix  run the tests with the oldest and the newest libraries that are allowed
 #   make docs    build the documentation as a site, build/site
 #   make gpu     check and time this machine's GPU, in ten minutes, and write runs/gpu.md
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo docs/demo.svg test matrix gpu docs lint check wheel-check clean
+.PHONY: demo docs/demo.svg test quick matrix gpu docs lint check wheel-check clean
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
@@ -22,7 +23,7 @@ docs/demo.svg: .venv/.installed
 	$(BIN)/python examples/draw_terminal.py $@ < build/demo.txt
 
 test: .venv/.installed-dev
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST)
 
 matrix: .venv/.installed-dev
 	tests/matrix.sh
