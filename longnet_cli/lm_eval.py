@@ -36,7 +36,7 @@ class LongNetLM(TemplateLM):
     """A model for lm-eval. `pretrained` is a folder, with a slash, or a name as in --model.
 
     `pattern` (a text of `longnet_cli.basics.notation`) replaces the model's own. `dtype` and `chunk` are as in
-    `runtime.reader.Reader`. A batch is what fits a chunk, whatever the `batch_size`. With `max_length`, the model sees
+    `running.reader.Reader`. A batch is what fits a chunk, whatever the `batch_size`. With `max_length`, the model sees
     at most this many tokens: the end of a context, or a document in windows. Without it, the model sees all tokens, and
     a request longer than the model reads is a ConfigError before any work. By default, a context starts with the ids
     that the tokenizer's template puts before a text. With `add_bos_token`, it starts with the ids that the model reads

@@ -19,7 +19,8 @@ from builders import MadeInputs, make_document, tiny_net
 from conftest import RunLongnet
 
 from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
-from longnet_cli.data.documents import Document, LeftOut
+from longnet_cli.data.documents import Document
+from longnet_cli.data.left_out import LeftOut
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.jobs.row_jobs import write_rows
 from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, Clusters, Gain

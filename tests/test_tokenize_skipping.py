@@ -17,8 +17,8 @@ from processes import contents
 from longnet_cli.basics.errors import DataError, LongNetError
 from longnet_cli.data import formats
 from longnet_cli.data import inputs as inputs_module
-from longnet_cli.data.documents import LeftOut
 from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.left_out import LeftOut
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tables import Text
 from longnet_cli.jobs.tokenizing import tokenize

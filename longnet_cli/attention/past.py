@@ -95,7 +95,7 @@ def unrotated(x: Tensor, positions: Tensor, turn: Turn | None) -> Tensor:
 class Blocks:
     """The blocks of keys and values of a document, for a batch, in memory that grows in pieces and is never copied.
 
-    Another class with these methods may keep them elsewhere (`runtime.mapped.BlockFile`).
+    Another class with these methods may keep them elsewhere (`running.mapped.BlockFile`).
     """
 
     def __init__(self, allocate: Callable[..., Tensor] = torch.empty, room: int = 0) -> None:

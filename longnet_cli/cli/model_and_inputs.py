@@ -49,7 +49,7 @@ def say_state(
     """Yield the documents, and say on stderr what the longest one keeps, if it is read in chunks with chosen blocks.
 
     Lengths of `stored` documents are known before the first one; otherwise, one that is twice as long as those before
-    has a line of its own. `more` tokens follow each document. The other arguments are as in `runtime.reader.Reader`.
+    has a line of its own. `more` tokens follow each document. The other arguments are as in `running.reader.Reader`.
     """
     from longnet_cli.running.chunks import chunk_of, default_chunk
     from longnet_cli.running.device import DTYPES, resolve_dtype

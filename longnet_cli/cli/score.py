@@ -15,7 +15,7 @@ from longnet_cli.cli.output import check_output, count_left_out, emit_json, emit
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
-    from longnet_cli.data.documents import LeftOut
+    from longnet_cli.data.left_out import LeftOut
     from longnet_cli.jobs.scoring.measures import DocumentScore, Score, Total
 
 Format = Literal["text", "json", "jsonl"]

@@ -1,8 +1,4 @@
-"""Documents as token ids, which stay in their file if possible and are read and checked slice by slice.
-
-Beside them, the columns of the input that they carry along to the rows of an output (`--keep`), and the count of what
-a run leaves out.
-"""
+"""Documents as token ids, which stay in their file if possible and are read and checked slice by slice."""
 
 from __future__ import annotations
 
@@ -10,44 +6,15 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.files import FileChangedError, StoredIds, no_place
+from longnet_cli.data.left_out import OnSkip
 from longnet_cli.data.tokenizer import Tokenizer
-
-OnSkip = Callable[[Any, LongNetError], None]  # called with a document or a text that is left out, and the reason
-
-
-class LeftOut:
-    """The number of documents that have no row: `skipped` ones, which cannot be read, and `empty` ones.
-
-    A job calls `skip` with each document, row or file that it cannot read, and this calls `on_skip`. Without `on_skip`,
-    `skip` is None: such a document ends the run.
-    """
-
-    def __init__(self, on_skip: OnSkip | None = None) -> None:
-        self.skipped = self.empty = 0
-        self._on_skip = on_skip
-        self.skip: OnSkip | None = self._skip if on_skip else None
-
-    def pass_over(self, document: Any) -> None:
-        """Count an empty document."""
-        self.empty += 1
-
-    def take(self, totals: Mapping[str, int]) -> None:
-        """Take the counts from the totals of a manifest instead."""
-        self.skipped, self.empty = totals.get("skipped", 0), totals.get("empty", 0)
-
-    def _skip(self, document: Any, error: LongNetError) -> None:
-        self.skipped += 1
-        if self._on_skip:
-            self._on_skip(document, error)
-
 
 BLOCK = 1 << 18  # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
 SPOOL_BYTES = 256 << 20  # bytes of one document's ids in memory; more go to a file in $TMPDIR
@@ -271,74 +238,3 @@ def _spool(arrays: list[np.ndarray]) -> list[np.ndarray]:
     except OSError as error:
         raise no_place(error) from error
     return np.split(joined, np.cumsum([len(array) for array in arrays])[:-1])
-
-
-class Carrier(Protocol):
-    """A document, or a result for one: `where` is its file and row, `kept` the values that it carries along."""
-
-    @property
-    def where(self) -> str: ...
-    @property
-    def kept(self) -> Mapping[str, pa.Scalar]: ...
-
-
-class Sent(NamedTuple):
-    """A value that another process sent as JSON. It stands for the original scalar."""
-
-    value: Any
-
-    def as_py(self) -> Any:
-        return self.value
-
-
-def first_kept(
-    documents: Iterable[Document], of_text: Sequence[pa.Field] = ()
-) -> tuple[list[pa.Field], Iterator[Document]]:
-    """Return the columns that the first readable document carries along, and all documents.
-
-    If that document was made from text, the columns `of_text` come first.
-    """
-    found: list[Document] = []
-    remaining = iter(documents)
-    for document in remaining:
-        found.append(document)
-        if not isinstance(document, Unread):
-            break
-    kept = found[-1].kept if found else {}
-    fields = list(of_text) if found and getattr(found[-1], "tokenizer", None) else []
-    return fields + [pa.field(name, value.type) for name, value in kept.items()], chain(found, remaining)
-
-
-def row_schema(fields: Sequence[pa.Field], kept: Sequence[pa.Field], known: Mapping[str, str | None]) -> pa.Schema:
-    """Return the schema of an output: `fields`, then `kept`, and the metadata `known` without unknown values.
-
-    Raises ConfigError for a name in both.
-    """
-    if taken := {field.name for field in fields} & {field.name for field in kept}:
-        raise ConfigError(f"--keep {min(taken)}: the output has a column of this name")
-    metadata = {key: value for key, value in known.items() if value is not None}
-    return pa.schema([*fields, *kept], metadata=metadata)
-
-
-def kept_settings(kept: Sequence[pa.Field]) -> dict[str, list[str]]:
-    """Return the settings that record `kept` in a shard folder, for a resumed run to match; empty without columns."""
-    return {"keep": [f"{field.name}: {field.type}" for field in kept]} if kept else {}
-
-
-def kept_columns(carriers: Sequence[Carrier], fields: Sequence[pa.Field]) -> list[pa.Array]:
-    """Return the columns `fields` of rows. Raises DataError for a value of another type."""
-    # `pa.array` would refuse null lists
-    return [
-        pa.concat_arrays([pa.nulls(0, field.type), *(pa.repeat(_value(carrier, field), 1) for carrier in carriers)])
-        for field in fields
-    ]
-
-
-def _value(carrier: Carrier, field: pa.Field) -> pa.Scalar:
-    value = carrier.kept[field.name]
-    try:
-        return value if value.type == field.type else value.cast(field.type)
-    except pa.ArrowException as error:
-        raise DataError(
-            f"{carrier.where}: {field.name!r} is {value.type}, and {field.type} in the first document"
-        ) from error

@@ -97,7 +97,7 @@ class Inputs:
     `doc_id` are a document, and a table without such a column is one. Or a row is a document, a list of vectors.
     Coordinates are in a column `coords` of pairs, or in `x` and `y`; without `coords` they are not read.
 
-    A list `opened` gets the name and the digest (`data.contents`) of each file, before its first document is read.
+    A list `opened` gets the name and the digest (`content_digest`) of each file, before its first document is read.
 
     Reading raises ConfigError for a missing tokenizer or column, for no input, for stdin given twice, and for a
     tokenizer other than the one that made the tokens; DataError for missing, empty or damaged data and for inputs with

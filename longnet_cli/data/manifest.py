@@ -37,7 +37,7 @@ class Manifest:
     shard, in order: `name`, `rows`, and the counts that were given to `ShardFolder.write`, such as `documents`.
     `skipped` counts the documents that could not be read, `empty` the documents with nothing in them; no shard has
     either kind. `tokenizer` is the value of `Tokenizer.description`. `contents` has the digest of each input that was
-    opened, in order (`data.contents`); it is empty in folders begun by older versions.
+    opened, in order (`content_digest`); it is empty in folders begun by older versions.
     """
 
     settings: dict[str, Any]

@@ -23,8 +23,8 @@ import pyarrow as pa
 from longnet_cli.basics.atomic import is_temporary, locked_folder, remove_leftovers, sync_folder, write_file, writing
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data import arrow
-from longnet_cli.data.documents import LeftOut
 from longnet_cli.data.files import StoredFile, read_error
+from longnet_cli.data.left_out import LeftOut
 from longnet_cli.data.manifest import UNFINISHED, Manifest, read_manifest
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import one_line

@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError, NotFiniteError
-from longnet_cli.data.documents import BLOCK, Document, OnSkip, kept_columns, row_schema
+from longnet_cli.data.documents import BLOCK, Document
+from longnet_cli.data.kept import kept_columns, row_schema
+from longnet_cli.data.left_out import OnSkip
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.row_jobs import RowJob
@@ -248,10 +250,10 @@ def encode(
     long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to `on_skip` and left out
     instead. An empty document has no rows and is passed to `on_empty`. The `stored` documents are the part of
     `documents` whose lengths are cheap to read; without `on_skip`, they are checked before anything else. `kept_fields`
-    are columns that documents carry to the output (`data.kept`). `chunk`, `spill`, `dtype`, `ranks` and `on_progress`
-    are as in `runtime.reader.Reader`. All ranks need the same documents. In one group of ranks, which share each
-    document, all get all rows. Several groups divide the documents between them; then rank 0 gets all rows and the
-    others none.
+    are columns that documents carry to the output (`data.kept`). `chunk`, `spill`, `dtype`, `ranks` and
+    `on_progress` are as in `running.reader.Reader`. All ranks need the same documents. In one group of ranks, which
+    share each document, all get all rows. Several groups divide the documents between them; then rank 0 gets all rows
+    and the others none.
 
     Raises ConfigError for options that the model does not support. The reader raises DataError if no document has rows,
     ConfigError for a document with more tokens than the model reads, MemoryLimitError for hidden states that do not

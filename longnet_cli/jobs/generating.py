@@ -166,7 +166,7 @@ def generate(
     `stream` reads the prompt after all that it has read before. When the iterator ends, it has read the new tokens,
     too, and is ready for the next prompt. With it, the prompt may be empty, and `max_tokens` 0.
 
-    `chunk`, `dtype` and `spill` are as in `runtime.reader.Reader`. `on_progress` gets the number of prompt tokens that
+    `chunk`, `dtype` and `spill` are as in `running.reader.Reader`. `on_progress` gets the number of prompt tokens that
     each forward pass has read. Raises ConfigError for a model that cannot generate, invalid options, and a prompt
     longer than the model reads; DataError if there is nothing to continue; NotFiniteError for a logit that is
     NaN.

@@ -21,8 +21,10 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, NoTokensError
-from longnet_cli.data.documents import Document, LeftOut, OnSkip, checked, first_kept, kept_settings
+from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.kept import first_kept, kept_settings
+from longnet_cli.data.left_out import LeftOut, OnSkip
 from longnet_cli.data.outputs import ShardWriter, is_folder
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.nets.net import InputSequence, Net
@@ -149,7 +151,7 @@ def write_rows(
 
     Return how many `rows` and `tokens` the output has. Of several `ranks`, only the first one writes. The others get
     None. `make_job(reader, kept_fields=...)` returns the job. `chunk`, `dtype` and `reading` are as in
-    `runtime.reader.Reader`.
+    `running.reader.Reader`.
 
     A shard ends with the document that brings it to `shard_size`, in the job's `shard_unit`. `resume` continues a
     folder that an earlier run left unfinished, without reading the documents of finished shards again. On the same

@@ -20,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.documents import LeftOut, OnSkip, Unread
+from longnet_cli.data.documents import Unread
 from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.left_out import LeftOut, OnSkip
 from longnet_cli.data.outputs import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_schema
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.tokenizer import Tokenizer, end_of_text

@@ -85,7 +85,7 @@ class Costs:
     def cache_bytes(self: NetConfig, tokens: int, itemsize: int) -> int:
         """Return the bytes of keys and values that a causal stream holds after `tokens`, `itemsize` bytes per number.
 
-        `spilled_bytes` of them may be in a file instead. Training in chunks keeps more (`training.far_bytes`): the rows
+        `spilled_bytes` of them may be in a file instead. Training in chunks keeps more (`far_bytes`): the rows
         of all segments, until the backward pass, and the sums of their gradients.
         """
         rows = cached_rows(self.pattern, self.num_heads, self.kv_heads, tokens)
@@ -284,7 +284,7 @@ class LongNetConfig(Costs, StrictModel):
         return 0 if self.pattern.learned_bias is None else (len(self.segment_lengths) - 1) * self.num_heads
 
     def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
-        """Count the tensors that `model/longnet.py` saves. The residual stream, norms and lse are float32."""
+        """Count the tensors that `nets/longnet.py` saves. The residual stream, norms and lse are float32."""
         d, f, s = self.dim, self.ffn_dim, itemsize
         inner = 2 * s if device == "cpu" else 8  # mean and deviation of an inner norm: of its input's type on a CPU
         attention = 4 * d + 8 + s * d  # its input, mean and deviation of that; the normed input

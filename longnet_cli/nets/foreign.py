@@ -1,7 +1,7 @@
 """Files that other libraries read in a model directory, beside its weights and its tokenizer.json.
 
 transformers reads keys of config.json and tokenizer_config.json; sentence-transformers reads two small files. Their
-classes for a LongNet are in `integrations.transformers_longnet`; nothing here imports them.
+classes for a LongNet are in `models.hf.auto_longnet`; nothing here imports them.
 """
 
 from __future__ import annotations

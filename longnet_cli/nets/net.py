@@ -147,10 +147,10 @@ class NetConfig(Protocol):
         """Return the bytes that a token saves for the backward pass: in each layer, and outside the layers.
 
         `itemsize` is the bytes per number of matrix products, `device` is "cpu" or "cuda". `lora` holds the arguments
-        of `integrations.lora.add_lora`, or is None.
+        of `models.hf.lora.add_lora`, or is None.
         """
 
-    # the methods of `model.costs.Costs`
+    # the methods of `nets.config.Costs`
     def layer_flops(self) -> int: ...
     def vocabulary_flops(self) -> int: ...
     def attention_flops(self, tokens: int) -> int: ...

@@ -109,7 +109,7 @@ def save_pretrained(
     """Write a model directory; `tokenizer_json` is the text of a `tokenizers` file.
 
     `eos` is the tokenizer's token that ends documents, by default `<|endoftext|>` if it has that. `foreign` holds keys
-    of config.json for transformers, beside those in `model.foreign`, which describes the files for other libraries.
+    of config.json for transformers, beside those in `nets.foreign`, which describes the files for other libraries.
 
     Every file is written under a temporary name, then renamed, config.json last: a directory that has one is
     complete. The metadata of model.safetensors has digests of the tensors, the configuration and the tokenizer.

@@ -50,7 +50,7 @@ def hidden_in_chunks(
     read: (start, stop) -> ids (1, stop - start) on any device, read once.
     spill: a folder on a disk for the hidden states and collected rows. Without it they are in host memory. A GPU with
         room for them keeps them itself.
-    dtype: as in `runtime.device`.
+    dtype: as in `running.device`.
     ranks: rank i of P yields only the chunks i, i + P, ...; every rank must use up the iterator.
     on_chunk: called after each chunk of each layer, with the number of tokens that all ranks together read in that
         turn.

@@ -117,9 +117,9 @@ class Reader:
     forward pass.
 
     Several `ranks`, which must all read the same windows, share every long window, `chunk` tokens each, and divide the
-    forward passes over short windows. `dtype` is as in `runtime.device`. On every rank, `on_progress` gets the number
+    forward passes over short windows. `dtype` is as in `running.device`. On every rank, `on_progress` gets the number
     of wanted tokens of each forward pass. `on_choice` gets the windows of a forward pass, and what their layers see of
-    chosen blocks, as `runtime.chunks.OnChoice`.
+    chosen blocks, as `running.chunks.OnChoice`.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Reader:
         self.on_choice = on_choice
 
     def portions(self, sequences: Iterable[S], **shards: Any) -> Iterator[Portion[S]]:
-        """Cut sequences into portions of several full forward passes, as `runtime.portions` does by their documents."""
+        """Cut sequences into portions of several full forward passes, as `portions` does by documents."""
         length = PORTION_CHUNKS * self.chunk
         return portions(sequences, length, length_of=lambda each: len(each.document), **shards)
 

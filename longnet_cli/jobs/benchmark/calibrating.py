@@ -1,4 +1,4 @@
-"""The calibration of this machine for plans: short measurements of each rate, as `estimating.machines` defines it."""
+"""The calibration of this machine for plans: short measurements of each rate, as `jobs.estimating.plan` defines it."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ def estimate_documents(
 
     Texts among the `documents` (`Inputs.untokenized`) need the `tokenizer`; a `sample` of this many is
     tokenized. A resumed run has already read the first `done` documents. `room` is the memory before the net was
-    loaded. `chunk`, `dtype` and `ranks` are as in `runtime.reader.Reader`. `on_progress` gets the tokens of each
+    loaded. `chunk`, `dtype` and `ranks` are as in `running.reader.Reader`. `on_progress` gets the tokens of each
     document.
 
     Without `skip_bad`, raises what the job raises for documents that it cannot read. Raises DataError if there is

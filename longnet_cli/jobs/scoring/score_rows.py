@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.data.documents import Document, kept_columns, row_schema
+from longnet_cli.data.documents import Document
+from longnet_cli.data.kept import kept_columns, row_schema
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.jobs.row_jobs import RowJob
 from longnet_cli.jobs.scoring.measures import DocumentScore, Gain

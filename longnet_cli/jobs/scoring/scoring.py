@@ -24,7 +24,9 @@ from torch import Tensor
 from longnet_cli.basics.errors import ConfigError, NotFiniteError, NoTokensError
 from longnet_cli.basics.finite_json import to_json
 from longnet_cli.basics.sizes import format_size
-from longnet_cli.data.documents import Document, OnSkip, Sent, checked
+from longnet_cli.data.documents import Document, checked
+from longnet_cli.data.kept import Sent
+from longnet_cli.data.left_out import OnSkip
 from longnet_cli.jobs.scoring.key_tokens import Judge
 from longnet_cli.jobs.scoring.measures import Bigrams, ByPosition, ByRecall, DocumentScore, Gain, GainTally, Score
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
@@ -168,7 +170,7 @@ def score(
     document had the same bigram, even if that was before the window; `recall.Bigrams` says how much memory it takes.
     `judge` also sums the nats of key tokens, which takes 17 bytes per token of a document.
 
-    `chunk`, `dtype`, `spill` and `ranks` are as in `runtime.reader.Reader`: memory does not depend on the document's
+    `chunk`, `dtype`, `spill` and `ranks` are as in `running.reader.Reader`: memory does not depend on the document's
     length, without chosen blocks, and none of them changes a number beyond rounding. All ranks need the same documents.
     In one group of ranks, which share each document, all get all results. Several groups divide the documents between
     them; then rank 0 gets all results and the others none.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class _ReadTokens:
-    """`runtime.chunks.Tokens` that are read when they are indexed."""
+    """`running.chunks.Tokens` that are read when they are indexed."""
 
     shape: tuple[int, int]
     device: torch.device
@@ -155,16 +155,15 @@ def backward(
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
-    tokens, targets: (B, N) as for `Net.nll`, tensors or `training.tokens`; targets may be on the host. Activations of
+    tokens, targets: (B, N) as for `Net.nll`, tensors or `StoredTokens`; targets may be on the host. Activations of
     at most `chunk` tokens exist at one time. `starts` has the positions at which documents start in each row, 0 first
     (`Batch.document_starts`). No token attends to another document, and positions count from the start of the document,
     or of the window where that is later. Without `starts`, a row is one document.
 
     The ranks of a `group` get the same tokens and share every sequence, `chunk` tokens each. Each rank reads its slice,
     and adds and returns its part; the whole is the sum over the ranks. `allocate` is as in `backward_in_chunks`.
-    `on_chunk` is called after each chunk.
-    With sharded weights (`runtime.fsdp`), one call is one step: its last backward pass sums the gradients over all
-    ranks.
+    `on_chunk` is called after each chunk. With sharded weights (`running.ranks.fsdp`), one call is one step: its last
+    backward pass sums the gradients over all ranks.
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     chunk *= dist.get_world_size(group) if group else 1

@@ -19,8 +19,8 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
 
     A group's `times` is the factor of its learning rate: learned biases of levels have a rate of their own.
 
-    If weights are to be sharded over ranks (`runtime.fsdp`), shard them first. Raises ConfigError for Muon on sharded
-    weights.
+    If weights are to be sharded over ranks (`running.ranks.fsdp`), shard them first. Raises ConfigError for Muon on
+    sharded weights.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     biases = [p for name, p in named if name.endswith(".level_bias")]

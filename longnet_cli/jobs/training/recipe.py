@@ -338,7 +338,7 @@ class PretrainedRecipe(Recipe):
 
     @property
     def adapter(self) -> dict[str, Any] | None:
-        """The arguments of `integrations.lora.add_lora`; None where all weights are trained."""
+        """The arguments of `models.hf.lora.add_lora`; None where all weights are trained."""
         return self.lora.model_dump() if self.lora else None
 
 

@@ -144,7 +144,7 @@ class LongNetCache(hf.DynamicCache):
         """Save what was read in a folder, for `load`, in place of the state that it holds; return the bytes.
 
         Raises ConfigError for layers that are not dilated, for a padded batch, if nothing was read, and as
-        `runtime.saved_state.write_state` does, as it raises LongNetError.
+        `running.saved_state.write_state` does, as it raises LongNetError.
         """
         caches = [layer.whole() if isinstance(layer, Memory) else None for layer in self.layers]
         known = [cache for cache in caches if cache]

@@ -19,7 +19,7 @@ _TOKENS = 64
 
 @lru_cache  # called for every chunk that might fit
 def measured_bytes(source: str, lora: str, dtype: str) -> tuple[int, int]:
-    """Return (bytes per layer, other bytes) that a token saves for the backward pass; `dtype` as in `runtime.device`.
+    """Return (bytes per layer, other bytes) that a token saves for the backward pass; `dtype` as in `running.device`.
 
     `source` and `lora` are JSON: the model's configuration, and the arguments of `add_lora`, or null. Models of one
     and of two layers are made in memory that is never written to, so they take almost no space. Tensors that do not
