@@ -1,7 +1,7 @@
 """Data in and out, in the order in which it flows. No torch here.
 
 find     names, folders, remote               the files that an input names
-open     files, compressed, formats           a text or a table: arrow, jsonlines, hdf5, Parquet; tables.py is any of them
+open     files, compressed, formats           a text or a table: arrow, jsonlines, hdf5, Parquet; any of these, tables
 read     inputs                               documents: columns, token_columns, documents, vectors; kept, left_out
 tokens   tokenizer, chat, rendering           ids of a text or of messages
 train    windows                              windows of many documents, pairs of spans
