@@ -1,8 +1,6 @@
 """The cache's size is the formula's, its rows come when they are needed, and far positions are as good as near ones.
 
-That any shards with their cache equal the whole is proved in test_options_of_patterns.py, for every pattern.
-
-pytest tests/test_cache.py
+That any shards with their cache equal the whole is proved in test_pattern_options.py, for every pattern.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Blocks of keys that the content chooses: the operator = the reference that is written to be read.
-
-pytest tests/test_choosing.py
-"""
+"""Blocks of keys that the content chooses: the operator = the reference that is written to be read."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Inside torch.compile, checkpointing, autocast and FSDP2: equal to eager, and no graph break around the operator.
-
-pytest tests/test_compiled.py
-"""
+"""Inside torch.compile, checkpointing, autocast and FSDP2: equal to eager, and no graph break around the operator."""
 
 from __future__ import annotations
 

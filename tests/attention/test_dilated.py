@@ -1,7 +1,4 @@
-"""Fast = dense reference, outputs and gradients; a shard cut anywhere, given its far keys, = the whole.
-
-pytest tests/test_dilated.py
-"""
+"""Fast = dense reference, outputs and gradients; a shard cut anywhere, given its far keys, = the whole."""
 
 from __future__ import annotations
 

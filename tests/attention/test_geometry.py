@@ -1,7 +1,4 @@
-"""The integer geometry: views show exactly the rows of the definition, in as few calls as the figures say.
-
-pytest tests/test_pattern.py
-"""
+"""The integer geometry: views show exactly the rows of the definition, in as few calls as the figures say."""
 
 from __future__ import annotations
 

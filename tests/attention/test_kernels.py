@@ -1,6 +1,6 @@
 """Kernels: each one that runs here equals plain math; selection, forcing and probing; flash-attn's real signatures.
 
-pytest tests/test_kernels.py       on a GPU: tests/test_gpu.py
+On a GPU: tests/test_gpu.py.
 """
 
 from __future__ import annotations

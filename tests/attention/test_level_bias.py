@@ -1,7 +1,6 @@
 """Learned biases of levels: gradients = dense attention's; chunks, documents, caches, files; their learning rate.
 
 Ranks are in test_exchange.py, compiled graphs in test_compiled.py, the kernels of one pass in interpreted.py.
-pytest tests/test_level_bias.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""DilatedAttention with one full segment = nn.MultiheadAttention, weights, outputs and gradients; the rest is refused.
-
-pytest tests/test_module.py
-"""
+"""DilatedAttention with one full segment = nn.MultiheadAttention, weights, outputs, gradients; the rest is refused."""
 
 from __future__ import annotations
 

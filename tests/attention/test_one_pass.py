@@ -1,7 +1,4 @@
-"""The Triton kernels that merge in one pass, without a GPU: right in Triton's interpreter, compiled ahead of time.
-
-pytest tests/test_one_pass.py
-"""
+"""The Triton kernels that merge in one pass, without a GPU: right in Triton's interpreter, compiled ahead of time."""
 
 from __future__ import annotations
 

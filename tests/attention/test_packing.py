@@ -1,7 +1,4 @@
-"""Many documents take few kernel calls, and each gets what it gets alone: as a union of levels, and packed.
-
-pytest tests/test_documents.py
-"""
+"""Many documents take few kernel calls, and each gets what it gets alone: as a union of levels, and packed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """The options of a pattern: look-back, each key once, all queries, sinks, biases, shared key heads.
 
 Fast = dense reference, outputs and gradients; shards with their far keys, and chunks with their cache, = the whole.
-
-pytest tests/test_options_of_patterns.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The grammar of patterns: what is written is what is read, in its shortest form; wrong words are told in one line.
-
-pytest tests/test_patterns.py
-"""
+"""The grammar of patterns: what is written is what is read, in its shortest form; wrong words are told in one line."""
 
 from __future__ import annotations
 

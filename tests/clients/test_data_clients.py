@@ -1,7 +1,6 @@
 """Other programs open what longnet writes: datasets, polars, duckdb, pandas and pyarrow, as it is.
 
 pip install -e '.[data-test]'
-pytest tests/test_data_clients.py
 """
 
 from __future__ import annotations

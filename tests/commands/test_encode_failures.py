@@ -1,6 +1,6 @@
 """Proves that whatever ends `encode`, its output is whole or says that it is not, and --resume completes it.
 
-Real processes: killed at random moments, stopped by signals, on a full disk. pytest tests/test_encode_failures.py
+Real processes: killed at random moments, stopped by signals, on a full disk.
 """
 
 from __future__ import annotations

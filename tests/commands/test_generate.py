@@ -1,7 +1,4 @@
-"""`longnet generate` as a person and a script meet it: real processes, pipes, signals, exit codes.
-
-pytest tests/test_cli_generate.py
-"""
+"""`longnet generate` as a person and a script meet it: real processes, pipes, signals, exit codes."""
 
 from __future__ import annotations
 

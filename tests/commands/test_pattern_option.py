@@ -1,7 +1,4 @@
-"""`--pattern` on the commands that run a net, and `pattern` in recipes: taken, recorded, and refused by name.
-
-pytest tests/test_pattern_options.py
-"""
+"""`--pattern` on the commands that run a net, and `pattern` in recipes: taken, recorded, and refused by name."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Proves that `longnet` is a good neighbour in a pipe: first results before the input ends, memory that does not grow,
-and a clean end whoever ends it. pytest tests/test_pipelines.py
+and a clean end whoever ends it.
 """
 
 from __future__ import annotations

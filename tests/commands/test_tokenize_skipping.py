@@ -1,7 +1,4 @@
-"""`tokenize --skip-bad` leaves out what cannot be read, says so, and writes everything else as if that were all.
-
-pytest tests/test_tokenize_skipping.py
-"""
+"""`tokenize --skip-bad` leaves out what cannot be read, says so, and writes everything else as if that were all."""
 
 from __future__ import annotations
 

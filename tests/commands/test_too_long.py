@@ -1,7 +1,5 @@
 """Documents that a model does not read: refused before work starts where their lengths are known, or left out and
 counted; and what goes before each document.
-
-pytest tests/test_too_long.py
 """
 
 from __future__ import annotations

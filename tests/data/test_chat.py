@@ -1,7 +1,4 @@
-"""Chats are documents: the tokens of what the tokenizer's template makes of their messages.
-
-pytest tests/test_chats.py
-"""
+"""Chats are documents: the tokens of what the tokenizer's template makes of their messages."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Compressed inputs are what they unpack to, in bounded memory; damage is one line.
-
-pytest tests/test_compressed.py
-"""
+"""Compressed inputs are what they unpack to, in bounded memory; damage is one line."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A file that declares more than it has, or writes more than its size, is refused before a library takes the memory.
-
-pytest tests/test_declared_sizes.py
-"""
+"""A file that declares more than it has, or writes more than its size, is refused before a library takes the memory."""
 
 from __future__ import annotations
 

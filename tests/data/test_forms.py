@@ -1,7 +1,6 @@
 """The same documents in twelve forms, written by their real libraries, score the same to the last digit.
 
 pip install -e '.[data-test]'
-pytest tests/test_forms.py
 """
 
 from __future__ import annotations

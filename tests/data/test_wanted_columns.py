@@ -1,7 +1,4 @@
-"""Columns by name: inside of others, as the documents' names, carried along; and rows and files that are left out.
-
-pytest tests/test_wanted_columns.py
-"""
+"""Columns by name: inside of others, as the documents' names, carried along; and rows and files that are left out."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Proves that a resumed run sees what an uninterrupted one would, on any number of ranks, and that an epoch shows every
 token once.
-
-pytest tests/test_windows.py
 """
 
 from __future__ import annotations

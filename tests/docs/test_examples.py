@@ -1,8 +1,6 @@
 """The scripts in examples/: the corpus of the shipped model, the Llama of transformers that is trained twice, the
 encoder that finds edited copies of files, patterns compared on a pretrained model and by short fine-tunes, decoders
 timed, pass keys in prose, and the report of a GPU.
-
-pytest tests/test_examples.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """What the README and docs/ show is run: `sh` blocks in order, Python and TOML blocks too.
 Commands in other blocks take too long to run: their options are looked up.
-
-pytest tests/test_readme.py
 """
 
 from __future__ import annotations

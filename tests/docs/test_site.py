@@ -1,6 +1,6 @@
 """The site has every command, every option and every page; it builds without a warning where the extra `docs` is there.
 
-pytest tests/test_site.py; `make docs` builds it in build/site
+`make docs` builds it in build/site.
 """
 
 from __future__ import annotations

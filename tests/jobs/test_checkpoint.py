@@ -1,6 +1,6 @@
 """Resumed = uninterrupted: a run that is killed, stopped, or finds damaged checkpoints ends with the same bytes.
 
-pytest tests/test_checkpoint.py; thirty kills: pytest -m slow tests/test_checkpoint.py
+Thirty kills: pytest -m slow tests/jobs/test_checkpoint.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What was chosen is told: the passages of an answer (`generate --sources`) and the file of `score --chosen`.
-
-pytest tests/test_chosen_blocks.py
-"""
+"""What was chosen is told: the passages of an answer (`generate --sources`) and the file of `score --chosen`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Plans for machines that are not here: the exchange of many ranks without processes, the table of machines, `--on`.
-
-pytest tests/test_cluster.py
-"""
+"""Plans for machines that are not here: the exchange of many ranks without processes, the table of machines, `--on`."""
 
 from __future__ import annotations
 

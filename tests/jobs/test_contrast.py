@@ -1,7 +1,4 @@
-"""Training by contrast: the gradient in chunks and over ranks is that of the plain loss; pairs, and whole runs.
-
-pytest tests/test_contrast.py
-"""
+"""Training by contrast: the gradient in chunks and over ranks is that of the plain loss; pairs, and whole runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What `longnet pattern` says, against what the operator, its cache and its dense reference do.
-
-pytest tests/test_describing.py
-"""
+"""What `longnet pattern` says, against what the operator, its cache and its dense reference do."""
 
 from __future__ import annotations
 

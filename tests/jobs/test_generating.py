@@ -1,7 +1,4 @@
-"""Generation: greedy output is that of uncached full forwards, whatever the chunk; draws are exact; texts end.
-
-pytest tests/test_generating.py
-"""
+"""Generation: greedy output is that of uncached full forwards, whatever the chunk; draws are exact; texts end."""
 
 from __future__ import annotations
 

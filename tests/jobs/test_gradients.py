@@ -1,7 +1,4 @@
-"""The gradient of packed windows = that of every document alone, whatever the chunk.
-
-pytest tests/test_gradients.py
-"""
+"""The gradient of packed windows = that of every document alone, whatever the chunk."""
 
 from __future__ import annotations
 

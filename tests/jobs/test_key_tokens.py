@@ -1,7 +1,4 @@
-"""Key tokens by a judge's two files: their nats, at every context, and what is refused.
-
-pytest tests/test_key_tokens.py
-"""
+"""Key tokens by a judge's two files: their nats, at every context, and what is refused."""
 
 from __future__ import annotations
 

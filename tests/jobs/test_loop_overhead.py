@@ -1,4 +1,4 @@
-"""What the training loop costs beside its steps: `pytest -s -m slow tests/test_loop_overhead.py` prints it.
+"""What the training loop costs beside its steps: `pytest -s -m slow tests/jobs/test_loop_overhead.py` prints it.
 
 `training.loop.train` reads windows, writes metrics and looks for signals; the bare loop is gradients, clipping and the
 optimizer, on batches that are in memory. Both train the same model, one step of the one after one step of the other,

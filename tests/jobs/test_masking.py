@@ -1,7 +1,4 @@
-"""Which tokens are hidden, and as what.
-
-pytest tests/test_masking.py
-"""
+"""Which tokens are hidden, and as what."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Standard errors, context comparisons and losses by position are those of plain sums over single tokens.
-
-pytest tests/test_measures.py
-"""
+"""Standard errors, context comparisons and losses by position are those of plain sums over single tokens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Curves of runs, benchmarks and scores: every mistake is named, and they fit any terminal and become pictures.
-
-pytest tests/test_plotting.py
-"""
+"""Curves of runs, benchmarks and scores: every mistake is named, and they fit any terminal and become pictures."""
 
 from __future__ import annotations
 

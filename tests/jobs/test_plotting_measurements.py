@@ -1,7 +1,4 @@
-"""Curves of `bench` and `score`: what their rows say, from real rows, JSON of every shape and damaged files.
-
-pytest tests/test_plotting_measurements.py
-"""
+"""Curves of `bench` and `score`: what their rows say, from real rows, JSON of every shape and damaged files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """A decoder of transformers trains as a LongNet does: exact in chunks and over ranks, resumed as uninterrupted, and
 what it leaves is a folder that transformers opens.
-
-pytest tests/test_pretrained_training.py
 """
 
 from __future__ import annotations

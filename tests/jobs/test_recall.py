@@ -1,7 +1,4 @@
-"""Distances to the last occurrence of a bigram, and losses by them, are those of a search through the document.
-
-pytest tests/test_recall.py
-"""
+"""Distances to the last occurrence of a bigram, and losses by them, are those of a search through the document."""
 
 from __future__ import annotations
 

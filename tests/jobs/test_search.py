@@ -1,7 +1,4 @@
-"""What `encode` adds for search: the place of a span in its text, prefixes, short vectors, what the model stores.
-
-pytest tests/test_search.py
-"""
+"""What `encode` adds for search: the place of a span in its text, prefixes, short vectors, what the model stores."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Texts that come token by token: the parts are the whole, none is half a character, none is past a stop text.
-
-pytest tests/test_text_stream.py
-"""
+"""Texts that come token by token: the parts are the whole, none is half a character, none is past a stop text."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Trackers get the numbers of each line, and one that is not installed is one line.
 
-pytest tests/test_trackers.py; the test with real event files needs the extra `tensorboard`.
+The test with real event files needs the extra `tensorboard`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Training learns, accumulates exactly, grows its context, and leaves a whole model directory however it ends.
-
-pytest tests/test_training.py
-"""
+"""Training learns, accumulates exactly, grows its context, and leaves a whole model directory however it ends."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What `train --dry-run` says is what training takes: saved bytes exactly, the peak of real runs within 20 %.
-
-pytest tests/test_estimate.py
-"""
+"""What `train --dry-run` says is what training takes: saved bytes exactly, the peak of real runs within 20 %."""
 
 from __future__ import annotations
 

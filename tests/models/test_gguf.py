@@ -1,7 +1,4 @@
-"""A GGUF file becomes an ordinary folder of transformers, and is read as one; what cannot be read is told in one line.
-
-pytest tests/test_gguf.py
-"""
+"""A GGUF file becomes an ordinary folder of transformers, and is read as one; what cannot be is told in one line."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Models of transformers with dilated attention = their own with one full segment, = the dense reference otherwise.
 
-All from their config classes with random weights; nothing is downloaded. pytest tests/test_transformers.py
+All from their config classes with random weights; nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Loading a model of transformers takes the memory of its weights, once; they have the type that is asked for.
-
-pytest tests/test_loading.py
-"""
+"""Loading a model of transformers takes the memory of its weights, once; they have the type that is asked for."""
 
 from __future__ import annotations
 

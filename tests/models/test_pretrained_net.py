@@ -1,7 +1,5 @@
 """The jobs and commands on folders of transformers: numbers are those of the model itself, whatever the chunk; what
 cannot be run is refused in one line.
-
-pytest tests/test_transformers_net.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every shipped recipe makes the model that it says: built on the meta device, counted, and held against the paper.
 
-pytest tests/test_models.py -s
+pytest -s tests/models/test_shipped_recipes.py
 """
 
 from __future__ import annotations

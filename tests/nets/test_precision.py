@@ -1,7 +1,4 @@
-"""Under autocast each layer casts what its products read once, and its norms do not widen what they read.
-
-pytest tests/test_precision.py
-"""
+"""Under autocast each layer casts what its products read once, and its norms do not widen what they read."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Portions dealt out to real processes: results in order, each portion worked on once, however slow a rank is.
-
-pytest tests/test_dealing.py
-"""
+"""Portions dealt out to real processes: results in order, each portion worked on once, however slow a rank is."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """N ranks = 1 rank: outputs and every gradient, over real processes and gloo; and what travels is counted.
 
-Each test starts P processes once, which then go through many problems. pytest tests/test_exchange.py
+Each test starts P processes once, which then go through many problems.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Weights with a share on each rank = weights whole on each = one process: losses, gradients, steps; over gloo.
-
-pytest tests/test_fsdp.py
-"""
+"""Weights with a share on each rank = weights whole on each = one process: losses, gradients, steps; over gloo."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The commands under a real torchrun: the same results as one process, and an end for all when one ends.
-
-pytest tests/test_launch.py
-"""
+"""The commands under a real torchrun: the same results as one process, and an end for all when one ends."""
 
 from __future__ import annotations
 

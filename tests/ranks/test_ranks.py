@@ -1,4 +1,4 @@
-"""Ranks that cannot share a job are told, before any work, which would fit. pytest tests/test_ranks.py"""
+"""Ranks that cannot share a job are told, before any work, which would fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals act where a run looks for them, on all ranks alike. pytest tests/test_signals.py"""
+"""Signals act where a run looks for them, on all ranks alike."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A run of several ranks is that of one process, whole or sharded, and so is one that goes on from its checkpoint.
-
-pytest tests/test_training_ranks.py
-"""
+"""A run of several ranks is that of one process, whole or sharded, and so is one that goes on from its checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No rank outlives its parent or another rank, even where it is blocked in C. pytest tests/test_watch.py
+"""No rank outlives its parent or another rank, even where it is blocked in C.
 
 Real processes, which are forks of one that has imported torch.
 """

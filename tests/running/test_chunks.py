@@ -1,7 +1,4 @@
-"""A causal net in chunks = the net at once: logits, loss and every parameter's gradient.
-
-pytest tests/test_chunks.py
-"""
+"""A causal net in chunks = the net at once: logits, loss and every parameter's gradient."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A tensor left on the CPU is found as on a real GPU, whose operators refuse two devices. Reading a number, which would
 wait for the GPU, is found as well: there is none. Gradients of fake GPU tensors need a driver; without a GPU, the meta
-device shows the same. pytest tests/test_fake_devices.py
+device shows the same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A bidirectional net in chunks, layer by layer, in memory or spilled to a disk = the net at once.
-
-pytest tests/test_layerwise.py
-"""
+"""A bidirectional net in chunks, layer by layer, in memory or spilled to a disk = the net at once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What chunks keep for each other, in a map of memory or of a file: the same numbers, in the bytes that are stated.
-
-pytest tests/test_mapped.py
-"""
+"""What chunks keep for each other, in a map of memory or of a file: the same numbers, in the bytes that are stated."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What the reader reads: documents as sequences, in batches. That its numbers are right, scoring and encoding test.
-
-pytest tests/test_reading.py
-"""
+"""What the reader reads: documents as sequences, in batches. That its numbers are right, scoring and encoding test."""
 
 from __future__ import annotations
 

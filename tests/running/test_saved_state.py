@@ -1,7 +1,4 @@
-"""What was read, saved and loaded, goes on as if nothing had happened: bit for bit, for any pattern and any chunks.
-
-pytest tests/test_saved_state.py
-"""
+"""What was read, saved and loaded, goes on as if nothing had happened: bit for bit, for any pattern and any chunks."""
 
 from __future__ import annotations
 

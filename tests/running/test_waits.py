@@ -1,6 +1,6 @@
 """How often the host waits for the device, counted on a CPU: once in a training step, once a chunk, late, in scoring.
 
-A GPU computes while the host prepares what comes next, until the host asks for a number. pytest tests/test_waits.py
+A GPU computes while the host prepares what comes next, until the host asks for a number.
 """
 
 from __future__ import annotations
