@@ -11,8 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Choice, chosen_choices, cuts, split, turn
-from test_options_of_patterns import assert_close, run, turning
+from strategies import Choice, assert_close, chosen_choices, cuts, run, split, turn, turning
 from torch import Tensor
 
 from longnet_cli.attention import (

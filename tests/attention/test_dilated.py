@@ -6,30 +6,21 @@ import json
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
-from builders import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
+from places import GOLDEN
 from safetensors import safe_open
-from strategies import Problem, problems
+from strategies import Problem, assert_close, problems, run
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention, far_keys
 from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.reference import dilated_attention_reference
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-
-def run(function, inputs: list[Tensor], pattern: Pattern, **options) -> list[Tensor]:
-    """out, dq, dk, dv of sum(out * dout); inputs are q, k, v, dout."""
-    q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
-    out = function(q, k, v, pattern, **options)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3], materialize_grads=True)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

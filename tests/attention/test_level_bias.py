@@ -10,15 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import assert_close, tiny_llama
+from builders import recipe, tiny_llama
 from conftest import RunLongnet
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from strategies import Choice, choices, cuts, split
-from test_chunks import draw, error, gradients, net
-from test_documents import PackedMath
-from test_options_of_patterns import turning
-from test_training import recipe
+from strategies import Choice, PackedMath, assert_close, choices, cuts, split, turning
+from streams import draw, error, gradients, net
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, dilated_attention

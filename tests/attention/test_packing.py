@@ -7,42 +7,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from builders import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import PAPER_64TH, Choice, Problem, choices, cuts, problems, split, turn
-from test_dilated import run
+from strategies import PAPER_64TH, Choice, PackedMath, Problem, assert_close, choices, cuts, problems, run, split, turn
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention, far_keys
 from longnet_cli.attention.dilated import plan_calls
 from longnet_cli.attention.kernels import KERNELS, forget_selections
-from longnet_cli.attention.packing import PackedRows
-from longnet_cli.attention.plain_call import MathKernel
 from longnet_cli.attention.reference import dilated_attention_reference
-
-
-class PackedMath(MathKernel):
-    """Plain math that takes packed sequences, one after the other, as a flash kernel takes them at once."""
-
-    biased, packs = False, True
-
-    def forward_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        parts = [self.forward(*x, causal, scale) for x in _sequences(queries, keys, (q,), (k, v))]
-        outs, lses = zip(*parts, strict=True)
-        return torch.cat(outs, 2)[0, 0], torch.cat(lses, 2)[0, 0]
-
-    def backward_packed(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: PackedRows,
-        keys: PackedRows, causal: bool, scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        parts = []
-        for dout_, q_, out_, lse_, k_, v_ in _sequences(queries, keys, (dout, q, out, lse[:, None]), (k, v)):
-            parts.append(self.backward(dout_, q_, k_, v_, out_, lse_[..., 0], causal, scale))
-        dq, dk, dv = (torch.cat(found, 2)[0, 0] for found in zip(*parts, strict=True))
-        return dq, dk, dv
 
 
 class Unpacked(PackedMath):
@@ -58,12 +31,6 @@ class Unpacked(PackedMath):
     def backward_packed(self, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = super().backward_packed(*args, **kwargs)
         return dq, 1.1 * dk if self.wrong == "backward_packed" else dk, dv
-
-
-def _sequences(queries: PackedRows, keys: PackedRows, of_q: tuple[Tensor, ...], of_k: tuple[Tensor, ...]):
-    """Each sequence's tensors (1, 1, rows, D)."""
-    for (a, b), (c, d) in zip(pairwise(queries.edges.tolist()), pairwise(keys.edges.tolist()), strict=True):
-        yield [*(x[None, None, a:b] for x in of_q), *(x[None, None, c:d] for x in of_k)]
 
 
 @pytest.fixture(scope="module", autouse=True)

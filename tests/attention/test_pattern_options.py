@@ -10,10 +10,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from builders import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Choice, choices, cuts, split, turn
+from strategies import Choice, assert_close, choices, cuts, run, split, turn, turning
 from torch import Tensor
 
 from longnet_cli.attention import SINKS, FarKeys, KVCache, Pattern, Span, dilated_attention, far_keys
@@ -22,17 +21,6 @@ from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.merging import apart, strided_view
 from longnet_cli.attention.reference import dilated_attention_reference, key_counts
 from longnet_cli.attention.spans import far_spans, lanes
-
-
-def run(function, inputs: list[Tensor], pattern: Pattern, **options) -> list[Tensor]:
-    """out, dq, dk, dv of sum(out * dout); inputs are q, k, v, dout."""
-    q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
-    out = function(q, k, v, pattern, **options)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3], materialize_grads=True)]
-
-
-def turning(choice: Choice) -> dict:
-    return {"turn": turn} if choice.rotary else {}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from places import ROOT
 from strategies import choices, chosen_patterns, patterns
 
 from longnet_cli.attention import Pattern
@@ -142,7 +142,7 @@ def test_other_words_are_no_patterns(text: str) -> None:
 
 def test_the_documented_way_from_python() -> None:
     assert "parse_pattern" in (Pattern.__doc__ or "")
-    page = (Path(__file__).parents[1] / "docs/patterns.md").read_text()
+    page = (ROOT / "docs/patterns.md").read_text()
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(program)
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
-
-from longnet_cli.cli.app import app
+from processes import invoke
+from typer.testing import Result
 
 CONTRACT = {
     "op", "impl", "direction", "seq", "status", "seconds", "tokens_per_second", "flops_per_second",
@@ -26,7 +25,7 @@ Bench = Callable[..., Result]
 @pytest.fixture
 def bench() -> Bench:
     """The command in this process, where torch is loaded already."""
-    return lambda *args: CliRunner().invoke(app, ["bench", *TINY, *args])
+    return lambda *args: invoke("bench", *TINY, *args)
 
 
 def rows_of(text: str) -> list[dict[str, Any]]:

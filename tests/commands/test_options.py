@@ -3,11 +3,12 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 import typer
+from places import ROOT
+from processes import invoke
 from typer.testing import CliRunner
 
 from longnet_cli.basics.errors import ConfigError
@@ -184,12 +185,12 @@ def test_the_value_of_an_option_may_be_left_out() -> None:
 
 
 def test_a_refused_choice_is_said_without_the_words_of_a_library() -> None:
-    output = CliRunner().invoke(app, ["score", "x", "--format", "yaml"]).output
+    output = invoke("score", "x", "--format", "yaml").output
     assert "'--format': 'yaml' is not one of 'text'," in output
 
 
 def test_the_page_of_formats_lists_every_form():
-    page = (Path(__file__).parents[1] / "docs/formats.md").read_text()
+    page = (ROOT / "docs/formats.md").read_text()
     lines = dict(re.findall(r"^\| `([a-z ]+)` \|(.*)", page.partition("\n| `-o` |")[0], re.MULTILINE))
     group: Any = typer.main.get_command(app)
     commands = {**group.commands, "data inspect": group.commands["data"].commands["inspect"]}

@@ -8,11 +8,10 @@ from pathlib import Path
 import pyarrow.ipc as ipc
 import pytest
 from builders import tiny_model
-from typer.testing import CliRunner, Result
+from processes import invoke, refused
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.cli.app import app
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training.recipe import load_recipe
@@ -37,16 +36,6 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-def run(*words: str | Path) -> Result:
-    return CliRunner().invoke(app, list(map(str, words)))
-
-
-def refused(*words: str | Path) -> str:
-    result = run(*words)
-    assert isinstance(result.exception, ConfigError), result.output
-    return str(result.exception)
-
-
 def test_score_and_encode_take_a_pattern_and_record_it(model: Path, text: Path, tmp_path: Path) -> None:
     saved = LongNet.from_pretrained(model)
     LongNet(LongNetConfig(**SHAPE, segment_lengths=(16,), dilation_rates=(1,))).save_pretrained(other := tmp_path / "o")
@@ -55,7 +44,7 @@ def test_score_and_encode_take_a_pattern_and_record_it(model: Path, text: Path, 
     assert LongNet.from_pretrained(other).config.pattern == Pattern((16,), (1,)) != saved.config.pattern
 
     def total(*words: str | Path) -> dict:
-        result = run("score", text, "--format", "json", *words)
+        result = invoke("score", text, "--format", "json", *words)
         assert result.exit_code == 0, result.output
         return {key: value for key, value in json.loads(result.stdout)["total"].items() if key != "model"}
 
@@ -63,7 +52,7 @@ def test_score_and_encode_take_a_pattern_and_record_it(model: Path, text: Path, 
     assert given == total("--model", model, "--pattern", "16/1", "-q") == total("--model", other)
     assert own["ppl"] != given["ppl"]
     assert (own["pattern"], given["pattern"]) == ("8/1,32/2", "16/1")
-    result = run("encode", text, "--model", model, "--pattern", "16/1", "-o", tmp_path / "x.arrow")
+    result = invoke("encode", text, "--model", model, "--pattern", "16/1", "-o", tmp_path / "x.arrow")
     assert result.exit_code == 0, result.output
     with ipc.open_file(tmp_path / "x.arrow") as file:
         assert file.schema.metadata[b"longnet.pattern"] == b"16/1"
@@ -71,9 +60,9 @@ def test_score_and_encode_take_a_pattern_and_record_it(model: Path, text: Path, 
 
 def test_a_folder_of_vectors_is_resumed_with_its_pattern(model: Path, text: Path, tmp_path: Path) -> None:
     command = ["encode", text, "--model", model, "-o", tmp_path / "vectors"]
-    assert run(*command, "--pattern", "16/1").exit_code == 0
+    assert invoke(*command, "--pattern", "16/1").exit_code == 0
     assert read_manifest(tmp_path / "vectors").settings["pattern"] == "16/1"
-    assert run(*command, "--pattern", "16/1", "--resume").exit_code == 0
+    assert invoke(*command, "--pattern", "16/1", "--resume").exit_code == 0
     assert "pattern was '16/1' and is now '8/1,32/2'" in refused(*command, "--resume")
 
 
@@ -91,11 +80,11 @@ def test_wrong_patterns_are_one_line(model: Path, text: Path, tmp_path: Path) ->
 
 def test_bench_takes_any_pattern() -> None:
     tiny = ["--seq", "64", "--heads", "2", "--head-dim", "8", "--repeats", "1", "--device", "cpu", "--format", "jsonl"]
-    result = run("bench", *tiny, "--impl", "dilated", "--pattern", "window:16,sinks=4")
+    result = invoke("bench", *tiny, "--impl", "dilated", "--pattern", "window:16,sinks=4")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["pattern"] == "16/1,look_back=1,sinks=4"
     assert "pattern window:16,sinks=4" in result.stderr
-    result = run("bench", *tiny, "--impl", "dilated", "--pattern", "geometric", "--base", "16")
+    result = invoke("bench", *tiny, "--impl", "dilated", "--pattern", "geometric", "--base", "16")
     assert json.loads(result.stdout)["pattern"] == "16/1,32/2,64/4"
 
 
@@ -131,7 +120,7 @@ def test_a_configuration_with_another_pattern(model: Path) -> None:
 
 
 def test_every_option_reaches_the_net(model: Path, text: Path) -> None:
-    result = run("score", text, "--model", model, "--pattern", NESTED, "--format", "json")
+    result = invoke("score", text, "--model", model, "--pattern", NESTED, "--format", "json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["total"]["pattern"] == NESTED
     found = load_config(model, Pattern.window(16, sinks=4))

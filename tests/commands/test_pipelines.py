@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 from builders import tiny_model
+from files import IDS, TEXTS, token_table, write_file
 from processes import Start
-from test_sources import IDS, TEXTS, token_table, write_file
 
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer

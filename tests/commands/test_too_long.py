@@ -15,14 +15,13 @@ import tokenizers
 import torch
 from builders import tiny_llama
 from tokenizers.processors import TemplateProcessing
-from typer.testing import CliRunner, Result
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
+from processes import invoke, total
 
 from longnet_cli.basics.errors import ConfigError, DataError, TooLongError
-from longnet_cli.cli.app import app
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.models.folder import ModelFolder
@@ -33,16 +32,6 @@ LIMIT = 64  # tokens that the model was trained on, with the one before each doc
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("llama"), vocab_size=260, max_position_embeddings=LIMIT, bos_token_id=7)
-
-
-def run(*args: str | Path | int) -> Result:
-    return CliRunner().invoke(app, [*map(str, args)])
-
-
-def totals(*args: str | Path | int, code: int = 0) -> dict:
-    result = run("score", *args, "--format", "json")
-    assert result.exit_code == code, result.output
-    return json.loads(result.stdout)["total"]
 
 
 def table(*lengths: int, column: str = "input_ids") -> pa.Table:
@@ -56,11 +45,11 @@ def test_dense_to_the_trained_length_and_refused_beyond(llama: Path, tmp_path: P
     own = hf.LlamaForCausalLM.from_pretrained(llama)
     ids = torch.tensor([[7, *b"x" * LIMIT]])
     expected = torch.nn.functional.cross_entropy(own(ids[:, :-1]).logits[0], ids[0, 1:], reduction="sum").item()
-    assert totals(tmp_path / "fits.txt", "-m", llama)["nll_sum"] == pytest.approx(expected, rel=1e-5)
+    assert total(tmp_path / "fits.txt", "-m", llama)["nll_sum"] == pytest.approx(expected, rel=1e-5)
 
     long = tmp_path / "long.txt"
     long.write_text("x" * (LIMIT + 1))
-    result = run("score", tmp_path / "fits.txt", long, "-m", llama)
+    result = invoke("score", tmp_path / "fits.txt", long, "-m", llama)
     assert isinstance(result.exception, TooLongError)
     assert result.exception.exit_code == 2
     assert str(result.exception) == (
@@ -69,8 +58,8 @@ def test_dense_to_the_trained_length_and_refused_beyond(llama: Path, tmp_path: P
         "leaves such documents out"
     )
     for choice in (["--context", 64, "--stride", 32], ["--pattern", "window:32,sinks=4"], ["--pattern", "dense"]):
-        assert totals(long, "-m", llama, *choice)["n_tokens"] == 65
-    refused = run("encode", long, "-m", llama, "-o", tmp_path / "out.arrow")  # here the last token is read as well
+        assert total(long, "-m", llama, *choice)["n_tokens"] == 65
+    refused = invoke("encode", long, "-m", llama, "-o", tmp_path / "out.arrow")  # here the last token is read as well
     assert "66 tokens" in str(refused.exception)
     assert not (tmp_path / "out.arrow").exists()
 
@@ -79,13 +68,13 @@ def test_a_window_that_reaches_farther_than_the_model_was_trained_is_named(llama
     (tmp_path / "long.txt").write_text("x" * 100)
     words = "its first level reaches 66 tokens back, and the model was trained on 64: window:32,sinks=4 stays within"
     for pattern, named in (("window:33,sinks=4", True), ("window:32,sinks=4", False), ("dense", False)):
-        assert (words in run("score", tmp_path / "long.txt", "-m", llama, "--pattern", pattern).stderr) is named
+        assert (words in invoke("score", tmp_path / "long.txt", "-m", llama, "--pattern", pattern).stderr) is named
     words = "its chosen blocks reach {} tokens back, and the model was trained on 64: {} stays within"
     for pattern, reach, within in (
         ("window:16,chosen=4x16", 96, "window:32,sinks=4"),  # no window is left
         ("window:32,chosen=2x16", 96, "window:16,chosen=2x16"),
     ):
-        done = run("score", tmp_path / "long.txt", "-m", llama, "--pattern", pattern)
+        done = invoke("score", tmp_path / "long.txt", "-m", llama, "--pattern", pattern)
         assert words.format(reach, within) in done.stderr
         assert done.exit_code == 0
 
@@ -98,12 +87,12 @@ def test_lengths_that_are_known_are_checked_before_work_starts(llama: Path, tmp_
     else:
         with ipc.new_file(path, table(5).schema) as file:
             file.write_table(table(5, 60, 70, 5))
-    result = run("score", path, "-m", llama, "--chunk", 8, "--format", "jsonl")
+    result = invoke("score", path, "-m", llama, "--chunk", 8, "--format", "jsonl")
     assert isinstance(result.exception, TooLongError)
     assert f"{path}, row 2: 70 tokens" in str(result.exception)
     assert result.stdout == ""
-    assert isinstance(run("encode", path, "-m", llama, "-o", tmp_path / "out").exception, TooLongError)
-    assert totals(path, "-m", llama, "--context", LIMIT)["n_docs"] == 4
+    assert isinstance(invoke("encode", path, "-m", llama, "-o", tmp_path / "out").exception, TooLongError)
+    assert total(path, "-m", llama, "--context", LIMIT)["n_docs"] == 4
 
 
 def test_bad_documents_are_left_out_and_counted(llama: Path, tmp_path: Path) -> None:
@@ -114,20 +103,20 @@ def test_bad_documents_are_left_out_and_counted(llama: Path, tmp_path: Path) -> 
     pq.write_table(pa.concat_tables([rows, more]), bad)
     pq.write_table(good, tmp_path / "good.parquet")
 
-    found, expected = totals(bad, "-m", llama, "--skip-bad", code=6), totals(tmp_path / "good.parquet", "-m", llama)
+    found, expected = total(bad, "-m", llama, "--skip-bad", code=6), total(tmp_path / "good.parquet", "-m", llama)
     assert (found["n_skipped"], expected["n_skipped"]) == (2, 0)
     assert found["n_docs"] == expected["n_docs"] == 2
     assert found["nll_sum"] == pytest.approx(expected["nll_sum"], rel=1e-6)
-    said = run("score", bad, "-m", llama, "--skip-bad").stderr.splitlines()
+    said = invoke("score", bad, "-m", llama, "--skip-bad").stderr.splitlines()
     assert said[1:] == [
         f"longnet: note: left out: {bad}, row 1: 70 tokens, and the model was trained on 64",
         f"longnet: note: left out: {bad}, row 3, offset 1: token id 300 does not fit a vocabulary of 260",
         "longnet: note: 2 documents left out",
     ]
-    assert isinstance(run("score", bad, "-m", llama, "--context", 8).exception, DataError)
+    assert isinstance(invoke("score", bad, "-m", llama, "--context", 8).exception, DataError)
 
     shards = ["encode", bad, "-m", llama, "-o", tmp_path / "out", "--shard-rows", 1, "--skip-bad"]
-    assert run(*shards).exit_code == 6
+    assert invoke(*shards).exit_code == 6
     finished = tmp_path / "out" / "_manifest.arrow"
     manifest = json.loads(read_manifest(tmp_path / "out").to_json())
     assert manifest["totals"] == {"rows": 2, "documents": 2, "tokens": 65, "skipped": 2, "empty": 1}
@@ -135,11 +124,11 @@ def test_bad_documents_are_left_out_and_counted(llama: Path, tmp_path: Path) -> 
     del manifest["digest"]  # as older versions wrote it
     (tmp_path / "out" / "_unfinished.json").write_text(json.dumps(manifest))
     finished.unlink()
-    assert run(*shards, "--resume").exit_code == 6
+    assert invoke(*shards, "--resume").exit_code == 6
     assert read_manifest(tmp_path / "out").totals["skipped"] == 2
 
     pq.write_table(table(70, 80), bad)
-    nothing = run("score", bad, "-m", llama, "--skip-bad")
+    nothing = invoke("score", bad, "-m", llama, "--skip-bad")
     assert isinstance(nothing.exception, DataError)
     assert "every document is empty or left out" in str(nothing.exception)
 
@@ -186,14 +175,14 @@ def test_the_ids_before_a_document_are_read_and_not_scored(llama: Path, tmp_path
         first = max(len(before), 1)
         return torch.nn.functional.cross_entropy(logits[first - 1 :], ids[0, first:], reduction="sum").item()
 
-    assert totals(text, "-m", llama)["nll_sum"] == pytest.approx(nats(7), rel=1e-5)
-    assert totals(text, "-m", llama, "--bos", "<|endoftext|>")["nll_sum"] == pytest.approx(nats(256), rel=1e-5)
-    none = totals(text, "-m", llama, "--bos", "none")
+    assert total(text, "-m", llama)["nll_sum"] == pytest.approx(nats(7), rel=1e-5)
+    assert total(text, "-m", llama, "--bos", "<|endoftext|>")["nll_sum"] == pytest.approx(nats(256), rel=1e-5)
+    none = total(text, "-m", llama, "--bos", "none")
     assert none["n_tokens"] == len(text.read_bytes()) - 1
     assert none["nll_sum"] == pytest.approx(nats(), rel=1e-5)
     with_template("[gMASK]", "<s>").save(tmp_path / "tokenizer.json")
     several = ["--tokenizer", tmp_path / "tokenizer.json", "--tokenizer-differs"]
-    found = totals(text, "-m", llama, *several)
+    found = total(text, "-m", llama, *several)
     assert found["n_tokens"] == len(text.read_bytes())
     assert found["nll_sum"] == pytest.approx(nats(258, 257), rel=1e-5)
-    assert totals(text, "-m", llama, *several, "--context", 4, "--stride", 2)["n_tokens"] == found["n_tokens"]
+    assert total(text, "-m", llama, *several, "--context", 4, "--stride", 2)["n_tokens"] == found["n_tokens"]

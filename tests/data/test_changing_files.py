@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
+from files import write_file, write_stream
 from processes import wait_for
 
 from longnet_cli.basics.errors import DataError
@@ -38,8 +38,7 @@ def write(path: Path, kind: str) -> Path:
         path.write_text(f'{{"input_ids": {[7] * 1000}}}\n' * 2000)
     else:
         made = table(kind)
-        with (ipc.new_stream if kind == "stream" else ipc.new_file)(path, made.schema) as writer:
-            writer.write_table(made, max_chunksize=LENGTH if kind == "flat" else 1)
+        (write_stream if kind == "stream" else write_file)(path, made, LENGTH if kind == "flat" else 1)
     return path
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from builders import write_rows
+from files import write_rows
 from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError

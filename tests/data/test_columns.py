@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 import pytest
-from test_sources import FORMATS, IDS, read, tokens, write_file, write_parquet, write_stream
+from files import FORMATS, IDS, read, tokens, write_file, write_parquet, write_stream
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.inputs import Inputs

@@ -15,20 +15,11 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 from conftest import RunLongnet
+from files import write_file, write_stream
 
 TEXTS = ["def f(x):\n    return x\n", "wörld, 漢字\n" * 9, "a", "import os\n" * 40, "two words"]
 TABLE = pa.table({"id": [f"d{index}" for index in range(len(TEXTS))], "text": TEXTS, "n": range(len(TEXTS))})
 LINES = "".join(json.dumps(row) + "\n" for row in TABLE.to_pylist()).encode()
-
-
-def ipc_file(path: Path) -> None:
-    with ipc.new_file(path, TABLE.schema) as writer:
-        writer.write_table(TABLE, max_chunksize=2)
-
-
-def ipc_stream(path: Path) -> None:
-    with ipc.new_stream(path, TABLE.schema) as writer:
-        writer.write_table(TABLE, max_chunksize=2)
 
 
 def of_datasets(path: Path) -> None:
@@ -64,8 +55,8 @@ def text_files(path: Path) -> None:
 
 
 FORMS: dict[str, Callable[[Path], object]] = {
-    "ipc.arrow": ipc_file,
-    "stream.arrow": ipc_stream,
+    "ipc.arrow": lambda path: write_file(path, TABLE),
+    "stream.arrow": lambda path: write_stream(path, TABLE),
     "datasets": of_datasets,
     "polars.arrow": of_polars("write_ipc"),
     "polars-stream.arrow": of_polars("write_ipc_stream"),

@@ -6,7 +6,7 @@ import re
 import threading
 
 import pytest
-from test_sources import BYTES, pipe, read, tokens
+from files import BYTES, pipe, read, tokens
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.inputs import Inputs

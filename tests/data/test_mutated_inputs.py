@@ -25,6 +25,7 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 from conftest import RunLongnet
+from files import write_file, write_stream
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.inputs import Inputs
@@ -50,17 +51,11 @@ def table(columns: dict[str, list], kind: pa.DataType) -> pa.Table:
 
 
 def ipc_file(rows: pa.Table, **options: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    with ipc.new_file(sink, rows.schema, options=ipc.IpcWriteOptions(**options)) as writer:
-        writer.write_table(rows, max_chunksize=2)
-    return sink.getvalue().to_pybytes()
+    return write_file(pa.BufferOutputStream(), rows, options=ipc.IpcWriteOptions(**options)).getvalue().to_pybytes()
 
 
 def ipc_stream(rows: pa.Table, **options: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    with ipc.new_stream(sink, rows.schema, options=ipc.IpcWriteOptions(**options)) as writer:
-        writer.write_table(rows, max_chunksize=2)
-    return sink.getvalue().to_pybytes()
+    return write_stream(pa.BufferOutputStream(), rows, options=ipc.IpcWriteOptions(**options)).getvalue().to_pybytes()
 
 
 def parquet(rows: pa.Table, **options: Any) -> bytes:

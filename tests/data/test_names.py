@@ -11,11 +11,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from test_sources import write_stream
-from typer.testing import CliRunner
+from files import write_stream
+from processes import invoke
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, MemoryLimitError
-from longnet_cli.cli.app import app
 from longnet_cli.data import inputs
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
@@ -202,7 +201,7 @@ def test_names_are_expanded_once(tmp_path, monkeypatch, command):
         Path(path).write_text("")  # an output that exists is compared with the inputs
     expanded = []
     monkeypatch.setattr(inputs, "find_sources", lambda *items: expanded.append(items) or find_sources(*items))
-    done = CliRunner().invoke(app, [*command.split(), "*.txt", "-q"])
+    done = invoke(*command.split(), "*.txt", "-q")
     assert (done.exit_code, len(expanded)) == (0, 1), done.output
 
 

@@ -145,7 +145,7 @@ def test_only_a_name_without_the_ending_of_a_file_is_a_folder(tmp_path):
 STREAM = """
 import sys
 sys.path.append(sys.argv[2])
-from test_sinks import BATCH, SCHEMA, ShardWriter
+from test_outputs import BATCH, SCHEMA, ShardWriter
 with ShardWriter("-", SCHEMA) as writer:
     writer.write(BATCH)
     if sys.argv[1] == "fail":

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
+from files import write_file, write_stream
 
 from longnet_cli.basics.errors import ConfigError, DataError, MemoryLimitError
 from longnet_cli.data import documents
@@ -57,15 +57,10 @@ def by_document(kind: str = "fixed") -> pa.Table:
 
 
 def write(table: pa.Table, path: Path, rows: int = 1 << 20) -> Path:
-    batches = table.to_batches(max_chunksize=rows)
     if path.suffix == ".parquet":
         pq.write_table(table, path, row_group_size=rows)
         return path
-    writer = ipc.new_file if path.suffix == ".arrow" else ipc.new_stream
-    with writer(str(path), table.schema) as file:
-        for batch in batches:
-            file.write_batch(batch)
-    return path
+    return (write_file if path.suffix == ".arrow" else write_stream)(path, table, rows)
 
 
 def read(*names: Path | str, **options: Any) -> list[Vectors]:

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
-from builders import write_rows
 from conftest import RunLongnet
+from files import write_rows
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Unread

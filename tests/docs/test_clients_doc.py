@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'longnet-cli[lm-eval]'")
 pytest.importorskip("sentence_transformers", reason="not installed: pip install 'longnet-cli[sentence-transformers]'")
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import torch
 from builders import tiny_llama, tiny_model
-from typer.testing import CliRunner
+from places import ROOT
+from processes import invoke
 
 from longnet_cli.basics.notation import parse_pattern
-from longnet_cli.cli.app import app
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
@@ -31,8 +31,6 @@ from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.jobs.scoring.score_rows import write_token_logprobs
 from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.models.folder import ModelFolder
-
-ROOT = Path(__file__).parents[1]
 
 
 def imported(script: Path) -> ModuleType:
@@ -102,7 +100,7 @@ def test_an_encoder_learns_masked_tokens_and_finds_edited_copies(tmp_path: Path,
     """The recipe at a small size: below what a net without context reaches, and most files cut short are found."""
 
     def longnet(*arguments: str | Path) -> None:
-        made = CliRunner().invoke(app, [str(each) for each in arguments])
+        made = invoke(str(each) for each in arguments)
         assert made.exit_code == 0, made.output
 
     def python(script: str, *arguments: str | Path) -> str:
@@ -134,7 +132,7 @@ def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[st
     """The script at a small size: both losses fall, side by side, and what it saves is what the commands take."""
     pytest.importorskip("transformers")
     tokens, output, steps = tmp_path / "tokens", tmp_path / "run", 10
-    made = CliRunner().invoke(app, ["tokenize", str(ROOT / "examples"), "-o", str(tokens), "--train-vocab", "512"])
+    made = invoke("tokenize", str(ROOT / "examples"), "-o", str(tokens), "--train-vocab", "512")
     assert made.exit_code == 0, made.output
     script = ROOT / "examples/hf_llama.py"
     size = ["--tokens", tokens, "--steps", str(steps), "--context", "128"]
@@ -183,7 +181,7 @@ def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env
     ]  # fmt: skip
     (tmp_path / "first.txt").write_text(("some text " * 30)[:200])
     alone = ["score", tmp_path / "first.txt", "--model", tmp_path / "llama", "--context", "64", "--format", "json"]
-    total = json.loads(CliRunner().invoke(app, [*map(str, alone)]).stdout)["total"]
+    total = json.loads(invoke(*map(str, alone)).stdout)["total"]
     assert sum(row["nats"] for row in rows[:3]) == pytest.approx(total["nll_sum"], rel=1e-6)
     table = [line for line in done.stderr.splitlines() if line.startswith("| `")]
     assert [line.split(" | ")[0] for line in table] == ["| `dense`", "| `window:16,sinks=2`"]

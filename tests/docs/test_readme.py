@@ -16,6 +16,7 @@ import click
 import pytest
 import typer.main
 from builders import tiny_llama
+from places import ROOT
 
 from longnet_cli.basics.hub import list_models, preset_dir
 from longnet_cli.cli.app import app
@@ -32,7 +33,6 @@ from longnet_cli.jobs.training.recipe import (
 )
 from longnet_cli.nets.config import LongNetConfig
 
-ROOT = Path(__file__).parents[1]
 TESTED_ELSEWHERE = {"clients.md", "vectors.md"}  # by slow tests of their own: they need what the tests do not install
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").rglob("*.md"))]
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 import typer
+from places import ROOT
 
 from longnet_cli.cli.app import app
-
-ROOT = Path(__file__).parents[1]
 
 
 def load(name: str) -> ModuleType:

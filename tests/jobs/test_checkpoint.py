@@ -15,16 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import SIZES, write_corpus
-from processes import Start, kill_training, wait_for
-from typer.testing import CliRunner
+from builders import metrics_of, write_corpus
+from builders import recipe_with_checkpoints as recipe
+from processes import Start, invoke, kill_training, wait_for
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
-from longnet_cli.cli.app import app
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_state
 from longnet_cli.jobs.training.loop import train
-from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.jobs.training.recipe import Recipe
 from longnet_cli.jobs.training.start import prepare_run
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.ranks.ranks import Ranks
@@ -33,22 +32,6 @@ from longnet_cli.running.ranks.ranks import Ranks
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     return write_corpus(tmp_path, 400, 1)
-
-
-def recipe(corpus: Path, **overrides: object) -> Recipe:
-    settings = {
-        "model": SIZES | {"segment_lengths": [16, 32], "dilation_rates": [1, 2], "dropout": 0.1},
-        "data.train": [str(corpus)],
-        "data.held_out": [str(corpus.parent / "held_out.txt")],
-        "schedule.warmup_steps": 2,
-        "train.stages": [{"seq_len": 32, "steps": 12}, {"seq_len": 100, "steps": 8}],
-        "train.batch_tokens": 256,
-        "train.chunk": 60,  # shorter than the windows of the second stage
-        "train.log_every": 3,
-        "train.evaluate_every": 8,
-        "train.save_every": 4,
-    }
-    return load_recipe(None, settings | overrides)
 
 
 class Stop:
@@ -82,7 +65,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
         counter = Stop(patch, -1)
         train(found, tmp_path / "whole")
     weights = (tmp_path / "whole/model.safetensors").read_bytes()
-    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(tmp_path / "whole")
     assert counter.moments > 50
     steps = set()
     for attempt, moment in enumerate(range(5, counter.moments, counter.moments // 5)):
@@ -96,7 +79,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
         train(found, run)
         assert (run / "model.safetensors").read_bytes() == weights
         assert (run / "best/model.safetensors").read_bytes() == (tmp_path / "whole/best/model.safetensors").read_bytes()
-        again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        again = metrics_of(run)
         measured = dict.fromkeys(("tokens_per_second", "peak_memory_bytes"))
         assert [line | measured for line in again] == [line | measured for line in lines]
     assert len(steps) > 2
@@ -134,10 +117,7 @@ def test_a_save_during_an_evaluation_gives_no_line_twice(
         with pytest.raises(LongNetError, match="killed"):
             train(found, tmp_path / "run", on_step=kill)
     train(found, tmp_path / "run")
-    lines = [
-        [json.loads(line)["step"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "run")
-    ]
+    lines = [[line["step"] for line in metrics_of(tmp_path / name)] for name in ("whole", "run")]
     assert lines[0] == lines[1]
 
 
@@ -291,10 +271,7 @@ def test_more_steps_extend_a_run_that_has_ended(corpus: Path, tmp_path: Path) ->
             run(folder="extended", **fewer)
     for steps, folder in ((2, "falling"), (4, "falling"), (4, "falls")):
         run(steps, folder, "linear")
-    rates = [
-        [json.loads(line)["lr"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("falling", "falls")
-    ]
+    rates = [[line["lr"] for line in metrics_of(tmp_path / name)] for name in ("falling", "falls")]
     assert rates[0][5:] == rates[1][5:]
     assert rates[0][4] < rates[0][5]
 
@@ -410,7 +387,7 @@ def test_an_interrupt_before_the_first_step_says_that_nothing_is_saved(
 
     monkeypatch.setattr("longnet_cli.jobs.training.loop.train", interrupted)
     (tmp_path / "recipe.json").write_text(recipe(corpus).model_dump_json())
-    done = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.json"), "-o", str(tmp_path / "run")])
+    done = invoke("train", str(tmp_path / "recipe.json"), "-o", str(tmp_path / "run"))
     assert done.exit_code == 130
     said = "stopped before a step: nothing new is saved, and the same command starts again"
     assert said in done.stderr.splitlines()

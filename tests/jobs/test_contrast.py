@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import SIZES, tiny_llama, tiny_net, write_rows
-from test_exchange import run_ranks
-from test_fsdp import mesh
+from builders import SIZES, metrics_of, tiny_llama, tiny_net
+from files import write_rows
+from many_ranks import mesh, run_ranks
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
@@ -233,10 +232,6 @@ def corpus(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "corpus.parquet", rows)
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize(
     ("settings", "stored"),
     [
@@ -248,7 +243,7 @@ def test_a_run_learns_to_find(settings: dict[str, Any], stored: Any, corpus: Pat
     changes = {"data.pair": "question", **settings}
     changes |= {"train.stages": [{"seq_len": 64, "steps": 20}], "train.evaluate_every": 19}
     train(recipe(corpus, **changes), tmp_path / "run")
-    last = lines(tmp_path / "run")[-1]
+    last = metrics_of(tmp_path / "run")[-1]
     assert last["held_out_mrr"] > 0.5  # by chance, 0.16
     assert last["held_out_recall_1"] <= last["held_out_recall_10"]
     assert last["held_out_ppl"] is None
@@ -261,8 +256,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(corpus: Path, tmp_path: Path) ->
     train(found, tmp_path / "again", resume=str(tmp_path / "whole/checkpoints/step-00000002"))
     whole, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again"))
     assert whole == again
-    assert [line["step"] for line in lines(tmp_path / "again")] == [3, 4]
-    temperatures = [[line["temperature"] for line in lines(tmp_path / name)] for name in ("whole", "again")]
+    assert [line["step"] for line in metrics_of(tmp_path / "again")] == [3, 4]
+    temperatures = [[line["temperature"] for line in metrics_of(tmp_path / name)] for name in ("whole", "again")]
     assert temperatures[0][2:] == temperatures[1]
     assert len({0.05, *temperatures[0]}) == 5
 
@@ -275,7 +270,7 @@ def train_on(dp: int, corpus: Path, output: Path, shard: str) -> None:
 def test_a_run_of_ranks_is_that_of_one_process(shard: str, corpus: Path, tmp_path: Path) -> None:
     train(recipe(corpus), tmp_path / "alone")
     run_ranks(2, tmp_path, train_on, 2, corpus, tmp_path / "many", shard)
-    for found, wanted in zip(lines(tmp_path / "many"), lines(tmp_path / "alone"), strict=True):
+    for found, wanted in zip(metrics_of(tmp_path / "many"), metrics_of(tmp_path / "alone"), strict=True):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
         assert found["tokens"] == wanted["tokens"]
     assert found["held_out_loss"] == pytest.approx(wanted["held_out_loss"], rel=1e-3)

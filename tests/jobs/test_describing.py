@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from places import ROOT
+from processes import invoke
 from strategies import Choice, choices
-from typer.testing import CliRunner
 
 from longnet_cli.attention import KVCache, Pattern
 from longnet_cli.attention.branches import attention_flops
@@ -21,7 +22,6 @@ from longnet_cli.attention.groups import groups_of
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.notation import parse_pattern
-from longnet_cli.cli.app import app
 from longnet_cli.jobs.describing import NOTHING, describe, find_subject, keys_of_heads, picture, reach
 
 TILED = {"look_back": 1, "overlap": "once"}
@@ -132,7 +132,7 @@ def test_the_command_loads_no_torch_for_a_pattern() -> None:
 
 
 def test_json_has_the_keys_of_the_contract() -> None:
-    result = CliRunner().invoke(app, ["pattern", "paper", "window:1Ki,sinks=4", "longnet-tiny", "--format", "json"])
+    result = invoke("pattern", "paper", "window:1Ki,sinks=4", "longnet-tiny", "--format", "json")
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
     assert [row["pattern"] for row in rows[1:]] == ["1024/1,look_back=1,sinks=4", TINY]
@@ -142,7 +142,7 @@ def test_json_has_the_keys_of_the_contract() -> None:
 
 @pytest.mark.parametrize("name", ["longnet-125m", "examples/small.toml", "./models/longnet-tiny"])
 def test_recipes_and_models_are_described(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(ROOT)
     subject = find_subject(name)
     assert subject.layers
     assert subject.causal
@@ -173,7 +173,7 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_refused(words: list[str], message: str) -> None:
-    result = CliRunner().invoke(app, ["pattern", *words])
+    result = invoke("pattern", *words)
     assert isinstance(result.exception, ConfigError)
     assert str(result.exception).startswith(message)
     assert "\n" not in str(result.exception)
@@ -182,7 +182,7 @@ def test_what_is_refused(words: list[str], message: str) -> None:
 def test_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "x.png"
-    result = CliRunner().invoke(app, ["pattern", "window:8,sinks=2", "paper", "--seq", "64", "-o", str(file)])
+    result = invoke("pattern", "window:8,sinks=2", "paper", "--seq", "64", "-o", str(file))
     assert result.exit_code == 0, result.output
     assert file.read_bytes().startswith(b"\x89PNG")
     assert "s sinks" in result.stdout

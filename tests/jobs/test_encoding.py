@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 import torch
-from builders import LEVELS, SIZES, MadeInputs, make_document, tiny_net
+from builders import LEVELS, SIZES, MadeInputs, make_document, tiny_net, vectors
+from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
@@ -32,10 +33,6 @@ CONFIG = LongNetConfig(**SIZES, **LEVELS, position="rope")
 @pytest.fixture(scope="module", params=["causal", "bidirectional"])
 def model(request: pytest.FixtureRequest) -> LongNet:
     return tiny_net(position="rope", causal=request.param == "causal").eval()
-
-
-def vectors(table: pa.Table) -> np.ndarray:
-    return np.stack(table["embedding"].to_numpy())
 
 
 def plain_vector(model: LongNet, document: Document, pool: str) -> np.ndarray:
@@ -180,10 +177,6 @@ def write(model: LongNet, place: Path, documents: Iterable[Document] = DOCUMENTS
     reading = {name: value for name, value in options.items() if name not in names}
     more = {"inputs": MadeInputs("x", made=documents), "chunk": 70, "shard_size": 3} | reading
     return write_rows(partial(Encoder, options=rows), model, output=place, **more)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def stopped_at(index: int) -> Iterator[Document]:

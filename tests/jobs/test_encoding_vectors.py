@@ -13,10 +13,10 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from builders import level_options, read_golden, slide, slide_encoder
 from conftest import RunLongnet
+from files import write_file
 from safetensors.torch import save_file
-from test_official import levels, read_golden
-from test_slide import build, slide
 from torch import Tensor
 
 from longnet_cli.basics.errors import DataError
@@ -60,7 +60,7 @@ def layers(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    build().save_pretrained(tmp_path / "model")
+    slide_encoder().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -69,7 +69,7 @@ def expected(pool: str = "cls", **options: object) -> dict[str, np.ndarray]:
     found = {}
     for seed, (name, count) in enumerate(SLIDES.items()):
         x, at = slide(count, seed)
-        found[name] = build()(x[None], at[None], pool=pool, **options)
+        found[name] = slide_encoder()(x[None], at[None], pool=pool, **options)
     return {name: x[..., 0, :].numpy() for name, x in found.items()}
 
 
@@ -84,7 +84,9 @@ def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) ->
     h5py = pytest.importorskip("h5py")
     state, wanted, theirs = read_golden("slide_encoder_zero_key")
     save_file(state, tmp_path / "slide_encoder.safetensors")
-    done = run_longnet("convert", tmp_path / "slide_encoder.safetensors", "-o", tmp_path / "model", *levels(theirs))
+    done = run_longnet(
+        "convert", tmp_path / "slide_encoder.safetensors", "-o", tmp_path / "model", *level_options(theirs)
+    )
     assert done.returncode == 0, done.stderr
     table = tiles(wanted["features"], wanted["coords"], "slide")
     pq.write_table(table, tmp_path / "slide.parquet")
@@ -121,7 +123,7 @@ def test_chunks_and_batches_are_each_slide_alone(
 @pytest.mark.parametrize("chunk", ["37", "1Ki"])
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_all_layers(run_longnet: RunLongnet, tmp_path: Path, model: Path, pool: str, chunk: str) -> None:
-    ipc_file(slides(), tmp_path / "slides.arrow")
+    write_file(tmp_path / "slides.arrow", slides(), 1000)
     options = ["--model", model, "--pool", pool, "--no-normalize", "--all-layers", "-o", tmp_path / "out.arrow"]
     done = run_longnet("encode", tmp_path / "slides.arrow", *options, "--chunk", chunk)
     assert done.returncode == 0, done.stderr
@@ -147,11 +149,6 @@ def test_two_ranks_are_one(run_longnet: RunLongnet, tmp_path: Path, model: Path)
     same(layers(tmp_path / "out.arrow"), expected(all_layers=True))
 
 
-def ipc_file(table: pa.Table, path: Path) -> None:
-    with ipc.new_file(str(path), table.schema) as writer:
-        writer.write_table(table)
-
-
 def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:
     """What `encode --span` writes is read by a net without coordinates, and by a LongNet without a vocabulary."""
     (tmp_path / "book.txt").write_text("a long way from here " * 60)
@@ -159,7 +156,7 @@ def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     chunks = ipc.open_file(tmp_path / "chunks.arrow").read_all()["embedding"]
     x = torch.tensor(chunks.to_pylist())
-    encoder = build(in_features=x.shape[1], grid=0, position="rope")
+    encoder = slide_encoder(in_features=x.shape[1], grid=0, position="rope")
     encoder.save_pretrained(tmp_path / "books")
     sizes = {"vocab_size": 0, "dim": x.shape[1], "num_layers": 1, "num_heads": 4, "ffn_dim": 32}
     levels = {"segment_lengths": (16, 64), "dilation_rates": (1, 4)}
@@ -183,7 +180,7 @@ def test_spans_of_a_slide(run_longnet: RunLongnet, tmp_path: Path, model: Path) 
     assert done.returncode == 0, done.stderr
     found = pq.read_table(tmp_path / "out.parquet")
     assert found["end"].to_pylist() == [20, 40, 50]
-    encoder = build()
+    encoder = slide_encoder()
     with torch.no_grad():
         rows = encoder._rows(x[None], at[None], torch.tensor([50]))
         hidden = encoder.net(rows)[0, 1:]
@@ -284,7 +281,7 @@ def test_a_bad_slide_is_left_out_as_if_it_were_not_there(
 ) -> None:
     table, line = edited(nested, *bad[:3]), bad[3]
     pq.write_table(table, tmp_path / "x.parquet")
-    ipc_file(table, tmp_path / "x.arrow")
+    write_file(tmp_path / "x.arrow", table, 1000)
     for path in (tmp_path / "x.parquet", tmp_path / "x.arrow"):
         with pytest.raises(DataError, match=rf"{path.name}, row {1 if nested else 100}\b.*: {re.escape(line)}"):
             [x.read() for x in Inputs([path], vectors=True).documents()]
@@ -294,7 +291,7 @@ def test_a_bad_slide_is_left_out_as_if_it_were_not_there(
     assert left_out.startswith(f"longnet: note: left out: {path}, row ")
     assert (done.returncode, line in left_out, others) == (6, True, ["longnet: note: 1 document left out"])
     found = (tmp_path / "out.arrow").read_bytes()
-    ipc_file(table.filter(pc.field("slide_id") != "s2"), path)
+    write_file(path, table.filter(pc.field("slide_id") != "s2"), 1000)
     assert run_longnet(*words).returncode == 0
     assert found == (tmp_path / "out.arrow").read_bytes()
     assert ipc.open_file(tmp_path / "out.arrow").read_all()["slide_id"].to_pylist() == ["s1", "s3", "s4"]

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from builders import vectors
 from conftest import ROOT, RunLongnet
 
 from longnet_cli.basics.errors import ConfigError, DataError
@@ -16,10 +17,6 @@ from longnet_cli.jobs.engines import Reading, encode_batches, score_batches
 
 TEXTS = ["one two three " * 40, "x", "", "def f():\n    return 1\n" * 30, "four five " * 20]
 TABLE = pa.table({"id": [7, 8, 9, 10, 11], "text": TEXTS, "lang": ["a", None, "c", "d", "e"]})
-
-
-def vectors(table: pa.Table) -> np.ndarray:
-    return np.stack(table["embedding"].to_numpy())
 
 
 def test_batches_have_the_rows_of_the_commands(run_longnet: RunLongnet, tmp_path: Path) -> None:

@@ -7,47 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from streams import WINDOW, WORDS, foreign, generated, native, prompt
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
-from longnet_cli.data.documents import Document
-from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.generating import Sampler, Step, generate
-from longnet_cli.nets.config import LongNetConfig
-from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.net import Net
-
-WINDOW = Pattern.window(16, sinks=3)
-WORDS = Tokenizer.bytes()
-
-
-def native(pattern: Pattern = WINDOW, **more: Any) -> LongNet:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 257, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48, "position": "rope"}
-    model = LongNet(LongNetConfig(**sizes | vars(pattern) | more))
-    for parameter in model.parameters():  # initial weights are so small that the same token would come again and again
-        parameter.data.mul_(3 if parameter.dim() > 1 else 1)
-    return model.eval()
-
-
-def foreign(pattern: Pattern, kind: str = "llama") -> Net:
-    pytest.importorskip("transformers")
-    import test_transformers
-
-    from longnet_cli.integrations.transformers import use_dilated_attention
-    from longnet_cli.models.hf.pretrained_net import TransformersNet
-
-    model = test_transformers.built(getattr(test_transformers, kind))
-    return TransformersNet(use_dilated_attention(model, pattern))
-
-
-def prompt(length: int) -> Document:
-    tokens = np.random.default_rng(length).integers(1, 97, length, dtype=np.int32)
-    return Document("prompt", tokens, None, "prompt.txt")
-
-
-def run(model: Net, length: int = 50, **options: Any) -> list[Step]:
-    return list(generate(model, prompt(length), **{"bos": None, "tokenizer": WORDS, "max_tokens": 40} | options))
+from longnet_cli.jobs.generating import Sampler, Step
 
 
 def text_of(steps: list[Step]) -> str:
@@ -69,7 +33,7 @@ def test_every_token_is_the_best_of_a_full_forward(kind: str) -> None:
     """Of the whole sequence at once, and its log-probability is that one's; across segments, after any chunks."""
     model = NETS[kind]()
     for length, bos, chunk in ((1, None, None), (50, 3, 7), (50, 3, None), (61, None, 16)):
-        steps = run(model, length, bos=bos, chunk=chunk, tokenizer=None)
+        steps = generated(model, length, bos=bos, chunk=chunk, tokenizer=None)
         found = torch.tensor([step.id for step in steps])
         before = [*([] if bos is None else [bos]), *prompt(length).tokens]
         logits = model.logits(model(torch.tensor([[*before, *found.tolist()]])))[0, len(before) - 1 : -1]
@@ -102,29 +66,29 @@ def test_draws_follow_the_softmax_and_top_p_takes_the_fewest_tokens() -> None:
 def test_a_seed_gives_the_same_text_in_any_company() -> None:
     model = native()
     options = {"temperature": 1.0, "top_p": 0.9}
-    first = run(model, seed=1, **options)
-    run(model, 20, seed=1, **options)
-    assert [x.id for x in run(model, seed=1, chunk=9, **options)] == [x.id for x in first]
-    assert [x.id for x in run(model, seed=2, **options)] != [x.id for x in first]
+    first = generated(model, seed=1, **options)
+    generated(model, 20, seed=1, **options)
+    assert [x.id for x in generated(model, seed=1, chunk=9, **options)] == [x.id for x in first]
+    assert [x.id for x in generated(model, seed=2, **options)] != [x.id for x in first]
 
 
 def test_it_ends_at_an_id_at_a_text_and_at_the_last_position() -> None:
     model = native()
-    whole = run(model)
+    whole = generated(model)
     ids, text = [step.id for step in whole], text_of(whole)
     assert text == WORDS.decode(np.array(ids))
     place = next(i for i in range(10, 40) if ids[i] not in ids[:i])
-    ended = run(model, end_ids={ids[place]})
+    ended = generated(model, end_ids={ids[place]})
     assert [step.id for step in ended] == ids[: place + 1]
     assert (ended[-1].finish_reason, text_of(ended)) == ("eos", WORDS.decode(np.array(ids[:place])))
     stop = text[12:17]  # over several tokens
-    stopped = run(model, stop=[stop, "\0never"])
+    stopped = generated(model, stop=[stop, "\0never"])
     assert (text_of(stopped), stopped[-1].finish_reason) == (text[: text.index(stop)], "stop")
-    assert run(model, max_tokens=7)[-1].finish_reason == "length"
+    assert generated(model, max_tokens=7)[-1].finish_reason == "length"
     short = foreign(WINDOW, "gpt2")  # whose positions are a table
-    assert len(run(short, 1000)) == 25  # the last of which is not read
+    assert len(generated(short, 1000)) == 25  # the last of which is not read
     with pytest.raises(ConfigError, match="1025 tokens, and the model has 1024 positions"):
-        run(short, 1025)
+        generated(short, 1025)
 
 
 @pytest.mark.parametrize(
@@ -142,12 +106,12 @@ def test_it_ends_at_an_id_at_a_text_and_at_the_last_position() -> None:
 )
 def test_options_that_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        run(native(), **options)
+        generated(native(), **options)
 
 
 def test_what_cannot_be_continued() -> None:
     with pytest.raises(ConfigError, match="a bidirectional model does not say what comes next"):
-        run(native(causal=False))
+        generated(native(causal=False))
     with pytest.raises(DataError, match=r"prompt.txt: the prompt is empty"):
-        run(native(), 0)
-    assert len(run(native(), 0, bos=256)) == 40
+        generated(native(), 0)
+    assert len(generated(native(), 0, bos=256)) == 40

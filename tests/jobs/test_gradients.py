@@ -9,15 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import PAPER_64TH, chosen_patterns, document_starts, patterns_with_options
-from test_chunks import draw, error, gradients, net
+from streams import EOS, draw, error, gradients, net
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
 from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import IGNORED
-
-EOS = 49
 
 
 def alone(model: LongNet, tokens: Tensor, targets: Tensor) -> Tensor:

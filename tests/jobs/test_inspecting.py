@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc as ipc
 import pytest
 from conftest import RunLongnet
+from files import write_file
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,10 +22,7 @@ BYTES = Tokenizer.bytes()
 
 def write(path: Path, rows: list[list[int | None]], kind: pa.DataType | None = None, **metadata: str) -> Path:
     table = pa.table({"input_ids": pa.array(rows, kind or pa.list_(pa.int32()))})
-    table = table.replace_schema_metadata({f"longnet.{key}": value for key, value in metadata.items()})
-    with ipc.new_file(path, table.schema) as writer:
-        writer.write_table(table, max_chunksize=2)
-    return path
+    return write_file(path, table.replace_schema_metadata({f"longnet.{key}": value for key, value in metadata.items()}))
 
 
 def test_counts_of_good_files(tmp_path):

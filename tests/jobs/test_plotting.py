@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs import plotting
@@ -149,7 +150,7 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path: Path, run_long
     write_run(tmp_path / "run")
     (tmp_path / "hidden/matplotlib").mkdir(parents=True)
     (tmp_path / "hidden/matplotlib/__init__.py").write_text("raise ImportError('hidden')")
-    path = os.pathsep.join([str(tmp_path / "hidden"), str(Path(__file__).parents[1])])
+    path = os.pathsep.join([str(tmp_path / "hidden"), str(ROOT)])
     done = run_longnet("plot", "run", "-o", "curves.png", env={"PYTHONPATH": path}, fresh=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "pip install 'longnet-cli[plot]'" in done.stderr

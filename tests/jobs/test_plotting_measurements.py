@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from files import write_lines
+from places import ROOT
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.jobs.plotting import Curve, Panel, Point, draw_picture, draw_text, panels, read, read_all
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 BILLION, TINY, BLOCKS = (
     DOCS / name for name in ("bench-1e9.jsonl", "longnet-tiny.json", "dense-in-blocks-of-1Ki.json")
 )
 
 
 def write(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_lines(path, [*rows])
 
 
 def bench_row(impl: str, seq: int, seconds: float | None, **more: Any) -> dict[str, Any]:

@@ -15,9 +15,8 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
-from builders import tiny_llama, write_corpus
-from test_exchange import run_ranks
-from test_fsdp import mesh
+from builders import metrics_of, tiny_llama, write_corpus
+from many_ranks import mesh, run_ranks
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError
@@ -74,12 +73,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return hf.AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize("lora", [None, ["q_proj", "down_proj"]])
 @pytest.mark.parametrize(
     "pattern",
@@ -124,7 +117,7 @@ def test_documents_in_one_row_are_as_each_alone(pattern: str, llama: Path) -> No
 
 def test_a_run_leaves_a_folder_of_transformers(llama: Path, corpus: Path, tmp_path: Path) -> None:
     result = train(recipe(llama, corpus), tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(tmp_path / "run")
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
     assert result.loss == lines[-1]["loss"]
     assert lines[-1]["held_out_loss"] is not None
@@ -153,7 +146,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(llama: Path, corpus: Path, tmp_p
     with pytest.raises(KeyboardInterrupt):
         train(found, tmp_path / "parts", on_step=stop)
     train(recipe(llama, corpus, **chosen, **{"train.spill": str(tmp_path)}), tmp_path / "parts")
-    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"), 0)
+    torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=0)
 
 
 def test_lora_leaves_the_merged_model_and_the_adapter(llama: Path, corpus: Path, tmp_path: Path) -> None:
@@ -172,11 +165,11 @@ def test_lora_leaves_the_merged_model_and_the_adapter(llama: Path, corpus: Path,
         recipe(llama, corpus, **{"lora.rank": 4, "lora.dropout": 0.1, "train.spill": str(tmp_path)}), tmp_path / "run"
     )
     merged = weights(tmp_path / "run")
-    assert_same(merged, weights(tmp_path / "whole"), 0)
+    torch.testing.assert_close(merged, weights(tmp_path / "whole"), rtol=0, atol=0)
     assert torch.equal(merged["lm_head.weight"], weights(llama)["lm_head.weight"])
     base = hf.AutoModelForCausalLM.from_pretrained(llama)
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run/adapter").merge_and_unload().state_dict()
-    assert_same(merged, adapted, 1e-6)
+    torch.testing.assert_close(merged, adapted, rtol=1e-6, atol=1e-6)
     other = hf.AutoModelForCausalLM.from_pretrained(llama)
     torch.nn.init.normal_(other.lm_head.weight)
     other.save_pretrained(llama)
@@ -195,11 +188,8 @@ def train_on(dp: int, llama: Path, corpus: Path, output: Path, shard: str, patte
 def test_two_ranks_are_one(dp: int, shard: str, pattern: str, llama: Path, corpus: Path, tmp_path: Path) -> None:
     train_on(1, llama, corpus, tmp_path / "one", "none", pattern)
     run_ranks(2, tmp_path, train_on, dp, llama, corpus, tmp_path / "two", shard, pattern)
-    assert_same(weights(tmp_path / "two"), weights(tmp_path / "one"), 2e-4)
-    one, two = (
-        [json.loads(line)["grad_norm"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=2e-4, atol=2e-4)
+    one, two = ([line["grad_norm"] for line in metrics_of(tmp_path / name)] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-3)  # AdamW does not see how large gradients are
 
 

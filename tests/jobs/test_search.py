@@ -16,10 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import tiny_llama, tiny_model, write_rows
+from builders import tiny_llama, tiny_model
 from conftest import RunLongnet
+from files import write_rows
 from hypothesis import given
 from hypothesis import strategies as st
+from places import ROOT
 
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
@@ -27,7 +29,6 @@ from longnet_cli.jobs.encoding import TextPlaces
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.net import Embedder
 
-ROOT = Path(__file__).parents[1]
 TEXT = "naïve “quotes” — \U0001f600\U0001f468\u200d\U0001f469 and e\u0301 \u4e2d\u6587. " * 9
 
 

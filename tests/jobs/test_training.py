@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import torch
+from builders import metrics_of, recipe
 
 from longnet_cli.basics.atomic import locked_folder
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
@@ -24,9 +25,6 @@ from longnet_cli.jobs.training.recipe import Recipe, ScheduleRecipe, load_recipe
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 
-MODEL = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 32}
-MODEL |= {"segment_lengths": [16, 32], "dilation_rates": [1, 2]}
-
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
@@ -35,21 +33,9 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def recipe(corpus: Path, **overrides: object) -> Recipe:
-    settings = {
-        "model": MODEL,
-        "data.train": [str(corpus)],
-        "optimizer.lr": 1e-2,
-        "schedule.warmup_steps": 2,
-        "train.stages": [{"seq_len": 32, "steps": 30}, {"seq_len": 64, "steps": 10}],
-        "train.batch_tokens": 256,
-    }
-    return load_recipe(None, json.loads(json.dumps(settings)) | overrides)
-
-
 def test_it_learns_and_leaves_a_model(corpus: Path, tmp_path: Path) -> None:
     result = train(recipe(corpus), tmp_path / "out")
-    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(tmp_path / "out")
     assert [line["step"] for line in lines] == [10, 20, 30, 40]
     assert [line["seq_len"] for line in lines] == [32, 32, 32, 64]
     assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"} <= lines[0].keys()
@@ -202,7 +188,7 @@ def test_masked_training_learns_and_hides_the_same_tokens_again(corpus: Path, tm
     found = recipe(corpus, **settings)
     assert found.model.vocab_size == 258  # the byte tokenizer's, and the mask
     result = train(found, tmp_path / "a")
-    lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(tmp_path / "a")
     assert lines[-1]["held_out_loss"] < lines[2]["held_out_loss"] < 5
     assert result.loss < lines[0]["loss"] - 1
     train(found, tmp_path / "b")

@@ -4,12 +4,11 @@ import sys
 
 import pytest
 from builders import tiny_llama
-from typer.testing import CliRunner
+from processes import invoke
 
 from longnet_cli.basics import hub as module
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.basics.hub import list_models, preset_dir
-from longnet_cli.cli.app import app
 from longnet_cli.models.folder import ModelFolder
 
 
@@ -104,8 +103,6 @@ def test_encode_reads_config_json_once(tmp_path):
     tiny_llama(tmp_path / "llama", max_position_embeddings=64)
     (tmp_path / "a.txt").write_text("a text")
     sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
-    found = CliRunner().invoke(
-        app, ["encode", f"{tmp_path}/a.txt", "-m", f"{tmp_path}/llama", "-o", f"{tmp_path}/v.arrow"]
-    )
+    found = invoke("encode", f"{tmp_path}/a.txt", "-m", f"{tmp_path}/llama", "-o", f"{tmp_path}/v.arrow")
     assert found.exit_code == 0, found.output
     assert OPENED.count(str(tmp_path / "llama" / "config.json")) == 1

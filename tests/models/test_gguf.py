@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install 'longnet-cli[gguf]'")
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'longnet-cli[gguf]'")
@@ -20,10 +19,10 @@ import gguf
 import transformers as hf
 from huggingface_hub import constants
 from loopback_hub import fill_cache
+from processes import invoke, total
 from tokenizers.pre_tokenizers import ByteLevel
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError
-from longnet_cli.cli.app import app
 from longnet_cli.models.folder import ModelFolder
 
 HEADS, KEY_HEADS, DIM, FFN, LAYERS = 4, 2, 64, 96, 2
@@ -81,28 +80,18 @@ def write_gguf(path: Path, model: hf.LlamaForCausalLM, kind: str = "F32") -> Pat
     return path
 
 
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(app, [*map(str, args)])
-
-
-def total(*args: str | Path) -> dict:
-    result = run("score", *args, "--format", "json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)["total"]
-
-
 def test_a_file_on_a_hub_has_its_commit_in_the_folder_made_of_it(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     data = write_gguf(tmp_path / "made.gguf", random_llama()).read_bytes()
     commit = fill_cache(tmp_path / "hub", "org/llama", {"q.gguf": data})
-    assert run("convert", "org/llama:q.gguf", "-o", tmp_path / "made").exit_code == 0
+    assert invoke("convert", "org/llama:q.gguf", "-o", tmp_path / "made").exit_code == 0
     assert json.loads((tmp_path / "made/config.json").read_text())["_name_or_path"] == f"org/llama@{commit}:q.gguf"
 
 
 def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path: Path) -> None:
     """Exactly, where weights are plain; with its tokenizer, in the type that is asked for."""
     model, folder = random_llama(), tmp_path / "llama"
-    result = run("convert", write_gguf(tmp_path / "model.gguf", model), "-o", folder)
+    result = invoke("convert", write_gguf(tmp_path / "model.gguf", model), "-o", folder)
     assert result.exit_code == 0, result.output
     assert result.stderr == f"{tmp_path}/model.gguf: LlamaForCausalLM, of F32 weights as float32 -> {folder}\n"
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {*_names(folder)}
@@ -114,7 +103,7 @@ def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path: Path) -> N
     text = "the moth, then"
     assert words.decode(words(text, add_special_tokens=False).input_ids) == text
     assert ModelFolder(folder).tokenizer().encode(text).tolist() == words(text, add_special_tokens=False).input_ids
-    again = run("convert", tmp_path / "model.gguf", "-o", folder)
+    again = invoke("convert", tmp_path / "model.gguf", "-o", folder)
     assert isinstance(again.exception, ConfigError)
     assert "is not an empty folder" in str(again.exception)
 
@@ -122,7 +111,7 @@ def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path: Path) -> N
 def test_quantized_weights_are_written_as_plain_ones(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "model.gguf", random_llama(), "Q8_0")
     for dtype, kind in (("auto", torch.bfloat16), ("fp32", torch.float32), ("fp16", torch.float16)):
-        result = run("convert", source, "-o", tmp_path / dtype, "--dtype", dtype)
+        result = invoke("convert", source, "-o", tmp_path / dtype, "--dtype", dtype)
         assert f"of F32, Q8_0 weights as {str(kind).removeprefix('torch.')}" in result.stderr
         loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / dtype)
         assert loaded.dtype is kind
@@ -136,15 +125,15 @@ def test_a_file_is_a_model(tmp_path: Path) -> None:
     """Converted on the way, in the type it is computed in, with the scores of its folder; nothing stays behind."""
     source, text = write_gguf(tmp_path / "model.gguf", random_llama()), tmp_path / "text.txt"
     text.write_text("the moth, then the other")
-    assert run("convert", source, "-o", tmp_path / "llama", "-q").stderr == ""
+    assert invoke("convert", source, "-o", tmp_path / "llama", "-q").stderr == ""
     pattern = ["--pattern", "window:8,sinks=2"]
-    found = run("score", text, "-m", source, "--format", "json", *pattern)
+    found = invoke("score", text, "-m", source, "--format", "json", *pattern)
     assert "converted for this run" in found.stderr
     of_folder = total(text, "-m", tmp_path / "llama", *pattern)
     assert json.loads(found.stdout)["total"] == of_folder | {"model": str(source)}
-    assert run("encode", text, "-m", source, "-o", tmp_path / "out.arrow").exit_code == 0
+    assert invoke("encode", text, "-m", source, "-o", tmp_path / "out.arrow").exit_code == 0
     for command in (["bench", "--op", "model", "--seq", "64", "-m", source], ["pattern", source]):
-        refused = run(*command)
+        refused = invoke(*command)
         assert isinstance(refused.exception, CheckpointError), refused.output
         assert "longnet convert" in str(refused.exception)
 
@@ -159,7 +148,7 @@ def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
         ("none.gguf", "no such file"),
     )
     for name, message in cases:
-        result = run("convert", tmp_path / name, "-o", tmp_path / "out")
+        result = invoke("convert", tmp_path / name, "-o", tmp_path / "out")
         assert isinstance(result.exception, CheckpointError), result.output
         assert message in str(result.exception)
         assert not [name for name in _names(tmp_path) if "out" in name]
@@ -169,7 +158,7 @@ def test_without_its_libraries(tmp_path: Path, command_env: dict[str, str]) -> N
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     script = "import sys; sys.modules['gguf'] = None; from longnet_cli.cli.app import main; main()"
     words = [sys.executable, "-c", script, "convert", tmp_path / "model.gguf", "-o", tmp_path / "out"]
-    done = subprocess.run(words, env=command_env, capture_output=True, text=True, check=False)
+    done = subprocess.invoke(words, env=command_env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     expected = f"longnet: error: {tmp_path}/model.gguf: GGUF needs gguf: pip install 'longnet-cli[gguf]'\n"
     assert done.stderr == expected

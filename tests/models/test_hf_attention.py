@@ -21,6 +21,28 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
+from hf_models import (
+    BIASED,
+    CHOSEN,
+    FAR,
+    LEVELS,
+    MODELS,
+    NESTED,
+    ROPES,
+    SIZES,
+    WIDE,
+    WINDOW,
+    bert,
+    built,
+    gpt2,
+    ids,
+    llama,
+    mixed,
+    modernbert,
+    qwen2,
+    qwen3,
+    rotary,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -30,67 +52,6 @@ from longnet_cli.attention.reference import dilated_attention_reference
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.hf.attention import dilated_attention_forward, dilated_mask, pattern_of, use_dilated_attention
 from longnet_cli.models.hf.longnet_cache import LongNetCache
-
-SIZES = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12}
-ROOM = {"max_position_embeddings": 1024}
-WIDE = {"intermediate_size": 64}
-NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
-
-LEVELS = Pattern((8, 24, 60), (1, 3, 5))
-WINDOW = Pattern.window(16, sinks=3)
-FAR = Pattern((16, 16), (1, 4), "modulo", (1, 3), "once", "all", 4, "log_rate")  # a window, and a far level before it
-NESTED = Pattern.nested(128, base=8, ratio=4)
-CHOSEN = Pattern((16,), (1,), look_back=1, chosen=2, chosen_block=8, chosen_every=4)
-BIASED = Pattern((8, 20), (1, 3), "grouped", look_back=1, sinks=2, level_bias=(0.5, -0.5))
-
-
-def llama(key_heads: int = 4, **changes: Any) -> hf.PreTrainedModel:
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, **ROOM, **WIDE, num_key_value_heads=key_heads, **changes))
-
-
-def qwen2() -> hf.PreTrainedModel:
-    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES, **ROOM, **WIDE, num_key_value_heads=6))
-
-
-def qwen3() -> hf.PreTrainedModel:
-    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, **ROOM, **WIDE, num_key_value_heads=2, head_dim=8))
-
-
-def gpt2(**changes: Any) -> hf.PreTrainedModel:
-    dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} | changes
-    scaled = {"scale_attn_by_inverse_layer_idx": True}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**SIZES, n_positions=1024, **dropout, **scaled))
-
-
-def bert(**changes: Any) -> hf.PreTrainedModel:
-    return hf.BertForMaskedLM(hf.BertConfig(**SIZES, **ROOM, **WIDE, **NO_DROPOUT, **changes))
-
-
-def mixed() -> hf.PreTrainedModel:
-    kinds = {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}
-    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES, **ROOM, **WIDE, **kinds, num_key_value_heads=6))
-
-
-def modernbert() -> hf.PreTrainedModel:
-    kinds = ["full_attention", "sliding_attention", "full_attention"]
-    sizes = SIZES | {"num_hidden_layers": 3, "pad_token_id": 0}
-    return hf.ModernBertForMaskedLM(hf.ModernBertConfig(**sizes, **ROOM, **WIDE, layer_types=kinds, local_attention=32))
-
-
-CAUSAL = [llama, qwen2, qwen3, gpt2]
-MODELS = [*CAUSAL, bert, modernbert]
-
-
-def built(model: Callable[..., hf.PreTrainedModel], **changes: Any) -> hf.PreTrainedModel:
-    torch.manual_seed(0)
-    found = model(**changes).eval()
-    for parameter in found.parameters():  # initial weights are so small that attention would hardly show
-        parameter.data.mul_(3 if parameter.dim() > 1 else 1)
-    return found
-
-
-def ids(tokens: int, batch: int = 2) -> Tensor:
-    return torch.randint(1, 97, (batch, tokens), generator=torch.Generator().manual_seed(1))
 
 
 def right_padded(tokens: int) -> Tensor:
@@ -190,26 +151,6 @@ def test_any_pattern_with_cached_keys_is_the_dense_reference(choice: Choice, siz
         results.append([out.detach(), *torch.autograd.grad(out, inputs, dout.detach(), materialize_grads=True)])
     for found, expected in zip(results[1], results[0], strict=True):
         assert (found - expected).norm() <= 1e-12 * max(1.0, expected.norm().item())
-
-
-ROPES = {
-    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256},
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 256},
-    "linear": {"factor": 4.0},
-}
-
-
-def rotary(kind: str) -> hf.PreTrainedModel:
-    """One layer with a kind of rotary positions."""
-    sizes = SIZES | ROOM | WIDE | {"num_hidden_layers": 1, "pad_token_id": 0}
-    if kind == "partial":
-        return hf.PhiForCausalLM(hf.PhiConfig(**sizes))
-    if kind == "neighbours":
-        return hf.GlmForCausalLM(hf.GlmConfig(**sizes, num_key_value_heads=4, head_dim=8))
-    if kind == "none":
-        return hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**sizes, num_key_value_heads=4, no_rope_layers=[0]))
-    ropes = {"rope_parameters": {"rope_theta": 1e4, "rope_type": kind, **ROPES.get(kind, {})}}
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, **ropes, num_key_value_heads=4))
 
 
 @pytest.mark.parametrize("kind", ["default", *ROPES, "partial", "neighbours", "none"])

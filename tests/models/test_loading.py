@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,29 +10,9 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
+from processes import extra_memory
 
 from longnet_cli.models.folder import ModelFolder
-
-# the peak above what the same imports take, and the bytes of the weights
-SCRIPT = """
-import json, sys, torch
-from pathlib import Path
-from transformers.models.llama import modeling_llama
-import longnet_cli.models.hf.pretrained_net
-from longnet_cli.models.folder import ModelFolder
-from longnet_cli.running.device import peak_memory, resident_memory
-before = resident_memory(torch.device("cpu"))
-net = ModelFolder(Path(sys.argv[1])).net(dtype=getattr(torch, sys.argv[2]))
-weights = sum(p.numel() * p.element_size() for p in net.parameters())
-print(json.dumps([peak_memory(torch.device("cpu")) - before, weights]))
-"""
-
-
-def extra_memory(folder: Path, dtype: str, env: dict[str, str]) -> list[int]:
-    """(bytes that loading takes at its peak, bytes of the weights), in a process of its own."""
-    command = [sys.executable, "-c", SCRIPT, str(folder), dtype]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")

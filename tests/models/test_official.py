@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import read_golden
+from builders import level_options, read_golden
 from conftest import RunLongnet
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -16,11 +16,6 @@ from longnet_cli.models.official import to_torchscale
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.slide import SlideEncoder
-
-
-def levels(theirs: dict) -> list[str]:
-    lengths, rates = (",".join(map(str, theirs[name])) for name in ("segment_lengths", "dilation_rates"))
-    return ["--segment-lengths", lengths, "--dilation-rates", rates]
 
 
 def slide_state(**changes: Tensor) -> dict[str, Tensor]:
@@ -54,7 +49,7 @@ def test_golden_slide_encoder(run_longnet: RunLongnet, tmp_path: Path, kind: str
         save_file(state, path)
     else:
         torch.save({"model": state, "epoch": 3}, path, _use_new_zipfile_serialization=kind == "pth")
-    result = run_longnet("convert", path, "-o", tmp_path / "out", *levels(theirs))
+    result = run_longnet("convert", path, "-o", tmp_path / "out", *level_options(theirs))
     assert result.returncode == 0, result.stderr
     encoder = SlideEncoder.from_pretrained(tmp_path / "out")
     with torch.no_grad():
@@ -75,7 +70,7 @@ def test_golden_torchscale(run_longnet: RunLongnet, tmp_path: Path, name: str) -
     side = name.partition("_")[0]
     torch.save({f"{side}.{key}": tensor for key, tensor in state.items()}, tmp_path / "net.pt")
     heads = [] if theirs["xpos"] else ["--heads", str(theirs["heads"])]  # its scales say them
-    result = run_longnet("convert", tmp_path / "net.pt", "-o", tmp_path / "out", *heads, *levels(theirs))
+    result = run_longnet("convert", tmp_path / "net.pt", "-o", tmp_path / "out", *heads, *level_options(theirs))
     assert result.returncode == 0, result.stderr
     net = LongNet.from_pretrained(tmp_path / "out")
     with torch.no_grad():

@@ -17,13 +17,12 @@ import pyarrow.ipc as ipc
 import pytest
 import torch
 import torch.nn.functional as F
-from typer.testing import CliRunner, Result
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
 from builders import MadeInputs, make_document, tiny_llama
-from test_transformers import (
+from hf_models import (
     BIASED,
     CAUSAL,
     CHOSEN,
@@ -38,15 +37,16 @@ from test_transformers import (
     ids,
     llama,
     modernbert,
+    nats_from,
     qwen2,
     qwen3,
     rotary,
 )
+from processes import invoke, refused
 
-from longnet_cli.attention import SINKS, FarKeys, Pattern
+from longnet_cli.attention import Pattern
 from longnet_cli.attention.cache import cached_rows
-from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
-from longnet_cli.cli.app import app
+from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
@@ -123,15 +123,6 @@ def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel], pattern:
     rows = cached_rows(pattern, c.num_heads, c.kv_heads)
     if pattern not in (Pattern.dense(), CHOSEN):  # which remember all
         assert stream.cache_bytes == 4 * 2 * 2 * c.num_layers * c.head_dim * rows
-
-
-def nats_from(net: TransformersNet, tokens: torch.Tensor, start: int) -> torch.Tensor:
-    """Of tokens (B, N) that stand from `start` on, after their sinks at 0, 1, 2 ..., which stay there."""
-    n, kept = net.config.pattern.sinks, {}
-    with torch.no_grad():
-        net(tokens[:, :n], far=lambda layer, q, k, v: kept.setdefault(layer, (k, v))[:0])
-        hidden = net(tokens[:, n:-1], start=start + n, far=lambda layer, q, k, v: [FarKeys(SINKS, 0, n, *kept[layer])])
-        return net.nll(hidden, tokens[:, n + 1 :])
 
 
 @pytest.mark.parametrize("kind", ["default", "llama3", "yarn", "partial", "neighbours"])
@@ -224,19 +215,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def command(*args: str | Path) -> Result:
-    """The command in this process, where torch and transformers are loaded already."""
-    return CliRunner().invoke(app, [*map(str, args)])
-
-
-def refused(*args: str | Path) -> LongNetError:
-    result = command(*args)
-    assert isinstance(result.exception, LongNetError), result.output
-    assert "\n" not in str(result.exception)
-    assert result.stdout == ""
-    return result.exception
-
-
 def test_the_real_command(folder: Path, run_longnet: Callable[..., subprocess.CompletedProcess]) -> None:
     """Nothing but the one value on stdout, nothing on stderr: no progress bar and no advice of transformers."""
     done = run_longnet("score", "--ppl", folder / "text.txt", "--model", folder, *OPTIONS, "--format", "json", "-q")
@@ -252,7 +230,7 @@ def test_the_real_command(folder: Path, run_longnet: Callable[..., subprocess.Co
 
 def test_score_with_options(folder: Path) -> None:
     def ppl(*options: str) -> float:
-        result = command("score", folder / "text.txt", "--model", folder, "--format", "json", *options)
+        result = invoke("score", folder / "text.txt", "--model", folder, "--format", "json", *options)
         assert result.exit_code == 0, result.output
         assert ("it keeps all keys of a document" in result.stderr) == ("dense" in options)
         assert ("dense attention as it was trained, on up to 2048 tokens" in result.stderr) == (not options)
@@ -269,14 +247,14 @@ def test_score_with_options(folder: Path) -> None:
 def test_encode_to_a_file_and_to_a_folder(folder: Path, encoder: Path, tmp_path: Path) -> None:
     for model in (folder, encoder):
         output = tmp_path / f"{model.name}.arrow"
-        result = command("encode", folder / "text.txt", "--model", model, *OPTIONS, "-o", output)
+        result = invoke("encode", folder / "text.txt", "--model", model, *OPTIONS, "-o", output)
         assert result.exit_code == 0, result.output
         assert ("it reads each document in one forward" in result.stderr) == (model is encoder)
         table = ipc.open_file(output).read_all()
         assert table["n_tokens"].to_pylist() == [300]
         shards = ["encode", folder / "text.txt", "--model", model, "-o", tmp_path / model.name]
-        assert command(*shards, *OPTIONS).exit_code == 0
-        assert command(*shards, *OPTIONS, "--resume").exit_code == 0
+        assert invoke(*shards, *OPTIONS).exit_code == 0
+        assert invoke(*shards, *OPTIONS, "--resume").exit_code == 0
 
 
 def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_path: Path) -> None:
@@ -294,7 +272,7 @@ def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_
 
 def test_bench_compares_dense_and_dilated(folder: Path, tmp_path: Path) -> None:
     arguments = ["bench", "--op", "model", "--model", folder, "--repeats", "1", "--format", "jsonl"]
-    result = command(*arguments, "--seq", "64,128", *OPTIONS)
+    result = invoke(*arguments, "--seq", "64,128", *OPTIONS)
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(row["impl"], row["seq"], row["status"], row["pattern"]) for row in rows] == [
@@ -302,14 +280,14 @@ def test_bench_compares_dense_and_dilated(folder: Path, tmp_path: Path) -> None:
         for seq in (64, 128)
         for impl in ("dilated", "dense")
     ]
-    streamed = command(*arguments, "--seq", "128", *OPTIONS, "--chunk", "50", "--impl", "dilated")
+    streamed = invoke(*arguments, "--seq", "128", *OPTIONS, "--chunk", "50", "--impl", "dilated")
     row = json.loads(streamed.stdout)
     assert (row["status"], row["chunk"]) == ("ok", 50)
     assert row["cache_bytes"] == 4 * 2 * SMALL["num_hidden_layers"] * 8 * cached_rows(LEVELS, 6, 2)
     cached = TransformersNet(use_dilated_attention(mixed(), LEVELS))
     cached.model.save_pretrained(tmp_path / "mixed")
     arguments[4] = tmp_path / "mixed"
-    row = json.loads(command(*arguments, "--seq", "128", "--chunk", "50", "--impl", "dilated").stdout)
+    row = json.loads(invoke(*arguments, "--seq", "128", "--chunk", "50", "--impl", "dilated").stdout)
     assert (row["status"], row["chunk"], row["cache_bytes"]) == ("ok", 50, None)
     train = refused("bench", "--op", "train", "--model", folder, "--seq", "64", "--format", "jsonl")
     assert "--op train measures LongNets" in str(train)

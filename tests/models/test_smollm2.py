@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_loading import extra_memory
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install 'longnet-cli[gguf]'")
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'longnet-cli[gguf]'")
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
-from test_transformers_net import nats_from
+from hf_models import nats_from
+from places import GOLDEN
+from processes import extra_memory
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.notation import parse_pattern
@@ -27,7 +28,7 @@ from longnet_cli.jobs.converting import convert
 from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.models.folder import ModelFolder
 
-PROSE = Path(__file__).resolve().parents[2] / "shared" / "golden" / "prose.safetensors"
+PROSE = GOLDEN / "prose.safetensors"
 FAR = Pattern((1024, 1024), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=4, level_bias="log_rate")
 
 pytestmark = pytest.mark.slow

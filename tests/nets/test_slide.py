@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import read_golden
+from builders import read_golden, slide, slide_config, slide_encoder
 from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError
@@ -15,26 +15,6 @@ from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.slide import SlideEncoder, grid_cells, grid_positions
 from longnet_cli.running.layerwise import hidden_in_chunks
-
-SIZES = {"dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 64, "in_features": 6, "grid": 50}
-LEVELS = {"segment_lengths": (16, 48, 96), "dilation_rates": (1, 2, 5)}
-
-
-def small(**changes: object) -> SlideConfig:
-    return SlideConfig(**{**SIZES, **LEVELS, **changes})
-
-
-def build(**changes: object) -> SlideEncoder:
-    torch.manual_seed(0)
-    return SlideEncoder(small(**changes)).eval()
-
-
-def slide(tiles: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Features (tiles, 6), and coords (tiles, 2) of different cells."""
-    random = torch.Generator().manual_seed(seed)
-    cells = torch.randperm(2500, generator=random)[:tiles]
-    coords = torch.stack([cells // 50, cells % 50], -1) * 256 + torch.randint(0, 256, (tiles, 2), generator=random)
-    return torch.randn(tiles, 6, generator=random), coords
 
 
 def golden() -> tuple[SlideEncoder, dict[str, Tensor]]:
@@ -70,7 +50,7 @@ def test_golden() -> None:
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 @torch.no_grad()
 def test_a_padded_batch_is_each_slide_alone(padding: str, pool: str) -> None:
-    encoder, lengths = build(padding=padding), [70, 131, 1]
+    encoder, lengths = slide_encoder(padding=padding), [70, 131, 1]
     features, coords = torch.full((3, 131, 6), torch.nan), torch.full((3, 131, 2), -7.0)  # padding may be anything
     alone = []
     for row, tiles in enumerate(lengths):
@@ -87,7 +67,7 @@ def test_a_padded_batch_is_each_slide_alone(padding: str, pool: str) -> None:
 @pytest.mark.parametrize("changes", [{}, {"padding": "exact"}, {"grid": 0, "position": "rope"}])
 @torch.no_grad()
 def test_chunks_are_the_whole(changes: dict) -> None:
-    encoder, (features, coords) = build(**changes), slide(203)
+    encoder, (features, coords) = slide_encoder(**changes), slide(203)
     where = None if encoder.config.grid == 0 else coords[None]
     rows = encoder._rows(features[None], where, torch.tensor([203]))
     whole = encoder.net(rows)
@@ -115,24 +95,23 @@ def test_cells_are_exact_at_their_edges() -> None:
 
 @torch.no_grad()
 def test_saved_and_loaded(tmp_path: Path) -> None:
-    encoder, (features, coords) = build(), slide(40)
+    encoder, (features, coords) = slide_encoder(), slide(40)
     encoder.save_pretrained(tmp_path)
     inputs = features[None], coords[None]
     assert torch.equal(SlideEncoder.from_pretrained(tmp_path)(*inputs), encoder(*inputs))
     exact = SlideEncoder.from_pretrained(tmp_path, padding="exact")
     assert exact.config.padding == "exact"
-    assert torch.equal(exact(*inputs), build(padding="exact")(*inputs))
+    assert torch.equal(exact(*inputs), slide_encoder(padding="exact")(*inputs))
     assert not torch.allclose(exact(*inputs), encoder(*inputs))
-    LongNet(LongNetConfig(**{name: getattr(small(), name) for name in LongNetConfig.model_fields})).save_pretrained(
-        tmp_path / "other"
-    )
+    fields = {name: getattr(slide_config(), name) for name in LongNetConfig.model_fields}
+    LongNet(LongNetConfig(**fields)).save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match="no in_features"):
         SlideEncoder.from_pretrained(tmp_path / "other")
 
 
 def test_it_trains() -> None:
     """Gradients reach every weight, and those of a padded batch are finite."""
-    encoder = build().train()
+    encoder = slide_encoder().train()
     features, coords = slide(30)
     encoder(features.repeat(2, 1, 1), coords.repeat(2, 1, 1), lengths=[30, 9], pool="mean").square().sum().backward()
     encoder(features[None], coords[None]).sum().backward()
@@ -156,14 +135,14 @@ def test_it_trains() -> None:
 def test_what_is_refused(change: dict, message: str) -> None:
     inputs = {"features": torch.zeros(1, 4, 6), "coords": torch.zeros(1, 4, 2), **change}
     with pytest.raises(ValueError, match=message):
-        build()(**inputs)
+        slide_encoder()(**inputs)
 
 
 def test_configurations_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="a dim that 4 divides"):
-        small(dim=34, num_heads=2)
+        slide_config(dim=34, num_heads=2)
     with pytest.raises(ValueError, match="causal"):
-        small(causal=True)
+        slide_config(causal=True)
     assert SlideConfig.gigapath().num_parameters() == 86_330_880
     with torch.device("meta"):
         assert sum(p.numel() for p in SlideEncoder(SlideConfig.gigapath()).parameters()) == 86_330_880

@@ -24,8 +24,8 @@ from builders import tiny_llama, tiny_model
 from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
+from many_ranks import run_ranks
 from processes import contents, processes_of, wait_for
-from test_exchange import run_ranks
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.running.ranks import dealing

@@ -5,29 +5,24 @@ Each test starts P processes once, which then go through many problems.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
-from collections.abc import Callable
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from strategies import PAPER_64TH, document_starts, pattern_with_options, turn
-from test_chunks import draw, net
-from test_windows import Document
+from many_ranks import TOLERANCE, in_both_types, off, random_pattern, run_ranks
+from strategies import PAPER_64TH, document_starts, turn
+from streams import EOS, draw, net
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.data.documents import Document
 from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.jobs.training.gradients import StoredTokens, backward
 from longnet_cli.nets.longnet import LongNet
@@ -37,62 +32,8 @@ from longnet_cli.running.ranks import exchange as exchange_module
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 from longnet_cli.running.ranks.ranks import Ranks
 
-EOS = 49
-multiprocessing.set_forkserver_preload(["test_exchange", "torch.distributed.fsdp"])
-TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-6, 1e-5)}  # outputs, gradients
-
-
-def run_ranks(world: int, folder: Path, work: Callable[..., None], *args: Any) -> None:
-    """`work(*args)` on every rank of a gloo group; an assertion that fails on one fails here.
-
-    The ranks are forks of one server that has torch: eight would take half a minute to import it.
-    """
-    folder.mkdir(exist_ok=True)
-    mp.start_processes(
-        _enter, (world, str(folder / f"store-{uuid4()}"), work, args), nprocs=world, start_method="forkserver"
-    )
-
-
-def _enter(rank: int, world: int, store: str, work: Callable[..., None], args: tuple) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        work(*args)
-    finally:
-        dist.destroy_process_group()
-
-
-def in_both_types(work: Callable[..., None], *args: Any) -> None:
-    for dtype in TOLERANCE:
-        work(dtype, *args)
-
-
-def off(found: Tensor, expected: Tensor, floor: float) -> float:
-    return (found - expected).double().norm().item() / max(expected.double().norm().item(), floor, 1e-30)
-
-
 # those that every number of ranks goes through; beyond them, anything
 GRID = list(product([True, False], ["paper", "geometric", "nested"], ["modulo", "grouped"]))
-
-
-def random_pattern(
-    pick: random.Random, kind: str | None = None, offsets: str | None = None, causal: bool = True
-) -> Pattern:
-    offsets = offsets or pick.choice(["modulo", "grouped"])
-    kind = kind or pick.choice(["paper", "geometric", "nested", "any", "options", "options"])
-    if kind == "options":
-        return pattern_with_options(pick, causal)
-    if kind == "nested":
-        found = Pattern.nested(pick.randint(1, 600), pick.randint(3, 32), pick.randint(2, 4), pick.choice([0, 3]))
-        return replace(found, head_offsets=offsets)
-    if kind == "paper":
-        return Pattern(PAPER_64TH.segment_lengths, PAPER_64TH.dilation_rates, offsets)
-    if kind == "geometric":
-        found = Pattern.geometric(pick.randint(1, 600), pick.randint(1, 32), pick.randint(2, 4))
-        return Pattern(found.segment_lengths, found.dilation_rates, offsets)
-    levels = [(pick.randint(1, 300), pick.randint(1, 13)) for _ in range(pick.randint(1, 4))]
-    return Pattern(tuple(w for w, _ in levels), tuple(r for _, r in levels), offsets)
 
 
 def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
@@ -329,7 +270,7 @@ def slices_of_stored_windows(chunk: int) -> None:
     """Windows that lie in files: a rank reads its slices and the target after each, and the gradients are the same."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = net(PAPER_64TH).double()
-    document = Document(draw(1, 2 * 300).clamp_(max=EOS - 1)[0].numpy())
+    document = Document("a", draw(1, 2 * 300).clamp_(max=EOS - 1)[0].numpy(), None, "a")
     batch, _ = next(iter(TokenWindows([TokenStream([document], EOS)], 240, 2, seed=0)))
     whole = torch.from_numpy(batch.read_all())
     loss = backward(model, whole[:, :-1], whole[:, 1:], chunk=10_000, starts=document_starts(whole[:, :-1], EOS))

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from many_ranks import TOLERANCE, in_both_types, mesh, off, random_pattern, run_ranks
 from strategies import document_starts
-from test_chunks import draw, net
-from test_exchange import EOS, TOLERANCE, in_both_types, off, random_pattern, run_ranks
+from streams import EOS, draw, net
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
@@ -35,14 +35,6 @@ from longnet_cli.running.ranks.fsdp import (
 from longnet_cli.running.ranks.ranks import Ranks
 
 LONGEST = 10_000  # a chunk that holds everything
-
-
-def mesh(dp: int) -> Ranks:
-    """The ranks of this process, as `ranks.join` makes them."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    sp = world // dp
-    groups = [dist.new_group(list(range(first, first + sp))) for first in range(0, world, sp)]
-    return Ranks(rank, world, sp, groups[rank // sp] if sp > 1 else None)
 
 
 def batch_of_all(pick: random.Random, ranks: Ranks, ignored: str) -> tuple[Tensor, Tensor, list[list[int]] | None]:

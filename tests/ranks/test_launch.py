@@ -17,66 +17,29 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 import torch
-from builders import tiny_model
+from builders import assert_same_model, job_folder, losses, metrics_of
 from conftest import RunLongnet
-from processes import kill_training, processes_of, wait_for
+from processes import TORCHRUN, kill_training, processes_of, wait_for
 
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, find_damage, read_state
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import load_recipe
-from longnet_cli.nets.longnet import LongNet
 
-LEVELS = {"segment_lengths": (16, 64, 256), "dilation_rates": (1, 2, 4), "position": "rope"}
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TRAIN = ["-m", "longnet_cli", "train"]
-TEXT = "the quick brown fox jumps over the lazy dog, and again. " * 60
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return prepare(tmp_path)
+    return job_folder(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
-    folder = prepare(tmp_path_factory.mktemp("alone"))
+    folder = job_folder(tmp_path_factory.mktemp("alone"))
     train(load_recipe(str(folder / "recipe.toml"), {}), folder / "run")
     return folder / "run"
-
-
-def prepare(tmp_path: Path) -> Path:
-    """Texts, models and a recipe."""
-    (tmp_path / "texts").mkdir()
-    for index in range(5):
-        (tmp_path / f"texts/{index}.txt").write_text(TEXT[: 90 * 4**index])
-    for name, causal in (("decoder", True), ("encoder", False)):
-        tiny_model(tmp_path / name, **LEVELS, causal=causal)
-    recipe = f"""
-        [model]
-        dim = 16
-        num_layers = 2
-        num_heads = 2
-        ffn_dim = 32
-        segment_lengths = [16, 64, 256]
-        dilation_rates = [1, 2, 4]
-        position = "rope"
-        [data]
-        train = ["{tmp_path}/texts"]
-        [optimizer]
-        lr = 1e-2
-        [train]
-        stages = [{{ seq_len = 256, steps = 20 }}]
-        batch_tokens = 1024
-        log_every = 1
-        """
-    (tmp_path / "recipe.toml").write_text(recipe)
-    return tmp_path
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 MESHES = [
@@ -91,9 +54,7 @@ def test_training_is_that_of_one_process(mesh: list[str], alone: Path, folder: P
     many = run_longnet("train", folder / "recipe.toml", "-o", folder / "many", *mesh, cwd=folder)
     assert many.returncode == 0, many.stderr
     assert losses(folder / "many") == pytest.approx(losses(alone), rel=1e-4)
-    a, b = (LongNet.from_pretrained(path).state_dict() for path in (alone, folder / "many"))
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3)
+    assert_same_model(alone, folder / "many", 1e-3)
 
 
 @pytest.mark.parametrize("context", [[], ["--context", "300"]])
@@ -209,7 +170,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     assert f"continuing after step {saved}\n" in stderr
     assert f"stopped, and saved in {folder}/run: the same command goes on" in stderr
     assert "longnet: error" not in stderr
-    steps = [json.loads(line)["step"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in metrics_of(folder / "run")]
     assert steps == list(range(1, len(steps) + 1))
     assert read_state(checkpoints_in(folder / "run/checkpoints")[0])["progress"]["step"] == len(steps)
 

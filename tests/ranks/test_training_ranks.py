@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import write_corpus
-from test_checkpoint import recipe
-from test_exchange import run_ranks
-from test_fsdp import mesh
+from builders import assert_same_model, metrics_of, write_corpus
+from builders import recipe_with_checkpoints as recipe
+from many_ranks import mesh, run_ranks
 
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_state
 from longnet_cli.jobs.training.loop import train
-from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.ranks.ranks import Ranks
 
 # no dropout, which draws other numbers on each rank
@@ -54,14 +51,7 @@ def train_on(dp: int, corpus: Path, output: Path, shard: str, stop: int = 0) -> 
 
 
 def losses(run: Path) -> list[tuple[float, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["loss"], line["held_out_loss"] or 0) for line in lines]
-
-
-def assert_same(run: Path, other: Path, tolerance: float) -> None:
-    a, b = (LongNet.from_pretrained(path).state_dict() for path in (run, other))
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
+    return [(line["loss"], line["held_out_loss"] or 0) for line in metrics_of(run)]
 
 
 MESHES = [
@@ -79,8 +69,8 @@ def test_stopped_and_resumed_over_ranks(dp: int, sp: int, shard: str, corpus: Pa
     assert len(expected) == 20
     for found, wanted in zip(losses(tmp_path / "many"), expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
-    assert_same(tmp_path / "many", tmp_path / "alone", 1e-3)
-    assert_same(tmp_path / "many/best", tmp_path / "alone/best", 1e-3)
+    assert_same_model(tmp_path / "many", tmp_path / "alone", 1e-3)
+    assert_same_model(tmp_path / "many/best", tmp_path / "alone/best", 1e-3)
 
     run_ranks(dp * sp, tmp_path, train_on, dp, corpus, tmp_path / "stopped", shard, 9)
     newest = checkpoints_in(tmp_path / "stopped/checkpoints")[0]
@@ -89,6 +79,6 @@ def test_stopped_and_resumed_over_ranks(dp: int, sp: int, shard: str, corpus: Pa
     for found, wanted in zip(losses(tmp_path / "alone again"), expected[9:], strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
     run_ranks(dp * sp, tmp_path, train_on, dp, corpus, tmp_path / "stopped", shard)
-    assert_same(tmp_path / "stopped", tmp_path / "many", 1e-6)
+    assert_same_model(tmp_path / "stopped", tmp_path / "many", 1e-6)
     for found, wanted in zip(losses(tmp_path / "stopped"), losses(tmp_path / "many"), strict=True):
         assert found == pytest.approx(wanted, rel=1e-6)

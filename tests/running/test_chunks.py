@@ -12,7 +12,8 @@ import torch
 from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import PAPER_64TH, chosen_patterns, cuts, patterns, patterns_with_options, split
+from strategies import PAPER_64TH, chosen_patterns, cuts, split
+from streams import CAUSAL, TOLERANCE, draw, error, gradients, net
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -21,37 +22,10 @@ from longnet_cli.attention.choosing import Chosen
 from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.training.gradients import backward
-from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.chunks import CausalStream, backward_in_chunks, default_chunk
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 NESTED = Pattern((16, 32, 128), (1, 3, 8))  # xPos needs segments that nest
-CAUSAL = patterns() | patterns_with_options(causal=True)
-
-
-def net(pattern: Pattern, position: str = "rope", *, layers: int = 2, heads: int = 4, **more) -> LongNet:
-    torch.manual_seed(0)
-    return LongNet(
-        LongNetConfig(
-            vocab_size=50,
-            dim=8 * heads,
-            num_layers=layers,
-            num_heads=heads,
-            ffn_dim=48,
-            position=position,
-            **vars(pattern),
-            **more,
-        )
-    )
-
-
-def draw(batch: int, tokens: int, seed: int = 0) -> Tensor:
-    return torch.randint(50, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).double().norm() / expected.double().norm().clamp(min=1e-30)).item()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -98,10 +72,6 @@ def test_any_chunks_choose_what_the_whole_chooses(
         stream = CausalStream(model)
         parts = [stream(part) for part in ids.split(split(tokens, sizes), 1)]
     assert error(torch.cat(parts, 1), whole) <= 1e-12
-
-
-def gradients(model: LongNet) -> list[Tensor]:
-    return [p.grad for p in model.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import PAPER_64TH, patterns, patterns_with_options
-from test_chunks import TOLERANCE, draw, error, net
+from streams import TOLERANCE, draw, error, net
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError

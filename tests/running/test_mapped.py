@@ -13,7 +13,7 @@ from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import chosen_patterns, cuts, patterns, patterns_with_options, split
-from test_chunks import draw, gradients, net
+from streams import draw, gradients, net
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError

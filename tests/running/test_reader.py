@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_slide import build, slide
+from builders import slide, slide_encoder
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.documents import Document, Part
@@ -38,7 +38,7 @@ def of_ids(bos: Bos) -> tuple[InputSequence, np.ndarray]:
 
 
 def of_tiles(grid: int) -> tuple[InputSequence, np.ndarray]:
-    encoder, (x, at) = build(grid=grid), slide(5)
+    encoder, (x, at) = slide_encoder(grid=grid), slide(5)
     document = Vectors("a", "a.h5", 6, [Part(x.numpy().ravel())], at.double().numpy(), None, str, {})
     rows = encoder._rows(x[None], at[None] if grid else None, torch.tensor([5]))
     return encoder.net.sequence(document), rows[0].numpy()

@@ -16,9 +16,7 @@ from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import chosen_patterns, cuts, split
-from test_chunks import CAUSAL, draw, net
-from test_generating import foreign, native, prompt
-from test_generating import run as generated
+from streams import CAUSAL, draw, foreign, generated, native, net, prompt
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
