@@ -1,4 +1,4 @@
-"""What many tests make: a tiny net, a document, a corpus, a table in a file; golden tensors; closeness."""
+"""What many tests make: tiny nets, folders of models, documents, corpora, recipes, jobs, slides; and golden tensors."""
 
 from __future__ import annotations
 

@@ -30,10 +30,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from places import ROOT
+from places import ROOT, imported
 
 FOLDERS = {"in", "work", "before", "after"}  # inputs; where cases run; what they left
 TIMEOUT = 180  # seconds of one case
@@ -450,7 +449,7 @@ class Checkout:
     """The commands of one checkout, forked from a process that has imported its code and what models need."""
 
     def __init__(self, place: Path, temporary: Path) -> None:
-        self.place, self.module = place, load(place / "tests/forked.py")
+        self.place, self.module = place, imported(place / "tests/forked.py")
         hidden = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "LONGNET_TRACEBACK", "LONGNET_KERNEL")
         self.env = {name: value for name, value in os.environ.items() if name not in hidden}
         self.env |= {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
@@ -524,15 +523,6 @@ class Checkout:
                 raise RuntimeError(f"{line}: {said.decode()}")
             shutil.rmtree(output)
         raise RuntimeError(f"{line}: it ended ten times before it could be killed")
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"forked_{path.parents[1].name}", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_all(cases: dict[str, str], checkout: Checkout, output: Path, name: str) -> None:

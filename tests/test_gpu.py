@@ -19,9 +19,9 @@ import pytest
 import torch
 from builders import job_folder, losses
 from conftest import GPU, RunLongnet
+from pattern_nets import EOS, draw, error, gradients, net
 from processes import TORCHRUN
 from strategies import PAPER_64TH, document_starts, turn
-from streams import EOS, draw, error, gradients, net
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, dilated_attention, far_keys, kernels, merging

@@ -14,8 +14,8 @@ from builders import recipe, tiny_llama
 from conftest import RunLongnet
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from pattern_nets import draw, error, gradients, net
 from strategies import Choice, PackedMath, assert_close, choices, cuts, split, turning
-from streams import draw, error, gradients, net
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, dilated_attention

@@ -6,7 +6,6 @@ timed, pass keys in prose, and the report of a GPU.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import shutil
@@ -14,13 +13,12 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from builders import tiny_llama, tiny_model
-from places import ROOT
+from places import ROOT, imported
 from processes import invoke
 
 from longnet_cli.basics.notation import parse_pattern
@@ -31,13 +29,6 @@ from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.jobs.scoring.score_rows import write_token_logprobs
 from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.models.folder import ModelFolder
-
-
-def imported(script: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path: Path) -> None:

@@ -5,31 +5,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import typer
-from places import ROOT
+from places import ROOT, imported
 
 from longnet_cli.cli.app import app
 
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hooks = load("hooks")
+hooks = imported(ROOT / "docs/hooks.py")
 
 
 def test_every_option_is_in_the_reference() -> None:
@@ -67,7 +55,7 @@ def test_links_lead_to_the_same_file(uri: str, link: str, found: str) -> None:
 def test_parameters_of_a_docstring_are_a_list() -> None:
     pytest.importorskip("griffe")
     text = "Do it.\n\nfar: keys\n    from outside\nk, v: (B, N)\nThen so.\nRaises: x\n"
-    assert load("docstrings").listed(text) == (
+    assert imported(ROOT / "docs/docstrings.py").listed(text) == (
         "Do it.\n\n- **far**: keys\n    from outside\n- **k, v**: (B, N)\n\nThen so.\nRaises: x"
     )
 

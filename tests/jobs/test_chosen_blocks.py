@@ -12,7 +12,7 @@ import pytest
 import torch
 from builders import tiny_llama, tiny_model
 from conftest import RunLongnet
-from streams import native
+from pattern_nets import native
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, choosing

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from processes import invoke
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.attention.spans import lanes, span_positions
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.notation import parse_pattern
-from longnet_cli.cli.app import app
 from longnet_cli.jobs.benchmark import Settings, calibrating
 from longnet_cli.jobs.benchmark.simulated import simulate
 from longnet_cli.jobs.estimating.plan import HIDDEN, TABLE, Machine, find_machine
@@ -190,7 +189,7 @@ def test_what_is_named_stays_and_the_exchange_is_the_planners(own: Machine) -> N
 
 
 def longnet(*words: str) -> tuple[int, str, str]:
-    done = CliRunner().invoke(app, list(words))
+    done = invoke(*words)
     error = done.exception if isinstance(done.exception, LongNetError) else None
     return (error.exit_code, done.stdout, str(error)) if error else (done.exit_code, done.stdout, done.stderr)
 

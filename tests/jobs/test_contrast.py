@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from builders import SIZES, metrics_of, tiny_llama, tiny_net
 from files import write_rows
-from many_ranks import mesh, run_ranks
+from many_ranks import mesh, run_ranks, train_on
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
@@ -262,14 +262,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(corpus: Path, tmp_path: Path) ->
     assert len({0.05, *temperatures[0]}) == 5
 
 
-def train_on(dp: int, corpus: Path, output: Path, shard: str) -> None:
-    train(recipe(corpus, **{"parallel.shard": shard}), output, ranks=mesh(dp))
-
-
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_a_run_of_ranks_is_that_of_one_process(shard: str, corpus: Path, tmp_path: Path) -> None:
     train(recipe(corpus), tmp_path / "alone")
-    run_ranks(2, tmp_path, train_on, 2, corpus, tmp_path / "many", shard)
+    run_ranks(2, tmp_path, train_on, 2, recipe(corpus, **{"parallel.shard": shard}), tmp_path / "many")
     for found, wanted in zip(metrics_of(tmp_path / "many"), metrics_of(tmp_path / "alone"), strict=True):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
         assert found["tokens"] == wanted["tokens"]

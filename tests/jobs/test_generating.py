@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from streams import WINDOW, WORDS, foreign, generated, native, prompt
+from pattern_nets import WINDOW, WORDS, foreign, generated, native, prompt
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError

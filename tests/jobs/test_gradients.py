@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pattern_nets import EOS, draw, error, gradients, net
 from strategies import PAPER_64TH, chosen_patterns, document_starts, patterns_with_options
-from streams import EOS, draw, error, gradients, net
 from torch import Tensor
 
 from longnet_cli.attention import Pattern

@@ -36,6 +36,7 @@ from hf_models import (
     gpt2,
     ids,
     llama,
+    mixed,
     modernbert,
     nats_from,
     qwen2,
@@ -70,11 +71,6 @@ def net_of(
     if attention == "own":
         return TransformersNet(found)
     return TransformersNet(use_dilated_attention(found, Pattern.dense() if attention == "dense" else pattern))
-
-
-def mixed() -> hf.PreTrainedModel:
-    kinds = {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}
-    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SMALL, **kinds, num_key_value_heads=2))
 
 
 def sliding() -> hf.PreTrainedModel:

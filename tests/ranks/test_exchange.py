@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from many_ranks import TOLERANCE, in_both_types, off, random_pattern, run_ranks
+from pattern_nets import EOS, draw, net
 from strategies import PAPER_64TH, document_starts, turn
-from streams import EOS, draw, net
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from many_ranks import TOLERANCE, in_both_types, mesh, off, random_pattern, run_ranks
+from pattern_nets import EOS, draw, net
 from strategies import document_starts
-from streams import EOS, draw, net
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.utils.checkpoint import checkpoint as activation_checkpoint

@@ -12,8 +12,8 @@ import torch
 from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
+from pattern_nets import CAUSAL, TOLERANCE, draw, error, gradients, net
 from strategies import PAPER_64TH, chosen_patterns, cuts, split
-from streams import CAUSAL, TOLERANCE, draw, error, gradients, net
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pattern_nets import TOLERANCE, draw, error, net
 from strategies import PAPER_64TH, patterns, patterns_with_options
-from streams import TOLERANCE, draw, error, net
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError

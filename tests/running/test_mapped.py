@@ -12,8 +12,8 @@ from builders import tiny_model
 from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
+from pattern_nets import draw, gradients, net
 from strategies import chosen_patterns, cuts, patterns, patterns_with_options, split
-from streams import draw, gradients, net
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError

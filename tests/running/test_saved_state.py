@@ -15,8 +15,8 @@ from builders import tiny_llama, tiny_model
 from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
+from pattern_nets import CAUSAL, draw, foreign, generated, native, net, prompt
 from strategies import chosen_patterns, cuts, split
-from streams import CAUSAL, draw, foreign, generated, native, net, prompt
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError

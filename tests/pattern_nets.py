@@ -1,7 +1,4 @@
-"""Causal nets of any pattern, and what they are given; how far two results are apart; and what they generate.
-
-Tests of chunks, ranks and devices compare them with the net at once.
-"""
+"""Small nets of any pattern, ours and of transformers; what they read and generate; how far two results are apart."""
 
 from __future__ import annotations
 
@@ -28,6 +25,7 @@ WORDS = Tokenizer.bytes()
 
 
 def net(pattern: Pattern, position: str = "rope", *, layers: int = 2, heads: int = 4, **more) -> LongNet:
+    """Random weights, always the same."""
     torch.manual_seed(0)
     return LongNet(
         LongNetConfig(
@@ -44,10 +42,12 @@ def net(pattern: Pattern, position: str = "rope", *, layers: int = 2, heads: int
 
 
 def draw(batch: int, tokens: int, seed: int = 0) -> Tensor:
+    """Ids of `net`."""
     return torch.randint(50, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def error(found: Tensor, expected: Tensor) -> float:
+    """Relative, in the norm."""
     return ((found - expected).double().norm() / expected.double().norm().clamp(min=1e-30)).item()
 
 
@@ -56,6 +56,7 @@ def gradients(model: LongNet) -> list[Tensor]:
 
 
 def native(pattern: Pattern = WINDOW, **more: Any) -> LongNet:
+    """For bytes, with a choice of tokens that is not always the same one."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 257, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48, "position": "rope"}
     model = LongNet(LongNetConfig(**sizes | vars(pattern) | more))
@@ -65,6 +66,7 @@ def native(pattern: Pattern = WINDOW, **more: Any) -> LongNet:
 
 
 def foreign(pattern: Pattern, kind: str = "llama") -> Net:
+    """Of transformers: `kind` is a function of hf_models.py."""
     import hf_models
 
     from longnet_cli.integrations.transformers import use_dilated_attention
