@@ -158,7 +158,7 @@ def test_without_its_libraries(tmp_path: Path, command_env: dict[str, str]) -> N
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     script = "import sys; sys.modules['gguf'] = None; from longnet_cli.cli.app import main; main()"
     words = [sys.executable, "-c", script, "convert", tmp_path / "model.gguf", "-o", tmp_path / "out"]
-    done = subprocess.invoke(words, env=command_env, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, env=command_env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     expected = f"longnet: error: {tmp_path}/model.gguf: GGUF needs gguf: pip install 'longnet-cli[gguf]'\n"
     assert done.stderr == expected
