@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,23 @@ class MadeInputs(Inputs):
 
     def fingerprint(self) -> str:
         return str(self.names)
+
+
+@dataclass
+class NotedDocument:
+    """What a stream needs of a document, noting what is read of it."""
+
+    tokens: np.ndarray
+    where: str = "here"
+    reads: list[tuple[int, int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        assert 0 <= start < stop <= len(self)
+        self.reads.append((start, stop))
+        return self.tokens[start:stop].astype(np.int64)
 
 
 def write_corpus(folder: Path, bottles: int, held_out: int) -> Path:

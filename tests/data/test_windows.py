@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from builders import NotedDocument as Document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import document_starts
@@ -31,23 +31,6 @@ SHIPPED = {name: getattr(module, name) for name in ("BLOCK_TOKENS", "POOL_BLOCKS
 
 checked = settings(max_examples=150, deadline=None)
 lengths = st.lists(st.integers(0, 30), min_size=1, max_size=25)
-
-
-@dataclass
-class Document:
-    """What a stream needs of a document, noting what is read of it."""
-
-    tokens: np.ndarray
-    where: str = "here"
-    reads: list[tuple[int, int]] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        assert 0 <= start < stop <= len(self)
-        self.reads.append((start, stop))
-        return self.tokens[start:stop].astype(np.int64)
 
 
 def documents(lengths: list[int], first: int = 0) -> list[Document]:

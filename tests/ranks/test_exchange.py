@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from builders import NotedDocument as Document
 from many_ranks import TOLERANCE, in_both_types, off, random_pattern, run_ranks
 from pattern_nets import EOS, draw, net
 from strategies import PAPER_64TH, document_starts, turn
@@ -22,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.documents import Document
 from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.jobs.training.gradients import StoredTokens, backward
 from longnet_cli.nets.longnet import LongNet
@@ -270,7 +270,7 @@ def slices_of_stored_windows(chunk: int) -> None:
     """Windows that lie in files: a rank reads its slices and the target after each, and the gradients are the same."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = net(PAPER_64TH).double()
-    document = Document("a", draw(1, 2 * 300).clamp_(max=EOS - 1)[0].numpy(), None, "a")
+    document = Document(draw(1, 2 * 300).clamp_(max=EOS - 1)[0].numpy())
     batch, _ = next(iter(TokenWindows([TokenStream([document], EOS)], 240, 2, seed=0)))
     whole = torch.from_numpy(batch.read_all())
     loss = backward(model, whole[:, :-1], whole[:, 1:], chunk=10_000, starts=document_starts(whole[:, :-1], EOS))
