@@ -1,27 +1,28 @@
-"""What many tests make: a tiny net, a document, a corpus, a table in a file; golden tensors; closeness."""
+"""What many tests make: tiny nets, folders of models, documents, corpora, recipes, jobs, slides; and golden tensors."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc as ipc
-import pyarrow.parquet as pq
 import pytest
 import torch
+from places import GOLDEN
 from safetensors import safe_open
 from torch import Tensor
 
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.slide import SlideEncoder
 
 SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32}
 LEVELS = {"segment_lengths": (8, 32), "dilation_rates": (1, 2)}
@@ -69,6 +70,23 @@ class MadeInputs(Inputs):
         return str(self.names)
 
 
+@dataclass
+class NotedDocument:
+    """What a stream needs of a document, noting what is read of it."""
+
+    tokens: np.ndarray
+    where: str = "here"
+    reads: list[tuple[int, int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        assert 0 <= start < stop <= len(self)
+        self.reads.append((start, stop))
+        return self.tokens[start:stop].astype(np.int64)
+
+
 def write_corpus(folder: Path, bottles: int, held_out: int) -> Path:
     """A text, in which no place is like another, and a held-out text beside it, held_out.txt."""
     path = folder / "corpus.txt"
@@ -77,35 +95,108 @@ def write_corpus(folder: Path, bottles: int, held_out: int) -> Path:
     return path
 
 
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    """Write rows as Parquet, JSON Lines, an Arrow stream (.stream) or an Arrow file, two at a time."""
-    table = pa.Table.from_pylist(rows)
-    if path.suffix == ".parquet":
-        pq.write_table(table, path, row_group_size=2)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        with (ipc.new_stream if path.suffix == ".stream" else ipc.new_file)(path, table.schema) as writer:
-            writer.write_table(table, max_chunksize=2)
-    return path
+def recipe(corpus: Path, **overrides: object) -> Recipe:
+    """One of 40 steps, in two stages, of a net of one layer for bytes."""
+    sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 32}
+    settings = {
+        "model": {**sizes, "segment_lengths": [16, 32], "dilation_rates": [1, 2]},
+        "data.train": [str(corpus)],
+        "optimizer.lr": 1e-2,
+        "schedule.warmup_steps": 2,
+        "train.stages": [{"seq_len": 32, "steps": 30}, {"seq_len": 64, "steps": 10}],
+        "train.batch_tokens": 256,
+    }
+    return load_recipe(None, json.loads(json.dumps(settings)) | overrides)
 
 
-def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """Relative in the norm of each tensor.
+def recipe_with_checkpoints(corpus: Path, **overrides: object) -> Recipe:
+    """One of 20 steps, in two stages, that saves every fourth; write_corpus makes what it reads."""
+    settings = {
+        "model": SIZES | {"segment_lengths": [16, 32], "dilation_rates": [1, 2], "dropout": 0.1},
+        "data.train": [str(corpus)],
+        "data.held_out": [str(corpus.parent / "held_out.txt")],
+        "schedule.warmup_steps": 2,
+        "train.stages": [{"seq_len": 32, "steps": 12}, {"seq_len": 100, "steps": 8}],
+        "train.batch_tokens": 256,
+        "train.chunk": 60,  # shorter than the windows of the second stage
+        "train.log_every": 3,
+        "train.evaluate_every": 8,
+        "train.save_every": 4,
+    }
+    return load_recipe(None, settings | overrides)
 
-    With one visible key dq and dk are exactly 0, the difference of two equal numbers: hence a floor of a tenth of the
-    largest tensor's norm, which larger problems never touch.
-    """
-    floor = max(x.double().norm().item() for x in expected) * 0.1
-    names = ("out", "dq", "dk", "dv", "d(level_bias)")[: len(found)]
-    for name, a, b in zip(names, found, expected, strict=True):
-        error = (a.double() - b.double()).norm().item() / max(b.double().norm().item(), floor, 1e-30)
-        assert error <= tolerance, f"{name} is off by {error:.2e}"
+
+def job_folder(folder: Path) -> Path:
+    """Texts, a decoder and an encoder for bytes, and a recipe for the texts."""
+    text = "the quick brown fox jumps over the lazy dog, and again. " * 60
+    levels = {"segment_lengths": (16, 64, 256), "dilation_rates": (1, 2, 4), "position": "rope"}
+    (folder / "texts").mkdir()
+    for index in range(5):
+        (folder / f"texts/{index}.txt").write_text(text[: 90 * 4**index])
+    for name, causal in (("decoder", True), ("encoder", False)):
+        tiny_model(folder / name, **levels, causal=causal)
+    recipe = f"""
+        [model]
+        dim = 16
+        num_layers = 2
+        num_heads = 2
+        ffn_dim = 32
+        segment_lengths = [16, 64, 256]
+        dilation_rates = [1, 2, 4]
+        position = "rope"
+        [data]
+        train = ["{folder}/texts"]
+        [optimizer]
+        lr = 1e-2
+        [train]
+        stages = [{{ seq_len = 256, steps = 20 }}]
+        batch_tokens = 1024
+        log_every = 1
+        """
+    (folder / "recipe.toml").write_text(recipe)
+    return folder
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics_of(run)]
+
+
+def assert_same_model(run: Path, other: Path, tolerance: float) -> None:
+    a, b = (LongNet.from_pretrained(path).state_dict() for path in (run, other))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
+
+
+def vectors(table: pa.Table) -> np.ndarray:
+    return np.stack(table["embedding"].to_numpy())
+
+
+def slide_config(**changes: Any) -> SlideConfig:
+    sizes = {"dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 64, "in_features": 6, "grid": 50}
+    return SlideConfig(**sizes | {"segment_lengths": (16, 48, 96), "dilation_rates": (1, 2, 5)} | changes)
+
+
+def slide_encoder(**changes: Any) -> SlideEncoder:
+    """A slide encoder of random weights, always the same."""
+    torch.manual_seed(0)
+    return SlideEncoder(slide_config(**changes)).eval()
+
+
+def slide(tiles: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Features (tiles, 6), and coords (tiles, 2) of different cells."""
+    random = torch.Generator().manual_seed(seed)
+    cells = torch.randperm(2500, generator=random)[:tiles]
+    coords = torch.stack([cells // 50, cells % 50], -1) * 256 + torch.randint(0, 256, (tiles, 2), generator=random)
+    return torch.randn(tiles, 6, generator=random), coords
 
 
 def read_golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     """The state dict, the other tensors and the configuration of a golden file. Without it, the test is skipped."""
-    path = Path(__file__).resolve().parents[2] / "shared" / "golden" / f"{name}.safetensors"
+    path = GOLDEN / f"{name}.safetensors"
     if not path.is_file():
         pytest.skip(f"the golden tensors are not beside this checkout: {path}")
     with safe_open(path, "pt") as file:
@@ -113,3 +204,9 @@ def read_golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
         theirs = json.loads(file.metadata()["config"])
     state = {key.removeprefix("model."): x for key, x in tensors.items() if key.startswith("model.")}
     return state, {key: x for key, x in tensors.items() if not key.startswith("model.")}, theirs
+
+
+def level_options(theirs: dict) -> list[str]:
+    """The options of `longnet convert` for the levels of a golden file."""
+    lengths, rates = (",".join(map(str, theirs[name])) for name in ("segment_lengths", "dilation_rates"))
+    return ["--segment-lengths", lengths, "--dilation-rates", rates]

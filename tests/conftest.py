@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from forked import Command, Forked
 from hypothesis import settings
+from places import ROOT
 from processes import Start
-
-ROOT = Path(__file__).parents[1]
 
 # "default" repeats the same examples, so that CI says the same twice; HYPOTHESIS_PROFILE=thorough hunts for new ones.
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)

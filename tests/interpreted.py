@@ -7,7 +7,6 @@ test_one_pass.py does in a process of its own.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
@@ -15,8 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton.runtime.interpreter
-from strategies import pattern_with_options, turn
-from test_documents import PackedMath
+from strategies import PackedMath, assert_close, pattern_with_options, run, turn
 from torch import Tensor
 
 from longnet_cli.attention import SINKS, Pattern, Span, dilated_attention, far_keys, merging, one_pass
@@ -75,19 +73,6 @@ def _patched_once() -> None:
             return SimpleNamespace(restore=lambda: None)
 
         triton.runtime.interpreter._patch_lang = patched
-
-
-def run(function, inputs: Sequence[Tensor], pattern: Pattern, **options) -> list[Tensor]:
-    """out, dq, dk, dv of sum(out * dout); inputs are q, k, v, dout."""
-    q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
-    out = function(q, k, v, pattern, **options)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
-
-
-def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        error = (a.double() - b.double()).norm().item() / b.double().norm().item()
-        assert error <= tolerance, f"{name} is off by {error:.2e}"
 
 
 def tensors(dtype: torch.dtype, batch=1, tokens=45, heads=3, kv_heads=0, head_dim=8) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Commands as real processes: ended at random moments, or on a full disk, and what they leave behind."""
+"""Commands in this process; and as real ones, ended at random moments or on a full disk, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -7,12 +7,54 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from typer.testing import CliRunner, Result
+
+from longnet_cli.basics.errors import LongNetError
+from longnet_cli.cli.app import app
+
 Start = Callable[..., subprocess.Popen]  # the fixture `start`
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+# the peak above what the same imports take, and the bytes of the weights
+LOADING = """
+import json, sys, torch
+from pathlib import Path
+from transformers.models.llama import modeling_llama
+import longnet_cli.models.hf.pretrained_net
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.running.device import peak_memory, resident_memory
+before = resident_memory(torch.device("cpu"))
+net = ModelFolder(Path(sys.argv[1])).net(dtype=getattr(torch, sys.argv[2]))
+weights = sum(p.numel() * p.element_size() for p in net.parameters())
+print(json.dumps([peak_memory(torch.device("cpu")) - before, weights]))
+"""
+
+
+def invoke(*args: str | Path | int) -> Result:
+    """The command in this process, where its libraries are loaded already."""
+    return CliRunner().invoke(app, [*map(str, args)])
+
+
+def refused(*args: str | Path | int) -> LongNetError:
+    """Its one line, with nothing on stdout."""
+    result = invoke(*args)
+    assert isinstance(result.exception, LongNetError), result.output
+    assert "\n" not in str(result.exception)
+    assert result.stdout == ""
+    return result.exception
+
+
+def total(*args: str | Path | int, code: int = 0) -> dict:
+    """What `score` says of all documents together."""
+    result = invoke("score", *args, "--format", "json")
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)["total"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -160,3 +202,10 @@ def assert_full(process: subprocess.Popen, reason: str, folder: Path, whole: dic
     assert "_manifest.arrow" not in found
     assert not [name for name in found if name.endswith(".tmp")]
     return shards
+
+
+def extra_memory(folder: Path, dtype: str, env: dict[str, str]) -> list[int]:
+    """(bytes that loading a model takes at its peak, bytes of the weights), in a process of its own."""
+    command = [sys.executable, "-c", LOADING, str(folder), dtype]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)

@@ -27,13 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from places import ROOT, imported
+
 FOLDERS = {"in", "work", "before", "after"}  # inputs; where cases run; what they left
 TIMEOUT = 180  # seconds of one case
 
@@ -401,9 +401,6 @@ def make_models(place: Path, other: Path) -> None:
     import transformers
 
     sys.path[:0] = [str(other), str(other / "tests")]
-    import test_gguf
-    import test_official
-
     from longnet_cli import nets as model
 
     torch.manual_seed(0)
@@ -427,9 +424,19 @@ def make_models(place: Path, other: Path) -> None:
     levels |= {"in_features": 32, "grid": 0, "position": "rope", "padding": "exact"}
     slides = model.SlideConfig(**levels, dim=32, num_layers=2, num_heads=4, ffn_dim=64)
     model.SlideEncoder(slides).save_pretrained(place / "reader")
-    test_gguf.write_gguf(place / "model.gguf", test_gguf.random_llama())
-    torch.save({"model": test_official.slide_state()}, place / "slide_encoder.pth")
+    write_gguf, random_llama, slide_state = (
+        helper(other, name) for name in ("write_gguf", "random_llama", "slide_state")
+    )
+    write_gguf(place / "model.gguf", random_llama())
+    torch.save({"model": slide_state()}, place / "slide_encoder.pth")
     (place / "cut.pth").write_bytes((place / "slide_encoder.pth").read_bytes()[:5000])
+
+
+def helper(other: Path, name: str) -> Callable[..., Any]:
+    """Return a function of the other checkout's tests, whichever of their files it is in."""
+    path = next(path for path in (other / "tests").rglob("*.py") if f"\ndef {name}(" in path.read_text())
+    sys.path.insert(0, str(path.parent))
+    return getattr(importlib.import_module(path.stem), name)
 
 
 def parse(text: str) -> dict[str, str]:
@@ -442,7 +449,7 @@ class Checkout:
     """The commands of one checkout, forked from a process that has imported its code and what models need."""
 
     def __init__(self, place: Path, temporary: Path) -> None:
-        self.place, self.module = place, load(place / "tests/forked.py")
+        self.place, self.module = place, imported(place / "tests/forked.py")
         hidden = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "LONGNET_TRACEBACK", "LONGNET_KERNEL")
         self.env = {name: value for name, value in os.environ.items() if name not in hidden}
         self.env |= {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
@@ -516,15 +523,6 @@ class Checkout:
                 raise RuntimeError(f"{line}: {said.decode()}")
             shutil.rmtree(output)
         raise RuntimeError(f"{line}: it ended ten times before it could be killed")
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"forked_{path.parents[1].name}", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_all(cases: dict[str, str], checkout: Checkout, output: Path, name: str) -> None:

@@ -1,15 +1,20 @@
-"""Hypothesis strategies for attention problems: patterns, shapes, starts and ragged lengths of every awkward kind."""
+"""Attention problems: hypothesis strategies for patterns, shapes, starts and ragged lengths of every awkward kind; how
+a problem is run, and how close two results are.
+"""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
+from longnet_cli.attention.packing import PackedRows
+from longnet_cli.attention.plain_call import MathKernel
 
 PAPER_64TH = Pattern((32, 64, 128, 256, 512), (1, 2, 4, 6, 12))  # r = 6 and 12 do not divide w, as in the paper
 
@@ -194,3 +199,56 @@ def split(tokens: int, sizes: list[int]) -> list[int]:
 def document_starts(tokens: Tensor, eos: int) -> list[list[int]]:
     """Where documents start in each row of (rows, n) ids, if `eos` precedes each."""
     return [[0, *(i for i in range(1, tokens.shape[1]) if tokens[row, i] == eos)] for row in range(tokens.shape[0])]
+
+
+def turning(choice: Choice) -> dict:
+    return {"turn": turn} if choice.rotary else {}
+
+
+def run(function, inputs: list[Tensor], pattern: Pattern, **options) -> list[Tensor]:
+    """out, dq, dk, dv of sum(out * dout); inputs are q, k, v, dout."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
+    out = function(q, k, v, pattern, **options)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3], materialize_grads=True)]
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Relative in the norm of each tensor.
+
+    With one visible key dq and dk are exactly 0, the difference of two equal numbers: hence a floor of a tenth of the
+    largest tensor's norm, which larger problems never touch.
+    """
+    floor = max(x.double().norm().item() for x in expected) * 0.1
+    names = ("out", "dq", "dk", "dv", "d(level_bias)")[: len(found)]
+    for name, a, b in zip(names, found, expected, strict=True):
+        error = (a.double() - b.double()).norm().item() / max(b.double().norm().item(), floor, 1e-30)
+        assert error <= tolerance, f"{name} is off by {error:.2e}"
+
+
+class PackedMath(MathKernel):
+    """Plain math that takes packed sequences, one after the other, as a flash kernel takes them at once."""
+
+    biased, packs = False, True
+
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        parts = [self.forward(*x, causal, scale) for x in _sequences(queries, keys, (q,), (k, v))]
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs, 2)[0, 0], torch.cat(lses, 2)[0, 0]
+
+    def backward_packed(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: PackedRows,
+        keys: PackedRows, causal: bool, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        parts = []
+        for dout_, q_, out_, lse_, k_, v_ in _sequences(queries, keys, (dout, q, out, lse[:, None]), (k, v)):
+            parts.append(self.backward(dout_, q_, k_, v_, out_, lse_[..., 0], causal, scale))
+        dq, dk, dv = (torch.cat(found, 2)[0, 0] for found in zip(*parts, strict=True))
+        return dq, dk, dv
+
+
+def _sequences(queries: PackedRows, keys: PackedRows, of_q: tuple[Tensor, ...], of_k: tuple[Tensor, ...]):
+    """Each sequence's tensors (1, 1, rows, D)."""
+    for (a, b), (c, d) in zip(pairwise(queries.edges.tolist()), pairwise(keys.edges.tolist()), strict=True):
+        yield [*(x[None, None, a:b] for x in of_q), *(x[None, None, c:d] for x in of_k)]

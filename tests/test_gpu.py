@@ -17,16 +17,16 @@ from typing import Any
 
 import pytest
 import torch
+from builders import job_folder, losses
 from conftest import GPU, RunLongnet
+from pattern_nets import EOS, draw, error, gradients, net
+from processes import TORCHRUN
 from strategies import PAPER_64TH, document_starts, turn
-from test_benchmark import rows_of
-from test_chunks import draw, error, gradients, net
-from test_gradients import EOS
-from test_launch import TORCHRUN, losses, prepare
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, dilated_attention, far_keys, kernels, merging
 from longnet_cli.attention.spans import far_spans
+from longnet_cli.jobs.benchmark import Settings, bench
 from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.running.chunks import CausalStream
 from longnet_cli.running.device import DTYPES, free_memory, precision
@@ -269,7 +269,7 @@ def test_layer_by_layer(dtype: str, padding: str, spilled: bool, tmp_path: Path)
 
 def test_commands(tmp_path: Path, run_longnet: RunLongnet) -> None:
     """`train` and `score` in fp32 on both devices: the same losses, and the same nats of its model."""
-    prepare(tmp_path)
+    job_folder(tmp_path)
     for device in ("cpu", GPU):
         command = ["train", "recipe.toml", "-o", f"on-{device}", "--dtype", "fp32", "--device", device]
         trained = run_longnet(*command, cwd=tmp_path, fresh=CUDA)
@@ -286,10 +286,9 @@ def test_commands(tmp_path: Path, run_longnet: RunLongnet) -> None:
 
 def test_bench() -> None:
     """A case of each kind, and the peak is that of the device."""
-    rows = rows_of(
-        [256], direction=["forward", "backward"], impl=["dilated", "dense", "kernels"], device=GPU, repeats=1
-    )
-    rows += rows_of([256], op="train", layers=1, heads=2, device=GPU, repeats=1)
+    kinds = {"direction": ["forward", "backward"], "impl": ["dilated", "dense", "kernels"]}
+    rows = [*bench(Settings.of(seq=[256], **kinds, device=GPU, repeats=1))]
+    rows += bench(Settings.of(seq=[256], op="train", layers=1, heads=2, device=GPU, repeats=1))
     assert {row.status for row in rows} == {"ok"}
     assert all(row.peak_rss_bytes for row in rows)
 
@@ -299,7 +298,7 @@ def test_two_ranks(mesh: list[str], tmp_path: Path, command_env: dict[str, str])
     """Two processes of torchrun over NCCL train as one does, in fp32."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two cards")
-    prepare(tmp_path)
+    job_folder(tmp_path)
     for name, start, more in (("alone", [], []), ("both", TORCHRUN, mesh)):
         command = [*start, "-m", "longnet_cli", "train", "recipe.toml", "-o", name, "--dtype", "fp32", "--device", GPU]
         run = [sys.executable, *command, *more]

@@ -1,0 +1,365 @@
+"""Blocks of keys that the content chooses: the operator = the reference that is written to be read."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Choice, assert_close, chosen_choices, cuts, run, split, turn, turning
+from torch import Tensor
+
+from longnet_cli.attention import (
+    KVCache,
+    LayerFinds,
+    Past,
+    Pattern,
+    choosing,
+    dilated_attention,
+    groups,
+    past,
+    reference,
+)
+from longnet_cli.attention.choosing import Chosen
+from longnet_cli.attention.groups import GroupedPart, Groups, groups_of
+from longnet_cli.attention.reference import chosen_blocks, dilated_attention_reference
+from longnet_cli.running.mapped import BlockFile, SpillFile
+
+WINDOW = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
+
+
+def choice_of(q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: choosing.Turn | None) -> list:
+    """What the operator chooses, in the form of `chosen_blocks`."""
+    every, (batch, tokens) = pattern.chosen_every, q.shape[:2]
+    parts = [GroupedPart(slice(0, batch), slice(0, tokens), 0, each) for each in groups_of(pattern, 0, tokens)]
+    chosen = Chosen(pattern, parts, turn)
+    chosen.choose(q, k, scale)
+    found = []
+    for part, of_rows in zip(parts, chosen.blocks, strict=True):
+        for row, blocks in enumerate(of_rows):
+            for index, group in enumerate(blocks.tolist()):
+                first = part.groups.first + index * every
+                stop = first + part.groups.queries
+                found += [
+                    (row, range(start, min(start + every, stop)), group) for start in range(first, stop, every)
+                ]  # a group that sees all blocks has more queries
+    return sorted(found, key=lambda each: (each[0], each[1].start))
+
+
+def funnel(*stages: tuple[int, int], voters: int = 4) -> AbstractContextManager[object]:
+    return patch.object(groups, "FUNNEL", [(*stage, voters) for stage in stages])
+
+
+@given(choice=chosen_choices())
+def test_equals_the_reference(choice: Choice) -> None:
+    options = {"lengths": choice.lengths} | turning(choice)
+    found = run(dilated_attention, choice.qkv(), choice.pattern, **options)
+    expected = run(dilated_attention_reference, choice.qkv(), choice.pattern, **options)
+    assert_close(found, expected, 1e-12)
+
+
+@given(choice=chosen_choices(), scale=st.sampled_from([0.1, 3.0]))
+def test_chooses_what_the_reference_chooses(choice: Choice, scale: float) -> None:
+    q, k, *_ = choice.qkv()
+    asked = (q, k, choice.pattern, scale, turn if choice.rotary else None)
+    assert choice_of(*asked) == chosen_blocks(*asked)
+
+
+@pytest.mark.parametrize("voters", [1, 2, 4, 8])
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 6, 12, 24])
+def test_chooses_in_stages_what_the_reference_chooses(every: int, voters: int) -> None:
+    pattern = Pattern((24,), (1,), look_back=1, chosen=3, chosen_block=24, chosen_every=every)
+    q, k, *_ = Choice(pattern, 2, 400, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
+    asked = q, k, pattern, 1.0, turn
+    with funnel((1, 9), (2, 5), voters=voters):
+        found = choice_of(*asked)
+        assert found == chosen_blocks(*asked)
+    assert found != choice_of(*asked)
+
+
+@given(choice=chosen_choices())
+def test_layers_that_pass_on_their_finds_equal_the_reference(choice: Choice) -> None:
+    """Of three layers, the second one finds nothing."""
+    finds = choosing.Finds()
+    expected: reference.Scores = {}
+    for layer in (0, 2, 3):
+        inputs = replace(choice, seed=choice.seed + layer).qkv()
+        options = turning(choice)
+        found = run(dilated_attention, inputs, choice.pattern, **options, finds=LayerFinds(finds, layer))
+        assert_close(found, run(dilated_attention_reference, inputs, choice.pattern, **options, finds=expected), 1e-12)
+
+
+@given(choice=chosen_choices())
+def test_fp32_equals_the_reference_for_the_same_choice(choice: Choice) -> None:
+    """In fp32, another block may win where scores are nearly equal."""
+    inputs, options = choice.qkv(torch.float32), turning(choice)
+    found = run(dilated_attention, inputs, choice.pattern, **options)
+    made = choice_of(*inputs[:2], choice.pattern, choice.head_dim**-0.5, options.get("turn"))
+    with patch.object(reference, "chosen_blocks", lambda *_: made):
+        expected = run(dilated_attention_reference, [x.double() for x in inputs], choice.pattern, **options)
+    assert_close(found, expected, 1e-5)
+
+
+@given(choice=chosen_choices(), sizes=cuts())
+def test_documents_in_a_row_equal_each_alone(choice: Choice, sizes: list[int]) -> None:
+    documents = split(choice.tokens, [max(size, choice.tokens // 4) for size in sizes])
+
+    def each_alone(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        parts = zip(*(x.split(documents, 1) for x in (q, k, v)), strict=True)
+        return torch.cat([dilated_attention(*part, pattern, turn=turn) for part in parts], 1)
+
+    found = run(dilated_attention, choice.qkv(), choice.pattern, documents=documents, turn=turn)
+    assert_close(found, run(each_alone, choice.qkv(), choice.pattern), 1e-12)
+
+
+def test_rows_of_a_padded_batch_equal_each_alone() -> None:
+    lengths = [50, 170, 120, 120, 0, 99]
+    choice = Choice(WINDOW, 6, 170, 4, 8, 0, True, None, 2, kv_heads=2)
+    q, k, v, _ = choice.qkv()
+    found = dilated_attention(q, k, v, WINDOW, lengths=lengths, turn=turn)
+    for row, n in enumerate(lengths):
+        alone = dilated_attention(*(x[row : row + 1, : max(n, 1)] for x in (q, k, v)), WINDOW, turn=turn)
+        torch.testing.assert_close(found[row, :n], alone[0, :n], rtol=1e-12, atol=1e-12)
+
+
+@given(choice=chosen_choices(), at=st.floats(0, 1))
+def test_later_tokens_change_nothing(choice: Choice, at: float) -> None:
+    q, k, v, other = choice.qkv()
+    first = int(at * choice.tokens)
+    before = dilated_attention(q, k, v, choice.pattern, turn=turn)[:, :first]
+    for x in (q, k, v):
+        x[:, first:] = 7 * other[:, first:, : x.shape[2]]
+    after = dilated_attention(q, k, v, choice.pattern, turn=turn)[:, :first]
+    torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12)
+
+
+@given(choice=chosen_choices())
+def test_short_documents_are_dense(choice: Choice) -> None:
+    """As long as all blocks are seen, every key is seen at its true distance."""
+    pattern = choice.pattern
+    (w,), (back,) = pattern.segment_lengths, pattern.look_back
+    longest = (1 + back + pattern.chosen_keys // w) * w
+    choice = replace(choice, tokens=min(choice.tokens, longest), lengths=None)
+    found = run(dilated_attention, choice.qkv(), pattern, turn=turn)
+    assert_close(found, run(dilated_attention, choice.qkv(), Pattern.dense()), 1e-12)
+
+
+def test_one_more_token_is_not_dense() -> None:
+    choice = Choice(WINDOW, 1, 65, 4, 8, 0, True, None, 3, kv_heads=2)
+    q, k, v, _ = choice.qkv()
+    found = dilated_attention(q, k, v, WINDOW) - dilated_attention(q, k, v, Pattern.dense())
+    assert found[:, :64].abs().max() < 1e-12
+    assert found[:, 64:].abs().max() > 1e-4
+
+
+def alike(tokens: int, kinds: list[int]) -> tuple[Tensor, Tensor]:
+    """q (1, tokens, 2, 4) of ones, and k (1, tokens, 1, 4) whose blocks of 8 have scores of these kinds."""
+    k = torch.zeros(1, tokens, 1, 4, dtype=torch.float64)
+    for block, kind in enumerate(kinds):
+        k[:, 8 * block : 8 * block + 8] = kind
+    return torch.ones(1, tokens, 2, 4, dtype=torch.float64), k
+
+
+@pytest.mark.parametrize("number", [512, 6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_of_equal_blocks_the_earlier_is_seen(number: int, dtype: torch.dtype) -> None:
+    """Block 8 and its neighbour are first, then blocks 2 and 5 are equal, and one place is left."""
+    q, k = (x.to(dtype) for x in alike(112, [0, 0, 2, 0, 0, 2, 0, 0, 4, 0]))
+    with funnel((1, number)):
+        last = choice_of(q, k, WINDOW, 0.5, None)[-1]
+        assert last == (0, range(108, 112), [0, 2, 8, 9])
+        assert chosen_blocks(q, k, WINDOW, 0.5, None)[-1] == last
+
+
+def test_without_votes_the_first_blocks_are_seen() -> None:
+    """Also where nothing is finite."""
+    q, k = alike(112, [])
+    assert choice_of(q, k, WINDOW, 0.5, None)[-1][2] == [0, 1, 2, 3]
+    q[:, 100] = torch.nan
+    assert choice_of(q, k, WINDOW, 0.5, None)[-1][2] == [0, 1, 2, 3]
+
+
+def test_only_the_best_of_many_blocks_are_compared() -> None:
+    """One block has the best four keys, and four others that hide them in its mean."""
+    near, start = 5000, 5008
+    pattern = Pattern((8,), (1,), look_back=1, chosen=3, chosen_block=8, chosen_every=8)
+    q, k, *_ = Choice(pattern, 1, start + 8, 2, 8, 0, True, None, 5, kv_heads=1).qkv()
+    q[:] = 1
+    k[:, 2400:2404], k[:, 2404:2408] = 3, -9
+
+    def choose() -> list[int]:
+        chosen = Chosen(pattern, [GroupedPart(slice(0, 1), slice(0, start + 8), 0, Groups(start, 1, 8, near))], None)
+        chosen.choose(q, k, 1.0)
+        return chosen.blocks[0][0][0].tolist()
+
+    def expected() -> list[int]:
+        voters, keys = q[0, start - 7 : start + 1], k[0, 8:near].expand(-1, 2, -1)
+        return [0, *reference._voted(voters, keys, pattern, 1.0, {})[0]]
+
+    with funnel((1, 512)):
+        assert choose() == expected() != [0, 300, 301]
+    assert choose() == expected() == [0, 300, 301]
+
+
+def test_groups_in_many_calls_equal_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = Choice(WINDOW, 2, 120, 6, 8, 0, True, None, 1, kv_heads=2, rotary=True)
+    whole = run(dilated_attention, choice.qkv(), WINDOW, turn=turn)
+    monkeypatch.setattr(choosing, "GATHERED", 8)
+    monkeypatch.setattr(past, "SLICE", 8)
+    assert_close(run(dilated_attention, choice.qkv(), WINDOW, turn=turn), whole, 1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["math", "cpu_flash"])
+def test_bf16(kernel: str) -> None:
+    choice = Choice(WINDOW, 1, 200, 6, 16, 0, True, None, 4, kv_heads=2)
+    inputs = choice.qkv(torch.bfloat16)
+    found = run(dilated_attention, inputs, WINDOW, kernel=kernel)
+    made = choice_of(*inputs[:2], WINDOW, 0.25, None)
+    with patch.object(reference, "chosen_blocks", lambda *_: made):
+        assert_close(found, run(dilated_attention_reference, [x.double() for x in inputs], WINDOW), 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chosen": -1}, "chosen must be 0 or more blocks, got -1"),
+        ({"chosen": 1.5}, "chosen needs whole numbers, got"),
+        ({"chosen": 0}, "chosen_block and chosen_every say how blocks are chosen: give their number, chosen"),
+        (
+            {"segment_lengths": (16, 32), "dilation_rates": (1, 1), "look_back": 1},
+            "chosen=4 needs a window: one level at rate 1 that looks back",
+        ),
+        ({"dilation_rates": (2,)}, "chosen=4 needs a window: one level at rate 1 that looks back"),
+        ({"look_back": 0}, "chosen=4 needs a window: one level at rate 1 that looks back"),
+        ({"sinks": 4}, "chosen=4 excludes sinks: the first block, which is always seen, holds them"),
+        ({"level_bias": (1.0,)}, "chosen=4 has no level_bias"),
+        ({"chosen_block": 0}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 0"),
+        ({"chosen_block": 2}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 2"),
+        ({"chosen_block": 12}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 12"),
+        ({"chosen_every": 3}, "chosen_every must divide chosen_block, 8, got 3"),
+        ({"chosen_every": 0}, "chosen_every must divide chosen_block, 8, got 0"),
+    ],
+)
+def test_wrong_options_say_what_is_wrong(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        replace(WINDOW, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"causal": False}, "chosen=4 is for causal attention"),
+        ({"padding": "zero_key"}, 'padding="zero_key" goes with no chosen blocks'),
+        (
+            {"start": 9},
+            "chosen=4: the shard starts at 9, and far keys hold the past of 0 tokens: give that of a KVCache",
+        ),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(call: dict, message: str) -> None:
+    x = torch.zeros(1, 8, 4, 4)
+    with pytest.raises(ValueError, match=message):
+        dilated_attention(x, x, x, WINDOW, **call)
+
+
+@given(choice=chosen_choices(), sizes=cuts(), first=st.sampled_from([1, 64]))
+def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list[int], first: int) -> None:
+    """In fp64, every shard chooses what the whole chooses. The past lies in one piece of memory, or in several."""
+    (q, k, v, _), pattern = choice.qkv(), choice.pattern
+    with patch.object(past, "FIRST_BLOCKS", first):
+        whole = dilated_attention(q, k, v, pattern, **turning(choice))
+        cache = KVCache(pattern, choice.batch, choice.heads, choice.head_dim, kv_heads=choice.kv_heads, dtype=q.dtype)
+        parts = []
+        for part in zip(*(x.split(split(choice.tokens, sizes), 1) for x in (q, k, v)), strict=True):
+            far = cache.far(*part[1:])
+            parts.append(dilated_attention(*part, pattern, start=cache.position, far=far, **turning(choice)))
+            cache.append(*part[1:], q=part[0])
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("every", [1, 4, 16])
+@pytest.mark.parametrize("size", [1, 16, 100, 1000])
+def test_chunks_and_single_tokens_equal_the_whole(every: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "FUNNEL", ((1, 30, 4), (2, 10, 4)))
+    pattern = Pattern((32,), (1,), look_back=1, chosen=4, chosen_block=16, chosen_every=every)
+    q, k, v, _ = Choice(pattern, 1, 1100 if size > 1 else 300, 4, 8, 0, True, None, 1, kv_heads=2, rotary=True).qkv()
+    whole, parts = dilated_attention(q, k, v, pattern, turn=turn), []
+    cache = KVCache(pattern, 1, 4, 8, kv_heads=2, dtype=q.dtype)
+    for part in zip(*(x.split(size, 1) for x in (q, k, v)), strict=True):
+        parts.append(dilated_attention(*part, pattern, start=cache.position, far=cache.far(), turn=turn))
+        cache.append(*part[1:], q=part[0])
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("before", [64, 83, 149])
+@pytest.mark.parametrize("lengths", [None, [60, 11]])
+def test_gradients_of_a_shard_that_starts_anywhere(before: int, lengths: list[int] | None) -> None:
+    """Those of the whole, of a loss that is the shard's alone, without what flows into the past."""
+    choice = Choice(WINDOW, 2, before + 60, 6, 8, 0, True, None, 1, kv_heads=2, rotary=True)
+    inputs = choice.qkv()
+    cache = KVCache(WINDOW, 2, 6, 8, kv_heads=2, dtype=torch.float64)
+    shard = [x[:, before:] for x in inputs]
+    cache.append(*(x[:, :before] for x in inputs[1:3]), q=inputs[0][:, :before])
+    inputs[3][:, :before] = 0
+    options = {"start": before, "far": cache.far(), "turn": turn, "lengths": lengths}
+    found = run(dilated_attention, shard, WINDOW, **options)
+    whole = {"turn": turn, "lengths": lengths and [before + n for n in lengths]}
+    expected = [x[:, before:] for x in run(dilated_attention, inputs, WINDOW, **whole)]
+    assert_close(found, expected, 1e-12)
+    k = cache.far()[0]
+    assert isinstance(k, Past)
+    assert not k.waiting.requires_grad
+
+
+def test_an_open_group_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder's tokens see what the first of their group has chosen, without another vote."""
+    voted = []
+    own = choosing._chosen
+    monkeypatch.setattr(choosing, "_chosen", lambda voters, *more: voted.append(1) or own(voters, *more))
+    q, k, v, _ = Choice(WINDOW, 1, 200, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
+    cache = KVCache(WINDOW, 1, 4, 8, kv_heads=2, dtype=q.dtype)
+    for part in zip(*(x.split(1, 1) for x in (q, k, v)), strict=True):
+        dilated_attention(*part, WINDOW, start=cache.position, far=cache.far())
+        cache.append(*part[1:], q=part[0])
+    assert len(voted) == 2 * len(range(64, 200, 4))  # with its first token, and with the next, from the past
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+def test_rows_of_a_cache_are_reordered(spilled: bool, tmp_path: Path) -> None:
+    choice = Choice(WINDOW, 3, 150, 4, 8, 0, True, None, 1, kv_heads=2, rotary=True)
+    q, k, v, _ = choice.qkv()
+    blocks = BlockFile(SpillFile(tmp_path)) if spilled else None
+    rows, cache = [2, 0, 0], KVCache(WINDOW, 3, 4, 8, kv_heads=2, dtype=q.dtype, blocks=blocks)
+    for first, last in ((0, 90), (90, 99)):
+        some = [x[:, first:last] for x in (q, k, v)]
+        dilated_attention(*some, WINDOW, start=first, far=cache.far(), turn=turn)
+        cache.append(*some[1:], q=some[0])
+    cache.select(rows)
+    some = [x[rows, 99:] for x in (q, k, v)]
+    found = dilated_attention(*some, WINDOW, start=99, far=cache.far(), turn=turn)
+    whole = dilated_attention(*(x[rows] for x in (q, k, v)), WINDOW, turn=turn)
+    torch.testing.assert_close(found, whole[:, 99:], rtol=1e-12, atol=1e-12)
+
+
+def test_a_cache_holds_all_keys_once_more() -> None:
+    cache = KVCache(WINDOW, 1, 4, 8, kv_heads=2)
+    empty = cache.nbytes
+    x = torch.zeros(1, 8 * 64, 4, 8)
+    cache.append(x[:, :, :2], x[:, :, :2], q=x)
+    kept = cache.far()[0]
+    assert isinstance(kept, Past)
+    kept.settle(None)
+    keys, queries = 2 * 2 * 8 * 4 * 8 * 64, 4 * 8 * 4 * (4 + 6)
+    assert cache.nbytes - empty == kept.nbytes == keys + keys // 8 + keys // 16 + queries
+
+
+def test_a_cache_needs_queries() -> None:
+    k = torch.zeros(1, 3, 2, 4)
+    with pytest.raises(ValueError, match="chosen blocks need the queries of earlier tokens: give q"):
+        KVCache(WINDOW, 1, 2, 4).append(k, k)

@@ -1,0 +1,197 @@
+"""Fast = dense reference, outputs and gradients; a shard cut anywhere, given its far keys, = the whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from places import GOLDEN
+from safetensors import safe_open
+from strategies import Problem, assert_close, problems, run
+from torch import Tensor
+
+from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention, far_keys
+from longnet_cli.attention.kernels import KERNELS
+from longnet_cli.attention.reference import dilated_attention_reference
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@given(problem=problems())
+def test_equals_the_fp64_reference(problem: Problem, dtype: torch.dtype) -> None:
+    inputs = problem.tensors(4, dtype)
+    found = run(dilated_attention, inputs, problem.pattern, **problem.options)
+    wide = [x.double() for x in inputs]
+    expected = run(dilated_attention_reference, wide, problem.pattern, **problem.options)
+    assert_close(found, expected, TOLERANCE[dtype])
+
+
+@given(problem=problems())
+def test_the_math_kernel_is_as_exact(problem: Problem) -> None:
+    inputs = problem.tensors(4)
+    found = run(dilated_attention, inputs, problem.pattern, kernel="math", **problem.options)
+    assert_close(found, run(dilated_attention_reference, inputs, problem.pattern, **problem.options), 1e-12)
+
+
+@given(problem=problems(lengths=False), cuts=st.sets(st.integers(1, 199), max_size=4), zero_keys=st.booleans())
+def test_shards_with_their_far_keys_equal_the_whole(problem: Problem, cuts: set[int], zero_keys: bool) -> None:
+    """Also gradients: those of far keys flow back into the shard that they were taken from."""
+    inputs, pattern, start = problem.tensors(4), problem.pattern, 0 if zero_keys else problem.start
+    padding, total = ("zero_key", problem.tokens) if zero_keys else ("exact", None)
+    edges = [0, *sorted(c for c in cuts if c < problem.tokens), problem.tokens]
+    shards = [(start + a, start + b) for a, b in pairwise(edges)]
+
+    def in_shards(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, causal: bool) -> Tensor:
+        parts = [tuple(x[:, a - start : b - start] for x in (q, k, v)) for a, b in shards]
+        outs = []
+        for (a, b), (q_, k_, v_) in zip(shards, parts, strict=True):
+            far: list[FarKeys] = []
+            for level, (w, _) in enumerate(pattern.levels):
+                for (c, d), (_, other_k, other_v) in zip(shards, parts, strict=True):
+                    # the other shard's share of our first and of our last segment
+                    for segment in {a // w, (b - 1) // w}:
+                        first, last = max(c, segment * w), min(d, (segment + 1) * w)
+                        if first < last and (last <= a or (first >= b and not causal)):
+                            far.append(far_keys(other_k, other_v, pattern, Span(level, first, last), start=c))
+            options = {"causal": causal, "start": a, "far": far, "padding": padding, "total": total}
+            outs.append(dilated_attention(q_, k_, v_, pattern, **options))
+        return torch.cat(outs, dim=1)
+
+    found = run(in_shards, inputs, pattern, causal=problem.causal)
+    whole = run(dilated_attention, inputs, pattern, causal=problem.causal, start=start, padding=padding)
+    assert_close(found, whole, 1e-12)
+
+
+def test_uncovered_queries_are_zero_and_pass_no_gradient() -> None:
+    pattern = Pattern((8,), (4,))
+    inputs = Problem(pattern, 1, 16, 2, 8, 0, True, None, seed=0).tensors(4)
+    out, dq, _, _ = run(dilated_attention, inputs, pattern)
+    outside = [p for p in range(16) if p % 4 != 0]
+    assert not out[0, outside, 0].any()
+    assert not dq[0, outside, 0].any()
+    assert out[0, ::4, 0].any()
+
+
+def test_strided_and_expanded_inputs() -> None:
+    """A fused projection hands over interleaved q, k, v; grouped-query heads are expanded; d of sum() has stride 0."""
+    pattern = Pattern((8, 32), (1, 4))
+    qkv = torch.randn(2, 40, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    q, k, v = qkv.unbind(2)
+    found = dilated_attention(q, k, v, pattern)
+    torch.testing.assert_close(found, dilated_attention_reference(q, k, v, pattern))
+    (grad,) = torch.autograd.grad(found.sum(), qkv)
+    (expected,) = torch.autograd.grad(dilated_attention_reference(q, k, v, pattern).sum(), qkv)
+    torch.testing.assert_close(grad, expected)
+    shared = torch.randn(2, 40, 1, 8, dtype=torch.float64).expand(2, 40, 4, 8)
+    torch.testing.assert_close(
+        dilated_attention(q, shared, shared, pattern), dilated_attention_reference(q, shared, shared, pattern)
+    )
+    last = torch.randn(2, 40, 8, 4, dtype=torch.float64).transpose(2, 3)  # the last stride is not 1
+    torch.testing.assert_close(dilated_attention(last, k, v, pattern), dilated_attention_reference(last, k, v, pattern))
+
+
+@pytest.mark.parametrize("kernel", ["cpu_flash", "math"])
+def test_autocast_changes_no_number(kernel: str) -> None:
+    """Projections under autocast hand over bf16; the kernels' own arithmetic must not be cast again."""
+    problem = Problem(Pattern((8, 32), (1, 4)), 2, 50, 4, 8, 3, True, None, seed=4)
+    inputs = problem.tensors(4, torch.float32)
+    expected = run(dilated_attention, inputs, problem.pattern, kernel=kernel, **problem.options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(dilated_attention, inputs, problem.pattern, kernel=kernel, **problem.options)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_calls_are_split_around_kernel_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(Pattern((8, 32), (1, 4)), 3, 150, 4, 8, 5, False, None, seed=2)
+    inputs = problem.tensors(4)
+    whole = run(dilated_attention, inputs, problem.pattern, **problem.options)
+    monkeypatch.setattr(type(KERNELS["math"]), "max_batch", lambda *_: 2)
+    seen = []
+    forward = KERNELS["math"].forward
+    monkeypatch.setattr(KERNELS["math"], "forward", lambda q, *a: seen.append(len(q)) or forward(q, *a))
+    assert_close(run(dilated_attention, inputs, problem.pattern, kernel="math", **problem.options), whole, 1e-12)
+    assert max(seen) == 2
+
+
+@pytest.mark.parametrize("name", ["attention_causal", "attention_bidirectional", "attention_bidirectional_zero_key"])
+def test_golden(name: str) -> None:
+    """The official implementation's outputs, in the regimes where it is right."""
+    path = GOLDEN / f"{name}.safetensors"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    with safe_open(path, "pt") as file:
+        config = file.metadata()
+        q, k, v, out = (file.get_tensor(x) for x in ("q", "k", "v", "out"))
+    pattern = Pattern(
+        json.loads(config["segment_lengths"]), json.loads(config["dilation_rates"]), config["head_offsets"]
+    )
+    options = {
+        "causal": config["causal"] == "true",
+        "padding": "zero_key" if name.endswith("zero_key") else "exact",
+    }
+    for function in (dilated_attention, dilated_attention_reference):
+        assert (function(q, k, v, pattern, **options) - out).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(1, 9, 2, 4)}, "one shape"),
+        ({"v": torch.zeros(1, 8, 2, 4, dtype=torch.float64)}, "one dtype"),
+        ({"start": -1}, "start"),
+        ({"lengths": [9]}, "lengths"),
+        ({"lengths": [1, 2]}, "lengths"),
+        ({"lengths": torch.tensor([4.0])}, "lengths needs whole numbers"),
+        ({"lengths": torch.tensor(4)}, "lengths needs whole numbers, in one dimension"),
+        ({"lengths": [[4]]}, "lengths needs whole numbers, in one dimension"),
+        ({"lengths": [-1]}, "tokens after padding"),
+        ({"documents": [5.5, 2.5]}, "documents needs whole numbers"),
+        (dict.fromkeys("qkv", torch.zeros(1, 8, 2, 4, dtype=torch.int64)), r"need one of .*, got torch\.int64"),
+        ({"padding": "zero"}, "padding"),
+        ({"documents": [5, 2]}, "make 8 tokens"),
+        ({"documents": [8], "total": 8}, "have their own lengths"),
+        ({"total": 7}, "must hold the shard"),
+        ({"padding": "zero_key", "start": 8}, "zero_key"),
+        ({"kernel": "fast"}, "unknown attention kernel 'fast'"),
+        ({"kernel": "cuda_flash"}, "cannot run here"),
+        ({"start": 4, "far": [FarKeys(0, 2, 6, *torch.zeros(2, 1, 4, 2, 4))]}, "overlap"),
+        ({"start": 4, "far": [FarKeys(0, 1, 4, *torch.zeros(2, 1, 2, 2, 4))]}, "need"),
+        ({"start": 9, "far": [FarKeys(0, 7, 9, *torch.zeros(2, 1, 2, 2, 4))]}, "leave their segment"),
+        ({"far": [FarKeys(0, 8, 9, *torch.zeros(2, 1, 2, 2, 4))]}, "after a causal shard"),
+        ({"far": [FarKeys(3, 8, 9, *torch.zeros(2, 1, 2, 2, 4))]}, "name level 3"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(change: dict, message: str) -> None:
+    call = {"q": torch.zeros(1, 8, 2, 4), "k": torch.zeros(1, 8, 2, 4), "v": torch.zeros(1, 8, 2, 4)} | change
+    with pytest.raises(ValueError, match=message):
+        dilated_attention(**call, pattern=Pattern((8,), (1,)))
+
+
+@pytest.mark.slow
+def test_peak_memory_of_forward_and_backward() -> None:
+    """65,536 tokens, 12 heads x 64, the paper's pattern: at most 10 times the bytes of q, inputs and gradients too."""
+    program = """
+import ctypes, pathlib, torch
+from longnet_cli.attention import Pattern, dilated_attention
+def status(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+small = torch.randn(3, 1, 256, 12, 64, requires_grad=True)
+dilated_attention(*small, Pattern.paper()).sum().backward()  # libraries and thread pools are not what is measured
+del small
+ctypes.CDLL(None).malloc_trim(0)
+before = status("VmRSS")
+q, k, v = (torch.randn(1, 65536, 12, 64, requires_grad=True) for _ in range(3))
+dilated_attention(q, k, v, Pattern.paper()).backward(torch.randn(q.shape))
+print((status("VmHWM") - before) / (q.numel() * 4))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 10, done.stdout

@@ -1,0 +1,100 @@
+"""The integer geometry: views show exactly the rows of the definition, in as few calls as the figures say."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from strategies import Problem, problems
+
+from longnet_cli.attention.branches import branches
+from longnet_cli.attention.pattern import Pattern
+from longnet_cli.attention.spans import Rows, Span, rows_before, span_positions
+
+
+def tokens_of(rows: Rows) -> dict[tuple[int, int], list[int]]:
+    """{(head, segment): [token, ...]} of a view."""
+    return {
+        (rows.first_head + h * rows.head_step, s): [
+            rows.first_token + s * rows.segment_step + h * rows.skew + j * rows.row_step for j in range(rows.rows)
+        ]
+        for s in range(rows.segments)
+        for h in range(rows.heads)
+    }
+
+
+@given(problem=problems(lengths=False))
+def test_near_views_are_the_definition(problem: Problem) -> None:
+    """Head h of level (w, r) keeps position p iff (p mod w) mod r is its offset, each segment on its own."""
+    pattern, start, heads = problem.pattern, problem.start, problem.heads
+    found: Counter[tuple[int, tuple[int, ...]]] = Counter()
+    for branch in branches(pattern, heads, start, problem.tokens, problem.causal, "exact", ()):
+        assert branch.queries == branch.keys
+        for (head, _), tokens in tokens_of(branch.queries).items():
+            found[head, tuple(start + t for t in tokens)] += 1
+    expected: Counter[tuple[int, tuple[int, ...]]] = Counter()
+    for level, (w, r) in enumerate(pattern.levels):
+        for head, offset in enumerate(pattern.offsets(level, heads)):
+            segments: dict[int, list[int]] = {}
+            for p in range(start, start + problem.tokens):
+                if p % w % r == offset:
+                    segments.setdefault(p // w, []).append(p)
+            expected.update((head, tuple(kept)) for kept in segments.values())
+    assert found == expected
+
+
+@given(problem=problems(lengths=False))
+def test_span_positions_are_the_definition(problem: Problem) -> None:
+    for level, (w, r) in enumerate(problem.pattern.levels):
+        span = Span(level, problem.start, min(problem.start + problem.tokens, (problem.start // w + 1) * w))
+        for offset, positions in zip(
+            problem.pattern.offsets(level, problem.heads),
+            span_positions(problem.pattern, span, problem.heads),
+            strict=True,
+        ):
+            assert list(positions) == [p for p in range(span.start, span.stop) if p % w % r == offset]
+
+
+def test_figures_of_the_paper() -> None:
+    paper = Pattern.paper()
+    assert round(paper.keys_per_query) == 4267
+    assert paper.cache_rows == 11_606
+    assert Pattern.geometric(2**30).cache_rows == 40_960
+    assert Pattern.geometric(2**30).levels[-1] == (2**30, 2**19)
+
+
+def test_offsets() -> None:
+    modulo, grouped = Pattern((8,), (4,)), Pattern((8,), (4,), "grouped")
+    assert modulo.offsets(0, 6) == (0, 1, 2, 3, 0, 1)
+    assert grouped.offsets(0, 6) == (0, 0, 1, 1, 2, 2)
+    assert Pattern((8,), (8,), "grouped").offsets(0, 12) == (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5)
+
+
+@pytest.mark.parametrize("head_offsets", ["modulo", "grouped"])
+def test_few_calls(head_offsets: str) -> None:
+    """12 heads, whole segments: the paper's pattern takes 12 calls, not the 25 of a call an offset."""
+    paper = Pattern(Pattern.paper().segment_lengths, Pattern.paper().dilation_rates, head_offsets)
+    assert len(branches(paper, 12, 0, 65_536, True, "exact", ())) == 12
+
+
+def test_rows_before() -> None:
+    assert [rows_before(p, 2, 3) for p in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((8, 16), (1,)), "one entry per level"),
+        (((), ()), "one entry per level"),
+        (((0,), (1,)), "at least 1"),
+        (((8,), (0,)), "at least 1"),
+        (((8,), (1,), "blocked"), "head_offsets"),
+        (((2.5,), (1,)), r"segment_lengths needs whole numbers, got \(2.5,\)"),
+        (((8, 12), "12"), "dilation_rates needs whole numbers, got '12'"),
+        ((8, (1,)), "segment_lengths needs whole numbers, got 8"),
+    ],
+)
+def test_wrong_patterns(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Pattern(*arguments)

@@ -1,0 +1,408 @@
+"""Kernels: each one that runs here equals plain math; selection, forcing and probing; flash-attn's real signatures.
+
+On a GPU: tests/test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from longnet_cli.attention import Pattern, cuda_kernels, dilated_attention, kernels
+from longnet_cli.attention.packing import Sequences, rows_of
+from longnet_cli.attention.reference import dilated_attention_reference
+
+CPU, MATH = torch.device("cpu"), kernels.KERNELS["math"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_selection():
+    """Selections are remembered for the life of a process; not from one test to the next."""
+    kernels.forget_selections()
+    yield
+    kernels.forget_selections()
+
+
+def strided(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """(batch, heads, rows, head_dim) with rows three tokens apart in a (batch, tokens, heads, head_dim) tensor."""
+    batch, heads, rows, head_dim = shape
+    x = torch.randn(batch, rows * 3, heads, head_dim, generator=torch.Generator().manual_seed(seed))
+    return x.to(dtype)[:, ::3].transpose(1, 2)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
+)
+def test_cpu_flash_on_strided_views_and_a_foreign_lse(dtype: torch.dtype, tolerance: float, causal: bool) -> None:
+    """The backward is given the merged out and lse of a larger union, in the layout in which we hold them."""
+    q, k, v, dout = (strided(2, 3, 70, 8, dtype=dtype, seed=s) for s in range(4))
+    out, lse = kernels.KERNELS["cpu_flash"].forward(q, k, v, causal, 0.3)
+    expected_out, expected_lse = MATH.forward(q, k, v, causal, 0.3)
+    assert (out - expected_out).norm() <= tolerance * expected_out.norm()
+    assert (lse - expected_lse).norm() <= tolerance * expected_lse.norm()
+    merged = (expected_out * 0.5).to(dtype)
+    merged_lse = (expected_lse + 0.7).transpose(1, 2).contiguous().transpose(1, 2)  # memory (batch, rows, heads)
+    arguments = (dout, q, k, v, merged, merged_lse, causal, 0.3)
+    found, expected = kernels.KERNELS["cpu_flash"].backward(*arguments), MATH.backward(*arguments)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+def test_the_cpu_gets_flash_and_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LONGNET_KERNEL", raising=False)
+    assert kernels.select_kernel(CPU, torch.float32, 64).name == "cpu_flash"
+    monkeypatch.setenv("LONGNET_KERNEL", "math")
+    assert kernels.select_kernel(CPU, torch.float32, 64).name == "math"
+    assert kernels.select_kernel(CPU, torch.float32, 64, "cpu_flash").name == "cpu_flash"
+    monkeypatch.setenv("LONGNET_KERNEL", "quick")
+    with pytest.raises(
+        ValueError, match="choose from fa4, fa3, flash_attn, cuda_flash, cuda_efficient, cpu_flash, math"
+    ):
+        kernels.select_kernel(CPU, torch.float32, 64)
+
+
+def test_a_kernel_that_computes_wrongly_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LONGNET_KERNEL", raising=False)
+    flash = kernels.KERNELS["cpu_flash"]
+    backward = flash.backward
+    monkeypatch.setattr(flash, "backward", lambda *a: tuple(1.1 * x for x in backward(*a)))
+    with pytest.warns(UserWarning, match="'cpu_flash' is not used: its dq is off"):
+        assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
+    with pytest.raises(ValueError, match="cannot run here: its dq is off"):
+        kernels.select_kernel(CPU, torch.float32, 16, "cpu_flash")
+
+
+def test_a_kernel_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those whose first line is an assertion about the device, and gives no reason."""
+    monkeypatch.delenv("LONGNET_KERNEL", raising=False)
+
+    def forward(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(kernels.KERNELS["cpu_flash"], "forward", forward)
+    with pytest.warns(UserWarning, match="'cpu_flash' is not used: AssertionError: no reason given"):
+        assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
+
+
+def test_probing_leaves_the_random_state_alone() -> None:
+    state = torch.get_rng_state()
+    kernels.select_kernel(CPU, torch.float32, 24)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_cuda_limits() -> None:
+    cuda = kernels.KERNELS["cuda_flash"]
+    assert cuda.max_batch(12, 1, 64) <= 65_535
+    assert cuda.max_batch(12, 2048, 64) * 12 * 2048 * 64 < 2**31
+    assert cuda.max_batch(1, 1 << 30, 64) == 1
+
+
+def test_aten_cuda_signatures() -> None:
+    """No GPU here: at least the ops that the CUDA kernel calls take the arguments that it gives, by position."""
+    forward = torch.ops.aten._flash_attention_forward.default._schema
+    backward = torch.ops.aten._flash_attention_backward.default._schema
+    assert [a.name for a in forward.arguments[:10]] == [
+        "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
+        "return_debug_mask",
+    ]  # fmt: skip
+    assert [a.name for a in backward.arguments[:12]] == [
+        "grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k",
+        "dropout_p", "is_causal",
+    ]  # fmt: skip
+    assert [str(a.type) for a in backward.arguments[12:14]] == ["Tensor", "Tensor"]
+    assert "scale" in {a.name for a in forward.arguments} & {a.name for a in backward.arguments}
+    forward = torch.ops.aten._efficient_attention_forward.default._schema
+    backward = torch.ops.aten._efficient_attention_backward.default._schema
+    assert [a.name for a in forward.arguments[3:11]] == [
+        "bias", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "custom_mask_type",
+        "compute_log_sumexp",
+    ]  # fmt: skip
+    assert [a.name for a in backward.arguments[4:16]] == [
+        "bias", "out", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "logsumexp", "dropout_p",
+        "philox_seed", "philox_offset", "custom_mask_type", "bias_requires_grad",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cuda_flash", "cuda_efficient"])
+def test_packed_shapes(name: str) -> None:
+    """What torch itself says that its operators return, for sequences of 300, 1 and 70 rows."""
+    kernel, counts = kernels.KERNELS[name], ([300, 1, 70], [40, 200, 9])
+    queries, keys = (rows_of(Sequences([0] * 3, [1] * 3, x), torch.device("meta")) for x in counts)
+    q, dout, k, v = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (371, 371, 249, 249))
+    out, lse = kernel.forward_packed(q, k, v, queries, keys, False, 1.0)
+    assert (out.shape, lse.shape, lse.dtype) == ((371, 64), (371,), torch.float32)
+    if name == "cuda_efficient":
+        return  # what torch says of its backward forgets that it takes `out`
+    grads = kernel.backward_packed(dout, q, k, v, out, lse, queries, keys, False, 1.0)
+    assert [d.shape for d in grads] == [(371, 64), (249, 64), (249, 64)]
+
+
+# What `_flash_attn_forward` and `_flash_attn_backward` of flash-attn 2.7.4 and 2.8.3 are: custom ops of torch
+FORWARD = (
+    "(Tensor q, Tensor k, Tensor v, float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
+    "SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool return_softmax) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+BACKWARD = (
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a6!)? dq, Tensor(a7!)? dk, "
+    "Tensor(a8!)? dv, float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
+    "SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None) "
+    "-> Tensor"
+)
+
+
+def flash_attn_like(version: str) -> types.ModuleType:
+    """flash_attn.flash_attn_interface with a release's signatures and layouts, computed by plain math."""
+    module = types.ModuleType("flash_attn.flash_attn_interface")
+
+    def compute(q, k, v, softmax_scale, causal):
+        out, lse = MATH.forward(*(x.transpose(1, 2) for x in (q, k, v)), causal, softmax_scale)
+        return out.transpose(1, 2).contiguous(), lse.contiguous()
+
+    def compute_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal):
+        assert softmax_lse.is_contiguous()
+        heads_first = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
+        for total, part in zip(
+            (dq, dk, dv), MATH.backward(*heads_first, softmax_lse, causal, softmax_scale), strict=True
+        ):
+            total.copy_(part.transpose(1, 2))
+
+    if version == "2.6.3":
+
+        def _flash_attn_forward(
+            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax
+        ):
+            assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
+            out, lse = compute(q, k, v, softmax_scale, causal)
+            return out, q, k, v, out, lse, None, None
+
+        def _flash_attn_backward(
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size, softcap,
+            alibi_slopes, deterministic, rng_state=None,
+        ):  # fmt: skip
+            assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
+            compute_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal)
+
+    else:
+
+        @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=(), schema=FORWARD)
+        def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, left, right, softcap, slopes, softmax):
+            assert (dropout_p, left, right, softcap, slopes, softmax) == (0.0, -1, -1, 0.0, None, False)
+            out, lse = compute(q, k, v, softmax_scale, causal)
+            return out, lse, q.new_empty(0), torch.empty(2, dtype=torch.int64)
+
+        @torch.library.custom_op("flash_attn::_flash_attn_backward", mutates_args=("dq", "dk", "dv"), schema=BACKWARD)
+        def _flash_attn_backward(
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, left, right, softcap,
+            slopes, deterministic, rng_state=None,
+        ):  # fmt: skip
+            assert (dropout_p, left, right, softcap, slopes) == (0.0, -1, -1, 0.0, None)
+            compute_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal)
+            return torch.empty_like(softmax_lse)
+
+    module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
+    return module
+
+
+@pytest.mark.parametrize("version", ["2.6.3", "2.7.4", "2.8.3"])
+def test_flash_attn_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    package, interface = types.ModuleType("flash_attn"), flash_attn_like(version)
+    package.flash_attn_interface = interface
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    monkeypatch.setattr(cuda_kernels.FlashAttnKernel, "refusal", lambda *_: None)  # only the device is missing
+    library = torch.library.Library("aten", "IMPL")  # which packs
+    library.impl("_flash_attention_forward", flash_forward, "CPU")
+    library.impl("_flash_attention_backward", flash_backward, "CPU")
+    problem = torch.randn(4, 2, 50, 4, 8), Pattern((8, 32), (1, 4))
+    assert_equals_the_reference(*problem, kernel="flash_attn")
+    assert_packs(*problem, kernel="flash_attn")
+
+
+def assert_equals_the_reference(tensors: Tensor, pattern: Pattern, **options) -> None:
+    *qkv, dout = tensors
+    results = []
+    for function, chosen in ((dilated_attention, options), (dilated_attention_reference, {})):
+        q, k, v = (x.clone().requires_grad_() for x in qkv)
+        out = function(q, k, v, pattern, **chosen)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), dout)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def assert_packs(tensors: Tensor, pattern: Pattern, kernel: str) -> None:
+    """Documents go packed, and each gets what it gets alone, its gradients too."""
+    documents = [17, 1, 32]
+    assert kernels.select_kernel(CPU, tensors.dtype, tensors.shape[-1], kernel).packs
+    *qkv, dout = tensors
+    q, k, v = (x.clone().requires_grad_() for x in qkv)
+    out = dilated_attention(q, k, v, pattern, documents=documents, kernel=kernel)
+    results = [out, *torch.autograd.grad(out, (q, k, v), dout)]
+    alone = [x.clone().requires_grad_() for x in qkv]
+    parts = zip(*(x.split(documents, 1) for x in alone), strict=True)
+    expected = torch.cat([dilated_attention_reference(*part, pattern) for part in parts], 1)
+    for found, wanted in zip(results, [expected, *torch.autograd.grad(expected, alone, dout)], strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def efficient_forward(
+    query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, custom_mask_type,
+    compute_log_sumexp=False, *, scale=None, seqlen_k=None, window_size=None,
+):  # fmt: skip
+    """aten's `_efficient_attention_forward`: an lse has a multiple of 32 rows for each sequence, inf beyond its own."""
+    assert compute_log_sumexp
+    assert query.shape[-1] * query.element_size() % 16 == 0
+    parts = []
+    for q, k, v in sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, (query,), (key, value)):
+        out, lse = MATH.forward(q, k, v, custom_mask_type == 1, scale)
+        parts.append((out, pad_lse(lse, max_seqlen_q + -max_seqlen_q % 32)))
+    outs, lses = zip(*parts, strict=True)
+    rng = torch.zeros((), dtype=torch.int64)
+    out = torch.cat(outs, 2).transpose(1, 2).to(query.dtype).contiguous()
+    return out, torch.cat(lses), rng, rng, max_seqlen_q, max_seqlen_k
+
+
+def efficient_backward(
+    grad_out_, query, key, value, bias, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, logsumexp,
+    dropout_p, philox_seed, philox_offset, custom_mask_type, bias_requires_grad, *, scale=None, num_splits_key=None,
+    window_size=None, shared_storage_dqdkdv=False,
+):  # fmt: skip
+    number = query.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    assert logsumexp.shape == (number, query.shape[2], max_seqlen_q + -max_seqlen_q % 32)
+    assert logsumexp.is_contiguous()
+    lengths, of_q, of_k = (max_seqlen_q, max_seqlen_k), (grad_out_, query, out), (key, value)
+    parts = []
+    each = sequences(cu_seqlens_q, cu_seqlens_k, *lengths, of_q, of_k)
+    for (dout, q, out_, k, v), lse in zip(each, logsumexp.split(query.shape[0]), strict=True):
+        assert lse[..., q.shape[2] :].isinf().all()
+        parts.append(MATH.backward(dout, q, k, v, out_, lse[..., : q.shape[2]], custom_mask_type == 1, scale))
+    grads = (torch.cat(found, 2).transpose(1, 2).to(query.dtype) for found in zip(*parts, strict=True))
+    return *grads, torch.empty(0)
+
+
+def flash_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, *_, scale=None, **__):
+    """aten's `_flash_attention_forward`: packed, q is (rows, heads, head_dim) and the lse (heads, rows)."""
+    one = 0 if cum_seq_q is not None else slice(None)
+    heads_first = [x[None] if cum_seq_q is not None else x for x in (query, key, value)]
+    each = sequences(cum_seq_q, cum_seq_k, max_q, max_k, heads_first[:1], heads_first[1:])
+    out, lse = (
+        torch.cat(found, 2)[one] for found in zip(*(MATH.forward(*x, is_causal, scale) for x in each), strict=True)
+    )
+    rng = torch.zeros(2, dtype=torch.uint64)
+    return out.transpose(-3, -2).to(query.dtype).contiguous(), lse.contiguous(), rng, rng, query.new_empty(0)
+
+
+def flash_backward(
+    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, *_,
+    scale=None, **__,
+):  # fmt: skip
+    one = 0 if cum_seq_q is not None else slice(None)
+    of_q = [x[None] if cum_seq_q is not None else x for x in (grad_out, query, out)]
+    of_q.append((logsumexp[None] if cum_seq_q is not None else logsumexp).transpose(1, 2)[..., None])
+    of_k = [x[None] if cum_seq_q is not None else x for x in (key, value)]
+    parts = [
+        MATH.backward(dout, q, k, v, out_, lse[..., 0], is_causal, scale)
+        for dout, q, out_, lse, k, v in sequences(cum_seq_q, cum_seq_k, max_q, max_k, of_q, of_k)
+    ]
+    return tuple(torch.cat(found, 2)[one].transpose(-3, -2) for found in zip(*parts, strict=True))
+
+
+def sequences(q_edges, k_edges, longest, most, of_q, of_k):
+    """Tensors (batch, rows, heads, ..) of each sequence, heads first; without edges the batch is all there is."""
+    if q_edges is None:
+        assert (longest, most) == (of_q[0].shape[1], of_k[0].shape[1])
+        yield [x.transpose(1, 2) for x in (*of_q, *of_k)]
+        return
+    assert q_edges.dtype == k_edges.dtype == torch.int32
+    assert (longest, most) == (q_edges.diff().max(), k_edges.diff().max())
+    for (a, b), (c, d) in zip(pairwise(q_edges.tolist()), pairwise(k_edges.tolist()), strict=True):
+        yield [*(x[:, a:b].transpose(1, 2) for x in of_q), *(x[:, c:d].transpose(1, 2) for x in of_k)]
+
+
+def pad_lse(lse: Tensor, rows: int) -> Tensor:
+    return torch.nn.functional.pad(lse, (0, rows - lse.shape[-1]), value=float("inf"))
+
+
+@pytest.mark.parametrize("head_dim", [8, 5])
+def test_efficient_attention_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
+    """aten's own operators, which have no kernel for CPUs: here they have one. No head_dim is odd for them."""
+    monkeypatch.setattr(cuda_kernels.CudaEfficientKernel, "refusal", lambda *_: None)  # only the device is missing
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_efficient_attention_forward", efficient_forward, "CPU")
+    library.impl("_efficient_attention_backward", efficient_backward, "CPU")
+    problem = torch.randn(4, 2, 50, 4, head_dim), Pattern((8, 32), (1, 4))
+    assert_equals_the_reference(*problem, kernel="cuda_efficient")
+    assert_packs(*problem, kernel="cuda_efficient")
+
+
+def test_efficient_attention_serves_what_flash_does_not() -> None:
+    cuda, efficient, flash = torch.device("cuda"), kernels.KERNELS["cuda_efficient"], kernels.KERNELS["cuda_flash"]
+    for dtype, head_dim in ((torch.float32, 64), (torch.float32, 5)):
+        assert flash.refusal(cuda, dtype, head_dim)
+        assert efficient.refusal(cuda, dtype, head_dim) is None
+    assert efficient.refusal(cuda, torch.bfloat16, 20) is None
+    assert "no torch.float64" in efficient.refusal(cuda, torch.float64, 64)
+
+
+def test_plain_math_on_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LONGNET_KERNEL", raising=False)
+    with pytest.warns(UserWarning, match="attention in torch.float64 on cuda falls back to plain math") as said:
+        assert kernels.select_kernel(torch.device("cuda"), torch.float64, 64).name == "math"
+    assert [str(warning.message).count("\n") for warning in said] == [0]
+    kernels.select_kernel(torch.device("cuda"), torch.float64, 64, "math")  # as was asked for: nothing to say
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.attention, "activate_flash_attention_impl"), reason="torch before 2.13")
+@pytest.mark.parametrize("name", ["fa3", "fa4"])
+def test_newer_flash_attention_takes_the_place_of_atens(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Registered with torch as FA3 and FA4 are; aten's flash operators have no kernel for CPUs of their own."""
+    registry = torch.nn.attention._registry
+    monkeypatch.setattr(registry, "_FLASH_ATTENTION_IMPLS", dict(registry._FLASH_ATTENTION_IMPLS))
+    monkeypatch.setattr(cuda_kernels.ActivatedKernel, "refusal", lambda *_: None)
+    monkeypatch.setattr(cuda_kernels.CudaFlashKernel, "refusal", lambda *_: None)
+
+    class Handle:
+        def __init__(self) -> None:
+            self.library = torch.library.Library("aten", "IMPL")
+            self.library.impl("_flash_attention_forward", flash_forward, "CPU")
+            self.library.impl("_flash_attention_backward", flash_backward, "CPU")
+
+        def remove(self) -> None:
+            self.library._destroy()
+
+    torch.nn.attention.register_flash_attention_impl(name.upper(), register_fn=Handle)
+    problem = torch.randn(4, 2, 50, 4, 8), Pattern((8, 32), (1, 4))
+    monkeypatch.setenv("LONGNET_KERNEL", name)
+    try:
+        assert_equals_the_reference(*problem)
+        assert_packs(*problem, kernel=name)
+        assert torch.nn.attention.current_flash_attention_impl() == name.upper()
+        with pytest.raises(ValueError, match="'cuda_flash' cannot run here: NotImplementedError"):  # torch's own
+            dilated_attention(*problem[0][:3], problem[1], kernel="cuda_flash")
+        assert torch.nn.attention.current_flash_attention_impl() is None
+    finally:
+        cuda_kernels.activate(None)
+
+
+def test_what_cannot_be_activated_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = kernels.KERNELS["fa4"].refusal(torch.device("cuda"), torch.bfloat16, 64)
+    assert re.search(r"flash_attn.cute.interface cannot be imported|2.13 can", refusal)
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", list, raising=False)
+    assert "cannot activate it; 2.13 can" in kernels.KERNELS["fa3"].refusal(torch.device("cuda"), torch.bfloat16, 64)
+
+
+def test_what_fails_is_not_left_activated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others in the process would get it as well."""
+    left: list[str | None] = ["FA4"]
+    monkeypatch.setattr(cuda_kernels.ActivatedKernel, "refusal", lambda *_: None)
+    monkeypatch.setattr(kernels, "activate", left.append)
+    with pytest.raises(ValueError, match="'fa4' cannot run here"):  # aten has no such operator for CPUs
+        kernels.select_kernel(CPU, torch.float32, 8, "fa4")
+    assert left[-1] is None

@@ -1,0 +1,312 @@
+"""The options of a pattern: look-back, each key once, all queries, sinks, biases, shared key heads.
+
+Fast = dense reference, outputs and gradients; shards with their far keys, and chunks with their cache, = the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Choice, assert_close, choices, cuts, run, split, turn, turning
+from torch import Tensor
+
+from longnet_cli.attention import SINKS, FarKeys, KVCache, Pattern, Span, dilated_attention, far_keys
+from longnet_cli.attention.branches import attention_flops, branches
+from longnet_cli.attention.cache import cached_rows
+from longnet_cli.attention.merging import apart, strided_view
+from longnet_cli.attention.reference import dilated_attention_reference, key_counts
+from longnet_cli.attention.spans import far_spans, lanes
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@given(choice=choices())
+def test_every_choice_equals_the_reference(choice: Choice, dtype: torch.dtype, tolerance: float) -> None:
+    inputs, options = choice.qkv(dtype), choice.options | turning(choice)
+    found = run(dilated_attention, inputs, choice.pattern, **options)
+    expected = run(dilated_attention_reference, [x.double() for x in inputs], choice.pattern, **options)
+    assert_close(found, expected, tolerance)
+
+
+@given(choice=choices())
+def test_gradients_are_added_to_views_without_overlap(choice: Choice) -> None:
+    """Where two numbers of a view are one place, a sum of several threads is wrong, now and then."""
+    places = torch.arange(choice.tokens * choice.kv_heads).view(1, choice.tokens, choice.kv_heads, 1)
+    start, kv_heads = choice.start, choice.kv_heads
+    spans = (Span(SINKS, 0, min(start, choice.pattern.sinks)),)
+    options = (choice.heads, start, choice.tokens, choice.causal, "exact", spans, 0, kv_heads)
+    for branch in branches(choice.pattern, *options):
+        view = strided_view(places, branch.keys)[0]
+        for into, part in apart(view, torch.zeros(view.shape), branch.keys):
+            assert into.shape == part.shape
+            assert into.unique().numel() == into.numel()
+
+
+@given(choice=choices(), sizes=cuts(), called=st.booleans())
+def test_shards_with_their_far_keys_equal_the_whole(choice: Choice, sizes: list[int], called: bool) -> None:
+    """Each shard gets what `far_spans` says, in parts, one per shard that made them; gradients flow back into those.
+
+    `called`: far keys that tell of their gradients early, as those of other ranks do.
+    """
+    pattern, start, stop = choice.pattern, choice.start, choice.start + choice.tokens
+    edges = [start]
+    for size in split(choice.tokens, [max(size, choice.tokens // 6) for size in sizes]):
+        edges.append(edges[-1] + size)
+    told: list[dict[str, Tensor]] = []
+
+    def in_shards(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, **options) -> Tensor:
+        outs = []
+        for a, b in pairwise(edges):
+            far: list[FarKeys] = []
+            for span in far_spans(pattern, a, b, choice.causal, stop):
+                for c, d in pairwise(edges):
+                    part = Span(span.level, max(span.start, c), min(span.stop, d))
+                    if part.start < part.stop and span.stop > start:
+                        rows = slice(c - start, d - start)
+                        keys = far_keys(k[:, rows], v[:, rows], pattern, part, start=c, num_heads=choice.heads)
+                        far.append(watched(keys, told) if called else keys)
+            q_, k_, v_ = (x[:, a - start : b - start] for x in (q, k, v))
+            outs.append(dilated_attention(q_, k_, v_, pattern, causal=choice.causal, start=a, far=far, **options))
+        return torch.cat(outs, 1)
+
+    inputs = choice.qkv()
+    found = run(in_shards, inputs, pattern, **turning(choice))
+    whole = run(dilated_attention, inputs, pattern, causal=choice.causal, start=start, **turning(choice))
+    assert_close(found, whole, 1e-12)
+    for found in told:
+        assert torch.equal(found["back k"], found["k"])
+        assert torch.equal(found["back v"], found["v"])
+
+
+def watched(keys: FarKeys, told: list[dict[str, Tensor]]) -> FarKeys:
+    """Notes that what `back` is told is what flows into k and v."""
+    notes: dict[str, Tensor] = {}
+    told.append(notes)
+    for name, x in (("k", keys.k), ("v", keys.v)):
+        x.register_hook(lambda d, name=name: notes.__setitem__(name, d.clone()))
+
+    def back(dk: Tensor, dv: Tensor) -> None:
+        assert not notes
+        notes.update({"back k": dk.clone(), "back v": dv.clone()})
+
+    return replace(keys, back=back)
+
+
+@given(choice=choices(causal=True), sizes=cuts(), keep=st.booleans())
+def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list[int], keep: bool) -> None:
+    pattern, (q, k, v, _) = choice.pattern, choice.qkv()
+    whole = dilated_attention(q, k, v, pattern, **turning(choice))
+    sizes_of = pattern, choice.batch, choice.heads, choice.head_dim
+    cache = KVCache(*sizes_of, kv_heads=choice.kv_heads, dtype=q.dtype, keep=choice.tokens if keep else 0)
+    size = cache.nbytes
+    parts, seen = [], []
+    for part in zip(*(x.split(split(choice.tokens, sizes), 1) for x in (q, k, v)), strict=True):
+        seen.append((part, cache.position, cache.far()))
+        far = cache.far(*part[1:])  # of a single token, with its own row, unless `keep`
+        parts.append(dilated_attention(*part, pattern, start=cache.position, far=far, **turning(choice)))
+        cache.append(*part[1:])
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
+    rows = cached_rows(pattern, choice.heads, choice.kv_heads)
+    most = 2 * choice.batch * choice.head_dim * q.itemsize * rows
+    assert cache.nbytes <= most if keep else cache.nbytes == size == most
+    if keep:  # the far keys given out on the way are still what they were
+        again = [dilated_attention(*p, pattern, start=at, far=far, **turning(choice)) for p, at, far in seen]
+        assert all(map(torch.equal, again, parts))
+
+
+@given(choice=choices())
+def test_flops_are_those_of_the_pairs_that_meet(choice: Choice) -> None:
+    """Those of a causal square count half: the pairs that meet, less half of those of a row and itself."""
+    pattern = replace(choice.pattern, level_bias=None)
+    counts = key_counts(pattern, choice.heads, choice.tokens, choice.causal, 0, "exact")[0]
+    pairs = counts.sum() - (counts.diagonal(0, 1, 2).sum() / 2 if choice.causal else 0)
+    found = attention_flops(pattern, choice.heads, 8, choice.tokens, choice.causal, 2, choice.kv_heads)
+    assert found == 2 * 4 * 8 * pairs
+
+
+@pytest.mark.parametrize("head_offsets", ["modulo", "grouped"])
+def test_a_grouped_model_holds_and_sends_what_its_heads_share_once(head_offsets: str) -> None:
+    """12 query heads on 3 key heads: a quarter of the finest level and of the sinks, in cache and far keys alike."""
+    pattern = Pattern((64, 256), (1, 4), head_offsets, look_back=1, overlap="once", sinks=4)
+    caches = {kv: KVCache(pattern, 1, 12, 8, kv_heads=kv) for kv in (12, 3)}
+    for cache in caches.values():
+        for _ in range(3):
+            k = torch.randn(1, 200, cache.kv_heads, 8)
+            cache.append(k, k)
+
+    def numbers(kv: int, level: int) -> int:
+        return sum(keys.k.numel() for keys in caches[kv].far() if keys.level == level)
+
+    assert numbers(3, 0) == numbers(12, 0) // 4
+    assert numbers(3, SINKS) == numbers(12, SINKS) // 4 == 4 * 3 * 8
+    shared = {"modulo": 12, "grouped": 6}[
+        head_offsets
+    ]  # key head 1 has query heads 4 to 7, of offsets 0 to 3, or 1 and 2
+    assert len(lanes(pattern, 1, 12, 3).offsets) == shared
+    assert numbers(3, 1) == numbers(12, 1) * shared // 12
+    sizes = {kv: 128 * kv + 128 * (12 if kv == 12 else shared) + 4 * kv for kv in (12, 3)}
+    assert {kv: cache.nbytes for kv, cache in caches.items()} == {kv: 2 * 8 * 4 * rows for kv, rows in sizes.items()}
+
+
+@pytest.mark.parametrize("moved", [0, 64 * 10**5, 64 * 10**7])
+@pytest.mark.parametrize("causal", [True, False])
+def test_sinks_are_seen_right_before_the_window_at_any_distance(causal: bool, moved: int) -> None:
+    """All but the sinks' own segment moved by segments: what the last queries see is the same."""
+    pattern = Pattern.window(64, sinks=4)
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 512, 6, 8, generator=draw, dtype=torch.float64)
+    q, k = (turn(x[:, None], torch.tensor([0]), 0)[:, 0] for x in (q, k))
+    whole = dilated_attention(q, k, v, pattern, causal=causal, turn=turn)
+    start = 256
+    q_, k_ = (turn(x[:, None, start:], torch.tensor([moved]))[:, 0] for x in (q, k))
+    before = [Span(0, start - 64, start), Span(SINKS, 0, 4)]
+    far = [far_keys(k, v, pattern, span) for span in before]
+    far[0] = FarKeys(
+        0, start + moved - 64, start + moved, turn(far[0].k[:, None], torch.tensor([moved]))[:, 0], far[0].v
+    )
+    options = {"causal": causal, "start": start + moved, "far": far}
+    found = dilated_attention(q_, k_, v[:, start:], pattern, turn=turn, **options)
+    torch.testing.assert_close(found, whole[:, start:], rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(dilated_attention(q_, k_, v[:, start:], pattern, **options), whole[:, start:], atol=1e-3)
+
+
+def test_a_shard_without_tokens_sees_no_sinks() -> None:
+    """As a rank's of a short chunk; a kernel that gets no rows would end the process."""
+    keys, nothing = torch.randn(2, 1, 2, 4, 8), torch.randn(1, 0, 4, 8)
+    far = [FarKeys(SINKS, 0, 2, *keys)]
+    out = dilated_attention(nothing, nothing, nothing, Pattern.window(8, sinks=2), start=20, far=far)
+    assert out.shape == nothing.shape
+
+
+def test_a_query_sees_what_the_table_says() -> None:
+    """The far row of the evidence: a window of 1,024 and 4,096 further tokens at rate 4, scaled to a 64th."""
+    pattern = Pattern((16, 16), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=2, level_bias="log_rate")
+    counts = key_counts(replace(pattern, level_bias=None), 4, 256, True, 0, "exact")[0]
+    for head in range(4):
+        near, far, sinks = range(112, 135), range(48 + head, 112, 4), range(2)
+        assert counts[head, 134].nonzero().flatten().tolist() == sorted([*sinks, *far, *near])
+    assert pattern.keys_per_query == 16 * 3 + 16 * 8 / 4 + 2
+    assert pattern.cache_rows == 32 + 6 * 4 + 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "causal"),
+    [
+        (Pattern.window(16, look_back=2, sinks=3), True),
+        (Pattern.nested(64, 4, sinks=3), True),
+        (Pattern.nested(64, 4), False),
+        (Pattern((8, 32), (1, 4), look_back=(1, 2), overlap="once", queries="all", sinks=3), True),
+        (Pattern((8, 32), (1, 4), look_back=(1, 2), queries="all", sinks=3), False),
+        (Pattern((8, 32), (1, 2), look_back=(2, 1)), True),
+    ],
+)
+def test_keys_per_query_are_those_in_the_middle(pattern: Pattern, causal: bool) -> None:
+    """Counted over a segment of the widest level, far from both ends; causal, half of them and all sinks."""
+    w = max(pattern.segment_lengths)
+    middle = slice(3 * w, 4 * w)
+    unbiased = replace(pattern, level_bias=None)  # so that a key counts 1
+    counts = key_counts(unbiased, max(pattern.dilation_rates), 6 * w, causal, 0, "exact")[0]
+    mean = counts[:, middle].sum(-1).mean().item()
+    own = counts.diagonal(0, 1, 2)[:, middle].mean().item() / 2 if causal else 0  # half a row: itself
+    expected = (pattern.keys_per_query - pattern.sinks) / (2 if causal else 1) + pattern.sinks
+    assert mean - own == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"look_back": -1}, "look_back needs one number from 0, or 2, one per level"),
+        ({"look_back": (1,)}, "look_back needs one number from 0, or 2, one per level"),
+        ({"look_back": 0.5}, "look_back needs whole numbers, got 0.5"),
+        ({"overlap": "twice"}, 'overlap must be "repeat" or "once", got \'twice\''),
+        ({"queries": "some"}, 'queries must be "dilated" or "all"'),
+        ({"sinks": -1}, "sinks must be from 0 to the first segment length, 8, got -1"),
+        ({"sinks": 9}, "sinks must be from 0 to the first segment length, 8, got 9"),
+        ({"sinks": "4"}, "sinks needs whole numbers"),
+        ({"level_bias": "rate"}, 'level_bias needs "log_rate" or 2 numbers, one per level'),
+        ({"level_bias": (1.0,)}, 'level_bias needs "log_rate" or 2 numbers, one per level'),
+        ({"level_bias": (0.0, float("nan"))}, 'level_bias needs "log_rate" or 2 numbers, one per level'),
+        ({"level_bias": 3}, 'level_bias needs "log_rate" or 2 numbers, one per level'),
+        ({"segment_lengths": (16, 8), "overlap": "once"}, "overlap='once' needs levels in ascending segment length"),
+        (
+            {"dilation_rates": (2, 4), "sinks": 1},
+            "sinks=1 needs levels in ascending segment length, the first at rate 1",
+        ),
+        ({"segment_lengths": (16, 8), "queries": "all"}, "queries='all' needs levels in ascending segment length"),
+        ({"segment_lengths": (8, 12), "overlap": "once"}, "segments that nest, and 8 does not divide 12"),
+        ({"look_back": (5, 1), "overlap": "once"}, "1 segments of 16 are less than 5 of 8"),
+    ],
+)
+def test_wrong_options_say_what_is_wrong(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        Pattern(**({"segment_lengths": (8, 16), "dilation_rates": (1, 2)} | options))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "call", "message"),
+    [
+        (Pattern((8, 16), (1, 2), queries="all"), {}, 'queries="all" needs overlap="once" in causal attention'),
+        *(
+            (Pattern((8,), (1,), **{name: value}), {"causal": False, "padding": "zero_key"}, 'padding="zero_key" goes')
+            for name, value in {
+                "look_back": 1,
+                "overlap": "once",
+                "queries": "all",
+                "sinks": 1,
+                "level_bias": (1,),
+            }.items()
+        ),
+        (Pattern.window(4, sinks=2), {"start": 9}, r"the sinks \[0, 2\) lie before the shard that starts at 9"),
+        (Pattern.window(4, sinks=2), {"start": 9, "turn": turn}, r"the sinks \[0, 2\) lie before the shard"),
+        (Pattern.window(4, sinks=2), {"start": 9, "far": [(SINKS, 0, 3)]}, "are not among the 2 sinks before 9"),
+        (Pattern.window(4), {"start": 9, "far": [(SINKS, 0, 1)]}, "are not among the 0 sinks"),
+        (Pattern.window(4), {"heads": 3}, "the heads of k and v may be a divisor"),
+        (Pattern.window(4), {"start": 4, "far": [(0, 0, 4)], "rows": 3}, r"need \(1, 4, 2, 4\)"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(pattern: Pattern, call: dict, message: str) -> None:
+    options = dict(call)
+    rows, heads = options.pop("rows", 9), options.pop("heads", 2)
+    far = [FarKeys(*span, *torch.zeros(2, 1, rows, heads, 4)) for span in options.pop("far", [])]
+    q, k = torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, heads, 4)
+    with pytest.raises(ValueError, match=message):
+        dilated_attention(q, k, k, pattern, far=far, **options)
+
+
+def test_constructors() -> None:
+    assert Pattern.window(1024) == Pattern((1024,), (1,), look_back=1)
+    assert Pattern.window(1024).keys_per_query / 2 == 1536
+    assert Pattern.pretrained() == Pattern.window(1704, sinks=4)
+    assert Pattern.window(1704).keys_per_query / 2 + 4 == 2560
+    nested = Pattern.nested(2**20)
+    assert nested.segment_lengths == (1024, 4096, 16384, 65536, 262144, 1048576)
+    assert nested.dilation_rates == (1, 4, 16, 64, 256, 1024)
+    assert (nested.look_back, nested.overlap, nested.queries) == ((1,) * 6, "once", "all")
+    assert nested.biases == (0, -2, -2, -2, -2, -2)
+    assert nested.cache_rows == 6 * 2 * 1024
+
+
+def test_gradients_of_expanded_key_heads_are_summed_once() -> None:
+    """k and v that the caller has expanded, and k and v of the key heads: one result and one gradient."""
+    pattern = Pattern((16, 48), (1, 3), look_back=1)
+    q, shared = torch.randn(2, 100, 6, 8, dtype=torch.float64), torch.randn(2, 100, 2, 8, dtype=torch.float64)
+    gradients = []
+    for expand in (True, False):
+        k = shared.clone().requires_grad_()
+        wide = k[:, :, :, None].expand(-1, -1, -1, 3, -1).flatten(2, 3) if expand else k
+        gradients.append(torch.autograd.grad(dilated_attention(q, wide, wide, pattern).square().sum(), k)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["math", "cpu_flash"])
+def test_bf16(kernel: str) -> None:
+    pattern = Pattern((16, 64), (1, 4), look_back=1, overlap="once", queries="all", sinks=3, level_bias="log_rate")
+    draw = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(2, 150, h, 16, generator=draw).bfloat16() for h in (6, 2, 2, 6)]
+    found = run(dilated_attention, inputs, pattern, kernel=kernel, turn=turn)
+    assert_close(found, run(dilated_attention_reference, [x.double() for x in inputs], pattern, turn=turn), 1e-2)

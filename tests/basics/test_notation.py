@@ -1,0 +1,153 @@
+"""The grammar of patterns: what is written is what is read, in its shortest form; wrong words are told in one line."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from places import ROOT
+from strategies import choices, chosen_patterns, patterns
+
+from longnet_cli.attention import Pattern
+from longnet_cli.basics.notation import format_levels, format_pattern, is_pattern, parse_pattern, pattern_fields
+from longnet_cli.basics.sizes import MAX_SIZE, format_size, parse_size
+
+FAR = Pattern((1024, 1024), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=4, level_bias="log_rate")
+READ = {
+    "paper": Pattern.paper(),
+    "paper:sinks=4": Pattern(Pattern.paper().segment_lengths, (1, 2, 4, 6, 12), sinks=4),
+    "geometric:1e9,base=1Ki,ratio=4": Pattern.geometric(10**9, 1024, 4),
+    "window:1Ki": Pattern.window(1024),
+    "window:1Ki,look_back=0,sinks=4": Pattern.window(1024, 0, 4),
+    "nested:1Mi,base=1Ki,ratio=4,sinks=4": Pattern.nested(1 << 20, 1024, 4, 4),
+    "pretrained": Pattern.pretrained(),
+    "pretrained:512,sinks=8": Pattern.pretrained(512, 8),
+    "finding": Pattern((1024,), (1,), look_back=1, chosen=32),
+    "finding:512,chosen=16x64,chosen_every=4": Pattern(
+        (512,), (1,), look_back=1, chosen=16, chosen_block=64, chosen_every=4
+    ),
+    "window:1Ki,chosen=32x32": Pattern((1024,), (1,), look_back=1, chosen=32),
+    "window:1Ki,chosen=16": Pattern((1024,), (1,), look_back=1, chosen=16),
+    "window:1Ki,chosen=16x64,chosen_every=4": Pattern(
+        (1024,), (1,), look_back=1, chosen=16, chosen_block=64, chosen_every=4
+    ),
+    "1Ki/1,4Ki/4": Pattern((1024, 4096), (1, 4)),
+    " 16/1 , 64/4 , head_offsets = grouped , level_bias = 0/-1.5": Pattern(
+        (16, 64), (1, 4), "grouped", level_bias=(0, -1.5)
+    ),
+    "1Ki/1,1Ki/4,look_back=1/5,overlap=once,queries=all,sinks=4,level_bias=log_rate": FAR,
+}
+WRITTEN = {
+    "paper": Pattern.paper(),
+    "geometric:1Gi": Pattern.geometric(10**9),
+    "window:1704,sinks=4": Pattern.pretrained(),
+    "nested:1Mi,queries=dilated": Pattern(
+        Pattern.nested(1 << 20).segment_lengths, (1, 4, 16, 64, 256, 1024), look_back=1, overlap="once",
+        level_bias=(0, -2, -2, -2, -2, -2),
+    ),
+    "window:1Ki,chosen=32x32": Pattern((1024,), (1,), look_back=1, chosen=32),
+    "window:1Ki,chosen=1Kix64,chosen_every=4": Pattern(
+        (1024,), (1,), look_back=1, chosen=1024, chosen_block=64, chosen_every=4
+    ),
+    "4Ki/1,1Ki/4": Pattern((4096, 1024), (1, 4)),
+    "1Ki/1,1Ki/4,look_back=1/5,overlap=once,queries=all,sinks=4,level_bias=log_rate": FAR,
+    "paper:head_offsets=grouped": Pattern(*(getattr(Pattern.paper(), n) for n in ("segment_lengths", "dilation_rates")),
+                                          "grouped"),
+}  # fmt: skip
+WRONG = {
+    "": "unknown pattern ''. Write paper, geometric:LENGTH",
+    "windw:1Ki": "unknown pattern 'windw': did you mean 'window'?",
+    "window": "window needs a width, as window:64Ki",
+    "window:": "something is missing beside a colon or a comma",
+    "window,1Ki": "a colon follows the name: window:1Ki",
+    "window:1Ki,,": "something is missing",
+    "window:1Ki,sink=4": "window has no option 'sink': did you mean 'sinks'?",
+    "window:1Ki,base=4": "window has no option 'base'",
+    "window:1Ki,sinks": "window takes one width, and 'sinks' is one more: did you mean 'sinks'?",
+    "window:sinks=4,1Ki": "'1Ki' stands behind an option",
+    "window:1Ki,sinks=4,sinks=5": "sinks is given twice",
+    "window:1Ki,sinks=2Ki": "sinks must be from 0 to the first segment length, 1024, got 2048",
+    "window:1Ki,sinks=-1": "sinks: '-1' is not a size",
+    "window:1Ki,overlap=onse": 'overlap must be "repeat" or "once", got \'onse\'',
+    "window:1Ki,level_bias=big": "level_bias: log_rate, learned or one number per level is needed, as 0/1.5, not 'big'",
+    "window:1Ki,level_bias=nan": 'level_bias needs "log_rate" or 1 numbers',
+    "window:1Ki,chosen=": "chosen: '' is not a size",
+    "window:1Ki,chosen=32x": "chosen: '' is not a size",
+    "window:1Ki,chosen=32,chosen_block=64": "window has no option 'chosen_block'",
+    "window:1Ki,chosen=32,sinks=4": "chosen=32 excludes sinks",
+    "window:1Ki,chosen_every=4": "chosen_block and chosen_every say how blocks are chosen: give their number, chosen",
+    "paper:1Ki": "paper takes no size, and '1Ki' is one more",
+    "paper:look_back=1/2": "look_back needs one number from 0, or 5, one per level",
+    "geometric:1e9,ratio=1": "need length >= 1, base >= 1, ratio >= 2",
+    "geometric:many": "'many' is not a size",
+    "1Ki,4Ki": "'1Ki' is not a level: write segment length / dilation rate, as 4Ki/4",
+    "1Ki/1/2": "'1Ki/1/2' is not a level",
+    "1Ki/1,base=4": "a list of levels has no option 'base'",
+}
+
+
+@pytest.mark.parametrize("text", READ)
+def test_reads(text: str) -> None:
+    assert parse_pattern(text) == READ[text]
+    assert is_pattern(text.strip())
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_writes_the_shortest_form(text: str) -> None:
+    assert format_pattern(WRITTEN[text]) == text
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_words(text: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        parse_pattern(text)
+    assert str(caught.value).startswith(WRONG[text])
+    assert "\n" not in str(caught.value)
+
+
+@given(patterns() | choices().map(lambda choice: choice.pattern) | chosen_patterns())
+def test_round_trip(pattern: Pattern) -> None:
+    text = format_pattern(pattern)
+    assert parse_pattern(text) == parse_pattern(format_levels(pattern)) == pattern
+    assert len(text) <= len(format_levels(pattern))
+    assert is_pattern(text)
+    assert Pattern(**pattern_fields(pattern)) == pattern
+
+
+@given(st.integers(1, MAX_SIZE), st.integers(1, 10**4), st.sampled_from([1, 64, 1000, 1 << 20]))
+def test_constructors_round_trip(length: int, base: int, ratio: int) -> None:
+    try:
+        made = Pattern.geometric(length, base, ratio + 1)
+    except ValueError:  # more levels than there can be
+        return
+    assert parse_pattern(format_pattern(made)) == made
+
+
+@given(
+    st.integers(1, MAX_SIZE) | st.integers(1, 40).map(lambda n: n << 20) | st.integers(1, 90).map(lambda n: n * 10**9)
+)
+def test_sizes_round_trip(size: int) -> None:
+    assert parse_size(format_size(size)) == size
+    assert len(format_size(size)) <= len(str(size))
+
+
+@pytest.mark.parametrize("text", ["./1Ki/1", "my-run/window", "2024-run/4", "longnet-tiny", "recipe.toml", "2024/run"])
+def test_other_words_are_no_patterns(text: str) -> None:
+    assert not is_pattern(text)
+
+
+def test_the_documented_way_from_python() -> None:
+    assert "parse_pattern" in (Pattern.__doc__ or "")
+    page = (ROOT / "docs/patterns.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(program)
+
+
+def test_loads_no_torch() -> None:
+    program = "import sys; from longnet_cli.basics.notation import parse_pattern; parse_pattern('paper')"
+    program += "; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

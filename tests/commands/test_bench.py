@@ -1,0 +1,95 @@
+"""Proves the command `longnet bench`: its formats, what it tells on stderr, and that Ctrl-C leaves rows to parse."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import invoke
+from typer.testing import Result
+
+CONTRACT = {
+    "op", "impl", "direction", "seq", "status", "seconds", "tokens_per_second", "flops_per_second",
+    "peak_rss_bytes", "cache_bytes",
+}  # fmt: skip
+SHAPE = {"heads", "head_dim", "batch", "causal", "dtype", "device", "kernel", "pattern"}
+TINY = ["--heads", "2", "--head-dim", "8", "--repeats", "1", "--device", "cpu", "--pattern", "16/1,32/2"]
+
+Bench = Callable[..., Result]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    """The command in this process, where torch is loaded already."""
+    return lambda *args: invoke("bench", *TINY, *args)
+
+
+def rows_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_rows_have_every_key_of_the_contract(bench: Bench) -> None:
+    result = bench("--seq", "48,64", "--direction", "forward,backward", "--format", "jsonl", "-q")
+    assert (result.exit_code, result.stderr) == (0, "")
+    rows = rows_of(result.stdout)
+    assert len(rows) == 8
+    assert all(row.keys() >= CONTRACT | SHAPE for row in rows)
+    assert [(row["impl"], row["direction"], row["seq"], row["status"]) for row in rows[:3]] == [
+        ("dilated", "forward", 48, "ok"), ("dense", "forward", 48, "ok"), ("dilated", "backward", 48, "ok")
+    ]  # fmt: skip
+
+
+def test_markdown_is_a_table_and_the_ratios_follow_on_stderr(bench: Bench) -> None:
+    result = bench("--seq", "64")
+    head, rule, *rows = result.stdout.splitlines()
+    assert [cell.strip() for cell in head.strip("|").split("|")][:5] == ["op", "impl", "direction", "seq", "status"]
+    assert set(rule) == set("|-: ")
+    assert len(rows) == 2
+    assert "dilated is " in result.stderr
+    assert result.stderr.rstrip().endswith("x dense at 64, forward")
+    assert "torch" in result.stderr.splitlines()[0]
+    assert "kernel cpu_flash" in result.stderr.splitlines()[0]
+
+
+def test_skipped_and_stopped_rows_give_their_reason(bench: Bench) -> None:
+    result = bench("--seq", "64,1e12", "--bidirectional", "--impl", "dilated", "--format", "jsonl")
+    assert [row["status"] for row in rows_of(result.stdout)] == ["ok", "skipped"]
+    assert "dilated forward at 1000000000000: skipped, needs " in result.stderr
+    result = bench("--seq", "64", "--max-time", "0", "--format", "jsonl")
+    assert [row["status"] for row in rows_of(result.stdout)] == ["stopped", "stopped"]
+    assert result.exit_code == 0
+
+
+def test_ranks_exchange_as_much_for_a_longer_sequence(run_longnet: Callable[..., subprocess.CompletedProcess]) -> None:
+    options = ["--heads", "2", "--head-dim", "8", "--pattern", "geometric", "--base", "16", "--repeats", "1"]
+    options += ["--direction", "forward,backward", "--format", "jsonl", "--nproc", "2"]
+    result = run_longnet("bench", "--op", "exchange", "--seq", "256,1024", *options)
+    assert result.returncode == 0, result.stderr
+    rows = rows_of(result.stdout)
+    assert [(row["seq"], row["direction"], row["impl"], row["ranks"]) for row in rows] == [
+        (seq, way, impl, 2) for seq in (256, 1024) for way in ("forward", "backward") for impl in ("dilated", "dense")
+    ]
+    # one level is wider than a shard, of 16 rows a segment: half of them are the other rank's, keys and values of fp32
+    far = 2 * 16 * 4 * (16 // 2)
+    assert [row["bytes"] for row in rows] == [far, 2 * 16 * 4 * 128] * 2 + [far, 2 * 16 * 4 * 512] * 2
+    assert all(row["status"] == "ok" and row["seconds"] > 0 for row in rows)
+
+
+def test_ctrl_c_leaves_the_rows_so_far(tmp_path: Path, command_env: dict[str, str]) -> None:
+    endless = ",".join(["64"] * 20_000)
+    command = [sys.executable, "-m", "longnet_cli", "bench", *TINY, "--seq", endless, "--format", "json"]
+    with subprocess.Popen(
+        command, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=command_env, cwd=tmp_path
+    ) as job:
+        assert job.stdout is not None  # unbuffered, or `communicate` would miss what `readline` read ahead
+        first = job.stdout.readline() + job.stdout.readline()  # "[" and a row, though the job is far from its end
+        job.send_signal(signal.SIGINT)
+        rest, _ = job.communicate(timeout=60)
+    assert job.returncode == 130
+    rows = json.loads(first + rest)
+    assert rows
+    assert all(row["status"] == "ok" for row in rows)

@@ -1,0 +1,95 @@
+"""Proves that whatever ends `encode`, its output is whole or says that it is not, and --resume completes it.
+
+Real processes: killed at random moments, stopped by signals, on a full disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.ipc as ipc
+import pytest
+from builders import tiny_model
+from conftest import RunLongnet
+from processes import Start, kill_and_resume, wait_for
+
+SIZES = {"dim": 32, "num_layers": 4, "num_heads": 4, "ffn_dim": 64, "position": "rope"}
+SIZES |= {"segment_lengths": (64, 1024), "dilation_rates": (1, 4)}
+
+
+@pytest.fixture(params=[True], ids=["causal"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Random weights; tests may ask for a net that is not causal."""
+    return tiny_model(tmp_path / "model", **SIZES, causal=request.param)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """JSON Lines of 40 documents of 10 to 4000 bytes, and one of 15,000 in their midst, which fills a shard alone."""
+    chance = random.Random(0)
+    lengths = [chance.randint(10, 4000) for _ in range(40)]
+    lengths.insert(20, 15_000)
+    lines = [json.dumps({"id": str(n), "text": "".join(chance.choices("abc d\n", k=k))}) for n, k in enumerate(lengths)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "corpus.jsonl"
+
+
+def command(corpus: Path, model: Path, *more: str) -> list[str | Path]:
+    return ["encode", corpus, "-m", f"{model}/", "--span", "50", "--chunk", "2000", "--shard-rows", "100", *more]
+
+
+def test_killed_and_resumed_the_vectors_are_the_same(start: Start, corpus: Path, model: Path, tmp_path: Path) -> None:
+    kill_and_resume(start, command(corpus, model), tmp_path, kills=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [True, False], indirect=True, ids=["causal", "bidirectional"])
+def test_killed_twenty_times_the_vectors_are_the_same(start: Start, corpus: Path, model: Path, tmp_path: Path) -> None:
+    kill_and_resume(start, command(corpus, model, "--pool", "last"), tmp_path, kills=20)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_finished_shards_and_no_others(
+    start: Start, corpus: Path, model: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    process = start(*command(corpus, model), "-o", "out")
+    wait_for(lambda: (tmp_path / "out" / "vectors-00003.arrow").exists())
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == code
+    names = sorted(os.listdir(tmp_path / "out"))
+    assert names == ["_unfinished.json", *(f"vectors-{index:05d}.arrow" for index in range(len(names) - 1))]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("model", [False], indirect=True, ids=["bidirectional"])
+def test_a_killed_spilled_encode(
+    kind: signal.Signals, model: Path, tmp_path: Path, command_env: dict[str, str], run_longnet: RunLongnet
+) -> None:
+    """It leaves no half output, and after the next run nothing of the first."""
+    text, spill, out = tmp_path / "long.txt", tmp_path / "spill", tmp_path / "out"
+    text.write_text("the quick brown fox " * 20_000)
+    spill.mkdir()
+    arguments = ["encode", text, "-m", f"{model}/", "--chunk", "512", "--spill", spill, "-o", out / "vectors.arrow"]
+    words = [sys.executable, "-m", "longnet_cli", *map(str, arguments)]
+    with subprocess.Popen(words, env=command_env, stderr=subprocess.PIPE) as job:
+        wait_for(lambda: job.poll() is not None or str(spill) in Path(f"/proc/{job.pid}/maps").read_text())
+        assert job.poll() is None
+        job.send_signal(kind)
+        job.communicate(timeout=60)
+    assert job.returncode in (-kind, 128 + kind)
+    assert list(spill.iterdir()) == []
+    assert not (out / "vectors.arrow").exists()
+
+    text.write_text("short " * 500)  # the next run, which is done soon
+    done = run_longnet(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert list(spill.iterdir()) == []
+    assert [path.name for path in out.iterdir()] == ["vectors.arrow"]
+    assert ipc.open_file(out / "vectors.arrow").read_all().num_rows == 1

@@ -1,0 +1,223 @@
+"""`longnet generate` as a person and a script meet it: real processes, pipes, signals, exit codes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import tokenizers
+from builders import tiny_net
+from conftest import RunLongnet
+from processes import Start
+
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.data.chat import ChatTemplate
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.weights import model_digest
+
+TEMPLATE = """{% if messages[0]['role'] != 'system' %}{{ bos_token }}{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content | trim }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+PROMPT = "def far(keys):\n"
+
+
+def words_of_chat() -> Tokenizer:
+    inner = tokenizers.Tokenizer.from_str(Tokenizer.bytes().to_json())
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return Tokenizer(inner)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random causal model of bytes, with a tokenizer that has a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_net(vocab_size=259).save_pretrained(folder, words_of_chat().to_json())
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<|endoftext|>"}}))
+    return folder
+
+
+def rows(done: subprocess.CompletedProcess) -> list[dict]:
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_prompt_comes_from_anywhere_and_the_text_is_the_same(
+    model: Path, run_longnet: RunLongnet, tmp_path: Path
+) -> None:
+    """As an argument, on stdin, in a file, in JSON Lines among others; read in any chunks; as text and as JSON."""
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    lines = [{"id": name, "text": text} for name, text in (("a", PROMPT), ("b", "Another one"))]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--model", model, "-n", "30"]
+    (row,) = rows(run_longnet("generate", PROMPT, *options, "--format", "jsonl"))
+    assert (row["kind"], row["doc_id"], row["n_prompt"], row["seed"]) == ("generation", "prompt", len(PROMPT), None)
+    assert row["n_tokens"] == len(row["tokens"]) == len(row["logprobs"]) == 30
+    assert row["finish_reason"] == "length"
+    plain = run_longnet("generate", PROMPT, *options)
+    assert plain.stdout == row["text"] + "\n" * (not row["text"].endswith("\n"))
+    assert "15 tokens read, 30 generated" in plain.stderr
+    for arguments, given in (([], PROMPT), (["-"], PROMPT), (["-i", "-"], PROMPT), (["--chunk", "4"], PROMPT)):
+        assert run_longnet("generate", *arguments, *options, "-q", input=given).stdout == plain.stdout
+    from_file = run_longnet("generate", "-i", "prompt.txt", *options, "-q")
+    assert (from_file.stdout, from_file.stderr) == (plain.stdout, "")
+    both = run_longnet("generate", "-i", "prompt.txt", "-i", "prompts.jsonl", *options, "-q").stdout
+    assert both.startswith(f"==> prompt.txt <==\n{plain.stdout}\n==> a <==\n{plain.stdout}\n==> b <==\n")
+    first, second = rows(run_longnet("generate", "-i", "prompts.jsonl", *options, "--format", "jsonl"))
+    assert first == row | {"doc_id": "a"}
+    assert rows(run_longnet("generate", "Another one", *options, "--format", "jsonl")) == [
+        second | {"doc_id": "prompt"}
+    ]
+    drawn = [*options, "--format", "jsonl", "--temperature", "1", "--top-p", "0.9"]
+    (draw,) = rows(run_longnet("generate", PROMPT, *drawn))
+    assert rows(run_longnet("generate", PROMPT, *drawn, "--seed", str(draw["seed"]))) == [draw]
+    stopped = run_longnet("generate", PROMPT, *options, "--stop", row["text"][4:7], "--format", "jsonl")
+    assert rows(stopped)[0]["text"] == row["text"][: row["text"].index(row["text"][4:7])]
+
+
+def test_every_line_says_what_made_it_as_scores_do(model: Path, run_longnet: RunLongnet, tmp_path: Path) -> None:
+    """The model that computed, its pattern included; each line alone, as lines of several runs may be put together."""
+    (tmp_path / "two.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    found = []
+    for folder, options in ((model, []), (model, ["--pattern", "8/1"]), (tmp_path / "bare", [])):
+        if folder != model:
+            LongNet.from_pretrained(model).save_pretrained(folder)  # without a tokenizer
+            (tmp_path / "two.jsonl").write_text('{"input_ids": [1, 2, 3]}\n{"input_ids": [4, 5]}\n')
+        reading = ["--model", folder, *options, "--format", "jsonl"]
+        lines = rows(run_longnet("generate", "-i", "two.jsonl", "-n", "2", *reading))
+        total = rows(run_longnet("score", "two.jsonl", *reading))[-1]
+        keys = ("model_sha256", "tokenizer_sha256", "pattern")
+        origins = [tuple(line[key] for key in keys) for line in lines]
+        assert origins == [tuple(total.get(key) for key in keys)] * 2
+        assert list(lines[0])[-3:] == list(keys)
+        found.append(origins[0])
+    assert found[0] == (model_digest(LongNet.from_pretrained(model)), words_of_chat().sha256, "8/1,32/2")
+    assert found[1] == (found[1][0], found[0][1], "8/1")
+    assert found[1][0] != found[0][0]
+    assert found[2] == (found[0][0], None, found[0][2])
+
+
+def test_a_name_of_a_file_is_a_text_and_said_to_be_one(model: Path, run_longnet: RunLongnet, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    done = run_longnet("generate", "prompt.txt", "--model", model, "-n", "1")
+    assert done.returncode == 0
+    assert "longnet: note: prompt.txt is continued as text; --input reads the file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["x", "-i", "y.txt"], 2, "PROMPT and --input are both given"),
+        (["x", "--top-p", "0.9"], 2, "--top-p needs a temperature above 0"),
+        (["x", "--seed", "-1"], 2, "--seed -1 is not a number from 0"),
+        (["x", "--chat"], 2, "no chat template"),
+        (["-i", "missing.txt"], 3, "missing.txt"),
+        (["\udcff"], 2, "PROMPT is not UTF-8"),
+        ([], 3, "stdin: the file is empty (0 bytes)\n"),
+    ],
+)
+def test_what_is_refused_is_one_line(run_longnet: RunLongnet, arguments: list[str], code: int, message: str) -> None:
+    done = run_longnet("generate", *arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith("longnet: error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_pipe_and_ctrl_c_end_it(model: Path, start: Start) -> None:
+    """Text comes while the rest is still to come."""
+    for end, code in ((lambda run: run.stdout.close(), 141), (lambda run: run.send_signal(signal.SIGINT), 130)):
+        run = start("generate", PROMPT, "--model", model, "-n", "1e9", "-q")
+        assert run.stdout.read(20)
+        end(run)
+        assert run.wait(60) == code
+        assert run.stderr.read() == b""
+
+
+def test_a_message_goes_into_the_template(model: Path, run_longnet: RunLongnet) -> None:
+    """The whole prompt is the template's; what looks like a special token in a message is its characters."""
+    words = words_of_chat()
+    template = ChatTemplate(model, words)
+    ids = template.encode(" Hi <|im_end|>\n").tolist()
+    assert words.decode(ids) == template.render(" Hi <|im_end|>\n")
+    assert words.decode(ids) == "<|endoftext|><|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    start, end = words.id_of("<|im_start|>"), words.id_of("<|im_end|>")
+    assert [token for token in ids if token > 255] == [256, start, end, start]
+    (row,) = rows(run_longnet("generate", "Hi", "--chat", "--model", model, "-n", "5", "--format", "jsonl"))
+    assert row["n_prompt"] == len(template.encode("Hi"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{{ raise_exception('no users here') }}", "the chat template fails: no users here"),
+        ("{% for %}", "the chat template fails: "),
+        ("{{ messages.__class__.__mro__ }}", "the chat template fails: .*unsafe"),
+        ("{{ messages.append(1) }}", "the chat template fails: .*unsafe"),
+        ("a\n{{ 1 / 0 }}", r"division by zero \(line 2\)"),
+        ("\n\n{{ messages[7].content }}", r"has no element 7 \(line 3\)"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}\n{{ f() }}", r"recursion depth exceeded \(line 1\)"),
+        ("a\nb{{ messages[0].content ~ '\\ud800' }}", r"half of a character \(a surrogate\) \(line 2\)"),
+        ("{{ 'x' * 3000000000 }}", "it takes more than 512 MiB"),
+        ("{% set a = 'xy' %}" + "{% set a = a ~ a %}" * 40, "it takes more than 512 MiB"),
+        ("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", r"more than \d+ characters \(line 1\)"),
+    ],
+)
+def test_templates_that_fail_and_none_runs_code(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": [{"name": "default", "template": text}]})
+    )
+    with pytest.raises(ConfigError, match=message):
+        ChatTemplate(tmp_path, words_of_chat()).encode("Hi")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ (messages|length + 6) ** (9 ** 9) }}",
+    ],
+)
+def test_a_template_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Its process is ended, in the middle of a loop or of one operation."""
+    monkeypatch.setattr("longnet_cli.data.rendering.SECONDS", 1)
+    (tmp_path / "chat_template.jinja").write_text(text)
+    with pytest.raises(ConfigError, match="the chat template fails: it takes more than 1 seconds"):
+        ChatTemplate(tmp_path, words_of_chat()).encode("Hi")
+
+
+def test_a_template_renders_as_transformers_does(model: Path) -> None:
+    """Blocks trimmed, loops broken off, JSON, the marks of training."""
+    hf = pytest.importorskip("transformers")
+    text = """
+    {%- for message in messages %}
+      {% generation %}{{ message | tojson }}{% endgeneration %}
+      {% if loop.index > 0 %}{% break %}{% endif %}
+    {% endfor %}
+    {{ bos_token }}{{ tools is none }}<é>"""
+    (model.parent / "other").mkdir()
+    (model.parent / "other/chat_template.jinja").write_text(text)
+    words = words_of_chat()
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(words.to_json()))
+    message = [{"role": "user", "content": "é\n<&>"}]
+    expected = fast.apply_chat_template(message, chat_template=text, add_generation_prompt=True, tokenize=False)
+    template = ChatTemplate(model.parent / "other", words)
+    assert template.render("é\n<&>") == expected
+    assert template.encode("é\n<&>").tolist() == fast.encode(expected, add_special_tokens=False)
+
+
+def test_the_ids_at_which_a_model_ends(tmp_path: Path) -> None:
+    words = Tokenizer.bytes()
+    assert ModelFolder(tmp_path).ends(words) == {256}
+    assert ModelFolder(tmp_path).ends(None) == frozenset()
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 3}')
+    assert ModelFolder(tmp_path).ends(words) == {3}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    assert ModelFolder(tmp_path).ends(words) == {1, 2}

@@ -1,0 +1,202 @@
+"""Proves that options are read as documented, and that typer shows our sentence if not."""
+
+import re
+import subprocess
+import sys
+from typing import Annotated, Any
+
+import pytest
+import typer
+from places import ROOT
+from processes import invoke
+from typer.testing import CliRunner
+
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.cli.app import app
+from longnet_cli.cli.command import Command
+from longnet_cli.cli.options import INPUT, Names, QuietOption, bare_or, option, parse_device
+from longnet_cli.data.outputs import OUTPUT_SUFFIXES
+from longnet_cli.jobs.plotting.picture import PICTURES
+
+COMMANDS = ["tokenize", "convert", "train", "plot", "score", "encode", "generate", "bench", "data inspect"]
+
+SCRIPT = """
+import json, typer
+from collections.abc import Sequence
+from typing import Annotated
+from longnet_cli.cli.app import run
+from longnet_cli.cli.command import Command
+from longnet_cli.cli.options import *
+
+app = typer.Typer()
+
+@app.command(cls=Command)
+def show(
+    inputs: Names,
+    seq: Annotated[Sequence[int], sizes_option(INPUT, "--seq", "Lengths.")] = (8192, 32768),
+    chunk: Annotated[int, size_option(INPUT, "--chunk", "Tokens.")] = 65536,
+    limit: Annotated[int | None, size_option(INPUT, "--limit", "Tokens.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    tokenizer: TokenizerOption = None,
+    column: ColumnOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    print(json.dumps(locals()))
+
+run(app)
+"""
+
+
+@pytest.fixture
+def show(tmp_path, command_env):
+    """A command with every shared option, which prints what it was given."""
+
+    def run(*args: str) -> subprocess.CompletedProcess:
+        path = tmp_path / "show.py"
+        path.write_text(SCRIPT)
+        command = [sys.executable, path, *args]
+        return subprocess.run(command, capture_output=True, text=True, env=command_env, check=False)
+
+    return run
+
+
+@pytest.mark.parametrize("text", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
+def test_devices(text):
+    assert parse_device(text) == text
+
+
+@pytest.mark.parametrize("text", ["", "gpu", "cuda:", "cuda:x", "cpu:0"])
+def test_what_is_no_device(text):
+    with pytest.raises(ValueError, match="write auto, cpu, cuda or cuda:1"):
+        parse_device(text)
+
+
+def test_a_command_gets_its_defaults_and_its_options(show):
+    import json
+
+    defaults = json.loads(show("in.arrow").stdout)
+    assert defaults["inputs"] == ["in.arrow"]
+    assert defaults["seq"] == [8192, 32768]
+    assert (defaults["chunk"], defaults["limit"], defaults["device"], defaults["dtype"]) == (
+        65536,
+        None,
+        "auto",
+        "auto",
+    )
+    assert defaults["model"] == "longnet-tiny"
+
+    given_ = json.loads(show("a", "-", "--seq", "8k,1e6", "--limit", "64Ki", "--dtype", "bf16", "-m", "./run").stdout)
+    assert given_["inputs"] == ["a", "-"]
+    assert (given_["seq"], given_["limit"], given_["dtype"], given_["model"]) == ([8000, 10**6], 65536, "bf16", "./run")
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (("--seq", "8k,x"), "'x' is not a size"),
+        (("--limit", "0"), "'0' is out of range"),
+        (("--device", "gpu"), "'gpu' is not a device"),
+        (("--dtype", "fp8"), "'--dtype'"),
+        (("--sqe", "8k"), "--seq"),
+    ],
+)
+def test_a_wrong_option_is_exit_2_and_our_own_sentence(show, args, sentence):
+    result = show("in.arrow", *args)
+    assert result.returncode == 2
+    assert args[0] in result.stderr
+    assert sentence in " ".join(result.stderr.replace("│", " ").split())
+
+
+def command_of(name: str) -> Any:
+    found: Any = typer.main.get_command(app)
+    for word in name.split():
+        found = found.commands[word]
+    return found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_readable_in_80_columns(name: str) -> None:
+    done = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"})
+    lines = done.output.splitlines()
+    text = " ".join(done.output.replace("│", " ").split())
+    assert done.exit_code == 0
+    assert len(lines) < 170
+    assert max(map(len, lines)) <= 80
+    assert "…" not in text  # no name is cut
+    assert not re.search("<[a-z]|x>=", text)  # no `<bool>`, no `<list[str]>`, no range
+    assert "─ Options" not in text  # each has a panel
+    assert text.count("32k is 32000, 32Ki is 32768.") == ("SIZE" in text)
+    sentences = re.findall(r"[A-Z][^.]{9,}[.] ", text)
+    assert sorted(set(sentences)) == sorted(sentences), "a sentence twice"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_default_is_shown_once_however_often_help_is_asked_for(name: str) -> None:
+    for _ in range(2):
+        output = CliRunner().invoke(app, [*name.split(), "-h"], env={"COLUMNS": "300", "NO_COLOR": "1"}).output
+        assert max(line.count("(default: ") for line in output.splitlines()) <= 1
+        for shared, default in (("--device", "auto"), ("--model", "longnet-tiny")):
+            row = next((line for line in output.splitlines() if re.search(rf"│ {shared} ", line)), None)
+            assert row is None or f"(default: {default})" in row or name == "bench"
+
+
+def test_an_option_of_several_commands_takes_the_same_values() -> None:
+    metavars: dict[str, set[str]] = {}
+    for name in COMMANDS:
+        for each in command_of(name).params:
+            metavars.setdefault(each.opts[0], set()).add(str(each.metavar).strip("[]"))
+    for name in ("--eos", "--column", "--tokenizer", "--model", "--device", "--nproc", "--chunk", "--pattern"):
+        assert len(metavars[name]) == 1, name
+    assert metavars["--dtype"] == {"auto|fp32|bf16|fp16", "auto|fp32|bf16"}  # training has no fp16
+
+
+def parse(*args: str) -> Any:
+    """What a command with INPUT and an option whose value may be left out gets, or the ConfigError."""
+    small, got = typer.Typer(), []
+
+    @small.command(cls=Command)
+    def show(
+        inputs: Names,
+        end: Annotated[str | None, option(INPUT, "--end", "[TOKEN]", "End here.")] = None,
+        quiet: QuietOption = False,
+    ) -> None:
+        got.append((inputs, bare_or(end, True)))
+
+    failed = CliRunner().invoke(small, args).exception
+    return got[0] if got else failed
+
+
+def test_the_value_of_an_option_may_be_left_out() -> None:
+    assert parse("a") == (["a"], None)
+    assert parse("a", "--end") == (["a"], True)
+    assert parse("--end", "-q", "a") == parse("a", "--end", "--quiet") == (["a"], True)
+    assert parse("--end", "-") == (["-"], True)
+    assert parse("--end", "--", "a") == (["a"], True)
+    assert parse("a", "--end", "x") == parse("--end=x", "a") == (["a"], "x")
+    assert parse("a", "--", "--end") == (["a", "--end"], None)
+    error = parse("--end", "a")
+    assert (type(error), str(error)) == (
+        ConfigError,
+        "--end took 'a' as its value, and no INPUT is left: write --end last",
+    )
+    assert "--end is empty" in str(parse("a", "--end", ""))
+
+
+def test_a_refused_choice_is_said_without_the_words_of_a_library() -> None:
+    output = invoke("score", "x", "--format", "yaml").output
+    assert "'--format': 'yaml' is not one of 'text'," in output
+
+
+def test_the_page_of_formats_lists_every_form():
+    page = (ROOT / "docs/formats.md").read_text()
+    lines = dict(re.findall(r"^\| `([a-z ]+)` \|(.*)", page.partition("\n| `-o` |")[0], re.MULTILINE))
+    group: Any = typer.main.get_command(app)
+    commands = {**group.commands, "data inspect": group.commands["data"].commands["inspect"]}
+    del commands["data"]
+    for name, command in commands.items():
+        kinds = next((option.metavar for option in command.params if "--format" in option.opts), "")
+        assert re.findall(r"`([a-z]+)`", lines.pop(name).partition(" | ")[0]) == kinds.split("|") * bool(kinds)
+    assert not lines
+    assert [suffix for suffix in (*OUTPUT_SUFFIXES, *PICTURES) if f"`NAME{suffix}`" not in page] == []

@@ -1,0 +1,128 @@
+"""`--pattern` on the commands that run a net, and `pattern` in recipes: taken, recorded, and refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.ipc as ipc
+import pytest
+from builders import tiny_model
+from processes import invoke, refused
+
+from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.data.manifest import read_manifest
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.training.recipe import load_recipe
+from longnet_cli.nets.config import LongNetConfig, parse_config
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.weights import load_config
+
+SHAPE = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope"}
+NESTED = "nested:32,base=8,sinks=4,level_bias=log_rate"
+STAGES = {"train.stages": [{"seq_len": 64, "steps": 1}]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", position="rope")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("Call me Ishmael. Some years ago, never mind how long precisely")
+    return file
+
+
+def test_score_and_encode_take_a_pattern_and_record_it(model: Path, text: Path, tmp_path: Path) -> None:
+    saved = LongNet.from_pretrained(model)
+    LongNet(LongNetConfig(**SHAPE, segment_lengths=(16,), dilation_rates=(1,))).save_pretrained(other := tmp_path / "o")
+    LongNet.from_pretrained(model, pattern=Pattern((16,), (1,))).save_pretrained(other)
+    Tokenizer.bytes().save(other / "tokenizer.json")
+    assert LongNet.from_pretrained(other).config.pattern == Pattern((16,), (1,)) != saved.config.pattern
+
+    def total(*words: str | Path) -> dict:
+        result = invoke("score", text, "--format", "json", *words)
+        assert result.exit_code == 0, result.output
+        return {key: value for key, value in json.loads(result.stdout)["total"].items() if key != "model"}
+
+    own, given = total("--model", model), total("--model", model, "--pattern", "16/1")
+    assert given == total("--model", model, "--pattern", "16/1", "-q") == total("--model", other)
+    assert own["ppl"] != given["ppl"]
+    assert (own["pattern"], given["pattern"]) == ("8/1,32/2", "16/1")
+    result = invoke("encode", text, "--model", model, "--pattern", "16/1", "-o", tmp_path / "x.arrow")
+    assert result.exit_code == 0, result.output
+    with ipc.open_file(tmp_path / "x.arrow") as file:
+        assert file.schema.metadata[b"longnet.pattern"] == b"16/1"
+
+
+def test_a_folder_of_vectors_is_resumed_with_its_pattern(model: Path, text: Path, tmp_path: Path) -> None:
+    command = ["encode", text, "--model", model, "-o", tmp_path / "vectors"]
+    assert invoke(*command, "--pattern", "16/1").exit_code == 0
+    assert read_manifest(tmp_path / "vectors").settings["pattern"] == "16/1"
+    assert invoke(*command, "--pattern", "16/1", "--resume").exit_code == 0
+    assert "pattern was '16/1' and is now '8/1,32/2'" in str(refused(*command, "--resume"))
+
+
+def test_wrong_patterns_are_one_line(model: Path, text: Path, tmp_path: Path) -> None:
+    score = ["score", text, "--model", model]
+    meant = "--pattern: unknown pattern 'windw': did you mean 'window'?"
+    assert str(refused(*score, "--pattern", "windw:1Ki")).startswith(meant)
+    assert str(refused("bench", "--pattern", "windw:1Ki")).startswith(meant)
+    assert str(refused("train", "--pattern", "windw:1Ki", "-o", tmp_path / "run")).startswith(meant)
+    xpos = parse_config({**SHAPE, "position": "xpos", "pattern": "8/1"}, "x")
+    LongNet(xpos).save_pretrained(tmp_path / "xpos")
+    Tokenizer.bytes().save(tmp_path / "xpos/tokenizer.json")
+    assert 'use position="rope"' in str(refused("score", text, "--model", tmp_path / "xpos", "--pattern", "8/1,12/1"))
+
+
+def test_bench_takes_any_pattern() -> None:
+    tiny = ["--seq", "64", "--heads", "2", "--head-dim", "8", "--repeats", "1", "--device", "cpu", "--format", "jsonl"]
+    result = invoke("bench", *tiny, "--impl", "dilated", "--pattern", "window:16,sinks=4")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["pattern"] == "16/1,look_back=1,sinks=4"
+    assert "pattern window:16,sinks=4" in result.stderr
+    result = invoke("bench", *tiny, "--impl", "dilated", "--pattern", "geometric", "--base", "16")
+    assert json.loads(result.stdout)["pattern"] == "16/1,32/2,64/4"
+
+
+def test_recipes_say_patterns_too() -> None:
+    recipe = {**{f"model.{key}": value for key, value in SHAPE.items()}, **STAGES}
+    found = load_recipe(None, {**recipe, "model.pattern": "geometric:64,base=16"})
+    assert found.model.pattern == Pattern((16, 32, 64), (1, 2, 4))
+    assert parse_config(found.model.model_dump(), "saved") == found.model
+    with pytest.raises(ConfigError, match="model: pattern says the whole pattern: leave out segment_lengths"):
+        load_recipe(None, {**recipe, "model.pattern": "16/1", "model.segment_lengths": [8]})
+    with pytest.raises(ConfigError, match=r"did you mean 'paper'\?"):
+        load_recipe(None, {**recipe, "model.pattern": "papr"})
+
+
+def test_an_override_takes_the_place_of_the_recipes_pattern() -> None:
+    own = load_recipe("longnet-tiny", {"model.vocab_size": 257})
+    assert own.model.pattern != Pattern.paper()
+    found = load_recipe("longnet-tiny", {"model.vocab_size": 257, "model.pattern": "paper"})
+    assert found.model.pattern == Pattern.paper()
+    assert found.model.num_parameters() == own.model.num_parameters()
+
+
+def test_inputs_take_the_place_of_the_recipes_mix() -> None:
+    assert load_recipe("longnet-tiny", {"model.vocab_size": 257}).data.mix
+    found = load_recipe("longnet-tiny", {"model.vocab_size": 257, "data.train": ["mine"]})
+    assert [source.inputs for source in found.data.sources] == [["mine"]]
+
+
+def test_a_configuration_with_another_pattern(model: Path) -> None:
+    assert load_config(model, Pattern((4,), (2,), "grouped")).pattern == Pattern((4,), (2,), "grouped")
+    with pytest.raises(ConfigError, match='pattern needs a text, as "window:1Ki", got 7'):
+        parse_config({**SHAPE, "pattern": 7}, "x")
+
+
+def test_every_option_reaches_the_net(model: Path, text: Path) -> None:
+    result = invoke("score", text, "--model", model, "--pattern", NESTED, "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["total"]["pattern"] == NESTED
+    found = load_config(model, Pattern.window(16, sinks=4))
+    assert found.pattern == Pattern.window(16, sinks=4)
+    assert parse_config(found.model_dump(), "saved") == found

@@ -1,0 +1,242 @@
+"""Proves that `longnet` is a good neighbour in a pipe: first results before the input ends, memory that does not grow,
+and a clean end whoever ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pytest
+from builders import tiny_model
+from files import IDS, TEXTS, token_table, write_file
+from processes import Start
+
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.tokenizer import Tokenizer
+
+BYTES = Tokenizer.bytes()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+# --- chains of commands ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shell(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a line of bash in which `longnet` is this checkout's."""
+
+    def run(line: str, **options: Any) -> subprocess.CompletedProcess:
+        script = f"set -o pipefail; PATH={longnet.parent}:$PATH; {line}"
+        options = {"text": True, "timeout": 120, "stdin": subprocess.DEVNULL} | options
+        return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=command_env, capture_output=True, **options)
+
+    return run
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    (tmp_path / "texts").mkdir()
+    for index, text in enumerate(TEXTS):
+        (tmp_path / f"texts/{index}.txt").write_bytes(text.encode())
+    return tmp_path / "texts"
+
+
+def test_chained_commands_say_what_single_ones_say(shell, model: Path, texts: Path, tmp_path: Path) -> None:
+    line = f"longnet tokenize texts -o - --quiet | longnet score - -m {model} --format json"
+    chained = shell(f"{line} && longnet score texts -m {model} --format json")
+    assert (chained.returncode, chained.stderr) == (0, "")
+    first, second = chained.stdout.split("}\n{")
+    assert json.loads(first + "}") == json.loads("{" + second)
+    line = f"longnet tokenize texts -o - --quiet | longnet encode - -m {model}"
+    chained = shell(f"{line} && longnet encode texts -m {model} -o out.arrow", text=False)
+    assert (chained.returncode, chained.stderr) == (
+        0,
+        b"3 vectors of 90 tokens -> stdout\n3 vectors of 90 tokens -> out.arrow\n",
+    )
+    vectors = ipc.open_stream(chained.stdout).read_all()
+    of_text = ipc.open_file(tmp_path / "out.arrow").read_all()
+    assert vectors.equals(of_text.drop_columns(["char_start", "char_end"]))
+
+
+WAYS = {
+    "a file": "longnet data inspect x.arrow",
+    "redirected": "longnet data inspect - < x.arrow",
+    "redirected, by name": "longnet data inspect /dev/stdin < x.arrow",
+    "piped": "cat x.arrow | longnet data inspect -",
+    "piped, by name": "cat x.arrow | longnet data inspect /dev/stdin",
+    "substituted": "longnet data inspect <(cat x.arrow)",
+    "listed": "longnet data inspect @list",
+}
+
+
+def test_every_way_in(shell, tmp_path: Path) -> None:
+    write_file(tmp_path / "x.arrow", token_table(pa.list_(pa.int32())))
+    (tmp_path / "list").write_text("# inputs\nx.arrow\n")
+    done = shell("; ".join(f"{line} --format json" for line in WAYS.values()))
+    assert (done.returncode, done.stderr) == (0, "")
+    answers = [json.loads(part) for part in done.stdout.replace("}\n{", "}\n\0{").split("\0")]
+    assert len(answers) == len(WAYS)
+    assert (answers[0]["documents"], answers[0]["tokens"]) == (3, sum(map(len, IDS)))
+    assert all(other == answers[0] for other in answers)
+
+
+@pytest.mark.parametrize(("command", "number"), [("score", signal.SIGINT), ("encode", signal.SIGTERM)])
+def test_results_come_while_the_input_waits_and_a_signal_ends_the_wait(
+    start: Start, model: Path, command: str, number: signal.Signals
+) -> None:
+    """Two commands in a row: text in JSON Lines goes in, and what it gives comes out though nothing has ended."""
+    first = start("tokenize", "-", "-o", "-", stdin=subprocess.PIPE)
+    options = ["--format", "jsonl"] if command == "score" else []
+    second = start(command, "-", "-m", model, "--chunk", 8, *options, stdin=first.stdout)
+    done = threading.Event()
+
+    def produce() -> None:
+        while not done.wait(0.3):
+            first.stdin.write(b'{"text": "some words to read"}\n')
+            first.stdin.flush()
+
+    producer = threading.Thread(target=produce)
+    timer = threading.Timer(60, second.kill)  # lest the test wait for ever
+    producer.start()
+    timer.start()
+    try:
+        if command == "score":
+            assert json.loads(second.stdout.readline())["n_tokens"] == 18
+        else:
+            assert ipc.open_stream(second.stdout).read_next_batch()["n_tokens"][0].as_py() == 18
+        assert first.poll() is None
+        assert second.poll() is None
+    finally:
+        done.set()
+        producer.join()
+    second.send_signal(number)
+    assert second.wait(20) == 128 + number
+    timer.cancel()
+    assert second.stderr.read() == b""
+    assert not second.stdout.read().endswith(b"\xff\xff\xff\xff\0\0\0\0")  # which would say that this was all
+
+
+@pytest.mark.parametrize("command", ["score --format jsonl", "encode", "tokenize -o -"])
+def test_a_reader_that_leaves_is_no_error_to_tell(shell, model: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "many.jsonl").write_text('{"text": "some words to read"}\n' * 20_000)
+    where = "" if command.startswith("tokenize") else f"-m {model} --chunk 100"
+    done = shell(f"longnet {command} many.jsonl {where} | head -c 100 > head")
+    assert (done.returncode, done.stderr) == (141, "")
+    assert (tmp_path / "head").stat().st_size == 100
+
+
+@pytest.mark.parametrize("command", ["tokenize x.txt -o -", "encode x.txt -o -", "encode x.txt"])
+def test_binary_is_not_written_to_a_terminal(
+    command: str, command_env: dict[str, str], longnet: Path, tmp_path: Path
+) -> None:
+    terminal, stdout = pty.openpty()
+    try:
+        words = [longnet, *command.split()]
+        done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True, env=command_env, cwd=tmp_path)
+    finally:
+        os.close(stdout)
+        os.close(terminal)
+    assert done.returncode == 2
+    assert "stdout is a terminal" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_end_is_one_line(shell, texts: Path) -> None:
+    for line, code in (("longnet tokenize texts -o - >&-", 1), ("longnet data inspect - <&-", 3)):
+        done = shell(line)
+        assert (done.returncode, done.stderr.count("\n")) == (code, 1)
+        assert " is closed" in done.stderr
+    done = shell("longnet tokenize texts -o - 2>&- | longnet data inspect - --format json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["documents"] == 3
+
+
+def test_a_command_of_the_shell_is_written_to_as_a_file(shell, texts: Path, tmp_path: Path) -> None:
+    done = shell("longnet tokenize texts -o >(cat > copy.arrow; touch done) -q; until [ -e done ]; do sleep 0.1; done")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [document.read().tolist() for document in Inputs([tmp_path / "copy.arrow"], BYTES).documents()] == IDS
+
+
+def test_two_results_do_not_share_stdout(run_longnet) -> None:
+    done = run_longnet("score", "x.txt", "--token-logprobs", "-")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--token-logprobs needs a file" in done.stderr
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+# Runs the command and writes the peak of its memory, in KiB: that of its own pages, not of what it was forked from.
+MEASURED = """
+import atexit, sys
+peak = sys.argv.pop(1)
+@atexit.register
+def report():
+    with open("/proc/self/status") as status, open(peak, "w") as out:
+        out.write(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+from longnet_cli.cli.app import main
+main()
+"""
+
+GENERATOR = """
+import random, sys
+chance = random.Random(0)
+for index in range(int(sys.argv[1])):
+    print('{"id": %d, "text": "%s"}' % (index, "".join(chance.choices("abc def", k=4000))))
+"""
+
+
+@pytest.fixture
+def peaks(tmp_path: Path, command_env: dict[str, str]) -> Iterator[Callable[..., tuple[list[int], int]]]:
+    """`peaks(documents, *commands)` chains commands behind a generator: their peaks in MiB, and bytes that come out."""
+    begun: list[subprocess.Popen] = []
+
+    def run(documents: int, *commands: str) -> tuple[list[int], int]:
+        words = [[sys.executable, "-c", GENERATOR, str(documents)]]
+        words += [[sys.executable, "-c", MEASURED, f"{i}.peak", *line.split()] for i, line in enumerate(commands)]
+        before: Any = subprocess.DEVNULL
+        chain = []
+        for line in words:
+            chain.append(subprocess.Popen(line, stdin=before, stdout=subprocess.PIPE, env=command_env, cwd=tmp_path))
+            if before is not subprocess.DEVNULL:
+                before.close()
+            before = chain[-1].stdout
+        begun.extend(chain)
+        size = 0
+        while data := before.read(1 << 16):
+            size += len(data)
+        assert [process.wait(30) for process in chain] == [0] * len(chain)
+        return [int((tmp_path / f"{i}.peak").read_text()) >> 10 for i in range(len(commands))], size
+
+    yield run
+    for process in begun:
+        with process:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["score - --format jsonl", "encode - --span 10"])
+def test_memory_of_a_chain_does_not_grow_with_its_input(peaks, tmp_path: Path, last: str) -> None:
+    """Of 12 and of 48 million tokens. Of those `tokenize` holds at most some 10 million: see test_tokenizing.py."""
+    tiny_model(tmp_path / "small", dim=8, num_layers=1, num_heads=1, ffn_dim=8)
+    chain = ("tokenize - -o - --quiet", f"{last} -m ./small --chunk 16Ki")
+    small, size = peaks(3000, *chain)
+    large, four_times = peaks(12000, *chain)
+    assert 3.9 < four_times / size < 4.1
+    print(f"peaks in MiB: {small} and {large}")
+    assert large[1] < small[1] + 16, (small, large)
+    assert max(small[0], large[0]) < 180, (small, large)

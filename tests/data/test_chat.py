@@ -1,0 +1,136 @@
+"""Chats are documents: the tokens of what the tokenizer's template makes of their messages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from files import write_rows
+from processes import contents
+
+from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.data.documents import Document, Unread
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.tokenizing import tokenize
+
+TEMPLATE = """{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+CHATS = [
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, <|im_end|> you"}],
+    [{"role": "system", "content": "wörld"}],
+]
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Tokenizer:
+    inner = tokenizers.Tokenizer.from_str(Tokenizer.bytes().to_json())
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    (tmp_path / "words").mkdir()
+    inner.save(str(tmp_path / "words/tokenizer.json"))
+    (tmp_path / "words/chat_template.jinja").write_text(TEMPLATE)
+    settings = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    (tmp_path / "words/tokenizer_config.json").write_text(json.dumps(settings))
+    return Tokenizer.load(tmp_path / "words")
+
+
+def write(path: Path, chats: list[list[dict]]) -> Path:
+    return write_rows(path, [{"id": index, "messages": chat, "n": index} for index, chat in enumerate(chats)])
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.stream"])
+def test_a_chat_is_what_transformers_makes_of_it(words: Tokenizer, tmp_path: Path, name: str) -> None:
+    hf = pytest.importorskip("transformers")
+    fast = hf.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "words/tokenizer.json"), bos_token="<|endoftext|>")
+    path = write(tmp_path / name, CHATS)
+    found = list(Inputs([path], words, keep=("n",)).documents())
+    for document, chat in zip(found, CHATS, strict=True):
+        text = fast.apply_chat_template(chat, chat_template=TEMPLATE, tokenize=False)
+        assert "<|endoftext|>" + words.decode(document.read()) == text  # the start is the reader's, as of any document
+    start, end = words.id_of("<|im_start|>"), words.id_of("<|im_end|>")
+    assert [token for token in found[0].read().tolist() if token > 255] == [start, end] * 2  # one is a message's words
+    assert [(document.doc_id, document.kept["n"].as_py()) for document in found] == [("0", 0), ("1", 1)]
+    assert found[1].n_bytes == len("system\nwörld\n".encode())
+    assert list(Inputs([path], words, column="messages").documents())[1].read().tolist() == found[1].read().tolist()
+
+
+def test_what_is_no_chat_is_named(words: Tokenizer, tmp_path: Path) -> None:
+    lines = [{"messages": CHATS[0]}, {"messages": [{"content": "x"}]}, {"messages": [{"role": "user", "content": [1]}]}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = list(Inputs([tmp_path / "x.jsonl"], words, skip_bad=True).documents())
+    assert [str(each.error).partition(", ")[2] for each in found if isinstance(each, Unread)] == [
+        "line 2: 'messages' holds what is no message, with a role and a content",
+        "line 3: 'messages' holds a message whose 'content' is no text",
+    ]
+    with pytest.raises(ConfigError, match="'messages' holds chats, which need the chat template of a tokenizer"):
+        list(Inputs([write(tmp_path / "y.parquet", CHATS)], Tokenizer.bytes()).documents())
+    (tmp_path / "words/chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(DataError, match=r"y\.parquet, row 0: .*roles must alternate"):
+        list(Inputs([tmp_path / "y.parquet"], words).documents())
+    refused: list[Document] = list(Inputs([tmp_path / "y.parquet"], words, skip_bad=True).documents())
+    assert [isinstance(each, Unread) for each in refused] == [True, True]
+    (tmp_path / "words/chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match="no chat template"):
+        list(Inputs([tmp_path / "y.parquet"], words).documents())
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.stream"])
+@pytest.mark.parametrize("column", [None, "messages"])
+def test_tokenize_writes_the_ids_that_are_read(words: Tokenizer, tmp_path: Path, name: str, column: str | None) -> None:
+    many = [*CHATS, [{"role": "user", "content": "wörld <|im_start|> " * 50}], *CHATS * 20]
+    texts = tmp_path / "a.txt"
+    texts.write_text("text <|im_end|>")
+    inputs: list[Path] = [write(tmp_path / name, many), *([texts] if column is None else [])]
+    result = tokenize(
+        Inputs(inputs, column=column), tmp_path / "out", tokenizer=tmp_path / "words", eos=True, shard_tokens=999
+    )
+    found = list(Inputs([tmp_path / "out"]).documents())
+    wanted = list(Inputs(inputs, words, column=column).documents())
+    assert [each.doc_id for each in found] == [each.doc_id for each in wanted]
+    for document, same in zip(found, wanted, strict=True):
+        assert document.read().tolist() == [*same.read().tolist(), words.id_of("<|im_end|>")]
+    assert len(result.shards) > 2
+    chats = ["".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat) for chat in many]
+    text_bytes = 0 if column else len(texts.read_bytes())
+    assert result.bytes == sum(len(f"<|endoftext|>{chat}".encode()) for chat in chats) + text_bytes
+
+
+def test_tokenize_resumes_among_chats_that_the_template_refuses(words: Tokenizer, tmp_path: Path, run_longnet) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (tmp_path / "words/chat_template.jinja").write_text(refusing + TEMPLATE)
+    write(tmp_path / "x.jsonl", CHATS * 3)
+    command = ["tokenize", "x.jsonl", "--tokenizer", tmp_path / "words", "--shard-tokens", "30", "-o"]
+    failed = run_longnet(*command, "out")
+    assert (failed.returncode, "x.jsonl, line 2: " in failed.stderr, "no system" in failed.stderr) == (3, True, True)
+    (tmp_path / "words/chat_template.jinja").write_text(TEMPLATE)
+    changed = run_longnet(*command, "out", "--resume")
+    assert (changed.returncode, "chat_template" in changed.stderr) == (2, True)
+    (tmp_path / "words/chat_template.jinja").write_text(refusing + TEMPLATE)
+    done = run_longnet(*command, "out", "--resume", "--skip-bad")
+    whole = run_longnet(*command, "whole", "--skip-bad")
+    assert (done.returncode, whole.returncode) == (6, 6)
+    assert done.stderr.replace("-> out", "-> whole") == whole.stderr
+    assert [line.partition(": the chat")[0] for line in whole.stderr.splitlines()[:3]] == [
+        f"longnet: note: left out: x.jsonl, line {line}: {tmp_path / 'words'}" for line in (2, 4, 6)
+    ]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert [each.doc_id for each in Inputs([tmp_path / "out"]).documents()] == ["0", "2", "4"]
+
+
+def test_tokenize_says_that_chats_need_a_template(words: Tokenizer, tmp_path: Path, run_longnet) -> None:
+    write(tmp_path / "x.jsonl", CHATS)
+    (tmp_path / "words/chat_template.jinja").unlink()
+    for options, problem in (
+        ([], "x.jsonl: 'messages' holds chats, which need the chat template of a tokenizer: give a folder with a "),
+        (["--tokenizer", tmp_path / "words"], f"{tmp_path / 'words'}: no chat template (chat_template.jinja, or "),
+        (["--train-vocab", "300"], "x.jsonl: no column named text with text: choose one (--column); its columns are "),
+    ):
+        done = run_longnet("tokenize", "x.jsonl", "-o", "out.arrow", *options)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"longnet: error: {problem}")
+        assert len(done.stderr.splitlines()) == 1
+        assert not (tmp_path / "out.arrow").exists()

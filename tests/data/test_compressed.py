@@ -1,0 +1,150 @@
+"""Compressed inputs are what they unpack to, in bounded memory; damage is one line."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pytest
+from conftest import RunLongnet
+
+from longnet_cli.basics.errors import DataError
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.tokenizer import Tokenizer
+
+BYTES = Tokenizer.bytes()
+TEXT = "one line of text, and another; wörld\n" * 300
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as file:
+        file.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".zst": zstd,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+}
+
+
+@pytest.fixture(params=PACKERS)
+def suffix(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def texts(path: Path) -> list[str]:
+    return ["".join(text.parts) for text in Inputs([path]).texts()]
+
+
+def test_text_json_lines_and_arrow_are_read_by_their_first_bytes(suffix: str, tmp_path: Path) -> None:
+    pack = PACKERS[suffix]
+    lines = [TEXT, "two", "three"]
+    json_lines = "".join(json.dumps({"text": line}) + "\n" for line in lines).encode()
+    table = pa.table({"text": lines})
+    with ipc.new_stream(tmp_path / "stream", table.schema) as writer:
+        writer.write_table(table)
+    for name in (f"x{suffix}", "no-suffix"):  # a name says nothing
+        (tmp_path / name).write_bytes(pack(TEXT.encode()))
+        assert texts(tmp_path / name) == [TEXT]
+        for data in (json_lines, (tmp_path / "stream").read_bytes()):
+            (tmp_path / name).write_bytes(pack(data))
+            assert texts(tmp_path / name) == lines
+    (tmp_path / "twice").write_bytes(pack(TEXT.encode()[:100]) + pack(TEXT.encode()[100:]))  # as `cat a.gz b.gz`
+    assert texts(tmp_path / "twice") == [TEXT]
+    (tmp_path / "mark").write_bytes(pack(b"\xef\xbb\xbfx"))
+    assert texts(tmp_path / "mark") == ["x"]
+
+
+def test_a_folder_of_compressed_files_is_read(suffix: str, tmp_path: Path) -> None:
+    pack = PACKERS[suffix]
+    for name in (f"a.txt{suffix}", f"b.txt{suffix}", f"code.tar{suffix}"):
+        (tmp_path / name).write_bytes(pack(b"text"))
+    assert [source.name for source in Inputs([tmp_path]).sources] == [f"a.txt{suffix}", f"b.txt{suffix}"]
+    (tmp_path / f"c.jsonl{suffix}").write_bytes(pack(b'{"text": "x"}\n'))
+    assert [source.name for source in Inputs([tmp_path]).sources] == [f"c.jsonl{suffix}"]
+    (tmp_path / f"c.jsonl{suffix}").write_bytes(pack(b"hello"))
+    with pytest.raises(DataError, match=r"line 1: not JSON Lines of documents"):
+        texts(tmp_path)
+
+
+def test_damage_is_one_line(suffix: str, tmp_path: Path) -> None:
+    packed, path = PACKERS[suffix](TEXT.encode()), tmp_path / "x"
+    for data in (packed[:-3], packed[: len(packed) // 2], packed[:-12] + b"\0" * 12):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"x: the \w+ data is damaged or truncated") as caught:
+            list(Inputs([path], BYTES).documents())
+        assert "\n" not in str(caught.value)
+    path.write_bytes(PACKERS[suffix](packed))  # only one skin is taken off: there are files that unpack to themselves
+    with pytest.raises(DataError, match="neither Arrow, Parquet nor UTF-8 text"):
+        list(Inputs([path], BYTES).documents())
+
+
+def test_the_same_numbers_as_from_the_plain_file(suffix: str, tmp_path: Path, run_longnet: RunLongnet) -> None:
+    (tmp_path / "plain.txt").write_text(TEXT[:500])
+    (tmp_path / "packed").write_bytes(PACKERS[suffix](TEXT[:500].encode()))
+    plain, packed, piped = (
+        run_longnet("score", *args, "--format", "json", text=False, **more)
+        for args, more in (
+            (("plain.txt",), {}),
+            (("packed",), {}),
+            (("-",), {"input": (tmp_path / "packed").read_bytes()}),
+        )
+    )
+    totals = [json.loads(done.stdout)["total"] for done in (plain, packed, piped)]
+    assert totals[0] == totals[1] == totals[2]
+
+
+def test_a_long_text_goes_through_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longnet_cli.data.formats.TEXT_PART", 7)
+    path = tmp_path / "x.txt"
+    path.write_text("\ufeff" + TEXT)
+    (text,) = Inputs([path]).texts()
+    assert len(list(text.parts)) > 1000
+    assert texts(path) == [TEXT]
+    (document,) = Inputs([path], BYTES).documents()
+    assert bytes(document.read().tolist()) == TEXT.encode()
+    assert document.n_bytes == len(TEXT.encode())
+    for bad, where in ((b"0123456789\xff", 10), (b"0123456789abc\0", 13), (b"abcdef\xc3x", 6), (b"abcdef\xc3", 6)):
+        path.write_bytes(bad)
+        with pytest.raises(DataError, match=rf"x\.txt: neither .*: the byte at offset {where} is 0x"):
+            list(Inputs([path], BYTES).documents())
+
+
+UNPACKED = 1 << 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["text", "jsonl"])
+def test_a_megabyte_that_unpacks_to_a_gigabyte_streams(form: str, tmp_path: Path) -> None:
+    """In 3 GiB of data at most, most of which a program of Arrow reserves and does not use."""
+    line = b"some words, and some more of them.\n" * 1000
+    if form == "jsonl":
+        line = json.dumps({"text": line.decode()}).encode() + b"\n"
+    with gzip.open(tmp_path / "x.gz", "wb", compresslevel=9) as file:
+        for _ in range(UNPACKED // len(line)):
+            file.write(line)
+    assert (tmp_path / "x.gz").stat().st_size < 4 << 20
+    limit = 3 << 30
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+    command = [sys.executable, "-m", "longnet_cli", "data", "inspect", "x.gz", "--format", "json", "-q"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limited, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["n_bytes"] >= (UNPACKED - len(line)) * 0.9

@@ -1,0 +1,366 @@
+"""Proves that the same documents give the same tokens from every format and way in, and that damage is never silent.
+
+Files are real files, and stdin is a real pipe into another process.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from files import (
+    BYTES,
+    FORMATS,
+    IDS,
+    TEXTS,
+    pipe,
+    read,
+    token_table,
+    tokens,
+    write_file,
+    write_lines,
+    write_parquet,
+    write_stream,
+)
+
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
+from longnet_cli.data import documents as documents_module
+from longnet_cli.data import token_columns as id_columns
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.tables import Table
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_documents(tmp_path, name):
+    documents = read(FORMATS[name](tmp_path), vocab_size=257)
+    assert tokens(documents) == IDS
+    assert [len(document) for document in documents] == [len(ids) for ids in IDS]
+    assert [document.n_bytes for document in documents] == [len(text.encode()) for text in TEXTS]
+    assert len({document.doc_id for document in documents}) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("file", "file lz4", "stream", "parquet list", "text column", "flat column", "split documents"),
+        *("json lines of ids", "json lines of text"),
+    ],
+)
+def test_stdin_gives_the_same_documents(tmp_path, name):
+    assert pipe(FORMATS[name](tmp_path).read_bytes()) == IDS
+
+
+def test_stdin_text_and_a_redirected_file(tmp_path):
+    assert pipe(TEXTS[1].encode(), "[t.text for t in Inputs(['-']).texts()]") == [TEXTS[1]]
+    script = (
+        "from longnet_cli.data.inputs import *\n"
+        "document, *_ = Inputs(['-']).documents()\n"
+        "print(document.doc_id, document.read().tolist(), type(document.parts[0].ids).__name__)"
+    )
+    with open(FORMATS["file"](tmp_path)) as file:
+        done = subprocess.run([sys.executable, "-c", script], stdin=file, capture_output=True, text=True, check=True)
+    assert done.stdout == f"stdin:0 {IDS[0]} StoredIds\n"
+
+
+def test_a_named_pipe_is_read_like_stdin(tmp_path):
+    data = FORMATS["stream"](tmp_path).read_bytes()
+    os.mkfifo(tmp_path / "fifo")
+    with subprocess.Popen([sys.executable, "-c", f"open({str(tmp_path / 'fifo')!r}, 'wb').write({data!r})"]):
+        assert tokens(read(tmp_path / "fifo")) == IDS
+
+
+def test_text_files_are_read_byte_for_byte(tmp_path):
+    for index, text in enumerate(TEXTS):
+        (tmp_path / f"{index}.txt").write_bytes(text.encode())
+    documents = read(tmp_path)
+    assert tokens(documents) == IDS
+    assert [document.doc_id for document in documents] == ["0.txt", "1.txt", "2.txt"]
+    (tmp_path / "crlf.txt").write_bytes("\ufeffa\r\nb".encode())
+    assert next(Inputs([tmp_path / "crlf.txt"]).texts()).text == "a\r\nb"  # a mark is no text
+    (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf")
+    assert [document.read().tolist() for document in read(tmp_path / "empty.txt")] == [[]]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [write_file, write_stream])
+def test_token_columns_are_views_of_the_file(tmp_path, write):
+    path = write(tmp_path / "x.arrow", pa.table({"ids": [np.arange(1 << 20, dtype=np.int32)] * 4}), rows=1)
+    before = pa.total_allocated_bytes()
+    documents = read(path, tokenizer=None)
+    assert pa.total_allocated_bytes() - before < 1 << 16
+    window = documents[3].read(-2)
+    assert (window.dtype, window.tolist()) == (np.int64, [(1 << 20) - 2, (1 << 20) - 1])
+    window[:] = 0  # ours: the file is not changed, and nothing crashes
+    assert documents[3].read(-1).tolist() == [(1 << 20) - 1]
+
+
+def test_any_slice_of_a_document_in_parts_is_the_slice_of_the_whole(tmp_path):
+    rows = [[1, 2, 3], [], [4], [], [5, 6], []]
+    table = pa.table({"doc_id": ["a"] * 6, "ids": pa.array(rows, pa.list_(pa.int16()))})
+    (document,) = read(write_file(tmp_path / "x.arrow", table, rows=2), tokenizer=None)
+    for start in range(-8, 9):
+        for stop in (*range(-8, 9), None):
+            assert document.read(start, stop).tolist() == [1, 2, 3, 4, 5, 6][start:stop]
+
+
+def test_a_document_in_pieces_that_is_not_mapped_lives_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents_module, "SPOOL_BYTES", 16)
+    monkeypatch.setattr("longnet_cli.data.formats.PARQUET_BATCH_BYTES", 16)
+    for path, on_disk in (
+        (FORMATS["split documents"](tmp_path), False),
+        (FORMATS["split documents in parquet"](tmp_path), True),
+        (FORMATS["flat parquet"](tmp_path), True),
+    ):
+        documents = read(path)
+        assert tokens(documents) == IDS
+        assert any(isinstance(part.ids, np.memmap) for part in documents[2].parts) == on_disk
+
+
+def test_a_disk_without_room_for_a_document_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents_module, "SPOOL_BYTES", 10)
+    with open("/dev/full", "wb") as full:
+        monkeypatch.setattr(documents_module.tempfile, "TemporaryFile", lambda: full)
+        with pytest.raises(LongNetError, match="No space left on device; set TMPDIR"):
+            read(FORMATS["split documents in parquet"](tmp_path))
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.large_list(pa.int32()), pa.list_(pa.int32(), 2)])
+def test_slices_of_columns_keep_to_their_rows(kind):
+    rows = [[1, 2], [3, 4], [5, 6], [7, 900]]
+    batch = pa.record_batch({"ids": pa.array(rows, kind)}).slice(1, 2)
+    table = Table("x", "x", batch.schema, lambda columns: iter([batch]))
+    assert tokens(list(Inputs((), vocab_size=100).documents_of(table))) == rows[1:3]
+    with pytest.raises(DataError, match="row 1, offset 1: token id 6"):
+        tokens(list(Inputs((), vocab_size=6).documents_of(table)))
+
+
+def test_blocks_do_not_show_in_a_flat_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr(id_columns, "FLAT_BLOCK", 3)
+    documents = read(FORMATS["flat column"](tmp_path))
+    assert tokens(documents) == IDS
+    assert [document.where.split(", ")[1] for document in documents] == ["row 1", "row 7", "row 23"]
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def cuts(data: bytes) -> dict[str, bytes]:
+    return {"at a batch": data[:-8], "in the marker": data[:-4], "in a batch": data[:-30], "in the schema": data[:60]}
+
+
+@pytest.mark.parametrize("cut", ["at a batch", "in the marker", "in a batch", "in the schema"])
+def test_a_truncated_stream_is_an_error(tmp_path, cut):
+    path = write_stream(tmp_path / "x.arrow", token_table(pa.list_(pa.int32())))
+    data = cuts(path.read_bytes())[cut]
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"x\.arrow.*truncated"):
+        read(path)
+    assert "truncated" in pipe(data)
+
+
+def test_an_end_marker_of_the_old_format_is_an_end(tmp_path):
+    path = write_stream(tmp_path / "x.arrow", token_table(pa.list_(pa.int32())))
+    path.write_bytes(path.read_bytes()[:-8] + bytes(4))
+    assert tokens(read(path)) == IDS
+
+
+def test_a_batch_that_ends_in_zeros_is_no_marker(tmp_path):
+    path = write_stream(tmp_path / "x.arrow", pa.table({"ids": pa.array([[0] * 16], pa.list_(pa.int32()))}))
+    data = path.read_bytes()[:-8]
+    assert data.endswith(bytes(8))
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="truncated after 1 batches"):
+        read(path)
+
+
+def test_data_after_a_stream_is_an_error(tmp_path):
+    data = FORMATS["stream"](tmp_path).read_bytes()
+    (tmp_path / "two.arrow").write_bytes(data * 2)
+    with pytest.raises(DataError, match="more data follows"):
+        read(tmp_path / "two.arrow")
+    assert "more data follows" in pipe(data * 2)
+
+
+@pytest.mark.parametrize("name", ["file", "parquet list"])
+def test_truncated_files_are_errors(tmp_path, name):
+    path = FORMATS[name](tmp_path)
+    data = path.read_bytes()
+    for keep in (10, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:keep])
+        with pytest.raises(DataError, match=r"x\..*truncated"):
+            read(path)
+        if keep == len(data) - 1:
+            assert "truncated" in pipe(data[:keep])
+
+
+def test_list_offsets_outside_the_data_do_not_crash(tmp_path):
+    path = write_stream(tmp_path / "x.arrow", pa.table({"ids": pa.array([[1, 2], [3]], pa.list_(pa.int32()))}))
+    good, bad = (np.array([0, 2, end], np.int32).tobytes() for end in (3, 1_000_000))
+    assert path.read_bytes().count(good) == 1
+    path.write_bytes(path.read_bytes().replace(good, bad))
+    with pytest.raises(DataError, match="batch 0"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "place"),
+    [
+        (pa.array([[1], None], pa.list_(pa.int32())), "row 1"),
+        (pa.array([[1], [2, None]], pa.list_(pa.int32())), "row 1, offset 1"),
+        (pa.array([[1, 2], None], pa.list_(pa.int32(), 2)), "row 1"),
+        (pa.array([1, None]), "row 1"),
+        (pa.array([[1], [2, 300]], pa.list_(pa.int64())), "row 1, offset 1: token id 300 .* 257"),
+        (pa.array([[1], [], [2, -1]], pa.list_(pa.int16())), "row 2, offset 1: token id -1 is negative"),
+        (pa.array([1, 2, 257]), "row 2, offset 0: token id 257"),
+    ],
+)
+def test_nulls_and_ids_outside_the_vocabulary_are_named(tmp_path, column, place):
+    path = write_file(tmp_path / "x.arrow", pa.table({"ids": column}), rows=1)
+    with pytest.raises(DataError, match=rf"x\.arrow, {place}"):
+        tokens(read(path, vocab_size=257))
+
+
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view(), pa.large_string()])
+def test_doc_ids_of_every_kind_of_text_join_rows(tmp_path, kind):
+    doc_ids = pa.array(["a", "a", "b"], kind)  # pyarrow 17 casts no text to a view
+    path = write_file(tmp_path / "x.arrow", pa.table({"text": ["x", "y", "z"], "doc_id": doc_ids}))
+    assert [document.doc_id for document in read(path)] == ["a", "b"]
+
+
+def test_doc_ids_of_another_type_are_named(tmp_path):
+    path = write_file(tmp_path / "x.arrow", pa.table({"text": ["x", "y"], "doc_id": [0.5, 0.5]}))
+    with pytest.raises(DataError, match=r"x\.arrow: doc_id has type double: text or whole numbers are needed"):
+        read(path)
+
+
+def test_a_parquet_column_may_have_a_dot_in_its_name(tmp_path):
+    pq.write_table(pa.table({"tok.ids": [[1, 2], [3]], "tok": [[9], [9]]}), tmp_path / "x.parquet")
+    assert tokens(read(tmp_path / "x.parquet", column="tok.ids")) == [[1, 2], [3]]
+    assert tokens(read(tmp_path / "x.parquet", column="tok")) == [[9], [9]]
+
+
+def test_null_texts_and_doc_ids_are_named(tmp_path):
+    with pytest.raises(DataError, match="row 1: the value is null"):
+        read(write_file(tmp_path / "x.arrow", pa.table({"text": ["a", None]})))
+    with pytest.raises(DataError, match="row 0, doc_id: the value is null"):
+        read(write_file(tmp_path / "y.arrow", pa.table({"text": ["a", "b"], "doc_id": [None, "b"]})))
+
+
+def test_text_that_does_not_fit_the_model_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text("abcé")
+    with pytest.raises(DataError, match=r"offset 3: token id 195 does not fit a vocabulary of 128"):
+        tokens(read(tmp_path / "a.txt", vocab_size=128))
+
+
+@pytest.mark.parametrize(("data", "offset"), [(b"abc\xff", 3), (b"ab\0c", 2), (b"\xff\xfea\0", 0), (b"PK\3\4\0\0", 4)])
+def test_what_is_not_text_is_an_error_that_names_the_byte(tmp_path, data, offset):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(DataError, match=rf"a\.txt: neither Arrow, Parquet nor UTF-8 text.* offset {offset} ") as caught:
+        read(tmp_path / "a.txt")
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_read_is_an_error(tmp_path):
+    (tmp_path / "empty.arrow").touch()
+    (tmp_path / "folder").mkdir()
+    no_rows = write_file(tmp_path / "x.arrow", token_table(pa.list_(pa.int32())).slice(0, 0))
+    for item, problem in [
+        (tmp_path / "empty.arrow", "empty"),
+        (tmp_path / "missing.txt", "no such file"),
+        (tmp_path / "*.csv", "no file matches"),
+        (tmp_path / "folder", "nothing readable"),
+        (f"@{tmp_path / 'missing.txt'}", "cannot read the list"),
+        (no_rows, "0 rows"),
+    ]:
+        with pytest.raises(DataError, match=problem):
+            read(item)
+    with pytest.raises(ConfigError):
+        read()
+    with pytest.raises(ConfigError, match="only once"):
+        read("-", "-")
+    assert "empty" in pipe(b"")
+
+
+# --- documents of parts, types, tokenizers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("doc_ids", "parts", "row"),
+    [("aab", [0, 1, 0], None), ("aa", [0, 2], 1), ("aa", [1, 0], 0), ("ab", [0, 1], 1), ("aa", [0, 0], 1)],
+)
+def test_parts_must_be_consecutive(tmp_path, doc_ids, parts, row):
+    table = pa.table({"doc_id": list(doc_ids), "part": parts, "ids": [[1]] * len(parts)})
+    path = write_stream(tmp_path / "x.arrow", table, rows=1)
+    if row is None:
+        assert tokens(read(path)) == [[1, 1], [1]]
+        return
+    with pytest.raises(DataError, match=rf"x\.arrow, row {row}: part {parts[row]} of document"):
+        read(path)
+
+
+def test_a_bad_id_in_a_part_is_named_by_its_own_row(tmp_path):
+    table = pa.table({"doc_id": ["a", "a"], "ids": [[1, 2], [3, 300]]})
+    (document,) = read(write_file(tmp_path / "x.arrow", table))
+    assert document.read(0, 3).tolist() == [1, 2, 3]
+    with pytest.raises(DataError, match="row 1, offset 1: token id 300"):
+        document.read(3)
+    with pytest.raises(DataError, match="row 1, offset 1: token id 300"):
+        _ = document.n_bytes
+
+
+def test_inputs_of_different_types_are_an_error_that_names_both(tmp_path):
+    one = write_file(tmp_path / "one.arrow", token_table(pa.list_(pa.int32())))
+    two = write_stream(tmp_path / "two.arrow", token_table(pa.large_list(pa.int64())))
+    same = write_parquet(tmp_path / "same.parquet", token_table(pa.large_list(pa.int32())))
+    lines = write_lines(tmp_path / "x.jsonl", [{"ids": ids} for ids in IDS])  # JSON has one type of number
+    assert tokens(read(one, same, lines)) == IDS * 3
+    with pytest.raises(DataError, match=r"two\.arrow: its tokens are int64 and those of .*one\.arrow are int32"):
+        read(one, two)
+
+
+def test_the_eos_id_can_be_given(tmp_path):
+    flat = pa.table({"ids": pa.array([1, 2, 256, 3, 2, 4], pa.uint16())}).replace_schema_metadata(
+        {"longnet.eos_id": "3", "longnet.vocab_size": "257"}
+    )
+    path = write_file(tmp_path / "x.arrow", flat)
+    assert tokens(read(path, eos_id=2)) == [[1], [256, 3], [4]]
+    assert tokens(read(path)) == [[1, 2], [3, 2, 4]]
+    assert tokens(read(path, tokenizer=None)) == [[1, 2, 256], [2, 4]]
+    for eos_id in (257, 70_000):
+        with pytest.raises(
+            ConfigError, match=rf"x\.arrow: the end-of-text id {eos_id} .* does not fit a vocabulary of 257"
+        ):
+            read(path, tokenizer=None, eos_id=eos_id)
+    bare = write_file(tmp_path / "bare.arrow", flat.replace_schema_metadata(None))
+    assert tokens(read(bare, tokenizer=None, eos_id=70_000)) == [[1, 2, 256, 3, 2, 4]]  # past what uint16 can hold
+    with pytest.raises(ConfigError, match="does not fit a vocabulary of 257"):
+        read(bare, eos_id=257)
+
+
+def test_metadata_gives_the_vocabulary_when_nothing_else_does(tmp_path):
+    for size, problem in (
+        ("200", "token id 230 does not fit a vocabulary of 200"),
+        ("2x", "not a number"),
+        ("9" * 5000, r"'9{37}\.\.\.', not a number"),
+    ):
+        table = token_table(pa.list_(pa.int32())).replace_schema_metadata({"longnet.vocab_size": size})
+        with pytest.raises(DataError, match=problem):
+            tokens(read(write_file(tmp_path / "x.arrow", table), tokenizer=None))
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path):
+    def shard(name: str, sha: str) -> Path:
+        table = token_table(pa.list_(pa.int32())).replace_schema_metadata({"longnet.tokenizer_sha256": sha})
+        return write_file(tmp_path / name, table)
+
+    assert tokens(read(shard("own.arrow", BYTES.sha256))) == IDS
+    other = shard("other.arrow", "0123456789abcdef" * 4)
+    assert tokens(read(other, tokenizer=None)) == IDS
+    with pytest.raises(ConfigError, match=rf"other\.arrow.*by tokenizer 0123456789ab, .* {BYTES.sha256[:12]}: give"):
+        read(other)

@@ -1,0 +1,143 @@
+"""Proves that JSON Lines are read line by line, that a bad line is named, and that other text stays text."""
+
+import gzip
+import os
+import re
+import threading
+
+import pytest
+from files import BYTES, pipe, read, tokens
+
+from longnet_cli.basics.errors import DataError
+from longnet_cli.data.inputs import Inputs
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ('{"text": "a"}\n{"text": 1}\n', "line 2: 'text' is not text"),
+        ('{"text": "a"}\n{"txt": "a"}\n', "line 2: there is no 'text'"),
+        ('{"text": "a"}\n{"text": null}\n', "line 2: 'text' is null"),
+        ('{"text": "a"}\n\n{"text": "b"}\n', "line 2: the line is empty"),
+        ('{"text": "a"}\n{"text": "b', r"line 2: not JSON: .*\(the last line is not whole"),
+        ('{"text": "a"}\n["b"]\n', "line 2: not a JSON object"),
+        ('{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: 'text' holds half of a surrogate pair at character 0"),
+        ('{"text": "a", "id": 1}\n{"text": "a", "id": 1.5}\n', "line 2: 'id' is not text or an integer"),
+        ('{"ids": [1]}\n{"ids": [1, 2.0]}\n', "line 2: 'ids' holds something that is not a token id"),
+        ('{"ids": [1]}\n{"ids": [true, 1]}\n', "line 2: 'ids' holds something that is not a token id"),
+        ('{"ids": [1]}\n{"ids": ["1"]}\n', "line 2: 'ids' holds something that is not a token id"),
+        ('{"ids": [1]}\n{"ids": [1e99]}\n', "line 2: 'ids' holds something that is not a token id"),
+        (f'{{"ids": [1]}}\n{{"ids": [{10**30}]}}\n', "line 2: 'ids' holds something that is not a token id"),
+        ('{"ids": [1]}\n{"ids": [2, null]}\n', "line 2, offset 1: the token id is null"),
+        ('{"ids": [1]}\n{"ids": [2, 3, -4]}\n', "line 2, offset 2: token id -4 is negative"),
+        ('{"ids": [1]}\n{"ids": [257]}\n', "line 2, offset 0: token id 257 does not fit"),
+        ('{"ids": [1]}\n' + "[" * 100_000, "line 2: not JSON"),
+        ('{"body": "a"}\n', r"x\.jsonl, line 1: not JSON Lines of documents: no key text"),
+        ("hello", r"x\.jsonl, line 1: not JSON Lines of documents: not JSON"),
+        ('{"text": null}\n', r"x\.jsonl, line 1: not JSON Lines of documents: 'text' is null"),
+        ('{"text": null}\n{"text": "a"}\n', r"x\.jsonl, line 1: 'text' is null"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, lines, problem):
+    (tmp_path / "x.jsonl").write_text(lines)
+    with pytest.raises(DataError, match=problem) as caught:
+        tokens(read(tmp_path / "x.jsonl"))
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_utf8_in_a_line_are_named(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(DataError, match="line 2: not UTF-8: byte 10 is 0xff"):
+        read(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{\n  "text": "pretty-printed"\n}\n',
+        '{"version": 1}\n',
+        '{\n  "rows": [\n    {"text": "a"},\n    {"text": "b"}\n  ]\n}\n',
+        '{"type": "rows", "rows": [\n{"text": "a"},\n{"text": "b"}\n]}\n',
+        '{\n"a":\n{"text": "b"}\n}\n{\n"a":\n{"text": "c"}\n}\n',
+        '[section]\n{"text": "a"}\n',
+        '  {"text": "a"}\n{"text": "b"}\n',
+        '# Title\n\n{"text": "a"}\n',
+        "{\n    int a[] = {};\n    return 0;\n}\n",
+        "{{ template }}\n\n{% block %}\n" * 99,
+        "\n\n",
+        '{"text": "a",\n "more": 1}\n',
+        "{\"text\": 'a Python dict'}\n",
+        "{",
+        '{"',
+        "{color: red}",
+        '["text"]\n',
+    ],
+)
+def test_text_that_only_begins_like_json_lines_stays_text(tmp_path, text):
+    (tmp_path / "x.txt").write_text(text)
+    assert [found.text for found in Inputs([tmp_path / "x.txt"]).texts()] == [text]
+    assert pipe(text.encode(), "[t.text for t in Inputs(['-']).texts()]") == [text]
+
+
+def test_json_lines_by_another_key_and_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "x").write_text('\ufeff{"body": "a", "text": "b"}\n{"text": "c", "body": "d"}\n\n', "utf-8")
+    assert [text.text for text in Inputs([tmp_path / "x"]).texts()] == ["b", "c"]
+    assert [text.text for text in Inputs([tmp_path / "x"], column="body").texts()] == ["a", "d"]
+
+
+def test_json_lines_are_read_as_they_come(tmp_path, monkeypatch):
+    monkeypatch.setattr("longnet_cli.data.jsonlines.BATCH_BYTES", 1)
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
+    documents = Inputs([tmp_path / "x.jsonl"], BYTES).documents()
+    assert next(documents).read().tolist() == [97]
+    with pytest.raises(DataError, match="line 3: not JSON: Expecting value at character 8"):
+        next(documents)
+
+
+BEGINNINGS = [
+    ('{"id": "a", "text": null}\n', "line 1: 'text' is null"),
+    ('{"id": "a", "text": 5}\n', "line 1: 'text' is not text"),
+    ('{"id": "a", "txt": "b"}\n', "line 1: there is no 'text'"),
+    ("{bad\n", "line 1: not JSON"),
+    ('{"text":\n', "line 1: not JSON"),
+    ('{"text": "a\n', "line 1: not JSON"),
+    ("\n", "line 1: the line is empty"),
+    ("{bad\n" * 99, "line 1: not JSON"),
+]
+ALONE = [
+    ('{"text": 5}\n', "line 1: .*'text' is neither text"),
+    ('{"text": null}\n', "line 1: .*'text' is null"),
+    ('{"txt": "a"}\n{"txt": "b"}\n', "line 1: .*no key text"),
+]
+GOOD = '{"id": "b", "text": "hi you"}\n{"id": "c", "text": "c"}\n'
+
+
+@pytest.mark.parametrize(("beginning", "problem"), BEGINNINGS)
+@pytest.mark.parametrize("name", ["x", "x.jsonl", "x.ndjson.gz"])
+def test_only_the_bad_first_lines_are_bad(tmp_path, name, beginning, problem):
+    data = (beginning + GOOD).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(DataError, match=f"{name}, {problem}"):
+        read(tmp_path / name)
+    found = list(Inputs([tmp_path / name], skip_bad=True).texts())
+    bad = beginning.count("\n")
+    assert [type(item).__name__ for item in found] == ["Unread"] * bad + ["Text"] * 2
+    assert [text.text for text in found[bad:]] == ["hi you", "c"]
+
+
+@pytest.mark.parametrize(("lines", "problem"), [*BEGINNINGS, *ALONE])
+def test_json_lines_in_a_pipe_that_begin_badly_are_an_error_and_no_text(lines, problem):
+    data = lines + GOOD if (lines, problem) in BEGINNINGS else lines
+    assert re.search(problem, pipe(data.encode(), "[t.text for t in Inputs(['-']).texts()]"))
+
+
+def test_a_bad_first_line_of_a_pipe_waits_only_for_a_good_one():
+    reader, writer = os.pipe()
+    os.write(writer, b'{bad\n{"text": "a"}\n')
+    end = threading.Timer(20, os.close, [writer])
+    end.start()
+    assert type(next(Inputs([f"/dev/fd/{reader}"], skip_bad=True).texts())).__name__ == "Unread"
+    assert end.is_alive()
+    end.cancel()
+    os.close(writer)
+    os.close(reader)

@@ -1,0 +1,358 @@
+"""Proves that damaged input ends in one line that names the file, or gives exactly the original: hundreds of mutations.
+
+Each mutation says what may come of it:
+
+- ERROR: a LongNetError of one line that names the input.
+- SAME: that, or exactly the original tokens (the byte was padding, or said something twice).
+- DATA: that, or anything of the right kind: the byte was one of a token, of a row's place, or of a compressed page.
+  Arrow has no checksums, nor has Parquet unless its writer asked for them, so this cannot be seen by anybody.
+
+Files are read in a process of their own, which a crash would end: that is a failure as well.
+"""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+import pytest
+from conftest import RunLongnet
+from files import write_file, write_stream
+
+from longnet_cli.basics.errors import DataError
+from longnet_cli.data.inputs import Inputs
+
+IDS = [[1, 2, 3, 4, 5, 6, 7], [250, 251, 252], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70], [9, 8], [100, 101, 102]]
+TABLE = {"doc_id": ["alpha", "beta", "gamma", "delta", "epsilon"], "input_ids": IDS}
+ERROR, SAME, DATA = "error", "same", "data"
+
+
+class Mutation(NamedTuple):
+    """`data` is what a reader gets, `expected` one of ERROR, SAME, DATA; `name` is for the message of a failure."""
+
+    name: str
+    data: bytes
+    expected: str
+
+
+# --- the originals ---------------------------------------------------------------------------------------------------
+
+
+def table(columns: dict[str, list], kind: pa.DataType) -> pa.Table:
+    return pa.table({**columns, "input_ids": pa.array(columns["input_ids"], kind)})
+
+
+def ipc_file(rows: pa.Table, **options: Any) -> bytes:
+    return write_file(pa.BufferOutputStream(), rows, options=ipc.IpcWriteOptions(**options)).getvalue().to_pybytes()
+
+
+def ipc_stream(rows: pa.Table, **options: Any) -> bytes:
+    return write_stream(pa.BufferOutputStream(), rows, options=ipc.IpcWriteOptions(**options)).getvalue().to_pybytes()
+
+
+def parquet(rows: pa.Table, **options: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, row_group_size=2, **options)
+    return sink.getvalue().to_pybytes()
+
+
+def json_lines(rows: pa.Table, key: str = "input_ids") -> bytes:
+    return b"".join(json.dumps({"id": row["doc_id"], key: row[key]}).encode() + b"\n" for row in rows.to_pylist())
+
+
+INT32, UINT16, LARGE = pa.list_(pa.int32()), pa.list_(pa.uint16()), pa.large_list(pa.int64())
+ORIGINALS: dict[str, Callable[[dict[str, list]], bytes]] = {
+    "file int32": lambda columns: ipc_file(table(columns, INT32)),
+    "file large int64": lambda columns: ipc_file(table(columns, LARGE)),
+    "file lz4": lambda columns: ipc_file(table(columns, UINT16), compression="lz4"),
+    "stream int32": lambda columns: ipc_stream(table(columns, INT32)),
+    "stream uint16": lambda columns: ipc_stream(table(columns, UINT16)),
+    "parquet with checksums": lambda columns: parquet(table(columns, INT32), write_page_checksum=True),
+    "parquet": lambda columns: parquet(table(columns, LARGE), compression="none"),
+    "json lines": lambda columns: json_lines(table(columns, INT32)),
+}
+
+
+# --- the mutations ---------------------------------------------------------------------------------------------------
+
+
+def values_in(data: bytes) -> set[int]:
+    """The places of bytes that are token ids, or list offsets between them, in an uncompressed Arrow file."""
+    places: set[int] = set()
+    for first in range(0, len(IDS), 2):
+        rows = IDS[first : first + 2]
+        ids = np.concatenate(rows)
+        offsets = np.cumsum([0, *map(len, rows)])
+        for array, kinds in ((ids, ("i4", "u2", "i8")), (offsets, ("i4", "i8"))):
+            for kind in kinds:
+                for match in re.finditer(re.escape(array.astype(kind).tobytes()), data):
+                    places.update(range(*match.span()))
+    return places
+
+
+def flips(name: str, data: bytes, chosen: random.Random, count: int) -> Iterator[Mutation]:
+    """One byte changed, in one bit or in all: some bytes of each file, and two bits of every byte of some files."""
+    values = values_in(data)
+    assert values or not name.startswith(("file int32", "file large", "stream"))
+    flipped = [
+        (place, chosen.choice((1, 2, 4, 8, 16, 32, 64, 128, 255))) for place in chosen.sample(range(len(data)), count)
+    ]
+    if name in ("file int32", "stream int32"):
+        flipped += [(place, mask) for place in range(len(data)) for mask in (1, 8)]
+    for place, mask in sorted(set(flipped)):
+        changed = data[:place] + bytes([data[place] ^ mask]) + data[place + 1 :]
+        weak = name in ("parquet", "file lz4", "json lines") or place in values
+        yield Mutation(f"byte {place} ^ {mask}", changed, DATA if weak else SAME)
+
+
+def cuts(name: str, data: bytes, chosen: random.Random, count: int) -> Iterator[Mutation]:
+    """Truncated where batches begin and end, and anywhere."""
+    ends = {match.start() for match in re.finditer(rb"\xff\xff\xff\xff", data)}
+    ends |= {match.start() for match in re.finditer(rb"\n", data)} if name == "json lines" else set()
+    for place in sorted(ends | set(chosen.sample(range(len(data)), count)) | {0, 1, 7, 8, len(data) - 1}):
+        whole = name == "json lines" and (place == len(data) - 1 or data[:place].endswith((b"\n", b"}")))
+        if not whole:  # a text format of whole lines does not say how many: a cut between two cannot be seen
+            yield Mutation(f"cut at {place}", data[:place], ERROR)
+
+
+def replaced(name: str, data: bytes) -> Iterator[Mutation]:
+    """A wrong beginning, and something more at the end."""
+    for magic in (b"ARROW2\0\0", b"PK\3\4\0\0\0\0", b"\0" * 8, b"\xff\xff\xff\xff\xff\xff\xff\x7f", b"PAR1\0\0\0\0"):
+        if not data.startswith(magic[:4]) or not name.startswith("parquet"):
+            yield Mutation(f"begins with {magic!r}", magic + data[8:], ERROR)
+    if not name.startswith("parquet"):  # which begins at its end
+        yield Mutation("twice", data + data, DATA if name == "json lines" else ERROR)
+        yield Mutation("more bytes", data + b"more", ERROR)
+
+
+def wrong_values(name: str, make: Callable[[dict[str, list]], bytes]) -> Iterator[Mutation]:
+    """Whole files of what should not be in them."""
+    rows: dict[str, list] = {
+        "a null row": [*IDS[:4], None],
+        "a null id": [*IDS[:4], [1, None]],
+        "a negative id": [*IDS[:4], [5, -1]],
+        "an id too large": [*IDS[:3], [257], IDS[4]],
+        "an id of 31 bits": [[2**31 - 1], *IDS[1:]],
+        "no rows": [],
+    }
+    for problem, ids in rows.items():
+        try:
+            data = make({"doc_id": TABLE["doc_id"][: len(ids)], "input_ids": ids})
+        except (pa.ArrowException, OverflowError):  # the type of this format cannot hold it
+            continue
+        yield Mutation(problem, data, ERROR)
+    for kind in (pa.list_(pa.string()), pa.list_(pa.float32()), pa.list_(INT32), pa.binary(), pa.float64()):
+        wrong = pa.table({"input_ids": pa.array([None], kind)})
+        encode = {"f": ipc_file, "s": ipc_stream, "p": parquet}.get(name[0])
+        if encode:
+            yield Mutation(f"a column of {kind}", encode(wrong), ERROR)
+
+
+def mutations(name: str) -> list[Mutation]:
+    """All mutations of one original, the same each time."""
+    make = ORIGINALS[name]
+    data = make(TABLE)
+    chosen = random.Random(name)
+    found = [*cuts(name, data, chosen, 25), *flips(name, data, chosen, 200), *replaced(name, data)]
+    return [*found, *wrong_values(name, make), *(text_mutations() if name == "json lines" else [])]
+
+
+def text_mutations() -> Iterator[Mutation]:
+    """Lines and texts that are no UTF-8, no JSON, or something else in JSON."""
+    data = ORIGINALS["json lines"](TABLE)
+    chosen = random.Random(0)
+    for place in sorted(chosen.sample(range(len(data)), 12)):
+        for byte in (b"\xff", b"\0"):
+            yield Mutation(f"byte {place} is {byte!r}", data[:place] + byte + data[place + 1 :], ERROR)
+    for line in (
+        b"{}",
+        b"[]",
+        b"1",
+        b'{"input_ids": 5}',
+        b'{"input_ids": [1.5]}',
+        b'{"input_ids": [[1]]}',
+        b"{",
+        b"NaN",
+    ):
+        yield Mutation(f"line {line!r}", data + line + b"\n", ERROR)
+    yield Mutation("UTF-16", data.decode().encode("utf-16"), ERROR)
+    yield Mutation("a text with a null byte", b"some text\0", ERROR)
+    yield Mutation("a text that ends inside a character", "wörld é".encode()[:-1], ERROR)
+
+
+# --- reading them ----------------------------------------------------------------------------------------------------
+
+# Reads each (place, how) of a list and says at once what came of it, so that after a crash it is known where.
+READER = """
+import json, os, resource, sys, threading
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.basics.errors import LongNetError
+
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # a damaged size may ask for any amount
+
+def read(path, piped):
+    if not piped:
+        return [d.read().tolist() for d in Inputs([path], vocab_size=257).documents()]
+    inner, outer = os.pipe()
+    with open(path, "rb") as file:
+        data = file.read()
+    def feed():
+        try:
+            with os.fdopen(outer, "wb") as pipe:
+                pipe.write(data)
+        except BrokenPipeError:
+            pass
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    try:
+        with os.fdopen(inner) as sys.stdin:
+            return [d.read().tolist() for d in Inputs(["-"], vocab_size=257).documents()]
+    finally:
+        feeder.join()
+
+for path, piped in json.loads(sys.stdin.read()):
+    try:
+        result = ["tokens", read(path, piped)]
+    except LongNetError as error:
+        result = ["error", str(error)]
+    except BaseException as error:
+        result = ["exception", repr(error)]
+    print(json.dumps(result), flush=True)
+"""
+
+
+def read_all(paths: list[Path], piped: bool, env: dict[str, str]) -> list[tuple[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-c", READER],
+        input=json.dumps([(str(path), piped) for path in paths]),
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=60,
+        check=False,
+    )
+    results = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, f"{paths[len(results)]} ended the reader ({done.returncode}): {done.stderr[-500:]}"
+    return results
+
+
+def judge(mutation: Mutation, result: tuple[str, Any], name: str) -> str | None:
+    """What is wrong with a result, None when it is allowed."""
+    kind, value = result
+    if kind == "error":
+        return None if name in value and "\n" not in value else f"not one line that names {name}: {value!r}"
+    if kind == "exception":
+        return value
+    if mutation.expected == DATA or (mutation.expected == SAME and value == IDS):
+        return None
+    return f"silently gave {value}"
+
+
+@pytest.mark.parametrize("piped", [False, True], ids=["disk", "pipe"])
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_damage_is_one_line_or_changes_nothing(tmp_path, command_env, name, piped):
+    suffix = ".jsonl" if name == "json lines" else ""
+    items = [Mutation("the original", ORIGINALS[name](TABLE), SAME), *mutations(name)]
+    if piped and suffix:  # a pipe has no name that promises JSON Lines: what begins otherwise is a text to be read
+        items = [item for item in items if item.data.partition(b"\n")[0] == items[0].data.partition(b"\n")[0]]
+    paths = []
+    for index, item in enumerate(items):
+        paths.append(tmp_path / f"{index}{suffix}")
+        paths[-1].write_bytes(item.data)
+    results = read_all(paths, piped, command_env)
+    assert results[0] == ("tokens", IDS)
+    wrong = {
+        item.name: problem
+        for item, path, result in zip(items, paths, results, strict=True)
+        if (problem := judge(item, result, "stdin" if piped else str(path)))
+    }
+    assert not wrong
+    refused = sum(kind == "error" for kind, _ in results)
+    assert refused > len(results) / 3, "hardly a mutation did anything"
+
+
+def test_a_page_of_parquet_with_fewer_values_is_not_believed(tmp_path, command_env):
+    """Without checksums a value may change, and the rows in which values lie, but no value may get lost."""
+    data = parquet(table({"input_ids": IDS}, INT32), compression="none")
+    places = [(place, mask) for place in range(len(data)) for mask in (1, 8)]
+    for place, mask in places:
+        changed = data[:place] + bytes([data[place] ^ mask]) + data[place + 1 :]
+        (tmp_path / f"{place}-{mask}").write_bytes(changed)
+    results = read_all([tmp_path / f"{place}-{mask}" for place, mask in places], False, command_env)
+    sizes = {sum(map(len, value)) if kind == "tokens" else kind for kind, value in results}
+    assert sizes == {"error", sum(map(len, IDS))}
+
+
+def test_an_arrow_file_with_two_schemas_is_refused(tmp_path):
+    """The name of a column stands at both ends of the file: documents must not fall apart because one is damaged."""
+    path = tmp_path / "x.arrow"
+    data = ipc_file(table({"doc_id": ["a"] * len(IDS), "input_ids": IDS}, INT32))
+    path.write_bytes(data.replace(b"doc_id", b"dok_id", 1))
+    with pytest.raises(DataError, match=r"x\.arrow: .*two different schemas"):
+        list(Inputs([path]).documents())
+
+
+@pytest.mark.parametrize("lost", ["first", "last", "twice"])
+def test_an_index_that_has_lost_or_repeats_a_batch_is_refused(tmp_path, lost):
+    """Its batches are three, and found by the index alone."""
+    data = bytearray(ipc_file(table({"input_ids": IDS}, INT32)))
+    blocks = re.search(rb"\x03\x00\x00\x00(.{72})", bytes(data[data.rindex(b"\xff\xff\xff\xff\0\0\0\0") :]), re.DOTALL)
+    start = data.rindex(blocks[0])
+    first, second, third = (blocks[1][place : place + 24] for place in (0, 24, 48))
+    count, kept = {
+        "first": (2, second + third + third),
+        "last": (2, first + second + third),
+        "twice": (3, first + first + third),
+    }[lost]
+    data[start : start + 76] = count.to_bytes(4, "little") + kept
+    (tmp_path / "x.arrow").write_bytes(data)
+    assert ipc.open_file(tmp_path / "x.arrow").read_all().num_rows in (3, 4, 5)  # pyarrow sees nothing
+    with pytest.raises(DataError, match=r"x\.arrow: .*its index has lost a batch"):
+        list(Inputs([tmp_path / "x.arrow"]).documents())
+
+
+def test_there_are_hundreds():
+    assert sum(len(mutations(name)) for name in ORIGINALS) >= 1500
+    expected = [item.expected for name in ORIGINALS for item in mutations(name)]
+    assert min(expected.count(ERROR), expected.count(SAME)) >= 200
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_one_line_and_exit_code_3(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    """A report of all damaged files on stdout, and one line on stderr; then each way in alone."""
+    chosen = [
+        item
+        for name in ORIGINALS
+        for item in mutations(name)
+        if item.expected == ERROR and item.name.startswith(("cut at 7", "a n", "an id", "no rows"))
+    ]
+    for index, item in enumerate(chosen):
+        (tmp_path / f"{index:03}.jsonl").write_bytes(item.data)
+    done = run_longnet("data", "inspect", ".", "--tokenizer", "bytes", "--format", "json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"longnet: error: {report['n_problems']} problems, the first: 000.jsonl")
+    assert done.stderr.count("\n") == 1
+    assert {problem[:9] for problem in report["problems"]} == {f"{n:03}.jsonl" for n in range(len(chosen))}
+    for item in chosen[:: len(chosen) // 4]:
+        piped = run_longnet("data", "inspect", "-", "--tokenizer", "bytes", input=item.data, text=False)
+        assert piped.returncode == 3, item.name
+        assert piped.stderr.startswith(b"longnet: error: 1 problem, the first: stdin")
+        assert piped.stderr.count(b"\n") == 1
+
+
+def test_score_stops_with_exit_code_3_at_the_row_and_offset(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    (tmp_path / "x.arrow").write_bytes(ORIGINALS["file int32"]({**TABLE, "input_ids": [*IDS[:4], [1, 2**31 - 1]]}))
+    done = run_longnet("score", "x.arrow", "--device", "cpu")
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+    assert "x.arrow, row 4, offset 1: token id 2147483647 does not fit a vocabulary of" in done.stderr

@@ -1,0 +1,240 @@
+"""Proves which files an input names, and in which order."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from files import write_stream
+from processes import invoke
+
+from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, MemoryLimitError
+from longnet_cli.data import inputs
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.manifest import read_manifest
+from longnet_cli.data.names import find_sources
+from longnet_cli.data.tables import reading
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.inspecting import inspect
+from longnet_cli.jobs.plotting import read
+from longnet_cli.jobs.training.recipe import load_recipe
+from longnet_cli.models.folder import ModelFolder
+
+
+def names(*inputs: Any) -> list[str]:
+    return [text.doc_id for text in Inputs(inputs).texts()]
+
+
+def test_folders_are_read_in_natural_order_without_what_is_not_text(tmp_path):
+    for name in ("part-10.txt", "part-2.py", "sub/part-3.md", ".hidden/x.txt", "__pycache__/x.txt", ".env"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "__init__.py").touch()
+    assert names(tmp_path) == ["part-2.py", "part-10.txt", "sub/part-3.md"]
+
+
+def test_shards_in_a_folder_are_read_alone_and_in_their_order(tmp_path):
+    (tmp_path / "README.md").write_text("x")
+    for name in ("part-10.arrow", "part-2.arrow", "cache-1.arrow"):
+        write_stream(tmp_path / name, pa.table({"text": [name], "doc_id": [name]}))
+    assert names(tmp_path) == ["cache-1.arrow", "part-2.arrow", "part-10.arrow"]
+    state = {"_data_files": [{"filename": "part-10.arrow"}, {"filename": "part-2.arrow"}]}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert names(tmp_path) == ["part-10.arrow", "part-2.arrow"]
+    (tmp_path / "part-2.arrow").unlink()
+    with pytest.raises(DataError, match=r"part-2\.arrow: no such file"):
+        names(tmp_path)
+
+
+def test_what_longnet_wrote_below_a_folder_is_passed_over_beside_anything_else(tmp_path):
+    for folder, files in {
+        "tokens": ("_manifest.arrow", "tokens-00000.arrow"),
+        "older": ("_manifest.json", "tokens-00000.arrow"),
+        "vectors": ("_unfinished.json", "tokenizer.json"),
+        "run": ("recipe.json", "metrics.jsonl"),
+    }.items():
+        (tmp_path / folder).mkdir()
+        for file in files:
+            (tmp_path / folder / file).write_text("{}")
+    write_stream(tmp_path / "tokens/tokens-00000.arrow", pa.table({"text": ["x"], "doc_id": ["t"]}))
+    (tmp_path / "older/tokens-00000.arrow").unlink()
+    (tmp_path / "tokens/_manifest.arrow").unlink()  # not a manifest, but a mark
+    assert names(tmp_path) == ["t"]  # there is nothing else
+    (tmp_path / "tokens/_manifest.arrow").touch()
+    (tmp_path / "a.txt").write_text("x")
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_an_output_below_an_input_is_no_input(tmp_path, run_longnet):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    assert run_longnet("tokenize", ".", "-o", "tokens").returncode == 0
+    assert run_longnet("encode", ".", "-o", "vectors", "--shard-rows", "1").returncode == 0
+    again = run_longnet("encode", ".", "-o", "vectors", "--shard-rows", "1", "--resume")
+    assert again.returncode == 0, again.stderr
+    for folder in ("tokens", "vectors"):
+        assert read_manifest(tmp_path / folder).totals["documents"] == 2
+
+
+@pytest.mark.parametrize("text", ["[]", "{bad", '{"shards": 3}', "[" * 200_000])
+@pytest.mark.parametrize("name", ["_manifest.json", "_manifest.arrow", "_manifest.parquet"])
+def test_a_damaged_manifest_is_named(tmp_path, text, name):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}: changed or damaged after it was written"):
+        names(tmp_path)
+
+
+def test_an_empty_input_is_an_unset_variable():
+    with pytest.raises(ConfigError, match="an input is empty"):
+        names("")
+
+
+def test_a_name_that_is_not_utf_8_is_named(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.txt"))
+    path.write_text("x")
+    for item in (path, tmp_path):
+        with pytest.raises(DataError, match=r"bad\\udcff\.txt'?: the name is not UTF-8"):
+            names(item)
+
+
+def test_a_dataset_of_splits_asks_for_one(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "state.json").write_text("{}")
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    with pytest.raises(ConfigError, match="train"):
+        names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (
+            "train-00000-of-00002 train-00001-of-00002 test-00000-of-00001",
+            "test-00000-of-00001.jsonl, {}/train-*.jsonl",
+        ),
+        ("data/train-0 data/train-1 data/validation-0", "data/train-*.jsonl, {}/data/validation-0.jsonl"),
+        ("wiki_train wiki_dev", "wiki_train.jsonl, {}/wiki_dev.jsonl"),
+        ("train/0 train/1 val/0", "train/*.jsonl, {}/val/0.jsonl"),
+        ("train-0 train-1 extra", None),
+        ("unit-test-notes train-0", None),
+        ("contest latest", None),
+    ],
+)
+def test_a_folder_of_a_hub_asks_for_a_split(tmp_path: Path, files: str, named: str | None) -> None:
+    for file in files.split():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.jsonl").write_text('{"text": "x"}\n')
+    if named is None:
+        assert len(names(tmp_path)) == len(files.split())
+        return
+    said = f"{tmp_path} holds several splits of a data set: name one of {tmp_path}/{named.format(tmp_path)}"
+    with pytest.raises(ConfigError, match=f"{re.escape(said)}$"):
+        names(tmp_path)
+
+
+def test_globs_and_lists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a1.txt", "a10.txt", "a2.txt", "b.txt", "[c].txt"):
+        Path(name).write_text("x")
+    assert names("a*.txt") == ["a1.txt", "a2.txt", "a10.txt"]
+    assert names("[c].txt") == ["[c].txt"]
+    Path("list.txt").write_text("# order matters\nb.txt\n\na1*.txt\n")
+    assert names("@list.txt") == ["b.txt", "a1.txt", "a10.txt"]
+
+
+def test_a_file_that_several_paths_reach_is_read_once(tmp_path, monkeypatch, run_longnet):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one")
+    Path("b.txt").symlink_to("a.txt")
+    os.link("a.txt", "c.txt")
+    Path("list").write_text("a.txt\n./a.txt\n")
+    for items in (["*.txt"], ["a.txt", tmp_path / "a.txt"], ["@list"], ["a.txt", "*.txt"], ["b.txt", "."]):
+        with pytest.warns(InputWarning, match="read once, though it is named more than once"):
+            found = names(*items)
+        assert sum(name in ("a.txt", "b.txt", "c.txt") for name in found) == 1
+    done = run_longnet("data", "inspect", "a.txt", "b.txt", "--format", "json")
+    assert json.loads(done.stdout)["documents"] == 1
+    assert done.stderr == "longnet: note: b.txt, which is a.txt, is read once, though it is named more than once\n"
+
+
+@pytest.mark.parametrize("address", ["http://example.org/a.txt", "https://example.org/*.arrow", "HTTPS://x"])
+def test_web_addresses_are_refused_wherever_an_input_is_named(tmp_path, address):
+    (tmp_path / "list").write_text(f"{address}\n")
+    ways = {
+        "input": lambda: names(address),
+        "list": lambda: names(f"@{tmp_path}/list"),
+        "inspect": lambda: inspect(Inputs([address])),
+        "tokenizer": lambda: Tokenizer.load(address),
+        "model": lambda: ModelFolder.find(address),
+        "recipe": lambda: load_recipe(address, {}),
+        "run": lambda: read(address),
+    }
+    for way, call in ways.items():
+        with pytest.raises(
+            ConfigError, match="web addresses are not read: download it first, or `curl -L URL"
+        ) as caught:
+            call()
+        assert str(caught.value).startswith(address), way
+
+
+@pytest.mark.parametrize(
+    "command",
+    [*("score", "score -o out", "encode -o out.arrow", "encode -o out", "tokenize -o out"), "train x.toml --data"],
+)
+def test_names_are_expanded_once(tmp_path, monkeypatch, command):
+    """However often a run asks: to overwrite nothing, to check lengths, to read, for the digest in a manifest."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one" * 20)
+    Path("x.toml").write_text(
+        "model = {dim = 8, num_layers = 1, num_heads = 1, ffn_dim = 8, segment_lengths = [8], dilation_rates = [1]}\n"
+        "train = {stages = [{seq_len = 16, steps = 1}], batch_tokens = 16}\n"
+    )
+    Path("runs/train").mkdir(parents=True)
+    for path in ("out.arrow", "runs/train/metrics.jsonl"):
+        Path(path).write_text("")  # an output that exists is compared with the inputs
+    expanded = []
+    monkeypatch.setattr(inputs, "find_sources", lambda *items: expanded.append(items) or find_sources(*items))
+    done = invoke(*command.split(), "*.txt", "-q")
+    assert (done.exit_code, len(expanded)) == (0, 1), done.output
+
+
+def test_names_are_utf_8_whatever_the_locale(tmp_path, run_longnet):
+    (tmp_path / "é").mkdir()
+    (tmp_path / "é" / "ß.txt").write_text("x")
+    (tmp_path / "list").write_text("é/ß.txt\n")
+    plain = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    for item in ("é", "é/*.txt", "é/ß.txt", "@list"):
+        done = run_longnet("tokenize", item, "-o", "ü.jsonl", env=plain, fresh=True)
+        assert (done.returncode, done.stderr[-10:]) == (0, "> ü.jsonl\n"), done.stderr
+        assert json.loads((tmp_path / "ü.jsonl").read_text())["doc_id"] == "ß.txt"
+    done = run_longnet("data", "inspect", "é/none.txt", env=plain, fresh=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (3, "problem: é/none.txt: no such file or folder")
+
+
+def test_what_runs_out_is_not_bad_data(tmp_path, command_env):
+    """Descriptors and memory that run out are no damage: exit codes 1 and 5."""
+    for number in range(40):
+        write_stream(tmp_path / f"{number:02}.arrow", pa.table({"ids": [[1, 2]]}))
+    script = """if True:
+        import resource
+        from longnet_cli.data.inputs import Inputs
+        resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
+        try:
+            list(Inputs(["."]).documents())
+        except Exception as error:
+            print(error.exit_code, error)
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=command_env, capture_output=True, text=True)
+    assert done.stdout.startswith("1 ")
+    assert "arrow: Too many open files: raise the limit (ulimit -n)" in done.stdout
+    with pytest.raises(MemoryLimitError, match="x: there is no memory to read it"), reading("x"):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+    with pytest.raises(MemoryLimitError, match="x: it needs more memory than there is"), reading("x"):
+        raise pa.ArrowMemoryError("malloc of size 1099511627776 failed")

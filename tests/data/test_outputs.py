@@ -1,0 +1,172 @@
+"""Proves that outputs appear whole or not at all, and that what is written is what the schema promises."""
+
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+import pytest
+
+from longnet_cli.basics.atomic import atomic_write
+from longnet_cli.basics.errors import ConfigError, LongNetError
+from longnet_cli.data.outputs import ShardWriter, is_folder, token_batch, token_schema
+
+SCHEMA = token_schema(vocab_size=257, eos_id=256, tokenizer_sha256="abc")
+BATCH = token_batch(SCHEMA, ["a", "b", "c"], [0, 0, 1], [3, 3, 5], np.array([1, 2, 3, 4, 256], np.uint16))
+
+
+def read(path: Path) -> pa.Table:
+    if path.suffix == ".jsonl":
+        return pa.Table.from_pylist([json.loads(line) for line in path.read_text().splitlines()], SCHEMA)
+    return pq.read_table(path) if path.suffix == ".parquet" else ipc.open_file(path).read_all()
+
+
+@pytest.mark.parametrize("name", ["x.arrow", "x.parquet", "x.jsonl", "new/folder/x.feather"])
+def test_batches_written_are_batches_read(tmp_path, name):
+    with ShardWriter(tmp_path / name, SCHEMA) as writer:
+        writer.write(BATCH)
+        writer.write(BATCH)
+    table = read(tmp_path / name)
+    assert table["input_ids"].to_pylist() == [[1, 2, 3], [], [4, 256]] * 2
+    assert table.schema.field("input_ids").type == pa.large_list(pa.uint16())
+    assert not table.schema.field("input_ids").nullable
+    assert table.schema.metadata[b"longnet.eos_id"] == b"256"
+    assert (table["doc_id"].to_pylist(), table["part"].to_pylist()) == (["a", "b", "c"] * 2, [0, 0, 1] * 2)
+
+
+def test_ids_are_uint16_only_where_the_vocabulary_fits():
+    for vocab_size, kind in ((65_536, pa.uint16()), (65_537, pa.int32())):
+        schema = token_schema(vocab_size=vocab_size, eos_id=None, tokenizer_sha256=None)
+        assert schema.field("input_ids").type.value_type == kind
+        assert set(schema.metadata) == {b"longnet.version", b"longnet.vocab_size"}
+
+
+def test_json_lines_hold_lists_and_null_for_what_json_cannot_write(tmp_path):
+    kind = pa.list_(pa.float32(), 2)
+    values = pa.array([0.5, float("nan"), float("inf"), -1.0, 2.0, 3.0], pa.float32())
+    batch = pa.record_batch(
+        [pa.array(["é", "b", "\n"]), pa.FixedSizeListArray.from_arrays(values, type=kind)], ["id", "v"]
+    )
+    with ShardWriter(tmp_path / "x.jsonl", batch.schema) as writer:
+        writer.write(batch)
+        writer.write(batch.slice(2))
+    assert (tmp_path / "x.jsonl").read_text() == (
+        '{"id": "é", "v": [0.5, null]}\n{"id": "b", "v": [null, -1.0]}\n' + '{"id": "\\n", "v": [2.0, 3.0]}\n' * 2
+    )
+
+
+@pytest.mark.parametrize("name", ["x.arrow", "x.parquet", "x.jsonl"])
+def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path, name):
+    (tmp_path / name).write_bytes(b"old")
+    with suppress(KeyboardInterrupt), ShardWriter(tmp_path / name, SCHEMA) as writer:
+        writer.write(BATCH)
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == [name]
+    assert (tmp_path / name).read_bytes() == b"old"
+
+
+def test_until_the_block_ends_nothing_has_the_final_name(tmp_path):
+    with atomic_write(tmp_path / "a.json") as file:
+        file.write(b"1")
+        assert not (tmp_path / "a.json").exists()
+    assert (tmp_path / "a.json").read_bytes() == b"1"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_signal_as_the_file_is_made_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longnet_cli.basics.atomic.fcntl.flock", interrupt)
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "x"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for path in (tmp_path / "link", Path("/dev/null")):
+        with atomic_write(path) as file:
+            file.write(b"1")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"1"
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_place_that_cannot_be_written_is_a_config_error(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "file" / "x.arrow"):
+        with pytest.raises(ConfigError, match="cannot write"), ShardWriter(path, SCHEMA):
+            pass
+
+
+@pytest.mark.parametrize("name", ["x.arrow", "x.parquet", "x.jsonl"])
+@pytest.mark.parametrize("limit", [0, 100, 30_000])
+def test_a_failed_write_is_one_line_and_leaves_nothing(tmp_path, name, limit):
+    """Past the limit on file sizes a write fails as on a full disk: on opening, within a batch, or at the end."""
+    ids = np.random.default_rng(0).integers(256, size=50_000).astype(np.uint16)
+    batch = token_batch(SCHEMA, ["a"], [0], [len(ids)], ids)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        failed = pytest.raises(LongNetError, match=f"{name}: cannot write: File too large")
+        with failed as failure, ShardWriter(tmp_path / name, SCHEMA) as writer:
+            writer.write(batch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert failure.value.exit_code == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_only_a_name_without_the_ending_of_a_file_is_a_folder(tmp_path):
+    for name in ("v", "run.v2", "2026-11-27", "a.b-c", "old.csv"):
+        (tmp_path / "old.csv").mkdir(exist_ok=True)
+        assert is_folder(tmp_path / name)
+    for name in ("v.csv", "v.TXT", "v.PARQUET", "v.json", "v.jsonl.gz", "v.npy", "v.h5"):
+        with pytest.raises(ConfigError, match="is not written"):
+            is_folder(tmp_path / name)
+    assert not is_folder(tmp_path / "v.parquet")
+
+
+STREAM = """
+import sys
+sys.path.append(sys.argv[2])
+from test_outputs import BATCH, SCHEMA, ShardWriter
+with ShardWriter("-", SCHEMA) as writer:
+    writer.write(BATCH)
+    if sys.argv[1] == "fail":
+        sys.exit(1)
+sys.stdout.flush()
+"""
+
+
+@pytest.mark.parametrize("outcome", ["succeed", "fail"])
+def test_only_a_whole_stream_on_stdout_has_an_end_marker(outcome):
+    here = str(Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", STREAM, outcome, here], capture_output=True)
+    assert done.returncode == (outcome == "fail"), done.stderr
+    assert done.stdout.endswith(b"\xff\xff\xff\xff\0\0\0\0") == (outcome == "succeed")
+    assert ipc.open_stream(done.stdout).read_all()["doc_id"].to_pylist() == ["a", "b", "c"]
+    assert done.stderr == b""
+
+
+def test_a_terminal_is_refused(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(ConfigError, match="terminal"), ShardWriter("-", SCHEMA):
+        pass

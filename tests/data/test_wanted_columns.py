@@ -1,0 +1,271 @@
+"""Columns by name: inside of others, as the documents' names, carried along; and rows and files that are left out."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+import pytest
+from conftest import RunLongnet
+from files import write_rows
+
+from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.data.documents import Unread
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.manifest import read_manifest
+from longnet_cli.data.tables import Text
+from longnet_cli.data.tokenizer import Tokenizer
+
+BYTES = Tokenizer.bytes()
+ROWS = [
+    {"id": 7, "doc": {"body": "one", "ids": [1, 2], "deep": {"name": "x"}}, "n": 1, "text": "first"},
+    {"id": 8, "doc": {"body": "two", "ids": [3], "deep": {"name": "y"}}, "n": 2, "text": "second"},
+    {"id": 9, "doc": {"body": "three", "ids": [], "deep": {"name": "y"}}, "n": None, "text": "third"},
+]
+FORMS = ("x.arrow", "x.stream", "x.parquet", "x.jsonl")
+
+
+@pytest.fixture(params=FORMS)
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write_rows(tmp_path / request.param, ROWS)
+
+
+def read(path: Path, **options: object) -> list[tuple[str, list[int], dict]]:
+    found = Inputs([path], BYTES, vocab_size=300, **options).documents()  # type: ignore[arg-type]
+    return [(each.doc_id, each.read().tolist(), {k: v.as_py() for k, v in each.kept.items()}) for each in found]
+
+
+def test_a_column_may_be_inside_of_others(path: Path) -> None:
+    bodies = [text.text for text in Inputs([path], column="doc.body").texts()]
+    assert bodies == ["one", "two", "three"]
+    assert [ids for _, ids, _ in read(path, column="doc.ids")] == [[1, 2], [3], []]
+    assert [name for name, _, _ in read(path, column="doc.body", id_column="doc.deep.name")] == ["x", "y"]
+    assert read(path, column="doc.body", id_column="doc.deep.name")[1][1] == list(b"twothree")  # neighbours are one
+    for column in ("doc.text", "doc.body.x", "nothing", "doc"):
+        with pytest.raises((ConfigError, DataError), match=r"column|no key") as caught:
+            read(path, column=column)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_name_with_a_dot_comes_before_one_inside(tmp_path: Path) -> None:
+    rows = [{"doc": {"body": "inside"}, "doc.body": "beside"}]
+    for form in FORMS:
+        assert [text.text for text in Inputs([write_rows(tmp_path / form, rows)], column="doc.body").texts()] == [
+            "beside"
+        ]
+
+
+def test_what_is_in_a_null_is_null(tmp_path: Path) -> None:
+    rows = [{"doc": {"body": "a"}, "n": {"a": 1}}, {"doc": {"body": "b"}, "n": None}, {"doc": None, "n": {"a": 2}}]
+    for form in FORMS:
+        file = write_rows(tmp_path / form, rows)
+        with pytest.raises(DataError, match=r"(row 2|line 3)"):
+            list(Inputs([file], column="doc.body").texts())
+        good = write_rows(tmp_path / form, rows[:2])
+        assert [kept for _, _, kept in read(good, column="doc.body", keep=("n.a",))] == [{"n.a": 1}, {"n.a": None}]
+
+
+def test_documents_are_named_by_id_and_by_any_column(path: Path) -> None:
+    assert [name for name, _, _ in read(path)] == ["7", "8", "9"]
+    assert [name for name, _, _ in read(path, id_column="text", column="doc.body")] == ["first", "second", "third"]
+    assert [text.doc_id for text in Inputs([path], id_column="doc.deep.name").texts()] == ["x", "y"]
+    with pytest.raises(ConfigError, match="there is no column 'uid'; its columns are"):
+        read(path, id_column="uid")
+    with pytest.raises((ConfigError, DataError), match="doc"):
+        read(path, id_column="doc")
+
+
+def test_an_id_that_is_no_name_is_not_taken_for_one(tmp_path: Path) -> None:
+    for form in ("x.arrow", "x.parquet"):
+        file = write_rows(tmp_path / form, [{"id": 0.5, "text": "a"}, {"id": 0.5, "text": "b"}])
+        assert [name for name, _, _ in read(file)] == [f"{form}:0", f"{form}:1"]
+    both = write_rows(
+        tmp_path / "both.parquet", [{"id": 1, "doc_id": "a", "text": "x"}, {"id": 1, "doc_id": "b", "text": "y"}]
+    )
+    assert [name for name, _, _ in read(both)] == ["a", "b"]
+
+
+def test_columns_are_carried_along(path: Path) -> None:
+    kept = [found[2] for found in read(path, keep=("n", "doc.deep.name", "text", "id"))]
+    ids = [str(row["id"]) if path.suffix == ".jsonl" else row["id"] for row in ROWS]  # JSON's are read as names
+    assert kept == [
+        {"n": row["n"], "doc.deep.name": row["doc"]["deep"]["name"], "text": row["text"], "id": number}
+        for row, number in zip(ROWS, ids, strict=True)
+    ]
+
+
+def test_a_stream_of_ids_carries_nothing_along(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"ids": [1, 2, 256, 3], "n": [1, 2, 3, 4]}), tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match="'ids' is one stream of ids, in which a document has no row for 'n'"):
+        read(tmp_path / "x.parquet", keep=("n",))
+    (tmp_path / "x.txt").write_text("plain")
+    with pytest.raises(ConfigError, match="column 'n' is asked for, and this is plain text"):
+        read(tmp_path / "x.txt", keep=("n",))
+
+
+def test_json_says_of_what_type_it_is_in_its_first_lines(tmp_path: Path) -> None:
+    rows = [{"text": "a", "n": None}, {"text": "b", "n": 1}, {"text": "c", "n": 1.5}, {"text": "d", "n": "x"}]
+    file, mixed = tmp_path / "x.jsonl", tmp_path / "mixed.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [kept["n"] for _, _, kept in read(file, keep=("n",))] == [None, 1.0, 1.5]
+    with pytest.raises(DataError, match="the values of 'n' are not of one type"):
+        read(mixed, keep=("n",))
+    late = write_rows(tmp_path / "x.jsonl", [{"text": "a" * 500, "n": 1}] * 2500 + [{"text": "b", "n": 1.5}])
+    with pytest.raises(DataError, match=r"line 2501: 'n' is not int64, as it is in the first lines"):
+        read(late, keep=("n",))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_column_to_keep_that_no_row_has_is_an_error(tmp_path: Path, run_longnet: RunLongnet, form: str) -> None:
+    """It lists the columns. A key that some lines have is null in the others."""
+    write_rows(tmp_path / form, ROWS)
+    for name in ("titel", "doc.titel"):
+        done = run_longnet("score", form, "--keep", f"n,{name}", "--format", "jsonl", "--skip-bad")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"{form}: there is no column '{name}'; its columns are " in done.stderr
+        assert all(f"{key}" in done.stderr for key in ROWS[0])
+    (tmp_path / "some.jsonl").write_text('{"text": "a"}\n{"text": "b", "n": {"m": 1}}\n')
+    assert [kept["n.m"] for _, _, kept in read(tmp_path / "some.jsonl", keep=("n.m",))] == [None, 1]
+
+
+def test_score_and_encode_carry_columns_to_their_rows(tmp_path: Path, run_longnet: RunLongnet) -> None:
+    day = datetime.date(2026, 11, 26)
+    table = pa.table({"text": ["one", "two"], "day": [day, None], "tag": pa.array(["a", "b"]).dictionary_encode()})
+    table = table.append_column("list", [[["x"], None]])
+    pq.write_table(table, tmp_path / "x.parquet")
+    scored = run_longnet("score", "x.parquet", "--keep", "day,tag", "--format", "jsonl")
+    rows = [json.loads(line) for line in scored.stdout.splitlines()]
+    assert [(row["day"], row["tag"]) for row in rows[:2]] == [("2026-11-26", "a"), (None, "b")]
+    assert not {"day", "tag"} & rows[2].keys()
+    for output in ("out.arrow", "out.parquet", "folder"):
+        done = run_longnet("encode", "x.parquet", "--keep", "day,tag,list", "--span", "1", "-o", output)
+        assert done.returncode == 0, done.stderr
+        (file,) = (tmp_path / output).glob("v*.arrow") if output == "folder" else [tmp_path / output]
+        found = pq.read_table(file) if output == "out.parquet" else ipc.open_file(file).read_all()
+        rows = found.select(["doc_id", "day", "tag", "list"]).to_pylist()
+        assert rows == [
+            {"doc_id": "x.parquet:0", "day": day, "tag": "a", "list": ["x"]},
+            {"doc_id": "x.parquet:1", "day": None, "tag": "b", "list": None},
+        ]
+    for args, message in (
+        (("score", "--keep", "tag"), "--keep carries columns to rows: give -o, or --format"),
+        (("score", "--keep", "ppl", "--format", "json"), "--keep ppl: the output has a key of this name"),
+        (("encode", "--keep", "tag,tag", "-o", "y.arrow"), "is no list of names"),
+    ):
+        refused = run_longnet(args[0], "x.parquet", *args[1:])
+        assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
+    pq.write_table(table.append_column("span", [[1, 2]]), tmp_path / "x.parquet")
+    refused = run_longnet("encode", "x.parquet", "--keep", "span", "-o", "y.arrow")
+    assert (refused.returncode, "--keep span: the output has a column of this name" in refused.stderr) == (2, True)
+    assert not (tmp_path / "y.arrow").exists()
+
+
+BAD = '{"text": "a", "id": 1}\n{"text": 5, "id": 2}\n\n{"text": "b", "id": 3}\nnot json\n{"text": "c", "id": 4}\n'
+
+
+def test_rows_and_files_that_cannot_be_read_are_told_one_by_one(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(BAD)
+    table = pa.table({"text": ["d", None, "e"]})
+    pq.write_table(table, tmp_path / "b.parquet")
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-20])
+    (tmp_path / "d.txt").write_bytes(b"\xff\xfe\x00bad")
+    (tmp_path / "e.txt").write_text("f")
+    inputs = [tmp_path / name for name in ("missing", "a.jsonl", "b.parquet", "c.parquet", "d.txt", "e.txt")]
+    found = list(Inputs(inputs, BYTES, skip_bad=True).documents())
+    texts = list(Inputs(inputs, skip_bad=True).texts())
+    good = [bytes(each.read().tolist()).decode() for each in found if not isinstance(each, Unread)]
+    assert good == ["a", "b", "c", "d", "e", "f"] == [text.text for text in texts if isinstance(text, Text)]
+    errors = [str(each.error).removeprefix(f"{tmp_path}/") for each in found if isinstance(each, Unread)]
+    assert errors == [str(text.error).removeprefix(f"{tmp_path}/") for text in texts if isinstance(text, Unread)]
+    for error, start in zip(
+        errors,
+        (
+            "missing: no such file or folder",
+            "a.jsonl, line 2: 'text' is not text",
+            "a.jsonl, line 3: the line is empty",
+            "a.jsonl, line 5: not JSON",
+            "b.parquet, row 1: the value is null",
+            "c.parquet: the data is damaged or truncated",
+            "d.txt: neither Arrow, Parquet nor UTF-8 text",
+        ),
+        strict=True,
+    ):
+        assert error.startswith(start)
+
+
+def test_what_is_left_out_is_counted_and_ends_with_a_code_of_its_own(tmp_path: Path, run_longnet: RunLongnet) -> None:
+    (tmp_path / "a.jsonl").write_text(BAD)
+    (tmp_path / "good.jsonl").write_text('{"text": "a", "id": 1}\n{"text": "b", "id": 3}\n{"text": "c", "id": 4}\n')
+    bad = run_longnet("score", "a.jsonl", "nothing", "--skip-bad", "--format", "json")
+    good = run_longnet("score", "good.jsonl", "--format", "json")
+    assert (bad.returncode, good.returncode) == (6, 0)
+    bad_total, total = (json.loads(done.stdout)["total"] for done in (bad, good))
+    assert bad_total.pop("n_skipped") == 4
+    assert total.pop("n_skipped") == 0
+    assert bad_total == total
+    assert bad.stderr.splitlines()[0] == "longnet: note: left out: nothing: no such file or folder"
+    assert bad.stderr.splitlines()[-1] == "longnet: note: 4 documents left out"
+    done = run_longnet("encode", "a.jsonl", "nothing", "--skip-bad", "-o", "vectors", "--shard-rows", "1")
+    assert done.returncode == 6
+    assert read_manifest(tmp_path / "vectors").totals["skipped"] == 4
+    assert read_manifest(tmp_path / "vectors").totals["documents"] == 3
+    assert run_longnet("score", "a.jsonl").returncode == 3
+
+
+def test_a_finished_folder_says_what_its_run_left_out(tmp_path: Path, run_longnet: RunLongnet) -> None:
+    (tmp_path / "a.jsonl").write_text(BAD)
+    for command in ("tokenize", "encode", "score"):
+        words = [command, "a.jsonl", "nothing", "--skip-bad", "-o", f"of-{command}/"]
+        assert run_longnet(*words).returncode == 6
+        again = run_longnet(*words, "--resume")
+        assert again.returncode == 6, again.stderr
+        assert again.stderr.endswith("4 documents left out\n")
+
+
+def test_empty_documents_are_counted_and_passed_over(tmp_path: Path, run_longnet: RunLongnet) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": "b"}\n')
+    done = run_longnet("encode", "a.jsonl", "-o", "vectors")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.endswith("longnet: note: 1 document empty\n")
+    assert dict(read_manifest(tmp_path / "vectors").totals) == {"empty": 1, "rows": 2, "documents": 2, "tokens": 2}
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n')
+    nothing = run_longnet("encode", "b.jsonl", "-o", "none.arrow")
+    assert nothing.returncode == 3
+    assert "there is nothing to encode: every document is empty or left out" in nothing.stderr
+    assert not (tmp_path / "none.arrow").exists()
+
+
+def test_a_list_may_come_through_a_pipe_and_be_separated_by_nuls(tmp_path: Path, run_longnet: RunLongnet) -> None:
+    for name in ("a.txt", "#b.txt", "c d.txt", "line\nbreak.txt"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text(name)
+    listed = subprocess.run(
+        ["find", "in", "-type", "f", "-print0"], cwd=tmp_path, capture_output=True, check=True
+    ).stdout
+    found = run_longnet("score", "@-", "--format", "jsonl", input=listed, text=False)
+    assert found.returncode == 0, found.stderr
+    names = [json.loads(line).get("doc_id") for line in found.stdout.splitlines()[:-1]]
+    assert sorted(names) == sorted(os.listdir(tmp_path / "in"))
+    (tmp_path / "list").write_bytes(listed)
+    assert {text.doc_id for text in _texts(tmp_path, "@list")} == {*names}
+    lines = run_longnet("data", "inspect", "@-", "--format", "json", input="# two of them\nin/a.txt\n\nin/c d.txt\n")
+    assert json.loads(lines.stdout)["documents"] == 2
+    written = run_longnet("encode", "@-", "-o", "vectors", input=listed, text=False)  # inputs are looked at three times
+    assert written.returncode == 0, written.stderr
+    assert run_longnet("score", "@-", "-", input="x").returncode == 2
+
+
+def _texts(folder: Path, item: str) -> list:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return list(Inputs([item]).texts())
+    finally:
+        os.chdir(before)

@@ -1,0 +1,424 @@
+"""The scripts in examples/: the corpus of the shipped model, the Llama of transformers that is trained twice, the
+encoder that finds edited copies of files, patterns compared on a pretrained model and by short fine-tunes, decoders
+timed, pass keys in prose, and the report of a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import tiny_llama, tiny_model
+from places import ROOT, imported
+from processes import invoke
+
+from longnet_cli.basics.notation import parse_pattern
+from longnet_cli.data.documents import Document
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.windows import TokenStream, TokenWindows
+from longnet_cli.jobs.scoring.score_rows import write_token_logprobs
+from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.models.folder import ModelFolder
+
+
+def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path: Path) -> None:
+    script = ROOT / "examples/stdlib_corpus.py"
+    subprocess.run([sys.executable, script, tmp_path / "lists"], check=True, capture_output=True)
+    train = (tmp_path / "lists/train.txt").read_text().splitlines()
+    held_out = (tmp_path / "lists/held_out.txt").read_text().splitlines()
+    assert len(train) > 10 * len(held_out) > 0
+    assert not set(train) & set(held_out)
+    assert all(Path(path).stat().st_size >= 512 for path in train + held_out)
+    module = imported(script)
+    # the files that the demo scores, whatever Python runs it
+    for name in ("ast.py", "calendar.py", "pydoc.py", "random.py", "sysconfig.py", "json/encoder.py", "http/server.py"):
+        assert module.is_held_out(name)
+    assert not module.is_held_out("json/decoder.py")
+
+
+def test_packages_become_long_documents_and_are_held_out_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = imported(ROOT / "examples/package_corpus.py")
+    names = [f"package{i}" for i in range(40)]
+    for name in (*names, "pip"):
+        for path in ("a/one.py", "a/two.py", "b/three.py"):
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / path).write_text("x = 1\n" * 30_000)
+        (tmp_path / name / "b/latin.py").write_bytes(b"# \xe9\n")
+    monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(tmp_path))
+    module.main(str(tmp_path / "out"))
+    found = {}
+    for split in ("train", "held_out"):
+        with (tmp_path / f"out/{split}.jsonl").open() as file:
+            found[split] = [json.loads(line) for line in file]
+    packages = {split: {row["id"].split("/")[0] for row in rows} for split, rows in found.items()}
+    assert packages["held_out"] == {name for name in names if module.is_held_out(name)}
+    assert packages["train"] == set(names) - packages["held_out"]
+    first, second = found["train"][:2]
+    assert (first["id"], second["id"]) == ("package0/a/one.py", "package0/b/three.py")
+    assert first["text"].startswith("# package0/a/one.py\nx = 1\n")
+    assert "# package0/a/two.py\n" in first["text"]
+
+
+def test_a_wheel_becomes_a_document_from_its_middle(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        for name in (*(f"a/{i}.py" for i in range(6)), "a-1.dist-info/b.py"):
+            wheel.writestr(name, f"# {name}\n" * 5_000)
+    imported(ROOT / "examples/package_corpus.py").main(str(tmp_path / "out"), str(tmp_path / "a.whl"))
+    (row,) = [json.loads(line) for line in (tmp_path / "out/wheels.jsonl").read_text().splitlines()]
+    assert row["id"] == "a/2.py"
+    assert len(row["text"]) == 86_000
+    assert "\n# a/3.py\n# a/3.py\n" in row["text"]
+
+
+def test_names_are_exchanged_where_they_stand_behind_a_form_feed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module = imported(ROOT / "examples/near_duplicates.py")
+    source = "a = 1\n\f\ndef b(c):\n    return a + c\n"
+    assert module.renamed(source, {"a": "x1", "b": "y", "c": "z"}) == "x1 = 1\n\f\ndef y(z):\n    return x1 + z\n"
+
+
+def test_an_encoder_learns_masked_tokens_and_finds_edited_copies(tmp_path: Path, command_env: dict[str, str]) -> None:
+    """The recipe at a small size: below what a net without context reaches, and most files cut short are found."""
+
+    def longnet(*arguments: str | Path) -> None:
+        made = invoke(str(each) for each in arguments)
+        assert made.exit_code == 0, made.output
+
+    def python(script: str, *arguments: str | Path) -> str:
+        command = [sys.executable, ROOT / "examples" / script, *arguments]
+        return subprocess.run(command, env=command_env, capture_output=True, text=True, check=True).stdout
+
+    tokens, run, held_out = tmp_path / "tokens", tmp_path / "encoder", ROOT / "longnet_cli/data"
+    longnet("tokenize", ROOT / "longnet_cli", "-o", tokens, "--train-vocab", "288")
+    settings = {
+        "data.held_out": [str(held_out)], "train.stages": [{"seq_len": 128, "steps": 150}], "train.batch_tokens": 1024,
+        "optimizer.lr": 2e-2,
+    }  # fmt: skip
+    sets = [
+        word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}".replace(": ", "="))
+    ]
+    longnet("train", ROOT / "examples/encoder.toml", "--data", tokens, "--tokenizer", tokens, "-o", run, "-q", *sets)
+    loss = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["held_out_loss"]
+    unigram, without_context = re.findall(r"([\d.]+) nats", python("unigram.py", tokens, held_out))
+    assert loss < float(without_context) < float(unigram)
+    files = sorted(held_out.glob("*.py"))
+    python("near_duplicates.py", "make", tmp_path / "pairs", *files)
+    longnet("encode", tmp_path / "pairs", "--model", run, "-o", tmp_path / "vectors.arrow", "-q")
+    found = python("near_duplicates.py", "rank", tmp_path / "vectors.arrow").splitlines()
+    cut = next(int(count) for line in found if (count := line.removeprefix("cut").split()[0]).isdigit())
+    assert cut >= 0.8 * len(files)  # by chance, one
+
+
+def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[str, str]) -> None:
+    """The script at a small size: both losses fall, side by side, and what it saves is what the commands take."""
+    pytest.importorskip("transformers")
+    tokens, output, steps = tmp_path / "tokens", tmp_path / "run", 10
+    made = invoke("tokenize", str(ROOT / "examples"), "-o", str(tokens), "--train-vocab", "512")
+    assert made.exit_code == 0, made.output
+    script = ROOT / "examples/hf_llama.py"
+    size = ["--tokens", tokens, "--steps", str(steps), "--context", "128"]
+    done = subprocess.run(
+        [sys.executable, script, output, *size], env=command_env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (output / "curves.jsonl").read_text().splitlines()]
+    assert [(row["attention"], row["step"]) for row in rows] == [
+        (name, step) for step in range(1, steps + 1) for name in ("dense", "dilated")
+    ]
+    for name in ("dense", "dilated"):
+        curve = [row["loss"] for row in rows if row["attention"] == name]
+        assert sum(curve[-3:]) < sum(curve[:3]) - 0.4
+    assert len(done.stdout.splitlines()) == 1 + steps + 1
+    assert "dense / dilated = " in done.stdout.splitlines()[-1]
+    from longnet_cli.attention import Pattern
+    from longnet_cli.models.folder import ModelFolder
+
+    assert ModelFolder(output / "dilated").net().config.pattern.segment_lengths == (8, 16, 32, 64, 128)
+    assert ModelFolder(output / "dense").net().config.pattern == Pattern.dense()
+
+
+def test_both_llamas_begin_with_the_same_weights() -> None:
+    pytest.importorskip("transformers")
+    build = imported(ROOT / "examples/hf_llama.py").build
+    dense, dilated = (build(100, 4096, 0, is_dilated) for is_dilated in (False, True))
+    for name, tensor in dense.state_dict().items():
+        assert tensor.equal(dilated.state_dict()[name])
+    assert dilated.config.dilated_attention["segment_lengths"] == [256, 512, 1024, 2048, 4096]
+    assert dense.config._attn_implementation == "sdpa"
+
+
+def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env: dict[str, str]) -> None:
+    """In windows of what the model was trained on, dense; a document as one otherwise. One process per pattern."""
+    tiny_llama(tmp_path / "llama", max_position_embeddings=64, bos_token_id=7)
+    (tmp_path / "a.txt").write_text("some text " * 30)
+    (tmp_path / "b.txt").write_text("another text " * 30)
+    command = [sys.executable, ROOT / "examples/compare_patterns.py", tmp_path / "llama", tmp_path / "a.txt"]
+    command += [tmp_path / "b.txt", "--tokens", "200", "dense", "window:16,sinks=2"]
+    done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["pattern"], row["document"], row["from"], row["tokens"]) for row in rows[3:8]] == [
+        ("dense", "b.txt", 0, 10), ("dense", "b.txt", 10, 90), ("dense", "b.txt", 100, 100),
+        ("window:16,sinks=2", "a.txt", 0, 10), ("window:16,sinks=2", "a.txt", 10, 90),
+    ]  # fmt: skip
+    (tmp_path / "first.txt").write_text(("some text " * 30)[:200])
+    alone = ["score", tmp_path / "first.txt", "--model", tmp_path / "llama", "--context", "64", "--format", "json"]
+    total = json.loads(invoke(*map(str, alone)).stdout)["total"]
+    assert sum(row["nats"] for row in rows[:3]) == pytest.approx(total["nll_sum"], rel=1e-6)
+    table = [line for line in done.stderr.splitlines() if line.startswith("| `")]
+    assert [line.split(" | ")[0] for line in table] == ["| `dense`", "| `window:16,sinks=2`"]
+
+
+def test_patterns_are_compared_by_short_fine_tunes(
+    tmp_path: Path, command_env: dict[str, str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative to the first row, over documents; windows say a passage again; what exists is not run again."""
+    model = tiny_model(tmp_path / "model", position="rope")
+    texts, rng = [tmp_path / f"{name}.txt" for name in "abc"], np.random.default_rng(0)
+    for path in texts:
+        path.write_bytes(rng.integers(97, 123, 900).astype(np.uint8).tobytes())
+    sizes = "dim = 16\nnum_layers = 2\nnum_heads = 2\nffn_dim = 32"
+    stages = "[train]\nstages = [{ seq_len = 8, steps = 1 }]\n"
+    model_table = f'[model]\npattern = "window:8"\nposition = "rope"\nvocab_size = 257\n{sizes}\n'
+    (tmp_path / "tiny.toml").write_text(f"{model_table}[data]\ntrain = {json.dumps([str(texts[0])])}\n{stages}")
+    output, rows = tmp_path / "out", ["window:8", "window:16 repeated=0.5 optimizer.lr=0.1"]
+    words = [*texts[1:], "-o", output, "--init", model, "--recipe", tmp_path / "tiny.toml", "--rows", *rows]
+    numbers = {"seeds": 0, "steps": 4, "seq-len": 540, "short": 8, "far": 16, "dtype": "fp32"}
+    words = [*map(str, words), *(f"--{name}={value}" for name, value in numbers.items())]
+    monkeypatch.setenv("PYTHONPATH", command_env["PYTHONPATH"])
+    search = imported(ROOT / "examples/search.py")
+    search.main(words)
+    found = capsys.readouterr().out
+    scored = {}
+    for path in output.glob("*.scored.json"):
+        scored[path.name] = json.loads(json.loads(path.read_text())["output"])["documents"]
+    first, second = (scored[name] for name in sorted(scored, reverse=True))
+    more = np.array([b["nll_sum"] - a["nll_sum"] for a, b in zip(first, second, strict=True)])
+    tokens = np.array([each["n_tokens"] for each in first])
+    expected = np.exp(more.sum() / tokens.sum())
+    spread = np.sqrt(2 * ((more - np.log(expected) * tokens) ** 2).sum()) / tokens.sum()
+    lines = [line.split(" | ") for line in found.splitlines()[2:4]]
+    assert [line[0] for line in lines] == [f"| `{row}`" for row in rows]
+    assert [line[5] for line in lines] == ["1.0000 +- 0.0000", f"{expected:.4f} +- {expected * spread:.4f}"]
+
+    documents = list(Inputs([output / "repeated.arrow"], Tokenizer.bytes()).documents())
+    assert [len(document) for document in documents] == [539] * 4 + [540]
+    for document in documents:
+        text = document.read(0, len(document)).astype(np.uint8).tobytes()
+        assert text[:60] in texts[0].read_bytes()
+        distances = {text.find(text[at : at + 6], at + 1) - at for at in range(500)}
+        assert len(said := [each for each in distances if each > 0]) == 1
+        assert 540 // 8 <= said[0] < 540 * 3 // 4
+    mix = json.loads(next(output.glob("*repeated*/recipe.json")).read_text())["data"]["mix"]
+    assert [source["weight"] for source in mix] == [1, 1]
+
+    shutil.rmtree(model)
+    search.main(words)
+    assert capsys.readouterr().out == found
+
+
+def test_decoders_take_turns(tmp_path: Path, command_env: dict[str, str]) -> None:
+    model = tiny_llama(tmp_path / "llama", max_position_embeddings=400)
+    patterns = ["window:16,sinks=2", "window:64,chosen=2x32"]
+    command = [sys.executable, ROOT / "examples/decoding.py", model, *patterns, "--context", "1", "200"]
+    command += ["--batch", "1", "2", "--tokens", "8"]
+    done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    decoders = {1: ("transformers", "LongNetCache", "longnet"), 2: ("transformers", "LongNetCache")}
+    assert [(row["pattern"], row["context"], row["batch"], row["decoder"]) for row in rows] == [
+        (pattern, context, batch, decoder)
+        for pattern in patterns
+        for context in (1, 200)
+        for batch in decoders
+        for decoder in decoders[batch]
+    ]
+    assert all(row["ms"] > 0 and (row["ratio"] == 1) >= (row["decoder"] == "transformers") for row in rows)
+
+
+def test_halves_of_documents_agree_where_gains_do(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    gain_halves, gains = imported(ROOT / "examples/gain_halves.py"), [0.3, 0.1, 0.9, 0.5]
+    for name, part in (("short", 0.0), ("long", 1.0)):
+        with write_token_logprobs(tmp_path / f"{name}.arrow") as on_tokens:
+            for index, gain in enumerate(gains):
+                document = Document(f"d{index}", np.zeros(2100, np.int64), None, "made")
+                for start in (0, 1000):  # a long document has several rows
+                    stop = 1000 if start == 0 else 2100
+                    on_tokens(document, start, np.zeros(stop - start, int), np.full(stop - start, part * gain - 3.0))
+    paths = [str(tmp_path / name) for name in ("short.arrow", "long.arrow")]
+    gain_halves.main(paths)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "4 documents, 8,400 tokens: Spearman's correlation 1.000"
+    assert [line.split()[-1] for line in lines[3:7]] == ["d2", "d3", "d0", "d1"]
+    assert [float(line.split()[0]) for line in lines[3:7]] == [0.9, 0.5, 0.3, 0.1]
+
+
+def test_pass_keys_are_asked_for_at_their_distances(tmp_path: Path) -> None:
+    """The log-probabilities are those that `score` gives the same tokens; dense attention reads the last 400."""
+    passkey = imported(ROOT / "examples/passkey.py")
+    text = tmp_path / "prose.txt"
+    model = tiny_llama(tmp_path / "llama", max_position_embeddings=400, bos_token_id=7)
+    text.write_text("All is well that ends well. " * 20)
+    names = {"model": str(model), "texts": [str(text)], "seed": 3, "documents": 1, "tokens": 1000, "keys": 2}
+    patterns, distances = ["window:64,sinks=4", "dense"], [150, 800]
+    args = argparse.Namespace(**names, patterns=patterns, distances=distances, dtype="fp32", chunk=128)
+    rows = list(passkey.ask(args))
+    assert [(row["pattern"], row["distance"], row["questions"]) for row in rows] == [
+        ("window:64,sinks=4", 150, 2), ("window:64,sinks=4", 800, 2), ("dense", 150, 2), ("dense", 800, 0),
+    ]  # fmt: skip
+    assert rows[-1]["nats"] is None
+
+    words = ModelFolder(model).tokenizer()
+    ids, answers = passkey.Writer(words, [str(text)], 3).document(1000, distances * 2)
+    for distance, start, stop in answers:
+        assert re.fullmatch(r" \d{5}", words.decode(ids[start:stop].tolist()))
+        np.testing.assert_array_equal(ids[start - distance : stop - distance], ids[start:stop])
+    for row, lost in zip(rows[:3], (0, 0, 601), strict=True):
+        pattern = None if row["pattern"] == "dense" else parse_pattern(row["pattern"])
+        found: list[np.ndarray] = []
+        document = Document("", ids[lost:], 1000 - lost, "")
+        list(
+            score(
+                ModelFolder(model).net(pattern=pattern),
+                [document],
+                bos=7,
+                on_tokens=lambda *t, to=found: to.append(t[3]),
+            )
+        )
+        asked = [(start - lost, stop - lost) for distance, start, stop in answers if distance == row["distance"]]
+        nats = np.mean([-np.concatenate(found)[start:stop].mean() for start, stop in asked])
+        assert row["nats"] == pytest.approx(nats, rel=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["window:64,sinks=4", "window:64,chosen=2x32,chosen_every=4"])
+def test_what_is_read_apart_is_what_would_come_next(
+    pattern: str, tmp_path: Path, command_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passages and questions: the nats are those of one pass over all that was read, and them."""
+    model = tiny_llama(tmp_path / "llama", max_position_embeddings=400, bos_token_id=7)
+    text = tmp_path / "prose.txt"
+    text.write_text("All is well that ends well; what ends is another matter. " * 100)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # of the test's process
+    folder = ModelFolder(model)
+    ids, net = folder.tokenizer().encode(text.read_text()), folder.net(pattern=parse_pattern(pattern))
+
+    def nats(parts: list[np.ndarray]) -> np.ndarray:
+        whole, found = np.concatenate(parts), []
+        document = Document("", whole, len(whole), "")
+        list(score(net, [document], bos=7, on_tokens=lambda *token: found.append(token[3])))
+        return -np.concatenate(found)
+
+    words = ["--passages", text, "--filler", text, "--tokens", "50", "--distances", "300", "--every", "4"]
+    command = [sys.executable, ROOT / "examples/passage.py", model, pattern, *words]
+    done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=True)
+    again, natural = map(json.loads, done.stdout.splitlines())
+    passage = ids[(len(ids) - 50) // 2 :][:50]
+    before = [ids[:200], passage, ids[200:500]]
+    assert again["nats"] == pytest.approx(nats([*before, passage])[-49:].mean(), rel=1e-5)
+    assert natural["nats"] == pytest.approx(nats([*before, ids[500:550]])[-49:].mean(), rel=1e-5)
+    assert again["first"] == pytest.approx(nats([ids[:200], passage])[-49:].mean(), rel=1e-5)
+
+    passkey = imported(ROOT / "examples/passkey.py")
+    monkeypatch.setattr(passkey, "LAST", 300)
+    names = {"model": str(model), "texts": [str(text)], "seed": 3, "tokens": 1000, "keys": 2, "chunk": 128}
+    (row,) = passkey.alone(argparse.Namespace(**names, patterns=[pattern], every=[4]))
+    assert (row["questions"], row["every"]) == (2, 4 if "chosen" in pattern else None)
+    assert 0 < row["nats"] < 20
+
+
+@pytest.mark.parametrize("name", ["niah_single_3", "niah_multikey_2", "niah_multivalue", "vt"])
+def test_ruler_asks_for_what_lies_in_the_document(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values of each question are in the document; the nats are those that `score` gives the same tokens."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # of the test's process
+    ruler = imported(ROOT / "examples/ruler.py")
+    model = tiny_llama(tmp_path / "llama", max_position_embeddings=400, bos_token_id=7)
+    prose, folder = "All is well that ends well. What ends is another matter. " * 9, ModelFolder(model)
+    (tmp_path / "prose.txt").write_text(prose)
+    names = {"model": str(model), "text": [str(tmp_path / "prose.txt")], "seed": 3, "chunk": 500, "questions": 3}
+    pattern = "window:64,chosen=2x32"
+    args = argparse.Namespace(**names, patterns=[pattern], documents=[(3500, name, 1)], every=[16])
+    (row,) = ruler.measure(args)
+
+    words = folder.tokenizer()
+    ids, questions = ruler.Writer(words, prose, [3, 3500, [*ruler.TASKS].index(name), 1]).document(name, 3500, 3)
+    text, nats = words.decode(ids.tolist()), []
+    assert len(questions) == row["questions"]
+    assert 3300 < len(ids) <= 3500
+    for asked in questions:
+        assert all(value.strip() in text for value in asked.values)
+        parts = [ids, words.encode(asked.text)]
+        for value in asked.values:
+            parts += [words.encode(value), words.encode(asked.between)]
+        found: list[tuple] = []
+        whole = np.concatenate(parts[:-1])
+        net = folder.net(pattern=parse_pattern(pattern))
+        list(score(net, [Document("", whole, len(whole), "")], bos=7, on_tokens=lambda *t, to=found: to.append(t)))
+        logprobs = np.concatenate([token[3] for token in found])
+        at = np.cumsum([0, *map(len, parts)])
+        nats += [-logprobs[at[i] : at[i + 1]] for i in range(2, len(parts), 2)]
+    assert row["nats"] == pytest.approx(np.concatenate(nats).mean(), rel=1e-5)
+
+
+def test_documents_with_pass_keys_fill_training_windows(tmp_path: Path) -> None:
+    passkey = imported(ROOT / "examples/passkey.py")
+    text = tmp_path / "prose.txt"
+    model = tiny_llama(tmp_path / "llama", max_position_embeddings=400, bos_token_id=7)
+    text.write_text("All is well that ends well. " * 20)
+    output = tmp_path / "keys.arrow"
+    names = {"model": str(model), "texts": [str(text)], "seed": 0, "documents": 3, "tokens": 1600, "keys": 3}
+    passkey.make(argparse.Namespace(**names, output=str(output)))
+    documents = list(Inputs([output], ModelFolder(model).tokenizer()).documents())
+    windows = TokenWindows([TokenStream(documents, 7)], 1600, 1, seed=0)
+    batches = [batch for (batch, _), _ in zip(windows, range(3), strict=False)]
+    assert sorted(batch.starts[0][1] for batch in batches) == [0, 1600, 3200]
+    assert {batch.document_starts(0, 1600) == [0] for batch in batches} == {True}
+
+
+def gpu_report(env: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "examples/gpu_report.py", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_report_of_a_gpu_is_whole(tmp_path: Path, command_env: dict[str, str]) -> None:
+    """On the CPU, in tiny sizes: every section, every figure, and the tests of a GPU themselves."""
+    done = gpu_report(command_env, "--small", "-o", tmp_path / "gpu.md")
+    report = (tmp_path / "gpu.md").read_text()
+    assert (done.returncode, done.stdout) == (0, ""), report
+    assert re.search(r"^Nothing failed\.$", report, re.MULTILINE)
+    parts = dict(part.split("\n", 1) for part in report.split("\n## ")[1:])
+    assert [*parts] == ["The machine", "Is it right?", "Attention", "A billion tokens", "Training longnet-125m"]
+    assert re.search(r"\n\| \*\*chosen\*\* \| cpu_flash \| cpu_flash \| cpu_flash \|\n", parts["The machine"])
+    passed, failed = map(int, re.findall(r"(\d+) (?:passed|failed)", parts["Is it right?"]))
+    assert passed >= 10
+    assert failed == 0
+    for title, rows in (("Attention", 4), ("A billion tokens", 1), ("Training longnet-125m", 2)):
+        assert parts[title].startswith("\n    longnet bench --device cpu ")
+        _, _, *lines = [line for line in parts[title].splitlines() if line.startswith("|")]
+        assert len(lines) == rows
+        cells = [cell.strip() for line in lines for cell in line.strip("|").split("|")]
+        assert title == "Training longnet-125m" or all(cells)
+        assert "- " not in parts[title].split("|---")[-1], "a row was not measured"
+
+
+def test_what_the_time_does_not_allow_is_named(tmp_path: Path, command_env: dict[str, str]) -> None:
+    done = gpu_report(command_env, "--small", "--minutes", "0", "-o", tmp_path / "gpu.md")
+    assert done.returncode == 1
+    assert (tmp_path / "gpu.md").read_text().count(": not run, the time was over") == 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_one_line(tmp_path: Path, command_env: dict[str, str]) -> None:
+    done = gpu_report(command_env, "-o", tmp_path / "gpu.md")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "there is no device 'cuda' here" in done.stderr
+    assert not (tmp_path / "gpu.md").exists()

@@ -1,0 +1,77 @@
+"""The site has every command, every option and every page; it builds without a warning where the extra `docs` is there.
+
+`make docs` builds it in build/site.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from places import ROOT, imported
+
+from longnet_cli.cli.app import app
+
+hooks = imported(ROOT / "docs/hooks.py")
+
+
+def test_every_option_is_in_the_reference() -> None:
+    sections = dict(re.findall(r"^## longnet (.+)\n((?:(?!## ).*\n)*)", hooks.options(), re.MULTILINE))
+    group: Any = typer.main.get_command(app)
+    commands = {**group.commands, **{f"data {name}": each for name, each in group.commands["data"].commands.items()}}
+    del commands["data"]
+    assert list(sections) == list(commands)
+    for name, command in commands.items():
+        for parameter in command.params:
+            for written in (*parameter.opts, *parameter.secondary_opts):
+                if parameter.param_type_name == "option":
+                    assert re.search(rf"`[^`]*{written}\b", sections[name]), (name, written)
+    assert "| `--context SIZE,...` | Score the text in separate windows of this length." in sections["score"]
+    assert "| the whole document |" in sections["score"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "link", "found"),
+    [
+        ("index.md", "docs/ranks.md#weights", "ranks.md#weights"),
+        ("index.md", "models/README.md", "models/index.md"),
+        ("results.md", "../models/longnet-tiny/README.md", "models/longnet-tiny.md"),
+        ("models/longnet-tiny.md", "../../docs/results.md", "../results.md"),
+        ("models/longnet-tiny.md", "../longnet-tiny.toml", "longnet-tiny.toml"),
+        ("results.md", "recall.png", "recall.png"),
+        ("results.md", "https://arxiv.org/x", "https://arxiv.org/x"),
+    ],
+)
+def test_links_lead_to_the_same_file(uri: str, link: str, found: str) -> None:
+    assert hooks.moved(f"see [this]({link}), or ![that]({link})", uri) == f"see [this]({found}), or ![that]({found})"
+    assert (ROOT / hooks.path_of(uri)).is_file()
+
+
+def test_parameters_of_a_docstring_are_a_list() -> None:
+    pytest.importorskip("griffe")
+    text = "Do it.\n\nfar: keys\n    from outside\nk, v: (B, N)\nThen so.\nRaises: x\n"
+    assert imported(ROOT / "docs/docstrings.py").listed(text) == (
+        "Do it.\n\n- **far**: keys\n    from outside\n- **k, v**: (B, N)\n\nThen so.\nRaises: x"
+    )
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path, command_env: dict[str, str]) -> None:
+    pytest.importorskip("mkdocstrings")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT, env=command_env | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "WARNING" in done.stderr) == (0, False), done.stderr
+    for page in (*hooks.PAGES.values(), "reference/options.md", "reference/python.md", "results.md"):
+        assert (tmp_path / "site" / page).with_suffix(".html").is_file()
+    reference = (tmp_path / "site/reference/python.html").read_text(encoding="utf-8")
+    for modules in hooks.REFERENCE.values():
+        for module, names in modules.items():
+            for name in names:
+                assert f'id="{module}.{name}"' in reference
+    assert "true length of each row of a right-padded batch" in reference  # from a docstring

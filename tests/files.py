@@ -1,0 +1,162 @@
+"""Files of documents in every format, and what `Inputs` reads of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+
+from longnet_cli.data.documents import Document
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.tokenizer import Tokenizer
+
+BYTES = Tokenizer.bytes()
+TEXTS = ["hello", "wörld, 漢字\n", "x" * 70]
+IDS = [list(text.encode()) for text in TEXTS]
+
+
+def write_file(path: Any, table: pa.Table, rows: int = 2, **options: Any) -> Any:
+    with ipc.new_file(path, table.schema, **options) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return path
+
+
+def write_stream(path: Any, table: pa.Table, rows: int = 2, **options: Any) -> Any:
+    with ipc.new_stream(path, table.schema, **options) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return path
+
+
+def write_parquet(path: Path, table: pa.Table) -> Path:
+    pq.write_table(table, path, row_group_size=2)
+    return path
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """Write rows as Parquet, JSON Lines, an Arrow stream (.stream) or an Arrow file, two at a time."""
+    table = pa.Table.from_pylist(rows)
+    if path.suffix == ".jsonl":
+        return write_lines(path, rows)
+    if path.suffix == ".parquet":
+        return write_parquet(path, table)
+    return (write_stream if path.suffix == ".stream" else write_file)(path, table)
+
+
+def token_table(kind: pa.DataType, name: str = "input_ids", **more: list) -> pa.Table:
+    return pa.table({name: pa.array(IDS, kind), **more})
+
+
+def tokens(documents: list[Document]) -> list[list[int]]:
+    """All ids of all documents, each document read in two slices, which checks them."""
+    return [[*document.read(0, 2).tolist(), *document.read(2).tolist()] for document in documents]
+
+
+def read(*inputs: Any, tokenizer: Tokenizer | None = BYTES, **options: Any) -> list[Document]:
+    return list(Inputs(inputs, tokenizer, **options).documents())
+
+
+def pipe(data: bytes, code: str = "[d.read().tolist() for d in Inputs(['-'], Tokenizer.bytes()).documents()]") -> Any:
+    """What `code` gives in another process that gets `data` through a pipe, in small writes; or its error."""
+    script = (
+        "import json\nfrom longnet_cli.data.inputs import *\nfrom longnet_cli.data.tokenizer import Tokenizer\n"
+        "from longnet_cli.basics.errors import DataError\n"
+        f"try: print(json.dumps({code}))\nexcept DataError as error: print(json.dumps(str(error)))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    try:
+        for start in (0, 3, 9, 40):  # the first write is shorter than the magic
+            child.stdin.write(data[start : {0: 3, 3: 9, 9: 40, 40: None}[start]])
+    except BrokenPipeError:
+        pass
+    out, _ = child.communicate()
+    return json.loads(out)
+
+
+FORMATS: dict[str, Callable[[Path], Path]] = {
+    "file": lambda folder: write_file(folder / "x.arrow", token_table(pa.list_(pa.int32()))),
+    "file lz4": lambda folder: write_file(
+        folder / "x.arrow", token_table(pa.list_(pa.int32())), options=ipc.IpcWriteOptions(compression="lz4")
+    ),
+    "file named txt": lambda folder: write_file(folder / "x.txt", token_table(pa.large_list(pa.uint16()))),
+    "stream": lambda folder: write_stream(folder / "x.arrow", token_table(pa.large_list(pa.int64()))),
+    "stream uint8": lambda folder: write_stream(folder / "x.arrow", token_table(pa.list_(pa.uint8()), "tokens")),
+    "parquet list": lambda folder: write_parquet(folder / "x.parquet", token_table(pa.list_(pa.int32()))),
+    "parquet large_list": lambda folder: write_parquet(
+        folder / "x.parquet", token_table(pa.large_list(pa.uint32()), "token_ids")
+    ),
+    "text column": lambda folder: write_file(folder / "x.arrow", pa.table({"text": TEXTS, "other": [1, 2, 3]})),
+    "large text column": lambda folder: write_parquet(
+        folder / "x.parquet", pa.table({"text": pa.array(TEXTS, pa.large_string())})
+    ),
+    "flat column": lambda folder: write_file(
+        folder / "x.arrow", pa.table({"tokens": pa.array([i for ids in IDS for i in (256, *ids)], pa.int32())}), rows=7
+    ),
+    "flat parquet": lambda folder: write_parquet(
+        folder / "x.parquet", pa.table({"ids": pa.array([i for ids in IDS for i in (*ids, 256)], pa.uint16())})
+    ),
+    "split documents": lambda folder: write_file(
+        folder / "x.arrow",
+        pa.table(
+            {
+                "doc_id": ["a", "b", "b", "b", "c"],
+                "input_ids": pa.array([IDS[0], IDS[1][:3], [], IDS[1][3:], IDS[2]], pa.list_(pa.uint16())),
+            }
+        ),
+    ),
+    "split documents in parquet": lambda folder: write_parquet(
+        folder / "x.parquet",
+        pa.table(
+            {
+                "doc_id": ["a", "b", "b", "c", "c", "c"],
+                "part": [0, 0, 1, 0, 1, 2],
+                "tokens": pa.array(
+                    [IDS[0], IDS[1][:3], IDS[1][3:], IDS[2][:60], IDS[2][60:65], IDS[2][65:]], pa.list_(pa.uint16())
+                ),
+            }
+        ),
+    ),
+    "fixed_size_list": lambda folder: write_file(
+        folder / "x.arrow",
+        pa.table(
+            {
+                "doc_id": [n for n, ids in enumerate(IDS) for _ in ids],
+                "ids": pa.array([[i] for ids in IDS for i in ids], pa.list_(pa.int16(), 1)),
+            }
+        ),
+    ),
+    "int64 file in one batch": lambda folder: write_file(
+        folder / "x.arrow", token_table(pa.list_(pa.int64())), rows=99
+    ),
+    "uint64 lz4 stream": lambda folder: write_stream(
+        folder / "x.arrow", token_table(pa.list_(pa.uint64())), options=ipc.IpcWriteOptions(compression="lz4")
+    ),
+    "json lines of ids": lambda folder: write_lines(
+        folder / "x.jsonl", [{"id": n, "input_ids": ids} for n, ids in enumerate(IDS)]
+    ),
+    "json lines of text": lambda folder: write_lines(
+        folder / "x.json", [{"text": text, "meta": {"n": [1]}} for text in TEXTS]
+    ),
+    "json lines in parts": lambda folder: write_lines(
+        folder / "x",
+        [
+            {"doc_id": name, "part": part, "text": text}
+            for name, part, text in [("a", 0, TEXTS[0]), ("b", 0, "w"), ("b", 1, TEXTS[1][1:]), ("c", 0, TEXTS[2])]
+        ],
+    ),
+    "split texts": lambda folder: write_stream(
+        folder / "x.arrow",
+        pa.table({"doc_id": [7, 8, 8, 9], "text": [TEXTS[0], TEXTS[1][:4], TEXTS[1][4:], TEXTS[2]]}),
+    ),
+}

@@ -1,0 +1,393 @@
+"""Resumed = uninterrupted: a run that is killed, stopped, or finds damaged checkpoints ends with the same bytes.
+
+Thirty kills: pytest -m slow tests/jobs/test_checkpoint.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from builders import metrics_of, write_corpus
+from builders import recipe_with_checkpoints as recipe
+from processes import Start, invoke, kill_training, wait_for
+
+from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_state
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.recipe import Recipe
+from longnet_cli.jobs.training.start import prepare_run
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running.ranks.ranks import Ranks
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path, 400, 1)
+
+
+class Stop:
+    """A real signal at the n-th moment at which a run can stop."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, moment: int, kind: signal.Signals = signal.SIGINT) -> None:
+        from longnet_cli.running.ranks.launch import Signals
+
+        look, self.moments = Signals.look, 0
+
+        def counted(signals: Signals) -> bool:
+            self.moments += 1
+            if self.moments == moment:
+                signal.raise_signal(kind)
+            return look(signals)
+
+        monkeypatch.setattr(Signals, "look", counted)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "pattern"), [("adamw", {}), ("muon", {"look_back": 1, "overlap": "once", "sinks": 2})]
+)
+def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, pattern: dict
+) -> None:
+    model = {f"model.{key}": value for key, value in pattern.items()} | {
+        "model.position": "rope" if pattern else "xpos"
+    }
+    found = recipe(corpus, **{"optimizer.name": optimizer}, **model)
+    with monkeypatch.context() as patch:
+        counter = Stop(patch, -1)
+        train(found, tmp_path / "whole")
+    weights = (tmp_path / "whole/model.safetensors").read_bytes()
+    lines = metrics_of(tmp_path / "whole")
+    assert counter.moments > 50
+    steps = set()
+    for attempt, moment in enumerate(range(5, counter.moments, counter.moments // 5)):
+        run = tmp_path / f"{attempt}"
+        with monkeypatch.context() as patch:
+            Stop(patch, moment, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[attempt % 3])
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                train(found, run)
+        steps.add(read_state(checkpoints_in(run / "checkpoints")[0])["progress"]["step"])
+        LongNet.from_pretrained(run)
+        train(found, run)
+        assert (run / "model.safetensors").read_bytes() == weights
+        assert (run / "best/model.safetensors").read_bytes() == (tmp_path / "whole/best/model.safetensors").read_bytes()
+        again = metrics_of(run)
+        measured = dict.fromkeys(("tokens_per_second", "peak_memory_bytes"))
+        assert [line | measured for line in again] == [line | measured for line in lines]
+    assert len(steps) > 2
+    assert any(step % 4 for step in steps)  # not only where a checkpoint was due
+
+
+def test_sigusr1_saves_and_goes_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = recipe(corpus, **{"train.save_every": 1000, "train.keep": 9})
+    train(found, tmp_path / "whole")
+    Stop(monkeypatch, 40, signal.SIGUSR1)
+    train(found, tmp_path / "run")
+    assert len(checkpoints_in(tmp_path / "run/checkpoints")) == 2
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_a_save_during_an_evaluation_gives_no_line_twice(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the line of an evaluation in whose midst SIGUSR1 saved: that line is written again, in its place."""
+    from longnet_cli.jobs.training import loop
+
+    found, evaluate = recipe(corpus, **{"train.save_every": 1000}), loop.evaluate
+    train(found, tmp_path / "whole")
+
+    def asked(*args, **settings):
+        signal.raise_signal(signal.SIGUSR1)
+        return evaluate(*args, **settings)
+
+    def kill(tokens: int, line: object) -> None:
+        if checkpoints_in(tmp_path / "run/checkpoints"):
+            raise LongNetError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", asked)
+        with pytest.raises(LongNetError, match="killed"):
+            train(found, tmp_path / "run", on_step=kill)
+    train(found, tmp_path / "run")
+    lines = [[line["step"] for line in metrics_of(tmp_path / name)] for name in ("whole", "run")]
+    assert lines[0] == lines[1]
+
+
+def test_old_checkpoints_go(corpus: Path, tmp_path: Path) -> None:
+    train(recipe(corpus, **{"train.keep": 3, "train.save_every": 2}), tmp_path / "run")
+    assert [path.name for path in checkpoints_in(tmp_path / "run/checkpoints")] == [
+        "step-00000020", "step-00000018", "step-00000016",
+    ]  # fmt: skip
+
+
+def test_a_later_damaged_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
+    (tmp_path / "step-00000020").mkdir()
+    checkpoints = Checkpoints(tmp_path, Ranks(), keep=1)
+    for step in (4, 8):
+        checkpoints.save(step, {"a": torch.zeros(1)}, {})
+    checkpoints.finish()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000020", "step-00000008"]
+
+
+@pytest.fixture
+def stopped(corpus: Path, tmp_path: Path) -> Iterator[tuple[Recipe, Path, bytes]]:
+    """A recipe, a run of it that was stopped after checkpoints at steps 8 and 12, and the bytes it must end with."""
+    found = recipe(corpus)
+    train(found, tmp_path / "whole")
+    steps = []
+
+    def stop(tokens: int, line: object) -> None:
+        steps.append(tokens)
+        if len(steps) == 13:
+            raise LongNetError("stop")
+
+    with pytest.raises(LongNetError, match="stop"):
+        train(found, tmp_path / "run", on_step=stop)
+    assert [path.name for path in checkpoints_in(tmp_path / "run/checkpoints")] == ["step-00000012", "step-00000008"]
+    return found, tmp_path / "run", (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "flip the state", "no state", "no tensors"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    stopped: tuple[Recipe, Path, bytes], damage: str
+) -> None:
+    found, run, weights = stopped
+    newest = checkpoints_in(run / "checkpoints")[0]
+    (tensors,) = newest.glob("*.safetensors")
+    victim = newest / "state.json" if "state" in damage else tensors
+    data = bytearray(victim.read_bytes())
+    if damage.startswith("flip"):
+        place = data.index(b'"tokens": ') + 10 if "state" in damage else len(data) // 2
+        data[place] ^= 1
+        victim.write_bytes(data)
+    elif damage == "truncate":
+        victim.write_bytes(data[:-100])
+    else:
+        victim.unlink()
+    notes: list[str] = []
+    began: list[int] = []
+    train(found, run, on_note=notes.append, on_begin=lambda step, tokens: began.append(step))
+    assert began == [8]
+    (note,) = notes
+    assert str(newest) in note
+    assert "damaged" in note
+    assert "\n" not in note
+    assert (run / "model.safetensors").read_bytes() == weights
+    assert not newest.exists()  # written anew, and pruned
+
+
+def test_all_damaged(stopped: tuple[Recipe, Path, bytes]) -> None:
+    found, run, _ = stopped
+    for path in checkpoints_in(run / "checkpoints"):
+        (path / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
+        train(found, run)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(found, run, resume=False)
+
+
+def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path) -> None:
+    found, run, weights = stopped
+    older = checkpoints_in(run / "checkpoints")[1]
+    for name, path in (("a", older), ("b", run)):
+        train(found, tmp_path / name, resume=str(path))
+        assert (tmp_path / name / "model.safetensors").read_bytes() == weights
+    with pytest.raises(CheckpointError, match="neither a checkpoint"):
+        train(found, tmp_path / "c", resume=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"recipe\.toml: neither a run nor a checkpoint.* put --resume at the end"):
+        prepare_run(None, {}, run, resume="recipe.toml")
+    for resume, output in ((True, run), (str(run), tmp_path / "c"), (older, tmp_path / "c")):
+        assert prepare_run(None, {}, output, resume=resume) == found
+    unsaid = found.model_dump(mode="json", exclude={"train": {"chunk"}})
+    (tmp_path / "same.json").write_text(json.dumps(unsaid))
+    assert found.train.chunk != prepare_run(str(tmp_path / "same.json"), {}, tmp_path / "new").train.chunk
+    assert prepare_run(str(tmp_path / "same.json"), {}, run) == found  # it keeps its chunk
+    assert prepare_run(str(tmp_path / "same.json"), {"train.chunk": 77}, run).train.chunk == 77
+    with pytest.raises(ConfigError, match="already holds a run"):  # whose later checkpoints would stay beside ours
+        train(found, run, resume=str(older))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(found, tmp_path / "a", resume=str(run))
+    for path in checkpoints_in(run / "checkpoints")[:1]:
+        (path / "state.json").write_text("{}")
+    train(found, run, resume=str(run))  # from the one before it, as by itself
+    assert (run / "model.safetensors").read_bytes() == weights
+
+
+def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(
+    stopped: tuple[Recipe, Path, bytes], tmp_path: Path
+) -> None:
+    found, run, weights = stopped
+    (tmp_path / "mine").mkdir()
+    mine = json.loads(Tokenizer.bytes().to_json())
+    (tmp_path / "mine/tokenizer.json").write_text(json.dumps(mine, indent=4))
+    settings = found.model_dump()
+    settings["data"] |= {"tokenizer": str(tmp_path / "mine")}
+    train(Recipe.model_validate(settings), run)
+    assert (run / "model.safetensors").read_bytes() == weights
+    vocabulary = mine["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (tmp_path / "mine/tokenizer.json").write_text(json.dumps(mine))
+    with pytest.raises(ConfigError, match=r"was made with another tokenizer than .*mine"):
+        train(Recipe.model_validate(settings), run)
+
+
+def test_what_may_change_in_a_resumed_run(stopped: tuple[Recipe, Path, bytes], tmp_path: Path) -> None:
+    found, run, weights = stopped
+    moved = shutil.copy(found.data.train[0], tmp_path / "moved.txt")  # type: ignore[index]
+    settings = found.model_dump()
+    settings["data"] |= {"train": [str(moved)], "held_out": None}
+    settings["train"] |= {"save_every": 1, "keep": 1}
+    train(Recipe.model_validate(settings), run)
+    assert (run / "model.safetensors").read_bytes() == weights
+    settings["optimizer"]["lr"] = 1.0
+    settings["train"]["seed"] = 5
+    with pytest.raises(ConfigError, match=r"another optimizer.lr, train.seed: go on with the recipe of its run"):
+        train(Recipe.model_validate(settings), run)
+
+
+def test_more_steps_extend_a_run_that_has_ended(corpus: Path, tmp_path: Path) -> None:
+    """As if it had them from the start: the constant rate gives the same bytes, others are those of the new end."""
+
+    def run(steps: int, folder: str, decay: str = "constant", last: int = 100) -> Path:
+        stages = [{"seq_len": 32, "steps": 3}, {"seq_len": last, "steps": steps}]
+        settings = {"train.stages": stages, "schedule.decay": decay, "train.log_every": 1}
+        train(recipe(corpus, **settings), tmp_path / folder)
+        return tmp_path / folder
+
+    assert run(2, "extended") == run(4, "extended")
+    whole = run(4, "whole")
+    assert (tmp_path / "extended/model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    for fewer in ({"steps": 3}, {"steps": 5, "last": 64}):
+        with pytest.raises(ConfigError, match=r"another train\.stages: go on"):
+            run(folder="extended", **fewer)
+    for steps, folder in ((2, "falling"), (4, "falling"), (4, "falls")):
+        run(steps, folder, "linear")
+    rates = [[line["lr"] for line in metrics_of(tmp_path / name)] for name in ("falling", "falls")]
+    assert rates[0][5:] == rates[1][5:]
+    assert rates[0][4] < rates[0][5]
+
+
+def test_a_checkpoint_that_cannot_be_written(corpus: Path, small_disk: Path) -> None:
+    found = recipe(corpus, **{"train.keep": 9, "train.save_every": 2, "data.held_out": None})
+    with pytest.raises(
+        LongNetError, match=r"cannot write the checkpoint: No space left on device; the one before"
+    ) as e:
+        train(found, small_disk / "run")
+    assert "\n" not in str(e.value)
+    whole = checkpoints_in(small_disk / "run/checkpoints")
+    assert whole
+    assert all(find_damage(path) is None for path in whole)
+    assert not list((small_disk / "run/checkpoints").glob(".*"))
+
+
+def test_the_background_does_not_see_later_steps(tmp_path: Path) -> None:
+    """What is saved is what the tensors were when `save` was called."""
+    from longnet_cli.jobs.training.checkpoint import load_tensors
+
+    checkpoints = Checkpoints(tmp_path, Ranks(), keep=2)
+    tensor = torch.zeros(1 << 20)
+    checkpoints.save(1, {"a": tensor}, {})
+    tensor.fill_(1)
+    checkpoints.finish()
+    found = torch.full_like(tensor, 2)
+    load_tensors(checkpoints_in(tmp_path)[0], {"a": found})
+    assert found.eq(0).all()
+
+
+def test_a_failure_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ConfigError("checkpoints need another torch")
+
+    monkeypatch.setattr("longnet_cli.jobs.training.checkpoint.save_tensors", fail)
+    checkpoints = Checkpoints(tmp_path, Ranks(), keep=2)
+    checkpoints.save(1, {"a": torch.zeros(1)}, {})
+    with pytest.raises(LongNetError, match="cannot write the checkpoint: checkpoints need another torch; the one"):
+        checkpoints.finish()
+
+
+def kill_runs(start: Start, corpus: Path, folder: Path, kills: int, steps: int) -> None:
+    stages = [{"seq_len": 32, "steps": steps // 2}, {"seq_len": 100, "steps": steps // 2}]
+    found = recipe(corpus, **{"train.stages": stages, "train.save_every": 3})
+    (folder / "recipe.json").write_text(found.model_dump_json())
+    kill_training(lambda run: start("train", folder / "recipe.json", "-q", "-o", run, fresh=True), folder, kills)
+
+
+def test_killed_runs_end_with_the_same_bytes(start: Start, corpus: Path, tmp_path: Path) -> None:
+    kill_runs(start, corpus, tmp_path, 3, steps=30)
+
+
+@pytest.mark.slow
+def test_thirty_kills(start: Start, corpus: Path, tmp_path: Path) -> None:
+    kill_runs(start, corpus, tmp_path, 30, steps=200)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path: Path) -> None:
+    endless = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
+    (tmp_path / "recipe.json").write_text(endless.model_dump_json())
+    process = start("train", tmp_path / "recipe.json", "-o", "run", fresh=True)
+    wait_for(lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints")))
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert b"Traceback" not in said
+    assert said.decode().splitlines()[-1] == "stopped, and saved in run: `longnet train -o run` goes on"
+    assert find_damage(checkpoints_in(tmp_path / "run/checkpoints")[0]) is None
+    LongNet.from_pretrained(tmp_path / "run")
+
+
+def test_a_terminal_that_is_closed_saves(start: Start, corpus: Path, tmp_path: Path) -> None:
+    """Its last words would fail: the exit code still says that all is saved."""
+    endless = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
+    (tmp_path / "recipe.json").write_text(endless.model_dump_json())
+    ours, terminal = os.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    process = start("train", tmp_path / "recipe.json", "-o", "run", fresh=True, start_new_session=True, **streams)
+    os.close(terminal)
+    wait_for(lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints")))
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)  # as a shell does when its terminal closes
+    assert process.wait(60) == 129
+    assert find_damage(checkpoints_in(tmp_path / "run/checkpoints")[0]) is None
+    LongNet.from_pretrained(tmp_path / "run")
+
+
+def test_a_signal_while_the_data_is_read_claims_no_checkpoint(start: Start, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(recipe(corpus).model_dump_json())
+    os.mkfifo(tmp_path / "data")  # nobody writes to it: reading never ends
+    process = start("train", tmp_path / "recipe.json", "--data", tmp_path / "data", "-o", "run")
+
+    def is_read() -> bool:
+        with contextlib.suppress(OSError):  # a writer cannot open it before there is a reader
+            return os.open(tmp_path / "data", os.O_WRONLY | os.O_NONBLOCK) > 0
+        return process.poll() is not None
+
+    wait_for(is_read)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said.startswith(b"training ")
+    assert said.endswith(b"nothing new is saved, and the same command starts again\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupt_before_the_first_step_says_that_nothing_is_saved(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longnet_cli.jobs.training.loop.train", interrupted)
+    (tmp_path / "recipe.json").write_text(recipe(corpus).model_dump_json())
+    done = invoke("train", str(tmp_path / "recipe.json"), "-o", str(tmp_path / "run"))
+    assert done.exit_code == 130
+    said = "stopped before a step: nothing new is saved, and the same command starts again"
+    assert said in done.stderr.splitlines()

@@ -1,0 +1,138 @@
+"""What was chosen is told: the passages of an answer (`generate --sources`) and the file of `score --chosen`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pyarrow as pa
+import pytest
+import torch
+from builders import tiny_llama, tiny_model
+from conftest import RunLongnet
+from pattern_nets import native
+from torch import Tensor
+
+from longnet_cli.attention import Pattern, choosing
+from longnet_cli.attention.choosing import Chosen
+from longnet_cli.attention.groups import GroupedPart
+from longnet_cli.basics.notation import parse_pattern
+from longnet_cli.data.documents import Document
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.generating import generate
+from longnet_cli.jobs.sources import Sources
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.running.chunks import CausalStream
+
+WORDS = Tokenizer.bytes()
+PATTERN = "window:16,chosen=4x8,chosen_every=4"
+BOOK = "The key of the red fox is 48213, and that of the dog is 77. " * 6
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_passages_that_the_answer_chose(saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks 0 and 1 are always chosen; 2 and 3 before the answer; in it, 12, and 9 or 10, which are one passage."""
+
+    def drawn(_: Chosen, q: Tensor, row: int, part: GroupedPart, *more: object) -> tuple[Tensor, None]:
+        first, number, *_ = part.groups
+        answer = [1, 9 + (first // 4 % 2), 12]
+        found = [answer if group >= 200 else [1, 2, 3] for group in range(first, first + 4 * number, 4)]
+        return torch.tensor(found) - 1, None
+
+    monkeypatch.setattr(Chosen, "_voted", drawn)
+    net = native(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4))
+    stream = CausalStream(net)
+    text = "aé" * 66 + "z" * 2  # 200 bytes, of which three make "aé"
+    ids = WORDS.encode(text)
+    for part in torch.from_numpy(ids).long()[None].split(90, 1)[:2]:
+        stream(part)
+    if saved:
+        stream.save(tmp_path / "state")
+        stream = CausalStream.load(net, tmp_path / "state")
+        stream.fork()(torch.from_numpy(ids[180:]).long()[None])  # which counts for itself alone
+    watch = Sources(stream)
+    steps = generate(net, Document("d", ids[180:], None, "d"), bos=None, tokenizer=WORDS, stream=stream, max_tokens=17)
+    first = next(steps)
+    watch.begin()
+    assert [first, *steps][-1].finish_reason == "length"
+    found = watch.found(WORDS)
+    assert [(round(each.share * 18), each.share_before) for each in found] == [(17, 0), (9, 0)]
+    counts = [cache.past.counts[0] for cache in stream.caches if cache.past and cache.past.counts is not None]
+    assert [x[1].item() for x in counts] == 2 * [
+        (216 - 64) // 4 + 1
+    ]  # groups from 64, where one block is left out, to 216
+    assert [each[:2] for each in found] == [(64, 69), (48, 59)]  # bytes 96 to 104, and 72 to 88; a cut character is out
+    assert all(each.text == text[each.start : each.end] for each in found)
+
+
+def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(BOOK)
+    model = tiny_model(tmp_path / "native", position="rope")
+    options = ["--model", model, "--pattern", PATTERN, "-n", "9"]
+    plain = run_longnet("generate", "-i", "book.txt", *options)
+    done = run_longnet("generate", "-i", "book.txt", *options, "--sources")
+    assert (done.returncode, done.stdout) == (0, plain.stdout)
+    assert done.stderr.splitlines()[0].startswith("source 1: characters ")
+    run_longnet("generate", "-i", "book.txt", *options[:-2], "--save-state", "book.state")
+    for asked in (["-i", "book.txt"], ["--state", "book.state"], ["What?", "--state", "book.state"]):
+        line = json.loads(run_longnet("generate", *asked, *options, "--sources", "--format", "jsonl").stdout)
+        assert 0 < len(line["sources"]) <= 3
+        for source in line["sources"]:
+            assert source["text"] == (BOOK + "What?" + line["text"])[source["start"] : source["end"]]
+            assert 0 <= source["share_before"] < source["share"] <= 1
+    done = run_longnet("generate", "x", "--model", model, "--sources")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the pattern has no chosen blocks to tell about: add --pattern finding" in done.stderr
+
+
+@pytest.mark.parametrize("build", [tiny_model, tiny_llama])
+def test_the_file_of_chosen_blocks(build: Any, run_longnet: RunLongnet, tmp_path: Path) -> None:
+    """However documents are read, every token of every layer has its blocks, once, and they are the same."""
+    # no two blocks are equal: they would tie, but for rounding
+    text = "".join(f"The key of fox {n * n} is {7919 * n}. " for n in range(14))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text(text[:200])
+    options = {"position": "rope"} if build is tiny_model else {}
+    model = build(tmp_path / "model", **options)
+    found = []
+    for index, chunk in enumerate((4096, 100)):
+        done = run_longnet(
+            "score", "a.txt", "b.txt", "--model", str(model), "--pattern", PATTERN, "--chunk", str(chunk), "--chosen",
+            f"{index}.arrow",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        table = pa.ipc.open_file(tmp_path / f"{index}.arrow").read_all()
+        assert table.schema.metadata[b"longnet.chosen_block"] == b"8"
+        seen: dict[tuple, list[int]] = {}
+        for row in table.to_pylist():
+            for token in range(row["start"], row["stop"]):
+                assert (row["doc_id"], row["layer"], token) not in seen
+                seen[row["doc_id"], row["layer"], token] = row["blocks"]
+        found.append(seen)
+    assert found[0] == found[1]
+    layers = {layer for _, layer, _ in found[0]}
+    lengths = {"a.txt": len(text), "b.txt": 200}  # the last token is not read, and one comes before
+    places = {(name, layer, token) for name, n in lengths.items() for layer in layers for token in range(32, n)}
+    assert {(Path(name).name, layer, token) for name, layer, token in found[0]} == places
+    assert all(blocks[0] == 0 and len(blocks) == 4 for (*_, token), blocks in found[0].items() if token >= 48)
+    for more, message in (
+        (["--context", "64"], "--chosen is for whole documents"),
+        (["--dp", "2"], "one group of ranks"),
+    ):
+        done = run_longnet("score", "a.txt", "--model", str(model), "--pattern", PATTERN, "--chosen", "x.arrow", *more)
+        assert (done.returncode, message in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("build", [tiny_model, tiny_llama])
+def test_a_layer_sees_what_the_layer_before_has_found(build: Any, tmp_path: Path) -> None:
+    options = {"position": "rope"} if build is tiny_model else {}
+    folder = ModelFolder.find(str(build(tmp_path / "model", **options)))
+    net = folder.net(pattern=parse_pattern(PATTERN)).double()
+    ids = torch.from_numpy(WORDS.encode(BOOK)).long()[None, :256]
+    with torch.no_grad():
+        whole, stream = net(ids), CausalStream(net)
+        torch.testing.assert_close(torch.cat([stream(part) for part in ids.split(90, 1)], 1), whole)
+        with patch.object(choosing, "CARRIED", 0.0):
+            assert not torch.allclose(net(ids), whole)

@@ -1,0 +1,196 @@
+"""What `longnet pattern` says, against what the operator, its cache and its dense reference do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from places import ROOT
+from processes import invoke
+from strategies import Choice, choices
+
+from longnet_cli.attention import KVCache, Pattern
+from longnet_cli.attention.branches import attention_flops
+from longnet_cli.attention.groups import groups_of
+from longnet_cli.attention.reference import key_counts
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.notation import parse_pattern
+from longnet_cli.jobs.describing import NOTHING, describe, find_subject, keys_of_heads, picture, reach
+
+TILED = {"look_back": 1, "overlap": "once"}
+EVEN = [
+    Pattern((16, 32, 64), (1, 2, 4)),
+    Pattern.window(16, sinks=4),
+    Pattern.nested(64, 16, 2, sinks=4),
+    Pattern((16, 64), (1, 4), **TILED, queries="all"),
+]
+KEYS = {"name", "pattern", "levels", "sinks", "chosen", "compared", "read_bytes", "total", "dense", "seq", "heads",
+        "head_dim", "causal", "nearest_least", "nearest_mean", "reach"}  # fmt: skip
+TINY = "1024/1,16384/4,look_back=1,overlap=once,queries=all,level_bias=0/-4"  # of longnet-tiny
+ROW = {"segment_length", "dilation_rate", "look_back", "keys_per_query", "flops", "flops_share", "cache_rows"}
+
+
+@pytest.mark.parametrize("pattern", EVEN, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_costs_are_the_counted_ones(pattern: Pattern, causal: bool) -> None:
+    seq, heads = 1024, 4
+    found = describe(pattern, seq=seq, heads=heads, head_dim=8, causal=causal)
+    assert found.total.flops == attention_flops(pattern, heads, 8, seq, causal)
+    assert found.dense.flops == attention_flops(Pattern((seq,), (1,)), heads, 8, seq, causal)
+    assert sum(level.flops for level in found.levels) + found.sinks.flops == found.total.flops
+    unbiased = replace(pattern, level_bias=None)  # so that a key counts 1
+    counts = key_counts(unbiased, heads, seq, causal, 0, "exact")[0]
+    if causal:  # a query and its own key make half a pair, as in the FLOPs of a causal square
+        counts -= counts.diagonal(dim1=1, dim2=2).diag_embed() / 2
+    inner = counts[:, 256:768].sum(-1).mean().item()
+    assert found.total.keys_per_query == pytest.approx(inner, rel=1e-12)
+    if causal:
+        cache = KVCache(pattern, 1, heads, 8)
+        assert found.total.cache_rows == cache.nbytes // (2 * heads * 8 * 4)
+        assert sum(level.cache_rows or 0 for level in found.levels) + pattern.sinks == found.total.cache_rows
+    else:
+        assert found.total.cache_rows is None
+
+
+@given(choices())
+def test_what_a_head_sees_is_what_the_reference_counts(choice: Choice) -> None:
+    seq, places = choice.tokens, np.arange(choice.tokens)
+    counts = key_counts(choice.pattern, choice.heads, seq, choice.causal, 0, "exact")[0].numpy() > 0
+    keys = np.broadcast_to(places, (seq, seq))
+    seen = keys_of_heads(choice.pattern, places, keys, seq, choice.causal, choice.heads, range(choice.heads))
+    assert (seen == counts).all()
+    linked = counts.any(0) | np.eye(seq, dtype=bool)
+    for layers, links in ((1, linked), (2, linked @ linked)):
+        late = links[seq // 4 :]
+        past = sum(range(seq // 4 + 1, seq + 1)) if choice.causal else late.size
+        shares = reach(choice.pattern, seq, choice.heads, choice.causal, [1, 2])
+        assert shares[layers] == pytest.approx(late.sum() / past)
+    cells = picture(choice.pattern, seq, seq, choice.heads, choice.causal)
+    assert ((cells != NOTHING) == counts.any(0)).all()
+
+
+def test_figures_of_known_patterns() -> None:
+    """A window of w tokens that looks back one segment links a query to w / 2 + layers * w of its past, on average."""
+    seq, heads = 2048, 4
+    sparse = describe(Pattern((128, 512, 2048), (1, 4, 16)), seq=seq, heads=heads)
+    assert (sparse.nearest_least, round(sparse.nearest_mean)) == (1, 50)
+    assert sparse.reach == pytest.approx({1: 0.10, 2: 0.54, 4: 0.981}, abs=0.01)
+    window = describe(Pattern.window(128), seq=seq, heads=heads, layers=[1, 3])
+    assert (window.nearest_least, window.nearest_mean) == (64, 64)
+    assert window.reach == pytest.approx({1: 192 / 1280, 3: 448 / 1280}, rel=0.01)
+    tiled = Pattern((64, 256, 1024), (1, 4, 16), **TILED, queries="all")
+    assert describe(tiled, seq=seq, heads=heads).reach == pytest.approx({1: 0.475, 2: 1, 4: 1}, abs=0.003)
+
+
+def test_chosen_blocks() -> None:
+    """The keys, what is compared, and what is kept, as the operator has it."""
+    pattern = Pattern((32,), (1,), look_back=2, chosen=4, chosen_block=32, chosen_every=4)
+    for seq in (60, 96, 200, 20_000, 200_000, 200_011):
+        found = describe(pattern, seq=seq, heads=3, head_dim=4)
+        attended = compared = 0
+        for groups in groups_of(pattern, 0, seq):
+            attended += groups.number * groups.queries * min(groups.near, 128)
+            blocks = groups.near // 32 - 1
+            means = blocks if blocks > 4096 else 0
+            means += 4 * min(blocks, 4096) if blocks > 512 else 0
+            if groups.near > 128:
+                compared += groups.number * (4 * means + 8 * 8 * min(blocks, 512))
+        assert found.chosen.flops == 3 * 4 * (4 * attended + 2 * compared)
+    assert found.total.flops == sum(level.flops for level in found.levels) + found.chosen.flops
+    last = 199_936 // 32 - 1 + 4 * 4096 + 8 * 512
+    assert (found.chosen.keys_per_query, found.chosen.cache_rows, found.compared) == (128, 200_011, last)
+    assert found.read_bytes == 4 * 4 * (found.compared + 2 * 128) // 4
+    assert found.total.cache_rows == 3 * 32 + 200_011
+    assert found.reach is None
+    cells = picture(pattern, 200, 200, 3)
+    assert (cells[199, :128] == 1).all()
+    assert (cells[199, 128:] == 0).all()
+
+
+def test_a_billion_tokens() -> None:
+    pattern = Pattern.geometric(10**9)
+    found = describe(pattern, heads=2, head_dim=4)
+    assert found.total.flops == attention_flops(pattern, 2, 4, 1 << 30, True)
+    assert found.total.keys_per_query == pattern.keys_per_query / 2
+    assert found.total.cache_rows == KVCache(pattern, 1, 2, 4).nbytes // (2 * 2 * 4 * 4) == 40960
+    assert found.reach is None
+
+
+def test_the_command_loads_no_torch_for_a_pattern() -> None:
+    program = (
+        "import sys; from longnet_cli.cli.app import app; app(['pattern', 'geometric:1e9'], standalone_mode=False)"
+    )
+    done = subprocess.run([sys.executable, "-c", program + "; sys.exit('torch' in sys.modules)"], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_json_has_the_keys_of_the_contract() -> None:
+    result = invoke("pattern", "paper", "window:1Ki,sinks=4", "longnet-tiny", "--format", "json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [row["pattern"] for row in rows[1:]] == ["1024/1,look_back=1,sinks=4", TINY]
+    assert all(row.keys() == KEYS and all(level.keys() == ROW for level in row["levels"]) for row in rows)
+    assert (rows[2]["heads"], rows[2]["head_dim"], list(rows[2]["reach"])) == (4, 64, ["1", "2", "4"])
+
+
+@pytest.mark.parametrize("name", ["longnet-125m", "examples/small.toml", "./models/longnet-tiny"])
+def test_recipes_and_models_are_described(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    subject = find_subject(name)
+    assert subject.layers
+    assert subject.causal
+
+
+def test_a_model_of_transformers(tmp_path: Path) -> None:
+    sizes = {"num_attention_heads": 4, "num_hidden_layers": 3, "hidden_size": 32}
+    config = {**sizes, "model_type": "llama", "dilated_attention": {"segment_lengths": [8], "dilation_rates": [1]}}
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    subject = find_subject(f"{tmp_path}/")
+    assert (subject.pattern, subject.heads, subject.head_dim, subject.layers) == (Pattern((8,), (1,)), 4, 8, 3)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dilated_attention": None}))
+    with pytest.raises(ConfigError, match="no pattern"):
+        find_subject(f"{tmp_path}/")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["windw:1Ki"], "unknown pattern 'windw': did you mean 'window'?"),
+        (["window:1Ki,sinks=2Ki"], "window:1Ki,sinks=2Ki: sinks must be from 0 to the first segment length"),
+        (["1Ki/1,4Ki/4,queries=all"], '1Ki/1,4Ki/4,queries=all: queries="all" needs overlap="once"'),
+        (["paper", "--seq", "2e18"], "paper, 2000000000000000000 tokens: nothing is described beyond 2^60 tokens"),
+        (["1Ki/1,1Gi/4,overlap=once"], "1Ki/1,1Gi/4,overlap=once: its segments see each other in 1048577 parts"),
+        (["window:8,look_back=1e9"], "8/1,look_back=1G: its segments see each other in 1000000001 parts"),
+        (["paper", "-o", "x.txt"], "x.txt: a picture's name ends in .png, .svg, .pdf"),
+    ],
+)
+def test_what_is_refused(words: list[str], message: str) -> None:
+    result = invoke("pattern", *words)
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith(message)
+    assert "\n" not in str(result.exception)
+
+
+def test_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "x.png"
+    result = invoke("pattern", "window:8,sinks=2", "paper", "--seq", "64", "-o", str(file))
+    assert result.exit_code == 0, result.output
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert "s sinks" in result.stdout
+
+
+@given(st.integers(40, 10**12), st.sampled_from(["paper", "window:1Ki,sinks=4", "nested:1Mi", "1Ki/1,3Ki/7,9Ki/5"]))
+def test_pictures_of_any_length(seq: int, text: str) -> None:
+    cells = picture(parse_pattern(text), seq, 16, 12)
+    assert cells.shape == (min(seq, 16),) * 2
+    assert (np.triu(cells, 1) == NOTHING)[np.triu_indices(len(cells), 1)].all()
+    assert (np.diagonal(cells) == 0).all()

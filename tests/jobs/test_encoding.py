@@ -1,0 +1,280 @@
+"""Proves that a document's vector is the pool of its own hidden states, whatever batch it is in, and that what comes
+out is the Arrow table that DESIGN.md promises."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pytest
+import torch
+from builders import LEVELS, SIZES, MadeInputs, make_document, tiny_net, vectors
+from processes import contents
+
+from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.data.documents import Document
+from longnet_cli.data.manifest import read_manifest
+from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
+from longnet_cli.jobs.row_jobs import write_rows
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.weights import model_digest
+
+BOS = 256
+CONFIG = LongNetConfig(**SIZES, **LEVELS, position="rope")
+
+
+@pytest.fixture(scope="module", params=["causal", "bidirectional"])
+def model(request: pytest.FixtureRequest) -> LongNet:
+    return tiny_net(position="rope", causal=request.param == "causal").eval()
+
+
+def plain_vector(model: LongNet, document: Document, pool: str) -> np.ndarray:
+    """From one forward over this document alone, in float64 from there on."""
+    before = [BOS] if model.config.causal else []
+    with torch.no_grad():
+        hidden = model(torch.tensor([before + document.tokens.tolist()]))[0, len(before) :].double()
+    return {"mean": hidden.mean(0), "last": hidden[-1], "first": hidden[0]}[pool].numpy()
+
+
+@pytest.mark.parametrize("pool", ["mean", "last", "first"])
+def test_ragged_documents_equal_each_alone(model: LongNet, pool: str) -> None:
+    documents = [make_document(length, str(length)) for length in (5, 33, 1, 200, 32, 31, 64)]
+    seen: list[int] = []
+    reader = encode(model, documents, EncodeOptions(bos=BOS, pool=pool, normalize=False), on_progress=seen.append)
+    table = reader.read_all()
+    assert table["doc_id"].to_pylist() == [document.doc_id for document in documents]
+    assert sum(seen) == sum(len(document.tokens) for document in documents)
+    expected = np.stack([plain_vector(model, document, pool) for document in documents])
+    np.testing.assert_allclose(vectors(table), expected, atol=1e-5)
+
+
+def test_many_batches_keep_the_order(model: LongNet) -> None:
+    lengths = [900, 3, 900, 2001, 7]
+    documents = [make_document(length, str(index)) for index, length in enumerate(lengths)]
+    batches = list(encode(model, documents, EncodeOptions(bos=BOS), chunk=2000))
+    assert len(batches) > 1
+    table = pa.Table.from_batches(batches)
+    assert table["doc_id"].to_pylist() == list("01234")
+    assert table["n_tokens"].to_pylist() == lengths
+    expected = plain_vector(model, documents[4], "mean")
+    np.testing.assert_allclose(vectors(table)[4], expected / np.linalg.norm(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["mean", "last", "first"])
+@pytest.mark.parametrize(
+    ("chunk", "span"), [(1, 10), *((chunk, span) for chunk in (7, 101) for span in (None, 1, 10, 1000))]
+)
+def test_neither_chunk_nor_spill_changes_a_number(
+    model: LongNet, tmp_path: Path, pool: str, chunk: int, span: int | None
+) -> None:
+    documents = [make_document(length, str(length)) for length in (100, 3, 165, 1)]
+    options = EncodeOptions(bos=BOS, pool=pool, span=span, normalize=False)
+    seen: list[int] = []
+    spill = None if model.config.causal else tmp_path
+    reader = encode(model, documents, options, chunk=chunk, spill=spill, on_progress=seen.append)
+    table, expected = reader.read_all(), encode(model, documents, options, chunk=10_000).read_all()
+    assert table.drop_columns(["embedding"]) == expected.drop_columns(["embedding"])
+    np.testing.assert_allclose(vectors(table), vectors(expected), atol=1e-5)
+    assert sum(seen) == 269
+
+
+def test_a_span_is_the_pool_of_its_own_tokens(model: LongNet) -> None:
+    document = make_document(25)
+    table = encode(model, [document], EncodeOptions(bos=BOS, span=10, normalize=False)).read_all()
+    assert table.drop_columns(["embedding"]).to_pylist() == [
+        {"doc_id": "a", "span": i, "start": 10 * i, "end": end, "n_tokens": end - 10 * i}
+        for i, end in enumerate((10, 20, 25))
+    ]
+    before = [BOS] if model.config.causal else []
+    with torch.no_grad():
+        hidden = model(torch.tensor([before + document.tokens.tolist()]))[0, len(before) :]
+    expected = [hidden[a : a + 10].mean(0) for a in (0, 10, 20)]
+    np.testing.assert_allclose(vectors(table), torch.stack(expected), atol=1e-5)
+
+
+def test_spans_go_out_while_the_rest_comes_in() -> None:
+    """The first row of a causal document is there when its first chunk is read."""
+    model = LongNet(CONFIG).eval()
+    read: list[int] = []
+
+    class Slow(Document):
+        def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+            read.append(start)
+            return super().read(start, stop)
+
+    document = make_document(1000)
+    slow = Slow(document.doc_id, document.tokens, None, "")
+    assert len(next(encode(model, [slow], EncodeOptions(bos=None, span=50), chunk=100))) == 2
+    assert read == [0]
+
+
+def test_normalized_vectors_have_length_one(model: LongNet) -> None:
+    table = encode(model, [make_document(5), make_document(50)], EncodeOptions(bos=BOS)).read_all()
+    np.testing.assert_allclose(np.linalg.norm(vectors(table), axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("embedding_dtype", ["float32", "float16"])
+def test_schema_and_metadata_are_the_contract(model: LongNet, embedding_dtype: str) -> None:
+    settings = {"embedding_dtype": embedding_dtype, "model_name": "tiny", "tokenizer_sha256": "ab12"}
+    reader = encode(model, [make_document(5)], EncodeOptions(bos=BOS, pool="last", normalize=False, **settings))
+    number = pa.float32() if embedding_dtype == "float32" else pa.float16()
+    fields = {"doc_id": pa.string(), "span": pa.int32(), "start": pa.int64(), "end": pa.int64(), "n_tokens": pa.int64()}
+    assert reader.schema.equals(pa.schema(fields | {"embedding": pa.list_(number, 16)}))
+    assert reader.schema.metadata == {
+        b"longnet.model": b"tiny",
+        b"longnet.model_sha256": model_digest(model).encode(),
+        b"longnet.pooling": b"last",
+        b"longnet.normalized": b"false",
+        b"longnet.tokenizer_sha256": b"ab12",
+    }
+    table = reader.read_all()
+    table.validate(full=True)
+    assert table.drop_columns(["embedding"]).to_pylist() == [
+        {"doc_id": "a", "span": 0, "start": 0, "end": 5, "n_tokens": 5}
+    ]
+
+
+def test_a_document_may_come_without_bos(model: LongNet) -> None:
+    table = encode(model, [make_document(5)], EncodeOptions(bos=None, normalize=False)).read_all()
+    with torch.no_grad():
+        expected = model(torch.tensor([make_document(5).tokens.tolist()]))[0].mean(0)
+    np.testing.assert_allclose(vectors(table)[0], expected, atol=1e-5)
+
+
+def test_an_empty_document_has_no_vector(model: LongNet) -> None:
+    """A zero vector would look like an answer."""
+    documents, empty = [make_document(5), make_document(0, "hollow"), make_document(7, "b")], []
+    table = encode(model, documents, EncodeOptions(bos=BOS), on_empty=empty.append).read_all()
+    assert table["doc_id"].to_pylist() == ["a", "b"]
+    assert [document.doc_id for document in empty] == ["hollow"]
+    with pytest.raises(DataError, match="nothing to encode: every document is empty"):
+        encode(model, [make_document(0, "hollow")], EncodeOptions(bos=BOS)).read_all()
+
+
+def test_a_model_without_vocabulary_reads_no_tokens() -> None:
+    net = LongNet(CONFIG.model_copy(update={"vocab_size": 0}))
+    with pytest.raises(ConfigError, match="the model reads vectors, and this document holds token ids"):
+        encode(net, [make_document(5, "a")], EncodeOptions(bos=None)).read_all()
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+LENGTHS = (5, 33, 1, 200, 32, 31, 64, 7, 90, 2, 120, 3)
+DOCUMENTS = [make_document(length, str(index)) for index, length in enumerate(LENGTHS)]
+
+
+def write(model: LongNet, place: Path, documents: Iterable[Document] = DOCUMENTS, **options: Any) -> Counter[str]:
+    """Forwards of 70 tokens: some documents share one, and some are longer."""
+    names = {field.name for field in fields(EncodeOptions)}
+    rows = EncodeOptions(**{"bos": BOS} | {name: value for name, value in options.items() if name in names})
+    reading = {name: value for name, value in options.items() if name not in names}
+    more = {"inputs": MadeInputs("x", made=documents), "chunk": 70, "shard_size": 3} | reading
+    return write_rows(partial(Encoder, options=rows), model, output=place, **more)
+
+
+def stopped_at(index: int) -> Iterator[Document]:
+    yield from DOCUMENTS[:index]
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("span", [None, 20])
+def test_a_folder_holds_what_the_reader_gives(model: LongNet, tmp_path: Path, span: int | None) -> None:
+    """A shard ends with the document that brings it to 3 rows."""
+    totals = write(model, tmp_path / "out", span=span)
+    tables = [ipc.open_file(path).read_all() for path in sorted((tmp_path / "out").glob("vectors-*"))]
+    table, expected = pa.concat_tables(tables), encode(model, DOCUMENTS, EncodeOptions(bos=BOS, span=span)).read_all()
+    assert table.schema.equals(expected.schema, check_metadata=True)
+    assert table.drop_columns(["embedding"]) == expected.drop_columns(["embedding"])
+    np.testing.assert_allclose(vectors(table), vectors(expected), atol=1e-5)
+    groups = [list(dict.fromkeys(found["doc_id"].to_pylist())) for found in tables]
+    if span is None:
+        assert groups == [["0", "1", "2"], ["3", "4", "5"], ["6", "7", "8"], ["9", "10", "11"]]
+    else:
+        assert groups == [["0", "1"], ["2", "3"], ["4", "5"], ["6"], ["7", "8"], ["9", "10"], ["11"]]
+    assert dict(totals) == {"rows": len(table), "documents": len(LENGTHS), "tokens": sum(LENGTHS)}
+
+
+@pytest.mark.parametrize("span", [None, 20])
+def test_a_folder_resumed_anywhere_has_the_same_bytes(model: LongNet, tmp_path: Path, span: int | None) -> None:
+    write(model, tmp_path / "whole", span=span)
+    for stop in (0, 2, 4, 5, 9, 12):
+        place, seen = tmp_path / str(stop), []
+        with pytest.raises(KeyboardInterrupt):
+            write(model, place, stopped_at(stop), span=span)
+        half = read_manifest(place)
+        write(model, place, span=span, resume=True, on_progress=seen.append)
+        assert contents(place) == contents(tmp_path / "whole")
+        assert sum(seen) == sum(LENGTHS[half.totals["documents"] :])  # nothing is encoded twice
+        assert half.totals["documents"] >= stop - 3
+
+
+def test_a_finished_folder_is_not_encoded_again(model: LongNet, tmp_path: Path) -> None:
+    write(model, tmp_path)
+    assert write(model, tmp_path, stopped_at(0), resume=True) == read_manifest(tmp_path).totals
+    with pytest.raises(ConfigError, match="finished data set"):
+        write(model, tmp_path)
+
+
+OTHER = [
+    ("pool", {"pool": "last"}),
+    ("normalize", {"normalize": False}),
+    ("span", {"span": 9}),
+    ("chunk", {"chunk": 71}),
+    ("embedding_dtype", {"embedding_dtype": "float16"}),
+    ("bos", {"bos": None}),
+    ("shard_rows", {"shard_size": 4}),
+    ("inputs", {"inputs": MadeInputs("y", made=DOCUMENTS)}),
+    ("tokenizer_sha256", {"tokenizer_sha256": "ab"}),
+    ("dtype", {"dtype": "bf16"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OTHER, ids=[name for name, _ in OTHER])
+def test_a_folder_is_not_resumed_with_other_options(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    model = LongNet(CONFIG).eval()
+    with pytest.raises(KeyboardInterrupt):
+        write(model, tmp_path, stopped_at(7))
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=f"cannot resume: {name} was"):
+        write(model, tmp_path, resume=True, **options)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_is_not_resumed_with_other_weights(tmp_path: Path) -> None:
+    model = LongNet(CONFIG).eval()
+    with pytest.raises(KeyboardInterrupt):
+        write(model, tmp_path, stopped_at(7))
+    with torch.no_grad():
+        next(iter(model.layers[1].parameters())).view(-1)[0] += 1e-3
+    with pytest.raises(ConfigError, match="cannot resume: model was"):
+        write(model, tmp_path, resume=True)
+
+
+def test_a_default_chunk_is_that_of_the_run_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it depends on the memory that is free."""
+    model = LongNet(CONFIG).eval()
+    write(model, tmp_path / "whole", chunk=70)
+    monkeypatch.setattr("longnet_cli.jobs.row_jobs.default_chunk", lambda *_: 70)
+    with pytest.raises(KeyboardInterrupt):
+        write(model, tmp_path / "out", stopped_at(7), chunk=None)
+    monkeypatch.setattr("longnet_cli.jobs.row_jobs.default_chunk", lambda *_: 40)
+    write(model, tmp_path / "out", chunk=None, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_empty_documents_are_counted_and_change_no_shard(model: LongNet, tmp_path: Path) -> None:
+    write(model, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        write(model, tmp_path / "out", chain([make_document(0, "hollow")], stopped_at(7)))
+    write(model, tmp_path / "out", [make_document(0, "hollow"), *DOCUMENTS, make_document(0, "void")], resume=True)
+    found, whole = contents(tmp_path / "out"), contents(tmp_path / "whole")
+    assert found.pop("_manifest.arrow") != whole.pop("_manifest.arrow")
+    assert found == whole
+    assert read_manifest(tmp_path / "out").totals["empty"] == 2

@@ -1,0 +1,345 @@
+"""`longnet encode` of vectors: a slide encoder's golden tensors from every format, chunks, ranks and resumed runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+import pytest
+import torch
+from builders import level_options, read_golden, slide, slide_encoder
+from conftest import RunLongnet
+from files import write_file
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longnet_cli.basics.errors import DataError
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.slide import SlideEncoder
+
+SLIDES = {"s1": 70, "s2": 131, "s3": 1, "s4": 40}  # tiles
+
+
+def tiles(x: Tensor, at: Tensor | None, slide_id: str, number: type = np.float32) -> pa.Table:
+    columns = {"features": pa.FixedSizeListArray.from_arrays(pa.array(x.numpy().astype(number).ravel()), x.shape[1])}
+    if at is not None:
+        columns["coords"] = pa.FixedSizeListArray.from_arrays(pa.array(at.numpy().ravel()), 2)
+    return pa.table({"slide_id": [slide_id] * len(x), **columns})
+
+
+def slides(number: type = np.float32) -> pa.Table:
+    return pa.concat_tables(
+        tiles(*slide(count, seed), name, number) for seed, (name, count) in enumerate(SLIDES.items())
+    )
+
+
+def stream(table: pa.Table) -> bytes:
+    with pa.BufferOutputStream() as out:
+        with ipc.new_stream(out, table.schema) as writer:
+            writer.write_table(table, max_chunksize=50)
+        return out.getvalue().to_pybytes()
+
+
+def vectors(path: Path) -> dict[str, np.ndarray]:
+    table = pq.read_table(path) if path.suffix == ".parquet" else ipc.open_file(path).read_all()
+    return dict(zip(table["doc_id"].to_pylist(), map(np.array, table["embedding"].to_pylist()), strict=True))
+
+
+def layers(path: Path) -> dict[str, np.ndarray]:
+    table = ipc.open_file(path).read_all()
+    return dict(zip(table["doc_id"].to_pylist(), map(np.array, table["layers"].to_pylist()), strict=True))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    slide_encoder().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@torch.no_grad()
+def expected(pool: str = "cls", **options: object) -> dict[str, np.ndarray]:
+    found = {}
+    for seed, (name, count) in enumerate(SLIDES.items()):
+        x, at = slide(count, seed)
+        found[name] = slide_encoder()(x[None], at[None], pool=pool, **options)
+    return {name: x[..., 0, :].numpy() for name, x in found.items()}
+
+
+def same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], atol: float = 1e-5) -> None:
+    assert [*found] == [*wanted]
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=atol)
+
+
+def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    """`convert`, then `encode`: the official vectors, out of Parquet, an Arrow stream on a pipe, and HDF5."""
+    h5py = pytest.importorskip("h5py")
+    state, wanted, theirs = read_golden("slide_encoder_zero_key")
+    save_file(state, tmp_path / "slide_encoder.safetensors")
+    done = run_longnet(
+        "convert", tmp_path / "slide_encoder.safetensors", "-o", tmp_path / "model", *level_options(theirs)
+    )
+    assert done.returncode == 0, done.stderr
+    table = tiles(wanted["features"], wanted["coords"], "slide")
+    pq.write_table(table, tmp_path / "slide.parquet")
+    with h5py.File(tmp_path / "slide.h5", "w") as file:
+        file["features"], file["coords"] = wanted["features"].numpy(), wanted["coords"].numpy()
+        file["coords"].attrs["patch_size_level0"] = 256
+    for source in ("slide.parquet", "slide.h5", "-"):
+        for pool, name in (("cls", "cls"), ("mean", "pooled")):
+            words = f"--all-layers --model ./model --pool {pool} --no-normalize -o out.arrow".split()
+            path = source if source == "-" else tmp_path / source
+            done = run_longnet("encode", path, *words, input=stream(table) if source == "-" else b"", text=False)
+            assert done.returncode == 0, done.stderr
+            same(vectors(tmp_path / "out.arrow"), {"slide": wanted[name].numpy()}, 1e-4)
+            if pool == "cls":
+                found = layers(tmp_path / "out.arrow")["slide"]
+                np.testing.assert_allclose(found, wanted["cls_of_layers"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("words", [[], ["--chunk", "37"], ["--chunk", "37", "--spill", "."], ["--chunk", "100"]])
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_chunks_and_batches_are_each_slide_alone(
+    run_longnet: RunLongnet, tmp_path: Path, model: Path, words: list[str], pool: str
+) -> None:
+    pq.write_table(slides(), tmp_path / "slides.parquet")
+    options = ["--model", model, "--pool", pool, "--no-normalize", "-o", tmp_path / "out.parquet", *words]
+    done = run_longnet("encode", tmp_path / "slides.parquet", *options, "-q")
+    assert (done.returncode, done.stderr) == (0, "")
+    same(vectors(tmp_path / "out.parquet"), expected(pool))
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["n_tokens"].to_pylist() == [*SLIDES.values()]
+    assert table.schema.metadata[b"longnet.pooling"] == pool.encode()
+
+
+@pytest.mark.parametrize("chunk", ["37", "1Ki"])
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_all_layers(run_longnet: RunLongnet, tmp_path: Path, model: Path, pool: str, chunk: str) -> None:
+    write_file(tmp_path / "slides.arrow", slides(), 1000)
+    options = ["--model", model, "--pool", pool, "--no-normalize", "--all-layers", "-o", tmp_path / "out.arrow"]
+    done = run_longnet("encode", tmp_path / "slides.arrow", *options, "--chunk", chunk)
+    assert done.returncode == 0, done.stderr
+    same(vectors(tmp_path / "out.arrow"), expected(pool))
+    same(layers(tmp_path / "out.arrow"), expected(pool, all_layers=True))
+
+
+def test_the_default_is_cls_scaled_to_length_one(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
+    done = run_longnet(
+        "encode", "-", "--model", model, "-o", tmp_path / "out.arrow", input=stream(slides()), text=False
+    )
+    assert done.returncode == 0, done.stderr
+    same(vectors(tmp_path / "out.arrow"), {name: x / np.linalg.norm(x) for name, x in expected().items()})
+
+
+def test_two_ranks_are_one(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
+    pq.write_table(slides(), tmp_path / "slides.parquet")
+    # of chunks of 40 tokens, the longest slide takes two turns, layer by layer; others, one forward of both ranks
+    options = ["--model", model, "--chunk", "40", "--no-normalize", "--all-layers", "--nproc", "2"]
+    done = run_longnet("encode", tmp_path / "slides.parquet", *options, "-o", tmp_path / "out.arrow", timeout=300)
+    assert done.returncode == 0, done.stderr
+    same(vectors(tmp_path / "out.arrow"), expected())
+    same(layers(tmp_path / "out.arrow"), expected(all_layers=True))
+
+
+def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    """What `encode --span` writes is read by a net without coordinates, and by a LongNet without a vocabulary."""
+    (tmp_path / "book.txt").write_text("a long way from here " * 60)
+    done = run_longnet("encode", tmp_path / "book.txt", "--span", "16", "-o", tmp_path / "chunks.arrow")
+    assert done.returncode == 0, done.stderr
+    chunks = ipc.open_file(tmp_path / "chunks.arrow").read_all()["embedding"]
+    x = torch.tensor(chunks.to_pylist())
+    encoder = slide_encoder(in_features=x.shape[1], grid=0, position="rope")
+    encoder.save_pretrained(tmp_path / "books")
+    sizes = {"vocab_size": 0, "dim": x.shape[1], "num_layers": 1, "num_heads": 4, "ffn_dim": 32}
+    levels = {"segment_lengths": (16, 64), "dilation_rates": (1, 4)}
+    net = LongNet(LongNetConfig(**sizes, **levels, causal=True, position="rope")).eval()
+    net.save_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        wanted = {"books": encoder(x[None])[0], "plain": net(embeddings=x[None])[0].mean(0)}
+    for name, vector in wanted.items():
+        for chunk in ("8", "1Ki"):
+            words = ["--model", tmp_path / name, "--no-normalize", "--chunk", chunk, "-o", tmp_path / "out.arrow"]
+            done = run_longnet("encode", tmp_path / "chunks.arrow", *words)
+            assert done.returncode == 0, done.stderr
+            same(vectors(tmp_path / "out.arrow"), {"book.txt": vector.numpy()})
+
+
+def test_spans_of_a_slide(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
+    x, at = slide(50)
+    pq.write_table(tiles(x, at, "s"), tmp_path / "s.parquet")
+    options = ["--model", model, "--span", "20", "--no-normalize", "-o", tmp_path / "out.parquet", "--chunk", "16"]
+    done = run_longnet("encode", tmp_path / "s.parquet", *options)
+    assert done.returncode == 0, done.stderr
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert found["end"].to_pylist() == [20, 40, 50]
+    encoder = slide_encoder()
+    with torch.no_grad():
+        rows = encoder._rows(x[None], at[None], torch.tensor([50]))
+        hidden = encoder.net(rows)[0, 1:]
+        wanted = torch.stack([encoder.net.head(part.mean(0)) for part in hidden.split(20)])
+    np.testing.assert_allclose(np.array(found["embedding"].to_pylist()), wanted, rtol=0, atol=1e-5)
+
+
+def test_tiles_that_share_a_cell_are_told(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
+    """Coordinates that count tiles of 8, read as pixels of tiles of 256; with --tile-size 8 there is no word."""
+    at = torch.tensor([[first * 8, second * 8] for first in range(20) for second in range(20)])
+    pq.write_table(tiles(torch.randn(400, 6), at, "s"), tmp_path / "s.parquet")
+    words = ["encode", tmp_path / "s.parquet", "--model", model, "-o", tmp_path / "out.arrow"]
+    done = run_longnet(*words)
+    assert done.returncode == 0, done.stderr
+    line = "the 400 tiles of 's' fall into 1 cell of 256 pixels: a tile of 8 would fit (--tile-size)"
+    assert line in done.stderr
+    assert done.stderr.endswith(f"\n1 vector of 400 tokens -> {tmp_path / 'out.arrow'}\n")
+    assert done.stderr.count("\n") == 2
+    before = vectors(tmp_path / "out.arrow")["s"]
+    done = run_longnet(*words, "--tile-size", "8", "-q")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not np.allclose(vectors(tmp_path / "out.arrow")["s"], before)
+
+
+def changed(**columns: object) -> pa.Table:
+    table = slides()
+    for name, column in columns.items():
+        table = (
+            table.drop_columns([name])
+            if column is None
+            else table.set_column(table.column_names.index(name), name, column)
+        )
+    return table
+
+
+@pytest.mark.parametrize(
+    ("columns", "words", "code", "line"),
+    [
+        ({"coords": None}, [], 3, "row 0: document 's1' has no coordinates, which the model needs"),
+        (
+            {"features": tiles(torch.zeros(242, 5), None, "")["features"]},
+            [],
+            3,
+            "have 5 numbers, and the model reads 6",
+        ),
+        ({}, ["--tile-size", "32"], 3, "is outside the grid of 50 x 50 of 32 pixels"),
+        ({}, ["--eos", "0"], 2, "reads vectors, which have no tokens: leave out --eos"),
+        ({}, ["--bos", "0", "--tokenizer", "bytes"], 2, "leave out --tokenizer, --bos"),
+        ({}, ["--tokenizer", "bytes", "--tokenizer-differs"], 2, "leave out --tokenizer, --tokenizer-differs"),
+        ({}, ["--span", "8", "--pool", "cls"], 2, "a span has no CLS of its own"),
+        ({}, ["--span", "8", "--all-layers"], 2, "leave out --span, or --all-layers"),
+        ({}, ["--column", "coords"], 2, "column 'coords' does not hold vectors"),
+    ],
+)
+def test_what_is_refused(
+    run_longnet: RunLongnet, tmp_path: Path, model: Path, columns: dict, words: list[str], code: int, line: str
+) -> None:
+    pq.write_table(changed(**columns), tmp_path / "slides.parquet")
+    done = run_longnet("encode", tmp_path / "slides.parquet", "--model", model, "-o", tmp_path / "out.arrow", *words)
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+    assert line in done.stderr
+    assert not (tmp_path / "out.arrow").exists()
+
+
+def edited(nested: bool, name: str, tile: int | None, value: object) -> pa.Table:
+    """The slides, a row each or a row per tile. In s2, one tile or all of it has another value."""
+    kinds = {"features": pa.list_(pa.float32()), "coords": pa.list_(pa.int64())}
+    parts = [slides().filter(pc.field("slide_id") == slide) for slide in SLIDES]
+    columns = {key: [part[key].to_pylist() for part in parts] for key in kinds}
+    rows = columns[name][1]
+    columns[name][1] = value if tile is None else [*rows[:tile], value, *rows[tile + 1 :]]
+    if nested:
+        lists = {key: pa.array(x, pa.list_(kinds[key])) for key, x in columns.items()}
+        return pa.table({"slide_id": [*SLIDES], **lists})
+    flat = {key: pa.array([cell for rows in x for cell in rows], kinds[key]) for key, x in columns.items()}
+    return pa.table({"slide_id": slides()["slide_id"], **flat})
+
+
+BAD = [
+    ("features", 30, [1.0, None, 3.0, 4.0, 5.0, 6.0], "a number of the vector is null"),
+    ("features", 30, [1.0, np.nan, 3.0, 4.0, 5.0, 6.0], "number 1 of the vector is nan"),
+    ("features", 30, None, "the value is null"),
+    ("features", 30, [1.0, 2.0], "its vector has 2 numbers, those before it have 6"),
+    ("coords", 30, None, "coords needs two numbers for each vector"),
+    ("coords", 30, [1], "coords needs two numbers for each vector"),
+    ("coords", 30, [1, None], "coordinates [1.0, nan] are no place"),
+    ("features", None, None, "the value is null"),
+    ("coords", None, None, "131 vectors and 0 coordinates"),
+    ("coords", None, [[1, 2]] * 9, "131 vectors and 9 coordinates"),
+]
+
+
+@pytest.mark.parametrize(
+    ("nested", "bad"), [(nested, bad) for bad in BAD for nested in (False, True) if nested or bad[1] is not None]
+)
+def test_a_bad_slide_is_left_out_as_if_it_were_not_there(
+    run_longnet: RunLongnet, tmp_path: Path, model: Path, nested: bool, bad: tuple
+) -> None:
+    table, line = edited(nested, *bad[:3]), bad[3]
+    pq.write_table(table, tmp_path / "x.parquet")
+    write_file(tmp_path / "x.arrow", table, 1000)
+    for path in (tmp_path / "x.parquet", tmp_path / "x.arrow"):
+        with pytest.raises(DataError, match=rf"{path.name}, row {1 if nested else 100}\b.*: {re.escape(line)}"):
+            [x.read() for x in Inputs([path], vectors=True).documents()]
+    words = ["encode", path, "--model", model, "--keep", "slide_id", "-o", tmp_path / "out.arrow"]
+    done = run_longnet(*words, "--skip-bad")
+    left_out, _, *others = done.stderr.splitlines()
+    assert left_out.startswith(f"longnet: note: left out: {path}, row ")
+    assert (done.returncode, line in left_out, others) == (6, True, ["longnet: note: 1 document left out"])
+    found = (tmp_path / "out.arrow").read_bytes()
+    write_file(path, table.filter(pc.field("slide_id") != "s2"), 1000)
+    assert run_longnet(*words).returncode == 0
+    assert found == (tmp_path / "out.arrow").read_bytes()
+    assert ipc.open_file(tmp_path / "out.arrow").read_all()["slide_id"].to_pylist() == ["s1", "s3", "s4"]
+
+
+def test_files_of_vectors_that_cannot_be_read_are_left_out(
+    run_longnet: RunLongnet, tmp_path: Path, model: Path
+) -> None:
+    """A missing and a truncated file; an empty document is passed over, and --dry-run counts the same."""
+    table = edited(True, "features", None, [])
+    empty = edited(True, "coords", None, [])["coords"]
+    pq.write_table(table.set_column(2, "coords", empty), tmp_path / "good.parquet")
+    data = (tmp_path / "good.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(data[: len(data) // 2])
+    words = ["encode", "missing.parquet", "cut.parquet", "good.parquet", "--model", model, "--no-normalize"]
+    assert run_longnet(*words, "-o", tmp_path / "out.arrow").returncode == 3
+    done = run_longnet(*words, "--skip-bad", "-o", tmp_path / "out.arrow")
+    assert done.returncode == 6, done.stderr
+    said = done.stderr.splitlines()
+    assert said[0] == "longnet: note: left out: missing.parquet: no such file or folder"
+    assert said[1].startswith("longnet: note: left out: cut.parquet: the data is damaged or truncated")
+    assert said[2] == f"3 vectors of 111 tokens -> {tmp_path / 'out.arrow'}"
+    assert said[3:] == ["longnet: note: 1 document empty", "longnet: note: 2 documents left out"]
+    same(vectors(tmp_path / "out.arrow"), {name: x for name, x in expected().items() if name != "s2"})
+    for sample in ([], ["--sample", "2"]):
+        found = json.loads(run_longnet(*words, "--skip-bad", "--dry-run", "--format", "json", *sample).stdout)
+        assert (found["documents"], found["left_out"], found["tokens"]) == (3, 2, 111)
+
+
+def test_models_of_tokens_read_no_vectors_and_the_other_way_round(
+    run_longnet: RunLongnet, tmp_path: Path, model: Path
+) -> None:
+    pq.write_table(slides(), tmp_path / "slides.parquet")
+    (tmp_path / "text.txt").write_text("text")
+    for words, code, line in (
+        (["encode", "slides.parquet", "-o", "x.arrow"], 2, "no column named input_ids"),
+        (["encode", "text.txt", "-o", "x.arrow", "--pool", "cls"], 2, "this model has no CLS"),
+        (["encode", "text.txt", "-o", "x.arrow", "--tile-size", "8"], 2, "this model has no grid of tiles"),
+        (["encode", "text.txt", "-o", "x.arrow", "--model", model], 3, "this is text, and the model reads vectors"),
+        (["score", "text.txt", "--model", model], 2, "it reads vectors, not tokens"),
+        (["generate", "text", "--model", model], 2, "it reads vectors, not tokens"),
+    ):
+        done = run_longnet(*words)
+        assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+        assert line in done.stderr
+
+
+def test_convert_writes_a_slide_encoder_in_another_type(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
+    done = run_longnet("convert", model, "-o", tmp_path / "half", "--dtype", "bf16")
+    assert done.returncode == 0, done.stderr
+    assert next(SlideEncoder.from_pretrained(tmp_path / "half", dtype=None).parameters()).dtype is torch.bfloat16

@@ -1,0 +1,119 @@
+"""Proves that batches of any size get the rows of `longnet encode` and `longnet score -o`, with the columns kept, and
+that what is not a document a row is refused; and runs the examples for Ray and Spark where those are installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from builders import vectors
+from conftest import ROOT, RunLongnet
+
+from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.jobs.engines import Reading, encode_batches, score_batches
+
+TEXTS = ["one two three " * 40, "x", "", "def f():\n    return 1\n" * 30, "four five " * 20]
+TABLE = pa.table({"id": [7, 8, 9, 10, 11], "text": TEXTS, "lang": ["a", None, "c", "d", "e"]})
+
+
+def test_batches_have_the_rows_of_the_commands(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    named = TABLE.select(["text"]).append_column("doc_id", TABLE["id"].cast(pa.string()))
+    pq.write_table(named.filter(pa.compute.not_equal(named["text"], "")), tmp_path / "in.parquet")
+    assert run_longnet("encode", "in.parquet", "--span", "50", "-o", "v.parquet").returncode == 0
+    assert run_longnet("score", "in.parquet", "--context", "32,256", "-o", "g.parquet").returncode == 0
+    expected, gained = pq.read_table(tmp_path / "v.parquet"), pq.read_table(tmp_path / "g.parquet")
+    expected = expected.drop_columns(["char_start", "char_end"])
+
+    whole = encode_batches(TABLE, span=50, keep=("lang",))
+    assert isinstance(whole, pa.Table)
+    parts = list(encode_batches(TABLE.to_batches(max_chunksize=2), span=50, keep=("lang",)))
+    assert all(isinstance(part, pa.RecordBatch) for part in parts)
+    for table in (whole, pa.Table.from_batches(parts)):
+        names = expected.column_names
+        assert table.column_names == [*names, "lang"]
+        assert table.select(names[:-1]).equals(expected.select(names[:-1]))
+        np.testing.assert_allclose(vectors(table), vectors(expected), atol=1e-6)
+        lang = dict(zip(["7", "8", "9", "10", "11"], TABLE["lang"].to_pylist(), strict=True))
+        assert table["lang"].to_pylist() == [lang[name] for name in table["doc_id"].to_pylist()]
+
+    scored = score_batches(TABLE, context=(256, 32), keep=("lang",))
+    assert scored["doc_id"].to_pylist() == ["7", "8", "9", "10", "11"]
+    assert scored["lang"].to_pylist() == TABLE["lang"].to_pylist()
+    assert scored["n_tokens"].to_pylist()[2] == 0
+    rows = [row for row in scored.to_pylist() if row["n_tokens"]]
+    for row, other in zip(rows, gained.to_pylist(), strict=True):
+        for name, value in other.items():
+            assert row[name] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value)
+
+
+def test_a_process_loads_a_model_once() -> None:
+    assert Reading(column="text").load() is Reading(keep=("lang",)).load()
+
+
+def test_documents_that_cannot_be_read_are_left_out() -> None:
+    table = pa.table({"doc_id": ["a", "b", "c"], "ids": [[1, 2], [1, 1 << 20], [3]], "n": [0, 1, 2]})
+    with pytest.raises(DataError, match="table, row 1, offset 1: token id 1048576"):
+        encode_batches(table)
+    for function in (encode_batches, score_batches):
+        found = function(table, keep=("n",), skip_bad=True)
+        assert (found["doc_id"].to_pylist(), found["n"].to_pylist()) == (["a", "c"], [0, 2])
+
+
+def test_batches_without_rows_or_tokens_have_no_vectors() -> None:
+    none, empty = encode_batches(TABLE[:0]), encode_batches(TABLE[2:3])
+    assert none.num_rows == empty.num_rows == 0
+    assert score_batches(TABLE[:0]).schema == score_batches(TABLE[3:4]).schema
+    assert none.schema == encode_batches(TABLE[:1]).schema
+    assert score_batches(TABLE[2:3])["n_tokens"].to_pylist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "said"),
+    [
+        ({"text": ["a"]}, {}, "no column 'doc_id' or 'id' that names the documents"),
+        ({"id": ["a"], "text": ["a"]}, {"id_column": "name"}, "no column 'name' that names"),
+        (
+            {"id": ["a"], "text": ["a"]},
+            {"keep": ("lang",)},
+            "table: there is no column 'lang'; its columns are id, text",
+        ),
+        ({"id": ["a"], "body": ["a"]}, {}, "no column named input_ids"),
+        ({"id": ["a"], "ids": [1]}, {}, "a row is a document"),
+        ({"doc_id": ["a", "a"], "part": [0, 1], "ids": [[1], [2]]}, {}, "row 1: part 1 of document 'a'"),
+        ({"id": ["a", None], "text": ["a", "b"]}, {}, "row 1, id: the value is null"),
+        ({"id": ["a"], "text": ["a"], "span": [1]}, {"keep": ("span",)}, "keep span: the output has a column"),
+        ({"id": ["a"], "text": ["a"]}, {"pattern": "papr"}, "pattern: "),
+    ],
+)
+def test_what_is_no_batch_of_documents_is_refused(columns: dict, options: dict, said: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=said) as error:
+        encode_batches(pa.table(columns), **options)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ray", "pyspark"])
+def test_an_engine_writes_the_vectors_of_one_process(engine: str, tmp_path: Path, command_env: dict[str, str]) -> None:
+    pytest.importorskip(engine)
+    (tmp_path / "in").mkdir()
+    for start in (0, 3):
+        pq.write_table(TABLE[start : start + 3], tmp_path / "in" / f"{start}.parquet")
+    words = ["--workers", "2", "--batch-rows", "2"] if engine == "ray" else []
+    script = ROOT / "examples" / f"{engine.removeprefix('py')}_encode.py"
+    env = command_env | {"RAY_worker_niceness": "0"} | ({"PYSPARK_PYTHON": sys.executable} if not words else {})
+    done = subprocess.run(
+        [sys.executable, script, "in", "out", *words],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = pq.read_table(tmp_path / "out").sort_by("doc_id")
+    expected = encode_batches(TABLE).sort_by("doc_id")
+    assert found["doc_id"].to_pylist() == expected["doc_id"].to_pylist()
+    np.testing.assert_allclose(vectors(found), vectors(expected), atol=1e-6)

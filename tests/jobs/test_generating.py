@@ -1,0 +1,117 @@
+"""Generation: greedy output is that of uncached full forwards, whatever the chunk; draws are exact; texts end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pattern_nets import WINDOW, WORDS, foreign, generated, native, prompt
+
+from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
+from longnet_cli.jobs.generating import Sampler, Step
+
+
+def text_of(steps: list[Step]) -> str:
+    return "".join(step.text for step in steps)
+
+
+NETS = {
+    "window": lambda: native(),
+    "paper": lambda: native(Pattern((8, 24, 96), (1, 3, 8))),
+    "nested": lambda: native(Pattern.nested(128, base=8, ratio=4)),
+    "llama": lambda: foreign(Pattern.nested(128, base=8, ratio=4)),
+    "sliding layers": lambda: foreign(WINDOW, "mixed"),
+}
+
+
+@pytest.mark.parametrize("kind", NETS)
+@torch.no_grad()
+def test_every_token_is_the_best_of_a_full_forward(kind: str) -> None:
+    """Of the whole sequence at once, and its log-probability is that one's; across segments, after any chunks."""
+    model = NETS[kind]()
+    for length, bos, chunk in ((1, None, None), (50, 3, 7), (50, 3, None), (61, None, 16)):
+        steps = generated(model, length, bos=bos, chunk=chunk, tokenizer=None)
+        found = torch.tensor([step.id for step in steps])
+        before = [*([] if bos is None else [bos]), *prompt(length).tokens]
+        logits = model.logits(model(torch.tensor([[*before, *found.tolist()]])))[0, len(before) - 1 : -1]
+        assert torch.equal(logits.argmax(-1), found)
+        expected = logits.log_softmax(-1)[torch.arange(40), found]
+        assert (torch.tensor([step.logprob for step in steps]) - expected).abs().max() < 1e-4
+        assert [step.finish_reason for step in steps] == [None] * 39 + ["length"]
+    assert len(set(found.tolist())) > 5
+
+
+def test_draws_follow_the_softmax_and_top_p_takes_the_fewest_tokens() -> None:
+    logits = torch.tensor([0.125, 0.5, 0.125, 0.25]).log()
+
+    def shares(temperature: float, top_p: float) -> list[float]:
+        sampler = Sampler(temperature, top_p, seed=5)
+        drawn = torch.tensor([sampler(logits)[0] for _ in range(4000)])
+        return (torch.bincount(drawn, minlength=4) / 4000).tolist()
+
+    assert shares(1, 1) == pytest.approx([0.125, 0.5, 0.125, 0.25], abs=0.03)
+    assert shares(1, 0.875) == pytest.approx([1 / 7, 4 / 7, 0, 2 / 7], abs=0.03)  # of equal ones the first
+    assert shares(1, 0.75) == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=0.03)
+    assert shares(1, 0.5) == shares(1, 1e-9) == shares(1e-9, 1) == shares(0, 1) == [0, 1, 0, 0]
+    assert all(shares(tiny, 1) == [0, 1, 0, 0] for tiny in (1e-37, 1e-39, 1e-45, 1e-46))  # 0 / 0 in float32
+    assert shares(0.5, 1) == pytest.approx([1 / 22, 16 / 22, 1 / 22, 4 / 22], abs=0.03)
+    assert Sampler(1, 0.5, 0)(logits)[1] == pytest.approx(np.log(0.5))  # what the model says, whatever is cut
+    with pytest.raises(NotFiniteError, match="not finite"):
+        Sampler(0, 1, 0)(torch.tensor([0.0, torch.nan]))
+
+
+def test_a_seed_gives_the_same_text_in_any_company() -> None:
+    model = native()
+    options = {"temperature": 1.0, "top_p": 0.9}
+    first = generated(model, seed=1, **options)
+    generated(model, 20, seed=1, **options)
+    assert [x.id for x in generated(model, seed=1, chunk=9, **options)] == [x.id for x in first]
+    assert [x.id for x in generated(model, seed=2, **options)] != [x.id for x in first]
+
+
+def test_it_ends_at_an_id_at_a_text_and_at_the_last_position() -> None:
+    model = native()
+    whole = generated(model)
+    ids, text = [step.id for step in whole], text_of(whole)
+    assert text == WORDS.decode(np.array(ids))
+    place = next(i for i in range(10, 40) if ids[i] not in ids[:i])
+    ended = generated(model, end_ids={ids[place]})
+    assert [step.id for step in ended] == ids[: place + 1]
+    assert (ended[-1].finish_reason, text_of(ended)) == ("eos", WORDS.decode(np.array(ids[:place])))
+    stop = text[12:17]  # over several tokens
+    stopped = generated(model, stop=[stop, "\0never"])
+    assert (text_of(stopped), stopped[-1].finish_reason) == (text[: text.index(stop)], "stop")
+    assert generated(model, max_tokens=7)[-1].finish_reason == "length"
+    short = foreign(WINDOW, "gpt2")  # whose positions are a table
+    assert len(generated(short, 1000)) == 25  # the last of which is not read
+    with pytest.raises(ConfigError, match="1025 tokens, and the model has 1024 positions"):
+        generated(short, 1025)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be 1 or more"),
+        ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"temperature": float("inf")}, "temperature must be 0 or more"),
+        ({"top_p": 0.0}, "top_p must be more than 0"),
+        ({"top_p": 1.1}, "top_p must be more than 0 and at most 1"),
+        ({"stop": [""]}, "a stop text needs characters"),
+        ({"stop": ["a"], "tokenizer": None}, "a stop text needs characters, and a tokenizer"),
+        ({"chunk": 0}, "chunk must be 1 or more"),
+    ],
+)
+def test_options_that_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generated(native(), **options)
+
+
+def test_what_cannot_be_continued() -> None:
+    with pytest.raises(ConfigError, match="a bidirectional model does not say what comes next"):
+        generated(native(causal=False))
+    with pytest.raises(DataError, match=r"prompt.txt: the prompt is empty"):
+        generated(native(), 0)
+    assert len(generated(native(), 0, bos=256)) == 40

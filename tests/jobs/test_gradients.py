@@ -1,0 +1,79 @@
+"""The gradient of packed windows = that of every document alone, whatever the chunk."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pattern_nets import EOS, draw, error, gradients, net
+from strategies import PAPER_64TH, chosen_patterns, document_starts, patterns_with_options
+from torch import Tensor
+
+from longnet_cli.attention import Pattern
+from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.net import IGNORED
+
+
+def alone(model: LongNet, tokens: Tensor, targets: Tensor) -> Tensor:
+    """The loss of every document by itself; a document begins at an EOS, or where its window does."""
+    total = torch.zeros((), dtype=torch.float64)
+    for ids, wanted in zip(tokens, targets, strict=True):
+        starts = [i for i in range(len(ids)) if i == 0 or ids[i] == EOS]
+        for start, stop in pairwise([*starts, len(ids)]):
+            total = total + model.nll(model(ids[None, start:stop]), wanted[None, start:stop]).sum()
+    return total
+
+
+@given(
+    pattern=st.just(PAPER_64TH) | patterns_with_options(causal=True) | chosen_patterns(),
+    batch=st.integers(1, 4),
+    tokens=st.integers(1, 150),
+    ends=st.sets(st.integers(0, 149), max_size=8),
+    chunk=st.integers(1, 200),
+    every=st.integers(1, 5),
+)
+def test_documents_of_a_window_do_not_see_each_other(
+    pattern: Pattern, batch: int, tokens: int, ends: set[int], chunk: int, every: int
+) -> None:
+    model = net(pattern).double()
+    ids, targets = draw(batch, tokens).clamp_(max=EOS - 1), draw(batch, tokens, seed=1)
+    targets[:, torch.arange(tokens) % every > 0] = IGNORED
+    for i in ends:  # another cut in every row, none in some
+        if i < tokens:
+            ids[i % batch, i] = EOS
+    loss = alone(model, ids, targets)
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    found = backward(model, ids, targets, chunk=max(chunk, tokens // 10), starts=document_starts(ids, EOS))
+    assert error(found, loss.detach()) <= 1e-12
+    floor = max(x.norm().item() for x in expected)
+    for a, b in zip(gradients(model), expected, strict=True):
+        assert (a - b).norm().item() <= 1e-12 * max(b.norm().item(), floor)
+
+
+@pytest.mark.parametrize("chunk", [50, 100, 128, 1000])
+def test_without_an_eos_id_a_window_is_one_sequence(chunk: int) -> None:
+    model = net(PAPER_64TH).double()
+    ids, targets = draw(3, 128), draw(3, 128, seed=1)
+    loss = model.nll(model(ids), targets).sum()
+    (loss * 0.25).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    found = backward(model, ids, targets, chunk=chunk, scale=0.25)
+    assert error(found, loss.detach()) <= 1e-12
+    assert all(error(a, b) <= 1e-9 for a, b in zip(gradients(model), expected, strict=True) if b.norm() > 1e-9)
+
+
+def test_tokens_without_a_target_have_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = net(PAPER_64TH, causal=False), []
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: rows.append(len(hidden)) or logits(hidden))
+    ids, targets = draw(3, 128), draw(3, 128, seed=1)
+    targets[:, 2:] = IGNORED
+    backward(model, ids, targets, chunk=1000)
+    assert rows == [3 * 2]

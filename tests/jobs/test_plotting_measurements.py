@@ -1,0 +1,220 @@
+"""Curves of `bench` and `score`: what their rows say, from real rows, JSON of every shape and damaged files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from files import write_lines
+from places import ROOT
+
+from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.jobs.plotting import Curve, Panel, Point, draw_picture, draw_text, panels, read, read_all
+
+DOCS = ROOT / "docs"
+BILLION, TINY, BLOCKS = (
+    DOCS / name for name in ("bench-1e9.jsonl", "longnet-tiny.json", "dense-in-blocks-of-1Ki.json")
+)
+
+
+def write(path: Path, *rows: Any) -> Path:
+    return write_lines(path, [*rows])
+
+
+def bench_row(impl: str, seq: int, seconds: float | None, **more: Any) -> dict[str, Any]:
+    rate = seq / seconds if seconds else None
+    status = "ok" if seconds else "skipped"
+    row = {"op": "attention", "impl": impl, "direction": "forward", "seq": seq, "status": status}
+    return row | {"seconds": seconds, "tokens_per_second": rate, "peak_rss_bytes": 2**20 + seq} | more
+
+
+def by_key(*files: Path) -> dict[str, Panel]:
+    return {panel.key: panel for panel in panels(read_all(files))}
+
+
+def test_a_billion_tokens() -> None:
+    """Each length is one point: the whole run, not its decades. Dense goes on as its square from the last measured."""
+    rows = [json.loads(line) for line in BILLION.read_text().splitlines()]
+    found = by_key(BILLION)
+    assert list(found) == ["seconds", "seconds_per_token", "peak_rss_bytes"]
+    time, each, memory = found.values()
+    assert [(curve.name, curve.extrapolated) for curve in time.curves] == [
+        ("dilated", False), ("dense", False), ("dense", True),
+    ]  # fmt: skip
+    whole = [row for row in rows if row["impl"] == "dilated" and row["stop"] is None]
+    assert time.curves[0].points == [Point(row["seq"], row["seconds"]) for row in whole]
+    assert [x for x, *_ in time.curves[0].points] == [1e6, 1e7, 1e8, 1e9]
+    (last, *guesses), measured = time.curves[2].points, time.curves[1].points
+    assert last == measured[-1]
+    assert [x for x, *_ in guesses] == [1e6, 1e7, 1e8, 1e9]
+    for (x, seconds, _), (_, per_token, _) in zip(guesses, each.curves[2].points[1:], strict=True):
+        assert seconds == pytest.approx(last.y * (x / 131072) ** 2)
+        assert per_token == pytest.approx(seconds / x)
+    assert [curve.extrapolated for curve in memory.curves] == [False, False]
+
+
+def test_what_differs_between_rows_is_in_the_names(tmp_path: Path) -> None:
+    directions = [bench_row("dilated", 64, 1.0), bench_row("dilated", 64, 2.0, direction="backward", heads=None)]
+    first, second = write(tmp_path / "a.jsonl", *directions), write(tmp_path / "b.jsonl", bench_row("dilated", 64, 3.0))
+    assert by_key(first)["seconds"].names == ["dilated, forward", "dilated, backward"]
+    assert by_key(first, second)["seconds"].names == ["a, dilated, forward", "a, dilated, backward", "b, dilated"]
+    heads = [bench_row("dense", 64, 1.0, heads=n, causal=n > 2) for n in (2, 4)]
+    assert by_key(write(tmp_path / "c.jsonl", *heads))["seconds"].names == [
+        "dense, 2 heads, bidirectional", "dense, 4 heads, causal",
+    ]  # fmt: skip
+
+
+def test_rows_without_a_measurement_give_no_point(tmp_path: Path) -> None:
+    stopped = bench_row("dilated", 10**9, 5.0, status="stopped", start=0, stop=4000)
+    rows = [bench_row("dilated", 64, 1.0), bench_row("dilated", 128, None), bench_row("dilated", 256, 0.0), stopped]
+    (curve,) = by_key(write(tmp_path / "a.jsonl", *rows))["seconds"].curves
+    assert curve.points == [Point(64, 1.0), Point(4000, 5.0)]  # of a stopped run, how far it came
+    only_skipped = write(tmp_path / "b.jsonl", bench_row("dense", 64, None, peak_rss_bytes=None))
+    with pytest.raises(DataError, match="b: nothing to draw"):
+        panels([read(only_skipped)])
+
+
+def test_contexts_are_a_curve_with_errors() -> None:
+    found = by_key(TINY, BLOCKS)
+    totals = json.loads(TINY.read_text())["totals"]
+    tiny, blocks = found["ppl"].curves
+    assert tiny == Curve("longnet-tiny", [Point(row["context"], row["ppl"], row["ppl_se"]) for row in totals])
+    assert (blocks.name, [point.error for point in blocks.points]) == ("dense-in-blocks-of-1Ki", [None, None])
+    assert [(y, error) for _, y, error in found["ppl_ratio"].curves[0].points][:2] == [(1, 0), (0.8232, 0.0128)]
+
+
+def test_what_is_new_stands_behind_all_distances() -> None:
+    panel = by_key(TINY)["by_recall"]
+    assert panel.names == ["context 2Ki", "context 16Ki"]
+    near, new = panel.curves[:2]
+    assert (near.points[0], new.points) == (Point(2, 0.631), [Point(math.inf, 3.674)])
+    assert panel.place(math.inf) == pytest.approx(14 + 2)  # distances up to 2^14 are known
+    lines = draw_text([panel], 80).splitlines()
+    assert lines[10].split()[-1] == "new"
+    assert lines[12].strip() == "a context 2Ki: 3.674 at new"
+
+
+@pytest.mark.parametrize("format", ["json", "jsonl", "one line"])
+def test_scores_in_every_form(tmp_path: Path, format: str) -> None:
+    rows = [{"from": 1, "to": 1, "n_tokens": 5, "nll": 3.0, "nll_se": 0.5}, {"from": 2, "to": 3, "nll": 2.0}]
+    total = {"ppl": 9.0, "context": None, "by_position": rows, "by_segment_position": []}
+    value = {"total": total, "documents": [{"doc_id": "a", "ppl": 9.0}]}
+    file = tmp_path / "tiny.json"
+    if format == "jsonl":
+        write(file, {"kind": "document", "doc_id": "a"}, {"kind": "total", **total})
+    else:
+        file.write_text(json.dumps(value, indent=2 if format == "json" else None) + "\n")
+    (panel,) = panels([read(file)])
+    assert (panel.key, panel.curves) == ("by_position", [Curve("tiny", [Point(1, 3.0, 0.5), Point(2, 2.0)])])
+
+
+def test_rows_of_bench_in_every_form(tmp_path: Path) -> None:
+    row = bench_row("dilated", 64, 1.0)
+    forms = (f"[\n  {json.dumps(row)}\n]\n", json.dumps([row]), json.dumps(row) + "\n", json.dumps(row) + '\n{"op')
+    for index, text in enumerate(forms):
+        (tmp_path / f"{index}.json").write_text(text)
+        assert by_key(tmp_path / f"{index}.json")["seconds"].curves[0].points == [Point(64, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"step": 1}\nnonsense\n{"step": 2}\n', "row 2: not JSON"),
+        ('{"step": 1}\n[2]\n', "row 2: not a line of metrics"),
+        ('{"loss": 1}\n', "row 1: not a line of metrics"),
+        ('{"step": "1"}\n', "row 1: not a line of metrics"),
+        ("", "no line of metrics yet"),
+        ('{"step"', "no line of metrics yet"),
+        ("\udcff", "not UTF-8"),
+        (None, "No such file"),
+        ('{\n "total": {\n', "row 3: not JSON"),
+        ('{"total": 3}\n', "row 1: not a score"),
+        ('{"totals": [{"by_recall": [3]}], "total": {}}\n', "row 1: not a score"),
+        ('{"total": {"by_position": {"a": 1}}}\n', "row 1: not a score"),
+        ('{"kind": "document"}\n', "nothing to draw"),
+        ('{"total": {"ppl": 3.0, "context": null}}\n', "several contexts, --by-position or --by-recall"),
+        ('{"impl": "dense"}\n', "row 1: not a row of bench"),
+        ('{"impl": "dense", "seq": 1}\n{"step": 1}\n', "row 2: not a row of bench"),
+        ('{"other": 1}\n', "row 1: not a line of metrics, nor of bench or score"),
+        ("| op | impl |\n", "expected the metrics of a run, `bench --format jsonl` or `score --format json`"),
+        ('{"impl": "x", "seq": 1, "seconds": 1' + "0" * 400 + "}\n", "nothing to draw"),
+    ],
+)
+def test_what_is_none_of_them_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    """Neither metrics of a run, nor rows of `bench`, nor scores."""
+    file = tmp_path / "file.json"
+    if text is not None:
+        file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match=re.escape(message)) as error:
+        panels([read(file)])
+    assert str(error.value).startswith((str(file), "file: "))
+    assert "\n" not in str(error.value)
+
+
+def test_show_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="no 'second' to draw: did you mean seconds"):
+        panels([read(BILLION)], ["second"])
+    with pytest.raises(ConfigError, match="choose from seconds, seconds_per_token, peak_rss_bytes"):
+        panels([read(BILLION)], ["loss"])
+
+
+@pytest.mark.parametrize("color", [True, False])
+@pytest.mark.parametrize("width", [40, 80])
+def test_every_panel_fits(color: bool, width: int) -> None:
+    found = panels(read_all([BILLION, TINY, BLOCKS]))
+    text = re.sub(r"\x1b\[\d+m", "", draw_text(found, width, color=color, braille=color))
+    assert max(map(len, text.splitlines())) <= width
+    assert text.isascii() != color
+    assert "dense, extrapolated: 25.8 years at 1e9 tokens" in " ".join(text.split())
+    if not color:
+        assert text.count(":   ") >= 5  # errors, upright
+
+
+def test_a_picture_has_a_column_for_each_axis(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = panels(read_all([BILLION, TINY]), ["seconds_per_token", "ppl"])
+    draw_picture(found, tmp_path / "both.png")
+    picture = (tmp_path / "both.png").read_bytes()
+    assert int.from_bytes(picture[16:20], "big") == 2 * 5 * 150  # wide
+    draw_picture(panels(read_all([BILLION, TINY, BLOCKS])), tmp_path / "all.svg")
+    assert (tmp_path / "all.svg").read_text().count("<!-- new -->") == 1  # the place behind all distances
+
+
+def test_bench_and_score_go_into_plot(run_longnet, tmp_path: Path) -> None:
+    """The real commands, through a pipe and from a file."""
+    options = ["--seq", "64,128", "--heads", "1", "--head-dim", "8", "--repeats", "1", "-q", "--format", "jsonl"]
+    rows = run_longnet("bench", *options).stdout
+    done = run_longnet("plot", "-", "--show", "peak_rss_bytes,seconds", input=rows)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line for line in done.stdout.splitlines() if line in ("time", "peak memory")] == ["peak memory", "time"]
+    assert re.search(r"b dense: \S+ \S+ at 128 tokens", done.stdout)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"a text, {name}, and a text, and a text " * 3)
+    command = ["score", "a.txt", "b.txt", "-q", "--context", "8,32", "--by-position", "--by-recall", "--format", "json"]
+    scores = run_longnet(*command)
+    (tmp_path / "scores.json").write_text(scores.stdout)
+    done = run_longnet("plot", "scores.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    (total, *_) = json.loads(scores.stdout)["totals"]
+    assert len(re.findall(r"context 8: .* \+- ", done.stdout)) >= 3
+    assert f"a context 8: {total['by_position'][-1]['nll']:.4g} +- " in done.stdout
+
+
+def test_names_are_shown_without_control_characters(run_longnet, tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", bench_row("den\x1b[31mse", 64, 1.0), bench_row("x", 64, 1.0))
+    done = run_longnet("plot", "a.jsonl")
+    assert (done.returncode, "\x1b" in done.stdout) == (0, False)
+    assert r"den\x1b[31mse: 1 s" in done.stdout
+
+
+def test_the_picture_is_not_one_of_the_files(run_longnet, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.png", bench_row("dilated", 64, 1.0))
+    before = file.read_bytes()
+    os.link(file, tmp_path / "b.png")
+    done = run_longnet("plot", "a.png", "-o", "b.png")
+    assert (done.returncode, len(done.stderr.splitlines()), file.read_bytes()) == (2, 1, before)

@@ -1,0 +1,241 @@
+"""A decoder of transformers trains as a LongNet does: exact in chunks and over ranks, resumed as uninterrupted, and
+what it leaves is a folder that transformers opens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+
+import transformers as hf
+from builders import metrics_of, tiny_llama, write_corpus
+from many_ranks import run_ranks, train_on
+
+from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.notation import parse_pattern
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.training.checkpoint import checkpoints_in, tensor_names
+from longnet_cli.jobs.training.gradients import backward, far_bytes
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.recipe import PretrainedRecipe, Recipe, load_recipe
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.running.chunks import backward_in_chunks
+from longnet_cli.running.mapped import MappedMemory
+
+SIZES = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
+WINDOW = "window:16,sinks=3"
+CHOSEN = "window:16,chosen=2x8,chosen_every=4"
+NESTED = Pattern((8, 32), (1, 4), look_back=1, overlap="once", queries="all", sinks=2)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path, 100, 4)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """The folder of a small Llama of random weights, larger than an initialisation has them, so that layers matter."""
+    tiny_llama(tmp_path / "llama", **SIZES, initializer_range=0.2, bos_token_id=257)
+    (tmp_path / "llama/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return tmp_path / "llama"
+
+
+def recipe(llama: Path, corpus: Path, **changes: object) -> Recipe:
+    """Windows of 96 tokens, three chunks of 32 each: longer than a chunk, and than the model was trained on."""
+    settings: dict[str, Any] = {
+        "init": str(llama),
+        "model.pattern": WINDOW,
+        "data.train": [str(corpus)],
+        "data.held_out": [str(corpus.with_name("held_out.txt"))],
+        "optimizer.lr": 1e-3,
+        "schedule.warmup_steps": 0,
+        "train.stages": [{"seq_len": 96, "steps": 6}],
+        "train.batch_tokens": 192,
+        "train.chunk": 32,
+        "train.log_every": 1,
+        "train.save_every": 3,
+    }
+    return load_recipe(None, json.loads(json.dumps(settings)) | changes)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return hf.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize("lora", [None, ["q_proj", "down_proj"]])
+@pytest.mark.parametrize(
+    "pattern",
+    [Pattern.dense(), Pattern.window(16, sinks=3), NESTED, Pattern((8, 32), (1, 2)), parse_pattern(CHOSEN)],
+)
+def test_the_gradient_in_chunks_is_the_whole_one(
+    pattern: Pattern, lora: list[str] | None, llama: Path, tmp_path: Path
+) -> None:
+    """With LoRA on queries alone, no weight that is trained makes the first layer's keys. Far rows are in a file."""
+    net = ModelFolder(llama).net(pattern=pattern)
+    net.check_trainable()
+    if lora:
+        pytest.importorskip("peft")
+        net.add_lora({"rank": 2, "alpha": 4.0, "dropout": 0.0, "target_modules": lora})
+        torch.manual_seed(1)
+        for name, p in net.named_parameters():
+            if "lora_B" in name:  # zeros, by which A would have no gradient
+                torch.nn.init.normal_(p)
+    ids = torch.randint(257, (2, 101))
+    room = MappedMemory(ids.shape[0] * far_bytes(net.config, 100, 24, 4).stored, tmp_path)
+    found = []
+    for chunk in (100, 24):
+        net.zero_grad()
+        nll = backward_in_chunks(net, ids[:, :-1], ids[:, 1:], chunk, allocate=room.empty)
+        found.append((nll, {name: p.grad.clone() for name, p in net.named_parameters() if p.requires_grad}))
+    assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-6)
+    for name, whole in found[0][1].items():
+        assert (found[1][1][name] - whole).norm() <= 1e-5 * whole.norm(), name
+
+
+@pytest.mark.parametrize("pattern", [WINDOW, CHOSEN])
+def test_documents_in_one_row_are_as_each_alone(pattern: str, llama: Path) -> None:
+    net = ModelFolder(llama).net(pattern=parse_pattern(pattern))
+    ids, lengths = torch.randint(257, (1, 90)), [20, 43, 27]
+    found = net(ids, documents=lengths)
+    expected = torch.cat([net(part) for part in ids.split(lengths, 1)], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    nll = backward(net, ids, ids, chunk=64, starts=[[0, 20, 63]])  # of which two fit one forward
+    alone = sum(net.nll(net(part), part).double().sum() for part in ids.split(lengths, 1))
+    assert nll.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_a_run_leaves_a_folder_of_transformers(llama: Path, corpus: Path, tmp_path: Path) -> None:
+    result = train(recipe(llama, corpus), tmp_path / "run")
+    lines = metrics_of(tmp_path / "run")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+    assert result.loss == lines[-1]["loss"]
+    assert lines[-1]["held_out_loss"] is not None
+    settings = json.loads((tmp_path / "run/config.json").read_text())
+    assert settings["dilated_attention"]["segment_lengths"] == [16]
+    assert settings["dilated_attention"]["sinks"] == 3
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (llama / name).read_bytes()
+    assert not list((tmp_path / "run").glob(".saving-*"))
+    assert not torch.equal(weights(tmp_path / "run")["lm_head.weight"], weights(llama)["lm_head.weight"])
+    assert ModelFolder(tmp_path / "run").net().config.pattern == Pattern.window(16, sinks=3)
+    found = PretrainedRecipe.model_validate_json((tmp_path / "run/recipe.json").read_text())
+    assert found == recipe(llama, corpus) == load_recipe(str(tmp_path / "run/recipe.json"), {})
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
+    """Bit for bit, also where it goes on with the far rows in a file."""
+    chosen = {"model.pattern": CHOSEN}
+    found = recipe(llama, corpus, **chosen)
+    train(found, tmp_path / "whole")
+
+    def stop(tokens: int, line: Any) -> None:
+        if line.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(found, tmp_path / "parts", on_step=stop)
+    train(recipe(llama, corpus, **chosen, **{"train.spill": str(tmp_path)}), tmp_path / "parts")
+    torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_lora_leaves_the_merged_model_and_the_adapter(llama: Path, corpus: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    found = recipe(llama, corpus, **{"lora.rank": 4, "lora.dropout": 0.1})
+    train(found, tmp_path / "whole")
+
+    def stop(tokens: int, line: Any) -> None:
+        if line.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(found, tmp_path / "run", on_step=stop)
+    assert "model.model.model.embed_tokens.weight" not in tensor_names(checkpoints_in(tmp_path / "run/checkpoints")[0])
+    train(
+        recipe(llama, corpus, **{"lora.rank": 4, "lora.dropout": 0.1, "train.spill": str(tmp_path)}), tmp_path / "run"
+    )
+    merged = weights(tmp_path / "run")
+    torch.testing.assert_close(merged, weights(tmp_path / "whole"), rtol=0, atol=0)
+    assert torch.equal(merged["lm_head.weight"], weights(llama)["lm_head.weight"])
+    base = hf.AutoModelForCausalLM.from_pretrained(llama)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run/adapter").merge_and_unload().state_dict()
+    torch.testing.assert_close(merged, adapted, rtol=1e-6, atol=1e-6)
+    other = hf.AutoModelForCausalLM.from_pretrained(llama)
+    torch.nn.init.normal_(other.lm_head.weight)
+    other.save_pretrained(llama)
+    with pytest.raises(ConfigError, match="with other weights"):
+        train(found, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("dp", "shard", "pattern"), [(1, "none", WINDOW), (2, "full", WINDOW), (2, "none", CHOSEN), (2, "full", CHOSEN)]
+)
+def test_two_ranks_are_one(dp: int, shard: str, pattern: str, llama: Path, corpus: Path, tmp_path: Path) -> None:
+    train(recipe(llama, corpus, **{"model.pattern": pattern}), tmp_path / "one")
+    sharded = recipe(llama, corpus, **{"parallel.shard": shard, "model.pattern": pattern})
+    run_ranks(2, tmp_path, train_on, dp, sharded, tmp_path / "two")
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=2e-4, atol=2e-4)
+    one, two = ([line["grad_norm"] for line in metrics_of(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-3)  # AdamW does not see how large gradients are
+
+
+def test_a_model_without_a_pattern_trains_dense_as_far_as_it_was_trained(
+    llama: Path, corpus: Path, tmp_path: Path
+) -> None:
+    plain = {"model.pattern": None}
+    with pytest.raises(ConfigError, match=r"reads up to 64 tokens.* needs 96: set model\.pattern"):
+        recipe(llama, corpus, **plain)
+    found = recipe(llama, corpus, **plain, **{"train.stages": [{"seq_len": 64, "steps": 2}], "data.held_out": None})
+    train(found, tmp_path / "run")
+    assert "dilated_attention" not in json.loads((tmp_path / "run/config.json").read_text())
+    assert ModelFolder(tmp_path / "run").net().config.as_trained
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.dim": 8}, r"model\.dim: .* sizes of its own"),
+        ({"model.pattern": "windw:8"}, r"model\.pattern: unknown pattern 'windw'"),
+        ({"train.objective": "masked"}, r"train\.objective"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(
+    changes: dict[str, object], message: str, llama: Path, corpus: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe(llama, corpus, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, ["q_proj", "v_proj"]])
+def test_a_real_model_in_chunks(lora: list[str] | None) -> None:
+    """SmolLM2-135M, which examples/real_model.py fetches; SMOLLM2 is its folder."""
+    folder = Path(os.environ.get("SMOLLM2", "/tmp/smollm2"))
+    if not folder.is_dir():
+        pytest.skip("no SmolLM2: set SMOLLM2 to its folder")
+    net = ModelFolder(folder).net(pattern=Pattern.window(64, sinks=4))
+    if lora:
+        net.add_lora({"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": lora})
+        for name, p in net.named_parameters():
+            if "lora_B" in name:  # zeros, by which A would have no gradient
+                torch.nn.init.normal_(p, std=0.01)
+    text = "The quick brown fox jumps over the lazy dog, and nobody asks it why it lies there. " * 16
+    ids = torch.tensor([Tokenizer.load(folder).encode(text)[:257].tolist()])
+    found, losses = [], []
+    for chunk in (256, 96):  # the second ends in three chunks, which see the last 64 to 127 tokens and the sinks
+        net.zero_grad()
+        losses.append(backward_in_chunks(net, ids[:, :-1], ids[:, 1:], chunk).item())
+        found.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]))
+    error = ((found[1] - found[0]).norm() / found[0].norm()).item()
+    print(f"{losses[0] / 256:.4f} nats per token, relative error {error:.1e}")
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert error <= 1e-5

@@ -1,0 +1,204 @@
+"""What `encode` adds for search: the place of a span in its text, prefixes, short vectors, what the model stores."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import tiny_llama, tiny_model
+from conftest import RunLongnet
+from files import write_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from places import ROOT
+
+from longnet_cli.data.documents import Document
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.encoding import TextPlaces
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.nets.net import Embedder
+
+TEXT = "naïve “quotes” — \U0001f600\U0001f468\u200d\U0001f469 and e\u0301 \u4e2d\u6587. " * 9
+
+
+@pytest.mark.parametrize("name", ["bytes", "longnet-tiny"])
+@given(text=st.text(max_size=60), span=st.integers(1, 7))
+def test_places_are_exact(name: str, text: str, span: int) -> None:
+    words = Tokenizer.load(name)
+    ids, data = words.encode(text), text.encode()
+    places = TextPlaces(Document("a", ids, len(data), "a", tokenizer=words))
+    lengths = words.token_bytes
+    assert lengths is not None
+    edges = np.concatenate([[0], np.cumsum(lengths[ids])])  # in bytes
+    owner = [index for index, character in enumerate(text) for _ in character.encode()]  # of each byte
+    for start in range(0, len(ids), span):
+        end = min(start + span, len(ids))
+        own = owner[edges[start] : edges[end]]
+        assert places.of(start, end) == (own[0], own[-1] + 1)
+
+
+def test_a_text_that_the_tokenizer_changes_has_no_places() -> None:
+    words = Tokenizer.load("longnet-tiny")
+    assert TextPlaces(Document("a", words.encode("abc"), 4, "a", tokenizer=words)).of(0, 1) == (None, None)
+    assert TextPlaces(Document("a", words.encode("abc"), words, "a")).of(0, 1) == (None, None)
+
+
+def test_rows_of_text_say_where_they_are(tmp_path: Path, run_longnet: RunLongnet) -> None:
+    tiny_model(tmp_path / "model")
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.txt").write_text("short")
+    run_longnet("encode", "a.txt", "b.txt", "--model", "./model", "--span", "50", "-o", "v.parquet")
+    rows = pq.read_table(tmp_path / "v.parquet").to_pylist()
+    of_a = [row for row in rows if row["doc_id"] == "a.txt"]
+    assert (of_a[0]["char_start"], of_a[-1]["char_end"]) == (0, len(TEXT))
+    for row in of_a:
+        assert (
+            TEXT.encode()[row["start"] : row["end"]].decode(errors="ignore")
+            in TEXT[row["char_start"] : row["char_end"]]
+        )
+    run_longnet("tokenize", "a.txt", "--tokenizer", "bytes", "-o", "ids.arrow")
+    run_longnet("encode", "ids.arrow", "--model", "./model", "-o", "w.parquet")
+    assert "char_start" not in pq.read_schema(tmp_path / "w.parquet").names
+
+
+@pytest.mark.parametrize("pool", ["mean", "last"])
+def test_a_stored_embedder_is_taken_unasked(pool: str, tmp_path: Path, run_longnet: RunLongnet) -> None:
+    """Its pooling and its prompt for documents, which is a part of the vector, as in sentence-transformers."""
+    folders = [tiny_model(tmp_path / "first"), tiny_llama(tmp_path / "second")]
+    (tmp_path / "a.txt").write_text("some text of a document, long enough")
+    for folder in folders:
+        net = ModelFolder(folder).net()
+        net.embedder = Embedder(pool, "query: ", "text: ")
+        net.save(tmp_path / "stored", Tokenizer.bytes().to_json(), net.state_dict())
+        command = ["encode", "a.txt", "--model", "./stored", "--dims", "8", "--chunk", "16", "-o", "v.parquet"]
+        run_longnet(*command)
+        table = pq.read_table(tmp_path / "v.parquet")
+        ids = torch.tensor([256, *b"text: ", *(tmp_path / "a.txt").read_bytes()])
+        with torch.no_grad():
+            hidden = net(ids[None])[0, 1:]
+        expected = F.normalize((hidden.mean(0) if pool == "mean" else hidden[-1])[:8], dim=0)
+        found = torch.tensor(table["embedding"].to_pylist()[0])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert (table["start"][0].as_py(), table["end"][0].as_py(), table["char_end"][0].as_py()) == (0, 36, 36)
+        assert table.schema.metadata[b"longnet.query_prompt"] == b"query: "
+        run_longnet(*command, "--prefix", "none", "--pool", "mean")
+        assert pq.read_table(tmp_path / "v.parquet")["embedding"].to_pylist()[0] != found.tolist()
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path, run_longnet: RunLongnet) -> None:
+    tiny_model(tmp_path / "encoder", causal=False, position="rope")
+    (tmp_path / "a.txt").write_text("text")
+    for options, message in (
+        (["--prefix", "x"], "a bidirectional model reads nothing before a document: leave out --prefix"),
+        (["--dims", "17"], "a vector of this model has 16 numbers: --dims 17 is not among them"),
+    ):
+        done = run_longnet("encode", "a.txt", "--model", "./encoder", *options, "-o", "v.arrow")
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("texts", "vectors", "options"),
+    [
+        (["texts.parquet", "--keep", "text"], ["v.arrow"], ["--text", "text"]),
+        (["texts"], ["v.parquet"], ["--root", "texts"]),
+        (["texts"], ["v", "--shard-rows", "2"], ["--root", "texts"]),
+    ],
+)
+def test_nearest_answers_a_query(
+    texts: list[str],
+    vectors: list[str],
+    options: list[str],
+    tmp_path: Path,
+    run_longnet: RunLongnet,
+    command_env: dict[str, str],
+) -> None:
+    rows = [{"id": str(i), "text": text} for i, text in enumerate(("red fox", "blue whale", "green frog"))]
+    write_rows(tmp_path / "texts.parquet", rows)
+    (tmp_path / "texts").mkdir()
+    for row in rows:
+        (tmp_path / "texts" / row["id"]).write_text(row["text"])
+    command = [sys.executable, ROOT / "examples/nearest.py", vectors[0], "--query", "blue whale", *options]
+
+    def ask() -> subprocess.CompletedProcess:
+        return subprocess.run(command, cwd=tmp_path, env=command_env, capture_output=True, text=True, check=False)
+
+    missing = ask()
+    assert (missing.returncode, missing.stderr) == (1, f"{vectors[0]}: No such file or directory\n")
+    assert run_longnet("encode", *texts, "-o", *vectors).returncode == 0
+    done = ask()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ["1.000  1, tokens 0 to 6", "       blue whale"]
+
+
+def write_archives(folder: Path) -> list[Path]:
+    """A wheel with six modules, and a Debian package with three manual pages, each with words of its own."""
+    folder.mkdir()
+    wheel, deb, tar = folder / "a.whl", folder / "b.deb", io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as packed:
+        for i in range(6):
+            words = " ".join(f"x = 'module{i} word{i * 50 + j % 40}'\n" for j in range(400)).replace(" x", "x")
+            packed.writestr(f"a/m{i}.py", f'"""The module of word{i * 50} and others."""\n{words}')
+    with tarfile.open(fileobj=tar, mode="w:xz") as packed:
+        for i in range(3):
+            page = f".TH P{i} 1\n.SH NAME\np{i} \\- the tool of word{i}\n.SH DESCRIPTION\n" + f"Of word{i}.\n" * 300
+            content = gzip.compress(page.encode())
+            member = tarfile.TarInfo(f"./usr/share/man/man1/p{i}.1.gz")
+            member.size = len(content)
+            packed.addfile(member, io.BytesIO(content))
+    data = b"!<arch>\n"
+    for name, content in (("debian-binary", b"2.0\n"), ("data.tar.xz", tar.getvalue())):
+        data += (
+            f"{name:<16}{0:<12}{0:<6}{0:<6}{644:<8}{len(content):<10}`\n".encode()
+            + content
+            + b"\n" * (len(content) % 2)
+        )
+    deb.write_bytes(data)
+    return [deb, wheel]
+
+
+def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> None:
+    env = command_env | {"PATH": f"{longnet.parent}:{command_env['PATH']}"}
+
+    def run(*args: str | Path) -> tuple[list[dict], str]:
+        command = [sys.executable, ROOT / "examples/retrieval.py", *args]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+    archives = write_archives(tmp_path / "archives")
+    said = run("make", "bench", *archives)[1]
+    assert [line.split(" pairs")[0] for line in said.splitlines()] == ["man: 3", "py-S: 6", "pydoc: 6"]
+    assert run("make", "again", *reversed(archives))[1] == said
+    pairs = [json.loads(line) for line in (tmp_path / "bench/pairs.jsonl").read_text().splitlines()]
+    pages = {pair["first"]: pair["second"] for pair in pairs if pair["task"] == "man"}
+    assert pages["the tool of word1"].startswith("\nDESCRIPTION\nOf word1.\n")
+    modules = [pair for pair in pairs if pair["task"] == "pydoc"]
+    assert all(pair["first"].startswith("The module") and "The module" not in pair["second"] for pair in modules)
+    found, _ = run("words", "bench", "--read", "32,all")
+    assert len(found) == 2 * 3 * 3
+    assert all(row["recall_1"] == 1 for row in found if row["read"] is None and row["method"] != "256 counts")
+    assert all(row["recall_1"] < 1 for row in found if row["read"] == 32 and row["task"] == "py-S")
+    tiny_model(tmp_path / "model")
+    command = ("vectors", "bench", "--model", "./model", "--tasks", "man,pydoc", "--read")
+    found, _ = run(*command, "16")
+    assert run(*command, "16,48")[0] == found + run(*command, "48", "--", "--chunk", "64")[0]
+    assert [(row["task"], row["centred"], row["n"]) for row in found] == [
+        *(("man", False, 3), ("man", True, 3)),
+        *(("pydoc", False, 6), ("pydoc", True, 6)),
+    ]
+    run("make", "pages", archives[0])
+    assert run("training", "pairs", "pages", *archives)[1].splitlines() == ["py-spans: 6 pairs", "pydoc: 6 pairs"]
+    held_out = (tmp_path / "pairs/pydoc.held_out.jsonl").read_text().splitlines()
+    assert {json.loads(line)["first"] for line in held_out} == {pair["first"] for pair in modules}

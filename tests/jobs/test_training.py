@@ -1,0 +1,402 @@
+"""Training learns, accumulates exactly, grows its context, and leaves a whole model directory however it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+import torch
+from builders import metrics_of, recipe
+
+from longnet_cli.basics.atomic import locked_folder
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.training import metrics
+from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_state
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.metrics import MetricsLog
+from longnet_cli.jobs.training.optimizer import build_optimizers, learning_rate
+from longnet_cli.jobs.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.nets.longnet import LongNet
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    return path
+
+
+def test_it_learns_and_leaves_a_model(corpus: Path, tmp_path: Path) -> None:
+    result = train(recipe(corpus), tmp_path / "out")
+    lines = metrics_of(tmp_path / "out")
+    assert [line["step"] for line in lines] == [10, 20, 30, 40]
+    assert [line["seq_len"] for line in lines] == [32, 32, 32, 64]
+    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"} <= lines[0].keys()
+    assert result.tokens == lines[-1]["tokens"] == 40 * 256
+    assert lines[0]["loss"] > lines[-1]["loss"] + 1
+    model = LongNet.from_pretrained(tmp_path / "out")
+    assert model.config.vocab_size == 257  # the byte tokenizer's
+    assert (tmp_path / "out/tokenizer.json").exists()
+    assert Recipe.model_validate_json((tmp_path / "out/recipe.json").read_text()) == recipe(corpus)
+
+
+def test_the_recipe_names_the_end_of_text(corpus: Path, tmp_path: Path) -> None:
+    inner = tokenizers.Tokenizer.from_str(Tokenizer.bytes().to_json())
+    inner.add_special_tokens(["STOP"])
+    (tmp_path / "words").mkdir()
+    inner.save(str(tmp_path / "words/tokenizer.json"))
+    (tmp_path / "short.jsonl").write_text('{"text": "a dog"}\n{"text": "a fox"}\n' * 30)
+    settings = {"data.tokenizer": str(tmp_path / "words"), "data.train": [str(tmp_path / "short.jsonl")]}
+    settings["train.stages"] = [{"seq_len": 32, "steps": 1}]
+    seen = {}
+    for name, eos in (("own", None), ("named", "STOP"), ("by-id", 257)):
+        found = recipe(corpus, **settings, **({"data.eos": eos} if eos else {}))
+        seen[name] = train(found, tmp_path / name).loss
+        assert ModelFolder(tmp_path / name).tokenizer().eos_id == (257 if eos else 256)  # as a command reads the model
+    assert seen["named"] == seen["by-id"] != seen["own"]
+    saved = json.loads(recipe(corpus, **settings).model_dump_json())
+    assert recipe(corpus, **settings, **{"data.eos": "STOP"}).changed_since(saved) == ["data.eos"]
+    with pytest.raises(ConfigError, match="--eos </s>: the tokenizer has no such token"):
+        train(recipe(corpus, **settings, **{"data.eos": "</s>"}), tmp_path / "wrong")
+    bare = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
+    bare.save(str(tmp_path / "words/tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"<\|im_end\|>.*; training puts it between documents: .*data\.eos"):
+        train(recipe(corpus, **settings | {"data.train": [str(tmp_path / "missing")]}), tmp_path / "none")
+
+
+def test_the_same_seed_trains_the_same_weights(corpus: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train(recipe(corpus), tmp_path / name)
+    train(recipe(corpus, **{"train.seed": 1}), tmp_path / "c")
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_it_starts_from_given_weights(corpus: Path, tmp_path: Path) -> None:
+    first = train(recipe(corpus), tmp_path / "first")
+    again = train(recipe(corpus, **{"train.log_every": 1, "init": str(tmp_path / "first")}), tmp_path / "again")
+    lines = (tmp_path / "again/metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["loss"] < first.loss + 0.5
+    assert again.steps == 40
+    pattern = {"model.segment_lengths": [16], "model.dilation_rates": [1]}
+    other = train(recipe(corpus, **pattern, init=str(tmp_path / "first")), tmp_path / "other pattern")
+    assert other.loss != again.loss
+    assert other.loss < first.loss + 0.5
+    with pytest.raises(ConfigError, match=r"differs from the recipe in model\.ffn_dim"):
+        train(recipe(corpus, **{"model.ffn_dim": 64, "init": str(tmp_path / "first")}), tmp_path / "other")
+
+
+def test_given_weights_are_trained_in_fp32(corpus: Path, tmp_path: Path) -> None:
+    found = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 1}]})
+    LongNet(found.model).to(torch.bfloat16).save_pretrained(tmp_path / "first", Tokenizer.bytes().to_json())
+    train(found.model_copy(update={"init": str(tmp_path / "first")}), tmp_path / "out")
+    assert {p.dtype for p in LongNet.from_pretrained(tmp_path / "out").parameters()} == {torch.float32}
+
+
+def test_learning_rate() -> None:
+    schedule = ScheduleRecipe(warmup_steps=10, decay="cosine", final=0.1)
+    rates = [learning_rate(step, 100, 2.0, schedule) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[9] == pytest.approx(2.0)
+    assert rates[-1] == pytest.approx(0.2)
+    linear = ScheduleRecipe(warmup_steps=0, decay="linear", final=0.0)
+    assert [learning_rate(step, 5, 1.0, linear) for step in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert learning_rate(50, 100, 1.0, ScheduleRecipe(decay="constant", warmup_steps=0)) == 1.0
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_polynomial_decay_is_fairseqs(power: float) -> None:
+    """(lr - end) * (share of the steps that is left) ** power + end; power 1 is linear."""
+    schedule = ScheduleRecipe(warmup_steps=10, decay="polynomial", power=power, final=0.1)
+    for step in range(10, 100):
+        left = 1 - (step - 10) / (99 - 10)
+        assert learning_rate(step, 100, 2.0, schedule) == pytest.approx((2.0 - 0.2) * left**power + 0.2)
+    if power == 1.0:
+        linear = ScheduleRecipe(warmup_steps=10, decay="linear", final=0.1)
+        assert all(learning_rate(i, 100, 2.0, schedule) == learning_rate(i, 100, 2.0, linear) for i in range(100))
+
+
+def test_only_matrices_decay(corpus: Path) -> None:
+    found = recipe(corpus)
+    (adamw,) = build_optimizers(LongNet(found.model), found.optimizer)
+    decayed, kept = adamw.param_groups
+    assert decayed["weight_decay"] == 0.01
+    assert kept["weight_decay"] == 0
+    assert all(p.dim() >= 2 for p in decayed["params"])
+    assert all(p.dim() < 2 for p in kept["params"])
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_takes_the_matrices_of_the_layers(corpus: Path, tmp_path: Path) -> None:
+    found = recipe(corpus, **{"optimizer.name": "muon"})
+    model = LongNet(found.model)
+    muon, adamw = build_optimizers(model, found.optimizer)
+    theirs = {id(p) for group in muon.param_groups for p in group["params"]}
+    assert theirs == {id(p) for name, p in model.named_parameters() if name.startswith("layers.") and p.dim() == 2}
+    others = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert theirs | others == {id(p) for p in model.parameters()}
+    assert not theirs & others
+    assert train(found, tmp_path / "out").loss < 3
+
+
+@pytest.mark.parametrize("sizes", [{"model.dim": 2**40}, {"model.num_layers": 10**12}])
+def test_a_net_beyond_all_memory_is_refused_before_it_is_built(corpus: Path, tmp_path: Path, sizes: dict) -> None:
+    with pytest.raises(MemoryLimitError, match=r"the weights take .* GiB and .* GiB of memory are free"):
+        train(recipe(corpus, **sizes), tmp_path / "out")
+
+
+def test_a_diverging_run_says_where_and_keeps_the_last_weights(corpus: Path, tmp_path: Path) -> None:
+    calm = recipe(corpus, **{"train.save_every": 1})
+    seen = []
+
+    def poison(tokens: int, line: object) -> None:
+        seen.append(tokens)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(calm, tmp_path / "stopped", on_step=poison)
+    assert torch.isfinite(LongNet.from_pretrained(tmp_path / "stopped").embedding.weight).all()
+    with pytest.raises(
+        LongNetError, match=r"not finite at step (\d+) .*, in windows \d+ to \d+, from .*corpus.txt"
+    ) as error:
+        train(recipe(corpus, **{"optimizer.lr": 1e30, "optimizer.clip": 1e30}), tmp_path / "wild")
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith(f"--init {tmp_path / 'wild'}")
+    (saved,) = checkpoints_in(tmp_path / "wild/checkpoints")
+    assert f"step {read_state(saved)['progress']['step'] + 1} " in str(error.value)
+    with pytest.raises(LongNetError, match="the loss jumps at step"):
+        train(recipe(corpus, **{"train.loss_jump": 1e-9, "train.log_every": 1}), tmp_path / "jumpy")
+
+
+def test_masked_training_learns_and_hides_the_same_tokens_again(corpus: Path, tmp_path: Path) -> None:
+    settings = {
+        "model.causal": False,
+        "model.position": "rope",
+        "train.objective": "masked",
+        "train.stages": [{"seq_len": 64, "steps": 60}],
+        "train.evaluate_every": 30,
+        "data.held_out": [str(corpus)],
+    }
+    found = recipe(corpus, **settings)
+    assert found.model.vocab_size == 258  # the byte tokenizer's, and the mask
+    result = train(found, tmp_path / "a")
+    lines = metrics_of(tmp_path / "a")
+    assert lines[-1]["held_out_loss"] < lines[2]["held_out_loss"] < 5
+    assert result.loss < lines[0]["loss"] - 1
+    train(found, tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match=r"train.chunk = 32 on 1 ranks is less than the longest seq_len, 64"):
+        train(recipe(corpus, **settings, **{"train.chunk": 32}), tmp_path / "c")
+    with pytest.raises(ConfigError, match=r"model.vocab_size = 257 is less than the tokens and the mask need, 258"):
+        train(recipe(corpus, **settings, **{"model.vocab_size": 257}), tmp_path / "c")
+    with pytest.raises(DataError, match="none of the held-out tokens was drawn to be hidden"):
+        train(recipe(corpus, **settings, **{"train.mask_rate": 1e-12}), tmp_path / "d")
+
+
+def test_bad_data_costs_no_step(tmp_path: Path) -> None:
+    rows = [[index % 250 for index in range(100)] for _ in range(40)]
+    rows[30][50] = 9999
+    pq.write_table(pa.table({"input_ids": rows}), tmp_path / "bad.parquet")
+    settings = {"train.batch_tokens": 64, "train.stages": [{"seq_len": 32, "steps": 100}]}
+    found = recipe(tmp_path / "bad.parquet", **settings)
+    with pytest.raises(
+        DataError, match=r"row 30, offset 50: token id 9999 .*; the (\d+) steps before it are saved"
+    ) as error:
+        train(found, tmp_path / "out")
+    (saved,) = checkpoints_in(tmp_path / "out/checkpoints")
+    assert f"the {read_state(saved)['progress']['step']} steps" in str(error.value)
+
+
+def test_held_out_data_without_a_token_is_refused_at_the_begin(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match=r"data.held_out, .*empty.jsonl: every document is empty"):
+        train(recipe(corpus, **{"data.held_out": [str(tmp_path / "empty.jsonl")]}), tmp_path / "out")
+
+
+def test_weights_that_an_evaluation_finds_spoiled_are_not_the_best(corpus: Path, tmp_path: Path) -> None:
+    settings = {"optimizer.lr": 1e20, "schedule.warmup_steps": 0, "train.evaluate_every": 1}
+    with pytest.raises(LongNetError, match=r"the held-out loss is not finite after step 1: lower optimizer\.lr"):
+        train(recipe(corpus, **settings, **{"data.held_out": [str(corpus)]}), tmp_path / "out")
+    assert not (tmp_path / "out/best").exists()
+
+
+@pytest.mark.parametrize(("peak", "mfu"), [(1000.0, 0.3), (300.0, 1.0), (299.0, None), (None, None)])
+def test_evaluations_do_not_count_in_the_speed_and_no_mfu_is_above_1(
+    monkeypatch: pytest.MonkeyPatch, peak: float | None, mfu: float | None
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    log = MetricsLog(None)
+    now = 2.0
+    log.add(100, 600.0, 1.0, 1.0)
+    with log.paused():
+        now = 50.0
+    line = log.write(1, 0.1, 32, memory=0, peak=peak)
+    assert (line.tokens_per_second, line.mfu) == (50, mfu)
+
+
+def test_a_second_process_is_kept_out(corpus: Path, tmp_path: Path) -> None:
+    with (
+        locked_folder(tmp_path / "out"),
+        pytest.raises(ConfigError, match="another process is writing into this folder"),
+    ):
+        train(recipe(corpus), tmp_path / "out")
+
+
+def test_activation_checkpointing_changes_no_number(corpus: Path, tmp_path: Path) -> None:
+    settings = {"train.stages": [{"seq_len": 200, "steps": 5}], "train.batch_tokens": 400, "model.dropout": 0.1}
+    for chunk in (4096, 48):
+        losses = [
+            train(
+                recipe(corpus, **settings, **{"train.chunk": chunk, "train.activation_checkpointing": again}),
+                tmp_path / f"{chunk} {again}",
+            ).loss
+            for again in (False, True)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_the_same(corpus: Path, tmp_path: Path) -> None:
+    plain, compiled = (
+        train(recipe(corpus, **{"train.compile": option}), tmp_path / f"{option}").loss for option in (False, True)
+    )
+    assert compiled == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"optimizer.ler": 1}, "unknown key 'optimizer.ler': did you mean 'optimizer.lr'?"),
+        ({"train.seq_len": 1}, "unknown key 'train.seq_len'"),
+        ({"model.dim": 15}, "not divisible"),
+        ({"model.causal": False, "model.position": "rope"}, 'set train.objective = "masked"'),
+        ({"train.objective": "masked"}, 'set train.objective = "causal"'),
+        ({"train.stages": []}, "train.stages"),
+        ({"data.train": []}, "data.train"),
+        ({"model.vocab_size": 256}, "model.vocab_size = 256 is less than the tokenizer needs, 257"),
+        ({"optimizer.lr.x": 1}, "is a value, not a table"),
+        ({"optimizer.lr": float("inf")}, "optimizer.lr: Input should be a finite number"),
+        ({"train.loss_jump": float("nan")}, "train.loss_jump"),
+        ({"optimizer.betas": [2, 0.9]}, "optimizer.betas.0: Input should be less than 1"),
+        ({"model.rope_theta": float("inf")}, "model.rope_theta: Input should be a finite number"),
+        ({"model.vocab_size": 0}, "model.vocab_size = 0"),
+        ({"schedule.decay": "cosin"}, "schedule.decay"),
+        ({"train.seed": 2**64}, "train.seed"),
+        ({"train.chunk": "32kb"}, "train.chunk: '32kb' is not a size"),
+        ({"train.batch_tokens": 0}, "train.batch_tokens: Input should be greater than 0"),
+        ({"schedule.power": 2}, 'schedule.power is of decay = "polynomial", not of "cosine"'),
+    ],
+)
+def test_wrong_recipes(corpus: Path, tmp_path: Path, overrides: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        train(recipe(corpus, **overrides), tmp_path / "out")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_are_written_as_everywhere(corpus: Path) -> None:
+    stages = [{"seq_len": "16Ki", "steps": 1}]
+    train = recipe(corpus, **{"train.chunk": "32k", "train.batch_tokens": "1e6", "train.stages": stages}).train
+    assert (train.chunk, train.batch_tokens, train.stages[0].seq_len) == (32000, 10**6, 16384)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("list.json", "[]", "list.json: not a recipe, which is a table of keys and values"),
+        ("recipe.py", "import os", "recipe.py: not TOML: "),
+        ("recipe.json", "{", "recipe.json: not JSON: "),
+        ("data.toml", "data = 3\n[train]\n[model]\n", "; data: Input should be "),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(tmp_path / name), {})
+    assert message in str(error.value)
+    assert "vocab_size" not in str(error.value)
+
+
+def test_overrides_are_toml_or_text() -> None:
+    assert parse_overrides(["a.b=1e-3", "c=[1, 2]", "d=bytes", "e = true"]) == {
+        "a.b": 1e-3, "c": [1, 2], "d": "bytes", "e": True,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="write key=value"):
+        parse_overrides(["optimizer.lr"])
+
+
+def test_the_command(corpus: Path, tmp_path: Path, run_longnet) -> None:
+    recipe_file = tmp_path / "small.toml"
+    recipe_file.write_text(
+        f"""
+        [model]
+        dim = 16
+        num_layers = 1
+        num_heads = 2
+        ffn_dim = 32
+        segment_lengths = [16, 32]
+        dilation_rates = [1, 2]
+        [data]
+        train = ["{corpus}"]
+        [train]
+        batch_tokens = 256
+        stages = [{{ seq_len = 32, steps = 5 }}]
+        """
+    )
+    done = run_longnet("train", recipe_file, "-o", "run", "--set", "train.log_every=1", "--dtype", "fp32")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "saved run after 5 steps" in done.stderr
+    assert (tmp_path / "run/model.safetensors").exists()
+    weights = (tmp_path / "run/model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "run/recipe.json").read_text())["train"]["dtype"] == "fp32"
+    again = run_longnet("train", "-o", "run", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "all steps are done already" in again.stderr
+    assert (tmp_path / "run/model.safetensors").read_bytes() == weights
+    never = run_longnet("train", recipe_file, "-o", "run", "--no-resume")
+    assert (never.returncode, len(never.stderr.splitlines())) == (2, 2), never.stderr
+    assert "already holds a run" in never.stderr
+    elsewhere = run_longnet("train", "-o", "elsewhere", "--resume", "run")
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert (tmp_path / "elsewhere/model.safetensors").read_bytes() == weights
+    begun = run_longnet("train", "-o", "run", "--init", "./elsewhere")
+    assert "all steps are done already; --init is ignored" in begun.stderr
+    shutil.rmtree(tmp_path / "elsewhere/checkpoints")
+    model = run_longnet("train", recipe_file, "-o", "elsewhere", "--init", "./run")
+    assert (model.returncode, "already holds a model" in model.stderr) == (2, True)
+    column = run_longnet("train", recipe_file, "-o", "run2", "--column", "words")
+    assert (column.returncode, "column 'words' is asked for" in column.stderr) == (2, True), column.stderr
+    typo = run_longnet("train", recipe_file, "-o", "run2", "--set", "train.log_evry=1")
+    assert typo.returncode == 2
+    assert "did you mean 'train.log_every'?" in typo.stderr
+    assert not (tmp_path / "run2").exists()
+
+
+def test_a_chunk_changes_no_number_of_a_run(corpus: Path, tmp_path: Path) -> None:
+    settings = {"train.stages": [{"seq_len": 200, "steps": 20}], "train.batch_tokens": 400}
+    whole = train(recipe(corpus, **settings), tmp_path / "whole")
+    chunked = train(recipe(corpus, **settings, **{"train.chunk": 48}), tmp_path / "chunked")
+    assert chunked.loss == pytest.approx(whole.loss, rel=1e-4)
+
+
+def test_documents_are_kept_apart_unless_asked_for(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.txt").write_text("abc " * 30)
+    (data / "b.txt").write_text("xyz " * 30)
+    settings = {"data.train": [str(data)], "train.stages": [{"seq_len": 200, "steps": 3}]}
+    losses = {
+        across: train(recipe(tmp_path, **settings, **{"train.across_documents": across}), tmp_path / f"{across}").loss
+        for across in (False, True)
+    }
+    assert losses[False] != losses[True]

@@ -1,0 +1,376 @@
+"""What `train --dry-run` says is what training takes: saved bytes exactly, the peak of real runs within 20 %."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import document_starts
+from torch.utils.flop_counter import FlopCounterMode
+
+from longnet_cli.attention import Pattern
+from longnet_cli.attention.spans import open_spans
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs.estimating.training_job import estimate_training, memory_by_kind, settle_chunk
+from longnet_cli.jobs.training.gradients import plan_forwards, seen_segments
+from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running.chunks import fitting_chunk
+from longnet_cli.running.device import matmul_peak, precision
+from longnet_cli.running.ranks.ranks import Ranks
+
+CPU = torch.device("cpu")
+MODEL = {
+    "vocab_size": 100, "dim": 64, "num_layers": 1, "num_heads": 4, "ffn_dim": 192,
+    "segment_lengths": (64, 256), "dilation_rates": (1, 2),
+}  # fmt: skip
+# the tests of real memory: enough of it beside that of Python and torch, in seconds
+LARGE = {"vocab_size": 8192, "dim": 128, "num_layers": 8, "num_heads": 4, "ffn_dim": 512}
+
+
+def recipe(model: dict, **train: object) -> Recipe:
+    train = {key: value for key, value in train.items() if value is not None}
+    sections = {"model": {key: list(x) if isinstance(x, tuple) else x for key, x in model.items()}, "train": train}
+    return load_recipe(None, {f"{name}.{key}": x for name, section in sections.items() for key, x in section.items()})
+
+
+def saved_by_autograd(config: LongNetConfig, dtype: str, tokens: int = 256) -> int:
+    """Bytes of all storages that a forward saves for its backward, parameters and their casts left out."""
+    net = LongNet(config)
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    sizes = {tuple(p.shape) for p in net.parameters()}
+    found: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        place = x.untyped_storage()
+        if place.data_ptr() not in own and not {tuple(x.shape), tuple(x.shape[::-1])} & sizes:
+            found[place.data_ptr()] = (place.nbytes(), x)  # held, so that no other gets its address
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), precision(dtype, CPU):
+        net(torch.randint(0, 100, (1, tokens)))
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"norm": "pre"},
+        {"level_bias": "learned"},
+        {"position": "rope"},
+        {"dropout": 0.1},
+        {"norm": "pre", "dropout": 0.1},
+    ],
+)
+def test_saved_bytes_are_those_that_autograd_saves(change: dict, dtype: str) -> None:
+    one, two = (LongNetConfig(**(MODEL | change | {"num_layers": layers})) for layers in (1, 2))
+    layer = saved_by_autograd(two, dtype) - saved_by_autograd(one, dtype)
+    assert one.saved_bytes(4 if dtype == "fp32" else 2, "cpu")[0] * 256 == layer
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """Of the matrices; attention's kernels, which torch does not count, have a test in test_benchmark.py."""
+    config = LongNetConfig(**MODEL)
+    net, ids = LongNet(config), torch.randint(0, 100, (1, 256))
+    net(ids)  # the first forward probes the kernel, by matrix products
+    with FlopCounterMode(display=False) as counter:
+        net.nll(net(ids), ids).sum().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    one_key = LongNetConfig(**(MODEL | {"segment_lengths": (1,), "dilation_rates": (1,)}))  # next to no attention
+    attention = 3.5 * 4 * 64 / 2
+    assert one_key.training_flops([256]) - attention * 256 == pytest.approx(counted)
+    assert config.training_flops([256]) > one_key.training_flops([256])
+    unpredicted = config.training_flops([256]) - config.training_flops([256], predicted=0.25)
+    assert unpredicted == pytest.approx(256 * 3 * 0.75 * 2 * 64 * 100)
+
+
+RUN = """
+import json, sys
+import torch
+from longnet_cli.running.device import peak_memory
+from longnet_cli.jobs.estimating.training_job import estimate_training
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.recipe import load_recipe
+
+recipe = load_recipe(*json.loads(sys.argv[1]))
+found = estimate_training(recipe, torch.device("cpu"))
+train(recipe, sys.argv[2])
+print(json.dumps([found.memory, peak_memory(torch.device("cpu"))]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "chunk", "levels"),
+    [(256, 2048, ([64, 256], [1, 2])), (4096, 512, ([2048, 4096], [1, 1]))],
+    ids=["sequences side by side", "a sequence in chunks"],
+)
+def test_the_peak_is_that_of_a_real_run(
+    seq_len: int, chunk: int, levels: tuple, tmp_path: Path, command_env: dict[str, str]
+) -> None:
+    """A step of more than one chunk; the program's own memory, which is measured, is left out of both."""
+    data = tmp_path / "data.txt"
+    data.write_text("a line of text.\n" * 4096)
+    settings = {f"model.{key}": value for key, value in LARGE.items()} | {
+        "model.segment_lengths": levels[0], "model.dilation_rates": levels[1], "model.position": "rope",
+        "data.train": [str(data)], "train.chunk": chunk, "train.batch_tokens": 4096,
+        "train.stages": [{"seq_len": seq_len, "steps": 1}], "train.across_documents": True,
+    }  # fmt: skip
+    assert_it_is_the_peak(settings, tmp_path, command_env)
+
+
+def test_gradients_of_old_keys_are_stated(tmp_path: Path) -> None:
+    """Of all tokens before the last chunk, in whole blocks: in memory, or in the file of --spill."""
+    model = MODEL | {"segment_lengths": (32,), "dilation_rates": (1,), "look_back": 1, "position": "rope"}
+    model |= {"chosen": 4, "chosen_block": 16, "chosen_every": 4}
+    train = {"chunk": 60, "stages": [{"seq_len": 256, "steps": 1}], "batch_tokens": 256}
+    kept = estimate_training(recipe(model, **train), CPU)
+    spilled = estimate_training(recipe(model, **train, spill=str(tmp_path)), CPU)
+    assert kept.memory["key_gradients"] == 2 * 4 * MODEL["dim"] * 240
+    assert spilled.memory["key_gradients"] == 0
+    moved = kept.memory["cache"] - spilled.memory["cache"] + kept.memory["key_gradients"]
+    assert spilled.spilled == moved > 2 * 4 * MODEL["dim"] * (256 + 240)
+    assert "key_gradients" not in estimate_training(recipe(MODEL, **train), CPU).memory
+
+
+@pytest.mark.slow
+def test_the_peak_of_the_papers_smallest_model(tmp_path: Path, command_env: dict[str, str]) -> None:
+    """Weights, gradients, moments and a chunk of 512 tokens are 3.4 GiB, and the checkpoint at the end 3.6 more."""
+    data = tmp_path / "data.txt"
+    data.write_text("a line of text.\n" * 4096)
+    settings = {
+        "data.train": [str(data)], "train.chunk": 512, "train.batch_tokens": 1024, "train.across_documents": True,
+        "train.stages": [{"seq_len": 512, "steps": 2}],
+    }  # fmt: skip
+    assert_it_is_the_peak(settings, tmp_path, command_env, "longnet-125m")
+
+
+GROWTH = """
+import json, sys, threading, time
+from pathlib import Path
+import torch
+from longnet_cli.jobs.estimating.training_job import estimate_training
+from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.recipe import load_recipe
+
+def anonymous():  # pages of a file that is mapped may be given back, and are not counted
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+def watch():
+    while not done.wait(0.005):
+        peaks.append(anonymous())
+
+recipe = load_recipe(None, json.loads(sys.argv[1]))
+found = estimate_training(recipe, torch.device("cpu"))
+done, peaks = threading.Event(), []
+watcher = threading.Thread(target=watch)
+watcher.start()
+train(recipe, sys.argv[2])
+done.set()
+watcher.join()
+print(json.dumps([found.memory["cache"], found.spilled, max(peaks)]))
+"""
+
+
+@pytest.mark.slow
+def test_memory_grows_by_the_far_rows_and_spilled_not_at_all(tmp_path: Path, command_env: dict[str, str]) -> None:
+    """Of a net that looks back one segment, from 16,384 to 65,536 tokens."""
+    data = tmp_path / "data.txt"
+    data.write_text("a line of text.\n" * 8192)
+    model = {"vocab_size": 259, "dim": 64, "num_layers": 4, "num_heads": 4, "ffn_dim": 64, "position": "rope",
+             "segment_lengths": [1024], "dilation_rates": [1], "look_back": 1, "sinks": 4}  # fmt: skip
+    found = {}
+    for spill in (None, str(tmp_path)):
+        for tokens in (16_384, 65_536):
+            settings = {f"model.{key}": value for key, value in model.items()} | {
+                "data.train": [str(data)], "train.chunk": 1024, "train.batch_tokens": tokens, "train.spill": spill,
+                "train.stages": [{"seq_len": tokens, "steps": 1}], "train.across_documents": True,
+            }  # fmt: skip
+            out = tmp_path / f"{tokens} {spill is None}"
+            done = subprocess.run(
+                [sys.executable, "-c", GROWTH, json.dumps(settings), out],
+                capture_output=True, text=True, env=command_env, check=True,
+            )  # fmt: skip
+            found[spill, tokens] = json.loads(done.stdout)
+    (before, _, least), (after, _, most) = found[None, 16_384], found[None, 65_536]
+    (_, _, flat), (cache, file, still_flat) = found[str(tmp_path), 16_384], found[str(tmp_path), 65_536]
+    print(f"stated {(after - before) / 1e6:.1f} MB, grown {(most - least) / 1e6:.1f} MB; spilled "
+          f"{(still_flat - flat) / 1e6:.1f} MB beside a file of {file / 1e6:.1f} MB")  # fmt: skip
+    assert most - least == pytest.approx(after - before, rel=0.1)
+    assert file + cache == after
+    assert still_flat - flat <= 0.05 * (after - before)
+
+
+def assert_it_is_the_peak(settings: dict, folder: Path, env: dict[str, str], name: str | None = None) -> None:
+    """Of a run by the recipe `name` with `settings`, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps([name, settings]), folder / "out"],
+        capture_output=True, text=True, env=env, check=True,
+    )  # fmt: skip
+    memory, peak = json.loads(done.stdout)
+    program = memory.pop("program")
+    if settings["train.stages"][0]["steps"] == 1:  # these come with the end of the first step
+        del memory["optimizer"], memory["checkpoint"]
+    print({kind: f"{size / 2**20:.0f} MiB" for kind, size in memory.items()}, f"{(peak - program) / 2**20:.0f} MiB")
+    assert sum(memory.values()) == pytest.approx(peak - program, rel=0.2)
+
+
+def test_what_a_chunk_and_a_cache_take() -> None:
+    small, large = (memory_by_kind(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=n), CPU, Ranks())
+                    for n in (128, 256))  # fmt: skip
+    assert large["activations"] == 2 * small["activations"]
+    assert large["logits"] == 2 * small["logits"]
+    # only segments of 256 are cut by chunks of 128: four of them kept, the gradients of one on their way, and beside
+    # them what one layer makes of its keys and values
+    assert small["cache"] == 2 * 64 * 128 * (4 * 4 + 4 + 8)
+    assert large["cache"] == 0
+    # three chunks look back at a segment of 64, one with gradients on their way; and four sinks
+    looking = MODEL | {"segment_lengths": (64,), "dilation_rates": (1,), "look_back": 1, "sinks": 4, "position": "rope"}
+    found = [
+        memory_by_kind(recipe(looking, stages=[{"seq_len": 1024, "steps": 1}], chunk=256, spill=spill), CPU, Ranks())
+        for spill in (None, "disk")
+    ]
+    passing = 2 * 64 * 8 * (64 + 4)
+    assert found[0]["cache"] == 2 * 64 * (4 * (3 * 64 + 4) + 4 * (64 + 4)) + passing
+    assert found[1] == found[0] | {"cache": passing}
+    whole = memory_by_kind(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024), CPU, Ranks())
+    assert whole["cache"] == 0
+    two = Ranks(0, 2, 2)
+    shared = memory_by_kind(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=512), CPU, two)
+    assert shared == whole | {kind: whole[kind] // 2 for kind in ("activations", "logits")} | {"checkpoint": 0}
+
+
+def test_documents_of_several_windows_fill_a_chunk() -> None:
+    """The largest forward that packing makes of short documents is what the activations are counted for."""
+    stage = {"seq_len": 1000, "steps": 1}
+    packed, apart = (
+        memory_by_kind(
+            recipe(MODEL, stages=[stage], chunk=1600, batch_tokens=4000, across_documents=across), CPU, Ranks()
+        )["activations"]
+        for across in (False, True)
+    )
+    ids = torch.zeros(4, 1000, dtype=torch.int64)
+    ids[:, ::37] = 1
+    forwards = plan_forwards(document_starts(ids, 1), 1000, 1600)
+    largest = max(sum(stop - start for row in each.rows for _, start, stop in row) for each in forwards)
+    assert 1500 < largest <= 1600
+    assert packed == 1.6 * apart
+
+
+@given(st.integers(1, 60), st.integers(0, 4), st.integers(1, 60), st.integers(1, 400))
+def test_seen_segments(w: int, back: int, chunk: int, seq_len: int) -> None:
+    seen = {
+        span.start // w
+        for end in range(chunk, seq_len, chunk)
+        for span in open_spans(Pattern((w,), (1,), look_back=back), end)
+    }
+    assert seen_segments(w, back, chunk, seq_len) == len(seen)
+
+
+def test_the_last_chunk_alone_is_not_computed_again() -> None:
+    stages = [{"seq_len": 1024, "steps": 1}]
+    whole, halves, uneven = (
+        estimate_training(recipe(MODEL, stages=stages, chunk=chunk, batch_tokens=1024), CPU).flops
+        for chunk in (1024, 512, 1023)
+    )
+    assert (uneven - whole) / (halves - whole) == pytest.approx(2 * 1023 / 1024)
+
+
+def test_short_documents_have_little_attention() -> None:
+    config = LongNetConfig(**MODEL)
+    whole, apart = config.training_flops([512]), config.training_flops([32] * 16)
+    assert apart == 16 * config.training_flops([32]) < whole
+
+
+def test_muon_keeps_one_number_for_a_matrix() -> None:
+    adamw, muon = (
+        estimate_training(load_recipe("longnet-125m", {"optimizer.name": name}), CPU).memory["optimizer"]
+        for name in ("adamw", "muon")
+    )
+    assert adamw == 8 * 162_160_896
+    assert adamw - muon == 4 * 12 * 12 * 768**2
+
+
+def test_the_matmul_peak_is_a_rate() -> None:
+    assert 1e8 < matmul_peak(CPU, "fp32") < 1e14
+
+
+def test_the_command(run_longnet, tmp_path: Path) -> None:
+    stage = ("--seq-len", "1Ki", "--steps", "100", "--set", "train.batch_tokens=4096", "--chunk", "1Ki")
+    done = run_longnet("train", "longnet-125m", "--dry-run", *stage, "--device", "cpu", "--format", "json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["parameters"] == 162_160_896
+    assert found["tokens"] == 100 * 4096
+    assert found["peak_bytes"] == sum(found["memory_bytes"].values())
+    assert not list(tmp_path.iterdir())  # it writes nothing
+
+
+def test_what_cannot_fit_is_refused_with_what_to_change(run_longnet) -> None:
+    done = run_longnet("train", "longnet-2.7b", "--dry-run", "--device", "cpu", "--set", "model.num_layers=9999")
+    assert done.returncode == 5
+    assert "it does not fit" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "the largest part for activations, and " in line
+    assert line.endswith("no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device")
+
+
+@pytest.mark.parametrize(
+    ("chunk", "free", "fits"), [(300, 256, 256), (300, 255, None), (900, 600, 512), (256, 9, None)]
+)
+def test_the_largest_power_of_two_that_fits(chunk: int, free: int, fits: int | None) -> None:
+    assert fitting_chunk(lambda tokens: tokens, chunk, free, shortest=256) == fits
+
+
+def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_chunk(chunk: int) -> Recipe:
+        return recipe(MODEL, stages=[{"seq_len": 256, "steps": 1}], chunk=chunk, batch_tokens=10_000)
+
+    free = sum(memory_by_kind(with_chunk(4096), CPU, Ranks()).values())
+    monkeypatch.setattr("longnet_cli.jobs.estimating.training_job.free_memory", lambda device: free)
+    found = estimate_training(with_chunk(10_000), CPU)
+    assert not found.fits
+    assert found.chunk_that_fits == 4096
+    assert found.advice == "--chunk 4096 fits"
+    assert estimate_training(with_chunk(4096), CPU).fits
+    assert not estimate_training(with_chunk(4352), CPU).fits
+
+
+@pytest.mark.parametrize(("gib", "chunk"), [(0, 16384), (5, 16384), (24, 32768), (80, 131072), (1000, 131072)])
+def test_a_gpu_gets_the_longest_chunk_that_it_holds(monkeypatch: pytest.MonkeyPatch, gib: int, chunk: int) -> None:
+    monkeypatch.setattr("longnet_cli.jobs.estimating.training_job.free_memory", lambda device: gib << 30)
+    model = MODEL | {"dim": 768, "num_layers": 12, "num_heads": 12, "ffn_dim": 3072}
+    settings = {"dtype": "bf16", "stages": [{"seq_len": 1 << 20, "steps": 1}]}
+    gpu, found = torch.device("cuda"), recipe(model, **settings)
+    assert settle_chunk(found, gpu, Ranks()).train.chunk == chunk
+    assert settle_chunk(found, CPU, Ranks()) == found
+    named = recipe(model, chunk=1000, **settings)
+    assert settle_chunk(named, gpu, Ranks()) == named
+
+
+def test_no_chunk_cuts_a_bidirectional_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_window(seq_len: int, chunk: int) -> Recipe:
+        model = MODEL | {"causal": False, "position": "rope"}
+        stages = [{"seq_len": seq_len, "steps": 1}]
+        return recipe(model, objective="masked", stages=stages, chunk=chunk, batch_tokens=8192)
+
+    free = sum(memory_by_kind(with_window(1024, 1024), CPU, Ranks()).values())
+    monkeypatch.setattr("longnet_cli.jobs.estimating.training_job.free_memory", lambda device: free)
+    assert estimate_training(with_window(1024, 8192), CPU).chunk_that_fits == 1024
+    found = estimate_training(with_window(2048, 8192), CPU)
+    assert found.chunk_that_fits is None
+    assert found.advice.startswith("a bidirectional net reads a window at once")
+
+
+def test_windows_that_ranks_cannot_share_are_refused() -> None:
+    with pytest.raises(ConfigError, match="a step has 3 windows of 256 tokens, which 2 groups"):
+        estimate_training(recipe(MODEL, stages=[{"seq_len": 256, "steps": 1}], batch_tokens=768), CPU, Ranks(world=2))

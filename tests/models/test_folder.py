@@ -1,0 +1,108 @@
+"""Proves that `--model` finds shipped models by name and folders by path, and says which of the two was wrong."""
+
+import sys
+
+import pytest
+from builders import tiny_llama
+from processes import invoke
+
+from longnet_cli.basics import hub as module
+from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.basics.hub import list_models, preset_dir
+from longnet_cli.models.folder import ModelFolder
+
+
+def make_model(folder):
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).touch()
+    return folder
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A models/ folder with two models and a recipe."""
+    folder = tmp_path / "shipped"
+    make_model(folder / "longnet-tiny")
+    make_model(folder / "longnet-small")
+    (folder / "longnet-125m.toml").touch()
+    (folder / "README.md").touch()
+    monkeypatch.setattr(module, "preset_dir", lambda: folder)
+    return folder
+
+
+def test_the_real_folder_is_beside_or_inside_the_package():
+    assert preset_dir().name == "models"
+
+
+def test_names_are_sorted_and_have_weights(shipped):
+    assert list_models() == ["longnet-small", "longnet-tiny"]
+
+
+def test_a_name_is_a_shipped_model(shipped):
+    assert ModelFolder.find("longnet-tiny").path == shipped / "longnet-tiny"
+
+
+def test_a_name_is_never_looked_up_in_the_current_folder(shipped, tmp_path, monkeypatch):
+    make_model(tmp_path / "work" / "mine")
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(ConfigError, match=r"a path needs a slash, e.g. ./mine"):
+        ModelFolder.find("mine")
+    assert ModelFolder.find("./mine").path.samefile(tmp_path / "work" / "mine")
+
+
+def test_a_misspelt_name_gets_the_nearest_and_the_list(shipped):
+    with pytest.raises(ConfigError) as caught:
+        ModelFolder.find("longnet-tny")
+    assert str(caught.value) == (
+        "unknown model 'longnet-tny': did you mean 'longnet-tiny'? Shipped models: longnet-small, longnet-tiny; "
+        "a path needs a slash, e.g. ./longnet-tny"
+    )
+
+
+def test_a_recipe_has_no_weights(shipped):
+    with pytest.raises(ConfigError, match="'longnet-125m': it is shipped as a recipe, without weights"):
+        ModelFolder.find("longnet-125m")
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_no_name_leads_out_of_the_folder(shipped, name):
+    make_model(shipped / "sub")  # so that something would be found one level up
+    with pytest.raises(ConfigError, match="unknown model"):
+        ModelFolder.find(name)
+
+
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [
+        (None, "no such folder"),
+        ([], "config.json and model.safetensors missing"),
+        (["config.json"], "not a complete model, model.safetensors missing"),
+    ],
+)
+def test_an_incomplete_folder_names_what_is_missing(tmp_path, present, message):
+    folder = tmp_path / "run"
+    if present is not None:
+        folder.mkdir()
+        for name in present:
+            (folder / name).touch()
+    with pytest.raises(CheckpointError, match=message):
+        ModelFolder.find(str(folder))
+
+
+def test_a_file_is_not_a_model(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="not a folder"):
+        ModelFolder.find(f"{tmp_path}/model.safetensors")
+
+
+OPENED: list[str] = []  # by the process, since the hook was added
+
+
+def test_encode_reads_config_json_once(tmp_path):
+    tiny_llama(tmp_path / "llama", max_position_embeddings=64)
+    (tmp_path / "a.txt").write_text("a text")
+    sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
+    found = invoke("encode", f"{tmp_path}/a.txt", "-m", f"{tmp_path}/llama", "-o", f"{tmp_path}/v.arrow")
+    assert found.exit_code == 0, found.output
+    assert OPENED.count(str(tmp_path / "llama" / "config.json")) == 1

@@ -1,0 +1,174 @@
+"""`longnet convert` of official checkpoints: the golden tensors come out, and what does not fit is named."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from builders import level_options, read_golden
+from conftest import RunLongnet
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from longnet_cli.models.official import to_torchscale
+from longnet_cli.nets.config import LongNetConfig, SlideConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.slide import SlideEncoder
+
+
+def slide_state(**changes: Tensor) -> dict[str, Tensor]:
+    """A small slide encoder under the official names."""
+    torch.manual_seed(0)
+    encoder = SlideEncoder(
+        SlideConfig(
+            dim=32,
+            num_layers=2,
+            num_heads=16,
+            ffn_dim=64,
+            in_features=6,
+            **{name: getattr(SlideConfig.gigapath(), name) for name in ("segment_lengths", "dilation_rates")},
+        )
+    )
+    ours = encoder.net.state_dict()
+    inner = LongNet(LongNetConfig(**{name: getattr(encoder.config, name) for name in LongNetConfig.model_fields}))
+    inner.load_state_dict({name: ours[name] for name in inner.state_dict()})
+    state = {f"encoder.{name}": tensor for name, tensor in to_torchscale(inner).items()}
+    state["cls_token"] = ours["cls"][None, None]
+    for kind in ("weight", "bias"):
+        state |= {f"patch_embed.proj.{kind}": ours[f"project.{kind}"], f"norm.{kind}": ours[f"norm.{kind}"]}
+    return {name: tensor.clone() for name, tensor in (state | changes).items()}
+
+
+@pytest.mark.parametrize("kind", ["pth", "legacy", "safetensors"])
+def test_golden_slide_encoder(run_longnet: RunLongnet, tmp_path: Path, kind: str) -> None:
+    state, wanted, theirs = read_golden("slide_encoder_zero_key")
+    path = tmp_path / "slide_encoder.pth"
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"model": state, "epoch": 3}, path, _use_new_zipfile_serialization=kind == "pth")
+    result = run_longnet("convert", path, "-o", tmp_path / "out", *level_options(theirs))
+    assert result.returncode == 0, result.stderr
+    encoder = SlideEncoder.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        inputs = wanted["features"][None], wanted["coords"][None]
+        torch.testing.assert_close(encoder(*inputs)[0], wanted["cls"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(encoder(*inputs, pool="mean")[0], wanted["pooled"], rtol=0, atol=1e-4)
+        layers = encoder(*inputs, all_layers=True)[:, 0]
+        torch.testing.assert_close(layers, wanted["cls_of_layers"], rtol=0, atol=1e-4)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "slide_encoder.pth" in card
+    assert "zero_key" in card
+    assert "the official model's, where they were not given: 16 heads, segment lengths 16, 46" in " ".join(card.split())
+
+
+@pytest.mark.parametrize("name", ["decoder_subln_xpos", "encoder_subln_zero_key"])
+def test_golden_torchscale(run_longnet: RunLongnet, tmp_path: Path, name: str) -> None:
+    state, wanted, theirs = read_golden(name)
+    side = name.partition("_")[0]
+    torch.save({f"{side}.{key}": tensor for key, tensor in state.items()}, tmp_path / "net.pt")
+    heads = [] if theirs["xpos"] else ["--heads", str(theirs["heads"])]  # its scales say them
+    result = run_longnet("convert", tmp_path / "net.pt", "-o", tmp_path / "out", *heads, *level_options(theirs))
+    assert result.returncode == 0, result.stderr
+    net = LongNet.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        if side == "decoder":
+            ours, golden = net.logits(net(wanted["tokens"])), wanted["logits"]
+        else:
+            ours, golden = net(embeddings=wanted["embeddings"]), wanted["out"]
+    torch.testing.assert_close(ours, golden, rtol=0, atol=1e-4)
+
+
+def test_the_official_models_are_known(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    """Prov-GigaPath's heads and pattern need not be given, nor a LongViT's, by its number of positions."""
+    torch.save({"model": slide_state()}, tmp_path / "slide.pth")
+    result = run_longnet("convert", tmp_path / "slide.pth", "-o", tmp_path / "slide", "--dtype", "bf16")
+    assert result.returncode == 0, result.stderr
+    config = SlideEncoder.from_pretrained(tmp_path / "slide", dtype=None).config
+    assert config.pattern == SlideConfig.gigapath().pattern
+    assert (config.num_heads, config.in_features, config.padding) == (16, 6, "zero_key")
+    vit = {name: tensor for name, tensor in slide_state().items() if name.startswith("encoder.layers.")}
+    vit |= {"pos_embed": torch.zeros(1, 16384, 32), "patch_embed.proj.weight": torch.zeros(32, 3, 2, 2)}
+    torch.save(
+        {"teacher": {f"backbone.{name}": x for name, x in vit.items()} | {"head.x": torch.zeros(1)}}, tmp_path / "vit"
+    )
+    result = run_longnet("convert", tmp_path / "vit", "-o", tmp_path / "out", "--padding", "exact")
+    assert result.returncode == 0, result.stderr
+    assert "left out: tensors pos_embed, patch_embed.proj.weight" in result.stderr
+    net = LongNet.from_pretrained(tmp_path / "out")
+    assert net.config.segment_lengths == (1024, 2048, 4096, 8192, 16384)
+    assert (net.config.padding, net.config.final_norm, net.row_size) == ("exact", False, 32)
+
+
+def test_what_does_not_fit_is_named(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    state = slide_state(**{"encoder.layers.1.ffn.fc1.bias": torch.zeros(7), "classifier.weight": torch.zeros(2, 2)})
+    del state["norm.bias"]
+    torch.save(state, tmp_path / "slide.pth")
+    result = run_longnet("convert", tmp_path / "slide.pth", "-o", tmp_path / "out")
+    assert (result.returncode, result.stderr.count("\n")) == (4, 1)
+    assert "missing tensor norm.bias" in result.stderr
+    assert "unexpected tensor classifier.weight" in result.stderr
+    assert "encoder.layers.1.ffn.fc1.bias has shape (7,), the others need (64,)" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+class Runs:
+    """A pickle that writes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.write_text, (self.path, "it ran")
+
+
+def test_nothing_in_a_pickle_runs(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    torch.save({"model": slide_state(), "then": Runs(tmp_path / "ran")}, tmp_path / "zip.pth")
+    (tmp_path / "bare.pkl").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
+    for name in ("zip.pth", "bare.pkl", "module.pth"):
+        result = run_longnet("convert", tmp_path / name, "-o", tmp_path / "out")
+        assert (result.returncode, result.stderr.count("\n")) == (4, 1), result.stderr
+        assert "not a plain state dict (" in result.stderr
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "code", "line"),
+    [
+        ({"a": torch.zeros(2)}, [], 4, "it has no layers.0.self_attn.q_proj.weight, but the tensor a"),
+        ({"model": {"a": 3}}, [], 4, "a is of type int"),
+        ([torch.zeros(2)], [], 4, "it holds list, not tensors by name"),
+        ("slide", ["--heads", "5"], 2, "dim 32 is not divisible by num_heads 5"),
+        ("slide", ["--segment-lengths", "8,16"], 2, "dilation_rates"),
+        ("encoder", ["--heads", "16"], 2, "give --segment-lengths, --dilation-rates"),
+        ("nan", [], 4, "norm.weight has numbers that are NaN"),
+    ],
+)
+def test_what_is_refused(
+    run_longnet: RunLongnet, tmp_path: Path, content: object, words: list[str], code: int, line: str
+) -> None:
+    state = slide_state()
+    if content == "encoder":
+        content = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    elif isinstance(content, str):
+        content = state | {"norm.weight": torch.full((32,), torch.nan)} if content == "nan" else state
+    torch.save(content, tmp_path / "file.pth")
+    result = run_longnet("convert", tmp_path / "file.pth", "-o", tmp_path / "out", *words)
+    assert (result.returncode, result.stderr.count("\n")) == (code, 1), result.stderr
+    assert line in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_and_flags_of_other_kinds(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    torch.save(slide_state(), tmp_path / "whole.pth")
+    data = (tmp_path / "whole.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
+    result = run_longnet("convert", tmp_path / "cut.pth", "-o", tmp_path / "out")
+    assert (result.returncode, result.stderr.count("\n")) == (4, 1)
+    result = run_longnet("convert", "longnet-tiny", "-o", tmp_path / "out", "--dtype", "fp32", "--heads", "4")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "--heads: only for a checkpoint" in result.stderr

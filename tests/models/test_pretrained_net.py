@@ -1,0 +1,406 @@
+"""The jobs and commands on folders of transformers: numbers are those of the model itself, whatever the chunk; what
+cannot be run is refused in one line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.ipc as ipc
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+
+import transformers as hf
+from builders import MadeInputs, make_document, tiny_llama
+from hf_models import (
+    BIASED,
+    CAUSAL,
+    CHOSEN,
+    FAR,
+    LEVELS,
+    MODELS,
+    NESTED,
+    WINDOW,
+    bert,
+    built,
+    gpt2,
+    ids,
+    llama,
+    mixed,
+    modernbert,
+    nats_from,
+    qwen2,
+    qwen3,
+    rotary,
+)
+from processes import invoke, refused
+
+from longnet_cli.attention import Pattern
+from longnet_cli.attention.cache import cached_rows
+from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.integrations.transformers import use_dilated_attention
+from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
+from longnet_cli.jobs.row_jobs import write_rows
+from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.models.hf.pretrained_net import TransformersNet
+from longnet_cli.running.chunks import CausalStream, open_stream
+
+OPTIONS = ["--pattern", "8/1,24/3,60/5"]
+TEXT = "Far keys are one more branch, and branches merge. " * 6  # 300 tokens of a byte each
+SMALL = {"vocab_size": 257, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
+SMALL |= {"intermediate_size": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+def net_of(
+    model: Callable[..., hf.PreTrainedModel], attention: str = "dilated", pattern: Pattern = LEVELS, **changes
+) -> TransformersNet:
+    """`attention` "dense" is ours, "own" that of transformers."""
+    found = built(model, **changes)
+    if attention == "own":
+        return TransformersNet(found)
+    return TransformersNet(use_dilated_attention(found, Pattern.dense() if attention == "dense" else pattern))
+
+
+def sliding() -> hf.PreTrainedModel:
+    return hf.MistralForCausalLM(hf.MistralConfig(**SMALL, sliding_window=16, num_key_value_heads=2))
+
+
+def assert_stream_is_whole(stream: Callable[..., torch.Tensor], net: TransformersNet) -> None:
+    found, start = [], 0
+    for size in (50, 1, 1, 7, 1, 33, 20, 1, 26):
+        found.append(stream(ids(140)[:, start : start + size]))
+        start += size
+    with torch.no_grad():
+        expected = net.model.base_model(ids(140), use_cache=False).last_hidden_state
+    assert (torch.cat(found, 1) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("model", "attention"), [*((model, "own") for model in (*CAUSAL, mixed, sliding)), (mixed, "dilated")]
+)
+def test_a_stream_with_the_cache_of_transformers_is_the_whole(
+    model: Callable[[], hf.PreTrainedModel], attention: str
+) -> None:
+    net = net_of(model, attention)
+    assert net.config.memory == "cache"
+    assert net.note is None if attention == "dilated" else "keeps all keys" in net.note  # a LongNetCache keeps few
+    assert_stream_is_whole(open_stream(net), net)
+
+
+@pytest.mark.parametrize(
+    ("model", "pattern"),
+    [
+        *((x, LEVELS) for x in CAUSAL),
+        *((llama, Pattern.dense()), (llama, FAR), (qwen2, NESTED), (qwen3, BIASED), (gpt2, WINDOW)),
+        *((x, CHOSEN) for x in (llama, gpt2)),
+    ],
+)
+def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
+    """In chunks that cut segments of every level, single tokens too; it remembers only what can be seen later."""
+    net = net_of(model, pattern=pattern)
+    c = net.config
+    assert (c.memory, c.pattern) == ("segments", pattern)
+    assert (net.note is None) == (pattern != Pattern.dense())
+    stream = open_stream(net)
+    assert isinstance(stream, CausalStream)
+    assert_stream_is_whole(stream, net)
+    rows = cached_rows(pattern, c.num_heads, c.kv_heads)
+    if pattern not in (Pattern.dense(), CHOSEN):  # which remember all
+        assert stream.cache_bytes == 4 * 2 * 2 * c.num_layers * c.head_dim * rows
+
+
+@pytest.mark.parametrize("kind", ["default", "llama3", "yarn", "partial", "neighbours"])
+def test_a_document_is_the_same_at_any_position(kind: str) -> None:
+    """Float32 phases are off by 0.06 at 10^6 and noise at 10^8."""
+    net = TransformersNet(use_dilated_attention(built(rotary, kind=kind), Pattern.window(20, sinks=3)))
+    assert net.config.max_tokens is None
+    near = nats_from(net, ids(120), 40)
+    for start in (10**6, 10**8):
+        assert (nats_from(net, ids(120), start) - near).abs().max() <= 1e-4
+    assert net.model.base_model.rotary_emb._forward_hooks.popitem()
+    assert (nats_from(net, ids(120), 10**8) - near).abs().max() > 1e-2
+
+
+def test_positions_that_are_made_in_another_way_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing says what the columns are, a document ends before float32 phases are noise."""
+    made = hf.models.llama.modeling_llama.LlamaRotaryEmbedding
+    forward = made.forward
+    monkeypatch.setattr(
+        made, "forward", lambda self, x, position_ids: [y.flip(-1) for y in forward(self, x, position_ids)]
+    )
+    net = TransformersNet(built(llama))
+    assert net.config.max_tokens == 1 << 20
+
+
+@pytest.mark.parametrize("attention", ["dilated", "dense", "own"])
+@pytest.mark.parametrize("model", [llama, gpt2])
+def test_scores_are_those_of_the_models_own_loss(model: Callable[[], hf.PreTrainedModel], attention: str) -> None:
+    """Of documents alone and in company, in one chunk and in many."""
+    net = net_of(model, attention)
+    documents = [make_document(length) for length in (130, 3, 260, 1, 50)]
+    for chunk in (10_000, 64, 7):
+        rows = list(score(net, documents, bos=0, chunk=chunk))
+        for document, row in zip(documents, rows, strict=True):
+            tokens = torch.tensor([[0, *document.tokens.tolist()]])
+            with torch.no_grad():
+                logits = net.model(tokens[:, :-1], use_cache=False).logits
+            expected = F.cross_entropy(logits[0], tokens[0, 1:], reduction="sum").item()
+            assert row.score.nll_sum == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["dilated", "dense", "own"])
+@pytest.mark.parametrize("model", [llama, bert, modernbert])
+def test_vectors_are_the_means_of_the_models_own_hidden_states(
+    model: Callable[[], hf.PreTrainedModel], attention: str
+) -> None:
+    net = net_of(model, attention)
+    documents = [make_document(length) for length in (5, 33, 1, 200, 64)]
+    for chunk in (1000, 40):
+        table = encode(net, documents, EncodeOptions(bos=0, normalize=False), chunk=chunk).read_all()
+        before = [0] if net.config.causal else []
+        for document, vector in zip(documents, table["embedding"].to_numpy(), strict=True):
+            with torch.no_grad():
+                inputs = torch.tensor([before + document.tokens.tolist()])
+                hidden = net.model.base_model(inputs).last_hidden_state[0, len(before) :]
+            np.testing.assert_allclose(vector, hidden.mean(0).numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_saved_is_loaded(model: Callable[[], hf.PreTrainedModel], tmp_path: Path) -> None:
+    """Every architecture from its folder, its own class, its pattern with all options; sharded weights too."""
+    saved = use_dilated_attention(built(model), FAR)
+    saved.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    net = ModelFolder(tmp_path).net()
+    assert isinstance(net, TransformersNet)
+    assert type(net.model) is type(saved)
+    assert (net.config.pattern, net.config.causal) == (FAR, model in CAUSAL)
+    with torch.no_grad():
+        assert torch.equal(net(ids(70)), saved.base_model(ids(70)).last_hidden_state)
+    other = ModelFolder(tmp_path).net(pattern=Pattern((16,), (1,)))
+    assert other.config.pattern == Pattern((16,), (1,))
+    assert not torch.equal(other(ids(70)), net(ids(70)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama without a pattern, with a tokenizer of bytes."""
+    place = tmp_path_factory.mktemp("llama")
+    tiny_llama(place, **SMALL, num_key_value_heads=2)
+    (place / "text.txt").write_text(TEXT, encoding="utf-8")
+    return place
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("bert")
+    hf.BertModel(hf.BertConfig(**SMALL, max_position_embeddings=320)).save_pretrained(place)
+    Tokenizer.bytes().save(place / "tokenizer.json")
+    return place
+
+
+def test_the_real_command(folder: Path, run_longnet: Callable[..., subprocess.CompletedProcess]) -> None:
+    """Nothing but the one value on stdout, nothing on stderr: no progress bar and no advice of transformers."""
+    done = run_longnet("score", "--ppl", folder / "text.txt", "--model", folder, *OPTIONS, "--format", "json", "-q")
+    assert (done.returncode, done.stderr) == (0, "")
+    total = json.loads(done.stdout)["total"]
+    net = ModelFolder(folder).net(pattern=LEVELS)
+    tokens = torch.tensor([[256, *TEXT.encode()]])
+    with torch.no_grad():
+        logits = net.model(tokens[:, :-1]).logits
+    assert total["n_tokens"] == total["n_bytes"] == 300
+    assert total["nll_sum"] == pytest.approx(F.cross_entropy(logits[0], tokens[0, 1:], reduction="sum").item(), 1e-5)
+
+
+def test_score_with_options(folder: Path) -> None:
+    def ppl(*options: str) -> float:
+        result = invoke("score", folder / "text.txt", "--model", folder, "--format", "json", *options)
+        assert result.exit_code == 0, result.output
+        assert ("it keeps all keys of a document" in result.stderr) == ("dense" in options)
+        assert ("dense attention as it was trained, on up to 2048 tokens" in result.stderr) == (not options)
+        return json.loads(result.stdout)["total"]["ppl"]
+
+    dilated, dense = ppl(*OPTIONS), ppl()
+    assert ppl(*OPTIONS, "--chunk", "64") == pytest.approx(dilated, rel=1e-6)
+    assert ppl("--pattern", "dense") == dense
+    assert ppl("--pattern", "dense", "--chunk", "64") == pytest.approx(dense, rel=1e-6)
+    assert ppl("--pattern", "1Ki/1") == pytest.approx(dense, rel=1e-6)
+    assert not math.isclose(dilated, dense, rel_tol=1e-4)
+
+
+def test_encode_to_a_file_and_to_a_folder(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    for model in (folder, encoder):
+        output = tmp_path / f"{model.name}.arrow"
+        result = invoke("encode", folder / "text.txt", "--model", model, *OPTIONS, "-o", output)
+        assert result.exit_code == 0, result.output
+        assert ("it reads each document in one forward" in result.stderr) == (model is encoder)
+        table = ipc.open_file(output).read_all()
+        assert table["n_tokens"].to_pylist() == [300]
+        shards = ["encode", folder / "text.txt", "--model", model, "-o", tmp_path / model.name]
+        assert invoke(*shards, *OPTIONS).exit_code == 0
+        assert invoke(*shards, *OPTIONS, "--resume").exit_code == 0
+
+
+def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_path: Path) -> None:
+    def run(**options) -> None:
+        net = ModelFolder(folder).net(**options)
+        job = partial(Encoder, options=EncodeOptions(bos=256))
+        write_rows(job, net, MadeInputs((), made=[make_document(20)]), tmp_path / "out", resume=True)
+
+    run(pattern=LEVELS)
+    run(pattern=LEVELS)
+    for other in ({"pattern": Pattern((8,), (1,))}, {"pattern": Pattern.dense()}):
+        with pytest.raises(ConfigError, match="model"):
+            run(**other)
+
+
+def test_bench_compares_dense_and_dilated(folder: Path, tmp_path: Path) -> None:
+    arguments = ["bench", "--op", "model", "--model", folder, "--repeats", "1", "--format", "jsonl"]
+    result = invoke(*arguments, "--seq", "64,128", *OPTIONS)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(row["impl"], row["seq"], row["status"], row["pattern"]) for row in rows] == [
+        (impl, seq, "ok", "8/1,24/3,60/5" if impl == "dilated" else None)
+        for seq in (64, 128)
+        for impl in ("dilated", "dense")
+    ]
+    streamed = invoke(*arguments, "--seq", "128", *OPTIONS, "--chunk", "50", "--impl", "dilated")
+    row = json.loads(streamed.stdout)
+    assert (row["status"], row["chunk"]) == ("ok", 50)
+    assert row["cache_bytes"] == 4 * 2 * SMALL["num_hidden_layers"] * 8 * cached_rows(LEVELS, 6, 2)
+    cached = TransformersNet(use_dilated_attention(mixed(), LEVELS))
+    cached.model.save_pretrained(tmp_path / "mixed")
+    arguments[4] = tmp_path / "mixed"
+    row = json.loads(invoke(*arguments, "--seq", "128", "--chunk", "50", "--impl", "dilated").stdout)
+    assert (row["status"], row["chunk"], row["cache_bytes"]) == ("ok", 50, None)
+    train = refused("bench", "--op", "train", "--model", folder, "--seq", "64", "--format", "jsonl")
+    assert "--op train measures LongNets" in str(train)
+
+
+@pytest.fixture
+def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the folder with another config.json."""
+
+    def make(**changes) -> Path:
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": {"AutoModelForCausalLM": "mine.Mine"}}, r"code of the folder's own \(auto_map\)"),
+        ({"model_type": "hyena"}, r"does not know the architecture LlamaForCausalLM \(model_type hyena\)"),
+        ({"architectures": ["HyenaForCausalLM"]}, "does not know the architecture HyenaForCausalLM"),
+        ({"hidden_size": "many"}, "config.json: "),
+        ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000: 10,000 are the most"),
+        ({"architectures": ["BertModel"]}, "does not know the architecture BertModel"),
+        ({"architectures": ["pipeline"]}, "does not know the architecture pipeline"),
+        ({"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}}, "one entry per level"),
+        ({"dilated_attention": {"segment_lengths": "8", "dilation_rates": [1]}}, "segment_lengths needs whole numbers"),
+        ({"dilated_attention": [8, 1]}, "dilated_attention in the model's config: a table of "),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type dynamic"),
+    ],
+)
+def test_configurations_that_are_refused(spoilt: Callable[..., Path], changes: dict, message: str) -> None:
+    place = spoilt(**{"dilated_attention": {"segment_lengths": [8], "dilation_rates": [1]}} | changes)
+    (place / "mine.py").write_text("raise SystemExit('this must never run')")
+    with pytest.raises(ConfigError, match=message) as caught:
+        ModelFolder(place).net()
+    assert str(place) in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("named", ["dilated", "somebody/kernel", "eager"])
+def test_an_attention_that_config_json_names_is_not_used(spoilt: Callable[..., Path], named: str) -> None:
+    levels = {"segment_lengths": [8], "dilation_rates": [1]}
+    place = spoilt(attn_implementation=named, _attn_implementation=named, dilated_attention=levels)
+    assert ModelFolder(place).net(pattern=Pattern.dense()).as_it_comes().model.config._attn_implementation == "sdpa"
+    assert ModelFolder(place).net().model.config._attn_implementation == "dilated"
+
+
+@pytest.mark.parametrize("attention", ["dilated", "dense"])
+def test_a_decoder_that_its_configuration_makes_bidirectional(attention: str) -> None:
+    net = net_of(llama, attention, is_causal=False)
+    assert (net.config.causal, net.config.memory) == (False, "none")
+    with torch.no_grad():
+        alone = net(ids(50))
+        padded = net(torch.cat([ids(50), torch.zeros(2, 30, dtype=torch.int64)], 1), lengths=[50, 50])[:, :50]
+    assert (alone - padded).abs().max() <= 1e-5 * alone.abs().max()
+
+
+def test_weights_that_are_refused(spoilt: Callable[..., Path], folder: Path) -> None:
+    place = spoilt(num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match=r"weights are missing, model\.layers\.2\.input_layernorm\.weight"):
+        ModelFolder(place).net(pattern=LEVELS)
+    with pytest.raises(CheckpointError, match=r"weights are unexpected, model\.layers\.1\.input_layernorm\.weight"):
+        ModelFolder(spoilt(num_hidden_layers=1)).net(pattern=LEVELS)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \(257, 48\), its .* needs \(300, 48\)"):
+        ModelFolder(spoilt(vocab_size=300)).net(pattern=LEVELS)
+    (place / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        ModelFolder(place).net(pattern=LEVELS)
+    (place / "model.safetensors").rename(place / "pytorch_model.bin")
+    error = refused("score", place / "config.json", "--model", place, *OPTIONS)
+    assert error.exit_code == 4
+    assert "pickled weights are never read" in str(error)
+
+
+def test_options_that_are_refused(folder: Path, encoder: Path) -> None:
+    text = folder / "text.txt"
+    assert "in one process" in str(refused("score", text, "--model", folder, *OPTIONS, "--nproc", "2"))
+    assert "bidirectional" in str(refused("score", text, "--model", encoder, *OPTIONS))
+
+
+def test_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    error = refused("score", folder / "text.txt", "--model", tmp_path, *OPTIONS)
+    assert error.exit_code == 2
+    assert "tokenizer" in str(error)
+
+
+def test_without_transformers(folder: Path, command_env: dict[str, str]) -> None:
+    script = "import sys; sys.modules['transformers'] = None; from longnet_cli.cli.app import main; main()"
+    words = [sys.executable, "-c", script, "score", folder / "text.txt", "--model", folder, *OPTIONS]
+    done = subprocess.run(words, env=command_env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.rstrip().endswith("pip install 'longnet-cli[hf]'")
+
+
+def test_models_that_cannot_score() -> None:
+    headless = hf.LlamaModel(hf.LlamaConfig(**SMALL, num_key_value_heads=2))
+    with pytest.raises(ConfigError, match="LlamaModel has no output layer"):
+        list(score(TransformersNet(headless), [make_document(9)], bos=0))
+    capped = built(lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)))
+    capped.config.final_logit_softcapping = 0.1
+    with pytest.raises(ConfigError, match="more to its logits than multiply"):
+        list(score(TransformersNet(capped), [make_document(9)], bos=0))
+
+
+def test_positions_that_end() -> None:
+    """RoBERTa keeps the first places of its table for the padding."""
+    config = hf.RobertaConfig(**SMALL | {"pad_token_id": 1}, max_position_embeddings=34)
+    net = TransformersNet(hf.RobertaModel(config))
+    assert net.config.max_tokens == 32
+    encode(net, [make_document(32)], EncodeOptions(bos=None)).read_all()
+    with pytest.raises(ConfigError, match="33 tokens, and the model has 32 positions"):
+        encode(net, [make_document(33)], EncodeOptions(bos=None)).read_all()

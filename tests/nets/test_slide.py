@@ -1,0 +1,148 @@
+"""The slide encoder is Prov-GigaPath's (goldens), each slide of a batch comes out as alone, and it saves and loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import read_golden, slide, slide_config, slide_encoder
+from torch import Tensor
+
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.models.official import from_torchscale
+from longnet_cli.nets.config import LongNetConfig, SlideConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.slide import SlideEncoder, grid_cells, grid_positions
+from longnet_cli.running.layerwise import hidden_in_chunks
+
+
+def golden() -> tuple[SlideEncoder, dict[str, Tensor]]:
+    """Put it together by hand; `longnet convert` is tested in test_official.py."""
+    state, tensors, theirs = read_golden("slide_encoder_zero_key")
+    theirs.pop("final_norm_eps")
+    config = SlideConfig(**theirs)
+    inner = from_torchscale(
+        state, LongNetConfig(**{name: getattr(config, name) for name in LongNetConfig.model_fields})
+    )
+    weights = inner.state_dict() | {
+        "cls": state["cls_token"].flatten(),
+        **{f"project.{kind}": state[f"patch_embed.proj.{kind}"] for kind in ("weight", "bias")},
+        **{f"norm.{kind}": state[f"norm.{kind}"] for kind in ("weight", "bias")},
+    }
+    encoder = SlideEncoder(config)
+    encoder.net.load_state_dict(weights)
+    return encoder.eval(), tensors
+
+
+@torch.no_grad()
+def test_golden() -> None:
+    encoder, wanted = golden()
+    features, coords = wanted["features"][None], wanted["coords"][None]
+    close = {"rtol": 0, "atol": 1e-5}
+    torch.testing.assert_close(encoder(features, coords)[0], wanted["cls"], **close)
+    torch.testing.assert_close(encoder(features, coords, pool="mean")[0], wanted["pooled"], **close)
+    layers = encoder(features, coords, all_layers=True)
+    torch.testing.assert_close(layers[:, 0], wanted["cls_of_layers"], **close)
+
+
+@pytest.mark.parametrize("padding", ["zero_key", "exact"])
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@torch.no_grad()
+def test_a_padded_batch_is_each_slide_alone(padding: str, pool: str) -> None:
+    encoder, lengths = slide_encoder(padding=padding), [70, 131, 1]
+    features, coords = torch.full((3, 131, 6), torch.nan), torch.full((3, 131, 2), -7.0)  # padding may be anything
+    alone = []
+    for row, tiles in enumerate(lengths):
+        x, at = slide(tiles, row)
+        features[row, :tiles], coords[row, :tiles] = x, at.float()
+        alone.append(encoder(x[None], at[None], pool=pool, all_layers=True)[:, 0])
+        torch.testing.assert_close(encoder(x[None], at[None], pool=pool)[0], encoder(x[None], at[None], pool=pool)[0])
+    together = encoder(features, coords, lengths=lengths, pool=pool, all_layers=True)
+    torch.testing.assert_close(together, torch.stack(alone, 1), rtol=0, atol=1e-5)
+    one = encoder(features, coords, lengths=torch.tensor(lengths), pool=pool)
+    torch.testing.assert_close(one[0], encoder(*(x[None] for x in slide(70, 0)), pool=pool)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"padding": "exact"}, {"grid": 0, "position": "rope"}])
+@torch.no_grad()
+def test_chunks_are_the_whole(changes: dict) -> None:
+    encoder, (features, coords) = slide_encoder(**changes), slide(203)
+    where = None if encoder.config.grid == 0 else coords[None]
+    rows = encoder._rows(features[None], where, torch.tensor([203]))
+    whole = encoder.net(rows)
+    found = torch.cat([*hidden_in_chunks(encoder.net, lambda start, stop: rows[:, start:stop], 204, 37)], 1)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+
+
+def test_positions_are_those_of_the_table() -> None:
+    """The official table, as its definition says, for a grid that is small enough to hold it."""
+    grid, dim = 7, 16
+    steps = torch.arange(dim // 4, dtype=torch.float64)
+    table = []
+    for index in range(grid * grid):
+        halves = [c / 10000 ** (steps / (dim // 4)) for c in (index % grid, index // grid)]
+        table.append(torch.cat([part for half in halves for part in (half.sin(), half.cos())]))
+    cells = torch.tensor([[first, second] for first in range(grid) for second in range(grid)])
+    torch.testing.assert_close(grid_positions(cells.float(), dim), torch.stack(table).float())
+
+
+def test_cells_are_exact_at_their_edges() -> None:
+    coords = torch.tensor([[0, 255], [256, 511], [512, 2**40 * 256 - 1]])
+    assert grid_cells(coords, 256).tolist() == [[0, 0], [1, 1], [2, 2**40 - 1]]
+    assert grid_cells(torch.tensor([[-1.0, 0.5]]), 256).tolist() == [[-1, 0]]
+
+
+@torch.no_grad()
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    encoder, (features, coords) = slide_encoder(), slide(40)
+    encoder.save_pretrained(tmp_path)
+    inputs = features[None], coords[None]
+    assert torch.equal(SlideEncoder.from_pretrained(tmp_path)(*inputs), encoder(*inputs))
+    exact = SlideEncoder.from_pretrained(tmp_path, padding="exact")
+    assert exact.config.padding == "exact"
+    assert torch.equal(exact(*inputs), slide_encoder(padding="exact")(*inputs))
+    assert not torch.allclose(exact(*inputs), encoder(*inputs))
+    fields = {name: getattr(slide_config(), name) for name in LongNetConfig.model_fields}
+    LongNet(LongNetConfig(**fields)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match="no in_features"):
+        SlideEncoder.from_pretrained(tmp_path / "other")
+
+
+def test_it_trains() -> None:
+    """Gradients reach every weight, and those of a padded batch are finite."""
+    encoder = slide_encoder().train()
+    features, coords = slide(30)
+    encoder(features.repeat(2, 1, 1), coords.repeat(2, 1, 1), lengths=[30, 9], pool="mean").square().sum().backward()
+    encoder(features[None], coords[None]).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.zeros(1, 4, 5)}, "features have 5 numbers, the model reads 6"),
+        ({"coords": None}, r"coords must have the shape \(1, 4, 2\), got none"),
+        ({"coords": torch.zeros(1, 3, 2)}, r"coords must have the shape \(1, 4, 2\), got \(1, 3, 2\)"),
+        ({"coords": torch.tensor([[[0, 0], [256, 0], [0, 12800], [0, 0]]])}, "slide 0, tile 2: its cell .0, 50. is"),
+        ({"lengths": [5]}, "lengths must be 1 numbers of 1 to 4"),
+        ({"lengths": [0]}, "lengths must be 1 numbers of 1 to 4"),
+        ({"pool": "last"}, "pool must be"),
+    ],
+)
+def test_what_is_refused(change: dict, message: str) -> None:
+    inputs = {"features": torch.zeros(1, 4, 6), "coords": torch.zeros(1, 4, 2), **change}
+    with pytest.raises(ValueError, match=message):
+        slide_encoder()(**inputs)
+
+
+def test_configurations_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="a dim that 4 divides"):
+        slide_config(dim=34, num_heads=2)
+    with pytest.raises(ValueError, match="causal"):
+        slide_config(causal=True)
+    assert SlideConfig.gigapath().num_parameters() == 86_330_880
+    with torch.device("meta"):
+        assert sum(p.numel() for p in SlideEncoder(SlideConfig.gigapath()).parameters()) == 86_330_880

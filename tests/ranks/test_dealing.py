@@ -1,0 +1,271 @@
+"""Portions dealt out to real processes: results in order, each portion worked on once, however slow a rank is."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pytest
+import torch
+import torch.distributed as dist
+from builders import tiny_llama, tiny_model
+from conftest import RunLongnet
+from hypothesis import given
+from hypothesis import strategies as st
+from many_ranks import run_ranks
+from processes import contents, processes_of, wait_for
+
+from longnet_cli.basics.errors import DataError
+from longnet_cli.running.ranks import dealing
+from longnet_cli.running.ranks.dealing import Codec, deal
+from longnet_cli.running.ranks.portions import Portion, portions
+from longnet_cli.running.ranks.ranks import Ranks
+
+AS_JSON = Codec(lambda found: json.dumps(list(found)).encode(), json.loads)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), max_size=40), length=st.integers(1, 30), shard=st.none() | st.integers(1, 12)
+)
+def test_portions_are_the_items_in_order(lengths: list[int], length: int, shard: int | None) -> None:
+    def cut(items: list[tuple[int, int]]) -> list[tuple[list[tuple[int, int]], bool]]:
+        found = []
+        for portion in portions(items, length, length_of=lambda item: item[1], shard=shard):
+            read = list(portion)
+            assert (portion.items, portion.length) == (len(read), sum(size for _, size in read))
+            found.append((read, portion.ends_shard))
+        return found
+
+    items = list(enumerate(lengths))
+    whole = cut(items)
+    assert [item for read, _ in whole for item in read] == items
+    for index, (read, ends_shard) in enumerate(whole):
+        done = sum(len(read) for read, _ in whole[: index + 1])
+        assert ends_shard == (shard is not None and done % shard == 0)
+        assert ends_shard or index == len(whole) - 1 or sum(size + 1 for _, size in read) >= length
+        assert sum(size + 1 for _, size in read[:-1]) < length
+        if ends_shard:  # a resumed run goes on here, as if there were nothing before
+            assert cut(items[done:]) == whole[index + 1 :]
+
+
+def test_one_group_works_on_every_portion() -> None:
+    dealt = deal(portions("abcde", 4), list, Ranks(), AS_JSON)
+    assert [(list(results), portion.items) for portion, results in dealt] == [
+        (["a", "b"], 2),
+        (["c", "d"], 2),
+        (["e"], 1),
+    ]
+
+
+def test_groups_take_what_they_can_and_rank_0_gets_all_in_order(tmp_path: Path) -> None:
+    run_ranks(4, tmp_path, _deal_at_random)
+
+
+def _deal_at_random() -> None:
+    rank = dist.get_rank()
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    port = Ranks(rank, 4).from_first(store.port if store else 0)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dealing.VALUE_BYTES, dealing.PAUSE = 5, 0.001
+    for seed in range(12):
+        ranks = Ranks(rank, 4, 1) if seed % 2 else Ranks(rank, 4, 2, pairs[rank // 2])
+        chance = random.Random(seed)  # the same on all ranks
+        items = [chance.randrange(10) for _ in range(chance.randrange(60))]
+        slow = chance.randrange(ranks.dp)
+
+        def work(portion: Portion[int], ranks: Ranks = ranks, slow: int = slow) -> Iterator[list[int]]:
+            for item in portion:
+                total = torch.tensor([item])
+                ranks.of_group().sum(total)  # needs all of the group
+                time.sleep(0.01 if ranks.dp_rank == slow else 0.001)
+                yield [int(total) // ranks.sp, ranks.dp_rank]
+
+        others: Counter[int] = Counter()
+        parts = portions(items, 12, length_of=lambda item: item)
+        dealt = deal(
+            parts, work, ranks, AS_JSON, on_other=lambda part, others=others: others.update([part.length]), ahead=3
+        )
+        found = [result for _, results in dealt for result in results]
+        assert [item for item, _ in found] == (items if rank == 0 else [])
+        if rank == 0:
+            assert sum(length * times for length, times in others.items()) == sum(i for i, who in found if who)
+            shares = Counter(who for _, who in found)
+            assert len(items) < 40 or shares[slow] < max(shares.values())
+
+    def slow_on_rank_0(portion: Portion[int]) -> Iterator[list[int]]:
+        time.sleep(0.0 if rank else 0.5)
+        return ([item, rank] for item in list(portion))
+
+    lengths = [5, 6 if rank else 5, 5, 5, 5]  # as if a file had changed
+    dealt = deal(portions(lengths, 1, length_of=lambda item: item), slow_on_rank_0, Ranks(rank, 4), AS_JSON)
+    if rank == 0:
+        with pytest.raises(DataError, match="portion 1 is 1 documents of 5 tokens on rank 0 and 1 of 6 on another"):
+            list(dealt)
+        dist.PrefixStore("longnet/0/12", store).set("end", "")
+    else:
+        assert list(dealt) == []
+    Ranks(rank, 4).barrier()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model, and documents of 0 to 400 tokens in JSON Lines and as token ids."""
+    tiny_model(tmp_path / "net", segment_lengths=(16, 64, 256), dilation_rates=(1, 2, 4), position="rope")
+    chance = np.random.default_rng(0)
+    rows = [chance.integers(97, 122, length) for length in [0, 1, *chance.integers(1, 400, 60)]]
+    texts = [{"id": f"d{index}", "text": bytes(row.tolist()).decode(), "n": index} for index, row in enumerate(rows)]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    lengths = [9_000_000, 0, *[40_000] * 100, 5_000_000]  # several portions of 4 Mi characters
+    long = [{"id": f"{i}", "text": (f"{i:06d} " * (length // 7 + 1))[:length]} for i, length in enumerate(lengths)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(text) + "\n" for text in long))
+    table = pa.table({"doc_id": [text["id"] for text in texts], "input_ids": [row.tolist() for row in rows]})
+    with ipc.new_file(tmp_path / "docs.arrow", table.schema) as writer:
+        writer.write_table(table)
+    return tmp_path
+
+
+COMMANDS = {
+    "encode": ["encode", "docs.arrow", "-m", "./net", "--chunk", "256", "--span", "100", "--shard-rows", "20"],
+    "encode-keep": ["encode", "docs.jsonl", "-m", "./net", "--chunk", "256", "--keep", "n", "--shard-rows", "20"],
+    "gains": [
+        "score",
+        "docs.jsonl",
+        "-m",
+        "./net",
+        "--chunk",
+        "256",
+        "--context",
+        "16,64",
+        "--keep",
+        "n",
+        "--shard-tokens",
+        "3000",
+    ],
+    "tokenize": ["tokenize", "long.jsonl", "--shard-tokens", "4000000"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_shards_are_the_bytes_of_one_process(name: str, folder: Path, run_longnet: RunLongnet) -> None:
+    alone, many = (
+        run_longnet(*COMMANDS[name], "-o", place, *more, cwd=folder, env={"OMP_NUM_THREADS": "1"})
+        for place, more in (("alone", []), ("many", ["--dp", "2"]))
+    )
+    assert (alone.returncode, many.returncode) == (0, 0), many.stderr
+    assert contents(folder / "alone") == contents(folder / "many")
+    assert len(contents(folder / "alone")) > 3
+    assert many.stderr == alone.stderr.replace("alone", "many")
+
+
+def test_printed_scores_are_those_of_one_process(folder: Path, run_longnet: RunLongnet) -> None:
+    """And the values of many types that documents carry along."""
+    table = ipc.open_file(folder / "docs.arrow").read_all()
+    kept = {
+        "m": pa.array([[("a", 1)], None] * 31, pa.map_(pa.string(), pa.int64())),
+        "u": pa.array([2**64 - 1, None] * 31, pa.uint64()),
+        "t": pa.array([0, None] * 31, pa.timestamp("s")),
+        "b": pa.array([b"\xff\x00", None] * 31),
+    }
+    table = pa.table({"doc_id": table["doc_id"], "input_ids": table["input_ids"], **kept})
+    with ipc.new_file(folder / "kept.arrow", table.schema) as writer:
+        writer.write_table(table)
+    command = ["score", "kept.arrow", "-m", "./net", "--chunk", "128", "--context", "16,64", "--format", "jsonl"]
+    command += ["--by-position", "--by-recall", "--keep", "m,u,t,b"]
+    env = {"OMP_NUM_THREADS": "1"}
+    alone, many = (run_longnet(*command, *more, cwd=folder, env=env) for more in ([], ["--dp", "2"]))
+    assert many.stdout == alone.stdout, many.stderr
+    assert len(alone.stdout.splitlines()) == 2 * 62 + 2
+
+
+def test_a_hugging_face_model_gives_each_process_its_own_documents(folder: Path, run_longnet: RunLongnet) -> None:
+    tiny_llama(folder / "llama")
+    command = ["score", "docs.arrow", "-m", "./llama", "--bos", "none", "--chunk", "256", "--format", "jsonl"]
+    alone, many = (
+        run_longnet(*command, *more, cwd=folder, env={"OMP_NUM_THREADS": "1"}) for more in ([], ["--dp", "2"])
+    )
+    assert many.stdout == alone.stdout, many.stderr
+    assert len(alone.stdout.splitlines()) == 63
+
+
+def test_groups_may_share_documents(folder: Path, run_longnet: RunLongnet) -> None:
+    alone, many = (
+        run_longnet(*COMMANDS["encode"], "-o", place, *more, cwd=folder)
+        for place, more in (("alone", []), ("many", ["--dp", "2", "--sp", "2"]))
+    )
+    assert (alone.returncode, many.returncode) == (0, 0), many.stderr
+    for name in ("vectors-00000.arrow", "vectors-00001.arrow"):
+        a, b = (ipc.open_file(folder / place / name).read_all() for place in ("alone", "many"))
+        assert a.drop_columns(["embedding"]) == b.drop_columns(["embedding"])
+        vectors = [torch.tensor(table["embedding"].to_pylist()) for table in (a, b)]
+        torch.testing.assert_close(*vectors, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("skip_bad", [True, False])
+def test_bad_data_ends_what_it_ends_in_one_process(skip_bad: bool, folder: Path, run_longnet: RunLongnet) -> None:
+    rows = [[97] * 200 for _ in range(50)]
+    rows[30][100] = 9999
+    table = pa.table({"input_ids": rows})
+    with ipc.new_file(folder / "bad.arrow", table.schema) as writer:
+        writer.write_table(table)
+    command = ["encode", "bad.arrow", "-m", "./net", "--chunk", "128", "--shard-rows", "10"]
+    command += ["--skip-bad"] if skip_bad else []
+    alone, many = (
+        run_longnet(*command, "-o", place, *more, cwd=folder, env={"OMP_NUM_THREADS": "1"})
+        for place, more in (("alone", []), ("many", ["--dp", "2"]))
+    )
+    assert alone.returncode == many.returncode == (6 if skip_bad else 3)
+    assert re.sub(r"rank \d: ", "", many.stderr) == alone.stderr.replace("-> alone", "-> many")
+    assert contents(folder / "alone") == contents(folder / "many")
+    assert len(contents(folder / "alone")) == (6 if skip_bad else 4)
+
+
+def test_what_cannot_be_shared_is_one_line(folder: Path, run_longnet: RunLongnet) -> None:
+    os.mkfifo(folder / "pipe")
+    for command, words in (
+        (["score", "docs.arrow", "-m", "./net", "--token-logprobs", "x.arrow"], "leave out --dp"),
+        (["tokenize", "docs.jsonl", "-o", "t", "--train-vocab", "300"], "without --dp"),
+        (["tokenize", "pipe", "-o", "t"], "pipe can be read by one process"),
+        (["score", "-", "-m", "./net"], "stdin can be read by one process"),
+        (["encode", "docs.arrow", "-m", "./net", "-o", "v", "--nproc", "1"], "needs 2 processes, and there are 1"),
+    ):
+        done = run_longnet(*command, "--dp", "2", cwd=folder)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("rank", ["1", pytest.param("0", marks=pytest.mark.slow)])
+def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on(
+    rank: str, folder: Path, run_longnet: RunLongnet, command_env: dict[str, str]
+) -> None:
+    command = [*COMMANDS["encode"], "--chunk", "16", "--quiet"]  # slow
+    env = command_env | {"OMP_NUM_THREADS": "1"}
+    assert run_longnet(*command, "-o", "alone", cwd=folder, env=env).returncode == 0
+    call = [sys.executable, "-m", "longnet_cli", *command, "-o", str(folder / "many"), "--dp", "2"]
+    job = subprocess.Popen(call, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (folder / "many/vectors-00001.arrow").exists())
+
+    def of_rank(process: int) -> bool:
+        return f"\0RANK={rank}\0".encode() in Path(f"/proc/{process}/environ").read_bytes()
+
+    [victim] = filter(of_rank, processes_of(str(folder / "many")))
+    os.kill(victim, signal.SIGKILL)
+    _, stderr = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert stderr == f"longnet: error: rank {rank} was killed (SIGKILL), and the job with it\n"
+    again = run_longnet(*command, "-o", "many", "--dp", "2", "--resume", cwd=folder, env=env)
+    assert again.returncode == 0, again.stderr
+    assert contents(folder / "alone") == contents(folder / "many")

@@ -1,0 +1,359 @@
+"""N ranks = 1 rank: outputs and every gradient, over real processes and gloo; and what travels is counted.
+
+Each test starts P processes once, which then go through many problems.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from builders import NotedDocument as Document
+from many_ranks import TOLERANCE, in_both_types, off, random_pattern, run_ranks
+from pattern_nets import EOS, draw, net
+from strategies import PAPER_64TH, document_starts, turn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longnet_cli.attention import Pattern, dilated_attention
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.data.windows import TokenStream, TokenWindows
+from longnet_cli.jobs.training.gradients import StoredTokens, backward
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running.chunks import CausalStream
+from longnet_cli.running.layerwise import hidden_in_chunks
+from longnet_cli.running.ranks import exchange as exchange_module
+from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.ranks import Ranks
+
+# those that every number of ranks goes through; beyond them, anything
+GRID = list(product([True, False], ["paper", "geometric", "nested"], ["modulo", "grouped"]))
+
+
+def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for seed in range(problems):
+        pick = random.Random(seed)  # the same on every rank
+        causal, kind, offsets = GRID[seed] if seed < len(GRID) else (pick.random() < 0.5, None, None)
+        pattern, kv_heads = random_pattern(pick, kind, offsets, causal), pick.randint(1, 4)
+        heads, rotary = kv_heads * pick.choice([1, 1, 2, 3]), {"turn": turn} if pick.random() < 0.5 else {}
+        batch, tokens = pick.randint(1, 2), pick.randint(1, 400)
+        edges = even_edges(0, tokens, world)
+        if pick.random() < 0.5:  # uneven, some of them empty
+            edges = [0, *sorted(pick.randint(0, tokens) for _ in range(world - 1)), tokens]
+        cuts = sorted({pick.randint(0, tokens - 1) for _ in range(pick.choice([0, 0, 1, 3]) if causal else 0)} | {0})
+        documents = [b - a for a, b in zip(cuts, [*cuts[1:], tokens], strict=True)]
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v, dout = torch.randn(4, batch, tokens, heads, 8, generator=generator, dtype=torch.float64).to(dtype)
+        k, v = k[:, :, :kv_heads], v[:, :, :kv_heads]
+        whole = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = dilated_attention(*whole, pattern, causal=causal, documents=documents, **rotary)
+        expected = [out.detach(), *torch.autograd.grad(out, whole, dout)]
+
+        first, last = edges[rank], edges[rank + 1]
+        mine = [x[:, first:last].clone().requires_grad_() for x in (q, k, v)]
+        config = net(pattern, heads=heads, layers=1, causal=causal).config
+        exchange = Exchange(config, edges, cuts=cuts)
+        out = dilated_attention(
+            *mine, pattern, causal=causal, start=exchange.start, documents=exchange.documents,
+            far=exchange(0, *mine), **rotary,
+        )  # fmt: skip
+        found = [out.detach(), *torch.autograd.grad(out, mine, dout[:, first:last])]
+        floor = 0.1 * max(x.double().norm().item() for x in expected)
+        for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+            error = off(a, b[:, first:last], floor)
+            allowed = TOLERANCE[dtype][name != "out"]
+            assert error <= allowed, f"problem {seed}, rank {rank}: {name} is off by {error:.2e}"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_attention_in_shards_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, in_both_types, attention_in_shards, 24 if world < 8 else 12)
+
+
+def net_in_shards(dtype: torch.dtype) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    learned = Pattern((16, 64, 128), (1, 4, 4), look_back=1, overlap="once", queries="all", level_bias="learned:-1")
+    cut = [0, 100, 131, 300]
+    for seed, (pattern, causal, cuts) in enumerate(
+        [(PAPER_64TH, True, [0]), (PAPER_64TH, False, [0]), (PAPER_64TH, True, cut), (learned, True, cut)]
+    ):
+        model = net(pattern, causal=causal).to(dtype)
+        tokens = 397
+        ids, targets = draw(1, tokens, seed), draw(1, tokens, seed + 9)
+        targets[:, : tokens // world] = -100  # the first rank has nothing to lose: no hang, no NaN
+        documents = [b - a for a, b in zip(cuts, [*cuts[1:], tokens], strict=True)]
+        loss = model.nll(model(ids, documents=documents), targets).sum(dtype=torch.float64)
+        loss.backward()
+        expected = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        edges = even_edges(0, tokens, world)
+        exchange, mine = Exchange(model.config, edges, cuts=cuts), slice(edges[rank], edges[rank + 1])
+        hidden = model(ids[:, mine], start=exchange.start, documents=exchange.documents, far=exchange)
+        part = model.nll(hidden, targets[:, mine]).sum(dtype=torch.float64)
+        part.backward()
+        dist.all_reduce(part.detach_())
+        floor = max(g.double().norm().item() for g in expected)
+        assert off(part, loss.detach(), 0) <= TOLERANCE[dtype][0] * 10
+        for (name, p), wanted in zip(model.named_parameters(), expected, strict=True):
+            dist.all_reduce(p.grad)
+            error = off(p.grad, wanted, 0.1 * floor)
+            assert error <= TOLERANCE[dtype][1], f"rank {rank}: {name} is off by {error:.2e}"
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_a_whole_nets_loss_and_gradients(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, in_both_types, net_in_shards)
+
+
+def counted_traffic() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    calls: list[int] = []
+    original = dist.all_to_all_single
+
+    def counting(output: Tensor, input: Tensor, *args: Any, **options: Any) -> Any:
+        calls.append(input.numel() * input.element_size())
+        return original(output, input, *args, **options)
+
+    def land(self: Any, grads: Any) -> Tensor:
+        assert self.got is not None  # it left before the near keys' gradients were computed
+        return original_land(self, grads)
+
+    original_land, exchange_module._WayBack.land = (
+        exchange_module._WayBack.land,
+        land,
+    )  # this process ends with the test
+    dist.all_to_all_single = counting
+    base, layers = 16, 3
+    traffic = []
+    for shard in (64, 256):
+        tokens = shard * world
+        pattern = Pattern.geometric(tokens, base)
+        model = net(pattern, layers=layers)
+        ids = draw(1, tokens)[:, rank * shard : (rank + 1) * shard]
+        exchange = Exchange(model.config, even_edges(0, tokens, world))
+        calls.clear()
+        model(ids, start=exchange.start, far=exchange).sum().backward()
+        assert len(calls) == 2 * layers  # one forward and one backward a layer
+        rows = sum(parcel.rows for parcels in exchange.sent for parcel in parcels)
+        assert set(calls[:layers]) == {2 * rows * model.config.dim * 4}  # keys and values, fp32
+        total = torch.tensor([sum(calls[:layers]), sum(calls[layers:])])
+        dist.all_reduce(total)
+        assert total[0] == total[1]
+        # research/parallel.md 3, on all ranks together: causal ranks receive half of what they would otherwise
+        wider = [(w, r) for w, r in pattern.levels if w > shard]
+        everything = sum(w // r * (w // shard - 1) * (tokens // w) for w, r in wider)  # rows that other ranks read
+        each = 2 * model.config.dim * 4
+        assert total[0].item() == layers * each * everything // 2
+        traffic.append(total[0].item())
+    assert traffic[0] == traffic[1]  # four times the tokens, the same bytes
+
+    for looking_back, rows in (
+        (Pattern.window(16, look_back=2, sinks=4), 2 * 16 + 4),
+        (Pattern.nested(64, 16), 16 + 64 // 4),
+    ):
+        model = net(looking_back, layers=layers)
+        for shard in (64, 256):  # of any length, in a sequence of any length
+            edges = even_edges(0, shard * world, world)
+            exchange = Exchange(model.config, edges)
+            calls.clear()
+            model(draw(1, shard), start=exchange.start, far=exchange).sum().backward()
+            assert len(calls) == 2 * layers
+            total = torch.tensor([sum(calls[:layers]), sum(calls[layers:])])
+            dist.all_reduce(total)
+            assert total.tolist() == [layers * each * rows * (world - 1)] * 2
+
+    narrow = net(Pattern((16, 64), (1, 4)), layers=layers)
+    calls.clear()
+    exchange = Exchange(narrow.config, even_edges(0, 64 * world, world))
+    narrow(draw(1, 64), start=exchange.start, far=exchange).sum().backward()
+    assert calls == []  # no level is wider than a shard
+    dist.all_to_all_single = original
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_one_exchange_a_layer_and_its_bytes_are_the_formulas(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, counted_traffic)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the operators that move rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in {getattr(torch.ops.aten, name) for name in MOVING}:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+MOVING = ("index_select", "index", "copy_", "clone", "cat", "gather", "index_add_", "_to_copy", "as_strided_copy")
+
+
+def counted_copies() -> None:
+    """16 levels, of which each reader gets rows of several makers: one gather each way, of k and of v."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = net(Pattern.geometric(1 << 12, 2), layers=1)
+    exchange = Exchange(model.config, even_edges(0, 64 * world, world))
+    k, v = torch.randn(2, 1, 64, 4, 8)
+    exchange.maps(k)
+    with Copies() as copies:
+        attended, _ = exchange.run(k, v)
+        attended[0].ready()
+    assert len(copies.found) <= 4, copies.found
+    assert rank == 0 or len(attended) == len({(keys.level, keys.start) for keys in attended}) < 7 * rank
+
+
+def test_packing_takes_four_copies_a_layer(tmp_path: Path) -> None:
+    run_ranks(3, tmp_path, counted_copies)
+
+
+def test_a_mistaken_rank_is_noticed() -> None:
+    """Geometry needs no process: rows go to later ranks only, and every row that is needed is sent once."""
+    model: LongNet = net(PAPER_64TH)
+    exchange = Exchange(model.config, even_edges(0, 1000, 4), rank=2)
+    each = [Exchange(model.config, even_edges(0, 1000, 4), rank=rank) for rank in range(4)]
+    assert all(not each[maker].sent[reader] for maker in range(4) for reader in range(maker + 1))
+    assert exchange.received == [maker.sent[2] for maker in each]
+    # two query heads on each key head, which are neighbours: of level 0 a half travels, of others what they share
+    shapes = [(1, 250, kv_heads, 8) for kv_heads in (4, 2)]
+    window = Exchange(net(Pattern.window(300, sinks=4)).config, even_edges(0, 1000, 4), rank=1)
+    whole, shared = (sum(window.sizes(window.sent, shape)) for shape in shapes)
+    assert whole == 2 * shared > 0
+    assert exchange.sizes(exchange.sent, shapes[0]) == [0, 0, 0, 2 * 4 * 8 * sum(p.rows for p in exchange.sent[3])]
+    with pytest.raises(ValueError, match="causal"):
+        Exchange(net(PAPER_64TH, causal=False).config, [0, 10, 20], rank=0, cuts=[5])
+
+
+def training_in_shards(dtype: torch.dtype) -> None:
+    """Packed documents, windows longer than all ranks' chunks, several rows: gradients are those of one process."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for seed in range(6):
+        pick = random.Random(seed)
+        pattern, batch = random_pattern(pick), pick.randint(1, 3)
+        tokens, chunk = pick.randint(world, 300), pick.randint(8, 120)
+        if seed == 0:  # chunks begin between the rows of some heads
+            pattern, batch, tokens, chunk = Pattern((30, 90, 270), (1, 3, 9)), 1, 117, 19
+        model = net(pattern).to(dtype)
+        ids, targets = draw(batch, tokens, seed).clamp_(max=EOS - 1), draw(batch, tokens, seed + 9)
+        for _ in range(pick.choice([0, 2, 9])):
+            ids[pick.randrange(batch), pick.randrange(tokens)] = EOS
+        cut = seed > 0 and pick.choice([True, False])
+        loss = backward(model, ids, targets, chunk=10_000, starts=document_starts(ids, EOS) if cut else None)
+        expected = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        starts = document_starts(ids, EOS) if cut else None
+        part = backward(model, ids, targets, chunk=chunk, starts=starts, group=dist.group.WORLD)
+        dist.all_reduce(part)
+        floor = 0.1 * max(g.double().norm().item() for g in expected)
+        assert off(part, loss, 0) <= TOLERANCE[dtype][0] * 10
+        for (name, p), wanted in zip(model.named_parameters(), expected, strict=True):
+            dist.all_reduce(p.grad)
+            error = off(p.grad, wanted, floor)
+            assert error <= TOLERANCE[dtype][1], f"problem {seed}, rank {rank}: {name} is off by {error:.2e}"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_chunked_and_packed_training_over_ranks(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, in_both_types, training_in_shards)
+
+
+def slices_of_stored_windows(chunk: int) -> None:
+    """Windows that lie in files: a rank reads its slices and the target after each, and the gradients are the same."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = net(PAPER_64TH).double()
+    document = Document(draw(1, 2 * 300).clamp_(max=EOS - 1)[0].numpy())
+    batch, _ = next(iter(TokenWindows([TokenStream([document], EOS)], 240, 2, seed=0)))
+    whole = torch.from_numpy(batch.read_all())
+    loss = backward(model, whole[:, :-1], whole[:, 1:], chunk=10_000, starts=document_starts(whole[:, :-1], EOS))
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    document.reads.clear()
+    stored = [StoredTokens(batch, first, 240, torch.device("cpu")) for first in (0, 1)]
+    starts = [batch.document_starts(row, 240) for row in range(2)]
+    part = backward(model, *stored, chunk=chunk, starts=starts, group=dist.group.WORLD)
+    dist.all_reduce(part)
+    assert off(part, loss, 0) <= 1e-12
+    for p, wanted in zip(model.parameters(), expected, strict=True):
+        dist.all_reduce(p.grad)
+        assert off(p.grad, wanted, 0.1) <= 1e-12
+    mine = np.zeros(len(document), bool)
+    for _, start in batch.starts:
+        for a in range(0, 240, chunk * world):
+            edges = even_edges(a, min(chunk * world, 240 - a), world)
+            first = start + edges[rank] - 1  # the stream has one eos before the document
+            mine[max(0, first) : start + edges[rank + 1]] = True
+    found = np.zeros(len(document), bool)
+    for first, last in document.reads:
+        found[first:last] = True
+    assert np.array_equal(found, mine)
+
+
+@pytest.mark.parametrize("chunk", [240, 30])
+def test_a_rank_reads_its_slices_of_windows_in_files(chunk: int, tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, slices_of_stored_windows, chunk)
+
+
+def streaming_in_shards() -> None:
+    """Chunks of any sizes over ranks, the cache on all of them: hidden states, and the next token's decoding."""
+    world = dist.get_world_size()
+    for seed in range(8):
+        pick = random.Random(seed)
+        model, tokens = net(random_pattern(pick)).double(), pick.randint(1, 500)
+        ids = draw(1, tokens + 1, seed)
+        with torch.no_grad():
+            whole = model(ids)
+        stream, start = CausalStream(model, group=dist.group.WORLD), 0
+        while start < tokens:
+            edges = even_edges(start, min(pick.randint(1, 200), tokens - start), world)
+            mine = slice(edges[dist.get_rank()], edges[dist.get_rank() + 1])
+            torch.testing.assert_close(stream(ids[:, mine], edges=edges), whole[:, mine], rtol=1e-11, atol=1e-11)
+            start = edges[-1]
+        # every rank can go on alone
+        torch.testing.assert_close(stream(ids[:, tokens:]), whole[:, tokens:], rtol=1e-11, atol=1e-11)
+
+
+def layer_by_layer_in_shards() -> None:
+    """A bidirectional net over more chunks than there are ranks, some ranks without one in the last turn."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for seed in range(6):
+        pick = random.Random(seed)
+        model, chunk = net(random_pattern(pick, causal=False), causal=False).double(), pick.randint(20, 80)
+        tokens = chunk * world + pick.randint(1, 200)
+        ids = draw(1, tokens, seed)
+        with torch.no_grad():
+            whole = model(ids).split(chunk, 1)[rank::world]
+        done: list[int] = []
+        found = list(
+            hidden_in_chunks(
+                model, lambda a, b, ids=ids: ids[:, a:b], tokens, chunk,
+                ranks=Ranks(rank, world, world, dist.group.WORLD), on_chunk=done.append,
+            )
+        )  # fmt: skip
+        torch.testing.assert_close(found, list(whole), rtol=1e-11, atol=1e-11)
+        if rank == 0:
+            assert sum(done) == tokens * model.config.num_layers
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_layer_by_layer_over_ranks(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, layer_by_layer_in_shards)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_streaming_over_ranks(world: int, tmp_path: Path) -> None:
+    run_ranks(world, tmp_path, streaming_in_shards)
+
+
+def test_ranks_choose_no_blocks_yet() -> None:
+    pattern = Pattern((8,), (1,), look_back=1, chosen=2, chosen_block=4, chosen_every=4)
+    with pytest.raises(ConfigError, match="chosen=2: ranks do not share a document's past yet: leave out --sp"):
+        Exchange(net(pattern).config, [0, 8, 16], rank=0)

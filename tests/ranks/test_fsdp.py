@@ -1,0 +1,154 @@
+"""Weights with a share on each rank = weights whole on each = one process: losses, gradients, steps; over gloo."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from many_ranks import TOLERANCE, in_both_types, mesh, off, random_pattern, run_ranks
+from pattern_nets import EOS, draw, net
+from strategies import document_starts
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
+
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.jobs.training.optimizer import build_optimizers
+from longnet_cli.jobs.training.recipe import OptimizerRecipe
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running.ranks.fsdp import (
+    clip_gradients,
+    shard_weights,
+    sum_gradients,
+    whole_state,
+    whole_tensor,
+    whole_weights,
+)
+from longnet_cli.running.ranks.ranks import Ranks
+
+LONGEST = 10_000  # a chunk that holds everything
+
+
+def batch_of_all(pick: random.Random, ranks: Ranks, ignored: str) -> tuple[Tensor, Tensor, list[list[int]] | None]:
+    """Windows of documents for all groups together, some with nothing to learn from."""
+    rows, tokens, seed = ranks.dp * pick.randint(1, 2), pick.choice([1, 40, pick.randint(1, 160)]), pick.randrange(1000)
+    ids, targets = draw(rows, tokens, seed).clamp_(max=EOS - 1), draw(rows, tokens, seed + 9)
+    for _ in range(pick.choice([0, 2, 9])):
+        ids[pick.randrange(rows), pick.randrange(tokens)] = EOS  # groups have other numbers of forwards
+    if ignored == "a group":
+        targets[: rows // ranks.dp] = -100
+    elif ignored == "a rank":
+        targets[:, : tokens // ranks.sp + 1] = -100
+    return ids, targets, document_starts(ids, EOS) if pick.choice([True, False]) else None
+
+
+def check_gradients(model: LongNet, expected: LongNet, dtype: torch.dtype, what: str) -> None:
+    floor = 0.1 * max(p.grad.double().norm().item() for p in expected.parameters())
+    for (name, p), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        error = off(whole_tensor(p.grad), other.grad, floor)
+        assert error <= TOLERANCE[dtype][1], f"{what}: {name} is off by {error:.2e}"
+
+
+def steps(dtype: torch.dtype, dp: int) -> None:
+    """Two optimizer steps each: the second one has weights that the first one changed."""
+    ranks = mesh(dp)
+    for seed, (sharded, chunked) in enumerate(product([False, True], repeat=2)):
+        pick = random.Random(seed + 10 * dtype.itemsize)
+        pattern = random_pattern(pick)
+        alone, model = (net(pattern).to(dtype) for _ in range(2))
+        if sharded:
+            shard_weights(model, ranks)
+            share = sum(p.to_local().numel() for p in model.parameters())
+            assert share <= alone.config.num_parameters() / ranks.world * 1.2 + 50
+        if sharded and chunked:
+            for layer in model.layers:  # as `train.activation_checkpointing` does
+                layer.forward = partial(activation_checkpoint, layer.forward, use_reentrant=False)
+        # in fp32 AdamW makes steps of gradients that are rounding alone, as that of a bias of keys
+        kinds = OptimizerRecipe(lr=1e-2), torch.optim.SGD
+        optimizers = [
+            build_optimizers(x, kinds[0])[0] if dtype is torch.float64 else kinds[1](x.parameters(), lr=0.1)
+            for x in (alone, model)
+        ]
+        for step in range(2):
+            what = f"problem {seed}, step {step}, rank {ranks.rank}, {'sharded' if sharded else 'whole'}"
+            ids, targets, starts = batch_of_all(pick, ranks, ["a group", "a rank", "nothing"][(seed + step) % 3])
+            chunk = pick.randint(3, 90) if chunked else LONGEST
+            loss = backward(alone, ids, targets, chunk=LONGEST, starts=starts, scale=1 / targets.numel())
+            mine = slice(ranks.dp_rank * len(ids) // dp, (ranks.dp_rank + 1) * len(ids) // dp)
+            part = backward(
+                model, ids[mine], targets[mine], chunk=chunk, starts=starts and starts[mine], scale=1 / targets.numel(),
+                group=ranks.group,
+            )  # fmt: skip
+            sum_gradients(model, ranks, part)
+            assert off(part, loss, 0) <= TOLERANCE[dtype][0] * 10, what
+            check_gradients(model, alone, dtype, what)
+            norms = [clip_gradients(x, 0.01).item() for x in (alone, model)]
+            assert norms[1] == pytest.approx(norms[0], rel=10 * TOLERANCE[dtype][1])
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        state, expected = whole_state(model, ranks), alone.state_dict()
+        assert list(state) == (list(expected) if ranks.first else [])
+        for name in state:
+            assert off(state[name], expected[name], 1.0) <= max(TOLERANCE[dtype][1], 1e-9), name
+
+
+@pytest.mark.parametrize(("dp", "sp"), [(2, 1), (1, 2), (2, 2)])
+def test_steps_are_those_of_one_process(dp: int, sp: int, tmp_path: Path) -> None:
+    run_ranks(dp * sp, tmp_path, in_both_types, steps, dp)
+
+
+def counted_collectives() -> None:
+    """However many chunks and documents: one gather and one sum of each block, and of the root, a step."""
+    calls: list[str] = []
+    for name in ("foreach_all_gather", "foreach_reduce"):
+        original = getattr(_fsdp_param_group, name)
+
+        def counting(*args: Any, name: str = name, original: Any = original, **options: Any) -> Any:
+            calls.append(name)
+            return original(*args, **options)
+
+        setattr(_fsdp_param_group, name, counting)
+    model = net(random_pattern(random.Random(1)), layers=3)
+    shard_weights(model, mesh(1))
+    ids = draw(2, 200)
+    ids[0, 50:] = EOS  # the first row is many documents, some longer than both chunks; the second is one
+    ids[0, 120::7] = 0
+    for _ in range(2):
+        calls.clear()
+        backward(model, ids, ids, chunk=20, starts=document_starts(ids, EOS), group=dist.group.WORLD)
+        assert Counter(calls) == {"foreach_all_gather": 4, "foreach_reduce": 4}
+        model.zero_grad()
+
+
+def test_a_step_gathers_and_sums_each_block_once(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, counted_collectives)
+
+
+def uneven_work() -> None:
+    """Ranks that run the net other numbers of times, or not at all, do not wait for each other."""
+    ranks = mesh(2)
+    model = net(random_pattern(random.Random(0)))
+    expected = model(draw(1, 30)).detach()
+    shard_weights(model, ranks)
+    with pytest.raises(ConfigError, match=r"muon.* whole matrices.*--shard none"):
+        build_optimizers(model, OptimizerRecipe(name="muon"))
+    for _ in range(2):
+        with whole_weights(model), torch.no_grad():
+            for _ in range(ranks.rank):
+                torch.testing.assert_close(model(draw(1, 30)), expected)
+        ranks.sum(torch.zeros(1))
+        backward(model, draw(1, 30), draw(1, 30, seed=1), chunk=LONGEST)
+        model.zero_grad()
+
+
+def test_ranks_may_evaluate_different_amounts(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, uneven_work)

@@ -1,0 +1,260 @@
+"""A causal net in chunks = the net at once: logits, loss and every parameter's gradient."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from conftest import RunLongnet
+from hypothesis import given
+from hypothesis import strategies as st
+from pattern_nets import CAUSAL, TOLERANCE, draw, error, gradients, net
+from strategies import PAPER_64TH, chosen_patterns, cuts, split
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from longnet_cli.attention import Pattern
+from longnet_cli.attention.choosing import Chosen
+from longnet_cli.attention.groups import GroupedPart
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.running.chunks import CausalStream, backward_in_chunks, default_chunk
+
+NESTED = Pattern((16, 32, 128), (1, 3, 8))  # xPos needs segments that nest
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("positions", [["rope", "none"], ["xpos"]])
+@given(
+    pattern=CAUSAL,
+    heads=st.integers(1, 6),
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 200),
+    sizes=cuts(),
+    data=st.data(),
+)
+def test_any_chunks_give_the_logits_of_the_whole(
+    positions: list[str],
+    dtype: torch.dtype,
+    pattern: Pattern,
+    heads: int,
+    batch: int,
+    tokens: int,
+    sizes: list[int],
+    data: st.DataObject,
+) -> None:
+    position = data.draw(st.sampled_from(positions))
+    model = net(NESTED if position == "xpos" else pattern, position, heads=heads).to(dtype)
+    ids = draw(batch, tokens)
+    with torch.no_grad():
+        whole = model.logits(model(ids))
+        stream = CausalStream(model)
+        parts = [model.logits(stream(part)) for part in ids.split(split(tokens, sizes), 1)]
+    assert error(torch.cat(parts, 1), whole) <= TOLERANCE[dtype]
+    assert stream.position == tokens
+    assert stream.cache_bytes == 2 * 2 * batch * model.config.dim * whole.itemsize * model.config.pattern.cache_rows
+
+
+@pytest.mark.parametrize("position", ["rope", "none"])
+@given(pattern=chosen_patterns(), batch=st.integers(1, 2), tokens=st.integers(1, 150), sizes=cuts())
+def test_any_chunks_choose_what_the_whole_chooses(
+    position: str, pattern: Pattern, batch: int, tokens: int, sizes: list[int]
+) -> None:
+    """In fp64, in which no score is as good as equal to another."""
+    model, ids = net(pattern, position).double(), draw(batch, tokens)
+    with torch.no_grad():
+        whole = model(ids)
+        stream = CausalStream(model)
+        parts = [stream(part) for part in ids.split(split(tokens, sizes), 1)]
+    assert error(torch.cat(parts, 1), whole) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("positions", [["rope", "none"], ["xpos"]])
+@given(pattern=CAUSAL, batch=st.integers(1, 2), tokens=st.integers(1, 200), chunk=st.integers(1, 120), data=st.data())
+def test_chunked_training_is_whole_training(
+    positions: list[str],
+    dtype: torch.dtype,
+    pattern: Pattern,
+    batch: int,
+    tokens: int,
+    chunk: int,
+    data: st.DataObject,
+) -> None:
+    position = data.draw(st.sampled_from(positions))
+    model = net(NESTED if position == "xpos" else pattern, position).to(dtype)
+    ids, targets = draw(batch, tokens), draw(batch, tokens, seed=1)
+    targets[:, ::5] = -100
+    loss = model.nll(model(ids), targets).sum(dtype=torch.float64)
+    (loss * 0.5).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    found = backward_in_chunks(model, ids, targets, max(chunk, tokens // 20), scale=0.5)
+    floor = max(x.double().norm().item() for x in expected)
+    if floor == 0:  # no target was left
+        assert found == loss == 0
+        return
+    assert error(found, loss.detach()) <= TOLERANCE[dtype]
+    for (name, _), a, b in zip(model.named_parameters(), gradients(model), expected, strict=True):
+        # a bias of k moves no softmax: its gradient is rounding alone, measured against the largest
+        off = (a - b).double().norm().item() / max(b.double().norm().item(), 0.1 * floor)
+        assert off <= TOLERANCE[dtype], f"{name} is off by {off:.2e}"
+
+
+@given(
+    position=st.sampled_from(["rope", "none"]),
+    pattern=chosen_patterns(),
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 150),
+    chunk=st.integers(1, 120),
+)
+def test_chunked_training_with_chosen_blocks_is_whole_training(
+    position: str, pattern: Pattern, batch: int, tokens: int, chunk: int
+) -> None:
+    """In fp64, in which no score is as good as equal to another."""
+    model = net(pattern, position).double()
+    ids, targets = draw(batch, tokens), draw(batch, tokens, seed=1)
+    loss = model.nll(model(ids), targets).sum()
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    assert error(backward_in_chunks(model, ids, targets, max(chunk, tokens // 20)), loss.detach()) <= 1e-12
+    floor = max(x.norm().item() for x in expected)
+    for a, b in zip(gradients(model), expected, strict=True):
+        assert (a - b).norm().item() <= 1e-10 * max(b.norm().item(), 0.1 * floor)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("chunk", "checkpointing"), [(36, False), (100, True), (400, True)])
+def test_what_is_computed_again_sees_the_blocks_that_it_saw(
+    chunk: int, checkpointing: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are drawn at random, others each time that a group asks; the whole graph asks once per group and layer."""
+    asked: Counter[int] = Counter()
+
+    def drawn(_: Chosen, q: Tensor, row: int, part: GroupedPart, *more: object) -> tuple[Tensor, None]:
+        first, number, _, near = part.groups
+        found = []
+        for group in range(first, first + number * 4, 4):
+            asked[group] += 1
+            draws = torch.Generator().manual_seed(100 * group + asked[group])
+            found.append(torch.randperm(near // 8 - 1, generator=draws)[:3].sort().values)
+        return torch.stack(found), None
+
+    monkeypatch.setattr(Chosen, "_voted", drawn)
+    model = net(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)).to(dtype)
+    ids, targets = draw(1, 400), draw(1, 400, seed=1)
+    loss = model.nll(model(ids), targets).sum()
+    loss.backward()
+    expected, times = gradients(model), asked.copy()
+    model.zero_grad()
+    asked.clear()
+    if checkpointing:
+        for layer in model.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    found = backward(model, ids, targets, chunk=chunk)
+    assert asked == times
+    assert error(found, loss.detach()) <= TOLERANCE[dtype]
+    floor = max(x.norm().item() for x in expected)
+    for a, b in zip(gradients(model), expected, strict=True):
+        assert (a - b).norm().item() <= 10 * TOLERANCE[dtype] * max(b.norm().item(), 0.1 * floor)
+
+
+def test_training_with_dropout_computes_again_what_it_dropped() -> None:
+    """Against one graph over all chunks, drawn from the same random numbers."""
+    model = net(PAPER_64TH, dropout=0.3).double().train()
+    ids, targets = draw(1, 300), draw(1, 300, seed=1)
+    torch.manual_seed(5)
+    found = backward_in_chunks(model, ids, targets, 70)
+    after, in_chunks = torch.rand(1), gradients(model)
+    model.zero_grad()
+    torch.manual_seed(5)
+    loss = whole_graph(model, ids, targets, 70)
+    loss.backward()
+    assert torch.equal(after, torch.rand(1))
+    assert error(found, loss.detach()) <= 1e-12
+    assert all(error(a, b) <= 1e-10 for a, b in zip(in_chunks, gradients(model), strict=True) if b.norm() > 1e-9)
+
+
+def whole_graph(model: LongNet, ids: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """The loss of all chunks in one graph: far keys are taken, differentiably, from all that came before."""
+    from longnet_cli.attention import Span, far_keys
+
+    pattern = model.config.pattern
+    past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.layers]
+    total = torch.zeros((), dtype=torch.float64)
+    start = 0
+    for part, wanted in zip(ids.split(chunk, 1), targets.split(chunk, 1), strict=True):
+
+        def far(layer: int, q: Tensor, k: Tensor, v: Tensor, start: int = start) -> list:
+            before = past[layer]
+            past[layer] = [*before, (k, v)]
+            spans = [Span(i, start // w * w, start) for i, (w, _) in enumerate(pattern.levels) if start % w]
+            everything = [torch.cat(x, 1) for x in zip(*before, strict=True)]
+            return [far_keys(*everything, pattern, span) for span in spans]
+
+        total = total + model.nll(model(part, start=start, far=far), wanted).sum(dtype=torch.float64)
+        start += part.shape[1]
+    return total
+
+
+def test_bf16_training_in_chunks_is_near() -> None:
+    model = net(PAPER_64TH)
+    ids, targets = draw(1, 400), draw(1, 400, seed=1)
+    backward_in_chunks(model, ids, targets, 64)
+    exact = gradients(model)
+    model.zero_grad()
+    backward_in_chunks(model, ids, targets, 64, dtype="bf16")
+    floor = max(x.norm().item() for x in exact)
+    for a, b in zip(gradients(model), exact, strict=True):
+        assert (a - b).norm().item() <= 0.05 * max(b.norm().item(), floor * 0.1)
+
+
+def test_only_one_chunk_of_activations_lives() -> None:
+    """Tensors alive at the end of each chunk's backward do not grow with the number of chunks."""
+    model = net(Pattern((64,), (1,)), layers=3)
+    peaks = []
+    for chunks in (4, 12):
+        ids = draw(1, 64 * chunks)
+        gc.collect()
+        counts: list[int] = []
+
+        def look(*_: object, counts: list[int] = counts) -> None:
+            tensors = (x for x in gc.get_objects() if type(x) is Tensor)
+            counts.append(sum(x.is_floating_point() and x.shape[:2] == (1, 64) for x in tensors))
+
+        hook = model.final_norm.register_full_backward_hook(look)
+        backward_in_chunks(model, ids, ids, 64)
+        hook.remove()
+        peaks.append(max(counts))
+    assert peaks[0] == peaks[1] > 0
+
+
+def test_a_bidirectional_net_cannot_be_streamed() -> None:
+    with pytest.raises(ConfigError, match="bidirectional"):
+        CausalStream(net(PAPER_64TH, causal=False))
+
+
+def test_default_chunk_follows_the_models_size() -> None:
+    device = torch.device("cpu")
+    small, large = (net(PAPER_64TH, heads=h).config for h in (2, 32))
+    assert default_chunk(small, device) > default_chunk(large, device) > 256
+    assert default_chunk(large, device).bit_count() == 1
+
+
+@pytest.mark.slow
+def test_chunked_training_needs_a_quarter_of_the_memory(run_longnet: RunLongnet) -> None:
+    """131,072 tokens through longnet-tiny, whole and by 8,192: resident memory of the process, everything included."""
+    bench = ["bench", "--op", "train", "--model", "longnet-tiny", "--impl", "dilated", "--seq", "128Ki"]
+    bench += ["--repeats", "1", "--format", "jsonl", "-q"]
+    peaks = []
+    for chunk in ([], ["--chunk", "8Ki"]):
+        done = run_longnet(*bench, *chunk, timeout=1800)
+        assert done.returncode == 0, done.stderr
+        peaks.append(json.loads(done.stdout)["peak_rss_bytes"])
+    assert peaks[0] >= 4 * peaks[1]

@@ -1,0 +1,167 @@
+"""What chunks keep for each other, in a map of memory or of a file: the same numbers, in the bytes that are stated."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from builders import tiny_model
+from conftest import RunLongnet
+from hypothesis import given
+from hypothesis import strategies as st
+from pattern_nets import draw, gradients, net
+from strategies import chosen_patterns, cuts, patterns, patterns_with_options, split
+
+from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import ConfigError, MemoryLimitError
+from longnet_cli.jobs.training.gradients import backward, far_bytes
+from longnet_cli.running.chunks import CausalStream, backward_in_chunks
+from longnet_cli.running.mapped import MappedMemory
+
+
+class Measured(MappedMemory):
+    """One that knows the most bytes that were used of it."""
+
+    most = 0
+
+    def empty(self, *arguments, **options) -> torch.Tensor:
+        found = super().empty(*arguments, **options)
+        self.most = max(self.most, self._used)
+        return found
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@given(
+    pattern=patterns() | patterns_with_options(causal=True) | chosen_patterns() | st.just(Pattern.dense()),
+    tokens=st.integers(2, 200),
+    chunk=st.integers(1, 120),
+)
+def test_a_file_changes_no_bit_and_has_the_stated_size(
+    dtype: str, tmp_path_factory: pytest.TempPathFactory, pattern: Pattern, tokens: int, chunk: int
+) -> None:
+    model, ids, chunk = net(pattern), draw(1, tokens), max(chunk, tokens // 20)
+    in_memory = backward_in_chunks(model, ids, ids, chunk, dtype=dtype)
+    expected = gradients(model)
+    model.zero_grad()
+    stored = far_bytes(model.config, tokens, chunk, 4 if dtype == "fp32" else 2).stored
+    room = Measured(stored, tmp_path_factory.getbasetemp())
+    found = backward_in_chunks(model, ids, ids, chunk, dtype=dtype, allocate=room.empty)
+    assert torch.equal(found, in_memory)
+    assert all(map(torch.equal, gradients(model), expected))
+    assert not room._alive  # nothing is held any more
+    # rows and sums of one size share rooms, in fp32; at least the rows are all alive at the end of the forward
+    assert stored / 3 <= room.most <= stored
+
+
+def test_documents_of_all_lengths_fit_the_room_of_the_longest() -> None:
+    model, ids = net(Pattern((16, 64), (1, 2), look_back=1)), draw(2, 300)
+    room = Measured(far_bytes(model.config, 300, 40, 4).stored)
+    starts = [[0], [0, 50, 171]]  # 300 tokens, and 50, 121 and 129
+    for _ in range(2):
+        backward(model, ids, ids, chunk=40, starts=starts, allocate=room.empty)
+    assert 0 < room.most <= len(room._map)
+    assert not room._alive
+
+
+def test_room_is_given_again() -> None:
+    room = MappedMemory(256)
+    first, second = (room.empty((2, 4, 4), dtype=torch.float32) for _ in range(2))
+    with pytest.raises(ValueError, match="none are left for 4 more"):
+        room.empty((1,), dtype=torch.float32)
+    second.fill_(2)
+    place, view = first.data_ptr(), first[1]
+    del first
+    with pytest.raises(ValueError, match="none are left"):  # the view is still there
+        room.empty((2, 4, 4), dtype=torch.float32)
+    del view
+    third = room.empty((8, 4), dtype=torch.float32)
+    assert third.data_ptr() == place
+    assert (second == 2).all()
+    del second, third
+    assert room.empty((16, 4), dtype=torch.float32).data_ptr() == place  # of another size, where nothing is alive
+
+
+def test_a_folder_or_a_disk_that_does_not_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--spill .*: No such file or directory"):
+        MappedMemory(1, tmp_path / "missing")
+    with pytest.raises(MemoryLimitError, match="GiB are needed"):
+        MappedMemory(10**15, tmp_path)
+    with pytest.raises(MemoryLimitError, match="GiB are needed: keep them on a disk"):
+        MappedMemory(1 << 46)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command(run_longnet: RunLongnet, tmp_path: Path, small_disk: Path) -> None:
+    """A full disk is said before work starts; else nothing is left in the folder, and --dry-run tells the size."""
+    data = tmp_path / "data.txt"
+    data.write_text("a line of text.\n" * 1000)
+    sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 16, "segment_lengths": [64], "dilation_rates": [1]}
+    settings = [f"--set=model.{key}={value}" for key, value in sizes.items()]
+    settings += ["--set=model.look_back=1", "--set=model.position=rope", "--data", data, "--steps", "1"]
+    command = ["train", *settings, "--chunk", "64", "--device", "cpu", "-o", tmp_path / "run", "--spill", small_disk]
+    full = run_longnet(*command, "--seq-len", "1Mi")
+    assert full.returncode == 5
+    assert full.stderr.splitlines()[1:] == [
+        f"longnet: error: --spill {small_disk}: No space left on device, 0.12 GiB are needed"
+    ]
+    assert not (tmp_path / "run").exists()
+    told = run_longnet(*command, "--seq-len", "1Ki", "--dry-run", "--format", "json")
+    assert json.loads(told.stdout)["spill_bytes"] == (15 + 1) * 2 * 64 * 16 * 4  # 15 segments, the gradients of one
+    done = run_longnet(*command, "--seq-len", "1Ki")
+    assert done.returncode == 0, done.stderr
+    assert list(small_disk.iterdir()) == []
+
+
+@given(pattern=chosen_patterns(), batch=st.integers(1, 2), tokens=st.integers(1, 150), sizes=cuts())
+def test_a_file_of_blocks_changes_no_bit_and_has_the_stated_size(
+    tmp_path_factory: pytest.TempPathFactory, pattern: Pattern, batch: int, tokens: int, sizes: list[int]
+) -> None:
+    model, ids = net(pattern), draw(batch, tokens)
+    in_memory, spilled = CausalStream(model), CausalStream(model, spill=tmp_path_factory.getbasetemp())
+    for part in ids.split(split(tokens, sizes), 1):
+        assert torch.equal(spilled(part), in_memory(part))
+    assert spilled.file
+    blocks = [cache.past.blocks.number for cache in spilled.caches if cache.past]
+    whole = blocks[0] * pattern.chosen_block
+    assert spilled.file.size == batch * model.config.spilled_bytes(whole, 4)
+
+
+def test_the_commands_with_chosen_blocks(run_longnet: RunLongnet, tmp_path: Path, small_disk: Path) -> None:
+    """The same output, a line that says how much is kept, and one line where the disk is full."""
+    pattern = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
+    model = f"{tiny_model(tmp_path / 'model', position='rope', **vars(pattern))}/"
+    for text, repeats in (("short.txt", 7), ("long.txt", 300)):
+        (tmp_path / text).write_text("some words, and others. " * repeats)
+    spill, full = ["--spill", small_disk], f"longnet: error: --spill {small_disk}: No space left on device, 25"
+    for command, more in (("score", ["-q"]), ("encode", ["-o", "-"]), ("generate", ["-n", "20", "-q"])):
+        words = [command, *(["-i"] if command == "generate" else []), "short.txt", "-m", model, "--chunk", "60", *more]
+        found, expected = (run_longnet(*words, *end, text=False) for end in (spill, []))
+        assert found.returncode == 0, found.stderr
+        assert found.stdout == expected.stdout
+        said = re.sub(r"[\d.]+ KiB of memory", "some memory", found.stderr.decode())
+        line = f"168 tokens keep some memory and 42.0 KiB in {small_disk} for chosen blocks\n"  # 2 x 16 in 2 layers
+        assert said == ("" if "-q" in more else f"{line}1 vector of 168 tokens -> stdout\n")
+        words[words.index("short.txt")] = "long.txt"
+        done = run_longnet(*words, *spill, text=False)
+        assert done.returncode == 5
+        assert done.stderr.decode().splitlines()[-1].startswith(full)
+        assert list(small_disk.iterdir()) == []
+    done = run_longnet("score", "short.txt", "-m", model, "--pattern", "window:16", *spill)
+    assert done.returncode == 2
+    assert "--spill is for keys and values of chosen blocks, and the pattern has none" in done.stderr
+
+
+@pytest.mark.gpu
+def test_a_net_on_a_gpu_keeps_its_rows_on_the_host(tmp_path: Path) -> None:
+    model, ids = net(Pattern((16, 64), (1, 2), look_back=1, sinks=4)).cuda(), draw(1, 300).cuda()
+    expected = backward_in_chunks(model, ids, ids, 40)
+    grads = gradients(model)
+    model.zero_grad()
+    room = Measured(far_bytes(model.config, 300, 40, 4).stored, tmp_path)
+    assert torch.equal(backward_in_chunks(model, ids, ids, 40, allocate=room.empty), expected)
+    for found, whole in zip(gradients(model), grads, strict=True):
+        torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+    assert room.most > 0

@@ -1,0 +1,309 @@
+"""What was read, saved and loaded, goes on as if nothing had happened: bit for bit, for any pattern and any chunks."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import tiny_llama, tiny_model
+from conftest import RunLongnet
+from hypothesis import given
+from hypothesis import strategies as st
+from pattern_nets import CAUSAL, draw, foreign, generated, native, net, prompt
+from strategies import chosen_patterns, cuts, split
+
+from longnet_cli.attention import Pattern
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.generating import generate
+from longnet_cli.running import mapped
+from longnet_cli.running.chunks import CausalStream
+
+CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
+PATTERNS = {
+    "window": Pattern.window(16, sinks=3),
+    "levels": Pattern((8, 24, 96), (1, 3, 8), look_back=1),
+    "chosen blocks": CHOSEN,
+    "dense": Pattern.dense(),
+}
+
+
+def held(stream: CausalStream) -> list:
+    """Each layer's choice for the open group, which is not made again."""
+    pasts = [cache.past for cache in stream.caches if cache.past and cache.past.held]
+    return [(past.held[0], [row.tolist() for row in past.held[1]]) for past in pasts]
+
+
+@given(
+    pattern=CAUSAL | chosen_patterns(),
+    batch=st.integers(1, 2),
+    tokens=st.integers(2, 150),
+    sizes=cuts(),
+    at=st.integers(0, 10**6),
+)
+def test_a_loaded_stream_goes_on_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, pattern: Pattern, batch: int, tokens: int, sizes: list[int], at: int
+) -> None:
+    """In memory or with --spill, saved or forked, whatever forks of them read; a second state replaces the first."""
+    model, ids, place = net(pattern), draw(batch, tokens), tmp_path_factory.getbasetemp()
+    parts = ids.split(split(tokens, sizes), 1)
+    at = at % len(parts)
+    stream = CausalStream(model)
+    for part in parts[: at + 1]:
+        stream(part)
+    stream.save(place / "state")
+    spilled = CausalStream.load(model, place / "state", spill=place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mapped, "PIECE_BYTES", 1)
+        spilled.save(place / "state")
+    others = [CausalStream.load(model, place / "state"), spilled, spilled.fork(), stream.fork()]
+    assert all(held(other) == held(stream) for other in others)
+    strays = [stream.fork(), spilled.fork(), others[0].fork()]
+    for part in parts[at + 1 :]:
+        expected = stream(part)
+        assert all(torch.equal(other(part), expected) for other in others)
+        for stray in strays:
+            stray((part + 1) % 50)
+    assert {other.position for other in others} == {tokens}
+    assert all(torch.equal(other.last_hidden, stream.last_hidden) for other in others)
+    assert all(torch.equal(other.last_tokens, ids[:, -1]) for other in others)
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+@pytest.mark.parametrize("build", [native, foreign])
+def test_generation_from_a_state_is_that_of_one_run(build: Any, kind: str, tmp_path: Path) -> None:
+    """Tokens and log-probabilities are equal, however often generation stops and its state is saved."""
+    model = build(PATTERNS[kind])
+    expected = generated(model, 130, bos=3, chunk=48)
+    options: dict[str, Any] = {"bos": None, "tokenizer": None, "chunk": 48}
+    stream, nothing = CausalStream(model), prompt(0)
+    assert list(generate(model, prompt(130), stream=stream, max_tokens=0, **options | {"bos": 3})) == []
+    found = []
+    for number in (25, 1, 14):
+        stream.save(tmp_path / "state")
+        stream = CausalStream.load(model, tmp_path / "state")
+        found += list(generate(model, nothing, stream=stream, max_tokens=number, **options))
+        assert stream.position == 131 + len(found)
+    assert [step[:2] for step in found] == [step[:2] for step in expected]
+    with pytest.raises(ConfigError, match="max_tokens must be 1 or more, not 0"):
+        generate(model, prompt(5), max_tokens=0, **options)
+
+
+def test_it_stops_at_the_last_position(tmp_path: Path) -> None:
+    model = foreign(Pattern.dense())
+    model.config = model.config.model_copy(update={"max_tokens": 60})
+    stream = CausalStream(model)
+    options: dict[str, Any] = {"bos": None, "tokenizer": None, "stream": stream}
+    assert len(list(generate(model, prompt(50), max_tokens=4, **options))) == 4
+    with pytest.raises(ConfigError, match=r"prompt.txt: 61 tokens, and the model"):
+        generate(model, prompt(7), **options)
+    assert len(list(generate(model, prompt(4), **options))) == 2
+    assert stream.position == 60
+
+
+@pytest.mark.parametrize("kind", ["window", "chosen blocks"])
+@pytest.mark.parametrize("build", ["llama", "native"])
+def test_a_cache_of_transformers_goes_on_as_if_nothing_had_happened(build: str, kind: str, tmp_path: Path) -> None:
+    """Loaded and forked, whatever another fork reads; a state of another model or pattern is refused."""
+    pytest.importorskip("transformers")
+    from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention
+    from longnet_cli.models.hf.auto_longnet import LongNetForCausalLM
+
+    def make(scale: float = 1.0) -> Any:
+        if build == "llama":
+            model = foreign(PATTERNS[kind]).model
+        else:
+            native(PATTERNS[kind]).save_pretrained(tmp_path / "native", Tokenizer.bytes().to_json())
+            model = LongNetForCausalLM.from_pretrained(tmp_path / "native")
+        next(model.parameters()).data.mul_(scale)
+        return model
+
+    model, ids = make(), torch.randint(90, (2, 200))
+    cache = LongNetCache(model.config)
+    with pytest.raises(ConfigError, match="after it has read rows without padding"):
+        cache.save(tmp_path / "state", model)
+    with torch.no_grad():
+        model(ids[:, :130], past_key_values=cache, use_cache=True)
+        cache.save(tmp_path / "state", model)
+        caches = [LongNetCache.load(tmp_path / "state", model), cache.fork(), cache]
+        model(ids[:, :50], past_key_values=cache.fork(), use_cache=True)
+        caches.append(caches[0].fork())
+        found = [model(ids[:, 130:], past_key_values=each, use_cache=True).logits for each in caches]
+        whole = model(ids, use_cache=False).logits[:, 130:]
+    assert all(torch.equal(each, found[0]) for each in found)
+    torch.testing.assert_close(found[0], whole, rtol=1e-4, atol=1e-4)
+    assert [each.get_seq_length() for each in caches] == [200] * 4
+    asked = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    asked["attention_mask"] = torch.ones(2, 140, dtype=torch.int64)
+    answers = [
+        model.generate(ids[:, :140], past_key_values=each, **asked)
+        for each in (LongNetCache.load(tmp_path / "state", model), LongNetCache(model.config))
+    ]
+    assert torch.equal(*answers)
+    with pytest.raises(ConfigError, match="saved by another model, of SHA-256"):
+        LongNetCache.load(tmp_path / "state", make(2.0))
+    if build == "llama":
+        other = use_dilated_attention(make(), Pattern.window(32))
+        with pytest.raises(ConfigError, match=r"it was saved with the pattern .*, and this is window:32$"):
+            LongNetCache.load(tmp_path / "state", other)
+
+
+def states(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def test_a_killed_save_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at any rename or removal, the folder has the old state or the new one; the next save removes the rest."""
+    model, folder, ids = net(CHOSEN), tmp_path / "state", draw(1, 200)
+    monkeypatch.setattr("longnet_cli.running.saved_state.FILE_BYTES", 1 << 13)
+    stream = CausalStream(model)
+    stream(ids[:, :100])
+    stream.save(folder)
+    later = stream.fork()
+    later(ids[:, 100:])
+    seen, real = set(), {name: getattr(os, name) for name in ("replace", "unlink")}
+    calls = last = 0
+
+    def killed(name: str) -> Any:
+        def call(*arguments: Any, **more: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > last:
+                raise SystemExit
+            real[name](*arguments, **more)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # nothing is cleaned up by a process that is gone
+        for name in real:
+            patch.setattr(f"os.{name}", killed(name))
+        while calls >= last:  # the last save called fewer
+            calls, last = 0, last + 1
+            with suppress(SystemExit):
+                later.save(folder)
+            seen.add(CausalStream.load(model, folder).position)
+    assert last > 5
+    assert seen == {100, 200}
+    assert CausalStream.load(model, folder).position == 200
+    stream.save(folder)
+    assert CausalStream.load(model, folder).position == 100
+    manifest = json.loads((folder / "manifest.json").read_text())["state"]
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", *manifest["files"]}
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    model, folder = net(CHOSEN), tmp_path / "state"
+    with pytest.raises(ConfigError, match="after it has read something"):
+        CausalStream(model).save(folder)
+    stream = CausalStream(model)
+    stream(draw(1, 100))
+    stream.save(folder, name="./mine", tokenizer_sha256="a" * 64)
+    old = states(folder)
+    for other, more, message in (
+        (
+            net(Pattern.window(16)),
+            {},
+            "it was saved by ./mine with the pattern window:16,chosen=4x8.*, and this is window:16$",
+        ),
+        (net(CHOSEN, heads=2), {}, r"it was saved by another model, ./mine, of SHA-256 \w{12}\.\.\., not \w{12}\.\.\."),
+        (model, {"tokenizer_sha256": "b" * 64}, "another tokenizer, of SHA-256 aaaaaaaaaaaa..., not bbbbbbbbbbbb..."),
+        (model, {"dtype": torch.bfloat16}, r"saved in float32, and this run computes in bfloat16 \(--dtype\)"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            CausalStream.load(other, folder, **more)
+    for name in old:
+        for damage in (old[name][:-1], old[name][:99] + b"?" + old[name][100:], None):
+            (folder / name).unlink() if damage is None else (folder / name).write_bytes(damage)
+            gone = damage is None and name == "manifest.json"
+            with pytest.raises(ConfigError if gone else DataError, match="no state" if gone else "a damaged state"):
+                CausalStream.load(model, folder)
+            (folder / name).write_bytes(old[name])
+    assert CausalStream.load(model, folder).position == 100
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    for place, why in ((tmp_path / "full", "neither an empty folder"), (folder / "manifest.json", "Not a directory")):
+        with pytest.raises(ConfigError, match=why):
+            stream.save(place)
+    with pytest.raises(ConfigError, match="no state, manifest"):
+        CausalStream.load(model, tmp_path / "full")
+
+
+def test_a_question_chooses_more_often(tmp_path: Path) -> None:
+    """The only layer's queries and keys do not depend on the pattern, so the state is that of the finer one, too."""
+    coarse, ids = replace(CHOSEN, chosen_block=16, chosen_every=16), draw(1, 200)
+    for tokens in (150, 152, 155):
+        stream = CausalStream(net(coarse, layers=1))
+        stream(ids[:, :tokens])
+        stream.save(tmp_path / "state")
+        for every in (1, 4, 8):
+            model = net(replace(coarse, chosen_every=every), layers=1)
+            again, whole = CausalStream.load(model, tmp_path / "state"), CausalStream(model)
+            whole(ids[:, :tokens])
+            torch.testing.assert_close(again(ids[:, tokens:]), whole(ids[:, tokens:]), rtol=0, atol=1e-6)
+    again.save(tmp_path / "state")
+    with pytest.raises(
+        ConfigError, match=r"pattern window:16,chosen=4x16,chosen_every=8, and this is window:16,chosen=4x16$"
+    ):
+        CausalStream.load(net(coarse, layers=1), tmp_path / "state")
+
+
+def test_a_full_disk_leaves_the_old_state(small_disk: Path) -> None:
+    model = net(CHOSEN)
+    stream = CausalStream(model)
+    stream(draw(1, 20))
+    stream.save(small_disk / "state")
+    old = states(small_disk / "state")
+    stream(draw(1, 3000))
+    with pytest.raises(LongNetError, match="cannot write: No space left on device"):
+        stream.save(small_disk / "state")
+    assert states(small_disk / "state") == old
+    assert len([*(small_disk / "state").iterdir()]) == len(old)
+
+
+def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    """A book is read once and asked often; the state stays as it is, until another one takes its place."""
+    native, other = tiny_model(tmp_path / "native", position="rope"), tiny_llama(tmp_path / "llama")
+    for model, more in ((native, []), (native, ["--pattern", "finding"]), (other, ["--pattern", "window:16,sinks=2"])):
+        (tmp_path / "book.txt").write_text("some words, and others. " * 20)
+        reading = ["--model", model, *more]
+        options = [*reading, "-n", "20", "--format", "jsonl", "-q"]
+        whole = json.loads(run_longnet("generate", "-i", "book.txt", *options).stdout)
+        done = run_longnet("generate", "-i", "book.txt", *reading, "--save-state", "book.state")
+        assert (done.returncode, done.stdout) == (0, "")
+        assert done.stderr.splitlines()[-1].startswith("book.state: the state after 481 tokens, ")
+        old = states(tmp_path / "book.state")
+        asked = [*options, "--state", "book.state"]
+        (tmp_path / "questions.jsonl").write_text('{"text": "What?"}\n{"text": "Who?"}\n')
+        both = run_longnet("generate", "-i", "questions.jsonl", *asked).stdout.splitlines()
+        alone = [json.loads(run_longnet("generate", text, *asked).stdout) for text in ("What?", "Who?")]
+        assert [json.loads(line)["tokens"] for line in both] == [line["tokens"] for line in alone]
+        assert json.loads(run_longnet("generate", *asked).stdout) == whole | {"doc_id": "prompt", "n_prompt": 0}
+        assert states(tmp_path / "book.state") == old
+        first = run_longnet("generate", *asked[:-2], *asked[-2:], "-n", "12", "--save-state", "book.state")
+        rest = run_longnet("generate", *asked, "-n", "8")
+        assert json.loads(first.stdout)["tokens"] + json.loads(rest.stdout)["tokens"] == whole["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["x", "--state", "missing"], 2, "missing: no state, manifest.json is missing"),
+        (["x", "--save-state", "."], 2, ".: neither an empty folder nor a state: name a new one"),
+        (["-i", "two.jsonl", "--save-state", "new"], 2, "--save-state saves one prompt, and two.jsonl"),
+    ],
+)
+def test_what_the_command_refuses(
+    run_longnet: RunLongnet, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "two.jsonl").write_text('{"text": "What?"}\n{"text": "Who?"}\n')
+    done = run_longnet("generate", *arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
+    assert done.stderr.startswith(f"longnet: error: {message}")
+    assert not (tmp_path / "new").exists()
