@@ -1,4 +1,4 @@
-"""What the content has chosen: the sources of an answer, and the file that `score --chosen` writes.
+"""The sources of an answer, from the blocks that the content chose, and the file that `score --chosen` writes.
 
 Sources are passages of what was read that were chosen while the answer was generated, more than before. For each block,
 the share of a generated token's layers that see it is compared with the share of the groups before that have chosen it,
