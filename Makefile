@@ -25,6 +25,10 @@ docs/demo.svg: .venv/.installed
 test: .venv/.installed-dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST)
 
+quick: .venv/.installed-dev
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal \
+	  -m 'not slow and not gpu and not processes'
+
 matrix: .venv/.installed-dev
 	tests/matrix.sh
 

@@ -21,6 +21,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # Where tests marked `gpu` run; `cpu` tries the tests themselves.
 GPU = os.environ.get("LONGNET_TEST_DEVICE", "cuda")
 
+STARTS = {"longnet", "run_longnet", "start"}  # fixtures
+ROOMS_OF_PROCESSES = {"clients", "docs", "ranks"}  # folders of tests/
+
 RunLongnet = Callable[..., subprocess.CompletedProcess]
 
 
@@ -29,6 +32,15 @@ def pytest_configure() -> None:
     # commands under test would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts commands or ranks: `make quick` leaves it out."""
+    for item in items:
+        starts = STARTS.intersection(getattr(item, "fixturenames", ()))
+        if starts or ROOMS_OF_PROCESSES.intersection(item.path.relative_to(ROOT / "tests").parts):
+            item.add_marker("processes")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -240,10 +240,9 @@ wrong-vectors: longnet encode $in/texts --model $in/made/encoder -o v.arrow;
 wrong-options: longnet score $in/texts --sample 30; longnet score $in/texts --keep a; longnet score $in/texts --resume;
     longnet generate a --top-p 0.5; longnet encode $in/texts -o v.arrow --shard-rows 2; longnet train
 examples: longnet encode $in/texts --model $in/native -o v.arrow && python "$checkout/examples/nearest.py" v.arrow
-imports: python -c 'from longnet_cli.attention import DilatedAttention, Pattern, dilated_attention;
-    from longnet_cli.data.tokenizer import Tokenizer; from longnet_cli.jobs.generating import generate;
-    from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention, use_own_attention;
-    from longnet_cli.nets import LongNet, LongNetConfig, SlideConfig, SlideEncoder, from_torchscale, to_torchscale'
+imports: python -c 'from longnet_cli import DilatedAttention, LongNet, LongNetConfig, Pattern, SlideConfig, SlideEncoder;
+    from longnet_cli import Tokenizer, dilated_attention, from_torchscale, generate, to_torchscale;
+    from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention, use_own_attention'
 closed-pipe: longnet encode $in/many.jsonl --model $in/native --span 2 -o - | head -c 100
 full-disk: longnet score $in/rows.jsonl --model $in/native > /dev/full
 stopped: for signal in INT TERM; do sleep 2 | timeout -s $signal --preserve-status 1.5 longnet score -; echo $?; done
