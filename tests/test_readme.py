@@ -120,10 +120,10 @@ def test_blocks_of_vectors(checkout: Path, command_env: dict[str, str], longnet:
     assert all(line[0].split("-")[0] == line[1].split("-")[0] == line[3].split("-")[0] for line in neighbours)
 
 
-def test_python_blocks(checkout: Path, command_env: dict[str, str]) -> None:
+def test_python_blocks(checkout: Path, command_env: dict[str, str], python: Path) -> None:
     script = "\n".join(blocks(ROOT / "README.md", "python"))
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=checkout, env=command_env, capture_output=True, text=True, check=False
+        [python, "-c", script], cwd=checkout, env=command_env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "dilated_attention" in (checkout / "my-dilated-llama/config.json").read_text(encoding="utf-8")
