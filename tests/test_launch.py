@@ -70,7 +70,7 @@ def prepare(tmp_path: Path) -> Path:
         [optimizer]
         lr = 1e-2
         [train]
-        stages = [{{ seq_len = 256, steps = 6 }}]
+        stages = [{{ seq_len = 256, steps = 20 }}]
         batch_tokens = 1024
         log_every = 1
         """
