@@ -64,10 +64,21 @@ def command_env() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def longnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The path of a program that is `longnet` and starts at once: see forked.py."""
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
     with Forked(tmp_path_factory.mktemp("forked"), environment()) as forked:
-        yield forked.longnet
+        yield forked
+
+
+@pytest.fixture(scope="session")
+def longnet(forked: Forked) -> Path:
+    """The path of a program that is `longnet` and starts at once: see forked.py."""
+    return forked.longnet
+
+
+@pytest.fixture(scope="session")
+def python(forked: Forked) -> Path:
+    """The path of a program that is `python` and starts at once: it has imported longnet_cli and torch."""
+    return forked.python
 
 
 @pytest.fixture

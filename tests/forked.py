@@ -1,4 +1,4 @@
-"""The command `longnet` for tests, forked from a process that has imported torch: a tenth of a second, not two.
+"""`longnet` and `python` for tests, forked from a process that has imported torch: a tenth of a second, not two.
 
     with Forked(folder, environment) as forked:
         subprocess.run([forked.longnet, "score", "text.txt"])
@@ -7,7 +7,8 @@
 handles and limits to the process that forks, passes signals on, and ends as the command ends. These differ from
 `python -m longnet_cli`, which is for tests of them: the process is not a child, has another command line and process
 group; what Python reads when it starts (PYTHON* variables, the locale) is that of the first process; and Python does
-not shut down, which takes longer than a command.
+not shut down, which takes longer than a command. `forked.python` runs a script, -c or -m in the same way. Scripts start
+it as sys.executable, and torchrun starts the ranks of `--nproc` with it, unless PYTHON_EXEC names another.
 """
 
 from __future__ import annotations
@@ -17,11 +18,17 @@ import fcntl
 import json
 import os
 import resource
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import traceback
+from pathlib import Path
 
+JOBS = ("benchmark", "encoding", "estimating.training_job", "inspecting", "plotting", "scoring.scoring", "tokenizing")
+IMPORTED = [f"longnet_cli.jobs.{job}" for job in (*JOBS, "training.loop")]
+IMPORTED += ["torch._dynamo", "torch.distributed.run", "matplotlib.figure", "transformers.models.llama.modeling_llama"]
 LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE)
 SIGNALS = {number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
 SIGNALS[signal.SIGUSR2] = signal.SIGKILL  # which nothing can pass on: see Command.kill
@@ -36,13 +43,15 @@ class Command(subprocess.Popen):
 
 
 class Forked:
-    """The process that forks, until the `with` block ends; `longnet` is the path of the program."""
+    """The process that forks, until the `with` block ends; `longnet` and `python` are the paths of the programs."""
 
     def __init__(self, folder, environment: dict[str, str]) -> None:
-        python, place, self.longnet = sys.executable, folder / "socket", folder / "longnet"
-        self.longnet.write_text(f"#!/bin/sh\nexec '{python}' -I -S '{__file__}' ask '{place}' \"$@\"\n")
-        self.longnet.chmod(0o755)
-        command = [python, __file__, "serve", str(place)]
+        place, self.longnet, self.python = folder / "socket", folder / "longnet", folder / "python"
+        for program in (self.longnet, self.python):
+            ask = f"'{sys.executable}' -I -S '{__file__}' ask '{place}' '{program}'"
+            program.write_text(f'#!/bin/sh\nexec {ask} "$@"\n')
+            program.chmod(0o755)
+        command = [sys.executable, __file__, "serve", str(place)]
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.server.stdout.readline()
 
@@ -84,17 +93,12 @@ def is_open(handle: int) -> bool:
 def serve(place: str) -> None:
     """Fork for every job, until stdin ends; returns in the child. It only imports: a fork keeps no other thread."""
     import gc
+    import importlib
     import selectors
 
-    import longnet_cli.jobs.benchmark
-    import longnet_cli.jobs.encoding
-    import longnet_cli.jobs.estimating.training_job
-    import longnet_cli.jobs.inspecting
-    import longnet_cli.jobs.plotting
-    import longnet_cli.jobs.scoring.scoring
-    import longnet_cli.jobs.tokenizing
-    import longnet_cli.jobs.training.loop  # noqa: F401
-
+    for name in IMPORTED:
+        with contextlib.suppress(ImportError):  # it is of an extra
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page
     listener = socket.socket(socket.AF_UNIX)
@@ -110,7 +114,7 @@ def serve(place: str) -> None:
             if key.fileobj is sys.stdin:
                 for process in running:
                     os.kill(process, signal.SIGKILL)
-                sys.exit()
+                os._exit(0)
             elif key.fileobj is listener:
                 client, _ = listener.accept()
                 try:
@@ -157,26 +161,58 @@ def become(job: dict, handles: list[int]) -> None:
         mode = "w" if handle else "r"
         streams[handle] = open(handle, mode, 1 if by_line else -1, errors=errors, closefd=False)  # noqa: SIM115
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = streams
-    sys.argv = ["longnet", *job["args"]]
+    sys.argv = job["args"]
+    if any(name.startswith("HF_") for name in job["environment"]):  # which these read when they are imported
+        for name in [*sys.modules]:
+            if name.partition(".")[0] in ("accelerate", "huggingface_hub", "transformers"):
+                del sys.modules[name]
     os.environ.clear()
     os.environ.update(job["environment"])
+    os.environ.setdefault("PYTHON_EXEC", str(Path(sys.argv[0]).with_name("python")))
+    if "LONGNET_LAUNCHED" in os.environ:  # in a rank, which ends with its parent
+        os.environ["LONGNET_LAUNCHED"] = str(os.getppid())
     os.chdir(job["cwd"])
     for limit, value in zip(LIMITS, job["limits"], strict=True):
         resource.setrlimit(limit, tuple(value))
 
 
 def run() -> int:
-    """The command; returns its exit code."""
+    """The program; returns its exit code."""
     from longnet_cli.cli.app import main
 
     try:
-        main()
+        if Path(sys.argv[0]).name == "python":
+            run_python()
+        else:
+            main()
     except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception:
+        traceback.print_exc()
+        return 1
     finally:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
+    return 0
+
+
+def run_python() -> None:
+    """A script, or -c or -m, after options that take no value."""
+    sys.executable, *sys.argv = sys.argv
+    while sys.argv[0] not in ("-c", "-m") and sys.argv[0].startswith("-"):
+        sys.argv.pop(0)
+    kind, sys.path[0] = sys.argv[0], ""
+    if kind == "-c":
+        exec(sys.argv.pop(1), {"__name__": "__main__"})
+    elif kind == "-m":
+        sys.argv.pop(0)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(kind).resolve().parent)
+        runpy.run_path(kind, run_name="__main__")
 
 
 def end(code: int) -> None:

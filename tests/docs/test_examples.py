@@ -87,21 +87,25 @@ def test_names_are_exchanged_where_they_stand_behind_a_form_feed(monkeypatch: py
     assert module.renamed(source, {"a": "x1", "b": "y", "c": "z"}) == "x1 = 1\n\f\ndef y(z):\n    return x1 + z\n"
 
 
-def test_an_encoder_learns_masked_tokens_and_finds_edited_copies(tmp_path: Path, command_env: dict[str, str]) -> None:
+def test_an_encoder_learns_masked_tokens_and_finds_edited_copies(
+    tmp_path: Path, command_env: dict[str, str], python: Path
+) -> None:
     """The recipe at a small size: below what a net without context reaches, and most files cut short are found."""
 
     def longnet(*arguments: str | Path) -> None:
         made = invoke(str(each) for each in arguments)
         assert made.exit_code == 0, made.output
 
-    def python(script: str, *arguments: str | Path) -> str:
-        command = [sys.executable, ROOT / "examples" / script, *arguments]
+    def example(script: str, *arguments: str | Path) -> str:
+        command = [python, ROOT / "examples" / script, *arguments]
         return subprocess.run(command, env=command_env, capture_output=True, text=True, check=True).stdout
 
-    tokens, run, held_out = tmp_path / "tokens", tmp_path / "encoder", ROOT / "longnet_cli/data"
+    tokens, run, held_out = tmp_path / "tokens", tmp_path / "encoder", tmp_path / "held_out"
+    held_out.mkdir()
+    files = [Path(shutil.copy(path, held_out)) for path in sorted((ROOT / "longnet_cli/data").glob("*.py"))[:10]]
     longnet("tokenize", ROOT / "longnet_cli", "-o", tokens, "--train-vocab", "288")
     settings = {
-        "data.held_out": [str(held_out)], "train.stages": [{"seq_len": 128, "steps": 150}], "train.batch_tokens": 1024,
+        "data.held_out": [str(held_out)], "train.stages": [{"seq_len": 128, "steps": 110}], "train.batch_tokens": 1024,
         "optimizer.lr": 2e-2,
     }  # fmt: skip
     sets = [
@@ -109,17 +113,16 @@ def test_an_encoder_learns_masked_tokens_and_finds_edited_copies(tmp_path: Path,
     ]
     longnet("train", ROOT / "examples/encoder.toml", "--data", tokens, "--tokenizer", tokens, "-o", run, "-q", *sets)
     loss = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["held_out_loss"]
-    unigram, without_context = re.findall(r"([\d.]+) nats", python("unigram.py", tokens, held_out))
+    unigram, without_context = re.findall(r"([\d.]+) nats", example("unigram.py", tokens, held_out))
     assert loss < float(without_context) < float(unigram)
-    files = sorted(held_out.glob("*.py"))
-    python("near_duplicates.py", "make", tmp_path / "pairs", *files)
+    example("near_duplicates.py", "make", tmp_path / "pairs", *files)
     longnet("encode", tmp_path / "pairs", "--model", run, "-o", tmp_path / "vectors.arrow", "-q")
-    found = python("near_duplicates.py", "rank", tmp_path / "vectors.arrow").splitlines()
+    found = example("near_duplicates.py", "rank", tmp_path / "vectors.arrow").splitlines()
     cut = next(int(count) for line in found if (count := line.removeprefix("cut").split()[0]).isdigit())
     assert cut >= 0.8 * len(files)  # by chance, one
 
 
-def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[str, str]) -> None:
+def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[str, str], python: Path) -> None:
     """The script at a small size: both losses fall, side by side, and what it saves is what the commands take."""
     pytest.importorskip("transformers")
     tokens, output, steps = tmp_path / "tokens", tmp_path / "run", 10
@@ -127,9 +130,7 @@ def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[st
     assert made.exit_code == 0, made.output
     script = ROOT / "examples/hf_llama.py"
     size = ["--tokens", tokens, "--steps", str(steps), "--context", "128"]
-    done = subprocess.run(
-        [sys.executable, script, output, *size], env=command_env, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([python, script, output, *size], env=command_env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (output / "curves.jsonl").read_text().splitlines()]
     assert [(row["attention"], row["step"]) for row in rows] == [
@@ -157,7 +158,7 @@ def test_both_llamas_begin_with_the_same_weights() -> None:
     assert dense.config._attn_implementation == "sdpa"
 
 
-def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env: dict[str, str]) -> None:
+def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env: dict[str, str], python: Path) -> None:
     """In windows of what the model was trained on, dense; a document as one otherwise. One process per pattern."""
     tiny_llama(tmp_path / "llama", max_position_embeddings=64, bos_token_id=7)
     (tmp_path / "a.txt").write_text("some text " * 30)
@@ -179,7 +180,11 @@ def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env
 
 
 def test_patterns_are_compared_by_short_fine_tunes(
-    tmp_path: Path, command_env: dict[str, str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    command_env: dict[str, str],
+    python: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Relative to the first row, over documents; windows say a passage again; what exists is not run again."""
     model = tiny_model(tmp_path / "model", position="rope")
@@ -195,6 +200,7 @@ def test_patterns_are_compared_by_short_fine_tunes(
     numbers = {"seeds": 0, "steps": 4, "seq-len": 540, "short": 8, "far": 16, "dtype": "fp32"}
     words = [*map(str, words), *(f"--{name}={value}" for name, value in numbers.items())]
     monkeypatch.setenv("PYTHONPATH", command_env["PYTHONPATH"])
+    monkeypatch.setattr(sys, "executable", str(python))
     search = imported(ROOT / "examples/search.py")
     search.main(words)
     found = capsys.readouterr().out
@@ -226,10 +232,10 @@ def test_patterns_are_compared_by_short_fine_tunes(
     assert capsys.readouterr().out == found
 
 
-def test_decoders_take_turns(tmp_path: Path, command_env: dict[str, str]) -> None:
+def test_decoders_take_turns(tmp_path: Path, command_env: dict[str, str], python: Path) -> None:
     model = tiny_llama(tmp_path / "llama", max_position_embeddings=400)
     patterns = ["window:16,sinks=2", "window:64,chosen=2x32"]
-    command = [sys.executable, ROOT / "examples/decoding.py", model, *patterns, "--context", "1", "200"]
+    command = [python, ROOT / "examples/decoding.py", model, *patterns, "--context", "1", "200"]
     command += ["--batch", "1", "2", "--tokens", "8"]
     done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -300,7 +306,7 @@ def test_pass_keys_are_asked_for_at_their_distances(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["window:64,sinks=4", "window:64,chosen=2x32,chosen_every=4"])
 def test_what_is_read_apart_is_what_would_come_next(
-    pattern: str, tmp_path: Path, command_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    pattern: str, tmp_path: Path, command_env: dict[str, str], python: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Passages and questions: the nats are those of one pass over all that was read, and them."""
     model = tiny_llama(tmp_path / "llama", max_position_embeddings=400, bos_token_id=7)
@@ -318,7 +324,7 @@ def test_what_is_read_apart_is_what_would_come_next(
         return -np.concatenate(found)
 
     words = ["--passages", text, "--filler", text, "--tokens", "50", "--distances", "300", "--every", "4"]
-    command = [sys.executable, ROOT / "examples/passage.py", model, pattern, *words]
+    command = [python, ROOT / "examples/passage.py", model, pattern, *words]
     done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=True)
     again, natural = map(json.loads, done.stdout.splitlines())
     passage = ids[(len(ids) - 50) // 2 :][:50]
@@ -346,14 +352,14 @@ def test_ruler_asks_for_what_lies_in_the_document(name: str, tmp_path: Path, mon
     (tmp_path / "prose.txt").write_text(prose)
     names = {"model": str(model), "text": [str(tmp_path / "prose.txt")], "seed": 3, "chunk": 500, "questions": 3}
     pattern = "window:64,chosen=2x32"
-    args = argparse.Namespace(**names, patterns=[pattern], documents=[(3500, name, 1)], every=[16])
+    args = argparse.Namespace(**names, patterns=[pattern], documents=[(1500, name, 1)], every=[16])
     (row,) = ruler.measure(args)
 
     words = folder.tokenizer()
-    ids, questions = ruler.Writer(words, prose, [3, 3500, [*ruler.TASKS].index(name), 1]).document(name, 3500, 3)
+    ids, questions = ruler.Writer(words, prose, [3, 1500, [*ruler.TASKS].index(name), 1]).document(name, 1500, 3)
     text, nats = words.decode(ids.tolist()), []
     assert len(questions) == row["questions"]
-    assert 3300 < len(ids) <= 3500
+    assert 1300 < len(ids) <= 1500
     for asked in questions:
         assert all(value.strip() in text for value in asked.values)
         parts = [ids, words.encode(asked.text)]

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,7 +67,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
     lines = metrics_of(tmp_path / "whole")
     assert counter.moments > 50
     steps = set()
-    for attempt, moment in enumerate(range(5, counter.moments, counter.moments // 5)):
+    for attempt, moment in enumerate(range(5, counter.moments, counter.moments // 3)):
         run = tmp_path / f"{attempt}"
         with monkeypatch.context() as patch:
             Stop(patch, moment, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[attempt % 3])
@@ -86,13 +85,14 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
     assert any(step % 4 for step in steps)  # not only where a checkpoint was due
 
 
-def test_sigusr1_saves_and_goes_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigusr1_saves_and_goes_on(
+    corpus: Path, made: tuple[Recipe, Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = recipe(corpus, **{"train.save_every": 1000, "train.keep": 9})
-    train(found, tmp_path / "whole")
     Stop(monkeypatch, 40, signal.SIGUSR1)
     train(found, tmp_path / "run")
     assert len(checkpoints_in(tmp_path / "run/checkpoints")) == 2
-    assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert (tmp_path / "run/model.safetensors").read_bytes() == made[2]
 
 
 def test_a_save_during_an_evaluation_gives_no_line_twice(
@@ -137,11 +137,11 @@ def test_a_later_damaged_checkpoint_does_not_push_out_the_one_just_written(tmp_p
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000020", "step-00000008"]
 
 
-@pytest.fixture
-def stopped(corpus: Path, tmp_path: Path) -> Iterator[tuple[Recipe, Path, bytes]]:
-    """A recipe, a run of it that was stopped after checkpoints at steps 8 and 12, and the bytes it must end with."""
-    found = recipe(corpus)
-    train(found, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, bytes]:
+    folder = tmp_path_factory.mktemp("made")
+    found = recipe(write_corpus(folder, 400, 1))
+    train(found, folder / "whole")
     steps = []
 
     def stop(tokens: int, line: object) -> None:
@@ -150,9 +150,16 @@ def stopped(corpus: Path, tmp_path: Path) -> Iterator[tuple[Recipe, Path, bytes]
             raise LongNetError("stop")
 
     with pytest.raises(LongNetError, match="stop"):
-        train(found, tmp_path / "run", on_step=stop)
-    assert [path.name for path in checkpoints_in(tmp_path / "run/checkpoints")] == ["step-00000012", "step-00000008"]
-    return found, tmp_path / "run", (tmp_path / "whole/model.safetensors").read_bytes()
+        train(found, folder / "run", on_step=stop)
+    assert [path.name for path in checkpoints_in(folder / "run/checkpoints")] == ["step-00000012", "step-00000008"]
+    return found, folder / "run", (folder / "whole/model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def stopped(made: tuple[Recipe, Path, bytes], tmp_path: Path) -> tuple[Recipe, Path, bytes]:
+    """A recipe, a run of it that was stopped after checkpoints at steps 8 and 12, and the bytes it must end with."""
+    found, run, weights = made
+    return found, Path(shutil.copytree(run, tmp_path / "run")), weights
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "flip the state", "no state", "no tensors"])

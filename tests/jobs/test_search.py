@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -123,13 +122,14 @@ def test_nearest_answers_a_query(
     tmp_path: Path,
     run_longnet: RunLongnet,
     command_env: dict[str, str],
+    python: Path,
 ) -> None:
     rows = [{"id": str(i), "text": text} for i, text in enumerate(("red fox", "blue whale", "green frog"))]
     write_rows(tmp_path / "texts.parquet", rows)
     (tmp_path / "texts").mkdir()
     for row in rows:
         (tmp_path / "texts" / row["id"]).write_text(row["text"])
-    command = [sys.executable, ROOT / "examples/nearest.py", vectors[0], "--query", "blue whale", *options]
+    command = [python, ROOT / "examples/nearest.py", vectors[0], "--query", "blue whale", *options]
 
     def ask() -> subprocess.CompletedProcess:
         return subprocess.run(command, cwd=tmp_path, env=command_env, capture_output=True, text=True, check=False)
@@ -168,11 +168,11 @@ def write_archives(folder: Path) -> list[Path]:
     return [deb, wheel]
 
 
-def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> None:
-    env = command_env | {"PATH": f"{longnet.parent}:{command_env['PATH']}"}
+def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], python: Path) -> None:
+    env = command_env | {"PATH": f"{python.parent}:{command_env['PATH']}"}
 
     def run(*args: str | Path) -> tuple[list[dict], str]:
-        command = [sys.executable, ROOT / "examples/retrieval.py", *args]
+        command = [python, ROOT / "examples/retrieval.py", *args]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()], done.stderr

@@ -112,7 +112,7 @@ def test_a_rank_with_bad_data_ends_the_job_and_says_where(
     # at a failed rank's interpreter shutdown, threads of the broken collective sometimes abort it: here, always
     (folder / "sitecustomize.py").write_text("import atexit, os\nif 'RANK' in os.environ: atexit.register(os.abort)\n")
     command = ["train", folder / "recipe.toml", "--data", folder / "bad.arrow", "-o", folder / "run"]
-    env = {"PYTHONPATH": os.pathsep.join((command_env["PYTHONPATH"], str(folder)))}
+    env = {"PYTHONPATH": os.pathsep.join((command_env["PYTHONPATH"], str(folder))), "PYTHON_EXEC": sys.executable}
     done = run_longnet(*command, "--nproc", "2", "--dp", "2", env=env, timeout=60)  # only one of them reads it
     assert done.returncode == 3
     _, line = done.stderr.splitlines()
