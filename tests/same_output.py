@@ -240,8 +240,8 @@ wrong-vectors: longnet encode $in/texts --model $in/made/encoder -o v.arrow;
 wrong-options: longnet score $in/texts --sample 30; longnet score $in/texts --keep a; longnet score $in/texts --resume;
     longnet generate a --top-p 0.5; longnet encode $in/texts -o v.arrow --shard-rows 2; longnet train
 examples: longnet encode $in/texts --model $in/native -o v.arrow && python "$checkout/examples/nearest.py" v.arrow
-imports: python -c 'from longnet_cli import DilatedAttention, LongNet, LongNetConfig, Pattern, SlideConfig, SlideEncoder;
-    from longnet_cli import Tokenizer, dilated_attention, from_torchscale, generate, to_torchscale;
+imports: python -c 'from longnet_cli import DilatedAttention, LongNet, LongNetConfig, Pattern, SlideConfig;
+    from longnet_cli import SlideEncoder, Tokenizer, dilated_attention, from_torchscale, generate, to_torchscale;
     from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention, use_own_attention'
 closed-pipe: longnet encode $in/many.jsonl --model $in/native --span 2 -o - | head -c 100
 full-disk: longnet score $in/rows.jsonl --model $in/native > /dev/full
