@@ -186,23 +186,26 @@ def test_lora_leaves_the_merged_model_and_the_adapter(llama: Path, corpus: Path,
         train(found, tmp_path / "run")
 
 
-def train_on(dp: int, llama: Path, corpus: Path, output: Path, shard: str, pattern: str) -> None:
-    ranks = mesh(dp) if torch.distributed.is_initialized() else Ranks()
-    train(recipe(llama, corpus, **{"parallel.shard": shard, "model.pattern": pattern}), output, ranks=ranks)
+def train_on(llama: Path, corpus: Path, runs: list[tuple[Path, int, str, str]]) -> None:
+    for output, dp, shard, pattern in runs:
+        ranks = mesh(dp) if torch.distributed.is_initialized() else Ranks()
+        changes = {"parallel.shard": shard, "model.pattern": pattern, "train.stages": [{"seq_len": 96, "steps": 3}]}
+        train(recipe(llama, corpus, **changes), output, ranks=ranks)
 
 
-@pytest.mark.parametrize(
-    ("dp", "shard", "pattern"), [(1, "none", WINDOW), (2, "full", WINDOW), (2, "none", CHOSEN), (2, "full", CHOSEN)]
-)
-def test_two_ranks_are_one(dp: int, shard: str, pattern: str, llama: Path, corpus: Path, tmp_path: Path) -> None:
-    train_on(1, llama, corpus, tmp_path / "one", "none", pattern)
-    run_ranks(2, tmp_path, train_on, dp, llama, corpus, tmp_path / "two", shard, pattern)
-    assert_same(weights(tmp_path / "two"), weights(tmp_path / "one"), 2e-4)
-    one, two = (
-        [json.loads(line)["grad_norm"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    assert two == pytest.approx(one, rel=1e-3)  # AdamW does not see how large gradients are
+def test_two_ranks_are_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
+    alone = [(tmp_path / pattern, 1, "none", pattern) for pattern in (WINDOW, CHOSEN)]
+    train_on(llama, corpus, alone)
+    settings = [(1, "none", WINDOW), (2, "full", WINDOW), (2, "none", CHOSEN), (2, "full", CHOSEN)]
+    runs = [(tmp_path / str(i), *each) for i, each in enumerate(settings)]
+    run_ranks(2, tmp_path, train_on, llama, corpus, runs)
+    for output, dp, shard, pattern in runs:
+        assert_same(weights(output), weights(tmp_path / pattern), 2e-4)
+        two, one = (
+            [json.loads(line)["grad_norm"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+            for path in (output, tmp_path / pattern)
+        )
+        assert two == pytest.approx(one, rel=1e-3), (dp, shard, pattern)  # AdamW does not see how large gradients are
 
 
 def test_a_model_without_a_pattern_trains_dense_as_far_as_it_was_trained(
