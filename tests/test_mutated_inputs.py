@@ -104,14 +104,14 @@ def values_in(data: bytes) -> set[int]:
 
 
 def flips(name: str, data: bytes, chosen: random.Random, count: int) -> Iterator[Mutation]:
-    """One byte changed, in one bit or in all: some bytes of each file, and two bits of every byte of some files."""
+    """One byte changed, in one bit or in all: some bytes of each file, and a bit of every byte of some files."""
     values = values_in(data)
     assert values or not name.startswith(("file int32", "file large", "stream"))
     flipped = [
         (place, chosen.choice((1, 2, 4, 8, 16, 32, 64, 128, 255))) for place in chosen.sample(range(len(data)), count)
     ]
     if name in ("file int32", "stream int32"):
-        flipped += [(place, mask) for place in range(len(data)) for mask in (1, 8)]
+        flipped += [(place, (1, 8)[place // 4 % 2]) for place in range(len(data))]
     for place, mask in sorted(set(flipped)):
         changed = data[:place] + bytes([data[place] ^ mask]) + data[place + 1 :]
         weak = name in ("parquet", "file lz4", "json lines") or place in values
@@ -268,6 +268,8 @@ def test_damage_is_one_line_or_changes_nothing(tmp_path, command_env, name, pipe
     items = [Mutation("the original", ORIGINALS[name](TABLE), SAME), *mutations(name)]
     if piped and suffix:  # a pipe has no name that promises JSON Lines: what begins otherwise is a text to be read
         items = [item for item in items if item.data.partition(b"\n")[0] == items[0].data.partition(b"\n")[0]]
+    if piped:  # the same readers, which only get the bytes in another way
+        items = [items[0], *items[1::4]]
     paths = []
     for index, item in enumerate(items):
         paths.append(tmp_path / f"{index}{suffix}")
@@ -287,7 +289,7 @@ def test_damage_is_one_line_or_changes_nothing(tmp_path, command_env, name, pipe
 def test_a_page_of_parquet_with_fewer_values_is_not_believed(tmp_path, command_env):
     """Without checksums a value may change, and the rows in which values lie, but no value may get lost."""
     data = parquet(table({"input_ids": IDS}, INT32), compression="none")
-    places = [(place, mask) for place in range(len(data)) for mask in (1, 8)]
+    places = [(place, (1, 8)[place // 4 % 2]) for place in range(len(data))]
     for place, mask in places:
         changed = data[:place] + bytes([data[place] ^ mask]) + data[place + 1 :]
         (tmp_path / f"{place}-{mask}").write_bytes(changed)
