@@ -33,24 +33,23 @@ LOOK_BOTH = Pattern((4, 16), (1, 3), "grouped", look_back=(2, 1))
 SPARSE = Pattern((16, 12), (3, 5))  # no query of most heads and tokens takes part
 
 CASES = {
-    "paper": (PAPER, {"batch": 2}),
+    "paper": (PAPER, {}),
     "paper, a start within segments": (PAPER, {"start": 21}),
     "paper, grouped heads": (Pattern(PAPER.segment_lengths, PAPER.dilation_rates, "grouped"), {"heads": 4}),
     "zero keys": (PAPER, {"causal": False, "padding": "zero_key"}),
     "ragged": (PAPER, {"batch": 3, "lengths": (45, 0, 33), "heads": 2}),
-    "documents": (NESTED, {"batch": 2, "documents": (5, 25, 1, 14), "heads": 2}),
-    "window and sinks": (WINDOW, {"turn": turn}),
+    "documents": (NESTED, {"documents": (5, 25, 1, 14), "heads": 2}),
     "nested, sinks, shared key heads": (NESTED, {"heads": 4, "kv_heads": 2, "turn": turn}),
     "all queries, biases": (ALL, {"kv_heads": 1}),
     "learned biases": (replace(ALL, level_bias="learned:-0.7"), {"kv_heads": 1}),
     "both ways": (LOOK_BOTH, {"causal": False, "heads": 4, "kv_heads": 2}),
     "uncovered queries": (SPARSE, {}),
-    "head_dim that is no power of 2": (WINDOW, {"head_dim": 20}),
+    "window and sinks, head_dim that is no power of 2": (WINDOW, {"turn": turn, "head_dim": 20}),
 }
 
 
 NOTHING = Sequences([], [], [])
-IN_BF16 = {"paper", "zero keys", "documents", "nested, sinks, shared key heads", "all queries, biases"}
+IN_BF16 = {"paper", "all queries, biases"}
 
 
 @pytest.fixture(autouse=True)

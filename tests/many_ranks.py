@@ -18,11 +18,9 @@ from strategies import PAPER_64TH, pattern_with_options
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
-from longnet_cli.jobs.training.loop import train
-from longnet_cli.jobs.training.recipe import Recipe
 from longnet_cli.running.ranks.ranks import Ranks
 
-multiprocessing.set_forkserver_preload(["many_ranks", "torch.distributed.fsdp"])
+multiprocessing.set_forkserver_preload(["many_ranks", "torch._dynamo", "torch.distributed.fsdp"])
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-6, 1e-5)}  # outputs, gradients
 
 
@@ -53,10 +51,6 @@ def mesh(dp: int) -> Ranks:
     sp = world // dp
     groups = [dist.new_group(list(range(first, first + sp))) for first in range(0, world, sp)]
     return Ranks(rank, world, sp, groups[rank // sp] if sp > 1 else None)
-
-
-def train_on(dp: int, recipe: Recipe, output: Path) -> None:
-    train(recipe, output, ranks=mesh(dp))
 
 
 def in_both_types(work: Callable[..., None], *args: Any) -> None:

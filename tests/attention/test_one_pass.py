@@ -28,9 +28,17 @@ def test_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", ["merge_parts", "add_parts", "add_parts, fresh"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "capability"),
+    [
+        ("merge_parts", "bf16", 80),
+        ("merge_parts", "fp32", 100),
+        ("add_parts", "bf16", 90),
+        ("add_parts", "fp32", 80),
+        ("add_parts, fresh", "bf16", 100),
+        ("add_parts, fresh", "fp32", 90),
+    ],
+)
 def test_compiled_ahead_of_time_with_vector_loads(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, dtype: str, capability: int
 ) -> None:

@@ -282,7 +282,7 @@ def test_damage_is_one_line_or_changes_nothing(tmp_path, command_env, name, pipe
 def test_a_page_of_parquet_with_fewer_values_is_not_believed(tmp_path, command_env):
     """Without checksums a value may change, and the rows in which values lie, but no value may get lost."""
     data = parquet(table({"input_ids": IDS}, INT32), compression="none")
-    places = [(place, mask) for place in range(len(data)) for mask in (1, 8)]
+    places = [(place, (1, 8)[place // 4 % 2]) for place in range(len(data))]
     for place, mask in places:
         changed = data[:place] + bytes([data[place] ^ mask]) + data[place + 1 :]
         (tmp_path / f"{place}-{mask}").write_bytes(changed)

@@ -29,7 +29,7 @@ from longnet_cli.running.ranks.ranks import Ranks
 EOS = -1  # no document holds it
 SHIPPED = {name: getattr(module, name) for name in ("BLOCK_TOKENS", "POOL_BLOCKS")}
 
-checked = settings(max_examples=150, deadline=None)
+checked = settings(max_examples=60, deadline=None)
 lengths = st.lists(st.integers(0, 30), min_size=1, max_size=25)
 
 

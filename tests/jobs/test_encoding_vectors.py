@@ -105,8 +105,15 @@ def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) ->
                 np.testing.assert_allclose(found, wanted["cls_of_layers"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("words", [[], ["--chunk", "37"], ["--chunk", "37", "--spill", "."], ["--chunk", "100"]])
-@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize(
+    ("words", "pool"),
+    [
+        ([], "mean"),
+        (["--chunk", "37"], "cls"),
+        (["--chunk", "37", "--spill", "."], "mean"),
+        (["--chunk", "100"], "cls"),
+    ],
+)
 def test_chunks_and_batches_are_each_slide_alone(
     run_longnet: RunLongnet, tmp_path: Path, model: Path, words: list[str], pool: str
 ) -> None:
@@ -120,8 +127,7 @@ def test_chunks_and_batches_are_each_slide_alone(
     assert table.schema.metadata[b"longnet.pooling"] == pool.encode()
 
 
-@pytest.mark.parametrize("chunk", ["37", "1Ki"])
-@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize(("pool", "chunk"), [("cls", "37"), ("mean", "37"), ("cls", "1Ki")])
 def test_all_layers(run_longnet: RunLongnet, tmp_path: Path, model: Path, pool: str, chunk: str) -> None:
     write_file(tmp_path / "slides.arrow", slides(), 1000)
     options = ["--model", model, "--pool", pool, "--no-normalize", "--all-layers", "-o", tmp_path / "out.arrow"]
@@ -285,6 +291,8 @@ def test_a_bad_slide_is_left_out_as_if_it_were_not_there(
     for path in (tmp_path / "x.parquet", tmp_path / "x.arrow"):
         with pytest.raises(DataError, match=rf"{path.name}, row {1 if nested else 100}\b.*: {re.escape(line)}"):
             [x.read() for x in Inputs([path], vectors=True).documents()]
+    if bad not in BAD[::4]:  # the command leaves out whatever the reader refuses
+        return
     words = ["encode", path, "--model", model, "--keep", "slide_id", "-o", tmp_path / "out.arrow"]
     done = run_longnet(*words, "--skip-bad")
     left_out, _, *others = done.stderr.splitlines()

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern_nets import EOS, draw, error, gradients, net
 from strategies import PAPER_64TH, chosen_patterns, document_starts, patterns_with_options
@@ -28,6 +28,7 @@ def alone(model: LongNet, tokens: Tensor, targets: Tensor) -> Tensor:
     return total
 
 
+@settings(max_examples=settings.default.max_examples // 2)
 @given(
     pattern=st.just(PAPER_64TH) | patterns_with_options(causal=True) | chosen_patterns(),
     batch=st.integers(1, 4),

@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 import transformers as hf
 from builders import metrics_of, tiny_llama, write_corpus
-from many_ranks import run_ranks, train_on
+from many_ranks import mesh, run_ranks
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError
@@ -29,6 +29,7 @@ from longnet_cli.jobs.training.recipe import PretrainedRecipe, Recipe, load_reci
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.running.chunks import backward_in_chunks
 from longnet_cli.running.mapped import MappedMemory
+from longnet_cli.running.ranks.ranks import Ranks
 
 SIZES = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
@@ -176,16 +177,23 @@ def test_lora_leaves_the_merged_model_and_the_adapter(llama: Path, corpus: Path,
         train(found, tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("dp", "shard", "pattern"), [(1, "none", WINDOW), (2, "full", WINDOW), (2, "none", CHOSEN), (2, "full", CHOSEN)]
-)
-def test_two_ranks_are_one(dp: int, shard: str, pattern: str, llama: Path, corpus: Path, tmp_path: Path) -> None:
-    train(recipe(llama, corpus, **{"model.pattern": pattern}), tmp_path / "one")
-    sharded = recipe(llama, corpus, **{"parallel.shard": shard, "model.pattern": pattern})
-    run_ranks(2, tmp_path, train_on, dp, sharded, tmp_path / "two")
-    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=2e-4, atol=2e-4)
-    one, two = ([line["grad_norm"] for line in metrics_of(tmp_path / name)] for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-3)  # AdamW does not see how large gradients are
+def train_on(llama: Path, corpus: Path, runs: list[tuple[Path, int, str, str]]) -> None:
+    for output, dp, shard, pattern in runs:
+        ranks = mesh(dp) if torch.distributed.is_initialized() else Ranks()
+        changes = {"parallel.shard": shard, "model.pattern": pattern, "train.stages": [{"seq_len": 96, "steps": 3}]}
+        train(recipe(llama, corpus, **changes), output, ranks=ranks)
+
+
+def test_two_ranks_are_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
+    alone = [(tmp_path / pattern, 1, "none", pattern) for pattern in (WINDOW, CHOSEN)]
+    train_on(llama, corpus, alone)
+    settings = [(1, "none", WINDOW), (2, "full", WINDOW), (2, "none", CHOSEN), (2, "full", CHOSEN)]
+    runs = [(tmp_path / str(i), *each) for i, each in enumerate(settings)]
+    run_ranks(2, tmp_path, llama, corpus, runs)
+    for output, dp, shard, pattern in runs:
+        torch.testing.assert_close(weights(output), weights(tmp_path / pattern), rtol=2e-4, atol=2e-4)
+        two, one = ([line["grad_norm"] for line in metrics_of(path)] for path in (output, tmp_path / pattern))
+        assert two == pytest.approx(one, rel=1e-3), (dp, shard, pattern)  # AdamW does not see how large gradients are
 
 
 def test_a_model_without_a_pattern_trains_dense_as_far_as_it_was_trained(

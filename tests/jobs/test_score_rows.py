@@ -174,7 +174,7 @@ def test_the_command_writes_what_it_prints(run_longnet: RunLongnet, tmp_path: Pa
 
 
 def test_tables_by_position_and_by_recall_are_columns(run_longnet: RunLongnet, tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": "one two three, " * n}) + "\n" for n in (30, 0, 400)))
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": "one two three, " * n}) + "\n" for n in (30, 0, 120)))
     for context, ends in (("16,64", ("_16", "_64")), (None, ("",))):
         words = ("x.jsonl", "-q", "--by-recall", "--by-position", *(["--context", context] if context else []))
         for output in ("gains.parquet", "gains"):

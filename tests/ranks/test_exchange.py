@@ -72,7 +72,7 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
             assert error <= allowed, f"problem {seed}, rank {rank}: {name} is off by {error:.2e}"
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("world", [3, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))])
 def test_attention_in_shards_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, in_both_types, attention_in_shards, 24 if world < 8 else 12)
 
@@ -107,7 +107,7 @@ def net_in_shards(dtype: torch.dtype) -> None:
             assert error <= TOLERANCE[dtype][1], f"rank {rank}: {name} is off by {error:.2e}"
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_a_whole_nets_loss_and_gradients(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, in_both_types, net_in_shards)
 
@@ -177,7 +177,7 @@ def counted_traffic() -> None:
     dist.all_to_all_single = original
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("world", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
 def test_one_exchange_a_layer_and_its_bytes_are_the_formulas(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, counted_traffic)
 
@@ -261,12 +261,17 @@ def training_in_shards(dtype: torch.dtype) -> None:
             assert error <= TOLERANCE[dtype][1], f"problem {seed}, rank {rank}: {name} is off by {error:.2e}"
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_chunked_and_packed_training_over_ranks(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, in_both_types, training_in_shards)
 
 
-def slices_of_stored_windows(chunk: int) -> None:
+def slices_of_stored_windows(chunks: list[int]) -> None:
+    for chunk in chunks:
+        slices_in_chunks(chunk)
+
+
+def slices_in_chunks(chunk: int) -> None:
     """Windows that lie in files: a rank reads its slices and the target after each, and the gradients are the same."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = net(PAPER_64TH).double()
@@ -297,9 +302,8 @@ def slices_of_stored_windows(chunk: int) -> None:
     assert np.array_equal(found, mine)
 
 
-@pytest.mark.parametrize("chunk", [240, 30])
-def test_a_rank_reads_its_slices_of_windows_in_files(chunk: int, tmp_path: Path) -> None:
-    run_ranks(2, tmp_path, slices_of_stored_windows, chunk)
+def test_a_rank_reads_its_slices_of_windows_in_files(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, slices_of_stored_windows, [240, 30])
 
 
 def streaming_in_shards() -> None:
@@ -343,12 +347,12 @@ def layer_by_layer_in_shards() -> None:
             assert sum(done) == tokens * model.config.num_layers
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_layer_by_layer_over_ranks(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, layer_by_layer_in_shards)
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_streaming_over_ranks(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, streaming_in_shards)
 

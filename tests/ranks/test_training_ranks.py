@@ -19,9 +19,10 @@ from longnet_cli.running.ranks.ranks import Ranks
 # no dropout, which draws other numbers on each rank
 SETTINGS: dict[str, Any] = {
     "model.dropout": 0.0,
-    "train.stages": [{"seq_len": 32, "steps": 12}, {"seq_len": 128, "steps": 8}],
+    "train.stages": [{"seq_len": 32, "steps": 6}, {"seq_len": 128, "steps": 4}],
     "train.log_every": 1,
-    "train.save_every": 6,
+    "train.evaluate_every": 4,
+    "train.save_every": 3,
 }
 
 
@@ -30,8 +31,13 @@ def corpus(tmp_path: Path) -> Path:
     return write_corpus(tmp_path, 400, 9)
 
 
-def train_on(dp: int, corpus: Path, output: Path, shard: str, stop: int = 0) -> None:
-    """A run of this process's ranks; all get SIGTERM when `stop` steps are done."""
+def train_on(dp: int, corpus: Path, shard: str, *runs: tuple[Path, int]) -> None:
+    """Runs of this process's ranks; all get SIGTERM when `stop` steps are done."""
+    for output, stop in runs:
+        train_once(dp, corpus, output, shard, stop)
+
+
+def train_once(dp: int, corpus: Path, output: Path, shard: str, stop: int = 0) -> None:
     ranks = mesh(dp) if torch.distributed.is_initialized() else Ranks()
 
     def on_step(tokens: int, line: object) -> None:
@@ -63,22 +69,21 @@ MESHES = [
 
 @pytest.mark.parametrize(("dp", "sp", "shard"), MESHES)
 def test_stopped_and_resumed_over_ranks(dp: int, sp: int, shard: str, corpus: Path, tmp_path: Path) -> None:
-    train_on(1, corpus, tmp_path / "alone", "none")
-    run_ranks(dp * sp, tmp_path, train_on, dp, corpus, tmp_path / "many", shard)
+    train_once(1, corpus, tmp_path / "alone", "none")
+    run_ranks(dp * sp, tmp_path, train_on, dp, corpus, shard, (tmp_path / "many", 0), (tmp_path / "stopped", 5))
     expected = losses(tmp_path / "alone")
-    assert len(expected) == 20
+    assert len(expected) == 10
     for found, wanted in zip(losses(tmp_path / "many"), expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
     assert_same_model(tmp_path / "many", tmp_path / "alone", 1e-3)
     assert_same_model(tmp_path / "many/best", tmp_path / "alone/best", 1e-3)
 
-    run_ranks(dp * sp, tmp_path, train_on, dp, corpus, tmp_path / "stopped", shard, 9)
     newest = checkpoints_in(tmp_path / "stopped/checkpoints")[0]
-    assert read_state(newest)["progress"]["step"] == 9
+    assert read_state(newest)["progress"]["step"] == 5
     train(recipe(corpus, **SETTINGS), tmp_path / "alone again", resume=str(newest))  # on one process
-    for found, wanted in zip(losses(tmp_path / "alone again"), expected[9:], strict=True):
+    for found, wanted in zip(losses(tmp_path / "alone again"), expected[5:], strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
-    run_ranks(dp * sp, tmp_path, train_on, dp, corpus, tmp_path / "stopped", shard)
+    run_ranks(dp * sp, tmp_path, train_on, dp, corpus, shard, (tmp_path / "stopped", 0))
     assert_same_model(tmp_path / "stopped", tmp_path / "many", 1e-6)
     for found, wanted in zip(losses(tmp_path / "stopped"), losses(tmp_path / "many"), strict=True):
         assert found == pytest.approx(wanted, rel=1e-6)

@@ -17,9 +17,9 @@ from longnet_cli.running import layerwise
 from longnet_cli.running.layerwise import fits_beside, hidden_in_chunks
 
 
-@pytest.mark.parametrize("spilled", [False, True])
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @given(
+    spilled=st.booleans(),
+    dtype=st.sampled_from([*TOLERANCE]),
     pattern=patterns() | patterns_with_options(causal=False),
     heads=st.integers(1, 6),
     tokens=st.integers(1, 200),
@@ -27,9 +27,9 @@ from longnet_cli.running.layerwise import fits_beside, hidden_in_chunks
     padding=st.sampled_from(["exact", "zero_key"]),
 )
 def test_any_chunk_gives_what_the_whole_does(
+    tmp_path_factory: pytest.TempPathFactory,
     spilled: bool,
     dtype: torch.dtype,
-    tmp_path_factory: pytest.TempPathFactory,
     pattern: Pattern,
     heads: int,
     tokens: int,

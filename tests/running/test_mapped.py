@@ -33,14 +33,14 @@ class Measured(MappedMemory):
         return found
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @given(
+    dtype=st.sampled_from(["fp32", "bf16"]),
     pattern=patterns() | patterns_with_options(causal=True) | chosen_patterns() | st.just(Pattern.dense()),
     tokens=st.integers(2, 200),
     chunk=st.integers(1, 120),
 )
 def test_a_file_changes_no_bit_and_has_the_stated_size(
-    dtype: str, tmp_path_factory: pytest.TempPathFactory, pattern: Pattern, tokens: int, chunk: int
+    tmp_path_factory: pytest.TempPathFactory, dtype: str, pattern: Pattern, tokens: int, chunk: int
 ) -> None:
     model, ids, chunk = net(pattern), draw(1, tokens), max(chunk, tokens // 20)
     in_memory = backward_in_chunks(model, ids, ids, chunk, dtype=dtype)

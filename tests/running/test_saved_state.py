@@ -270,7 +270,7 @@ def test_a_full_disk_leaves_the_old_state(small_disk: Path) -> None:
 def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
     """A book is read once and asked often; the state stays as it is, until another one takes its place."""
     native, other = tiny_model(tmp_path / "native", position="rope"), tiny_llama(tmp_path / "llama")
-    for model, more in ((native, []), (native, ["--pattern", "finding"]), (other, ["--pattern", "window:16,sinks=2"])):
+    for model, more in ((native, ["--pattern", "finding"]), (other, ["--pattern", "window:16,sinks=2"])):
         (tmp_path / "book.txt").write_text("some words, and others. " * 20)
         reading = ["--model", model, *more]
         options = [*reading, "-n", "20", "--format", "jsonl", "-q"]
@@ -280,11 +280,13 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
         assert done.stderr.splitlines()[-1].startswith("book.state: the state after 481 tokens, ")
         old = states(tmp_path / "book.state")
         asked = [*options, "--state", "book.state"]
+        assert json.loads(run_longnet("generate", *asked).stdout) == whole | {"doc_id": "prompt", "n_prompt": 0}
+        if model == other:  # whose commands import transformers
+            break
         (tmp_path / "questions.jsonl").write_text('{"text": "What?"}\n{"text": "Who?"}\n')
         both = run_longnet("generate", "-i", "questions.jsonl", *asked).stdout.splitlines()
         alone = [json.loads(run_longnet("generate", text, *asked).stdout) for text in ("What?", "Who?")]
         assert [json.loads(line)["tokens"] for line in both] == [line["tokens"] for line in alone]
-        assert json.loads(run_longnet("generate", *asked).stdout) == whole | {"doc_id": "prompt", "n_prompt": 0}
         assert states(tmp_path / "book.state") == old
         first = run_longnet("generate", *asked[:-2], *asked[-2:], "-n", "12", "--save-state", "book.state")
         rest = run_longnet("generate", *asked, "-n", "8")
