@@ -26,7 +26,7 @@ test: .venv/.installed-dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST)
 
 quick: .venv/.installed-dev
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal \
+	HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal \
 	  -m 'not slow and not gpu and not processes'
 
 matrix: .venv/.installed-dev

@@ -13,16 +13,18 @@ from hypothesis import settings
 from places import ROOT
 from processes import Start
 
-# "default" repeats the same examples, so that CI says the same twice; HYPOTHESIS_PROFILE=thorough hunts for new ones.
+# "default" repeats the same examples, so that CI says the same twice; `make quick` takes "quick", and
+# HYPOTHESIS_PROFILE=thorough hunts for new ones.
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("quick", deadline=None, max_examples=10, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # Where tests marked `gpu` run; `cpu` tries the tests themselves.
 GPU = os.environ.get("LONGNET_TEST_DEVICE", "cuda")
 
-STARTS = {"longnet", "run_longnet", "start"}  # fixtures
-ROOMS_OF_PROCESSES = {"clients", "docs", "ranks"}  # folders of tests/
+STARTS = {"command_env", "longnet", "python", "run_longnet", "start"}  # fixtures
+ROOMS_OF_PROCESSES = {"clients", "commands", "docs", "ranks"}  # folders of tests/
 
 RunLongnet = Callable[..., subprocess.CompletedProcess]
 

@@ -20,6 +20,8 @@ from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.positions import position_table
 
+pytestmark = pytest.mark.processes
+
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 HEADS, SIZE = 4, 8
 PATTERN = Pattern((8, 32, 64), (1, 4, 6))
