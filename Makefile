@@ -27,7 +27,7 @@ test: .venv/.installed-dev
 
 quick: .venv/.installed-dev
 	HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal \
-	  -m 'not slow and not gpu and not processes'
+	  -m 'not slow and not gpu and not full'
 
 matrix: .venv/.installed-dev
 	tests/matrix.sh

@@ -38,11 +38,11 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts commands or ranks: `make quick` leaves it out."""
+    """Mark what starts commands or ranks, which only the full suite runs, not `make quick`."""
     for item in items:
         starts = STARTS.intersection(getattr(item, "fixturenames", ()))
         if starts or ROOMS_OF_PROCESSES.intersection(item.path.relative_to(ROOT / "tests").parts):
-            item.add_marker("processes")
+            item.add_marker("full")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,1 +1,1 @@
-"""What every room uses: errors, sizes, checked settings, atomic files, models by name, patterns as text."""
+"""The things that every room uses: errors, sizes, checked settings, atomic files, models by name, patterns as text."""

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.full
 
 pytest.importorskip("triton", reason="Triton cannot be installed here")
 

@@ -256,7 +256,7 @@ def judge(mutation: Mutation, result: tuple[str, Any], name: str) -> str | None:
     return f"silently gave {value}"
 
 
-@pytest.mark.processes
+@pytest.mark.full
 @pytest.mark.parametrize("piped", [False, True], ids=["disk", "pipe"])
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_damage_is_one_line_or_changes_nothing(tmp_path, command_env, name, piped):

@@ -93,7 +93,7 @@ def test_an_encoder_learns_masked_tokens_and_finds_edited_copies(
     """The recipe at a small size: below what a net without context reaches, and most files cut short are found."""
 
     def longnet(*arguments: str | Path) -> None:
-        made = invoke(str(each) for each in arguments)
+        made = invoke(*arguments)
         assert made.exit_code == 0, made.output
 
     def example(script: str, *arguments: str | Path) -> str:

@@ -161,7 +161,7 @@ def rank_gradients(cases: dict[int, int], folder: Path) -> None:
             torch.save({"loss": loss, **found}, folder / f"{dp}.pt")
 
 
-@pytest.mark.processes
+@pytest.mark.full
 @pytest.mark.parametrize(("world", "cases"), [(2, {2: 3, 1: 1}), pytest.param(4, {4: 1, 2: 1}, marks=pytest.mark.slow)])
 def test_ranks_together_have_the_gradient_of_one_process(world: int, cases: dict[int, int], tmp_path: Path) -> None:
     """`cases` has the columns of each number of groups of ranks."""
@@ -282,10 +282,10 @@ def train_on(corpus: Path, folder: Path) -> None:
         train(recipe(corpus, **{"parallel.shard": shard}), folder / shard, ranks=mesh(2))
 
 
-@pytest.mark.processes
+@pytest.mark.full
 def test_a_run_of_ranks_is_that_of_one_process(corpus: Path, tmp_path: Path) -> None:
     train(recipe(corpus), tmp_path / "alone")
-    run_ranks(2, tmp_path, corpus, tmp_path)
+    run_ranks(2, tmp_path, train_on, corpus, tmp_path)
     for shard in ("none", "full"):
         for found, wanted in zip(metrics_of(tmp_path / shard), metrics_of(tmp_path / "alone"), strict=True):
             assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)

@@ -184,13 +184,13 @@ def train_on(llama: Path, corpus: Path, runs: list[tuple[Path, int, str, str]]) 
         train(recipe(llama, corpus, **changes), output, ranks=ranks)
 
 
-@pytest.mark.processes
+@pytest.mark.full
 def test_two_ranks_are_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
     alone = [(tmp_path / pattern, 1, "none", pattern) for pattern in (WINDOW, CHOSEN)]
     train_on(llama, corpus, alone)
     settings = [(1, "none", WINDOW), (2, "full", WINDOW), (2, "none", CHOSEN), (2, "full", CHOSEN)]
     runs = [(tmp_path / str(i), *each) for i, each in enumerate(settings)]
-    run_ranks(2, tmp_path, llama, corpus, runs)
+    run_ranks(2, tmp_path, train_on, llama, corpus, runs)
     for output, dp, shard, pattern in runs:
         torch.testing.assert_close(weights(output), weights(tmp_path / pattern), rtol=2e-4, atol=2e-4)
         two, one = ([line["grad_norm"] for line in metrics_of(path)] for path in (output, tmp_path / pattern))

@@ -108,7 +108,7 @@ print(json.dumps([found.memory, peak_memory(torch.device("cpu"))]))
 """
 
 
-@pytest.mark.processes
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("seq_len", "chunk", "levels"),
     [(256, 2048, ([64, 256], [1, 2])), (4096, 512, ([2048, 4096], [1, 1]))],

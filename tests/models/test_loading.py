@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.processes
+@pytest.mark.full
 def test_weights_are_mapped_not_copied(folder: Path, command_env: dict[str, str]) -> None:
     extra, weights = extra_memory(folder, "bfloat16", command_env)
     assert weights > 140_000_000

@@ -377,7 +377,7 @@ def test_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:
     assert "tokenizer" in str(error)
 
 
-@pytest.mark.processes
+@pytest.mark.full
 def test_without_transformers(folder: Path, command_env: dict[str, str]) -> None:
     script = "import sys; sys.modules['transformers'] = None; from longnet_cli.cli.app import main; main()"
     words = [sys.executable, "-c", script, "score", folder / "text.txt", "--model", folder, *OPTIONS]
