@@ -43,6 +43,7 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
     assert len({document.doc_id for document in documents}) == 3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name",
     [

@@ -51,6 +51,7 @@ def test_bytes_that_are_not_utf8_in_a_line_are_named(tmp_path):
         read(tmp_path / "x.jsonl")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "text",
     [
@@ -125,6 +126,7 @@ def test_only_the_bad_first_lines_are_bad(tmp_path, name, beginning, problem):
     assert [text.text for text in found[bad:]] == ["hi you", "c"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("lines", "problem"), [*BEGINNINGS, *ALONE])
 def test_json_lines_in_a_pipe_that_begin_badly_are_an_error_and_no_text(lines, problem):
     data = lines + GOOD if (lines, problem) in BEGINNINGS else lines

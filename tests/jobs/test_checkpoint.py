@@ -27,6 +27,8 @@ from longnet_cli.jobs.training.start import prepare_run
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.ranks.ranks import Ranks
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
@@ -50,7 +52,6 @@ class Stop:
         monkeypatch.setattr(Signals, "look", counted)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     ("optimizer", "pattern"), [("adamw", {}), ("muon", {"look_back": 1, "overlap": "once", "sinks": 2})]
 )
@@ -163,7 +164,6 @@ def stopped(made: tuple[Recipe, Path, bytes], tmp_path: Path) -> tuple[Recipe, P
     return found, Path(shutil.copytree(run, tmp_path / "run")), weights
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("damage", ["flip", "truncate", "flip the state", "no state", "no tensors"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     stopped: tuple[Recipe, Path, bytes], damage: str
@@ -203,7 +203,6 @@ def test_all_damaged(stopped: tuple[Recipe, Path, bytes]) -> None:
         train(found, run, resume=False)
 
 
-@pytest.mark.full
 def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path) -> None:
     found, run, weights = stopped
     older = checkpoints_in(run / "checkpoints")[1]

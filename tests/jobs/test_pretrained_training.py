@@ -31,6 +31,8 @@ from longnet_cli.running.chunks import backward_in_chunks
 from longnet_cli.running.mapped import MappedMemory
 from longnet_cli.running.ranks.ranks import Ranks
 
+pytestmark = pytest.mark.full
+
 SIZES = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
 WINDOW = "window:16,sinks=3"
@@ -184,7 +186,6 @@ def train_on(llama: Path, corpus: Path, runs: list[tuple[Path, int, str, str]]) 
         train(recipe(llama, corpus, **changes), output, ranks=ranks)
 
 
-@pytest.mark.full
 def test_two_ranks_are_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
     alone = [(tmp_path / pattern, 1, "none", pattern) for pattern in (WINDOW, CHOSEN)]
     train_on(llama, corpus, alone)

@@ -46,6 +46,8 @@ from longnet_cli.nets.net import InputSequence, Net
 from longnet_cli.running.chunks import CausalStream
 from longnet_cli.running.device import trim_memory
 
+pytestmark = pytest.mark.full
+
 BOS = 256
 ROOM = Room(0, None)
 LENGTHS = (30, 1, 0, 70, 500, 7, 7, 90)

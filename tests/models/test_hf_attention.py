@@ -235,6 +235,7 @@ def left_padded(tokens: int) -> Tensor:
     return right_padded(tokens).flip(1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("model", "pattern"),
     [(llama, WINDOW), (qwen3, NESTED), (gpt2, LEVELS), (mixed, FAR), (llama, CHOSEN), (gpt2, CHOSEN)],
