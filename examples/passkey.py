@@ -96,7 +96,7 @@ def ask(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the rows of each pattern. All patterns get the same questions."""
     import torch
 
-    from longnet_cli import Document, ModelFolder
+    from longnet_cli import Document
     from longnet_cli.running.reader import Reader, Window
 
     folder = Path(args.model)

@@ -27,8 +27,8 @@ import traceback
 from pathlib import Path
 
 JOBS = ("benchmark", "encoding", "estimating.training_job", "inspecting", "plotting", "scoring.scoring", "tokenizing")
-IMPORTED = [f"longnet_cli.jobs.{job}" for job in (*JOBS, "training.loop")]
-IMPORTED += ["torch._dynamo", "torch.distributed.run", "matplotlib.figure", "transformers.models.llama.modeling_llama"]
+IMPORTED = [f"longnet_cli.jobs.{job}" for job in (*JOBS, "training.loop")] + ["torch._dynamo", "torch.distributed.run"]
+OF_EXTRAS = ("matplotlib.figure", "transformers.models.llama.modeling_llama")
 LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE)
 SIGNALS = {number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
 SIGNALS[signal.SIGUSR2] = signal.SIGKILL  # which nothing can pass on: see Command.kill
@@ -97,7 +97,9 @@ def serve(place: str) -> None:
     import selectors
 
     for name in IMPORTED:
-        with contextlib.suppress(ImportError):  # it is of an extra
+        importlib.import_module(name)
+    for name in OF_EXTRAS:
+        with contextlib.suppress(ImportError):
             importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page

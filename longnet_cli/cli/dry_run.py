@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
 from longnet_cli.cli.output import emit_json
 from longnet_cli.cli.progress import progress
@@ -106,8 +106,6 @@ def show_plans(plans: Sequence[JobPlan], format: Format, job: str) -> None:
             [*(("rates", "", f"{KNOWN_BY[by]}: {', '.join(names)}") for by, names in known.items()), ("", "", UNTRIED)],
         ])  # fmt: skip
     if not best.fits:
-        from longnet_cli.basics.errors import MemoryLimitError
-
         raise MemoryLimitError(
             f"{job} does not fit {machine.name}: {best.options} needs {format_bytes(best.peak)} of each device, the "
             f"largest part for {best.largest}, and {format_bytes(best.room)} may be filled; {best.advice}"
@@ -224,8 +222,6 @@ def _show(found: Estimate, format: Format, job: str, before: Sequence[Row], afte
         rows = [("parameters", format_count(found.parameters), f"{found.parameters:,}"), *before]
         _print([rows, _memory(found), after])
     if found.free is not None and not found.fits:
-        from longnet_cli.basics.errors import MemoryLimitError
-
         raise MemoryLimitError(
             f"{job} needs {format_bytes(found.beyond)}, the largest part for {found.largest}, and "
             f"{format_bytes(found.free)} are free; {found.advice}"

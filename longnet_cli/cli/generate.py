@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from longnet_cli.basics.errors import LongNetError
+from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.model_and_inputs import check_spill, say_state
@@ -147,7 +147,6 @@ def generate(
     A text ends at the model's end-of-text token, at a --stop text, or after --max-tokens.
     With a LongNet or a window, a token costs the same time and memory at any position.
     """
-    from longnet_cli.basics.errors import ConfigError
 
     if top_p is not None and not temperature:
         raise ConfigError("--top-p needs a temperature above 0: add --temperature 1 for the model's own probabilities")
@@ -246,8 +245,6 @@ def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> st
 
     Raises ConfigError for no text, for both kinds, and for text that is not UTF-8.
     """
-    from longnet_cli.basics.errors import ConfigError
-
     if prompt is not None and inputs:
         raise ConfigError("PROMPT and --input are both given: give one")
     if prompt is None and not inputs and state:
@@ -280,7 +277,6 @@ def _stream(
     loaded: Loaded, dtype: str, spill: str | None, state: str | None, save_state: str | None
 ) -> CausalStream | None:
     """Return a stream that has read --state, or a new one for --save-state; otherwise None. Raises as `load` does."""
-    from longnet_cli.basics.errors import ConfigError
     from longnet_cli.running.chunks import CausalStream
     from longnet_cli.running.device import DTYPES, resolve_dtype
     from longnet_cli.running.saved_state import check_place
@@ -298,7 +294,6 @@ def _stream(
 
 def _only(documents: Iterator[Document]) -> Iterator[Document]:
     """Yield the one document. Raises ConfigError for more, before they are read by the model."""
-    from longnet_cli.basics.errors import ConfigError
 
     found = [*islice(documents, 2)]
     if len(found) > 1:

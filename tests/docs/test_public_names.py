@@ -10,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from places import ROOT
+
 import longnet_cli
 
-ROOT = Path(longnet_cli.__file__).parents[1]
 STABLE = ("longnet_cli", "longnet_cli.attention", "longnet_cli.integrations.transformers")
 
 
