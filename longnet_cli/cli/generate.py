@@ -147,7 +147,6 @@ def generate(
     A text ends at the model's end-of-text token, at a --stop text, or after --max-tokens.
     With a LongNet or a window, a token costs the same time and memory at any position.
     """
-
     if top_p is not None and not temperature:
         raise ConfigError("--top-p needs a temperature above 0: add --temperature 1 for the model's own probabilities")
     if seed is not None and not 0 <= seed < 1 << 63:
@@ -294,7 +293,6 @@ def _stream(
 
 def _only(documents: Iterator[Document]) -> Iterator[Document]:
     """Yield the one document. Raises ConfigError for more, before they are read by the model."""
-
     found = [*islice(documents, 2)]
     if len(found) > 1:
         raise ConfigError(f"--save-state saves one prompt, and {found[1].where} is the second: give one")
