@@ -91,6 +91,7 @@ def make_net(kind: str, folder: Path) -> Net:
 LAST = {"pool": "last", "temperature": 0.5}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "columns", "settings"),
     [
@@ -247,6 +248,7 @@ def corpus(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "corpus.parquet", rows)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("settings", "stored"),
     [

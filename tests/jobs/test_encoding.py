@@ -67,6 +67,7 @@ def test_many_batches_keep_the_order(model: LongNet) -> None:
     np.testing.assert_allclose(vectors(table)[4], expected / np.linalg.norm(expected), atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("pool", "chunk", "span"),
     [

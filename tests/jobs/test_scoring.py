@@ -87,6 +87,7 @@ def test_company_and_order_do_not_matter(model: LongNet, context: int | None) ->
     assert total.nll_sum == pytest.approx(sum(row.score.nll_sum for row in together))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("bos", [BOS, None])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 129])
 @pytest.mark.parametrize("context", [None, 100])

@@ -167,6 +167,7 @@ def test_padded_rows_come_out_alone(net: LongNet, folder: Path, side: str) -> No
         torch.testing.assert_close(found[i][mask[i].bool()], net.logits(net(row[None]))[0])
 
 
+@pytest.mark.full
 def test_it_generates_what_the_command_generates(net: LongNet, folder: Path, words: Any) -> None:
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
     options = {"max_new_tokens": 40, "do_sample": False}
