@@ -156,7 +156,7 @@ def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int 
         first, last = start // w, (stop - 1) // w
         low, until, after = max(0, first - b) * w, start, stop
         if level:
-            low = max(low, pattern.sinks)
+            low, after = max(low, pattern.sinks), max(after, pattern.sinks)
         if pattern.overlap == "once" and level:
             inner, near = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]
             until = min(until, ((stop - 1) // inner - near) * inner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import pytest
@@ -328,6 +329,21 @@ def test_an_open_group_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
         dilated_attention(*part, WINDOW, start=cache.position, far=cache.far())
         cache.append(*part[1:], q=part[0])
     assert len(voted) == 2 * len(range(64, 200, 4))  # with its first token, and with the next, from the past
+
+
+@given(sizes=cuts(), tokens=st.integers(1, 90), spilled=st.booleans(), data=st.data())
+def test_an_earlier_past_has_the_first_rows(sizes: list[int], tokens: int, spilled: bool, data: st.DataObject) -> None:
+    """All blocks that were whole by then, and the rows after them, also where the cut is inside a block."""
+    _, k, v, _ = Choice(WINDOW, 2, tokens, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
+    with TemporaryDirectory() as folder:
+        found = Past(WINDOW, BlockFile(SpillFile(folder)) if spilled else None, keep=tokens)
+        found.settle(None)
+        for some in zip(k.split(split(tokens, sizes), 1), v.split(split(tokens, sizes), 1), strict=True):
+            found.append(some[0], *some)
+        earlier = found.before(position := data.draw(st.integers(0, tokens)))
+        blocks = [x.flatten(2, 3) for x in earlier.blocks.pieces()]
+        assert torch.equal(torch.cat([*blocks, earlier.waiting], 2), torch.stack([k, v])[:, :, :position])
+        assert earlier.waiting.shape[2] < WINDOW.chosen_block
 
 
 @pytest.mark.parametrize("spilled", [False, True])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
-from strategies import Problem, problems
+from hypothesis import strategies as st
+from strategies import Choice, Problem, choices, problems
 
 from longnet_cli.attention.branches import branches
 from longnet_cli.attention.pattern import Pattern
-from longnet_cli.attention.spans import Rows, Span, rows_before, span_positions
+from longnet_cli.attention.spans import SINKS, Rows, Span, far_spans, rows_before, span_positions
 
 
 def tokens_of(rows: Rows) -> dict[tuple[int, int], list[int]]:
@@ -54,6 +56,43 @@ def test_span_positions_are_the_definition(problem: Problem) -> None:
             strict=True,
         ):
             assert list(positions) == [p for p in range(span.start, span.stop) if p % w % r == offset]
+
+
+def seen(pattern: Pattern, level: int, causal: bool, total: int) -> np.ndarray:
+    """Which positions each query sees at a level, (queries, positions), by the definition, if all keys were kept."""
+
+    def within(w: int, back: int) -> np.ndarray:
+        segment = np.arange(total) // w
+        return np.abs(segment[:, None] - segment) <= back
+
+    found = within(pattern.segment_lengths[level], pattern.look_backs[level])
+    if level and pattern.overlap == "once":
+        found &= ~within(pattern.segment_lengths[level - 1], pattern.look_backs[level - 1])
+    if level:
+        found[:, : pattern.sinks] = False
+    return np.tril(found) if causal else found
+
+
+PLACES = st.floats(0, 0.999) | st.sampled_from([0.01, 0.02, 0.04])  # some start among the sinks
+
+
+@given(choice=choices(), shards=st.lists(st.tuples(PLACES, PLACES), min_size=9, max_size=9))
+def test_far_spans_are_what_a_shard_sees_outside_it(choice: Choice, shards: list[tuple[float, float]]) -> None:
+    """All of it, no position twice, none before the first that is seen, and sinks where the first level has none."""
+    pattern, total = choice.pattern, choice.start + choice.tokens
+    levels = [seen(pattern, level, choice.causal, total) for level in range(len(pattern.levels))]
+    for shard in shards:
+        start, last = sorted(int(each * total) for each in shard)
+        spans = far_spans(pattern, start, last + 1, choice.causal, total)
+        for level, of_queries in enumerate(levels):
+            needed = {*of_queries[start : last + 1].any(0).nonzero()[0]} - {*range(start, last + 1)}
+            found = [p for span in spans if span.level == level for p in range(span.start, span.stop)]
+            assert len(found) == len(set(found))
+            assert needed <= set(found)
+            assert not needed or min(found) == min(needed)
+        far_from_sinks = pattern.sinks and start and not levels[0][start : last + 1, 0].all()
+        sinks = [Span(SINKS, 0, min(start, pattern.sinks))] if far_from_sinks else []
+        assert [span for span in spans if span.level == SINKS] == sinks
 
 
 def test_figures_of_the_paper() -> None:

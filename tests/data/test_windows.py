@@ -203,6 +203,15 @@ def test_a_short_source_begins_anew_without_the_others():
     assert epochs[1] == [epoch for epoch in range(9) for _ in range(2)]  # 2
 
 
+@checked
+@given(run=runs(), numbers=st.lists(st.integers(0, 200), min_size=1, max_size=8))
+def test_a_window_is_the_same_in_whatever_order_one_asks(run, numbers):
+    sources, seq_len, seed, weights = run
+    windows = TokenWindows(sources, seq_len, 1, seed, weights=weights)
+    in_order = positions(TokenWindows(sources, seq_len, 1, seed, weights=weights), 201)
+    assert [windows.locate(n) for n in numbers] == [in_order[n] for n in numbers]
+
+
 def test_reads_of_a_pool_are_few_long_ranges():
     windows = TokenWindows([stream(10_000)], 8, 1, seed=5)  # 1250 windows, 8 a block, 24 a pool
     starts = np.array([start for _, _, start in positions(windows, 1250)])
