@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .groups import GroupedPart, stages
 from .merging import accumulator
-from .pattern import MEAN_OF, VOTERS, Pattern
+from .pattern import MEAN_OF, Pattern
 from .sinks import Turn
 
 FIRST_BLOCKS = 1 << 6  # blocks in the first piece of memory; each next piece is half of all before, if that is more
@@ -210,7 +210,7 @@ class Past:
         """Add the next tokens' queries (B, n, H, D), and keys and values (B, n, K, D)."""
         self._waiting.append(torch.stack([k, v]))
         self.position += k.shape[1]
-        last = self.pattern.chosen_every + VOTERS - 2  # of the open group, the last token may be missing
+        last = self.pattern.last_queries
         found = q if self.queries is None or q.shape[1] >= last else torch.cat([self.queries, q], 1)
         self.queries = found[:, -last:].clone()
         if self._turn:

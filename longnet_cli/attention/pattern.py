@@ -222,6 +222,11 @@ class Pattern:
         return self.chosen * self.chosen_block
 
     @property
+    def last_queries(self) -> int:
+        """The number of a document's last queries that still matter: an open group's, and its voters."""
+        return self.chosen_every + VOTERS - 2  # of the open group, the last token may be missing
+
+    @property
     def moves_keys(self) -> bool:
         """True if some keys are seen at another distance than their own: those of sinks and of chosen blocks."""
         return bool(self.sinks or self.chosen)

@@ -229,6 +229,8 @@ def score(
     from longnet_cli.running.reader import check_choices
 
     check_choices(net, chosen is not None)
+    if chosen and ranks.world > 1:
+        raise ConfigError("--chosen is written by one process: leave out --nproc and --sp")
     running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
     if room:
         from longnet_cli.jobs.estimating.reading_job import ScoreJob

@@ -32,7 +32,7 @@ from longnet_cli.nets.net import Net, NetConfig
 from longnet_cli.nets.weights import model_origin
 from longnet_cli.running.device import free_memory, precision, random_state, set_random_state
 from longnet_cli.running.mapped import BlockFile, SpillFile, mapped_empty
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.exchange import Exchange, even_edges, refuse_shared_choice
 from longnet_cli.running.ranks.fsdp import final_backward
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.saved_state import layer_tensors, of_layer, read_state, write_state
@@ -52,6 +52,8 @@ class FarGradients:
     def __init__(
         self, config: NetConfig, tokens: int, group: dist.ProcessGroup | None, allocate: Callable[..., Tensor]
     ) -> None:
+        if group is not None:
+            refuse_shared_choice(config.pattern)
         self.pattern, self.num_heads, self.tokens = config.pattern, config.num_heads, tokens
         self.group, self.allocate = group, allocate
         self.sums: dict[Key, Tensor] = {}
@@ -220,12 +222,12 @@ class CausalStream:
 
     It computes no gradients. Its state is one KVCache per layer, `cache_bytes` in all, bounded whatever the `position`,
     except with chosen blocks, which need all keys. The ranks of a `group` share every chunk: each passes its own shard
-    and the chunk's `edges`, and holds the whole cache. `keep` and `allocate` go to KVCache; for chosen blocks, memory
+    and the chunk's `edges`, and holds the whole state. `keep` and `allocate` go to KVCache; for chosen blocks, memory
     is in maps by default. Cached rows on another device than the net's are copied for each chunk. With chosen blocks
     and `spill`, all keys and values go to one file in that folder, and only what chooses them is in memory.
     `last_hidden` (B, dim) is the last token's hidden state, from which the next token can be drawn. With chosen blocks,
-    `ids` has the token ids that were read, (B, n) int32 each. Raises ConfigError
-    for a bidirectional net, and what `mapped.SpillFile` raises.
+    `ids` has the token ids that were read, (B, n) int32 each. Raises ConfigError for a bidirectional net, and what
+    `mapped.SpillFile` raises.
 
         stream.save("book.state")
         stream = CausalStream.load(model, "book.state")
@@ -275,9 +277,21 @@ class CausalStream:
             if pending:  # only now: this may overwrite far keys that the layer before has just read
                 pending.pop()()
             cache = self.caches[layer]
+            past = cache.past
             near, others = exchange.run(k, v) if exchange else ([], [])
             stop = edges[-1] if edges else None
-            pending.append(lambda: cache.append(k, v, q=q, start=start, stop=stop, others=others))
+            earlier, later = exchange.other_shards(q, k, v) if exchange and past else ([], [])
+            for shard in earlier:
+                assert past
+                past.append(*shard)
+
+            def store() -> None:
+                cache.append(k, v, q=q, start=start, stop=stop, others=others)
+                for shard in later:
+                    assert past
+                    past.append(*shard)
+
+            pending.append(store)
             kept = cache.far() if exchange else cache.far(k, v)
             return [*(_on(k.device, keys) for keys in kept), *near]
 
@@ -423,6 +437,7 @@ def backward_in_chunks(
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
     loss = targets if callable(targets) else _next_tokens(model, targets)
+    gradients = FarGradients(model.config, tokens.shape[1], group, allocate)
     stream = CausalStream(model, group=group, keep=tokens.shape[1], allocate=allocate)
     edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
     chunks = [_Chunk(model, start, stop, group) for start, stop in pairwise(edges)]
@@ -437,7 +452,6 @@ def backward_in_chunks(
     pasts = [cache.past for cache in stream.caches if cache.past] or new_pasts(model.config)
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)
-    gradients = FarGradients(model.config, tokens.shape[1], group, allocate)
     after: list[Tensor] = []
     while chunks:
         part, (state, far) = chunks.pop(), tape.pop()

@@ -57,9 +57,9 @@ def test_training_is_that_of_one_process(mesh: list[str], alone: Path, folder: P
     assert_same_model(alone, folder / "many", 1e-3)
 
 
-@pytest.mark.parametrize("context", [[], ["--context", "300"]])
-def test_scores_are_those_of_one_process(context: list[str], folder: Path, run_longnet: RunLongnet) -> None:
-    command = ["score", folder / "texts", "-m", f"{folder}/decoder", "--format", "jsonl", "--chunk", "100", *context]
+@pytest.mark.parametrize("more", [[], ["--context", "300"], ["--pattern", "window:32,chosen=2x16"]])
+def test_scores_are_those_of_one_process(more: list[str], folder: Path, run_longnet: RunLongnet) -> None:
+    command = ["score", folder / "texts", "-m", f"{folder}/decoder", "--format", "jsonl", "--chunk", "100", *more]
     tokens = ["--token-logprobs", folder / "many.arrow"]
     alone = run_longnet(*command, "--token-logprobs", folder / "alone.arrow")
     many = run_longnet(*command, *tokens, "--nproc", "2")

@@ -11,6 +11,8 @@ sinks, twice that where attention looks both ways, whatever the length of the se
 The backward pass reverses the exchange: gradients of far rows go back to the rank that made the rows, which adds them
 up in fp32. The net is the same as on one device: it is handed far keys.
 
+With chosen blocks, any key may be chosen: then reading gathers all keys on all ranks, and training is refused.
+
 The caller provides the data and handles the parameters' gradients. The same code runs with NCCL on GPUs and with gloo
 on CPUs.
 
@@ -37,6 +39,8 @@ from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.net import NetConfig
+
+Shard = tuple[Tensor, ...]  # queries, keys and values
 
 
 class Parcel(NamedTuple):
@@ -71,8 +75,8 @@ class Exchange:
         cached: bool = False,
     ) -> None:
         self.pattern, self.num_heads, self.causal = config.pattern, config.num_heads, config.causal
-        if self.pattern.chosen:
-            raise ConfigError(f"chosen={self.pattern.chosen}: ranks do not share a document's past yet: leave out --sp")
+        if not cached:
+            refuse_shared_choice(self.pattern)
         if not self.causal and len({*cuts} - {edges[0], edges[-1]}):
             raise ValueError("documents over several ranks are for causal nets")
         self.group, self.cached = group, cached
@@ -141,6 +145,26 @@ class Exchange:
             k_, v_ = tensors[-2:]
             attended = [FarKeys(0, self.start, self.start, k_, v_, there.land, back.nothing)]
         return attended, got
+
+    @torch.no_grad()
+    def other_shards(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Shard], list[Shard]]:
+        """Return what `Past.append` takes of the shards before this rank's, and of those behind it.
+
+        q is (B, n, H, D), k and v are (B, n, K, D). Of queries, only the last are given. No gradients flow.
+        """
+        lengths, last = [b - a for a, b in pairwise(self.edges)], self.pattern.last_queries
+        queries = self._gathered(q[:, -last:], [min(length, last) for length in lengths])
+        rows = self._gathered(torch.cat([k, v]), lengths)
+        found = [(of_q, *both.chunk(2)) for of_q, both in zip(queries, rows, strict=True)]
+        return found[: self.rank], found[self.rank + 1 :]
+
+    def _gathered(self, x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """Return all ranks' x (B, n, ...), whose n are `lengths`."""
+        padded = x.new_zeros(x.shape[0], max(lengths), *x.shape[2:])  # collectives take equal sizes
+        padded[:, : x.shape[1]] = x
+        found = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(found, padded, group=self.group)
+        return [each[:, :length] for each, length in zip(found, lengths, strict=True)]
 
     def maps(self, like: Tensor) -> _Maps:
         """Return the indices of rows, for keys of this shape (B, n, H, D). They are the same in all layers."""
@@ -424,6 +448,14 @@ class _AllToAll(torch.autograd.Function):
 @lru_cache(maxsize=256)
 def _lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int) -> int:
     return len(lanes(pattern, level, num_heads, kv_heads).offsets)
+
+
+def refuse_shared_choice(pattern: Pattern) -> None:
+    """Raise ConfigError for chosen blocks: their gradients do not go from rank to rank yet."""
+    if pattern.chosen:
+        raise ConfigError(
+            f"chosen={pattern.chosen}: ranks read one sequence together, but do not train on it yet: leave out --sp"
+        )
 
 
 def even_edges(start: int, tokens: int, ranks: int) -> list[int]:
