@@ -32,7 +32,7 @@ from longnet_cli.nets.net import Net, NetConfig
 from longnet_cli.nets.weights import model_origin
 from longnet_cli.running.device import free_memory, precision, random_state, set_random_state
 from longnet_cli.running.mapped import BlockFile, SpillFile, mapped_empty
-from longnet_cli.running.ranks.exchange import Exchange, even_edges, refuse_shared_choice
+from longnet_cli.running.ranks.exchange import Exchange, even_edges
 from longnet_cli.running.ranks.fsdp import final_backward
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.saved_state import layer_tensors, of_layer, read_state, write_state
@@ -52,8 +52,6 @@ class FarGradients:
     def __init__(
         self, config: NetConfig, tokens: int, group: dist.ProcessGroup | None, allocate: Callable[..., Tensor]
     ) -> None:
-        if group is not None:
-            refuse_shared_choice(config.pattern)
         self.pattern, self.num_heads, self.tokens = config.pattern, config.num_heads, tokens
         self.group, self.allocate = group, allocate
         self.sums: dict[Key, Tensor] = {}
@@ -70,13 +68,14 @@ class FarGradients:
         return replace(keys, k=k, v=v)
 
     def past(self, layer: int, past: Past, start: int, k: Tensor) -> Past:
-        """Return the past of the chunk at `start`, which adds the gradients of its rows to their sum.
+        """Return the past of the shard at `start`, which adds the gradients of its rows to their sum.
 
-        `past` is that of a later chunk or of this one; k (B, n, K, D) is the chunk's.
+        `past` is that of a later shard or of this one; k (B, n, K, D) is the shard's.
         """
         if start and layer not in self.of_pasts:
             size, wide = self.pattern.chosen_block, torch.float64 if k.dtype is torch.float64 else torch.float32
-            shape = (2, k.shape[0], -(-start // size) * size, *k.shape[2:])
+            last = start if self.group is None else self.tokens
+            shape = (2, k.shape[0], -(-last // size) * size, *k.shape[2:])
             self.of_pasts[layer] = self.allocate(shape, dtype=wide, device=k.device).zero_()
         return past.before(start, self.of_pasts.get(layer))
 
@@ -100,7 +99,13 @@ class FarGradients:
         """
         total, sizes = None, (self.num_heads, k.shape[2])
         if layer in self.of_pasts:
-            rows = self.of_pasts[layer][:, :, begin : begin + k.shape[1]]
+            rows = self.of_pasts[layer][:, :, start:stop]
+            if self.group is not None:
+                of_chunk = rows.to(k.device).contiguous()
+                dist.all_reduce(of_chunk, group=self.group)
+                rows.zero_()  # what this chunk's own shards add comes apart (`Exchange.run`)
+                rows = of_chunk
+            rows = rows[:, :, begin - start : begin - start + k.shape[1]]
             total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=k.device)
             total[:, :, : rows.shape[2]] = rows
         for span in open_spans(self.pattern, stop):
@@ -437,7 +442,6 @@ def backward_in_chunks(
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
     loss = targets if callable(targets) else _next_tokens(model, targets)
-    gradients = FarGradients(model.config, tokens.shape[1], group, allocate)
     stream = CausalStream(model, group=group, keep=tokens.shape[1], allocate=allocate)
     edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
     chunks = [_Chunk(model, start, stop, group) for start, stop in pairwise(edges)]
@@ -452,6 +456,7 @@ def backward_in_chunks(
     pasts = [cache.past for cache in stream.caches if cache.past] or new_pasts(model.config)
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)
+    gradients = FarGradients(model.config, tokens.shape[1], group, allocate)
     after: list[Tensor] = []
     while chunks:
         part, (state, far) = chunks.pop(), tape.pop()
@@ -504,8 +509,13 @@ class _Chunk:
             if layer == len(made):  # otherwise activation checkpointing computes it again
                 made.append((k, v))
                 leaves.append([gradients.leaves(layer, x, k.device) for x in far[layer]])
-                leaves[layer] += [gradients.past(layer, past, self.start, k) for past in pasts[layer : layer + 1]]
-            return [*leaves[layer], *(self.exchange(layer, q, k, v) if self.exchange else ())]
+                for past in pasts[layer : layer + 1]:
+                    if self.exchange and past.position == self.start:  # in the last chunk, nothing was appended yet
+                        for shard in self.exchange.other_shards(q, k, v)[0]:
+                            past.append(*shard)
+                    leaves[layer].append(gradients.past(layer, past, self.mine.start, k))
+            mine = next((each for each in leaves[layer] if isinstance(each, Past)), None)
+            return [*leaves[layer], *(self.exchange.run(k, v, mine)[0] if self.exchange else ())]
 
         with precision(dtype, tokens.device):
             hidden = self.model(tokens, start=self.mine.start, far=provide)

@@ -34,7 +34,7 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, Net, NetConfig
 from longnet_cli.running.chunks import open_stream
 from longnet_cli.running.device import DTYPES, precision
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.exchange import Exchange, check_counted, even_edges
 
 from .measurement import Case, Measurement
 from .settings import Settings
@@ -154,6 +154,7 @@ def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
     token = 2 * dtype.itemsize * s.batch * s.heads * s.head_dim  # bytes of a token's keys and values
     backward, pattern = direction == "backward", s.pattern_for(seq) if impl == "dilated" else None
     if pattern is not None:
+        check_counted(pattern)
         plan = Exchange(one_layer(s, pattern), edges, rank=ranks.rank)
         plans = map(plan.of_rank, range(ranks.world))
         rows = max(sum(parcel.rows for made in each.received for parcel in made) for each in plans)

@@ -17,7 +17,7 @@ from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.basics.notation import format_pattern
 from longnet_cli.running.device import DTYPES, peak_memory
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.exchange import Exchange, check_counted, even_edges
 
 from .cases import one_layer
 from .settings import Settings
@@ -77,6 +77,7 @@ def _simulate(s: Settings, pattern: Pattern, seq: int, on_rank: Callable[[int], 
     sends, gets, sent_rows, got_rows = (np.zeros((world, world), np.int64) for _ in range(4))
     held, flops = np.zeros(world, np.int64), np.zeros(world)
     start = time.thread_time()
+    check_counted(pattern)
     plan = Exchange(config, edges, rank=world // 2)
     plan_seconds = time.thread_time() - start
     for rank in range(world):

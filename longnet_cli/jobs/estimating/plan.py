@@ -26,7 +26,7 @@ from longnet_cli.basics.configuration import StrictModel, nearest, parse, read_t
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.nets.net import NetConfig
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.exchange import Exchange, check_counted, even_edges
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -232,6 +232,7 @@ def shared(config: NetConfig, machine: Machine, seq_len: int, chunk: int, sp: in
     """
     if sp == 1:
         return Shared()
+    check_counted(config.pattern)
     whole, itemsize = min(seq_len, chunk * sp), 2 if machine.dtype == "bf16" else 4
     start = (seq_len // whole - 1) * whole
     edges, rank, cut = even_edges(start, whole, sp), sp - 1 if config.causal else sp // 2, whole < seq_len

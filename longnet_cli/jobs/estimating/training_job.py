@@ -151,7 +151,7 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
     stages = []
     for stage in recipe.train.stages:
         tokens = _tokens_at_once(recipe, stage, ranks)
-        far = far_bytes(config, stage.seq_len, recipe.train.chunk * ranks.sp, itemsize)
+        far = far_bytes(config, stage.seq_len, recipe.train.chunk * ranks.sp, itemsize, ranks.sp)
         stages.append(
             {
                 "activations": tokens * a_token,

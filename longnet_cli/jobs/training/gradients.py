@@ -92,8 +92,11 @@ class FarBytes(NamedTuple):
     gradients: int = 0
 
 
-def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> FarBytes:
-    """Return the bytes for one sequence of `seq_len` tokens, with `itemsize` bytes per number of a key."""
+def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: int = 1) -> FarBytes:
+    """Return the bytes for one sequence of `seq_len` tokens, with `itemsize` bytes per number of a key.
+
+    `sp` ranks share every chunk.
+    """
     if seq_len <= chunk:
         return FarBytes(0, 0)
     pattern = config.pattern
@@ -112,7 +115,8 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> Far
         passing += (itemsize + 4) * numbers * at_once
     gradients = 0
     if size := pattern.chosen_block if pattern.chosen else 0:
-        whole, earlier = (n // size * size for n in (seq_len, seq_len - 1 - (seq_len - 1) % chunk + size - 1))
+        last = seq_len - 1 - (seq_len - 1) % chunk if sp == 1 else seq_len
+        whole, earlier = (n // size * size for n in (seq_len, last + size - 1))
         kept, means = past_bytes(pattern, config.kv_heads, config.head_dim, whole, itemsize)
         sums = past_bytes(pattern, config.kv_heads, config.head_dim, earlier, max(4, itemsize))[0]
         gradients = config.num_layers * aligned(sums)
@@ -137,7 +141,9 @@ def stored_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
     """Return the bytes of far rows and their gradients that one rank stores, in memory or in `train.spill`'s file."""
     itemsize = 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
     chunk = recipe.train.chunk * ranks.sp
-    return max(far_bytes(recipe.model, stage.seq_len, chunk, itemsize).stored for stage in recipe.train.stages)
+    return max(
+        far_bytes(recipe.model, stage.seq_len, chunk, itemsize, ranks.sp).stored for stage in recipe.train.stages
+    )
 
 
 def backward(

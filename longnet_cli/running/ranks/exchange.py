@@ -11,7 +11,8 @@ sinks, twice that where attention looks both ways, whatever the length of the se
 The backward pass reverses the exchange: gradients of far rows go back to the rank that made the rows, which adds them
 up in fp32. The net is the same as on one device: it is handed far keys.
 
-With chosen blocks, any key may be chosen: then reading gathers all keys on all ranks, and training is refused.
+With chosen blocks, any earlier key may be chosen. So all ranks get all keys and values, and in the backward pass an
+all-reduce sums the gradients of those that were chosen.
 
 The caller provides the data and handles the parameters' gradients. The same code runs with NCCL on GPUs and with gloo
 on CPUs.
@@ -34,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, Span
+from longnet_cli.attention import FarKeys, Past, Span
 from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
 from longnet_cli.basics.errors import ConfigError
@@ -75,8 +76,6 @@ class Exchange:
         cached: bool = False,
     ) -> None:
         self.pattern, self.num_heads, self.causal = config.pattern, config.num_heads, config.causal
-        if not cached:
-            refuse_shared_choice(self.pattern)
         if not self.causal and len({*cuts} - {edges[0], edges[-1]}):
             raise ValueError("documents over several ranks are for causal nets")
         self.group, self.cached = group, cached
@@ -91,7 +90,8 @@ class Exchange:
         )
         self._seen: dict[int, list[tuple[Span, bool]]] = {}  # by reader
         # the same on every rank: a collective is entered by all or by none
-        self.needed = any(self._wants_others(reader) for reader in range(len(edges) - 1))
+        self.needed = bool(self.pattern.chosen) or any(self._wants_others(reader) for reader in range(len(edges) - 1))
+        self._pasts: dict[int, Past] = {}  # by layer
         self._plan(dist.get_rank(group) if rank is None else rank)
 
     def _plan(self, rank: int) -> None:
@@ -124,17 +124,24 @@ class Exchange:
         """This rank's part of the chunk's tokens."""
         return slice(self.edges[self.rank] - self.edges[0], self.edges[self.rank + 1] - self.edges[0])
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[FarKeys]:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[FarKeys | Past]:
         """Send a layer's keys and values (B, n, H, D); return the far keys of the shard, as a `FarProvider` does."""
-        return self.run(k, v)[0]
+        if not self.pattern.chosen:
+            return [*self.run(k, v)[0]]
+        if layer not in self._pasts:  # otherwise activation checkpointing computes it again: it sees the same blocks
+            self._pasts[layer] = self._past(q, k, v)
+        return [self._pasts[layer], *self.run(k, v, self._pasts[layer])[0]]
 
-    def run(self, k: Tensor, v: Tensor) -> tuple[list[FarKeys], list[FarKeys]]:
-        """Exchange rows as in a call, and return (far keys that the shard attends to, all rows received)."""
+    def run(self, k: Tensor, v: Tensor, past: Past | None = None) -> tuple[list[FarKeys], list[FarKeys]]:
+        """Exchange rows as in a call, and return (far keys that the shard attends to, all rows received).
+
+        In the backward pass, gradients of `past` go back to the ranks that made its rows, if they did so in this call.
+        """
         if not self.needed:
             return [], []
         there = _Flight()
         back = _WayBack(self, k, [i for i, parcel in enumerate(self.joined) if parcel.attended])
-        tensors = _AllToAll.apply(self, there, back, k, v)
+        tensors = _AllToAll.apply(self, there, back, past, k, v)
         got = [
             FarKeys(*parcel.span, tensors[2 * i], tensors[2 * i + 1], there.land, partial(back.take, i))
             for i, parcel in enumerate(self.joined)
@@ -157,6 +164,34 @@ class Exchange:
         rows = self._gathered(torch.cat([k, v]), lengths)
         found = [(of_q, *both.chunk(2)) for of_q, both in zip(queries, rows, strict=True)]
         return found[: self.rank], found[self.rank + 1 :]
+
+    def _past(self, q: Tensor, k: Tensor, v: Tensor) -> Past:
+        """Return the past of the shard's first document, with memory for its gradients."""
+        past, size = Past(self.pattern, keep=1), self.pattern.chosen_block
+        document = self._document(self.edges[self.rank])[0]
+        for first, stop, shard in zip(self.edges, self.edges[1:], self.other_shards(q, k, v)[0], strict=False):
+            tokens = min(stop - first, max(0, stop - document))  # of this document
+            past.append(*(x[:, max(0, x.shape[1] - tokens) :] for x in shard))
+        if torch.is_grad_enabled() and past.position:
+            wide = torch.float64 if k.dtype is torch.float64 else torch.float32
+            shape = 2, k.shape[0], -(-past.position // size) * size, *k.shape[2:]
+            past.gradients = torch.zeros(shape, dtype=wide, device=k.device)
+        return past
+
+    def _summed(self, past: Past, like: Tensor) -> Tensor:
+        """Return the sum, over the ranks' pasts, of the gradients (k and v, B, n, K, D) of this shard's rows.
+
+        `like` (B, n, K, D) has the shape and the device of the shard's keys. All ranks call this.
+        """
+        start, shard = self.edges[0], self.shard
+        document = self._document(self.edges[self.rank])[0]
+        wide = torch.float64 if like.dtype is torch.float64 else torch.float32
+        total = like.new_zeros(2, like.shape[0], self.edges[-1] - start, *like.shape[2:], dtype=wide)
+        if past.gradients is not None:
+            first, last = max(start, document), self.edges[self.rank]
+            total[:, :, first - start : last - start] = past.gradients[:, :, first - document : last - document]
+        dist.all_reduce(total, group=self.group)
+        return total[:, :, shard]
 
     def _gathered(self, x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """Return all ranks' x (B, n, ...), whose n are `lengths`."""
@@ -412,9 +447,9 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, k: Tensor, v: Tensor
+        ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, past: Past | None, k: Tensor, v: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.back, ctx.shape, ctx.dtype = back, k.shape, k.dtype
+        ctx.back, ctx.past, ctx.shape, ctx.dtype = back, past, k.shape, k.dtype
         maps, (batch, _, kv_heads, width) = back.maps, k.shape
         sent = k.new_empty(len(maps.sent), 2, width)  # k and v of a row side by side: each rank's rows lie together
         for place, x in enumerate((k, v)):
@@ -442,7 +477,10 @@ class _AllToAll(torch.autograd.Function):
         dk, dv = (torch.zeros(ctx.shape, dtype=wide, device=got.device) for _ in range(2))
         for place, d in enumerate((dk, dv)):
             d.view(-1, ctx.shape[3]).index_add_(0, maps.sent, got[:, place].to(wide))
-        return None, None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
+        if ctx.past:
+            for d, more in zip((dk, dv), ctx.back.exchange._summed(ctx.past, dk), strict=True):
+                d += more
+        return None, None, None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
 
 
 @lru_cache(maxsize=256)
@@ -450,11 +488,11 @@ def _lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int) -> int:
     return len(lanes(pattern, level, num_heads, kv_heads).offsets)
 
 
-def refuse_shared_choice(pattern: Pattern) -> None:
-    """Raise ConfigError for chosen blocks: their gradients do not go from rank to rank yet."""
+def check_counted(pattern: Pattern) -> None:
+    """Raise ConfigError for a pattern whose exchange `Exchange.sizes` does not count in full."""
     if pattern.chosen:
         raise ConfigError(
-            f"chosen={pattern.chosen}: ranks read one sequence together, but do not train on it yet: leave out --sp"
+            f"chosen={pattern.chosen}: what ranks send for chosen blocks is not counted yet: name another pattern"
         )
 
 
