@@ -42,7 +42,7 @@ class ChoiceStage(NamedTuple):
 def groups_of(pattern: Pattern, start: int, stop: int) -> Iterator[Groups]:
     """Yield the groups of queries at positions [start, stop) that see blocks; those that see all blocks are one."""
     w, back, every = pattern.segment_lengths[0], pattern.look_backs[0], pattern.chosen_every
-    for segment in range(max(start // w, back + 1), (stop - 1) // w + 1):
+    for segment in range(max(start // w, back + 1), (stop - 1) // w + 1) if start < stop else ():
         first, last, near = max(start, segment * w), min(stop, (segment + 1) * w), (segment - back) * w
         if near <= pattern.chosen_keys:
             yield Groups(first, 1, last - first, near)

@@ -230,7 +230,7 @@ def score(
 
     check_choices(net, chosen is not None)
     if chosen and ranks.world > 1:
-        raise ConfigError("--chosen is written by one process: leave out --nproc and --sp")
+        raise ConfigError("--chosen is written by one process: leave out --nproc, --sp and --dp")
     running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
     if room:
         from longnet_cli.jobs.estimating.reading_job import ScoreJob

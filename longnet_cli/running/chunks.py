@@ -453,7 +453,9 @@ def backward_in_chunks(
             with precision(dtype, device):
                 stream(tokens[:, part.mine], edges=part.edges)
             on_chunk()
-    pasts = [cache.past for cache in stream.caches if cache.past] or new_pasts(model.config)
+    pasts = [cache.past for cache in stream.caches if cache.past]
+    if not pasts and group is None:  # in a group, the exchange of the only chunk makes them
+        pasts = new_pasts(model.config)
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)
     gradients = FarGradients(model.config, tokens.shape[1], group, allocate)
@@ -514,8 +516,10 @@ class _Chunk:
                         for shard in self.exchange.other_shards(q, k, v)[0]:
                             past.append(*shard)
                     leaves[layer].append(gradients.past(layer, past, self.mine.start, k))
+            if not self.exchange:
+                return leaves[layer]
             mine = next((each for each in leaves[layer] if isinstance(each, Past)), None)
-            return [*leaves[layer], *(self.exchange.run(k, v, mine)[0] if self.exchange else ())]
+            return [*leaves[layer], *(self.exchange.run(k, v, mine)[0] if mine else self.exchange(layer, q, k, v))]
 
         with precision(dtype, tokens.device):
             hidden = self.model(tokens, start=self.mine.start, far=provide)

@@ -151,29 +151,42 @@ def test_dropout_draws_the_same_masks_on_the_way_back() -> None:
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(norm, rel=1e-5)
 
 
-def rank_gradients(cases: dict[int, int], folder: Path) -> None:
-    for dp, columns in cases.items():
-        ranks, net = mesh(dp), tiny_net().train()
-        batch = next(iter(windows(ranks.dp_rank, ranks.dp, columns)))[0]
-        loss, *_ = backward_pairs(net, batch, ContrastRecipe(dims=[8]), ranks, chunk=20)
-        found = gradients(net)
+WINDOW = {"segment_lengths": (8,), "dilation_rates": (1,), "look_back": 1, "position": "rope"}
+CHOSEN = WINDOW | {"chosen": 2, "chosen_block": 4, "chosen_every": 4}
+Case = tuple[int, int, int, dict[str, Any]]  # groups of ranks, columns, tokens of a chunk, changes of the net
+
+
+def case_gradients(case: Case, ranks: Ranks) -> tuple[Tensor, dict[str, Tensor]]:
+    _, columns, chunk, changes = case
+    net = tiny_net(**changes).train()
+    batch = next(iter(windows(ranks.dp_rank, ranks.dp, columns)))[0]
+    loss, *_ = backward_pairs(net, batch, ContrastRecipe(dims=[8]), ranks, chunk=chunk)
+    return loss, gradients(net)
+
+
+def rank_gradients(cases: list[Case], folder: Path) -> None:
+    for number, case in enumerate(cases):
+        ranks = mesh(case[0])
+        loss, found = case_gradients(case, ranks)
         ranks.sum(*found.values())
         if ranks.first:
-            torch.save({"loss": loss, **found}, folder / f"{dp}.pt")
+            torch.save({"loss": loss, **found}, folder / f"{number}.pt")
+
+
+TWO = [(2, 3, 20, {}), (1, 1, 20, {}), (1, 1, 20, CHOSEN), (1, 1, 500, CHOSEN)]  # the last one in a single chunk
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("world", "cases"), [(2, {2: 3, 1: 1}), pytest.param(4, {4: 1, 2: 1}, marks=pytest.mark.slow)])
-def test_ranks_together_have_the_gradient_of_one_process(world: int, cases: dict[int, int], tmp_path: Path) -> None:
-    """`cases` has the columns of each number of groups of ranks."""
+@pytest.mark.parametrize(
+    ("world", "cases"), [(2, TWO), pytest.param(4, [(4, 1, 20, {}), (2, 1, 20, {})], marks=pytest.mark.slow)]
+)
+def test_ranks_together_have_the_gradient_of_one_process(world: int, cases: list[Case], tmp_path: Path) -> None:
     run_ranks(world, tmp_path, rank_gradients, cases, tmp_path)
-    for dp, columns in cases.items():
-        net = tiny_net().train()
-        batch = next(iter(windows(columns=columns)))[0]
-        loss, *_ = backward_pairs(net, batch, ContrastRecipe(dims=[8]), Ranks(), chunk=20)
-        found = torch.load(tmp_path / f"{dp}.pt")
+    for number, case in enumerate(cases):
+        loss, wanted = case_gradients(case, Ranks())
+        found = torch.load(tmp_path / f"{number}.pt")
         assert found.pop("loss").item() == pytest.approx(loss.item(), rel=1e-6)
-        assert_same(found, gradients(net))
+        assert_same(found, wanted)
 
 
 def test_equal_texts_and_one_document_are_no_negatives() -> None:

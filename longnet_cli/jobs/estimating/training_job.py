@@ -152,11 +152,12 @@ def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[s
     for stage in recipe.train.stages:
         tokens = _tokens_at_once(recipe, stage, ranks)
         far = far_bytes(config, stage.seq_len, recipe.train.chunk * ranks.sp, itemsize, ranks.sp)
+        rows = max(1, tokens * ranks.sp // stage.seq_len)  # of a forward pass
         stages.append(
             {
                 "activations": tokens * a_token,
                 "logits": logits_bytes(config, round(tokens * recipe.train.predicted)),
-                "cache": far.passing + (0 if recipe.train.spill else far.stored - far.gradients),
+                "cache": rows * far.passing + (0 if recipe.train.spill else far.stored - far.gradients),
                 **({"key_gradients": 0 if recipe.train.spill else far.gradients} if config.pattern.chosen else {}),
             }
         )

@@ -5,7 +5,6 @@ The masked objective (BERT, arXiv 1810.04805, section 3.1): predict hidden token
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longnet_cli.basics.errors import DataError, NotFiniteError, NoTokensError
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.windows import PairBatch
 from longnet_cli.jobs.scoring.scoring import Score, score
@@ -90,8 +89,6 @@ def evaluate(
             return _rank_pairs(model, documents, recipe, contrast, ranks, on_part)
         if recipe.train.objective == "masked":
             found = _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
-        elif model.config.pattern.chosen and ranks.world > 1:
-            found = _score_apart(model, documents, recipe, eos_id, ranks)
         else:
             found = reduce(add, (each.score for each in score(model, documents, bos=eos_id, **reading)))
     finally:
@@ -116,24 +113,6 @@ def _rank_pairs(
     vectors, facts = read_pairs(reader, own, place, pairs, ranks)
     loss = contrast_loss(vectors, facts[:, :-1], settings.divisor, settings.dims).item()
     return {"held_out_loss": loss, **ranking(vectors, facts[:, :-1])}
-
-
-def _score_apart(model: Net, documents: Sequence[Document], recipe: Recipe, eos_id: int, ranks: Ranks) -> Score:
-    """Return the score of documents of which each rank reads its own: with chosen blocks, no two can share one."""
-    found, mine = Score(0.0, 0, 0), documents[ranks.rank :: ranks.world]
-    try:
-        for each in score(model, mine, bos=eos_id, chunk=recipe.train.chunk, dtype=recipe.train.dtype):
-            found += each.score
-    except NoTokensError:  # there are fewer documents than ranks
-        pass
-    except NotFiniteError:  # the other ranks wait for the sum
-        found += Score(math.nan, 0, 0)
-    sums = torch.tensor(
-        [found.nll_sum, found.n_tokens, math.nan if found.n_bytes is None else found.n_bytes], dtype=torch.float64
-    )
-    ranks.sum(sums)
-    nats, tokens, size = sums.tolist()
-    return Score(nats, int(tokens), None if math.isnan(size) else int(size))
 
 
 @dataclass(frozen=True)

@@ -97,9 +97,13 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: in
 
     `sp` ranks share every chunk.
     """
+    pattern, size = config.pattern, config.pattern.chosen_block
     if seq_len <= chunk:
-        return FarBytes(0, 0)
-    pattern = config.pattern
+        if sp == 1 or not pattern.chosen:
+            return FarBytes(0, 0)
+        of_past = pattern, config.kv_heads, config.head_dim, seq_len // size * size  # at most, what the last rank gets
+        sums, _ = past_bytes(*of_past, max(4, itemsize))
+        return FarBytes(0, config.num_layers * (sum(past_bytes(*of_past, itemsize)) + sums))
     backs = dict(enumerate(pattern.look_backs))
     stored = passing = 0
     for level in (SINKS, *backs) if pattern.sinks else backs:
@@ -114,7 +118,7 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: in
         stored += config.num_layers * (aligned(itemsize * numbers) * seen + sums * at_once)
         passing += (itemsize + 4) * numbers * at_once
     gradients = 0
-    if size := pattern.chosen_block if pattern.chosen else 0:
+    if pattern.chosen:
         last = seq_len - 1 - (seq_len - 1) % chunk if sp == 1 else seq_len
         whole, earlier = (n // size * size for n in (seq_len, last + size - 1))
         kept, means = past_bytes(pattern, config.kv_heads, config.head_dim, whole, itemsize)
@@ -202,6 +206,7 @@ def backward(
         final_backward(model, final)
         (found * scale).backward()
         total += found.detach()
+        del found, far
         if on_chunk:
             on_chunk()
     return total
