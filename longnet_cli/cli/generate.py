@@ -145,7 +145,7 @@ def generate(
 
     The likeliest token is taken each time, unless you give --temperature.
     A text ends at the model's end-of-text token, at a --stop text, or after --max-tokens.
-    With a LongNet or a window, a token costs the same time and memory at any position.
+    With a window, a token costs the same time and memory at any position.
     """
     if top_p is not None and not temperature:
         raise ConfigError("--top-p needs a temperature above 0: add --temperature 1 for the model's own probabilities")
