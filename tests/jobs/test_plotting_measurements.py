@@ -96,7 +96,7 @@ def test_what_is_new_stands_behind_all_distances() -> None:
     assert panel.place(math.inf) == pytest.approx(14 + 2)  # distances up to 2^14 are known
     lines = draw_text([panel], 80).splitlines()
     assert lines[10].split()[-1] == "new"
-    assert lines[12].strip() == "a context 2Ki: 3.674 at new"
+    assert lines[12].strip() == "a context 2Ki: 3.68 at new"
 
 
 @pytest.mark.parametrize("format", ["json", "jsonl", "one line"])

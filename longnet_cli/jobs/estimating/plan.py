@@ -26,7 +26,7 @@ from longnet_cli.basics.configuration import StrictModel, nearest, parse, read_t
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.nets.net import NetConfig
-from longnet_cli.running.ranks.exchange import Exchange, check_counted, even_edges
+from longnet_cli.running.ranks.exchange import Exchange, even_edges
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -215,8 +215,9 @@ class JobPlan:
 class Shared(NamedTuple):
     """Costs of a chunk that ranks share, for one device: per layer, its busiest rank.
 
-    `seconds` of an exchange, bytes of far rows that its shard attends to, bytes whose gradients are summed over the
-    ranks when the chunk is one of several, and attention FLOPs relative to the mean of all tokens.
+    `seconds` of an exchange, bytes of far rows that its shard attends to, bytes of gradients that are summed over the
+    ranks (of chosen blocks, and when the chunk is one of several), and attention FLOPs relative to the mean of all
+    tokens.
     """
 
     seconds: float = 0.0
@@ -232,7 +233,6 @@ def shared(config: NetConfig, machine: Machine, seq_len: int, chunk: int, sp: in
     """
     if sp == 1:
         return Shared()
-    check_counted(config.pattern)
     whole, itemsize = min(seq_len, chunk * sp), 2 if machine.dtype == "bf16" else 4
     start = (seq_len // whole - 1) * whole
     edges, rank, cut = even_edges(start, whole, sp), sp - 1 if config.causal else sp // 2, whole < seq_len
@@ -244,10 +244,13 @@ def shared(config: NetConfig, machine: Machine, seq_len: int, chunk: int, sp: in
         links = inside / machine.rate("node_link"), (sum(sizes) - inside) / machine.rate("network")
         messages = machine.rate("message") * sum(size > 0 for size in sizes)
         seconds = max(seconds, itemsize * max(links) + messages)
+    past = 2 * config.kv_heads * config.head_dim * whole if config.pattern.chosen else 0  # keys and values go to all
+    seconds += (1 - 1 / sp) * itemsize * past / machine.link(sp)
     far = itemsize * sum(plan.sizes([[parcel for parcel in plan.joined if parcel.attended]], shape))
     first, last, pattern = edges[rank], edges[rank + 1], config.pattern
-    summed = 0
+    summed = 4 * past
     if cut and config.causal:
+        summed += 4 * past  # of later chunks
         for level, begin, end in open_spans(pattern, start + whole):
             mine = common_span(pattern, level, begin, start, end)
             summed += 2 * 4 * config.head_dim * sum(span_rows(pattern, mine, config.num_heads, config.kv_heads))

@@ -329,8 +329,6 @@ def plan_reading(
     found = meshes(machine.devices, sp, dp)
     if not net.layer_by_layer:  # a Hugging Face model: every rank reads documents of its own
         found = meshes(machine.devices, 1, dp)
-    if net.config.pattern.chosen:  # what ranks send to each other is not counted
-        found = [mesh for mesh in found if mesh[0] == 1] or found
     return ordered([_plan(net, job, counted, machine, Ranks(0, machine.devices, each), spill) for each, _ in found])
 
 

@@ -492,8 +492,7 @@ def check_counted(pattern: Pattern) -> None:
     """Raise ConfigError for a pattern whose exchange `Exchange.sizes` does not count in full."""
     if pattern.chosen:
         raise ConfigError(
-            f"chosen={pattern.chosen}: what ranks send for chosen blocks is not counted yet: "
-            "name another pattern, or --sp 1"
+            f"chosen={pattern.chosen}: what ranks send for chosen blocks is not counted yet: name another pattern"
         )
 
 
