@@ -26,6 +26,7 @@ from torch import Tensor
 from longnet_cli.attention import FarKeys, KVCache, Past
 from longnet_cli.attention.dilated import strided_view
 from longnet_cli.attention.groups import GroupedPart
+from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, rows_before, segment_rows, span_views
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.net import Net, NetConfig
@@ -73,10 +74,9 @@ class FarGradients:
         `past` is that of a later shard or of this one; k (B, n, K, D) is the shard's.
         """
         if start and layer not in self.of_pasts:
-            size, wide = self.pattern.chosen_block, torch.float64 if k.dtype is torch.float64 else torch.float32
-            last = start if self.group is None else self.tokens
+            size, last = self.pattern.chosen_block, start if self.group is None else self.tokens
             shape = (2, k.shape[0], -(-last // size) * size, *k.shape[2:])
-            self.of_pasts[layer] = self.allocate(shape, dtype=wide, device=k.device).zero_()
+            self.of_pasts[layer] = self.allocate(shape, dtype=accumulator(k.dtype), device=k.device).zero_()
         return past.before(start, self.of_pasts.get(layer))
 
     def _take(self, key: Key, index: int, leaf: Tensor) -> None:
@@ -85,9 +85,8 @@ class FarGradients:
         assert gradient is not None
         if key not in self.sums:  # the first chunk to come here, the last of the sequence, has the most rows
             batch, _, held, head_dim = leaf.shape
-            wide = torch.float64 if leaf.dtype is torch.float64 else torch.float32
             shape = (2, batch, segment_rows(self.pattern, key[1], self.tokens), held, head_dim)
-            self.sums[key] = self.allocate(shape, dtype=wide, device=leaf.device)
+            self.sums[key] = self.allocate(shape, dtype=accumulator(leaf.dtype), device=leaf.device)
             self.sums[key][:, :, : leaf.shape[1]] = 0
         rows = self.sums[key][index, :, : leaf.shape[1]]
         rows.add_(gradient.to(rows.device))

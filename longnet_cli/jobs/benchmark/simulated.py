@@ -70,6 +70,7 @@ def formula_rows(pattern: Pattern, shard: float) -> float:
 
 def _simulate(s: Settings, pattern: Pattern, seq: int, on_rank: Callable[[int], None]) -> Simulation:
     assert s.simulate
+    check_counted(pattern)
     began, world, edges = time.perf_counter(), s.simulate, even_edges(0, seq, s.simulate)
     config, itemsize = one_layer(s, pattern), DTYPES[s.dtype].itemsize
     shape = s.batch, 0, s.heads, s.head_dim
@@ -77,7 +78,6 @@ def _simulate(s: Settings, pattern: Pattern, seq: int, on_rank: Callable[[int], 
     sends, gets, sent_rows, got_rows = (np.zeros((world, world), np.int64) for _ in range(4))
     held, flops = np.zeros(world, np.int64), np.zeros(world)
     start = time.thread_time()
-    check_counted(pattern)
     plan = Exchange(config, edges, rank=world // 2)
     plan_seconds = time.thread_time() - start
     for rank in range(world):

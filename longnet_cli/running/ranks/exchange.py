@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, Past, Span
+from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
 from longnet_cli.basics.errors import ConfigError
@@ -155,7 +156,7 @@ class Exchange:
 
     @torch.no_grad()
     def other_shards(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Shard], list[Shard]]:
-        """Return what `Past.append` takes of the shards before this rank's, and of those behind it.
+        """Return what `Past.append` takes of the shards before this rank's, and of those after it.
 
         q is (B, n, H, D), k and v are (B, n, K, D). Of queries, only the last are given. No gradients flow.
         """
@@ -173,9 +174,8 @@ class Exchange:
             tokens = min(stop - first, max(0, stop - document))  # of this document
             past.append(*(x[:, max(0, x.shape[1] - tokens) :] for x in shard))
         if torch.is_grad_enabled() and past.position:
-            wide = torch.float64 if k.dtype is torch.float64 else torch.float32
             shape = 2, k.shape[0], -(-past.position // size) * size, *k.shape[2:]
-            past.gradients = torch.zeros(shape, dtype=wide, device=k.device)
+            past.gradients = torch.zeros(shape, dtype=accumulator(k.dtype), device=k.device)
         return past
 
     def _summed(self, past: Past, like: Tensor) -> Tensor:
@@ -183,15 +183,14 @@ class Exchange:
 
         `like` (B, n, K, D) has the shape and the device of the shard's keys. All ranks call this.
         """
-        start, shard = self.edges[0], self.shard
-        document = self._document(self.edges[self.rank])[0]
-        wide = torch.float64 if like.dtype is torch.float64 else torch.float32
-        total = like.new_zeros(2, like.shape[0], self.edges[-1] - start, *like.shape[2:], dtype=wide)
+        start, document = self.edges[0], self._document(self.edges[self.rank])[0]
+        shape = 2, like.shape[0], self.edges[-1] - start, *like.shape[2:]
+        total = like.new_zeros(shape, dtype=accumulator(like.dtype))
         if past.gradients is not None:
             first, last = max(start, document), self.edges[self.rank]
             total[:, :, first - start : last - start] = past.gradients[:, :, first - document : last - document]
         dist.all_reduce(total, group=self.group)
-        return total[:, :, shard]
+        return total[:, :, self.shard]
 
     def _gathered(self, x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """Return all ranks' x (B, n, ...), whose n are `lengths`."""
@@ -473,7 +472,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         got, maps = ctx.back.land(grads), ctx.back.maps
-        wide = torch.float64 if ctx.dtype is torch.float64 else torch.float32
+        wide = accumulator(ctx.dtype)
         dk, dv = (torch.zeros(ctx.shape, dtype=wide, device=got.device) for _ in range(2))
         for place, d in enumerate((dk, dv)):
             d.view(-1, ctx.shape[3]).index_add_(0, maps.sent, got[:, place].to(wide))
