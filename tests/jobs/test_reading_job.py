@@ -171,7 +171,9 @@ def test_what_does_not_fit_is_refused_with_what_to_change(capsys: pytest.Capture
     assert found.chunk_that_fits in (1024, 2048, 4096, 8192, 16384)
     fitting = estimated(net, job, documents((60_000,) * 2), chunk=found.chunk_that_fits, room=twice)
     assert fitting.fits
-    with pytest.raises(MemoryLimitError, match=f"encoding needs .*, the largest part for activations, .*--chunk {found.chunk_that_fits} fits"):  # fmt: skip  # noqa: E501
+    # memory that other tests have freed can hide some of the activations: then the hidden states are the largest part
+    said = rf"encoding needs .*, the largest part for (activations|hidden), .*--chunk {found.chunk_that_fits} fits"
+    with pytest.raises(MemoryLimitError, match=said):
         show_reading(found, "text", "encoding")
     assert "it does not fit" in capsys.readouterr().out
     both = net_of(causal=False)
