@@ -5,6 +5,7 @@
     python examples/retrieval.py make bench archives/*
     python examples/retrieval.py words bench --read 2Ki,8Ki,all
     python examples/retrieval.py vectors bench --model ./my-model --read 512,2Ki,8Ki,all
+    python examples/retrieval.py sentences bench --model ./all-MiniLM-L6-v2 --read 256,8Ki
 
 `make` reads wheels and Debian packages without installing them, and writes the pairs of each task to
 bench/pairs.jsonl. Which documents are taken is decided by the SHA-256 of their text, so equal archives give equal
@@ -14,10 +15,11 @@ pairs; the digest of each task is printed, and identifies it.
     en-S, en-M, en-L    the same with English documentation: text, HTML, pod, reStructuredText
     pydoc, man          the first line of a docstring finds its module, the NAME line its manual page
 
-`words` and `vectors` print a line of JSON per task and method: recall at 1 with its standard error, and the mean
-reciprocal rank, when only the first bytes (of `words`) or tokens (of `vectors`) of each text are read (`read`; `bytes`
-are the mean of second texts). Vectors are also
-compared without their mean (`centred`). Halves are compared among at most 100 documents, lines among 80.
+`words`, `vectors` and `sentences` print a line of JSON per task and method: recall at 1 with its standard error, and
+the mean reciprocal rank, when only the first bytes (of `words`) or tokens (of the others) of each text are read
+(`read`; `bytes` are the mean of second texts). Vectors are also compared without their mean (`centred`). Halves are
+compared among at most 100 documents, lines among 80. `sentences` takes a model of sentence-transformers; a text longer
+than its window has the mean of the vectors of its parts.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,8 @@ def files_in(archive: Path) -> Iterator[tuple[str, bytes]]:
             yield from ((name, found.read(name)) for name in sorted(found.namelist()) if not name.endswith("/"))
         return
     data, at = archive.read_bytes(), 8  # an ar archive: a header of 60 bytes before each member
+    if not data.startswith(b"!<arch>\n"):
+        sys.exit(f"{archive}: neither a wheel nor a Debian package")
     while at < len(data):
         name, size = data[at : at + 16].decode().strip().rstrip("/"), int(data[at + 48 : at + 58])
         if name.startswith("data.tar"):
@@ -279,15 +284,49 @@ def vector_scores(tasks: Tasks, model: str, reads: list[int | None], options: li
             prefix, before = ["--prefix", prompt or "none"], len(words.encode(prompt))
             sides.append(encode_side(side, group, options + prefix, before))
         for read, firsts, seconds in zip(group, *sides, strict=True):
-            at = 0
-            for task, pairs in tasks.items():
-                mine = slice(at, at + len(pairs))
-                at += len(pairs)
-                for centred in (False, True):
-                    mean = seconds[mine].mean(0) if centred else 0.0
-                    scores = scaled(firsts[mine], mean) @ scaled(seconds[mine], mean).T
-                    shares = [min(1.0, (read or 1e9) / max(1, len(found))) for found in ids[1][mine]]
-                    report(task, model, read, scores, [pair[1] for pair in pairs], shares, centred=centred)
+            shares = [min(1.0, (read or 1e9) / max(1, len(found))) for found in ids[1]]
+            report_vectors(tasks, model, read, firsts, seconds, shares)
+
+
+def report_vectors(
+    tasks: Tasks, model: str, read: int | None, firsts: np.ndarray, seconds: np.ndarray, shares: list[float]
+) -> None:
+    """Report each task, whose texts come in order in the rows of `firsts` and `seconds` (texts, dim)."""
+    at = 0
+    for task, pairs in tasks.items():
+        mine = slice(at, at + len(pairs))
+        at += len(pairs)
+        for centred in (False, True):
+            mean = seconds[mine].mean(0) if centred else 0.0
+            scores = scaled(firsts[mine], mean) @ scaled(seconds[mine], mean).T
+            report(task, model, read, scores, [pair[1] for pair in pairs], shares[mine], centred=centred)
+
+
+def sentence_scores(tasks: Tasks, model: str, reads: list[int | None]) -> None:
+    """Report the vectors of a model of sentence-transformers: of each text, the mean over its windows."""
+    from sentence_transformers import SentenceTransformer
+
+    net = SentenceTransformer(model, device="cpu")
+    window = net.max_seq_length - net.tokenizer.num_special_tokens_to_add()
+    texts = [[pair[side] for pairs in tasks.values() for pair in pairs] for side in (0, 1)]
+    places = [
+        net.tokenizer(side, add_special_tokens=False, return_offsets_mapping=True, verbose=False) for side in texts
+    ]
+    for read in reads:
+        sides = []
+        for side, found in zip(texts, places, strict=True):
+            parts, owners = [], []
+            for i, (text, offsets) in enumerate(zip(side, found["offset_mapping"], strict=True)):
+                cut = offsets[:read]
+                starts = [*(start for start, _ in cut[::window]), cut[-1][1]]
+                parts += [text[start:stop] for start, stop in pairwise(starts)]
+                owners += [i] * (len(starts) - 1)
+            vectors = net.encode(parts, normalize_embeddings=True)
+            out = np.zeros((len(side), vectors.shape[1]), np.float32)
+            np.add.at(out, owners, vectors)
+            sides.append(scaled(out, 0.0))
+        shares = [min(1.0, (read or 1e9) / len(offsets)) for offsets in places[1]["offset_mapping"]]
+        report_vectors(tasks, model, read, *sides, shares)
 
 
 def draw(results: list[Path], task: str, output: Path) -> None:
@@ -318,13 +357,14 @@ def main() -> None:
     make = commands.add_parser("make", help="write the pairs")
     make.add_argument("folder", type=Path)
     make.add_argument("archives", type=Path, nargs="+", help="wheels and Debian packages")
-    for name in ("words", "vectors"):
+    for name in ("words", "sentences", "vectors"):
         command = commands.add_parser(name)
+        if name != "words":
+            command.add_argument("--model", required=name == "sentences", default="longnet-tiny")
         command.add_argument("folder", type=Path)
         command.add_argument("--read", type=sizes, default=[None], help="bytes or tokens of each text, as 2Ki,8Ki,all")
         command.add_argument("--tasks", help="only these, as py-S,man")
         command.add_argument("--pairs", type=int, help="only so many pairs of each")
-    command.add_argument("--model", default="longnet-tiny")
     command.epilog = "More options of `longnet encode` may follow after --."
     given = [*sys.argv[1:], "--"]
     command = commands.add_parser("picture", help="draw recall by how much is read")
@@ -352,6 +392,9 @@ def main() -> None:
     tasks = {task: pairs[: args.pairs] for task, pairs in tasks.items() if task in wanted}
     if args.command == "vectors":
         vector_scores(tasks, args.model, args.read, options)
+        return
+    if args.command == "sentences":
+        sentence_scores(tasks, args.model, args.read)
         return
     for read in args.read:
         for task, pairs in tasks.items():

@@ -1,5 +1,7 @@
 """A saved LongNet in the real sentence-transformers (extra `sentence-transformers`), against `encode`."""
 
+import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ pytest.importorskip("sentence_transformers", reason="not installed: pip install 
 
 import torch
 from builders import tiny_llama, tiny_model, tiny_net
+from conftest import ROOT
 from sentence_transformers import SentenceTransformer
 
 import longnet_cli.integrations.transformers
@@ -106,3 +109,38 @@ def test_a_hugging_face_model_trained_by_contrast_gives_the_vectors_of_encode(
     assert not model.encode("").any()
     model.max_seq_length = 4
     assert np.array_equal(model.encode(["long " * 9]), model.encode(["long"]))
+
+
+def test_the_benchmark_takes_the_mean_of_a_models_windows(
+    tmp_path: Path, command_env: dict[str, str], python: Path
+) -> None:
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from tokenizers import Tokenizer as Words
+    from tokenizers import models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = Words(models.WordLevel({"[UNK]": 0, "[PAD]": 1} | {f"w{i}": i + 2 for i in range(40)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(tmp_path)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=42, **shape)).save_pretrained(tmp_path)
+    model = SentenceTransformer(modules=[Transformer(str(tmp_path), max_seq_length=8), Pooling(16)], device="cpu")
+    model.save(str(tmp_path / "model"))
+
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in rng.integers(40, size=20)) for _ in range(16)]
+    pairs = [*zip(texts[:8], texts[8:], strict=True)]
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"task": "halves", "first": a, "second": b}) + "\n" for a, b in pairs)
+    )
+    command = [python, ROOT / "examples/retrieval.py", "sentences", tmp_path, "--model", tmp_path / "model"]
+    done = subprocess.run([*command, "--read", "12"], env=command_env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[0])
+    parts = [[" ".join(text.split()[at : min(at + 8, 12)]) for at in (0, 8)] for text in texts]
+    means = np.stack([model.encode(two, normalize_embeddings=True).sum(0) for two in parts])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    scores = means[:8] @ means[8:].T
+    places = (scores >= scores.diagonal()[:, None]).sum(1)
+    assert (row["n"], row["mrr"]) == (8, pytest.approx(float((1 / places).mean()), abs=1e-4))
