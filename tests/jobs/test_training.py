@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import torch
-from builders import metrics_of, recipe
+from builders import metrics_of, recipe, tiny_net
 
+from longnet_cli.attention import Pattern
 from longnet_cli.basics.atomic import locked_folder
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 from longnet_cli.data.tokenizer import Tokenizer
@@ -91,6 +93,23 @@ def test_it_starts_from_given_weights(corpus: Path, tmp_path: Path) -> None:
     assert other.loss < first.loss + 0.5
     with pytest.raises(ConfigError, match=r"differs from the recipe in model\.ffn_dim"):
         train(recipe(corpus, **{"model.ffn_dim": 64, "init": str(tmp_path / "first")}), tmp_path / "other")
+
+
+def test_a_recipe_takes_what_it_does_not_say_from_the_model_it_starts_from(tmp_path: Path) -> None:
+    net = tiny_net(**vars(Pattern((8, 32), (1, 2))), ffn_dim=24, position="rope", norm="pre")
+    net.save_pretrained(tmp_path / "first", Tokenizer.bytes().to_json())
+    given: dict[str, Any] = {
+        "init": str(tmp_path / "first"),
+        "data.train": ["x"],
+        "train.stages": [{"seq_len": 16, "steps": 1}],
+    }
+    found = load_recipe(None, given)
+    assert (found.model, found.data.tokenizer) == (net.config, str(tmp_path / "first"))
+    found = load_recipe(None, given | {"model.pattern": "window:16,sinks=2", "data.tokenizer": "bytes"})
+    assert found.model.pattern == Pattern.window(16, sinks=2)
+    assert (found.model.norm, found.model.ffn_dim, found.data.tokenizer) == ("pre", 24, "bytes")
+    with pytest.raises(ConfigError, match=r"model\.dilation_rates"):
+        load_recipe(None, given | {"model.segment_lengths": [16]})
 
 
 def test_given_weights_are_trained_in_fp32(corpus: Path, tmp_path: Path) -> None:

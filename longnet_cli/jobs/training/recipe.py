@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from longnet_cli.basics.configuration import StrictModel, parse, read_text, validate
 from longnet_cli.basics.errors import ConfigError, LongNetError, refuse_web_address
-from longnet_cli.basics.hub import as_stored, find_tokenizer, preset_dir
+from longnet_cli.basics.hub import TOKENIZER, as_stored, find_tokenizer, preset_dir
 from longnet_cli.basics.notation import PATTERN_FIELDS, read_pattern
 from longnet_cli.basics.sizes import parse_size
 from longnet_cli.data.inputs import Inputs
@@ -366,7 +366,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence
 
     `path` is a TOML file, a run's recipe.json, the name of a recipe that ships in models/, or None for overrides alone.
     A model without `vocab_size` gets its tokenizer's, plus one id for the mask with the masked objective. If `init` is
-    a Hugging Face model, `[model]` has that model's facts; its tokenizer is used unless the recipe names another.
+    a LongNet, `[model]` has its values where the recipe gives none; if it is a Hugging Face model, that model's facts.
+    The tokenizer of `init` is used unless the recipe names another.
     The recipe names a model or a tokenizer on a hub with its commit: that in the names `stored` by an earlier run, if
     one is of the same repository.
     Raises ConfigError, and CheckpointError for an `init` that is no model.
@@ -393,6 +394,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence
         data["data"]["tokenizer"] = found.name
     if folder and folder.of_transformers:
         return validate(PretrainedRecipe, data | _pretrained(data, folder, where), where)
+    if folder:
+        data = data | _completed(data, folder, where)
     model, source, train = (data.get(name) for name in ("model", "data", "train"))
     if isinstance(model, dict) and "vocab_size" not in model:
         masked = isinstance(train, dict) and train.get("objective") == "masked"
@@ -415,11 +418,26 @@ def _initial_folder(data: Mapping[str, Any], stored: Sequence[Any]) -> ModelFold
         raise
 
 
-def _pretrained(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dict[str, Any]:
-    """Return the tables `model` and `data` of a recipe that trains the Hugging Face model in `folder`."""
+def _tables(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     model, source = data.get("model", {}), data.get("data", {})
     if not isinstance(model, dict) or not isinstance(source, dict):
         raise ConfigError(f"{where}: model and data are tables of keys and values")
+    return model, source
+
+
+def _completed(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dict[str, Any]:
+    """Return the tables `model` and `data` of a recipe that trains the LongNet in `folder`, with its values."""
+    model, source = _tables(data, where)
+    own = folder.net_config().model_dump(mode="json")
+    if not model.keys().isdisjoint((*PATTERN_FIELDS, "pattern")):  # another pattern replaces all of its own
+        own = {name: value for name, value in own.items() if name not in PATTERN_FIELDS}
+    tokenizer = {"tokenizer": folder.origin} if (folder.path / TOKENIZER).exists() else {}
+    return {"model": own | model, "data": tokenizer | source}
+
+
+def _pretrained(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dict[str, Any]:
+    """Return the tables `model` and `data` of a recipe that trains the Hugging Face model in `folder`."""
+    model, source = _tables(data, where)
     written = model.get("pattern")
     if "source" not in model:  # otherwise it is a run's recipe, which has all facts
         if others := [name for name in model if name != "pattern"]:
