@@ -193,14 +193,15 @@ def train(
     if where.type == "cpu":
         keep_freed_memory()
     quiet = quiet or not ranks.first
-    total = found.train.tokens
+    total, most = found.tokens, "at most " if found.data.pair else ""
 
     def print_note(line: str) -> None:
         if ranks.first:
             typer.echo(printable(line), err=True)
 
     mesh = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
-    print_note(f"training {found.model.trained:,} parameters for {found.train.steps:,} steps, {total:,} tokens{mesh}")
+    all_steps = f"{found.train.steps:,} steps, {most}{total:,} tokens"
+    print_note(f"training {found.model.trained:,} parameters for {all_steps}{mesh}")
     with ExitStack() as stack:
         shown: dict[str, str] = {}
         begun = False  # until it is True, there is nothing to save

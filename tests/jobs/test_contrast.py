@@ -272,8 +272,10 @@ def corpus(tmp_path: Path) -> Path:
 def test_a_run_learns_to_find(settings: dict[str, Any], stored: Any, corpus: Path, tmp_path: Path) -> None:
     changes = {"data.pair": "question", **settings}
     changes |= {"train.stages": [{"seq_len": 64, "steps": 20}], "train.evaluate_every": 19}
-    train(recipe(corpus, **changes), tmp_path / "run")
+    found = recipe(corpus, **changes)
+    train(found, tmp_path / "run")
     last = metrics_of(tmp_path / "run")[-1]
+    assert found.tokens / 4 < last["tokens"] <= found.tokens == 20 * 8 * 2 * 64
     assert last["held_out_mrr"] > 0.5  # by chance, 0.16
     assert last["held_out_recall_1"] <= last["held_out_recall_10"]
     assert last["held_out_ppl"] is None
@@ -287,6 +289,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(corpus: Path, tmp_path: Path) ->
     whole, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again"))
     assert whole == again
     assert [line["step"] for line in metrics_of(tmp_path / "again")] == [3, 4]
+    assert metrics_of(tmp_path / "whole")[-1]["tokens"] == pytest.approx(found.tokens, rel=0.2)
     temperatures = [[line["temperature"] for line in metrics_of(tmp_path / name)] for name in ("whole", "again")]
     assert temperatures[0][2:] == temperatures[1]
     assert len({0.05, *temperatures[0]}) == 5

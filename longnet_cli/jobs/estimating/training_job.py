@@ -95,7 +95,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     whole = not config.causal
     shortest = -(-max(stage.seq_len for stage in train.stages) // ranks.sp) if whole else SHORTEST_CHUNK
     fitting = fitting_chunk(partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest)
-    tokens = [stage.steps * train.step_tokens(stage) for stage in train.stages]
+    tokens = [stage.steps * recipe.step_tokens(stage) for stage in train.stages]
     plain = [config.training_flops([stage.seq_len], train.predicted) / stage.seq_len for stage in train.stages]
     executed = [sum(step_flops(recipe, stage, ranks)[:3]) for stage in train.stages]
     flops = sum(n * each for n, each in zip(tokens, executed, strict=True))

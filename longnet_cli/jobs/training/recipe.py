@@ -171,20 +171,9 @@ class TrainRecipe(StrictModel):
         return sum(stage.steps for stage in self.stages)
 
     @property
-    def tokens(self) -> int:
-        """The tokens that all steps see together; for contrast, if spans have their mean length."""
-        return sum(stage.steps * self.step_tokens(stage) for stage in self.stages)
-
-    @property
     def predicted(self) -> float:
         """The share of the tokens that have a loss, and so logits."""
         return {"causal": 1.0, "masked": self.mask_rate, "contrast": 0.0}[self.objective]
-
-    def step_tokens(self, stage: Stage) -> int:
-        """Return the tokens of a step, as `tokens` counts them."""
-        if self.objective != "contrast" or stage.seq_len <= SHORTEST:
-            return self.windows(stage) * stage.seq_len
-        return round(2 * self.windows(stage) * (stage.seq_len - SHORTEST) / math.log(stage.seq_len / SHORTEST))
 
     def windows(self, stage: Stage) -> int:
         """Return the number of sequences in an optimizer step; for contrast, of pairs: two or more."""
@@ -283,6 +272,18 @@ class Recipe(StrictModel):
     def pretrained(self) -> PretrainedRecipe | None:
         """This recipe, if it trains a Hugging Face model, which brings its weights; None for a LongNet."""
         return None
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of all steps together, as `step_tokens` counts them."""
+        return sum(stage.steps * self.step_tokens(stage) for stage in self.train.stages)
+
+    def step_tokens(self, stage: Stage) -> int:
+        """Return the tokens of a step; for contrast, the most of a table's texts, and the mean of drawn spans."""
+        windows, length, contrast = self.train.windows(stage), stage.seq_len, self.train.objective == "contrast"
+        if not contrast or self.data.pair or length <= SHORTEST:
+            return windows * length * (1 + contrast + bool(self.data.negative))
+        return round(2 * windows * (length - SHORTEST) / math.log(length / SHORTEST))
 
     @property
     def names_chunk(self) -> bool:
