@@ -98,9 +98,9 @@ def run(app: typer.Typer) -> NoReturn:
     except BaseException as error:
         code = _explain(error)
     _drop_unwritable_output()
-    if code and under_torchrun():
-        # Skip interpreter shutdown: there, the threads of a broken collective may abort the process. A rank that only
-        # lost another, or was stopped, would then look like the one that failed. All `finally` blocks have run.
+    if under_torchrun():
+        # Skip interpreter shutdown: there, threads of gloo may abort the process, even after a job that went well. A
+        # rank that only lost another, or was stopped, would look like the one that failed. All `finally` blocks ran.
         os._exit(code)
     sys.exit(code)
 

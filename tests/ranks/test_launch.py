@@ -57,12 +57,21 @@ def test_training_is_that_of_one_process(mesh: list[str], alone: Path, folder: P
     assert_same_model(alone, folder / "many", 1e-3)
 
 
+@pytest.fixture
+def aborting(folder: Path, command_env: dict[str, str]) -> dict[str, str]:
+    """An environment in which a rank aborts when its interpreter shuts down, as threads of gloo sometimes do."""
+    (folder / "sitecustomize.py").write_text("import atexit, os\nif 'RANK' in os.environ: atexit.register(os.abort)\n")
+    return {"PYTHONPATH": os.pathsep.join((command_env["PYTHONPATH"], str(folder))), "PYTHON_EXEC": sys.executable}
+
+
 @pytest.mark.parametrize("more", [[], ["--context", "300"], ["--pattern", "window:32,chosen=2x16"]])
-def test_scores_are_those_of_one_process(more: list[str], folder: Path, run_longnet: RunLongnet) -> None:
+def test_scores_are_those_of_one_process(
+    more: list[str], folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
+) -> None:
     command = ["score", folder / "texts", "-m", f"{folder}/decoder", "--format", "jsonl", "--chunk", "100", *more]
     tokens = ["--token-logprobs", folder / "many.arrow"]
     alone = run_longnet(*command, "--token-logprobs", folder / "alone.arrow")
-    many = run_longnet(*command, *tokens, "--nproc", "2")
+    many = run_longnet(*command, *tokens, "--nproc", "2", env=aborting)
     assert many.returncode == alone.returncode == 0, many.stderr
     rows, expected = ([json.loads(line) for line in done.stdout.splitlines()] for done in (many, alone))
     assert [row.get("doc_id") for row in rows] == [row.get("doc_id") for row in expected]
@@ -102,18 +111,15 @@ def test_vectors_are_those_of_one_process(
 
 
 def test_a_rank_with_bad_data_ends_the_job_and_says_where(
-    folder: Path, run_longnet: RunLongnet, command_env: dict[str, str]
+    folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
 ) -> None:
     rows = [[index % 250 for index in range(400)] for _ in range(20)]
     rows[17][200] = 9999
     table = pa.table({"input_ids": rows})
     with ipc.new_file(folder / "bad.arrow", table.schema) as writer:
         writer.write_table(table)
-    # at a failed rank's interpreter shutdown, threads of the broken collective sometimes abort it: here, always
-    (folder / "sitecustomize.py").write_text("import atexit, os\nif 'RANK' in os.environ: atexit.register(os.abort)\n")
     command = ["train", folder / "recipe.toml", "--data", folder / "bad.arrow", "-o", folder / "run"]
-    env = {"PYTHONPATH": os.pathsep.join((command_env["PYTHONPATH"], str(folder))), "PYTHON_EXEC": sys.executable}
-    done = run_longnet(*command, "--nproc", "2", "--dp", "2", env=env, timeout=60)  # only one of them reads it
+    done = run_longnet(*command, "--nproc", "2", "--dp", "2", env=aborting, timeout=60)  # only one of them reads it
     assert done.returncode == 3
     _, line = done.stderr.splitlines()
     assert line.startswith("longnet: error: rank ")
