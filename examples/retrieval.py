@@ -49,7 +49,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from nearest import read_table, scaled, vectors_of
 
-from longnet_cli import ModelFolder
+from longnet_cli import LongNetError, ModelFolder
 from longnet_cli.basics.sizes import parse_size
 from longnet_cli.data.windows import draw_spans
 from longnet_cli.jobs.plotting.axes import Axis, Curve, Panel, Point
@@ -194,12 +194,20 @@ def write_training(folder: Path, archives: list[Path], bench: Tasks, longest: in
         print(f"{task}: {len(rows)} pairs", file=sys.stderr)
 
 
-def read_tasks(folder: Path) -> Tasks:
+def read_tasks(folder: Path, wanted: str | None = None) -> Tasks:
+    """Return the pairs of each task, or of the `wanted` ones, separated by commas."""
     tasks: Tasks = defaultdict(list)
-    for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines():
+    try:
+        lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        sys.exit(f"{folder}: no benchmark ({error.strerror}): write one with `retrieval.py make {folder} ARCHIVES`")
+    for line in lines:
         row = json.loads(line)
         tasks[row["task"]].append((row["first"], row["second"]))
-    return tasks
+    names = wanted.split(",") if wanted else [*tasks]
+    if unknown := [name for name in names if name not in tasks]:
+        sys.exit(f"--tasks {','.join(unknown)}: the tasks of {folder} are {', '.join(tasks)}")
+    return {name: tasks[name] for name in names}
 
 
 def report(
@@ -245,12 +253,15 @@ def encode_side(texts: list[np.ndarray], reads: list[int | None], options: list[
     `before` tokens of a prompt are pooled with the first span.
     """
     span = min((read for read in reads if read), default=0) if len(reads) > 1 else 0
+    if odd := [read for read in reads if read and span and read % span]:
+        sys.exit(f"--read {odd[0]}: no multiple of {span}, the shortest one")
     with tempfile.TemporaryDirectory() as place:
         longest = None if None in reads else max(read or 0 for read in reads)
         table = pa.table({"doc_id": [*map(str, range(len(texts)))], "input_ids": [ids[:longest] for ids in texts]})
         pq.write_table(table, f"{place}/ids.parquet")
         command = ["longnet", "encode", f"{place}/ids.parquet", "-o", f"{place}/vectors.arrow", "--quiet", *options]
-        subprocess.run([*command, "--no-normalize", *(["--span", str(span)] if span else [])], check=True)
+        if code := subprocess.run([*command, "--no-normalize", *(["--span", str(span)] if span else [])]).returncode:
+            sys.exit(code)  # `longnet encode` has said why
         rows = read_table(f"{place}/vectors.arrow")
         vectors = vectors_of(rows).copy()
     owners = np.array(rows["doc_id"].to_pylist(), np.int64)
@@ -259,7 +270,6 @@ def encode_side(texts: list[np.ndarray], reads: list[int | None], options: list[
     weighted = vectors * (tokens + before * (starts == 0))[:, None] if mean else vectors
     found = []
     for read in reads:
-        assert not (read and span and read % span), f"--read {read} is no multiple of {span}"
         out = np.zeros((len(texts), vectors.shape[1]), np.float32)
         taken = ends <= (read or ends.max())
         if mean:
@@ -274,7 +284,8 @@ def encode_side(texts: list[np.ndarray], reads: list[int | None], options: list[
 def vector_scores(tasks: Tasks, model: str, reads: list[int | None], options: list[str]) -> None:
     folder = ModelFolder.find(model)
     words, embedder = folder.tokenizer(), folder.embedder
-    assert words is not None, f"{model} has no tokenizer"
+    if words is None:
+        sys.exit(f"{model}: has no tokenizer")
     options = ["--model", model, *options]
     prompts = (embedder.query, embedder.document) if embedder else ("", "")
     ids = [[words.encode(pair[side]) for pairs in tasks.values() for pair in pairs] for side in (0, 1)]
@@ -384,12 +395,11 @@ def main() -> None:
                 digest = hashlib.sha256("".join(rows).encode()).hexdigest()
                 print(f"{task}: {len(rows)} pairs, SHA-256 {digest[:16]}", file=sys.stderr)
         return
-    tasks = read_tasks(args.bench if args.command == "training" else args.folder)
     if args.command == "training":
-        write_training(args.folder, sorted(args.archives), tasks, args.longest)
+        write_training(args.folder, sorted(args.archives), read_tasks(args.bench), args.longest)
         return
-    wanted = args.tasks.split(",") if args.tasks else tasks
-    tasks = {task: pairs[: args.pairs] for task, pairs in tasks.items() if task in wanted}
+    tasks = read_tasks(args.folder, args.tasks)
+    tasks = {task: pairs[: args.pairs] for task, pairs in tasks.items()}
     if args.command == "vectors":
         vector_scores(tasks, args.model, args.read, options)
         return
@@ -405,4 +415,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LongNetError as error:
+        sys.exit(f"retrieval: {error}")

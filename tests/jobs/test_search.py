@@ -171,10 +171,10 @@ def write_archives(folder: Path) -> list[Path]:
 def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], python: Path) -> None:
     env = command_env | {"PATH": f"{python.parent}:{command_env['PATH']}"}
 
-    def run(*args: str | Path) -> tuple[list[dict], str]:
+    def run(*args: str | Path, code: int = 0) -> tuple[list[dict], str]:
         command = [python, ROOT / "examples/retrieval.py", *args]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == code, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
     archives = write_archives(tmp_path / "archives")
@@ -198,6 +198,15 @@ def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], pyth
         *(("man", False, 3), ("man", True, 3)),
         *(("pydoc", False, 6), ("pydoc", True, 6)),
     ]
+    for said, *args in (
+        ("bench/none: no benchmark", "words", "./bench/none"),
+        ("--tasks mann: the tasks of bench are man, py-S, pydoc", "words", "bench", "--tasks", "mann"),
+        ("--read 24: no multiple of 16, the shortest one", *command, "16,24"),
+        ("nothing: no such folder", "vectors", "bench", "--model", "./nothing"),
+    ):
+        error = run(*args, code=1)[1]
+        assert error.count("\n") == 1
+        assert said in error
     run("make", "pages", archives[0])
     assert run("training", "pairs", "pages", *archives)[1].splitlines() == ["py-spans: 6 pairs", "pydoc: 6 pairs"]
     held_out = (tmp_path / "pairs/pydoc.held_out.jsonl").read_text().splitlines()
