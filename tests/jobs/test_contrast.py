@@ -35,11 +35,11 @@ def documents(count: int) -> list[Document]:
     return [Document(str(i), draw.integers(0, 256, 30 + 40 * i), None, str(i)) for i in range(count)]
 
 
-def windows(rank: int = 0, world: int = 1, columns: int = 1) -> PairWindows:
+def windows(rank: int = 0, world: int = 1, columns: int = 1, pairs: int = 4) -> PairWindows:
     """Spans of six documents; or columns of five, the last one a hard negative that is some other row's partner."""
     others = [documents(6)[1:], documents(6)[:5]][: columns - 1]
     stream = PairStream(documents(6)[: 5 if others else 6], 256, others)
-    return PairWindows([stream], 90, 4 // world, 3, before=BEFORE, rank=rank, world=world)
+    return PairWindows([stream], 90, pairs // world, 3, before=BEFORE, rank=rank, world=world)
 
 
 def plain_loss(net: Net, batch: PairBatch, settings: ContrastRecipe) -> Tensor:
@@ -157,9 +157,9 @@ Case = tuple[int, int, int, dict[str, Any]]  # groups of ranks, columns, tokens 
 
 
 def case_gradients(case: Case, ranks: Ranks) -> tuple[Tensor, dict[str, Tensor]]:
-    _, columns, chunk, changes = case
+    dp, columns, chunk, changes = case
     net = tiny_net(**changes).train()
-    batch = next(iter(windows(ranks.dp_rank, ranks.dp, columns)))[0]
+    batch = next(iter(windows(ranks.dp_rank, ranks.dp, columns, pairs=6 if dp == 3 else 4)))[0]
     loss, *_ = backward_pairs(net, batch, ContrastRecipe(dims=[8]), ranks, chunk=chunk)
     return loss, gradients(net)
 
@@ -178,7 +178,12 @@ TWO = [(2, 3, 20, {}), (1, 1, 20, {}), (1, 1, 20, CHOSEN), (1, 1, 500, CHOSEN)] 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("world", "cases"), [(2, TWO), pytest.param(4, [(4, 1, 20, {}), (2, 1, 20, {})], marks=pytest.mark.slow)]
+    ("world", "cases"),
+    [
+        (2, TWO),
+        pytest.param(3, [(3, 1, 20, {}), (1, 1, 20, CHOSEN)], marks=pytest.mark.slow),
+        pytest.param(4, [(4, 1, 20, {}), (2, 1, 20, {})], marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_together_have_the_gradient_of_one_process(world: int, cases: list[Case], tmp_path: Path) -> None:
     run_ranks(world, tmp_path, rank_gradients, cases, tmp_path)
