@@ -176,9 +176,13 @@ def shard_flops(
     total: int,
     kv_heads: int = 0,
 ) -> int:
-    """Return the executed FLOPs of a shard's forward pass, on its own keys and on the far keys of `spans`."""
+    """Return the executed FLOPs of a shard's forward pass, on its own keys, far keys of `spans` and chosen blocks."""
     calls = branches(pattern, heads, start, tokens, causal, "exact", spans, total, kv_heads)
-    return 2 * head_dim * sum(map(_pairs, calls))
+    flops = 2 * head_dim * sum(map(_pairs, calls))
+    if pattern.chosen:
+        before, after = (chosen_flops(pattern, heads, head_dim, stop) for stop in (start, start + tokens))
+        flops += after - before
+    return flops
 
 
 class _Zone(NamedTuple):

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from many_ranks import mesh, run_ranks
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import attention_flops
@@ -13,6 +14,7 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.hub import model_path
 from longnet_cli.basics.notation import format_levels
 from longnet_cli.jobs.benchmark import Case, Measurement, Settings, bench, job, measurement
+from longnet_cli.jobs.benchmark.simulated import simulate
 from longnet_cli.nets.weights import load_config
 
 TINY = {"heads": 3, "head_dim": 8, "repeats": 2}
@@ -314,6 +316,30 @@ def test_long_sequences_have_a_shape_of_their_own() -> None:
     assert str(Settings.of(seq=[100], base=64)) == "1 x 12 heads x 64, causal, pattern geometric, base 64, ratio 2"
     assert Settings.of(seq=[10**9], heads=12, base=2048, device="cpu").heads == 12
     assert job.CASES["attention"](long, "dilated", "forward", 10**9).streamed
+
+
+def exchange_of_chosen_blocks() -> None:
+    pattern = Pattern((8,), (1,), look_back=1, chosen=2, chosen_block=4, chosen_every=4)
+    directions, shape = ("forward", "backward"), {"heads": 2, "head_dim": 8, "dtype": "fp32", "device": "cpu"}
+    options = {
+        "op": "exchange",
+        "pattern": pattern,
+        "impl": ["dilated"],
+        "direction": directions,
+        "repeats": 1,
+        **shape,
+    }
+    rows = [*bench(Settings.of(seq=[129], ranks=mesh(1), **options))]
+    number, window = 4 * 2 * 8, 2 * 8  # bytes of a token's keys; keys and values of a window
+    gathered, summed = 2 * 65 + pattern.last_queries, 2 * 129
+    assert [row.bytes for row in rows] == [number * (window + gathered), number * (window + summed)]
+    (row,) = simulate(Settings.of(seq=[129], simulate=2, **options))
+    assert row.received == row.far_bytes == rows[0].bytes
+    assert row.sent_mean == row.received_mean == number * (window / 2 + gathered)
+
+
+def test_what_chosen_blocks_exchange(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, exchange_of_chosen_blocks)
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import Pattern, dilated_attention
-from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.jobs.training.gradients import StoredTokens, backward
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.chunks import CausalStream
 from longnet_cli.running.layerwise import hidden_in_chunks
 from longnet_cli.running.ranks import exchange as exchange_module
-from longnet_cli.running.ranks.exchange import Exchange, check_counted, even_edges
+from longnet_cli.running.ranks.exchange import Exchange, even_edges
 from longnet_cli.running.ranks.ranks import Ranks
 
 CHOSEN = Pattern((8,), (1,), look_back=1, chosen=2, chosen_block=4, chosen_every=4)
@@ -178,6 +177,26 @@ def counted_traffic() -> None:
     narrow(draw(1, 64), start=exchange.start, far=exchange).sum().backward()
     assert calls == []  # no level is wider than a shard
     dist.all_to_all_single = original
+
+    gathered, summed = [], []
+    gather, reduce = dist.all_gather, dist.all_reduce
+
+    def counting_gather(found: list[Tensor], mine: Tensor, **options: Any) -> Any:
+        gathered.append(mine.numel())
+        return gather(found, mine, **options)
+
+    def counting_reduce(mine: Tensor, **options: Any) -> Any:
+        summed.append(mine.numel())
+        return reduce(mine, **options)
+
+    model, edges = net(CHOSEN, layers=layers), even_edges(0, 64 * world + 1, world)
+    exchange = Exchange(model.config, edges)
+    dist.all_gather, dist.all_reduce = counting_gather, counting_reduce
+    model(draw(1, edges[rank + 1] - edges[rank]), start=exchange.start, far=exchange).sum().backward()
+    dist.all_gather, dist.all_reduce = gather, reduce
+    shape = 1, 0, model.config.kv_heads, model.config.head_dim
+    assert (sum(gathered), len(gathered)) == (layers * exchange.gathered(shape), 2 * layers)
+    assert summed == layers * [exchange.summed(shape)]
 
 
 @pytest.mark.parametrize("world", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
@@ -364,8 +383,3 @@ def test_layer_by_layer_over_ranks(world: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_streaming_over_ranks(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, streaming_in_shards)
-
-
-def test_what_chosen_blocks_send_is_not_counted() -> None:
-    with pytest.raises(ConfigError, match="chosen=2: what ranks send for chosen blocks is not counted yet"):
-        check_counted(CHOSEN)

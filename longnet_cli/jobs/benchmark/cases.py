@@ -25,6 +25,7 @@ from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, bran
 from longnet_cli.attention.dilated import kernel_calls
 from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
+from longnet_cli.attention.merging import accumulator
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.estimating.training_job import logits_bytes
 from longnet_cli.jobs.training.gradients import backward, far_bytes
@@ -34,7 +35,7 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, Net, NetConfig
 from longnet_cli.running.chunks import open_stream
 from longnet_cli.running.device import DTYPES, precision
-from longnet_cli.running.ranks.exchange import Exchange, check_counted, even_edges
+from longnet_cli.running.ranks.exchange import Exchange, even_edges
 
 from .measurement import Case, Measurement
 from .settings import Settings
@@ -153,31 +154,35 @@ def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
     tokens = -(-seq // ranks.world)  # of the longest shard
     token = 2 * dtype.itemsize * s.batch * s.heads * s.head_dim  # bytes of a token's keys and values
     backward, pattern = direction == "backward", s.pattern_for(seq) if impl == "dilated" else None
+    shape = (s.batch, tokens, s.heads, s.head_dim)
     if pattern is not None:
-        check_counted(pattern)
         plan = Exchange(one_layer(s, pattern), edges, rank=ranks.rank)
         plans = map(plan.of_rank, range(ranks.world))
-        rows = max(sum(parcel.rows for made in each.received for parcel in made) for each in plans)
-        memory = token * (tokens + 2 * rows) * (3 if backward else 1)
+        received = token * max(sum(parcel.rows for made in each.received for parcel in made) for each in plans)
+        memory = (token * tokens + 2 * received) * (3 if backward else 1)
+        gathered, summed = (ranks.world - 1) * dtype.itemsize * plan.gathered(shape), plan.summed(shape)
+        memory += 3 * gathered + backward * 2 * accumulator(dtype).itemsize * summed
+        # a ring adds up in two rounds, in each of which all parts but one come to each rank
+        sums = 2 * (ranks.world - 1) * accumulator(dtype).itemsize * summed // ranks.world
+        received += sums if backward else gathered
     else:
-        rows = tokens * (ranks.world - 1)
+        received = token * tokens * (ranks.world - 1)
         memory = token * tokens * (ranks.world + 1)
 
     def start() -> Callable[[], object]:
-        shape = (s.batch, tokens, s.heads, s.head_dim)
-        k, v = (torch.randn(shape, dtype=dtype, device=s.device) for _ in range(2))
+        q, k, v = (torch.randn(shape, dtype=dtype, device=s.device) for _ in range(3))
         if pattern is None:
             return _all_gather(torch.stack((k, v)), backward, ranks.world)
         mine = edges[ranks.rank + 1] - edges[ranks.rank]
-        return _far_rows(plan, k[:, :mine].requires_grad_(), v[:, :mine].requires_grad_(), backward)
+        return _far_rows(plan, q[:, :mine], k[:, :mine].requires_grad_(), v[:, :mine].requires_grad_(), backward)
 
-    row = Measurement.of(s, impl, direction, seq, pattern, bytes=token * rows, ranks=ranks.world)
+    row = Measurement.of(s, impl, direction, seq, pattern, bytes=received, ranks=ranks.world)
     return Case(row, lambda tokens: 0, memory, start)
 
 
-def _far_rows(plan: Exchange, k: Tensor, v: Tensor, backward: bool) -> Callable[[], object]:
+def _far_rows(plan: Exchange, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Callable[[], object]:
     def run() -> list[Tensor]:
-        far = plan.run(k, v)[0]
+        far = plan.run(k, v, plan.past(q, k, v) if plan.pattern.chosen else None)[0]
         for keys in far:
             if keys.ready:
                 keys.ready()

@@ -17,7 +17,7 @@ from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.basics.notation import format_pattern
 from longnet_cli.running.device import DTYPES, peak_memory
-from longnet_cli.running.ranks.exchange import Exchange, check_counted, even_edges
+from longnet_cli.running.ranks.exchange import Exchange, even_edges
 
 from .cases import one_layer
 from .settings import Settings
@@ -25,12 +25,13 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class Simulation:
-    """The exchange of one layer's forward pass, over all ranks. The backward pass sends the same bytes back.
+    """The exchange of one layer's forward pass, over all ranks.
 
-    received, sent: bytes of the rank that has the most. peers: the most ranks from which a rank receives. far_bytes:
-    the most bytes of far rows that a rank holds. formula: the bytes of `formula_rows`. flops_share: the attention FLOPs
-    of the busiest rank, relative to the mean. plan_seconds: the CPU time of one plan, of the
-    middle rank.
+    The backward pass sends the same bytes back, but for what blocks are chosen from: its gradients are added up over
+    all ranks. received, sent: bytes of the rank that has the most. peers: the most ranks from which a rank receives.
+    far_bytes: the most bytes of far rows that a rank holds. formula: the bytes of `formula_rows`. flops_share: the
+    attention FLOPs of the busiest rank, relative to the mean. plan_seconds: the CPU time of one plan, of the middle
+    rank.
     """
 
     op: str
@@ -70,7 +71,6 @@ def formula_rows(pattern: Pattern, shard: float) -> float:
 
 def _simulate(s: Settings, pattern: Pattern, seq: int, on_rank: Callable[[int], None]) -> Simulation:
     assert s.simulate
-    check_counted(pattern)
     began, world, edges = time.perf_counter(), s.simulate, even_edges(0, seq, s.simulate)
     config, itemsize = one_layer(s, pattern), DTYPES[s.dtype].itemsize
     shape = s.batch, 0, s.heads, s.head_dim
@@ -90,6 +90,10 @@ def _simulate(s: Settings, pattern: Pattern, seq: int, on_rank: Callable[[int], 
         spans = tuple(far_spans(pattern, first, last, s.causal, seq)) if first < last else ()
         flops[rank] = shard_flops(pattern, s.heads, s.head_dim, first, last - first, s.causal, spans, seq)
         on_rank(1)
+    gathered = plan.gathered(shape)
+    for numbers in (sends, gets):
+        numbers += gathered * (1 - np.eye(world, dtype=np.int64))
+    held += gathered * (world - 1)
     for maker, reader in np.argwhere((sent_rows != got_rows) | (sends != gets))[:1]:
         raise LongNetError(
             f"the plans differ at {seq:,} tokens: rank {maker} sends {sends[maker, reader]:,} numbers to rank "

@@ -244,13 +244,12 @@ def shared(config: NetConfig, machine: Machine, seq_len: int, chunk: int, sp: in
         links = inside / machine.rate("node_link"), (sum(sizes) - inside) / machine.rate("network")
         messages = machine.rate("message") * sum(size > 0 for size in sizes)
         seconds = max(seconds, itemsize * max(links) + messages)
-    past = 2 * config.kv_heads * config.head_dim * whole if config.pattern.chosen else 0  # keys and values go to all
-    seconds += (1 - 1 / sp) * itemsize * past / machine.link(sp)
+    seconds += (sp - 1) * itemsize * plan.gathered(shape) / machine.link(sp)
     far = itemsize * sum(plan.sizes([[parcel for parcel in plan.joined if parcel.attended]], shape))
     first, last, pattern = edges[rank], edges[rank + 1], config.pattern
-    summed = 4 * past
+    summed = 4 * plan.summed(shape)
     if cut and config.causal:
-        summed += 4 * past  # of later chunks
+        summed *= 2  # those of later chunks too
         for level, begin, end in open_spans(pattern, start + whole):
             mine = common_span(pattern, level, begin, start, end)
             summed += 2 * 4 * config.head_dim * sum(span_rows(pattern, mine, config.num_heads, config.kv_heads))

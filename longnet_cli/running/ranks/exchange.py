@@ -39,7 +39,6 @@ from longnet_cli.attention import FarKeys, Past, Span
 from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
-from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.net import NetConfig
 
 Shard = tuple[Tensor, ...]  # queries, keys and values
@@ -130,7 +129,7 @@ class Exchange:
         if not self.pattern.chosen:
             return [*self.run(k, v)[0]]
         if layer not in self._pasts:  # otherwise activation checkpointing computes it again: it sees the same blocks
-            self._pasts[layer] = self._past(q, k, v)
+            self._pasts[layer] = self.past(q, k, v)
         return [self._pasts[layer], *self.run(k, v, self._pasts[layer])[0]]
 
     def run(self, k: Tensor, v: Tensor, past: Past | None = None) -> tuple[list[FarKeys], list[FarKeys]]:
@@ -166,8 +165,8 @@ class Exchange:
         found = [(of_q, *both.chunk(2)) for of_q, both in zip(queries, rows, strict=True)]
         return found[: self.rank], found[self.rank + 1 :]
 
-    def _past(self, q: Tensor, k: Tensor, v: Tensor) -> Past:
-        """Return the past of the shard's first document, with memory for its gradients."""
+    def past(self, q: Tensor, k: Tensor, v: Tensor) -> Past:
+        """Gather what blocks are chosen from: the past of the shard's first document, with memory for its gradients."""
         past, size = Past(self.pattern, keep=1), self.pattern.chosen_block
         document = self._document(self.edges[self.rank])[0]
         for first, stop, shard in zip(self.edges, self.edges[1:], self.other_shards(q, k, v)[0], strict=False):
@@ -216,6 +215,23 @@ class Exchange:
         batch, _, kv_heads, head_dim = like
         numbers = 2 * batch * head_dim
         return [numbers * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in found) for found in parcels]
+
+    def gathered(self, like: Sequence[int]) -> int:
+        """Return how many numbers come from each other rank for chosen blocks, for keys (B, n, H, D).
+
+        They are keys, values and last queries, of as many tokens as the longest shard has.
+        """
+        if not self.pattern.chosen:
+            return 0
+        batch, _, kv_heads, head_dim = like
+        longest = max(b - a for a, b in pairwise(self.edges))
+        queries = min(longest, self.pattern.last_queries)
+        return batch * head_dim * (2 * kv_heads * longest + self.num_heads * queries)
+
+    def summed(self, like: Sequence[int]) -> int:
+        """Return how many gradients the backward pass adds up over all ranks, of what blocks are chosen from."""
+        batch, _, kv_heads, head_dim = like
+        return 2 * batch * (self.edges[-1] - self.edges[0]) * kv_heads * head_dim if self.pattern.chosen else 0
 
     def _document(self, position: int) -> tuple[int, int]:
         """Return the start and the end of the document that holds a position."""
@@ -485,14 +501,6 @@ class _AllToAll(torch.autograd.Function):
 @lru_cache(maxsize=256)
 def _lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int) -> int:
     return len(lanes(pattern, level, num_heads, kv_heads).offsets)
-
-
-def check_counted(pattern: Pattern) -> None:
-    """Raise ConfigError for a pattern whose exchange `Exchange.sizes` does not count in full."""
-    if pattern.chosen:
-        raise ConfigError(
-            f"chosen={pattern.chosen}: what ranks send for chosen blocks is not counted yet: name another pattern"
-        )
 
 
 def even_edges(start: int, tokens: int, ranks: int) -> list[int]:
