@@ -105,7 +105,7 @@ def test_an_encoder_learns_masked_tokens_and_finds_edited_copies(
     files = [Path(shutil.copy(path, held_out)) for path in sorted((ROOT / "longnet_cli/data").glob("*.py"))[:10]]
     longnet("tokenize", ROOT / "longnet_cli", "-o", tokens, "--train-vocab", "288")
     settings = {
-        "data.held_out": [str(held_out)], "train.stages": [{"seq_len": 128, "steps": 110}], "train.batch_tokens": 1024,
+        "data.held_out": [str(held_out)], "train.stages": [{"seq_len": 128, "steps": 140}], "train.batch_tokens": 1024,
         "optimizer.lr": 2e-2,
     }  # fmt: skip
     sets = [

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.net import Net
@@ -43,9 +46,29 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
         return [adamw]
     # Muon's updates are scaled to the size of AdamW's, so one learning rate serves both
     return [
-        torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        _Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
         adamw,
     ]
+
+
+class _Muon(torch.optim.Muon):
+    """Muon as torch has it, but in fp32 on a CPU. Torch's takes 40 times as long there without bf16 instructions."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if self.param_groups[0]["params"][0].is_cpu:
+            with _Fp32ForBf16():
+                return super().step(closure)
+        return super().step(closure)
+
+
+class _Fp32ForBf16(TorchFunctionMode):
+    """Makes `x.bfloat16()` a copy in fp32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func is Tensor.bfloat16:
+            return args[0].to(torch.float32, copy=True)
+        return func(*args, **(kwargs or {}))
 
 
 def adam(state: Sequence[float], gradient: float, step: int, rate: float, recipe: OptimizerRecipe) -> list[float]:
