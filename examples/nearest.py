@@ -69,6 +69,8 @@ def cosines(vectors: np.ndarray, mean: np.ndarray | float | None = None) -> np.n
 
 def encode_query(query: str, facts: dict[bytes, bytes], dims: int) -> np.ndarray:
     """Return the vector (1, dims) of a text, by the model that the facts of a table name."""
+    if b"longnet.model" not in facts:
+        sys.exit("the vectors name no model to encode a query with: `longnet encode` has not written them")
     command = [sys.executable, "-m", "longnet_cli", "encode", "-", "--quiet", "--dims", str(dims)]
     prompt = facts.get(b"longnet.query_prompt", b"").decode()
     command += [
@@ -81,7 +83,9 @@ def encode_query(query: str, facts: dict[bytes, bytes], dims: int) -> np.ndarray
     ]
     if b"longnet.pattern" in facts:
         command += ["--pattern", facts[b"longnet.pattern"].decode()]
-    done = subprocess.run(command, input=query.encode(), stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(command, input=query.encode(), stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)  # `longnet encode` has said why
     return vectors_of(pa.ipc.open_stream(done.stdout).read_all())
 
 

@@ -19,7 +19,7 @@ pairs; the digest of each task is printed, and identifies it.
 the mean reciprocal rank, when only the first bytes (of `words`) or tokens (of the others) of each text are read
 (`read`; `bytes` are the mean of second texts). Vectors are also compared without their mean (`centred`). Halves are
 compared among at most 100 documents, lines among 80. `sentences` takes a model of sentence-transformers; a text longer
-than its window has the mean of the vectors of its parts.
+than its window has the mean of the vectors of its parts, weighted by their tokens.
 """
 
 from __future__ import annotations
@@ -259,8 +259,9 @@ def encode_side(texts: list[np.ndarray], reads: list[int | None], options: list[
         longest = None if None in reads else max(read or 0 for read in reads)
         table = pa.table({"doc_id": [*map(str, range(len(texts)))], "input_ids": [ids[:longest] for ids in texts]})
         pq.write_table(table, f"{place}/ids.parquet")
-        command = ["longnet", "encode", f"{place}/ids.parquet", "-o", f"{place}/vectors.arrow", "--quiet", *options]
-        if code := subprocess.run([*command, "--no-normalize", *(["--span", str(span)] if span else [])]).returncode:
+        command = [sys.executable, "-m", "longnet_cli", "encode", f"{place}/ids.parquet", "--no-normalize", "--quiet"]
+        command += ["-o", f"{place}/vectors.arrow", *(["--span", str(span)] if span else []), *options]
+        if code := subprocess.run(command, check=False).returncode:
             sys.exit(code)  # `longnet encode` has said why
         rows = read_table(f"{place}/vectors.arrow")
         vectors = vectors_of(rows).copy()
@@ -326,13 +327,14 @@ def sentence_scores(tasks: Tasks, model: str, reads: list[int | None]) -> None:
     for read in reads:
         sides = []
         for side, found in zip(texts, places, strict=True):
-            parts, owners = [], []
+            parts, owners, counts = [], [], []
             for i, (text, offsets) in enumerate(zip(side, found["offset_mapping"], strict=True)):
                 cut = offsets[:read]
                 starts = [*(start for start, _ in cut[::window]), cut[-1][1]]
                 parts += [text[start:stop] for start, stop in pairwise(starts)]
                 owners += [i] * (len(starts) - 1)
-            vectors = net.encode(parts, normalize_embeddings=True)
+                counts += [min(window, len(cut) - at) for at in range(0, len(cut), window)]
+            vectors = net.encode(parts, normalize_embeddings=True) * np.array(counts)[:, None]
             out = np.zeros((len(side), vectors.shape[1]), np.float32)
             np.add.at(out, owners, vectors)
             sides.append(scaled(out, 0.0))

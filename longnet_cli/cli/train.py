@@ -49,7 +49,7 @@ def train(
     ] = None,
     initial: Annotated[
         str | None,
-        option(RECIPE, "--init", "NAME|DIR", "Start from the weights of this model, as in --model of score."),
+        option(RECIPE, "--init", "NAME|DIR", "Start from this model, its tokenizer and sizes, as in --model of score."),
     ] = None,
     update: shared.UpdateOption = False,
     data: Annotated[

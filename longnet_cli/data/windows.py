@@ -332,6 +332,11 @@ class PairBatch(NamedTuple):
     def texts(self) -> list[PairText]:
         return [*self.firsts, *self.seconds, *self.negatives]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The number of texts of a pair, 2 or 3, and of pairs, which is 0 in a part without any."""
+        return self.keys.shape[1] - 1, len(self.keys)
+
     def part(self, place: slice) -> "PairBatch":
         return PairBatch(self.firsts[place], self.seconds[place], self.negatives[place], self.keys[place])
 

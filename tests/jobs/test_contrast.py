@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from builders import SIZES, metrics_of, tiny_llama, tiny_net
 from files import write_rows
@@ -18,7 +19,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.windows import SHORTEST, PairBatch, PairStream, PairWindows, draw_spans
-from longnet_cli.jobs.training.contrast import backward_pairs, contrast_loss, ranking
+from longnet_cli.jobs.training.contrast import TextReader, backward_pairs, contrast_loss, ranking, read_pairs
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import ContrastRecipe, Recipe, load_recipe
 from longnet_cli.models.folder import ModelFolder
@@ -171,6 +172,18 @@ def rank_gradients(cases: list[Case], folder: Path) -> None:
         ranks.sum(*found.values())
         if ranks.first:
             torch.save({"loss": loss, **found}, folder / f"{number}.pt")
+    ranks, net, whole = (
+        mesh(dist.get_world_size()),
+        tiny_net(),
+        windows(columns=3).batch([0]),
+    )  # one pair for all groups
+    place = slice(ranks.dp_rank, 1, ranks.dp)
+    found, wanted = (
+        read_pairs(TextReader(net, "mean", 20, "fp32"), whole.part(part), part, 1, of)
+        for part, of in ((place, ranks), (slice(1), Ranks()))
+    )
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 TWO = [(2, 3, 20, {}), (1, 1, 20, {}), (1, 1, 20, CHOSEN), (1, 1, 500, CHOSEN)]  # the last one in a single chunk

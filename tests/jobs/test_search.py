@@ -169,11 +169,10 @@ def write_archives(folder: Path) -> list[Path]:
 
 
 def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], python: Path) -> None:
-    env = command_env | {"PATH": f"{python.parent}:{command_env['PATH']}"}
 
     def run(*args: str | Path, code: int = 0) -> tuple[list[dict], str]:
         command = [python, ROOT / "examples/retrieval.py", *args]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=tmp_path, env=command_env, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -158,7 +159,9 @@ def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
     if pattern is not None:
         plan = Exchange(one_layer(s, pattern), edges, rank=ranks.rank)
         plans = map(plan.of_rank, range(ranks.world))
-        received = token * max(sum(parcel.rows for made in each.received for parcel in made) for each in plans)
+        # in the backward pass, gradients of the rows that were sent come back
+        parcels = (chain(*(each.sent if backward else each.received)) for each in plans)
+        received = token * max(sum(parcel.rows for parcel in some) for some in parcels)
         memory = (token * tokens + 2 * received) * (3 if backward else 1)
         gathered, summed = (ranks.world - 1) * dtype.itemsize * plan.gathered(shape), plan.summed(shape)
         memory += 3 * gathered + backward * 2 * accumulator(dtype).itemsize * summed

@@ -168,12 +168,12 @@ def read_pairs(reader: TextReader, batch: PairBatch, place: slice, pairs: int, r
     Vectors are (2, pairs, dim) float64, or (3, pairs, dim) with hard negatives; facts (pairs, n + 1) int64 are the n
     keys of each pair, and the tokens of its texts.
     """
-    found = reader.vectors(batch.texts).unflatten(0, (-1, len(batch.keys)))
+    found = reader.vectors(batch.texts).unflatten(0, batch.shape)
     vectors = found.new_zeros(len(found), pairs, found.shape[2])
     facts = torch.zeros(pairs, batch.keys.shape[1] + 1, dtype=torch.int64, device=found.device)
     vectors[:, place] = found
     if ranks.rank % ranks.sp == 0:
-        tokens = np.reshape([len(text.ids) for text in batch.texts], (-1, len(batch.keys))).sum(0)
+        tokens = np.reshape([len(text.ids) for text in batch.texts], batch.shape).sum(0)
         facts[place] = torch.from_numpy(np.column_stack((batch.keys, tokens))).to(facts.device)
     ranks.sum(vectors, facts)
     return vectors, facts
