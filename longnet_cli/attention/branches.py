@@ -160,9 +160,16 @@ def level_flops(
     call = _Call(pattern, heads, kv_heads or heads, 0, tokens, causal)
     parts = [*(call.near(level, False, 0) for level in range(len(pattern.levels))), call.sinks((), None)]
     flops = [2 * head_dim * batch * sum(map(_pairs, part)) for part in parts]
-    if pattern.chosen:
-        flops[-1] += batch * chosen_flops(pattern, heads, head_dim, tokens)
+    flops[-1] += batch * sum(chosen_flops(pattern, heads, head_dim, tokens))
     return flops
+
+
+def backward_flops(
+    pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, batch: int = 1, kv_heads: int = 0
+) -> float:
+    """Return the executed FLOPs of a backward pass."""
+    votes = batch * chosen_flops(pattern, heads, head_dim, tokens).votes
+    return BACKWARD_FLOPS * (attention_flops(pattern, heads, head_dim, tokens, causal, batch, kv_heads) - votes)
 
 
 def shard_flops(
@@ -178,11 +185,8 @@ def shard_flops(
 ) -> int:
     """Return the executed FLOPs of a shard's forward pass, on its own keys, far keys of `spans` and chosen blocks."""
     calls = branches(pattern, heads, start, tokens, causal, "exact", spans, total, kv_heads)
-    flops = 2 * head_dim * sum(map(_pairs, calls))
-    if pattern.chosen:
-        before, after = (chosen_flops(pattern, heads, head_dim, stop) for stop in (start, start + tokens))
-        flops += after - before
-    return flops
+    before, after = (sum(chosen_flops(pattern, heads, head_dim, stop)) for stop in (start, start + tokens))
+    return 2 * head_dim * sum(map(_pairs, calls)) + after - before
 
 
 class _Zone(NamedTuple):

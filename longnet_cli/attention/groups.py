@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from math import inf
 from typing import NamedTuple
@@ -78,25 +78,39 @@ def comparisons(pattern: Pattern, stop: int) -> tuple[int, int]:
     return means, pairs
 
 
-def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int) -> int:
-    """Return the FLOPs of a layer's chosen blocks in a document of `tokens`: of the votes, and of the attention."""
+class ChosenFlops(NamedTuple):
+    """FLOPs of chosen blocks in a forward pass. A backward pass does not vote again."""
+
+    votes: int
+    attention: int
+
+
+def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int) -> ChosenFlops:
+    """Return the FLOPs of a layer's chosen blocks in a document of `tokens`."""
+    if not pattern.chosen:
+        return ChosenFlops(0, 0)
     (w,), (back,) = pattern.segment_lengths, pattern.look_backs
 
-    def of_segment(segment: int, queries: int) -> int:
-        near = (segment - back) * w
-        attended = 4 * queries * min(near, pattern.chosen_keys)
+    def votes(segment: int, queries: int) -> int:
         _, pairs = comparisons(pattern, (segment + 1) * w)
-        return attended + 2 * -(-queries // pattern.chosen_every) * pairs
+        return 2 * -(-queries // pattern.chosen_every) * pairs
+
+    def attention(segment: int, queries: int) -> int:
+        return 4 * queries * min((segment - back) * w, pattern.chosen_keys)
 
     whole, rest = divmod(tokens, w)
     # between these segments, the numbers grow evenly
     many = [pattern.chosen_block * (stage.blocks + 1) // w for stage in stages(pattern)]
     edges = [0, pattern.chosen_keys // w, *many, whole - back - 1]
     steps = sorted(back + 1 + max(0, min(edge, whole - back - 1)) for edge in edges)
-    total = of_segment(whole, rest) if whole > back else 0
-    for first, stop in pairwise(steps):
-        total += (stop - first) * (of_segment(first, w) + of_segment(max(first, stop - 1), w)) // 2
-    return heads * head_dim * total
+
+    def of_document(of_segment: Callable[[int, int], int]) -> int:
+        total = of_segment(whole, rest) if whole > back else 0
+        for first, stop in pairwise(steps):
+            total += (stop - first) * (of_segment(first, w) + of_segment(max(first, stop - 1), w)) // 2
+        return heads * head_dim * total
+
+    return ChosenFlops(of_document(votes), of_document(attention))
 
 
 def past_bytes(pattern: Pattern, kv_heads: int, head_dim: int, tokens: int, itemsize: int) -> tuple[int, int]:

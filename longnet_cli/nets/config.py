@@ -22,16 +22,17 @@ from pydantic import (
 )
 
 from longnet_cli.attention import Pattern, branches
-from longnet_cli.attention.branches import BACKWARD_FLOPS
 from longnet_cli.attention.cache import cached_rows
-from longnet_cli.attention.groups import past_bytes
+from longnet_cli.attention.groups import chosen_flops, past_bytes
 from longnet_cli.basics.configuration import StrictModel, validate
 from longnet_cli.basics.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
 
 if TYPE_CHECKING:
     from longnet_cli.nets.net import NetConfig
 
-_attention_flops = lru_cache(maxsize=1 << 16)(branches.attention_flops)  # many documents have the same length
+# many documents have the same length
+_attention_flops = lru_cache(maxsize=1 << 16)(branches.attention_flops)
+_backward_flops = lru_cache(maxsize=1 << 16)(branches.backward_flops)
 
 
 class Costs:
@@ -58,15 +59,23 @@ class Costs:
         """Return the FLOPs of the attention of all layers, over one document of `tokens` tokens."""
         return self.num_layers * _attention_flops(self.pattern, self.num_heads, self.head_dim, tokens, self.causal)
 
+    def attention_backward_flops(self: NetConfig, tokens: int) -> float:
+        """Return the FLOPs of the attention in a backward pass of all layers, over one document of `tokens` tokens."""
+        return self.num_layers * _backward_flops(self.pattern, self.num_heads, self.head_dim, tokens, self.causal)
+
+    def vote_flops(self: NetConfig, tokens: int) -> int:
+        """Return the part of `attention_flops` that chooses blocks."""
+        return self.num_layers * chosen_flops(self.pattern, self.num_heads, self.head_dim, tokens).votes
+
     def training_flops(self: NetConfig, documents: Sequence[int], predicted: float = 1.0) -> float:
         """Return the FLOPs of a forward and a backward pass over documents of these lengths.
 
         The share `predicted` of the tokens has logits.
         """
-        attention = sum(map(self.attention_flops, documents))
+        attention = sum(self.attention_flops(tokens) + self.attention_backward_flops(tokens) for tokens in documents)
         matrices = self.layer_flops() + predicted * self.vocabulary_flops()
         passes = 2 if self.frozen else 3  # forward, gradients of activations, gradients of weights
-        return passes * matrices * sum(documents) + (1 + BACKWARD_FLOPS) * attention
+        return passes * matrices * sum(documents) + attention
 
     def forward_bytes(self: NetConfig, tokens: int) -> int:
         """Return the bytes of one layer's activations at their peak, without gradients, in float32."""

@@ -26,8 +26,9 @@ from longnet_cli.attention import (
     past,
     reference,
 )
+from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops
 from longnet_cli.attention.choosing import Chosen
-from longnet_cli.attention.groups import GroupedPart, Groups, groups_of
+from longnet_cli.attention.groups import GroupedPart, Groups, chosen_flops, groups_of
 from longnet_cli.attention.reference import chosen_blocks, dilated_attention_reference
 from longnet_cli.running.mapped import BlockFile, SpillFile
 
@@ -379,3 +380,27 @@ def test_a_cache_needs_queries() -> None:
     k = torch.zeros(1, 3, 2, 4)
     with pytest.raises(ValueError, match="chosen blocks need the queries of earlier tokens: give q"):
         KVCache(WINDOW, 1, 2, 4).append(k, k)
+
+
+def test_a_backward_pass_does_not_vote(monkeypatch: pytest.MonkeyPatch) -> None:
+    voted, calls = Chosen._voted, []
+    monkeypatch.setattr(Chosen, "_voted", lambda *args: calls.append(1) or voted(*args))
+    pattern = Pattern((8,), (1,), look_back=1, chosen=3, chosen_block=4, chosen_every=4)
+    q, k, v = (torch.randn(1, 200, 2, 8, requires_grad=True) for _ in range(3))
+    out = dilated_attention(q, k, v, pattern)
+    after = len(calls)
+    out.sum().backward()
+    assert len(calls) == after > 0
+
+
+@pytest.mark.parametrize("tokens", [5, 16, 17, 60, 200, 1001])
+def test_flops_of_chosen_blocks(tokens: int) -> None:
+    """Each query sees min(near, chosen keys) of them, and the votes come once."""
+    pattern = Pattern((8,), (1,), look_back=1, chosen=3, chosen_block=4, chosen_every=4)
+    seen = sum(min(max(0, query // 8 - 1) * 8, 3 * 4) for query in range(tokens))
+    found = chosen_flops(pattern, 2, 16, tokens)
+    assert found.attention == 4 * 2 * 16 * seen
+    assert (found.votes > 0) == (tokens > 24)
+    both = attention_flops(pattern, 2, 16, tokens, True)
+    assert both - attention_flops(Pattern((8,), (1,), look_back=1), 2, 16, tokens, True) == sum(found)
+    assert backward_flops(pattern, 2, 16, tokens, True) == BACKWARD_FLOPS * (both - found.votes)

@@ -16,7 +16,7 @@ from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.notation import parse_pattern
 from longnet_cli.jobs.benchmark import Settings, calibrating
 from longnet_cli.jobs.benchmark.simulated import simulate
-from longnet_cli.jobs.estimating.plan import HIDDEN, TABLE, Machine, find_machine
+from longnet_cli.jobs.estimating.plan import HIDDEN, ROOM, TABLE, Machine, find_machine, shared
 from longnet_cli.jobs.estimating.training_job import memory_by_kind, plan_training, step_flops
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.nets.config import LongNetConfig
@@ -186,6 +186,39 @@ def test_what_is_named_stays_and_the_exchange_is_the_planners(own: Machine) -> N
         plan_training(small(**{"parallel.sp": 3}), own)
     with pytest.raises(ConfigError, match="are of fp32: leave out --dtype bf16"):
         plan_training(small(**{"train.dtype": "bf16"}), own)
+
+
+def test_contrast_reads_two_or_three_texts_per_pair(own: Machine) -> None:
+    pairs = {"train.objective": "contrast", "data.column": "a", "data.pair": "b", "train.batch_tokens": 8192}
+    pairs |= {"parallel.sp": 1, "parallel.shard": "none", "train.activation_checkpointing": False, "train.chunk": 1024}
+    (two,), (three,) = (plan_training(small(**pairs, **more), own) for more in ({}, {"data.negative": "c"}))
+    assert (two.tokens, three.tokens) == (8192, 3 * 4096)
+    for part in ("matrix products", "attention", "reading"):
+        assert three.seconds[part] == pytest.approx(1.5 * two.seconds[part])
+
+
+def test_chosen_blocks_on_many_devices(own: Machine) -> None:
+    """What is chosen from is gathered once per chunk and layer; shards have even work, and a disk can hold the past."""
+    pattern = {"segment_lengths": [64], "dilation_rates": [1], "look_back": 1, "chosen": 8, "chosen_block": 16}
+    changes = {f"model.{key}": value for key, value in pattern.items()} | {
+        "train.stages": [{"seq_len": 8192, "steps": 3}], "train.batch_tokens": 8192, "train.chunk": 256,
+        "train.activation_checkpointing": False, "parallel.sp": 4, "parallel.shard": "none",
+    }  # fmt: skip
+    recipe = small(**changes)
+    costs = shared(recipe.model, own, 8192, 256, 4)
+    exchange = Exchange(recipe.model, even_edges(7168, 1024, 4), rank=3)
+    assert costs.gathering == pytest.approx(3 * 4 * exchange.gathered((1, 0, 4, 16)) / 1e8)
+    assert 1 <= costs.balance < 1.05
+    (plan,) = plan_training(recipe, own)
+    again = small(**changes | {"train.activation_checkpointing": True})
+    (more,) = plan_training(again, own)
+    exchanged = [each.seconds["exchange"] + each.seconds[HIDDEN] for each in (plan, more)]
+    assert exchanged[1] - exchanged[0] == pytest.approx(8 * 2 * costs.seconds)  # chunks, layers: far rows alone
+    room = plan.peak - plan.memory["cache"] - plan.memory["key_gradients"]
+    rates = own.measured.model_copy(update={"memory": (room + 1) / ROOM})
+    (tight,) = plan_training(recipe, own.model_copy(update={"measured": rates}))
+    assert (plan.fits, tight.fits) == (True, False)
+    assert "on a disk (--spill DIR)" in tight.advice
 
 
 def longnet(*words: str) -> tuple[int, str, str]:

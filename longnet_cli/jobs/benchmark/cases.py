@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet_cli.attention import KVCache, Pattern, dilated_attention
-from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, branches
+from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops, branches
 from longnet_cli.attention.dilated import kernel_calls
 from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
@@ -66,9 +66,9 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     def flops(tokens: int) -> float:
         if dense:
             forward = 4 * s.head_dim * s.heads * s.batch * tokens**2 // (2 if s.causal else 1)
-        else:
-            forward = attention_flops(pattern, s.heads, s.head_dim, tokens, s.causal, s.batch)
-        return forward * (BACKWARD_FLOPS if backward else 1)
+            return forward * (BACKWARD_FLOPS if backward else 1)
+        count = backward_flops if backward else attention_flops
+        return count(pattern, s.heads, s.head_dim, tokens, s.causal, s.batch)
 
     def start() -> Callable[..., object]:
         draw = torch.Generator(s.device).manual_seed(0)
@@ -231,7 +231,13 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
         longest = max(seq, *net.config.pattern.segment_lengths)
         cache = s.batch * net.config.cache_bytes(longest, DTYPES[s.dtype].itemsize)
     row = _row(s, net, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
-    return Case(row, _flops(s, net.config, 1, 1), _memory(s, net, chunk) + (cache or 0), start, streamed)
+    config = net.config
+
+    def flops(tokens: int) -> float:
+        matrices = config.layer_flops() + config.vocabulary_flops()
+        return s.batch * (tokens * matrices + config.attention_flops(tokens))
+
+    return Case(row, flops, _memory(s, net, chunk) + (cache or 0), start, streamed)
 
 
 def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
@@ -250,7 +256,13 @@ def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
     again = chunk < seq  # then the backward pass computes each chunk's forward pass again
     row = _row(s, net, impl, direction, seq, chunk=chunk if again else None)
-    return Case(row, _flops(s, net.config, 3 + again, 3.5 + again), _training_memory(s, net.config, seq, chunk), start)
+    config = net.config
+
+    def flops(tokens: int) -> float:
+        forward = tokens * (config.layer_flops() + config.vocabulary_flops()) + config.attention_flops(tokens)
+        return s.batch * (config.training_flops([tokens]) + again * (forward - config.vote_flops(tokens)))
+
+    return Case(row, flops, _training_memory(s, config, seq, chunk), start)
 
 
 def _net(s: Settings, impl: str, seq: int) -> tuple[Net, Callable[[], Net]]:
@@ -316,12 +328,6 @@ def _with_weights(s: Settings, net: LongNet) -> LongNet:
 
 def _tokens(s: Settings, net: Net, count: int) -> Tensor:
     return torch.randint(net.config.vocab_size, (s.batch, count), device=s.device)
-
-
-def _flops(s: Settings, c: NetConfig, of_matrices: float, of_attention: float) -> Callable[[int], float]:
-    """Return a function for the FLOPs of the first n tokens. `of_matrices` and `of_attention` count forward passes."""
-    matrices = c.layer_flops() + c.vocabulary_flops()
-    return lambda n: s.batch * (of_attention * c.attention_flops(n) + of_matrices * n * matrices)
 
 
 def _memory(s: Settings, net: Net, chunk: int) -> int:

@@ -189,7 +189,7 @@ class JobPlan:
 
     @property
     def advice(self) -> str:
-        if self.peak - self.memory.get("cache", 0) <= self.room:
+        if self.peak - self.memory.get("cache", 0) - self.memory.get("key_gradients", 0) <= self.room:
             return "keep what chunks remember, or hidden states, on a disk (--spill DIR)"
         return "take more devices or larger ones, shorter sequences or a smaller model"
 
@@ -215,12 +215,13 @@ class JobPlan:
 class Shared(NamedTuple):
     """Costs of a chunk that ranks share, for one device: per layer, its busiest rank.
 
-    `seconds` of an exchange, bytes of far rows that its shard attends to, bytes of gradients that are summed over the
-    ranks (of chosen blocks, and when the chunk is one of several), and attention FLOPs relative to the mean of all
-    tokens.
+    `seconds` of an exchange, seconds of gathering what blocks are chosen from, bytes of far rows that its shard attends
+    to, bytes of gradients that are summed over the ranks (of chosen blocks, and when the chunk is one of several), and
+    attention FLOPs relative to the mean of the chunk.
     """
 
     seconds: float = 0.0
+    gathering: float = 0.0
     far: int = 0
     summed: int = 0
     balance: float = 1.0
@@ -244,7 +245,7 @@ def shared(config: NetConfig, machine: Machine, seq_len: int, chunk: int, sp: in
         links = inside / machine.rate("node_link"), (sum(sizes) - inside) / machine.rate("network")
         messages = machine.rate("message") * sum(size > 0 for size in sizes)
         seconds = max(seconds, itemsize * max(links) + messages)
-    seconds += (sp - 1) * itemsize * plan.gathered(shape) / machine.link(sp)
+    gathering = (sp - 1) * itemsize * plan.gathered(shape) / machine.link(sp)
     far = itemsize * sum(plan.sizes([[parcel for parcel in plan.joined if parcel.attended]], shape))
     first, last, pattern = edges[rank], edges[rank + 1], config.pattern
     summed = 4 * plan.summed(shape)
@@ -256,8 +257,8 @@ def shared(config: NetConfig, machine: Machine, seq_len: int, chunk: int, sp: in
     spans = tuple(far_spans(pattern, first, last, config.causal, seq_len))
     heads = config.num_heads, config.head_dim
     flops = shard_flops(pattern, *heads, first, last - first, config.causal, spans, seq_len, config.kv_heads)
-    mean = config.attention_flops(seq_len) / seq_len / config.num_layers * (last - first)
-    return Shared(seconds, far, summed, max(1.0, flops / mean))
+    mean = (config.attention_flops(start + whole) - config.attention_flops(start)) / config.num_layers / sp
+    return Shared(seconds, gathering, far, summed, max(1.0, flops / mean))
 
 
 def meshes(devices: int, sp: int | None, dp: int | None) -> list[tuple[int, int]]:

@@ -355,14 +355,14 @@ def _plan(net: Net, job: Job, counted: Counted, machine: Machine, ranks: Ranks, 
     attention = sums.attention_flops() / (sums.read or 1) / rate("attention")
     sharing = cut and (config.causal or longest <= chunk * ranks.sp)
     costs = shared(config, machine, longest, chunk, ranks.sp if sharing else 1)
-    exchanges = sums.chunks(chunk * ranks.sp) / ranks.dp * config.num_layers if costs.seconds else 0
+    exchanges = sums.chunks(chunk * ranks.sp) / ranks.dp * config.num_layers
     near = min(longest, chunk) * attention / config.num_layers
     traffic = 3 * 4 * config.dim * config.num_layers * tokens if kept and not beside else 0
     seconds = {
         "matrix products": sums.product_flops(job.scores) / ranks.world / rate("products") / rate("share"),
         "attention": tokens * costs.balance * attention,
         "elementwise": (sums.read * layers + sums.wanted * logits * job.scores) / ranks.world / rate("bandwidth"),
-        "exchange": exchanges * max(0.0, costs.seconds - near),
+        "exchange": exchanges * (max(0.0, costs.seconds - near) + costs.gathering),
         HIDDEN: exchanges * min(costs.seconds, near),
         "host": traffic / rate("host_link") if not spill and machine.device == "cuda" else 0,
         "spilling": traffic / rate("disk") if spill else 0,

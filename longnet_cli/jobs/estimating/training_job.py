@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from longnet_cli.attention.branches import BACKWARD_FLOPS
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.estimating.estimate import Estimate
 from longnet_cli.jobs.estimating.plan import HIDDEN, ROOM, JobPlan, Machine, meshes, ordered, shared
@@ -176,9 +175,7 @@ def logits_bytes(config: NetConfig, tokens: int) -> int:
 
 def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
     """Return the most tokens of a forward pass on one rank, as `gradients.backward` groups or cuts sequences."""
-    chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.train.windows(stage) // ranks.dp)
-    if recipe.train.objective == "contrast":
-        rows *= 2
+    chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.sequences(stage) // ranks.dp)
     if recipe.train.across_documents:
         rows = len(next(batches_by_length([stage.seq_len] * rows, chunk)))
     return -(-min(chunk, rows * stage.seq_len) // ranks.sp)  # documents of several windows may fill a chunk
@@ -204,13 +201,15 @@ def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
     forwards = 1 + (-(-stage.seq_len // chunk) - 1) * chunk / stage.seq_len + train.activation_checkpointing
     forwards += train.objective == "contrast"  # vectors come first, without gradients
     again = _tokens_at_once(recipe, stage, ranks) * train.predicted * config.vocab_size > LOGITS_LIMIT
-    attention = config.attention_flops(stage.seq_len) / stage.seq_len
-    both = config.training_flops([stage.seq_len], train.predicted) / stage.seq_len  # a forward and a backward pass
-    products = both - (1 + BACKWARD_FLOPS) * attention + (forwards - 1) * config.layer_flops()
+    tokens = stage.seq_len
+    backward, votes = config.attention_backward_flops(tokens) / tokens, config.vote_flops(tokens) / tokens
+    attention = config.attention_flops(tokens) / tokens
+    both = config.training_flops([tokens], train.predicted) / tokens  # a forward and a backward pass
+    products = both - attention - backward + (forwards - 1) * config.layer_flops()
+    attention *= forwards
+    attention -= (forwards - 1 - (train.objective == "contrast")) * votes  # what is computed again is chosen already
     products += again * train.predicted * config.vocabulary_flops()
-    return StepFlops(
-        products, forwards * attention, BACKWARD_FLOPS * attention, forwards, train.predicted * (1 + again)
-    )
+    return StepFlops(products, attention, backward, forwards, train.predicted * (1 + again))
 
 
 BACKWARD_MOVES = 2  # bytes that elementwise operations move in a backward pass, times the forward's
@@ -274,7 +273,7 @@ def _plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> JobPlan:
     steps = {stage: _step(recipe, stage, machine, ranks) for stage in train.stages}
     stage = max(train.stages, key=lambda stage: stage.seq_len)
     seconds, forward, far = steps[stage]
-    tokens = train.windows(stage) * stage.seq_len
+    tokens = recipe.step_tokens(stage)
     return JobPlan(
         machine=machine,
         sp=ranks.sp,
@@ -295,14 +294,15 @@ def _step(recipe: Recipe, stage: Stage, machine: Machine, ranks: Ranks) -> tuple
     """Return the seconds of a step by part, those of its first forward pass, and the bytes of far rows per layer."""
     config, train, rate, world = recipe.model, recipe.train, machine.rate, ranks.world
     work, costs = step_flops(recipe, stage, ranks), shared(config, machine, stage.seq_len, train.chunk, ranks.sp)
-    windows = train.windows(stage) / ranks.dp  # of a group
-    tokens, chunks = windows * stage.seq_len / ranks.sp, -(-stage.seq_len // (train.chunk * ranks.sp))
+    sequences, tokens = recipe.sequences(stage) / ranks.dp, recipe.step_tokens(stage) / world  # of a group, of a rank
+    chunks = -(-stage.seq_len // (train.chunk * ranks.sp))
     layers, logits = config.moved_bytes(2 if machine.dtype == "bf16" else 4)
     products, attention = rate("products") * rate("share"), work.attention / work.forwards / rate("attention")
     backward = work.attention_backward / rate("attention_backward")
     near = stage.seq_len / ranks.sp / chunks / config.num_layers  # tokens of a layer's attention, in one chunk
     waits = [(work.forwards, near * attention), (1, near * backward)]
-    exchanges, trained = windows * chunks * config.num_layers, config.trained
+    exchanges, trained = sequences * chunks * config.num_layers, config.trained
+    passes = 1 + (train.objective == "contrast")  # in which blocks are chosen
     moved = (work.forwards + BACKWARD_MOVES) * layers + (work.logits + BACKWARD_MOVES * train.predicted) * logits
     messages = (TENSORS if recipe.parallel.shard == "none" else 2) * config.num_layers
     ring = 2 * (world - 1) / world / machine.link(world)
@@ -312,13 +312,15 @@ def _step(recipe: Recipe, stage: Stage, machine: Machine, ranks: Ranks) -> tuple
         "matrix products": tokens * work.products / products,
         "attention": tokens * costs.balance * (work.forwards * attention + backward),
         "elementwise": tokens * moved / rate("bandwidth"),
-        "exchange": exchanges * (sum(n * max(0.0, costs.seconds - t) for n, t in waits) + summed),
+        "exchange": exchanges
+        * (sum(n * max(0.0, costs.seconds - t) for n, t in waits) + passes * costs.gathering + summed),
         HIDDEN: exchanges * sum(n * min(costs.seconds, t) for n, t in waits),
         "weights": ring * 4 * trained + messages * rate("message") * (world > 1),
         "update": UPDATE_BYTES * trained / (world if recipe.parallel.shard == "full" else 1) / rate("bandwidth"),
         "reading": 4 * tokens / rate("disk"),
-        "spilling": 2 * windows * spilled / rate("disk"),
+        "spilling": 2 * sequences * spilled / rate("disk"),
     }
     plain = config.layer_flops() + train.predicted * config.vocabulary_flops()
     forward = plain / products + costs.balance * attention + (layers + train.predicted * logits) / rate("bandwidth")
-    return seconds, tokens * forward + exchanges * max(0.0, costs.seconds - near * attention), costs.far
+    waiting = max(0.0, costs.seconds - near * attention) + costs.gathering
+    return seconds, tokens * forward + exchanges * waiting, costs.far

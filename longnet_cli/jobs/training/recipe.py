@@ -278,12 +278,16 @@ class Recipe(StrictModel):
         """The tokens of all steps together, as `step_tokens` counts them."""
         return sum(stage.steps * self.step_tokens(stage) for stage in self.train.stages)
 
+    def sequences(self, stage: Stage) -> int:
+        """Return the number of sequences that a step reads: of windows or, for contrast, of texts."""
+        contrast = self.train.objective == "contrast"
+        return self.train.windows(stage) * (1 + contrast + bool(self.data.negative))
+
     def step_tokens(self, stage: Stage) -> int:
         """Return the tokens of a step; for contrast, the most of a table's texts, and the mean of drawn spans."""
-        windows, length, contrast = self.train.windows(stage), stage.seq_len, self.train.objective == "contrast"
-        if not contrast or self.data.pair or length <= SHORTEST:
-            return windows * length * (1 + contrast + bool(self.data.negative))
-        return round(2 * windows * (length - SHORTEST) / math.log(length / SHORTEST))
+        length, drawn = stage.seq_len, self.train.objective == "contrast" and not self.data.pair
+        mean = (length - SHORTEST) / math.log(length / SHORTEST) if drawn and length > SHORTEST else length
+        return round(self.sequences(stage) * mean)
 
     @property
     def names_chunk(self) -> bool:
