@@ -56,7 +56,7 @@ from longnet_cli.jobs.plotting.axes import Axis, Curve, Panel, Point
 from longnet_cli.jobs.plotting.picture import draw_picture
 
 SIZES = {"S": (8_000, 16_000), "M": (32_000, 64_000), "L": (130_000, 10_000_000)}  # bytes
-HALVES, LINES, SHARE = 100, 80, 0.45
+HALVES, LINES, SHARE, HELD_OUT = 100, 80, 0.45, 32
 ENGLISH = (".txt", ".html", ".pod", ".rst")
 Tasks = dict[str, list[tuple[str, str]]]  # name -> pairs of texts
 
@@ -187,11 +187,16 @@ def write_training(folder: Path, archives: list[Path], bench: Tasks, longest: in
                 first, second = (text[16 * start : 16 * stop] for start, stop in spans)
                 found[f"{kind}-spans"][f"{digest}{number}"] = first, second
     folder.mkdir(parents=True, exist_ok=True)
-    for task, pairs in sorted(found.items()):
-        rows = [json.dumps({"first": a, "second": b}) + "\n" for _, (a, b) in sorted(pairs.items())]
-        for name, part in {task: rows[32:], f"{task}.held_out": rows[:32]}.items():
-            (folder / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
-        print(f"{task}: {len(rows)} pairs", file=sys.stderr)
+    rows = {
+        task: [(key[:64], json.dumps({"first": a, "second": b}) + "\n") for key, (a, b) in sorted(pairs.items())]
+        for task, pairs in sorted(found.items())
+    }
+    apart = {digest for some in rows.values() for digest, _ in some[:HELD_OUT]}  # no task trains on these documents
+    for task, some in rows.items():
+        parts = {f"{task}.held_out": some[:HELD_OUT], task: [row for row in some[HELD_OUT:] if row[0] not in apart]}
+        for name, part in parts.items():
+            (folder / f"{name}.jsonl").write_text("".join(row for _, row in part), encoding="utf-8")
+        print(f"{task}: {len(some)} pairs", file=sys.stderr)
 
 
 def read_tasks(folder: Path, wanted: str | None = None) -> Tasks:

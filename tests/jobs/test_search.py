@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import subprocess
 import tarfile
 import zipfile
@@ -20,7 +21,7 @@ from conftest import RunLongnet
 from files import write_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from places import ROOT
+from places import ROOT, imported
 
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
@@ -210,3 +211,18 @@ def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], pyth
     assert run("training", "pairs", "pages", *archives)[1].splitlines() == ["py-spans: 6 pairs", "pydoc: 6 pairs"]
     held_out = (tmp_path / "pairs/pydoc.held_out.jsonl").read_text().splitlines()
     assert {json.loads(line)["first"] for line in held_out} == {pair["first"] for pair in modules}
+
+
+def test_no_task_trains_on_a_held_out_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module = imported(ROOT / "examples/retrieval.py")
+    monkeypatch.setattr(module, "HELD_OUT", 2)
+    module.write_training(tmp_path, write_archives(tmp_path / "archives"), {}, 400)
+
+    def modules(end: str) -> set[str]:
+        texts = "".join((tmp_path / f"{name}{end}.jsonl").read_text() for name in ("pydoc", "py-spans"))
+        return {*re.findall(r"module(\d)", texts)}
+
+    apart = modules(".held_out")
+    assert len(apart) in (2, 3, 4)
+    assert modules("") == {*"012345"} - apart
