@@ -11,6 +11,7 @@ A block is 128 tokens, as in `longnet score -o`.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -34,6 +35,8 @@ def main(words: list[str] | None = None) -> None:
             names.append(name)
             tokens.append(len(gained))
             halves.append((blocks[::2].mean(), blocks[1::2].mean(), gained.mean()))
+    if not names:
+        sys.exit(f"no document has {arguments.least} blocks of {BLOCK} tokens: give a smaller --least")
     even, odd, gain = np.array(halves).T
     print(f"{len(names)} documents, {sum(tokens):,} tokens: Spearman's correlation {spearman(even, odd):.3f}")
     order = np.argsort(-gain)

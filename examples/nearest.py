@@ -83,6 +83,8 @@ def encode_query(query: str, facts: dict[bytes, bytes], dims: int) -> np.ndarray
     ]
     if b"longnet.pattern" in facts:
         command += ["--pattern", facts[b"longnet.pattern"].decode()]
+    if facts.get(b"longnet.normalized") == b"false":
+        command += ["--no-normalize"]
     done = subprocess.run(command, input=query.encode(), stdout=subprocess.PIPE, check=False)
     if done.returncode:
         sys.exit(done.returncode)  # `longnet encode` has said why
@@ -94,7 +96,10 @@ def text_of(row: dict, column: str | None, root: Path) -> str:
     file = root / row["doc_id"]
     if column is None and not file.is_file():
         return ""
-    text = row[column] if column else file.read_bytes().decode()
+    try:
+        text = row[column] if column else file.read_bytes().decode()
+    except UnicodeDecodeError:  # compressed
+        return ""
     return " ".join(text[row.get("char_start") or 0 : row.get("char_end")][:SHOWN].split())
 
 

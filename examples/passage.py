@@ -62,8 +62,9 @@ def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = No
             pattern = replace(net.config.pattern, chosen_every=every)
             write_pattern(net.model.config, pattern)
             for cache in stream.caches:
+                before, cache.past.held = cache.pattern.chosen_every, None
                 cache.pattern = cache.past.pattern = pattern
-                cache.past.held = None
+                cache.past.count_groups_of(before)
         os.write(sink, json.dumps(read()).encode())
         os._exit(0)
     os.close(sink)

@@ -242,6 +242,11 @@ class Past:
         for row, found in zip(self.counts[part.rows], chosen, strict=True):
             row.index_add_(0, found.flatten(), torch.ones_like(found.flatten()))
 
+    def count_groups_of(self, every: int) -> None:
+        """Take the counts, of groups of `every` tokens, as counts of the pattern's groups, which are no longer."""
+        if self.counts is not None:
+            self.counts *= every // self.pattern.chosen_every
+
     def select(self, rows: Tensor) -> None:
         """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""
         self.blocks.select(rows)

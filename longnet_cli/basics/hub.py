@@ -286,7 +286,7 @@ class _Repository:
             why = "; pickled weights are never read, since a pickle can run code" if pickled else ""
             raise CheckpointError(f"{self.name}: the repository has no {CONFIG} with {WEIGHTS}{why}")
         index = set() if WEIGHTS in names else {SHARDED}
-        yield from sorted(names & ({CONFIG, GENERATION, TOKENIZER, *BESIDE_TOKENIZER} | index))
+        yield from sorted(names & ({CONFIG, GENERATION, TOKENIZER, PROMPTS, *BESIDE_TOKENIZER} | index))
         yield from [WEIGHTS] if WEIGHTS in names else _weights(snapshot)
 
     def _explain(self, error: Exception, constants: Any, answered: bool) -> str:

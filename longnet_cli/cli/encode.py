@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_on, check_sample, estimate_reading
@@ -15,7 +14,6 @@ from longnet_cli.cli.output import check_output, count_left_out, end, tell
 from longnet_cli.cli.progress import progress
 
 VECTORS = "Vectors"
-NO_PREFIX = "none"
 
 
 def encode(
@@ -140,32 +138,22 @@ def encode(
     )  # fmt: skip
     loaded, data, ranks, room, quiet = opened
     net = loaded.net
-    from longnet_cli.basics.notation import format_pattern
     from longnet_cli.jobs.encoding import PLACE_FIELDS, EncodeOptions, Encoder
     from longnet_cli.jobs.row_jobs import write_rows
     from longnet_cli.running.ranks.ranks import leave
 
-    stored = named.folder.embedder
-    if prefix is None:
-        prefix = stored.document if stored else ""
-    elif prefix == NO_PREFIX:
-        prefix = ""
-    elif loaded.tokenizer is None:
-        raise ConfigError(f"{named.folder.name} has no tokenizer, which --prefix needs: give --tokenizer")
-    options = EncodeOptions(
-        bos=loaded.bos,
-        pool=pool or (stored.pool if stored else "cls" if net.has_cls and span is None else "mean"),
+    check_spill(spill, net)
+    options = EncodeOptions.of_model(
+        named.folder,
+        loaded,
+        pool=pool,
+        prefix=prefix,
         normalize=normalize,
         span=span,
         embedding_dtype=embedding_dtype,
         all_layers=all_layers or None,
         tile_size=tile_size,
-        prefix=loaded.tokenizer.encode(prefix).tolist() if prefix and loaded.tokenizer else None,
         dims=dims,
-        query_prompt=stored.query if stored else None,
-        model_name=loaded.origin,
-        tokenizer_sha256=loaded.tokenizer_sha256,
-        pattern=format_pattern(net.config.pattern),
     )
     running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
     if room:

@@ -30,7 +30,7 @@ def check_spill(spill: str | None, net: Net | None = None) -> None:
     """Raise ConfigError for a --spill that is no folder, and for a `net` that would keep nothing there."""
     if spill and not os.path.isdir(spill):
         raise ConfigError(f"--spill {spill}: no such folder")
-    if spill and net and not net.config.pattern.chosen:
+    if spill and net and net.config.causal and not net.config.pattern.chosen:
         raise ConfigError("--spill is for keys and values of chosen blocks, and the pattern has none: leave it out")
 
 

@@ -94,8 +94,8 @@ def score(
         names_option(
             MEASURE,
             "--key-tokens",
-            "Measure the tokens for which long context matters as well, by two files that a judge wrote with "
-            "--token-logprobs: SHORT.arrow,LONG.arrow.",
+            "Also measure the tokens for which long context matters. Two files that a judge wrote with "
+            "--token-logprobs tell them: SHORT.arrow,LONG.arrow.",
             False,
         ),
     ] = None,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError, NotFiniteError
+from longnet_cli.basics.notation import format_pattern
 from longnet_cli.data.documents import BLOCK, Document
 from longnet_cli.data.kept import kept_columns, row_schema
 from longnet_cli.data.left_out import OnSkip
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.row_jobs import RowJob
+from longnet_cli.models.folder import Loaded, ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.layerwise import LayerStates
@@ -138,6 +140,7 @@ def _characters(words: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
 
 
 EmbeddingDtype = Literal["float32", "float16"]
+NO_PREFIX = "none"
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,37 @@ class EncodeOptions:
         if self.span is not None and self.all_layers:
             raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
 
+    @classmethod
+    def of_model(
+        cls, folder: ModelFolder, loaded: Loaded, *, pool: Pool | None = None, prefix: str | None = None, **more: Any
+    ) -> EncodeOptions:
+        """Return options for the model of a folder, with its own pooling and document prompt unless others are given.
+
+        `prefix` is a text, NO_PREFIX is an empty one. Raises ConfigError for a prefix if the model has no tokenizer.
+        """
+        stored, net, tokenizer = folder.embedder, loaded.net, loaded.tokenizer
+        if prefix is None:
+            prefix = stored.document if stored else ""
+        elif prefix == NO_PREFIX:
+            prefix = ""
+        elif tokenizer is None:
+            if net.row_size is not None:
+                raise ConfigError(f"{folder.name} reads vectors, which have no tokens: leave out --prefix")
+            raise ConfigError(f"{folder.name} has no tokenizer, which --prefix needs: give --tokenizer")
+        if pool is None:
+            whole = net.has_cls and more.get("span") is None
+            pool = stored.pool if stored else "cls" if whole else "mean"
+        return cls(
+            bos=loaded.bos,
+            pool=pool,
+            prefix=tokenizer.encode(prefix).tolist() if prefix and tokenizer else None,
+            query_prompt=stored.query if stored else None,
+            model_name=loaded.origin,
+            tokenizer_sha256=loaded.tokenizer_sha256,
+            pattern=format_pattern(net.config.pattern),
+            **more,
+        )
+
     def check(self, net: Net) -> None:
         """Raise ConfigError for options that `net` does not support."""
         if self.pool == "cls" and not net.has_cls:
@@ -186,13 +220,11 @@ class EncodeOptions:
         if self.prefix and not net.config.causal:
             raise ConfigError("a bidirectional model reads nothing before a document: leave out --prefix")
         if self.dims is not None and not 1 <= self.dims <= net.config.dim:
-            raise ConfigError(
-                f"a vector of this model has {net.config.dim} numbers: --dims {self.dims} is not among them"
-            )
+            raise ConfigError(f"--dims {self.dims}: a vector of this model has 1 to {net.config.dim} numbers")
         if self.tile_size and not net.has_grid:
             raise ConfigError("this model has no grid of tiles: leave out --tile-size")
         if self.all_layers and not net.layer_by_layer:
-            raise ConfigError("the layers of a Hugging Face model are not listened to: leave out --all-layers")
+            raise ConfigError("--all-layers is for a LongNet: leave it out for a Hugging Face model")
 
     def sequence(self, net: Net, document: Document) -> InputSequence[Document]:
         """Return a document as `net` reads it. Raises as `Net.sequence`, and TooLongError for too many tokens."""

@@ -62,7 +62,7 @@ class Reading:
         return Reader(self.load().net, chunk=self.chunk, dtype=self.dtype)
 
     def origin(self) -> dict[str, Any]:
-        """Return the fields of `EncodeOptions` and `ScoreOptions` that describe the model."""
+        """Return the fields of `ScoreOptions` that describe the model."""
         loaded = self.load()
         return {
             "bos": loaded.bos,
@@ -75,24 +75,32 @@ class Reading:
 def encode_batches(
     batches: Any,
     *,
-    pool: Pool = "mean",
+    pool: Pool | None = None,
     span: int | None = None,
     normalize: bool = True,
     embedding_dtype: EmbeddingDtype = "float32",
+    prefix: str | None = None,
+    dims: int | None = None,
     **reading: Any,
 ) -> Any:
     """Encode the documents of a table or of record batches, and return the rows of `longnet encode`.
 
     A table gives a table. Record batches give a lazy iterator of record batches. The output has the columns of
-    `EncodeOptions.schema`, then the columns of `keep`. The options are as in `EncodeOptions` and `Reading`. An empty
-    document has no rows.
+    `EncodeOptions.schema`, then the columns of `keep`. The options are as in `EncodeOptions.of_model` and `Reading`:
+    without `pool` and `prefix`, the model's own. An empty document has no rows.
 
     Raises ConfigError for invalid options and for a batch without the id column or the document column, DataError for
     bad values, TypeError for an unknown option, and what `encode` raises.
     """
     how = Reading(**reading)
     chosen: dict[str, Any] = {"pool": pool, "span": span, "normalize": normalize, "embedding_dtype": embedding_dtype}
-    return _mapped(batches, how, lambda: Encoder(how.reader(), EncodeOptions(**chosen, **how.origin())))
+
+    def make_job() -> Encoder:
+        folder = ModelFolder.find(how.model, gguf=True)
+        options = EncodeOptions.of_model(folder, how.load(), prefix=prefix, dims=dims, **chosen)
+        return Encoder(how.reader(), options)
+
+    return _mapped(batches, how, make_job)
 
 
 def score_batches(

@@ -29,6 +29,7 @@ from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, rows_before, segment_rows, span_views
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.notation import parse_pattern
 from longnet_cli.nets.net import Net, NetConfig
 from longnet_cli.nets.weights import model_origin
 from longnet_cli.running.device import free_memory, precision, random_state, set_random_state
@@ -369,6 +370,8 @@ class CausalStream:
         for layer in range(config.num_layers):
             cache = stream._new_cache(torch.empty(shape, dtype=getattr(torch, facts["dtype"]), device=device))
             cache.restore(stream.position, of_layer(saved, layer, device))
+            if cache.past:
+                cache.past.count_groups_of(parse_pattern(facts["longnet.pattern"]).chosen_every)
             stream.caches.append(cache)
         return stream
 

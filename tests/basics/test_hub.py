@@ -14,6 +14,7 @@ from loopback_hub import LoopbackHub, fill_cache, loopback_hub, read_folder
 from processes import wait_for
 from safetensors.torch import load, save
 
+from longnet_cli.basics.hub import PROMPTS
 from longnet_cli.jobs.training.checkpoint import read_state
 
 TEXT = "A document to read, of some length. " * 4
@@ -94,12 +95,12 @@ def test_a_folder_here_wins(run_longnet, tmp_path, hub, tiny, other):
 def test_only_what_is_read_is_downloaded_once_by_all_processes(start, run_longnet, command_env, hub, home, tiny):
     hub.secret, command_env["HF_TOKEN"], command_env["HF_ENDPOINT"] = "s3cret", "s3cret", hub.url
     more = dict.fromkeys(("pytorch_model.bin", "modeling.py", "README.md", "onnx/model.safetensors"), b"other")
-    commit = hub.push(TINY, tiny | more)
+    commit = hub.push(TINY, tiny | more | {PROMPTS: b"{}"})
     command = ("score", "a.txt", "-m", TINY, "--format", "json")
     both = [start(*command), start(*command)]
     assert [json.loads(each.communicate()[0])["total"]["model"] for each in both] == [f"{TINY}@{commit}"] * 2
     got = [line.rpartition("/")[2] for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
-    read = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    read = {"config.json", PROMPTS, "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert sorted(got) == sorted(read)
     assert {path.name for path in (home / "models--org--tiny/snapshots" / commit).iterdir()} == read
     hub.requests.clear()

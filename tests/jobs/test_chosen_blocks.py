@@ -67,6 +67,20 @@ def test_the_passages_that_the_answer_chose(saved: bool, tmp_path: Path, monkeyp
     assert all(each.text == text[each.start : each.end] for each in found)
 
 
+def test_a_question_that_chooses_more_often_counts_in_its_own_groups(tmp_path: Path) -> None:
+    net, finer = (native(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=n)) for n in (8, 4))
+    finer.load_state_dict(net.state_dict())
+    stream, ids = CausalStream(net), torch.randint(256, (1, 528))
+    stream(ids[:, :512])
+    stream.save(tmp_path)
+    stream = CausalStream.load(finer, tmp_path)
+    watch = Sources(stream)
+    stream(ids[:, 512:])
+    watch.begin()
+    assert watch._before is not None
+    assert watch._before[0] == 1  # every group sees the first block
+
+
 def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(BOOK)
     model = tiny_model(tmp_path / "native", position="rope")

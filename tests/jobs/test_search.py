@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -26,6 +27,7 @@ from places import ROOT, imported
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import TextPlaces
+from longnet_cli.jobs.engines import encode_batches
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.net import Embedder
 
@@ -80,8 +82,9 @@ def test_a_stored_embedder_is_taken_unasked(pool: str, tmp_path: Path, run_longn
     for folder in folders:
         net = ModelFolder(folder).net()
         net.embedder = Embedder(pool, "query: ", "text: ")
-        net.save(tmp_path / "stored", Tokenizer.bytes().to_json(), net.state_dict())
-        command = ["encode", "a.txt", "--model", "./stored", "--dims", "8", "--chunk", "16", "-o", "v.parquet"]
+        stored = tmp_path / f"stored-{folder.name}"
+        net.save(stored, Tokenizer.bytes().to_json(), net.state_dict())
+        command = ["encode", "a.txt", "--model", stored, "--dims", "8", "--chunk", "16", "-o", "v.parquet"]
         run_longnet(*command)
         table = pq.read_table(tmp_path / "v.parquet")
         ids = torch.tensor([256, *b"text: ", *(tmp_path / "a.txt").read_bytes()])
@@ -92,6 +95,13 @@ def test_a_stored_embedder_is_taken_unasked(pool: str, tmp_path: Path, run_longn
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         assert (table["start"][0].as_py(), table["end"][0].as_py(), table["char_end"][0].as_py()) == (0, 36, 36)
         assert table.schema.metadata[b"longnet.query_prompt"] == b"query: "
+        rows = pa.table({"doc_id": ["a.txt"], "text": [(tmp_path / "a.txt").read_text()]})
+        mapped = encode_batches(rows, model=str(stored), dims=8, chunk=16)
+        assert mapped.schema.metadata == table.schema.metadata | mapped.schema.metadata
+        torch.testing.assert_close(torch.tensor(mapped["embedding"].to_pylist()[0]), found, rtol=1e-5, atol=1e-6)
+        if folder.name == "first":
+            run_longnet("convert", stored, "-o", "half", "--dtype", "bf16")
+            assert ModelFolder(tmp_path / "half").embedder == net.embedder
         run_longnet(*command, "--prefix", "none", "--pool", "mean")
         assert pq.read_table(tmp_path / "v.parquet")["embedding"].to_pylist()[0] != found.tolist()
 
@@ -101,7 +111,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path, run_longnet: RunLongnet) -> N
     (tmp_path / "a.txt").write_text("text")
     for options, message in (
         (["--prefix", "x"], "a bidirectional model reads nothing before a document: leave out --prefix"),
-        (["--dims", "17"], "a vector of this model has 16 numbers: --dims 17 is not among them"),
+        (["--dims", "17"], "--dims 17: a vector of this model has 1 to 16 numbers"),
     ):
         done = run_longnet("encode", "a.txt", "--model", "./encoder", *options, "-o", "v.arrow")
         assert done.returncode == 2
@@ -113,7 +123,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path, run_longnet: RunLongnet) -> N
     [
         (["texts.parquet", "--keep", "text"], ["v.arrow"], ["--text", "text"]),
         (["texts"], ["v.parquet"], ["--root", "texts"]),
-        (["texts"], ["v", "--shard-rows", "2"], ["--root", "texts"]),
+        (["texts"], ["v", "--shard-rows", "2", "--no-normalize"], ["--root", "texts"]),
     ],
 )
 def test_nearest_answers_a_query(

@@ -116,9 +116,9 @@ class LongNetCache(hf.DynamicCache):
     """The cache of a causal model with dilated attention, for a batch; `config` is the model's.
 
     It takes chunks of any size, down to one token. Its memory is `nbytes`, whatever the length; with chosen blocks, it
-    keeps the whole past, and grows. Layers with a sliding
-    window, or without attention, keep what a DynamicCache keeps for them. Rows can be reordered and repeated, as beam
-    search needs. The cache cannot be cropped, as assisted generation would need. Gradients do not flow into it.
+    keeps the whole past, and grows. Layers with a sliding window, or without attention, keep what a DynamicCache keeps
+    for them. Rows can be reordered and repeated, as beam search needs. The cache cannot be cropped, as assisted
+    generation would need. Gradients do not flow into it.
     """
 
     def __init__(self, config: hf.PretrainedConfig) -> None:
