@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -57,20 +58,25 @@ def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = No
     source, sink = os.pipe()
     child = os.fork()
     if not child:
-        os.close(source)
-        if every:
-            pattern = replace(net.config.pattern, chosen_every=every)
-            write_pattern(net.model.config, pattern)
-            for cache in stream.caches:
-                before, cache.past.held = cache.pattern.chosen_every, None
-                cache.pattern = cache.past.pattern = pattern
-                cache.past.count_groups_of(before)
-        os.write(sink, json.dumps(read()).encode())
-        os._exit(0)
+        try:
+            os.close(source)
+            if every:
+                pattern = replace(net.config.pattern, chosen_every=every)
+                write_pattern(net.model.config, pattern)
+                for cache in stream.caches:
+                    before, cache.past.held = cache.pattern.chosen_every, None
+                    cache.pattern = cache.past.pattern = pattern
+                    cache.past.count_groups_of(before)
+            os.write(sink, json.dumps(read()).encode())
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
     os.close(sink)
     with os.fdopen(source) as pipe:
         said = pipe.read()
-    os.waitpid(child, 0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit("the process that reads apart failed")  # and has said why
     return json.loads(said)
 
 

@@ -245,7 +245,7 @@ class Past:
     def count_groups_of(self, every: int) -> None:
         """Take the counts, of groups of `every` tokens, as counts of the pattern's groups, which are no longer."""
         if self.counts is not None:
-            self.counts *= every // self.pattern.chosen_every
+            self.counts = self.counts * (every // self.pattern.chosen_every)  # new: it may be an inference tensor
 
     def select(self, rows: Tensor) -> None:
         """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""
