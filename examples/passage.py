@@ -61,12 +61,13 @@ def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = No
         try:
             os.close(source)
             if every:
+                before = net.config.pattern.chosen_every
                 pattern = replace(net.config.pattern, chosen_every=every)
                 write_pattern(net.model.config, pattern)
                 for cache in stream.caches:
-                    before, cache.past.held = cache.pattern.chosen_every, None
                     cache.pattern = cache.past.pattern = pattern
-                    cache.past.count_groups_of(before)
+                    cache.past.held = None
+                    cache.past.convert_counts(before)
             os.write(sink, json.dumps(read()).encode())
             os._exit(0)
         except BaseException:

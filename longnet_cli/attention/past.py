@@ -242,8 +242,8 @@ class Past:
         for row, found in zip(self.counts[part.rows], chosen, strict=True):
             row.index_add_(0, found.flatten(), torch.ones_like(found.flatten()))
 
-    def count_groups_of(self, every: int) -> None:
-        """Take the counts, of groups of `every` tokens, as counts of the pattern's groups, which are no longer."""
+    def convert_counts(self, every: int) -> None:
+        """Convert `counts` of groups of `every` tokens to the pattern's groups: as many more as those are shorter."""
         if self.counts is not None:
             self.counts = self.counts * (every // self.pattern.chosen_every)  # new: it may be an inference tensor
 

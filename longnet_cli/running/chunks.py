@@ -371,7 +371,7 @@ class CausalStream:
             cache = stream._new_cache(torch.empty(shape, dtype=getattr(torch, facts["dtype"]), device=device))
             cache.restore(stream.position, of_layer(saved, layer, device))
             if cache.past:
-                cache.past.count_groups_of(parse_pattern(facts["longnet.pattern"]).chosen_every)
+                cache.past.convert_counts(parse_pattern(facts["longnet.pattern"]).chosen_every)
             stream.caches.append(cache)
         return stream
 

@@ -231,11 +231,9 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
         longest = max(seq, *net.config.pattern.segment_lengths)
         cache = s.batch * net.config.cache_bytes(longest, DTYPES[s.dtype].itemsize)
     row = _row(s, net, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
-    config = net.config
 
     def flops(tokens: int) -> float:
-        matrices = config.layer_flops() + config.vocabulary_flops()
-        return s.batch * (tokens * matrices + config.attention_flops(tokens))
+        return s.batch * _forward_flops(net.config, tokens)
 
     return Case(row, flops, _memory(s, net, chunk) + (cache or 0), start, streamed)
 
@@ -259,8 +257,8 @@ def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
     config = net.config
 
     def flops(tokens: int) -> float:
-        forward = tokens * (config.layer_flops() + config.vocabulary_flops()) + config.attention_flops(tokens)
-        return s.batch * (config.training_flops([tokens]) + again * (forward - config.vote_flops(tokens)))
+        forward = _forward_flops(config, tokens) - config.vote_flops(tokens)  # blocks are chosen once
+        return s.batch * (config.training_flops([tokens]) + again * forward)
 
     return Case(row, flops, _training_memory(s, config, seq, chunk), start)
 
@@ -328,6 +326,10 @@ def _with_weights(s: Settings, net: LongNet) -> LongNet:
 
 def _tokens(s: Settings, net: Net, count: int) -> Tensor:
     return torch.randint(net.config.vocab_size, (s.batch, count), device=s.device)
+
+
+def _forward_flops(config: NetConfig, tokens: int) -> int:
+    return tokens * (config.layer_flops() + config.vocabulary_flops()) + config.attention_flops(tokens)
 
 
 def _memory(s: Settings, net: Net, chunk: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -52,14 +53,12 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
 
 
 class _Muon(torch.optim.Muon):
-    """Muon as torch has it, but in fp32 on a CPU. Torch's takes 40 times as long there without bf16 instructions."""
+    """Muon as torch has it, but in fp32 on a CPU: torch's is in bf16, for which most CPUs have no instructions."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        if self.param_groups[0]["params"][0].is_cpu:
-            with _Fp32ForBf16():
-                return super().step(closure)
-        return super().step(closure)
+        with _Fp32ForBf16() if self.param_groups[0]["params"][0].is_cpu else nullcontext():
+            return super().step(closure)
 
 
 class _Fp32ForBf16(TorchFunctionMode):
