@@ -243,7 +243,7 @@ class Past:
             row.index_add_(0, found.flatten(), torch.ones_like(found.flatten()))
 
     def convert_counts(self, every: int) -> None:
-        """Convert `counts` of groups of `every` tokens to the pattern's groups: as many more as those are shorter."""
+        """Convert `counts` from groups of `every` tokens to the pattern's groups, which divide them."""
         if self.counts is not None:
             self.counts = self.counts * (every // self.pattern.chosen_every)  # new: it may be an inference tensor
 

@@ -95,7 +95,7 @@ def score(
             MEASURE,
             "--key-tokens",
             "Also measure the tokens for which long context matters. Two files that a judge wrote with "
-            "--token-logprobs tell them: SHORT.arrow,LONG.arrow.",
+            "--token-logprobs show which: SHORT.arrow,LONG.arrow.",
             False,
         ),
     ] = None,

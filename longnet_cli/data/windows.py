@@ -334,7 +334,7 @@ class PairBatch(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The number of texts of a pair, 2 or 3, and of pairs, which is 0 in a part without any."""
+        """The number of texts per pair (2 or 3) and the number of pairs, which may be 0."""
         return self.keys.shape[1] - 1, len(self.keys)
 
     def part(self, place: slice) -> "PairBatch":

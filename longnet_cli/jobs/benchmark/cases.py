@@ -159,13 +159,13 @@ def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
     if pattern is not None:
         plan = Exchange(one_layer(s, pattern), edges, rank=ranks.rank)
         plans = map(plan.of_rank, range(ranks.world))
-        # in the backward pass, gradients of the rows that were sent come back
+        # in the backward pass, a rank receives the gradients of the rows that it has sent
         parcels = (chain(*(each.sent if backward else each.received)) for each in plans)
         received = token * max(sum(parcel.rows for parcel in some) for some in parcels)
         memory = (token * tokens + 2 * received) * (3 if backward else 1)
         gathered, summed = (ranks.world - 1) * dtype.itemsize * plan.gathered(shape), plan.summed(shape)
         memory += 3 * gathered + backward * 2 * accumulator(dtype).itemsize * summed
-        # a ring adds up in two rounds, in each of which all parts but one come to each rank
+        # a ring adds up in two rounds; in each of them, a rank receives all parts but one
         sums = 2 * (ranks.world - 1) * accumulator(dtype).itemsize * summed // ranks.world
         received += sums if backward else gathered
     else:

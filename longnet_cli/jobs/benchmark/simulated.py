@@ -27,11 +27,11 @@ from .settings import Settings
 class Simulation:
     """The exchange of one layer's forward pass, over all ranks.
 
-    The backward pass sends the same bytes back, but for what blocks are chosen from: its gradients are added up over
-    all ranks. received, sent: bytes of the rank that has the most. peers: the most ranks from which a rank receives.
-    far_bytes: the most bytes of far rows that a rank holds. formula: the bytes of `formula_rows`. flops_share: the
-    attention FLOPs of the busiest rank, relative to the mean. plan_seconds: the CPU time of one plan, of the middle
-    rank.
+    The backward pass sends the same bytes back. For chosen blocks, it adds up gradients over all ranks instead, and
+    these are not counted. received, sent: bytes of the rank that has the most. peers: the most ranks from which a rank
+    receives. far_bytes: the most bytes of far rows that a rank holds. formula: the bytes of `formula_rows`.
+    flops_share: the attention FLOPs of the busiest rank, relative to the mean. plan_seconds: the CPU time of one plan,
+    of the middle rank.
     """
 
     op: str

@@ -207,7 +207,7 @@ def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
     both = config.training_flops([tokens], train.predicted) / tokens  # a forward and a backward pass
     products = both - attention - backward + (forwards - 1) * config.layer_flops()
     attention *= forwards
-    attention -= (forwards - 1 - (train.objective == "contrast")) * votes  # what is computed again is chosen already
+    attention -= (forwards - 1 - (train.objective == "contrast")) * votes  # a pass that is repeated chooses nothing
     products += again * train.predicted * config.vocabulary_flops()
     return StepFlops(products, attention, backward, forwards, train.predicted * (1 + again))
 

@@ -279,7 +279,7 @@ class Recipe(StrictModel):
         return sum(stage.steps * self.step_tokens(stage) for stage in self.train.stages)
 
     def sequences(self, stage: Stage) -> int:
-        """Return the number of sequences that a step reads: of windows or, for contrast, of texts."""
+        """Return the number of sequences that a step reads: windows or, for contrast, texts."""
         contrast = self.train.objective == "contrast"
         return self.train.windows(stage) * (1 + contrast + bool(self.data.negative))
 

@@ -166,7 +166,10 @@ class Exchange:
         return found[: self.rank], found[self.rank + 1 :]
 
     def past(self, q: Tensor, k: Tensor, v: Tensor) -> Past:
-        """Gather what blocks are chosen from: the past of the shard's first document, with memory for its gradients."""
+        """Gather what blocks are chosen from, and return it: the past of the shard's first document.
+
+        It has memory for its gradients, if any are computed.
+        """
         past, size = Past(self.pattern, keep=1), self.pattern.chosen_block
         document = self._document(self.edges[self.rank])[0]
         for first, stop, shard in zip(self.edges, self.edges[1:], self.other_shards(q, k, v)[0], strict=False):
@@ -217,9 +220,9 @@ class Exchange:
         return [numbers * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in found) for found in parcels]
 
     def gathered(self, like: Sequence[int]) -> int:
-        """Return how many numbers come from each other rank for chosen blocks, for keys (B, n, H, D).
+        """Return how many numbers each other rank sends here for chosen blocks, given the shape of keys (B, n, H, D).
 
-        They are keys, values and last queries, of as many tokens as the longest shard has.
+        They are the keys, values and last queries of a shard, padded to the longest one.
         """
         if not self.pattern.chosen:
             return 0
@@ -229,7 +232,7 @@ class Exchange:
         return batch * head_dim * (2 * kv_heads * longest + self.num_heads * queries)
 
     def summed(self, like: Sequence[int]) -> int:
-        """Return how many gradients the backward pass adds up over all ranks, of what blocks are chosen from."""
+        """Return how many gradients of keys and values the backward pass adds up over all ranks, for chosen blocks."""
         batch, _, kv_heads, head_dim = like
         return 2 * batch * (self.edges[-1] - self.edges[0]) * kv_heads * head_dim if self.pattern.chosen else 0
 
